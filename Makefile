@@ -1,0 +1,47 @@
+# `make` lists what there is. Everything runs in .venv, under the versions of requirements.lock.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c requirements.lock
+
+.PHONY: help run test test-long lint format protos lock clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+run: .venv/.run ## Serve on this machine, with two example tenants
+	@$(BIN)/backpack run
+
+test: .venv/.dev ## All tests that take less than a quarter of an hour, types and style included
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadgroup
+
+test-long: .venv/.dev ## The slow ones too
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+lint: .venv/.dev ## Style, types and the arrows between packages
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+format: .venv/.dev ## Format the code
+	$(BIN)/ruff check --fix-only . ; $(BIN)/ruff format .
+
+protos: .venv/.dev ## Generate code from the .proto files
+	$(BIN)/python -m backpack_proto.generate
+
+lock: .venv/.dev ## Write requirements.lock anew from what is installed in .venv
+	@echo "# The versions that the tests ran with. \`make\` installs under these constraints; \`make lock\` writes them anew." > requirements.lock
+	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' >> requirements.lock
+
+clean: ## Remove the environment and what running has left behind
+	rm -rf .venv var .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "Python's venv is missing: apt install python3-venv"; exit 1; }
+
+.venv/.run: .venv/bin/python pyproject.toml requirements.lock
+	$(PIP) -e .
+	@touch $@
+
+.venv/.dev: .venv/.run
+	$(PIP) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Backpack language models: the model, patches to its sense vectors, and the recipe that trains one."""

@@ -1,0 +1,124 @@
+"""The shape of a Backpack: a frozen config, spelled as Hugging Face spells it, and the published sizes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A config that doesn't describe a Backpack, with the offending value and the fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackpackConfig:
+    """Shape of a Backpack LM, in the field names of Hugging Face's `config.json`.
+
+    V = vocab_size, T = n_positions, d = n_embd, k = num_senses; `n_layer` and `n_head` are the trunk's.
+    `sense_inner` are the inner widths of the sense network's two MLPs; the published models have
+    4·d and sense_intermediate_scale·d, the k-ablation checkpoints d and d. Ids from `num_tokens` on
+    are padding of the embedding: no text has them and they are never sampled.
+    """
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    num_senses: int = 16
+    sense_intermediate_scale: int = 4
+    sense_inner: tuple[int, int] | None = None
+    scale_attn_by_inverse_layer_idx: bool = True
+    layer_norm_epsilon: float = 1e-5
+    eos_token_id: int | None = None
+    num_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "num_senses"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ConfigError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads")
+        if self.n_embd < self.num_senses:
+            raise ConfigError(
+                f"num_senses {self.num_senses} is more than n_embd {self.n_embd}: "
+                "each sense needs a head of at least one dimension"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """How many ids are real tokens; the rest of the embedding is padding."""
+        return self.num_tokens or self.vocab_size
+
+    @property
+    def sense_head_width(self) -> int:
+        """Width of one head of the sense weights: d // k."""
+        return self.n_embd // self.num_senses
+
+    @property
+    def sense_mlp_widths(self) -> tuple[int, int]:
+        """Inner widths of the sense network's block MLP and final MLP."""
+        return self.sense_inner or (4 * self.n_embd, self.sense_intermediate_scale * self.n_embd)
+
+    def to_json(self) -> dict[str, Any]:
+        """The config as `config.json` holds it, readable by the published Hugging Face class."""
+        values = {k: v for k, v in asdict(self).items() if v is not None}
+        return {
+            "architectures": ["BackpackGPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            **values,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> BackpackConfig:
+        """Read a published `config.json`. Raises ConfigError naming what is missing or unsupported."""
+        values = dict(values)
+        if "num_content_vectors" in values:  # Stanford's Lightning spelling
+            values.setdefault("num_senses", values["num_content_vectors"])
+        if values.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
+            raise ConfigError(
+                f"activation_function {values['activation_function']!r}; a Backpack uses 'gelu_new'"
+            )
+        known = {f.name for f in fields(cls)}
+        required = {"vocab_size", "n_positions", "n_embd", "n_layer", "n_head"}
+        if missing := sorted(required - values.keys()):
+            raise ConfigError(f"config lacks {', '.join(missing)}")
+        if "num_senses" not in values:
+            raise ConfigError("config has no num_senses: this is a Transformer, not a Backpack")
+        if values["vocab_size"] == 50264:  # GPT-2's 50,257 padded to a multiple of 8
+            values.setdefault("num_tokens", 50257)
+            values.setdefault("eos_token_id", 50256)
+        kept = {name: value for name, value in values.items() if name in known}
+        if kept.get("sense_inner") is not None:
+            kept["sense_inner"] = tuple(kept["sense_inner"])
+        return cls(**kept)
+
+    @classmethod
+    def read(cls, path: Path) -> BackpackConfig:
+        """Read a `config.json` file. Raises ConfigError if it isn't one."""
+        try:
+            values = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: {error}") from None
+        return cls.from_json(values)
+
+
+def _published(layers: int, heads: int, width: int) -> BackpackConfig:
+    return BackpackConfig(
+        vocab_size=50264,
+        n_positions=512,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        eos_token_id=50256,
+        num_tokens=50257,
+    )
+
+
+MICRO = _published(6, 6, 384)
+MINI = _published(8, 8, 640)
+SMALL = _published(12, 12, 768)
+"""The sizes of the paper's section 4. The vocabulary is GPT-2's 50,257 padded to 50,264."""

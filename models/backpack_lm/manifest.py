@@ -1,0 +1,59 @@
+"""What the world outside the engine needs to know of a model: a small file beside the weights.
+
+The intervention service checks patches against it, gateways tokenise by it; neither loads a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from backpack_lm.config import BackpackConfig, ConfigError
+from backpack_lm.patch import ModelShape
+
+NAME = "manifest.json"
+
+
+class ManifestError(ValueError):
+    """A folder that holds no servable model, with the fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A model's fingerprint (SHA-256, hex, over config, tokenizer and weights), config and sense norms."""
+
+    fingerprint: str
+    config: BackpackConfig
+    sense_rms: tuple[float, ...]
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model as patches see it. Padding of the vocabulary can't be patched."""
+        config = self.config
+        return ModelShape(
+            self.fingerprint, config.tokens, config.num_senses, config.n_embd, self.sense_rms
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read a model folder's manifest. Raises ManifestError if there is none that can be used."""
+        path = folder / NAME
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            config = BackpackConfig.from_json(values["config"])
+            return cls(str(values["fingerprint"]), config, tuple(map(float, values["sense_rms"])))
+        except FileNotFoundError:
+            raise ManifestError(
+                f"{folder} has no {NAME}; `backpack model import` makes a servable folder from a checkpoint"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+            raise ManifestError(f"{path} is not a model's manifest: {error!r}") from None
+
+    def write(self, folder: Path) -> None:
+        values = {
+            "fingerprint": self.fingerprint,
+            "config": self.config.to_json(),
+            "sense_rms": list(self.sense_rms),
+        }
+        (folder / NAME).write_text(json.dumps(values, indent=2) + "\n", "utf-8")

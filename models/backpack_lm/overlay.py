@@ -1,0 +1,231 @@
+"""A release compiled against a model: the rows it replaces and the multipliers it adds.
+
+Sparse edits (everything but topics) end up as replaced rows: one [d] vector for each touched cell.
+A topic multiplies every cell of the table, so it is kept as one byte a cell, the index of its
+multiplier. Both are computed once per release and shared by every request of that release.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from backpack_lm.patch import (
+    TOPIC_QUANTILES,
+    Add,
+    Cell,
+    Copy,
+    Edit,
+    PatchError,
+    ProjectOut,
+    Release,
+    Scale,
+    Set,
+    Swap,
+    Topic,
+    Vector,
+    Violation,
+)
+
+
+class SenseTable:
+    """Every sense vector of a model: rows [V, k, d], beside the embedding E [V, d] that scores them.
+
+    `unscored` [V] marks ids that no topic may touch: end of text and the padding of the vocabulary.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        embedding: Tensor,
+        unscored: Tensor | None = None,
+        peaks: Tensor | None = None,
+    ) -> None:
+        self.rows, self.embedding = rows, embedding
+        self.unscored = torch.zeros(len(rows), dtype=torch.bool) if unscored is None else unscored
+        if peaks is not None:
+            self.__dict__["peaks"] = peaks
+
+    @cached_property
+    def peaks(self) -> Tensor:
+        """max_y (E C)_y for every cell, [V, k]: the denominator of topic scores, whatever the topic.
+
+        Costs a full vocabulary projection of the table (V²·k·d), so it is kept with a model.
+        """
+        flat = self.rows.flatten(0, 1)
+        head = self.embedding.t().contiguous()
+        return torch.cat([(part @ head).amax(1) for part in flat.split(4096)]).view(
+            self.rows.shape[:2]
+        )
+
+    @cached_property
+    def sense_rms(self) -> tuple[float, ...]:
+        """For each sense, the root mean square over the vocabulary of its vectors' norms."""
+        squares = torch.stack([part.double().square().sum(-1).sum(0) for part in self.rows.split(4096)])
+        return tuple((squares.sum(0) / len(self.rows)).sqrt().tolist())
+
+    def topic_scores(self, tokens: tuple[int, ...]) -> Tensor:
+        """(E C)·b / max_y (E C)_y of every cell, [V, k], with b the many-hot vector of `tokens`."""
+        many_hot = self.embedding[torch.tensor(tokens).unique()].sum(0)
+        scores = (self.rows @ many_hot) / self.peaks
+        return scores.nan_to_num(0.0).masked_fill(self.unscored[:, None], 0.0)
+
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
+
+@dataclass(frozen=True)
+class TopicMultipliers:
+    """One topic edit, compiled. `levels` [V, k] uint8 index into `multipliers` [4]."""
+
+    levels: Tensor
+    multipliers: Tensor
+    scale: float
+    annealed: bool
+
+    @classmethod
+    def of(cls, topic: Topic, table: SenseTable) -> TopicMultipliers:
+        scores = table.topic_scores(topic.tokens)
+        thresholds = torch.quantile(scores.flatten(), torch.tensor(TOPIC_QUANTILES))
+        # Level 0 is above the highest quantile; a score equal to a quantile is not above it.
+        levels = (scores[..., None] <= thresholds).sum(-1).to(torch.uint8)
+        return cls(levels, torch.tensor(topic.multipliers), topic.annealing_scale, topic.annealed)
+
+    def targets(self, ids: Tensor) -> Tensor:
+        """δ, the multiplier before annealing: ids [...] → [..., k]."""
+        return self.multipliers[self.levels[ids].long()]
+
+    def anneal(self, targets: Tensor, satisfied: Tensor, positions: Tensor) -> Tensor:
+        """b·δ + (1 − b) with b = sigmoid(−f·a + 6)·(1 + j/100).
+
+        `satisfied` is a = Σ_i relu(E[x_i]·C(x_j)_l), `positions` j; both broadcast against δ.
+        """
+        if not self.annealed:
+            return targets
+        keep = torch.sigmoid(6 - self.scale * satisfied) * (1 + positions / 100)
+        return keep * targets + (1 - keep)
+
+
+class Overlay:
+    """What a release does to one model's sense table.
+
+    `tokens` [n] are the edited ids in ascending order, `index` [n, k] the row of `rows` [R, d] that
+    replaces each of their senses, −1 where the model's own vector stays.
+    """
+
+    def __init__(
+        self,
+        digest: str,
+        cells: dict[Cell, Tensor],
+        topics: tuple[TopicMultipliers, ...],
+        num_senses: int,
+        width: int,
+    ) -> None:
+        self.digest, self.topics = digest, topics
+        self.tokens = torch.tensor(sorted({cell.token for cell in cells}), dtype=torch.long)
+        self.index = torch.full((len(self.tokens), num_senses), -1, dtype=torch.long)
+        place = {token: at for at, token in enumerate(self.tokens.tolist())}
+        for row, cell in enumerate(cells):
+            self.index[place[cell.token], cell.sense] = row
+        self.rows = torch.stack(list(cells.values())) if cells else torch.empty(0, width)
+
+    @classmethod
+    def compile(cls, release: Release, table: SenseTable) -> Overlay:
+        """Apply a release's edits in order, each to what the one before it left.
+
+        Raises PatchError if a vector that comes out can't be stored in the table's dtype.
+        """
+        cells: dict[Cell, Tensor] = {}
+        edits = release.edits
+        for edit in edits:
+            if not isinstance(edit, Topic):
+                _apply(edit, cells, table)
+        bound = torch.finfo(table.rows.dtype).max
+        for cell, row in cells.items():
+            if not bool(row.isfinite().all()) or float(row.abs().max()) > bound:
+                raise PatchError(
+                    Violation(
+                        f"cell ({cell.token}, {cell.sense})",
+                        "OVERFLOW",
+                        f"does not fit {table.rows.dtype} after the release's edits",
+                    )
+                )
+        topics = tuple(TopicMultipliers.of(e, table) for e in edits if isinstance(e, Topic))
+        return cls(release.digest, cells, topics, *table.rows.shape[1:])
+
+    @property
+    def empty(self) -> bool:
+        return not len(self.rows) and not self.topics
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + self.index.nbytes + sum(t.levels.nbytes for t in self.topics)
+
+    def row_index(self, ids: Tensor) -> Tensor:
+        """For ids [...], the row of `rows` that replaces each sense, or −1: [..., k]."""
+        if not len(self.tokens):
+            return torch.full((*ids.shape, self.index.shape[1]), -1)
+        place = torch.searchsorted(self.tokens, ids).clamp_max(len(self.tokens) - 1)
+        return self.index[place].masked_fill((self.tokens[place] != ids)[..., None], -1)
+
+    def replace(self, ids: Tensor, senses: Tensor) -> Tensor:
+        """Senses [B, T, k, d] of ids [B, T] with the replaced rows in their place."""
+        if not len(self.rows):
+            return senses
+        row = self.row_index(ids)[..., None]
+        return torch.where(row >= 0, self.rows[row.squeeze(-1).clamp_min(0)].to(senses.dtype), senses)
+
+    def multipliers(self, ids: Tensor, senses: Tensor, embedding: Tensor) -> Tensor:
+        """Effective multiplier of each cell j for each prediction i: [B, T, T, k], or ones [1, 1, 1, 1].
+
+        Recomputes the annealing in full for every i, as the reference code does: Σ over the tokens up
+        to and including i, of the senses [B, T, k, d] as they stand after `replace`.
+        """
+        out = torch.ones(1, 1, 1, 1)
+        if not self.topics:
+            return out
+        dots = torch.einsum("bid,bjld->bijl", embedding[ids], senses)
+        satisfied = dots.relu().cumsum(1)
+        positions = torch.arange(ids.shape[1])[None, None, :, None]
+        for topic in self.topics:
+            out = out * topic.anneal(topic.targets(ids)[:, None], satisfied, positions)
+        return out
+
+
+def _apply(edit: Edit, cells: dict[Cell, Tensor], table: SenseTable) -> None:
+    """Change `cells` in place by one sparse edit; a cell not there yet starts as the model's vector."""
+
+    def vector(cell: Cell) -> Tensor:
+        if cell not in cells:
+            return table.rows[cell.token, cell.sense].float()
+        return cells[cell]
+
+    def given(packed: Vector) -> Tensor:
+        return torch.frombuffer(bytearray(packed), dtype=torch.float32)
+
+    def direction(token: int) -> Tensor:
+        return table.embedding[token].float()
+
+    # All targets are read before any is written: an edit naming a cell twice still applies once.
+    match edit:
+        case Scale():
+            changed = {cell: vector(cell) * edit.factor for cell in edit.cells}
+        case Add():
+            changed = {edit.cell: vector(edit.cell) + given(edit.delta)}
+        case Set():
+            changed = {edit.cell: given(edit.vector)}
+        case Copy():
+            changed = {edit.cell: vector(edit.source)}
+        case ProjectOut():
+            r = direction(edit.direction)
+            changed = {c: vector(c) - (vector(c) @ r) / (r @ r) * r for c in edit.cells}
+        case Swap():
+            r, a = direction(edit.old), direction(edit.new)
+            turn = a * (r @ r) / (a @ a) - r
+            changed = {c: vector(c) + (vector(c) @ r) / (r @ r) * turn for c in edit.cells}
+        case Topic():
+            raise AssertionError("topics are compiled by TopicMultipliers")
+    cells.update(changed)

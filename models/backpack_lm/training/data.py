@@ -1,0 +1,144 @@
+"""Training text: JSON-lines files → a byte-level BPE → memory-mapped token streams.
+
+A record is one JSON object a line with a `text`. Each source file becomes two streams of uint16 ids, a
+held-out one and one to train on; which a record goes to depends on the hash of its text alone, so it is
+the same for every run, machine and order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from backpack_lm.tokenizer import END_OF_TEXT, Tokenizer
+
+HELD_OUT_PER_MILLE = 15
+PARAGRAPHS = 4096  # how many paragraphs are tokenised at a time
+
+Ids = npt.NDArray[np.uint16]
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the fraction of it that is done."""
+
+
+class DataError(ValueError):
+    """A corpus file that can't be used, with its line and what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One JSON-lines file, .xz or not, and its share of the training rows."""
+
+    path: Path
+    share: float = 1.0
+
+    @classmethod
+    def parse(cls, argument: str) -> Source:
+        """PATH or PATH:SHARE. Raises DataError if the share isn't a positive number."""
+        path, _, share = argument.rpartition(":")
+        if not path:
+            return cls(Path(argument))
+        try:
+            value = float(share)
+        except ValueError:
+            raise DataError(f"{argument!r}: share {share!r} is not a number") from None
+        if not 0 < value < float("inf"):
+            raise DataError(f"{argument!r}: a share must be positive")
+        return cls(Path(path), value)
+
+    @property
+    def name(self) -> str:
+        return self.path.name.split(".")[0]
+
+    def records(self) -> Iterator[tuple[str, bool]]:
+        """Each record's text, and whether it is held out. Raises DataError naming the bad line."""
+        opener = lzma.open if self.path.suffix == ".xz" else Path.open
+        with opener(self.path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    text = json.loads(line)["text"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(f"{self.path}:{number}: not a record with a text: {error!r}") from None
+                digest = hashlib.sha256(text.encode()).digest()
+                yield text, int.from_bytes(digest[:4], "little") % 1000 < HELD_OUT_PER_MILLE
+
+
+def train_tokenizer(sources: Sequence[Source], vocab_size: int, out: Path) -> Tokenizer:
+    """Learn a byte-level BPE from the training part of the sources and write it to `out`."""
+    tokenizer = HFTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=True,
+    )
+    texts = (text for source in sources for text, held_out in source.records() if not held_out)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(out), pretty=False)
+    return Tokenizer.read(out)
+
+
+def encode(source: Source, tokenizer: Tokenizer, folder: Path, progress: Progress) -> None:
+    """Write `<name>.train.bin` and `<name>.heldout.bin`: every record after an end-of-text token."""
+    if tokenizer.end_of_text is None:
+        raise DataError(f"the tokenizer has no {END_OF_TEXT} token to part records with")
+    end = np.array([tokenizer.end_of_text], dtype=np.uint16)
+    records = list(source.records())
+    paths = [folder / f"{source.name}.{part}.bin" for part in ("train", "heldout")]
+    partial = [path.with_suffix(".partial") for path in paths]
+    with partial[0].open("wb") as train, partial[1].open("wb") as heldout:
+        for number, (text, held_out) in enumerate(records, 1):
+            ids = np.fromiter(_encode_long(text, tokenizer), dtype=np.uint16)
+            (heldout if held_out else train).write(np.concatenate([end, ids]).tobytes())
+            progress(f"tokenise {source.name}", number / len(records))
+    for path, made in zip(paths, partial, strict=True):
+        made.rename(path)
+
+
+def _encode_long(text: str, tokenizer: Tokenizer) -> Iterator[int]:
+    """Ids of a text as long as a book, by its lines, so that the tokenizer can use every core."""
+    lines = text.splitlines(keepends=True)
+    for start in range(0, len(lines), PARAGRAPHS):
+        for ids in tokenizer.encode_batch(lines[start : start + PARAGRAPHS]):
+            yield from ids
+
+
+class Rows:
+    """Rows of ids for one step, drawn at random places of the sources by their shares.
+
+    What a step gets depends on (seed, step) alone: a run that was stopped goes on exactly as it would have.
+    """
+
+    def __init__(self, streams: Sequence[Ids], shares: Sequence[float], seed: int) -> None:
+        self.streams, self.seed = streams, seed
+        self.shares = np.array(shares) / sum(shares)
+
+    @classmethod
+    def open(cls, sources: Sequence[Source], folder: Path, seed: int) -> Rows:
+        return cls([stream(s, folder, "train") for s in sources], [s.share for s in sources], seed)
+
+    def at(self, step: int, count: int, length: int) -> npt.NDArray[np.int64]:
+        """Rows [count, length + 1] of step `step`: each row's inputs and, one further, its targets."""
+        random = np.random.default_rng([self.seed, step])
+        chosen = random.choice(len(self.streams), size=count, p=self.shares)
+        rows = np.empty((count, length + 1), dtype=np.int64)
+        for row, source in zip(rows, chosen, strict=True):
+            ids = self.streams[source]
+            start = int(random.integers(len(ids) - length))
+            row[:] = ids[start : start + length + 1]
+        return rows
+
+
+def stream(source: Source, folder: Path, part: str) -> Ids:
+    """A source's token stream, memory-mapped; `part` is "train" or "heldout"."""
+    return np.memmap(folder / f"{source.name}.{part}.bin", dtype=np.uint16, mode="r")

@@ -1,0 +1,216 @@
+"""The training loop: seeded, resumable to the bit, with a log, a progress line and a loss plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backpack_lm.config import BackpackConfig
+from backpack_lm.model import Backpack, TransformerTwin
+from backpack_lm.training.data import Rows, Source, stream
+from backpack_lm.training.loss import head_loss
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that decides what a run computes.
+
+    Learning rates warm up linearly, stay, and decay linearly to zero over the last `decay` of the steps.
+    Rows have `short_row` tokens for the first `long_from` of the steps, then fill the context.
+    """
+
+    steps: int
+    seed: int = 0
+    tokens_per_step: int = 2048
+    tokens_per_pass: int = 1024
+    short_row: int = 256
+    long_from: float = 0.7
+    lr: float = 3e-3
+    matrix_lr: float = 6e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.03
+    decay: float = 0.5
+    clip: float = 1.0
+
+    def scale(self, step: int) -> float:
+        """What the learning rates are multiplied by at a step."""
+        up = (step + 1) / max(1.0, self.warmup * self.steps)
+        down = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return min(1.0, up, down)
+
+    def row_length(self, step: int, context: int) -> int:
+        return context if step >= self.long_from * self.steps else min(self.short_row, context)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step reports."""
+
+    step: int
+    loss: float
+    tokens: int
+    seconds: float
+
+
+class Trainer:
+    """Trains a Backpack, or its Transformer twin, in `folder`; goes on from the checkpoint found there.
+
+    Raises ValueError if that checkpoint was made by another recipe, config or kind of model.
+    """
+
+    def __init__(self, config: BackpackConfig, recipe: Recipe, rows: Rows, folder: Path, twin: bool) -> None:
+        self.recipe, self.rows, self.folder = recipe, rows, folder
+        self.made_by = {"config": config.to_json(), "recipe": asdict(recipe), "twin": twin}
+        torch.manual_seed(recipe.seed)
+        self.model: Backpack | TransformerTwin = TransformerTwin(config) if twin else Backpack(config)
+        self.optimizers = _optimizers(self.model, recipe)
+        self.step = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint.exists():
+            self._resume()
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def run(self, save_every: int = 50) -> Iterator[Step]:
+        """Take the remaining steps, yielding each; saves every so often, and at the end."""
+        while self.step < self.recipe.steps:
+            started = time.perf_counter()
+            loss = self._take()
+            self.step += 1
+            done = Step(self.step, loss, self.recipe.tokens_per_step, time.perf_counter() - started)
+            with (self.folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps(asdict(done)) + "\n")
+            if self.step % save_every == 0 or self.step == self.recipe.steps:
+                self.save()
+            yield done
+
+    def _take(self) -> float:
+        recipe, model = self.recipe, self.model
+        length = recipe.row_length(self.step, model.config.n_positions)
+        count = max(1, recipe.tokens_per_step // length)
+        per_pass = max(1, recipe.tokens_per_pass // length)
+        rows = torch.from_numpy(self.rows.at(self.step, count, length))
+        total = 0.0
+        for part in rows.split(per_pass):
+            hidden = model.mix(part[:, :-1]).flatten(0, 1)
+            loss = head_loss(hidden, model.embedding, part[:, 1:].flatten()) * (len(part) / count)
+            loss.backward()
+            total += loss.item()
+        if not math.isfinite(total):
+            raise FloatingPointError(f"loss is {total} at step {self.step}; lower the learning rates")
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * recipe.scale(self.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def save(self) -> None:
+        """Write the checkpoint: a crash leaves the old one or the new one, never half of one."""
+        state = {
+            "made_by": json.dumps(self.made_by, sort_keys=True),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        partial = self.checkpoint.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.rename(self.checkpoint)
+
+    def _resume(self) -> None:
+        state: dict[str, Any] = torch.load(self.checkpoint, weights_only=True)
+        if json.loads(state["made_by"]) != json.loads(json.dumps(self.made_by)):
+            raise ValueError(
+                f"{self.checkpoint} was made by another recipe: {state['made_by']}; "
+                "give the same options to go on, or another folder to start anew"
+            )
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the trunk's matrices, AdamW for the rest.
+
+    The sense network's wide last layer is left to AdamW: orthogonalising [4d, k·d] costs more than a step.
+    """
+    named = list(model.named_parameters())
+    matrices = [p for n, p in named if p.ndim == 2 and ".h." in n]
+    embeddings = [p for n, p in named if p.ndim == 2 and (".wte." in n or ".wpe." in n)]
+    senses = [p for n, p in named if p.ndim == 2 and ".h." not in n and not (".wte." in n or ".wpe." in n)]
+    vectors = [p for _, p in named if p.ndim < 2]
+    muon = torch.optim.Muon(
+        matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(
+        [
+            {"params": embeddings + vectors, "weight_decay": 0.0},
+            {"params": senses, "weight_decay": recipe.weight_decay},
+        ],
+        lr=recipe.lr,
+        betas=(0.9, 0.95),
+    )
+    for optimizer, peak in ((muon, recipe.matrix_lr), (adamw, recipe.lr)):
+        for group in optimizer.param_groups:
+            group["peak_lr"] = peak
+    return [muon, adamw]
+
+
+@torch.no_grad()
+def perplexity(model: Backpack | TransformerTwin, ids: Tensor, batch: int = 8) -> float:
+    """Perplexity of a stream of ids [N], in rows that fill the context; each row's first token is free."""
+    length = model.config.n_positions
+    if len(ids) <= length:
+        raise ValueError(f"{len(ids)} tokens of held-out text; at least {length + 1} are needed")
+    rows = ids[: (len(ids) - 1) // length * length + 1].unfold(0, length + 1, length)
+    total = 0.0
+    for part in rows.split(batch):
+        loss = head_loss(model.mix(part[:, :-1]).flatten(0, 1), model.embedding, part[:, 1:].flatten())
+        total += loss.item() * len(part)
+    return math.exp(total / len(rows))
+
+
+def held_out(
+    model: Backpack | TransformerTwin, sources: Sequence[Source], folder: Path, limit: int = 200_000
+) -> dict[str, float]:
+    """Perplexity on each source's held-out stream, at most `limit` tokens of each."""
+    return {
+        source.name: perplexity(
+            model, torch.from_numpy(stream(source, folder, "heldout")[:limit].astype("int64"))
+        )
+        for source in sources
+    }
+
+
+def plot(folders: dict[str, Path], out: Path, smooth: float = 0.95) -> None:
+    """Draw the loss curves of runs (name → folder) into one picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, folder in folders.items():
+        lines = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
+        steps = {line["step"]: line for line in lines}  # a resumed run may log a step twice
+        seen, curve, mean = 0, [], None
+        for step in sorted(steps):
+            seen += steps[step]["tokens"]
+            loss = steps[step]["loss"]
+            mean = loss if mean is None else smooth * mean + (1 - smooth) * loss
+            curve.append((seen / 1e6, mean))
+        axes.plot(*zip(*curve, strict=True), label=name)
+    axes.set(xlabel="training tokens (millions)", ylabel="loss (nats per token, smoothed)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out)

@@ -1,0 +1,1 @@
+"""The wire: backpack.v1 in protobuf, and the Python code generated from it (`make protos`)."""

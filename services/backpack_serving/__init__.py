@@ -1,0 +1,1 @@
+"""A server for Backpack language models: gateway, inference, interventions."""

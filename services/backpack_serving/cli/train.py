@@ -1,0 +1,106 @@
+"""`backpack train`: text in, a servable model folder out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+
+
+def train(
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="JSON-lines files (.xz or not), each record with a `text`; PATH or PATH:SHARE."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run; the same folder again goes on.")],
+    steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)],
+    twin: Annotated[bool, typer.Option(help="Train the Transformer of the same trunk instead.")] = False,
+    layers: Annotated[int, typer.Option(help="Trunk layers L.")] = 6,
+    heads: Annotated[int, typer.Option(help="Trunk heads H.")] = 6,
+    width: Annotated[int, typer.Option(help="Width d.")] = 192,
+    senses: Annotated[int, typer.Option(help="Senses k of each word.")] = 16,
+    context: Annotated[int, typer.Option(help="Context T in tokens.")] = 512,
+    vocabulary: Annotated[int, typer.Option(help="Size of the byte-level BPE learnt first.")] = 16384,
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens of one optimiser step.")] = 2048,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 3e-3,
+    matrix_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon (trunk matrices).")] = 6e-3,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0 for torch's choice.")] = 0,
+) -> None:
+    """Train a Backpack (or its Transformer twin) from text.
+
+    Learns a tokenizer, tokenises the text, trains, and at the end writes OUT/model (a folder to serve),
+    OUT/loss.svg and held-out perplexities. Stop it whenever you like: the same command goes on from the
+    last checkpoint, and ends with the same weights as if it had never been stopped.
+    """
+    import torch
+
+    from backpack_lm.config import BackpackConfig
+    from backpack_lm.tokenizer import Tokenizer
+    from backpack_lm.training import data
+    from backpack_lm.training.trainer import Recipe, Trainer, held_out, plot
+
+    if threads:
+        torch.set_num_threads(threads)
+    corpus = [data.Source.parse(source) for source in sources]
+    folder = out / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer_file = folder / "tokenizer.json"
+    if not tokenizer_file.exists():
+        console.print(f"Learning a tokenizer of {vocabulary} tokens")
+        data.train_tokenizer(corpus, vocabulary, tokenizer_file)
+    tokenizer = Tokenizer.read(tokenizer_file)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        for source in corpus:
+            if not (folder / f"{source.name}.heldout.bin").exists():
+                task = progress.add_task(f"tokenise {source.name}", total=100, note="")
+                data.encode(
+                    source, tokenizer, folder, lambda _, done: progress.update(task, completed=100 * done)
+                )
+        config = BackpackConfig(
+            vocab_size=tokenizer.vocab_size,
+            n_positions=context,
+            n_embd=width,
+            n_layer=layers,
+            n_head=heads,
+            num_senses=senses,
+            eos_token_id=tokenizer.end_of_text,
+        )
+        recipe = Recipe(steps, seed=seed, tokens_per_step=tokens_per_step, lr=lr, matrix_lr=matrix_lr)
+        run = out / ("twin" if twin else "backpack")
+        trainer = Trainer(config, recipe, data.Rows.open(corpus, folder, seed), run, twin)
+        task = progress.add_task("train", total=steps, completed=trainer.step, note="")
+        for step in trainer.run():
+            progress.update(
+                task,
+                completed=step.step,
+                note=f"loss {step.loss:.3f}, {step.tokens / step.seconds:.0f} tokens/s",
+            )
+        note = progress.add_task("evaluate", total=None, note="")
+        perplexities = held_out(trainer.model, corpus, folder)
+        progress.remove_task(note)
+    (run / "perplexity.json").write_text(json.dumps(perplexities, indent=2) + "\n")
+    for name, value in perplexities.items():
+        console.print(f"held-out perplexity, {name}: {value:.2f}")
+    runs = {name: out / name for name in ("backpack", "twin") if (out / name / "log.jsonl").exists()}
+    plot(runs, out / "loss.svg")
+    if not twin:
+        from backpack_lm.checkpoint import save
+        from backpack_lm.model import Backpack
+
+        assert isinstance(trainer.model, Backpack)
+        save(trainer.model, tokenizer_file, out / "model")
+        console.print(f"wrote {out / 'model'}; serve it with BACKPACK_MODEL={out / 'model'} backpack run")

@@ -1,0 +1,1 @@
+"""The engine: continuous batching of steered sequences. step = schedule → run → sample → settle."""

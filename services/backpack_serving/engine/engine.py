@@ -1,0 +1,138 @@
+"""The engine: requests in, tokens out, one step at a time. No threads and no asyncio here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from backpack_serving.engine.runner import Runner
+from backpack_serving.engine.sampler import choose, log_probability
+from backpack_serving.engine.scheduler import Scheduler
+from backpack_serving.engine.sequence import Output, Request, Sequence
+from backpack_serving.engine.slots import OverlayRows, Slots
+
+
+class QueueFull(Exception):
+    """As many requests are waiting as may."""
+
+
+class TooManyRows(Exception):
+    """A release replaces more cells than there is space for behind the table, used by nobody else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy the engine is."""
+
+    slots: int
+    running: int
+    queued: int
+    tokens_in_flight: int
+
+
+class Engine:
+    """Continuous batching of steered sequences.
+
+    A request holds one slot and one use of its release's overlay rows from admission to its last token.
+    """
+
+    def __init__(self, runner: Runner, slots: Slots, rows: OverlayRows, scheduler: Scheduler) -> None:
+        self._runner, self._slots, self._rows, self._scheduler = runner, slots, rows, scheduler
+        self._sequences: dict[str, Sequence] = {}
+        self._end_of_text = runner.config.eos_token_id
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def load(self) -> Load:
+        scheduler = self._scheduler
+        return Load(self._slots.count, len(scheduler.running), scheduler.waiting, scheduler.tokens_in_flight)
+
+    def add(self, request: Request) -> None:
+        """Take a request in. Raises QueueFull, or TooManyRows if its release could never be loaded."""
+        if not self._scheduler.can_add(self._slots.free):
+            raise QueueFull(f"{self._scheduler.waiting} requests are waiting")
+        if len(request.overlay.rows) > self._rows.size:
+            raise TooManyRows(
+                f"release {request.overlay.digest[:12]} replaces {len(request.overlay.rows)} senses; "
+                f"this replica has space for {self._rows.size}"
+            )
+        assert request.id not in self._sequences, f"request {request.id} is here already"
+        context = self._runner.config.n_positions
+        assert 0 < len(request.prompt) <= context - request.sampling.max_tokens, "validated at admission"
+        sequence = Sequence(request)
+        self._sequences[request.id] = sequence
+        self._scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request; its slot is free at once. One that has ended, or never was, is no error."""
+        if sequence := self._sequences.get(request_id):
+            self._end(sequence)
+
+    def step(self) -> list[Output]:
+        """Schedule, run, sample, settle; the tokens that were made."""
+        self._scheduler.admit(self._start)
+        batch = self._scheduler.plan()
+        if not batch:
+            return []
+        logits = self._runner.run(batch)
+        for sequence in batch.decodes:
+            sequence.computed = len(sequence.tokens)
+        for chunk in batch.chunks:
+            chunk.sequence.computed = chunk.end
+        return [
+            self._settle(sequence, choose(row, sequence.request.sampling, len(sequence.tokens)), row)
+            for sequence, row in zip(batch.sampled, logits, strict=True)
+        ]
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence a slot and its release's rows, if there are any to give."""
+        overlay = sequence.request.overlay
+        if not self._slots.free or not self._rows.can_hold(overlay.digest, len(overlay.rows)):
+            return False
+        sequence.slot = self._slots.allocate()
+        first_row, fill = self._rows.acquire(overlay.digest, len(overlay.rows))
+        if fill:
+            self._runner.load(overlay, first_row)
+        self._runner.start(sequence.slot, overlay, first_row)
+        return True
+
+    def _settle(self, sequence: Sequence, token: int, logits: Tensor) -> Output:
+        request, slot = sequence.request, sequence.slot
+        assert slot is not None
+        sequence.tokens.append(token)
+        self._scheduler.charge(sequence)
+        finish = sequence.finish_after(token, self._end_of_text)
+        alternatives = request.sampling.log_probabilities
+        output = Output(
+            request.id,
+            token,
+            self._runner.digest(slot),
+            None if alternatives is None else log_probability(logits, token, alternatives),
+            finish,
+        )
+        if finish:
+            self._end(sequence)
+        return output
+
+    def _end(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request.id]
+        self._scheduler.remove(sequence)
+        if sequence.slot is not None:
+            self._runner.stop(sequence.slot)
+            self._slots.release(sequence.slot)
+            self._rows.release(sequence.request.overlay.digest)
+            sequence.slot = None
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a slot, an overlay range or a sequence is lost, shared or left behind."""
+        known = list(self._scheduler)
+        assert {id(s) for s in known} == {id(s) for s in self._sequences.values()}
+        in_use = [s.slot for s in self._scheduler.running if s.slot is not None]
+        assert len(in_use) == len(set(in_use)) == len(self._scheduler.running), "a slot is shared"
+        self._slots.check_integrity(set(in_use))
+        self._rows.check_integrity(Counter(s.request.overlay.digest for s in self._scheduler.running))

@@ -1,0 +1,234 @@
+"""One step of the model over a mixed batch, with caches: the only file that touches device memory.
+
+Linear layers run over all new tokens at once, flattened [N, d]; attention runs once over the grid of slots
+that decode, and once for each chunk of a prompt. The sense mix is a lookup: every position of a slot
+keeps the k rows of the sense table that are its senses, and an overlay's rows lie behind the table, so a
+patched sense costs what any sense costs.
+
+Caches, T the context, S the slots:
+    keys, values   [L, S, H, T, d/H]   of the trunk
+    sense_keys     [S, k, T, d/k]      of the sense weights
+    rows           [S, k, T]           row of the table for each sense of each position
+None of them depends on a patch except `rows`, which is written from token ids alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from backpack_lm.model import Backpack, Block
+from backpack_lm.overlay import Overlay, SenseTable
+from torch import Tensor
+
+from backpack_serving.engine.scheduler import Batch, Chunk
+from backpack_serving.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class _Occupant:
+    """What a slot holds: the overlay it was started with, where that lies, and its annealing."""
+
+    overlay: Overlay
+    first_row: int
+    edited: frozenset[int]
+    # Per topic edit δ [k, T]; a = Σ_i relu(E[x_i]·C(x_j)_l), [k, T]; their effective product, [k, T].
+    targets: list[Tensor]
+    satisfied: Tensor
+    multipliers: Tensor
+
+
+class Runner:
+    """The tensors of one replica. `overlay_rows` rows are kept free behind the table for releases."""
+
+    def __init__(self, model: Backpack, table: SenseTable, slots: int, overlay_rows: int) -> None:
+        config = self.config = model.config
+        self.model = model.eval()
+        width, heads, senses = config.n_embd, config.n_head, config.num_senses
+        context, self.base_rows = config.n_positions, config.vocab_size * senses
+        self.table = torch.empty(self.base_rows + overlay_rows, width)
+        self.table[: self.base_rows] = table.rows.flatten(0, 1)
+        self.head = model.embedding.detach()[: config.tokens].t()  # padding is never sampled
+        trunk = (config.n_layer, slots, heads, context, width // heads)
+        self.keys, self.values = torch.zeros(trunk), torch.zeros(trunk)
+        self.sense_keys = torch.zeros(slots, senses, context, config.sense_head_width)
+        self.rows = torch.zeros(slots, senses, context, dtype=torch.long)
+        self.ids = torch.zeros(slots, context, dtype=torch.long)
+        self._occupants: list[_Occupant | None] = [None] * slots
+        self._senses = torch.arange(senses)
+        self._places = torch.arange(context)
+
+    def load(self, overlay: Overlay, first_row: int) -> None:
+        """Copy a release's rows behind the table, from `first_row` of the space kept for them."""
+        start = self.base_rows + first_row
+        self.table[start : start + len(overlay.rows)] = overlay.rows
+
+    def start(self, slot: int, overlay: Overlay, first_row: int) -> None:
+        """Give a slot to a sequence steered by an overlay whose rows are loaded at `first_row`."""
+        shape = (self.config.num_senses, self.config.n_positions) if overlay.topics else (0, 0)
+        self._occupants[slot] = _Occupant(
+            overlay,
+            self.base_rows + first_row,
+            frozenset(overlay.tokens.tolist()),
+            [torch.ones(shape) for _ in overlay.topics],
+            torch.zeros(shape),
+            torch.ones(shape),
+        )
+
+    def digest(self, slot: int) -> str:
+        """Digest of the release that the slot's sequence is being computed with."""
+        return self._occupant(slot).overlay.digest
+
+    def stop(self, slot: int) -> None:
+        self._occupants[slot] = None
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Tensor:
+        """Compute a batch; logits [B, tokens] of the next token of each of `batch.sampled`."""
+        decodes = [(_slot(s), len(s.tokens) - 1) for s in batch.decodes]
+        slots = torch.tensor(
+            [slot for slot, _ in decodes]
+            + [_slot(c.sequence) for c in batch.chunks for _ in range(c.start, c.end)]
+        )
+        positions = torch.tensor(
+            [place for _, place in decodes] + [p for c in batch.chunks for p in range(c.start, c.end)]
+        )
+        ids = torch.tensor(
+            [s.tokens[-1] for s in batch.decodes]
+            + [t for c in batch.chunks for t in c.sequence.tokens[c.start : c.end]]
+        )
+        self._place(ids, slots, positions)
+        queries = self._trunk(ids, slots, positions, len(decodes), batch.chunks)
+        for slot, place in decodes:
+            self._anneal(slot, place, place + 1)
+        for chunk in batch.chunks:
+            self._anneal(_slot(chunk.sequence), chunk.start, chunk.end)
+        ends = [*range(len(decodes))]
+        at = len(decodes)
+        for chunk in batch.chunks:
+            at += chunk.end - chunk.start
+            if chunk.completes:
+                ends.append(at - 1)
+        if not ends:
+            return torch.empty(0, self.config.tokens)
+        return self._mix(queries[ends], slots[ends], positions[ends]) @ self.head
+
+    def _place(self, ids: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Note new tokens [N] in their slots, with the table rows that are their senses."""
+        rows = ids[:, None] * self.config.num_senses + self._senses  # [N, k]
+        for n, (token, slot) in enumerate(zip(ids.tolist(), slots.tolist(), strict=True)):
+            occupant = self._occupant(slot)
+            if token in occupant.edited:
+                index = occupant.overlay.row_index(ids[n])
+                rows[n] = torch.where(index >= 0, occupant.first_row + index, rows[n])
+        self.rows[slots, :, positions] = rows
+        self.ids[slots, positions] = ids
+
+    def _trunk(
+        self, ids: Tensor, slots: Tensor, positions: Tensor, decodes: int, chunks: Many[Chunk]
+    ) -> Tensor:
+        """Run the trunk on new tokens [N], filling the caches; the sense weights' queries [N, k, d/k]."""
+        trunk, config = self.model.gpt2_model, self.config
+        x = trunk.wte.weight[ids] + trunk.wpe.weight[positions]
+        grid = _Grid(slots[:decodes], positions[:decodes]) if decodes else None
+        for layer, block in enumerate(trunk.h):
+            assert isinstance(block, Block)
+            qkv = block.attn.c_attn(block.ln_1(x)).view(len(ids), 3, config.n_head, -1)
+            q, k, v = qkv.unbind(1)  # [N, H, d/H]
+            keys, values = self.keys[layer], self.values[layer]
+            keys[slots, :, positions] = k
+            values[slots, :, positions] = v
+            mixed = torch.empty_like(q)
+            if grid is not None:
+                mixed[:decodes] = grid.attend(q[:decodes], keys, values, block.attn.scale)
+            at = decodes
+            for chunk in chunks:
+                slot, size = _slot(chunk.sequence), chunk.end - chunk.start
+                seen = self._places[: chunk.end] <= self._places[chunk.start : chunk.end, None]
+                mixed[at : at + size] = F.scaled_dot_product_attention(
+                    q[at : at + size].transpose(0, 1)[None],
+                    keys[slot, :, : chunk.end][None],
+                    values[slot, :, : chunk.end][None],
+                    attn_mask=seen,
+                    scale=block.attn.scale,
+                )[0].transpose(0, 1)
+                at += size
+            x = x + block.attn.c_proj(mixed.flatten(1))
+            x = x + block.mlp(block.ln_2(x))
+        queries, sense_keys = self.model.sense_weight_net.query_key(trunk.ln_f(x))
+        self.sense_keys[slots, :, positions] = sense_keys
+        return queries
+
+    def _anneal(self, slot: int, start: int, end: int) -> None:
+        """Bring a slot's multipliers up to date with its tokens [start, end).
+
+        Each new token adds relu(E[x]·C(x_j)_l) to every cell before it, and new cells sum over all tokens.
+        """
+        occupant = self._occupant(slot)
+        if not occupant.targets:
+            return
+        ids, rows, satisfied = self.ids[slot], self.rows[slot], occupant.satisfied
+        embedding = self.model.embedding
+        for target, topic in zip(occupant.targets, occupant.overlay.topics, strict=True):
+            target[:, start:end] = topic.targets(ids[start:end]).t()
+        old, new = self.table[rows[:, :start]], self.table[rows[:, start:end]]  # [k, ·, d]
+        satisfied[:, :start] += (old @ embedding[ids[start:end]].t()).relu().sum(-1)
+        satisfied[:, start:end] = (new @ embedding[ids[:end]].t()).relu().sum(-1)
+        occupant.multipliers[:, :end] = 1.0
+        for target, topic in zip(occupant.targets, occupant.overlay.topics, strict=True):
+            occupant.multipliers[:, :end] *= topic.anneal(
+                target[:, :end], satisfied[:, :end], self._places[:end]
+            )
+
+    def _mix(self, queries: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """o [B, d] for queries [B, k, d/k] at the newest positions of slots: Σ_l Σ_j α[l,j] C(x_j)_l."""
+        length = int(positions.max()) + 1
+        keys = self.sense_keys[slots, :, :length]  # [B, k, T, d/k]
+        scores = (keys @ queries[..., None]).squeeze(-1) / math.sqrt(self.config.sense_head_width)
+        future = self._places[:length] > positions[:, None]
+        alpha = scores.masked_fill(future[:, None], float("-inf")).softmax(-1)  # [B, k, T]
+        for n, slot in enumerate(slots.tolist()):
+            occupant = self._occupant(slot)
+            if occupant.targets:
+                alpha[n] *= occupant.multipliers[:, :length]
+        # Masked places have weight zero; row 0 stands in for whatever the slot held there before.
+        rows = self.rows[slots, :, :length].masked_fill(future[:, None], 0)
+        bags = F.embedding_bag(
+            rows.flatten(0, 1), self.table, per_sample_weights=alpha.flatten(0, 1), mode="sum"
+        )
+        return bags.view(len(slots), -1, self.config.n_embd).sum(1)
+
+    def _occupant(self, slot: int) -> _Occupant:
+        occupant = self._occupants[slot]
+        assert occupant is not None, f"slot {slot} is free"
+        return occupant
+
+
+class _Grid:
+    """The slots that decode in a step, as a view of the caches from slot 0 to the last of them."""
+
+    def __init__(self, slots: Tensor, positions: Tensor) -> None:
+        self.slots, self.rows, self.length = slots, int(slots.max()) + 1, int(positions.max()) + 1
+        # A slot in between that doesn't decode reads its position 0, and its result is dropped.
+        last = torch.zeros(self.rows, dtype=torch.long)
+        last[slots] = positions
+        future = torch.arange(self.length) > last[:, None]
+        self.mask = torch.zeros(self.rows, 1, 1, self.length).masked_fill_(
+            future[:, None, None], float("-inf")
+        )
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """q [B, H, d/H] against each its own slot of keys and values [S, H, T, d/H] → [B, H, d/H]."""
+        queries = q.new_zeros(self.rows, *q.shape[1:])
+        queries[self.slots] = q
+        keys, values = keys[: self.rows, :, : self.length], values[: self.rows, :, : self.length]
+        scores = queries[:, :, None] @ keys.transpose(2, 3) * scale + self.mask
+        return (scores.softmax(-1) @ values)[self.slots, :, 0]
+
+
+def _slot(sequence: Sequence) -> int:
+    assert sequence.slot is not None, "a running sequence has a slot"
+    return sequence.slot

@@ -1,0 +1,126 @@
+"""Who runs next: which sequences decode, which prompts are read, who waits. Arithmetic only.
+
+Tenants share by the virtual token counter (Sheng et al., OSDI 2024): each has a counter of the tokens it was
+served; the waiting tenant with the least goes first; one that was away is lifted to the least of those
+present, so that nobody saves up. Within a tenant, first come, first served.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from backpack_serving.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, end) of a sequence's prompt, to be read in this step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def completes(self) -> bool:
+        return self.end == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: sequences that decode one token, and chunks of prompts."""
+
+    decodes: tuple[Sequence, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+
+    @property
+    def sampled(self) -> tuple[Sequence, ...]:
+        """The sequences that get a token in this step: decodes, then the prompts that are complete."""
+        return self.decodes + tuple(c.sequence for c in self.chunks if c.completes)
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.chunks)
+
+
+@dataclass(slots=True)
+class _Tenant:
+    waiting: deque[Sequence] = field(default_factory=deque)
+    running: int = 0
+    served: float = 0.0
+
+
+class Scheduler:
+    """Decides every step within `step_tokens` prompt tokens; at most `queue` sequences wait."""
+
+    def __init__(self, step_tokens: int, queue: int) -> None:
+        self.step_tokens, self.queue = step_tokens, queue
+        self.running: list[Sequence] = []
+        self._tenants: dict[str, _Tenant] = {}
+
+    @property
+    def waiting(self) -> int:
+        return sum(len(tenant.waiting) for tenant in self._tenants.values())
+
+    @property
+    def tokens_in_flight(self) -> int:
+        """Tokens that all sequences, waiting ones included, may still cost."""
+        return sum(sequence.to_come for sequence in self)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self.running
+        for tenant in self._tenants.values():
+            yield from tenant.waiting
+
+    def can_add(self, free_slots: int) -> bool:
+        """Whether one more may wait, beside those that a free slot awaits."""
+        return self.waiting < self.queue + free_slots
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn; ask `can_add` first."""
+        name = sequence.request.tenant
+        if name not in self._tenants:
+            present = [tenant.served for tenant in self._tenants.values()]
+            self._tenants[name] = _Tenant(served=min(present, default=0.0))
+        self._tenants[name].waiting.append(sequence)
+
+    def admit(self, start: Callable[[Sequence], bool]) -> None:
+        """Start waiting sequences, fairest first, until `start` says that one can't be."""
+        while candidates := [t for t in self._tenants.values() if t.waiting]:
+            tenant = min(candidates, key=lambda t: t.served)
+            if not start(tenant.waiting[0]):
+                return
+            sequence = tenant.waiting.popleft()
+            tenant.running += 1
+            # The prompt is charged when it is admitted: what matters is who gets the next slot.
+            tenant.served += len(sequence.request.prompt)
+            self.running.append(sequence)
+
+    def plan(self) -> Batch:
+        """The next step: every sequence whose prompt is read decodes; prompts share the token budget."""
+        decodes, chunks, budget = [], [], self.step_tokens
+        for sequence in self.running:
+            left = len(sequence.tokens) - sequence.computed
+            if sequence.computed >= len(sequence.request.prompt):
+                decodes.append(sequence)
+            elif budget:
+                size = min(left, budget)
+                budget -= size
+                chunks.append(Chunk(sequence, sequence.computed, sequence.computed + size))
+        return Batch(tuple(decodes), tuple(chunks))
+
+    def charge(self, sequence: Sequence) -> None:
+        """Count a token that was made for its tenant. A made token weighs as two read ones, as in VTC."""
+        self._tenants[sequence.request.tenant].served += 2
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, waiting or running."""
+        name = sequence.request.tenant
+        tenant = self._tenants[name]
+        if sequence.slot is None:
+            tenant.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            tenant.running -= 1
+        if not tenant.waiting and not tenant.running:
+            del self._tenants[name]

@@ -1,0 +1,78 @@
+"""What the engine is asked for, what it is working on, and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from backpack_lm.overlay import Overlay
+
+from backpack_serving.engine.sampling import Sampling
+
+
+class Finish(Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation. It carries its overlay by value: nothing that happens later changes what it means."""
+
+    id: str
+    tenant: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    overlay: Overlay
+
+
+@dataclass(frozen=True, slots=True)
+class LogProbability:
+    """Natural logarithm of a token's probability at temperature 1, and of the likeliest alternatives'."""
+
+    chosen: float
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One new token of one request. `digest` is read from the slot that the token was computed in."""
+
+    request_id: str
+    token: int
+    digest: str
+    log_probability: LogProbability | None = None
+    finish: Finish | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request in progress. `computed` of its `tokens` are in the slot's cache."""
+
+    request: Request
+    tokens: list[int] = field(init=False)
+    computed: int = 0
+    slot: int | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def to_come(self) -> int:
+        """Tokens that this sequence may still cost: prompt tokens to read and tokens to make."""
+        return max(0, len(self.request.prompt) - self.computed) + (
+            self.request.sampling.max_tokens - self.generated
+        )
+
+    def finish_after(self, token: int, end_of_text: int | None) -> Finish | None:
+        """Whether a token that was just appended ends the sequence."""
+        sampling = self.request.sampling
+        if token == end_of_text and not sampling.ignore_end_of_text:
+            return Finish.STOP
+        return Finish.LENGTH if self.generated >= sampling.max_tokens else None

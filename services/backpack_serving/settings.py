@@ -1,0 +1,66 @@
+"""The one table of settings. Every one is an environment variable BACKPACK_<NAME>, or a line of `.env`.
+
+The only file that reads the environment. `backpack settings` prints this table with what holds now.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def default_model() -> Path:
+    """The model that comes with the project: in the wheel beside the code, in a checkout under models/."""
+    packaged = Path(str(files("backpack_lm"))) / "weights" / "default"
+    if packaged.exists():
+        return packaged
+    return Path(str(files("backpack_lm"))).parent / "weights" / "default"
+
+
+class Settings(BaseSettings):
+    """What an operator may choose."""
+
+    model_config = SettingsConfigDict(env_prefix="BACKPACK_", env_file=".env", frozen=True, extra="ignore")
+
+    state: Path = Field(Path("var"), description="Folder of the database, keys and caches.")
+    model: Path = Field(default_factory=default_model, description="Folder of the model to serve.")
+    database: str = Field("", description="Database URL. Default: SQLite in the state folder.")
+
+    gateway_address: str = Field("127.0.0.1:8470", description="Where the gateway listens.")
+    interventions_address: str = Field(
+        "127.0.0.1:8471", description="Where the intervention service listens, and is called."
+    )
+    directory_address: str = Field(
+        "127.0.0.1:8472", description="Where the directory of replicas listens, and is called."
+    )
+    inference_address: str = Field(
+        "127.0.0.1:0", description="Where a replica listens; port 0 takes a free one."
+    )
+    service_key: SecretStr = Field(
+        SecretStr(""),
+        description="API key with the role `replica`, for gateways and replicas. "
+        "Default: read from the state folder.",
+    )
+
+    slots: int = Field(32, ge=1, description="Sequences that a replica runs at once.")
+    queue: int = Field(256, ge=0, description="Requests that may wait in a replica for a slot.")
+    step_tokens: int = Field(512, ge=1, description="Most prompt tokens that a step of the engine takes in.")
+    releases: int = Field(256, ge=1, description="Compiled releases that a replica keeps.")
+    threads: int = Field(0, ge=0, description="Threads of a replica's arithmetic; 0 for torch's choice.")
+
+    stale_after: float = Field(
+        10.0, gt=0, description="Seconds without news from interventions after which health says so."
+    )
+    expired_after: float = Field(
+        86_400.0, gt=0, description="Seconds without news after which requests are refused."
+    )
+    log_format: str = Field("console", pattern="^(console|json)$", description="console or json.")
+    log_level: str = Field("info", description="debug, info, warning or error.")
+
+    @cached_property
+    def database_url(self) -> str:
+        return self.database or f"sqlite:///{self.state.resolve() / 'interventions.db'}"

@@ -1,0 +1,86 @@
+"""A tiny random Backpack, releases that bend it, and an engine around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from backpack_lm.config import BackpackConfig
+from backpack_lm.model import Backpack
+from backpack_lm.overlay import Overlay, SenseTable
+from backpack_lm.patch import Add, Cell, Copy, Edit, ProjectOut, Release, Revision, Scale, Set, Swap, Topic, Vector
+from backpack_serving.engine.engine import Engine
+from backpack_serving.engine.runner import Runner
+from backpack_serving.engine.scheduler import Scheduler
+from backpack_serving.engine.slots import OverlayRows, Slots
+
+V, T, D, K = 97, 48, 32, 4
+
+
+@pytest.fixture(scope="session")
+def model() -> Backpack:
+    """Random weights, large enough that senses, positions and patches all matter to the argmax."""
+    torch.manual_seed(0)
+    config = BackpackConfig(V, T, D, n_layer=3, n_head=4, num_senses=K, eos_token_id=0, num_tokens=V - 4)
+    model = Backpack(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.25) if parameter.ndim > 1 else parameter.add_(
+                torch.randn_like(parameter) * 0.1
+            )
+        # Small dots E·C, so that annealing is halfway rather than over at once.
+        model.sense_network.final_mlp.c_proj.weight *= 0.1
+        model.sense_network.final_mlp.c_proj.bias *= 0.1
+    return model
+
+
+@pytest.fixture(scope="session")
+def table(model: Backpack) -> SenseTable:
+    return model.sense_table()
+
+
+def _vector(seed: int) -> Vector:
+    return Vector.of((torch.randn(D, generator=torch.Generator().manual_seed(seed)) * 0.5).tolist())
+
+
+EDITS: dict[str, tuple[Edit, ...]] = {
+    "none": (),
+    "scale": tuple(Scale((Cell(t, 1), Cell(t, 2)), -2.0) for t in range(5, 60)),
+    "add": tuple(Add(Cell(t, t % K), _vector(t)) for t in range(1, 80)),
+    "set": tuple(Set(Cell(t, 0), _vector(7)) for t in range(30, 93)),
+    "copy": tuple(Copy(Cell(t, 3), Cell(9, 0)) for t in range(10, 90)),
+    "project out": (ProjectOut(tuple(Cell(t, s) for t in range(93) for s in range(K)), 17),),
+    "swap": (Swap(tuple(Cell(t, s) for t in range(93) for s in range(K)), 17, 18),),
+    "topic": (Topic((11, 12, 13), 3),),
+    "two topics, one constant, on edited rows": (
+        *(Add(Cell(t, t % K), _vector(t)) for t in range(1, 80)),
+        Topic((21, 22), 2),
+        Topic((40, 41, 42), 3, annealed=False),
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def overlays(table: SenseTable) -> dict[str, Overlay]:
+    return {
+        name: Overlay.compile(Release((Revision("00" * 32, edits),) if edits else ()), table)
+        for name, edits in EDITS.items()
+    }
+
+
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture
+def make_engine(model: Backpack, table: SenseTable) -> MakeEngine:
+    def make(slots: int = 4, step_tokens: int = 16, queue: int = 64, overlay_rows: int = 4 * V * K) -> Engine:
+        return Engine(
+            Runner(model, table, slots, overlay_rows),
+            Slots(slots),
+            OverlayRows(overlay_rows),
+            Scheduler(step_tokens, queue),
+        )
+
+    return make

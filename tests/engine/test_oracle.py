@@ -1,0 +1,158 @@
+"""The engine gives the oracle's tokens, whatever shares the batch."""
+
+from __future__ import annotations
+
+from itertools import islice
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backpack_lm.model import Backpack
+from backpack_lm.overlay import Overlay
+from backpack_serving.engine.engine import Engine
+from backpack_serving.engine.sampler import choose
+from backpack_serving.engine.sampling import Sampling
+from backpack_serving.engine.sequence import Request
+
+GREEDY = Sampling(max_tokens=20, temperature=0.0, ignore_end_of_text=True)
+
+
+def run(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
+    """Add all requests, step until nothing is left, and gather their tokens."""
+    for request in requests:
+        engine.add(request)
+    tokens: dict[str, list[int]] = {request.id: [] for request in requests}
+    digests = {request.id: request.overlay.digest for request in requests}
+    while engine.busy:
+        for output in engine.step():
+            tokens[output.request_id].append(output.token)
+            assert output.digest == digests[output.request_id]
+        engine.check_integrity()
+    return tokens
+
+
+def oracle(model: Backpack, request: Request) -> list[int]:
+    """The same request on the reference model, without any cache."""
+    made: list[int] = []
+    tokens = model.config.tokens
+
+    def pick(logits: object) -> int:
+        return choose(logits[:tokens], request.sampling, len(request.prompt) + len(made))  # type: ignore[index]
+
+    for token in islice(model.generate(request.prompt, request.overlay, pick), request.sampling.max_tokens):
+        made.append(token)
+    return made
+
+
+def prompt(seed: int, length: int) -> tuple[int, ...]:
+    return tuple((seed * 31 + i * 17) % 93 for i in range(length))
+
+
+def test_a_different_patch_on_every_row_of_one_batch(make_engine, model, overlays) -> None:
+    requests = [
+        Request(name, "t", prompt(n, 5 + 2 * n), GREEDY, overlay)
+        for n, (name, overlay) in enumerate(overlays.items())
+    ]
+    tokens = run(make_engine(slots=len(requests)), requests)
+    for request in requests:
+        assert tokens[request.id] == oracle(model, request), request.id
+
+
+def test_every_patch_changes_what_is_generated(make_engine, overlays) -> None:
+    requests = [Request(name, "t", prompt(3, 9), GREEDY, overlay) for name, overlay in overlays.items()]
+    tokens = run(make_engine(slots=len(requests)), requests)
+    changed = {name for name in overlays if tokens[name] != tokens["none"]}
+    assert changed == set(overlays) - {"none"}
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_tokens=25, temperature=1.0, seed=5, ignore_end_of_text=True),
+        Sampling(max_tokens=25, temperature=0.7, top_k=9, seed=6, ignore_end_of_text=True),
+        Sampling(max_tokens=25, temperature=1.3, top_p=0.8, seed=7, ignore_end_of_text=True),
+    ],
+)
+def test_sampled_tokens_are_the_oracles(make_engine, model, overlays, sampling) -> None:
+    requests = [
+        Request(name, name, prompt(n, 4 + n), sampling, overlay)
+        for n, (name, overlay) in enumerate(overlays.items())
+    ]
+    tokens = run(make_engine(slots=3), requests)
+    for request in requests:
+        assert tokens[request.id] == oracle(model, request), request.id
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_any_mix_of_requests_and_aborts_gives_each_its_own_tokens(seed, make_engine_anew, model, overlays):
+    draw = Random(seed)
+    engine: Engine = make_engine_anew(slots=draw.randint(1, 5), step_tokens=draw.choice([1, 3, 16, 64]))
+    waiting = [
+        Request(
+            f"r{n}",
+            draw.choice("ab"),
+            prompt(n, draw.randint(1, 30)),
+            Sampling(max_tokens=draw.randint(1, 12), temperature=0.0),
+            overlays[draw.choice(list(overlays))],
+        )
+        for n in range(draw.randint(1, 7))
+    ]
+    everyone, aborted = list(waiting), set()
+    tokens: dict[str, list[int]] = {request.id: [] for request in everyone}
+    while waiting or engine.busy:
+        if waiting and draw.random() < 0.5:
+            engine.add(waiting.pop())
+        if draw.random() < 0.05:
+            aborted.add(victim := draw.choice(everyone).id)
+            engine.abort(victim)
+        for output in engine.step():
+            tokens[output.request_id].append(output.token)
+        engine.check_integrity()
+    for request in everyone:
+        expected = oracle(model, request)
+        if 0 in expected:  # end of text
+            expected = expected[: expected.index(0) + 1]
+        made = tokens[request.id]
+        assert made == (expected[: len(made)] if request.id in aborted else expected)
+
+
+@pytest.fixture(scope="module")
+def make_engine_anew(model, table):
+    """As `make_engine`, for hypothesis, which runs many examples within one test."""
+    from backpack_serving.engine.runner import Runner
+    from backpack_serving.engine.scheduler import Scheduler
+    from backpack_serving.engine.slots import OverlayRows, Slots
+
+    def make(slots: int, step_tokens: int) -> Engine:
+        space = 2 * 97 * 4
+        return Engine(
+            Runner(model, table, slots, space), Slots(slots), OverlayRows(space), Scheduler(step_tokens, 64)
+        )
+
+    return make
+
+
+def test_an_overlay_of_another_request_never_leaks(make_engine, overlays) -> None:
+    """The same request alone and among others, in slots that others have used before."""
+    engine = make_engine(slots=2)
+    alone = run(make_engine(slots=1), [Request("x", "t", prompt(1, 8), GREEDY, overlays["none"])])["x"]
+    for name, overlay in overlays.items():
+        tokens = run(
+            engine,
+            [
+                Request("other", "u", prompt(2, 11), GREEDY, overlay),
+                Request("x", "t", prompt(1, 8), GREEDY, overlays["none"]),
+            ],
+        )
+        assert tokens["x"] == alone, name
+
+
+def test_empty_release_is_the_model_itself(model, overlays) -> None:
+    import torch
+
+    ids = torch.tensor([prompt(4, 20)])
+    empty: Overlay = overlays["none"]
+    assert torch.equal(model(ids), model(ids, empty))
