@@ -1,0 +1,163 @@
+"""Model folders: reading every published checkpoint, and writing the one layout that we serve.
+
+A servable folder holds
+
+    config.json         the shape, in Hugging Face's spelling
+    model.safetensors   weights in the Hugging Face layout (`layouts.py`)
+    tokenizer.json      a Hugging Face tokenizers file
+    topics.safetensors  max_y (E C)_y of every cell, the denominator of topic scores: minutes of work for
+                        a large vocabulary, the same for every topic
+    manifest.json       the fingerprint and norms, for those who don't load tensors (`manifest.py`)
+
+Tensors are read by safetensors, or by torch with `weights_only`: nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from backpack_lm.config import BackpackConfig, ConfigError
+from backpack_lm.layouts import CheckpointError, Tensors, to_hugging_face
+from backpack_lm.manifest import Manifest
+from backpack_lm.model import Backpack
+from backpack_lm.overlay import SenseTable
+
+CONFIG, WEIGHTS, TOKENIZER, TOPICS = "config.json", "model.safetensors", "tokenizer.json", "topics.safetensors"
+_PREFIX = "backpack."
+
+
+def load(folder: Path) -> Backpack:
+    """The Backpack in a folder with a config.json and weights in any layout of `layouts.py`, in float32.
+
+    Weights are *.safetensors (several shards if need be), else pytorch_model.bin, else one *.ckpt. Raises
+    CheckpointError, naming every missing, unknown, misshapen or non-finite tensor, and ConfigError.
+    """
+    try:
+        values = json.loads((folder / CONFIG).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG} can't be read: {error}") from None
+    return from_tensors(_read(folder), values)
+
+
+def from_tensors(tensors: Tensors, config: dict[str, Any]) -> Backpack:
+    """The Backpack with these tensors, in any layout, and this `config.json`. Raises as `load` does."""
+    levanter = config.get("model_type") == "backpack-gpt2"
+    renamed = to_hugging_face(tensors, config.get("num_senses") if levanter else None)
+    shape = BackpackConfig.from_json({**config, **_inner_widths(renamed)})
+    with torch.device("meta"):  # shapes without memory: every weight comes from the checkpoint
+        model = Backpack(shape)
+    _check(renamed, model.state_dict())
+    state = {name: tensor.float().contiguous() for name, tensor in renamed.items()}
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def save(model: Backpack, tokenizer: Path, folder: Path) -> Manifest:
+    """Make `folder` servable; the manifest that was written. Topic denominators take V²·k·d operations."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(model.config.to_json(), indent=2) + "\n", "utf-8")
+    state = {_PREFIX + name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    if tokenizer.resolve() != (folder / TOKENIZER).resolve():
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+    table = model.sense_table()
+    manifest = Manifest(fingerprint(folder), model.config, table.sense_rms)
+    metadata = {"fingerprint": manifest.fingerprint}
+    save_file({"peaks": table.peaks.contiguous()}, folder / TOPICS, metadata=metadata)
+    manifest.write(folder)
+    return manifest
+
+
+def load_table(folder: Path, model: Backpack) -> SenseTable:
+    """The model's sense table, with the denominators that are kept beside it, if they are this model's."""
+    table = model.sense_table()
+    if (folder / TOPICS).exists():
+        with safe_open(folder / TOPICS, framework="pt") as file:
+            if file.metadata().get("fingerprint") == Manifest.read(folder).fingerprint:
+                table.peaks = file.get_tensor("peaks")
+    return table
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256, hex, over everything that decides what a patch means: config, tokenizer, every weight.
+
+    The sense table is a function of these, so it need not be hashed; hashed as computed, it would differ
+    between processors.
+    """
+    digest = hashlib.sha256(b"backpack.model.v1\n")
+    config = json.dumps(BackpackConfig.read(folder / CONFIG).to_json(), sort_keys=True, separators=(",", ":"))
+    for part in (config.encode(), (folder / TOKENIZER).read_bytes()):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    for name, tensor in sorted(load_file(folder / WEIGHTS).items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def verify(folder: Path) -> Manifest:
+    """The folder's manifest, once its fingerprint is seen to be that of the files. Raises CheckpointError."""
+    manifest = Manifest.read(folder)
+    try:
+        found = fingerprint(folder)
+    except (OSError, SafetensorError, ConfigError) as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    if found != manifest.fingerprint:
+        raise CheckpointError(
+            f"the files in {folder} have fingerprint {found[:12]}…, its manifest says "
+            f"{manifest.fingerprint[:12]}…: a file was changed or damaged; import the model again"
+        )
+    return manifest
+
+
+def _read(folder: Path) -> Tensors:
+    try:
+        if shards := sorted(p for p in folder.glob("*.safetensors") if p.name != TOPICS):
+            return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+        pickled = [p for p in (folder / "pytorch_model.bin", *sorted(folder.glob("*.ckpt"))) if p.exists()]
+        if not pickled:
+            raise CheckpointError(f"{folder} has no *.safetensors, pytorch_model.bin or *.ckpt")
+        values: dict[str, Any] = torch.load(pickled[0], map_location="cpu", weights_only=True)
+        return values.get("state_dict", values)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch and safetensors raise many kinds for a damaged or hostile file
+        raise CheckpointError(f"{folder}: weights can't be read: {error}") from None
+
+
+def _inner_widths(tensors: Tensors) -> dict[str, Any]:
+    """The sense network's inner widths, where the weights say other than 4·d: the k-ablation models."""
+    block = tensors.get("sense_network.block.mlp.c_fc.weight")
+    final = tensors.get("sense_network.final_mlp.c_fc.weight")
+    if block is None or final is None or block.ndim != 2 or final.ndim != 2:
+        return {}  # reported as missing or misshapen by _check
+    if block.shape[1] == final.shape[1] == 4 * block.shape[0]:
+        return {}
+    return {"sense_inner": (block.shape[1], final.shape[1])}
+
+
+def _check(found: Tensors, wanted: Tensors) -> None:
+    faults = [f"missing: {name}" for name in wanted if name not in found]
+    faults += [f"unknown: {name}" for name in found if name not in wanted]
+    for name in found.keys() & wanted.keys():
+        tensor = found[name]
+        if tensor.shape != wanted[name].shape:
+            faults.append(f"shape of {name}: {list(tensor.shape)}, the config says {list(wanted[name].shape)}")
+        elif not tensor.is_floating_point():
+            faults.append(f"type of {name}: {tensor.dtype}, not floating point")
+        elif not _finite(tensor):
+            faults.append(f"not finite: {name} holds NaN or infinity")
+    if faults:
+        raise CheckpointError("not this Backpack:\n  " + "\n  ".join(sorted(faults)))
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
