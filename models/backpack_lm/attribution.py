@@ -57,7 +57,8 @@ def token_log_probabilities(model: Backpack, ids: Tensor, overlay: Overlay) -> T
     if len(ids) < 2:
         return torch.empty(0)
     logits = model(ids[None, :-1], overlay)[0, :, : model.config.tokens]
-    return logits.double().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    logs: Tensor = logits.double().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    return logs
 
 
 @dataclass(frozen=True, slots=True)

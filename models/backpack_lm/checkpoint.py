@@ -31,7 +31,12 @@ from backpack_lm.manifest import Manifest
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import SenseTable
 
-CONFIG, WEIGHTS, TOKENIZER, TOPICS = "config.json", "model.safetensors", "tokenizer.json", "topics.safetensors"
+CONFIG, WEIGHTS, TOKENIZER, TOPICS = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "topics.safetensors",
+)
 _PREFIX = "backpack."
 
 
@@ -126,7 +131,8 @@ def _read(folder: Path) -> Tensors:
         if not pickled:
             raise CheckpointError(f"{folder} has no *.safetensors, pytorch_model.bin or *.ckpt")
         values: dict[str, Any] = torch.load(pickled[0], map_location="cpu", weights_only=True)
-        return values.get("state_dict", values)
+        tensors: Tensors = values.get("state_dict", values)
+        return tensors
     except CheckpointError:
         raise
     except Exception as error:  # torch and safetensors raise many kinds for a damaged or hostile file

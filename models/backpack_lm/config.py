@@ -79,9 +79,7 @@ class BackpackConfig:
         if "num_content_vectors" in values:  # Stanford's Lightning spelling
             values.setdefault("num_senses", values["num_content_vectors"])
         if values.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise ConfigError(
-                f"activation_function {values['activation_function']!r}; a Backpack uses 'gelu_new'"
-            )
+            raise ConfigError(f"activation_function {values['activation_function']!r}; a Backpack uses 'gelu_new'")
         known = {f.name for f in fields(cls)}
         required = {"vocab_size", "n_positions", "n_embd", "n_layer", "n_head"}
         if missing := sorted(required - values.keys()):

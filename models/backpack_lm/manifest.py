@@ -31,9 +31,7 @@ class Manifest:
     def shape(self) -> ModelShape:
         """The model as patches see it. Padding of the vocabulary can't be patched."""
         config = self.config
-        return ModelShape(
-            self.fingerprint, config.tokens, config.num_senses, config.n_embd, self.sense_rms
-        )
+        return ModelShape(self.fingerprint, config.tokens, config.num_senses, config.n_embd, self.sense_rms)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -57,9 +57,7 @@ class SenseTable:
         """
         flat = self.rows.flatten(0, 1)
         head = self.embedding.t().contiguous()
-        return torch.cat([(part @ head).amax(1) for part in flat.split(4096)]).view(
-            self.rows.shape[:2]
-        )
+        return torch.cat([(part @ head).amax(1) for part in flat.split(4096)]).view(self.rows.shape[:2])
 
     @cached_property
     def sense_rms(self) -> tuple[float, ...]:

@@ -97,9 +97,7 @@ class Vector(bytes):
     def values(self) -> array[float]:
         """The numbers, as an array of 32-bit floats. Raises PatchError if the bytes do not divide."""
         if len(self) % 4:
-            raise PatchError(
-                Violation("vector", "WRONG_WIDTH", f"{len(self)} bytes are not a list of float32")
-            )
+            raise PatchError(Violation("vector", "WRONG_WIDTH", f"{len(self)} bytes are not a list of float32"))
         return array("f", struct.unpack(f"<{len(self) // 4}f", self))
 
     def norm(self) -> float:
@@ -330,18 +328,14 @@ def _topic_violations(at: str, edit: Topic, model: ModelShape, limits: Limits) -
     if not edit.tokens:
         yield Violation(f"{at}.words", "EMPTY", "a topic needs at least one word")
     if len(edit.tokens) > limits.topic_words:
-        yield Violation(
-            f"{at}.words", "TOO_MANY_WORDS", f"{len(edit.tokens)}, at most {limits.topic_words}"
-        )
+        yield Violation(f"{at}.words", "TOO_MANY_WORDS", f"{len(edit.tokens)}, at most {limits.topic_words}")
     for token in edit.tokens:
         yield from _token_violations(f"{at}.words", token, model)
 
 
 def _token_violations(at: str, token: int, model: ModelShape) -> Iterator[Violation]:
     if not 0 <= token < model.vocab_size:
-        yield Violation(
-            at, "UNKNOWN_TOKEN", f"token {token}; this model's are 0 to {model.vocab_size - 1}"
-        )
+        yield Violation(at, "UNKNOWN_TOKEN", f"token {token}; this model's are 0 to {model.vocab_size - 1}")
 
 
 def _factor_violations(at: str, factor: float, limits: Limits) -> Iterator[Violation]:
@@ -357,9 +351,7 @@ def _vector_violations(
     at: str, vector: Vector, cell: Cell, model: ModelShape, limits: Limits
 ) -> Iterator[Violation]:
     if len(vector) != 4 * model.width:
-        yield Violation(
-            at, "WRONG_WIDTH", f"{len(vector) / 4:g} numbers; this model's vectors have {model.width}"
-        )
+        yield Violation(at, "WRONG_WIDTH", f"{len(vector) / 4:g} numbers; this model's vectors have {model.width}")
         return
     values = vector.values()
     if not all(map(math.isfinite, values)):
@@ -448,9 +440,7 @@ def _decode(data: bytes) -> Revision:
     fingerprint = reader.take(32).hex()
     edits = tuple(_decode_edit(reader) for _ in range(reader.count()))
     if reader.at != len(data):
-        raise PatchError(
-            Violation("blob", "CORRUPT", f"{len(data) - reader.at} bytes after the last edit")
-        )
+        raise PatchError(Violation("blob", "CORRUPT", f"{len(data) - reader.at} bytes after the last edit"))
     return Revision(fingerprint, edits)
 
 

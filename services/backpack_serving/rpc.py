@@ -118,9 +118,7 @@ def with_key(key: str | None) -> tuple[tuple[str, str], ...]:
 
 def to_status(error: ServiceError) -> status_pb2.Status:
     """The google.rpc.Status of a refusal."""
-    details: list[Any] = [
-        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
-    ]
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)]
     if error.violations:
         bad = error_details_pb2.BadRequest()
         for violation in error.violations:

@@ -37,9 +37,7 @@ class Settings(BaseSettings):
     directory_address: str = Field(
         "127.0.0.1:8472", description="Where the directory of replicas listens, and is called."
     )
-    inference_address: str = Field(
-        "127.0.0.1:0", description="Where a replica listens; port 0 takes a free one."
-    )
+    inference_address: str = Field("127.0.0.1:0", description="Where a replica listens; port 0 takes a free one.")
     service_key: SecretStr = Field(
         SecretStr(""),
         description="API key with the role `replica`, for gateways and replicas. "

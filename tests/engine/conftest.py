@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-
 from backpack_lm.config import BackpackConfig
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable

@@ -6,15 +6,14 @@ from itertools import islice
 from random import Random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.sampler import choose
 from backpack_serving.engine.sampling import Sampling
 from backpack_serving.engine.sequence import Request
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 GREEDY = Sampling(max_tokens=20, temperature=0.0, ignore_end_of_text=True)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,6 @@ HELD_OUT_PER_MILLE = 15
 PARAGRAPHS = 4096  # how many paragraphs are tokenised at a time
 
 Ids = npt.NDArray[np.uint16]
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the fraction of it that is done."""
 
 
 class DataError(ValueError):
@@ -88,8 +86,11 @@ def train_tokenizer(sources: Sequence[Source], vocab_size: int, out: Path) -> To
     return Tokenizer.read(out)
 
 
-def encode(source: Source, tokenizer: Tokenizer, folder: Path, progress: Progress) -> None:
-    """Write `<name>.train.bin` and `<name>.heldout.bin`: every record after an end-of-text token."""
+def encode(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterator[float]:
+    """Write `<name>.train.bin` and `<name>.heldout.bin`: every record after an end-of-text token.
+
+    Yields the fraction that is done; the files are there when it ends.
+    """
     if tokenizer.end_of_text is None:
         raise DataError(f"the tokenizer has no {END_OF_TEXT} token to part records with")
     end = np.array([tokenizer.end_of_text], dtype=np.uint16)
@@ -100,7 +101,7 @@ def encode(source: Source, tokenizer: Tokenizer, folder: Path, progress: Progres
         for number, (text, held_out) in enumerate(records, 1):
             ids = np.fromiter(_encode_long(text, tokenizer), dtype=np.uint16)
             (heldout if held_out else train).write(np.concatenate([end, ids]).tobytes())
-            progress(f"tokenise {source.name}", number / len(records))
+            yield number / len(records)
     for path, made in zip(paths, partial, strict=True):
         made.rename(path)
 

@@ -187,9 +187,7 @@ def held_out(
 ) -> dict[str, float]:
     """Perplexity on each source's held-out stream, at most `limit` tokens of each."""
     return {
-        source.name: perplexity(
-            model, torch.from_numpy(stream(source, folder, "heldout")[:limit].astype("int64"))
-        )
+        source.name: perplexity(model, torch.from_numpy(stream(source, folder, "heldout")[:limit].astype("int64")))
         for source in sources
     }
 

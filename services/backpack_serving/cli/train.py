@@ -40,7 +40,6 @@ def train(
     last checkpoint, and ends with the same weights as if it had never been stopped.
     """
     import torch
-
     from backpack_lm.config import BackpackConfig
     from backpack_lm.tokenizer import Tokenizer
     from backpack_lm.training import data
@@ -67,9 +66,8 @@ def train(
         for source in corpus:
             if not (folder / f"{source.name}.heldout.bin").exists():
                 task = progress.add_task(f"tokenise {source.name}", total=100, note="")
-                data.encode(
-                    source, tokenizer, folder, lambda _, done: progress.update(task, completed=100 * done)
-                )
+                for done in data.encode(source, tokenizer, folder):
+                    progress.update(task, completed=100 * done)
         config = BackpackConfig(
             vocab_size=tokenizer.vocab_size,
             n_positions=context,

@@ -127,9 +127,7 @@ class Runner:
         self.rows[slots, :, positions] = rows
         self.ids[slots, positions] = ids
 
-    def _trunk(
-        self, ids: Tensor, slots: Tensor, positions: Tensor, decodes: int, chunks: Many[Chunk]
-    ) -> Tensor:
+    def _trunk(self, ids: Tensor, slots: Tensor, positions: Tensor, decodes: int, chunks: Many[Chunk]) -> Tensor:
         """Run the trunk on new tokens [N], filling the caches; the sense weights' queries [N, k, d/k]."""
         trunk, config = self.model.gpt2_model, self.config
         x = trunk.wte.weight[ids] + trunk.wpe.weight[positions]
@@ -179,9 +177,7 @@ class Runner:
         satisfied[:, start:end] = (new @ embedding[ids[:end]].t()).relu().sum(-1)
         occupant.multipliers[:, :end] = 1.0
         for target, topic in zip(occupant.targets, occupant.overlay.topics, strict=True):
-            occupant.multipliers[:, :end] *= topic.anneal(
-                target[:, :end], satisfied[:, :end], self._places[:end]
-            )
+            occupant.multipliers[:, :end] *= topic.anneal(target[:, :end], satisfied[:, :end], self._places[:end])
 
     def _mix(self, queries: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """o [B, d] for queries [B, k, d/k] at the newest positions of slots: Σ_l Σ_j α[l,j] C(x_j)_l."""
@@ -196,9 +192,7 @@ class Runner:
                 alpha[n] *= occupant.multipliers[:, :length]
         # Masked places have weight zero; row 0 stands in for whatever the slot held there before.
         rows = self.rows[slots, :, :length].masked_fill(future[:, None], 0)
-        bags = F.embedding_bag(
-            rows.flatten(0, 1), self.table, per_sample_weights=alpha.flatten(0, 1), mode="sum"
-        )
+        bags = F.embedding_bag(rows.flatten(0, 1), self.table, per_sample_weights=alpha.flatten(0, 1), mode="sum")
         return bags.view(len(slots), -1, self.config.n_embd).sum(1)
 
     def _occupant(self, slot: int) -> _Occupant:
@@ -216,9 +210,7 @@ class _Grid:
         last = torch.zeros(self.rows, dtype=torch.long)
         last[slots] = positions
         future = torch.arange(self.length) > last[:, None]
-        self.mask = torch.zeros(self.rows, 1, 1, self.length).masked_fill_(
-            future[:, None, None], float("-inf")
-        )
+        self.mask = torch.zeros(self.rows, 1, 1, self.length).masked_fill_(future[:, None, None], float("-inf"))
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """q [B, H, d/H] against each its own slot of keys and values [S, H, T, d/H] → [B, H, d/H]."""

@@ -44,6 +44,4 @@ def log_probability(logits: Tensor, token: int, alternatives: int) -> LogProbabi
     """Natural log-probability of a token under logits [V] at temperature 1, with the top alternatives."""
     logs = logits.double().log_softmax(-1)
     top = logs.topk(alternatives)
-    return LogProbability(
-        float(logs[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    )
+    return LogProbability(float(logs[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))

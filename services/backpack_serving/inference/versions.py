@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import Limits, ModelShape, Release, Revision
+
 from backpack_serving.errors import DataLoss
 
 Fetch = Callable[[str, str], Awaitable[list[bytes]]]
@@ -17,9 +18,7 @@ Fetch = Callable[[str, str], Awaitable[list[bytes]]]
 class Versions:
     """The least recently used compiled releases. A digest names its content, so nothing here is ever stale."""
 
-    def __init__(
-        self, table: SenseTable, shape: ModelShape, fetch: Fetch, capacity: int, limits: Limits
-    ) -> None:
+    def __init__(self, table: SenseTable, shape: ModelShape, fetch: Fetch, capacity: int, limits: Limits) -> None:
         self._table, self._shape, self._fetch = table, shape, fetch
         self._capacity, self._limits = capacity, limits
         self._compiled: OrderedDict[str, asyncio.Task[Overlay]] = OrderedDict()

@@ -1,0 +1,1 @@
+"""The intervention service: tenants, keys, patches, revisions, releases, channels, audit. No torch, no ray."""

@@ -1,0 +1,154 @@
+"""What every write has in common: one transaction with its records, its event, and its reply.
+
+The event says what gateways must learn of the write, and is its audit entry; the reply makes a repetition of
+the request harmless for 24 hours.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from typing import Any, Generic, TypeVar
+
+from backpack_serving.errors import InvalidRequest
+from backpack_serving.interventions.records import (
+    Channel,
+    Event,
+    Key,
+    Patch,
+    Position,
+    Record,
+    Release,
+    Reply,
+    Revision,
+    Tenant,
+    key_of,
+)
+from backpack_serving.interventions.store import Read, Store, Write
+from backpack_serving.keys import Principal
+
+R = TypeVar("R", bound=Tenant | Key | Patch | Revision | Release | Channel)
+
+REPLIES_KEPT = timedelta(hours=24)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What makes a write recognisable when it comes again: its id ("" for none) and a digest of its body."""
+
+    id: str = ""
+    body: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Written(Generic[R]):
+    """What a write made, and where the store stood after it. `repeated`: it had been made before."""
+
+    record: R
+    position: Position
+    repeated: bool = False
+
+
+Act = Callable[[Write, datetime], tuple[R, list[Record]]]
+"""Stores what a write stores; the record it is about, and the records that gateways must learn of."""
+
+
+class Ledger:
+    """Carries writes out on a store. `on_write` is called after each commit."""
+
+    def __init__(self, store: Store, on_write: Callable[[], None], now: Callable[[], datetime]) -> None:
+        self._store, self._on_write, self._now = store, on_write, now
+
+    def write(self, who: Principal, method: str, request: Request, act: Act[R]) -> Written[R]:
+        _check_request_id(request.id)
+        now = self._now()
+        if request.id and (old := self._replay(who, method, request)):
+            return old
+        try:
+            with self._store.write() as tx:
+                if tx.get(Reply, who.name, method, request.id) is not None:
+                    raise _Raced
+                record, changed = act(tx, now)
+                changes = json.dumps([_visible(change) for change in changed])
+                tx.log(Event(0, record.tenant, who.name, method, record.name, changes, now))
+                if request.id:
+                    tx.forget_replies(now - REPLIES_KEPT)
+                    at = json.dumps([type(record).__name__, *key_of(record)])
+                    tx.add(Reply(who.name, method, request.id, request.body, at, tx.position.revision, now))
+                written = Written(record, tx.position)
+        except _Raced:
+            old = self._replay(who, method, request)
+            assert old is not None, "the reply was just seen"
+            return old
+        self._on_write()
+        return written
+
+    def _replay(self, who: Principal, method: str, request: Request) -> Written[Any] | None:
+        with self._store.read() as tx:
+            reply = tx.get(Reply, who.name, method, request.id)
+            if reply is None:
+                return None
+            if reply.body != request.body:
+                raise InvalidRequest.at(
+                    "request_id",
+                    "REQUEST_ID_REUSED",
+                    f"{request.id} was used for another request; make a new one",
+                )
+            kind, *key = json.loads(reply.resource)
+            event = tx.get(Event, reply.revision)
+            assert event is not None, "an event is never deleted"
+            record: Record | None
+            if kind == "Channel":  # channels move on; the answer is what this request made of it
+                record = channel_from(json.loads(event.changes)[0])
+            else:
+                kinds: dict[str, type[Any]] = {k.__name__: k for k in (Tenant, Key, Patch, Revision, Release)}
+                record = tx.get(kinds[kind], *key)
+            assert record is not None, "what was stored stays"
+            return Written(record, Position(tx.position.epoch, reply.revision), repeated=True)
+
+
+class _Raced(Exception):
+    """The same request is being carried out by another thread, which was faster."""
+
+
+def channel_from(change: dict[str, Any]) -> Channel:
+    """The channel that an event's change describes."""
+    values = {name: value for name, value in change.items() if name != "kind"}
+    return Channel(**{**values, "updated": datetime.fromisoformat(values["updated"])})
+
+
+def _visible(record: Record) -> dict[str, Any]:
+    """A record as an event tells it."""
+    values = asdict(record)
+    for name, value in values.items():
+        if isinstance(value, bytes):
+            values[name] = value.hex()
+        elif isinstance(value, datetime):
+            values[name] = value.isoformat()
+    return {"kind": type(record).__name__, **values}
+
+
+def verify_chain(tx: Read) -> tuple[int, int | None]:
+    """How many entries there are, and the revision of the first that doesn't fit, if one doesn't."""
+    count, before = 0, ""
+    while page := tx.list(Event, after=count or None, limit=1000):
+        for event in page:
+            count += 1
+            if event.revision != count or event.hash != event.chained(before):
+                return count, event.revision
+            before = event.hash
+    return count, None if count == tx.position.revision else count + 1
+
+
+def _check_request_id(value: str) -> None:
+    if not value:
+        return
+    try:
+        good = uuid.UUID(value).version == 4
+    except ValueError:
+        good = False
+    if not good:
+        raise InvalidRequest.at("request_id", "BAD_REQUEST_ID", f"{value!r} is not a UUID4")

@@ -1,0 +1,9 @@
+"""Alembic's entry point; `sql.migrate` gives it a connection."""
+
+from alembic import context
+
+from backpack_serving.interventions.sql import metadata
+
+context.configure(connection=context.config.attributes["connection"], target_metadata=metadata)
+with context.begin_transaction():
+    context.run_migrations()

@@ -1,0 +1,87 @@
+"""The first schema."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0001"
+down_revision = None
+
+NEVER_CHANGED = ("revisions", "releases", "events")
+
+
+def _table(name: str, key: dict[str, type], **columns: type) -> None:
+    op.create_table(
+        name,
+        *(sa.Column(c, kind, primary_key=True, autoincrement=False) for c, kind in key.items()),
+        *(sa.Column(c, kind, nullable=c == "previous") for c, kind in columns.items()),
+    )
+
+
+def upgrade() -> None:
+    text, number, blob, moment = sa.Text, sa.BigInteger, sa.LargeBinary, sa.BigInteger
+    _table("head", {"id": number}, epoch=number, revision=number, hash=text)
+    op.execute("INSERT INTO head (id, epoch, revision, hash) VALUES (1, 1, 0, '')")
+    _table("tenants", {"tenant": text}, created=moment)
+    _table(
+        "keys",
+        {"tenant": text, "key": text},
+        roles=text,
+        salt=blob,
+        verifier=blob,
+        created=moment,
+        revoked=sa.Boolean,
+    )
+    op.create_index("keys_by_id", "keys", ["key"], unique=True)
+    _table("patches", {"tenant": text, "patch": text}, description=text, created=moment)
+    _table(
+        "revisions",
+        {"tenant": text, "patch": text, "number": number},
+        digest=text,
+        fingerprint=text,
+        blob=blob,
+        created=moment,
+    )
+    _table(
+        "releases",
+        {"tenant": text, "number": number},
+        digest=text,
+        revisions=text,
+        notes=text,
+        created=moment,
+    )
+    op.create_index("releases_by_digest", "releases", ["tenant", "digest"])
+    _table(
+        "channels",
+        {"tenant": text, "channel": text},
+        release=number,
+        digest=text,
+        previous=number,
+        generation=number,
+        updated=moment,
+    )
+    _table(
+        "events",
+        {"revision": number},
+        tenant=text,
+        principal=text,
+        method=text,
+        resource=text,
+        changes=text,
+        time=moment,
+        hash=text,
+    )
+    _table(
+        "replies",
+        {"principal": text, "method": text, "request_id": text},
+        body=text,
+        resource=text,
+        revision=number,
+        created=moment,
+    )
+    op.create_index("replies_by_age", "replies", ["created"])
+    for table in NEVER_CHANGED:
+        for action in ("UPDATE", "DELETE"):
+            op.execute(
+                f"CREATE TRIGGER {table}_no_{action.lower()} BEFORE {action} ON {table} "
+                f"BEGIN SELECT RAISE(ABORT, '{table} never change'); END"
+            )

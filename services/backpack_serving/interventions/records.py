@@ -1,0 +1,168 @@
+"""What the intervention service stores: one frozen record a kind, named by its KEY fields.
+
+Records hold plain values only, so a store needs to know nothing of what they mean. Revisions, releases and
+events never change; channels and keys are replaced whole, and an event tells every replacement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where the store stood. Positions of an epoch only rise; a restore from backup starts a new epoch."""
+
+    epoch: int
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    tenant: str
+    created: datetime
+    KEY: ClassVar = ("tenant",)
+
+    @property
+    def name(self) -> str:
+        return f"tenants/{self.tenant}"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An API key without its secret. `roles` are separated by spaces."""
+
+    tenant: str
+    key: str
+    roles: str
+    salt: bytes
+    verifier: bytes
+    created: datetime
+    revoked: bool = False
+    KEY: ClassVar = ("tenant", "key")
+
+    @property
+    def name(self) -> str:
+        return f"tenants/{self.tenant}/keys/{self.key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    tenant: str
+    patch: str
+    description: str
+    created: datetime
+    KEY: ClassVar = ("tenant", "patch")
+
+    @property
+    def name(self) -> str:
+        return f"tenants/{self.tenant}/patches/{self.patch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """`blob` are the canonical bytes of a `backpack_lm.patch.Revision`, `digest` their SHA-256."""
+
+    tenant: str
+    patch: str
+    number: int
+    digest: str
+    fingerprint: str
+    blob: bytes
+    created: datetime
+    KEY: ClassVar = ("tenant", "patch", "number")
+
+    @property
+    def name(self) -> str:
+        return f"tenants/{self.tenant}/patches/{self.patch}/revisions/{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """`revisions` are (patch, number) pairs, in the order in which they apply, as JSON."""
+
+    tenant: str
+    number: int
+    digest: str
+    revisions: str
+    notes: str
+    created: datetime
+    KEY: ClassVar = ("tenant", "number")
+
+    @property
+    def name(self) -> str:
+        return f"tenants/{self.tenant}/releases/{self.number}"
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        return [(patch, number) for patch, number in json.loads(self.revisions)]
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    tenant: str
+    channel: str
+    release: int
+    digest: str
+    previous: int | None
+    generation: int
+    updated: datetime
+    KEY: ClassVar = ("tenant", "channel")
+
+    @property
+    def name(self) -> str:
+        return f"tenants/{self.tenant}/channels/{self.channel}"
+
+    @property
+    def etag(self) -> str:
+        return f"{self.generation}-{self.digest[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One write: the entry of the watch and of the audit trail. `changes` is a JSON list of what gateways see.
+
+    `hash` chains it to the event before: nothing can be altered, removed or inserted without breaking it.
+    """
+
+    revision: int
+    tenant: str
+    principal: str
+    method: str
+    resource: str
+    changes: str
+    time: datetime
+    hash: str = ""
+    KEY: ClassVar = ("revision",)
+
+    def chained(self, before: str) -> str:
+        """The hash that this event must have after the one with the hash `before`."""
+        content = [self.revision, self.tenant, self.principal, self.method, self.resource, self.changes]
+        text = json.dumps([before, *content, self.time.isoformat()], ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a request with an id did, so that its repetition does nothing. `resource` is a key, as JSON."""
+
+    principal: str
+    method: str
+    request_id: str
+    body: str
+    resource: str
+    revision: int
+    created: datetime
+    KEY: ClassVar = ("principal", "method", "request_id")
+
+
+Record = Tenant | Key | Patch | Revision | Release | Channel | Event | Reply
+KINDS: tuple[type[Any], ...] = (Tenant, Key, Patch, Revision, Release, Channel, Event, Reply)
+
+
+def key_of(record: Record) -> tuple[Any, ...]:
+    return tuple(getattr(record, name) for name in record.KEY)

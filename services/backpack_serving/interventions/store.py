@@ -1,0 +1,144 @@
+"""Where records are kept: the protocol every store obeys, and a complete store in memory.
+
+A store runs one write transaction at a time. A write moves the head (epoch, revision, hash) on by exactly one
+and adds exactly one event, in the same transaction as what it stores; one that raises leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, Protocol, TypeVar
+
+from backpack_serving.interventions.records import KINDS, Event, Position, Record, Reply, key_of
+
+R = TypeVar("R")
+
+
+class Read(Protocol):
+    """A consistent view of the store."""
+
+    @property
+    def position(self) -> Position: ...
+
+    def get(self, kind: type[R], *key: Any) -> R | None:
+        """The record with this whole key, or None."""
+
+    def list(
+        self,
+        kind: type[R],
+        *prefix: Any,
+        after: Any = None,
+        limit: int | None = None,
+        descending: bool = False,
+    ) -> list[R]:
+        """Records whose key begins with `prefix`, ordered by the next key field, beyond `after` in that order."""
+
+    def find(self, kind: type[R], **equal: Any) -> R | None:
+        """The first record, by key, with these field values, or None."""
+
+
+class Write(Read, Protocol):
+    """A transaction. `position` is already the one that it will have made."""
+
+    def add(self, record: Record) -> None:
+        """Store a new record. Its key must be free: an AssertionError is our own mistake."""
+
+    def replace(self, record: Record) -> None:
+        """Store a record in place of the one with its key. Not for what never changes."""
+
+    def log(self, event: Event) -> None:
+        """Add this write's event; its revision and hash are set here."""
+
+    def forget_replies(self, before: datetime) -> None: ...
+
+
+class Store(Protocol):
+    def read(self) -> AbstractContextManager[Read]: ...
+
+    def write(self) -> AbstractContextManager[Write]:
+        """Committed, and durable, when the block ends; nothing of it is if it raises."""
+
+    def close(self) -> None: ...
+
+
+class _Tables:
+    """Records in dictionaries; the write side works on a copy that a commit puts in place."""
+
+    def __init__(self, position: Position, head: str, tables: dict[type[Any], dict[tuple[Any, ...], Any]]):
+        self.position, self.head, self.tables = position, head, tables
+
+    def get(self, kind: type[R], *key: Any) -> R | None:
+        return self.tables[kind].get(key)
+
+    def list(
+        self,
+        kind: type[R],
+        *prefix: Any,
+        after: Any = None,
+        limit: int | None = None,
+        descending: bool = False,
+    ) -> list[R]:
+        size = len(prefix)
+        keys = sorted(key for key in self.tables[kind] if key[:size] == prefix)
+        if after is not None:
+            places = [key[size] for key in keys]
+            if descending:
+                keys = keys[: bisect.bisect_left(places, after)]
+            else:
+                keys = keys[bisect.bisect_right(places, after) :]
+        if descending:
+            keys.reverse()
+        return [self.tables[kind][key] for key in keys[:limit]]
+
+    def find(self, kind: type[R], **equal: Any) -> R | None:
+        for _, record in sorted(self.tables[kind].items()):
+            if all(getattr(record, name) == value for name, value in equal.items()):
+                found: R = record
+                return found
+        return None
+
+    def add(self, record: Record) -> None:
+        key = key_of(record)
+        assert key not in self.tables[type(record)], f"{type(record).__name__} {key} is there already"
+        self.tables[type(record)][key] = record
+
+    def replace(self, record: Record) -> None:
+        self.tables[type(record)][key_of(record)] = record
+
+    def log(self, event: Event) -> None:
+        event = replace(event, revision=self.position.revision)
+        self.head = event.chained(self.head)
+        self.add(replace(event, hash=self.head))
+
+    def forget_replies(self, before: datetime) -> None:
+        kept = {key: reply for key, reply in self.tables[Reply].items() if reply.created >= before}
+        self.tables[Reply] = kept
+
+
+class MemoryStore:
+    """A store that forgets everything when its process ends. It passes every test that the others pass."""
+
+    def __init__(self) -> None:
+        self._now = _Tables(Position(1, 0), "", {kind: {} for kind in KINDS})
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def read(self) -> Iterator[Read]:
+        yield self._now
+
+    @contextmanager
+    def write(self) -> Iterator[Write]:
+        with self._lock:
+            now = self._now
+            position = Position(now.position.epoch, now.position.revision + 1)
+            copy = _Tables(position, now.head, {kind: dict(table) for kind, table in now.tables.items()})
+            yield copy
+            self._now = copy
+
+    def close(self) -> None:
+        pass

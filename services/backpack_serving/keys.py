@@ -1,0 +1,103 @@
+"""API keys: who calls, with which roles. A key is `bp_<id>_<secret>_<check>`.
+
+The id finds the key, the secret has 256 bits, and the check catches typing errors before anything is looked
+up. What is stored, and told to gateways, is HMAC-SHA256 of the secret under a salt of its own: a secret of 256
+random bits needs no slow hash.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+import secrets
+import zlib
+from dataclasses import dataclass
+from enum import StrEnum
+
+from backpack_serving.errors import Forbidden, Unauthenticated
+
+SYSTEM = "system"
+"""The tenant of those who operate the service. It has no patches."""
+
+_KEY = re.compile(r"bp_([0-9a-f]{12})_([0-9a-f]{64})_([0-9a-f]{8})")
+
+
+class Role(StrEnum):
+    """What a key is for. A releaser may all that an author may; otherwise roles do not include each other."""
+
+    ADMIN = "admin"
+    AUTHOR = "author"
+    RELEASER = "releaser"
+    CALLER = "caller"
+    REPLICA = "replica"
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who is calling, as their key says."""
+
+    tenant: str
+    key: str
+    roles: frozenset[Role]
+
+    @property
+    def name(self) -> str:
+        return f"tenants/{self.tenant}/keys/{self.key}"
+
+    def require(self, role: Role) -> None:
+        """Raise Forbidden unless this key has the role."""
+        if role in self.roles or (role is Role.AUTHOR and Role.RELEASER in self.roles):
+            return
+        raise Forbidden(
+            "MISSING_ROLE",
+            f"{self.name} has the roles {', '.join(sorted(self.roles))}; this needs {role}",
+            needed=role,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verifier:
+    """What is needed to recognise a secret, and useless for guessing it."""
+
+    salt: bytes
+    digest: bytes
+
+    @classmethod
+    def of(cls, secret: str, salt: bytes | None = None) -> Verifier:
+        salt = secrets.token_bytes(16) if salt is None else salt
+        return cls(salt, hmac.digest(salt, secret.encode(), "sha256"))
+
+    def accepts(self, secret: str) -> bool:
+        return hmac.compare_digest(self.digest, Verifier.of(secret, self.salt).digest)
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key in clear: it exists where it is made and where it is presented, and is stored by its owner only."""
+
+    id: str
+    secret: str
+
+    @classmethod
+    def mint(cls) -> ApiKey:
+        return cls(secrets.token_hex(6), secrets.token_hex(32))
+
+    @classmethod
+    def parse(cls, text: str) -> ApiKey:
+        """Raises Unauthenticated if the text isn't a whole key. The message never repeats the text."""
+        match = _KEY.fullmatch(text.strip())
+        if not match or match[3] != _check(match[1], match[2]):
+            raise Unauthenticated(
+                "MALFORMED_KEY", "not an API key of ours: a character is wrong or missing; copy it whole"
+            )
+        return cls(match[1], match[2])
+
+    def __str__(self) -> str:
+        return f"bp_{self.id}_{self.secret}_{_check(self.id, self.secret)}"
+
+    def __repr__(self) -> str:
+        return f"ApiKey({self.id}, …)"
+
+
+def _check(key: str, secret: str) -> str:
+    return f"{zlib.crc32(f'{key}_{secret}'.encode()):08x}"

@@ -1,0 +1,232 @@
+"""The rules, on every store."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+
+import pytest
+from backpack_lm.patch import Cell, ModelShape, Revision, Scale, release_digest
+from backpack_serving.errors import (
+    AlreadyExists,
+    Conflict,
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    PreconditionFailed,
+    ServiceError,
+    Unauthenticated,
+)
+from backpack_serving.interventions.ledger import Request
+from backpack_serving.interventions.service import LIVE, Interventions
+from backpack_serving.interventions.store import Store
+from backpack_serving.keys import SYSTEM, ApiKey, Principal, Role
+
+from tests.interventions.conftest import ADMIN, HALVE, REMOVE, REPLICA, SHAPE, releaser
+
+
+def test_a_new_tenant_serves_the_empty_release(service: Interventions) -> None:
+    service.create_tenant(ADMIN, "acme", Request())
+    live = service.channel(releaser("acme"), LIVE)
+    assert (live.release, live.digest, live.previous) == (0, release_digest([]), None)
+
+
+def test_every_write_moves_the_store_by_one_and_is_audited(service: Interventions) -> None:
+    start = service.snapshot()[0].revision
+    positions = [service.create_tenant(ADMIN, f"t{n}", Request()).position.revision for n in range(5)]
+    assert positions == list(range(start + 1, start + 6))
+    entries = service.audit(ADMIN, None, 5)
+    assert [e.resource for e in entries] == [f"tenants/t{n}" for n in reversed(range(5))]
+    assert service.verify_chain(ADMIN) == (start + 5, None)
+
+
+def test_revisions_and_releases_are_numbered_without_gaps(service: Interventions, acme: Principal) -> None:
+    numbers = [service.create_revision(acme, "debias", [e], Request()).record.number for e in (HALVE, REMOVE)]
+    with pytest.raises(InvalidRequest):
+        service.create_revision(acme, "debias", [Scale((Cell(3, 9),), 0.5)], Request())
+    numbers.append(service.create_revision(acme, "debias", [HALVE, REMOVE], Request()).record.number)
+    assert numbers == [1, 2, 3]
+    releases = [service.create_release(acme, [("debias", n)], "", Request()).record for n in (1, 2)]
+    assert [r.number for r in releases] == [1, 2]
+    assert releases[0].digest == release_digest([Revision(SHAPE.fingerprint, (HALVE,)).digest])
+
+
+def test_the_order_of_revisions_is_part_of_a_release(service: Interventions, acme: Principal) -> None:
+    for edit in (HALVE, REMOVE):
+        service.create_revision(acme, "debias", [edit], Request())
+    both = [service.create_release(acme, parts, "", Request()).record
+            for parts in ([("debias", 1), ("debias", 2)], [("debias", 2), ("debias", 1)])]  # fmt: skip
+    assert both[0].digest != both[1].digest
+    assert service.fetch_release(REPLICA, "acme", both[1].digest) == [
+        Revision(SHAPE.fingerprint, (edit,)).to_bytes() for edit in (REMOVE, HALVE)
+    ]
+
+
+@pytest.fixture
+def two_releases(service: Interventions, acme: Principal) -> Principal:
+    for number, edit in enumerate((HALVE, REMOVE), 1):
+        service.create_revision(acme, "debias", [edit], Request())
+        service.create_release(acme, [("debias", number)], "", Request())
+    return acme
+
+
+def test_activate_needs_the_etag_of_what_was_read(service: Interventions, two_releases: Principal) -> None:
+    etag = service.channel(two_releases, LIVE).etag
+    service.activate(two_releases, LIVE, 1, etag, Request())
+    with pytest.raises(Conflict, match="someone changed it"):
+        service.activate(two_releases, LIVE, 2, etag, Request())
+    with pytest.raises(InvalidRequest, match="etag"):
+        service.activate(two_releases, LIVE, 2, "", Request())
+    assert service.channel(two_releases, LIVE).release == 1
+
+
+def test_rollback_returns_to_the_release_before(service: Interventions, two_releases: Principal) -> None:
+    etag = service.channel(two_releases, LIVE).etag
+    with pytest.raises(PreconditionFailed, match="activate one"):
+        service.rollback(two_releases, LIVE, etag, Request())
+    for release in (1, 2):
+        etag = service.activate(two_releases, LIVE, release, etag, Request()).record.etag
+    back = service.rollback(two_releases, LIVE, etag, Request()).record
+    assert (back.release, back.previous, back.generation) == (1, 2, 4)
+
+
+def test_a_channel_is_made_by_activating_on_it(service: Interventions, two_releases: Principal) -> None:
+    made = service.activate(two_releases, "beta", 2, "", Request()).record
+    assert (made.release, made.generation) == (2, 1)
+    assert service.channel(two_releases, LIVE).release == 0
+    with pytest.raises(NotFound, match="releases/7"):
+        service.activate(two_releases, "beta", 7, made.etag, Request())
+
+
+def test_a_repeated_request_has_one_effect_and_the_same_answer(
+    service: Interventions, two_releases: Principal
+) -> None:
+    request = Request(str(uuid.uuid4()), "body")
+    etag = service.channel(two_releases, LIVE).etag
+    first = service.activate(two_releases, LIVE, 1, etag, request)
+    service.activate(two_releases, LIVE, 2, first.record.etag, Request())
+    again = service.activate(two_releases, LIVE, 1, etag, request)
+    assert (again.record, again.position, again.repeated) == (first.record, first.position, True)
+    assert service.channel(two_releases, LIVE).release == 2
+    with pytest.raises(InvalidRequest, match="used for another request"):
+        service.activate(two_releases, LIVE, 1, etag, Request(request.id, "other body"))
+    with pytest.raises(InvalidRequest, match="UUID4"):
+        service.activate(two_releases, LIVE, 1, etag, Request("7", "body"))
+
+
+def test_the_same_request_at_the_same_time_has_one_effect(service: Interventions) -> None:
+    request, written = Request(str(uuid.uuid4()), "body"), []
+    act = lambda: written.append(service.create_tenant(ADMIN, "acme", request))  # noqa: E731
+    threads = [threading.Thread(target=act) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({w.position for w in written}) == 1
+    assert sorted(w.repeated for w in written) == [False] + [True] * 7
+
+
+def test_a_secret_is_shown_once(service: Interventions, acme: Principal) -> None:
+    request = Request(str(uuid.uuid4()), "body")
+    written, key = service.create_key(ADMIN, "acme", [Role.CALLER], request)
+    again, nothing = service.create_key(ADMIN, "acme", [Role.CALLER], request)
+    assert (again.record, nothing) == (written.record, None)
+    assert key is not None
+    who = service.authenticate(str(key))
+    assert who == Principal("acme", key.id, frozenset({Role.CALLER}))
+    assert key.secret not in repr(key)
+    assert key.secret not in str(service.snapshot())
+
+
+def test_a_key_that_is_wrong_or_revoked_is_nobody(service: Interventions, acme: Principal) -> None:
+    written, key = service.create_key(ADMIN, "acme", [Role.CALLER], Request())
+    assert key is not None
+    assert service.authenticate(str(ApiKey(key.id, "0" * 64))) is None
+    with pytest.raises(Unauthenticated, match="wrong or missing"):
+        service.authenticate(str(key)[:-1])
+    service.revoke_key(ADMIN, "acme", written.record.key, Request())
+    assert service.authenticate(str(key)) is None
+
+
+def test_roles(service: Interventions, acme: Principal) -> None:
+    caller = Principal("acme", "k", frozenset({Role.CALLER}))
+    author = Principal("acme", "k", frozenset({Role.AUTHOR}))
+    for refused in (
+        lambda: service.create_tenant(acme, "other", Request()),
+        lambda: service.create_patch(caller, "p", "", Request()),
+        lambda: service.activate(author, LIVE, 0, "", Request()),
+        lambda: service.fetch_release(author, "acme", release_digest([])),
+    ):
+        with pytest.raises(Forbidden, match="has the roles"):
+            refused()
+    with pytest.raises(InvalidRequest, match=SYSTEM):
+        service.create_key(ADMIN, "acme", [Role.ADMIN], Request())
+
+
+def test_tenants_do_not_see_each_other(service: Interventions, two_releases: Principal) -> None:
+    service.create_tenant(ADMIN, "other", Request())
+    other = releaser("other")
+    assert service.patches(other, None, 10) == []
+    with pytest.raises(NotFound):
+        service.revision(other, "debias", 1)
+    with pytest.raises(NotFound):
+        service.create_release(other, [("debias", 1)], "", Request())
+    with pytest.raises(NotFound):
+        service.fetch_release(REPLICA, "other", service.releases(two_releases, None, 1)[0].digest)
+    assert {e.tenant for e in service.audit(other, None, 100)} == {"other"}
+
+
+@pytest.mark.parametrize("name", ["", "Upper", "1st", "a" * 64, "with space", "ü", "a/b"])
+def test_bad_names(service: Interventions, acme: Principal, name: str) -> None:
+    with pytest.raises(InvalidRequest, match="a-z"):
+        service.create_patch(acme, name, "", Request())
+
+
+def test_what_exists_is_not_made_again(service: Interventions, acme: Principal) -> None:
+    with pytest.raises(AlreadyExists):
+        service.create_tenant(ADMIN, "acme", Request())
+    with pytest.raises(AlreadyExists):
+        service.create_patch(acme, "debias", "", Request())
+
+
+def test_a_refused_write_leaves_nothing_behind(service: Interventions, acme: Principal) -> None:
+    before = service.snapshot(), service.verify_chain(ADMIN)
+    with pytest.raises(ServiceError):
+        service.create_release(acme, [("debias", 1)], "", Request())
+    assert (service.snapshot(), service.verify_chain(ADMIN)) == before
+
+
+def test_a_release_of_another_model_is_not_activated(store: Store, service: Interventions, two_releases) -> None:
+    shape = ModelShape("cd" * 32, SHAPE.vocab_size, SHAPE.num_senses, SHAPE.width, SHAPE.sense_rms)
+    upgraded = Interventions(store, shape)
+    etag = upgraded.channel(two_releases, LIVE).etag
+    with pytest.raises(PreconditionFailed, match="create the revision again"):
+        upgraded.activate(two_releases, LIVE, 1, etag, Request())
+
+
+def test_a_draft_is_checked_and_not_stored(service: Interventions, acme: Principal) -> None:
+    draft = service.draft_revision(acme, "debias", [HALVE])
+    assert draft.number == 1
+    assert service.revisions(acme, "debias", None, 10) == []
+    with pytest.raises(InvalidRequest, match="scaling by 1"):
+        service.draft_revision(acme, "debias", [Scale((Cell(3, 1),), 1.0)])
+
+
+def test_events_tell_what_gateways_must_learn(service: Interventions, two_releases: Principal) -> None:
+    start = service.snapshot()[0].revision
+    etag = service.channel(two_releases, LIVE).etag
+    service.create_patch(two_releases, "other", "", Request())
+    service.activate(two_releases, LIVE, 2, etag, Request())
+    position, events = service.events_after(start)
+    assert [(e.revision, e.method) for e in events] == [(start + 1, "CreatePatch"), (start + 2, "Activate")]
+    assert events[0].changes == "[]"
+    assert '"release": 2' in events[1].changes
+    assert position.revision == start + 2
+
+
+def test_pages(service: Interventions, acme: Principal) -> None:
+    for n in range(5):
+        service.create_patch(acme, f"p{n}", "", Request())
+    first = service.patches(acme, None, 4)
+    assert [p.patch for p, _ in first] == ["debias", "p0", "p1", "p2"]
+    assert [p.patch for p, _ in service.patches(acme, "p2", 4)] == ["p3", "p4"]
