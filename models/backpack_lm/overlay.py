@@ -212,11 +212,11 @@ def _apply(edit: Edit, cells: dict[Cell, Tensor], table: SenseTable) -> None:
         case Scale():
             changed = {cell: vector(cell) * edit.factor for cell in edit.cells}
         case Add():
-            changed = {edit.cell: vector(edit.cell) + given(edit.delta)}
+            changed = {cell: vector(cell) + given(edit.delta) for cell in edit.cells}
         case Set():
-            changed = {edit.cell: given(edit.vector)}
+            changed = dict.fromkeys(edit.cells, given(edit.vector))
         case Copy():
-            changed = {edit.cell: vector(edit.source)}
+            changed = {cell: vector(edit.source_of(cell)) for cell in edit.cells}
         case ProjectOut():
             r = direction(edit.direction)
             changed = {c: vector(c) - (vector(c) @ r) / (r @ r) * r for c in edit.cells}

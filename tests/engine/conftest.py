@@ -47,14 +47,14 @@ def _vector(seed: int) -> Vector:
 EDITS: dict[str, tuple[Edit, ...]] = {
     "none": (),
     "scale": tuple(Scale((Cell(t, 1), Cell(t, 2)), -2.0) for t in range(5, 60)),
-    "add": tuple(Add(Cell(t, t % K), _vector(t)) for t in range(1, 80)),
-    "set": tuple(Set(Cell(t, 0), _vector(7)) for t in range(30, 93)),
-    "copy": tuple(Copy(Cell(t, 3), Cell(9, 0)) for t in range(10, 90)),
+    "add": tuple(Add((Cell(t, t % K),), _vector(t)) for t in range(1, 80)),
+    "set": tuple(Set((Cell(t, 0),), _vector(7)) for t in range(30, 93)),
+    "copy": tuple(Copy((Cell(t, 3),), 9, 0) for t in range(10, 90)),
     "project out": (ProjectOut(tuple(Cell(t, s) for t in range(93) for s in range(K)), 17),),
     "swap": (Swap(tuple(Cell(t, s) for t in range(93) for s in range(K)), 17, 18),),
     "topic": (Topic((11, 12, 13), 3),),
     "two topics, one constant, on edited rows": (
-        *(Add(Cell(t, t % K), _vector(t)) for t in range(1, 80)),
+        *(Add((Cell(t, t % K),), _vector(t)) for t in range(1, 80)),
         Topic((21, 22), 2),
         Topic((40, 41, 42), 3, annealed=False),
     ),

@@ -549,23 +549,23 @@ Global___ScaleEdit: _TypeAlias = ScaleEdit  # noqa: Y015
 
 @_typing.final
 class AddEdit(_message.Message):
-    """v ← v + delta, for each of the cells."""
+    """v ← v + delta."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CELLS_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def cells(self) -> Global___Cells: ...
+    def cells(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cells]: ...
     @_builtins.property
     def delta(self) -> Global___Vector: ...
     def __init__(
         self,
         *,
-        cells: Global___Cells | None = ...,
+        cells: _abc.Iterable[Global___Cells] | None = ...,
         delta: Global___Vector | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "delta", b"delta"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "delta", b"delta"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -575,23 +575,23 @@ Global___AddEdit: _TypeAlias = AddEdit  # noqa: Y015
 
 @_typing.final
 class SetEdit(_message.Message):
-    """v ← vector, for each of the cells."""
+    """v ← vector."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CELLS_FIELD_NUMBER: _builtins.int
     VECTOR_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def cells(self) -> Global___Cells: ...
+    def cells(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cells]: ...
     @_builtins.property
     def vector(self) -> Global___Vector: ...
     def __init__(
         self,
         *,
-        cells: Global___Cells | None = ...,
+        cells: _abc.Iterable[Global___Cells] | None = ...,
         vector: Global___Vector | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "vector", b"vector"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -610,17 +610,17 @@ class CopyEdit(_message.Message):
     SOURCE_SENSE_FIELD_NUMBER: _builtins.int
     source_sense: _builtins.int
     @_builtins.property
-    def cells(self) -> Global___Cells: ...
+    def cells(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cells]: ...
     @_builtins.property
     def source(self) -> _inference_pb2.Word: ...
     def __init__(
         self,
         *,
-        cells: Global___Cells | None = ...,
+        cells: _abc.Iterable[Global___Cells] | None = ...,
         source: _inference_pb2.Word | None = ...,
         source_sense: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_source_sense", b"_source_sense", "cells", b"cells", "source", b"source", "source_sense", b"source_sense"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_source_sense", b"_source_sense", "source", b"source", "source_sense", b"source_sense"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["_source_sense", b"_source_sense", "cells", b"cells", "source", b"source", "source_sense", b"source_sense"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...

@@ -1,0 +1,1 @@
+"""Domain ↔ messages: the only place, beside servicers' signatures, that knows protobuf."""

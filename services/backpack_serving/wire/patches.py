@@ -1,0 +1,192 @@
+"""Edits on the wire ↔ edits of `backpack_lm.patch`: words become token ids here, cells are spelled out.
+
+Everything that is wrong with a list of edits is reported at once, each with the path of its field.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+from typing import Any
+
+from backpack_lm import patch
+from backpack_lm.patch import Cell, Vector, Violation
+from backpack_lm.tokenizer import Tokenizer, WordError, WordPolicy
+from backpack_proto.v1 import inference_pb2, interventions_pb2
+
+from backpack_serving.errors import InvalidRequest
+
+WORD_POLICIES = {
+    inference_pb2.WORD_POLICY_UNSPECIFIED: WordPolicy.SINGLE,
+    inference_pb2.WORD_POLICY_SINGLE: WordPolicy.SINGLE,
+    inference_pb2.WORD_POLICY_FIRST_TOKEN: WordPolicy.FIRST,
+    inference_pb2.WORD_POLICY_ALL_TOKENS: WordPolicy.ALL,
+}
+
+_BYTES_OF = {interventions_pb2.DATA_TYPE_FLOAT32: 4, interventions_pb2.DATA_TYPE_FLOAT16: 2}
+
+
+class WordReader:
+    """Words of requests → token ids of one model; senses left out mean all of them."""
+
+    def __init__(self, tokenizer: Tokenizer, num_senses: int) -> None:
+        self._tokenizer, self._num_senses = tokenizer, num_senses
+        self.violations: list[Violation] = []
+
+    def refuse(self, field: str, reason: str, description: str) -> None:
+        self.violations.append(Violation(field, reason, description))
+
+    def tokens(self, field: str, word: inference_pb2.Word) -> tuple[int, ...]:
+        """The ids of a word; none, and a violation, if there are none."""
+        if word.HasField("token"):
+            if word.token >= self._tokenizer.vocab_size:
+                last = self._tokenizer.vocab_size - 1
+                self.refuse(field, "UNKNOWN_TOKEN", f"token {word.token}; this model's are 0 to {last}")
+                return ()
+            return (word.token,)
+        if word.policy not in WORD_POLICIES:
+            self.refuse(f"{field}.policy", "UNKNOWN_VALUE", f"{word.policy} is no word policy")
+            return ()
+        try:
+            return self._tokenizer.word_ids(word.text, WORD_POLICIES[word.policy])
+        except WordError as error:
+            self.refuse(field, "NOT_ONE_TOKEN" if word.text.strip() else "EMPTY", str(error))
+            return ()
+
+    def token(self, field: str, word: inference_pb2.Word) -> int:
+        """The one id of a word; 0, and a violation, if it has several."""
+        found = self.tokens(field, word)
+        if len(found) > 1:
+            self.refuse(field, "NOT_ONE_TOKEN", f"{word.text!r} is {len(found)} tokens; here it must be one")
+        return found[0] if found else 0
+
+    def cells(self, field: str, message: interventions_pb2.Cells) -> tuple[Cell, ...]:
+        senses = list(message.senses) or range(self._num_senses)
+        return tuple(Cell(t, s) for t, s in product(self.tokens(f"{field}.word", message.word), senses))
+
+    def all_cells(self, field: str, messages: Sequence[interventions_pb2.Cells]) -> tuple[Cell, ...]:
+        if not messages:
+            self.refuse(field, "EMPTY", "names no word; give at least one")
+        parts = (self.cells(f"{field}[{at}]", message) for at, message in enumerate(messages))
+        return tuple(cell for part in parts for cell in part)
+
+    def vector(self, field: str, message: interventions_pb2.Vector) -> Vector:
+        size = _BYTES_OF.get(message.dtype)
+        if size is None:
+            self.refuse(f"{field}.dtype", "UNKNOWN_VALUE", f"{message.dtype}; use FLOAT32 or FLOAT16")
+            return Vector()
+        if len(message.shape) != 1 or message.shape[0] * size != len(message.data):
+            self.refuse(
+                field,
+                "WRONG_SHAPE",
+                f"shape {list(message.shape)} of {size}-byte numbers, but {len(message.data)} bytes of data",
+            )
+            return Vector()
+        form = "f" if size == 4 else "e"
+        return Vector.of(struct.unpack(f"<{message.shape[0]}{form}", message.data))
+
+
+def read_edits(
+    messages: Iterable[interventions_pb2.Edit], tokenizer: Tokenizer, num_senses: int
+) -> list[patch.Edit]:
+    """Edits of a request. Raises InvalidRequest with everything that is wrong with them."""
+    reader = WordReader(tokenizer, num_senses)
+    edits: list[patch.Edit] = []
+    for at, message in enumerate(messages):
+        kind = message.WhichOneof("kind")
+        if kind is None:
+            reader.refuse(f"edits[{at}]", "UNKNOWN_KIND", "no kind of edit that this server knows")
+            continue
+        edits.append(_READ[kind](reader, f"edits[{at}].{kind}", getattr(message, kind)))
+    if reader.violations:
+        raise InvalidRequest.of(*reader.violations)
+    return edits
+
+
+def _scale(read: WordReader, at: str, message: interventions_pb2.ScaleEdit) -> patch.Edit:
+    return patch.Scale(read.all_cells(f"{at}.cells", message.cells), message.factor)
+
+
+def _add(read: WordReader, at: str, message: interventions_pb2.AddEdit) -> patch.Edit:
+    delta = read.vector(f"{at}.delta", message.delta)
+    return patch.Add(read.all_cells(f"{at}.cells", message.cells), delta)
+
+
+def _set(read: WordReader, at: str, message: interventions_pb2.SetEdit) -> patch.Edit:
+    vector = read.vector(f"{at}.vector", message.vector)
+    return patch.Set(read.all_cells(f"{at}.cells", message.cells), vector)
+
+
+def _copy(read: WordReader, at: str, message: interventions_pb2.CopyEdit) -> patch.Edit:
+    source = read.token(f"{at}.source", message.source)
+    sense = message.source_sense if message.HasField("source_sense") else None
+    return patch.Copy(read.all_cells(f"{at}.cells", message.cells), source, sense)
+
+
+def _project_out(read: WordReader, at: str, message: interventions_pb2.ProjectOutEdit) -> patch.Edit:
+    cells = read.all_cells(f"{at}.cells", message.cells)
+    return patch.ProjectOut(cells, read.token(f"{at}.direction", message.direction))
+
+
+def _swap(read: WordReader, at: str, message: interventions_pb2.SwapEdit) -> patch.Edit:
+    cells = read.all_cells(f"{at}.cells", message.cells)
+    return patch.Swap(cells, read.token(f"{at}.old", message.old), read.token(f"{at}.new", message.new))
+
+
+def _topic(read: WordReader, at: str, message: interventions_pb2.TopicEdit) -> patch.Edit:
+    tokens: dict[int, None] = {}  # a set that keeps the order
+    for number, word in enumerate(message.words):
+        first = inference_pb2.Word(text=word.text, policy=inference_pb2.WORD_POLICY_FIRST_TOKEN)
+        tokens.update(
+            dict.fromkeys(read.tokens(f"{at}.words[{number}]", word if word.HasField("token") else first))
+        )
+    if not 0 <= message.strength <= 255:
+        read.refuse(f"{at}.strength", "OUT_OF_RANGE", f"{message.strength}; use 1, 2 or 3")
+    return patch.Topic(tuple(tokens), message.strength & 255, annealed=not message.constant)
+
+
+_READ: dict[str, Callable[[WordReader, str, Any], patch.Edit]] = {
+    "scale": _scale,
+    "add": _add,
+    "set": _set,
+    "copy": _copy,
+    "project_out": _project_out,
+    "swap": _swap,
+    "topic": _topic,
+}
+
+
+def write_edit(edit: patch.Edit, tokenizer: Tokenizer) -> interventions_pb2.Edit:
+    """An edit as a message, every id with its word."""
+    pb = interventions_pb2
+
+    def word(token: int) -> inference_pb2.Word:
+        return inference_pb2.Word(text=tokenizer.piece(token), token=token)
+
+    def cells(some: Sequence[Cell]) -> list[interventions_pb2.Cells]:
+        by_token: dict[int, list[int]] = {}
+        for cell in some:
+            by_token.setdefault(cell.token, []).append(cell.sense)
+        return [pb.Cells(word=word(token), senses=senses) for token, senses in by_token.items()]
+
+    def vector(packed: Vector) -> interventions_pb2.Vector:
+        return pb.Vector(data=bytes(packed), dtype=pb.DATA_TYPE_FLOAT32, shape=[len(packed) // 4])
+
+    match edit:
+        case patch.Scale():
+            return pb.Edit(scale=pb.ScaleEdit(cells=cells(edit.cells), factor=edit.factor))
+        case patch.Add():
+            return pb.Edit(add=pb.AddEdit(cells=cells(edit.cells), delta=vector(edit.delta)))
+        case patch.Set():
+            return pb.Edit(set=pb.SetEdit(cells=cells(edit.cells), vector=vector(edit.vector)))
+        case patch.Copy():
+            copied = pb.CopyEdit(cells=cells(edit.cells), source=word(edit.source), source_sense=edit.source_sense)
+            return pb.Edit(copy=copied)
+        case patch.ProjectOut():
+            return pb.Edit(project_out=pb.ProjectOutEdit(cells=cells(edit.cells), direction=word(edit.direction)))
+        case patch.Swap():
+            return pb.Edit(swap=pb.SwapEdit(cells=cells(edit.cells), old=word(edit.old), new=word(edit.new)))
+        case patch.Topic():
+            words = [word(token) for token in edit.tokens]
+            return pb.Edit(topic=pb.TopicEdit(words=words, strength=edit.strength, constant=not edit.annealed))
