@@ -38,10 +38,14 @@ class Settings(BaseSettings):
         "127.0.0.1:8472", description="Where the directory of replicas listens, and is called."
     )
     inference_address: str = Field("127.0.0.1:0", description="Where a replica listens; port 0 takes a free one.")
+    admin_key: SecretStr = Field(
+        SecretStr(""),
+        description="API key with the role `admin`. Default: admin.key in the state folder.",
+    )
     service_key: SecretStr = Field(
         SecretStr(""),
         description="API key with the role `replica`, for gateways and replicas. "
-        "Default: read from the state folder.",
+        "Default: replica.key in the state folder.",
     )
 
     slots: int = Field(32, ge=1, description="Sequences that a replica runs at once.")
@@ -58,6 +62,22 @@ class Settings(BaseSettings):
     )
     log_format: str = Field("console", pattern="^(console|json)$", description="console or json.")
     log_level: str = Field("info", description="debug, info, warning or error.")
+
+    def key_for(self, role: str) -> str:
+        """The key that this process presents as `admin` or `replica`: the setting, else the state folder's file.
+
+        Raises FileNotFoundError, saying what makes the file, if there is neither.
+        """
+        given = (self.admin_key if role == "admin" else self.service_key).get_secret_value()
+        if given:
+            return given
+        file = self.state / f"{role}.key"
+        if not file.exists():
+            raise FileNotFoundError(
+                f"no {role} key: {file.resolve()} doesn't exist. The intervention service makes it with its first "
+                f"start; elsewhere set BACKPACK_{'ADMIN' if role == 'admin' else 'SERVICE'}_KEY"
+            )
+        return file.read_text().strip()
 
     @cached_property
     def database_url(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar
 
@@ -26,6 +26,7 @@ from backpack_serving.interventions.records import (
     Revision,
     Tenant,
     key_of,
+    visible,
 )
 from backpack_serving.interventions.store import Read, Store, Write
 from backpack_serving.keys import Principal
@@ -72,7 +73,7 @@ class Ledger:
                 if tx.get(Reply, who.name, method, request.id) is not None:
                     raise _Raced
                 record, changed = act(tx, now)
-                changes = json.dumps([_visible(change) for change in changed])
+                changes = json.dumps([visible(change) for change in changed])
                 tx.log(Event(0, record.tenant, who.name, method, record.name, changes, now))
                 if request.id:
                     tx.forget_replies(now - REPLIES_KEPT)
@@ -118,17 +119,6 @@ def channel_from(change: dict[str, Any]) -> Channel:
     """The channel that an event's change describes."""
     values = {name: value for name, value in change.items() if name != "kind"}
     return Channel(**{**values, "updated": datetime.fromisoformat(values["updated"])})
-
-
-def _visible(record: Record) -> dict[str, Any]:
-    """A record as an event tells it."""
-    values = asdict(record)
-    for name, value in values.items():
-        if isinstance(value, bytes):
-            values[name] = value.hex()
-        elif isinstance(value, datetime):
-            values[name] = value.isoformat()
-    return {"kind": type(record).__name__, **values}
 
 
 def verify_chain(tx: Read) -> tuple[int, int | None]:

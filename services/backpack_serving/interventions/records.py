@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, ClassVar
 
@@ -162,6 +162,17 @@ class Reply:
 
 Record = Tenant | Key | Patch | Revision | Release | Channel | Event | Reply
 KINDS: tuple[type[Any], ...] = (Tenant, Key, Patch, Revision, Release, Channel, Event, Reply)
+
+
+def visible(record: Record) -> dict[str, Any]:
+    """A record as an event tells it: JSON values, with the kind."""
+    values = asdict(record)
+    for name, value in values.items():
+        if isinstance(value, bytes):
+            values[name] = value.hex()
+        elif isinstance(value, datetime):
+            values[name] = value.isoformat()
+    return {"kind": type(record).__name__, **values}
 
 
 def key_of(record: Record) -> tuple[Any, ...]:

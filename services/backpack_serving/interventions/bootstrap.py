@@ -1,0 +1,68 @@
+"""The intervention service as a process: model manifest, store, keys, server."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from backpack_lm.manifest import Manifest
+from backpack_lm.tokenizer import Tokenizer
+
+from backpack_serving import rpc
+from backpack_serving.interventions.service import Interventions
+from backpack_serving.interventions.servicer import Bell, services
+from backpack_serving.interventions.sql import SQLStore
+from backpack_serving.interventions.store import Store
+from backpack_serving.keys import ApiKey, Role
+from backpack_serving.settings import Settings
+
+ADMIN_KEY, REPLICA_KEY = "admin.key", "replica.key"
+
+
+@dataclass(frozen=True, slots=True)
+class InterventionService:
+    """A running intervention service."""
+
+    server: rpc.Server
+    store: Store
+
+    @property
+    def address(self) -> str:
+        return self.server.address
+
+    async def stop(self) -> None:
+        await self.server.stop()
+        self.store.close()
+
+
+async def start(settings: Settings) -> InterventionService:
+    """Serve on `settings.interventions_address`. Raises ServiceError if the database can't be used, OSError if
+    the address is taken, ManifestError if there is no model.
+    """
+    manifest = Manifest.read(settings.model)
+    tokenizer = Tokenizer.read(settings.model / "tokenizer.json")
+    store = await asyncio.to_thread(SQLStore.open, settings.database_url)
+    bell = Bell()
+    service = Interventions(store, manifest.shape, on_write=bell.ring)
+    admin = _key(settings.admin_key.get_secret_value(), settings.state / ADMIN_KEY)
+    replica = _key(settings.service_key.get_secret_value(), settings.state / REPLICA_KEY)
+    await asyncio.to_thread(service.bootstrap, admin, [Role.ADMIN])
+    await asyncio.to_thread(service.bootstrap, replica, [Role.REPLICA])
+    try:
+        server = await rpc.start(services(service, tokenizer, bell), settings.interventions_address)
+    except OSError:
+        store.close()
+        raise
+    return InterventionService(server, store)
+
+
+def _key(given: str, file: Path) -> ApiKey:
+    """The key that the operator chose, else the one in the state folder, made on the first start."""
+    if given:
+        return ApiKey.parse(given)
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+        file.write_text(f"{ApiKey.mint()}\n")
+    return ApiKey.parse(file.read_text())

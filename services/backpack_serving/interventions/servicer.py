@@ -1,0 +1,282 @@
+"""The five services of the intervention service: validate, one domain call, translate."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from backpack_lm.tokenizer import Tokenizer
+from backpack_proto.v1 import interventions_pb2 as pb
+from backpack_proto.v1 import interventions_pb2_grpc as grpc_v1
+
+from backpack_serving import rpc
+from backpack_serving.errors import PreconditionFailed, Unauthenticated
+from backpack_serving.interventions.records import Position
+from backpack_serving.interventions.service import Interventions
+from backpack_serving.keys import Principal, Role
+from backpack_serving.wire import control as wire
+from backpack_serving.wire.patches import read_edits
+
+R = TypeVar("R")
+
+BOOKMARK_SECONDS = 1.0
+
+
+class Bell:
+    """Wakes who waits for the next write. It may be rung from any thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._next = asyncio.Event()
+
+    def ring(self) -> None:
+        self._loop.call_soon_threadsafe(self._ring)
+
+    def next(self) -> asyncio.Event:
+        """Set at the next ring: take it before looking, wait for it after."""
+        return self._next
+
+    def _ring(self) -> None:
+        rung, self._next = self._next, asyncio.Event()
+        rung.set()
+
+
+class _Caller:
+    """What the servicers share: a service that blocks, called from an event loop, for who is calling."""
+
+    def __init__(self, service: Interventions, tokenizer: Tokenizer) -> None:
+        self.service, self.tokenizer = service, tokenizer
+
+    async def who(self, context: rpc.Context) -> Principal:
+        who = await asyncio.to_thread(self.service.authenticate, rpc.bearer(context))
+        if who is None:
+            raise Unauthenticated("UNKNOWN_KEY", "this API key is unknown or revoked")
+        return who
+
+
+class TenantServicer(_Caller, grpc_v1.TenantServiceServicer):
+    async def CreateTenant(self, request: pb.CreateTenantRequest, context: rpc.Context) -> pb.CreateTenantResponse:
+        who = await self.who(context)
+        again = wire.identify(request, request.request_id)
+        written = await asyncio.to_thread(self.service.create_tenant, who, request.tenant_id, again)
+        return pb.CreateTenantResponse(
+            tenant=wire.write_tenant(written.record), position=wire.write_position(written.position)
+        )
+
+    async def ListTenants(self, request: pb.ListTenantsRequest, context: rpc.Context) -> pb.ListTenantsResponse:
+        who = await self.who(context)
+        after, limit = wire.read_page(request.page_size, request.page_token, str)
+        found = await asyncio.to_thread(self.service.tenants, who, after, limit)
+        return pb.ListTenantsResponse(
+            tenants=map(wire.write_tenant, found),
+            next_page_token=wire.page_token(found, limit, found[-1].tenant if found else None),
+        )
+
+    async def CreateApiKey(self, request: pb.CreateApiKeyRequest, context: rpc.Context) -> pb.CreateApiKeyResponse:
+        who = await self.who(context)
+        tenant = wire.parse_tenant("parent", request.parent)
+        roles, again = wire.read_roles(request.roles), wire.identify(request, request.request_id)
+        written, key = await asyncio.to_thread(self.service.create_key, who, tenant, roles, again)
+        return pb.CreateApiKeyResponse(
+            key=wire.write_key(written.record),
+            secret=str(key) if key else "",
+            position=wire.write_position(written.position),
+        )
+
+    async def ListApiKeys(self, request: pb.ListApiKeysRequest, context: rpc.Context) -> pb.ListApiKeysResponse:
+        who = await self.who(context)
+        found = await asyncio.to_thread(self.service.keys, who, wire.parse_tenant("parent", request.parent))
+        return pb.ListApiKeysResponse(keys=map(wire.write_key, found))
+
+    async def RevokeApiKey(self, request: pb.RevokeApiKeyRequest, context: rpc.Context) -> pb.RevokeApiKeyResponse:
+        who = await self.who(context)
+        parent, _, key = request.name.rpartition("/keys/")
+        tenant = wire.parse_tenant("name", parent)
+        again = wire.identify(request, request.request_id)
+        written = await asyncio.to_thread(self.service.revoke_key, who, tenant, key, again)
+        return pb.RevokeApiKeyResponse(position=wire.write_position(written.position))
+
+
+class PatchServicer(_Caller, grpc_v1.PatchServiceServicer):
+    async def CreatePatch(self, request: pb.CreatePatchRequest, context: rpc.Context) -> pb.CreatePatchResponse:
+        who = await self.who(context)
+        again = wire.identify(request, request.request_id)
+        written = await asyncio.to_thread(
+            self.service.create_patch, who, request.patch_id, request.description, again
+        )
+        return pb.CreatePatchResponse(
+            patch=wire.write_patch(written.record, 0), position=wire.write_position(written.position)
+        )
+
+    async def ListPatches(self, request: pb.ListPatchesRequest, context: rpc.Context) -> pb.ListPatchesResponse:
+        who = await self.who(context)
+        after, limit = wire.read_page(request.page_size, request.page_token, str)
+        found = await asyncio.to_thread(self.service.patches, who, after, limit)
+        return pb.ListPatchesResponse(
+            patches=[wire.write_patch(record, latest) for record, latest in found],
+            next_page_token=wire.page_token(found, limit, found[-1][0].patch if found else None),
+        )
+
+    async def CreateRevision(
+        self, request: pb.CreateRevisionRequest, context: rpc.Context
+    ) -> pb.CreateRevisionResponse:
+        who = await self.who(context)
+        (patch,) = wire.parse_name("parent", request.parent, "patches/{}", who)
+        edits = await asyncio.to_thread(read_edits, request.edits, self.tokenizer, self.service.shape.num_senses)
+        if request.validate_only:
+            draft = await asyncio.to_thread(self.service.draft_revision, who, patch, edits)
+            return pb.CreateRevisionResponse(revision=wire.write_revision(draft, self.tokenizer))
+        again = wire.identify(request, request.request_id)
+        written = await asyncio.to_thread(self.service.create_revision, who, patch, edits, again)
+        return pb.CreateRevisionResponse(
+            revision=wire.write_revision(written.record, self.tokenizer),
+            position=wire.write_position(written.position),
+        )
+
+    async def GetRevision(self, request: pb.GetRevisionRequest, context: rpc.Context) -> pb.GetRevisionResponse:
+        who = await self.who(context)
+        patch, text = wire.parse_name("name", request.name, "patches/{}/revisions/{}", who)
+        number = wire.parse_number("name", text)
+        found = await asyncio.to_thread(self.service.revision, who, patch, number)
+        return pb.GetRevisionResponse(revision=wire.write_revision(found, self.tokenizer))
+
+    async def ListRevisions(
+        self, request: pb.ListRevisionsRequest, context: rpc.Context
+    ) -> pb.ListRevisionsResponse:
+        who = await self.who(context)
+        (patch,) = wire.parse_name("parent", request.parent, "patches/{}", who)
+        after, limit = wire.read_page(request.page_size, request.page_token, int)
+        found = await asyncio.to_thread(self.service.revisions, who, patch, after, limit)
+        return pb.ListRevisionsResponse(
+            revisions=[wire.write_revision(record, None) for record in found],
+            next_page_token=wire.page_token(found, limit, found[-1].number if found else None),
+        )
+
+
+class ReleaseServicer(_Caller, grpc_v1.ReleaseServiceServicer):
+    async def CreateRelease(
+        self, request: pb.CreateReleaseRequest, context: rpc.Context
+    ) -> pb.CreateReleaseResponse:
+        who = await self.who(context)
+        parts = []
+        for at, name in enumerate(request.revisions):
+            field = f"revisions[{at}]"
+            patch, number = wire.parse_name(field, name, "patches/{}/revisions/{}", who)
+            parts.append((patch, wire.parse_number(field, number)))
+        again = wire.identify(request, request.request_id)
+        written = await asyncio.to_thread(self.service.create_release, who, parts, request.notes, again)
+        return pb.CreateReleaseResponse(
+            release=wire.write_release(written.record), position=wire.write_position(written.position)
+        )
+
+    async def ListReleases(self, request: pb.ListReleasesRequest, context: rpc.Context) -> pb.ListReleasesResponse:
+        who = await self.who(context)
+        after, limit = wire.read_page(request.page_size, request.page_token, int)
+        found = await asyncio.to_thread(self.service.releases, who, after, limit)
+        return pb.ListReleasesResponse(
+            releases=map(wire.write_release, found),
+            next_page_token=wire.page_token(found, limit, found[-1].number if found else None),
+        )
+
+    async def GetChannel(self, request: pb.GetChannelRequest, context: rpc.Context) -> pb.GetChannelResponse:
+        who = await self.who(context)
+        (name,) = wire.parse_name("name", request.name, "channels/{}", who)
+        found = await asyncio.to_thread(self.service.channel, who, name)
+        return pb.GetChannelResponse(channel=wire.write_channel(found))
+
+    async def ListChannels(self, request: pb.ListChannelsRequest, context: rpc.Context) -> pb.ListChannelsResponse:
+        who = await self.who(context)
+        found = await asyncio.to_thread(self.service.channels, who)
+        return pb.ListChannelsResponse(channels=map(wire.write_channel, found))
+
+    async def Activate(self, request: pb.ActivateRequest, context: rpc.Context) -> pb.ActivateResponse:
+        who = await self.who(context)
+        (name,) = wire.parse_name("channel", request.channel, "channels/{}", who)
+        again = wire.identify(request, request.request_id)
+        written = await asyncio.to_thread(self.service.activate, who, name, request.release, request.etag, again)
+        return pb.ActivateResponse(
+            channel=wire.write_channel(written.record), position=wire.write_position(written.position)
+        )
+
+    async def Rollback(self, request: pb.RollbackRequest, context: rpc.Context) -> pb.RollbackResponse:
+        who = await self.who(context)
+        (name,) = wire.parse_name("channel", request.channel, "channels/{}", who)
+        again = wire.identify(request, request.request_id)
+        written = await asyncio.to_thread(self.service.rollback, who, name, request.etag, again)
+        return pb.RollbackResponse(
+            channel=wire.write_channel(written.record), position=wire.write_position(written.position)
+        )
+
+
+class AuditServicer(_Caller, grpc_v1.AuditServiceServicer):
+    async def ListAuditEntries(
+        self, request: pb.ListAuditEntriesRequest, context: rpc.Context
+    ) -> pb.ListAuditEntriesResponse:
+        who = await self.who(context)
+        after, limit = wire.read_page(request.page_size, request.page_token, int)
+        found = await asyncio.to_thread(self.service.audit, who, after, limit)
+        return pb.ListAuditEntriesResponse(
+            entries=map(wire.write_audit_entry, found),
+            next_page_token=wire.page_token(found, limit, found[-1].revision if found else None),
+        )
+
+    async def VerifyChain(self, request: pb.VerifyChainRequest, context: rpc.Context) -> pb.VerifyChainResponse:
+        who = await self.who(context)
+        entries, broken = await asyncio.to_thread(self.service.verify_chain, who)
+        return pb.VerifyChainResponse(intact=broken is None, entries=entries, first_broken=broken)
+
+
+class SyncServicer(_Caller, grpc_v1.SyncServiceServicer):
+    def __init__(self, service: Interventions, tokenizer: Tokenizer, bell: Bell) -> None:
+        super().__init__(service, tokenizer)
+        self._bell = bell
+
+    async def Watch(self, request: pb.WatchRequest, context: rpc.Context) -> AsyncIterator[pb.WatchResponse]:
+        (await self.who(context)).require(Role.REPLICA)
+        fingerprint = self.service.shape.fingerprint
+        if request.model_fingerprint != fingerprint:
+            raise PreconditionFailed(
+                "WRONG_MODEL",
+                f"you serve model {request.model_fingerprint[:12]}…, the patches here are for {fingerprint[:12]}…",
+            )
+        start: pb.Position = getattr(request, "from")
+        at = Position(start.epoch, start.revision)
+        while True:
+            rung = self._bell.next()
+            now, events = await asyncio.to_thread(self.service.events_after, at.revision)
+            if at.epoch != now.epoch or at.revision > now.revision:
+                at, records = await asyncio.to_thread(self.service.snapshot)
+                yield pb.WatchResponse(
+                    position=wire.write_position(at), reset=True, changes=wire.write_snapshot(records)
+                )
+                continue
+            for event in events:
+                at = Position(now.epoch, event.revision)
+                yield pb.WatchResponse(position=wire.write_position(at), changes=wire.write_changes(event))
+            if not events:
+                yield pb.WatchResponse(position=wire.write_position(at))
+                await _wait(rung, BOOKMARK_SECONDS)
+
+    async def FetchRelease(self, request: pb.FetchReleaseRequest, context: rpc.Context) -> pb.FetchReleaseResponse:
+        who = await self.who(context)
+        blobs = await asyncio.to_thread(self.service.fetch_release, who, request.tenant, request.digest)
+        return pb.FetchReleaseResponse(revisions=blobs)
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), seconds)
+
+
+def services(service: Interventions, tokenizer: Tokenizer, bell: Bell) -> list[rpc.Service]:
+    """All five, ready to be served."""
+    add: dict[str, tuple[Callable[..., None], object]] = {
+        "TenantService": (grpc_v1.add_TenantServiceServicer_to_server, TenantServicer(service, tokenizer)),
+        "PatchService": (grpc_v1.add_PatchServiceServicer_to_server, PatchServicer(service, tokenizer)),
+        "ReleaseService": (grpc_v1.add_ReleaseServiceServicer_to_server, ReleaseServicer(service, tokenizer)),
+        "AuditService": (grpc_v1.add_AuditServiceServicer_to_server, AuditServicer(service, tokenizer)),
+        "SyncService": (grpc_v1.add_SyncServiceServicer_to_server, SyncServicer(service, tokenizer, bell)),
+    }
+    return [rpc.Service(f"backpack.v1.{name}", adder, servicer) for name, (adder, servicer) in add.items()]

@@ -1,0 +1,237 @@
+"""Tenants, patches, releases, channels, audit and sync: records ↔ messages, resource names, pages."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+from backpack_lm import patch
+from backpack_lm.tokenizer import Tokenizer
+from backpack_proto.v1 import interventions_pb2 as pb
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from backpack_serving.errors import InvalidRequest, NotFound
+from backpack_serving.interventions.ledger import Request
+from backpack_serving.interventions.records import (
+    Channel,
+    Event,
+    Key,
+    Patch,
+    Position,
+    Record,
+    Release,
+    Revision,
+    Tenant,
+    visible,
+)
+from backpack_serving.keys import Principal, Role
+from backpack_serving.wire.patches import write_edit
+
+ROLES = {
+    pb.ROLE_ADMIN: Role.ADMIN,
+    pb.ROLE_AUTHOR: Role.AUTHOR,
+    pb.ROLE_RELEASER: Role.RELEASER,
+    pb.ROLE_CALLER: Role.CALLER,
+    pb.ROLE_REPLICA: Role.REPLICA,
+}
+ROLE_NUMBERS = {role: number for number, role in ROLES.items()}
+
+PAGE, LARGEST_PAGE = 50, 1000
+
+T = TypeVar("T")
+
+
+# ---- requests
+
+
+def parse_name(field: str, name: str, pattern: str, who: Principal) -> tuple[str, ...]:
+    """The ids in a resource name such as "patches/{}/revisions/{}", with or without its "tenants/{}/" before.
+
+    Raises InvalidRequest for another form, NotFound for another tenant's: whether it exists is not told.
+    """
+    form = re.escape(pattern).replace(r"\{\}", "([^/]+)")
+    match = re.fullmatch(f"(?:tenants/([^/]+)/)?{form}", name)
+    if not match:
+        shape = pattern.replace("{}", "…")
+        raise InvalidRequest.at(field, "BAD_NAME", f"{name!r}; write {shape}, or tenants/{who.tenant}/{shape}")
+    tenant, *ids = match.groups()
+    if tenant not in (None, who.tenant):
+        raise NotFound("NOT_YOURS", f"{name} isn't a resource of tenants/{who.tenant}")
+    return tuple(ids)
+
+
+def parse_number(field: str, text: str) -> int:
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise InvalidRequest.at(field, "BAD_NAME", f"{text!r} is not the number of a revision")
+    return int(text)
+
+
+def parse_tenant(field: str, name: str) -> str:
+    match = re.fullmatch("tenants/([^/]+)", name)
+    if not match:
+        raise InvalidRequest.at(field, "BAD_NAME", f"{name!r}; write tenants/…")
+    return match[1]
+
+
+def read_roles(numbers: Sequence[int]) -> list[Role]:
+    if unknown := [n for n in numbers if n not in ROLES]:
+        raise InvalidRequest.at("roles", "UNKNOWN_VALUE", f"{unknown[0]} is no role")
+    return [ROLES[n] for n in numbers]  # type: ignore[index]
+
+
+def identify(request: Message, request_id: str) -> Request:
+    """What makes a write recognisable. Only compared within a service version, so protobuf's bytes will do."""
+    return Request(request_id, hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest())
+
+
+def read_page(size: int, token: str, kind: type[T]) -> tuple[T | None, int]:
+    """(where to go on, how many) of a list request. Raises InvalidRequest for a token that isn't one of ours."""
+    if size < 0:
+        raise InvalidRequest.at("page_size", "OUT_OF_RANGE", f"{size}; at least 0, which means {PAGE}")
+    limit = min(size or PAGE, LARGEST_PAGE)
+    if not token:
+        return None, limit
+    try:
+        after = json.loads(base64.urlsafe_b64decode(token))
+    except (binascii.Error, ValueError):
+        after = None
+    if not isinstance(after, kind):
+        raise InvalidRequest.at("page_token", "BAD_PAGE_TOKEN", f"{token!r} is not from a page of this list")
+    return after, limit
+
+
+def page_token(found: Sequence[Any], limit: int, after: Any) -> str:
+    """The token of the page that follows; none after a page that wasn't full."""
+    return base64.urlsafe_b64encode(json.dumps(after).encode()).decode() if len(found) == limit else ""
+
+
+# ---- answers
+
+
+def write_time(value: datetime) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromDatetime(value)
+    return stamp
+
+
+def write_position(position: Position) -> pb.Position:
+    return pb.Position(epoch=position.epoch, revision=position.revision)
+
+
+def write_tenant(record: Tenant) -> pb.Tenant:
+    return pb.Tenant(name=record.name, create_time=write_time(record.created))
+
+
+def write_key(record: Key) -> pb.ApiKey:
+    return pb.ApiKey(
+        name=record.name,
+        roles=[ROLE_NUMBERS[Role(role)] for role in record.roles.split()],
+        create_time=write_time(record.created),
+        revoked=record.revoked,
+    )
+
+
+def write_patch(record: Patch, latest: int) -> pb.Patch:
+    return pb.Patch(
+        name=record.name,
+        description=record.description,
+        create_time=write_time(record.created),
+        latest_revision=latest,
+    )
+
+
+def write_revision(record: Revision, tokenizer: Tokenizer | None) -> pb.Revision:
+    """A revision, with its edits if a tokenizer is given to spell their words."""
+    message = pb.Revision(
+        name=record.name,
+        digest=record.digest,
+        model_fingerprint=record.fingerprint,
+        create_time=write_time(record.created),
+    )
+    if tokenizer is not None:
+        edits = patch.Revision.from_bytes(record.blob).edits
+        message.edits.extend(write_edit(edit, tokenizer) for edit in edits)
+    return message
+
+
+def write_release(record: Release) -> pb.Release:
+    return pb.Release(
+        name=record.name,
+        number=record.number,
+        digest=record.digest,
+        revisions=[f"tenants/{record.tenant}/patches/{p}/revisions/{n}" for p, n in record.parts],
+        notes=record.notes,
+        create_time=write_time(record.created),
+    )
+
+
+def write_channel(record: Channel) -> pb.Channel:
+    return pb.Channel(
+        name=record.name,
+        release=record.release,
+        release_digest=record.digest,
+        previous_release=record.previous,
+        generation=record.generation,
+        etag=record.etag,
+        update_time=write_time(record.updated),
+    )
+
+
+def write_audit_entry(event: Event) -> pb.AuditEntry:
+    return pb.AuditEntry(
+        revision=event.revision,
+        time=write_time(event.time),
+        principal=event.principal,
+        tenant=f"tenants/{event.tenant}",
+        method=event.method,
+        resource=event.resource,
+        hash=event.hash,
+    )
+
+
+# ---- sync
+
+
+def write_changes(event: Event) -> list[pb.Change]:
+    """What an event tells gateways."""
+    return [_change(values) for values in json.loads(event.changes)]
+
+
+def write_snapshot(records: Sequence[Record]) -> list[pb.Change]:
+    return [_change(visible(record)) for record in records]
+
+
+def _change(values: dict[str, Any]) -> pb.Change:
+    tenant = values["tenant"]
+    match values["kind"]:
+        case "Tenant":
+            return pb.Change(tenant=pb.TenantChange(tenant=tenant))
+        case "Key":
+            return pb.Change(
+                key=pb.KeyChange(
+                    tenant=tenant,
+                    key=values["key"],
+                    roles=[ROLE_NUMBERS[Role(role)] for role in values["roles"].split()],
+                    salt=bytes.fromhex(values["salt"]),
+                    verifier=bytes.fromhex(values["verifier"]),
+                    revoked=values["revoked"],
+                )
+            )
+        case "Channel":
+            return pb.Change(
+                channel=pb.ChannelChange(
+                    tenant=tenant,
+                    channel=values["channel"],
+                    release=values["release"],
+                    release_digest=values["digest"],
+                )
+            )
+        case kind:
+            raise AssertionError(f"{kind} is nothing that gateways see")
