@@ -37,6 +37,9 @@ class Settings(BaseSettings):
     directory_address: str = Field(
         "127.0.0.1:8472", description="Where the directory of replicas listens, and is called."
     )
+    directory_application: str = Field(
+        "", description="Ray Serve application that the directory is, if it is called through Serve's proxy."
+    )
     inference_address: str = Field("127.0.0.1:0", description="Where a replica listens; port 0 takes a free one.")
     admin_key: SecretStr = Field(
         SecretStr(""),
@@ -51,6 +54,9 @@ class Settings(BaseSettings):
     slots: int = Field(32, ge=1, description="Sequences that a replica runs at once.")
     queue: int = Field(256, ge=0, description="Requests that may wait in a replica for a slot.")
     step_tokens: int = Field(512, ge=1, description="Most prompt tokens that a step of the engine takes in.")
+    overlay_rows: int = Field(
+        65_536, ge=1, description="Sense vectors that the releases in use may replace together, in a replica."
+    )
     releases: int = Field(256, ge=1, description="Compiled releases that a replica keeps.")
     threads: int = Field(0, ge=0, description="Threads of a replica's arithmetic; 0 for torch's choice.")
 
@@ -78,6 +84,11 @@ class Settings(BaseSettings):
                 f"start; elsewhere set BACKPACK_{'ADMIN' if role == 'admin' else 'SERVICE'}_KEY"
             )
         return file.read_text().strip()
+
+    @property
+    def directory_metadata(self) -> tuple[tuple[str, str], ...]:
+        """What Ray Serve's gRPC proxy needs to find the directory."""
+        return (("application", self.directory_application),) if self.directory_application else ()
 
     @cached_property
     def database_url(self) -> str:

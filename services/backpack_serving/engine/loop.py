@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 import structlog
 
@@ -39,7 +39,7 @@ class EngineLoop:
     def healthy(self) -> bool:
         return self._failure is None and self._thread.is_alive()
 
-    async def generate(self, request: Request) -> AsyncIterator[list[Output]]:
+    async def generate(self, request: Request) -> AsyncGenerator[list[Output], None]:
         """The request's tokens, each time all that have been made since the last.
 
         Leaving the iterator early aborts the request. Raises QueueFull, TooManyRows or EngineStopped.

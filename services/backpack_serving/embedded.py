@@ -1,0 +1,52 @@
+"""Everything in one process: interventions, directory, one replica and a gateway on one event loop.
+
+They are the same servers that run apart on a cluster, and they speak gRPC to each other here too, over the
+loopback: there is one code path for what a request means. Only their addresses are chosen here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from backpack_serving import rpc
+from backpack_serving.gateway import bootstrap as gateway
+from backpack_serving.inference import directory, replica
+from backpack_serving.interventions import bootstrap as interventions
+from backpack_serving.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """The addresses that clients call."""
+
+    gateway: str
+    interventions: str
+    settings: Settings
+
+
+@asynccontextmanager
+async def run(settings: Settings) -> AsyncIterator[Embedded]:
+    """Serve until the block ends. It begins when the first request can be served."""
+    async with AsyncExitStack() as stack:
+        control = await interventions.start(settings)
+        stack.push_async_callback(control.stop)
+        # Port 0 means any: from here on, everyone has to know which it was.
+        settings = settings.model_copy(update={"interventions_address": control.address})
+        phone_book = await directory.serve(settings.directory_address)
+        stack.push_async_callback(phone_book.stop)
+        settings = settings.model_copy(update={"directory_address": phone_book.address})
+        channels = [rpc.channel(control.address), rpc.channel(phone_book.address)]
+        for channel in channels:
+            stack.push_async_callback(channel.close)
+        serving = await replica.start(
+            settings,
+            replica.report_to(channels[1]),
+            replica.fetch_from(channels[0], settings.key_for("replica")),
+        )
+        stack.push_async_callback(serving.stop)
+        front = await gateway.start(settings)
+        stack.push_async_callback(front.stop)
+        await front.ready()
+        yield Embedded(front.address, control.address, settings)

@@ -1,0 +1,75 @@
+"""Which replica runs a request: the less loaded of two drawn at random (Mitzenmacher 2001)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from backpack_proto.v1 import directory_pb2, inference_pb2_grpc
+
+from backpack_serving import rpc
+from backpack_serving.errors import Unavailable
+
+
+@dataclass(slots=True, eq=False)
+class Target:
+    """A replica as this gateway sees it. `sent` are tokens that it has asked for and not got yet."""
+
+    replica: directory_pb2.Replica
+    channel: Any
+    stub: inference_pb2_grpc.InferenceServiceStub
+    sent: int = 0
+    failed: bool = field(default=False)
+
+    @property
+    def load(self) -> float:
+        """Tokens in flight per slot: what it reported, or what we alone know of, whichever is more."""
+        return max(self.replica.tokens_in_flight, self.sent) / max(1, self.replica.slots)
+
+
+class Router:
+    """The replicas that serve this gateway's model."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self._fingerprint = fingerprint
+        self._targets: dict[str, Target] = {}
+        self._closing: list[Any] = []
+
+    @property
+    def size(self) -> int:
+        return sum(1 for _ in self._usable(()))
+
+    def update(self, replicas: Iterable[directory_pb2.Replica]) -> None:
+        """Take in what the directory says. A replica that failed a call gets another chance with each report."""
+        seen = {replica.id: replica for replica in replicas if replica.model_fingerprint == self._fingerprint}
+        for gone in self._targets.keys() - seen.keys():
+            del self._targets[gone]  # calls in progress keep its channel until they end
+        for name, replica in seen.items():
+            if target := self._targets.get(name):
+                target.failed = target.failed and target.replica == replica
+                target.replica = replica
+            else:
+                channel = rpc.channel(replica.address)
+                self._targets[name] = Target(replica, channel, inference_pb2_grpc.InferenceServiceStub(channel))
+
+    @contextmanager
+    def lease(self, tokens: int, without: Iterable[Target] = ()) -> Iterator[Target]:
+        """A replica for a request of so many tokens. Raises Unavailable if there is none."""
+        usable = list(self._usable(without))
+        if not usable:
+            raise Unavailable("NO_REPLICA", "no replica serves this model now; try again shortly", retry_after=1.0)
+        target = min(random.sample(usable, min(2, len(usable))), key=lambda t: t.load)
+        target.sent += tokens
+        try:
+            yield target
+        finally:
+            target.sent -= tokens
+
+    def _usable(self, without: Iterable[Target]) -> Iterator[Target]:
+        excluded = list(without)
+        for target in self._targets.values():
+            if not target.replica.draining and not target.failed and target not in excluded:
+                yield target

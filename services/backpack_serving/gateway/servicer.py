@@ -1,0 +1,147 @@
+"""InferenceService for clients: authenticate, pin, send to a replica, pass on what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import structlog
+from backpack_lm.manifest import Manifest
+from backpack_lm.tokenizer import Tokenizer
+from backpack_proto.v1 import inference_pb2 as pb
+from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
+
+from backpack_serving import rpc
+from backpack_serving.errors import Internal, ServiceError, Unavailable
+from backpack_serving.gateway.book import Book, Pinned
+from backpack_serving.gateway.routing import Router, Target
+from backpack_serving.keys import Principal, Role
+from backpack_serving.wire import inference as wire
+from backpack_serving.wire.sync import write_pin
+
+log = structlog.get_logger(__name__)
+
+R = TypeVar("R", pb.GenerateResponse, pb.ScoreResponse, pb.ExplainResponse, pb.ListSensesResponse)
+
+
+class GatewayServicer(grpc_v1.InferenceServiceServicer):
+    """One model's gateway. `service_key` is what replicas know it by."""
+
+    def __init__(
+        self, manifest: Manifest, tokenizer: Tokenizer, book: Book, router: Router, service_key: str
+    ) -> None:
+        self._manifest, self._tokenizer = manifest, tokenizer
+        self._book, self._router, self._service_key = book, router, service_key
+
+    async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
+        pinned = self._admit(context, request.channel)
+        order = wire.read_generation(request, self._tokenizer, self._manifest.config)
+        wire.settle(request, order)
+        return await self._unary(lambda stub: stub.Generate, request, context, pinned, order.tokens)
+
+    async def GenerateStream(
+        self, request: pb.GenerateStreamRequest, context: rpc.Context
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        pinned = self._admit(context, request.channel)
+        order = wire.read_generation(request, self._tokenizer, self._manifest.config)
+        wire.read_coalesce(request)
+        wire.settle(request, order)
+        tried: list[Target] = []
+        while True:
+            with self._router.lease(order.tokens, tried) as target:
+                tried.append(target)
+                started = False
+                call = target.stub.GenerateStream(request, **self._how(context, pinned))
+                try:
+                    with rpc.errors():
+                        async for response in call:
+                            if not started:
+                                _check(response.served, pinned)
+                            started = True
+                            yield response
+                    return
+                except Unavailable as error:
+                    self._lost(target, error)
+                    if started:
+                        raise Unavailable(
+                            "REPLICA_LOST", "the replica that ran this stream is gone; start again"
+                        ) from None
+                    if len(tried) > 1:
+                        raise
+                finally:
+                    call.cancel()
+
+    async def Score(self, request: pb.ScoreRequest, context: rpc.Context) -> pb.ScoreResponse:
+        pinned = self._admit(context, request.channel)
+        ids = wire.read_prompt("text", request.text, self._tokenizer, self._manifest.config)
+        request.text.tokens.ids[:] = ids
+        return await self._unary(lambda stub: stub.Score, request, context, pinned, len(ids))
+
+    async def Explain(self, request: pb.ExplainRequest, context: rpc.Context) -> pb.ExplainResponse:
+        pinned = self._admit(context, request.channel)
+        ids = wire.read_prompt("prompt", request.prompt, self._tokenizer, self._manifest.config)
+        request.prompt.tokens.ids[:] = ids
+        return await self._unary(lambda stub: stub.Explain, request, context, pinned, len(ids))
+
+    async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
+        pinned = self._admit(context, request.channel)
+        return await self._unary(lambda stub: stub.ListSenses, request, context, pinned, 1)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
+        self._caller(context)
+        ids = self._tokenizer.encode(request.text)
+        return pb.TokenizeResponse(tokens=[wire.write_token(i, self._tokenizer) for i in ids])
+
+    async def GetModel(self, request: pb.GetModelRequest, context: rpc.Context) -> pb.GetModelResponse:
+        self._caller(context)
+        return wire.write_model(self._manifest)
+
+    def _caller(self, context: rpc.Context) -> Principal:
+        who = self._book.authenticate(rpc.bearer(context))
+        who.require(Role.CALLER)
+        return who
+
+    def _admit(self, context: rpc.Context, channel: str) -> Pinned:
+        """Who calls, and the release that the request has from here to its last token."""
+        return self._book.pin(self._caller(context).tenant, channel or wire.DEFAULT_CHANNEL)
+
+    def _how(self, context: rpc.Context, pinned: Pinned) -> dict[str, Any]:
+        """Metadata and deadline of a call to a replica."""
+        metadata = (*rpc.with_key(self._service_key), (wire.PIN, write_pin(pinned)))
+        return {"metadata": metadata, "timeout": context.time_remaining()}
+
+    async def _unary(
+        self,
+        method: Callable[[Any], Callable[..., Awaitable[R]]],
+        request: Any,
+        context: rpc.Context,
+        pinned: Pinned,
+        tokens: int,
+    ) -> R:
+        """One call to a replica, and one more to another if the first is unavailable.
+
+        Nothing was told to the client yet, and the seed is part of the request: a second attempt is the same.
+        """
+        tried: list[Target] = []
+        while True:
+            with self._router.lease(tokens, tried) as target:
+                tried.append(target)
+                try:
+                    with rpc.errors():
+                        response = await method(target.stub)(request, **self._how(context, pinned))
+                    _check(response.served, pinned)
+                    return response
+                except Unavailable as error:
+                    self._lost(target, error)
+                    if len(tried) > 1:
+                        raise
+
+    def _lost(self, target: Target, error: ServiceError) -> None:
+        log.warning("a replica is unavailable", address=target.replica.address, reason=error.message)
+        target.failed = True
+
+
+def _check(served: pb.Served, pinned: Pinned) -> None:
+    """A replica must have used the release that was pinned; the digest is read from the slot that it used."""
+    if served.release_digest != pinned.digest:
+        raise Internal("WRONG_RELEASE", f"pinned {pinned.digest}, answered with {served.release_digest}")

@@ -1,0 +1,77 @@
+"""Who serves, where, how loaded. Replicas report; gateways watch; whoever is silent is dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+
+from backpack_proto.v1 import directory_pb2 as pb
+from backpack_proto.v1 import directory_pb2_grpc as grpc_v1
+
+from backpack_serving import rpc
+
+SILENCE = 3.0
+"""Seconds without a report after which a replica is dropped; replicas report every REPORT_SECONDS."""
+
+REPORT_SECONDS = 0.25
+WATCH_SECONDS = 1.0
+
+
+class Directory:
+    """The replicas that have reported lately. Kept in memory only: after a restart everyone reports again."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._known: dict[str, tuple[float, pb.Replica]] = {}
+        self._changed = asyncio.Event()
+
+    def report(self, replica: pb.Replica) -> None:
+        """Note what a replica says of itself."""
+        old = self._known.get(replica.id)
+        self._known[replica.id] = (self._clock(), replica)
+        if old is None or old[1] != replica:
+            changed, self._changed = self._changed, asyncio.Event()
+            changed.set()
+
+    def replicas(self) -> list[pb.Replica]:
+        """Those that live, by id."""
+        oldest = self._clock() - SILENCE
+        self._known = {name: seen for name, seen in self._known.items() if seen[0] >= oldest}
+        return [replica for _, (_, replica) in sorted(self._known.items())]
+
+    async def watch(self) -> AsyncIterator[list[pb.Replica]]:
+        """The replicas now, then whenever that changes, and every WATCH_SECONDS."""
+        while True:
+            changed = self._changed
+            yield self.replicas()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), WATCH_SECONDS)
+
+
+class DirectoryServicer(grpc_v1.DirectoryServiceServicer):
+    """The directory behind gRPC: ours in one process, Ray Serve's gRPC proxy on a cluster."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+
+    async def Report(self, request: pb.ReportRequest, context: rpc.Context) -> pb.ReportResponse:
+        self._directory.report(request.replica)
+        return pb.ReportResponse()
+
+    async def WatchReplicas(
+        self, request: pb.WatchReplicasRequest, context: rpc.Context
+    ) -> AsyncIterator[pb.WatchReplicasResponse]:
+        async for replicas in self._directory.watch():
+            yield pb.WatchReplicasResponse(replicas=replicas)
+
+
+async def serve(address: str) -> rpc.Server:
+    """A directory of its own, for a deployment without Ray. Raises OSError if the address is taken."""
+    service = rpc.Service(
+        "backpack.v1.DirectoryService",
+        grpc_v1.add_DirectoryServiceServicer_to_server,
+        DirectoryServicer(Directory()),
+    )
+    return await rpc.start([service], address)

@@ -1,0 +1,142 @@
+"""A replica as a process: model, engine, server, and a voice in the directory."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import structlog
+import torch
+from backpack_lm.patch import Limits
+from backpack_proto.v1 import directory_pb2, directory_pb2_grpc, inference_pb2_grpc, interventions_pb2
+from backpack_proto.v1 import interventions_pb2_grpc as interventions_grpc
+
+from backpack_serving import rpc
+from backpack_serving.engine.engine import Engine
+from backpack_serving.engine.loop import EngineLoop
+from backpack_serving.engine.runner import Runner
+from backpack_serving.engine.scheduler import Scheduler
+from backpack_serving.engine.slots import OverlayRows, Slots
+from backpack_serving.errors import ServiceError
+from backpack_serving.inference.directory import REPORT_SECONDS
+from backpack_serving.inference.served import ServedModel
+from backpack_serving.inference.servicer import InferenceServicer
+from backpack_serving.inference.versions import Fetch, Versions
+from backpack_serving.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+Report = Callable[[directory_pb2.Replica], Awaitable[None]]
+"""How a replica tells the directory about itself."""
+
+DRAIN_SECONDS = 30.0
+
+
+class Replica:
+    """A running replica."""
+
+    def __init__(self, served: ServedModel, engine: EngineLoop, server: rpc.Server, report: Report) -> None:
+        self.id = uuid.uuid4().hex[:12]
+        self._served, self._engine, self._server = served, engine, server
+        self._report = report
+        self._draining = False
+        self._task = asyncio.create_task(self._keep_reporting())
+
+    @property
+    def address(self) -> str:
+        return self._server.address
+
+    @property
+    def healthy(self) -> bool:
+        return self._engine.healthy
+
+    def state(self) -> directory_pb2.Replica:
+        load = self._engine.load
+        return directory_pb2.Replica(
+            id=self.id,
+            address=self.address,
+            model_fingerprint=self._served.manifest.fingerprint,
+            slots=load.slots,
+            tokens_in_flight=load.tokens_in_flight,
+            running=load.running,
+            queued=load.queued,
+            draining=self._draining or not self.healthy,
+        )
+
+    async def stop(self) -> None:
+        """Tell that nothing new is taken, finish what runs, then end."""
+        self._draining = True
+        with suppress(ServiceError, OSError):
+            await self._report(self.state())
+        await self._server.stop(DRAIN_SECONDS)
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        await self._engine.stop()
+
+    async def _keep_reporting(self) -> None:
+        heard = True
+        while True:
+            try:
+                await self._report(self.state())
+                heard = True
+            except ServiceError as error:
+                if heard:
+                    log.warning("the directory doesn't answer", reason=error.reason, message=error.message)
+                heard = False
+            await asyncio.sleep(REPORT_SECONDS)
+
+
+async def start(settings: Settings, report: Report, fetch: Fetch) -> Replica:
+    """Load the model and serve it on `settings.inference_address`.
+
+    Raises ManifestError or CheckpointError for the model, OSError for the address.
+    """
+    served = await asyncio.to_thread(ServedModel.read, settings.model)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    engine = EngineLoop(
+        Engine(
+            Runner(served.model, served.table, settings.slots, settings.overlay_rows),
+            Slots(settings.slots),
+            OverlayRows(settings.overlay_rows),
+            Scheduler(settings.step_tokens, settings.queue),
+        )
+    )
+    versions = Versions(served.table, served.manifest.shape, fetch, settings.releases, Limits())
+    servicer = InferenceServicer(served, engine, versions, settings.key_for("replica"))
+    service = rpc.Service(
+        "backpack.v1.InferenceService",
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server,
+        servicer,
+    )
+    server = await rpc.start([service], settings.inference_address)
+    replica = Replica(served, engine, server, report)
+    log.info("replica serves", address=server.address, slots=settings.slots, model=str(settings.model))
+    return replica
+
+
+def fetch_from(channel: Any, key: str) -> Fetch:
+    """Fetch releases from the intervention service behind a channel."""
+    stub = interventions_grpc.SyncServiceStub(channel)
+
+    async def fetch(tenant: str, digest: str) -> list[bytes]:
+        request = interventions_pb2.FetchReleaseRequest(tenant=tenant, digest=digest)
+        with rpc.errors():
+            response = await stub.FetchRelease(request, metadata=rpc.with_key(key), timeout=10)
+        return list(response.revisions)
+
+    return fetch
+
+
+def report_to(channel: Any, metadata: tuple[tuple[str, str], ...] = ()) -> Report:
+    """Report to the directory behind a channel."""
+    stub = directory_pb2_grpc.DirectoryServiceStub(channel)
+
+    async def report(replica: directory_pb2.Replica) -> None:
+        with rpc.errors():
+            await stub.Report(directory_pb2.ReportRequest(replica=replica), metadata=metadata, timeout=2)
+
+    return report

@@ -1,0 +1,195 @@
+"""Requests for text ↔ what the engine is asked for, and its tokens ↔ answers. Gateway and replica share this."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from backpack_lm.config import BackpackConfig
+from backpack_lm.manifest import Manifest
+from backpack_lm.patch import Violation
+from backpack_lm.tokenizer import Tokenizer
+from backpack_proto.v1 import inference_pb2 as pb
+
+from backpack_serving import rpc
+from backpack_serving.engine.sampling import Sampling
+from backpack_serving.errors import InvalidRequest, PreconditionFailed
+from backpack_serving.wire.patches import WordReader
+
+PIN = "backpack-pin-bin"
+"""Metadata of a gateway's call to a replica: a serialized Pin."""
+
+DEFAULT_CHANNEL = "live"
+DEFAULT_TOKENS = 64
+LARGEST_STOP, MOST_STOPS, MOST_ALTERNATIVES = 256, 16, 20
+COALESCE, LONGEST_COALESCE = 0.015, 1.0
+
+Generation = pb.GenerateRequest | pb.GenerateStreamRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A validated request to generate: prompt ids and how to go on."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+
+    @property
+    def tokens(self) -> int:
+        """What it may cost: tokens to read and to make."""
+        return len(self.prompt) + self.sampling.max_tokens
+
+
+def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackConfig) -> Order:
+    """Raises InvalidRequest with everything that is wrong with the request."""
+    found: list[Violation] = []
+    prompt = read_prompt("prompt", request.prompt, tokenizer, config)
+    found += _sampling_violations(request.sampling)
+    room = config.n_positions - len(prompt)
+    max_tokens = request.sampling.max_tokens or min(DEFAULT_TOKENS, room)
+    if max_tokens > room or room < 1:
+        text = (
+            f"{len(prompt)} prompt tokens and {max(max_tokens, 1)} new ones; together at most {config.n_positions}"
+        )
+        found.append(Violation("sampling.max_tokens" if room > 0 else "prompt", "TOO_LONG", text))
+    if found:
+        raise InvalidRequest.of(*found)
+    s = request.sampling
+    sampling = Sampling(
+        max_tokens=max_tokens,
+        temperature=s.temperature if s.HasField("temperature") else 1.0,
+        top_k=s.top_k,
+        top_p=s.top_p if s.HasField("top_p") else 1.0,
+        seed=s.seed if s.HasField("seed") else secrets.randbits(64),
+        stop=tuple(s.stop),
+        log_probabilities=s.log_probabilities if s.HasField("log_probabilities") else None,
+        ignore_end_of_text=s.ignore_end_of_text,
+    )
+    return Order(prompt, sampling)
+
+
+def settle(request: Generation, order: Order) -> None:
+    """Write into a request what validation decided: ids for the text, the number of tokens, the seed.
+
+    The replica then sees the same order, and a second attempt elsewhere draws the same tokens.
+    """
+    request.prompt.tokens.ids[:] = order.prompt
+    request.sampling.max_tokens = order.sampling.max_tokens
+    assert order.sampling.seed is not None, "read_generation draws one"
+    request.sampling.seed = order.sampling.seed
+
+
+def read_prompt(field: str, prompt: pb.Prompt, tokenizer: Tokenizer, config: BackpackConfig) -> tuple[int, ...]:
+    """Token ids of a prompt that fits the context. Raises InvalidRequest."""
+    form = prompt.WhichOneof("form")
+    ids = tuple(prompt.tokens.ids) if form == "tokens" else tuple(tokenizer.encode(prompt.text))
+    if not ids:
+        raise InvalidRequest.at(field, "EMPTY", "no token; give a text or token ids")
+    if len(ids) > config.n_positions:
+        raise InvalidRequest.at(field, "TOO_LONG", f"{len(ids)} tokens; the context holds {config.n_positions}")
+    for at, token in enumerate(ids):
+        if token >= config.tokens:
+            raise InvalidRequest.at(
+                f"{field}.tokens.ids[{at}]", "UNKNOWN_TOKEN", f"{token}; this model's are 0 to {config.tokens - 1}"
+            )
+    return ids
+
+
+def read_word(field: str, word: pb.Word, tokenizer: Tokenizer, config: BackpackConfig) -> int:
+    """The one token of a word. Raises InvalidRequest."""
+    reader = WordReader(tokenizer, config.num_senses)
+    token = reader.token(field, word)
+    if reader.violations:
+        raise InvalidRequest.of(*reader.violations)
+    return token
+
+
+def read_limit(limit: int, default: int, largest: int) -> int:
+    if not 0 <= limit <= largest:
+        raise InvalidRequest.at("limit", "OUT_OF_RANGE", f"{limit}; 1 to {largest}, or 0 for {default}")
+    return limit or default
+
+
+def read_coalesce(request: pb.GenerateStreamRequest) -> float:
+    """Seconds for which tokens are gathered into one message."""
+    if not request.HasField("coalesce"):
+        return COALESCE
+    seconds = request.coalesce.seconds + request.coalesce.nanos / 1e9
+    if not 0 <= seconds <= LONGEST_COALESCE:
+        raise InvalidRequest.at("coalesce", "OUT_OF_RANGE", f"{seconds:g} s; 0 to {LONGEST_COALESCE:g} s")
+    return seconds
+
+
+def _sampling_violations(s: pb.Sampling) -> Iterator[Violation]:
+    if s.max_tokens < 0:
+        yield Violation("sampling.max_tokens", "OUT_OF_RANGE", f"{s.max_tokens}; at least 1")
+    if not (math.isfinite(s.temperature) and s.temperature >= 0):
+        yield Violation("sampling.temperature", "OUT_OF_RANGE", f"{s.temperature}; 0 (greedy) or more")
+    if s.top_k < 0:
+        yield Violation("sampling.top_k", "OUT_OF_RANGE", f"{s.top_k}; 0 (all) or more")
+    if s.HasField("top_p") and not 0 < s.top_p <= 1:
+        yield Violation("sampling.top_p", "OUT_OF_RANGE", f"{s.top_p}; above 0, at most 1")
+    if not 0 <= s.log_probabilities <= MOST_ALTERNATIVES:
+        yield Violation(
+            "sampling.log_probabilities", "OUT_OF_RANGE", f"{s.log_probabilities}; 0 to {MOST_ALTERNATIVES}"
+        )
+    if len(s.stop) > MOST_STOPS:
+        yield Violation("sampling.stop", "TOO_MANY", f"{len(s.stop)}; at most {MOST_STOPS}")
+    for at, stop in enumerate(s.stop):
+        if not 0 < len(stop) <= LARGEST_STOP:
+            yield Violation(f"sampling.stop[{at}]", "OUT_OF_RANGE", f"{len(stop)} characters; 1 to {LARGEST_STOP}")
+
+
+# ---- the pin
+
+
+def read_pin(context: rpc.Context) -> pb.Pin:
+    """What the gateway decided. Raises PreconditionFailed for a caller that is no gateway."""
+    packed = rpc.metadata(context).get(PIN)
+    if not isinstance(packed, bytes):
+        raise PreconditionFailed("NO_PIN", "this is a replica; call the gateway")
+    return pb.Pin.FromString(packed)
+
+
+def served(pin: pb.Pin, digest: str, manifest: Manifest) -> pb.Served:
+    """What a response was made with; `digest` is the one that the engine read from the slot."""
+    return pb.Served(
+        tenant=pin.tenant,
+        channel=pin.channel,
+        release=pin.release,
+        release_digest=digest,
+        epoch=pin.epoch,
+        revision=pin.revision,
+        model_fingerprint=manifest.fingerprint,
+    )
+
+
+# ---- answers
+
+
+def write_token(
+    token: int,
+    tokenizer: Tokenizer,
+    log_probability: float | None = None,
+    alternatives: Sequence[tuple[int, float]] = (),
+) -> pb.Token:
+    return pb.Token(
+        id=token,
+        text=tokenizer.piece(token),
+        log_probability=log_probability,
+        alternatives=[write_token(other, tokenizer, value) for other, value in alternatives],
+    )
+
+
+def write_model(manifest: Manifest) -> pb.GetModelResponse:
+    config = manifest.config
+    return pb.GetModelResponse(
+        fingerprint=manifest.fingerprint,
+        vocab_size=config.tokens,
+        context_size=config.n_positions,
+        num_senses=config.num_senses,
+        width=config.n_embd,
+        num_layers=config.n_layer,
+    )
