@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import typer
 
+from backpack_serving.cli import control, model, serve, text
+from backpack_serving.cli.run import run
 from backpack_serving.cli.train import train
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Serve Backpack language models, each tenant steered by its own patches to the sense vectors.",
     pretty_exceptions_show_locals=False,
+    help="""Serve Backpack language models to many tenants, each steered by its own patches to the sense vectors.
+
+    Start with `backpack run`; then, in another terminal, `backpack generate "The story of the king"`, and steer:
+    `backpack patch copy royal king --from ship`, `backpack release create royal:1 --activate`.
+    """,
 )
 
-
-@app.callback()
-def _root() -> None:
-    pass
-
-
-app.command()(train)
+app.command(rich_help_panel="Serving")(run)
+app.add_typer(serve.app, name="serve", rich_help_panel="Serving")
+app.command(rich_help_panel="Serving")(model.settings)
+for command in (text.generate, text.score, text.explain, text.senses):
+    app.command(rich_help_panel="Calling")(command)
+app.add_typer(control.tenant_app, name="tenant", rich_help_panel="Steering")
+app.add_typer(control.patch_app, name="patch", rich_help_panel="Steering")
+app.add_typer(control.release_app, name="release", rich_help_panel="Steering")
+app.command(rich_help_panel="Steering")(control.audit)
+app.command(rich_help_panel="Models")(train)
+app.add_typer(model.app, name="model", rich_help_panel="Models")
 
 if __name__ == "__main__":
     app()

@@ -1,0 +1,119 @@
+"""What commands share that call a server: where it is, as whom, and what a refusal looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from backpack_proto.v1 import inference_pb2_grpc, interventions_pb2_grpc
+from rich.console import Console
+
+from backpack_serving import rpc
+from backpack_serving.errors import ServiceError
+from backpack_serving.settings import Settings
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+AsTenant = Annotated[
+    str,
+    typer.Option(
+        "--as", metavar="TENANT", help="Call as this tenant, with the key that `run` left in the state folder."
+    ),
+]
+Key = Annotated[str, typer.Option(envvar="BACKPACK_KEY", help="API key, instead of --as.", show_default=False)]
+Channel = Annotated[str, typer.Option(help="Which of the tenant's channels steers the request.")]
+
+
+@dataclass(frozen=True)
+class Client:
+    """Stubs for one caller. Closes its channels at the end of a `with`."""
+
+    gateway: str
+    interventions: str
+    key: str
+    _channels: list[Any] = field(default_factory=list)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return rpc.with_key(self.key)
+
+    @property
+    def inference(self) -> inference_pb2_grpc.InferenceServiceStub:
+        return inference_pb2_grpc.InferenceServiceStub(self._open(self.gateway))
+
+    @property
+    def tenants(self) -> interventions_pb2_grpc.TenantServiceStub:
+        return interventions_pb2_grpc.TenantServiceStub(self._open(self.interventions))
+
+    @property
+    def patches(self) -> interventions_pb2_grpc.PatchServiceStub:
+        return interventions_pb2_grpc.PatchServiceStub(self._open(self.interventions))
+
+    @property
+    def releases(self) -> interventions_pb2_grpc.ReleaseServiceStub:
+        return interventions_pb2_grpc.ReleaseServiceStub(self._open(self.interventions))
+
+    @property
+    def audit(self) -> interventions_pb2_grpc.AuditServiceStub:
+        return interventions_pb2_grpc.AuditServiceStub(self._open(self.interventions))
+
+    def _open(self, address: str) -> Any:
+        channel = rpc.sync_channel(address)
+        self._channels.append(channel)
+        return channel
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for channel in self._channels:
+            channel.close()
+
+
+def tenant_key_file(settings: Settings, tenant: str) -> Path:
+    return settings.state / f"{tenant}.key"
+
+
+@contextmanager
+def as_caller(tenant: str, key: str) -> Iterator[Client]:
+    """A client with the given key, or the tenant's from the state folder."""
+    with exits():
+        settings = Settings()
+        if not key:
+            file = tenant_key_file(settings, tenant)
+            if not file.exists():
+                raise FileNotFoundError(
+                    f"no API key: {file} doesn't exist; give --key, set BACKPACK_KEY, or name a tenant with --as"
+                )
+            key = file.read_text().strip()
+        with Client(settings.gateway_address, settings.interventions_address, key) as client, rpc.errors():
+            yield client
+
+
+@contextmanager
+def as_admin() -> Iterator[Client]:
+    with exits():
+        settings = Settings()
+        key = settings.key_for("admin")
+        with Client(settings.gateway_address, settings.interventions_address, key) as client, rpc.errors():
+            yield client
+
+
+@contextmanager
+def exits() -> Iterator[None]:
+    """A refusal is one line on stderr and exit status 1; a traceback is for our own mistakes."""
+    try:
+        yield
+    except ServiceError as error:
+        err.print(f"[red]error[/] {error.reason}: ", end="")
+        err.print(error.message, markup=False)
+        raise typer.Exit(1) from None
+    except (OSError, ValueError) as error:  # of models and files: every one of ours says the fix
+        err.print("[red]error[/] ", end="")
+        err.print(str(error), markup=False)
+        raise typer.Exit(1) from None

@@ -1,0 +1,328 @@
+"""Commands that call the intervention service: tenants, patches, releases, audit."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from backpack_proto.v1 import inference_pb2, interventions_pb2
+from backpack_proto.v1.inference_pb2 import Word
+from google.protobuf import json_format
+from rich.table import Table
+from rich.text import Text
+
+from backpack_serving.cli.client import AsTenant, Channel, Key, as_admin, as_caller, out, tenant_key_file
+from backpack_serving.settings import Settings
+
+pb = interventions_pb2
+
+tenant_app = typer.Typer(no_args_is_help=True, help="Tenants and their API keys; needs the admin key.")
+patch_app = typer.Typer(no_args_is_help=True, help="Patches: named, versioned lists of edits to sense vectors.")
+release_app = typer.Typer(no_args_is_help=True, help="Releases, and the channels that point at them.")
+
+Senses = Annotated[str, typer.Option(help="Sense numbers, such as 3 or 8,12-14; all of them if none.")]
+PatchName = Annotated[str, typer.Argument(help="Name of the patch; it is made if it isn't there.")]
+Words = Annotated[list[str], typer.Argument(help="Words whose senses are edited.")]
+
+
+def _id() -> str:
+    return str(uuid.uuid4())
+
+
+def _when(stamp: Any) -> str:
+    return str(stamp.ToDatetime().strftime("%Y-%m-%d %H:%M:%S"))
+
+
+# ---- tenants
+
+
+@tenant_app.command("create")
+def create_tenant(name: Annotated[str, typer.Argument(help="a-z, 0-9 and -")]) -> None:
+    """Make a tenant, with a key that may release and call, kept in the state folder for --as."""
+    with as_admin() as client:
+        client.tenants.CreateTenant(
+            pb.CreateTenantRequest(tenant_id=name, request_id=_id()), metadata=client.metadata
+        )
+        request = pb.CreateApiKeyRequest(
+            parent=f"tenants/{name}", roles=[pb.ROLE_RELEASER, pb.ROLE_CALLER], request_id=_id()
+        )
+        secret = client.tenants.CreateApiKey(request, metadata=client.metadata).secret
+    file = tenant_key_file(Settings(), name)
+    file.touch(mode=0o600)
+    file.write_text(secret + "\n")
+    out.print(f"tenants/{name}; its key is in {file}")
+
+
+@tenant_app.command("list")
+def list_tenants() -> None:
+    """All tenants."""
+    with as_admin() as client:
+        answer = client.tenants.ListTenants(pb.ListTenantsRequest(page_size=1000), metadata=client.metadata)
+    for tenant in answer.tenants:
+        out.print(f"{tenant.name}  [dim]{_when(tenant.create_time)}[/]")
+
+
+@tenant_app.command("key")
+def create_key(
+    name: Annotated[str, typer.Argument(help="Tenant that the key is for.")],
+    role: Annotated[list[str], typer.Option(help="author, releaser or caller; repeatable.")],
+) -> None:
+    """Make a further API key. The secret is printed once and kept nowhere."""
+    with as_admin() as client:
+        try:
+            roles = [pb.Role.Value(f"ROLE_{r.upper()}") for r in role]
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        request = pb.CreateApiKeyRequest(parent=f"tenants/{name}", roles=roles, request_id=_id())
+        answer = client.tenants.CreateApiKey(request, metadata=client.metadata)
+    out.print(answer.secret)
+
+
+# ---- patches
+
+
+@patch_app.command("list")
+def list_patches(tenant: AsTenant = "harbour", key: Key = "") -> None:
+    """The tenant's patches."""
+    with as_caller(tenant, key) as client:
+        answer = client.patches.ListPatches(pb.ListPatchesRequest(page_size=1000), metadata=client.metadata)
+    table = Table("patch", "newest revision", "made", "description", box=None)
+    for p in answer.patches:
+        table.add_row(p.name.rpartition("/")[2], str(p.latest_revision), _when(p.create_time), p.description)
+    out.print(table)
+
+
+@patch_app.command("show")
+def show_revision(
+    patch: Annotated[str, typer.Argument(help="Name of the patch.")],
+    number: Annotated[int, typer.Argument(help="Number of the revision.", min=1)],
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """A revision's edits, as the JSON that `patch revise` reads."""
+    with as_caller(tenant, key) as client:
+        request = pb.GetRevisionRequest(name=f"patches/{patch}/revisions/{number}")
+        revision = client.patches.GetRevision(request, metadata=client.metadata).revision
+    edits = [json_format.MessageToDict(edit) for edit in revision.edits]
+    out.print_json(json.dumps(edits))
+
+
+@patch_app.command("revise")
+def revise(
+    patch: PatchName,
+    file: Annotated[
+        Path, typer.Argument(help="JSON list of edits; `patch show` prints such a list.", exists=True)
+    ],
+    dry_run: Annotated[bool, typer.Option(help="Check the edits, store nothing.")] = False,
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """Add a revision of several edits, read from a file."""
+    try:
+        edits = [json_format.ParseDict(edit, pb.Edit()) for edit in json.loads(file.read_text("utf-8"))]
+    except (ValueError, TypeError, json_format.ParseError) as error:
+        raise typer.BadParameter(f"{file} is not a list of edits: {error}") from None
+    _revise(patch, edits, tenant, key, dry_run)
+
+
+@patch_app.command("scale")
+def scale(
+    patch: PatchName,
+    words: Words,
+    factor: Annotated[float, typer.Option(help="0 removes the senses.")],
+    senses: Senses = "",
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """Scale senses: v ← factor · v."""
+    _revise(patch, [pb.Edit(scale=pb.ScaleEdit(cells=_cells(words, senses), factor=factor))], tenant, key)
+
+
+@patch_app.command("copy")
+def copy(
+    patch: PatchName,
+    words: Words,
+    source: Annotated[str, typer.Option("--from", help="Word whose senses are copied.")],
+    senses: Senses = "",
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """Give words the senses of another word."""
+    edit = pb.CopyEdit(cells=_cells(words, senses), source=Word(text=source))
+    _revise(patch, [pb.Edit(copy=edit)], tenant, key)
+
+
+@patch_app.command("project-out")
+def project_out(
+    patch: PatchName,
+    words: Words,
+    direction: Annotated[str, typer.Option(help="Word that the senses shall not speak for or against.")],
+    senses: Senses = "",
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """Remove what senses say of a word: v ← v − (v·r)/(r·r) r."""
+    edit = pb.ProjectOutEdit(cells=_cells(words, senses), direction=Word(text=direction))
+    _revise(patch, [pb.Edit(project_out=edit)], tenant, key)
+
+
+@patch_app.command("swap")
+def swap(
+    patch: PatchName,
+    words: Words,
+    old: Annotated[str, typer.Option(help="Word that the senses speak for.")],
+    new: Annotated[str, typer.Option(help="Word that they shall speak for instead.")],
+    senses: Senses = "",
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """Let senses say of one word what they said of another (knowledge editing)."""
+    edit = pb.SwapEdit(cells=_cells(words, senses), old=Word(text=old), new=Word(text=new))
+    _revise(patch, [pb.Edit(swap=edit)], tenant, key)
+
+
+@patch_app.command("topic")
+def topic(
+    patch: PatchName,
+    words: Annotated[list[str], typer.Argument(help="Words of the topic.")],
+    strength: Annotated[int, typer.Option(help="1, 2 or 3.", min=1, max=3)] = 1,
+    constant: Annotated[bool, typer.Option(help="Don't fade as the topic appears.")] = False,
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """Lean towards a topic."""
+    edit = pb.TopicEdit(words=[Word(text=w) for w in words], strength=strength, constant=constant)
+    _revise(patch, [pb.Edit(topic=edit)], tenant, key)
+
+
+def _cells(words: list[str], senses: str) -> list[pb.Cells]:
+    numbers: list[int] = []
+    for part in filter(None, senses.split(",")):
+        first, _, last = part.partition("-")
+        if not (first.isdigit() and (last or first).isdigit()):
+            raise typer.BadParameter(f"{part!r} is no sense number; write 3 or 8,12-14", param_hint="--senses")
+        numbers.extend(range(int(first), int(last or first) + 1))
+    policy = inference_pb2.WORD_POLICY_SINGLE
+    return [pb.Cells(word=Word(text=word, policy=policy), senses=numbers) for word in words]
+
+
+def _revise(patch: str, edits: list[pb.Edit], tenant: str, key: str, dry_run: bool = False) -> None:
+    with as_caller(tenant, key) as client:
+        known = client.patches.ListPatches(pb.ListPatchesRequest(page_size=1000), metadata=client.metadata)
+        if not any(p.name.endswith(f"/{patch}") for p in known.patches):
+            client.patches.CreatePatch(
+                pb.CreatePatchRequest(patch_id=patch, request_id=_id()), metadata=client.metadata
+            )
+        request = pb.CreateRevisionRequest(
+            parent=f"patches/{patch}", edits=edits, request_id=_id(), validate_only=dry_run
+        )
+        revision = client.patches.CreateRevision(request, metadata=client.metadata).revision
+    number = revision.name.rpartition("/")[2]
+    out.print(f"{'would be ' if dry_run else ''}{revision.name}  [dim]{revision.digest[:12]}[/]")
+    if not dry_run:
+        out.print(f"[dim]put it into a release: backpack release create {patch}:{number}[/]")
+
+
+# ---- releases
+
+
+@release_app.command("list")
+def list_releases(tenant: AsTenant = "harbour", key: Key = "") -> None:
+    """The tenant's releases, newest first, and which channel points where."""
+    with as_caller(tenant, key) as client:
+        found = client.releases.ListReleases(pb.ListReleasesRequest(page_size=100), metadata=client.metadata)
+        channels = client.releases.ListChannels(pb.ListChannelsRequest(), metadata=client.metadata).channels
+    table = Table("release", "digest", "made", "revisions", "notes", "channels", box=None)
+    for release in found.releases:
+        here = [c.name.rpartition("/")[2] for c in channels if c.release == release.number]
+        parts = [name.split("/")[3] + ":" + name.rpartition("/")[2] for name in release.revisions]
+        table.add_row(
+            str(release.number),
+            release.digest[:12],
+            _when(release.create_time),
+            " ".join(parts) or "–",
+            Text(release.notes),
+            "[green]" + " ".join(here) + "[/]",
+        )
+    out.print(table)
+
+
+@release_app.command("create")
+def create_release(
+    revisions: Annotated[list[str], typer.Argument(help="PATCH:NUMBER, in the order in which they apply.")],
+    notes: Annotated[str, typer.Option(help="What it is for.")] = "",
+    activate: Annotated[bool, typer.Option(help="Point the channel at it at once.")] = False,
+    channel: Channel = "live",
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """Make a release of revisions."""
+    names = []
+    for revision in revisions:
+        patch, colon, number = revision.rpartition(":")
+        if not colon:
+            raise typer.BadParameter(f"{revision!r}; write PATCH:NUMBER, such as debias:3")
+        names.append(f"patches/{patch}/revisions/{number}")
+    with as_caller(tenant, key) as client:
+        request = pb.CreateReleaseRequest(revisions=names, notes=notes, request_id=_id())
+        release = client.releases.CreateRelease(request, metadata=client.metadata).release
+    out.print(f"{release.name}  [dim]{release.digest}[/]")
+    if activate:
+        activate_release(release.number, channel, tenant, key)
+    else:
+        out.print(f"[dim]let it steer: backpack release activate {release.number}[/]")
+
+
+@release_app.command("activate")
+def activate_release(
+    number: Annotated[int, typer.Argument(help="Number of the release; 0 is the model unpatched.", min=0)],
+    channel: Channel = "live",
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """Point a channel at a release."""
+    with as_caller(tenant, key) as client:
+        channels = client.releases.ListChannels(pb.ListChannelsRequest(), metadata=client.metadata).channels
+        etag = next((c.etag for c in channels if c.name.endswith(f"/{channel}")), "")
+        request = pb.ActivateRequest(channel=f"channels/{channel}", release=number, etag=etag, request_id=_id())
+        _told(client.releases.Activate(request, metadata=client.metadata).channel)
+
+
+@release_app.command("rollback")
+def rollback(channel: Channel = "live", tenant: AsTenant = "harbour", key: Key = "") -> None:
+    """Point a channel back at the release it had before."""
+    with as_caller(tenant, key) as client:
+        name = f"channels/{channel}"
+        now = client.releases.GetChannel(pb.GetChannelRequest(name=name), metadata=client.metadata).channel
+        request = pb.RollbackRequest(channel=name, etag=now.etag, request_id=_id())
+        _told(client.releases.Rollback(request, metadata=client.metadata).channel)
+
+
+def _told(channel: pb.Channel) -> None:
+    before = f" (before: {channel.previous_release})" if channel.HasField("previous_release") else ""
+    out.print(f"{channel.name} is at release {channel.release}{before}  [dim]{channel.release_digest[:12]}[/]")
+
+
+# ---- audit
+
+
+def audit(
+    limit: Annotated[int, typer.Option(help="How many entries.", min=1, max=1000)] = 20,
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """Who changed what, newest first, and whether the chain of hashes is whole."""
+    with as_caller(tenant, key) as client:
+        entries = client.audit.ListAuditEntries(
+            pb.ListAuditEntriesRequest(page_size=limit), metadata=client.metadata
+        ).entries
+        chain = client.audit.VerifyChain(pb.VerifyChainRequest(), metadata=client.metadata)
+    table = Table("at", "time", "who", "did", "to", box=None)
+    for e in entries:
+        table.add_row(str(e.revision), _when(e.time), e.principal, e.method, e.resource)
+    out.print(table)
+    state = "intact" if chain.intact else f"[red]broken at {chain.first_broken}[/]"
+    out.print(f"[dim]chain of {chain.entries} entries:[/] {state}")

@@ -1,0 +1,57 @@
+"""`backpack model …`: checkpoints in, servable folders out; and `backpack settings`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from backpack_serving.cli.client import exits, out
+from backpack_serving.settings import Settings
+
+app = typer.Typer(no_args_is_help=True, help="Model folders.")
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder with config.json and weights in any published layout.")
+    ],
+    folder: Annotated[Path, typer.Argument(help="Folder to write, to be served.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A Hugging Face tokenizer.json; the checkpoint's own if none.")
+    ] = None,
+) -> None:
+    """Make a servable folder from a checkpoint: safetensors, tokenizer, topic denominators, manifest."""
+    with exits(), out.status("reading the checkpoint") as status:
+        from backpack_lm import checkpoint as reader
+
+        model = reader.load(checkpoint)
+        status.update("computing the sense table and the denominators of topic scores")
+        manifest = reader.save(model, tokenizer or checkpoint / reader.TOKENIZER, folder)
+    out.print(f"{folder}: fingerprint {manifest.fingerprint}")
+    out.print(f"[dim]serve it: BACKPACK_MODEL={folder} backpack run[/]")
+
+
+@app.command("verify")
+def verify(
+    folder: Annotated[Path | None, typer.Argument(help="Model folder; the one that is served if none.")] = None,
+) -> None:
+    """Check that a folder's files are those that its fingerprint was made from."""
+    with exits():
+        from backpack_lm import checkpoint as reader
+
+        manifest = reader.verify(folder or Settings().model)
+    out.print(f"intact: {manifest.fingerprint}")
+
+
+def settings() -> None:
+    """Every setting, what it is for, and what holds now."""
+    with exits():
+        now = Settings()
+    table = Table("variable", "value", "what for", box=None)
+    for name, field in Settings.model_fields.items():
+        table.add_row(f"BACKPACK_{name.upper()}", str(getattr(now, name)), field.description)
+    out.print(table)

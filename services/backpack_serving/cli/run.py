@@ -1,0 +1,88 @@
+"""`backpack run`: everything in one process, with two tenants to look at."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from typing import Annotated
+
+import typer
+
+from backpack_serving.cli.client import exits, out
+from backpack_serving.settings import Settings
+
+
+def run(
+    examples: Annotated[bool, typer.Option(help="Make two example tenants and show one prompt for both.")] = True,
+    once: Annotated[bool, typer.Option(help="Stop after that, instead of serving on.")] = False,
+) -> None:
+    """Serve on this machine: gateway, inference and interventions in one process, on SQLite.
+
+    Addresses, the model and the state folder are settings: `backpack settings` lists them.
+    """
+    from backpack_serving.telemetry import configure
+
+    with exits():
+        settings = Settings()
+        if "log_level" not in settings.model_fields_set:
+            settings = settings.model_copy(update={"log_level": "warning"})
+        configure(settings)
+        asyncio.run(_run(settings, examples, once))
+
+
+async def _run(settings: Settings, examples: bool, once: bool) -> None:
+    from backpack_serving import embedded
+    from backpack_serving.cli import demo
+
+    started = time.monotonic()
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    with out.status(f"loading {settings.model.name} and starting the servers"):
+        stack = embedded.run(settings)
+        serving = await stack.__aenter__()
+    try:
+        out.print(
+            f"gateway [bold]{serving.gateway}[/], interventions [bold]{serving.interventions}[/], "
+            f"state in [bold]{settings.state}/[/] [dim]({time.monotonic() - started:.1f} s)[/]\n"
+        )
+        if examples:
+            await demo.provide(serving)
+            # The gateway hears of the new tenants by its watch, within milliseconds.
+            await asyncio.sleep(0.2)
+            await demo.side_by_side(serving)
+            out.print(_usage(serving.gateway, settings), markup=False, soft_wrap=True)
+        if not once:
+            out.print("Serving until you press Ctrl-C.")
+            await stopped.wait()
+            out.print("Finishing what runs, then stopping.")
+    finally:
+        await stack.__aexit__(None, None, None)
+
+
+def _usage(gateway: str, settings: Settings) -> str:
+    key = settings.state / "harbour.key"
+    return f"""
+From the command line (in another terminal, here):
+
+    .venv/bin/backpack generate "The story of the king" --as harbour
+    .venv/bin/backpack explain "The story of the king and the" --as harbour
+    .venv/bin/backpack release rollback --as harbour      # and harbour is unpatched again
+
+From Python:
+
+    import grpc
+    from backpack_proto.v1 import inference_pb2 as pb, inference_pb2_grpc as v1
+
+    stub = v1.InferenceServiceStub(grpc.insecure_channel("{gateway}"))
+    key = ("authorization", "Bearer " + open("{key}").read().strip())
+    request = pb.GenerateStreamRequest(prompt=pb.Prompt(text="The story of the king"))
+    for part in stub.GenerateStream(request, metadata=[key]):
+        print(part.text, end="", flush=True)
+
+With grpcurl:
+
+    grpcurl -plaintext -H "authorization: Bearer $(cat {key})" \\
+      -d '{{"prompt": {{"text": "The story of the king"}}}}' {gateway} backpack.v1.InferenceService/Generate
+"""

@@ -1,0 +1,77 @@
+"""`backpack serve …`: one part of the system as a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import typer
+
+from backpack_serving.cli.client import exits, out
+from backpack_serving.settings import Settings
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Run one part as a process of its own. Where it listens and whom it calls: `backpack settings`.",
+)
+
+
+@app.command()
+def interventions() -> None:
+    """The intervention service: tenants, keys, patches, releases, audit."""
+    from backpack_serving.interventions import bootstrap
+
+    _serve("interventions", bootstrap.start)
+
+
+@app.command()
+def gateway() -> None:
+    """A gateway: what clients call. Run as many as you like; they hold no state."""
+    from backpack_serving.gateway import bootstrap
+
+    _serve("gateway", bootstrap.start)
+
+
+@app.command()
+def directory() -> None:
+    """The directory of replicas, where there is no Ray."""
+    from backpack_serving.inference import directory as directory_room
+
+    _serve("directory", lambda settings: directory_room.serve(settings.directory_address))
+
+
+@app.command()
+def inference() -> None:
+    """A replica, where there is no Ray. On a cluster, Ray Serve runs `backpack_serving.inference.app:build`."""
+    from backpack_serving import rpc
+    from backpack_serving.inference import replica
+
+    async def start(settings: Settings) -> replica.Replica:
+        return await replica.start(
+            settings,
+            replica.report_to(rpc.channel(settings.directory_address), settings.directory_metadata),
+            replica.fetch_from(rpc.channel(settings.interventions_address), settings.key_for("replica")),
+        )
+
+    _serve("inference", start)
+
+
+def _serve(name: str, start: Callable[[Settings], Awaitable[Any]]) -> None:
+    from backpack_serving.telemetry import configure
+
+    async def serve() -> None:
+        stopped = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+        with out.status(f"starting {name}"):
+            running = await start(settings)
+        out.print(f"{name} serves on [bold]{running.address}[/]; Ctrl-C stops it")
+        await stopped.wait()
+        await running.stop()
+
+    with exits():
+        settings = Settings()
+        configure(settings)
+        asyncio.run(serve())

@@ -1,0 +1,127 @@
+"""Commands that call the gateway: generate, score, explain, senses."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from backpack_proto.v1 import inference_pb2 as pb
+from rich.table import Table
+from rich.text import Text
+
+from backpack_serving.cli.client import AsTenant, Channel, Key, as_caller, err, out
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+    channel: Channel = "live",
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.7,
+    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0 for all.", min=0)] = 30,
+    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens of this mass.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.", min=0)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
+) -> None:
+    """Go on from a prompt, steered by the tenant's release; the text streams as it is made."""
+    request = pb.GenerateStreamRequest(
+        prompt=pb.Prompt(text=prompt),
+        channel=channel,
+        sampling=pb.Sampling(
+            max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or []
+        ),
+    )
+    with as_caller(tenant, key) as client:
+        out.print(Text(prompt, style="dim"), end="")
+        usage, served = pb.Usage(), pb.Served()
+        for part in client.inference.GenerateStream(request, metadata=client.metadata):
+            out.print(Text(part.text), end="", soft_wrap=True)
+            if part.HasField("served"):
+                served = part.served
+            usage = part.usage
+        out.print()
+    _footnote(served, f"{usage.prompt_tokens} + {usage.generated_tokens} tokens")
+
+
+def score(
+    text: Annotated[str, typer.Argument(help="Text of at least two tokens.")],
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+    channel: Channel = "live",
+) -> None:
+    """How likely each token of a text is, under the tenant's release."""
+    request = pb.ScoreRequest(text=pb.Prompt(text=text), channel=channel)
+    with as_caller(tenant, key) as client:
+        answer = client.inference.Score(request, metadata=client.metadata)
+    table = Table("token", "log p", box=None)
+    for token in answer.tokens:
+        known = token.HasField("log_probability")
+        table.add_row(Text(repr(token.text)), f"{token.log_probability:.3f}" if known else "–")
+    out.print(table)
+    _footnote(answer.served, f"log p {answer.log_probability:.3f}, perplexity {answer.perplexity:.2f}")
+
+
+def explain(
+    prompt: Annotated[str, typer.Argument(help="What stands before the token.")],
+    target: Annotated[str, typer.Option(help="Word to explain; the likeliest next token if none.")] = "",
+    limit: Annotated[int, typer.Option(help="How many contributions.", min=1, max=1000)] = 12,
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+    channel: Channel = "live",
+) -> None:
+    """Which (position, sense) makes the next token likely: exact terms of the sum that is its logit."""
+    request = pb.ExplainRequest(prompt=pb.Prompt(text=prompt), limit=limit, channel=channel)
+    if target:
+        request.target.text = target
+    with as_caller(tenant, key) as client:
+        answer = client.inference.Explain(request, metadata=client.metadata)
+    table = Table("position", "token", "sense", "weight α", "× topic", "contribution", "", box=None)
+    largest = max((abs(c.contribution) for c in answer.contributions), default=1.0) or 1.0
+    for c in answer.contributions:
+        bar = Text(
+            "█" * max(1, round(20 * abs(c.contribution) / largest)), "green" if c.contribution > 0 else "red"
+        )
+        table.add_row(
+            str(c.position),
+            Text(repr(c.token.text)),
+            str(c.sense),
+            f"{c.weight:.3f}",
+            f"{c.multiplier:.2f}",
+            f"{c.contribution:+.3f}",
+            bar,
+        )
+    out.print(Text(f"logit of {answer.target.text!r}: {answer.logit:.3f}"), end=" ")
+    out.print(f"(log p {answer.target.log_probability:.3f}); {answer.unlisted:+.3f} of it isn't listed")
+    out.print(table)
+    _footnote(answer.served)
+
+
+def senses(
+    word: Annotated[str, typer.Argument(help="One word; it is looked up with a leading space.")],
+    limit: Annotated[int, typer.Option(help="Tokens at each end.", min=1, max=100)] = 6,
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+    channel: Channel = "live",
+) -> None:
+    """What each sense of a word predicts, and what it speaks against, under the tenant's release."""
+    request = pb.ListSensesRequest(word=pb.Word(text=word), limit=limit, channel=channel)
+    with as_caller(tenant, key) as client:
+        answer = client.inference.ListSenses(request, metadata=client.metadata)
+    table = Table("sense", "norm", "raises", "lowers", box=None)
+    for sense in answer.senses:
+        mark = " [yellow]edited[/]" if sense.edited else ""
+        table.add_row(f"{sense.sense}{mark}", f"{sense.norm:.2f}", _words(sense.positive), _words(sense.negative))
+    out.print(table)
+    _footnote(answer.served)
+
+
+def _words(scored: object) -> Text:
+    return Text(" ".join(s.token.text.strip() or repr(s.token.text) for s in scored))  # type: ignore[attr-defined]
+
+
+def _footnote(served: pb.Served, note: str = "") -> None:
+    err.print(
+        f"[dim]{note + '; ' if note else ''}{served.tenant}/{served.channel}, release {served.release} "
+        f"({served.release_digest[:12]})[/]"
+    )
