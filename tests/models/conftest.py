@@ -1,0 +1,35 @@
+"""A tiny random Backpack whose senses matter, and the shape that patches see of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backpack_lm.config import BackpackConfig
+from backpack_lm.model import Backpack
+from backpack_lm.overlay import SenseTable
+from backpack_lm.patch import ModelShape
+
+V, REAL, T, D, K = 61, 57, 20, 16, 4
+EOS = 0
+
+
+@pytest.fixture(scope="session")
+def model() -> Backpack:
+    torch.manual_seed(0)
+    config = BackpackConfig(V, T, D, n_layer=2, n_head=2, num_senses=K, eos_token_id=EOS, num_tokens=REAL)
+    model = Backpack(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * (0.25 if parameter.ndim > 1 else 0.1))
+    # Small dots E·C, so that annealing is halfway rather than over at once.
+    model.sense_network.final_mlp.c_proj.weight *= 0.2
+    return model
+
+
+@pytest.fixture(scope="session")
+def table(model: Backpack) -> SenseTable:
+    return model.sense_table()
+
+
+@pytest.fixture(scope="session")
+def shape(table: SenseTable) -> ModelShape:
+    return ModelShape("ab" * 32, REAL, K, D, table.sense_rms)
