@@ -246,6 +246,7 @@ def _vector_violations(
         return
     if max(map(abs, values)) > FLOAT16_MAX:
         yield Violation(at, "OVERFLOW", f"holds a number beyond float16's ±{FLOAT16_MAX:g}")
+        return
     senses = {cell.sense for cell in cells if 0 <= cell.sense < model.num_senses}
     if not senses:
         return  # each bad sense is a violation of its own

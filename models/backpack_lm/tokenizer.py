@@ -5,6 +5,7 @@ No torch here: the gateway and the intervention service use it too.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
@@ -12,7 +13,6 @@ from pathlib import Path
 from tokenizers import Tokenizer as HFTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class WordError(ValueError):
@@ -36,6 +36,7 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = True
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.end_of_text: int | None = tokenizer.token_to_id(END_OF_TEXT)
+        self._bytes = [_bytes_of(tokenizer, token) for token in range(self.vocab_size)]
 
     @classmethod
     def read(cls, path: Path) -> Tokenizer:
@@ -57,9 +58,13 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
 
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 that a token stands for; it may begin or end within a character."""
+        return self._bytes[token]
+
     def piece(self, token: int) -> str:
         """One token as text, its leading space kept."""
-        return self.decode([token])
+        return self._bytes[token].decode("utf-8", "replace")
 
     def word_ids(self, word: str, policy: WordPolicy = WordPolicy.SINGLE) -> tuple[int, ...]:
         """The ids that stand for a word, encoded with a leading space: " nurse" (BACKPACK.md, section 2).
@@ -82,28 +87,40 @@ class Tokenizer:
         return (ids[0],)
 
 
+def _bytes_of(tokenizer: HFTokenizer, token: int) -> bytes:
+    """A byte-level vocabulary spells every byte as one printable character (Radford et al. 2019)."""
+    spelling: str | None = tokenizer.id_to_token(token)
+    if spelling is None:
+        return b""
+    try:
+        return bytes(map(_BYTE_OF.__getitem__, spelling))
+    except KeyError:  # an added token stands for its own text
+        return spelling.encode()
+
+
+def _byte_of() -> dict[str, int]:
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_of()
+
+
 class Detokenizer:
     """Text of a growing sequence, token by token, never a broken character.
 
-    Keeps the tokens since the last clean boundary: a character whose bytes are still to come is held back.
+    A character whose bytes are still to come is held back; bytes that can't be one become U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._pending: list[int] = []
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, tokens: Iterable[int]) -> str:
         """The text that these tokens make final."""
-        self._pending.extend(tokens)
-        text = self._tokenizer.decode(self._pending)
-        # At most three bytes of a character can be missing; longer is a byte that is never completed.
-        if text.endswith(REPLACEMENT) and len(self._pending) < 4:
-            return ""
-        self._pending.clear()
-        return text
+        return self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, tokens)))
 
     def flush(self) -> str:
         """What was held back, when no more tokens will come."""
-        text = self._tokenizer.decode(self._pending)
-        self._pending.clear()
-        return text
+        return self._decoder.decode(b"", final=True)

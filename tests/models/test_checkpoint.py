@@ -117,7 +117,9 @@ def test_logits_equal_the_independent_implementation(
         expected = theirs(ids, position_ids=position_ids).logits * factor
         got = ours(ids)
     difference = float((got - expected).abs().max())
-    print(f"{layout}, d = {config.n_embd}: largest difference {difference:.2e} of {float(expected.abs().max()):.3g}")
+    print(
+        f"{layout}, d = {config.n_embd}: largest difference {difference:.2e} of {float(expected.abs().max()):.3g}"
+    )
     assert expected.std() > 0.1, "a test on logits that are all alike would prove nothing"
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 

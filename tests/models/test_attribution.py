@@ -1,0 +1,62 @@
+"""Explanations are exact: their terms add up to the logits of the model that they explain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backpack_lm.attribution import attribute, read_senses, token_log_probabilities
+from backpack_lm.model import Backpack
+from backpack_lm.overlay import Overlay, SenseTable
+from backpack_lm.patch import Cell, Edit, Release, Revision, Scale, Topic
+
+from tests.models.conftest import K, REAL, T
+
+IDS = torch.randint(1, REAL, (T,), generator=torch.Generator().manual_seed(5))
+RELEASES: dict[str, tuple[Edit, ...]] = {
+    "none": (),
+    "edited rows": (Scale(tuple(Cell(int(t), 1) for t in set(IDS.tolist())), -2.0),),
+    "topic": (Topic((7, 8, 30), 3),),
+}
+
+
+@pytest.fixture(params=RELEASES)
+def overlay(request: pytest.FixtureRequest, table: SenseTable) -> Overlay:
+    edits = RELEASES[request.param]
+    return Overlay.compile(Release((Revision("ab" * 32, edits),)) if edits else Release(), table)
+
+
+@pytest.mark.parametrize("target", [None, 11])
+def test_contributions_add_up_to_the_logit(
+    model: Backpack, table: SenseTable, overlay: Overlay, target: int | None
+) -> None:
+    logits = model(IDS[None], overlay)[0, -1, :REAL]
+    found = attribute(model, table, IDS, overlay, target)
+    assert found.target == (int(logits.argmax()) if target is None else target)
+    assert found.contributions.shape == (T, K)
+    assert found.logit == pytest.approx(float(logits[found.target]), abs=1e-4)
+    assert found.log_probability == pytest.approx(float(logits.log_softmax(-1)[found.target]), abs=1e-4)
+
+
+def test_the_release_never_changes_the_weights(model: Backpack, table: SenseTable, overlay: Overlay) -> None:
+    plain = attribute(model, table, IDS, Overlay.compile(Release(), table))
+    torch.testing.assert_close(attribute(model, table, IDS, overlay).weights, plain.weights)
+    torch.testing.assert_close(plain.weights.sum(0), torch.ones(K))
+
+
+def test_scores_are_the_models_probabilities(model: Backpack, overlay: Overlay) -> None:
+    logs = model(IDS[None], overlay)[0, :, :REAL].log_softmax(-1)
+    expected = [float(logs[i, IDS[i + 1]]) for i in range(T - 1)]
+    assert token_log_probabilities(model, IDS, overlay).tolist() == pytest.approx(expected, abs=1e-4)
+    assert token_log_probabilities(model, IDS[:1], overlay).tolist() == []
+
+
+def test_a_sense_reads_as_its_extreme_projections(model: Backpack, table: SenseTable) -> None:
+    edit = Scale((Cell(9, 2),), -1.0)
+    overlay = Overlay.compile(Release((Revision("ab" * 32, (edit,)),)), table)
+    plain = read_senses(model, table, 9, Overlay.compile(Release(), table), 5)
+    edited = read_senses(model, table, 9, overlay, 5)
+    scores = model.embedding[:REAL] @ table.rows[9, 2]
+    assert [t for t, _ in plain[2].positive] == scores.topk(5).indices.tolist()
+    assert [t for t, _ in edited[2].positive] == [t for t, _ in plain[2].negative]
+    assert [sense.edited for sense in edited] == [False, False, True, False]
+    assert [sense.edited for sense in plain] == [False] * K

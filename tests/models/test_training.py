@@ -1,0 +1,125 @@
+"""Training: resumable to the bit, and a loss that is the loss."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backpack_lm.checkpoint import load, verify
+from backpack_lm.config import BackpackConfig
+from backpack_lm.model import Backpack, TransformerTwin
+from backpack_lm.training.data import DataError, Rows, Source, encode, stream, train_tokenizer
+from backpack_lm.training.loss import head_loss
+from backpack_lm.training.trainer import Recipe, Trainer, perplexity
+from backpack_serving.cli.main import app
+from typer.testing import CliRunner
+
+CONFIG = BackpackConfig(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2, num_senses=4)
+RECIPE = Recipe(steps=6, tokens_per_step=128, tokens_per_pass=64, short_row=16)
+
+
+def test_the_chunked_loss_is_cross_entropy() -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(700, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
+    targets = torch.randint(300, (700,))
+    loss = head_loss(hidden, head, targets)
+    (loss * 0.5).backward()
+    ours = hidden.grad, head.grad
+    hidden.grad = head.grad = None
+    expected = F.cross_entropy(hidden @ head.t(), targets)
+    (expected * 0.5).backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours, (hidden.grad, head.grad))
+
+
+@pytest.fixture
+def rows() -> Rows:
+    ids = torch.randint(300, (5000,), generator=torch.Generator().manual_seed(0)).numpy().astype("uint16")
+    return Rows([ids, ids[::-1].copy()], [3, 1], seed=0)
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_a_run_that_was_stopped_ends_as_if_it_never_was(rows: Rows, tmp_path: Path, twin: bool) -> None:
+    whole = Trainer(CONFIG, RECIPE, rows, tmp_path / "whole", twin)
+    losses = [step.loss for step in whole.run()]
+    first = Trainer(CONFIG, RECIPE, rows, tmp_path / "stopped", twin)
+    for step in first.run(save_every=2):
+        if step.step == 3:  # one step after the last save
+            break
+    second = Trainer(CONFIG, RECIPE, rows, tmp_path / "stopped", twin)
+    assert second.step == 2
+    assert [step.loss for step in second.run()] == losses[2:]
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+    with pytest.raises(ValueError, match="another recipe"):
+        Trainer(CONFIG, Recipe(steps=7), rows, tmp_path / "whole", twin)
+
+
+def test_perplexity_of_a_uniform_model_is_the_vocabulary() -> None:
+    model = TransformerTwin(CONFIG)
+    torch.nn.init.zeros_(model.embedding)
+    assert perplexity(model, torch.randint(300, (200,))) == pytest.approx(300)
+    with pytest.raises(ValueError, match="at least 33"):
+        perplexity(model, torch.randint(300, (32,)))
+
+
+def test_a_model_learns(rows: Rows, tmp_path: Path) -> None:
+    pattern = torch.arange(5000).remainder(7).numpy().astype("uint16")
+    recipe = Recipe(steps=250, tokens_per_step=128, lr=3e-2, matrix_lr=2e-2)
+    trainer = Trainer(CONFIG, recipe, Rows([pattern], [1], 0), tmp_path, False)
+    losses = [step.loss for step in trainer.run()]
+    assert losses[0] == pytest.approx(math.log(300), abs=0.3)
+    assert losses[-1] < 0.5
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    words = "the king and the queen went down to the sea and the ship was lost in the storm".split()
+    lines = [
+        json.dumps({"text": f"Story {n}. " + " ".join(words[(n * k) % len(words)] for k in range(60))})
+        for n in range(400)
+    ]
+    path = tmp_path / "tales.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_the_command_trains_a_model_that_can_be_served(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    sizes = (
+        "--layers 2 --heads 2 --width 32 --senses 4 --context 32 --vocabulary 300 --tokens-per-step 256".split()
+    )
+    command = ["train", str(corpus), "--out", str(out), "--steps", "4", *sizes]
+    for _ in range(2):  # the second finds everything done
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+    assert CliRunner().invoke(app, [*command, "--twin"]).exit_code == 0
+    assert verify(out / "model").config.num_senses == 4
+    assert isinstance(load(out / "model"), Backpack)
+    assert {p.name for p in out.glob("*")} >= {"loss.svg", "model", "backpack", "twin"}
+    assert json.loads((out / "backpack" / "perplexity.json").read_text())["tales"] > 1
+
+
+def test_held_out_text_is_not_trained_on(corpus: Path, tmp_path: Path) -> None:
+    source = Source.parse(f"{corpus}:2")
+    assert (source.name, source.share) == ("tales", 2.0)
+    tokenizer = train_tokenizer([source], 300, tmp_path / "t.json")
+    assert list(encode(source, tokenizer, tmp_path))[-1] == 1.0
+    held_out = [text for text, held in source.records() if held]
+    assert 0 < len(held_out) < 40
+    train = tokenizer.decode(stream(source, tmp_path, "train").tolist())
+    assert tokenizer.decode(stream(source, tmp_path, "heldout").tolist()).count("Story") == len(held_out)
+    assert not any(text in train for text in held_out)
+
+
+def test_a_bad_record_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"no": 1}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl:2"):
+        list(Source.parse(str(tmp_path / "bad.jsonl")).records())
+    for share in ("x:nan", "x:-1", "x:y"):
+        with pytest.raises(DataError):
+            Source.parse(share)
