@@ -1,0 +1,512 @@
+"""Requests from end to end, and everything that can be wrong with one."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from backpack_lm.attribution import attribute
+from backpack_lm.overlay import Overlay
+from backpack_lm.patch import Release, Revision
+from backpack_proto.v1 import inference_pb2 as pb
+from backpack_proto.v1 import interventions_pb2 as ipb
+from backpack_serving import rpc
+from backpack_serving.engine.sampler import choose
+from backpack_serving.engine.sampling import Sampling
+from backpack_serving.errors import ServiceError
+from backpack_serving.inference.served import ServedModel
+from backpack_serving.settings import default_model
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from tests.e2e.conftest import Metadata, System, copy, topic
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PROMPT = "The story of the king and the"
+EDITS = {
+    "none": (),
+    "copy": (copy("king", "ship"),),
+    "topic": (topic("ship", "sea", "captain"),),
+    "both": (copy("king", "nurse"), topic("nurse", "patient", strength=1)),
+}
+
+
+@pytest.fixture(scope="module")
+def served() -> ServedModel:
+    return ServedModel.read(default_model())
+
+
+async def _overlay(system: System, key: Metadata, served: ServedModel) -> Overlay:
+    """What the tenant's live release means, from the canonical bytes in the store."""
+    live = (await system.releases.GetChannel(ipb.GetChannelRequest(name="channels/live"), metadata=key)).channel
+    request = ipb.FetchReleaseRequest(tenant=live.name.split("/")[1], digest=live.release_digest)
+    blobs = (await system.sync.FetchRelease(request, metadata=system.replica)).revisions
+    return Overlay.compile(Release(tuple(map(Revision.from_bytes, blobs))), served.table)
+
+
+def _oracle(served: ServedModel, overlay: Overlay, ids: list[int], sampling: Sampling) -> list[int]:
+    made: list[int] = []
+    vocabulary = served.manifest.config.tokens
+
+    def pick(logits: torch.Tensor) -> int:
+        return choose(logits[:vocabulary], sampling, len(ids) + len(made))
+
+    for token in served.model.generate(ids, overlay, pick):
+        made.append(token)
+        if len(made) == sampling.max_tokens or token == served.tokenizer.end_of_text:
+            break
+    return made
+
+
+async def test_tenants_in_one_batch_get_what_the_oracle_says_under_their_release(
+    system: System, served: ServedModel
+) -> None:
+    keys = {name: await system.tenant(*edits) for name, edits in EDITS.items()}
+    streams = await asyncio.gather(
+        *(system.stream(key, PROMPT, max_tokens=24, seed=2, temperature=0.7, top_k=30) for key in keys.values())
+    )
+    sampling = Sampling(max_tokens=24, temperature=0.7, top_k=30, seed=2)
+    ids, digests = served.tokenizer.encode(PROMPT), set()
+    for key, stream in zip(keys.values(), streams, strict=True):
+        overlay = await _overlay(system, key, served)
+        tokens = [token.id for part in stream for token in part.tokens]
+        assert tokens == _oracle(served, overlay, ids, sampling)
+        assert "".join(part.text for part in stream) == served.tokenizer.decode(tokens)
+        assert stream[0].served.release_digest == overlay.digest
+        assert stream[0].served.model_fingerprint == served.manifest.fingerprint
+        assert stream[-1].finish_reason == pb.FINISH_REASON_LENGTH
+        assert (stream[-1].usage.prompt_tokens, stream[-1].usage.generated_tokens) == (len(ids), 24)
+        digests.add(overlay.digest)
+    assert len(digests) == len(EDITS)
+
+
+async def test_generate_is_the_stream_in_one_piece(system: System) -> None:
+    key = await system.tenant(*EDITS["copy"])
+    sampling = {"max_tokens": 12, "seed": 5, "log_probabilities": 2}
+    parts = await system.stream(key, PROMPT, **sampling)
+    request = pb.GenerateRequest(prompt=pb.Prompt(text=PROMPT), sampling=pb.Sampling(**sampling))
+    whole = await system.inference.Generate(request, metadata=key)
+    assert whole.text == "".join(part.text for part in parts)
+    assert list(whole.tokens) == [token for part in parts for token in part.tokens]
+    assert whole.served == parts[0].served
+    assert all(len(t.alternatives) == 2 and t.log_probability < 0 for t in whole.tokens)
+    ids = pb.TokenIds(ids=[t.id for t in (await _tokenize(system, key, PROMPT)).tokens])
+    request.prompt.tokens.CopyFrom(ids)
+    assert (await system.inference.Generate(request, metadata=key)).text == whole.text
+
+
+async def _tokenize(system: System, key: Metadata, text: str) -> pb.TokenizeResponse:
+    return await system.inference.Tokenize(pb.TokenizeRequest(text=text), metadata=key)
+
+
+async def test_the_first_token_comes_alone_then_they_are_gathered(system: System) -> None:
+    key = await system.tenant()
+    request = pb.GenerateStreamRequest(prompt=pb.Prompt(text=PROMPT), sampling=pb.Sampling(max_tokens=30, seed=1))
+    request.coalesce.FromMilliseconds(1000)
+    gathered = [part async for part in system.inference.GenerateStream(request, metadata=key)]
+    assert [len(part.tokens) for part in gathered] == [1, 29]
+    request.coalesce.FromMilliseconds(0)
+    apart = [part async for part in system.inference.GenerateStream(request, metadata=key)]
+    assert len(apart) > 2
+    assert [t for p in apart for t in p.tokens] == [t for p in gathered for t in p.tokens]
+
+
+async def test_stop_strings_end_the_text_before_them(system: System) -> None:
+    key = await system.tenant(*EDITS["copy"])
+    whole = "".join(p.text for p in await system.stream(key, PROMPT, max_tokens=30, seed=2, temperature=0.7, top_k=30))
+    stop = whole[20:26]
+    parts = await system.stream(key, PROMPT, max_tokens=30, seed=2, temperature=0.7, top_k=30, stop=[stop])
+    assert "".join(p.text for p in parts) == whole[: whole.find(stop)]
+    assert parts[-1].finish_reason == pb.FINISH_REASON_STOP
+    assert parts[-1].usage.generated_tokens < 30
+
+
+async def test_an_activation_steers_the_next_request_and_not_the_one_that_runs(system: System) -> None:
+    key = await system.tenant()
+    request = pb.GenerateStreamRequest(
+        prompt=pb.Prompt(text=PROMPT), sampling=pb.Sampling(max_tokens=400, seed=3, ignore_end_of_text=True)
+    )
+    alone = [t.id async for p in system.inference.GenerateStream(request, metadata=key) for t in p.tokens]
+    call = aiter(system.inference.GenerateStream(request, metadata=key))
+    first = await anext(call)
+    await system.activate(key, await system.release(key, *EDITS["copy"]))
+    await system.known(key)
+    tokens = [t.id for t in first.tokens] + [t.id async for part in call for t in part.tokens]
+    assert first.served.release == 0
+    assert tokens == alone
+    steered = await system.stream(key, PROMPT, max_tokens=2)
+    assert steered[0].served.release == 1
+    live = (await system.releases.GetChannel(ipb.GetChannelRequest(name="channels/live"), metadata=key)).channel
+    await system.releases.Rollback(ipb.RollbackRequest(channel="channels/live", etag=live.etag), metadata=key)
+    await system.known(key)
+    assert (await system.stream(key, PROMPT, max_tokens=2))[0].served.release == 0
+
+
+async def test_a_channel_of_ones_own(system: System) -> None:
+    key = await system.tenant()
+    await system.activate(key, await system.release(key, *EDITS["copy"]), channel="beta")
+    await asyncio.sleep(0.3)
+    request = pb.GenerateRequest(
+        prompt=pb.Prompt(text=PROMPT), sampling=pb.Sampling(max_tokens=1), channel="beta"
+    )
+    answer = await system.inference.Generate(request, metadata=key)
+    assert (answer.served.channel, answer.served.release) == ("beta", 1)
+
+
+async def test_explanations_add_up_and_are_the_models(system: System, served: ServedModel) -> None:
+    key = await system.tenant(*EDITS["both"])
+    request = pb.ExplainRequest(prompt=pb.Prompt(text=PROMPT), target=pb.Word(text="nurse"), limit=7)
+    answer = await system.inference.Explain(request, metadata=key)
+    listed = [c.contribution for c in answer.contributions]
+    assert len(listed) == 7
+    assert listed == sorted(listed, key=abs, reverse=True)
+    assert math.fsum(listed) + answer.unlisted == pytest.approx(answer.logit, abs=1e-9)
+    overlay = await _overlay(system, key, served)
+    ids = torch.tensor(served.tokenizer.encode(PROMPT))
+    expected = attribute(served.model, served.table, ids, overlay, answer.target.id)
+    assert answer.logit == pytest.approx(float(served.model(ids[None], overlay)[0, -1, answer.target.id]), abs=1e-4)
+    top = answer.contributions[0]
+    assert top.contribution == pytest.approx(float(expected.contributions[top.position, top.sense]))
+    assert top.multiplier != 1.0
+
+
+async def test_scores_and_senses(system: System, served: ServedModel) -> None:
+    key = await system.tenant(*EDITS["copy"])
+    score = await system.inference.Score(pb.ScoreRequest(text=pb.Prompt(text=PROMPT)), metadata=key)
+    logs = [t.log_probability for t in score.tokens[1:]]
+    assert not score.tokens[0].HasField("log_probability")
+    assert score.perplexity == pytest.approx(math.exp(-sum(logs) / len(logs)))
+    senses = [
+        await system.inference.ListSenses(pb.ListSensesRequest(word=pb.Word(text=w), limit=3), metadata=key)
+        for w in ("king", "ship")
+    ]
+    assert [s.positive for s in senses[0].senses] == [s.positive for s in senses[1].senses]
+    assert all(s.edited for s in senses[0].senses)
+    assert not any(s.edited for s in senses[1].senses)
+    model = await system.inference.GetModel(pb.GetModelRequest(), metadata=key)
+    assert (model.num_senses, model.fingerprint) == (16, served.manifest.fingerprint)
+
+
+# ---- bad input
+
+
+Call = Callable[[System, Metadata], Awaitable[Any]]
+
+
+def _generate(**fields: Any) -> Call:
+    fields = {"prompt": pb.Prompt(text=PROMPT), **fields}
+    return lambda system, key: system.inference.Generate(pb.GenerateRequest(**fields), metadata=key)
+
+
+def _sampling(**fields: Any) -> Call:
+    return _generate(sampling=pb.Sampling(**fields))
+
+
+def _ids(*ids: int) -> pb.Prompt:
+    return pb.Prompt(tokens=pb.TokenIds(ids=ids))
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "reason", "says"),
+    [
+        (_generate(prompt=pb.Prompt(text="")), "INVALID_ARGUMENT", "EMPTY", "give a text or token ids"),
+        (_generate(prompt=_ids()), "INVALID_ARGUMENT", "EMPTY", "prompt"),
+        (_generate(prompt=_ids(1, 99999)), "INVALID_ARGUMENT", "UNKNOWN_TOKEN", "99999"),
+        (_generate(prompt=_ids(*[5] * 513)), "INVALID_ARGUMENT", "TOO_LONG", "513 tokens; the context holds 512"),
+        (_generate(prompt=_ids(*[5] * 512)), "INVALID_ARGUMENT", "TOO_LONG", "together at most 512"),
+        (_sampling(max_tokens=510), "INVALID_ARGUMENT", "TOO_LONG", "together at most 512"),
+        (_sampling(max_tokens=-1), "INVALID_ARGUMENT", "OUT_OF_RANGE", "max_tokens"),
+        (_sampling(temperature=math.nan), "INVALID_ARGUMENT", "OUT_OF_RANGE", "temperature: nan"),
+        (_sampling(temperature=-1), "INVALID_ARGUMENT", "OUT_OF_RANGE", "0 (greedy) or more"),
+        (_sampling(top_p=0), "INVALID_ARGUMENT", "OUT_OF_RANGE", "top_p"),
+        (_sampling(top_p=math.nan), "INVALID_ARGUMENT", "OUT_OF_RANGE", "top_p"),
+        (_sampling(top_k=-1), "INVALID_ARGUMENT", "OUT_OF_RANGE", "top_k"),
+        (_sampling(log_probabilities=21), "INVALID_ARGUMENT", "OUT_OF_RANGE", "21; 0 to 20"),
+        (_sampling(stop=[""]), "INVALID_ARGUMENT", "OUT_OF_RANGE", "stop[0]"),
+        (_generate(channel="nowhere"), "NOT_FOUND", "NO_SUCH_CHANNEL", "activate a release on it"),
+        (
+            lambda system, key: system.inference.Score(pb.ScoreRequest(text=_ids(5)), metadata=key),
+            "INVALID_ARGUMENT",
+            "TOO_SHORT",
+            "at least two",
+        ),
+        (
+            lambda system, key: system.inference.ListSenses(
+                pb.ListSensesRequest(word=pb.Word(text="kingdomless")), metadata=key
+            ),
+            "INVALID_ARGUMENT",
+            "NOT_ONE_TOKEN",
+            "'kingdomless' is",
+        ),
+        (
+            lambda system, key: system.inference.Explain(
+                pb.ExplainRequest(prompt=pb.Prompt(text=PROMPT), limit=1001), metadata=key
+            ),
+            "INVALID_ARGUMENT",
+            "OUT_OF_RANGE",
+            "1001",
+        ),
+        (
+            lambda system, key: system.inference.GetModel(pb.GetModelRequest()),
+            "UNAUTHENTICATED",
+            "NO_CREDENTIAL",
+            "authorization",
+        ),
+        (
+            lambda system, key: system.inference.GetModel(pb.GetModelRequest(), metadata=rpc.with_key("bp_oops")),
+            "UNAUTHENTICATED",
+            "MALFORMED_KEY",
+            "copy it whole",
+        ),
+        (
+            lambda system, key: system.inference.GetModel(pb.GetModelRequest(), metadata=system.admin),
+            "PERMISSION_DENIED",
+            "MISSING_ROLE",
+            "needs caller",
+        ),
+        (
+            lambda system, key: system.tenants.CreateTenant(
+                ipb.CreateTenantRequest(tenant_id="x"), metadata=key
+            ),
+            "PERMISSION_DENIED",
+            "MISSING_ROLE",
+            "needs admin",
+        ),
+        (
+            lambda system, key: system.patches.CreateRevision(
+                ipb.CreateRevisionRequest(parent="patches/p"), metadata=key
+            ),
+            "INVALID_ARGUMENT",
+            "EMPTY",
+            "at least one edit",
+        ),
+        (
+            lambda system, key: system.patches.CreateRevision(
+                ipb.CreateRevisionRequest(parent="patches/p", edits=[copy("king", "king")]), metadata=key
+            ),
+            "INVALID_ARGUMENT",
+            "ZERO_EFFECT",
+            "onto themselves",
+        ),
+        (
+            lambda system, key: system.patches.CreateRevision(
+                ipb.CreateRevisionRequest(parent="patches/none", edits=[copy("king", "ship")]), metadata=key
+            ),
+            "NOT_FOUND",
+            "NO_SUCH_PATCH",
+            "create the patch first",
+        ),
+        (
+            lambda system, key: system.patches.GetRevision(
+                ipb.GetRevisionRequest(name="patches/p/revisions/x"), metadata=key
+            ),
+            "INVALID_ARGUMENT",
+            "BAD_NAME",
+            "'x' is not the number",
+        ),
+        (
+            lambda system, key: system.patches.GetRevision(
+                ipb.GetRevisionRequest(name="tenants/other/patches/p/revisions/1"), metadata=key
+            ),
+            "NOT_FOUND",
+            "NOT_YOURS",
+            "isn't a resource of",
+        ),
+        (
+            lambda system, key: system.releases.Activate(
+                ipb.ActivateRequest(channel="channels/live", release=0, etag="stale"), metadata=key
+            ),
+            "ABORTED",
+            "STALE_ETAG",
+            "Read it again",
+        ),
+        (
+            lambda system, key: system.releases.ListReleases(
+                ipb.ListReleasesRequest(page_token="!"), metadata=key
+            ),
+            "INVALID_ARGUMENT",
+            "BAD_PAGE_TOKEN",
+            "not from a page",
+        ),
+        (
+            lambda system, key: _watch(system, "cd" * 32),
+            "FAILED_PRECONDITION",
+            "WRONG_MODEL",
+            "cdcdcdcdcdcd",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.replace("_", "").isupper() else "",
+)
+async def test_bad_input_is_refused_with_the_value_and_the_fix(
+    system: System, call: Call, code: str, reason: str, says: str
+) -> None:
+    key = await _some_tenant(system)
+    with pytest.raises(ServiceError) as refused, rpc.errors():
+        await call(system, key)
+    assert (refused.value.code, refused.value.reason) == (code, reason)
+    assert says in refused.value.message
+    assert "Traceback" not in refused.value.message
+
+
+_known: dict[int, Metadata] = {}
+
+
+async def _some_tenant(system: System) -> Metadata:
+    if id(system) not in _known:
+        _known[id(system)] = await system.tenant()
+    return _known[id(system)]
+
+
+async def _watch(system: System, fingerprint: str) -> None:
+    async for _ in system.sync.Watch(ipb.WatchRequest(model_fingerprint=fingerprint), metadata=system.replica):
+        return
+
+
+async def test_several_mistakes_are_told_at_once(system: System) -> None:
+    key = await _some_tenant(system)
+    with pytest.raises(ServiceError) as refused, rpc.errors():
+        await _sampling(temperature=-1, top_k=-2, top_p=2)(system, key)
+    assert [v.field for v in refused.value.violations] == [
+        "sampling.temperature",
+        "sampling.top_k",
+        "sampling.top_p",
+    ]
+
+
+async def test_a_full_queue_says_when_to_come_back(system: System) -> None:
+    key = await system.tenant()
+    request = pb.GenerateRequest(
+        prompt=pb.Prompt(text=PROMPT), sampling=pb.Sampling(max_tokens=100, seed=1, ignore_end_of_text=True)
+    )
+
+    async def one() -> str:
+        try:
+            with rpc.errors():
+                await system.inference.Generate(request, metadata=key)
+        except ServiceError as error:
+            assert (error.code, error.reason, error.retry_after) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL", 1.0)
+            return error.reason
+        return "ok"
+
+    outcomes = await asyncio.gather(*(one() for _ in range(20)))
+    assert outcomes.count("ok") >= 6  # four slots and a queue of two
+    assert outcomes.count("QUEUE_FULL") > 0
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+async def test_a_dropped_stream_frees_its_slot(system: System, how: str) -> None:
+    key = await system.tenant()
+    request = pb.GenerateStreamRequest(
+        prompt=pb.Prompt(text=PROMPT), sampling=pb.Sampling(max_tokens=500, seed=1, ignore_end_of_text=True)
+    )
+    calls = []
+    for _ in range(4):  # every slot
+        call = system.inference.GenerateStream(
+            request, metadata=key, timeout=0.3 if how == "deadline" else None
+        )
+        await call.read()
+        calls.append(call)
+    if how == "cancel":
+        for call in calls:
+            call.cancel()
+    else:
+        for call in calls:
+            with pytest.raises(grpc.aio.AioRpcError, match="DEADLINE_EXCEEDED"):
+                while await call.read():
+                    pass
+    started = asyncio.get_running_loop().time()
+    await asyncio.gather(*(system.stream(key, PROMPT, max_tokens=1) for _ in range(4)))
+    assert asyncio.get_running_loop().time() - started < 2, "slots were still taken"
+
+
+async def test_a_repeated_write_has_one_effect(system: System) -> None:
+    key = await system.tenant()
+    request = ipb.CreateRevisionRequest(
+        parent="patches/p", edits=[copy("king", "ship")], request_id=str(uuid.uuid4())
+    )
+    answers = [await system.patches.CreateRevision(request, metadata=key) for _ in range(3)]
+    assert len({a.revision.name for a in answers}) == 1
+    assert len({a.position.revision for a in answers}) == 1
+    request.edits[0].copy.source.text = "sea"
+    with pytest.raises(ServiceError, match="used for another request"), rpc.errors():
+        await system.patches.CreateRevision(request, metadata=key)
+
+
+async def test_a_dry_run_stores_nothing(system: System) -> None:
+    key = await system.tenant()
+    request = ipb.CreateRevisionRequest(parent="patches/p", edits=[copy("king", "ship")], validate_only=True)
+    answer = await system.patches.CreateRevision(request, metadata=key)
+    assert answer.revision.name.endswith("/revisions/1")
+    listed = await system.patches.ListRevisions(ipb.ListRevisionsRequest(parent="patches/p"), metadata=key)
+    assert not listed.revisions
+
+
+async def test_a_revoked_key_is_refused_within_moments(system: System) -> None:
+    key = await system.tenant()
+    id_ = key[0][1].split("_")[1]
+    tenant = (await system.stream(key, PROMPT, max_tokens=1))[0].served.tenant
+    name = f"tenants/{tenant}/keys/{id_}"
+    await system.tenants.RevokeApiKey(ipb.RevokeApiKeyRequest(name=name), metadata=system.admin)
+    for _ in range(100):
+        try:
+            await system.stream(key, PROMPT, max_tokens=1)
+        except grpc.aio.AioRpcError as error:
+            assert error.code().name == "UNAUTHENTICATED"
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("the revoked key still works")
+
+
+async def test_audit_names_who_did_what_and_the_chain_is_whole(system: System) -> None:
+    key = await system.tenant(*EDITS["copy"])
+    entries = (await system.audit.ListAuditEntries(ipb.ListAuditEntriesRequest(), metadata=key)).entries
+    methods = [e.method for e in entries]
+    assert methods == ["Activate", "CreateRelease", "CreateRevision", "CreatePatch", "CreateApiKey", "CreateTenant"]
+    assert entries[0].principal.startswith("tenants/t")
+    chain = await system.audit.VerifyChain(ipb.VerifyChainRequest(), metadata=key)
+    assert chain.intact
+
+
+async def test_a_replica_serves_only_gateways(system: System) -> None:
+    from backpack_proto.v1 import directory_pb2, directory_pb2_grpc, inference_pb2_grpc
+
+    channel = rpc.channel(system.settings.directory_address)
+    watch = directory_pb2_grpc.DirectoryServiceStub(channel).WatchReplicas(directory_pb2.WatchReplicasRequest())
+    address = (await watch.read()).replicas[0].address
+    watch.cancel()
+    await channel.close()
+    channel = rpc.channel(address)
+    stub, key = inference_pb2_grpc.InferenceServiceStub(channel), await _some_tenant(system)
+    request = pb.GenerateRequest(prompt=pb.Prompt(text=PROMPT))
+    for metadata, reason in ((key, "NOT_A_GATEWAY"), (system.replica, "NO_PIN")):
+        with pytest.raises(ServiceError) as refused, rpc.errors():
+            await stub.Generate(request, metadata=metadata)
+        assert refused.value.reason == reason
+    pin = pb.Pin(tenant="t0", channel="live", release=1, release_digest="00" * 32)
+    metadata = (*system.replica, ("backpack-pin-bin", pin.SerializeToString()))
+    with pytest.raises(ServiceError) as refused, rpc.errors():
+        await stub.Generate(request, metadata=metadata)
+    assert refused.value.reason == "NO_SUCH_RELEASE", "an unknown release must never be served as another"
+    await channel.close()
+
+
+async def test_health_and_reflection(system: System) -> None:
+    channel = rpc.channel(system.gateway)
+    stub = health_pb2_grpc.HealthStub(channel)
+    for service in ("", "backpack.v1.InferenceService"):
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    await channel.close()
+
+    def services() -> set[str]:
+        with rpc.sync_channel(system.gateway) as plain:
+            return set(ProtoReflectionDescriptorDatabase(plain).get_services())
+
+    assert "backpack.v1.InferenceService" in await asyncio.to_thread(services)

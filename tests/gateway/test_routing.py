@@ -1,0 +1,60 @@
+"""Which replica gets a request."""
+
+from __future__ import annotations
+
+import pytest
+from backpack_proto.v1.directory_pb2 import Replica
+from backpack_serving.errors import Unavailable
+from backpack_serving.gateway.routing import Router
+
+MODEL = "ab" * 32
+
+
+def _replica(name: str, load: int = 0, **more: object) -> Replica:
+    return Replica(id=name, address=f"127.0.0.1:{name}", model_fingerprint=MODEL, slots=4, tokens_in_flight=load, **more)
+
+
+@pytest.fixture
+async def router() -> Router:
+    router = Router(MODEL)
+    router.update([_replica("1"), _replica("2")])
+    return router
+
+
+def _pick(router: Router, tokens: int = 1) -> str:
+    with router.lease(tokens) as target:
+        return target.replica.id
+
+
+async def test_the_less_loaded_of_two_wins(router: Router) -> None:
+    router.update([_replica("1", load=500), _replica("2", load=10)])
+    assert {_pick(router) for _ in range(20)} == {"2"}
+
+
+async def test_what_was_sent_counts_before_it_is_reported(router: Router) -> None:
+    with router.lease(100) as first, router.lease(1) as second:
+        assert first is not second
+    assert (first.sent, second.sent) == (0, 0)
+
+
+async def test_draining_replicas_and_other_models_get_nothing(router: Router) -> None:
+    other = Replica(id="3", address="127.0.0.1:3", model_fingerprint="cd" * 32)
+    router.update([_replica("1", draining=True), _replica("2"), other])
+    assert {_pick(router) for _ in range(20)} == {"2"}
+    assert router.size == 1
+
+
+async def test_a_failed_replica_is_left_alone_until_it_reports_again(router: Router) -> None:
+    with router.lease(1) as target:
+        target.failed = True
+    router.update([_replica("1"), _replica("2")])  # the same reports as before
+    assert target.replica.id not in {_pick(router) for _ in range(20)}
+    router.update([_replica("1", running=1), _replica("2", running=1)])
+    assert target.replica.id in {_pick(router) for _ in range(50)}
+
+
+async def test_no_replica_is_said_with_when_to_retry(router: Router) -> None:
+    router.update([])
+    with pytest.raises(Unavailable, match="try again shortly") as refused:
+        _pick(router)
+    assert refused.value.retry_after == 1.0

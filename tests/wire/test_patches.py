@@ -1,0 +1,154 @@
+"""Edits on the wire: words become ids, every mistake is told with its path, and what is stored reads back."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from backpack_lm import patch
+from backpack_lm.patch import Cell
+from backpack_lm.tokenizer import Tokenizer
+from backpack_proto.v1 import inference_pb2
+from backpack_proto.v1 import interventions_pb2 as pb
+from backpack_serving.errors import InvalidRequest
+from backpack_serving.settings import default_model
+from backpack_serving.wire.patches import read_edits, write_edit
+
+TOKENIZER = Tokenizer.read(default_model() / "tokenizer.json")
+SENSES = 16
+(KING,), (SHIP,) = TOKENIZER.word_ids("king"), TOKENIZER.word_ids("ship")
+
+
+def _word(text: str) -> inference_pb2.Word:
+    return inference_pb2.Word(text=text)
+
+
+def _cells(word: str, *senses: int) -> pb.Cells:
+    return pb.Cells(word=_word(word), senses=senses)
+
+
+def _vector(*values: float, form: str = "f") -> pb.Vector:
+    dtype = pb.DATA_TYPE_FLOAT32 if form == "f" else pb.DATA_TYPE_FLOAT16
+    return pb.Vector(data=struct.pack(f"<{len(values)}{form}", *values), dtype=dtype, shape=[len(values)])
+
+
+def _all(token: int) -> tuple[Cell, ...]:
+    return tuple(Cell(token, sense) for sense in range(SENSES))
+
+
+@pytest.mark.parametrize(
+    ("message", "edit"),
+    [
+        (
+            pb.Edit(scale=pb.ScaleEdit(cells=[_cells("king", 3, 5), _cells("ship", 1)], factor=0.5)),
+            patch.Scale((Cell(KING, 3), Cell(KING, 5), Cell(SHIP, 1)), 0.5),
+        ),
+        (
+            pb.Edit(add=pb.AddEdit(cells=[_cells("king", 3)], delta=_vector(1, -0.0, 2.5))),
+            patch.Add((Cell(KING, 3),), patch.Vector.of([1, 0, 2.5])),
+        ),
+        (
+            pb.Edit(set=pb.SetEdit(cells=[_cells("king", 3)], vector=_vector(1, 2.5, form="e"))),
+            patch.Set((Cell(KING, 3),), patch.Vector.of([1, 2.5])),
+        ),
+        (
+            pb.Edit(copy=pb.CopyEdit(cells=[_cells("king")], source=_word("ship"))),
+            patch.Copy(_all(KING), SHIP),
+        ),
+        (
+            pb.Edit(copy=pb.CopyEdit(cells=[_cells("king", 2)], source=_word("ship"), source_sense=0)),
+            patch.Copy((Cell(KING, 2),), SHIP, 0),
+        ),
+        (
+            pb.Edit(project_out=pb.ProjectOutEdit(cells=[_cells("king")], direction=_word("ship"))),
+            patch.ProjectOut(_all(KING), SHIP),
+        ),
+        (
+            pb.Edit(swap=pb.SwapEdit(cells=[_cells("king", 0)], old=_word("king"), new=_word("ship"))),
+            patch.Swap((Cell(KING, 0),), KING, SHIP),
+        ),
+        (
+            pb.Edit(topic=pb.TopicEdit(words=[_word("ship"), _word("king"), _word("ship")], strength=2)),
+            patch.Topic((SHIP, KING), 2),
+        ),
+        (
+            pb.Edit(topic=pb.TopicEdit(words=[_word("ship")], strength=3, constant=True)),
+            patch.Topic((SHIP,), 3, annealed=False),
+        ),
+    ],
+    ids=lambda value: value.WhichOneof("kind") if isinstance(value, pb.Edit) else "",
+)
+def test_every_kind_is_read_and_comes_back(message: pb.Edit, edit: patch.Edit) -> None:
+    assert read_edits([message], TOKENIZER, SENSES) == [edit]
+    answer = write_edit(edit, TOKENIZER)
+    assert read_edits([answer], TOKENIZER, SENSES) == [edit]
+    assert " ship" in str(answer) or " king" in str(answer)
+
+
+def test_a_topic_takes_the_first_token_of_each_word() -> None:
+    several = TOKENIZER.encode(" kingdomless")
+    (edit,) = read_edits(
+        [pb.Edit(topic=pb.TopicEdit(words=[_word("kingdomless")], strength=1))], TOKENIZER, SENSES
+    )
+    assert isinstance(edit, patch.Topic)
+    assert edit.tokens == (several[0],)
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "reason"),
+    [
+        (pb.Edit(), "edits[0]", "UNKNOWN_KIND"),
+        (pb.Edit(scale=pb.ScaleEdit()), "edits[0].scale.cells", "EMPTY"),
+        (
+            pb.Edit(scale=pb.ScaleEdit(cells=[_cells("kingdomless")])),
+            "edits[0].scale.cells[0].word",
+            "NOT_ONE_TOKEN",
+        ),
+        (pb.Edit(scale=pb.ScaleEdit(cells=[_cells("king"), _cells("")])), "edits[0].scale.cells[1].word", "EMPTY"),
+        (
+            pb.Edit(scale=pb.ScaleEdit(cells=[pb.Cells(word=inference_pb2.Word(token=2**20))])),
+            "edits[0].scale.cells[0].word",
+            "UNKNOWN_TOKEN",
+        ),
+        (
+            pb.Edit(add=pb.AddEdit(cells=[_cells("king")], delta=pb.Vector(data=b"1234"))),
+            "edits[0].add.delta.dtype",
+            "UNKNOWN_VALUE",
+        ),
+        (
+            pb.Edit(
+                set=pb.SetEdit(
+                    cells=[_cells("king")],
+                    vector=pb.Vector(data=b"12345678", dtype=pb.DATA_TYPE_FLOAT32, shape=[3]),
+                )
+            ),
+            "edits[0].set.vector",
+            "WRONG_SHAPE",
+        ),
+        (
+            pb.Edit(
+                copy=pb.CopyEdit(
+                    cells=[_cells("king")],
+                    source=inference_pb2.Word(
+                        text="kingdomless", policy=inference_pb2.WORD_POLICY_ALL_TOKENS
+                    ),
+                )
+            ),
+            "edits[0].copy.source",
+            "NOT_ONE_TOKEN",
+        ),
+        (pb.Edit(topic=pb.TopicEdit(words=[_word("ship")], strength=-1)), "edits[0].topic.strength", "OUT_OF_RANGE"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.isupper() else "",
+)
+def test_a_mistake_is_told_with_its_path(message: pb.Edit, field: str, reason: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        read_edits([message], TOKENIZER, SENSES)
+    assert [(v.field, v.reason) for v in refused.value.violations] == [(field, reason)]
+
+
+def test_all_tokens_of_a_word_when_asked_for() -> None:
+    word = inference_pb2.Word(text="kingdomless", policy=inference_pb2.WORD_POLICY_ALL_TOKENS)
+    scale = pb.Edit(scale=pb.ScaleEdit(cells=[pb.Cells(word=word, senses=[7])], factor=0))
+    (edit,) = read_edits([scale], TOKENIZER, SENSES)
+    assert edit.cells == tuple(Cell(token, 7) for token in TOKENIZER.encode(" kingdomless"))
