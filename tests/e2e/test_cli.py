@@ -1,0 +1,177 @@
+"""The commands that the README shows, against a running system."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backpack_serving.cli.main import app
+from typer.testing import CliRunner
+
+from tests.e2e.test_processes import _port
+
+RUN = [sys.executable, "-m", "backpack_serving.cli.main", "run"]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: Any) -> Iterator[dict[str, str]]:
+    """`backpack run`, serving its two example tenants."""
+    state = tmp_path_factory.mktemp("state")
+    environment = {
+        "BACKPACK_STATE": str(state),
+        "BACKPACK_GATEWAY_ADDRESS": f"127.0.0.1:{_port()}",
+        "BACKPACK_INTERVENTIONS_ADDRESS": f"127.0.0.1:{_port()}",
+        "BACKPACK_DIRECTORY_ADDRESS": "127.0.0.1:0",
+        "NO_COLOR": "1",
+        "COLUMNS": "200",
+    }
+    process = subprocess.Popen(
+        RUN,
+        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    shown = ""
+    for line in process.stdout:
+        shown += line
+        if line.startswith("Serving until"):
+            break
+    environment["SHOWN"] = shown
+    yield environment
+    process.terminate()
+    assert "Finishing" in process.stdout.read()
+    assert process.wait(40) == 0
+    process.stdout.close()
+
+
+@pytest.fixture
+def backpack(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    # rich reads the width once, when it is imported.
+    monkeypatch.setattr("backpack_serving.cli.client.out._width", 200)
+
+    def call(*words: str, code: int = 0) -> str:
+        result = CliRunner().invoke(app, list(words))
+        assert result.exit_code == code, result.output
+        return result.output
+
+    return call
+
+
+def test_run_shows_both_tenants_and_how_to_call(environment: dict[str, str]) -> None:
+    shown = environment["SHOWN"]
+    assert re.search(r"clinic: .*harbour: ", shown)
+    digests = re.search(r"release 1, ([0-9a-f]{12}).*release 1, ([0-9a-f]{12})", shown)
+    assert digests is not None
+    assert digests[1] != digests[2]
+    for way in ("From the command line", "From Python", "grpcurl -plaintext"):
+        assert way in shown
+
+
+def _python_example(shown: str) -> str:
+    code = shown.split("From Python:")[1].split("With grpcurl:")[0]
+    return "\n".join(line[4:] for line in code.splitlines())
+
+
+def test_the_python_that_run_prints_works(environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _python_example(environment["SHOWN"])],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 20
+
+
+def test_the_grpcurl_that_run_prints_works(environment: dict[str, str]) -> None:
+    command = environment["SHOWN"].split("With grpcurl:")[1].split("Serving until")[0]
+    folder = str(Path(sys.executable).parent)
+    done = subprocess.run(
+        ["/bin/sh", "-c", command],
+        env={**os.environ, "PATH": folder + os.pathsep + os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["served"]["tenant"] == "harbour"
+
+
+def test_generate_is_seeded_and_says_what_steered_it(backpack: Any) -> None:
+    first, second = (backpack("generate", "The king", "--as", "harbour", "--seed", "3") for _ in range(2))
+    assert first == second
+    assert "harbour/live, release 1" in first
+    assert "clinic/live, release 1" in backpack("generate", "The king", "--as", "clinic", "--max-tokens", "3")
+
+
+def test_a_patch_from_a_word_to_a_steered_answer_and_back(backpack: Any, tmp_path: Path) -> None:
+    assert "tenants/lab" in backpack("tenant", "create", "lab")
+    assert "tenants/lab" in backpack("tenant", "list")
+    backpack("patch", "copy", "royal", "king", "--from", "court", "--senses", "0,3-5", "--as", "lab")
+    backpack("patch", "topic", "royal", "court", "law", "--as", "lab")
+    shown = json.loads(backpack("patch", "show", "royal", "1", "--as", "lab"))
+    assert shown[0]["copy"]["cells"][0]["senses"] == [0, 3, 4, 5]
+    (tmp_path / "edits.json").write_text(json.dumps(shown))
+    revised = backpack("patch", "revise", "royal", str(tmp_path / "edits.json"), "--as", "lab")
+    assert "royal/revisions/3" in revised
+    assert "would be" in backpack("patch", "revise", "royal", str(tmp_path / "edits.json"), "--dry-run", "--as", "lab")
+    for edit in (
+        ("scale", "royal", "king", "--factor", "0"),
+        ("swap", "royal", "king", "--old", "king", "--new", "court"),
+        ("project-out", "royal", "king", "--direction", "court"),
+    ):
+        backpack("patch", *edit, "--as", "lab")
+    assert "is at release 1" in backpack("release", "create", "royal:1", "royal:2", "--activate", "--as", "lab")
+    listed = backpack("release", "list", "--as", "lab")
+    assert "royal:1 royal:2" in listed
+    assert "is at release 0" in backpack("release", "rollback", "--as", "lab")
+    assert "is at release 1" in backpack("release", "activate", "1", "--as", "lab")
+    assert "intact" in backpack("audit", "--as", "lab")
+    assert "6" in backpack("patch", "list", "--as", "lab")
+
+
+def test_explain_senses_and_score(backpack: Any) -> None:
+    assert "logit of" in backpack("explain", "The king and the", "--as", "harbour")
+    assert "edited" in backpack("senses", "king", "--as", "harbour")
+    assert "perplexity" in backpack("score", "The king and the queen", "--as", "harbour")
+    assert len(backpack("tenant", "key", "harbour", "--role", "caller").strip()) > 80
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("generate", ""), "give a text or token ids"),
+        (("generate", "x", "--as", "nobody"), "nobody.key doesn't exist"),
+        (("patch", "scale", "p", "kingdomless", "--factor", "0"), "ask for its first token or for all"),
+        (("release", "activate", "99"), "releases/99 doesn't exist"),
+        (("model", "verify", "/nowhere"), "backpack model import"),
+    ],
+)
+def test_a_refusal_is_one_line(backpack: Any, words: tuple[str, ...], says: str) -> None:
+    output = backpack(*words, code=1)
+    assert says in " ".join(output.split())
+    assert "Traceback" not in output
+
+
+def test_the_default_model_is_intact_and_settings_are_listed(backpack: Any) -> None:
+    assert "intact" in backpack("model", "verify")
+    assert "BACKPACK_GATEWAY_ADDRESS" in backpack("settings")
+
+
+def test_help_teaches(backpack: Any) -> None:
+    shown = backpack("--help")
+    for command in ("run", "serve", "generate", "patch", "release", "train"):
+        assert command in shown

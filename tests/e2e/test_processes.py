@@ -1,0 +1,171 @@
+"""Each part as a process of its own, started by the command line, and killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backpack_proto.v1 import inference_pb2 as pb
+from backpack_serving import rpc
+from backpack_serving.errors import ServiceError, Unavailable
+from backpack_serving.settings import Settings
+
+from tests.e2e.conftest import Metadata, System, copy
+
+PROMPT = "The story of the king and the"
+
+
+def _port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class Processes:
+    """The four parts, by name."""
+
+    def __init__(self, state: Path) -> None:
+        self._log = (state / "log").open("w+")
+        self.settings = Settings(
+            state=state,
+            threads=1,
+            slots=4,
+            **{f"{part}_address": f"127.0.0.1:{_port()}" for part in ("gateway", "interventions", "directory")},
+        )
+        names = ("state", "threads", "slots", "gateway_address", "interventions_address", "directory_address")
+        self._environment = {f"BACKPACK_{n.upper()}": str(getattr(self.settings, n)) for n in names}
+        self._running: dict[str, subprocess.Popen[str]] = {}
+
+    def start(self, part: str) -> None:
+        """Start a part and wait until it says that it serves."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "backpack_serving.cli.main", "serve", part],
+            env={**os.environ, **self._environment, "PYTHONPATH": os.pathsep.join(sys.path), "NO_COLOR": "1"},
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        self._running[part] = process
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert "serves on" in line, line + self.log
+
+    @property
+    def log(self) -> str:
+        self._log.flush()
+        return Path(self._log.name).read_text()
+
+    def kill(self, part: str, how: signal.Signals = signal.SIGKILL) -> int:
+        process = self._running.pop(part)
+        process.send_signal(how)
+        code = process.wait(40)
+        assert process.stdout is not None
+        process.stdout.close()
+        return code
+
+    def stop(self) -> None:
+        for part in list(self._running):
+            self.kill(part)
+        self._log.close()
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    processes = Processes(tmp_path)
+    try:
+        for part in ("interventions", "directory", "inference", "gateway"):
+            processes.start(part)
+        yield processes
+    finally:
+        processes.stop()
+
+
+async def _release(system: System, key: Metadata) -> int:
+    return int((await system.stream(key, PROMPT, max_tokens=1))[0].served.release)
+
+
+async def _eventually(check: Any, seconds: float = 15) -> Any:
+    for _ in range(int(seconds / 0.05)):
+        try:
+            if result := await check():
+                return result
+        except rpc.grpc.aio.AioRpcError as error:
+            assert error.code().name in ("UNAVAILABLE", "UNAUTHENTICATED"), error
+        await asyncio.sleep(0.05)
+    raise AssertionError("it never happened")
+
+
+async def test_parts_are_killed_and_come_back(processes: Processes) -> None:
+    settings = processes.settings
+    system = System(settings.gateway_address, settings.interventions_address, settings)
+    try:
+        await _the_story(processes, system)
+    finally:
+        await system.close()
+
+
+async def _the_story(processes: Processes, system: System) -> None:
+    key = await system.tenant(copy("king", "ship"))
+    text = [p.text for p in await system.stream(key, PROMPT, max_tokens=20, seed=1)]
+
+    # Interventions is gone: what is known goes on being served, and a write is refused, not lost.
+    processes.kill("interventions")
+    assert "".join(text) == "".join(p.text for p in await system.stream(key, PROMPT, max_tokens=20, seed=1))
+    with pytest.raises(Unavailable), rpc.errors():
+        await asyncio.wait_for(system.release(key, copy("king", "nurse")), 10)
+    processes.start("interventions")
+
+    # It is back with all that it acknowledged, and the gateway follows it again.
+    async def released() -> bool:
+        await system.activate(key, await system.release(key, copy("king", "nurse")))
+        return True
+
+    await _eventually(released)
+
+    async def steered() -> bool:
+        return await _release(system, key) >= 2
+
+    await _eventually(steered)
+
+    # A replica is lost in the middle of a stream: the client is told, and the next one serves.
+    call = aiter(
+        system.inference.GenerateStream(
+            pb.GenerateStreamRequest(
+                prompt=pb.Prompt(text=PROMPT),
+                sampling=pb.Sampling(max_tokens=480, seed=1, ignore_end_of_text=True),
+            ),
+            metadata=key,
+        )
+    )
+    await anext(call)
+    processes.kill("inference")
+    with pytest.raises(ServiceError) as lost, rpc.errors():
+        async for _ in call:
+            pass
+    assert (lost.value.code, lost.value.reason) == ("UNAVAILABLE", "REPLICA_LOST")
+    with pytest.raises(ServiceError) as none, rpc.errors():
+        await system.stream(key, PROMPT, max_tokens=1)
+    assert (none.value.code, none.value.reason, none.value.retry_after) == ("UNAVAILABLE", "NO_REPLICA", 1.0)
+    processes.start("inference")
+    await _eventually(steered)
+
+    # The directory forgets everything with its process, and is told again.
+    processes.kill("directory")
+    assert await _release(system, key) >= 2
+    processes.start("directory")
+    await _eventually(steered)
+
+    # A new gateway learns all of it; a polite end is a clean one.
+    assert processes.kill("gateway", signal.SIGTERM) == 0
+    processes.start("gateway")
+    await _eventually(steered)
+    assert processes.kill("inference", signal.SIGTERM) == 0
+    assert "Traceback" not in processes.log
