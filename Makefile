@@ -13,7 +13,7 @@ run: .venv/.run ## Serve on this machine, with two example tenants
 	@$(BIN)/backpack run
 
 test: .venv/.dev ## All tests that take less than a quarter of an hour, types and style included
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-long: .venv/.dev ## The slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/pytest

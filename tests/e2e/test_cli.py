@@ -127,7 +127,9 @@ def test_a_patch_from_a_word_to_a_steered_answer_and_back(backpack: Any, tmp_pat
     (tmp_path / "edits.json").write_text(json.dumps(shown))
     revised = backpack("patch", "revise", "royal", str(tmp_path / "edits.json"), "--as", "lab")
     assert "royal/revisions/3" in revised
-    assert "would be" in backpack("patch", "revise", "royal", str(tmp_path / "edits.json"), "--dry-run", "--as", "lab")
+    assert "would be" in backpack(
+        "patch", "revise", "royal", str(tmp_path / "edits.json"), "--dry-run", "--as", "lab"
+    )
     for edit in (
         ("scale", "royal", "king", "--factor", "0"),
         ("swap", "royal", "king", "--old", "king", "--new", "court"),

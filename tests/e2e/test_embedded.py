@@ -120,7 +120,9 @@ async def test_the_first_token_comes_alone_then_they_are_gathered(system: System
 
 async def test_stop_strings_end_the_text_before_them(system: System) -> None:
     key = await system.tenant(*EDITS["copy"])
-    whole = "".join(p.text for p in await system.stream(key, PROMPT, max_tokens=30, seed=2, temperature=0.7, top_k=30))
+    whole = "".join(
+        p.text for p in await system.stream(key, PROMPT, max_tokens=30, seed=2, temperature=0.7, top_k=30)
+    )
     stop = whole[20:26]
     parts = await system.stream(key, PROMPT, max_tokens=30, seed=2, temperature=0.7, top_k=30, stop=[stop])
     assert "".join(p.text for p in parts) == whole[: whole.find(stop)]
@@ -153,9 +155,7 @@ async def test_a_channel_of_ones_own(system: System) -> None:
     key = await system.tenant()
     await system.activate(key, await system.release(key, *EDITS["copy"]), channel="beta")
     await asyncio.sleep(0.3)
-    request = pb.GenerateRequest(
-        prompt=pb.Prompt(text=PROMPT), sampling=pb.Sampling(max_tokens=1), channel="beta"
-    )
+    request = pb.GenerateRequest(prompt=pb.Prompt(text=PROMPT), sampling=pb.Sampling(max_tokens=1), channel="beta")
     answer = await system.inference.Generate(request, metadata=key)
     assert (answer.served.channel, answer.served.release) == ("beta", 1)
 
@@ -171,7 +171,9 @@ async def test_explanations_add_up_and_are_the_models(system: System, served: Se
     overlay = await _overlay(system, key, served)
     ids = torch.tensor(served.tokenizer.encode(PROMPT))
     expected = attribute(served.model, served.table, ids, overlay, answer.target.id)
-    assert answer.logit == pytest.approx(float(served.model(ids[None], overlay)[0, -1, answer.target.id]), abs=1e-4)
+    assert answer.logit == pytest.approx(
+        float(served.model(ids[None], overlay)[0, -1, answer.target.id]), abs=1e-4
+    )
     top = answer.contributions[0]
     assert top.contribution == pytest.approx(float(expected.contributions[top.position, top.sense]))
     assert top.multiplier != 1.0
@@ -272,9 +274,7 @@ def _ids(*ids: int) -> pb.Prompt:
             "needs caller",
         ),
         (
-            lambda system, key: system.tenants.CreateTenant(
-                ipb.CreateTenantRequest(tenant_id="x"), metadata=key
-            ),
+            lambda system, key: system.tenants.CreateTenant(ipb.CreateTenantRequest(tenant_id="x"), metadata=key),
             "PERMISSION_DENIED",
             "MISSING_ROLE",
             "needs admin",
@@ -408,9 +408,7 @@ async def test_a_dropped_stream_frees_its_slot(system: System, how: str) -> None
     )
     calls = []
     for _ in range(4):  # every slot
-        call = system.inference.GenerateStream(
-            request, metadata=key, timeout=0.3 if how == "deadline" else None
-        )
+        call = system.inference.GenerateStream(request, metadata=key, timeout=0.3 if how == "deadline" else None)
         await call.read()
         calls.append(call)
     if how == "cancel":
@@ -468,7 +466,14 @@ async def test_audit_names_who_did_what_and_the_chain_is_whole(system: System) -
     key = await system.tenant(*EDITS["copy"])
     entries = (await system.audit.ListAuditEntries(ipb.ListAuditEntriesRequest(), metadata=key)).entries
     methods = [e.method for e in entries]
-    assert methods == ["Activate", "CreateRelease", "CreateRevision", "CreatePatch", "CreateApiKey", "CreateTenant"]
+    assert methods == [
+        "Activate",
+        "CreateRelease",
+        "CreateRevision",
+        "CreatePatch",
+        "CreateApiKey",
+        "CreateTenant",
+    ]
     assert entries[0].principal.startswith("tenants/t")
     chain = await system.audit.VerifyChain(ipb.VerifyChainRequest(), metadata=key)
     assert chain.intact

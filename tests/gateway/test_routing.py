@@ -11,7 +11,9 @@ MODEL = "ab" * 32
 
 
 def _replica(name: str, load: int = 0, **more: object) -> Replica:
-    return Replica(id=name, address=f"127.0.0.1:{name}", model_fingerprint=MODEL, slots=4, tokens_in_flight=load, **more)
+    return Replica(
+        id=name, address=f"127.0.0.1:{name}", model_fingerprint=MODEL, slots=4, tokens_in_flight=load, **more
+    )
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import Cell, Edit, Release, Revision, Scale, Topic
 
-from tests.models.conftest import K, REAL, T
+from tests.models.conftest import REAL, K, T
 
 IDS = torch.randint(1, REAL, (T,), generator=torch.Generator().manual_seed(5))
 RELEASES: dict[str, tuple[Edit, ...]] = {

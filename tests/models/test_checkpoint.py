@@ -1,4 +1,4 @@
-"""Every published layout, held equal to the independent implementation in pyvene, and everything that is refused."""
+"""Every published layout, held equal to the independent implementation in pyvene, and what is refused."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from backpack_lm.patch import (
 )
 from torch import Tensor
 
-from tests.models.conftest import EOS, K, REAL, T, V, D
+from tests.models.conftest import EOS, REAL, D, K, T, V
 
 IDS = torch.randint(1, REAL, (2, T), generator=torch.Generator().manual_seed(3))
 EVERY = tuple(Cell(t, s) for t in range(REAL) for s in range(K))

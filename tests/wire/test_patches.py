@@ -129,15 +129,17 @@ def test_a_topic_takes_the_first_token_of_each_word() -> None:
             pb.Edit(
                 copy=pb.CopyEdit(
                     cells=[_cells("king")],
-                    source=inference_pb2.Word(
-                        text="kingdomless", policy=inference_pb2.WORD_POLICY_ALL_TOKENS
-                    ),
+                    source=inference_pb2.Word(text="kingdomless", policy=inference_pb2.WORD_POLICY_ALL_TOKENS),
                 )
             ),
             "edits[0].copy.source",
             "NOT_ONE_TOKEN",
         ),
-        (pb.Edit(topic=pb.TopicEdit(words=[_word("ship")], strength=-1)), "edits[0].topic.strength", "OUT_OF_RANGE"),
+        (
+            pb.Edit(topic=pb.TopicEdit(words=[_word("ship")], strength=-1)),
+            "edits[0].topic.strength",
+            "OUT_OF_RANGE",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isupper() else "",
 )

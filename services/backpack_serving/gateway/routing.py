@@ -36,11 +36,14 @@ class Router:
     def __init__(self, fingerprint: str) -> None:
         self._fingerprint = fingerprint
         self._targets: dict[str, Target] = {}
-        self._closing: list[Any] = []
 
     @property
     def size(self) -> int:
         return sum(1 for _ in self._usable(()))
+
+    def replicas(self) -> set[str]:
+        """Ids of all that the directory lists, usable now or not."""
+        return set(self._targets)
 
     def update(self, replicas: Iterable[directory_pb2.Replica]) -> None:
         """Take in what the directory says. A replica that failed a call gets another chance with each report."""

@@ -59,10 +59,13 @@ async def start(settings: Settings) -> InterventionService:
 
 def _key(given: str, file: Path) -> ApiKey:
     """The key that the operator chose, else the one in the state folder, made on the first start."""
-    if given:
-        return ApiKey.parse(given)
+    return ApiKey.parse(given or mint_key(file))
+
+
+def mint_key(file: Path) -> str:
+    """The key in a file that only its owner can read; a new one if there is no such file."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
         file.write_text(f"{ApiKey.mint()}\n")
-    return ApiKey.parse(file.read_text())
+    return file.read_text().strip()

@@ -20,6 +20,7 @@ from backpack_serving.errors import (
     PreconditionFailed,
     from_patch_error,
 )
+from backpack_serving.interventions import find
 from backpack_serving.interventions.ledger import Ledger, Request, Written, verify_chain
 from backpack_serving.interventions.records import (
     Channel,
@@ -123,7 +124,7 @@ class Interventions:
         minted = ApiKey.mint()
 
         def act(tx: Write, now: datetime) -> tuple[Key, list[Record]]:
-            _tenant(tx, tenant)
+            find.tenant(tx, tenant)
             made = _key(tenant, minted, roles, now)
             tx.add(made)
             return made, [made]
@@ -134,7 +135,7 @@ class Interventions:
     def keys(self, who: Principal, tenant: str) -> list[Key]:
         who.require(Role.ADMIN)
         with self._store.read() as tx:
-            _tenant(tx, tenant)
+            find.tenant(tx, tenant)
             return tx.list(Key, tenant)
 
     def revoke_key(self, who: Principal, tenant: str, key: str, request: Request) -> Written[Key]:
@@ -170,7 +171,7 @@ class Interventions:
         who.require(Role.AUTHOR)
         with self._store.read() as tx:
             found = tx.list(Patch, who.tenant, after=after, limit=limit)
-            return [(record, _latest(tx, record)) for record in found]
+            return [(record, find.latest(tx, record)) for record in found]
 
     def draft_revision(self, who: Principal, name: str, edits: Sequence[patch.Edit]) -> Revision:
         """What `create_revision` would store, after all its checks. Stores nothing."""
@@ -193,12 +194,12 @@ class Interventions:
     def revision(self, who: Principal, name: str, number: int) -> Revision:
         who.require(Role.AUTHOR)
         with self._store.read() as tx:
-            return _revision(tx, who.tenant, name, number)
+            return find.revision(tx, who.tenant, name, number)
 
     def revisions(self, who: Principal, name: str, after: int | None, limit: int) -> list[Revision]:
         who.require(Role.AUTHOR)
         with self._store.read() as tx:
-            _patch(tx, who.tenant, name)
+            find.patch(tx, who.tenant, name)
             return tx.list(Revision, who.tenant, name, after=after, limit=limit)
 
     def _revision(
@@ -209,7 +210,7 @@ class Interventions:
             made.validate(self.shape, self.limits)
         except patch.PatchError as error:
             raise from_patch_error(error) from None
-        number = _latest(tx, _patch(tx, who.tenant, name)) + 1
+        number = find.latest(tx, find.patch(tx, who.tenant, name)) + 1
         blob = made.to_bytes()
         return Revision(who.tenant, name, number, made.digest, made.fingerprint, blob, now)
 
@@ -226,7 +227,7 @@ class Interventions:
             )
 
         def act(tx: Write, now: datetime) -> tuple[Release, list[Record]]:
-            found = [_revision(tx, who.tenant, name, number) for name, number in parts]
+            found = [find.revision(tx, who.tenant, name, number) for name, number in parts]
             for record in found:
                 self._check_model(record)
             last = tx.list(Release, who.tenant, limit=1, descending=True)
@@ -247,7 +248,7 @@ class Interventions:
     def channel(self, who: Principal, name: str) -> Channel:
         who.require(Role.AUTHOR)
         with self._store.read() as tx:
-            return _channel(tx, who.tenant, name)
+            return find.channel(tx, who.tenant, name)
 
     def channels(self, who: Principal) -> list[Channel]:
         who.require(Role.AUTHOR)
@@ -264,7 +265,7 @@ class Interventions:
             if wanted is None:
                 raise NotFound("NO_SUCH_RELEASE", f"tenants/{who.tenant}/releases/{release} doesn't exist")
             for part in wanted.parts:
-                self._check_model(_revision(tx, who.tenant, *part))
+                self._check_model(find.revision(tx, who.tenant, *part))
             old = tx.get(Channel, who.tenant, name)
             _check_etag(old.etag if old else "", etag)
             return _point(tx, who.tenant, name, wanted, old, now)
@@ -276,7 +277,7 @@ class Interventions:
         who.require(Role.RELEASER)
 
         def act(tx: Write, now: datetime) -> tuple[Channel, list[Record]]:
-            old = _channel(tx, who.tenant, name)
+            old = find.channel(tx, who.tenant, name)
             _check_etag(old.etag, etag)
             if old.previous is None:
                 raise PreconditionFailed(
@@ -327,7 +328,7 @@ class Interventions:
             release = tx.find(Release, tenant=tenant, digest=digest)
             if release is None:
                 raise NotFound("NO_SUCH_RELEASE", f"tenants/{tenant} has no release {digest}")
-            blobs = [_revision(tx, tenant, *part).blob for part in release.parts]
+            blobs = [find.revision(tx, tenant, *part).blob for part in release.parts]
         try:
             found = patch.release_digest([patch.Revision.from_bytes(blob).digest for blob in blobs])
         except patch.PatchError as error:
@@ -357,35 +358,6 @@ def _point(
     made = Channel(tenant, name, release.number, release.digest, previous, generation, now)
     tx.replace(made)
     return made, [made]
-
-
-def _tenant(tx: Read, tenant: str) -> Tenant:
-    if found := tx.get(Tenant, tenant):
-        return found
-    raise NotFound("NO_SUCH_TENANT", f"tenants/{tenant} doesn't exist", tenant=tenant)
-
-
-def _patch(tx: Read, tenant: str, name: str) -> Patch:
-    if found := tx.get(Patch, tenant, name):
-        return found
-    raise NotFound("NO_SUCH_PATCH", f"tenants/{tenant}/patches/{name} doesn't exist; create the patch first")
-
-
-def _revision(tx: Read, tenant: str, name: str, number: int) -> Revision:
-    if found := tx.get(Revision, tenant, name, number):
-        return found
-    raise NotFound("NO_SUCH_REVISION", f"tenants/{tenant}/patches/{name}/revisions/{number} doesn't exist")
-
-
-def _channel(tx: Read, tenant: str, name: str) -> Channel:
-    if found := tx.get(Channel, tenant, name):
-        return found
-    raise NotFound("NO_SUCH_CHANNEL", f"tenants/{tenant}/channels/{name} doesn't exist; activate a release on it")
-
-
-def _latest(tx: Read, record: Patch) -> int:
-    last = tx.list(Revision, record.tenant, record.patch, limit=1, descending=True)
-    return last[0].number if last else 0
 
 
 def _check_id(field: str, value: str) -> None:

@@ -1,0 +1,36 @@
+"""Records that must be there: each found, or refused with what would make it."""
+
+from __future__ import annotations
+
+from backpack_serving.errors import NotFound
+from backpack_serving.interventions.records import Channel, Patch, Revision, Tenant
+from backpack_serving.interventions.store import Read
+
+
+def tenant(tx: Read, tenant: str) -> Tenant:
+    if found := tx.get(Tenant, tenant):
+        return found
+    raise NotFound("NO_SUCH_TENANT", f"tenants/{tenant} doesn't exist", tenant=tenant)
+
+
+def patch(tx: Read, tenant: str, name: str) -> Patch:
+    if found := tx.get(Patch, tenant, name):
+        return found
+    raise NotFound("NO_SUCH_PATCH", f"tenants/{tenant}/patches/{name} doesn't exist; create the patch first")
+
+
+def revision(tx: Read, tenant: str, name: str, number: int) -> Revision:
+    if found := tx.get(Revision, tenant, name, number):
+        return found
+    raise NotFound("NO_SUCH_REVISION", f"tenants/{tenant}/patches/{name}/revisions/{number} doesn't exist")
+
+
+def channel(tx: Read, tenant: str, name: str) -> Channel:
+    if found := tx.get(Channel, tenant, name):
+        return found
+    raise NotFound("NO_SUCH_CHANNEL", f"tenants/{tenant}/channels/{name} doesn't exist; activate a release on it")
+
+
+def latest(tx: Read, record: Patch) -> int:
+    last = tx.list(Revision, record.tenant, record.patch, limit=1, descending=True)
+    return last[0].number if last else 0

@@ -1,0 +1,39 @@
+"""The rules of the house: generated code is what the .proto files generate, arrows, types and style hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def test_generated_code_is_what_the_protos_generate(tmp_path: Path) -> None:
+    (tmp_path / "backpack_proto" / "v1").mkdir(parents=True)
+    subprocess.run(
+        [sys.executable, "-m", "backpack_proto.generate", str(tmp_path)], check=True, capture_output=True, cwd=ROOT
+    )
+    made = {p.name: p.read_text() for p in (tmp_path / "backpack_proto" / "v1").iterdir()}
+    kept = {p.name: p.read_text() for p in (ROOT / "protos/backpack_proto/v1").glob("*_pb2*")}
+    assert made == kept, "run `make protos` and commit what it writes"
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["ruff check .", "ruff format --check .", "mypy", "lint-imports --no-cache"],
+    ids=lambda c: c.split()[0],
+)
+def test_style_types_and_arrows(command: str) -> None:
+    program, *arguments = command.split()
+    done = subprocess.run([BIN / program, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_files_hold_one_noun() -> None:
+    sources = [p for root in ("models", "services") for p in (ROOT / root).rglob("*.py")]
+    long = {str(p): n for p in sources if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
