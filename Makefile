@@ -2,9 +2,13 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
+# A network of its own, where that is allowed: Ray listens on the machine's address whatever it is told.
+ifeq ($(shell unshare -n true 2>/dev/null && echo yes),yes)
+ALONE := unshare -n sh -c 'ip link set lo up && exec "$$@"' alone
+endif
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c requirements.lock
 
-.PHONY: help run test test-long lint format protos lock clean
+.PHONY: help run test test-long bench lint format protos lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,6 +21,9 @@ test: .venv/.dev ## All tests that take less than a quarter of an hour, types an
 
 test-long: .venv/.dev ## The slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+bench: .venv/.dev ## Measure, side by side; results go to tests/bench/results
+	RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(ALONE) $(BIN)/python -m tests.bench.tax
 
 lint: .venv/.dev ## Style, types and the arrows between packages
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

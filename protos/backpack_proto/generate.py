@@ -20,6 +20,8 @@ def generate(out: Path) -> list[Path]:
     protos = sorted((ROOT / "backpack_proto" / "v1").glob("*.proto"))
     includes = files("grpc_tools") / "_proto"
     flags = [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy")]
+    plugins = Path(sys.executable).parent  # of this environment, whether or not it is on the PATH
+    flags += [f"--plugin=protoc-gen-{kind}={plugins / f'protoc-gen-{kind}'}" for kind in ("mypy", "mypy_grpc")]
     flags += [f"--mypy_grpc_out=quiet:{out}", f"-I{ROOT}", f"-I{includes}"]
     if protoc.main(["protoc", *flags, *map(str, protos)]):
         raise SystemExit("protoc failed")

@@ -32,28 +32,34 @@ def _port() -> int:
 class Processes:
     """The four parts, by name."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, slots: int = 4) -> None:
         self._log = (state / "log").open("w+")
         self.settings = Settings(
             state=state,
             threads=1,
-            slots=4,
+            slots=slots,
             **{f"{part}_address": f"127.0.0.1:{_port()}" for part in ("gateway", "interventions", "directory")},
         )
         names = ("state", "threads", "slots", "gateway_address", "interventions_address", "directory_address")
         self._environment = {f"BACKPACK_{n.upper()}": str(getattr(self.settings, n)) for n in names}
         self._running: dict[str, subprocess.Popen[str]] = {}
 
-    def start(self, part: str) -> None:
+    def start(self, part: str, name: str = "", **environment: str) -> None:
         """Start a part and wait until it says that it serves."""
         process = subprocess.Popen(
             [sys.executable, "-m", "backpack_serving.cli.main", "serve", part],
-            env={**os.environ, **self._environment, "PYTHONPATH": os.pathsep.join(sys.path), "NO_COLOR": "1"},
+            env={
+                **os.environ,
+                **self._environment,
+                **environment,
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                "NO_COLOR": "1",
+            },
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
         )
-        self._running[part] = process
+        self._running[name or part] = process
         assert process.stdout is not None
         line = process.stdout.readline()
         assert "serves on" in line, line + self.log

@@ -1,0 +1,204 @@
+"""What gRPC, the gateway and Ray Serve add to the engine: time to first token, and tokens per second.
+
+Five ways to the same engine with the default model, measured in turn, round by round, in one run:
+
+    engine           its asyncio loop, in this process
+    replica          a replica process, called directly
+    gateway          … through a gateway process
+    ray              a replica under Ray Serve, called directly
+    ray + gateway    … through a gateway process
+
+    python -m tests.bench.tax          (`make bench` runs it in a network namespace, as the Ray test)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from backpack_lm.overlay import Overlay
+from backpack_lm.patch import Release
+from backpack_proto.v1 import directory_pb2, directory_pb2_grpc, inference_pb2_grpc
+from backpack_proto.v1 import inference_pb2 as pb
+from backpack_proto.v1 import interventions_pb2 as ipb
+from backpack_serving import rpc
+from backpack_serving.engine.engine import Engine
+from backpack_serving.engine.loop import EngineLoop
+from backpack_serving.engine.runner import Runner
+from backpack_serving.engine.sampling import Sampling
+from backpack_serving.engine.scheduler import Scheduler
+from backpack_serving.engine.sequence import Request
+from backpack_serving.engine.slots import OverlayRows, Slots
+from backpack_serving.inference import app
+from backpack_serving.inference.served import ServedModel
+from backpack_serving.interventions import bootstrap as interventions
+from backpack_serving.settings import Settings, default_model
+from ray import serve
+
+from tests.bench.report import console, spread, write
+from tests.e2e.conftest import System
+from tests.e2e.test_processes import Processes, _port
+
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 64, 64, 7
+STREAMS = (1, 32)
+
+Way = Callable[[list[int], int], AsyncIterator[int]]
+"""(prompt, seed) → how many tokens came, each time some came."""
+
+
+async def _measure(way: Way, streams: int, seed: int) -> tuple[float, float]:
+    """(median time to first token in ms, tokens per second) of so many streams at once."""
+    draw = random.Random(seed)
+    prompts = [[draw.randrange(1, 16000) for _ in range(PROMPT_TOKENS)] for _ in range(streams)]
+    firsts: list[float] = []
+
+    async def one(prompt: list[int], at: int) -> int:
+        started, count = time.perf_counter(), 0
+        async for tokens in way(prompt, at):
+            if not count:
+                firsts.append(time.perf_counter() - started)
+            count += tokens
+        return count
+
+    started = time.perf_counter()
+    counts = await asyncio.gather(*(one(prompt, at) for at, prompt in enumerate(prompts)))
+    elapsed = time.perf_counter() - started
+    assert counts == [NEW_TOKENS] * streams, counts
+    return sorted(firsts)[len(firsts) // 2] * 1e3, sum(counts) / elapsed
+
+
+def _engine() -> tuple[Way, EngineLoop]:
+    served = ServedModel.read(default_model())
+    loop = EngineLoop(
+        Engine(Runner(served.model, served.table, 32, 65536), Slots(32), OverlayRows(65536), Scheduler(512, 256))
+    )
+    overlay = Overlay.compile(Release(), served.table)
+
+    async def way(prompt: list[int], seed: int) -> AsyncIterator[int]:
+        sampling = Sampling(max_tokens=NEW_TOKENS, seed=seed, ignore_end_of_text=True)
+        async for outputs in loop.generate(
+            Request(f"{time.time_ns()}-{seed}", "t", tuple(prompt), sampling, overlay)
+        ):
+            yield len(outputs)
+
+    return way, loop
+
+
+def _grpc(address: str, metadata: Any) -> Way:
+    stub = inference_pb2_grpc.InferenceServiceStub(rpc.channel(address))
+
+    async def way(prompt: list[int], seed: int) -> AsyncIterator[int]:
+        request = pb.GenerateStreamRequest(
+            prompt=pb.Prompt(tokens=pb.TokenIds(ids=prompt)),
+            sampling=pb.Sampling(max_tokens=NEW_TOKENS, seed=seed, ignore_end_of_text=True),
+        )
+        async for part in stub.GenerateStream(request, metadata=metadata):
+            yield len(part.tokens)
+
+    return way
+
+
+async def _replica_address(directory: str, metadata: Any) -> str:
+    channel = rpc.channel(directory)
+    call = directory_pb2_grpc.DirectoryServiceStub(channel).WatchReplicas(
+        directory_pb2.WatchReplicasRequest(), metadata=metadata
+    )
+    while not (message := await call.read()).replicas:
+        pass
+    call.cancel()
+    await channel.close()
+    return str(message.replicas[0].address)
+
+
+async def main(plain: Processes, on_ray: Settings) -> None:
+    system = System(plain.settings.gateway_address, plain.settings.interventions_address, plain.settings)
+    key = await system.tenant()
+    live = (await system.releases.GetChannel(ipb.GetChannelRequest(name="channels/live"), metadata=key)).channel
+    pin = pb.Pin(tenant=live.name.split("/")[1], channel="live", release_digest=live.release_digest)
+    pinned = (*system.replica, ("backpack-pin-bin", pin.SerializeToString()))
+    engine, loop = _engine()
+    application = (("application", app.DIRECTORY),)
+    ways: dict[str, Way] = {
+        "engine": engine,
+        "replica": _grpc(await _replica_address(plain.settings.directory_address, ()), pinned),
+        "gateway": _grpc(plain.settings.gateway_address, key),
+        "ray": _grpc(await _replica_address(on_ray.directory_address, application), pinned),
+        "ray + gateway": _grpc(on_ray.gateway_address, key),
+    }
+    figures: dict[str, dict[str, Any]] = {}
+    for streams in STREAMS:
+        firsts: dict[str, list[float]] = {name: [] for name in ways}
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(-1, ROUNDS):  # the first is a warm-up
+            for name, way in ways.items():
+                first, rate = await _measure(way, streams, turn)
+                if turn >= 0:
+                    firsts[name].append(first)
+                    rates[name].append(rate)
+            console.print(f"{streams} streams, round {turn + 1} of {ROUNDS}")
+        for name in ways:
+            ratio = [a / b for a, b in zip(rates[name], rates["engine"], strict=True)]
+            figures[f"{name}, {streams}"] = {
+                "first_ms": spread(firsts[name]),
+                "tokens_per_second": spread(rates[name]),
+                "of_engine": spread(ratio),
+            }
+    rows = [
+        [
+            name.split(",")[0],
+            name.split(", ")[1],
+            f"{f['first_ms']['median']:.1f} ({f['first_ms']['q1']:.1f}–{f['first_ms']['q3']:.1f})",
+            f"{f['tokens_per_second']['median']:.0f}",
+            f"{f['of_engine']['median']:.2f} ({f['of_engine']['q1']:.2f}–{f['of_engine']['q3']:.2f})",
+        ]
+        for name, f in figures.items()
+    ]
+    write(
+        "tax",
+        f"What the ways to the engine cost (default model, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, one thread)",
+        "python -m tests.bench.tax",
+        ["way", "streams", "first token, ms (q1–q3)", "tokens/s", "of the engine (q1–q3)"],
+        rows,
+        figures,
+    )
+    await loop.stop()
+    await system.close()
+
+
+if __name__ == "__main__":
+    import os
+
+    import torch
+
+    torch.set_num_threads(1)
+    state = Path(tempfile.mkdtemp())
+    interventions.mint_key(state / interventions.REPLICA_KEY)
+    processes = Processes(state, slots=32)
+    ray_settings = processes.settings.model_copy(
+        update={"directory_address": f"127.0.0.1:{_port()}", "gateway_address": f"127.0.0.1:{_port()}"}
+    )
+    try:
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+        processes.start("interventions")
+        app.start(ray_settings, count=1, grpc_port=int(ray_settings.directory_address.rpartition(":")[2]))
+        for part in ("directory", "inference", "gateway"):
+            processes.start(part)
+        processes.start(
+            "gateway",
+            name="ray gateway",
+            BACKPACK_GATEWAY_ADDRESS=ray_settings.gateway_address,
+            BACKPACK_DIRECTORY_ADDRESS=ray_settings.directory_address,
+            BACKPACK_DIRECTORY_APPLICATION=app.DIRECTORY,
+        )
+        asyncio.run(main(processes, ray_settings))
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        processes.stop()
+    os._exit(0)  # grpc's threads of this process must not outlive Ray's
