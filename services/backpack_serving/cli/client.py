@@ -110,6 +110,12 @@ def exits() -> Iterator[None]:
     try:
         yield
     except ServiceError as error:
+        if error.reason == "TRANSPORT":
+            settings = Settings()
+            err.print(
+                f"gateway {settings.gateway_address}, interventions {settings.interventions_address}: ", end=""
+            )
+            err.print("is one of them not running? `backpack run` starts both")
         err.print(f"[red]error[/] {error.reason}: ", end="")
         err.print(error.message, markup=False)
         raise typer.Exit(1) from None
