@@ -54,6 +54,11 @@ class Settings(BaseSettings):
     slots: int = Field(32, ge=1, description="Sequences that a replica runs at once.")
     queue: int = Field(256, ge=0, description="Requests that may wait in a replica for a slot.")
     step_tokens: int = Field(512, ge=1, description="Most prompt tokens that a step of the engine takes in.")
+    share_prefixes: bool = Field(
+        False,
+        description="Tenants reuse what was computed for each other's prompts. An answer's speed then tells "
+        "that another tenant asked alike.",
+    )
     overlay_rows: int = Field(
         65_536, ge=1, description="Sense vectors that the releases in use may replace together, in a replica."
     )

@@ -74,12 +74,19 @@ MakeEngine = Callable[..., Engine]
 
 @pytest.fixture
 def make_engine(model: Backpack, table: SenseTable) -> MakeEngine:
-    def make(slots: int = 4, step_tokens: int = 16, queue: int = 64, overlay_rows: int = 4 * V * K) -> Engine:
+    def make(
+        slots: int = 4,
+        step_tokens: int = 16,
+        queue: int = 64,
+        overlay_rows: int = 4 * V * K,
+        share_prefixes: bool = False,
+    ) -> Engine:
         return Engine(
             Runner(model, table, slots, overlay_rows),
             Slots(slots),
             OverlayRows(overlay_rows),
             Scheduler(step_tokens, queue),
+            share_prefixes,
         )
 
     return make

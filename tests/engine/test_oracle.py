@@ -88,12 +88,14 @@ def test_sampled_tokens_are_the_oracles(make_engine, model, overlays, sampling) 
 @given(seed=st.integers(0, 2**32))
 def test_any_mix_of_requests_and_aborts_gives_each_its_own_tokens(seed, make_engine_anew, model, overlays):
     draw = Random(seed)
-    engine: Engine = make_engine_anew(slots=draw.randint(1, 5), step_tokens=draw.choice([1, 3, 16, 64]))
+    engine: Engine = make_engine_anew(
+        slots=draw.randint(1, 5), step_tokens=draw.choice([1, 3, 16, 64]), share_prefixes=draw.random() < 0.5
+    )
     waiting = [
         Request(
             f"r{n}",
             draw.choice("ab"),
-            prompt(n, draw.randint(1, 30)),
+            prompt(draw.randint(0, 2), draw.randint(1, 30)),  # many begin alike
             Sampling(max_tokens=draw.randint(1, 12), temperature=0.0),
             overlays[draw.choice(list(overlays))],
         )
@@ -125,10 +127,14 @@ def make_engine_anew(model, table):
     from backpack_serving.engine.scheduler import Scheduler
     from backpack_serving.engine.slots import OverlayRows, Slots
 
-    def make(slots: int, step_tokens: int) -> Engine:
+    def make(slots: int, step_tokens: int, share_prefixes: bool) -> Engine:
         space = 2 * 97 * 4
         return Engine(
-            Runner(model, table, slots, space), Slots(slots), OverlayRows(space), Scheduler(step_tokens, 64)
+            Runner(model, table, slots, space),
+            Slots(slots),
+            OverlayRows(space),
+            Scheduler(step_tokens, 64),
+            share_prefixes,
         )
 
     return make
@@ -155,3 +161,33 @@ def test_empty_release_is_the_model_itself(model, overlays) -> None:
     ids = torch.tensor([prompt(4, 20)])
     empty: Overlay = overlays["none"]
     assert torch.equal(model(ids), model(ids, empty))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_prefix_is_reused_whatever_the_patches_and_within_its_scope(
+    make_engine, model, overlays, shared
+) -> None:
+    """One prompt after another, each under another release, for two tenants in turn; then all at once."""
+    engine: Engine = make_engine(slots=12, share_prefixes=shared)
+    requests = [
+        Request(f"{name} {n}", "ab"[n % 2], prompt(1, 24) + prompt(n, 3), GREEDY, overlay)
+        for n, (name, overlay) in enumerate(overlays.items())
+    ]
+    cold = engine.reused_tokens
+    for request in requests:
+        assert run(engine, [request])[request.id] == oracle(model, request), request.id
+    reused = engine.reused_tokens - cold
+    assert reused >= 24 * (len(requests) - (1 if shared else 2))
+    together = run(
+        engine, [Request(r.id, "ab"[n % 2], r.prompt, GREEDY, r.overlay) for n, r in enumerate(requests)]
+    )
+    assert together == {r.id: oracle(model, r) for r in requests}
+
+
+def test_another_tenants_prefix_is_not_reused(make_engine, overlays) -> None:
+    engine: Engine = make_engine(slots=4)
+    for tenant in "abc":
+        run(engine, [Request(tenant, tenant, prompt(1, 24), GREEDY, overlays["none"])])
+    assert engine.reused_tokens == 0
+    run(engine, [Request("again", "a", prompt(1, 24), GREEDY, overlays["topic"])])
+    assert engine.reused_tokens == 23

@@ -33,12 +33,12 @@ def generate(
         ),
     )
     with as_caller(tenant, key) as client:
-        out.print(Text(prompt, style="dim"), end="")
         usage, served = pb.Usage(), pb.Served()
         for part in client.inference.GenerateStream(request, metadata=client.metadata):
-            out.print(Text(part.text), end="", soft_wrap=True)
             if part.HasField("served"):
                 served = part.served
+                out.print(Text(prompt, style="dim"), end="", soft_wrap=True)
+            out.print(Text(part.text), end="", soft_wrap=True)
             usage = part.usage
         out.print()
     _footnote(served, f"{usage.prompt_tokens} + {usage.generated_tokens} tokens")

@@ -36,10 +36,21 @@ class Engine:
     """Continuous batching of steered sequences.
 
     A request holds one slot and one use of its release's overlay rows from admission to its last token.
+    Prompts that begin alike share what was computed for the beginning, whatever their releases: within a tenant,
+    or with `share_prefixes` among all (how fast an answer comes tells that somebody asked alike before).
     """
 
-    def __init__(self, runner: Runner, slots: Slots, rows: OverlayRows, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        slots: Slots,
+        rows: OverlayRows,
+        scheduler: Scheduler,
+        share_prefixes: bool = False,
+    ) -> None:
         self._runner, self._slots, self._rows, self._scheduler = runner, slots, rows, scheduler
+        self._share_prefixes = share_prefixes
+        self.reused_tokens = 0
         self._sequences: dict[str, Sequence] = {}
         self._end_of_text = runner.config.eos_token_id
 
@@ -94,11 +105,17 @@ class Engine:
         overlay = sequence.request.overlay
         if not self._slots.free or not self._rows.can_hold(overlay.digest, len(overlay.rows)):
             return False
-        sequence.slot = self._slots.allocate()
+        scope = "" if self._share_prefixes else sequence.request.tenant
+        donor, known = self._slots.find_prefix(scope, sequence.tokens)
+        sequence.slot = self._slots.allocate(scope, sequence, donor)
         first_row, fill = self._rows.acquire(overlay.digest, len(overlay.rows))
         if fill:
             self._runner.load(overlay, first_row)
         self._runner.start(sequence.slot, overlay, first_row)
+        if donor is not None:
+            self._runner.reuse(donor, sequence.slot, sequence.tokens[:known])
+            sequence.computed = known
+            self.reused_tokens += known
         return True
 
     def _settle(self, sequence: Sequence, token: int, logits: Tensor) -> Output:

@@ -78,6 +78,20 @@ class Runner:
             torch.ones(shape),
         )
 
+    @torch.inference_mode()
+    def reuse(self, donor: int, slot: int, tokens: Many[int]) -> None:
+        """Begin a slot with tokens whose caches another slot, or this one, holds: a copy, not a computation.
+
+        Caches are the model's alone; rows and annealing are the new occupant's own.
+        """
+        count = len(tokens)
+        if donor != slot:
+            for cache in (self.keys, self.values):
+                cache[:, slot, :, :count] = cache[:, donor, :, :count]
+            self.sense_keys[slot, :, :count] = self.sense_keys[donor, :, :count]
+        self._place(torch.tensor(tokens), torch.full((count,), slot), self._places[:count])
+        self._anneal(slot, 0, count)
+
     def digest(self, slot: int) -> str:
         """Digest of the release that the slot's sequence is being computed with."""
         return self._occupant(slot).overlay.digest
@@ -202,23 +216,27 @@ class Runner:
 
 
 class _Grid:
-    """The slots that decode in a step, as a view of the caches from slot 0 to the last of them."""
+    """The slots that decode in a step: a view of the caches if they lie close together, else a copy of theirs."""
 
     def __init__(self, slots: Tensor, positions: Tensor) -> None:
-        self.slots, self.rows, self.length = slots, int(slots.max()) + 1, int(positions.max()) + 1
+        low, high, self.length = int(slots.min()), int(slots.max()) + 1, int(positions.max()) + 1
+        dense = high - low <= 2 * len(slots)
+        self.which: slice | Tensor = slice(low, high) if dense else slots
+        self.place = slots - low if dense else torch.arange(len(slots))
+        self.rows = high - low if dense else len(slots)
         # A slot in between that doesn't decode reads its position 0, and its result is dropped.
         last = torch.zeros(self.rows, dtype=torch.long)
-        last[slots] = positions
+        last[self.place] = positions
         future = torch.arange(self.length) > last[:, None]
         self.mask = torch.zeros(self.rows, 1, 1, self.length).masked_fill_(future[:, None, None], float("-inf"))
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """q [B, H, d/H] against each its own slot of keys and values [S, H, T, d/H] → [B, H, d/H]."""
         queries = q.new_zeros(self.rows, *q.shape[1:])
-        queries[self.slots] = q
-        keys, values = keys[: self.rows, :, : self.length], values[: self.rows, :, : self.length]
+        queries[self.place] = q
+        keys, values = keys[:, :, : self.length][self.which], values[:, :, : self.length][self.which]
         scores = queries[:, :, None] @ keys.transpose(2, 3) * scale + self.mask
-        return (scores.softmax(-1) @ values)[self.slots, :, 0]
+        return (scores.softmax(-1) @ values)[self.place, :, 0]
 
 
 def _slot(sequence: Sequence) -> int:

@@ -37,7 +37,7 @@ def _draw(weights: Tensor, uniform: float) -> int:
     cumulative = weights.cumsum(-1)
     place = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
     # Rounding may leave the target at the very end, behind tokens of weight zero.
-    return min(place, int(weights.nonzero()[-1]))
+    return place if place < len(weights) else int(weights.nonzero()[-1])
 
 
 def log_probability(logits: Tensor, token: int, alternatives: int) -> LogProbability:

@@ -92,8 +92,9 @@ class Scheduler:
                 return
             sequence = tenant.waiting.popleft()
             tenant.running += 1
-            # The prompt is charged when it is admitted: what matters is who gets the next slot.
-            tenant.served += len(sequence.request.prompt)
+            # The prompt is charged when it is admitted: what matters is who gets the next slot. What is reused
+            # of it costs nothing.
+            tenant.served += len(sequence.request.prompt) - sequence.computed
             self.running.append(sequence)
 
     def plan(self) -> Batch:

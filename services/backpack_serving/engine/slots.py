@@ -2,35 +2,71 @@
 
 from __future__ import annotations
 
-import heapq
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from backpack_serving.engine.sequence import Sequence
+
 
 class Slots:
-    """Slots 0 … count − 1. The lowest free one is given, so that those in use lie together."""
+    """Which slots are free, and what each still holds: a prompt that begins alike need not be read again.
+
+    The caches of a prefix don't depend on patches, so whoever made them can be followed by anybody in the same
+    scope. Of the free slots, the one that was given back longest ago goes first.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._free = list(range(count))
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))
+        self._held: dict[int, tuple[str, Sequence]] = {}
 
     @property
     def free(self) -> int:
         return len(self._free)
 
-    def allocate(self) -> int:
-        """A free slot. Raises IndexError if there is none; ask `free` first."""
-        return heapq.heappop(self._free)
+    def find_prefix(self, scope: str, tokens: list[int]) -> tuple[int | None, int]:
+        """(the slot that holds the longest beginning of these tokens, its length); (None, 0) if none does.
+
+        At least one token is left to compute: what comes after it has to be predicted.
+        """
+        best: tuple[int | None, int] = (None, 0)
+        for slot, (owner, held) in self._held.items():
+            if owner == scope and held.tokens[0] == tokens[0]:
+                length = _common(held.tokens, tokens, min(held.computed, len(tokens) - 1))
+                # In place is better than a copy.
+                if length > best[1] or (length == best[1] and slot in self._free):
+                    best = (slot, length)
+        return best if best[1] else (None, 0)
+
+    def allocate(self, scope: str, sequence: Sequence, wanted: int | None = None) -> int:
+        """A free slot, `wanted` if that is free. Raises KeyError if there is none; ask `free` first."""
+        if wanted is not None and wanted in self._free:
+            self._free.move_to_end(wanted, last=False)
+        slot, _ = self._free.popitem(last=False)
+        self._held[slot] = (scope, sequence)
+        return slot
 
     def release(self, slot: int) -> None:
-        heapq.heappush(self._free, slot)
+        """Give a slot back. What it holds stays until it is allocated again."""
+        self._free[slot] = None
 
     def check_integrity(self, in_use: set[int]) -> None:
         """Raise AssertionError unless every slot is either free or in use, once."""
         free = set(self._free)
-        assert len(free) == len(self._free), f"slots freed twice: {sorted(self._free)}"
         assert free.isdisjoint(in_use), f"slots free and in use: {free & in_use}"
         assert free | in_use == set(range(self.count)), "slots were lost"
+
+
+def _common(a: list[int], b: list[int], limit: int) -> int:
+    """Length of the longest common beginning, at most `limit`; slices are compared at the speed of C."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 @dataclass(slots=True)

@@ -103,6 +103,7 @@ async def start(settings: Settings, report: Report, fetch: Fetch) -> Replica:
             Slots(settings.slots),
             OverlayRows(settings.overlay_rows),
             Scheduler(settings.step_tokens, settings.queue),
+            settings.share_prefixes,
         )
     )
     versions = Versions(served.table, served.manifest.shape, fetch, settings.releases, Limits())
