@@ -28,6 +28,10 @@ from backpack_serving.engine.scheduler import Batch, Chunk
 from backpack_serving.engine.sequence import Sequence
 
 
+SATISFIED = 32.0
+"""f·a beyond which sigmoid(6 − f·a) no longer changes a multiplier in float32: e⁻²⁶ · 6 is below its epsilon."""
+
+
 @dataclass(slots=True)
 class _Occupant:
     """What a slot holds: the overlay it was started with, where that lies, and its annealing."""
@@ -177,7 +181,8 @@ class Runner:
     def _anneal(self, slot: int, start: int, end: int) -> None:
         """Bring a slot's multipliers up to date with its tokens [start, end).
 
-        Each new token adds relu(E[x]·C(x_j)_l) to every cell before it, and new cells sum over all tokens.
+        Each new token adds relu(E[x]·C(x_j)_l) to every cell before it, and new cells sum over all tokens. Cells
+        whose multiplier is 1 for good, by their score or because the topic is SATISFIED, are left alone.
         """
         occupant = self._occupant(slot)
         if not occupant.targets:
@@ -186,26 +191,34 @@ class Runner:
         embedding = self.model.embedding
         for target, topic in zip(occupant.targets, occupant.overlay.topics, strict=True):
             target[:, start:end] = topic.targets(ids[start:end]).t()
-        old, new = self.table[rows[:, :start]], self.table[rows[:, start:end]]  # [k, ·, d]
-        satisfied[:, :start] += (old @ embedding[ids[start:end]].t()).relu().sum(-1)
-        satisfied[:, start:end] = (new @ embedding[ids[:end]].t()).relu().sum(-1)
+        annealed = [n for n, topic in enumerate(occupant.overlay.topics) if topic.annealed]
+        if annealed:
+            slowest = min(occupant.overlay.topics[n].scale for n in annealed)
+            leaning = torch.stack([occupant.targets[n][:, :start] != 1 for n in annealed]).any(0)
+            open_ = (leaning & (slowest * satisfied[:, :start] < SATISFIED)).nonzero(as_tuple=True)
+            dots = self.table[rows[:, :start][open_]] @ embedding[ids[start:end]].t()
+            satisfied[:, :start][open_] += dots.relu().sum(-1)
+            new = self.table[rows[:, start:end]]  # [k, ·, d]
+            satisfied[:, start:end] = (new @ embedding[ids[:end]].t()).relu().sum(-1)
         occupant.multipliers[:, :end] = 1.0
         for target, topic in zip(occupant.targets, occupant.overlay.topics, strict=True):
             occupant.multipliers[:, :end] *= topic.anneal(target[:, :end], satisfied[:, :end], self._places[:end])
 
     def _mix(self, queries: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """o [B, d] for queries [B, k, d/k] at the newest positions of slots: Σ_l Σ_j α[l,j] C(x_j)_l."""
-        length = int(positions.max()) + 1
-        keys = self.sense_keys[slots, :, :length]  # [B, k, T, d/k]
-        scores = (keys @ queries[..., None]).squeeze(-1) / math.sqrt(self.config.sense_head_width)
-        future = self._places[:length] > positions[:, None]
-        alpha = scores.masked_fill(future[:, None], float("-inf")).softmax(-1)  # [B, k, T]
+        grid = _Grid(slots, positions)
+        spread = queries.new_zeros(grid.rows, *queries.shape[1:])
+        spread[grid.place] = queries
+        keys = self.sense_keys[:, :, : grid.length][grid.which]  # [R, k, T, d/k]
+        scores = (spread[:, :, None] @ keys.transpose(2, 3))[grid.place].squeeze(2)  # [B, k, T]
+        future = grid.future[grid.place][:, None]  # [B, 1, T]
+        alpha = (scores / math.sqrt(self.config.sense_head_width)).masked_fill_(future, float("-inf")).softmax(-1)
         for n, slot in enumerate(slots.tolist()):
             occupant = self._occupant(slot)
             if occupant.targets:
-                alpha[n] *= occupant.multipliers[:, :length]
+                alpha[n] *= occupant.multipliers[:, : grid.length]
         # Masked places have weight zero; row 0 stands in for whatever the slot held there before.
-        rows = self.rows[slots, :, :length].masked_fill(future[:, None], 0)
+        rows = self.rows[slots, :, : grid.length].masked_fill_(future, 0)
         bags = F.embedding_bag(rows.flatten(0, 1), self.table, per_sample_weights=alpha.flatten(0, 1), mode="sum")
         return bags.view(len(slots), -1, self.config.n_embd).sum(1)
 
@@ -227,8 +240,10 @@ class _Grid:
         # A slot in between that doesn't decode reads its position 0, and its result is dropped.
         last = torch.zeros(self.rows, dtype=torch.long)
         last[self.place] = positions
-        future = torch.arange(self.length) > last[:, None]
-        self.mask = torch.zeros(self.rows, 1, 1, self.length).masked_fill_(future[:, None, None], float("-inf"))
+        self.future = torch.arange(self.length) > last[:, None]
+        self.mask = torch.zeros(self.rows, 1, 1, self.length).masked_fill_(
+            self.future[:, None, None], float("-inf")
+        )
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """q [B, H, d/H] against each its own slot of keys and values [S, H, T, d/H] → [B, H, d/H]."""
