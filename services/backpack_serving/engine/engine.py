@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from backpack_serving.engine.runner import Runner
-from backpack_serving.engine.sampler import choose, log_probability
+from backpack_serving.engine.sampler import choose_all, log_probability
 from backpack_serving.engine.scheduler import Scheduler
 from backpack_serving.engine.sequence import Output, Request, Sequence
 from backpack_serving.engine.slots import OverlayRows, Slots
@@ -95,10 +95,9 @@ class Engine:
             sequence.computed = len(sequence.tokens)
         for chunk in batch.chunks:
             chunk.sequence.computed = chunk.end
-        return [
-            self._settle(sequence, choose(row, sequence.request.sampling, len(sequence.tokens)), row)
-            for sequence, row in zip(batch.sampled, logits, strict=True)
-        ]
+        sampled = batch.sampled
+        tokens = choose_all(logits, [s.request.sampling for s in sampled], [len(s.tokens) for s in sampled])
+        return [self._settle(*made) for made in zip(sampled, tokens, logits, strict=True)]
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a slot and its release's rows, if there are any to give."""

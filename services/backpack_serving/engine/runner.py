@@ -27,7 +27,6 @@ from torch import Tensor
 from backpack_serving.engine.scheduler import Batch, Chunk
 from backpack_serving.engine.sequence import Sequence
 
-
 SATISFIED = 32.0
 """f·a beyond which sigmoid(6 − f·a) no longer changes a multiplier in float32: e⁻²⁶ · 6 is below its epsilon."""
 

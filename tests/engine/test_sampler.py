@@ -1,0 +1,87 @@
+"""Drawing tokens: the distribution is the one asked for, and a batch draws what each row would alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from backpack_serving.engine.sampler import choose, choose_all, log_probability
+from backpack_serving.engine.sampling import Sampling
+from hypothesis import given
+from hypothesis import strategies as st
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -9.0])
+
+
+def _expected(sampling: Sampling) -> torch.Tensor:
+    """From the definition: scale, keep the k likeliest, of those the smallest set of mass top_p, renormalise."""
+    probabilities = (LOGITS.double() / sampling.temperature).softmax(-1)
+    order = probabilities.argsort(descending=True).tolist()
+    kept = order[: sampling.top_k or len(order)]
+    mass, total, inside = sum(float(probabilities[t]) for t in kept), 0.0, []
+    for token in kept:
+        if total >= sampling.top_p:
+            break
+        inside.append(token)
+        total += float(probabilities[token]) / mass
+    out = torch.zeros(len(order), dtype=torch.float64)
+    out[inside] = probabilities[inside]
+    return out / out.sum()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.5),
+        Sampling(temperature=2.0),
+        Sampling(top_k=3),
+        Sampling(top_p=0.7),
+        Sampling(top_k=4, top_p=0.8, temperature=1.5),
+    ],
+    ids=str,
+)
+def test_frequencies_are_the_distribution(sampling: Sampling) -> None:
+    draws, expected = 4000, _expected(sampling)
+    seeded = Sampling(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=7)
+    counts = Counter(choose(LOGITS, seeded, position) for position in range(draws))
+    for token, probability in enumerate(expected.tolist()):
+        sigma = (draws * probability * (1 - probability)) ** 0.5
+        assert abs(counts[token] - draws * probability) <= 4.5 * sigma + 1e-9, (token, counts)
+
+
+samplings = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+    top_k=st.sampled_from([0, 1, 5]),
+    top_p=st.sampled_from([1.0, 0.5, 0.01]),
+    seed=st.integers(0, 2**64 - 1),
+)
+
+
+@given(st.lists(st.tuples(samplings, st.integers(0, 511)), min_size=1, max_size=8), st.integers(0, 1000))
+def test_a_batch_draws_what_each_row_draws_alone(rows: list[tuple[Sampling, int]], seed: int) -> None:
+    logits = torch.randn(len(rows), 300, generator=torch.Generator().manual_seed(seed))
+    chosen, places = [s for s, _ in rows], [p for _, p in rows]
+    alone = [choose(row, s, p) for row, s, p in zip(logits, chosen, places, strict=True)]
+    assert choose_all(logits, chosen, places) == alone
+
+
+def test_neighbouring_seeds_of_64_bits_draw_differently() -> None:
+    logits = torch.zeros(1000)
+    for seed in (0, 2**63, 2**64 - 10):
+        assert len({choose(logits, Sampling(seed=seed + n), 0) for n in range(10)}) > 7
+
+
+def test_an_impossible_token_is_never_drawn() -> None:
+    logits = torch.tensor([0.0, float("-inf"), 0.0, float("-inf")])
+    drawn = {choose(logits, Sampling(seed=1), position) for position in range(200)}
+    assert drawn == {0, 2}
+
+
+def test_log_probabilities_are_at_temperature_one() -> None:
+    logs = LOGITS.double().log_softmax(-1)
+    found = log_probability(LOGITS, 3, alternatives=2)
+    assert found.chosen == pytest.approx(float(logs[3]))
+    assert [token for token, _ in found.alternatives] == [0, 1]
