@@ -23,6 +23,7 @@ test-long: .venv/.dev ## The slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 bench: .venv/.dev ## Measure, side by side; results go to tests/bench/results
+	$(BIN)/python -m tests.bench.engine
 	RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(ALONE) $(BIN)/python -m tests.bench.tax
 
 lint: .venv/.dev ## Style, types and the arrows between packages

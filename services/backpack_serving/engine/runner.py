@@ -38,10 +38,16 @@ class _Occupant:
     overlay: Overlay
     first_row: int
     edited: frozenset[int]
-    # Per topic edit δ [k, T]; a = Σ_i relu(E[x_i]·C(x_j)_l), [k, T]; their effective product, [k, T].
+    # Per topic edit δ [k, T]; a = Σ_i relu(E[x_i]·C(x_j)_l), [k, T]; their effective product, [k, T]. The first
+    # topic's δ and the others are views of the runner's own tensors, where slots are annealed together.
     targets: list[Tensor]
     satisfied: Tensor
     multipliers: Tensor
+
+    @property
+    def simple(self) -> bool:
+        """Whether this is the common case, one annealed topic."""
+        return len(self.targets) == 1 and self.overlay.topics[0].annealed
 
 
 class Runner:
@@ -60,6 +66,9 @@ class Runner:
         self.sense_keys = torch.zeros(slots, senses, context, config.sense_head_width)
         self.rows = torch.zeros(slots, senses, context, dtype=torch.long)
         self.ids = torch.zeros(slots, context, dtype=torch.long)
+        topics = (slots, senses, context)
+        self.targets, self.multipliers = torch.ones(topics), torch.ones(topics)
+        self.satisfied = torch.zeros(topics)
         self._occupants: list[_Occupant | None] = [None] * slots
         self._senses = torch.arange(senses)
         self._places = torch.arange(context)
@@ -71,14 +80,14 @@ class Runner:
 
     def start(self, slot: int, overlay: Overlay, first_row: int) -> None:
         """Give a slot to a sequence steered by an overlay whose rows are loaded at `first_row`."""
-        shape = (self.config.num_senses, self.config.n_positions) if overlay.topics else (0, 0)
+        targets = [self.targets[slot], *(torch.ones_like(self.targets[slot]) for _ in overlay.topics[1:])]
         self._occupants[slot] = _Occupant(
             overlay,
             self.base_rows + first_row,
             frozenset(overlay.tokens.tolist()),
-            [torch.ones(shape) for _ in overlay.topics],
-            torch.zeros(shape),
-            torch.ones(shape),
+            targets if overlay.topics else [],
+            self.satisfied[slot],
+            self.multipliers[slot],
         )
 
     @torch.inference_mode()
@@ -119,8 +128,12 @@ class Runner:
         )
         self._place(ids, slots, positions)
         queries = self._trunk(ids, slots, positions, len(decodes), batch.chunks)
+        simple = [(slot, place) for slot, place in decodes if self._occupant(slot).simple]
+        if simple:
+            self._anneal_together(*map(torch.tensor, zip(*simple, strict=True)))
         for slot, place in decodes:
-            self._anneal(slot, place, place + 1)
+            if not self._occupant(slot).simple:
+                self._anneal(slot, place, place + 1)
         for chunk in batch.chunks:
             self._anneal(_slot(chunk.sequence), chunk.start, chunk.end)
         ends = [*range(len(decodes))]
@@ -203,6 +216,31 @@ class Runner:
         for target, topic in zip(occupant.targets, occupant.overlay.topics, strict=True):
             occupant.multipliers[:, :end] *= topic.anneal(target[:, :end], satisfied[:, :end], self._places[:end])
 
+    def _anneal_together(self, slots: Tensor, positions: Tensor) -> None:
+        """`_anneal` for one new token in each of some slots [G] at positions [G], all of one annealed topic."""
+        length, new = int(positions.max()) + 1, self.ids[slots, positions]
+        topics = [self._occupant(slot).overlay.topics[0] for slot in slots.tolist()]
+        at = torch.arange(len(slots))
+        target = self.targets[slots, :, :length]  # [G, k, T], copies
+        target[at, :, positions] = torch.stack([t.targets(x) for t, x in zip(topics, new, strict=True)])
+        satisfied, rows = self.satisfied[slots, :, :length], self.rows[slots, :, :length]
+        scale = torch.tensor([t.scale for t in topics])[:, None, None]
+        before = (self._places[:length] < positions[:, None])[:, None]  # [G, 1, T]
+        embedding = self.model.embedding
+        # Cells before the new tokens, where they can still change: one dot product each.
+        which, sense, place = (before & (target != 1) & (scale * satisfied < SATISFIED)).nonzero(as_tuple=True)
+        vectors = self.table[rows[which, sense, place]]  # [M, d]
+        satisfied[which, sense, place] += (vectors * embedding[new[which]]).sum(-1).relu()
+        # The new cells, against all tokens up to and including their own.
+        dots = self.table[rows[at, :, positions]] @ embedding[self.ids[slots, :length]].transpose(
+            1, 2
+        )  # [G, k, T]
+        seen = self._places[:length] <= positions[:, None]
+        satisfied[at, :, positions] = (dots.relu() * seen[:, None]).sum(-1)
+        keep = torch.sigmoid(6 - scale * satisfied) * (1 + self._places[:length] / 100)
+        self.targets[slots, :, :length], self.satisfied[slots, :, :length] = target, satisfied
+        self.multipliers[slots, :, :length] = keep * target + (1 - keep)
+
     def _mix(self, queries: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """o [B, d] for queries [B, k, d/k] at the newest positions of slots: Σ_l Σ_j α[l,j] C(x_j)_l."""
         grid = _Grid(slots, positions)
@@ -212,10 +250,9 @@ class Runner:
         scores = (spread[:, :, None] @ keys.transpose(2, 3))[grid.place].squeeze(2)  # [B, k, T]
         future = grid.future[grid.place][:, None]  # [B, 1, T]
         alpha = (scores / math.sqrt(self.config.sense_head_width)).masked_fill_(future, float("-inf")).softmax(-1)
-        for n, slot in enumerate(slots.tolist()):
-            occupant = self._occupant(slot)
-            if occupant.targets:
-                alpha[n] *= occupant.multipliers[:, : grid.length]
+        leaning = torch.tensor([bool(self._occupant(slot).targets) for slot in slots.tolist()])
+        if leaning.any():
+            alpha[leaning] *= self.multipliers[slots[leaning], :, : grid.length]
         # Masked places have weight zero; row 0 stands in for whatever the slot held there before.
         rows = self.rows[slots, :, : grid.length].masked_fill_(future, 0)
         bags = F.embedding_bag(rows.flatten(0, 1), self.table, per_sample_weights=alpha.flatten(0, 1), mode="sum")
