@@ -230,7 +230,8 @@ class Runner:
         # Cells before the new tokens, where they can still change: one dot product each.
         which, sense, place = (before & (target != 1) & (scale * satisfied < SATISFIED)).nonzero(as_tuple=True)
         vectors = self.table[rows[which, sense, place]]  # [M, d]
-        satisfied[which, sense, place] += (vectors * embedding[new[which]]).sum(-1).relu()
+        # Against every new token: a few times the arithmetic, but no second gather.
+        satisfied[which, sense, place] += (vectors @ embedding[new].t()).gather(1, which[:, None])[:, 0].relu()
         # The new cells, against all tokens up to and including their own.
         dots = self.table[rows[at, :, positions]] @ embedding[self.ids[slots, :length]].transpose(
             1, 2
