@@ -2,8 +2,8 @@
 
 Ray Serve places replicas, counts them, checks their health and restarts them. Their tokens don't go through it:
 each replica runs a gRPC server of its own that gateways call directly (ARCHITECTURE.md says why, with figures).
-Two applications: `directory`, which Serve's gRPC proxy makes reachable for gateways, and `replicas`. `start` runs both on
-the Ray that the process is connected to; it must be called before the process opens a gRPC channel, because Ray forks.
+Two applications: `directory`, which Serve's gRPC proxy makes reachable for gateways, and `replicas`. `start` runs
+both on the Ray that the process is connected to; call it before the process opens a gRPC channel: Ray forks.
 """
 
 from __future__ import annotations
