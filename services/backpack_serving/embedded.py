@@ -14,6 +14,7 @@ from backpack_serving import rpc
 from backpack_serving.gateway import bootstrap as gateway
 from backpack_serving.inference import directory, replica
 from backpack_serving.interventions import bootstrap as interventions
+from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
 
 
@@ -23,6 +24,7 @@ class Embedded:
 
     gateway: str
     interventions: str
+    metrics: Metrics
     settings: Settings
 
 
@@ -30,11 +32,12 @@ class Embedded:
 async def run(settings: Settings) -> AsyncIterator[Embedded]:
     """Serve until the block ends. It begins when the first request can be served."""
     async with AsyncExitStack() as stack:
-        control = await interventions.start(settings)
+        metrics = Metrics(settings.metrics_tenants)
+        control = await interventions.start(settings, metrics)
         stack.push_async_callback(control.stop)
         # Port 0 means any: from here on, everyone has to know which it was.
         settings = settings.model_copy(update={"interventions_address": control.address})
-        phone_book = await directory.serve(settings.directory_address)
+        phone_book = await directory.serve(settings.directory_address, metrics)
         stack.push_async_callback(phone_book.stop)
         settings = settings.model_copy(update={"directory_address": phone_book.address})
         channels = [rpc.channel(control.address), rpc.channel(phone_book.address)]
@@ -44,9 +47,12 @@ async def run(settings: Settings) -> AsyncIterator[Embedded]:
             settings,
             replica.report_to(channels[1]),
             replica.fetch_from(channels[0], settings.key_for("replica")),
+            metrics,
         )
         stack.push_async_callback(serving.stop)
-        front = await gateway.start(settings)
+        front = await gateway.start(settings, metrics)
         stack.push_async_callback(front.stop)
         await front.ready()
-        yield Embedded(front.address, control.address, settings)
+        if settings.metrics_address:
+            metrics.listen(settings.metrics_address)
+        yield Embedded(front.address, control.address, metrics, settings)

@@ -14,7 +14,7 @@
     ├── DataLoss            stored bytes are not what was stored
     └── Internal            our own mistake
 
-No transport here: `rpc.py` turns these into gRPC statuses and back.
+No transport here: `rpc/` turns these into gRPC statuses and back.
 """
 
 from __future__ import annotations

@@ -71,6 +71,17 @@ class Settings(BaseSettings):
     expired_after: float = Field(
         86_400.0, gt=0, description="Seconds without news after which requests are refused."
     )
+    drain: float = Field(
+        30.0,
+        ge=0,
+        description="Seconds that calls in progress may go on after SIGTERM; then they are told to retry.",
+    )
+    metrics_address: str = Field(
+        "", description="Where Prometheus finds /metrics, host:port; the next free of 16 ports if it is taken."
+    )
+    metrics_tenants: int = Field(
+        20, ge=0, description="Tenants with a label of their own in metrics; others are one."
+    )
     log_format: str = Field("console", pattern="^(console|json)$", description="console or json.")
     log_level: str = Field("info", description="debug, info, warning or error.")
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest_asyncio
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc, interventions_pb2, interventions_pb2_grpc
 from backpack_serving import embedded, rpc
+from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
 
 ipb = interventions_pb2
@@ -37,6 +39,7 @@ class System:
     gateway: str
     interventions: str
     settings: Settings
+    metrics: Metrics | None = None
     _channels: list[Any] = field(default_factory=list)
     _names: Any = field(default_factory=itertools.count)
 
@@ -94,7 +97,7 @@ class System:
                 answer = await self.inference.ListSenses(request, metadata=key)
                 if answer.served.release == live.release:
                     return
-            except rpc.grpc.aio.AioRpcError as error:
+            except grpc.aio.AioRpcError as error:
                 if error.code().name != "UNAUTHENTICATED":
                     raise
             await asyncio.sleep(0.02)
@@ -109,7 +112,7 @@ class System:
 async def running(state: Path, **settings: Any) -> AsyncIterator[System]:
     chosen = Settings(state=state, threads=1, **{**ANYWHERE, **settings})
     async with embedded.run(chosen) as serving:
-        system = System(serving.gateway, serving.interventions, serving.settings)
+        system = System(serving.gateway, serving.interventions, serving.settings, serving.metrics)
         try:
             yield system
         finally:

@@ -19,6 +19,7 @@ from backpack_serving.errors import ServiceError
 from backpack_serving.gateway import bootstrap as gateway
 from backpack_serving.inference import app
 from backpack_serving.interventions import bootstrap as interventions
+from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
 from ray import serve
 
@@ -107,8 +108,8 @@ async def story(settings: Settings, front: gateway.Gateway) -> None:
 
 
 async def main(settings: Settings) -> None:
-    control = await interventions.start(settings)
-    front = await gateway.start(settings)
+    control = await interventions.start(settings, Metrics())
+    front = await gateway.start(settings, Metrics())
     try:
         await story(settings, front)
     finally:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving import rpc
@@ -103,7 +104,7 @@ async def _eventually(check: Any, seconds: float = 15) -> Any:
         try:
             if result := await check():
                 return result
-        except rpc.grpc.aio.AioRpcError as error:
+        except grpc.aio.AioRpcError as error:
             assert error.code().name in ("UNAVAILABLE", "UNAUTHENTICATED"), error
         await asyncio.sleep(0.05)
     raise AssertionError("it never happened")

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from backpack_serving.cli.client import exits, out
+from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
 
 app = typer.Typer(
@@ -39,7 +40,7 @@ def directory() -> None:
     """The directory of replicas, where there is no Ray."""
     from backpack_serving.inference import directory as directory_room
 
-    _serve("directory", lambda settings: directory_room.serve(settings.directory_address))
+    _serve("directory", lambda settings, metrics: directory_room.serve(settings.directory_address, metrics))
 
 
 @app.command()
@@ -48,17 +49,18 @@ def inference() -> None:
     from backpack_serving import rpc
     from backpack_serving.inference import replica
 
-    async def start(settings: Settings) -> replica.Replica:
+    async def start(settings: Settings, metrics: Metrics) -> replica.Replica:
         return await replica.start(
             settings,
             replica.report_to(rpc.channel(settings.directory_address), settings.directory_metadata),
             replica.fetch_from(rpc.channel(settings.interventions_address), settings.key_for("replica")),
+            metrics,
         )
 
     _serve("inference", start)
 
 
-def _serve(name: str, start: Callable[[Settings], Awaitable[Any]]) -> None:
+def _serve(name: str, start: Callable[[Settings, Metrics], Awaitable[Any]]) -> None:
     from backpack_serving.telemetry import configure
 
     async def serve() -> None:
@@ -66,7 +68,10 @@ def _serve(name: str, start: Callable[[Settings], Awaitable[Any]]) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
         with out.status(f"starting {name}"):
-            running = await start(settings)
+            metrics = Metrics(settings.metrics_tenants)
+            running = await start(settings, metrics)
+            if settings.metrics_address:
+                metrics.listen(settings.metrics_address)
         out.print(f"{name} serves on [bold]{running.address}[/]; Ctrl-C stops it")
         await stopped.wait()
         await running.stop()

@@ -24,12 +24,16 @@ class TooManyRows(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy the engine is."""
+    """How busy the engine is, in sequences and tokens; the last two count since its start."""
 
     slots: int
     running: int
     queued: int
     tokens_in_flight: int
+    cached_tokens: int
+    cache_capacity: int
+    reused_tokens: int
+    prefix_hits: int
 
 
 class Engine:
@@ -50,7 +54,7 @@ class Engine:
     ) -> None:
         self._runner, self._slots, self._rows, self._scheduler = runner, slots, rows, scheduler
         self._share_prefixes = share_prefixes
-        self.reused_tokens = 0
+        self.reused_tokens = self.prefix_hits = 0
         self._sequences: dict[str, Sequence] = {}
         self._end_of_text = runner.config.eos_token_id
 
@@ -61,7 +65,16 @@ class Engine:
     @property
     def load(self) -> Load:
         scheduler = self._scheduler
-        return Load(self._slots.count, len(scheduler.running), scheduler.waiting, scheduler.tokens_in_flight)
+        return Load(
+            slots=self._slots.count,
+            running=len(scheduler.running),
+            queued=scheduler.waiting,
+            tokens_in_flight=scheduler.tokens_in_flight,
+            cached_tokens=sum(sequence.computed for sequence in scheduler.running),
+            cache_capacity=self._slots.count * self._runner.config.n_positions,
+            reused_tokens=self.reused_tokens,
+            prefix_hits=self.prefix_hits,
+        )
 
     def add(self, request: Request) -> None:
         """Take a request in. Raises QueueFull, or TooManyRows if its release could never be loaded."""
@@ -115,6 +128,7 @@ class Engine:
             self._runner.reuse(donor, sequence.slot, sequence.tokens[:known])
             sequence.computed = known
             self.reused_tokens += known
+            self.prefix_hits += 1
         return True
 
     def _settle(self, sequence: Sequence, token: int, logits: Tensor) -> Output:

@@ -14,6 +14,7 @@ from backpack_serving.gateway.book import Book
 from backpack_serving.gateway.routing import Router
 from backpack_serving.gateway.servicer import GatewayServicer
 from backpack_serving.gateway.sync import follow_directory, follow_interventions
+from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
 
 SERVICE = "backpack.v1.InferenceService"
@@ -27,6 +28,7 @@ class Gateway:
     book: Book
     router: Router
     tasks: tuple[asyncio.Task[None], ...]
+    drain: float
 
     @property
     def address(self) -> str:
@@ -38,27 +40,28 @@ class Gateway:
             await asyncio.sleep(0.02)
 
     async def stop(self) -> None:
-        await self.server.stop()
+        await self.server.stop(self.drain)
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
 
 
-async def start(settings: Settings) -> Gateway:
+async def start(settings: Settings, metrics: Metrics) -> Gateway:
     """Serve on `settings.gateway_address`. Raises OSError if it is taken, ManifestError if there is no model."""
     manifest = Manifest.read(settings.model)
     tokenizer = Tokenizer.read(settings.model / "tokenizer.json")
     key = settings.key_for("replica")
     book, router = Book(settings.expired_after), Router(manifest.fingerprint)
-    servicer = GatewayServicer(manifest, tokenizer, book, router, key)
+    measured = metrics.gateway(lambda: router.size, lambda: book.age)
+    servicer = GatewayServicer(manifest, tokenizer, book, router, key, measured)
     service = rpc.Service(SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer)
-    server = await rpc.start([service], settings.gateway_address)
+    server = await rpc.start([service], settings.gateway_address, metrics.calls("gateway"))
     tasks = (
         asyncio.create_task(follow_interventions(settings.interventions_address, key, manifest.fingerprint, book)),
         asyncio.create_task(follow_directory(settings.directory_address, settings.directory_metadata, router)),
         asyncio.create_task(_tell_health(server, book, router, settings.stale_after)),
     )
-    return Gateway(server, book, router, tasks)
+    return Gateway(server, book, router, tasks, settings.drain)
 
 
 async def _tell_health(server: rpc.Server, book: Book, router: Router, stale_after: float) -> None:

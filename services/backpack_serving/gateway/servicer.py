@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 import structlog
@@ -14,8 +14,10 @@ from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
 from backpack_serving import rpc
 from backpack_serving.errors import Internal, ServiceError, Unavailable
 from backpack_serving.gateway.book import Book, Pinned
+from backpack_serving.gateway.meter import Meter
 from backpack_serving.gateway.routing import Router, Target
 from backpack_serving.keys import Principal, Role
+from backpack_serving.metrics import GatewayMetrics
 from backpack_serving.wire import inference as wire
 from backpack_serving.wire.sync import write_pin
 
@@ -28,64 +30,86 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
     """One model's gateway. `service_key` is what replicas know it by."""
 
     def __init__(
-        self, manifest: Manifest, tokenizer: Tokenizer, book: Book, router: Router, service_key: str
+        self,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        book: Book,
+        router: Router,
+        service_key: str,
+        metrics: GatewayMetrics,
     ) -> None:
         self._manifest, self._tokenizer = manifest, tokenizer
         self._book, self._router, self._service_key = book, router, service_key
+        self._metrics = metrics
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
-        pinned = self._admit(context, request.channel)
-        order = wire.read_generation(request, self._tokenizer, self._manifest.config)
-        wire.settle(request, order)
-        return await self._unary(lambda stub: stub.Generate, request, context, pinned, order.tokens)
+        with self._meter(context) as meter:
+            pinned = self._pin(meter, request.channel)
+            order = wire.read_generation(request, self._tokenizer, self._manifest.config)
+            wire.settle(request, order)
+            meter.prompt = len(order.prompt)
+            response = await self._unary(lambda stub: stub.Generate, request, context, pinned, meter, order.tokens)
+            meter.made = response.usage.generated_tokens
+            return response
 
     async def GenerateStream(
         self, request: pb.GenerateStreamRequest, context: rpc.Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        pinned = self._admit(context, request.channel)
-        order = wire.read_generation(request, self._tokenizer, self._manifest.config)
-        wire.read_coalesce(request)
-        wire.settle(request, order)
-        tried: list[Target] = []
-        while True:
-            with self._router.lease(order.tokens, tried) as target:
-                tried.append(target)
-                started = False
-                call = target.stub.GenerateStream(request, **self._how(context, pinned))
-                try:
-                    with rpc.errors():
-                        async for response in call:
-                            if not started:
-                                _check(response.served, pinned)
-                            started = True
-                            yield response
-                    return
-                except Unavailable as error:
-                    self._lost(target, error)
-                    if started:
-                        raise Unavailable(
-                            "REPLICA_LOST", "the replica that ran this stream is gone; start again"
-                        ) from None
-                    if len(tried) > 1:
-                        raise
-                finally:
-                    call.cancel()
+        with self._meter(context) as meter:
+            pinned = self._pin(meter, request.channel)
+            order = wire.read_generation(request, self._tokenizer, self._manifest.config)
+            wire.read_coalesce(request)
+            wire.settle(request, order)
+            meter.prompt = len(order.prompt)
+            tried: list[Target] = []
+            while True:
+                with self._router.lease(order.tokens, tried) as target:
+                    meter.send(len(tried))
+                    tried.append(target)
+                    call = target.stub.GenerateStream(request, **self._how(context, pinned))
+                    try:
+                        with rpc.errors():
+                            await call.initial_metadata()
+                            meter.taken()
+                            async for response in call:
+                                if not meter.made:
+                                    _check(response.served, pinned)
+                                meter.add(len(response.tokens))
+                                yield response
+                        return
+                    except Unavailable as error:
+                        self._lost(target, error)
+                        if meter.made:
+                            raise Unavailable(
+                                "REPLICA_LOST",
+                                "the replica that ran this stream is gone; start again",
+                                retry_after=0.1,
+                            ) from None
+                        if len(tried) > 1:
+                            raise
+                    finally:
+                        call.cancel()
 
     async def Score(self, request: pb.ScoreRequest, context: rpc.Context) -> pb.ScoreResponse:
-        pinned = self._admit(context, request.channel)
-        ids = wire.read_prompt("text", request.text, self._tokenizer, self._manifest.config)
-        request.text.tokens.ids[:] = ids
-        return await self._unary(lambda stub: stub.Score, request, context, pinned, len(ids))
+        with self._meter(context) as meter:
+            pinned = self._pin(meter, request.channel)
+            ids = wire.read_prompt("text", request.text, self._tokenizer, self._manifest.config)
+            request.text.tokens.ids[:] = ids
+            meter.prompt = len(ids)
+            return await self._unary(lambda stub: stub.Score, request, context, pinned, meter, len(ids))
 
     async def Explain(self, request: pb.ExplainRequest, context: rpc.Context) -> pb.ExplainResponse:
-        pinned = self._admit(context, request.channel)
-        ids = wire.read_prompt("prompt", request.prompt, self._tokenizer, self._manifest.config)
-        request.prompt.tokens.ids[:] = ids
-        return await self._unary(lambda stub: stub.Explain, request, context, pinned, len(ids))
+        with self._meter(context) as meter:
+            pinned = self._pin(meter, request.channel)
+            ids = wire.read_prompt("prompt", request.prompt, self._tokenizer, self._manifest.config)
+            request.prompt.tokens.ids[:] = ids
+            meter.prompt = len(ids)
+            return await self._unary(lambda stub: stub.Explain, request, context, pinned, meter, len(ids))
 
     async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
-        pinned = self._admit(context, request.channel)
-        return await self._unary(lambda stub: stub.ListSenses, request, context, pinned, 1)
+        with self._meter(context) as meter:
+            pinned = self._pin(meter, request.channel)
+            return await self._unary(lambda stub: stub.ListSenses, request, context, pinned, meter, 1)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
         self._caller(context)
@@ -101,9 +125,13 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         who.require(Role.CALLER)
         return who
 
-    def _admit(self, context: rpc.Context, channel: str) -> Pinned:
-        """Who calls, and the release that the request has from here to its last token."""
-        return self._book.pin(self._caller(context).tenant, channel or wire.DEFAULT_CHANNEL)
+    def _meter(self, context: rpc.Context) -> Meter:
+        """Who calls, and from here on what it costs."""
+        return Meter(self._metrics, self._caller(context).tenant)
+
+    def _pin(self, meter: Meter, channel: str) -> Pinned:
+        """The release that the request has from here to its last token."""
+        return self._book.pin(meter.tenant, channel or wire.DEFAULT_CHANNEL)
 
     def _how(self, context: rpc.Context, pinned: Pinned) -> dict[str, Any]:
         """Metadata and deadline of a call to a replica."""
@@ -112,10 +140,11 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
 
     async def _unary(
         self,
-        method: Callable[[Any], Callable[..., Awaitable[R]]],
+        method: Callable[[Any], Callable[..., Any]],
         request: Any,
         context: rpc.Context,
         pinned: Pinned,
+        meter: Meter,
         tokens: int,
     ) -> R:
         """One call to a replica, and one more to another if the first is unavailable.
@@ -125,16 +154,22 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         tried: list[Target] = []
         while True:
             with self._router.lease(tokens, tried) as target:
+                meter.send(len(tried))
                 tried.append(target)
+                call = method(target.stub)(request, **self._how(context, pinned))
                 try:
                     with rpc.errors():
-                        response = await method(target.stub)(request, **self._how(context, pinned))
+                        await call.initial_metadata()
+                        meter.taken()
+                        response: R = await call
                     _check(response.served, pinned)
                     return response
                 except Unavailable as error:
                     self._lost(target, error)
                     if len(tried) > 1:
                         raise
+                finally:
+                    call.cancel()
 
     def _lost(self, target: Target, error: ServiceError) -> None:
         log.warning("a replica is unavailable", address=target.replica.address, reason=error.message)

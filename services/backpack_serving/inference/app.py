@@ -22,6 +22,7 @@ from backpack_serving import rpc
 from backpack_serving.errors import Unavailable
 from backpack_serving.inference import replica
 from backpack_serving.inference.directory import Directory
+from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
 from backpack_serving.telemetry import configure
 
@@ -57,7 +58,7 @@ class DirectoryDeployment:
     name="Replica",
     health_check_period_s=1,
     health_check_timeout_s=10,
-    graceful_shutdown_timeout_s=replica.DRAIN_SECONDS + 5,
+    graceful_shutdown_timeout_s=40,
 )
 class ReplicaDeployment:
     """One engine with its own gRPC server, on the address of the node that Ray chose."""
@@ -68,7 +69,10 @@ class ReplicaDeployment:
         settings = settings.model_copy(update={"inference_address": f"{host}:0"})
         self._channel = rpc.channel(settings.interventions_address)
         fetch = replica.fetch_from(self._channel, settings.key_for("replica"))
-        self._replica = await replica.start(settings, self._report, fetch)
+        metrics = Metrics(settings.metrics_tenants)
+        if settings.metrics_address:
+            metrics.listen(settings.metrics_address)
+        self._replica = await replica.start(settings, self._report, fetch, metrics)
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose engine has failed."""

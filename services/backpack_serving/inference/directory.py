@@ -11,6 +11,7 @@ from backpack_proto.v1 import directory_pb2 as pb
 from backpack_proto.v1 import directory_pb2_grpc as grpc_v1
 
 from backpack_serving import rpc
+from backpack_serving.metrics import Metrics
 
 SILENCE = 3.0
 """Seconds without a report after which a replica is dropped; replicas report every REPORT_SECONDS."""
@@ -67,11 +68,12 @@ class DirectoryServicer(grpc_v1.DirectoryServiceServicer):
             yield pb.WatchReplicasResponse(replicas=replicas)
 
 
-async def serve(address: str) -> rpc.Server:
+async def serve(address: str, metrics: Metrics) -> rpc.Server:
     """A directory of its own, for a deployment without Ray. Raises OSError if the address is taken."""
     service = rpc.Service(
         "backpack.v1.DirectoryService",
         grpc_v1.add_DirectoryServiceServicer_to_server,
         DirectoryServicer(Directory()),
+        endless=frozenset({"WatchReplicas"}),
     )
-    return await rpc.start([service], address)
+    return await rpc.start([service], address, metrics.calls("directory"))

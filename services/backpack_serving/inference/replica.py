@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -25,6 +26,7 @@ from backpack_serving.inference.directory import REPORT_SECONDS
 from backpack_serving.inference.served import ServedModel
 from backpack_serving.inference.servicer import InferenceServicer
 from backpack_serving.inference.versions import Fetch, Versions
+from backpack_serving.metrics import Metrics, ReplicaMetrics
 from backpack_serving.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -32,16 +34,25 @@ log = structlog.get_logger(__name__)
 Report = Callable[[directory_pb2.Replica], Awaitable[None]]
 """How a replica tells the directory about itself."""
 
-DRAIN_SECONDS = 30.0
+SETTLE_SECONDS = 2 * REPORT_SECONDS
+"""How long a draining replica still takes requests: until gateways know, by the directory, that it drains."""
 
 
 class Replica:
     """A running replica."""
 
-    def __init__(self, served: ServedModel, engine: EngineLoop, server: rpc.Server, report: Report) -> None:
+    def __init__(
+        self,
+        served: ServedModel,
+        engine: EngineLoop,
+        server: rpc.Server,
+        report: Report,
+        metrics: ReplicaMetrics,
+        drain: float,
+    ) -> None:
         self.id = uuid.uuid4().hex[:12]
         self._served, self._engine, self._server = served, engine, server
-        self._report = report
+        self._tell, self._metrics, self._drain = report, metrics, drain
         self._draining = False
         self._task = asyncio.create_task(self._keep_reporting())
 
@@ -70,17 +81,23 @@ class Replica:
         """Tell that nothing new is taken, finish what runs, then end."""
         self._draining = True
         with suppress(ServiceError, OSError):
-            await self._report(self.state())
-        await self._server.stop(DRAIN_SECONDS)
+            await self._report()
+            await asyncio.sleep(SETTLE_SECONDS)
+        await self._server.stop(self._drain)
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         await self._engine.stop()
+
+    async def _report(self) -> None:
+        started = time.perf_counter()
+        await self._tell(self.state())
+        self._metrics.report_seconds.observe(time.perf_counter() - started)
 
     async def _keep_reporting(self) -> None:
         heard = True
         while True:
             try:
-                await self._report(self.state())
+                await self._report()
                 heard = True
             except ServiceError as error:
                 if heard:
@@ -89,7 +106,7 @@ class Replica:
             await asyncio.sleep(REPORT_SECONDS)
 
 
-async def start(settings: Settings, report: Report, fetch: Fetch) -> Replica:
+async def start(settings: Settings, report: Report, fetch: Fetch, metrics: Metrics) -> Replica:
     """Load the model and serve it on `settings.inference_address`.
 
     Raises ManifestError or CheckpointError for the model, OSError for the address.
@@ -107,14 +124,15 @@ async def start(settings: Settings, report: Report, fetch: Fetch) -> Replica:
         )
     )
     versions = Versions(served.table, served.manifest.shape, fetch, settings.releases, Limits())
-    servicer = InferenceServicer(served, engine, versions, settings.key_for("replica"))
+    measured = metrics.replica(lambda: engine.load, lambda: versions.resident)
+    servicer = InferenceServicer(served, engine, versions, settings.key_for("replica"), measured)
     service = rpc.Service(
         "backpack.v1.InferenceService",
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
         servicer,
     )
-    server = await rpc.start([service], settings.inference_address)
-    replica = Replica(served, engine, server, report)
+    server = await rpc.start([service], settings.inference_address, metrics.calls("inference"))
+    replica = Replica(served, engine, server, report, measured, settings.drain)
     log.info("replica serves", address=server.address, slots=settings.slots, model=str(settings.model))
     return replica
 

@@ -31,6 +31,7 @@ from backpack_serving.errors import (
 from backpack_serving.inference.served import ServedModel
 from backpack_serving.inference.text import TextStream
 from backpack_serving.inference.versions import Versions
+from backpack_serving.metrics import ReplicaMetrics
 from backpack_serving.wire import inference as wire
 
 log = structlog.get_logger(__name__)
@@ -41,9 +42,16 @@ FINISH = {Finish.STOP: pb.FINISH_REASON_STOP, Finish.LENGTH: pb.FINISH_REASON_LE
 class InferenceServicer(grpc_v1.InferenceServiceServicer):
     """Generates and explains under the release that the gateway pinned."""
 
-    def __init__(self, served: ServedModel, engine: EngineLoop, versions: Versions, service_key: str) -> None:
+    def __init__(
+        self,
+        served: ServedModel,
+        engine: EngineLoop,
+        versions: Versions,
+        service_key: str,
+        metrics: ReplicaMetrics,
+    ) -> None:
         self._served, self._engine, self._versions = served, engine, versions
-        self._service_key = service_key
+        self._service_key, self._metrics = service_key, metrics
         self._reading = asyncio.Lock()  # one forward pass beside the engine at a time
 
     # ---- generation
@@ -75,6 +83,8 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
         pin, overlay = await self._release(context)
         served = self._served
         order = wire.read_generation(request, served.tokenizer, served.manifest.config)
+        self._metrics.prompts.inc()
+        self._metrics.tokens.labels("prompt").inc(len(order.prompt))
         text = TextStream(served.tokenizer, order.sampling.stop)
         job = Request(uuid.uuid4().hex, pin.tenant, order.prompt, order.sampling, overlay)
         first, made, finish = True, 0, None
@@ -82,6 +92,7 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
             async with aclosing(_gather(self._engine.generate(job), coalesce)) as batches:
                 async for outputs in batches:
                     part = pb.GenerateStreamResponse()
+                    self._metrics.tokens.labels("generated").inc(len(outputs))
                     for output in outputs:
                         if output.digest != pin.release_digest:
                             raise Internal("WRONG_RELEASE", f"computed with {output.digest}; nothing was sent")
@@ -206,8 +217,10 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
         if not hmac.compare_digest(rpc.bearer(context).encode(), self._service_key.encode()):
             raise Unauthenticated("NOT_A_GATEWAY", "replicas take calls from gateways only; call the gateway")
         pin = wire.read_pin(context)
+        await context.send_initial_metadata(())  # the gateway knows by this that the request is here
         try:
-            return pin, await self._versions.get(pin.tenant, pin.release_digest)
+            with self._metrics.release_seconds.time():
+                return pin, await self._versions.get(pin.tenant, pin.release_digest)
         except ServiceError as error:
             log.warning("release refused", tenant=pin.tenant, digest=pin.release_digest, reason=error.reason)
             raise

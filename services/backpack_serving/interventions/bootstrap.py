@@ -15,6 +15,7 @@ from backpack_serving.interventions.servicer import Bell, services
 from backpack_serving.interventions.sql import SQLStore
 from backpack_serving.interventions.store import Store
 from backpack_serving.keys import ApiKey, Role
+from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
 
 ADMIN_KEY, REPLICA_KEY = "admin.key", "replica.key"
@@ -26,17 +27,18 @@ class InterventionService:
 
     server: rpc.Server
     store: Store
+    drain: float
 
     @property
     def address(self) -> str:
         return self.server.address
 
     async def stop(self) -> None:
-        await self.server.stop()
+        await self.server.stop(self.drain)
         self.store.close()
 
 
-async def start(settings: Settings) -> InterventionService:
+async def start(settings: Settings, metrics: Metrics) -> InterventionService:
     """Serve on `settings.interventions_address`. Raises ServiceError if the database can't be used, OSError if
     the address is taken, ManifestError if there is no model.
     """
@@ -50,11 +52,13 @@ async def start(settings: Settings) -> InterventionService:
     await asyncio.to_thread(service.bootstrap, admin, [Role.ADMIN])
     await asyncio.to_thread(service.bootstrap, replica, [Role.REPLICA])
     try:
-        server = await rpc.start(services(service, tokenizer, bell), settings.interventions_address)
+        server = await rpc.start(
+            services(service, tokenizer, bell), settings.interventions_address, metrics.calls("interventions")
+        )
     except OSError:
         store.close()
         raise
-    return InterventionService(server, store)
+    return InterventionService(server, store, settings.drain)
 
 
 def _key(given: str, file: Path) -> ApiKey:

@@ -279,4 +279,7 @@ def services(service: Interventions, tokenizer: Tokenizer, bell: Bell) -> list[r
         "AuditService": (grpc_v1.add_AuditServiceServicer_to_server, AuditServicer(service, tokenizer)),
         "SyncService": (grpc_v1.add_SyncServiceServicer_to_server, SyncServicer(service, tokenizer, bell)),
     }
-    return [rpc.Service(f"backpack.v1.{name}", adder, servicer) for name, (adder, servicer) in add.items()]
+    endless = frozenset({"Watch"})
+    return [
+        rpc.Service(f"backpack.v1.{name}", adder, servicer, endless) for name, (adder, servicer) in add.items()
+    ]

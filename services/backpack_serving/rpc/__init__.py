@@ -1,0 +1,23 @@
+"""The mechanics of gRPC: servers, channels, metadata, errors as statuses and back. Nobody else imports grpc."""
+
+from backpack_serving.rpc.channel import SERVICE_CONFIG, channel, sync_channel
+from backpack_serving.rpc.metadata import Context, bearer, metadata, with_key
+from backpack_serving.rpc.server import Server, Service, Watcher, start
+from backpack_serving.rpc.status import error_from, errors, to_status
+
+__all__ = [
+    "SERVICE_CONFIG",
+    "Context",
+    "Server",
+    "Service",
+    "Watcher",
+    "bearer",
+    "channel",
+    "error_from",
+    "errors",
+    "metadata",
+    "start",
+    "sync_channel",
+    "to_status",
+    "with_key",
+]

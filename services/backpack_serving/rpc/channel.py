@@ -1,0 +1,64 @@
+"""Channels to our servers: keepalive, limits, and which calls the library may repeat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+
+MESSAGE_LIMIT = 20 * 2**20
+"""Largest message that a server takes: a revision at the limits of its size, and some room."""
+
+# Only reads may be repeated by the library: a second Generate would be charged and sampled twice.
+SERVICE_CONFIG = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [
+                    {"service": "backpack.v1.InferenceService", "method": method}
+                    for method in ("Score", "Explain", "Tokenize", "ListSenses", "GetModel")
+                ]
+                + [
+                    {"service": f"backpack.v1.{service}", "method": method}
+                    for service, method in (
+                        ("TenantService", "ListTenants"),
+                        ("PatchService", "ListPatches"),
+                        ("PatchService", "GetRevision"),
+                        ("PatchService", "ListRevisions"),
+                        ("ReleaseService", "ListReleases"),
+                        ("ReleaseService", "GetChannel"),
+                        ("SyncService", "FetchRelease"),
+                    )
+                ],
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    "initialBackoff": "0.1s",
+                    "maxBackoff": "2s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
+
+_CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.service_config", SERVICE_CONFIG),
+    # Two parts of one process must not share a connection pool: a test may restart a server on its port.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+def channel(address: str) -> grpc.aio.Channel:
+    """A channel to one of our servers, with retries of reads and keepalive."""
+    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
+def sync_channel(address: str) -> grpc.Channel:
+    """The same for a caller without an event loop."""
+    return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)

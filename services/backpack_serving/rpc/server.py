@@ -1,0 +1,210 @@
+"""Servers: health, reflection, drain, and around every call its metrics and the status of what it raises.
+
+Servicers raise `ServiceError`s, which become statuses here. Anything else that escapes is INTERNAL, logged here
+and not told to the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+import structlog
+from backpack_lm.patch import PatchError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+
+from backpack_serving.errors import Internal, ServiceError, Unavailable, from_patch_error
+from backpack_serving.rpc.channel import MESSAGE_LIMIT
+from backpack_serving.rpc.status import error_from, to_status
+
+log = structlog.get_logger(__name__)
+
+_OPTIONS: Sequence[tuple[str, Any]] = (
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.so_reuseport", 0),
+)
+
+_ENDLESS = {"/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"}
+
+_ENDING = 5.0
+"""Seconds that calls have to say that they were ended, once the grace period is over."""
+
+
+class Watcher(Protocol):
+    """Is told of every call of ours. `reason` is a refusal's word, empty for a success; times are in seconds."""
+
+    def began(self, method: str) -> None: ...
+    def ended(self, method: str, code: str, reason: str, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A servicer and what registers it: the generated `add_…_to_server` and the service's full name.
+
+    `endless` are methods whose streams end only with the server: a drain doesn't wait for them.
+    """
+
+    name: str
+    add: Callable[[Any, Any], None]
+    servicer: object
+    endless: frozenset[str] = frozenset()
+
+
+class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """The calls that run: each is watched, gets a status for what it raises, and can be ended by a drain."""
+
+    def __init__(self, endless: Iterable[str], watcher: Watcher | None) -> None:
+        self._endless, self._watcher = set(endless) | _ENDLESS, watcher
+        self._running: dict[asyncio.Task[Any], bool] = {}
+        self._ended: set[asyncio.Task[Any]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        kind = ("stream" if handler.request_streaming else "unary") + (
+            "_stream" if handler.response_streaming else "_unary"
+        )
+        behaviour = getattr(handler, kind)
+        guarded = self._stream(behaviour, details.method) if handler.response_streaming else behaviour
+
+        async def call(request: Any, context: Any) -> Any:
+            return await self._run(guarded, request, context, details.method)
+
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make(call, handler.request_deserializer, handler.response_serializer)
+
+    @staticmethod
+    def _stream(behaviour: Any, method: str) -> Any:
+        async def write(request: Any, context: Any) -> None:
+            responses = behaviour(request, context)
+            if inspect.isawaitable(responses):
+                await responses  # it writes for itself
+                return
+            async with aclosing(responses):
+                async for response in responses:
+                    await context.write(response)
+
+        return write
+
+    async def _run(self, behaviour: Any, request: Any, context: Any, method: str) -> Any:
+        task = asyncio.current_task()
+        assert task is not None, "grpc runs every call in a task"
+        watcher = self._watcher if method.startswith("/backpack.") else None
+        started, code, reason = time.perf_counter(), "OK", ""
+        self._running[task] = method in self._endless
+        self._idle.clear()
+        if watcher:
+            watcher.began(method)
+        try:
+            try:
+                return await behaviour(request, context)
+            except asyncio.CancelledError:
+                if task not in self._ended:
+                    left = context.time_remaining()
+                    code = reason = "CANCELLED" if left is None or left > 0 else "DEADLINE_EXCEEDED"
+                    raise
+                task.uncancel()
+                refusal: ServiceError = _draining()
+            except grpc.aio.AbortError:
+                raise  # grpc's own servicers refuse so
+            except Exception as error:
+                refusal = _refusal(error, method)
+            code, reason = refusal.code, refusal.reason
+            await context.abort_with_status(rpc_status.to_status(to_status(refusal)))
+        finally:
+            del self._running[task]
+            self._ended.discard(task)
+            if not self._running:
+                self._idle.set()
+            if watcher:
+                watcher.ended(method, code, reason, time.perf_counter() - started)
+
+    def end(self, *, endless_only: bool = False) -> None:
+        """End what runs, with a status that says that another try may succeed."""
+        for task, endless in self._running.items():
+            if task not in self._ended and (endless or not endless_only):
+                self._ended.add(task)
+                task.cancel()
+
+    async def idle(self, seconds: float) -> None:
+        """Wait until nothing runs, at most so long."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
+
+
+def _draining() -> ServiceError:
+    return Unavailable("DRAINING", "this server is stopping; another one will answer", retry_after=0.1)
+
+
+def _refusal(error: Exception, method: str) -> ServiceError:
+    if isinstance(error, PatchError):
+        error = from_patch_error(error)
+    if isinstance(error, grpc.RpcError):
+        error = error_from(error)
+    if not isinstance(error, ServiceError):
+        log.error("handler failed", method=method, exc_info=error)
+        error = Internal("INTERNAL", "an internal error; the server's log has more")
+    return error
+
+
+class Server:
+    """A started grpc.aio server with health and reflection."""
+
+    def __init__(
+        self, server: grpc.aio.Server, address: str, checks: health.aio.HealthServicer, calls: _Calls
+    ) -> None:
+        self._server, self.address, self._health, self._calls = server, address, checks, calls
+
+    async def set_serving(self, serving: bool, service: str = "") -> None:
+        status = health_pb2.HealthCheckResponse
+        await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
+
+    async def stop(self, grace: float = 5.0) -> None:
+        """Drain: nothing new from now on; what runs has `grace` seconds, then it is told to retry."""
+        await self._health.enter_graceful_shutdown()
+        self._calls.end(endless_only=True)
+        stopping = asyncio.create_task(self._server.stop(grace + _ENDING))
+        await self._calls.idle(grace)
+        self._calls.end()
+        await stopping
+
+
+async def start(services: Iterable[Service], address: str, watcher: Watcher | None = None) -> Server:
+    """Serve on host:port (port 0: a free one) or unix:path. Raises OSError if the address is taken."""
+    services = list(services)
+    calls = _Calls((f"/{s.name}/{method}" for s in services for method in s.endless), watcher)
+    server = grpc.aio.server(interceptors=[calls], options=_OPTIONS)
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    for service in services:
+        service.add(service.servicer, server)
+    names = [*(s.name for s in services), health.SERVICE_NAME, reflection.SERVICE_NAME]
+    reflection.enable_server_reflection(names, server)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError:
+        raise OSError(f"can't listen on {address}: is another server there?") from None
+    await server.start()
+    bound = address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+    started = Server(server, bound, checks, calls)
+    for name in ("", *(s.name for s in services)):
+        await started.set_serving(True, name)
+    return started
