@@ -186,7 +186,7 @@ if __name__ == "__main__":
     try:
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
         processes.start("interventions")
-        app.start(ray_settings, count=1, grpc_port=int(ray_settings.directory_address.rpartition(":")[2]))
+        app.start(ray_settings, int(ray_settings.directory_address.rpartition(":")[2]))
         for part in ("directory", "inference", "gateway"):
             processes.start(part)
         processes.start(

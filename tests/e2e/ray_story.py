@@ -28,7 +28,7 @@ from tests.e2e.conftest import Metadata, System, copy
 PROMPT = "The story of the king and the"
 
 
-def _actors(application: str) -> dict[int, psutil.Process]:
+def actors(application: str) -> dict[int, psutil.Process]:
     """Ray names the processes of its actors."""
     found = {}
     for process in psutil.process_iter():
@@ -40,7 +40,7 @@ def _actors(application: str) -> dict[int, psutil.Process]:
     return found
 
 
-async def _until(what: str, check: Callable[[], bool], seconds: float = 60) -> None:
+async def until(what: str, check: Callable[[], bool], seconds: float = 60) -> None:
     started = time.monotonic()
     while not check():
         assert time.monotonic() - started < seconds, f"not within {seconds} s: {what}"
@@ -48,7 +48,7 @@ async def _until(what: str, check: Callable[[], bool], seconds: float = 60) -> N
     print(f"{what}: after {time.monotonic() - started:.1f} s", flush=True)
 
 
-async def _text(system: System, key: Metadata, tokens: int = 24) -> tuple[str, str]:
+async def text(system: System, key: Metadata, tokens: int = 24) -> tuple[str, str]:
     parts = await system.stream(key, PROMPT, max_tokens=tokens, seed=2, temperature=0.7, ignore_end_of_text=True)
     return "".join(p.text for p in parts), parts[0].served.release_digest
 
@@ -56,11 +56,11 @@ async def _text(system: System, key: Metadata, tokens: int = 24) -> tuple[str, s
 async def story(settings: Settings, front: gateway.Gateway) -> None:
     system = System(front.address, settings.interventions_address, settings)
     router = front.router
-    await _until("two replicas in the directory", lambda: router.size == 2)
+    await until("two replicas in the directory", lambda: router.size == 2)
     keys = [await system.tenant(copy("king", word)) for word in ("ship", "nurse")]
 
     # Two tenants at once, over both replicas: each its own release, whichever replica it was.
-    answers = await asyncio.gather(*(_text(system, key) for _ in range(8) for key in keys))
+    answers = await asyncio.gather(*(text(system, key) for _ in range(8) for key in keys))
     assert len(set(answers[0::2])) == 1, set(answers[0::2])
     assert len(set(answers[1::2])) == 1, set(answers[1::2])
     assert answers[0] != answers[1]
@@ -85,25 +85,25 @@ async def story(settings: Settings, front: gateway.Gateway) -> None:
 
     load = [asyncio.create_task(one(key)) for _ in range(6) for key in keys]
     await asyncio.sleep(0.5)
-    victim = sorted(_actors(app.REPLICAS))[0]
+    victim = sorted(actors(app.REPLICAS))[0]
     os.kill(victim, signal.SIGKILL)
     await asyncio.gather(*load)
     print(f"streams that ran when a replica was killed: {sorted(outcomes)}", flush=True)
     assert set(outcomes) == {"ok", "REPLICA_LOST"}, outcomes
-    assert [(await _text(system, key)) for key in keys] == list(answers[:2]), "the one that is left serves on"
+    assert [(await text(system, key)) for key in keys] == list(answers[:2]), "the one that is left serves on"
 
-    await _until("the dead one is out of the directory", lambda: len(router.replicas() & before) == 1, 10)
-    await _until("Serve has replaced it", lambda: router.size == 2)
-    assert await asyncio.gather(*(_text(system, key) for _ in range(8) for key in keys)) == answers
+    await until("the dead one is out of the directory", lambda: len(router.replicas() & before) == 1, 10)
+    await until("Serve has replaced it", lambda: router.size == 2)
+    assert await asyncio.gather(*(text(system, key) for _ in range(8) for key in keys)) == answers
 
     # Kill the directory: requests go on, and it fills again.
-    (directory,) = _actors(app.DIRECTORY).values()
+    (directory,) = actors(app.DIRECTORY).values()
     directory.kill()
-    assert [(await _text(system, key)) for key in keys] == list(answers[:2])
-    await _until("a new directory process", lambda: bool(_actors(app.DIRECTORY).keys() - {directory.pid}))
+    assert [(await text(system, key)) for key in keys] == list(answers[:2])
+    await until("a new directory process", lambda: bool(actors(app.DIRECTORY).keys() - {directory.pid}))
     await asyncio.sleep(4)  # longer than replicas stay listed unheard
-    await _until("two replicas again", lambda: router.size == 2)
-    assert [(await _text(system, key)) for key in keys] == list(answers[:2])
+    await until("two replicas again", lambda: router.size == 2)
+    assert [(await text(system, key)) for key in keys] == list(answers[:2])
     await system.close()
 
 
@@ -133,7 +133,7 @@ if __name__ == "__main__":
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         # Ray forks; it must be up before this process opens its first gRPC channel.
-        app.start(chosen, count=2, grpc_port=grpc_port)
+        app.start(chosen, grpc_port, count=2)
         asyncio.run(main(chosen))
     finally:
         serve.shutdown()

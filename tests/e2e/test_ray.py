@@ -1,6 +1,7 @@
-"""Replicas under Ray Serve: streams for two tenants at once, a replica and the directory killed, all recovered.
+"""Replicas under Ray Serve: streams for two tenants at once, parts killed and recovered, a redeploy under load.
 
-It runs in a network namespace where it can: Ray listens on the machine's own address whatever it is told.
+The stories run in a network namespace where they can: Ray listens on the machine's own address whatever it is
+told.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import pytest
 
 pytest.importorskip("ray")
 
-STORY = [sys.executable, "-m", "tests.e2e.ray_story"]
 APART = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "story"]
 
 
@@ -25,16 +25,28 @@ def _can_be_apart() -> bool:
         return False
 
 
-def test_replicas_under_ray_are_killed_and_recover() -> None:
+def _tell(story: str, seconds: float) -> None:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path]),
         "PYTHONWARNINGS": "ignore",  # Ray's own
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    command = [*APART, *STORY] if _can_be_apart() else STORY
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-m", f"tests.e2e.{story}"]
+    if _can_be_apart():
+        command = [*APART, *command]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert "the story ends well" in done.stdout
+
+
+def test_replicas_under_ray_are_killed_and_recover() -> None:
+    _tell("ray_story", 300)
+
+
+@pytest.mark.slow
+def test_a_cluster_loses_a_replica_and_a_node_is_redeployed_and_scaled_under_load() -> None:
+    _tell("ray_cluster_story", 600)

@@ -2,11 +2,12 @@
 
 Ray Serve places replicas, counts them, checks their health and restarts them. Their tokens don't go through it:
 each replica runs a gRPC server of its own that gateways call directly (ARCHITECTURE.md says why, with figures).
-Two applications: `directory`, which Serve's gRPC proxy makes reachable for gateways, and `replicas`. `start` runs
-both on the Ray that the process is connected to; call it before the process opens a gRPC channel: Ray forks.
+Two applications: `directory`, which Serve's gRPC proxy makes reachable for gateways, and `replicas`.
+`deploy/ray/serve.yaml` deploys both on a cluster. `start` runs both on the Ray that the process is connected to;
+call it before the process opens a gRPC channel: Ray forks.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: Ray Serve reads the builders' annotations to check their arguments.
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import ray
 from backpack_proto.v1 import directory_pb2 as pb
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from ray import serve
 from ray.serve.config import gRPCOptions
 from ray.serve.exceptions import RayServeException
@@ -21,6 +23,7 @@ from ray.serve.exceptions import RayServeException
 from backpack_serving import rpc
 from backpack_serving.errors import Unavailable
 from backpack_serving.inference import replica
+from backpack_serving.inference.autoscaling import METRIC, Autoscaling, TokensInFlight
 from backpack_serving.inference.directory import Directory
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
@@ -30,6 +33,92 @@ DIRECTORY, REPLICAS = "directory", "replicas"
 """Names of the applications. Gateways set BACKPACK_DIRECTORY_APPLICATION to the first."""
 
 GRPC_SERVICERS = ["backpack_proto.v1.directory_pb2_grpc.add_DirectoryServiceServicer_to_server"]
+
+
+class Nothing(BaseModel):
+    """Arguments of the application `directory`: there are none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Arguments(BaseModel):
+    """Arguments of the application `replicas`, as they stand in a Serve config file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    count: int = Field(1, ge=1, description="Replicas, where there is no autoscaling.")
+    cpus: float = Field(1, ge=0, description="Cores that Ray sets aside for each.")
+    gpus: float = Field(0, ge=0, description="GPUs for each: 0, a part of one, or whole ones.")
+    surge_percent: int = Field(
+        100,
+        ge=0,
+        le=100,
+        description="New replicas that a redeploy starts before it stops old ones, in per cent of all, rounded "
+        "up. 0 where there is no room for one more: then old ones stop first.",
+    )
+    autoscaling: Autoscaling | None = Field(None, description="Replicas by load, instead of `count`.")
+    settings: dict[str, Any] = Field(
+        {},
+        description="Settings of each replica, over those of its node's environment. No secrets: Ray shows these.",
+    )
+
+    @field_validator("gpus")
+    @classmethod
+    def _part_or_whole(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"{gpus} GPUs: Ray places a part of one GPU, or whole ones")
+        return gpus
+
+    @field_validator("autoscaling")
+    @classmethod
+    def _one_of_both(cls, autoscaling: Autoscaling | None, info: ValidationInfo) -> Autoscaling | None:
+        if autoscaling and info.data.get("count", 1) != 1:
+            raise ValueError(f"count ({info.data['count']}) and autoscaling exclude each other; leave one out")
+        return autoscaling
+
+    @field_validator("settings")
+    @classmethod
+    def _known(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        for name in settings:
+            if name not in Settings.model_fields:
+                raise ValueError(f"no setting is called `{name}`; `backpack settings` lists them")
+            if name in SECRETS:
+                raise ValueError(
+                    f"`{name}` is a secret; set BACKPACK_{name.upper()} in the environment of Ray's nodes"
+                )
+        Settings(**settings)
+        return settings
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The deployment options of Ray Serve that these arguments mean."""
+        options: dict[str, Any] = {
+            "ray_actor_options": {"num_cpus": self.cpus, "num_gpus": self.gpus},
+            "max_surge_percent": self.surge_percent,
+            "graceful_shutdown_timeout_s": Settings(**self.settings).drain + 10,
+        }
+        if self.autoscaling is None:
+            return {**options, "num_replicas": self.count}
+        wanted = self.autoscaling
+        return {
+            **options,
+            "num_replicas": "auto",
+            "autoscaling_config": {
+                "min_replicas": wanted.min_replicas,
+                "max_replicas": wanted.max_replicas,
+                "upscale_delay_s": wanted.up_after_seconds,
+                "downscale_delay_s": wanted.down_after_seconds,
+                "look_back_period_s": wanted.average_seconds,
+                "policy": {
+                    "policy_function": TokensInFlight,
+                    "policy_kwargs": {"per_replica": wanted.tokens_in_flight},
+                },
+            },
+        }
+
+
+SECRETS = frozenset(name for name, field in Settings.model_fields.items() if field.annotation is SecretStr)
+"""Settings that are never passed as arguments."""
 
 
 @serve.deployment(
@@ -58,12 +147,15 @@ class DirectoryDeployment:
     name="Replica",
     health_check_period_s=1,
     health_check_timeout_s=10,
-    graceful_shutdown_timeout_s=40,
 )
 class ReplicaDeployment:
-    """One engine with its own gRPC server, on the address of the node that Ray chose."""
+    """One engine with its own gRPC server, on the address of the node that Ray chose.
 
-    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+    Ray Serve counts it as running when its constructor returns, so after its first token (`replica.start`).
+    """
+
+    async def __init__(self, overrides: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        settings = Settings(**overrides)
         configure(settings)
         host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         settings = settings.model_copy(update={"inference_address": f"{host}:0"})
@@ -78,6 +170,10 @@ class ReplicaDeployment:
         """Serve replaces a replica whose engine has failed."""
         if not self._replica.healthy:
             raise RuntimeError("the engine stopped")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve's autoscaler hands to the policy."""
+        return {METRIC: self._replica.state().tokens_in_flight}
 
     async def __call__(self) -> str:
         """Where this replica serves. Requests don't come this way."""
@@ -95,28 +191,26 @@ class ReplicaDeployment:
             raise Unavailable("NO_DIRECTORY", f"the directory can't be reached: {error!r}") from None
 
 
-def directory(_: dict[str, Any] | None = None) -> serve.Application:
+def directory(_: Nothing) -> serve.Application:
     """The application of the directory."""
     application: serve.Application = DirectoryDeployment.bind()  # type: ignore[attr-defined]
     return application
 
 
-def replicas(arguments: dict[str, Any] | None = None) -> serve.Application:
-    """The application of the replicas. Arguments: `count`, and `gpus` for each (0: on the CPU)."""
-    arguments = arguments or {}
-    deployment = ReplicaDeployment.options(  # type: ignore[attr-defined]
-        num_replicas=int(arguments.get("count", 1)),
-        ray_actor_options={
-            "num_gpus": float(arguments.get("gpus", 0)),
-            "num_cpus": float(arguments.get("cpus", 1)),
-        },
-    )
-    application: serve.Application = deployment.bind(arguments.get("settings") or Settings())
+def replicas(arguments: Arguments) -> serve.Application:
+    """The application of the replicas."""
+    deployment = ReplicaDeployment.options(**arguments.options)  # type: ignore[attr-defined]
+    application: serve.Application = deployment.bind(arguments.settings)
     return application
 
 
-def start(settings: Settings, count: int, grpc_port: int, **resources: float) -> None:
-    """Run both applications on the Ray that this process is connected to, and return when they serve."""
+def start(settings: Settings, grpc_port: int, **arguments: Any) -> None:
+    """Run both applications on the Ray that this process is connected to, and return when they serve.
+
+    Replicas get the settings that were chosen here, but for secrets: those they read from their own environment or
+    state folder. `arguments` are those of `Arguments`. Called again, it redeploys the replicas.
+    """
+    chosen = settings.model_dump(mode="json", exclude_unset=True, exclude=set(SECRETS))
     serve.start(grpc_options=gRPCOptions(port=grpc_port, grpc_servicer_functions=GRPC_SERVICERS))
-    serve.run(directory(), name=DIRECTORY, route_prefix="/directory")
-    serve.run(replicas({"settings": settings, "count": count, **resources}), name=REPLICAS, route_prefix=None)
+    serve.run(directory(Nothing()), name=DIRECTORY, route_prefix="/directory")
+    serve.run(replicas(Arguments(settings=chosen, **arguments)), name=REPLICAS, route_prefix=None)

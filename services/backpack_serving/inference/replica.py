@@ -11,7 +11,8 @@ from typing import Any
 
 import structlog
 import torch
-from backpack_lm.patch import Limits
+from backpack_lm.overlay import Overlay, SenseTable
+from backpack_lm.patch import Limits, Release
 from backpack_proto.v1 import directory_pb2, directory_pb2_grpc, inference_pb2_grpc, interventions_pb2
 from backpack_proto.v1 import interventions_pb2_grpc as interventions_grpc
 
@@ -19,7 +20,9 @@ from backpack_serving import rpc
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.loop import EngineLoop
 from backpack_serving.engine.runner import Runner
+from backpack_serving.engine.sampling import Sampling
 from backpack_serving.engine.scheduler import Scheduler
+from backpack_serving.engine.sequence import Request
 from backpack_serving.engine.slots import OverlayRows, Slots
 from backpack_serving.errors import ServiceError
 from backpack_serving.inference.directory import REPORT_SECONDS
@@ -107,9 +110,10 @@ class Replica:
 
 
 async def start(settings: Settings, report: Report, fetch: Fetch, metrics: Metrics) -> Replica:
-    """Load the model and serve it on `settings.inference_address`.
+    """Load the model, make a first token with it, and serve it on `settings.inference_address`.
 
-    Raises ManifestError or CheckpointError for the model, OSError for the address.
+    Raises ManifestError or CheckpointError for the model, EngineStopped if the first token can't be made, OSError
+    for the address.
     """
     served = await asyncio.to_thread(ServedModel.read, settings.model)
     if settings.threads:
@@ -123,6 +127,7 @@ async def start(settings: Settings, report: Report, fetch: Fetch, metrics: Metri
             settings.share_prefixes,
         )
     )
+    await _first_token(engine, served.table)
     versions = Versions(served.table, served.manifest.shape, fetch, settings.releases, Limits())
     measured = metrics.replica(lambda: engine.load, lambda: versions.resident)
     servicer = InferenceServicer(served, engine, versions, settings.key_for("replica"), measured)
@@ -135,6 +140,14 @@ async def start(settings: Settings, report: Report, fetch: Fetch, metrics: Metri
     replica = Replica(served, engine, server, report, measured, settings.drain)
     log.info("replica serves", address=server.address, slots=settings.slots, model=str(settings.model))
     return replica
+
+
+async def _first_token(engine: EngineLoop, table: SenseTable) -> None:
+    """Make one token, with no release, before anybody may ask for one. Raises what the engine does if it can't."""
+    overlay = await asyncio.to_thread(Overlay.compile, Release(), table)
+    request = Request("first", "", (0,), Sampling(max_tokens=1, temperature=0.0), overlay)
+    async for _ in engine.generate(request):
+        pass
 
 
 def fetch_from(channel: Any, key: str) -> Fetch:

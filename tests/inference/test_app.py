@@ -1,0 +1,91 @@
+"""The arguments of the applications under Ray Serve, as Ray Serve itself reads them from its config file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+pytest.importorskip("ray")
+from backpack_serving.inference import app
+from backpack_serving.inference.autoscaling import METRIC
+from ray import serve
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
+from ray.serve.config import AutoscalingContext
+from ray.serve.schema import ServeDeploySchema
+
+CONFIG = Path(__file__).parents[2] / "deploy" / "ray" / "serve.yaml"
+
+
+def _deployment(arguments: dict[str, Any]) -> Any:
+    application = build(app.replicas, arguments)
+    assert isinstance(application, serve.Application)
+    return application._bound_deployment
+
+
+def test_the_config_file_is_one_that_ray_serve_deploys() -> None:
+    config = ServeDeploySchema.model_validate(yaml.safe_load(CONFIG.read_text()))
+    assert config.grpc_options.grpc_servicer_functions == app.GRPC_SERVICERS
+    by_name = {application.name: application for application in config.applications}
+    assert set(by_name) == {app.DIRECTORY, app.REPLICAS}
+    assert by_name[app.REPLICAS].route_prefix is None
+    for application in by_name.values():
+        module, _, function = application.import_path.partition(":")
+        assert module == app.__name__
+        build(getattr(app, function), application.args)
+
+
+def test_the_config_file_shows_every_argument_that_most_would_change() -> None:
+    config = yaml.safe_load(CONFIG.read_text())
+    (replicas,) = (a for a in config["applications"] if a["name"] == app.REPLICAS)
+    shown, defaults = replicas["args"], app.Arguments()
+    assert shown == {name: getattr(defaults, name) for name in shown}, "the file says what holds without it"
+
+
+@pytest.mark.parametrize("gpus", [0, 0.25, 1, 2])
+def test_a_replica_has_cores_and_a_part_of_a_gpu_or_whole_ones(gpus: float) -> None:
+    deployment = _deployment({"count": 3, "cpus": 0.5, "gpus": gpus, "surge_percent": 0})
+    assert deployment.num_replicas == 3
+    assert deployment.ray_actor_options == {"num_cpus": 0.5, "num_gpus": gpus}
+    assert deployment._deployment_config.max_surge_percent == 0
+
+
+def test_a_replica_that_is_stopped_has_the_time_to_drain() -> None:
+    assert _deployment({"settings": {"drain": 100}})._deployment_config.graceful_shutdown_timeout_s == 110
+
+
+def test_autoscaling_by_tokens_in_flight_goes_through_ray_serve() -> None:
+    wanted = {"max_replicas": 4, "tokens_in_flight": 500, "down_after_seconds": 900}
+    deployment = _deployment({"autoscaling": wanted})
+    config = deployment._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.max_replicas) == (1, 4)
+    assert (config.upscale_delay_s, config.downscale_delay_s) == (10, 900)
+    policy = config.policy.get_policy()(**config.policy.policy_kwargs)  # unpickled, as the controller does
+    seen: dict[str, Any] = dict.fromkeys(AutoscalingContext.__init__.__annotations__)
+    seen |= {"target_num_replicas": 2, "aggregated_metrics": {METRIC: {"a": 1200.0, "b": 300.0}}}
+    assert policy(AutoscalingContext(**seen)) == (3.0, {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"replicas": 2}, "replicas\n  Extra inputs are not permitted"),
+        ({"count": 0}, "count\n"),
+        ({"count": "many"}, "count\n"),
+        ({"gpus": 1.5}, "1.5 GPUs: Ray places a part of one GPU, or whole ones"),
+        ({"gpus": -1}, "gpus\n"),
+        ({"count": 2, "autoscaling": {"max_replicas": 3}}, r"count \(2\) and autoscaling exclude each other"),
+        ({"autoscaling": {"max_replicas": 3, "target": 5}}, "autoscaling.target\n"),
+        ({"settings": {"slotz": 4}}, "no setting is called `slotz`; `backpack settings` lists them"),
+        ({"settings": {"slots": 0}}, "slots\n"),
+        ({"settings": {"service_key": "bp_1"}}, "`service_key` is a secret; set BACKPACK_SERVICE_KEY"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        build(app.replicas, arguments)
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        build(app.directory, {"count": 1})
