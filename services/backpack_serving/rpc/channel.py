@@ -14,6 +14,7 @@ MESSAGE_LIMIT = 20 * 2**20
 # Only reads may be repeated by the library: a second Generate would be charged and sampled twice.
 SERVICE_CONFIG = json.dumps(
     {
+        "loadBalancingConfig": [{"round_robin": {}}],
         "methodConfig": [
             {
                 "name": [
@@ -40,7 +41,7 @@ SERVICE_CONFIG = json.dumps(
                     "retryableStatusCodes": ["UNAVAILABLE"],
                 },
             }
-        ]
+        ],
     }
 )
 
