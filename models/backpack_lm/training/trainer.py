@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -168,8 +168,20 @@ def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]
     return [muon, adamw]
 
 
+class LanguageModel(Protocol):
+    """Whatever gives an output [B, T, d] and the embedding [V, d] that scores it: a Backpack or a twin."""
+
+    @property
+    def config(self) -> BackpackConfig: ...
+
+    @property
+    def embedding(self) -> Tensor: ...
+
+    def mix(self, ids: Tensor) -> Tensor: ...
+
+
 @torch.no_grad()
-def perplexity(model: Backpack | TransformerTwin, ids: Tensor, batch: int = 8) -> float:
+def perplexity(model: LanguageModel, ids: Tensor, batch: int = 8) -> float:
     """Perplexity of a stream of ids [N], in rows that fill the context; each row's first token is free."""
     length = model.config.n_positions
     if len(ids) <= length:
@@ -183,7 +195,7 @@ def perplexity(model: Backpack | TransformerTwin, ids: Tensor, batch: int = 8) -
 
 
 def held_out(
-    model: Backpack | TransformerTwin, sources: Sequence[Source], folder: Path, limit: int = 200_000
+    model: LanguageModel, sources: Sequence[Source], folder: Path, limit: int = 200_000
 ) -> dict[str, float]:
     """Perplexity on each source's held-out stream, at most `limit` tokens of each."""
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from backpack_serving.cli import control, model, serve, text
+from backpack_serving.cli import control, experiment, model, serve, text
 from backpack_serving.cli.run import run
 from backpack_serving.cli.train import train
 
@@ -29,6 +29,7 @@ app.add_typer(control.release_app, name="release", rich_help_panel="Steering")
 app.command(rich_help_panel="Steering")(control.audit)
 app.command(rich_help_panel="Models")(train)
 app.add_typer(model.app, name="model", rich_help_panel="Models")
+app.add_typer(experiment.app, name="experiment", rich_help_panel="Models")
 
 if __name__ == "__main__":
     app()

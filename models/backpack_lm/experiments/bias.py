@@ -1,0 +1,154 @@
+"""Gender bias (paper, section 6.1): which sense tells “he” from “she” after a role noun, and removing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from backpack_lm.experiments.experiment import Result
+from backpack_lm.lab.debias import Debiased, debias
+from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
+from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.twin import read_twin
+from backpack_lm.lab.watch import Journal, Watch
+from backpack_lm.model import TransformerTwin
+from backpack_lm.reports.plots import bars
+from backpack_lm.reports.report import Report, Table
+
+
+@dataclass(frozen=True, slots=True)
+class NullSpace:
+    """The Transformer with each noun's input embedding projected off E[she] − E[he]: mean bias ratios."""
+
+    unmodified: float
+    removed: float
+    fitted: float
+
+
+@dataclass(frozen=True, slots=True)
+class BiasResult:
+    backpack: Debiased
+    twin: NullSpace | None
+
+    def report(self) -> Report:
+        found = self.backpack
+        values = (found.unmodified, found.removed, found.fitted)
+        columns = ("model", "unmodified", "remove", "optimise", "excess gone, remove", "excess gone, optimise")
+        rows: list[tuple[str | float, ...]] = [
+            (f"Backpack, sense {found.sense}", *values, *(f"{found.share_removed(v):.0%}" for v in values[1:]))
+        ]
+        if self.twin is not None:
+            twin = self.twin
+            gone = ((twin.unmodified - v) / (twin.unmodified - 1) for v in (twin.removed, twin.fitted))
+            rows.append(
+                (
+                    "Transformer, null space",
+                    twin.unmodified,
+                    twin.removed,
+                    twin.fitted,
+                    *(f"{g:.0%}" for g in gone),
+                )
+            )
+        names = [noun.noun for noun in found.nouns]
+        series = {
+            "unmodified": [noun.unmodified for noun in found.nouns],
+            "sense removed": [noun.removed for noun in found.nouns],
+            "scale fitted": [noun.fitted for noun in found.nouns],
+        }
+        removed = [effect.bias_removed for effect in found.search.senses]
+        report = found.report()
+        notes = (
+            f"Mean over nouns and {len(EVALUATION)} evaluation prompts of max(p(he)/p(she), p(she)/p(he)); "
+            f"1 is none. The sense and the scales are chosen on {len(ESTIMATION)} other prompts.",
+            *(
+                ()
+                if found.fitted < found.removed < found.unmodified
+                else ("The paper's order, optimise below remove below unmodified, does not show on this model.",)
+            ),
+            *(
+                ("No twin was given, so there is no null-space baseline; --twin takes one.",)
+                if not self.twin
+                else ()
+            ),
+            *report.notes,
+        )
+        return replace(
+            report,
+            title="Gender bias",
+            tables=(Table("Bias ratio", columns, tuple(rows), digits=2), *report.tables),
+            figures=(
+                bars("Bias of each noun", names, series, "ratio"),
+                bars(
+                    "Bias with each sense removed", [str(s) for s in range(len(removed))], {"": removed}, "ratio"
+                ),
+            ),
+            notes=notes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GenderBias:
+    """40 role nouns, those that are one token in the model; 5 prompts to find and fit on, 13 to evaluate."""
+
+    twin: Path | None = None
+    sense: int | None = None
+    NAME: ClassVar[str] = "bias"
+
+    def run(self, subject: Subject, watch: Watch) -> Result:
+        found = debias(subject, NOUNS, watch, Journal(None, {}), sense=self.sense)
+        if self.twin is None:
+            return BiasResult(found, None)
+        twin = read_twin(self.twin, subject.config)
+        return BiasResult(found, null_space(subject, twin, found.search.words, watch))
+
+
+def null_space(subject: Subject, twin: TransformerTwin, nouns: Sequence[str], watch: Watch) -> NullSpace:
+    """The baseline of the paper's table 6: remove, or scale by a fitted amount, what a noun's input embedding has
+    of the direction from “he” to “she”; the output embedding stays as it is."""
+    from scipy.optimize import minimize
+
+    she, he = subject.token("she"), subject.token("he")
+    direction = twin.embedding[she] - twin.embedding[he]
+
+    def bias(noun: str, templates: Sequence[str], keep: float) -> float:
+        ratios = []
+        with _projected(twin, subject.token(noun), direction, keep):
+            for template in templates:
+                ids = torch.tensor([subject.ids(template.replace("{}", noun))])
+                logits = twin.mix(ids)[0, -1] @ twin.embedding[[he, she]].t()
+                ratios.append(float((logits[0] - logits[1]).double().abs().exp()))
+        return sum(ratios) / len(ratios)
+
+    found: list[tuple[float, float, float]] = []
+    with torch.inference_mode():
+        for noun in watch(nouns, "nouns, null space", len(nouns)):
+
+            def cost(at: Any, noun: str = noun) -> float:
+                return bias(noun, ESTIMATION, float(at[0])) + abs(1 - float(at[0]))
+
+            fitted = float(minimize(cost, [1.0], method="Nelder-Mead", options={"maxiter": 25}).x[0])
+            one, none, best = (bias(noun, EVALUATION, keep) for keep in (1.0, 0.0, fitted))
+            found.append((one, none, best))
+    return NullSpace(*(sum(column) / len(found) for column in zip(*found, strict=True)))
+
+
+@contextmanager
+def _projected(twin: TransformerTwin, token: int, direction: Tensor, keep: float) -> Iterator[None]:
+    """The twin with (1 − keep) of the token's component along `direction` taken out of its input embedding."""
+
+    def project(module: object, arguments: tuple[Tensor], embedded: Tensor) -> Tensor:
+        amount = embedded @ direction / (direction @ direction)
+        off = embedded - (1 - keep) * amount[..., None] * direction
+        return torch.where((arguments[0] == token)[..., None], off, embedded)
+
+    hook = twin.gpt2_model.wte.register_forward_hook(project)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,110 @@
+"""Language modelling (paper, section 4.2): perplexity of a Backpack and of its Transformer twin, on the same text.
+
+Perplexities are per token of the model's own vocabulary. Bits per byte compare models of different vocabularies.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from backpack_lm.experiments.experiment import Result
+from backpack_lm.lab.subject import Steered, Subject
+from backpack_lm.lab.text import held_out, stream
+from backpack_lm.lab.twin import read_twin
+from backpack_lm.lab.watch import Watch
+from backpack_lm.model import TransformerTwin
+from backpack_lm.reports.report import Report, Table
+from backpack_lm.training.trainer import perplexity
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One text: how much of it was read, and perplexity per token and bits per byte of each model."""
+
+    text: str
+    tokens: int
+    bytes: int
+    perplexity: float
+    twin_perplexity: float | None
+
+    def bits_per_byte(self, value: float) -> float:
+        return math.log2(value) * self.tokens / self.bytes
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.twin_perplexity is None else self.perplexity / self.twin_perplexity
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageResult:
+    texts: list[Measured]
+    context: int
+
+    def report(self) -> Report:
+        rows = tuple(
+            (
+                m.text,
+                m.tokens,
+                m.perplexity,
+                m.twin_perplexity,
+                m.ratio,
+                m.bits_per_byte(m.perplexity),
+                None if m.twin_perplexity is None else m.bits_per_byte(m.twin_perplexity),
+            )
+            for m in self.texts
+        )
+        columns = ("text", "tokens", "perplexity", "twin", "ratio", "bits per byte", "twin's")
+        twins = [m.ratio for m in self.texts if m.ratio is not None]
+        lead = "Perplexity per token, and bits per byte, on text that the model wasn't trained on."
+        if twins:
+            lead += f" Against its Transformer twin: {min(twins):.2f} to {max(twins):.2f} times the perplexity."
+        return Report(
+            "Language modelling",
+            lead,
+            (Table("Perplexity", columns, rows, digits=2),),
+            notes=(
+                f"Rows of {self.context} tokens, each read from its second token on with what stands before it.",
+                "Held-out records are those that training set aside, by the hash of their text. A model that "
+                "wasn't trained on these files may have seen them elsewhere.",
+                *(() if twins else ("No twin was given; --twin takes the folder of `backpack train --twin`.",)),
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModelling:
+    """`corpus` are JSON-lines files, of which the held-out records are read, `texts` are plain files; of each at
+    most `tokens` tokens."""
+
+    corpus: tuple[Path, ...] = ()
+    texts: tuple[Path, ...] = ()
+    twin: Path | None = None
+    tokens: int = 50_000
+    NAME: ClassVar[str] = "language"
+
+    def run(self, subject: Subject, watch: Watch) -> Result:
+        if not self.corpus and not self.texts:
+            raise ValueError("no text; give a JSON-lines file with --corpus or a plain one with --text")
+        twin = read_twin(self.twin, subject.config) if self.twin else None
+        model = Steered(subject, subject.overlay())
+        parts = [(f"{path.name}, held out", held_out(path)) for path in self.corpus]
+        parts += [(f"{path.parent.name}/{path.name}", iter([path.read_text("utf-8")])) for path in self.texts]
+        found = []
+        for name, records in watch(parts, "texts", len(parts)):
+            ids = stream(subject, records, self.tokens + 1, subject.config.n_positions + 1)
+            found.append(_measure(name, subject, model, twin, ids))
+        return LanguageResult(found, subject.config.n_positions)
+
+
+@torch.inference_mode()
+def _measure(name: str, subject: Subject, model: Steered, twin: TransformerTwin | None, ids: Tensor) -> Measured:
+    length = subject.config.n_positions
+    read = (len(ids) - 1) // length * length  # perplexity reads whole rows
+    size = sum(len(subject.tokenizer.token_bytes(token)) for token in ids[1 : read + 1].tolist())
+    return Measured(name, read, size, perplexity(model, ids), perplexity(twin, ids) if twin else None)

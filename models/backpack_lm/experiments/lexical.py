@@ -1,0 +1,147 @@
+"""Lexical similarity (paper, section 4.3): do cosines of sense vectors rank word pairs as people do?
+
+A word gets a leading space; one of several tokens is the mean of their vectors; no pair is dropped.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from backpack_lm.experiments.experiment import Result
+from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.twin import read_twin
+from backpack_lm.lab.watch import Watch
+from backpack_lm.reports.plots import bars
+from backpack_lm.reports.report import Entry, Report, Table, best
+
+Pair = tuple[str, str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """Where a published list of rated pairs lies, and how it is written."""
+
+    name: str
+    file: str
+    delimiter: str
+    column: int
+    header: bool
+
+    def read(self, folder: Path) -> list[Pair]:
+        """Raises ValueError naming the file, and the line that isn't a rated pair."""
+        path = folder / self.file
+        if not path.exists():
+            raise ValueError(
+                f"{path} doesn't exist; --data is the folder that holds {self.file} as it is published"
+            )
+        rows = list(csv.reader(path.read_text("utf-8").splitlines(), delimiter=self.delimiter))
+        pairs = []
+        for number, row in enumerate(rows[self.header :], 1 + self.header):
+            try:
+                pairs.append((row[0].strip(), row[1].strip(), float(row[self.column])))
+            except (IndexError, ValueError):
+                raise ValueError(f"{path}:{number}: {row} is not two words and a rating") from None
+        return pairs
+
+
+DATA_SETS = (
+    DataSet("SimLex-999", "SimLex-999.txt", "\t", 3, header=True),
+    DataSet("SimVerb-3500", "SimVerb-3500.txt", "\t", 3, header=False),
+    DataSet("RG-65", "RG65.csv", ";", 2, header=False),
+    DataSet("WordSim-353", "WS353.csv", ",", 2, header=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LexicalResult:
+    """Spearman's ρ for each data set: of each sense, of their minimum, of the embeddings, of the twin's."""
+
+    pairs: dict[str, int]
+    tokens_per_word: float
+    senses: dict[str, list[float]]
+    minimum: dict[str, float]
+    embedding: dict[str, float]
+    twin: dict[str, float] | None
+
+    def report(self) -> Report:
+        names = list(self.senses)
+        one = best([sum(self.senses[n][s] for n in names) for s in range(len(self.senses[names[0]]))])
+        rows: list[tuple[Entry, ...]] = []
+        if self.twin is not None:
+            rows.append(("Transformer twin, embeddings", *(self.twin[n] for n in names)))
+        rows.append(("embeddings", *(self.embedding[n] for n in names)))
+        rows.append(("minimum over senses", *(self.minimum[n] for n in names)))
+        rows.append((f"sense {one}, the best on all together", *(self.senses[n][one] for n in names)))
+        rows.append(
+            ("best sense of each", *(f"{max(self.senses[n]):.3f} ({best(self.senses[n])})" for n in names))
+        )
+        every: tuple[tuple[Entry, ...], ...] = tuple(
+            (f"sense {s}", *(self.senses[n][s] for n in names)) for s in range(len(self.senses[names[0]]))
+        )
+        labels = [str(s) for s in range(len(every))]
+        return Report(
+            "Lexical similarity",
+            f"Spearman correlation of cosines with people's ratings of {sum(self.pairs.values()):,} word pairs.",
+            (
+                Table("In short", ("vectors", *(f"{n} ({self.pairs[n]})" for n in names)), tuple(rows)),
+                Table("Every sense", ("vectors", *names), every),
+            ),
+            (bars("Spearman's ρ of each sense", labels, self.senses, "ρ"),),
+            (
+                f"A word is {self.tokens_per_word:.2f} tokens on average; of several, the mean of their vectors.",
+                "The best sense is picked on the data that it is scored on, as in the paper's table 3; "
+                "the minimum over senses and the embeddings pick nothing.",
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LexicalSimilarity:
+    """`data` holds the four lists as they are published; `twin` is a Transformer to compare with."""
+
+    data: Path
+    twin: Path | None = None
+    NAME: ClassVar[str] = "lexical"
+
+    def run(self, subject: Subject, watch: Watch) -> Result:
+        lists = {data_set.name: data_set.read(self.data) for data_set in DATA_SETS}
+        twin = read_twin(self.twin, subject.config).embedding if self.twin else None
+        words = sorted({word for pairs in lists.values() for one, two, _ in pairs for word in (one, two)})
+        ids = {word: torch.tensor(subject.word_ids(word)) for word in words}
+        vectors = {w: subject.table.rows[ids[w]].mean(0) for w in watch(words, "words")}  # [k, d] each
+        result = LexicalResult(
+            {name: len(pairs) for name, pairs in lists.items()},
+            sum(map(len, ids.values())) / len(ids),
+            {},
+            {},
+            {},
+            None if twin is None else {},
+        )
+        for name, pairs in lists.items():
+            ratings = [rating for *_, rating in pairs]
+            cosines = _cosines(pairs, vectors)  # [pairs, k]
+            result.senses[name] = [_spearman(ratings, column) for column in cosines.t()]
+            result.minimum[name] = _spearman(ratings, cosines.amin(1))
+            for into, embedding in ((result.embedding, subject.model.embedding), (result.twin, twin)):
+                if into is not None and embedding is not None:
+                    means = {word: embedding[ids[word]].mean(0) for one, two, _ in pairs for word in (one, two)}
+                    into[name] = _spearman(ratings, _cosines(pairs, means))
+        return result
+
+
+def _cosines(pairs: Iterable[Pair], vectors: dict[str, Tensor]) -> Tensor:
+    one, two = zip(*((vectors[one], vectors[two]) for one, two, _ in pairs), strict=True)
+    return torch.nn.functional.cosine_similarity(torch.stack(one), torch.stack(two), dim=-1)
+
+
+def _spearman(ratings: list[float], cosines: Tensor) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(ratings, cosines.numpy()).statistic)

@@ -1,0 +1,124 @@
+"""Take a bias out of words by scaling the one sense that carries it (paper, section 6.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from backpack_lm.lab.contrast import Contrast, Noun, SenseSearch, find_sense
+from backpack_lm.lab.professions import ESTIMATION, EVALUATION
+from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.watch import Journal, Watch
+from backpack_lm.patch import Edit, Limits
+from backpack_lm.reports.report import Report, Table
+
+
+@dataclass(frozen=True, slots=True)
+class DebiasedNoun:
+    """One noun: the scale fitted on the estimation prompts, and bias on the evaluation prompts."""
+
+    noun: str
+    scale: float
+    unmodified: float
+    removed: float
+    fitted: float
+
+
+@dataclass(frozen=True, slots=True)
+class Debiased:
+    """The scales of one sense, and what they do on prompts that they weren't fitted on."""
+
+    one: str
+    other: str
+    sense: int
+    search: SenseSearch
+    nouns: list[DebiasedNoun]
+
+    def mean(self, what: Callable[[DebiasedNoun], float]) -> float:
+        return sum(map(what, self.nouns)) / len(self.nouns)
+
+    @property
+    def unmodified(self) -> float:
+        return self.mean(lambda noun: noun.unmodified)
+
+    @property
+    def removed(self) -> float:
+        return self.mean(lambda noun: noun.removed)
+
+    @property
+    def fitted(self) -> float:
+        return self.mean(lambda noun: noun.fitted)
+
+    def share_removed(self, bias: float) -> float:
+        """How much of the excess over 1 is gone."""
+        return (self.unmodified - bias) / (self.unmodified - 1)
+
+    def edits(self, subject: Subject) -> list[Edit]:
+        """The fitted scales as a patch."""
+        contrast = Contrast.of(subject, self.one, self.other)
+        nouns = ((Noun(subject, n.noun, EVALUATION[:1], contrast), n.scale) for n in self.nouns)
+        return [edit for noun, scale in nouns for edit in noun.scaled(self.sense, scale)]
+
+    def table(self) -> Table:
+        rows = tuple((n.noun, n.scale, n.unmodified, n.removed, n.fitted) for n in self.nouns)
+        return Table("Every noun", ("noun", "scale", "unmodified", "removed", "fitted"), rows, digits=2)
+
+    def report(self) -> Report:
+        return Report(
+            f"“{self.one}” and “{self.other}” after {len(self.nouns)} nouns",
+            f"Sense {self.sense} carries most of the difference. Mean ratio of the two on prompts that nothing "
+            f"was fitted on: {self.unmodified:.2f} unmodified, {self.removed:.2f} with the sense removed, "
+            f"{self.fitted:.2f} with one scale a noun: {self.share_removed(self.fitted):.0%} of the excess over "
+            "1 is gone.",
+            (self.table(), *self.search.report().tables),
+            notes=self.search.report().notes,
+        )
+
+
+def debias(
+    subject: Subject,
+    nouns: Sequence[str],
+    watch: Watch,
+    journal: Journal,
+    one: str = "he",
+    other: str = "she",
+    sense: int | None = None,
+    estimation: Sequence[str] = ESTIMATION,
+    evaluation: Sequence[str] = EVALUATION,
+) -> Debiased:
+    """Fit one scale for each noun that is a single token, on the estimation prompts.
+
+    The sense is found there, too, unless it is given. Raises ValueError if the model knows none of the nouns or
+    has no such sense.
+    """
+    if sense is not None and not 0 <= sense < subject.config.num_senses:
+        raise ValueError(f"sense {sense}; this model's are 0 to {subject.config.num_senses - 1}")
+    contrast = Contrast.of(subject, one, other)
+    search = find_sense(subject, nouns, one, other, estimation, watch)
+    chosen = search.guilty if sense is None else sense
+
+    def fit(word: str) -> dict[str, Any]:
+        scale = fit_scale(Noun(subject, word, estimation, contrast), chosen)
+        judged = Noun(subject, word, evaluation, contrast)
+        biases = [judged.bias(*judged.scaled(chosen, factor)) for factor in (1.0, 0.0, scale)]
+        return dict(zip(("scale", "unmodified", "removed", "fitted"), (scale, *biases), strict=True))
+
+    found = [
+        DebiasedNoun(word, **journal.once(word, lambda word=word: fit(word)))  # type: ignore[misc]
+        for word in watch(search.words, "nouns", len(search.words))
+    ]
+    return Debiased(one, other, chosen, search, found)
+
+
+def fit_scale(noun: Noun, sense: int) -> float:
+    """The factor c that makes bias + |1 − c| least, by Nelder–Mead from 1, within what a patch may scale by."""
+    from scipy.optimize import minimize
+
+    bound = Limits().norm_factor
+
+    def cost(at: Any) -> float:
+        factor = float(at[0])
+        return noun.bias(*noun.scaled(sense, factor)) + abs(1 - factor)
+
+    return float(minimize(cost, [1.0], method="Nelder-Mead", bounds=[(-bound, bound)]).x[0])

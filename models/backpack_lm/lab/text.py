@@ -1,0 +1,58 @@
+"""Ordinary text beside the examples: what a patch should leave as it was, and what it is judged on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backpack_lm.lab.subject import Subject
+from backpack_lm.training.data import Source
+
+HELD_OUT = 0.2  # of a plain file: its end
+
+
+def held_out(path: Path) -> Iterator[str]:
+    """The records of a corpus that training sets aside, or the last fifth of a plain file."""
+    return _part(path, True)
+
+
+def background(path: Path) -> Iterator[str]:
+    """The records of a corpus that may be trained on, or all but the last fifth of a plain file."""
+    return _part(path, False)
+
+
+def _part(path: Path, wanted: bool) -> Iterator[str]:
+    if ".jsonl" in path.suffixes:
+        yield from (text for text, kept in Source(path).records() if kept is wanted)
+        return
+    text = path.read_text("utf-8")
+    cut = text.rfind("\n", 0, int((1 - HELD_OUT) * len(text))) + 1
+    yield text[cut:] if wanted else text[:cut]
+
+
+def stream(subject: Subject, records: Iterable[str], limit: int, least: int) -> Tensor:
+    """Ids [N] of records, each after an end-of-text token, `limit` of them if there are as many.
+
+    Raises ValueError if there are fewer than `least`.
+    """
+    ids: list[int] = []
+    for text in records:
+        if subject.config.eos_token_id is not None:
+            ids.append(subject.config.eos_token_id)
+        # No token is longer than some characters: a book isn't tokenised for its first page.
+        ids += subject.tokenizer.encode(text[: 16 * (limit - len(ids)) + 64])
+        if len(ids) >= limit:
+            break
+    if len(ids) < least:
+        raise ValueError(f"{len(ids)} tokens of text; at least {least} are needed")
+    return torch.tensor(ids[:limit])
+
+
+def rows(subject: Subject, records: Iterable[str], tokens: int, length: int = 128) -> Tensor:
+    """Rows [N, length + 1] of text: inputs and, one further, their targets."""
+    length = min(length, subject.config.n_positions)
+    ids = stream(subject, records, tokens + 1, length + 1)
+    return ids[: (len(ids) - 1) // length * length + 1].unfold(0, length + 1, length)

@@ -1,0 +1,59 @@
+"""The Transformer that a Backpack is compared with, read from a training run or from a GPT-2 folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from backpack_lm.checkpoint import CONFIG, WEIGHTS
+from backpack_lm.config import BackpackConfig
+from backpack_lm.layouts import CheckpointError
+from backpack_lm.model import TransformerTwin
+
+_ALIASES = ("lm_head.weight",)
+
+
+def read_twin(folder: Path, subject: BackpackConfig) -> TransformerTwin:
+    """The twin in `folder`: checkpoint.pt of `backpack train --twin`, or Hugging Face's GPT-2 (config.json and
+    model.safetensors). It must read the subject's vocabulary.
+
+    Raises CheckpointError if it is neither, or has another vocabulary.
+    """
+    try:
+        values, tensors = _from_run(folder) if (folder / "checkpoint.pt").exists() else _from_gpt2(folder)
+        twin = TransformerTwin(BackpackConfig.from_json(values))
+        twin.load_state_dict(tensors)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} is no Transformer to compare with: {error}") from None
+    if twin.config.vocab_size < subject.tokens:
+        raise CheckpointError(
+            f"{folder} has a vocabulary of {twin.config.vocab_size}, the Backpack one of {subject.tokens}; "
+            "a twin is trained on the same tokens"
+        )
+    return twin.eval().requires_grad_(False)
+
+
+def _from_run(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    made_by = json.loads(state["made_by"])
+    if not made_by["twin"]:
+        raise ValueError("it is the run of a Backpack; give the one made with --twin")
+    return made_by["config"], state["model"]
+
+
+def _from_gpt2(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    values = json.loads((folder / CONFIG).read_text("utf-8"))
+    if "num_senses" in values:
+        raise ValueError("it is a Backpack")
+    values = {"scale_attn_by_inverse_layer_idx": False, **values, "num_senses": 1}  # a twin has none; 1 is unused
+    tensors = {
+        "gpt2_model." + name.removeprefix("transformer."): tensor.float()
+        for name, tensor in load_file(folder / WEIGHTS).items()
+        if name not in _ALIASES and not name.endswith((".attn.bias", ".attn.masked_bias"))
+    }
+    return values, tensors

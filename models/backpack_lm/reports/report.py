@@ -1,0 +1,97 @@
+"""A report: a lead, tables, figures and notes, as Markdown, as a page of HTML, or as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+from backpack_lm.reports.page import page
+
+Entry = str | int | float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under named columns. Floats are shown to `digits` places; None is shown as a dash."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+    digits: int = 3
+
+    def shown(self) -> list[list[str]]:
+        return [[_shown(entry, self.digits) for entry in row] for row in self.rows]
+
+    def markdown(self) -> str:
+        head = "| " + " | ".join(self.columns) + " |\n|" + "---|" * len(self.columns)
+        body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.shown()]
+        return "\n".join([f"**{self.title}**", "", head, *body])
+
+    def html(self) -> str:
+        head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
+        body = []
+        for row, shown in zip(self.rows, self.shown(), strict=True):
+            cells = [
+                f"<td class=number>{escape(text)}</td>"
+                if isinstance(entry, int | float)
+                else f"<td>{escape(text)}</td>"
+                for entry, text in zip(row, shown, strict=True)
+            ]
+            body.append(f"<tr>{''.join(cells)}</tr>")
+        return (
+            f"<h2>{escape(self.title)}</h2><div class=scroll><table><thead><tr>{head}</tr></thead>"
+            f"<tbody>{''.join(body)}</tbody></table></div>"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A picture, as SVG (`plots.py`)."""
+
+    title: str
+    svg: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was measured, for people. `lead` says it in a sentence or two; `notes` say how, and what limits it."""
+
+    title: str
+    lead: str
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    notes: tuple[str, ...] = ()
+    made_by: str = field(default="", compare=False)
+
+    def markdown(self) -> str:
+        parts = [f"# {self.title}", self.lead, *(table.markdown() for table in self.tables)]
+        parts += ["\n".join(f"- {note}" for note in self.notes)] if self.notes else []
+        parts += [f"Made by `{self.made_by}`."] if self.made_by else []
+        return "\n\n".join(parts) + "\n"
+
+    def html(self) -> str:
+        figures = [f"<h2>{escape(f.title)}</h2><figure>{_inline(f.svg)}</figure>" for f in self.figures]
+        notes = f"<ul class=notes>{''.join(f'<li>{escape(note)}</li>' for note in self.notes)}</ul>"
+        body = [f"<p class=lead>{escape(self.lead)}</p>", *figures, *(t.html() for t in self.tables)]
+        body += [notes] if self.notes else []
+        body += [f"<footer>Made by <code>{escape(self.made_by)}</code></footer>"] if self.made_by else []
+        return page(self.title, "".join(body))
+
+
+def best(values: Sequence[float]) -> int:
+    """Index of the largest value."""
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def _inline(svg: str) -> str:
+    """An SVG file without its XML head, as HTML takes it."""
+    return svg[svg.index("<svg") :]
+
+
+def _shown(entry: Entry, digits: int) -> str:
+    if entry is None:
+        return "–"
+    if isinstance(entry, float):
+        return f"{entry:.{digits}f}"
+    return str(entry)

@@ -1,0 +1,142 @@
+"""`backpack experiment …`: the paper's experiments on a model folder, as JSON, Markdown and a page of HTML."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from backpack_serving.cli.client import err, exits, out
+from backpack_serving.settings import Settings
+
+if TYPE_CHECKING:
+    from backpack_lm.experiments.experiment import Experiment
+    from backpack_lm.lab.subject import Subject
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="""The experiments of the Backpack paper, on any model folder (`backpack model import` makes one).
+
+    Each writes NAME.json, NAME.md and NAME.html into a folder and prints its tables. The same command gives the
+    same figures.
+    """,
+)
+
+Model = Annotated[Path | None, typer.Option(help="Model folder; the one that is served if none.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+Twin = Annotated[
+    Path | None,
+    typer.Option(help="Transformer to compare with: OUT/twin of `backpack train --twin`, or a GPT-2 folder."),
+]
+Threads = Annotated[int, typer.Option(help="Threads; 0 for torch's choice.", min=0)]
+RESULTS = Path("results")
+
+
+@app.command("lexical")
+def lexical(
+    data: Annotated[
+        Path,
+        typer.Option(help="Folder of SimLex-999.txt, SimVerb-3500.txt, RG65.csv and WS353.csv, as published."),
+    ],
+    model: Model = None,
+    twin: Twin = None,
+    folder: Out = RESULTS,
+    threads: Threads = 0,
+) -> None:
+    """Lexical similarity: which sense ranks word pairs as people do (paper, section 4.3)."""
+    with exits():
+        from backpack_lm.experiments.lexical import LexicalSimilarity
+
+        _run(LexicalSimilarity(data, twin), model, folder, threads)
+
+
+@app.command("language")
+def language(
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(help="JSON-lines file (.xz or not); its held-out records are read. Repeatable."),
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Plain text, such as WikiText-2's test.txt. Repeatable.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens of each text.", min=1)] = 50_000,
+    model: Model = None,
+    twin: Twin = None,
+    folder: Out = RESULTS,
+    threads: Threads = 0,
+) -> None:
+    """Language modelling: perplexity, beside that of the Transformer twin (paper, section 4.2)."""
+    with exits():
+        from backpack_lm.experiments.language import LanguageModelling
+
+        _run(LanguageModelling(tuple(corpus or ()), tuple(text or ()), twin, tokens), model, folder, threads)
+
+
+@app.command("bias")
+def bias(
+    sense: Annotated[
+        int | None, typer.Option(help="Sense to scale; found on the estimation prompts if none.")
+    ] = None,
+    model: Model = None,
+    twin: Twin = None,
+    folder: Out = RESULTS,
+    threads: Threads = 0,
+) -> None:
+    """Gender bias after role nouns: which sense carries it, removing it, fitting it (paper, section 6.1)."""
+    with exits():
+        from backpack_lm.experiments.bias import GenderBias
+
+        _run(GenderBias(twin, sense), model, folder, threads)
+
+
+def _run(experiment: Experiment, model: Path | None, folder: Path, threads: int) -> None:
+    from backpack_lm.experiments.experiment import write
+
+    subject = read_subject(model, threads)
+    with Shown() as watch:
+        result = experiment.run(subject, watch)
+    written = write(experiment, subject, result, folder, command())
+    out.print(Markdown(written.report.markdown()))
+    err.print(f"[dim]{written.json}, {written.markdown}, {written.html}[/]")
+
+
+def read_subject(model: Path | None, threads: int) -> Subject:
+    """The model folder that a command works on; the served one by default."""
+    import torch
+    from backpack_lm.lab.subject import Subject
+
+    if threads:
+        torch.set_num_threads(threads)
+    with err.status("reading the model"):
+        return Subject.read(model or Settings().model)
+
+
+def command() -> str:
+    """What the user typed, for the record."""
+    return shlex.join(["backpack", *sys.argv[1:]])
+
+
+class Shown:
+    """A Watch that shows a progress bar for whatever is being worked on."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=err, transient=True)
+
+    def __call__(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+        return iter(self._progress.track(items, total=total, description=what))
+
+    def __enter__(self) -> Shown:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()

@@ -1,0 +1,77 @@
+"""Lexical similarity: data read as published, numbers equal to a naive recomputation, bad data refused."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from backpack_lm.experiments.lexical import DATA_SETS, LexicalResult, LexicalSimilarity
+from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.watch import unwatched
+from scipy.stats import rankdata
+
+from tests.test_house import ROOT
+
+DATA = Path(os.environ.get("BACKPACK_TEST_DATA", ROOT.parent / "shared" / "data")) / "lexical"
+PAIRS = (("king", "ship", 1.0), ("nurse", "lawyer", 4.5), ("sea", "land", 3.0), ("unheardof", "cook", 2.0))
+
+
+def _write(folder: Path) -> Path:
+    for data_set in DATA_SETS:
+        rows = [["word1", "word2"] + ["x"] * (data_set.column - 2) + ["score"]] if data_set.header else []
+        rows += [[one, two] + ["x"] * (data_set.column - 2) + [str(score)] for one, two, score in PAIRS]
+        (folder / data_set.file).write_text("\n".join(data_set.delimiter.join(row) for row in rows) + "\n")
+    return folder
+
+
+def test_the_numbers_are_those_of_a_naive_computation(subject: Subject, tmp_path: Path) -> None:
+    result = LexicalSimilarity(_write(tmp_path)).run(subject, unwatched)
+    assert isinstance(result, LexicalResult)
+    assert set(result.pairs.values()) == {4}
+    assert len(subject.word_ids("unheardof")) > 1, "the test has a word of several tokens"
+
+    def vector(word: str, sense: int) -> torch.Tensor:
+        return sum(subject.table.rows[i, sense] for i in subject.word_ids(word)) / len(subject.word_ids(word))
+
+    def rank_correlation(scores: list[float]) -> float:
+        return float(np.corrcoef(rankdata(scores), rankdata([score for *_, score in PAIRS]))[0, 1])
+
+    cosines = [
+        [float(torch.cosine_similarity(vector(a, s), vector(b, s), dim=0)) for a, b, _ in PAIRS] for s in range(4)
+    ]
+    for name in result.senses:
+        assert result.senses[name] == pytest.approx([rank_correlation(c) for c in cosines])
+        assert result.minimum[name] == pytest.approx(
+            rank_correlation([min(c) for c in zip(*cosines, strict=True)])
+        )
+
+
+def test_data_that_isnt_there_or_isnt_pairs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"SimLex-999.txt doesn't exist; --data is the folder"):
+        DATA_SETS[0].read(tmp_path)
+    (tmp_path / "RG65.csv").write_text("cord;smile;0.02\nrooster;voyage\n")
+    with pytest.raises(ValueError, match=r"RG65.csv:2: .*'rooster'.* is not two words and a rating"):
+        DATA_SETS[2].read(tmp_path)
+
+
+def test_the_published_lists_are_read_whole() -> None:
+    if not DATA.exists():
+        pytest.skip(f"{DATA} isn't here: the published word lists may not be shipped")
+    assert [len(data_set.read(DATA)) for data_set in DATA_SETS] == [999, 3500, 65, 353]
+
+
+def test_the_report_says_what_was_measured(subject: Subject, tmp_path: Path) -> None:
+    result = LexicalSimilarity(_write(tmp_path)).run(subject, unwatched)
+    assert isinstance(result, LexicalResult)
+    report = result.report()
+    assert "16 word pairs" in report.lead
+    assert f"| minimum over senses | {result.minimum['SimLex-999']:.3f} |" in report.markdown()
+    html = report.html()
+    assert "<svg" in html
+    assert not re.search(r"(src|href)=.?http|@import|url\((?!#)", html), "a page needs no network"
+    assert asdict(result)["twin"] is None
