@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from backpack_lm.patch import Cell, ModelShape, Scale
+from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import Request
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.interventions.sql import SQLStore
 from backpack_serving.interventions.store import MemoryStore, Store
 from backpack_serving.keys import SYSTEM, ApiKey, Principal, Role
+
+from tests.interventions.postgres import Postgres
 
 SHAPE = ModelShape("ab" * 32, vocab_size=50, num_senses=4, width=8, sense_rms=(1.0,) * 4)
 ADMIN = Principal(SYSTEM, "root", frozenset({Role.ADMIN}))
@@ -24,9 +27,43 @@ def releaser(tenant: str) -> Principal:
     return Principal(tenant, "key", frozenset({Role.RELEASER}))
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    store: Store = MemoryStore() if request.param == "memory" else SQLStore.open(f"sqlite:///{tmp_path}/i.db")
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """One PostgreSQL for all tests of a session. Those that kill one start their own."""
+    server = Postgres()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty SQLite database to copy: migrating takes longer than most tests."""
+    path = tmp_path_factory.mktemp("template") / "i.db"
+    open_store(f"sqlite:///{path}").close()
+    return path
+
+
+@pytest.fixture
+def sqlite_url(migrated_file: Path, tmp_path: Path) -> str:
+    return f"sqlite:///{shutil.copy(migrated_file, tmp_path)}"
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres) -> str:
+    return postgres.clean()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest) -> str:
+    """Of a new database of every kind that there is."""
+    return str(request.getfixturevalue(f"{request.param}_url"))
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
+def store(request: pytest.FixtureRequest) -> Iterator[Store]:
+    """A new store of every kind that there is."""
+    memory = request.param == "memory"
+    store: Store = MemoryStore() if memory else open_store(request.getfixturevalue(f"{request.param}_url"))
     yield store
     store.close()
 

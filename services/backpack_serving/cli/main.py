@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from backpack_serving.cli import control, experiment, model, serve, text
+from backpack_serving.cli import control, database, experiment, model, serve, text
 from backpack_serving.cli.run import run
 from backpack_serving.cli.train import train
 
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command(rich_help_panel="Serving")(run)
 app.add_typer(serve.app, name="serve", rich_help_panel="Serving")
 app.command(rich_help_panel="Serving")(model.settings)
+app.add_typer(database.app, name="database", rich_help_panel="Serving")
 for command in (text.generate, text.score, text.explain, text.senses):
     app.command(rich_help_panel="Calling")(command)
 app.add_typer(control.tenant_app, name="tenant", rich_help_panel="Steering")

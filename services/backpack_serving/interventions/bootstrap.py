@@ -10,9 +10,9 @@ from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
 
 from backpack_serving import rpc
+from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.servicer import Bell, services
-from backpack_serving.interventions.sql import SQLStore
 from backpack_serving.interventions.store import Store
 from backpack_serving.keys import ApiKey, Role
 from backpack_serving.metrics import Metrics
@@ -35,7 +35,7 @@ class InterventionService:
 
     async def stop(self) -> None:
         await self.server.stop(self.drain)
-        self.store.close()
+        await asyncio.to_thread(self.store.close)
 
 
 async def start(settings: Settings, metrics: Metrics) -> InterventionService:
@@ -44,18 +44,19 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
     """
     manifest = Manifest.read(settings.model)
     tokenizer = Tokenizer.read(settings.model / "tokenizer.json")
-    store = await asyncio.to_thread(SQLStore.open, settings.database_url)
-    bell = Bell()
-    service = Interventions(store, manifest.shape, on_write=bell.ring)
-    admin = _key(settings.admin_key.get_secret_value(), settings.state / ADMIN_KEY)
-    replica = _key(settings.service_key.get_secret_value(), settings.state / REPLICA_KEY)
-    await asyncio.to_thread(service.bootstrap, admin, [Role.ADMIN])
-    await asyncio.to_thread(service.bootstrap, replica, [Role.REPLICA])
+    store = await asyncio.to_thread(open_store, settings.database_url)
     try:
+        bell = Bell()
+        store.listen(bell.ring)
+        service = Interventions(store, manifest.shape, on_write=bell.ring)
+        admin = _key(settings.admin_key.get_secret_value(), settings.state / ADMIN_KEY)
+        replica = _key(settings.service_key.get_secret_value(), settings.state / REPLICA_KEY)
+        await asyncio.to_thread(service.bootstrap, admin, [Role.ADMIN])
+        await asyncio.to_thread(service.bootstrap, replica, [Role.REPLICA])
         server = await rpc.start(
             services(service, tokenizer, bell), settings.interventions_address, metrics.calls("interventions")
         )
-    except OSError:
+    except BaseException:
         store.close()
         raise
     return InterventionService(server, store, settings.drain)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from backpack_serving.errors import NotFound
-from backpack_serving.interventions.records import Channel, Patch, Revision, Tenant
+from backpack_serving.errors import DataLoss, NotFound
+from backpack_serving.interventions.records import Blob, Channel, Patch, Revision, Tenant
 from backpack_serving.interventions.store import Read
 
 
@@ -23,6 +23,15 @@ def revision(tx: Read, tenant: str, name: str, number: int) -> Revision:
     if found := tx.get(Revision, tenant, name, number):
         return found
     raise NotFound("NO_SUCH_REVISION", f"tenants/{tenant}/patches/{name}/revisions/{number} doesn't exist")
+
+
+def blob(tx: Read, record: Revision) -> Blob:
+    """The bytes of a revision. Raises DataLoss if they aren't what was stored."""
+    found = tx.get(Blob, record.tenant, record.digest)
+    if found is None or not found.intact:
+        what = "are gone" if found is None else "have changed"
+        raise DataLoss("WRONG_DIGEST", f"the bytes of {record.name} {what}: restore the database from a backup")
+    return found
 
 
 def channel(tx: Read, tenant: str, name: str) -> Channel:

@@ -29,7 +29,7 @@ from backpack_serving.interventions.records import (
     visible,
 )
 from backpack_serving.interventions.store import Read, Store, Write
-from backpack_serving.keys import Principal
+from backpack_serving.keys import SYSTEM, Principal
 
 R = TypeVar("R", bound=Tenant | Key | Patch | Revision | Release | Channel)
 
@@ -69,7 +69,7 @@ class Ledger:
         if request.id and (old := self._replay(who, method, request)):
             return old
         try:
-            with self._store.write() as tx:
+            with self._store.write(scope(who)) as tx:
                 if tx.get(Reply, who.name, method, request.id) is not None:
                     raise _Raced
                 record, changed = act(tx, now)
@@ -88,7 +88,7 @@ class Ledger:
         return written
 
     def _replay(self, who: Principal, method: str, request: Request) -> Written[Any] | None:
-        with self._store.read() as tx:
+        with self._store.read(scope(who)) as tx:
             reply = tx.get(Reply, who.name, method, request.id)
             if reply is None:
                 return None
@@ -109,6 +109,21 @@ class Ledger:
                 record = tx.get(kinds[kind], *key)
             assert record is not None, "what was stored stays"
             return Written(record, Position(tx.position.epoch, reply.revision), repeated=True)
+
+
+def scope(who: Principal) -> str | None:
+    """Whose records a principal's transactions see: its tenant's; everybody's, if it operates the service."""
+    return None if who.tenant == SYSTEM else who.tenant
+
+
+def raise_epoch(store: Store, now: datetime) -> Position:
+    """Begin a new epoch, after a restore from a backup: positions of the lost future mean nothing any more, and
+    whoever has one gets everything anew.
+    """
+    with store.write() as tx:
+        tx.raise_epoch()
+        tx.log(Event(0, SYSTEM, f"tenants/{SYSTEM}", "RaiseEpoch", f"tenants/{SYSTEM}", "[]", now))
+        return tx.position
 
 
 class _Raced(Exception):

@@ -1,7 +1,7 @@
 """What the intervention service stores: one frozen record a kind, named by its KEY fields.
 
-Records hold plain values only, so a store needs to know nothing of what they mean. Revisions, releases and
-events never change; channels and keys are replaced whole, and an event tells every replacement.
+Records hold plain values only, so a store needs to know nothing of what they mean. Blobs, revisions, releases and
+events never change; the others are replaced whole, and an event tells every replacement.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
+    """`suspended`: none of its keys is good for anything until it is resumed."""
+
     tenant: str
     created: datetime
+    suspended: bool = False
     KEY: ClassVar = ("tenant",)
 
     @property
@@ -52,10 +55,13 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Patch:
+    """`deleted` is a tombstone: releases keep what they were made of, and the name is never used again."""
+
     tenant: str
     patch: str
     description: str
     created: datetime
+    deleted: bool = False
     KEY: ClassVar = ("tenant", "patch")
 
     @property
@@ -64,15 +70,28 @@ class Patch:
 
 
 @dataclass(frozen=True, slots=True)
+class Blob:
+    """The canonical bytes of a `backpack_lm.patch.Revision`; `digest` is their SHA-256, in hex."""
+
+    tenant: str
+    digest: str
+    data: bytes
+    KEY: ClassVar = ("tenant", "digest")
+
+    @property
+    def intact(self) -> bool:
+        return hashlib.sha256(self.data).hexdigest() == self.digest
+
+
+@dataclass(frozen=True, slots=True)
 class Revision:
-    """`blob` are the canonical bytes of a `backpack_lm.patch.Revision`, `digest` their SHA-256."""
+    """Which blob a patch's revision of this number is."""
 
     tenant: str
     patch: str
     number: int
     digest: str
     fingerprint: str
-    blob: bytes
     created: datetime
     KEY: ClassVar = ("tenant", "patch", "number")
 
@@ -160,8 +179,10 @@ class Reply:
     KEY: ClassVar = ("principal", "method", "request_id")
 
 
-Record = Tenant | Key | Patch | Revision | Release | Channel | Event | Reply
-KINDS: tuple[type[Any], ...] = (Tenant, Key, Patch, Revision, Release, Channel, Event, Reply)
+Record = Tenant | Key | Patch | Blob | Revision | Release | Channel | Event | Reply
+KINDS: tuple[type[Any], ...] = (Tenant, Key, Patch, Blob, Revision, Release, Channel, Event, Reply)
+IMMUTABLE: tuple[type[Any], ...] = (Blob, Revision, Release, Event)
+"""What never changes, and is never removed."""
 
 
 def visible(record: Record) -> dict[str, Any]:

@@ -127,11 +127,11 @@ class PatchServicer(_Caller, grpc_v1.PatchServiceServicer):
         edits = await asyncio.to_thread(read_edits, request.edits, self.tokenizer, self.service.shape.num_senses)
         if request.validate_only:
             draft = await asyncio.to_thread(self.service.draft_revision, who, patch, edits)
-            return pb.CreateRevisionResponse(revision=wire.write_revision(draft, self.tokenizer))
+            return pb.CreateRevisionResponse(revision=wire.write_revision(draft, edits, self.tokenizer))
         again = wire.identify(request, request.request_id)
         written = await asyncio.to_thread(self.service.create_revision, who, patch, edits, again)
         return pb.CreateRevisionResponse(
-            revision=wire.write_revision(written.record, self.tokenizer),
+            revision=wire.write_revision(written.record, edits, self.tokenizer),
             position=wire.write_position(written.position),
         )
 
@@ -139,8 +139,8 @@ class PatchServicer(_Caller, grpc_v1.PatchServiceServicer):
         who = await self.who(context)
         patch, text = wire.parse_name("name", request.name, "patches/{}/revisions/{}", who)
         number = wire.parse_number("name", text)
-        found = await asyncio.to_thread(self.service.revision, who, patch, number)
-        return pb.GetRevisionResponse(revision=wire.write_revision(found, self.tokenizer))
+        found, edits = await asyncio.to_thread(self.service.revision, who, patch, number)
+        return pb.GetRevisionResponse(revision=wire.write_revision(found, edits, self.tokenizer))
 
     async def ListRevisions(
         self, request: pb.ListRevisionsRequest, context: rpc.Context
@@ -150,7 +150,7 @@ class PatchServicer(_Caller, grpc_v1.PatchServiceServicer):
         after, limit = wire.read_page(request.page_size, request.page_token, int)
         found = await asyncio.to_thread(self.service.revisions, who, patch, after, limit)
         return pb.ListRevisionsResponse(
-            revisions=[wire.write_revision(record, None) for record in found],
+            revisions=[wire.write_revision(record) for record in found],
             next_page_token=wire.page_token(found, limit, found[-1].number if found else None),
         )
 

@@ -2,19 +2,20 @@
 
 A store runs one write transaction at a time. A write moves the head (epoch, revision, hash) on by exactly one
 and adds exactly one event, in the same transaction as what it stores; one that raises leaves nothing behind.
+A transaction for one tenant sees and touches that tenant's records alone, whatever it asks for.
 """
 
 from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
-from backpack_serving.interventions.records import KINDS, Event, Position, Record, Reply, key_of
+from backpack_serving.interventions.records import IMMUTABLE, KINDS, Event, Position, Record, Reply, key_of
 
 R = TypeVar("R")
 
@@ -49,19 +50,29 @@ class Write(Read, Protocol):
         """Store a new record. Its key must be free: an AssertionError is our own mistake."""
 
     def replace(self, record: Record) -> None:
-        """Store a record in place of the one with its key. Not for what never changes."""
+        """Store a record in place of the one with its key. What never changes is an AssertionError, too."""
 
     def log(self, event: Event) -> None:
         """Add this write's event; its revision and hash are set here."""
 
     def forget_replies(self, before: datetime) -> None: ...
 
+    def raise_epoch(self) -> None:
+        """Let this write begin a new epoch."""
+
 
 class Store(Protocol):
-    def read(self) -> AbstractContextManager[Read]: ...
+    def read(self, tenant: str | None = None) -> AbstractContextManager[Read]:
+        """See one state of the store: a tenant's records, or everybody's."""
 
-    def write(self) -> AbstractContextManager[Write]:
-        """Committed, and durable, when the block ends; nothing of it is if it raises."""
+    def write(self, tenant: str | None = None) -> AbstractContextManager[Write]:
+        """Committed, and durable, when the block ends; nothing of it is if the block raises.
+
+        Raises Unavailable if that can't be told: the write may have happened then.
+        """
+
+    def listen(self, heard: Callable[[], None]) -> None:
+        """Call `heard`, from any thread, soon after other processes have written. One call may get lost."""
 
     def close(self) -> None: ...
 
@@ -69,11 +80,18 @@ class Store(Protocol):
 class _Tables:
     """Records in dictionaries; the write side works on a copy that a commit puts in place."""
 
-    def __init__(self, position: Position, head: str, tables: dict[type[Any], dict[tuple[Any, ...], Any]]):
-        self.position, self.head, self.tables = position, head, tables
+    def __init__(
+        self,
+        position: Position,
+        head: str,
+        tables: dict[type[Any], dict[tuple[Any, ...], Any]],
+        tenant: str | None = None,
+    ) -> None:
+        self.position, self.head, self.tables, self._tenant = position, head, tables, tenant
 
     def get(self, kind: type[R], *key: Any) -> R | None:
-        return self.tables[kind].get(key)
+        record: R | None = self._seen(kind).get(key)
+        return record
 
     def list(
         self,
@@ -83,8 +101,8 @@ class _Tables:
         limit: int | None = None,
         descending: bool = False,
     ) -> list[R]:
-        size = len(prefix)
-        keys = sorted(key for key in self.tables[kind] if key[:size] == prefix)
+        size, seen = len(prefix), self._seen(kind)
+        keys = sorted(key for key in seen if key[:size] == prefix)
         if after is not None:
             places = [key[size] for key in keys]
             if descending:
@@ -93,10 +111,10 @@ class _Tables:
                 keys = keys[bisect.bisect_right(places, after) :]
         if descending:
             keys.reverse()
-        return [self.tables[kind][key] for key in keys[:limit]]
+        return [seen[key] for key in keys[:limit]]
 
     def find(self, kind: type[R], **equal: Any) -> R | None:
-        for _, record in sorted(self.tables[kind].items()):
+        for _, record in sorted(self._seen(kind).items()):
             if all(getattr(record, name) == value for name, value in equal.items()):
                 found: R = record
                 return found
@@ -104,10 +122,13 @@ class _Tables:
 
     def add(self, record: Record) -> None:
         key = key_of(record)
+        self._check_tenant(record)
         assert key not in self.tables[type(record)], f"{type(record).__name__} {key} is there already"
         self.tables[type(record)][key] = record
 
     def replace(self, record: Record) -> None:
+        self._check_tenant(record)
+        assert type(record) not in IMMUTABLE or key_of(record) not in self.tables[type(record)], "it never changes"
         self.tables[type(record)][key_of(record)] = record
 
     def log(self, event: Event) -> None:
@@ -119,6 +140,22 @@ class _Tables:
         kept = {key: reply for key, reply in self.tables[Reply].items() if reply.created >= before}
         self.tables[Reply] = kept
 
+    def raise_epoch(self) -> None:
+        self.position = replace(self.position, epoch=self.position.epoch + 1)
+
+    def seen_by(self, tenant: str | None) -> _Tables:
+        return _Tables(self.position, self.head, self.tables, tenant)
+
+    def _seen(self, kind: type[Any]) -> dict[tuple[Any, ...], Any]:
+        table = self.tables[kind]
+        if self._tenant is None or not hasattr(kind, "tenant"):
+            return table
+        return {key: record for key, record in table.items() if record.tenant == self._tenant}
+
+    def _check_tenant(self, record: Record) -> None:
+        of = getattr(record, "tenant", self._tenant)
+        assert self._tenant in (None, of), f"a write of {self._tenant} touches {of}"
+
 
 class MemoryStore:
     """A store that forgets everything when its process ends. It passes every test that the others pass."""
@@ -128,17 +165,21 @@ class MemoryStore:
         self._lock = threading.Lock()
 
     @contextmanager
-    def read(self) -> Iterator[Read]:
-        yield self._now
+    def read(self, tenant: str | None = None) -> Iterator[Read]:
+        yield self._now.seen_by(tenant)
 
     @contextmanager
-    def write(self) -> Iterator[Write]:
+    def write(self, tenant: str | None = None) -> Iterator[Write]:
         with self._lock:
             now = self._now
             position = Position(now.position.epoch, now.position.revision + 1)
-            copy = _Tables(position, now.head, {kind: dict(table) for kind, table in now.tables.items()})
+            tables = {kind: dict(table) for kind, table in now.tables.items()}
+            copy = _Tables(position, now.head, tables, tenant)
             yield copy
-            self._now = copy
+            self._now = _Tables(copy.position, copy.head, copy.tables)
+
+    def listen(self, heard: Callable[[], None]) -> None:
+        pass  # nobody else writes to this memory
 
     def close(self) -> None:
         pass

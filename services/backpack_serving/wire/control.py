@@ -147,8 +147,10 @@ def write_patch(record: Patch, latest: int) -> pb.Patch:
     )
 
 
-def write_revision(record: Revision, tokenizer: Tokenizer | None) -> pb.Revision:
-    """A revision, with its edits if a tokenizer is given to spell their words."""
+def write_revision(
+    record: Revision, edits: Sequence[patch.Edit] = (), tokenizer: Tokenizer | None = None
+) -> pb.Revision:
+    """A revision; with its edits if they are given, and a tokenizer to spell their words."""
     message = pb.Revision(
         name=record.name,
         digest=record.digest,
@@ -156,7 +158,6 @@ def write_revision(record: Revision, tokenizer: Tokenizer | None) -> pb.Revision
         create_time=write_time(record.created),
     )
     if tokenizer is not None:
-        edits = patch.Revision.from_bytes(record.blob).edits
         message.edits.extend(write_edit(edit, tokenizer) for edit in edits)
     return message
 

@@ -1,8 +1,8 @@
-"""Alembic's entry point; `sql.migrate` gives it a connection."""
+"""Alembic's entry point; `schema.migrate` gives it a connection."""
 
 from alembic import context
 
-from backpack_serving.interventions.sql import metadata
+from backpack_serving.interventions.tables import metadata
 
 context.configure(connection=context.config.attributes["connection"], target_metadata=metadata)
 with context.begin_transaction():

@@ -1,5 +1,7 @@
 """The first schema."""
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -9,7 +11,7 @@ down_revision = None
 NEVER_CHANGED = ("revisions", "releases", "events")
 
 
-def _table(name: str, key: dict[str, type], **columns: type) -> None:
+def _table(name: str, key: dict[str, sa.types.TypeEngine[Any]], **columns: sa.types.TypeEngine[Any]) -> None:
     op.create_table(
         name,
         *(sa.Column(c, kind, primary_key=True, autoincrement=False) for c, kind in key.items()),
@@ -18,7 +20,9 @@ def _table(name: str, key: dict[str, type], **columns: type) -> None:
 
 
 def upgrade() -> None:
-    text, number, blob, moment = sa.Text, sa.BigInteger, sa.LargeBinary, sa.BigInteger
+    # Pages are told in the order of code points, whatever language the database was made for.
+    text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+    number, blob, moment = sa.BigInteger(), sa.LargeBinary(), sa.BigInteger()
     _table("head", {"id": number}, epoch=number, revision=number, hash=text)
     op.execute("INSERT INTO head (id, epoch, revision, hash) VALUES (1, 1, 0, '')")
     _table("tenants", {"tenant": text}, created=moment)
@@ -29,7 +33,7 @@ def upgrade() -> None:
         salt=blob,
         verifier=blob,
         created=moment,
-        revoked=sa.Boolean,
+        revoked=sa.Boolean(),
     )
     op.create_index("keys_by_id", "keys", ["key"], unique=True)
     _table("patches", {"tenant": text, "patch": text}, description=text, created=moment)
@@ -79,7 +83,20 @@ def upgrade() -> None:
         created=moment,
     )
     op.create_index("replies_by_age", "replies", ["created"])
+    postgres = op.get_bind().dialect.name == "postgresql"
+    if postgres:
+        op.execute(
+            "CREATE FUNCTION backpack_never_change() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            "RAISE EXCEPTION '% never change', TG_TABLE_NAME USING ERRCODE = 'integrity_constraint_violation'; "
+            "END $$"
+        )
     for table in NEVER_CHANGED:
+        if postgres:
+            op.execute(
+                f"CREATE TRIGGER {table}_never_change BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
+                "FOR EACH STATEMENT EXECUTE FUNCTION backpack_never_change()"
+            )
+            continue
         for action in ("UPDATE", "DELETE"):
             op.execute(
                 f"CREATE TRIGGER {table}_no_{action.lower()} BEFORE {action} ON {table} "

@@ -1,0 +1,61 @@
+"""`backpack database …`: what operators do to the database itself, where it is, without a running service."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from backpack_serving.cli.client import exits, out
+from backpack_serving.settings import Settings
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="""Look after the database of the intervention service (`BACKPACK_DATABASE`; SQLite in the state folder).
+
+    On PostgreSQL: make a database, a role that owns it, and a role for the service (CREATE ROLE backpack LOGIN).
+    Then `BACKPACK_DATABASE=postgresql://owner@host/name backpack database migrate --role backpack`, and start the
+    service with the URL of that role. It owns nothing, so it can't lift what keeps tenants apart.
+    """,
+)
+
+
+@app.command()
+def migrate(
+    role: Annotated[str, typer.Option(help="PostgreSQL: the role that the service will use.")] = "",
+) -> None:
+    """Bring the schema up to date. Safe to run again, and by several at once. SQLite does it at every start."""
+    from backpack_serving.interventions import database
+
+    with exits():
+        settings = Settings()
+        with out.status("migrating"):
+            database.migrate(settings.database_url, role)
+        out.print("the schema is up to date" + (f"; {role} may use it" if role else ""))
+
+
+@app.command()
+def verify() -> None:
+    """Check every stored byte that has a digest, and the chain of all audit entries."""
+    from backpack_serving.interventions import database
+
+    with exits():
+        with out.status("reading everything"):
+            found = database.verify(Settings().database_url)
+        out.print(
+            f"intact: {found.revisions} revisions, {found.releases} releases and {found.entries} audit entries, "
+            f"up to revision {found.position.revision} of epoch {found.position.epoch}"
+        )
+
+
+@app.command()
+def restored() -> None:
+    """Begin a new epoch: once after a restore from a backup, before the service is started.
+
+    Gateways and replicas may know of changes that the backup doesn't have. In a new epoch they drop them.
+    """
+    from backpack_serving.interventions import database
+
+    with exits():
+        position = database.raise_epoch(Settings().database_url)
+        out.print(f"epoch {position.epoch} begins at revision {position.revision}")

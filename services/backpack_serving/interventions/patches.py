@@ -1,0 +1,88 @@
+"""The rules of patches and their revisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from backpack_lm import patch
+
+from backpack_serving.errors import AlreadyExists, from_patch_error
+from backpack_serving.interventions import find
+from backpack_serving.interventions.ledger import Request, Written
+from backpack_serving.interventions.records import Blob, Patch, Record, Revision, key_of
+from backpack_serving.interventions.rules import Rules, check_id, check_text
+from backpack_serving.interventions.store import Read, Write
+from backpack_serving.keys import Principal, Role
+
+
+class PatchRules(Rules):
+    """Named patches and their immutable revisions, of the calling tenant."""
+
+    def create_patch(self, who: Principal, name: str, description: str, request: Request) -> Written[Patch]:
+        who.require(Role.AUTHOR)
+        check_id("patch_id", name)
+        check_text("description", description)
+
+        def act(tx: Write, now: datetime) -> tuple[Patch, list[Record]]:
+            made = Patch(who.tenant, name, description, now)
+            if tx.get(Patch, who.tenant, name):
+                raise AlreadyExists("PATCH_EXISTS", f"{made.name} exists already; add a revision to it")
+            tx.add(made)
+            return made, []
+
+        return self._ledger.write(who, "CreatePatch", request, act)
+
+    def patches(self, who: Principal, after: str | None, limit: int) -> list[tuple[Patch, int]]:
+        """Patches with the number of each one's newest revision."""
+        who.require(Role.AUTHOR)
+        with self._read(who) as tx:
+            found = tx.list(Patch, who.tenant, after=after, limit=limit)
+            return [(record, find.latest(tx, record)) for record in found]
+
+    def draft_revision(self, who: Principal, name: str, edits: Sequence[patch.Edit]) -> Revision:
+        """What `create_revision` would store, after all its checks. Stores nothing."""
+        who.require(Role.AUTHOR)
+        blob = self._blob(who, edits)
+        with self._read(who) as tx:
+            return self._revision(tx, name, blob, self._now())
+
+    def create_revision(
+        self, who: Principal, name: str, edits: Sequence[patch.Edit], request: Request
+    ) -> Written[Revision]:
+        who.require(Role.AUTHOR)
+        blob = self._blob(who, edits)
+
+        def act(tx: Write, now: datetime) -> tuple[Revision, list[Record]]:
+            made = self._revision(tx, name, blob, now)
+            if tx.get(Blob, *key_of(blob)) is None:
+                tx.add(blob)
+            tx.add(made)
+            return made, []
+
+        return self._ledger.write(who, "CreateRevision", request, act)
+
+    def revision(self, who: Principal, name: str, number: int) -> tuple[Revision, Sequence[patch.Edit]]:
+        """A revision and its edits, read from bytes that have its digest still."""
+        who.require(Role.AUTHOR)
+        with self._read(who) as tx:
+            record = find.revision(tx, who.tenant, name, number)
+            return record, patch.Revision.from_bytes(find.blob(tx, record).data).edits
+
+    def revisions(self, who: Principal, name: str, after: int | None, limit: int) -> list[Revision]:
+        who.require(Role.AUTHOR)
+        with self._read(who) as tx:
+            find.patch(tx, who.tenant, name)
+            return tx.list(Revision, who.tenant, name, after=after, limit=limit)
+
+    def _blob(self, who: Principal, edits: Sequence[patch.Edit]) -> Blob:
+        made = patch.Revision(self.shape.fingerprint, tuple(edits))
+        try:
+            made.validate(self.shape, self.limits)
+        except patch.PatchError as error:
+            raise from_patch_error(error) from None
+        return Blob(who.tenant, made.digest, made.to_bytes())
+
+    def _revision(self, tx: Read, name: str, blob: Blob, now: datetime) -> Revision:
+        number = find.latest(tx, find.patch(tx, blob.tenant, name)) + 1
+        return Revision(blob.tenant, name, number, blob.digest, self.shape.fingerprint, now)

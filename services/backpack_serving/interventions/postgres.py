@@ -1,0 +1,190 @@
+"""The store on PostgreSQL: for production, and for several processes of the service on one database.
+
+Every transaction says whose records it may see, and row level security holds it to that; `backpack database
+migrate --role` gives the service a role that owns nothing and can't lift it. Reads and watches go to the primary.
+NOTIFY wakes watchers up; they poll as well, so one that is lost costs a second.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import sqlalchemy as sa
+import structlog
+
+from backpack_serving.errors import InvalidRequest, Unavailable
+from backpack_serving.interventions import schema
+from backpack_serving.interventions.records import IMMUTABLE, Reply
+from backpack_serving.interventions.sql import SQLStore
+from backpack_serving.interventions.tables import head, tables
+
+log = structlog.get_logger(__name__)
+
+EVERYBODY = "*"
+"""The value of backpack.tenant under which policies let every tenant's records be seen."""
+
+_MIGRATING = 0x6261636B7061636B
+"""Key of the advisory lock that migrations take."""
+
+# A session never waits for ever: neither for the head row, if its holder was paused, nor for a dead network.
+# Commits wait for the disk even where the database's default is that they don't.
+_SESSION = """
+SELECT set_config('lock_timeout', '10s', false), set_config('statement_timeout', '30s', false),
+       set_config('idle_in_transaction_session_timeout', '60s', false),
+       CASE current_setting('synchronous_commit') WHEN 'off' THEN set_config('synchronous_commit', 'on', false) END
+"""
+_CONNECT = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+    "application_name": "backpack-interventions",
+}
+
+
+class PostgresStore(SQLStore):
+    """A store in a database that other processes of the service may use at the same time."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        super().__init__(engine)
+        self._readers = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        self._closed = threading.Event()
+        self._listener: threading.Thread | None = None
+
+    @classmethod
+    def open(cls, url: sa.URL) -> PostgresStore:
+        """Connect to a migrated database. Raises Unavailable if that fails, it isn't migrated, or it doesn't
+        keep what it acknowledges.
+        """
+        store = cls(_engine(url))
+        try:
+            with store._errors(), store._reading(None) as connection:
+                schema.check(connection)
+                _check_server(connection)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def listen(self, heard: Callable[[], None]) -> None:
+        self._listener = threading.Thread(target=self._hear, args=(heard,), name="listen", daemon=True)
+        self._listener.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._listener:
+            self._listener.join()
+        super().close()
+
+    def _hear(self, heard: Callable[[], None]) -> None:
+        dsn = self.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+        while not self._closed.is_set():
+            try:
+                with psycopg.connect(dsn, autocommit=True, **_CONNECT) as connection:  # type: ignore[arg-type]
+                    connection.execute("LISTEN backpack")
+                    heard()  # of what was written while nobody listened
+                    while not self._closed.is_set():
+                        for _ in connection.notifies(timeout=0.5, stop_after=1):
+                            heard()
+            except psycopg.Error:
+                self._closed.wait(1.0)
+
+    @contextmanager
+    def _reading(self, tenant: str | None) -> Iterator[sa.Connection]:
+        with self._readers.begin() as connection:
+            self._enter(connection, tenant)
+            yield connection
+
+    @contextmanager
+    def _writing(self, tenant: str | None) -> Iterator[sa.Connection]:
+        with self.engine.connect() as connection:
+            yield connection
+
+    def _enter(self, connection: sa.Connection, tenant: str | None) -> None:
+        seen = EVERYBODY if tenant is None else tenant
+        connection.execute(sa.select(sa.func.set_config("backpack.tenant", seen, True)))
+
+    def _commit(self, transaction: sa.RootTransaction) -> None:
+        transaction.connection.execute(sa.select(sa.func.pg_notify("backpack", "")))
+        try:
+            transaction.commit()
+        except sa.exc.DBAPIError as error:
+            raise Unavailable(
+                "OUTCOME_UNKNOWN",
+                f"the database was lost while it committed ({error.orig}): the write may have happened. Repeat it "
+                "with the same request_id, or look",
+                retry_after=1.0,
+            ) from error
+
+
+def migrate(url: sa.URL, role: str = "") -> None:
+    """Bring the schema up to date, as a role that may create tables; then let `role` use it, if one is given.
+
+    Several processes may do this at once. Raises Unavailable if the database can't be used, InvalidRequest if
+    there is no such role.
+    """
+    engine = _engine(url)
+    try:
+        with engine.begin() as connection:
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATING)))
+            connection.execute(sa.select(sa.func.set_config("backpack.tenant", EVERYBODY, True)))
+            schema.migrate(connection)
+            if role:
+                _grant(connection, role)
+    except sa.exc.DBAPIError as error:
+        raise Unavailable("DATABASE", f"the database can't be migrated: {error.orig}") from None
+    finally:
+        engine.dispose()
+
+
+def _grant(connection: sa.Connection, role: str) -> None:
+    if connection.scalar(sa.text("SELECT 1 FROM pg_roles WHERE rolname = :role"), {"role": role}) is None:
+        raise InvalidRequest.at("role", "NO_SUCH_ROLE", f"{role!r}; make it first: CREATE ROLE {role} LOGIN")
+    quoted = connection.dialect.identifier_preparer.quote(role)
+    space = connection.dialect.identifier_preparer.quote(connection.scalar(sa.text("SELECT current_schema()")))
+    connection.exec_driver_sql(f"GRANT USAGE ON SCHEMA {space} TO {quoted}")
+    connection.exec_driver_sql(f"GRANT SELECT ON alembic_version TO {quoted}")
+    connection.exec_driver_sql(f"GRANT SELECT, UPDATE ON {head.name} TO {quoted}")
+    for kind, table in tables.items():
+        rights = "SELECT, INSERT"
+        if kind not in IMMUTABLE:
+            rights += ", UPDATE, DELETE" if kind is Reply else ", UPDATE"
+        connection.exec_driver_sql(f"GRANT {rights} ON {table.name} TO {quoted}")
+
+
+def _engine(url: sa.URL) -> sa.Engine:
+    engine = sa.create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        pool_size=8,
+        max_overflow=0,
+        pool_timeout=10,
+        pool_pre_ping=True,  # connections of a database that was restarted are replaced, not used
+        connect_args=_CONNECT,
+    )
+    sa.event.listen(engine, "connect", _configure)
+    return engine
+
+
+def _configure(connection: Any, _: object) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(_SESSION)
+    connection.commit()
+
+
+def _check_server(connection: sa.Connection) -> None:
+    for name in ("fsync", "full_page_writes"):
+        if connection.scalar(sa.select(sa.func.current_setting(name))) == "off":
+            raise Unavailable(
+                "NOT_DURABLE", f"the database runs with {name}=off: what it acknowledges may be lost; turn it on"
+            )
+    above = sa.text("SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = current_user")
+    if connection.scalar(above):
+        log.warning(
+            "the database role is above row level security; use one that isn't: backpack database migrate --role",
+            role=connection.scalar(sa.text("SELECT current_user")),
+        )

@@ -1,0 +1,64 @@
+"""What all rules of the intervention service share: the store, the ledger, the model, and how names look."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+
+from backpack_lm.patch import Limits, ModelShape
+
+from backpack_serving.errors import InvalidRequest, PreconditionFailed
+from backpack_serving.interventions.ledger import Ledger, scope
+from backpack_serving.interventions.records import Revision
+from backpack_serving.interventions.store import Read, Store
+from backpack_serving.keys import Principal
+
+LIVE = "live"
+"""The channel that every tenant has, and that a request gets which names none."""
+
+LONGEST_TEXT = 4096
+
+_ID = re.compile(r"[a-z][a-z0-9-]{0,62}")
+
+
+class Rules:
+    """The rules for one model, on one store. `on_write` is called after each commit."""
+
+    def __init__(
+        self,
+        store: Store,
+        shape: ModelShape,
+        limits: Limits = Limits(),
+        on_write: Callable[[], None] = lambda: None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.shape, self.limits = shape, limits
+        self._store, self._now = store, now
+        self._ledger = Ledger(store, on_write, now)
+
+    def _read(self, who: Principal) -> AbstractContextManager[Read]:
+        """What this principal may see of the store."""
+        return self._store.read(scope(who))
+
+    def _check_model(self, record: Revision) -> None:
+        if record.fingerprint != self.shape.fingerprint:
+            raise PreconditionFailed(
+                "WRONG_MODEL",
+                f"{record.name} was made for model {record.fingerprint[:12]}…, this is "
+                f"{self.shape.fingerprint[:12]}…; create the revision again for this model",
+            )
+
+
+def check_id(field: str, value: str) -> None:
+    if not _ID.fullmatch(value):
+        raise InvalidRequest.at(field, "BAD_NAME", f"{value!r}; 1 to 63 of a-z, 0-9 and -, starting with a letter")
+
+
+def check_text(field: str, value: str) -> None:
+    """Text that people write. NUL has no place in a database's text."""
+    if len(value) > LONGEST_TEXT:
+        raise InvalidRequest.at(field, "TOO_LONG", f"{len(value)} characters, at most {LONGEST_TEXT}")
+    if "\0" in value:
+        raise InvalidRequest.at(field, "BAD_CHARACTER", f"a NUL at character {value.index(chr(0))}; leave it out")

@@ -1,0 +1,133 @@
+"""The store on SQLite: the embedded default, for one process.
+
+WAL with synchronous=FULL (NORMAL loses acknowledged commits in a power cut), on one connection (SQLite up to
+3.51.2 can damage a WAL when two reset it), with a file lock that keeps a second service away. Checkpoints are made
+here and not by SQLite, which keeps their errors to itself: a kernel reports a failed fsync once, and forgets it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pysqlite3
+import sqlalchemy as sa
+from sqlalchemy.pool import StaticPool
+
+from backpack_serving.errors import Unavailable
+from backpack_serving.interventions import schema
+from backpack_serving.interventions.sql import SQLStore
+
+CHECKPOINT_WRITES = 200
+"""Writes after which the write-ahead log is copied into the database file."""
+
+
+class SQLiteStore(SQLStore):
+    """A store in a file. A commit or a checkpoint that fails stops it until the service has been started again:
+    what is on disk is unknown then, and a second fsync could say yes and mean nothing.
+    """
+
+    def __init__(self, engine: sa.Engine, lock: IO[str]) -> None:
+        super().__init__(engine)
+        self._file_lock, self._lock = lock, threading.RLock()
+        self._failed, self._since_checkpoint = "", 0
+
+    @classmethod
+    def open(cls, url: sa.URL, wait: float = 0.0) -> SQLiteStore:
+        """Open and migrate a database, waiting at most `wait` seconds for another process that has it.
+
+        Raises Unavailable if another one still has it, or it can't be used.
+        """
+        path = Path(url.database or "")
+        if not path.name:
+            raise Unavailable("DATABASE", f"{url}: name a file, sqlite:///PATH")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _take(path.with_suffix(".lock"), wait)
+        if lock is None:
+            raise Unavailable("LOCKED", f"another service is using {path}; stop it first")
+        engine = sa.create_engine(
+            url, module=pysqlite3.dbapi2, poolclass=StaticPool, connect_args={"check_same_thread": False}
+        )
+        sa.event.listen(engine, "connect", _configure)
+        sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+        try:
+            with engine.begin() as connection:
+                schema.migrate(connection)
+        except (sa.exc.DBAPIError, Unavailable) as error:
+            engine.dispose()
+            lock.close()
+            raise Unavailable("DATABASE", f"{path} can't be used: {getattr(error, 'orig', error)}") from None
+        return cls(engine, lock)
+
+    def close(self) -> None:
+        super().close()
+        self._file_lock.close()
+
+    @contextmanager
+    def _reading(self, tenant: str | None) -> Iterator[sa.Connection]:
+        with self._lock:
+            self._check()
+            with self.engine.begin() as connection:
+                yield connection
+
+    @contextmanager
+    def _writing(self, tenant: str | None) -> Iterator[sa.Connection]:
+        with self._lock:
+            self._check()
+            with self.engine.connect() as connection:
+                yield connection
+                self._since_checkpoint += 1
+                if self._since_checkpoint >= CHECKPOINT_WRITES:
+                    self._checkpoint(connection)
+
+    def _commit(self, transaction: sa.RootTransaction) -> None:
+        try:
+            transaction.commit()
+        except sa.exc.DBAPIError as error:
+            self._stop(f"a commit failed: {error.orig}")
+
+    def _checkpoint(self, connection: sa.Connection) -> None:
+        driver: Any = connection.connection.driver_connection
+        try:
+            driver.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        except Exception as error:  # of the driver: there is no statement of SQLAlchemy's to wrap it
+            self._stop(f"a checkpoint failed: {error}")
+        self._since_checkpoint = 0
+
+    def _stop(self, why: str) -> None:
+        self._failed = why
+        self._check()
+
+    def _check(self) -> None:
+        if self._failed:
+            raise Unavailable(
+                "STORE_FAILED",
+                f"{self._failed}. What is on disk is unknown until the service is started again; whether the "
+                "write in question was stored will show then",
+            )
+
+
+def _take(path: Path, wait: float) -> IO[str] | None:
+    lock = path.open("w")
+    until = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() >= until:
+                lock.close()
+                return None
+            time.sleep(0.05)
+        else:
+            return lock
+
+
+def _configure(connection: Any, _: object) -> None:
+    connection.isolation_level = None  # SQLAlchemy begins transactions, not the driver
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")

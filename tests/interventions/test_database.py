@@ -1,0 +1,350 @@
+"""What only a database can promise: migrations, triggers, rights, one owner, and a server that comes back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from backpack_serving.cli.main import app
+from backpack_serving.errors import DataLoss, InvalidRequest, Unavailable
+from backpack_serving.interventions import database
+from backpack_serving.interventions.database import open_store
+from backpack_serving.interventions.ledger import Request
+from backpack_serving.interventions.postgres import PostgresStore
+from backpack_serving.interventions.records import Patch
+from backpack_serving.interventions.service import LIVE, Interventions
+from backpack_serving.interventions.sql import SQLStore
+from backpack_serving.interventions.sqlite import SQLiteStore
+from backpack_serving.interventions.store import Store
+from backpack_serving.interventions.tables import metadata
+from backpack_serving.keys import SYSTEM
+from typer.testing import CliRunner
+
+from tests.interventions.conftest import ADMIN, HALVE, REPLICA, SHAPE, releaser
+from tests.interventions.postgres import ROLE, Postgres
+
+
+def fill(store: Store) -> Interventions:
+    """A tenant with a patch, a revision, a release, and that release live: five writes."""
+    service = Interventions(store, SHAPE)
+    service.create_tenant(ADMIN, "acme", Request())
+    acme = releaser("acme")
+    service.create_patch(acme, "p", "", Request())
+    service.create_revision(acme, "p", [HALVE], Request())
+    service.create_release(acme, [("p", 1)], "", Request())
+    service.activate(acme, LIVE, 1, service.channel(acme, LIVE).etag, Request())
+    return service
+
+
+@contextmanager
+def unguarded(store: SQLStore, postgres: Postgres) -> Iterator[sa.Connection]:
+    """A transaction that schema and rights don't stop: somebody who has the disk, or is the superuser."""
+    if isinstance(store, SQLiteStore):
+        with store.engine.begin() as connection:
+            for name in connection.scalars(sa.text("SELECT name FROM sqlite_master WHERE type = 'trigger'")).all():
+                connection.execute(sa.text(f"DROP TRIGGER {name}"))
+            yield connection
+    else:
+        engine = sa.create_engine(store.engine.url.set(username="postgres"))
+        with engine.begin() as connection:
+            connection.execute(sa.text("SET session_replication_role = replica"))
+            yield connection
+        engine.dispose()
+
+
+def test_what_was_written_is_there_after_a_restart(url: str) -> None:
+    store = open_store(url)
+    before = fill(store).snapshot()
+    store.close()
+    again = open_store(url)
+    service = Interventions(again, SHAPE)
+    assert service.snapshot() == before
+    assert service.verify_chain(ADMIN) == (5, None)
+    again.close()
+
+
+def test_the_migrated_schema_is_the_one_in_the_code(url: str) -> None:
+    store = open_store(url)
+    with store.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    store.close()
+
+
+def test_migrating_again_and_by_several_at_once_changes_nothing(postgres: Postgres, tmp_path: Path) -> None:
+    for url in (f"sqlite:///{tmp_path}/new/i.db", postgres.empty()):
+        failures: list[BaseException] = []
+
+        def migrate(url: str = url, failures: list[BaseException] = failures) -> None:
+            try:
+                database.migrate(url)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=migrate) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        store = open_store(url)
+        service = fill(store)
+        store.close()
+        database.migrate(url)
+        store = open_store(url)
+        service = Interventions(store, SHAPE)
+        assert service.verify_chain(ADMIN) == (5, None)
+        store.close()
+
+
+def test_revisions_of_the_first_schema_keep_their_bytes(postgres: Postgres, tmp_path: Path) -> None:
+    """0002 moves them to a table of their own; two revisions with one digest share them from there on."""
+    for url in (f"sqlite:///{tmp_path}/i.db", postgres.empty()):
+        engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+        with engine.begin() as connection:
+            _upgrade(connection, "0001")
+            insert = "INSERT INTO revisions VALUES ('acme', :patch, :number, :digest, 'f', :blob, 0)"
+            for patch, number, digest in (("p", 1, "a"), ("p", 2, "b"), ("q", 1, "a")):
+                values = {"patch": patch, "number": number, "digest": digest, "blob": digest.encode()}
+                connection.execute(sa.text(insert), values)
+        engine.dispose()
+        database.migrate(url)
+        engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+        with engine.begin() as connection:
+            if "postgres" in url:
+                connection.execute(sa.text("SELECT set_config('backpack.tenant', '*', true)"))
+            found = connection.execute(sa.text("SELECT tenant, digest, data FROM blobs ORDER BY digest")).all()
+            assert [(t, d, bytes(b)) for t, d, b in found] == [("acme", "a", b"a"), ("acme", "b", b"b")]
+        engine.dispose()
+
+
+def _upgrade(connection: sa.Connection, to: str) -> None:
+    from alembic import command
+    from backpack_serving.interventions import schema
+
+    config = schema._config()
+    config.attributes["connection"] = connection
+    command.upgrade(config, to)
+
+
+def test_a_database_that_was_not_migrated_or_by_a_newer_version_is_refused(postgres: Postgres) -> None:
+    url = postgres.empty()
+    with pytest.raises(Unavailable, match="backpack database migrate"):
+        open_store(url)
+    database.migrate(url)
+    postgres.sql("UPDATE alembic_version SET version_num = '9999'", sa.make_url(url).database or "")
+    for use in (open_store, database.migrate):
+        with pytest.raises(Unavailable, match="9999, which this version doesn't know"):
+            use(url)
+
+
+IMMUTABLE = ("blobs", "revisions", "releases", "events")
+
+
+@pytest.mark.parametrize("table", IMMUTABLE)
+def test_p5_what_never_changes_is_kept_by_the_schema_too(url: str, table: str) -> None:
+    """By triggers, even against the owner; the service's role lacks the right anyway."""
+    changes = [f"UPDATE {table} SET tenant = tenant", f"DELETE FROM {table}"]
+    with closing(open_store(url)) as store:
+        fill(store)
+        if isinstance(store, SQLiteStore):
+            for change in changes:
+                _refused(store.engine, change, sa.exc.IntegrityError, "never change")
+        else:
+            above = sa.create_engine(store.engine.url.set(username="postgres"))
+            for change in [*changes, f"TRUNCATE {table}"]:
+                _refused(store.engine, change, sa.exc.ProgrammingError, "permission denied")
+                _refused(above, change, sa.exc.IntegrityError, "never change")
+            above.dispose()
+        assert Interventions(store, SHAPE).verify_chain(ADMIN) == (5, None)
+
+
+def _refused(engine: sa.Engine, statement: str, kind: type[Exception], says: str) -> None:
+    with pytest.raises(kind, match=says), engine.begin() as connection:
+        connection.execute(sa.text(statement))
+
+
+def test_p5_bytes_that_changed_are_told_and_never_given_out(url: str, postgres: Postgres) -> None:
+    store = open_store(url)
+    service = fill(store)
+    acme = releaser("acme")
+    digest = service.channel(acme, LIVE).digest
+    assert service.fetch_release(REPLICA, "acme", digest)
+    with unguarded(store, postgres) as connection:
+        data = bytes(connection.scalars(sa.text("SELECT data FROM blobs")).one())
+        flipped = data[:-1] + bytes([data[-1] ^ 1])
+        connection.execute(sa.text("UPDATE blobs SET data = :data"), {"data": flipped})
+    for read in (lambda: service.fetch_release(REPLICA, "acme", digest), lambda: service.revision(acme, "p", 1)):
+        with pytest.raises(DataLoss, match="restore the database"):
+            read()
+    store.close()
+    with pytest.raises(DataLoss, match="p/revisions/1 have changed"):
+        database.verify(url)
+
+
+def test_p5_a_release_that_became_another_is_told(url: str, postgres: Postgres) -> None:
+    store = open_store(url)
+    service = fill(store)
+    digest = service.channel(releaser("acme"), LIVE).digest
+    with unguarded(store, postgres) as connection:
+        connection.execute(sa.text("UPDATE releases SET revisions = '[]' WHERE number = 1"))
+    with pytest.raises(DataLoss, match="it was made as"):
+        service.fetch_release(REPLICA, "acme", digest)
+    store.close()
+    with pytest.raises(DataLoss, match="it was made as"):
+        database.verify(url)
+
+
+def test_verify_and_a_new_epoch_after_a_restore(url: str) -> None:
+    store = open_store(url)
+    Interventions(store, SHAPE).create_tenant(ADMIN, SYSTEM, Request())
+    fill(store)
+    store.close()
+    found = database.verify(url)
+    assert (found.entries, found.revisions, found.releases) == (6, 1, 3)
+    assert database.raise_epoch(url).epoch == 2
+    after = database.verify(url).position
+    assert (after.epoch, after.revision) == (2, 7)
+
+
+def test_a_role_of_the_service_sees_one_tenant_at_a_time(postgres: Postgres, postgres_url: str) -> None:
+    """Row level security, under every query: without a tenant there is nothing, with one there is its own."""
+    store = open_store(postgres_url)
+    fill(store)
+    with store.write() as tx:
+        tx.add(Patch("other", "mine", "", tx.list(Patch)[0].created))
+        tx.log(_event(tx))
+    count = sa.text("SELECT tenant FROM patches")
+    with store.engine.begin() as connection:
+        assert connection.scalars(count).all() == []
+        for tenant in ("acme", "other", "nobody"):
+            connection.execute(sa.text("SELECT set_config('backpack.tenant', :t, true)"), {"t": tenant})
+            assert connection.scalars(count).all() == ([] if tenant == "nobody" else [tenant])
+    insert = sa.text("INSERT INTO patches SELECT 'acme', 'forged', '', 0, false")
+    with pytest.raises(sa.exc.ProgrammingError, match="row-level security"), store.engine.begin() as connection:
+        connection.execute(sa.text("SELECT set_config('backpack.tenant', 'other', true)"))
+        connection.execute(insert)
+    for lift in ("ALTER TABLE patches DISABLE ROW LEVEL SECURITY", "DROP TRIGGER events_never_change ON events"):
+        with pytest.raises(sa.exc.ProgrammingError, match="must be owner"), store.engine.begin() as connection:
+            connection.execute(sa.text(lift))
+    store.close()
+
+
+def _event(tx):  # type: ignore[no-untyped-def]
+    from backpack_serving.interventions.records import Event
+
+    return tx.list(Event)[0]
+
+
+def test_a_second_service_on_the_same_file_is_refused(sqlite_url: str) -> None:
+    store = open_store(sqlite_url)
+    with pytest.raises(Unavailable, match="another service"):
+        open_store(sqlite_url)
+    with pytest.raises(Unavailable, match="another service"):
+        database.migrate(sqlite_url, wait=0.1)
+    store.close()
+
+
+def test_two_services_share_a_postgres_and_wake_each_other(postgres_url: str) -> None:
+    one, two = open_store(postgres_url), open_store(postgres_url)
+    woken = threading.Event()
+    two.listen(woken.set)
+    assert woken.wait(30), "it looks once when it begins to listen"
+    woken.clear()
+    fill(one)
+    assert woken.wait(30)
+    assert Interventions(two, SHAPE).verify_chain(ADMIN) == (5, None)
+    one.close()
+    two.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("mysql://u:secret@h/d", "sqlite:///PATH or postgresql://"),
+        ("nonsense", "sqlite:///PATH or postgresql://"),
+        ("sqlite://", "name a file"),
+        ("postgresql://nobody@/d?host=/nowhere", "the database failed"),
+    ],
+)
+def test_a_database_that_can_not_be_used_is_told(url: str, says: str) -> None:
+    with pytest.raises(Unavailable) as refused:
+        open_store(url)
+    assert says in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "i.db").write_text("this is not a database" * 100)
+    with pytest.raises(Unavailable, match="can't be used"):
+        open_store(f"sqlite:///{tmp_path}/i.db")
+
+
+def test_roles_are_checked(postgres: Postgres, sqlite_url: str) -> None:
+    with pytest.raises(InvalidRequest, match="CREATE ROLE ghost"):
+        database.migrate(postgres.owner_url, "ghost")
+    with pytest.raises(InvalidRequest, match="no roles"):
+        database.migrate(sqlite_url, ROLE)
+
+
+def test_a_postgres_that_does_not_keep_its_word_is_refused(postgres: Postgres, postgres_url: str) -> None:
+    postgres.sql("ALTER SYSTEM SET fsync = off")
+    postgres.sql("SELECT pg_reload_conf()")
+    try:
+        with pytest.raises(Unavailable, match="fsync=off"):
+            for _ in range(100):  # a reload takes a moment
+                open_store(postgres_url).close()
+                time.sleep(0.1)
+    finally:
+        postgres.sql("ALTER SYSTEM RESET fsync")
+        postgres.sql("SELECT pg_reload_conf()")
+
+
+def test_commits_wait_for_the_disk_whatever_the_default_is(postgres: Postgres, postgres_url: str) -> None:
+    name = sa.make_url(postgres_url).database
+    postgres.sql(f"ALTER DATABASE {name} SET synchronous_commit = off")
+    store = open_store(postgres_url)
+    with store.engine.connect() as connection:
+        assert connection.scalar(sa.text("SHOW synchronous_commit")) == "on"
+    store.close()
+    postgres.sql(f"ALTER DATABASE {name} RESET synchronous_commit")
+
+
+def test_a_lost_database_is_unavailable_until_it_is_back(postgres: Postgres) -> None:
+    store = open_store(postgres.migrated())
+    assert isinstance(store, PostgresStore)
+    service = fill(store)
+    postgres.kill()
+    try:
+        _is_unavailable(service)
+    finally:
+        postgres.start()
+    service.create_tenant(ADMIN, "late", Request())
+    assert service.verify_chain(ADMIN) == (6, None)
+    store.close()
+
+
+def _is_unavailable(service: Interventions) -> None:
+    for use in (service.snapshot, lambda: service.create_tenant(ADMIN, "late", Request())):
+        with pytest.raises(Unavailable) as lost:
+            use()
+        assert lost.value.retry_after == 1.0
+
+
+def test_the_commands(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BACKPACK_DATABASE", sqlite_url)
+    for words, says in (
+        ("migrate", "up to date"),
+        ("verify", "intact: 0 revisions"),
+        ("restored", "epoch 2 begins at revision 1"),
+        ("migrate --role x", "SQLite has no roles"),
+    ):
+        done = CliRunner().invoke(app, ["database", *words.split()])
+        assert says in " ".join(done.output.split())
+        assert done.exit_code == ("role" in words)
