@@ -1,0 +1,1 @@
+"""How gateways and replicas stay in step with the intervention service: one state machine for each end."""
