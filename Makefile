@@ -6,9 +6,10 @@ BIN := .venv/bin
 ifeq ($(shell unshare -n true 2>/dev/null && echo yes),yes)
 ALONE := unshare -n sh -c 'ip link set lo up && exec "$$@"' alone
 endif
+COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c requirements.lock
 
-.PHONY: help run test test-long bench lint format protos lock clean
+.PHONY: help run test test-long up down bench lint format protos lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +22,15 @@ test: .venv/.dev ## All tests that take less than a quarter of an hour, types an
 
 test-long: .venv/.dev ## The slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+up: ## Everything in containers, with docker compose: images, secrets in var/secrets, PostgreSQL, Prometheus, Grafana
+	$(COMPOSE) --profile setup build
+	@mkdir -p var/secrets
+	$(COMPOSE) run --rm --user "$$(id -u):$$(id -g)" secrets
+	$(COMPOSE) up --detach --wait
+
+down: ## Stop the containers; their volumes and secrets stay
+	$(COMPOSE) down
 
 bench: .venv/.dev ## Measure, side by side; results go to tests/bench/results
 	$(BIN)/python -m tests.bench.engine
@@ -47,7 +57,7 @@ clean: ## Remove the environment and what running has left behind
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "Python's venv is missing: apt install python3-venv"; exit 1; }
 
 .venv/.run: .venv/bin/python pyproject.toml requirements.lock
-	$(PIP) -e .
+	$(PIP) -e '.[engine]'
 	@touch $@
 
 .venv/.dev: .venv/.run

@@ -1,4 +1,5 @@
-"""The one table of settings. Every one is an environment variable BACKPACK_<NAME>, or a line of `.env`.
+"""The one table of settings. Every one is an environment variable BACKPACK_<NAME>, or a line of `.env`, or a file
+/run/secrets/backpack_<name>, where container engines mount secrets.
 
 The only file that reads the environment. `backpack settings` prints this table with what holds now.
 """
@@ -12,6 +13,8 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+SECRETS = Path("/run/secrets")
+
 
 def default_model() -> Path:
     """The model that comes with the project: in the wheel beside the code, in a checkout under models/."""
@@ -24,7 +27,13 @@ def default_model() -> Path:
 class Settings(BaseSettings):
     """What an operator may choose."""
 
-    model_config = SettingsConfigDict(env_prefix="BACKPACK_", env_file=".env", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="BACKPACK_",
+        env_file=".env",
+        secrets_dir=SECRETS if SECRETS.is_dir() else None,
+        frozen=True,
+        extra="ignore",
+    )
 
     state: Path = Field(Path("var"), description="Folder of the database, keys and caches.")
     model: Path = Field(default_factory=default_model, description="Folder of the model to serve.")

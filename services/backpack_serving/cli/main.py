@@ -5,7 +5,9 @@ from __future__ import annotations
 import typer
 
 from backpack_serving.cli import control, database, experiment, model, serve, text
+from backpack_serving.cli.health import health
 from backpack_serving.cli.run import run
+from backpack_serving.cli.secrets import write
 from backpack_serving.cli.train import train
 
 app = typer.Typer(
@@ -21,6 +23,8 @@ app = typer.Typer(
 app.command(rich_help_panel="Serving")(run)
 app.add_typer(serve.app, name="serve", rich_help_panel="Serving")
 app.command(rich_help_panel="Serving")(model.settings)
+app.command(rich_help_panel="Serving")(health)
+app.command("secrets", rich_help_panel="Serving")(write)
 app.add_typer(database.app, name="database", rich_help_panel="Serving")
 for command in (text.generate, text.score, text.explain, text.senses):
     app.command(rich_help_panel="Calling")(command)

@@ -45,7 +45,7 @@ def directory() -> None:
 
 @app.command()
 def inference() -> None:
-    """A replica, where there is no Ray. On a cluster, Ray Serve runs `backpack_serving.inference.app:build`."""
+    """A replica, where there is no Ray. Under Ray Serve, deploy/ray/serve.yaml takes its place."""
     from backpack_serving import rpc
     from backpack_serving.inference import replica
 

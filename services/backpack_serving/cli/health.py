@@ -1,0 +1,35 @@
+"""`backpack health`: the probe that containers and operators ask with."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from backpack_serving.cli.client import out
+from backpack_serving.errors import ServiceError
+from backpack_serving.rpc import probe
+from backpack_serving.settings import Settings
+
+
+def health(
+    address: Annotated[str, typer.Argument(help="host:port of any server of ours.")],
+    service: Annotated[str, typer.Option(help="One service of it, such as backpack.v1.InferenceService.")] = "",
+    replicas: Annotated[
+        int, typer.Option(min=0, help="The server is a directory: at least so many replicas must take requests.")
+    ] = 0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the answer.")] = 5.0,
+) -> None:
+    """Ask a server whether it serves (grpc.health.v1). Exit status 0: it does; 1: it doesn't, or didn't answer."""
+    try:
+        if replicas:
+            count = probe.replicas(address, Settings().directory_metadata, timeout)
+            healthy, said = count >= replicas, f"replicas that take requests: {count}"
+        else:
+            said = probe.health(address, service, timeout)
+            healthy = said == "SERVING"
+    except ServiceError as error:
+        healthy, said = False, f"{error.code} {error.message}"
+    out.print(f"{address} {said}", markup=False)
+    if not healthy:
+        raise typer.Exit(1)

@@ -1,0 +1,57 @@
+"""`backpack secrets`: the keys and passwords that the parts of a deployment know each other by."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from backpack_serving.cli.client import exits, out
+from backpack_serving.keys import ApiKey
+
+DATABASE = "postgres:5432/backpack"
+"""Where docker-compose.yml has the database."""
+
+OWNER, SERVICE = "backpack_owner", "backpack"
+"""Roles of the database: who owns the schema and migrates it, and who the intervention service is."""
+
+
+def make() -> dict[str, str]:
+    """New secrets by name. Those that begin with `backpack_` are settings, read in /run/secrets."""
+    owner, service = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+    return {
+        "backpack_admin_key": str(ApiKey.mint()),
+        "backpack_service_key": str(ApiKey.mint()),
+        "database_owner_password": owner,
+        "database_service_password": service,
+        "owner_database": f"postgresql://{OWNER}:{owner}@{DATABASE}",
+        "backpack_database": f"postgresql://{SERVICE}:{service}@{DATABASE}",
+        "grafana_password": secrets.token_urlsafe(32),
+    }
+
+
+def write(
+    folder: Annotated[Path, typer.Argument(file_okay=False, help="Where to put them, one in a file.")],
+) -> None:
+    """Make the secrets of a deployment, each in a file, unless they are there. docker-compose.yml mounts them.
+
+    On Kubernetes: kubectl create secret generic backpack --from-file=FOLDER
+    """
+    with exits():
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(
+            0o700
+        )  # nobody passes; the files are mounted one by one, and read by whoever a container runs as
+        made = make()
+        there = [name for name in made if (folder / name).exists()]
+        if there and len(there) < len(made):
+            # Some are parts of others: a new password beside an old URL would be a riddle.
+            missing = ", ".join(sorted(made.keys() - set(there)))
+            raise FileExistsError(f"{folder} has only some of the secrets; bring back {missing}, or empty it")
+        if not there:
+            for name, value in made.items():
+                (folder / name).write_text(value)
+                (folder / name).chmod(0o644)
+        out.print(f"{'made' if not there else 'found'} {len(made)} secrets in {folder}")

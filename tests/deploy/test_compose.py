@@ -1,0 +1,175 @@
+"""docker-compose.yml and the Dockerfile, read by the tools that read them: what they promise, in sentences."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from backpack_serving.cli import secrets
+from backpack_serving.keys import ApiKey
+from backpack_serving.settings import Settings
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+DOCKERFILE = ROOT / "deploy" / "Dockerfile"
+PROCESSES = {"gateway", "inference", "interventions", "migrations"}
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    """The file as Compose itself resolves it."""
+    command = [BIN / "docker-compose", "--profile", "setup", "config", "--format", "json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def _ours(compose: dict[str, Any]) -> dict[str, Any]:
+    return {name: s for name, s in compose["services"].items() if "build" in s}
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    done = subprocess.run([BIN / "hadolint", DOCKERFILE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_every_process_is_a_target_and_runs_as_nobody_special() -> None:
+    stages = re.split(r"^FROM ", DOCKERFILE.read_text(), flags=re.M)[1:]
+    by_name = {m[1]: stage for stage in stages if (m := re.match(r"\S+ AS (\S+)", stage))}
+    assert by_name.keys() >= PROCESSES
+    for name in PROCESSES:
+        assert by_name[name].startswith("process AS")
+        assert re.findall(r"^USER (\S+)", by_name["process"] + by_name[name], re.M)[-1] == "10001"
+        assert ("HEALTHCHECK" in by_name[name]) == (name != "migrations"), "what serves has a probe"
+        assert f"--from={'engine' if name == 'inference' else 'services'} /opt/backpack" in by_name[name], name
+
+
+def test_images_and_files_name_settings_that_exist(compose: dict[str, Any]) -> None:
+    text = DOCKERFILE.read_text() + json.dumps(compose) + (ROOT / "deploy" / "ray" / "serve.yaml").read_text()
+    named = {name.lower() for name in re.findall(r"BACKPACK_([A-Z_]+)", text)}
+    assert named
+    assert named <= Settings.model_fields.keys()
+
+
+def test_only_clients_and_people_get_in_and_only_from_this_machine(compose: dict[str, Any]) -> None:
+    published = {
+        name: {(p["host_ip"], p["published"]) for p in service["ports"]}
+        for name, service in compose["services"].items()
+        if service.get("ports")
+    }
+    assert published == {
+        "gateway": {("127.0.0.1", "8470")},
+        "interventions": {("127.0.0.1", "8471")},
+        "grafana": {("127.0.0.1", "3000")},
+    }
+    assert compose["networks"]["inside"]["internal"] is True
+    for name in compose["services"].keys() - published.keys() - {"secrets"}:
+        assert list(compose["services"][name]["networks"]) == ["inside"], name
+
+
+def test_our_processes_have_no_privileges(compose: dict[str, Any]) -> None:
+    assert {s["build"]["target"] for s in _ours(compose).values()} == PROCESSES
+    for name, service in _ours(compose).items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service.get("read_only", False) == (name != "inference"), name
+
+
+def test_images_of_others_have_versions(compose: dict[str, Any]) -> None:
+    others = [s["image"] for s in compose["services"].values() if "build" not in s]
+    assert len(others) == 3
+    assert all(re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.?\d*[a-z-]*", image) for image in others), others
+
+
+def test_no_password_is_written_anywhere(compose: dict[str, Any]) -> None:
+    made = secrets.make()
+    assert {name: s["file"] for name, s in compose["secrets"].items()} == {
+        name: str(ROOT / "var" / "secrets" / name) for name in made
+    }
+    for name, service in compose["services"].items():
+        for variable in service.get("environment") or {}:
+            assert "PASSWORD" not in variable or variable.endswith("_FILE"), (name, variable)
+            assert not variable.endswith(("_KEY", "DATABASE")), (name, variable)
+    assert len(set(made.values()) & set(secrets.make().values())) == 0, "new ones every time"
+
+
+def test_who_has_which_secret(compose: dict[str, Any]) -> None:
+    has = {
+        name: {s["source"] for s in service["secrets"]}
+        for name, service in compose["services"].items()
+        if service.get("secrets")
+    }
+    assert has == {
+        "postgres": {"database_owner_password", "database_service_password"},
+        "migrations": {"owner_database"},
+        "interventions": {"backpack_database", "backpack_admin_key", "backpack_service_key"},
+        "inference": {"backpack_service_key"},
+        "gateway": {"backpack_service_key"},
+        "grafana": {"grafana_password"},
+    }
+
+
+def test_grafana_and_prometheus_find_each_other_and_the_processes(compose: dict[str, Any]) -> None:
+    (source,) = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
+    assert source["url"] == "http://prometheus:9090"
+    (job,) = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["scrape_configs"]
+    scraped = {name for found in job["dns_sd_configs"] for name in found["names"]}
+    assert scraped == PROCESSES - {"migrations"}
+    assert all("inside" in compose["services"][name]["networks"] for name in (*scraped, "prometheus", "grafana"))
+
+
+# ---- backpack secrets
+
+
+def test_secrets_are_made_once(tmp_path: Path) -> None:
+    from backpack_serving.cli.main import app
+
+    folder = tmp_path / "secrets"
+    made = CliRunner().invoke(app, ["secrets", str(folder)])
+    assert (made.exit_code, f"made {len(secrets.make())} secrets" in made.output) == (0, True), made.output
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    before = {file.name: file.read_text() for file in folder.iterdir()}
+    again = CliRunner().invoke(app, ["secrets", str(folder)])
+    assert (again.exit_code, "found" in again.output) == (0, True)
+    assert {file.name: file.read_text() for file in folder.iterdir()} == before
+
+    # They are settings where they are mounted, and keys of ours.
+    settings = Settings(_secrets_dir=folder)
+    assert settings.database == before["backpack_database"]
+    assert str(ApiKey.parse(settings.key_for("admin"))) == before["backpack_admin_key"]
+    assert settings.key_for("replica") == before["backpack_service_key"]
+    assert before["database_service_password"] in settings.database
+    assert before["database_owner_password"] in before["owner_database"]
+
+
+def test_half_of_the_secrets_are_not_completed_in_silence(tmp_path: Path) -> None:
+    from backpack_serving.cli.main import app
+
+    CliRunner().invoke(app, ["secrets", str(tmp_path)])
+    (tmp_path / "backpack_database").unlink()
+    refused = CliRunner().invoke(app, ["secrets", str(tmp_path)])
+    assert refused.exit_code == 1
+    assert "only some of the secrets; bring back backpack_database, or empty it" in " ".join(
+        refused.output.split()
+    )
+    assert not (tmp_path / "backpack_database").exists()
+
+
+def test_the_service_role_is_made_by_a_script_that_the_shell_can_read() -> None:
+    script = ROOT / "deploy" / "postgres" / "service_role.sh"
+    assert script.stat().st_mode & stat.S_IXUSR
+    shell = shutil.which("sh")
+    assert shell
+    assert subprocess.run([shell, "-n", script], check=False).returncode == 0
+    assert f"CREATE ROLE {secrets.SERVICE} LOGIN" in script.read_text()

@@ -1,0 +1,45 @@
+"""`backpack health`, as containers call it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from tests.e2e.conftest import running
+
+
+async def _health(*arguments: str) -> tuple[int | None, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "backpack_serving.cli.main", "health", *arguments,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "NO_COLOR": "1"},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    output, _ = await process.communicate()
+    return process.returncode, " ".join(output.decode().split())
+
+
+async def test_a_probe_says_whether_a_server_serves(tmp_path: Path) -> None:
+    async with running(tmp_path) as system:
+        gateway, directory = system.gateway, system.settings.directory_address
+        answers = await asyncio.gather(
+            _health(gateway),
+            _health(gateway, "--service", "backpack.v1.InferenceService"),
+            _health(gateway, "--service", "backpack.v1.Nothing"),
+            _health(directory, "--replicas", "1"),
+            _health(directory, "--replicas", "2"),
+            _health("127.0.0.1:1", "--timeout", "1"),
+            _health("127.0.0.1:1", "--replicas", "1", "--timeout", "1"),
+        )
+    assert answers[:2] == [(0, f"{gateway} SERVING")] * 2
+    assert answers[2][0] == 1
+    assert "NOT_FOUND" in answers[2][1]
+    assert answers[3:5] == [
+        (0, f"{directory} replicas that take requests: 1"),
+        (1, f"{directory} replicas that take requests: 1"),
+    ]
+    for code, said in answers[5:]:
+        assert code == 1
+        assert "UNAVAILABLE" in said
+        assert "Traceback" not in said
