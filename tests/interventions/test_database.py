@@ -254,7 +254,7 @@ def test_a_second_service_on_the_same_file_is_refused(sqlite_url: str) -> None:
 def test_two_services_share_a_postgres_and_wake_each_other(postgres_url: str) -> None:
     one, two = open_store(postgres_url), open_store(postgres_url)
     woken = threading.Event()
-    two.listen(woken.set)
+    two.listen(woken.set, print)
     assert woken.wait(30), "it looks once when it begins to listen"
     woken.clear()
     fill(one)

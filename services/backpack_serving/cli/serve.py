@@ -24,7 +24,7 @@ def interventions() -> None:
     """The intervention service: tenants, keys, patches, releases, audit."""
     from backpack_serving.interventions import bootstrap
 
-    _serve("interventions", bootstrap.start)
+    _serve("interventions", bootstrap.start, lambda running: running.failed)
 
 
 @app.command()
@@ -60,10 +60,17 @@ def inference() -> None:
     _serve("inference", start)
 
 
-def _serve(name: str, start: Callable[[Settings, Metrics], Awaitable[Any]]) -> None:
+def _serve(
+    name: str,
+    start: Callable[[Settings, Metrics], Awaitable[Any]],
+    failure: Callable[[Any], asyncio.Event] = lambda running: asyncio.Event(),
+) -> None:
+    """Serve until a signal, or until what `failure` gives is set, which is exit status 1: whoever supervises this
+    process shall start it again.
+    """
     from backpack_serving.telemetry import configure
 
-    async def serve() -> None:
+    async def serve() -> bool:
         stopped = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
@@ -73,10 +80,16 @@ def _serve(name: str, start: Callable[[Settings, Metrics], Awaitable[Any]]) -> N
             if settings.metrics_address:
                 metrics.listen(settings.metrics_address)
         out.print(f"{name} serves on [bold]{running.address}[/]; Ctrl-C stops it")
-        await stopped.wait()
+        failed = failure(running)
+        ends = [asyncio.ensure_future(event.wait()) for event in (stopped, failed)]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
         await running.stop()
+        return failed.is_set()
 
     with exits():
         settings = Settings()
         configure(settings)
-        asyncio.run(serve())
+        if asyncio.run(serve()):
+            raise typer.Exit(1)

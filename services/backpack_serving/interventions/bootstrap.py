@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
 from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
 
@@ -18,6 +19,8 @@ from backpack_serving.keys import ApiKey, Role
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
 
+log = structlog.get_logger(__name__)
+
 ADMIN_KEY, REPLICA_KEY = "admin.key", "replica.key"
 
 
@@ -28,6 +31,8 @@ class InterventionService:
     server: rpc.Server
     store: Store
     drain: float
+    failed: asyncio.Event
+    """Set when the store will take nothing more: the process must be started again."""
 
     @property
     def address(self) -> str:
@@ -45,9 +50,15 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
     manifest = Manifest.read(settings.model)
     tokenizer = Tokenizer.read(settings.model / "tokenizer.json")
     store = await asyncio.to_thread(open_store, settings.database_url)
+    failed, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def fail(why: str) -> None:
+        log.critical("the store has stopped; start the service again", reason=why)
+        loop.call_soon_threadsafe(failed.set)
+
     try:
         bell = Bell()
-        store.listen(bell.ring)
+        store.listen(bell.ring, fail)
         service = Interventions(store, manifest.shape, on_write=bell.ring)
         admin = _key(settings.admin_key.get_secret_value(), settings.state / ADMIN_KEY)
         replica = _key(settings.service_key.get_secret_value(), settings.state / REPLICA_KEY)
@@ -59,7 +70,7 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
     except BaseException:
         store.close()
         raise
-    return InterventionService(server, store, settings.drain)
+    return InterventionService(server, store, settings.drain, failed)
 
 
 def _key(given: str, file: Path) -> ApiKey:

@@ -71,7 +71,7 @@ class PostgresStore(SQLStore):
             raise
         return store
 
-    def listen(self, heard: Callable[[], None]) -> None:
+    def listen(self, heard: Callable[[], None], failed: Callable[[str], None]) -> None:
         self._listener = threading.Thread(target=self._hear, args=(heard,), name="listen", daemon=True)
         self._listener.start()
 

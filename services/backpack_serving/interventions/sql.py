@@ -118,8 +118,9 @@ class SQLStore(ABC):
                 raise
             self._commit(transaction)
 
-    def listen(self, heard: Callable[[], None]) -> None:  # noqa: B027  one process, one store: nobody else writes
-        """Call `heard`, from any thread, soon after others have written. It may be missed: poll as well."""
+    @abstractmethod
+    def listen(self, heard: Callable[[], None], failed: Callable[[str], None]) -> None:
+        """See `Store`."""
 
     def close(self) -> None:
         self.engine.dispose()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +36,7 @@ class SQLiteStore(SQLStore):
         super().__init__(engine)
         self._file_lock, self._lock = lock, threading.RLock()
         self._failed, self._since_checkpoint = "", 0
+        self._on_failure: Callable[[str], None] = lambda why: None
 
     @classmethod
     def open(cls, url: sa.URL, wait: float = 0.0) -> SQLiteStore:
@@ -63,6 +64,9 @@ class SQLiteStore(SQLStore):
             lock.close()
             raise Unavailable("DATABASE", f"{path} can't be used: {getattr(error, 'orig', error)}") from None
         return cls(engine, lock)
+
+    def listen(self, heard: Callable[[], None], failed: Callable[[str], None]) -> None:
+        self._on_failure = failed
 
     def close(self) -> None:
         super().close()
@@ -101,6 +105,7 @@ class SQLiteStore(SQLStore):
 
     def _stop(self, why: str) -> None:
         self._failed = why
+        self._on_failure(why)
         self._check()
 
     def _check(self) -> None:

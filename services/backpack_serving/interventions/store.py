@@ -71,8 +71,10 @@ class Store(Protocol):
         Raises Unavailable if that can't be told: the write may have happened then.
         """
 
-    def listen(self, heard: Callable[[], None]) -> None:
-        """Call `heard`, from any thread, soon after other processes have written. One call may get lost."""
+    def listen(self, heard: Callable[[], None], failed: Callable[[str], None]) -> None:
+        """Call `heard`, from any thread, soon after other processes have written; one call may get lost. Call
+        `failed`, with the reason, when the store will take nothing more until its process is started again.
+        """
 
     def close(self) -> None: ...
 
@@ -178,8 +180,8 @@ class MemoryStore:
             yield copy
             self._now = _Tables(copy.position, copy.head, copy.tables)
 
-    def listen(self, heard: Callable[[], None]) -> None:
-        pass  # nobody else writes to this memory
+    def listen(self, heard: Callable[[], None], failed: Callable[[str], None]) -> None:
+        pass  # nobody else writes to this memory, and it doesn't fail
 
     def close(self) -> None:
         pass
