@@ -46,7 +46,7 @@ async def run(settings: Settings) -> AsyncIterator[Embedded]:
         serving = await replica.start(
             settings,
             replica.report_to(channels[1]),
-            replica.fetch_from(channels[0], settings.key_for("replica")),
+            channels[0],
             metrics,
         )
         stack.push_async_callback(serving.stop)

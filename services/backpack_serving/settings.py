@@ -75,7 +75,10 @@ class Settings(BaseSettings):
     threads: int = Field(0, ge=0, description="Threads of a replica's arithmetic; 0 for torch's choice.")
 
     stale_after: float = Field(
-        10.0, gt=0, description="Seconds without news from interventions after which health says so."
+        10.0,
+        gt=0,
+        description="Seconds without news from interventions after which a gateway's health as a reader "
+        "(backpack.v1.SyncService) says so.",
     )
     expired_after: float = Field(
         86_400.0, gt=0, description="Seconds without news after which requests are refused."
@@ -90,6 +93,23 @@ class Settings(BaseSettings):
     )
     metrics_tenants: int = Field(
         20, ge=0, description="Tenants with a label of their own in metrics; others are one."
+    )
+    serve_expired: frozenset[str] = Field(
+        frozenset(),
+        description='Tenants that are served after that as well, with what is known: a list such as ["acme"], '
+        'or ["*"] for all.',
+    )
+    catch_up: float = Field(
+        2.0, ge=0, description="Seconds that a request with min_revision waits for its gateway to get there."
+    )
+    canary_requests: int = Field(
+        20, ge=1, description="Requests under a canary before its share of failures is judged."
+    )
+    canary_errors: int = Field(
+        50, ge=0, le=1000, description="In a thousand: a canary ends by itself when more of its requests fail."
+    )
+    tenant_bytes: int = Field(
+        64 * 2**20, ge=1, description="Bytes of compiled releases that a replica keeps for one tenant."
     )
     log_format: str = Field("console", pattern="^(console|json)$", description="console or json.")
     log_level: str = Field("info", description="debug, info, warning or error.")

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest_asyncio
 from backpack_proto.v1 import inference_pb2 as pb
-from backpack_proto.v1 import inference_pb2_grpc, interventions_pb2, interventions_pb2_grpc
+from backpack_proto.v1 import inference_pb2_grpc, interventions_pb2, interventions_pb2_grpc, sync_pb2_grpc
 from backpack_serving import embedded, rpc
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
@@ -51,7 +51,8 @@ class System:
         self.patches = interventions_pb2_grpc.PatchServiceStub(control)
         self.releases = interventions_pb2_grpc.ReleaseServiceStub(control)
         self.audit = interventions_pb2_grpc.AuditServiceStub(control)
-        self.sync = interventions_pb2_grpc.SyncServiceStub(control)
+        self.sync = sync_pb2_grpc.SyncServiceStub(control)
+        self.fleet = sync_pb2_grpc.FleetServiceStub(control)
         self.admin = rpc.with_key(self.settings.key_for("admin"))
         self.replica = rpc.with_key(self.settings.key_for("replica"))
 

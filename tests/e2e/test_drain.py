@@ -15,7 +15,7 @@ import pytest_asyncio
 from backpack_lm.manifest import Manifest
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc
-from backpack_proto.v1 import interventions_pb2 as ipb
+from backpack_proto.v1 import sync_pb2 as spb
 from backpack_serving import embedded, rpc
 from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.settings import Settings
@@ -40,6 +40,15 @@ async def _ending(state: Path, **settings: Any) -> AsyncIterator[tuple[System, C
             await system.close()
 
 
+async def _reader(fingerprint: str) -> AsyncIterator[spb.SyncRequest]:
+    """Says Hello, then lives."""
+    hello = spb.Hello(kind=spb.READER_KIND_GATEWAY, incarnation="x", model_fingerprint=fingerprint)
+    yield spb.SyncRequest(hello=hello)
+    while True:
+        await asyncio.sleep(1)
+        yield spb.SyncRequest(report=spb.Report())
+
+
 async def test_what_outlasts_the_grace_period_is_told_to_retry(tmp_path: Path) -> None:
     async with _ending(tmp_path, drain=0.2) as (system, stop):
         key = await system.tenant()
@@ -48,7 +57,7 @@ async def test_what_outlasts_the_grace_period_is_told_to_retry(tmp_path: Path) -
         fingerprint = Manifest.read(system.settings.model).fingerprint
         calls = [
             aiter(system.inference.GenerateStream(request, metadata=key)),
-            aiter(system.sync.Watch(ipb.WatchRequest(model_fingerprint=fingerprint), metadata=system.replica)),
+            aiter(system.sync.Sync(_reader(fingerprint), metadata=system.replica)),
         ]
         await asyncio.gather(*(anext(call) for call in calls))
         await stop()

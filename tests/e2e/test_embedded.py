@@ -17,6 +17,7 @@ from backpack_lm.overlay import Overlay
 from backpack_lm.patch import Release, Revision
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import interventions_pb2 as ipb
+from backpack_proto.v1 import sync_pb2 as spb
 from backpack_serving import rpc
 from backpack_serving.engine.sampler import choose
 from backpack_serving.engine.sampling import Sampling
@@ -47,8 +48,9 @@ def served() -> ServedModel:
 async def _overlay(system: System, key: Metadata, served: ServedModel) -> Overlay:
     """What the tenant's live release means, from the canonical bytes in the store."""
     live = (await system.releases.GetChannel(ipb.GetChannelRequest(name="channels/live"), metadata=key)).channel
-    request = ipb.FetchReleaseRequest(tenant=live.name.split("/")[1], digest=live.release_digest)
-    blobs = (await system.sync.FetchRelease(request, metadata=system.replica)).revisions
+    request = spb.FetchReleaseRequest(tenant=live.name.split("/")[1], digest=live.release_digest)
+    pieces = [piece async for piece in system.sync.FetchRelease(request, metadata=system.replica)]
+    blobs = [piece.data for piece in pieces]  # each is small enough to be one piece
     return Overlay.compile(Release(tuple(map(Revision.from_bytes, blobs))), served.table)
 
 
@@ -99,6 +101,9 @@ async def test_generate_is_the_stream_in_one_piece(system: System) -> None:
     assert [t.id for t in whole.tokens] == [t.id for t in streamed]
     logs = [[t.log_probability for t in tokens] for tokens in (whole.tokens, streamed)]
     assert logs[0] == pytest.approx(logs[1], abs=1e-4), "the same but for the order of additions"
+    for answer in (whole, parts[0]):
+        assert answer.served.staleness.ToMilliseconds() < 3000
+        answer.served.ClearField("staleness")
     assert whole.served == parts[0].served
     assert all(len(t.alternatives) == 2 and t.log_probability < 0 for t in whole.tokens)
     ids = pb.TokenIds(ids=[t.id for t in (await _tokenize(system, key, PROMPT)).tokens])
@@ -373,7 +378,8 @@ async def _some_tenant(system: System) -> Metadata:
 
 
 async def _watch(system: System, fingerprint: str) -> None:
-    async for _ in system.sync.Watch(ipb.WatchRequest(model_fingerprint=fingerprint), metadata=system.replica):
+    hello = spb.Hello(kind=spb.READER_KIND_GATEWAY, incarnation="x", model_fingerprint=fingerprint)
+    async for _ in system.sync.Sync(iter([spb.SyncRequest(hello=hello)]), metadata=system.replica):
         return
 
 

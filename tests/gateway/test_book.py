@@ -2,34 +2,66 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 from backpack_serving.errors import NotFound, Unauthenticated, Unavailable
-from backpack_serving.gateway.book import Book, KnownChannel, KnownKey, KnownTenant, Pinned
+from backpack_serving.gateway.book import Book, Pinned
 from backpack_serving.keys import ApiKey, Principal, Role, Verifier
+from backpack_serving.sync.known import (
+    Canary,
+    Kind,
+    Known,
+    KnownChannel,
+    KnownKey,
+    KnownTenant,
+    Position,
+    ReleaseRef,
+)
+from backpack_serving.sync.messages import Bookmark, Delta, Snapshot
+from backpack_serving.sync.reader import Reader
 
 KEY = ApiKey.mint()
 WHO = Principal("acme", KEY.id, frozenset({Role.CALLER}))
 KNOWN = KnownKey(WHO, Verifier.of(KEY.secret), revoked=False)
-LIVE = KnownChannel("acme", "live", 3, "ab" * 32)
+STABLE, OTHER = ReleaseRef(3, "ab" * 32), ReleaseRef(4, "cd" * 32)
+LIVE = KnownChannel("acme", "live", STABLE)
 
 
-class Clock:
-    now = 0.0
+@dataclass
+class Told:
+    """A book whose reader is told what a service would tell it."""
 
-    def __call__(self) -> float:
-        return self.now
+    expires: float = 60
+    serve_expired: frozenset[str] = frozenset()
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.reader = Reader(Kind.GATEWAY, "i", "g", "ab" * 32)
+        self.book = Book(self.reader, self.expires, self.serve_expired, lambda: self.now)
+
+    def hear(self, position: tuple[int, int], *changes: Known, whole: bool = False) -> None:
+        at = Position(*position)
+        message = (
+            Snapshot(at.revision, at, changes) if whole else Delta(at.revision, self.book.position, at, changes)
+        )
+        self.reader.receive(message, self.now)
+        self.reader.settle(at.revision, (), self.now)
+
+    def bookmark(self, *position: int) -> None:
+        self.reader.receive(Bookmark(Position(*position)), self.now)
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def told() -> Told:
+    told = Told()
+    told.hear((1, 7), KnownTenant("acme"), KNOWN, LIVE, whole=True)
+    return told
 
 
 @pytest.fixture
-def book(clock: Clock) -> Book:
-    book = Book(expires=60, clock=clock)
-    book.apply((1, 7), True, [KnownTenant("acme"), KNOWN, LIVE])
-    return book
+def book(told: Told) -> Book:
+    return told.book
 
 
 def test_authenticates_and_pins(book: Book) -> None:
@@ -37,25 +69,46 @@ def test_authenticates_and_pins(book: Book) -> None:
     assert book.pin("acme", "live") == Pinned("acme", "live", 3, "ab" * 32, 1, 7)
 
 
-def test_a_change_replaces_and_moves_the_position(book: Book) -> None:
-    book.apply((1, 8), False, [KnownChannel("acme", "live", 4, "cd" * 32)])
-    assert book.pin("acme", "live") == Pinned("acme", "live", 4, "cd" * 32, 1, 8)
-    assert book.authenticate(str(KEY)) == WHO
+def test_a_change_replaces_and_moves_the_position(told: Told) -> None:
+    told.hear((1, 8), KnownChannel("acme", "live", OTHER))
+    assert told.book.pin("acme", "live") == Pinned("acme", "live", 4, "cd" * 32, 1, 8)
+    assert told.book.authenticate(str(KEY)) == WHO
 
 
-def test_a_reset_forgets_what_was_known(book: Book) -> None:
-    book.apply((2, 1), True, [])
-    with pytest.raises(Unauthenticated):
-        book.authenticate(str(KEY))
-    with pytest.raises(NotFound, match="acme/channels/live"):
-        book.pin("acme", "live")
+def test_absence_is_never_deletion(told: Told) -> None:
+    told.hear((2, 1), whole=True)
+    assert told.book.position == Position(2, 1)
+    assert told.book.authenticate(str(KEY)) == WHO
+    assert told.book.pin("acme", "live").digest == STABLE.digest
 
 
-def test_unknown_wrong_and_revoked_keys_are_nobody(book: Book) -> None:
+def test_a_suspended_tenant_has_no_good_key(told: Told) -> None:
+    told.hear((1, 8), KnownTenant("acme", suspended=True))
+    with pytest.raises(Unauthenticated, match="acme is suspended"):
+        told.book.authenticate(str(KEY))
+    told.hear((1, 9), KnownTenant("acme"))
+    assert told.book.authenticate(str(KEY)) == WHO
+
+
+def test_a_canary_takes_its_share_of_the_keys_and_the_same_ones_always(told: Told) -> None:
+    told.hear((1, 8), KnownChannel("acme", "live", STABLE, Canary(OTHER, 250, "salt")))
+    pins = {f"user-{n}": told.book.pin("acme", "live", f"user-{n}") for n in range(4000)}
+    taken = {key for key, pinned in pins.items() if pinned.canary}
+    assert {pins[key].digest for key in taken} == {OTHER.digest}
+    assert {p.digest for key, p in pins.items() if key not in taken} == {STABLE.digest}
+    assert abs(len(taken) - 1000) < 3 * (4000 * 0.25 * 0.75) ** 0.5
+    assert all(told.book.pin("acme", "live", key).canary for key in taken)
+    told.hear((1, 9), KnownChannel("acme", "live", STABLE, Canary(OTHER, 500, "salt")))
+    assert all(told.book.pin("acme", "live", key).canary for key in taken), "who had it keeps it when it grows"
+    drawn = sum(told.book.pin("acme", "live").canary for _ in range(1000))
+    assert abs(drawn - 500) < 5 * 16, "without a key, each request is drawn"
+
+
+def test_unknown_wrong_and_revoked_keys_are_nobody(told: Told, book: Book) -> None:
     for key in (str(ApiKey.mint()), str(ApiKey(KEY.id, "0" * 64)), str(KEY)[:-1], "", "bp_"):
         with pytest.raises(Unauthenticated):
             book.authenticate(key)
-    book.apply((1, 8), False, [KnownKey(WHO, KNOWN.verifier, revoked=True)])
+    told.hear((1, 8), KnownKey(WHO, KNOWN.verifier, revoked=True))
     with pytest.raises(Unauthenticated):
         book.authenticate(str(KEY))
 
@@ -65,16 +118,43 @@ def test_a_channel_of_another_tenant_is_not_there(book: Book) -> None:
         book.pin("other", "live")
 
 
-def test_nothing_is_served_before_the_first_news(clock: Clock) -> None:
+def test_nothing_is_served_before_the_first_news() -> None:
+    told = Told()
+    assert not told.book.usable
     with pytest.raises(Unavailable, match="hasn't reached"):
-        Book(60, clock).authenticate(str(KEY))
+        told.book.authenticate(str(KEY))
 
 
-def test_known_good_survives_silence_up_to_the_bound(book: Book, clock: Clock) -> None:
-    clock.now = 59
+def test_p10_known_good_survives_silence_up_to_the_bound(told: Told, book: Book) -> None:
+    told.now = 59
     assert book.authenticate(str(KEY)) == WHO
-    clock.now = 61
+    assert book.pin("acme", "live").staleness == 59
+    told.now = 61
+    assert not book.usable
     with pytest.raises(Unavailable, match="no news from the intervention service for 61 s"):
         book.authenticate(str(KEY))
-    book.apply((1, 7), False, [])  # a bookmark
+    told.bookmark(1, 7)
     assert book.authenticate(str(KEY)) == WHO
+
+
+@pytest.mark.parametrize(("serve", "served"), [({"acme"}, True), ({"*"}, True), ({"other"}, False)])
+def test_p10_beyond_the_bound_each_tenant_is_served_or_not_as_the_operator_said(
+    serve: set[str], served: bool
+) -> None:
+    told = Told(serve_expired=frozenset(serve))
+    told.hear((1, 7), KNOWN, LIVE, whole=True)
+    told.now = 1e6
+    assert told.book.usable
+    if served:
+        assert told.book.authenticate(str(KEY)) == WHO
+        assert told.book.pin("acme", "live").staleness == 1e6
+        return
+    with pytest.raises(Unavailable, match="the bound is 60 s"):
+        told.book.authenticate(str(KEY))
+
+
+def test_news_of_another_epoch_or_beyond_a_gap_moves_nothing(told: Told) -> None:
+    for base, at in ((Position(1, 8), Position(1, 9)), (Position(0, 7), Position(0, 8))):
+        told.reader.receive(Delta(99, base, at, (KnownChannel("acme", "live", OTHER),)), 0.0)
+        assert told.reader.pending is None
+    assert told.book.position == Position(1, 7)

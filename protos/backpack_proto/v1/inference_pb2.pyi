@@ -72,22 +72,32 @@ class GenerateRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     CHANNEL_FIELD_NUMBER: _builtins.int
+    REQUEST_KEY_FIELD_NUMBER: _builtins.int
+    MIN_REVISION_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     """Which of the tenant's channels steers the request. Default: "live"."""
+    request_key: _builtins.str
+    """Which half of a canary the request falls into: the same key always into the same. Drawn if empty."""
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
+    @_builtins.property
+    def min_revision(self) -> Global___Position:
+        """Not before the gateway knows this write: it waits a moment, then says UNAVAILABLE."""
+
     def __init__(
         self,
         *,
         prompt: Global___Prompt | None = ...,
         sampling: Global___Sampling | None = ...,
         channel: _builtins.str = ...,
+        request_key: _builtins.str = ...,
+        min_revision: Global___Position | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["min_revision", b"min_revision", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "min_revision", b"min_revision", "prompt", b"prompt", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -135,7 +145,10 @@ class GenerateStreamRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     CHANNEL_FIELD_NUMBER: _builtins.int
     COALESCE_FIELD_NUMBER: _builtins.int
+    REQUEST_KEY_FIELD_NUMBER: _builtins.int
+    MIN_REVISION_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
+    request_key: _builtins.str
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -144,6 +157,8 @@ class GenerateStreamRequest(_message.Message):
     def coalesce(self) -> _duration_pb2.Duration:
         """Tokens made within this time travel in one message. Default 15 ms; zero sends each at once."""
 
+    @_builtins.property
+    def min_revision(self) -> Global___Position: ...
     def __init__(
         self,
         *,
@@ -151,10 +166,12 @@ class GenerateStreamRequest(_message.Message):
         sampling: Global___Sampling | None = ...,
         channel: _builtins.str = ...,
         coalesce: _duration_pb2.Duration | None = ...,
+        request_key: _builtins.str = ...,
+        min_revision: Global___Position | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["coalesce", b"coalesce", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["coalesce", b"coalesce", "min_revision", b"min_revision", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "coalesce", b"coalesce", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "coalesce", b"coalesce", "min_revision", b"min_revision", "prompt", b"prompt", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -204,18 +221,25 @@ class ScoreRequest(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     CHANNEL_FIELD_NUMBER: _builtins.int
+    REQUEST_KEY_FIELD_NUMBER: _builtins.int
+    MIN_REVISION_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
+    request_key: _builtins.str
     @_builtins.property
     def text(self) -> Global___Prompt: ...
+    @_builtins.property
+    def min_revision(self) -> Global___Position: ...
     def __init__(
         self,
         *,
         text: Global___Prompt | None = ...,
         channel: _builtins.str = ...,
+        request_key: _builtins.str = ...,
+        min_revision: Global___Position | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["min_revision", b"min_revision", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "min_revision", b"min_revision", "request_key", b"request_key", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -263,15 +287,20 @@ class ExplainRequest(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     CHANNEL_FIELD_NUMBER: _builtins.int
+    REQUEST_KEY_FIELD_NUMBER: _builtins.int
+    MIN_REVISION_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
     """How many contributions to list, largest magnitude first. Default 20; at most 1,000."""
     channel: _builtins.str
+    request_key: _builtins.str
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
     def target(self) -> Global___Word:
         """The token to explain. Default: the most likely one."""
 
+    @_builtins.property
+    def min_revision(self) -> Global___Position: ...
     def __init__(
         self,
         *,
@@ -279,10 +308,12 @@ class ExplainRequest(_message.Message):
         target: Global___Word | None = ...,
         limit: _builtins.int = ...,
         channel: _builtins.str = ...,
+        request_key: _builtins.str = ...,
+        min_revision: Global___Position | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "target", b"target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["min_revision", b"min_revision", "prompt", b"prompt", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "limit", b"limit", "prompt", b"prompt", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "limit", b"limit", "min_revision", b"min_revision", "prompt", b"prompt", "request_key", b"request_key", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -409,21 +440,28 @@ class ListSensesRequest(_message.Message):
     WORD_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     CHANNEL_FIELD_NUMBER: _builtins.int
+    REQUEST_KEY_FIELD_NUMBER: _builtins.int
+    MIN_REVISION_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
     """How many tokens to list at each end. Default 10; at most 100."""
     channel: _builtins.str
+    request_key: _builtins.str
     @_builtins.property
     def word(self) -> Global___Word: ...
+    @_builtins.property
+    def min_revision(self) -> Global___Position: ...
     def __init__(
         self,
         *,
         word: Global___Word | None = ...,
         limit: _builtins.int = ...,
         channel: _builtins.str = ...,
+        request_key: _builtins.str = ...,
+        min_revision: Global___Position | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["word", b"word"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["min_revision", b"min_revision", "word", b"word"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "limit", b"limit", "word", b"word"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "limit", b"limit", "min_revision", b"min_revision", "request_key", b"request_key", "word", b"word"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -771,6 +809,8 @@ class Served(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    STALENESS_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     channel: _builtins.str
     release: _builtins.int
@@ -781,6 +821,12 @@ class Served(_message.Message):
     """Position of the store at which the request was pinned."""
     revision: _builtins.int
     model_fingerprint: _builtins.str
+    canary: _builtins.bool
+    """Whether the release is the channel's canary."""
+    @_builtins.property
+    def staleness(self) -> _duration_pb2.Duration:
+        """How old the gateway's knowledge was at admission: more than a second or two means that it lost touch."""
+
     def __init__(
         self,
         *,
@@ -791,14 +837,40 @@ class Served(_message.Message):
         epoch: _builtins.int = ...,
         revision: _builtins.int = ...,
         model_fingerprint: _builtins.str = ...,
+        staleness: _duration_pb2.Duration | None = ...,
+        canary: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["staleness", b"staleness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "epoch", b"epoch", "model_fingerprint", b"model_fingerprint", "release", b"release", "release_digest", b"release_digest", "revision", b"revision", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "channel", b"channel", "epoch", b"epoch", "model_fingerprint", b"model_fingerprint", "release", b"release", "release_digest", b"release_digest", "revision", b"revision", "staleness", b"staleness", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Served: _TypeAlias = Served  # noqa: Y015
+
+@_typing.final
+class Position(_message.Message):
+    """Where the store stood after a write. Positions of an epoch only rise; a restore from backup starts a new one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    revision: _builtins.int
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Position: _TypeAlias = Position  # noqa: Y015
 
 @_typing.final
 class Pin(_message.Message):
@@ -812,12 +884,17 @@ class Pin(_message.Message):
     RELEASE_DIGEST_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    STALENESS_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     channel: _builtins.str
     release: _builtins.int
     release_digest: _builtins.str
     epoch: _builtins.int
     revision: _builtins.int
+    canary: _builtins.bool
+    @_builtins.property
+    def staleness(self) -> _duration_pb2.Duration: ...
     def __init__(
         self,
         *,
@@ -827,10 +904,12 @@ class Pin(_message.Message):
         release_digest: _builtins.str = ...,
         epoch: _builtins.int = ...,
         revision: _builtins.int = ...,
+        staleness: _duration_pb2.Duration | None = ...,
+        canary: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["staleness", b"staleness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "epoch", b"epoch", "release", b"release", "release_digest", b"release_digest", "revision", b"revision", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "channel", b"channel", "epoch", b"epoch", "release", b"release", "release_digest", b"release_digest", "revision", b"revision", "staleness", b"staleness", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

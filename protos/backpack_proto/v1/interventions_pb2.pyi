@@ -7,6 +7,7 @@ isort:skip_file
 from backpack_proto.v1 import inference_pb2 as _inference_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -74,29 +75,31 @@ DATA_TYPE_FLOAT32: DataType.ValueType  # 1
 DATA_TYPE_FLOAT16: DataType.ValueType  # 2
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
-@_typing.final
-class Position(_message.Message):
-    """Where the store stood after a write. Positions of an epoch only rise; a restore from backup starts a new one."""
+class _Wait:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
 
-    DESCRIPTOR: _descriptor.Descriptor
+class _WaitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Wait.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WAIT_UNSPECIFIED: _Wait.ValueType  # 0
+    """The same as NONE."""
+    WAIT_NONE: _Wait.ValueType  # 1
+    WAIT_QUORUM: _Wait.ValueType  # 2
+    """More than half of the replicas and of the gateways that are connected."""
+    WAIT_ALL: _Wait.ValueType  # 3
+    """All of them."""
 
-    EPOCH_FIELD_NUMBER: _builtins.int
-    REVISION_FIELD_NUMBER: _builtins.int
-    epoch: _builtins.int
-    revision: _builtins.int
-    def __init__(
-        self,
-        *,
-        epoch: _builtins.int = ...,
-        revision: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "revision", b"revision"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+class Wait(_Wait, metaclass=_WaitEnumTypeWrapper):
+    """Who must hold a change before the answer is sent. The change itself is made in any case."""
 
-Global___Position: _TypeAlias = Position  # noqa: Y015
+WAIT_UNSPECIFIED: Wait.ValueType  # 0
+"""The same as NONE."""
+WAIT_NONE: Wait.ValueType  # 1
+WAIT_QUORUM: Wait.ValueType  # 2
+"""More than half of the replicas and of the gateways that are connected."""
+WAIT_ALL: Wait.ValueType  # 3
+"""All of them."""
+Global___Wait: _TypeAlias = Wait  # noqa: Y015
 
 @_typing.final
 class Tenant(_message.Message):
@@ -186,12 +189,12 @@ class CreateTenantResponse(_message.Message):
     @_builtins.property
     def tenant(self) -> Global___Tenant: ...
     @_builtins.property
-    def position(self) -> Global___Position: ...
+    def position(self) -> _inference_pb2.Position: ...
     def __init__(
         self,
         *,
         tenant: Global___Tenant | None = ...,
-        position: Global___Position | None = ...,
+        position: _inference_pb2.Position | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "tenant", b"tenant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -285,13 +288,13 @@ class CreateApiKeyResponse(_message.Message):
     @_builtins.property
     def key(self) -> Global___ApiKey: ...
     @_builtins.property
-    def position(self) -> Global___Position: ...
+    def position(self) -> _inference_pb2.Position: ...
     def __init__(
         self,
         *,
         key: Global___ApiKey | None = ...,
         secret: _builtins.str = ...,
-        position: Global___Position | None = ...,
+        position: _inference_pb2.Position | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -368,11 +371,11 @@ class RevokeApiKeyResponse(_message.Message):
 
     POSITION_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def position(self) -> Global___Position: ...
+    def position(self) -> _inference_pb2.Position: ...
     def __init__(
         self,
         *,
-        position: Global___Position | None = ...,
+        position: _inference_pb2.Position | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -777,12 +780,12 @@ class CreatePatchResponse(_message.Message):
     @_builtins.property
     def patch(self) -> Global___Patch: ...
     @_builtins.property
-    def position(self) -> Global___Position: ...
+    def position(self) -> _inference_pb2.Position: ...
     def __init__(
         self,
         *,
         patch: Global___Patch | None = ...,
-        position: Global___Position | None = ...,
+        position: _inference_pb2.Position | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["patch", b"patch", "position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -877,12 +880,12 @@ class CreateRevisionResponse(_message.Message):
     @_builtins.property
     def revision(self) -> Global___Revision: ...
     @_builtins.property
-    def position(self) -> Global___Position: ...
+    def position(self) -> _inference_pb2.Position: ...
     def __init__(
         self,
         *,
         revision: Global___Revision | None = ...,
-        position: Global___Position | None = ...,
+        position: _inference_pb2.Position | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "revision", b"revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1057,12 +1060,12 @@ class CreateReleaseResponse(_message.Message):
     @_builtins.property
     def release(self) -> Global___Release: ...
     @_builtins.property
-    def position(self) -> Global___Position: ...
+    def position(self) -> _inference_pb2.Position: ...
     def __init__(
         self,
         *,
         release: Global___Release | None = ...,
-        position: Global___Position | None = ...,
+        position: _inference_pb2.Position | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "release", b"release"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1128,6 +1131,8 @@ class Channel(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
+    CANARY_ABORT_REASON_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """tenants/{tenant}/channels/{channel}"""
     release: _builtins.int
@@ -1137,8 +1142,12 @@ class Channel(_message.Message):
     generation: _builtins.int
     """Rises with every change."""
     etag: _builtins.str
+    canary_abort_reason: _builtins.str
+    """Why the last canary ended, if the service ended it; empty once another one starts."""
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def canary(self) -> Global___Canary: ...
     def __init__(
         self,
         *,
@@ -1149,16 +1158,89 @@ class Channel(_message.Message):
         generation: _builtins.int = ...,
         etag: _builtins.str = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        canary: Global___Canary | None = ...,
+        canary_abort_reason: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_previous_release", b"_previous_release", "previous_release", b"previous_release", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_previous_release", b"_previous_release", "canary", b"canary", "previous_release", b"previous_release", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_previous_release", b"_previous_release", "etag", b"etag", "generation", b"generation", "name", b"name", "previous_release", b"previous_release", "release", b"release", "release_digest", b"release_digest", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_previous_release", b"_previous_release", "canary", b"canary", "canary_abort_reason", b"canary_abort_reason", "etag", b"etag", "generation", b"generation", "name", b"name", "previous_release", b"previous_release", "release", b"release", "release_digest", b"release_digest", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__previous_release: _TypeAlias = _typing.Literal["previous_release"]  # noqa: Y015
     _WhichOneofArgType__previous_release: _TypeAlias = _typing.Literal["_previous_release", b"_previous_release"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__previous_release) -> _WhichOneofReturnType__previous_release | None: ...
 
 Global___Channel: _TypeAlias = Channel  # noqa: Y015
+
+@_typing.final
+class Canary(_message.Message):
+    """A release that part of a channel's requests get: those whose key, hashed with the salt, is below the share."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RELEASE_FIELD_NUMBER: _builtins.int
+    RELEASE_DIGEST_FIELD_NUMBER: _builtins.int
+    PERMILLE_FIELD_NUMBER: _builtins.int
+    SALT_FIELD_NUMBER: _builtins.int
+    release: _builtins.int
+    release_digest: _builtins.str
+    permille: _builtins.int
+    """In a thousand."""
+    salt: _builtins.str
+    def __init__(
+        self,
+        *,
+        release: _builtins.int = ...,
+        release_digest: _builtins.str = ...,
+        permille: _builtins.int = ...,
+        salt: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["permille", b"permille", "release", b"release", "release_digest", b"release_digest", "salt", b"salt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Canary: _TypeAlias = Canary  # noqa: Y015
+
+@_typing.final
+class Rollout(_message.Message):
+    """How far a change has come."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    REPLICAS_ACKED_FIELD_NUMBER: _builtins.int
+    GATEWAYS_FIELD_NUMBER: _builtins.int
+    GATEWAYS_ACKED_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
+    complete: _builtins.bool
+    """Whether as many hold it as were waited for."""
+    replicas: _builtins.int
+    replicas_acked: _builtins.int
+    gateways: _builtins.int
+    gateways_acked: _builtins.int
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why readers refuse it: reader, reason and message."""
+
+    def __init__(
+        self,
+        *,
+        complete: _builtins.bool = ...,
+        replicas: _builtins.int = ...,
+        replicas_acked: _builtins.int = ...,
+        gateways: _builtins.int = ...,
+        gateways_acked: _builtins.int = ...,
+        refusals: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "gateways", b"gateways", "gateways_acked", b"gateways_acked", "refusals", b"refusals", "replicas", b"replicas", "replicas_acked", b"replicas_acked"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rollout: _TypeAlias = Rollout  # noqa: Y015
 
 @_typing.final
 class GetChannelRequest(_message.Message):
@@ -1243,11 +1325,18 @@ class ActivateRequest(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    WAIT_TIMEOUT_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     """channels/{channel}, or the full name. A channel that isn't there yet is made, with etag ""."""
     release: _builtins.int
     etag: _builtins.str
     request_id: _builtins.str
+    wait: Global___Wait.ValueType
+    @_builtins.property
+    def wait_timeout(self) -> _duration_pb2.Duration:
+        """At most 60 s; default 10 s."""
+
     def __init__(
         self,
         *,
@@ -1255,10 +1344,12 @@ class ActivateRequest(_message.Message):
         release: _builtins.int = ...,
         etag: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        wait: Global___Wait.ValueType = ...,
+        wait_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wait_timeout", b"wait_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "etag", b"etag", "release", b"release", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "etag", b"etag", "release", b"release", "request_id", b"request_id", "wait", b"wait", "wait_timeout", b"wait_timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1270,19 +1361,25 @@ class ActivateResponse(_message.Message):
 
     CHANNEL_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def channel(self) -> Global___Channel: ...
     @_builtins.property
-    def position(self) -> Global___Position: ...
+    def position(self) -> _inference_pb2.Position: ...
+    @_builtins.property
+    def rollout(self) -> Global___Rollout:
+        """Set if it was waited for."""
+
     def __init__(
         self,
         *,
         channel: Global___Channel | None = ...,
-        position: Global___Position | None = ...,
+        position: _inference_pb2.Position | None = ...,
+        rollout: Global___Rollout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "position", b"position"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "position", b"position", "rollout", b"rollout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "position", b"position"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "position", b"position", "rollout", b"rollout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1295,19 +1392,28 @@ class RollbackRequest(_message.Message):
     CHANNEL_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    WAIT_TIMEOUT_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     etag: _builtins.str
     request_id: _builtins.str
+    wait: Global___Wait.ValueType
+    @_builtins.property
+    def wait_timeout(self) -> _duration_pb2.Duration:
+        """At most 60 s; default 10 s."""
+
     def __init__(
         self,
         *,
         channel: _builtins.str = ...,
         etag: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        wait: Global___Wait.ValueType = ...,
+        wait_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wait_timeout", b"wait_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "etag", b"etag", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "etag", b"etag", "request_id", b"request_id", "wait", b"wait", "wait_timeout", b"wait_timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1319,23 +1425,220 @@ class RollbackResponse(_message.Message):
 
     CHANNEL_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def channel(self) -> Global___Channel: ...
     @_builtins.property
-    def position(self) -> Global___Position: ...
+    def position(self) -> _inference_pb2.Position: ...
+    @_builtins.property
+    def rollout(self) -> Global___Rollout:
+        """Set if it was waited for."""
+
     def __init__(
         self,
         *,
         channel: Global___Channel | None = ...,
-        position: Global___Position | None = ...,
+        position: _inference_pb2.Position | None = ...,
+        rollout: Global___Rollout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "position", b"position"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "position", b"position", "rollout", b"rollout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "position", b"position"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "position", b"position", "rollout", b"rollout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RollbackResponse: _TypeAlias = RollbackResponse  # noqa: Y015
+
+@_typing.final
+class StartCanaryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    PERMILLE_FIELD_NUMBER: _builtins.int
+    SALT_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    WAIT_TIMEOUT_FIELD_NUMBER: _builtins.int
+    channel: _builtins.str
+    release: _builtins.int
+    permille: _builtins.int
+    """1 to 999 in a thousand."""
+    salt: _builtins.str
+    """Drawn if empty; kept while a canary only changes its share, so that nobody who had it loses it when it grows."""
+    etag: _builtins.str
+    request_id: _builtins.str
+    wait: Global___Wait.ValueType
+    @_builtins.property
+    def wait_timeout(self) -> _duration_pb2.Duration: ...
+    def __init__(
+        self,
+        *,
+        channel: _builtins.str = ...,
+        release: _builtins.int = ...,
+        permille: _builtins.int = ...,
+        salt: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        wait: Global___Wait.ValueType = ...,
+        wait_timeout: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wait_timeout", b"wait_timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "etag", b"etag", "permille", b"permille", "release", b"release", "request_id", b"request_id", "salt", b"salt", "wait", b"wait", "wait_timeout", b"wait_timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartCanaryRequest: _TypeAlias = StartCanaryRequest  # noqa: Y015
+
+@_typing.final
+class StartCanaryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def channel(self) -> Global___Channel: ...
+    @_builtins.property
+    def position(self) -> _inference_pb2.Position: ...
+    @_builtins.property
+    def rollout(self) -> Global___Rollout: ...
+    def __init__(
+        self,
+        *,
+        channel: Global___Channel | None = ...,
+        position: _inference_pb2.Position | None = ...,
+        rollout: Global___Rollout | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "position", b"position", "rollout", b"rollout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "position", b"position", "rollout", b"rollout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartCanaryResponse: _TypeAlias = StartCanaryResponse  # noqa: Y015
+
+@_typing.final
+class PromoteCanaryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    WAIT_TIMEOUT_FIELD_NUMBER: _builtins.int
+    channel: _builtins.str
+    etag: _builtins.str
+    request_id: _builtins.str
+    wait: Global___Wait.ValueType
+    @_builtins.property
+    def wait_timeout(self) -> _duration_pb2.Duration: ...
+    def __init__(
+        self,
+        *,
+        channel: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        wait: Global___Wait.ValueType = ...,
+        wait_timeout: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wait_timeout", b"wait_timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "etag", b"etag", "request_id", b"request_id", "wait", b"wait", "wait_timeout", b"wait_timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromoteCanaryRequest: _TypeAlias = PromoteCanaryRequest  # noqa: Y015
+
+@_typing.final
+class PromoteCanaryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def channel(self) -> Global___Channel: ...
+    @_builtins.property
+    def position(self) -> _inference_pb2.Position: ...
+    @_builtins.property
+    def rollout(self) -> Global___Rollout: ...
+    def __init__(
+        self,
+        *,
+        channel: Global___Channel | None = ...,
+        position: _inference_pb2.Position | None = ...,
+        rollout: Global___Rollout | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "position", b"position", "rollout", b"rollout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "position", b"position", "rollout", b"rollout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromoteCanaryResponse: _TypeAlias = PromoteCanaryResponse  # noqa: Y015
+
+@_typing.final
+class AbortCanaryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    WAIT_TIMEOUT_FIELD_NUMBER: _builtins.int
+    channel: _builtins.str
+    etag: _builtins.str
+    request_id: _builtins.str
+    wait: Global___Wait.ValueType
+    @_builtins.property
+    def wait_timeout(self) -> _duration_pb2.Duration: ...
+    def __init__(
+        self,
+        *,
+        channel: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        wait: Global___Wait.ValueType = ...,
+        wait_timeout: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wait_timeout", b"wait_timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "etag", b"etag", "request_id", b"request_id", "wait", b"wait", "wait_timeout", b"wait_timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbortCanaryRequest: _TypeAlias = AbortCanaryRequest  # noqa: Y015
+
+@_typing.final
+class AbortCanaryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def channel(self) -> Global___Channel: ...
+    @_builtins.property
+    def position(self) -> _inference_pb2.Position: ...
+    @_builtins.property
+    def rollout(self) -> Global___Rollout: ...
+    def __init__(
+        self,
+        *,
+        channel: Global___Channel | None = ...,
+        position: _inference_pb2.Position | None = ...,
+        rollout: Global___Rollout | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "position", b"position", "rollout", b"rollout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "position", b"position", "rollout", b"rollout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbortCanaryResponse: _TypeAlias = AbortCanaryResponse  # noqa: Y015
 
 @_typing.final
 class AuditEntry(_message.Message):
@@ -1468,211 +1771,3 @@ class VerifyChainResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__first_broken) -> _WhichOneofReturnType__first_broken | None: ...
 
 Global___VerifyChainResponse: _TypeAlias = VerifyChainResponse  # noqa: Y015
-
-@_typing.final
-class WatchRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    FROM_FIELD_NUMBER: _builtins.int
-    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
-    model_fingerprint: _builtins.str
-    """Of the model that the caller serves; another one than the service's is FAILED_PRECONDITION."""
-    def __init__(
-        self,
-        *,
-        model_fingerprint: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["from", b"from"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["from", b"from", "model_fingerprint", b"model_fingerprint"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
-
-@_typing.final
-class WatchResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    POSITION_FIELD_NUMBER: _builtins.int
-    RESET_FIELD_NUMBER: _builtins.int
-    CHANGES_FIELD_NUMBER: _builtins.int
-    reset: _builtins.bool
-    """The caller must drop what it has before applying the changes."""
-    @_builtins.property
-    def position(self) -> Global___Position: ...
-    @_builtins.property
-    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Change]: ...
-    def __init__(
-        self,
-        *,
-        position: Global___Position | None = ...,
-        reset: _builtins.bool = ...,
-        changes: _abc.Iterable[Global___Change] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "position", b"position", "reset", b"reset"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
-
-@_typing.final
-class Change(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TENANT_FIELD_NUMBER: _builtins.int
-    KEY_FIELD_NUMBER: _builtins.int
-    CHANNEL_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def tenant(self) -> Global___TenantChange: ...
-    @_builtins.property
-    def key(self) -> Global___KeyChange: ...
-    @_builtins.property
-    def channel(self) -> Global___ChannelChange: ...
-    def __init__(
-        self,
-        *,
-        tenant: Global___TenantChange | None = ...,
-        key: Global___KeyChange | None = ...,
-        channel: Global___ChannelChange | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "key", b"key", "kind", b"kind", "tenant", b"tenant"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "key", b"key", "kind", b"kind", "tenant", b"tenant"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["tenant", "key", "channel"]  # noqa: Y015
-    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
-
-Global___Change: _TypeAlias = Change  # noqa: Y015
-
-@_typing.final
-class TenantChange(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TENANT_FIELD_NUMBER: _builtins.int
-    tenant: _builtins.str
-    def __init__(
-        self,
-        *,
-        tenant: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___TenantChange: _TypeAlias = TenantChange  # noqa: Y015
-
-@_typing.final
-class KeyChange(_message.Message):
-    """A key as gateways need it to recognise its secret."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TENANT_FIELD_NUMBER: _builtins.int
-    KEY_FIELD_NUMBER: _builtins.int
-    ROLES_FIELD_NUMBER: _builtins.int
-    SALT_FIELD_NUMBER: _builtins.int
-    VERIFIER_FIELD_NUMBER: _builtins.int
-    REVOKED_FIELD_NUMBER: _builtins.int
-    tenant: _builtins.str
-    key: _builtins.str
-    salt: _builtins.bytes
-    verifier: _builtins.bytes
-    """HMAC-SHA256 of the secret under `salt`."""
-    revoked: _builtins.bool
-    @_builtins.property
-    def roles(self) -> _containers.RepeatedScalarFieldContainer[Global___Role.ValueType]: ...
-    def __init__(
-        self,
-        *,
-        tenant: _builtins.str = ...,
-        key: _builtins.str = ...,
-        roles: _abc.Iterable[Global___Role.ValueType] | None = ...,
-        salt: _builtins.bytes = ...,
-        verifier: _builtins.bytes = ...,
-        revoked: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "revoked", b"revoked", "roles", b"roles", "salt", b"salt", "tenant", b"tenant", "verifier", b"verifier"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___KeyChange: _TypeAlias = KeyChange  # noqa: Y015
-
-@_typing.final
-class ChannelChange(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TENANT_FIELD_NUMBER: _builtins.int
-    CHANNEL_FIELD_NUMBER: _builtins.int
-    RELEASE_FIELD_NUMBER: _builtins.int
-    RELEASE_DIGEST_FIELD_NUMBER: _builtins.int
-    tenant: _builtins.str
-    channel: _builtins.str
-    release: _builtins.int
-    release_digest: _builtins.str
-    def __init__(
-        self,
-        *,
-        tenant: _builtins.str = ...,
-        channel: _builtins.str = ...,
-        release: _builtins.int = ...,
-        release_digest: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "release", b"release", "release_digest", b"release_digest", "tenant", b"tenant"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ChannelChange: _TypeAlias = ChannelChange  # noqa: Y015
-
-@_typing.final
-class FetchReleaseRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TENANT_FIELD_NUMBER: _builtins.int
-    DIGEST_FIELD_NUMBER: _builtins.int
-    tenant: _builtins.str
-    digest: _builtins.str
-    def __init__(
-        self,
-        *,
-        tenant: _builtins.str = ...,
-        digest: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "tenant", b"tenant"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___FetchReleaseRequest: _TypeAlias = FetchReleaseRequest  # noqa: Y015
-
-@_typing.final
-class FetchReleaseResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REVISIONS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Canonical bytes of each revision, in order."""
-
-    def __init__(
-        self,
-        *,
-        revisions: _abc.Iterable[_builtins.bytes] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["revisions", b"revisions"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___FetchReleaseResponse: _TypeAlias = FetchReleaseResponse  # noqa: Y015

@@ -561,6 +561,21 @@ class ReleaseServiceStub:
                 request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.RollbackRequest.SerializeToString,
                 response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.RollbackResponse.FromString,
                 _registered_method=True)
+        self.StartCanary = channel.unary_unary(
+                '/backpack.v1.ReleaseService/StartCanary',
+                request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.StartCanaryRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.StartCanaryResponse.FromString,
+                _registered_method=True)
+        self.PromoteCanary = channel.unary_unary(
+                '/backpack.v1.ReleaseService/PromoteCanary',
+                request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.PromoteCanaryRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.PromoteCanaryResponse.FromString,
+                _registered_method=True)
+        self.AbortCanary = channel.unary_unary(
+                '/backpack.v1.ReleaseService/AbortCanary',
+                request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.AbortCanaryRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.AbortCanaryResponse.FromString,
+                _registered_method=True)
 
 
 class ReleaseServiceServicer:
@@ -599,7 +614,29 @@ class ReleaseServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Rollback(self, request, context):
-        """Point a channel back at the release it had before.
+        """Point a channel back at the release it had before. Replicas have it still: nothing is fetched.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartCanary(self, request, context):
+        """Give part of a channel's requests another release. Called again, it changes how many.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PromoteCanary(self, request, context):
+        """Make the canary the channel's release.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AbortCanary(self, request, context):
+        """End the canary; all requests get the channel's release again. The service does so by itself when a replica
+        refuses the canary's release, or too many requests under it fail.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -637,6 +674,21 @@ def add_ReleaseServiceServicer_to_server(servicer, server):
                     servicer.Rollback,
                     request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.RollbackRequest.FromString,
                     response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.RollbackResponse.SerializeToString,
+            ),
+            'StartCanary': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartCanary,
+                    request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.StartCanaryRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.StartCanaryResponse.SerializeToString,
+            ),
+            'PromoteCanary': grpc.unary_unary_rpc_method_handler(
+                    servicer.PromoteCanary,
+                    request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.PromoteCanaryRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.PromoteCanaryResponse.SerializeToString,
+            ),
+            'AbortCanary': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbortCanary,
+                    request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.AbortCanaryRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.AbortCanaryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -812,6 +864,87 @@ class ReleaseService:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def StartCanary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.ReleaseService/StartCanary',
+            backpack__proto_dot_v1_dot_interventions__pb2.StartCanaryRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_interventions__pb2.StartCanaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PromoteCanary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.ReleaseService/PromoteCanary',
+            backpack__proto_dot_v1_dot_interventions__pb2.PromoteCanaryRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_interventions__pb2.PromoteCanaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbortCanary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.ReleaseService/AbortCanary',
+            backpack__proto_dot_v1_dot_interventions__pb2.AbortCanaryRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_interventions__pb2.AbortCanaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class AuditServiceStub:
     """Who changed what, in the order in which it happened, hash-chained.
@@ -920,127 +1053,6 @@ class AuditService:
             '/backpack.v1.AuditService/VerifyChain',
             backpack__proto_dot_v1_dot_interventions__pb2.VerifyChainRequest.SerializeToString,
             backpack__proto_dot_v1_dot_interventions__pb2.VerifyChainResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-
-class SyncServiceStub:
-    """For gateways and replicas (role `replica`).
-    """
-
-    def __init__(self, channel):
-        """Constructor.
-
-        Args:
-            channel: A grpc.Channel.
-        """
-        self.Watch = channel.unary_stream(
-                '/backpack.v1.SyncService/Watch',
-                request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.WatchRequest.SerializeToString,
-                response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.WatchResponse.FromString,
-                _registered_method=True)
-        self.FetchRelease = channel.unary_unary(
-                '/backpack.v1.SyncService/FetchRelease',
-                request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.FetchReleaseRequest.SerializeToString,
-                response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.FetchReleaseResponse.FromString,
-                _registered_method=True)
-
-
-class SyncServiceServicer:
-    """For gateways and replicas (role `replica`).
-    """
-
-    def Watch(self, request, context):
-        """Everything since a position of the store, then whatever comes, atomic per revision of the store. A
-        message without changes is a bookmark: nothing up to its revision is missing.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def FetchRelease(self, request, context):
-        """A release by its digest, with the canonical bytes of its revisions.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-
-def add_SyncServiceServicer_to_server(servicer, server):
-    rpc_method_handlers = {
-            'Watch': grpc.unary_stream_rpc_method_handler(
-                    servicer.Watch,
-                    request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.WatchRequest.FromString,
-                    response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.WatchResponse.SerializeToString,
-            ),
-            'FetchRelease': grpc.unary_unary_rpc_method_handler(
-                    servicer.FetchRelease,
-                    request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.FetchReleaseRequest.FromString,
-                    response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.FetchReleaseResponse.SerializeToString,
-            ),
-    }
-    generic_handler = grpc.method_handlers_generic_handler(
-            'backpack.v1.SyncService', rpc_method_handlers)
-    server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('backpack.v1.SyncService', rpc_method_handlers)
-
-
- # This class is part of an EXPERIMENTAL API.
-class SyncService:
-    """For gateways and replicas (role `replica`).
-    """
-
-    @staticmethod
-    def Watch(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
-            target,
-            '/backpack.v1.SyncService/Watch',
-            backpack__proto_dot_v1_dot_interventions__pb2.WatchRequest.SerializeToString,
-            backpack__proto_dot_v1_dot_interventions__pb2.WatchResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def FetchRelease(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/backpack.v1.SyncService/FetchRelease',
-            backpack__proto_dot_v1_dot_interventions__pb2.FetchReleaseRequest.SerializeToString,
-            backpack__proto_dot_v1_dot_interventions__pb2.FetchReleaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

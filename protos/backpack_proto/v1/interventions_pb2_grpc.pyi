@@ -172,7 +172,15 @@ class ReleaseServiceStub:
     Activate: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.ActivateRequest, _interventions_pb2.ActivateResponse]
     """Point a channel at a release. Needs the channel's etag: a stale one is ABORTED."""
     Rollback: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.RollbackRequest, _interventions_pb2.RollbackResponse]
-    """Point a channel back at the release it had before."""
+    """Point a channel back at the release it had before. Replicas have it still: nothing is fetched."""
+    StartCanary: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.StartCanaryRequest, _interventions_pb2.StartCanaryResponse]
+    """Give part of a channel's requests another release. Called again, it changes how many."""
+    PromoteCanary: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.PromoteCanaryRequest, _interventions_pb2.PromoteCanaryResponse]
+    """Make the canary the channel's release."""
+    AbortCanary: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.AbortCanaryRequest, _interventions_pb2.AbortCanaryResponse]
+    """End the canary; all requests get the channel's release again. The service does so by itself when a replica
+    refuses the canary's release, or too many requests under it fail.
+    """
 
 @_typing.type_check_only
 class ReleaseServiceAsyncStub(ReleaseServiceStub):
@@ -186,7 +194,15 @@ class ReleaseServiceAsyncStub(ReleaseServiceStub):
     Activate: _aio.UnaryUnaryMultiCallable[_interventions_pb2.ActivateRequest, _interventions_pb2.ActivateResponse]  # type: ignore[assignment]
     """Point a channel at a release. Needs the channel's etag: a stale one is ABORTED."""
     Rollback: _aio.UnaryUnaryMultiCallable[_interventions_pb2.RollbackRequest, _interventions_pb2.RollbackResponse]  # type: ignore[assignment]
-    """Point a channel back at the release it had before."""
+    """Point a channel back at the release it had before. Replicas have it still: nothing is fetched."""
+    StartCanary: _aio.UnaryUnaryMultiCallable[_interventions_pb2.StartCanaryRequest, _interventions_pb2.StartCanaryResponse]  # type: ignore[assignment]
+    """Give part of a channel's requests another release. Called again, it changes how many."""
+    PromoteCanary: _aio.UnaryUnaryMultiCallable[_interventions_pb2.PromoteCanaryRequest, _interventions_pb2.PromoteCanaryResponse]  # type: ignore[assignment]
+    """Make the canary the channel's release."""
+    AbortCanary: _aio.UnaryUnaryMultiCallable[_interventions_pb2.AbortCanaryRequest, _interventions_pb2.AbortCanaryResponse]  # type: ignore[assignment]
+    """End the canary; all requests get the channel's release again. The service does so by itself when a replica
+    refuses the canary's release, or too many requests under it fail.
+    """
 
 class ReleaseServiceServicer(metaclass=_abc_1.ABCMeta):
     """Immutable releases, and the channels that point at them, of the calling tenant."""
@@ -233,7 +249,33 @@ class ReleaseServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _interventions_pb2.RollbackRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_interventions_pb2.RollbackResponse, _abc.Awaitable[_interventions_pb2.RollbackResponse]]:
-        """Point a channel back at the release it had before."""
+        """Point a channel back at the release it had before. Replicas have it still: nothing is fetched."""
+
+    @_abc_1.abstractmethod
+    def StartCanary(
+        self,
+        request: _interventions_pb2.StartCanaryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_interventions_pb2.StartCanaryResponse, _abc.Awaitable[_interventions_pb2.StartCanaryResponse]]:
+        """Give part of a channel's requests another release. Called again, it changes how many."""
+
+    @_abc_1.abstractmethod
+    def PromoteCanary(
+        self,
+        request: _interventions_pb2.PromoteCanaryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_interventions_pb2.PromoteCanaryResponse, _abc.Awaitable[_interventions_pb2.PromoteCanaryResponse]]:
+        """Make the canary the channel's release."""
+
+    @_abc_1.abstractmethod
+    def AbortCanary(
+        self,
+        request: _interventions_pb2.AbortCanaryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_interventions_pb2.AbortCanaryResponse, _abc.Awaitable[_interventions_pb2.AbortCanaryResponse]]:
+        """End the canary; all requests get the channel's release again. The service does so by itself when a replica
+        refuses the canary's release, or too many requests under it fail.
+        """
 
 def add_ReleaseServiceServicer_to_server(servicer: ReleaseServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
@@ -273,52 +315,3 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_interventions_pb2.VerifyChainResponse, _abc.Awaitable[_interventions_pb2.VerifyChainResponse]]: ...
 
 def add_AuditServiceServicer_to_server(servicer: AuditServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
-
-class SyncServiceStub:
-    """For gateways and replicas (role `replica`)."""
-
-    @_typing.overload
-    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
-    @_typing.overload
-    def __new__(cls, channel: _aio.Channel) -> SyncServiceAsyncStub: ...
-    Watch: _grpc.UnaryStreamMultiCallable[_interventions_pb2.WatchRequest, _interventions_pb2.WatchResponse]
-    """Everything since a position of the store, then whatever comes, atomic per revision of the store. A
-    message without changes is a bookmark: nothing up to its revision is missing.
-    """
-    FetchRelease: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.FetchReleaseRequest, _interventions_pb2.FetchReleaseResponse]
-    """A release by its digest, with the canonical bytes of its revisions."""
-
-@_typing.type_check_only
-class SyncServiceAsyncStub(SyncServiceStub):
-    """For gateways and replicas (role `replica`)."""
-
-    def __init__(self, channel: _aio.Channel) -> None: ...
-    Watch: _aio.UnaryStreamMultiCallable[_interventions_pb2.WatchRequest, _interventions_pb2.WatchResponse]  # type: ignore[assignment]
-    """Everything since a position of the store, then whatever comes, atomic per revision of the store. A
-    message without changes is a bookmark: nothing up to its revision is missing.
-    """
-    FetchRelease: _aio.UnaryUnaryMultiCallable[_interventions_pb2.FetchReleaseRequest, _interventions_pb2.FetchReleaseResponse]  # type: ignore[assignment]
-    """A release by its digest, with the canonical bytes of its revisions."""
-
-class SyncServiceServicer(metaclass=_abc_1.ABCMeta):
-    """For gateways and replicas (role `replica`)."""
-
-    @_abc_1.abstractmethod
-    def Watch(
-        self,
-        request: _interventions_pb2.WatchRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_interventions_pb2.WatchResponse], _abc.AsyncIterator[_interventions_pb2.WatchResponse]]:
-        """Everything since a position of the store, then whatever comes, atomic per revision of the store. A
-        message without changes is a bookmark: nothing up to its revision is missing.
-        """
-
-    @_abc_1.abstractmethod
-    def FetchRelease(
-        self,
-        request: _interventions_pb2.FetchReleaseRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_interventions_pb2.FetchReleaseResponse, _abc.Awaitable[_interventions_pb2.FetchReleaseResponse]]:
-        """A release by its digest, with the canonical bytes of its revisions."""
-
-def add_SyncServiceServicer_to_server(servicer: SyncServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

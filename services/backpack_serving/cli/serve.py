@@ -53,7 +53,7 @@ def inference() -> None:
         return await replica.start(
             settings,
             replica.report_to(rpc.channel(settings.directory_address), settings.directory_metadata),
-            replica.fetch_from(rpc.channel(settings.interventions_address), settings.key_for("replica")),
+            rpc.channel(settings.interventions_address),
             metrics,
         )
 

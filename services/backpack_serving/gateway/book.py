@@ -1,44 +1,27 @@
-"""What a gateway knows of tenants: keys and channels, as the intervention service told them.
+"""Who calls, and which release their request gets: answered from what the gateway's reader knows, asking nobody.
 
-The whole content is one immutable value that a change replaces, so a request sees one state of the store.
+What is known is one immutable view that a change replaces, so a request sees one state of the store.
 """
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Set
+from dataclasses import dataclass
 
 from backpack_serving.errors import NotFound, Unauthenticated, Unavailable
-from backpack_serving.keys import ApiKey, Principal, Verifier
-
-
-@dataclass(frozen=True, slots=True)
-class KnownTenant:
-    tenant: str
-
-
-@dataclass(frozen=True, slots=True)
-class KnownKey:
-    principal: Principal
-    verifier: Verifier
-    revoked: bool
-
-
-@dataclass(frozen=True, slots=True)
-class KnownChannel:
-    tenant: str
-    channel: str
-    release: int
-    digest: str
-
-
-Known = KnownTenant | KnownKey | KnownChannel
+from backpack_serving.keys import ApiKey, Principal
+from backpack_serving.sync.known import Position
+from backpack_serving.sync.reader import Reader
 
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """The release that a request gets, and the position of the store at which that was so."""
+    """The release that a request gets, and the position of the store at which that was so.
+
+    `staleness` is how many seconds old that knowledge was; `canary`: it is the channel's canary.
+    """
 
     tenant: str
     channel: str
@@ -46,73 +29,84 @@ class Pinned:
     digest: str
     epoch: int
     revision: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Page:
-    epoch: int = 0
-    revision: int = 0
-    keys: Mapping[str, KnownKey] = field(default_factory=dict)
-    channels: Mapping[tuple[str, str], KnownChannel] = field(default_factory=dict)
+    canary: bool = False
+    staleness: float = 0.0
 
 
 class Book:
-    """Authenticates and pins. `expires` is how many seconds without news its knowledge is good for."""
+    """Authenticates and pins.
 
-    def __init__(self, expires: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._expires, self._clock = expires, clock
-        self._page = _Page()
-        self._heard: float | None = None
+    `expires` is how many seconds without news its knowledge is good for; the tenants in `serve_expired` ("*": all)
+    are served beyond that, too.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        expires: float,
+        serve_expired: Set[str] = frozenset(),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._reader, self._expires, self._serve_expired, self._clock = reader, expires, serve_expired, clock
 
     @property
-    def position(self) -> tuple[int, int]:
-        """(epoch, revision) up to which nothing is missing."""
-        return self._page.epoch, self._page.revision
+    def position(self) -> Position:
+        """Up to which nothing is missing."""
+        return self._reader.view.position
 
     @property
     def age(self) -> float:
-        """Seconds since the intervention service was last heard; infinite if never."""
-        return float("inf") if self._heard is None else self._clock() - self._heard
+        """Seconds since it was certain that nothing is missing; infinite if that never was."""
+        return self._reader.age(self._clock())
 
-    def apply(self, position: tuple[int, int], reset: bool, changes: Iterable[Known]) -> None:
-        """Take in a message of the watch, whole. Without changes it says that nothing is missing."""
-        page = _Page() if reset else self._page
-        keys, channels = dict(page.keys), dict(page.channels)
-        for change in changes:
-            if isinstance(change, KnownKey):
-                keys[change.principal.key] = change
-            elif isinstance(change, KnownChannel):
-                channels[change.tenant, change.channel] = change
-        self._page = _Page(*position, keys, channels)
-        self._heard = self._clock()
+    @property
+    def usable(self) -> bool:
+        """Whether anybody can be served."""
+        return self.age <= self._expires or (self.age < float("inf") and bool(self._serve_expired))
 
     def authenticate(self, presented: str) -> Principal:
         """Raises Unauthenticated, or Unavailable while nothing is known or what is known is too old."""
-        self._check_age()
+        view, age = self._reader.view, self.age
+        if age == float("inf"):
+            raise Unavailable(
+                "STARTING", "the gateway hasn't reached the intervention service yet", retry_after=1.0
+            )
         key = ApiKey.parse(presented)
-        known = self._page.keys.get(key.id)
+        known = view.keys.get(key.id)
         if known is None or known.revoked or not known.verifier.accepts(key.secret):
             raise Unauthenticated("UNKNOWN_KEY", "this API key is unknown or revoked")
+        tenant = known.principal.tenant
+        if (owner := view.tenants.get(tenant)) and owner.suspended:
+            raise Unauthenticated(
+                "TENANT_SUSPENDED", f"tenants/{tenant} is suspended; ask who operates this service"
+            )
+        if age > self._expires and not self._serve_expired & {tenant, "*"}:
+            raise Unavailable(
+                "STALE",
+                f"no news from the intervention service for {age:.0f} s; the bound is {self._expires:.0f} s",
+                retry_after=5.0,
+            )
         return known.principal
 
-    def pin(self, tenant: str, channel: str) -> Pinned:
-        """What a tenant's channel points at now. Raises NotFound if there is no such channel."""
-        page = self._page
-        known = page.channels.get((tenant, channel))
+    def pin(self, tenant: str, channel: str, request_key: str = "") -> Pinned:
+        """What a tenant's channel points at now, for a request with this key (drawn if empty).
+
+        Raises NotFound if there is no such channel.
+        """
+        view = self._reader.view
+        known = view.channels.get((tenant, channel))
         if known is None:
             raise NotFound(
                 "NO_SUCH_CHANNEL", f"tenants/{tenant}/channels/{channel} doesn't exist; activate a release on it"
             )
-        return Pinned(tenant, channel, known.release, known.digest, page.epoch, page.revision)
-
-    def _check_age(self) -> None:
-        if self._heard is None:
-            raise Unavailable(
-                "STARTING", "the gateway hasn't reached the intervention service yet", retry_after=1.0
-            )
-        if self.age > self._expires:
-            raise Unavailable(
-                "STALE",
-                f"no news from the intervention service for {self.age:.0f} s; the bound is {self._expires:.0f} s",
-                retry_after=5.0,
-            )
+        release = known.choose(request_key or secrets.token_hex(8)) if known.canary else known.stable
+        return Pinned(
+            tenant,
+            channel,
+            release.number,
+            release.digest,
+            view.position.epoch,
+            view.position.revision,
+            release is not known.stable,
+            self.age,
+        )

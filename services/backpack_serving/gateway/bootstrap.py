@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from dataclasses import dataclass
+from typing import Any
 
 from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
@@ -13,11 +15,17 @@ from backpack_serving import rpc
 from backpack_serving.gateway.book import Book
 from backpack_serving.gateway.routing import Router
 from backpack_serving.gateway.servicer import GatewayServicer
-from backpack_serving.gateway.sync import follow_directory, follow_interventions
+from backpack_serving.gateway.sync import follow_directory
+from backpack_serving.gateway.tallies import Tallies
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
+from backpack_serving.sync.known import Kind
+from backpack_serving.sync.link import Link
+from backpack_serving.sync.reader import Reader
 
 SERVICE = "backpack.v1.InferenceService"
+READER = "backpack.v1.SyncService"
+"""Name of a gateway's health as a reader of the intervention service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +37,7 @@ class Gateway:
     router: Router
     tasks: tuple[asyncio.Task[None], ...]
     drain: float
+    control: Any
 
     @property
     def address(self) -> str:
@@ -44,6 +53,7 @@ class Gateway:
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
+        await self.control.close()
 
 
 async def start(settings: Settings, metrics: Metrics) -> Gateway:
@@ -51,23 +61,31 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
     manifest = Manifest.read(settings.model)
     tokenizer = Tokenizer.read(settings.model / "tokenizer.json")
     key = settings.key_for("replica")
-    book, router = Book(settings.expired_after), Router(manifest.fingerprint)
+    reader = Reader(Kind.GATEWAY, uuid.uuid4().hex, settings.gateway_address, manifest.fingerprint)
+    book, router = Book(reader, settings.expired_after, settings.serve_expired), Router(manifest.fingerprint)
+    control, tallies = rpc.channel(settings.interventions_address), Tallies()
+    link = Link(control, key, reader, tallies, settings.state / "known-good" / "gateway" / "view")
+    await asyncio.to_thread(link.restore)
     measured = metrics.gateway(lambda: router.size, lambda: book.age)
-    servicer = GatewayServicer(manifest, tokenizer, book, router, key, measured)
+    servicer = GatewayServicer(manifest, tokenizer, book, router, key, measured, link, tallies, settings.catch_up)
     service = rpc.Service(SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer)
     server = await rpc.start([service], settings.gateway_address, metrics.calls("gateway"))
     tasks = (
-        asyncio.create_task(follow_interventions(settings.interventions_address, key, manifest.fingerprint, book)),
+        asyncio.create_task(link.run()),
         asyncio.create_task(follow_directory(settings.directory_address, settings.directory_metadata, router)),
         asyncio.create_task(_tell_health(server, book, router, settings.stale_after)),
     )
-    return Gateway(server, book, router, tasks, settings.drain)
+    return Gateway(server, book, router, tasks, settings.drain, control)
 
 
 async def _tell_health(server: rpc.Server, book: Book, router: Router, stale_after: float) -> None:
-    """Not serving while there is no replica, or no news from the intervention service."""
+    """Not serving while there is no replica, or nothing known that is recent enough to serve anybody.
+
+    Out of touch for longer than `stale_after`, it serves what it knows; its health as a reader says so.
+    """
     while True:
-        serving = router.size > 0 and book.age < stale_after
+        serving = router.size > 0 and book.usable
         for name in ("", SERVICE):
             await server.set_serving(serving, name)
+        await server.set_serving(book.age < stale_after, READER)
         await asyncio.sleep(0.5)

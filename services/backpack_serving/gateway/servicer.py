@@ -16,10 +16,12 @@ from backpack_serving.errors import Internal, ServiceError, Unavailable
 from backpack_serving.gateway.book import Book, Pinned
 from backpack_serving.gateway.meter import Meter
 from backpack_serving.gateway.routing import Router, Target
+from backpack_serving.gateway.tallies import Tallies
 from backpack_serving.keys import Principal, Role
 from backpack_serving.metrics import GatewayMetrics
+from backpack_serving.sync.link import Link
 from backpack_serving.wire import inference as wire
-from backpack_serving.wire.sync import write_pin
+from backpack_serving.wire.sync import read_position, write_pin
 
 log = structlog.get_logger(__name__)
 
@@ -37,14 +39,18 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         router: Router,
         service_key: str,
         metrics: GatewayMetrics,
+        link: Link,
+        tallies: Tallies,
+        catch_up: float,
     ) -> None:
         self._manifest, self._tokenizer = manifest, tokenizer
         self._book, self._router, self._service_key = book, router, service_key
         self._metrics = metrics
+        self._link, self._tallies, self._catch_up = link, tallies, catch_up
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
         with self._meter(context) as meter:
-            pinned = self._pin(meter, request.channel)
+            pinned = await self._pin(meter, request)
             order = wire.read_generation(request, self._tokenizer, self._manifest.config)
             wire.settle(request, order)
             meter.prompt = len(order.prompt)
@@ -56,7 +62,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         self, request: pb.GenerateStreamRequest, context: rpc.Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         with self._meter(context) as meter:
-            pinned = self._pin(meter, request.channel)
+            pinned = await self._pin(meter, request)
             order = wire.read_generation(request, self._tokenizer, self._manifest.config)
             wire.read_coalesce(request)
             wire.settle(request, order)
@@ -68,7 +74,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                     tried.append(target)
                     call = target.stub.GenerateStream(request, **self._how(context, pinned))
                     try:
-                        with rpc.errors():
+                        with self._tallies.request(pinned), rpc.errors():
                             await call.initial_metadata()
                             meter.taken()
                             async for response in call:
@@ -92,7 +98,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
 
     async def Score(self, request: pb.ScoreRequest, context: rpc.Context) -> pb.ScoreResponse:
         with self._meter(context) as meter:
-            pinned = self._pin(meter, request.channel)
+            pinned = await self._pin(meter, request)
             ids = wire.read_prompt("text", request.text, self._tokenizer, self._manifest.config)
             request.text.tokens.ids[:] = ids
             meter.prompt = len(ids)
@@ -100,7 +106,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
 
     async def Explain(self, request: pb.ExplainRequest, context: rpc.Context) -> pb.ExplainResponse:
         with self._meter(context) as meter:
-            pinned = self._pin(meter, request.channel)
+            pinned = await self._pin(meter, request)
             ids = wire.read_prompt("prompt", request.prompt, self._tokenizer, self._manifest.config)
             request.prompt.tokens.ids[:] = ids
             meter.prompt = len(ids)
@@ -108,7 +114,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
 
     async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
         with self._meter(context) as meter:
-            pinned = self._pin(meter, request.channel)
+            pinned = await self._pin(meter, request)
             return await self._unary(lambda stub: stub.ListSenses, request, context, pinned, meter, 1)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
@@ -129,9 +135,11 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         """Who calls, and from here on what it costs."""
         return Meter(self._metrics, self._caller(context).tenant)
 
-    def _pin(self, meter: Meter, channel: str) -> Pinned:
+    async def _pin(self, meter: Meter, request: Any) -> Pinned:
         """The release that the request has from here to its last token."""
-        return self._book.pin(meter.tenant, channel or wire.DEFAULT_CHANNEL)
+        if request.HasField("min_revision"):
+            await self._link.reached(read_position(request.min_revision), self._catch_up)
+        return self._book.pin(meter.tenant, request.channel or wire.DEFAULT_CHANNEL, request.request_key)
 
     def _how(self, context: rpc.Context, pinned: Pinned) -> dict[str, Any]:
         """Metadata and deadline of a call to a replica."""
@@ -158,11 +166,12 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                 tried.append(target)
                 call = method(target.stub)(request, **self._how(context, pinned))
                 try:
-                    with rpc.errors():
-                        await call.initial_metadata()
-                        meter.taken()
-                        response: R = await call
-                    _check(response.served, pinned)
+                    with self._tallies.request(pinned):
+                        with rpc.errors():
+                            await call.initial_metadata()
+                            meter.taken()
+                            response: R = await call
+                        _check(response.served, pinned)
                     return response
                 except Unavailable as error:
                     self._lost(target, error)

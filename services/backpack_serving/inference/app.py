@@ -160,11 +160,10 @@ class ReplicaDeployment:
         host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         settings = settings.model_copy(update={"inference_address": f"{host}:0"})
         self._channel = rpc.channel(settings.interventions_address)
-        fetch = replica.fetch_from(self._channel, settings.key_for("replica"))
         metrics = Metrics(settings.metrics_tenants)
         if settings.metrics_address:
             metrics.listen(settings.metrics_address)
-        self._replica = await replica.start(settings, self._report, fetch, metrics)
+        self._replica = await replica.start(settings, self._report, self._channel, metrics)
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose engine has failed."""

@@ -13,8 +13,7 @@ import structlog
 import torch
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import Limits, Release
-from backpack_proto.v1 import directory_pb2, directory_pb2_grpc, inference_pb2_grpc, interventions_pb2
-from backpack_proto.v1 import interventions_pb2_grpc as interventions_grpc
+from backpack_proto.v1 import directory_pb2, directory_pb2_grpc, inference_pb2_grpc, sync_pb2, sync_pb2_grpc
 
 from backpack_serving import rpc
 from backpack_serving.engine.engine import Engine
@@ -24,18 +23,24 @@ from backpack_serving.engine.sampling import Sampling
 from backpack_serving.engine.scheduler import Scheduler
 from backpack_serving.engine.sequence import Request
 from backpack_serving.engine.slots import OverlayRows, Slots
-from backpack_serving.errors import ServiceError
+from backpack_serving.errors import DataLoss, ServiceError
+from backpack_serving.inference.blobs import ReleaseBlobs
 from backpack_serving.inference.directory import REPORT_SECONDS
 from backpack_serving.inference.served import ServedModel
 from backpack_serving.inference.servicer import InferenceServicer
 from backpack_serving.inference.versions import Fetch, Versions
 from backpack_serving.metrics import Metrics, ReplicaMetrics
 from backpack_serving.settings import Settings
+from backpack_serving.sync.known import Kind, Position
+from backpack_serving.sync.link import Link
+from backpack_serving.sync.reader import Reader
 
 log = structlog.get_logger(__name__)
 
 Report = Callable[[directory_pb2.Replica], Awaitable[None]]
 """How a replica tells the directory about itself."""
+
+FETCH_SECONDS = 30.0
 
 SETTLE_SECONDS = 2 * REPORT_SECONDS
 """How long a draining replica still takes requests: until gateways know, by the directory, that it drains."""
@@ -52,12 +57,15 @@ class Replica:
         report: Report,
         metrics: ReplicaMetrics,
         drain: float,
+        link: Link,
+        versions: Versions,
     ) -> None:
         self.id = uuid.uuid4().hex[:12]
+        self.versions, self._link = versions, link
         self._served, self._engine, self._server = served, engine, server
         self._tell, self._metrics, self._drain = report, metrics, drain
         self._draining = False
-        self._task = asyncio.create_task(self._keep_reporting())
+        self._tasks = [asyncio.create_task(self._keep_reporting()), asyncio.create_task(self._keep_in_step())]
 
     @property
     def address(self) -> str:
@@ -66,6 +74,16 @@ class Replica:
     @property
     def healthy(self) -> bool:
         return self._engine.healthy
+
+    @property
+    def position(self) -> Position:
+        """Of the store: everything up to here is ready to be served."""
+        return self._link.reader.view.position
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was certain that nothing is missing; infinite if that never was."""
+        return self._link.reader.age(time.monotonic())
 
     def state(self) -> directory_pb2.Replica:
         load = self._engine.load
@@ -87,9 +105,16 @@ class Replica:
             await self._report()
             await asyncio.sleep(SETTLE_SECONDS)
         await self._server.stop(self._drain)
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._engine.stop()
+
+    async def _keep_in_step(self) -> None:
+        """What is on disk first; then what the intervention service says, for ever."""
+        if await asyncio.to_thread(self._link.restore):
+            await self.versions.restore(self._link.reader.view)
+        await self._link.run()
 
     async def _report(self) -> None:
         started = time.perf_counter()
@@ -109,8 +134,10 @@ class Replica:
             await asyncio.sleep(REPORT_SECONDS)
 
 
-async def start(settings: Settings, report: Report, fetch: Fetch, metrics: Metrics) -> Replica:
+async def start(settings: Settings, report: Report, control: Any, metrics: Metrics) -> Replica:
     """Load the model, make a first token with it, and serve it on `settings.inference_address`.
+
+    `control` is a channel to the intervention service. If that is away, what is in the state folder is served.
 
     Raises ManifestError or CheckpointError for the model, EngineStopped if the first token can't be made, OSError
     for the address.
@@ -128,16 +155,25 @@ async def start(settings: Settings, report: Report, fetch: Fetch, metrics: Metri
         )
     )
     await _first_token(engine, served.table)
-    versions = Versions(served.table, served.manifest.shape, fetch, settings.releases, Limits())
-    measured = metrics.replica(lambda: engine.load, lambda: versions.resident)
-    servicer = InferenceServicer(served, engine, versions, settings.key_for("replica"), measured)
+    key, folder = settings.key_for("replica"), settings.state / "known-good" / "replica"
+    versions = Versions(
+        served,
+        fetch_from(control, key),
+        ReleaseBlobs(folder / "releases"),
+        settings.releases,
+        settings.tenant_bytes,
+    )
+    measured = metrics.replica(lambda: engine.load, lambda: versions.count)
+    servicer = InferenceServicer(served, engine, versions, key, measured)
     service = rpc.Service(
         "backpack.v1.InferenceService",
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
         servicer,
     )
     server = await rpc.start([service], settings.inference_address, metrics.calls("inference"))
-    replica = Replica(served, engine, server, report, measured, settings.drain)
+    reader = Reader(Kind.REPLICA, uuid.uuid4().hex, server.address, served.manifest.fingerprint)
+    link = Link(control, key, reader, versions, folder / "view")
+    replica = Replica(served, engine, server, report, measured, settings.drain, link, versions)
     log.info("replica serves", address=server.address, slots=settings.slots, model=str(settings.model))
     return replica
 
@@ -151,14 +187,25 @@ async def _first_token(engine: EngineLoop, table: SenseTable) -> None:
 
 
 def fetch_from(channel: Any, key: str) -> Fetch:
-    """Fetch releases from the intervention service behind a channel."""
-    stub = interventions_grpc.SyncServiceStub(channel)
+    """Fetch releases from the intervention service behind a channel; what is larger than one may be is refused."""
+    stub = sync_pb2_grpc.SyncServiceStub(channel)
+    limits = Limits()
 
     async def fetch(tenant: str, digest: str) -> list[bytes]:
-        request = interventions_pb2.FetchReleaseRequest(tenant=tenant, digest=digest)
+        request = sync_pb2.FetchReleaseRequest(tenant=tenant, digest=digest)
+        revisions: list[bytearray] = []
         with rpc.errors():
-            response = await stub.FetchRelease(request, metadata=rpc.with_key(key), timeout=10)
-        return list(response.revisions)
+            async for piece in stub.FetchRelease(request, metadata=rpc.with_key(key), timeout=FETCH_SECONDS):
+                if piece.revision == len(revisions):
+                    revisions.append(bytearray())
+                if piece.revision != len(revisions) - 1 or len(revisions) > limits.revisions:
+                    raise DataLoss(
+                        "CORRUPT", f"release {digest}: a piece of revision {piece.revision} is misplaced"
+                    )
+                revisions[-1] += piece.data
+                if len(revisions[-1]) > limits.blob_bytes:
+                    raise DataLoss("TOO_LARGE", f"release {digest}: a revision beyond {limits.blob_bytes} bytes")
+        return [bytes(data) for data in revisions]
 
     return fetch
 

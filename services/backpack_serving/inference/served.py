@@ -11,7 +11,11 @@ from backpack_lm.checkpoint import TOKENIZER, load, load_table
 from backpack_lm.manifest import Manifest
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
+from backpack_lm.patch import PatchError, Violation
 from backpack_lm.tokenizer import Tokenizer
+
+TRIED = 64
+"""Words that a release is tried out on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,24 @@ class ServedModel:
         """Raises ManifestError, CheckpointError or ValueError if there is no servable model in the folder."""
         model = load(folder)
         return cls(Manifest.read(folder), model, load_table(folder, model), Tokenizer.read(folder / TOKENIZER))
+
+    def try_out(self, overlay: Overlay) -> None:
+        """Predict from the words that a release edits most. Raises PatchError if what comes out isn't numbers.
+
+        Edits that are each within their limits may amount to vectors that no sum can hold.
+        """
+        if not len(overlay.rows):
+            return
+        norms = torch.cat(
+            [overlay.rows.norm(dim=1), torch.zeros(1)]
+        )  # the last is for senses that aren't replaced
+        largest = norms[overlay.index].amax(1).topk(min(TRIED, len(overlay.tokens))).indices
+        with torch.inference_mode():
+            logits = self.model(overlay.tokens[largest][None], overlay)
+        if not bool(logits.isfinite().all()):
+            raise PatchError(
+                Violation("revisions", "NON_FINITE", "the model predicts no numbers under these edits together")
+            )
 
     def score(self, ids: tuple[int, ...], overlay: Overlay) -> list[float]:
         """log p of each token but the first."""

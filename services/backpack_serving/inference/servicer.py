@@ -8,10 +8,11 @@ import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 import structlog
 from backpack_lm.overlay import Overlay
+from backpack_lm.patch import PatchError
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
 
@@ -80,51 +81,53 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
         self, request: wire.Generation, context: rpc.Context, coalesce: float
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The parts of a generation: the first token at once, then those of `coalesce` seconds together."""
-        pin, overlay = await self._release(context)
-        served = self._served
-        order = wire.read_generation(request, served.tokenizer, served.manifest.config)
-        self._metrics.prompts.inc()
-        self._metrics.tokens.labels("prompt").inc(len(order.prompt))
-        text = TextStream(served.tokenizer, order.sampling.stop)
-        job = Request(uuid.uuid4().hex, pin.tenant, order.prompt, order.sampling, overlay)
-        first, made, finish = True, 0, None
-        try:
-            async with aclosing(_gather(self._engine.generate(job), coalesce)) as batches:
-                async for outputs in batches:
-                    part = pb.GenerateStreamResponse()
-                    self._metrics.tokens.labels("generated").inc(len(outputs))
-                    for output in outputs:
-                        if output.digest != pin.release_digest:
-                            raise Internal("WRONG_RELEASE", f"computed with {output.digest}; nothing was sent")
-                        made += 1
-                        part.tokens.append(self._token(output))
-                        if not self._ends_text(output):
-                            part.text += text.add([output.token])
-                        if text.stopped or output.finish:
-                            finish = Finish.STOP if text.stopped else output.finish
-                            break
-                    if first:
-                        part.served.CopyFrom(wire.served(pin, outputs[0].digest, served.manifest))
-                        first = False
-                    if finish:
-                        part.text += text.flush()
-                        part.finish_reason = FINISH[Finish.STOP if text.stopped else finish]
-                        part.usage.prompt_tokens, part.usage.generated_tokens = len(order.prompt), made
-                    yield part
-                    if finish:
-                        return
-        except QueueFull as error:
-            raise Exhausted("QUEUE_FULL", f"{error}; try again shortly", retry_after=1.0) from None
-        except TooManyRows as error:
-            raise PreconditionFailed("RELEASE_TOO_LARGE", str(error)) from None
-        except EngineStopped as error:
-            raise Unavailable("ENGINE_STOPPED", str(error)) from None
+        async with self._release(context) as (pin, overlay):
+            served = self._served
+            order = wire.read_generation(request, served.tokenizer, served.manifest.config)
+            self._metrics.prompts.inc()
+            self._metrics.tokens.labels("prompt").inc(len(order.prompt))
+            text = TextStream(served.tokenizer, order.sampling.stop)
+            job = Request(uuid.uuid4().hex, pin.tenant, order.prompt, order.sampling, overlay)
+            first, made, finish = True, 0, None
+            try:
+                async with aclosing(_gather(self._engine.generate(job), coalesce)) as batches:
+                    async for outputs in batches:
+                        part = pb.GenerateStreamResponse()
+                        self._metrics.tokens.labels("generated").inc(len(outputs))
+                        for output in outputs:
+                            if output.digest != pin.release_digest:
+                                raise Internal("WRONG_RELEASE", f"computed with {output.digest}; nothing was sent")
+                            made += 1
+                            part.tokens.append(self._token(output))
+                            if not self._ends_text(output):
+                                part.text += text.add([output.token])
+                            if text.stopped or output.finish:
+                                finish = Finish.STOP if text.stopped else output.finish
+                                break
+                        if first:
+                            part.served.CopyFrom(wire.served(pin, outputs[0].digest, served.manifest))
+                            first = False
+                        if finish:
+                            part.text += text.flush()
+                            part.finish_reason = FINISH[Finish.STOP if text.stopped else finish]
+                            part.usage.prompt_tokens, part.usage.generated_tokens = len(order.prompt), made
+                        yield part
+                        if finish:
+                            return
+            except QueueFull as error:
+                raise Exhausted("QUEUE_FULL", f"{error}; try again shortly", retry_after=1.0) from None
+            except TooManyRows as error:
+                raise PreconditionFailed("RELEASE_TOO_LARGE", str(error)) from None
+            except EngineStopped as error:
+                raise Unavailable("ENGINE_STOPPED", str(error)) from None
 
     def _ends_text(self, output: Output) -> bool:
         return output.token == self._served.manifest.config.eos_token_id and output.finish is Finish.STOP
 
     def _token(self, output: Output) -> pb.Token:
         logs = output.log_probability
+        if logs is not None and not math.isfinite(logs.chosen):
+            raise Internal("NON_FINITE", "the release makes the model predict no numbers")
         if logs is None:
             return wire.write_token(output.token, self._served.tokenizer)
         return wire.write_token(output.token, self._served.tokenizer, logs.chosen, logs.alternatives)
@@ -132,76 +135,76 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
     # ---- reading the model
 
     async def Score(self, request: pb.ScoreRequest, context: rpc.Context) -> pb.ScoreResponse:
-        pin, overlay = await self._release(context)
-        tokenizer = self._served.tokenizer
-        ids = wire.read_prompt("text", request.text, tokenizer, self._served.manifest.config)
-        if len(ids) < 2:
-            raise InvalidRequest.at("text", "TOO_SHORT", "one token; a score needs at least two")
-        async with self._reading:
-            logs = await asyncio.to_thread(self._served.score, ids, overlay)
-        return pb.ScoreResponse(
-            tokens=[wire.write_token(i, tokenizer, p) for i, p in zip(ids, [None, *logs], strict=True)],
-            log_probability=math.fsum(logs),
-            perplexity=math.exp(-math.fsum(logs) / len(logs)),
-            served=wire.served(pin, overlay.digest, self._served.manifest),
-        )
+        async with self._release(context) as (pin, overlay):
+            tokenizer = self._served.tokenizer
+            ids = wire.read_prompt("text", request.text, tokenizer, self._served.manifest.config)
+            if len(ids) < 2:
+                raise InvalidRequest.at("text", "TOO_SHORT", "one token; a score needs at least two")
+            async with self._reading:
+                logs = await asyncio.to_thread(self._served.score, ids, overlay)
+            return pb.ScoreResponse(
+                tokens=[wire.write_token(i, tokenizer, p) for i, p in zip(ids, [None, *logs], strict=True)],
+                log_probability=math.fsum(logs),
+                perplexity=math.exp(-math.fsum(logs) / len(logs)),
+                served=wire.served(pin, overlay.digest, self._served.manifest),
+            )
 
     async def Explain(self, request: pb.ExplainRequest, context: rpc.Context) -> pb.ExplainResponse:
-        pin, overlay = await self._release(context)
-        tokenizer, config = self._served.tokenizer, self._served.manifest.config
-        ids = wire.read_prompt("prompt", request.prompt, tokenizer, config)
-        limit = wire.read_limit(request.limit, default=20, largest=1000)
-        target = None
-        if request.HasField("target"):
-            target = wire.read_word("target", request.target, tokenizer, config)
-        async with self._reading:
-            found = await asyncio.to_thread(self._served.explain, ids, overlay, target)
-        flat = found.contributions.flatten()
-        order = flat.abs().argsort(descending=True)
-        listed = order[:limit].tolist()
-        return pb.ExplainResponse(
-            target=wire.write_token(found.target, tokenizer, found.log_probability),
-            logit=found.logit,
-            contributions=[
-                pb.Contribution(
-                    position=at // config.num_senses,
-                    token=wire.write_token(ids[at // config.num_senses], tokenizer),
-                    sense=at % config.num_senses,
-                    weight=float(found.weights.flatten()[at]),
-                    multiplier=float(found.multipliers.flatten()[at]),
-                    contribution=float(flat[at]),
-                )
-                for at in listed
-            ],
-            unlisted=float(flat[order[limit:]].sum()),
-            served=wire.served(pin, overlay.digest, self._served.manifest),
-        )
+        async with self._release(context) as (pin, overlay):
+            tokenizer, config = self._served.tokenizer, self._served.manifest.config
+            ids = wire.read_prompt("prompt", request.prompt, tokenizer, config)
+            limit = wire.read_limit(request.limit, default=20, largest=1000)
+            target = None
+            if request.HasField("target"):
+                target = wire.read_word("target", request.target, tokenizer, config)
+            async with self._reading:
+                found = await asyncio.to_thread(self._served.explain, ids, overlay, target)
+            flat = found.contributions.flatten()
+            order = flat.abs().argsort(descending=True)
+            listed = order[:limit].tolist()
+            return pb.ExplainResponse(
+                target=wire.write_token(found.target, tokenizer, found.log_probability),
+                logit=found.logit,
+                contributions=[
+                    pb.Contribution(
+                        position=at // config.num_senses,
+                        token=wire.write_token(ids[at // config.num_senses], tokenizer),
+                        sense=at % config.num_senses,
+                        weight=float(found.weights.flatten()[at]),
+                        multiplier=float(found.multipliers.flatten()[at]),
+                        contribution=float(flat[at]),
+                    )
+                    for at in listed
+                ],
+                unlisted=float(flat[order[limit:]].sum()),
+                served=wire.served(pin, overlay.digest, self._served.manifest),
+            )
 
     async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
-        pin, overlay = await self._release(context)
-        tokenizer, config = self._served.tokenizer, self._served.manifest.config
-        token = wire.read_word("word", request.word, tokenizer, config)
-        limit = min(wire.read_limit(request.limit, default=10, largest=100), config.tokens)
-        async with self._reading:
-            found = await asyncio.to_thread(self._served.senses, token, overlay, limit)
+        async with self._release(context) as (pin, overlay):
+            tokenizer, config = self._served.tokenizer, self._served.manifest.config
+            token = wire.read_word("word", request.word, tokenizer, config)
+            limit = min(wire.read_limit(request.limit, default=10, largest=100), config.tokens)
+            async with self._reading:
+                found = await asyncio.to_thread(self._served.senses, token, overlay, limit)
 
-        def scored(some: Sequence[tuple[int, float]]) -> list[pb.ScoredToken]:
-            return [pb.ScoredToken(token=wire.write_token(y, tokenizer), score=value) for y, value in some]
+            def scored(some: Sequence[tuple[int, float]]) -> list[pb.ScoredToken]:
+                return [pb.ScoredToken(token=wire.write_token(y, tokenizer), score=value) for y, value in some]
 
-        return pb.ListSensesResponse(
-            token=wire.write_token(token, tokenizer),
-            senses=[
-                pb.Sense(
-                    sense=number,
-                    norm=sense.norm,
-                    edited=sense.edited,
-                    positive=scored(sense.positive),
-                    negative=scored(sense.negative),
-                )
-                for number, sense in enumerate(found)
-            ],
-            served=wire.served(pin, overlay.digest, self._served.manifest),
-        )
+            return pb.ListSensesResponse(
+                token=wire.write_token(token, tokenizer),
+                senses=[
+                    pb.Sense(
+                        sense=number,
+                        norm=sense.norm,
+                        edited=sense.edited,
+                        positive=scored(sense.positive),
+                        negative=scored(sense.negative),
+                    )
+                    for number, sense in enumerate(found)
+                ],
+                served=wire.served(pin, overlay.digest, self._served.manifest),
+            )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
         tokenizer = self._served.tokenizer
@@ -212,18 +215,29 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
 
     # ---- the release
 
-    async def _release(self, context: rpc.Context) -> tuple[pb.Pin, Overlay]:
+    @asynccontextmanager
+    async def _release(self, context: rpc.Context) -> AsyncIterator[tuple[pb.Pin, Overlay]]:
         """The pinned release, compiled. An error if it can't be had: never another release, never none."""
         if not hmac.compare_digest(rpc.bearer(context).encode(), self._service_key.encode()):
             raise Unauthenticated("NOT_A_GATEWAY", "replicas take calls from gateways only; call the gateway")
         pin = wire.read_pin(context)
         await context.send_initial_metadata(())  # the gateway knows by this that the request is here
-        try:
-            with self._metrics.release_seconds.time():
-                return pin, await self._versions.get(pin.tenant, pin.release_digest)
-        except ServiceError as error:
-            log.warning("release refused", tenant=pin.tenant, digest=pin.release_digest, reason=error.reason)
-            raise
+        async with AsyncExitStack() as stack:
+            try:
+                with self._metrics.release_seconds.time():
+                    overlay = await stack.enter_async_context(self._versions.use(pin.tenant, pin.release_digest))
+            except (ServiceError, PatchError) as error:
+                log.warning("release refused", tenant=pin.tenant, digest=pin.release_digest, error=str(error))
+                if isinstance(error, PatchError):
+                    raise _unservable(error) from None
+                raise
+            yield pin, overlay
+
+
+def _unservable(error: PatchError) -> ServiceError:
+    """A release that was stored but can't be applied here is no mistake of the caller's request."""
+    violation = error.violations[0]
+    return PreconditionFailed(violation.reason, f"the release can't be served: {error}")
 
 
 async def _gather(

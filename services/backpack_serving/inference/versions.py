@@ -1,54 +1,116 @@
-"""Releases by digest: fetched from the intervention service, compiled once, kept while they are used."""
+"""Releases by digest: fetched, verified, compiled once; those of channels are kept, others for a while."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
 
-from backpack_lm.overlay import Overlay, SenseTable
-from backpack_lm.patch import Limits, ModelShape, Release, Revision
+import structlog
+from backpack_lm.overlay import Overlay
+from backpack_lm.patch import Limits, PatchError, Release, Revision
 
-from backpack_serving.errors import DataLoss
+from backpack_serving.errors import DataLoss, ServiceError, from_patch_error
+from backpack_serving.inference.blobs import ReleaseBlobs
+from backpack_serving.inference.served import ServedModel
+from backpack_serving.sync.known import KnownChannel, ReleaseRef, Steering, View
+from backpack_serving.sync.messages import Refusal, Tally
+
+log = structlog.get_logger(__name__)
 
 Fetch = Callable[[str, str], Awaitable[list[bytes]]]
 """(tenant, digest) → the canonical bytes of the release's revisions."""
 
+AT_ONCE = 4
+"""Releases that are fetched and compiled side by side."""
+
+MOST_REFUSED = 1024
+
 
 class Versions:
-    """The least recently used compiled releases. A digest names its content, so nothing here is ever stale."""
+    """The compiled releases of a replica, and the owner of its reader.
 
-    def __init__(self, table: SenseTable, shape: ModelShape, fetch: Fetch, capacity: int, limits: Limits) -> None:
-        self._table, self._shape, self._fetch = table, shape, fetch
-        self._capacity, self._limits = capacity, limits
-        self._compiled: OrderedDict[str, asyncio.Task[Overlay]] = OrderedDict()
+    A digest names its content, so nothing here is ever stale. What a channel is at, its canary, and what it was at
+    before stay as long as they fit `tenant_bytes`; of the others, the `capacity` used last. What a request uses is
+    never dropped under it.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        fetch: Fetch,
+        blobs: ReleaseBlobs,
+        capacity: int,
+        tenant_bytes: int,
+        limits: Limits = Limits(),
+    ) -> None:
+        self._served, self._fetch, self._blobs = served, fetch, blobs
+        self._capacity, self._tenant_bytes, self._limits = capacity, tenant_bytes, limits
+        self._compiled: OrderedDict[str, Overlay] = OrderedDict()  # least recently used first
+        self._making: dict[str, asyncio.Task[Overlay]] = {}
+        self._refused: OrderedDict[str, PatchError] = OrderedDict()
+        self._users: Counter[str] = Counter()
+        self._kept: frozenset[str] = frozenset()
+        self._view = View()
+        self._slots = asyncio.Semaphore(AT_ONCE)
+        self.fetched = 0
 
     @property
-    def resident(self) -> int:
+    def count(self) -> int:
         return len(self._compiled)
 
-    async def get(self, tenant: str, digest: str) -> Overlay:
-        """The compiled release. Requests for one that is still being made share the work.
+    @asynccontextmanager
+    async def use(self, tenant: str, digest: str) -> AsyncIterator[Overlay]:
+        """The compiled release, for as long as the block runs.
 
         Raises ServiceError or PatchError if it can't be had or doesn't fit the model: never another release.
         """
-        if digest not in self._compiled:
-            self._compiled[digest] = asyncio.create_task(self._make(tenant, digest))
-            while len(self._compiled) > self._capacity:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(digest)
-        task = self._compiled[digest]
+        self._users[digest] += 1
         try:
-            # One caller going away must not cancel the work that others wait for.
-            return await asyncio.shield(task)
-        except Exception:
-            if self._compiled.get(digest) is task:
-                del self._compiled[digest]
-            raise
+            yield await self._get(tenant, digest)
+        finally:
+            self._users[digest] -= 1
+            if not self._users[digest]:
+                del self._users[digest]
+            self._evict()
+
+    async def _get(self, tenant: str, digest: str) -> Overlay:
+        """Requests for a release that is still being made share the work."""
+        if found := self._compiled.get(digest):
+            self._compiled.move_to_end(digest)
+            return found
+        if refused := self._refused.get(digest):
+            raise refused
+        if digest not in self._making:
+            task = self._making[digest] = asyncio.create_task(self._make(tenant, digest))
+            task.add_done_callback(lambda _: self._making.pop(digest, None))
+        # One caller going away must not cancel the work that others wait for.
+        return await asyncio.shield(self._making[digest])
 
     async def _make(self, tenant: str, digest: str) -> Overlay:
-        blobs = await self._fetch(tenant, digest)
-        release = Release(tuple(Revision.from_bytes(blob) for blob in blobs))
+        async with self._slots:
+            revisions = await asyncio.to_thread(self._blobs.read, digest)
+            on_disk = revisions is not None
+            if revisions is None:
+                self.fetched += 1
+                revisions = await self._fetch(tenant, digest)
+            try:
+                overlay = await asyncio.to_thread(self._compile, revisions, digest)
+            except PatchError as error:
+                self._refused[digest] = error
+                while len(self._refused) > MOST_REFUSED:
+                    self._refused.popitem(last=False)
+                raise
+            if not on_disk:
+                await asyncio.to_thread(self._blobs.write, digest, revisions)
+        self._compiled[digest] = overlay
+        self._evict()
+        return overlay
+
+    def _compile(self, revisions: list[bytes], digest: str) -> Overlay:
+        """Verify, validate again, compile, and try out."""
+        release = Release(tuple(map(Revision.from_bytes, revisions)))
         if release.digest != digest:
             raise DataLoss(
                 "WRONG_DIGEST",
@@ -56,5 +118,97 @@ class Versions:
                 wanted=digest,
                 got=release.digest,
             )
-        release.validate(self._shape, self._limits)
-        return await asyncio.to_thread(Overlay.compile, release, self._table)
+        release.validate(self._served.manifest.shape, self._limits)
+        overlay = Overlay.compile(release, self._served.table)
+        self._served.try_out(overlay)
+        return overlay
+
+    def _evict(self) -> None:
+        """Drop what is neither kept nor used beyond the capacity, the least recently used first."""
+        idle = [d for d in self._compiled if d not in self._kept and d not in self._users]
+        for digest in idle[: max(0, len(idle) - self._capacity)]:
+            del self._compiled[digest]
+
+    # ---- backpack_serving.sync.link.Owner
+
+    async def stage(self, work: tuple[Steering, ...]) -> tuple[Refusal, ...]:
+        """Get the releases that these channels are at ready; those that they were at before if that can be."""
+        found = await asyncio.gather(*map(self._stage, work))
+        return tuple(refusal for refusal in found if refusal)
+
+    async def _stage(self, change: Steering) -> Refusal | None:
+        for release in change.serving:
+            try:
+                await self._get(change.tenant, release.digest)
+            except (ServiceError, PatchError) as error:
+                return _refusal(change, release, error)
+        size = sum(self._sizes(self._serving(change.tenant, change)))
+        if size > self._tenant_bytes:
+            message = f"{size} bytes of releases for tenants/{change.tenant}, at most {self._tenant_bytes}"
+            return Refusal(*change.key, change.serving[0].digest, "TENANT_TOO_LARGE", message)
+        if isinstance(change, KnownChannel):
+            for release in change.earlier:
+                with suppress(ServiceError, PatchError):
+                    await self._get(change.tenant, release.digest)
+        return None
+
+    def swapped(self, view: View) -> None:
+        """Keep what this view's channels need."""
+        if view.channels is self._view.channels and view.fresh is self._view.fresh:
+            return
+        self._view = view
+        kept: set[str] = set()
+        for tenant in {channel.tenant for channel in view.channels.values()}:
+            kept |= self._worth_keeping(tenant)
+        self._kept = frozenset(kept)
+        self._evict()
+
+    def _worth_keeping(self, tenant: str) -> set[str]:
+        """What is served, then what was served before or will be soon, as far as it fits."""
+        kept = set(self._serving(tenant))
+        room = self._tenant_bytes - sum(self._sizes(kept))
+        channels = [c for c in self._view.channels.values() if c.tenant == tenant]
+        more = [release for channel in channels for release in channel.earlier]
+        if fresh := self._view.fresh.get(tenant):
+            more.append(fresh.release)
+        for release in more:
+            (size,) = self._sizes([release.digest])
+            if release.digest not in kept and size <= room:
+                kept.add(release.digest)
+                room -= size
+        return kept
+
+    def _serving(self, tenant: str, change: Steering | None = None) -> set[str]:
+        """Digests of what a tenant's channels are at, once this change holds."""
+        channels = {key: c for key, c in self._view.channels.items() if c.tenant == tenant}
+        if isinstance(change, KnownChannel):
+            channels[change.key] = change
+        return {release.digest for channel in channels.values() for release in channel.serving}
+
+    def _sizes(self, digests: Iterable[str]) -> list[int]:
+        return [self._compiled[d].nbytes if d in self._compiled else 0 for d in digests]
+
+    def resident(self) -> frozenset[str]:
+        return frozenset(self._compiled)
+
+    def tallies(self) -> tuple[Tally, ...]:
+        return ()
+
+    async def restore(self, view: View) -> None:
+        """Compile what is on disk of a view that was taken up from there, without asking anybody."""
+        for channel in view.channels.values():
+            for release in (*channel.serving, *channel.earlier):
+                if await asyncio.to_thread(self._blobs.has, release.digest):
+                    with suppress(ServiceError, PatchError):
+                        await self._get(channel.tenant, release.digest)
+
+    async def tidy(self) -> None:
+        """Forget on disk what no channel needs."""
+        await asyncio.to_thread(self._blobs.forget_all_but, self._kept | frozenset(self._users))
+
+
+def _refusal(change: Steering, release: ReleaseRef, error: ServiceError | PatchError) -> Refusal:
+    """A patch that is wrong stays wrong; whatever kept us from getting it may pass."""
+    final = isinstance(error, PatchError)
+    refused = from_patch_error(error) if isinstance(error, PatchError) else error
+    return Refusal(*change.key, release.digest, refused.reason, refused.message, final)

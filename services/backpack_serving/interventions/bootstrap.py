@@ -11,9 +11,11 @@ from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
 
 from backpack_serving import rpc
+from backpack_serving.interventions.caller import Bell
 from backpack_serving.interventions.database import open_store
+from backpack_serving.interventions.rollouts import ErrorGate
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.interventions.servicer import Bell, services
+from backpack_serving.interventions.servicer import services
 from backpack_serving.interventions.store import Store
 from backpack_serving.keys import ApiKey, Role
 from backpack_serving.metrics import Metrics
@@ -65,7 +67,9 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
         await asyncio.to_thread(service.bootstrap, admin, [Role.ADMIN])
         await asyncio.to_thread(service.bootstrap, replica, [Role.REPLICA])
         server = await rpc.start(
-            services(service, tokenizer, bell), settings.interventions_address, metrics.calls("interventions")
+            services(service, tokenizer, bell, ErrorGate(settings.canary_requests, settings.canary_errors)),
+            settings.interventions_address,
+            metrics.calls("interventions"),
         )
     except BaseException:
         store.close()

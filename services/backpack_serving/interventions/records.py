@@ -12,13 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, ClassVar
 
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Where the store stood. Positions of an epoch only rise; a restore from backup starts a new epoch."""
-
-    epoch: int
-    revision: int
+from backpack_serving.sync.known import Position as Position
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +117,10 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Channel:
+    """The pointer. `earlier` are the releases that it was at before, (number, digest) as JSON, newest first;
+    `moved` is the store's revision that moved it last; `aborted` says why the service ended its last canary.
+    """
+
     tenant: str
     channel: str
     release: int
@@ -130,6 +128,13 @@ class Channel:
     previous: int | None
     generation: int
     updated: datetime
+    earlier: str = "[]"
+    moved: int = 0
+    canary: int | None = None
+    canary_digest: str = ""
+    permille: int = 0
+    salt: str = ""
+    aborted: str = ""
     KEY: ClassVar = ("tenant", "channel")
 
     @property

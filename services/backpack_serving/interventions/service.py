@@ -8,13 +8,14 @@ from datetime import datetime
 
 from backpack_lm import patch
 
-from backpack_serving.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed
+from backpack_serving.errors import InvalidRequest, NotFound
 from backpack_serving.interventions import find
+from backpack_serving.interventions.channels import ChannelRules
 from backpack_serving.interventions.integrity import check_release
 from backpack_serving.interventions.ledger import Request, Written, verify_chain
 from backpack_serving.interventions.patches import PatchRules
 from backpack_serving.interventions.records import Channel, Event, Key, Position, Record, Release, Tenant
-from backpack_serving.interventions.rules import LIVE, check_id, check_text
+from backpack_serving.interventions.rules import LIVE, check_text
 from backpack_serving.interventions.store import Write
 from backpack_serving.interventions.tenants import TenantRules
 from backpack_serving.keys import Principal, Role
@@ -22,10 +23,10 @@ from backpack_serving.keys import Principal, Role
 __all__ = ["LIVE", "Interventions"]
 
 
-class Interventions(TenantRules, PatchRules):
-    """The intervention service: tenants and patches (from its bases), releases, channels, audit and sync."""
+class Interventions(TenantRules, PatchRules, ChannelRules):
+    """The intervention service: tenants, patches and channels (from its bases), releases, audit and sync."""
 
-    # ---- releases and channels
+    # ---- releases
 
     def create_release(
         self, who: Principal, parts: Sequence[tuple[str, int]], notes: str, request: Request
@@ -47,7 +48,7 @@ class Interventions(TenantRules, PatchRules):
             listed = json.dumps([list(part) for part in parts])
             made = Release(who.tenant, last[0].number + 1, digest, listed, notes, now)
             tx.add(made)
-            return made, []
+            return made, [made]
 
         return self._ledger.write(who, "CreateRelease", request, act)
 
@@ -56,50 +57,6 @@ class Interventions(TenantRules, PatchRules):
         who.require(Role.AUTHOR)
         with self._read(who) as tx:
             return tx.list(Release, who.tenant, after=after, limit=limit, descending=True)
-
-    def channel(self, who: Principal, name: str) -> Channel:
-        who.require(Role.AUTHOR)
-        with self._read(who) as tx:
-            return find.channel(tx, who.tenant, name)
-
-    def channels(self, who: Principal) -> list[Channel]:
-        who.require(Role.AUTHOR)
-        with self._read(who) as tx:
-            return tx.list(Channel, who.tenant)
-
-    def activate(self, who: Principal, name: str, release: int, etag: str, request: Request) -> Written[Channel]:
-        """Point a channel at a release. The etag must be the channel's: "" for one that isn't there yet."""
-        who.require(Role.RELEASER)
-        check_id("channel", name)
-
-        def act(tx: Write, now: datetime) -> tuple[Channel, list[Record]]:
-            wanted = tx.get(Release, who.tenant, release)
-            if wanted is None:
-                raise NotFound("NO_SUCH_RELEASE", f"tenants/{who.tenant}/releases/{release} doesn't exist")
-            for part in wanted.parts:
-                self._check_model(find.revision(tx, who.tenant, *part))
-            old = tx.get(Channel, who.tenant, name)
-            _check_etag(old.etag if old else "", etag)
-            return _point(tx, who.tenant, name, wanted, old, now)
-
-        return self._ledger.write(who, "Activate", request, act)
-
-    def rollback(self, who: Principal, name: str, etag: str, request: Request) -> Written[Channel]:
-        """Point a channel back at the release it had before."""
-        who.require(Role.RELEASER)
-
-        def act(tx: Write, now: datetime) -> tuple[Channel, list[Record]]:
-            old = find.channel(tx, who.tenant, name)
-            _check_etag(old.etag, etag)
-            if old.previous is None:
-                raise PreconditionFailed(
-                    "NO_PREVIOUS_RELEASE", f"{old.name} has had no release but {old.release}; activate one"
-                )
-            wanted = tx.get(Release, who.tenant, old.previous)
-            assert wanted is not None, "releases are never deleted"
-            return _point(tx, who.tenant, name, wanted, old, now)
-
-        return self._ledger.write(who, "Rollback", request, act)
 
     # ---- audit and sync
 
@@ -118,7 +75,7 @@ class Interventions(TenantRules, PatchRules):
             return verify_chain(tx)
 
     def snapshot(self) -> tuple[Position, list[Record]]:
-        """Everything that gateways know, and where the store stands."""
+        """Everything that readers know, and where the store stands."""
         with self._store.read() as tx:
             known: list[Record] = [*tx.list(Tenant), *tx.list(Key), *tx.list(Channel)]
             return tx.position, known
@@ -136,25 +93,3 @@ class Interventions(TenantRules, PatchRules):
             if release is None:
                 raise NotFound("NO_SUCH_RELEASE", f"tenants/{tenant} has no release {digest}")
             return [find.blob(tx, revision).data for revision in check_release(tx, release)]
-
-
-def _point(
-    tx: Write, tenant: str, name: str, release: Release, old: Channel | None, now: datetime
-) -> tuple[Channel, list[Record]]:
-    generation, previous = (old.generation + 1, old.release) if old else (1, None)
-    made = Channel(tenant, name, release.number, release.digest, previous, generation, now)
-    tx.replace(made)
-    return made, [made]
-
-
-def _check_etag(current: str, given: str) -> None:
-    if current == given:
-        return
-    if not given:
-        raise InvalidRequest.at("etag", "MISSING_ETAG", f"the channel exists; its etag is {current!r}")
-    raise Conflict(
-        "STALE_ETAG",
-        f"etag {given!r}, but the channel is at {current!r} now: someone changed it. Read it again, then decide",
-        given=given,
-        current=current,
-    )

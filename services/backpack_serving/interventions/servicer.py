@@ -1,62 +1,26 @@
-"""The five services of the intervention service: validate, one domain call, translate."""
+"""The services for people and programs that steer: validate, one domain call, translate."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
-from typing import TypeVar
+from collections.abc import Callable
 
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import interventions_pb2 as pb
 from backpack_proto.v1 import interventions_pb2_grpc as grpc_v1
+from backpack_proto.v1 import sync_pb2_grpc as sync_v1
 
 from backpack_serving import rpc
-from backpack_serving.errors import PreconditionFailed, Unauthenticated
-from backpack_serving.interventions.records import Position
+from backpack_serving.interventions.caller import Bell, Caller
+from backpack_serving.interventions.channel_servicer import ChannelMethods
+from backpack_serving.interventions.rollouts import ErrorGate, Rollouts
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.keys import Principal, Role
+from backpack_serving.interventions.sync_servicer import FleetServicer, SyncServicer
 from backpack_serving.wire import control as wire
 from backpack_serving.wire.patches import read_edits
 
-R = TypeVar("R")
 
-BOOKMARK_SECONDS = 1.0
-
-
-class Bell:
-    """Wakes who waits for the next write. It may be rung from any thread."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._next = asyncio.Event()
-
-    def ring(self) -> None:
-        self._loop.call_soon_threadsafe(self._ring)
-
-    def next(self) -> asyncio.Event:
-        """Set at the next ring: take it before looking, wait for it after."""
-        return self._next
-
-    def _ring(self) -> None:
-        rung, self._next = self._next, asyncio.Event()
-        rung.set()
-
-
-class _Caller:
-    """What the servicers share: a service that blocks, called from an event loop, for who is calling."""
-
-    def __init__(self, service: Interventions, tokenizer: Tokenizer) -> None:
-        self.service, self.tokenizer = service, tokenizer
-
-    async def who(self, context: rpc.Context) -> Principal:
-        who = await asyncio.to_thread(self.service.authenticate, rpc.bearer(context))
-        if who is None:
-            raise Unauthenticated("UNKNOWN_KEY", "this API key is unknown or revoked")
-        return who
-
-
-class TenantServicer(_Caller, grpc_v1.TenantServiceServicer):
+class TenantServicer(Caller, grpc_v1.TenantServiceServicer):
     async def CreateTenant(self, request: pb.CreateTenantRequest, context: rpc.Context) -> pb.CreateTenantResponse:
         who = await self.who(context)
         again = wire.identify(request, request.request_id)
@@ -99,7 +63,7 @@ class TenantServicer(_Caller, grpc_v1.TenantServiceServicer):
         return pb.RevokeApiKeyResponse(position=wire.write_position(written.position))
 
 
-class PatchServicer(_Caller, grpc_v1.PatchServiceServicer):
+class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
     async def CreatePatch(self, request: pb.CreatePatchRequest, context: rpc.Context) -> pb.CreatePatchResponse:
         who = await self.who(context)
         again = wire.identify(request, request.request_id)
@@ -155,7 +119,7 @@ class PatchServicer(_Caller, grpc_v1.PatchServiceServicer):
         )
 
 
-class ReleaseServicer(_Caller, grpc_v1.ReleaseServiceServicer):
+class ReleaseServicer(ChannelMethods, grpc_v1.ReleaseServiceServicer):
     async def CreateRelease(
         self, request: pb.CreateReleaseRequest, context: rpc.Context
     ) -> pb.CreateReleaseResponse:
@@ -180,37 +144,8 @@ class ReleaseServicer(_Caller, grpc_v1.ReleaseServiceServicer):
             next_page_token=wire.page_token(found, limit, found[-1].number if found else None),
         )
 
-    async def GetChannel(self, request: pb.GetChannelRequest, context: rpc.Context) -> pb.GetChannelResponse:
-        who = await self.who(context)
-        (name,) = wire.parse_name("name", request.name, "channels/{}", who)
-        found = await asyncio.to_thread(self.service.channel, who, name)
-        return pb.GetChannelResponse(channel=wire.write_channel(found))
 
-    async def ListChannels(self, request: pb.ListChannelsRequest, context: rpc.Context) -> pb.ListChannelsResponse:
-        who = await self.who(context)
-        found = await asyncio.to_thread(self.service.channels, who)
-        return pb.ListChannelsResponse(channels=map(wire.write_channel, found))
-
-    async def Activate(self, request: pb.ActivateRequest, context: rpc.Context) -> pb.ActivateResponse:
-        who = await self.who(context)
-        (name,) = wire.parse_name("channel", request.channel, "channels/{}", who)
-        again = wire.identify(request, request.request_id)
-        written = await asyncio.to_thread(self.service.activate, who, name, request.release, request.etag, again)
-        return pb.ActivateResponse(
-            channel=wire.write_channel(written.record), position=wire.write_position(written.position)
-        )
-
-    async def Rollback(self, request: pb.RollbackRequest, context: rpc.Context) -> pb.RollbackResponse:
-        who = await self.who(context)
-        (name,) = wire.parse_name("channel", request.channel, "channels/{}", who)
-        again = wire.identify(request, request.request_id)
-        written = await asyncio.to_thread(self.service.rollback, who, name, request.etag, again)
-        return pb.RollbackResponse(
-            channel=wire.write_channel(written.record), position=wire.write_position(written.position)
-        )
-
-
-class AuditServicer(_Caller, grpc_v1.AuditServiceServicer):
+class AuditServicer(Caller, grpc_v1.AuditServiceServicer):
     async def ListAuditEntries(
         self, request: pb.ListAuditEntriesRequest, context: rpc.Context
     ) -> pb.ListAuditEntriesResponse:
@@ -228,58 +163,19 @@ class AuditServicer(_Caller, grpc_v1.AuditServiceServicer):
         return pb.VerifyChainResponse(intact=broken is None, entries=entries, first_broken=broken)
 
 
-class SyncServicer(_Caller, grpc_v1.SyncServiceServicer):
-    def __init__(self, service: Interventions, tokenizer: Tokenizer, bell: Bell) -> None:
-        super().__init__(service, tokenizer)
-        self._bell = bell
-
-    async def Watch(self, request: pb.WatchRequest, context: rpc.Context) -> AsyncIterator[pb.WatchResponse]:
-        (await self.who(context)).require(Role.REPLICA)
-        fingerprint = self.service.shape.fingerprint
-        if request.model_fingerprint != fingerprint:
-            raise PreconditionFailed(
-                "WRONG_MODEL",
-                f"you serve model {request.model_fingerprint[:12]}…, the patches here are for {fingerprint[:12]}…",
-            )
-        start: pb.Position = getattr(request, "from")
-        at = Position(start.epoch, start.revision)
-        while True:
-            rung = self._bell.next()
-            now, events = await asyncio.to_thread(self.service.events_after, at.revision)
-            if at.epoch != now.epoch or at.revision > now.revision:
-                at, records = await asyncio.to_thread(self.service.snapshot)
-                yield pb.WatchResponse(
-                    position=wire.write_position(at), reset=True, changes=wire.write_snapshot(records)
-                )
-                continue
-            for event in events:
-                at = Position(now.epoch, event.revision)
-                yield pb.WatchResponse(position=wire.write_position(at), changes=wire.write_changes(event))
-            if not events:
-                yield pb.WatchResponse(position=wire.write_position(at))
-                await _wait(rung, BOOKMARK_SECONDS)
-
-    async def FetchRelease(self, request: pb.FetchReleaseRequest, context: rpc.Context) -> pb.FetchReleaseResponse:
-        who = await self.who(context)
-        blobs = await asyncio.to_thread(self.service.fetch_release, who, request.tenant, request.digest)
-        return pb.FetchReleaseResponse(revisions=blobs)
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), seconds)
-
-
-def services(service: Interventions, tokenizer: Tokenizer, bell: Bell) -> list[rpc.Service]:
-    """All five, ready to be served."""
+def services(service: Interventions, tokenizer: Tokenizer, bell: Bell, gate: ErrorGate) -> list[rpc.Service]:
+    """All six, ready to be served."""
+    rollouts = Rollouts(service, gate)
+    common = service, tokenizer
     add: dict[str, tuple[Callable[..., None], object]] = {
-        "TenantService": (grpc_v1.add_TenantServiceServicer_to_server, TenantServicer(service, tokenizer)),
-        "PatchService": (grpc_v1.add_PatchServiceServicer_to_server, PatchServicer(service, tokenizer)),
-        "ReleaseService": (grpc_v1.add_ReleaseServiceServicer_to_server, ReleaseServicer(service, tokenizer)),
-        "AuditService": (grpc_v1.add_AuditServiceServicer_to_server, AuditServicer(service, tokenizer)),
-        "SyncService": (grpc_v1.add_SyncServiceServicer_to_server, SyncServicer(service, tokenizer, bell)),
+        "TenantService": (grpc_v1.add_TenantServiceServicer_to_server, TenantServicer(*common)),
+        "PatchService": (grpc_v1.add_PatchServiceServicer_to_server, PatchServicer(*common)),
+        "ReleaseService": (grpc_v1.add_ReleaseServiceServicer_to_server, ReleaseServicer(*common, rollouts)),
+        "AuditService": (grpc_v1.add_AuditServiceServicer_to_server, AuditServicer(*common)),
+        "SyncService": (sync_v1.add_SyncServiceServicer_to_server, SyncServicer(*common, bell, rollouts)),
+        "FleetService": (sync_v1.add_FleetServiceServicer_to_server, FleetServicer(*common, rollouts)),
     }
-    endless = frozenset({"Watch"})
+    endless = frozenset({"Sync"})
     return [
         rpc.Service(f"backpack.v1.{name}", adder, servicer, endless) for name, (adder, servicer) in add.items()
     ]

@@ -55,7 +55,10 @@ class Canary:
 
 @dataclass(frozen=True, slots=True)
 class KnownTenant:
+    """`suspended`: none of its keys is good for anything."""
+
     tenant: str
+    suspended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,23 +127,27 @@ class View:
     """All that a reader knows, as of one position. A change makes another view; nobody ever sees half of one."""
 
     position: Position = Position()
+    tenants: Mapping[str, KnownTenant] = field(default_factory=dict)
     keys: Mapping[str, KnownKey] = field(default_factory=dict)
     channels: Mapping[tuple[str, str], KnownChannel] = field(default_factory=dict)
     fresh: Mapping[str, KnownRelease] = field(default_factory=dict)
 
     def changed(self, position: Position, changes: Iterable[Known]) -> View:
         """The view after these changes. What they don't mention stays: absence is never deletion."""
-        keys, channels, fresh = dict(self.keys), dict(self.channels), dict(self.fresh)
+        tenants, keys = dict(self.tenants), dict(self.keys)
+        channels, fresh = dict(self.channels), dict(self.fresh)
         for change in changes:
             match change:
+                case KnownTenant():
+                    tenants[change.tenant] = change
                 case KnownKey():
                     keys[change.principal.key] = change
                 case KnownChannel():
                     channels[change.key] = change
                 case KnownRelease():
                     fresh[change.tenant] = change
-        return View(position, keys, channels, fresh)
+        return View(position, tenants, keys, channels, fresh)
 
     def records(self) -> tuple[Known, ...]:
         """All of it, as a snapshot would tell it."""
-        return (*self.keys.values(), *self.channels.values(), *self.fresh.values())
+        return (*self.tenants.values(), *self.keys.values(), *self.channels.values(), *self.fresh.values())

@@ -7,7 +7,7 @@ channel stays at what it was, everything else moves on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from backpack_serving.sync.known import (
@@ -111,6 +111,14 @@ class Reader:
                 return self._take(message.nonce, message.position, message.changes)
         return ()
 
+    def settled(self, nonce: int, refused: Iterable[Refusal]) -> View | None:
+        """The view that `settle` would make hold; None if these changes aren't pending any more."""
+        pending = self.pending
+        if pending is None or pending.nonce != nonce:
+            return None
+        refusals = self._refusals(pending, refused)
+        return self.view.changed(pending.position, _but(pending.changes, refusals))
+
     def settle(self, nonce: int, refused: Iterable[Refusal], now: float) -> Ack | Nack | None:
         """The pending changes are staged, but for what was refused: let them hold.
 
@@ -119,18 +127,14 @@ class Reader:
         pending = self.pending
         if pending is None or pending.nonce != nonce:
             return None
-        refusals = {refusal.key: refusal for refusal in (*self._again(pending), *refused)}
+        refusals = self._refusals(pending, refused)
         for change in pending.changes:
-            if isinstance(change, Unknown):
-                text = f"unknown kind of change: {change.kind}; upgrade this {self.kind}"
-                refusals["", change.kind] = Refusal("", change.kind, "", "UNKNOWN_CHANGE", text)
             if isinstance(change, Steering | Unknown):
                 key = ("", change.kind) if isinstance(change, Unknown) else change.key
                 self._parked.pop(key, None)
                 if refusal := refusals.get(key):
                     self._parked[key] = _Parked(change, refusal)
-        good = [c for c in pending.changes if not (isinstance(c, Steering) and c.key in refusals)]
-        self.view = self.view.changed(pending.position, good)  # the swap: all of it or nothing
+        self.view = self.view.changed(pending.position, _but(pending.changes, refusals))  # all of it or nothing
         self.pending, self._whole, self._heard = None, False, now
         return Nack(nonce, tuple(refusals.values())) if refusals else Ack(nonce)
 
@@ -159,11 +163,16 @@ class Reader:
         self.pending = Pending(nonce, position, changes, work)
         return ()
 
-    def _again(self, pending: Pending) -> Iterator[Refusal]:
-        """Of the pending changes, those that are parked already: they are refused again without trying."""
+    def _refusals(self, pending: Pending, refused: Iterable[Refusal]) -> dict[tuple[str, str], Refusal]:
+        """What of the pending changes is refused: now, as before without trying, or for being unknown."""
+        refusals = {refusal.key: refusal for refusal in refused}
         for change in pending.changes:
-            if isinstance(change, Steering) and (refusal := self._refused(change)):
-                yield refusal
+            if isinstance(change, Unknown):
+                text = f"unknown kind of change: {change.kind}; upgrade this {self.kind}"
+                refusals["", change.kind] = Refusal("", change.kind, "", "UNKNOWN_CHANGE", text)
+            elif isinstance(change, Steering) and (before := self._refused(change)):
+                refusals[change.key] = before
+        return refusals
 
     def _refused(self, change: Steering) -> Refusal | None:
         """Why this change can't be taken, if that is known: the same release of the same channel was refused."""
@@ -178,3 +187,8 @@ class Reader:
             if position > at:
                 self.view = replace(self.view, position=position)
             self._heard = now
+
+
+def _but(changes: Iterable[Known], refusals: Mapping[tuple[str, str], Refusal]) -> list[Known]:
+    """The changes without those of channels that are refused."""
+    return [c for c in changes if not (isinstance(c, Steering) and c.key in refusals)]

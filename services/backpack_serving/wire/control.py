@@ -1,4 +1,4 @@
-"""Tenants, patches, releases, channels, audit and sync: records ↔ messages, resource names, pages."""
+"""Tenants, patches, releases, channels and audit: records ↔ messages, resource names, pages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from backpack_lm import patch
 from backpack_lm.tokenizer import Tokenizer
+from backpack_proto.v1 import inference_pb2
 from backpack_proto.v1 import interventions_pb2 as pb
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -25,11 +26,9 @@ from backpack_serving.interventions.records import (
     Key,
     Patch,
     Position,
-    Record,
     Release,
     Revision,
     Tenant,
-    visible,
 )
 from backpack_serving.keys import Principal, Role
 from backpack_serving.wire.patches import write_edit
@@ -121,8 +120,8 @@ def write_time(value: datetime) -> Timestamp:
     return stamp
 
 
-def write_position(position: Position) -> pb.Position:
-    return pb.Position(epoch=position.epoch, revision=position.revision)
+def write_position(position: Position) -> inference_pb2.Position:
+    return inference_pb2.Position(epoch=position.epoch, revision=position.revision)
 
 
 def write_tenant(record: Tenant) -> pb.Tenant:
@@ -174,6 +173,14 @@ def write_release(record: Release) -> pb.Release:
 
 
 def write_channel(record: Channel) -> pb.Channel:
+    canary = None
+    if record.canary is not None:
+        canary = pb.Canary(
+            release=record.canary,
+            release_digest=record.canary_digest,
+            permille=record.permille,
+            salt=record.salt,
+        )
     return pb.Channel(
         name=record.name,
         release=record.release,
@@ -182,6 +189,8 @@ def write_channel(record: Channel) -> pb.Channel:
         generation=record.generation,
         etag=record.etag,
         update_time=write_time(record.updated),
+        canary=canary,
+        canary_abort_reason=record.aborted,
     )
 
 
@@ -195,44 +204,3 @@ def write_audit_entry(event: Event) -> pb.AuditEntry:
         resource=event.resource,
         hash=event.hash,
     )
-
-
-# ---- sync
-
-
-def write_changes(event: Event) -> list[pb.Change]:
-    """What an event tells gateways."""
-    return [_change(values) for values in json.loads(event.changes)]
-
-
-def write_snapshot(records: Sequence[Record]) -> list[pb.Change]:
-    return [_change(visible(record)) for record in records]
-
-
-def _change(values: dict[str, Any]) -> pb.Change:
-    tenant = values["tenant"]
-    match values["kind"]:
-        case "Tenant":
-            return pb.Change(tenant=pb.TenantChange(tenant=tenant))
-        case "Key":
-            return pb.Change(
-                key=pb.KeyChange(
-                    tenant=tenant,
-                    key=values["key"],
-                    roles=[ROLE_NUMBERS[Role(role)] for role in values["roles"].split()],
-                    salt=bytes.fromhex(values["salt"]),
-                    verifier=bytes.fromhex(values["verifier"]),
-                    revoked=values["revoked"],
-                )
-            )
-        case "Channel":
-            return pb.Change(
-                channel=pb.ChannelChange(
-                    tenant=tenant,
-                    channel=values["channel"],
-                    release=values["release"],
-                    release_digest=values["digest"],
-                )
-            )
-        case kind:
-            raise AssertionError(f"{kind} is nothing that gateways see")

@@ -163,6 +163,8 @@ def served(pin: pb.Pin, digest: str, manifest: Manifest) -> pb.Served:
         epoch=pin.epoch,
         revision=pin.revision,
         model_fingerprint=manifest.fingerprint,
+        staleness=pin.staleness,
+        canary=pin.canary,
     )
 
 

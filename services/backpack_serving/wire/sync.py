@@ -1,37 +1,291 @@
-"""The watch of the intervention service, and the pin, as the gateway understands them."""
+"""What the service and its readers say to each other ↔ messages; a view ↔ bytes on disk; the pin."""
 
 from __future__ import annotations
 
-from backpack_proto.v1 import inference_pb2, interventions_pb2
+from collections.abc import Iterable, Sequence
 
-from backpack_serving.errors import PreconditionFailed
-from backpack_serving.gateway.book import Known, KnownChannel, KnownKey, KnownTenant, Pinned
+from backpack_proto.v1 import inference_pb2
+from backpack_proto.v1 import sync_pb2 as pb
+
+from backpack_serving.errors import InvalidRequest
+from backpack_serving.gateway.book import Pinned
 from backpack_serving.keys import Principal, Verifier
-from backpack_serving.wire.control import ROLES
+from backpack_serving.sync import messages as m
+from backpack_serving.sync.known import (
+    Canary,
+    Kind,
+    Known,
+    KnownChannel,
+    KnownKey,
+    KnownRelease,
+    KnownTenant,
+    Position,
+    ReleaseRef,
+    Unknown,
+    View,
+)
+from backpack_serving.wire.control import ROLE_NUMBERS, ROLES, write_position
+
+KINDS = {pb.READER_KIND_GATEWAY: Kind.GATEWAY, pb.READER_KIND_REPLICA: Kind.REPLICA}
+KIND_NUMBERS = {kind: number for number, kind in KINDS.items()}
+
+CHANGES = 5_000
+"""How many changes of a snapshot travel in one message: about a megabyte."""
 
 
-def read_change(change: interventions_pb2.Change) -> Known:
-    """Raises PreconditionFailed for a kind that this gateway doesn't know: it can't go on without it."""
+def read_position(message: inference_pb2.Position) -> Position:
+    return Position(message.epoch, message.revision)
+
+
+# ---- from readers
+
+
+def write_from_reader(message: m.FromReader) -> pb.SyncRequest:
+    match message:
+        case m.Hello():
+            return pb.SyncRequest(
+                hello=pb.Hello(
+                    kind=KIND_NUMBERS[message.kind],
+                    incarnation=message.incarnation,
+                    name=message.name,
+                    model_fingerprint=message.fingerprint,
+                    position=write_position(message.position),
+                    whole=message.whole,
+                    digests=[bytes.fromhex(digest) for digest in message.digests],
+                    refusals=map(write_refusal, message.refusals),
+                )
+            )
+        case m.Ack():
+            return pb.SyncRequest(ack=pb.Ack(nonce=message.nonce))
+        case m.Nack():
+            return pb.SyncRequest(nack=pb.Nack(nonce=message.nonce, refusals=map(write_refusal, message.refusals)))
+        case m.Report():
+            return pb.SyncRequest(
+                report=pb.Report(
+                    refusals=map(write_refusal, message.refusals), tallies=map(write_tally, message.tallies)
+                )
+            )
+
+
+def read_from_reader(message: pb.SyncRequest) -> m.FromReader:
+    """Raises InvalidRequest for what this service doesn't know."""
+    match message.WhichOneof("message"):
+        case "hello":
+            hello = message.hello
+            if hello.kind not in KINDS:
+                raise InvalidRequest.at("hello.kind", "UNKNOWN_VALUE", f"{hello.kind} is no kind of reader")
+            return m.Hello(
+                KINDS[hello.kind],
+                hello.incarnation,
+                hello.name,
+                hello.model_fingerprint,
+                read_position(hello.position),
+                hello.whole,
+                frozenset(digest.hex() for digest in hello.digests),
+                _refusals(hello.refusals),
+            )
+        case "ack":
+            return m.Ack(message.ack.nonce)
+        case "nack":
+            return m.Nack(message.nack.nonce, _refusals(message.nack.refusals))
+        case "report":
+            tallies = (
+                m.Tally(t.tenant, t.channel, t.release_digest, t.requests, t.errors, t.non_finite)
+                for t in message.report.tallies
+            )
+            return m.Report(_refusals(message.report.refusals), tuple(tallies))
+        case _:
+            raise InvalidRequest.at("message", "UNKNOWN_KIND", "no message that this service knows")
+
+
+def write_refusal(refusal: m.Refusal) -> pb.Refusal:
+    return pb.Refusal(
+        tenant=refusal.tenant,
+        channel=refusal.channel,
+        release_digest=refusal.digest,
+        reason=refusal.reason,
+        message=refusal.message,
+        final=refusal.final,
+    )
+
+
+def _refusals(refusals: Iterable[pb.Refusal]) -> tuple[m.Refusal, ...]:
+    return tuple(m.Refusal(r.tenant, r.channel, r.release_digest, r.reason, r.message, r.final) for r in refusals)
+
+
+def write_tally(tally: m.Tally) -> pb.Tally:
+    return pb.Tally(
+        tenant=tally.tenant,
+        channel=tally.channel,
+        release_digest=tally.digest,
+        requests=tally.requests,
+        errors=tally.errors,
+        non_finite=tally.non_finite,
+    )
+
+
+# ---- to readers
+
+
+def write_to_reader(message: m.ToReader) -> list[pb.SyncResponse]:
+    """The message; in several, if it is a large snapshot."""
+    match message:
+        case m.Snapshot():
+            parts = [message.changes[at : at + CHANGES] for at in range(0, len(message.changes), CHANGES)] or [()]
+            return [
+                pb.SyncResponse(
+                    snapshot=pb.Snapshot(
+                        nonce=message.nonce,
+                        position=write_position(message.position),
+                        changes=map(_change, part),
+                        more=number < len(parts),
+                    )
+                )
+                for number, part in enumerate(parts, 1)
+            ]
+        case m.Delta():
+            delta = pb.Delta(
+                nonce=message.nonce,
+                base=write_position(message.base),
+                position=write_position(message.position),
+                changes=map(_change, message.changes),
+            )
+            return [pb.SyncResponse(delta=delta)]
+        case m.Bookmark():
+            return [pb.SyncResponse(bookmark=pb.Bookmark(position=write_position(message.position)))]
+        case m.ResyncRequired():
+            return [pb.SyncResponse(resync_required=pb.ResyncRequired(reason=message.reason))]
+
+
+class ToReader:
+    """Reads the messages of one stream; puts the parts of a snapshot together."""
+
+    def __init__(self) -> None:
+        self._parts: list[Known] = []
+
+    def read(self, message: pb.SyncResponse) -> m.ToReader | None:
+        """None if the rest is still to come, or if it is nothing that this reader knows."""
+        match message.WhichOneof("message"):
+            case "snapshot":
+                snapshot = message.snapshot
+                self._parts += map(_known, snapshot.changes)
+                if snapshot.more:
+                    return None
+                changes, self._parts = tuple(self._parts), []
+                return m.Snapshot(snapshot.nonce, read_position(snapshot.position), changes)
+            case "delta":
+                delta = message.delta
+                changes = tuple(map(_known, delta.changes))
+                return m.Delta(delta.nonce, read_position(delta.base), read_position(delta.position), changes)
+            case "bookmark":
+                return m.Bookmark(read_position(message.bookmark.position))
+            case "resync_required":
+                return m.ResyncRequired(message.resync_required.reason)
+            case _:
+                return None
+
+
+def _change(known: Known) -> pb.Change:
+    match known:
+        case KnownTenant():
+            return pb.Change(tenant=pb.TenantChange(tenant=known.tenant, suspended=known.suspended))
+        case KnownKey():
+            who = known.principal
+            return pb.Change(
+                key=pb.KeyChange(
+                    tenant=who.tenant,
+                    key=who.key,
+                    roles=[ROLE_NUMBERS[role] for role in sorted(who.roles)],
+                    salt=known.verifier.salt,
+                    verifier=known.verifier.digest,
+                    revoked=known.revoked,
+                )
+            )
+        case KnownChannel():
+            canary = known.canary
+            return pb.Change(
+                channel=pb.ChannelChange(
+                    tenant=known.tenant,
+                    channel=known.channel,
+                    stable=_ref(known.stable),
+                    canary=_ref(canary.release) if canary else None,
+                    canary_permille=canary.permille if canary else 0,
+                    canary_salt=canary.salt if canary else "",
+                    earlier=map(_ref, known.earlier),
+                )
+            )
+        case KnownRelease():
+            return pb.Change(release=pb.ReleaseChange(tenant=known.tenant, release=_ref(known.release)))
+        case Unknown():
+            return pb.Change()
+
+
+def _known(change: pb.Change) -> Known:
     match change.WhichOneof("kind"):
         case "tenant":
-            return KnownTenant(change.tenant.tenant)
+            return KnownTenant(change.tenant.tenant, change.tenant.suspended)
         case "key":
             key = change.key
             principal = Principal(key.tenant, key.key, frozenset(ROLES[role] for role in key.roles))
             return KnownKey(principal, Verifier(key.salt, key.verifier), key.revoked)
         case "channel":
             c = change.channel
-            return KnownChannel(c.tenant, c.channel, c.release, c.release_digest)
-        case kind:
-            raise PreconditionFailed("UNKNOWN_CHANGE", f"unknown kind of change: {kind}; upgrade the gateway")
+            canary = None
+            if c.HasField("canary"):
+                canary = Canary(_read_ref(c.canary), c.canary_permille, c.canary_salt)
+            earlier = tuple(map(_read_ref, c.earlier))
+            return KnownChannel(c.tenant, c.channel, _read_ref(c.stable), canary, earlier)
+        case "release":
+            return KnownRelease(change.release.tenant, _read_ref(change.release.release))
+        case _:
+            return Unknown("a newer version's")
+
+
+def _ref(release: ReleaseRef) -> pb.ReleaseRef:
+    return pb.ReleaseRef(number=release.number, digest=release.digest)
+
+
+def _read_ref(message: pb.ReleaseRef) -> ReleaseRef:
+    return ReleaseRef(message.number, message.digest)
+
+
+# ---- on disk
+
+
+def write_view(view: View) -> bytes:
+    """A view as it is kept on disk: the snapshot that makes it."""
+    snapshot = pb.Snapshot(position=write_position(view.position), changes=map(_change, view.records()))
+    return snapshot.SerializeToString()
+
+
+def read_view(data: bytes) -> View:
+    snapshot = pb.Snapshot.FromString(data)
+    return View().changed(read_position(snapshot.position), map(_known, snapshot.changes))
+
+
+# ---- the revisions of a release, in pieces
+
+PIECE = 2**20
+
+
+def write_pieces(revisions: Sequence[bytes]) -> Iterable[pb.FetchReleaseResponse]:
+    for number, data in enumerate(revisions):
+        for at in range(0, len(data), PIECE):
+            yield pb.FetchReleaseResponse(revision=number, data=data[at : at + PIECE])
+
+
+# ---- the pin
 
 
 def write_pin(pinned: Pinned) -> bytes:
-    return inference_pb2.Pin(
+    pin = inference_pb2.Pin(
         tenant=pinned.tenant,
         channel=pinned.channel,
         release=pinned.release,
         release_digest=pinned.digest,
         epoch=pinned.epoch,
         revision=pinned.revision,
-    ).SerializeToString()
+        canary=pinned.canary,
+    )
+    pin.staleness.FromMicroseconds(round(pinned.staleness * 1e6))
+    return pin.SerializeToString()

@@ -1,0 +1,64 @@
+"""What a gateway's reader does beside reading: it counts how requests under canaries went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from backpack_serving.errors import DataLoss, Internal, NotFound, PreconditionFailed, ServiceError
+from backpack_serving.gateway.book import Pinned
+from backpack_serving.sync.known import Steering, View
+from backpack_serving.sync.messages import Refusal, Tally
+
+THE_RELEASES_FAULT = (DataLoss, Internal, NotFound, PreconditionFailed)
+"""Refusals of a replica that another release might not have had."""
+
+
+class Tallies:
+    """The owner of a gateway's reader: there is nothing to get ready, so nothing is ever refused."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str, str], Tally] = {}
+
+    @contextmanager
+    def request(self, pinned: Pinned) -> Iterator[None]:
+        """A request to a replica, counted if it is under a canary."""
+        if not pinned.canary:
+            yield
+            return
+        try:
+            yield
+        except THE_RELEASES_FAULT as error:
+            self._count(pinned, error)
+            raise
+        except ServiceError:
+            raise  # it says nothing of the release
+        else:
+            self._count(pinned, None)
+
+    def _count(self, pinned: Pinned, error: ServiceError | None) -> None:
+        key = pinned.tenant, pinned.channel, pinned.digest
+        old = self._counts.get(key) or Tally(*key, 0, 0)
+        not_numbers = error is not None and error.reason == "NON_FINITE"
+        self._counts[key] = replace(
+            old,
+            requests=old.requests + 1,
+            errors=old.errors + (error is not None),
+            non_finite=old.non_finite + not_numbers,
+        )
+
+    # ---- backpack_serving.sync.link.Owner
+
+    async def stage(self, work: tuple[Steering, ...]) -> tuple[Refusal, ...]:
+        return ()
+
+    def swapped(self, view: View) -> None:
+        canaries = {(*c.key, c.canary.release.digest) for c in view.channels.values() if c.canary}
+        self._counts = {key: tally for key, tally in self._counts.items() if key in canaries}
+
+    def resident(self) -> frozenset[str]:
+        return frozenset()
+
+    def tallies(self) -> tuple[Tally, ...]:
+        return tuple(self._counts.values())

@@ -1,0 +1,201 @@
+"""The rules of channels: the pointers that say which release a tenant's requests get, and their canaries."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+
+from backpack_serving.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed
+from backpack_serving.interventions import find
+from backpack_serving.interventions.ledger import Request, Written
+from backpack_serving.interventions.records import Channel, Position, Record, Release
+from backpack_serving.interventions.rules import Rules, check_id
+from backpack_serving.interventions.store import Write
+from backpack_serving.keys import SYSTEM, Principal, Role
+from backpack_serving.sync.known import RESIDENT
+
+GUARD = Principal(SYSTEM, "canary-guard", frozenset())
+"""Who ends a canary that went wrong."""
+
+LONGEST_SALT = 64
+
+Move = Callable[[Write, Channel], Channel]
+"""What a write makes of a channel."""
+
+
+class ChannelRules(Rules):
+    """Each change is one write of one record, under the etag of what was read."""
+
+    def channel(self, who: Principal, name: str) -> Channel:
+        who.require(Role.AUTHOR)
+        with self._read(who) as tx:
+            return find.channel(tx, who.tenant, name)
+
+    def channel_now(self, who: Principal, name: str) -> tuple[Position, Channel]:
+        """A channel, and where the store stood when it was so."""
+        who.require(Role.AUTHOR)
+        with self._read(who) as tx:
+            return tx.position, find.channel(tx, who.tenant, name)
+
+    def position(self) -> Position:
+        """Where the store stands."""
+        with self._store.read() as tx:
+            return tx.position
+
+    def channels(self, who: Principal) -> list[Channel]:
+        who.require(Role.AUTHOR)
+        with self._read(who) as tx:
+            return tx.list(Channel, who.tenant)
+
+    def activate(self, who: Principal, name: str, release: int, etag: str, request: Request) -> Written[Channel]:
+        """Point a channel at a release; a canary ends. The etag must be the channel's: "" for one to be made."""
+        who.require(Role.RELEASER)
+        check_id("channel", name)
+
+        def act(tx: Write, now: datetime) -> tuple[Channel, list[Record]]:
+            wanted = self._release(tx, who.tenant, release)
+            old = tx.get(Channel, who.tenant, name)
+            _check_etag(old.etag if old else "", etag)
+            made = (
+                _pointed(old, wanted) if old else Channel(who.tenant, name, release, wanted.digest, None, 0, now)
+            )
+            return _put(tx, made, now)
+
+        return self._ledger.write(who, "Activate", request, act)
+
+    def rollback(self, who: Principal, name: str, etag: str, request: Request) -> Written[Channel]:
+        """Point a channel back at the release it had before; a canary ends."""
+
+        def move(tx: Write, old: Channel) -> Channel:
+            if old.previous is None:
+                raise PreconditionFailed(
+                    "NO_PREVIOUS_RELEASE", f"{old.name} has had no release but {old.release}; activate one"
+                )
+            wanted = tx.get(Release, who.tenant, old.previous)
+            assert wanted is not None, "releases are never deleted"
+            return _pointed(old, wanted)
+
+        return self._move(who, "Rollback", name, etag, request, move)
+
+    def start_canary(
+        self, who: Principal, name: str, release: int, permille: int, salt: str, etag: str, request: Request
+    ) -> Written[Channel]:
+        """Give so many in a thousand request keys another release, or change how many."""
+        if not 1 <= permille <= 999:
+            raise InvalidRequest.at("permille", "OUT_OF_RANGE", f"{permille}; 1 to 999 in a thousand")
+        if len(salt) > LONGEST_SALT or not salt.isprintable():
+            raise InvalidRequest.at("salt", "BAD_SALT", f"at most {LONGEST_SALT} printable characters")
+
+        def move(tx: Write, old: Channel) -> Channel:
+            wanted = self._release(tx, who.tenant, release)
+            if wanted.digest == old.digest:
+                raise PreconditionFailed(
+                    "SAME_RELEASE", f"release {release} is what {old.name} is at; choose another one"
+                )
+            if old.canary is not None and old.canary != release:
+                raise PreconditionFailed(
+                    "CANARY_RUNNING",
+                    f"{old.name} has release {old.canary} as its canary; promote or abort it first",
+                )
+            drawn = salt or old.salt if old.canary is not None else salt or secrets.token_hex(8)
+            return replace(
+                old, canary=release, canary_digest=wanted.digest, permille=permille, salt=drawn, aborted=""
+            )
+
+        return self._move(who, "StartCanary", name, etag, request, move)
+
+    def promote_canary(self, who: Principal, name: str, etag: str, request: Request) -> Written[Channel]:
+        """Make the canary the channel's release."""
+
+        def move(tx: Write, old: Channel) -> Channel:
+            return _pointed(old, self._release(tx, who.tenant, _canary_of(old)))
+
+        return self._move(who, "PromoteCanary", name, etag, request, move)
+
+    def abort_canary(self, who: Principal, name: str, etag: str, request: Request) -> Written[Channel]:
+        """End the canary: all requests get the channel's release."""
+
+        def move(tx: Write, old: Channel) -> Channel:
+            _canary_of(old)
+            return _alone(old)
+
+        return self._move(who, "AbortCanary", name, etag, request, move)
+
+    def end_bad_canary(self, tenant: str, name: str, digest: str, why: str) -> Written[Channel] | None:
+        """End a channel's canary by ourselves, if this release is it. None if it isn't, any more."""
+        with self._store.read() as tx:
+            found = tx.get(Channel, tenant, name)
+        if found is None or found.canary is None or found.canary_digest != digest:
+            return None
+
+        def act(tx: Write, now: datetime) -> tuple[Channel, list[Record]]:
+            old = find.channel(tx, tenant, name)
+            if old.canary_digest != digest:
+                raise Conflict("CANARY_OVER", f"{old.name} has another canary, or none")
+            return _put(tx, replace(_alone(old), aborted=why), now)
+
+        try:
+            return self._ledger.write(GUARD, "AbortCanary", Request(), act)
+        except Conflict:
+            return None
+
+    def _move(
+        self, who: Principal, method: str, name: str, etag: str, request: Request, move: Move
+    ) -> Written[Channel]:
+        who.require(Role.RELEASER)
+
+        def act(tx: Write, now: datetime) -> tuple[Channel, list[Record]]:
+            old = find.channel(tx, who.tenant, name)
+            _check_etag(old.etag, etag)
+            return _put(tx, move(tx, old), now)
+
+        return self._ledger.write(who, method, request, act)
+
+    def _release(self, tx: Write, tenant: str, number: int) -> Release:
+        wanted = tx.get(Release, tenant, number)
+        if wanted is None:
+            raise NotFound("NO_SUCH_RELEASE", f"tenants/{tenant}/releases/{number} doesn't exist")
+        for part in wanted.parts:
+            self._check_model(find.revision(tx, tenant, *part))
+        return wanted
+
+
+def _pointed(old: Channel, release: Release) -> Channel:
+    """The channel at another release, without a canary. What it was at stays ready for a rollback."""
+    before = [[old.release, old.digest], *json.loads(old.earlier)]
+    kept = [pair for pair in before if pair[1] != release.digest][: RESIDENT - 1]
+    made = replace(old, release=release.number, digest=release.digest, previous=old.release)
+    return replace(_alone(made), earlier=json.dumps(kept))
+
+
+def _alone(old: Channel) -> Channel:
+    return replace(old, canary=None, canary_digest="", permille=0, salt="", aborted="")
+
+
+def _put(tx: Write, channel: Channel, now: datetime) -> tuple[Channel, list[Record]]:
+    made = replace(channel, generation=channel.generation + 1, updated=now, moved=tx.position.revision)
+    tx.replace(made)
+    return made, [made]
+
+
+def _canary_of(channel: Channel) -> int:
+    if channel.canary is None:
+        why = f"; the last one was ended: {channel.aborted}" if channel.aborted else ""
+        raise PreconditionFailed("NO_CANARY", f"{channel.name} has no canary{why}")
+    return channel.canary
+
+
+def _check_etag(current: str, given: str) -> None:
+    if current == given:
+        return
+    if not given:
+        raise InvalidRequest.at("etag", "MISSING_ETAG", f"the channel exists; its etag is {current!r}")
+    raise Conflict(
+        "STALE_ETAG",
+        f"etag {given!r}, but the channel is at {current!r} now: someone changed it. Read it again, then decide",
+        given=given,
+        current=current,
+    )

@@ -1,0 +1,179 @@
+"""Who follows the service, and who holds which release. In memory: after a restart all readers say Hello again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from backpack_serving.interventions.records import Channel, Position
+from backpack_serving.sync.known import Kind, ReleaseRef
+from backpack_serving.sync.messages import SILENCE, Hello, Refusal, Report, Tally
+from backpack_serving.sync.session import Session
+
+FORGOTTEN = 60.0
+"""Seconds after which a reader that is gone isn't listed any more."""
+
+
+class HoldState(StrEnum):
+    """How a reader stands to a release of a channel."""
+
+    STAGED = "staged"
+    ACKED = "acked"
+    NACKED = "nacked"
+    STALE = "stale"
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """One reader and one release of a channel."""
+
+    reader: str
+    kind: Kind
+    incarnation: str
+    release: ReleaseRef
+    canary: bool
+    state: HoldState
+    refusal: Refusal | None
+    position: Position
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Of the readers of one kind that are connected: how many there are, and how many hold a change."""
+
+    total: int
+    acked: int
+    nacked: int
+
+    def quorum(self) -> bool:
+        return 2 * self.acked > self.total
+
+    def all(self) -> bool:
+        return 0 < self.total == self.acked
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """How far one write has come."""
+
+    replicas: Count
+    gateways: Count
+    refusals: tuple[tuple[str, Refusal], ...]
+
+
+@dataclass(slots=True)
+class Seen:
+    """One reader process: its newest stream, and when it was heard last."""
+
+    session: Session
+    heard: float
+    connected: bool = True
+    tallies: tuple[Tally, ...] = ()
+
+
+class Fleet:
+    """All readers, by incarnation."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: dict[str, Seen] = {}
+
+    def heard(self, session: Session, report: Report | None = None) -> None:
+        """A stream has said something. A newer stream of the same process takes the place of an older one."""
+        assert session.hello is not None, "nothing is heard before Hello"
+        seen = self._seen.get(session.hello.incarnation)
+        if seen is None or seen.session is not session:
+            self._seen[session.hello.incarnation] = seen = Seen(session, self._clock())
+        seen.heard, seen.connected = self._clock(), True
+        if report:
+            seen.tallies = report.tallies
+
+    def left(self, session: Session) -> None:
+        """A stream has ended."""
+        for seen in self._seen.values():
+            if seen.session is session:
+                seen.connected = False
+
+    def readers(self) -> list[tuple[Seen, float]]:
+        """Those seen lately, replicas first, with the seconds since they were heard."""
+        now = self._clock()
+        self._seen = {
+            name: seen for name, seen in self._seen.items() if seen.connected or now - seen.heard < FORGOTTEN
+        }
+        ordered = sorted(self._seen.values(), key=lambda s: (_of(s).kind is Kind.GATEWAY, _of(s).name))
+        return [(seen, now - seen.heard) for seen in ordered]
+
+    def holds(self, channel: Channel, position: Position) -> Iterator[Hold]:
+        """How every reader stands to a channel's releases, given where the store stands."""
+        moved = Position(position.epoch, channel.moved)
+        releases = [(ReleaseRef(channel.release, channel.digest), False)]
+        if channel.canary is not None:
+            releases.append((ReleaseRef(channel.canary, channel.canary_digest), True))
+        for seen, silence in self.readers():
+            session, hello = seen.session, _of(seen)
+            for release, canary in releases:
+                refusal = session.refusals.get((channel.tenant, channel.channel))
+                if refusal is None or refusal.digest != release.digest:
+                    refusal = session.refusals.get((channel.tenant, ""))
+                refused = refusal is not None and refusal.digest == release.digest
+                if not seen.connected or silence > SILENCE:
+                    state = HoldState.STALE
+                elif refused:
+                    state = HoldState.NACKED
+                elif session.acked >= moved:
+                    state = HoldState.ACKED
+                else:
+                    state = HoldState.STAGED if release.digest in session.digests else HoldState.STALE
+                yield Hold(
+                    hello.name,
+                    hello.kind,
+                    hello.incarnation,
+                    release,
+                    canary,
+                    state,
+                    refusal if refused else None,
+                    session.acked,
+                )
+
+    def rollout(self, channel: Channel, position: Position) -> Rollout:
+        """How many of the connected readers have taken the write at this position, which moved the channel."""
+        refusals, counts = [], {}
+        for kind in Kind:
+            sessions = [s.session for s, _ in self.readers() if s.connected and _of(s).kind is kind]
+            acked = nacked = 0
+            for session in sessions:
+                refusal = session.refusals.get((channel.tenant, channel.channel))
+                if session.acked < position:
+                    continue
+                if refusal:
+                    nacked += 1
+                    refusals.append((session.hello.name if session.hello else "", refusal))
+                else:
+                    acked += 1
+            counts[kind] = Count(len(sessions), acked, nacked)
+        return Rollout(counts[Kind.REPLICA], counts[Kind.GATEWAY], tuple(refusals))
+
+    def tally(self, tenant: str, channel: str, digest: str) -> Tally:
+        """What all gateways counted under a release of a channel, together."""
+        found = [
+            tally
+            for seen in self._seen.values()
+            for tally in seen.tallies
+            if (tally.tenant, tally.channel, tally.digest) == (tenant, channel, digest)
+        ]
+        return Tally(
+            tenant,
+            channel,
+            digest,
+            sum(t.requests for t in found),
+            sum(t.errors for t in found),
+            sum(t.non_finite for t in found),
+        )
+
+
+def _of(seen: Seen) -> Hello:
+    hello = seen.session.hello
+    assert hello is not None, "Hello is the first thing that is heard"
+    return hello

@@ -1,0 +1,126 @@
+"""How changes reach the fleet: waiting until enough readers hold one, and ending canaries that go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from enum import StrEnum
+
+import structlog
+
+from backpack_serving.errors import ServiceError
+from backpack_serving.interventions.caller import Bell, wait
+from backpack_serving.interventions.fleet import Fleet, Rollout
+from backpack_serving.interventions.records import Channel, Position
+from backpack_serving.interventions.service import Interventions
+from backpack_serving.sync.messages import FromReader, Hello, Nack, Refusal, Report, Tally
+from backpack_serving.sync.session import Session
+
+log = structlog.get_logger(__name__)
+
+
+class Level(StrEnum):
+    """Who must hold a change before its answer is sent: of the connected replicas, and of the gateways."""
+
+    NONE = "none"
+    QUORUM = "quorum"
+    ALL = "all"
+
+    def reached(self, rollout: Rollout) -> bool:
+        counts = rollout.replicas, rollout.gateways
+        match self:
+            case Level.NONE:
+                return True
+            case Level.QUORUM:
+                return all(count.quorum() for count in counts)
+            case Level.ALL:
+                return all(count.all() for count in counts)
+
+    def out_of_reach(self, rollout: Rollout) -> bool:
+        """Whether refusals have made it impossible already."""
+        counts = rollout.replicas, rollout.gateways
+        if self is Level.ALL:
+            return any(count.nacked for count in counts)
+        return any(count.nacked and 2 * count.nacked >= count.total for count in counts)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorGate:
+    """A canary ends when at least `requests` were made under it and more than `permille` of them failed."""
+
+    requests: int = 20
+    permille: int = 50
+
+    def verdict(self, tally: Tally) -> str:
+        """Why the canary must end; empty if it needn't."""
+        if tally.non_finite:
+            return f"NON_FINITE: {tally.non_finite} answers were not numbers"
+        failed = 1000 * tally.errors > self.permille * tally.requests
+        if tally.requests >= self.requests and failed:
+            return (
+                f"ERROR_GATE: {tally.errors} of {tally.requests} requests failed; at most {self.permille} in a "
+                "thousand may"
+            )
+        return ""
+
+
+class Rollouts:
+    """The fleet, with who waits for it and who guards it."""
+
+    def __init__(self, service: Interventions, gate: ErrorGate) -> None:
+        self._service, self._gate = service, gate
+        self.fleet = Fleet()
+        self._bell = Bell()
+
+    async def heard(self, session: Session, message: FromReader) -> None:
+        """A reader has spoken, and the session has taken it in."""
+        if session.hello is None:
+            return
+        match message:
+            case Report():
+                self.fleet.heard(session, message)
+                for tally in message.tallies:
+                    await self._judge(tally)
+            case Hello() | Nack():
+                self.fleet.heard(session)
+            case _:
+                self.fleet.heard(session)
+        for refusal in tuple(session.refusals.values()) if isinstance(message, Hello | Nack | Report) else ():
+            await self._refused(refusal)
+        self._bell.ring_here()
+
+    def left(self, session: Session) -> None:
+        self.fleet.left(session)
+        self._bell.ring_here()
+
+    async def wait(self, channel: Channel, position: Position, level: Level, seconds: float) -> Rollout | None:
+        """How far a write has come when enough readers hold it, when they can't any more, or after so long."""
+        if level is Level.NONE:
+            return None
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while True:
+            rung = self._bell.next()
+            rollout = self.fleet.rollout(channel, position)
+            if level.reached(rollout) or level.out_of_reach(rollout) or loop.time() >= until:
+                return rollout
+            await wait(rung, until - loop.time())
+
+    async def _judge(self, tally: Tally) -> None:
+        together = self.fleet.tally(tally.tenant, tally.channel, tally.digest)
+        if why := self._gate.verdict(together):
+            await self._end(tally.tenant, tally.channel, tally.digest, why)
+
+    async def _refused(self, refusal: Refusal) -> None:
+        if refusal.final and refusal.channel:
+            why = f"NACK: a reader refuses it: {refusal.reason}: {refusal.message}"
+            await self._end(refusal.tenant, refusal.channel, refusal.digest, why)
+
+    async def _end(self, tenant: str, channel: str, digest: str, why: str) -> None:
+        try:
+            ended = await asyncio.to_thread(self._service.end_bad_canary, tenant, channel, digest, why)
+        except ServiceError as error:  # the database is away: the next report brings it up again
+            log.error("a canary should have ended", tenant=tenant, channel=channel, why=why, error=error.message)
+            return
+        if ended:
+            log.warning("a canary was ended", tenant=tenant, channel=channel, digest=digest, why=why)

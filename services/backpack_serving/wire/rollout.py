@@ -1,0 +1,83 @@
+"""Who holds what, and for whom a change waits ↔ messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backpack_proto.v1 import interventions_pb2, sync_pb2
+
+from backpack_serving.errors import InvalidRequest
+from backpack_serving.interventions.fleet import Hold, HoldState, Rollout, Seen
+from backpack_serving.interventions.rollouts import Level
+from backpack_serving.wire.control import write_position
+from backpack_serving.wire.sync import KIND_NUMBERS, write_refusal
+
+LEVELS = {
+    interventions_pb2.WAIT_UNSPECIFIED: Level.NONE,
+    interventions_pb2.WAIT_NONE: Level.NONE,
+    interventions_pb2.WAIT_QUORUM: Level.QUORUM,
+    interventions_pb2.WAIT_ALL: Level.ALL,
+}
+
+STATES = {
+    HoldState.STAGED: sync_pb2.HOLD_STATE_STAGED,
+    HoldState.ACKED: sync_pb2.HOLD_STATE_ACKED,
+    HoldState.NACKED: sync_pb2.HOLD_STATE_NACKED,
+    HoldState.STALE: sync_pb2.HOLD_STATE_STALE,
+}
+
+WAIT_SECONDS, LONGEST_WAIT = 10.0, 60.0
+
+
+def read_wait(request: Any) -> tuple[Level, float]:
+    """Whom a change waits for, and for how many seconds at most. Raises InvalidRequest."""
+    if request.wait not in LEVELS:
+        raise InvalidRequest.at("wait", "UNKNOWN_VALUE", f"{request.wait}; use NONE, QUORUM or ALL")
+    seconds = WAIT_SECONDS
+    if request.HasField("wait_timeout"):
+        seconds = request.wait_timeout.ToNanoseconds() / 1e9
+        if not 0 <= seconds <= LONGEST_WAIT:
+            raise InvalidRequest.at("wait_timeout", "OUT_OF_RANGE", f"{seconds:g} s; 0 to {LONGEST_WAIT:g} s")
+    return LEVELS[request.wait], seconds
+
+
+def write_rollout(rollout: Rollout, level: Level) -> interventions_pb2.Rollout:
+    return interventions_pb2.Rollout(
+        complete=level.reached(rollout),
+        replicas=rollout.replicas.total,
+        replicas_acked=rollout.replicas.acked,
+        gateways=rollout.gateways.total,
+        gateways_acked=rollout.gateways.acked,
+        refusals=[f"{name}: {refusal.reason}: {refusal.message}" for name, refusal in rollout.refusals],
+    )
+
+
+def write_hold(hold: Hold) -> sync_pb2.Hold:
+    return sync_pb2.Hold(
+        reader=hold.reader,
+        kind=KIND_NUMBERS[hold.kind],
+        incarnation=hold.incarnation,
+        release=hold.release.number,
+        release_digest=hold.release.digest,
+        canary=hold.canary,
+        state=STATES[hold.state],
+        reason=hold.refusal.reason if hold.refusal else "",
+        message=hold.refusal.message if hold.refusal else "",
+        position=write_position(hold.position),
+    )
+
+
+def write_reader(seen: Seen, silence: float) -> sync_pb2.ReaderStatus:
+    hello = seen.session.hello
+    assert hello is not None, "Hello is the first thing that is heard"
+    status = sync_pb2.ReaderStatus(
+        reader=hello.name,
+        kind=KIND_NUMBERS[hello.kind],
+        incarnation=hello.incarnation,
+        connected=seen.connected,
+        position=write_position(seen.session.acked),
+        releases=len(seen.session.digests),
+        refusals=map(write_refusal, seen.session.refusals.values()),
+    )
+    status.silence.FromMicroseconds(round(silence * 1e6))
+    return status
