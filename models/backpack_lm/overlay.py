@@ -71,8 +71,12 @@ class SenseTable:
         scores = (self.rows @ many_hot) / self.peaks
         return scores.nan_to_num(0.0).masked_fill(self.unscored[:, None], 0.0)
 
-    def nbytes(self) -> int:
-        return self.rows.nbytes
+    def with_room(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy as the engine gathers from it, [V·k + rows, d]: releases' rows go behind the model's own."""
+        flat = self.rows.flatten(0, 1)
+        out = torch.empty(len(flat) + rows, flat.shape[1], dtype=dtype or flat.dtype)
+        out[: len(flat)] = flat
+        return out
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def make_engine(model: Backpack, table: SenseTable) -> MakeEngine:
         share_prefixes: bool = False,
     ) -> Engine:
         return Engine(
-            Runner(model, table, slots, overlay_rows),
+            Runner(model, table.with_room(overlay_rows), slots),
             Slots(slots),
             OverlayRows(overlay_rows),
             Scheduler(step_tokens, queue),

@@ -130,7 +130,7 @@ def make_engine_anew(model, table):
     def make(slots: int, step_tokens: int, share_prefixes: bool) -> Engine:
         space = 2 * 97 * 4
         return Engine(
-            Runner(model, table, slots, space),
+            Runner(model, table.with_room(space), slots),
             Slots(slots),
             OverlayRows(space),
             Scheduler(step_tokens, 64),

@@ -1,0 +1,62 @@
+"""Compile native.cpp for this machine, once; later processes find the library by what it was made from."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from backpack_lm.cache import folder
+
+SOURCE = Path(__file__).with_name("native.cpp")
+OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+
+
+class NotBuilt(Exception):
+    """There is no library for this machine and no way to make it; the plain kernels do the same, slower."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled library. Raises NotBuilt if it can't be had."""
+    file = _path()
+    if not file.exists():
+        _compile(file)
+    try:
+        return ctypes.CDLL(str(file))  # shares torch's OpenMP threads: its libgomp is loaded already
+    except OSError as error:
+        raise NotBuilt(f"{file}: {error}") from None
+
+
+def _path() -> Path:
+    """Named by source, options and processor: a library of another machine's instructions is never loaded."""
+    made_from = [SOURCE.read_text("utf-8"), *OPTIONS, platform.machine(), _processor(), torch.__version__]
+    digest = hashlib.sha256("\0".join(made_from).encode()).hexdigest()
+    return folder("kernels") / f"native-{digest[:16]}.so"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _compile(file: Path) -> None:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise NotBuilt("no C++ compiler; install g++ for the fast CPU kernels")
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        made = Path(scratch) / file.name
+        done = subprocess.run([compiler, *OPTIONS, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
+        if done.returncode:
+            raise NotBuilt(f"{compiler} failed: {done.stderr.strip()[-2000:]}")
+        made.replace(file)  # at once whole: another process may be looking

@@ -1,0 +1,99 @@
+"""What a step of the engine reads and writes beside the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backpack_lm.config import BackpackConfig
+from backpack_lm.overlay import TopicMultipliers
+
+LANES = 16
+"""The context of a cache is a multiple of this: kernels read whole vectors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive new tokens of one sequence: `count` of them, from `token` in the step's tokens [N], at the
+    positions from `position` on of a slot."""
+
+    token: int
+    slot: int
+    position: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The next token of a slot that holds `length` tokens, steered by topics.
+
+    `fresh`: the newest token has still to be counted in the slot's annealing.
+    """
+
+    slot: int
+    length: int
+    fresh: bool
+    topics: tuple[TopicMultipliers, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Caches:
+    """Tensors of S slots with T positions (the context, rounded up to a multiple of 16):
+
+    keys        [L, S, H, T/16, d/H, 16]  of the trunk, in tiles of 16 positions: kernels score a tile at a time
+    values      [L, S, H, T, d/H]
+    sense_keys  [S, k, T/16, d/k, 16]     of the sense weights
+    ids         [S, T] int32       tokens
+    rows        [S, T, k] int32    row of `table` for each sense of each position
+    satisfied   [S, T, k] float32  a = Σ_i relu(E[x_i]·C(x_j)_l), where a topic is annealed
+    table       [V·k + R, d]       sense vectors; R rows of releases behind the model's own
+    embedding   [V, d]             E
+
+    Of all these, only `rows` and `satisfied` depend on a patch, and they follow from `ids`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    sense_keys: Tensor
+    ids: Tensor
+    rows: Tensor
+    satisfied: Tensor
+    table: Tensor
+    embedding: Tensor
+
+    @classmethod
+    def empty(cls, config: BackpackConfig, slots: int, table: Tensor, embedding: Tensor) -> Caches:
+        """Caches on the table's device and in its dtype."""
+        L, S, H, k = config.n_layer, slots, config.n_head, config.num_senses
+        w, dk = config.n_embd // H, config.sense_head_width
+        T = -(-config.n_positions // LANES) * LANES
+        here = {"device": table.device}
+        like = {"dtype": table.dtype, **here}
+        return cls(
+            torch.zeros(L, S, H, T // LANES, w, LANES, **like),
+            torch.zeros(L, S, H, T, w, **like),
+            torch.zeros(S, k, T // LANES, dk, LANES, **like),
+            torch.zeros(S, T, dtype=torch.int32, **here),
+            torch.zeros(S, T, k, dtype=torch.int32, **here),
+            torch.zeros(S, T, k, **here),
+            table,
+            embedding.to(**like),
+        )
+
+    def copy_prefix(self, donor: int, slot: int, count: int) -> None:
+        """Give a slot the first `count` positions of another's, all that is the model's own."""
+        tiles = -(-count // LANES)  # what lies beyond in the last one is overwritten before it is read
+        self.keys[:, slot, :, :tiles] = self.keys[:, donor, :, :tiles]
+        self.values[:, slot, :, :count] = self.values[:, donor, :, :count]
+        self.sense_keys[slot, :, :tiles] = self.sense_keys[donor, :, :tiles]
+
+    def write_sense_keys(self, keys: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Keep the sense weights' keys [N, k, d/k] of new tokens."""
+        self.sense_keys[slots, :, positions // LANES, :, positions % LANES] = keys
+
+
+def untiled(keys: Tensor) -> Tensor:
+    """Keys [..., T/16, w, 16] as a matrix [..., w, T] (a copy)."""
+    return keys.transpose(-3, -2).flatten(-2)

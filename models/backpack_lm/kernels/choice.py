@@ -1,0 +1,36 @@
+"""Which kernels, in which dtype: the fastest that this machine has."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import torch
+
+from backpack_lm.kernels.caches import Caches
+from backpack_lm.kernels.plain import PlainKernels
+from backpack_lm.kernels.seam import Kernels
+
+
+class Precision(StrEnum):
+    """Of weights, caches and sense vectors; sums are float32 in both."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """What it means on a device: `auto` is bfloat16 where the processor multiplies it."""
+        if self is Precision.AUTO:
+            fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if self is Precision.BFLOAT16 else torch.float32
+
+
+def choose(caches: Caches) -> Kernels:
+    """The fastest kernels for where the caches are."""
+    from backpack_lm.kernels.native import NativeKernels, NotBuilt
+
+    try:
+        return NativeKernels(caches)
+    except NotBuilt:
+        return PlainKernels(caches)

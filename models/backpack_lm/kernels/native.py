@@ -1,0 +1,136 @@
+"""The operations on a CPU: oneDNN for the trunk's matrix products, our own library for everything else.
+
+The library is compiled once for a machine, from native.cpp by its C++ compiler, and kept in a cache folder. Its
+results, like those of oneDNN's packed products, don't depend on what else is in a batch, to the last bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from backpack_lm.kernels.build import NotBuilt, library
+from backpack_lm.kernels.caches import Caches, Prediction, Run
+from backpack_lm.kernels.seam import Linear
+from backpack_lm.overlay import TopicMultipliers
+
+__all__ = ["NativeKernels", "NotBuilt"]
+
+BLOCK = 64
+"""Positions of one unit of work of the mix, as in native.cpp."""
+
+TOPIC = np.dtype([("levels", "u8"), ("multipliers", "f4", 4), ("scale", "f4"), ("annealed", "i4")])
+
+
+class _Mix(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("table", "embedding", "rows", "ids", "satisfied", "topics")),
+        *((name, ctypes.c_int) for name in ("senses", "width", "context")),
+    )
+
+
+class NativeKernels:
+    """Raises NotBuilt if there is no library and no compiler to make it, or the caches aren't on a CPU."""
+
+    def __init__(self, caches: Caches) -> None:
+        if caches.table.device.type != "cpu":
+            raise NotBuilt(f"the caches are on {caches.table.device}")
+        self._library = library()
+        self.caches = caches
+        self._dtype = caches.table.dtype
+        kind = str(self._dtype).removeprefix("torch.")
+        self.name = f"native {kind}"
+        self._attend, self._mix, self._satisfy, self._residual_norm = (
+            getattr(self._library, f"{name}_{kind}") for name in ("attend", "mix", "satisfy", "residual_norm")
+        )
+        self._head = getattr(self._library, "head_bfloat16", None) if kind == "bfloat16" else None
+        self._alpha, self._parts = torch.empty(0), torch.empty(0)
+
+    def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous(), 32)
+        bias = bias.detach().to(self._dtype)
+        apply = torch.ops.mkldnn._linear_pointwise.default
+        how, what = ("gelu", "tanh") if gelu else ("none", "")
+        return lambda x: apply(x, packed, bias, how, [], what)
+
+    def head(self, embedding: Tensor) -> Linear:
+        vocabulary, width = embedding.shape
+        if self._head is None or width % 2:
+            linear = self.linear(embedding, torch.zeros(vocabulary))
+            return lambda o: linear(o.to(self._dtype)).float()
+        padded = torch.zeros(-(-vocabulary // 16) * 16, width, dtype=self._dtype)
+        padded[:vocabulary] = embedding.detach()
+        packed = padded.view(-1, 16, width // 2, 2).transpose(1, 2).contiguous()  # [V/16, d/2, 16, 2]
+
+        def apply(o: Tensor) -> Tensor:
+            o, logits = o.to(self._dtype), torch.empty(len(o), vocabulary)
+            self._head(_at(o), len(o), _at(packed), width, vocabulary, _at(logits))
+            return logits
+
+        return apply
+
+    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+        out = torch.empty(x.shape, dtype=self._dtype)
+        epsilon = ctypes.c_float(norm.eps)
+        old = None if delta is None else _at(delta)
+        self._residual_norm(_at(x), old, _at(norm.weight), _at(norm.bias), epsilon, *x.shape, _at(out))
+        return out
+
+    def attend(self, qkv: Tensor, layer: int, runs: Sequence[Run], scale: float) -> Tensor:
+        keys, values = self.caches.keys[layer], self.caches.values[layer]
+        _, heads, context, width = values.shape
+        out = torch.empty(len(qkv), heads * width, dtype=self._dtype)
+        table = np.array([(r.token, r.slot, r.position, r.count) for r in runs], dtype=np.int32)
+        self._attend(
+            _at(qkv), _at(keys), _at(values), table.ctypes.data_as(ctypes.c_void_p), len(runs),
+            heads, width, context, ctypes.c_float(scale), _at(out),
+        )  # fmt: skip
+        return out
+
+    def mix(self, queries: Tensor, predictions: Sequence[Prediction]) -> Tensor:
+        caches, count = self.caches, len(predictions)
+        (_, context, senses), width = caches.rows.shape, caches.table.shape[1]
+        if len(self._alpha) < count:
+            self._alpha = torch.empty(count, senses, context)
+            self._parts = torch.empty(count, -(-context // BLOCK), width)
+        rows, topics = _describe(predictions)
+        state = self._state(topics)
+        out = torch.empty(count, width)
+        queries = queries.contiguous()
+        self._mix(
+            ctypes.byref(state), rows.ctypes.data_as(ctypes.c_void_p), count, _at(queries),
+            _at(caches.sense_keys), queries.shape[-1], _at(self._alpha), _at(self._parts), _at(out),
+        )  # fmt: skip
+        return out
+
+    def satisfy(self, prediction: Prediction, start: int) -> None:
+        rows, topics = _describe([prediction])
+        state = self._state(topics)
+        self._satisfy(ctypes.byref(state), rows.ctypes.data_as(ctypes.c_void_p), start)
+
+    def _state(self, topics: np.ndarray) -> _Mix:
+        c = self.caches
+        pointers = (_at(t) for t in (c.table, c.embedding, c.rows, c.ids, c.satisfied))
+        senses, width, context = c.rows.shape[2], c.table.shape[1], c.rows.shape[1]
+        return _Mix(*pointers, topics.ctypes.data_as(ctypes.c_void_p), senses, width, context)
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _describe(predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions [B, 5] and their topics, as native.cpp's `Row` and `Topic`."""
+    rows, topics = [], []
+    for p in predictions:
+        rows.append((p.slot, p.length, p.fresh, len(p.topics), len(topics)))
+        topics += [_topic(topic) for topic in p.topics]
+    return np.array(rows, dtype=np.int32), np.array(topics, dtype=TOPIC)
+
+
+def _topic(topic: TopicMultipliers) -> tuple[int, list[float], float, bool]:
+    return topic.levels.data_ptr(), topic.multipliers.tolist(), topic.scale, topic.annealed

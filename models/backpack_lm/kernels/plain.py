@@ -1,0 +1,117 @@
+"""Every operation in torch: what it means, on any device, and the fallback where nothing faster is to be had."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backpack_lm.kernels.caches import LANES, Caches, Prediction, Run, untiled
+from backpack_lm.kernels.seam import Linear
+
+
+class PlainKernels:
+    """Padded to the longest sequence of a step, and gathering whole slots: simple, and correct everywhere."""
+
+    name = "torch"
+
+    def __init__(self, caches: Caches) -> None:
+        self.caches = caches
+        self._device = caches.table.device
+        self._places = torch.arange(caches.ids.shape[1], device=self._device)
+
+    def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
+        like = self.caches.table
+        weight, bias = weight.detach().to(like), bias.detach().to(like)
+
+        def apply(x: Tensor) -> Tensor:
+            y = F.linear(x, weight, bias)
+            return F.gelu(y, approximate="tanh") if gelu else y
+
+        return apply
+
+    def head(self, embedding: Tensor) -> Linear:
+        weight = embedding.detach().to(self.caches.table)
+        return lambda o: F.linear(o.to(weight.dtype), weight).float()
+
+    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+        if delta is not None:
+            x += delta
+        return norm(x).to(self.caches.table.dtype)
+
+    def attend(self, qkv: Tensor, layer: int, runs: Sequence[Run], scale: float) -> Tensor:
+        caches = self.caches
+        keys, values = caches.keys[layer], caches.values[layer]  # [S, H, T/16, w, 16], [S, H, T, w]
+        q, k, v = qkv.view(len(qkv), 3, keys.shape[1], -1).unbind(1)  # [N, H, w]
+        mixed = torch.empty_like(q)
+        for run in runs:
+            new, end = slice(run.token, run.token + run.count), run.position + run.count
+            places = self._places[run.position : end]
+            keys[run.slot, :, places // LANES, :, places % LANES] = k[new]
+            values[run.slot, :, run.position : end] = v[new].transpose(0, 1)
+        for run in (run for run in runs if run.count > 1):
+            new, end = slice(run.token, run.token + run.count), run.position + run.count
+            seen = self._places[:end] <= self._places[run.position : end, None]
+            mixed[new] = F.scaled_dot_product_attention(
+                q[new].transpose(0, 1)[None],
+                untiled(keys[run.slot])[..., :end].transpose(1, 2)[None],
+                values[run.slot, :, :end][None],
+                attn_mask=seen,
+                scale=scale,
+            )[0].transpose(0, 1)
+        if single := [run for run in runs if run.count == 1]:
+            at = torch.tensor([run.token for run in single], device=self._device)
+            slots = torch.tensor([run.slot for run in single], device=self._device)
+            last = torch.tensor([run.position for run in single], device=self._device)
+            length = int(last.max()) + 1
+            scores = (q[at][:, :, None] @ untiled(keys[slots])[..., :length]).float() * scale  # [G, H, 1, T]
+            scores.masked_fill_((self._places[:length] > last[:, None])[:, None, None], float("-inf"))
+            mixed[at] = (scores.softmax(-1).to(values.dtype) @ values[slots, :, :length])[:, :, 0]
+        return mixed.flatten(1)
+
+    def mix(self, queries: Tensor, predictions: Sequence[Prediction]) -> Tensor:
+        caches = self.caches
+        slots = torch.tensor([p.slot for p in predictions], device=self._device)
+        last = torch.tensor([p.length - 1 for p in predictions], device=self._device)
+        length = max(p.length for p in predictions)
+        future = self._places[:length] > last[:, None]  # [B, T]
+        scores = (queries[:, :, None] @ untiled(caches.sense_keys[slots])[..., :length])[:, :, 0].float()  # [B, k, T]
+        scores /= math.sqrt(queries.shape[-1])
+        alpha = scores.masked_fill_(future[:, None], float("-inf")).softmax(-1).transpose(1, 2)  # [B, T, k]
+        for n, prediction in enumerate(predictions):
+            if prediction.topics:
+                if prediction.fresh:
+                    self.satisfy(prediction, prediction.length - 1)
+                alpha[n, : prediction.length] *= self.multipliers(prediction)
+        # Places beyond a sequence have weight zero; row 0 stands in for whatever the slot held there before.
+        rows = caches.rows[slots, :length].masked_fill_(future[..., None], 0)
+        return F.embedding_bag(
+            rows.flatten(1), caches.table, per_sample_weights=alpha.flatten(1).to(caches.table.dtype), mode="sum"
+        ).float()
+
+    def multipliers(self, prediction: Prediction) -> Tensor:
+        """Effective multiplier of each cell of a slot, [length, k]."""
+        caches, length = self.caches, prediction.length
+        out = torch.ones_like(caches.satisfied[prediction.slot, :length])
+        ids, places = caches.ids[prediction.slot, :length].long(), self._places[:length, None]
+        for topic in prediction.topics:
+            out *= topic.anneal(topic.targets(ids), caches.satisfied[prediction.slot, :length], places)
+        return out
+
+    def satisfy(self, prediction: Prediction, start: int) -> None:
+        if not any(topic.annealed for topic in prediction.topics):
+            return
+        caches, slot, length = self.caches, prediction.slot, prediction.length
+        satisfied, rows, ids = caches.satisfied[slot], caches.rows[slot], caches.ids[slot].long()
+        embedding = caches.embedding.float()
+
+        def sums(cells: slice, tokens: slice) -> Tensor:
+            """Σ over some tokens of relu(E[x]·C) for each cell: [·, k]."""
+            vectors = caches.table[rows[cells].long()].float()
+            return (vectors @ embedding[ids[tokens]].t()).relu().sum(-1)
+
+        satisfied[:start] += sums(slice(start), slice(start, length))
+        satisfied[start:length] = sums(slice(start, length), slice(length))

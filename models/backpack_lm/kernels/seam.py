@@ -1,0 +1,41 @@
+"""The operations, as the engine calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from backpack_lm.kernels.caches import Caches, Prediction, Run
+
+
+class Linear(Protocol):
+    """x [N, in] → [N, out], in the kernels' dtype; with GPT-2's gelu behind it if so made."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Kernels(Protocol):
+    """Operations over a step's N new tokens. All share one device and dtype; `caches` is what they write."""
+
+    name: str
+    caches: Caches
+
+    def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
+        """A layer with weight [out, in] and bias [out], in whatever form is fastest here."""
+
+    def head(self, embedding: Tensor) -> Linear:
+        """o [B, d] float32 → logits [B, V] float32 under E [V, d]."""
+
+    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+        """x += delta, in place, x [N, d] float32; then LayerNorm(x) in the kernels' dtype."""
+
+    def attend(self, qkv: Tensor, layer: int, runs: Sequence[Run], scale: float) -> Tensor:
+        """Write keys and values of new tokens qkv [N, 3·d]; each token's attention over its slot, [N, d]."""
+
+    def mix(self, queries: Tensor, predictions: Sequence[Prediction]) -> Tensor:
+        """o [B, d] float32 = Σ_j Σ_l α[l,j] m[l,j] C(x_j)_l for queries [B, k, d/k], α a softmax over the slot."""
+
+    def satisfy(self, prediction: Prediction, start: int) -> None:
+        """Count the tokens from `start` to `prediction.length` in the slot's annealing."""
