@@ -36,7 +36,7 @@ def attribute(
 ) -> Attribution:
     """Explain the token after ids [T]; by default the likeliest one."""
     alpha = model.sense_weights(ids[None])[0, :, -1].t()  # [T, k]
-    senses = overlay.replace(ids[None], table.rows[ids][None])
+    senses = overlay.replace(ids[None], table.rows[ids][None].float())
     multipliers = overlay.multipliers(ids[None], senses, model.embedding)[0, -1].expand(alpha.shape)
     mixed = torch.einsum("jl,jld->jld", alpha * multipliers, senses[0]).double()
     head = model.embedding[: model.config.tokens].double()
@@ -77,7 +77,7 @@ def read_senses(
 ) -> list[SenseReading]:
     """Every sense of a token as it stands under an overlay (paper, section 3.3 and table 2)."""
     ids = torch.tensor([token])
-    vectors = overlay.replace(ids, table.rows[ids])[0]  # [k, d]
+    vectors = overlay.replace(ids, table.rows[ids].float())[0]  # [k, d]
     edited = (overlay.row_index(ids)[0] >= 0).tolist()
     scores = vectors @ model.embedding[: model.config.tokens].t()  # [k, V]
     high, low = scores.topk(limit), scores.topk(limit, largest=False)

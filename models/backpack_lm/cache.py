@@ -8,7 +8,7 @@ from platformdirs import user_cache_path
 
 
 def folder(name: str) -> Path:
-    """A folder of that name in the user's cache, $XDG_CACHE_HOME/backpack or ~/.cache/backpack; made if need be."""
+    """A folder of that name in $XDG_CACHE_HOME/backpack, or ~/.cache/backpack; made if need be."""
     path = user_cache_path("backpack") / name
     path.mkdir(parents=True, exist_ok=True)
     return path

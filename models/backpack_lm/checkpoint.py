@@ -82,9 +82,10 @@ def save(model: Backpack, tokenizer: Path, folder: Path) -> Manifest:
     return manifest
 
 
-def load_table(folder: Path, model: Backpack) -> SenseTable:
-    """The model's sense table, with the denominators that are kept beside it, if they are this model's."""
-    table = model.sense_table()
+def load_table(folder: Path, model: Backpack, rows: Tensor | None = None) -> SenseTable:
+    """The model's sense table, computed unless its rows [V, k, d] are given; with the denominators that are kept
+    beside it, if they are this model's."""
+    table = model.sense_table() if rows is None else model.table_of(rows)
     if (folder / TOPICS).exists():
         with safe_open(folder / TOPICS, framework="pt") as file:
             if file.metadata().get("fingerprint") == Manifest.read(folder).fingerprint:

@@ -194,11 +194,14 @@ class Backpack(nn.Module):
     @torch.no_grad()
     def sense_table(self, chunk: int = 2048) -> SenseTable:
         """Every sense vector of the vocabulary, computed once: rows [V, k, d]."""
-        parts = [self.sense_network(part) for part in self.embedding.split(chunk)]
+        return self.table_of(torch.cat([self.sense_network(part) for part in self.embedding.split(chunk)]))
+
+    def table_of(self, rows: Tensor) -> SenseTable:
+        """Sense vectors [V, k, d] that were computed before, with what else a table needs to know."""
         unscored = torch.arange(self.config.vocab_size) >= self.config.tokens
         if self.config.eos_token_id is not None:
             unscored[self.config.eos_token_id] = True
-        return SenseTable(torch.cat(parts), self.embedding.detach(), unscored)
+        return SenseTable(rows, self.embedding.detach(), unscored)
 
     def forward(self, ids: Tensor, overlay: Overlay | None = None) -> Tensor:
         """Logits [B, T, V] of ids [B, T], steered by an overlay if one is given.

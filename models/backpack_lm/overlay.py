@@ -7,7 +7,7 @@ multiplier. Both are computed once per release and shared by every request of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -57,7 +57,8 @@ class SenseTable:
         """
         flat = self.rows.flatten(0, 1)
         head = self.embedding.t().contiguous()
-        return torch.cat([(part @ head).amax(1) for part in flat.split(4096)]).view(self.rows.shape[:2])
+        parts = ((part.float() @ head).amax(1) for part in flat.split(4096))
+        return torch.cat(list(parts)).view(self.rows.shape[:2])
 
     @cached_property
     def sense_rms(self) -> tuple[float, ...]:
@@ -68,13 +69,13 @@ class SenseTable:
     def topic_scores(self, tokens: tuple[int, ...]) -> Tensor:
         """(E C)·b / max_y (E C)_y of every cell, [V, k], with b the many-hot vector of `tokens`."""
         many_hot = self.embedding[torch.tensor(tokens).unique()].sum(0)
-        scores = (self.rows @ many_hot) / self.peaks
+        scores = torch.cat([part.float() @ many_hot for part in self.rows.split(4096)]) / self.peaks
         return scores.nan_to_num(0.0).masked_fill(self.unscored[:, None], 0.0)
 
     def with_room(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
         """A copy as the engine gathers from it, [V·k + rows, d]: releases' rows go behind the model's own."""
         flat = self.rows.flatten(0, 1)
-        out = torch.empty(len(flat) + rows, flat.shape[1], dtype=dtype or flat.dtype)
+        out = torch.zeros(len(flat) + rows, flat.shape[1], dtype=dtype or flat.dtype)
         out[: len(flat)] = flat
         return out
 
@@ -99,6 +100,10 @@ class TopicMultipliers:
     def targets(self, ids: Tensor) -> Tensor:
         """δ, the multiplier before annealing: ids [...] → [..., k]."""
         return self.multipliers[self.levels[ids].long()]
+
+    def to(self, device: torch.device) -> TopicMultipliers:
+        """The same on another device."""
+        return replace(self, levels=self.levels.to(device), multipliers=self.multipliers.to(device))
 
     def anneal(self, targets: Tensor, satisfied: Tensor, positions: Tensor) -> Tensor:
         """b·δ + (1 − b) with b = sigmoid(−f·a + 6)·(1 + j/100).

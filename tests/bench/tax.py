@@ -74,9 +74,9 @@ async def _measure(way: Way, streams: int, seed: int) -> tuple[float, float]:
 
 
 def _engine() -> tuple[Way, EngineLoop]:
-    served = ServedModel.read(default_model())
+    served = ServedModel.read(default_model(), room=65536)
     loop = EngineLoop(
-        Engine(Runner(served.model, served.table, 32, 65536), Slots(32), OverlayRows(65536), Scheduler(512, 256))
+        Engine(Runner(served.model, served.storage, 32), Slots(32), OverlayRows(65536), Scheduler(512, 256))
     )
     overlay = Overlay.compile(Release(), served.table)
 

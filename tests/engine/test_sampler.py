@@ -6,7 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
-from backpack_serving.engine.sampler import choose, choose_all, log_probability
+from backpack_lm.kernels import Caches
+from backpack_lm.kernels.native import NativeKernels
+from backpack_lm.kernels.plain import PlainKernels
+from backpack_lm.model import Backpack
+from backpack_lm.overlay import SenseTable
+from backpack_serving.engine.sampler import Draw, choose, choose_all, log_probability
 from backpack_serving.engine.sampling import Sampling
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,12 +65,22 @@ samplings = st.builds(
 )
 
 
-@given(st.lists(st.tuples(samplings, st.integers(0, 511)), min_size=1, max_size=8), st.integers(0, 1000))
-def test_a_batch_draws_what_each_row_draws_alone(rows: list[tuple[Sampling, int]], seed: int) -> None:
-    logits = torch.randn(len(rows), 300, generator=torch.Generator().manual_seed(seed))
+@pytest.fixture(scope="session")
+def draws(model: Backpack, table: SenseTable) -> list[Draw]:
+    """`Kernels.draw` of the compiled library and of torch."""
+    caches = Caches.empty(model.config, 1, table.with_room(0), model.embedding.detach())
+    return [NativeKernels(caches).draw, PlainKernels(caches).draw]
+
+
+@given(rows=st.lists(st.tuples(samplings, st.integers(0, 511)), min_size=1, max_size=8), seed=st.integers(0, 1000))
+def test_a_batch_draws_what_each_row_draws_alone(
+    rows: list[tuple[Sampling, int]], seed: int, draws: list[Draw]
+) -> None:
+    logits = 3 * torch.randn(len(rows), 300, generator=torch.Generator().manual_seed(seed))
     chosen, places = [s for s, _ in rows], [p for _, p in rows]
     alone = [choose(row, s, p) for row, s, p in zip(logits, chosen, places, strict=True)]
-    assert choose_all(logits, chosen, places) == alone
+    for draw in draws:
+        assert choose_all(logits, chosen, places, draw) == alone
 
 
 def test_neighbouring_seeds_of_64_bits_draw_differently() -> None:

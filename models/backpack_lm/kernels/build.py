@@ -1,4 +1,4 @@
-"""Compile native.cpp for this machine, once; later processes find the library by what it was made from."""
+"""Compile cpp/ for this machine, once; later processes find the library by what it was made from."""
 
 from __future__ import annotations
 
@@ -15,8 +15,17 @@ import torch
 
 from backpack_lm.cache import folder
 
-SOURCE = Path(__file__).with_name("native.cpp")
-OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+SOURCES = Path(__file__).with_name("cpp")
+OPTIONS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
 
 
 class NotBuilt(Exception):
@@ -37,7 +46,8 @@ def library() -> ctypes.CDLL:
 
 def _path() -> Path:
     """Named by source, options and processor: a library of another machine's instructions is never loaded."""
-    made_from = [SOURCE.read_text("utf-8"), *OPTIONS, platform.machine(), _processor(), torch.__version__]
+    sources = [file.read_text("utf-8") for file in sorted(SOURCES.iterdir())]
+    made_from = [*sources, *OPTIONS, platform.machine(), _processor(), torch.__version__]
     digest = hashlib.sha256("\0".join(made_from).encode()).hexdigest()
     return folder("kernels") / f"native-{digest[:16]}.so"
 
@@ -56,7 +66,9 @@ def _compile(file: Path) -> None:
         raise NotBuilt("no C++ compiler; install g++ for the fast CPU kernels")
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         made = Path(scratch) / file.name
-        done = subprocess.run([compiler, *OPTIONS, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
+        done = subprocess.run(
+            [compiler, *OPTIONS, str(SOURCES / "exports.cpp"), "-o", str(made)], capture_output=True, text=True
+        )
         if done.returncode:
             raise NotBuilt(f"{compiler} failed: {done.stderr.strip()[-2000:]}")
         made.replace(file)  # at once whole: another process may be looking

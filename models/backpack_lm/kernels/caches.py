@@ -69,17 +69,19 @@ class Caches:
         L, S, H, k = config.n_layer, slots, config.n_head, config.num_senses
         w, dk = config.n_embd // H, config.sense_head_width
         T = -(-config.n_positions // LANES) * LANES
-        here = {"device": table.device}
-        like = {"dtype": table.dtype, **here}
+
+        def zeros(*shape: int, dtype: torch.dtype = table.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=table.device)
+
         return cls(
-            torch.zeros(L, S, H, T // LANES, w, LANES, **like),
-            torch.zeros(L, S, H, T, w, **like),
-            torch.zeros(S, k, T // LANES, dk, LANES, **like),
-            torch.zeros(S, T, dtype=torch.int32, **here),
-            torch.zeros(S, T, k, dtype=torch.int32, **here),
-            torch.zeros(S, T, k, **here),
+            zeros(L, S, H, T // LANES, w, LANES),
+            zeros(L, S, H, T, w),
+            zeros(S, k, T // LANES, dk, LANES),
+            zeros(S, T, dtype=torch.int32),
+            zeros(S, T, k, dtype=torch.int32),
+            zeros(S, T, k, dtype=torch.float32),
             table,
-            embedding.to(**like),
+            embedding.to(table),
         )
 
     def copy_prefix(self, donor: int, slot: int, count: int) -> None:

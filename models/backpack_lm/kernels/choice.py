@@ -18,10 +18,10 @@ class Precision(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
 
-    def dtype(self, device: torch.device) -> torch.dtype:
+    def dtype(self, device: str = "cpu") -> torch.dtype:
         """What it means on a device: `auto` is bfloat16 where the processor multiplies it."""
         if self is Precision.AUTO:
-            fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            fast = device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
             return torch.bfloat16 if fast else torch.float32
         return torch.bfloat16 if self is Precision.BFLOAT16 else torch.float32
 

@@ -1,6 +1,6 @@
 """The operations on a CPU: oneDNN for the trunk's matrix products, our own library for everything else.
 
-The library is compiled once for a machine, from native.cpp by its C++ compiler, and kept in a cache folder. Its
+The library is compiled once for a machine, from cpp/ by its C++ compiler, and kept in a cache folder. Its
 results, like those of oneDNN's packed products, don't depend on what else is in a batch, to the last bit.
 """
 
@@ -21,7 +21,7 @@ from backpack_lm.overlay import TopicMultipliers
 __all__ = ["NativeKernels", "NotBuilt"]
 
 BLOCK = 64
-"""Positions of one unit of work of the mix, as in native.cpp."""
+"""Positions of one unit of work of the mix, as in cpp/mix.h."""
 
 TOPIC = np.dtype([("levels", "u8"), ("multipliers", "f4", 4), ("scale", "f4"), ("annealed", "i4")])
 
@@ -49,6 +49,7 @@ class NativeKernels:
         )
         self._head = getattr(self._library, "head_bfloat16", None) if kind == "bfloat16" else None
         self._alpha, self._parts = torch.empty(0), torch.empty(0)
+        self._runs: tuple[Sequence[Run], np.ndarray] = (), np.empty(0)
 
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous(), 32)
@@ -59,7 +60,8 @@ class NativeKernels:
 
     def head(self, embedding: Tensor) -> Linear:
         vocabulary, width = embedding.shape
-        if self._head is None or width % 2:
+        library_head = self._head
+        if library_head is None or width % 2:
             linear = self.linear(embedding, torch.zeros(vocabulary))
             return lambda o: linear(o.to(self._dtype)).float()
         padded = torch.zeros(-(-vocabulary // 16) * 16, width, dtype=self._dtype)
@@ -68,7 +70,7 @@ class NativeKernels:
 
         def apply(o: Tensor) -> Tensor:
             o, logits = o.to(self._dtype), torch.empty(len(o), vocabulary)
-            self._head(_at(o), len(o), _at(packed), width, vocabulary, _at(logits))
+            library_head(_at(o), len(o), _at(packed), width, vocabulary, _at(logits))
             return logits
 
         return apply
@@ -84,7 +86,9 @@ class NativeKernels:
         keys, values = self.caches.keys[layer], self.caches.values[layer]
         _, heads, context, width = values.shape
         out = torch.empty(len(qkv), heads * width, dtype=self._dtype)
-        table = np.array([(r.token, r.slot, r.position, r.count) for r in runs], dtype=np.int32)
+        if runs is not self._runs[0]:  # the same for all layers of a step
+            self._runs = runs, np.array([(r.token, r.slot, r.position, r.count) for r in runs], dtype=np.int32)
+        table = self._runs[1]
         self._attend(
             _at(qkv), _at(keys), _at(values), table.ctypes.data_as(ctypes.c_void_p), len(runs),
             heads, width, context, ctypes.c_float(scale), _at(out),
@@ -107,6 +111,15 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
+    def draw(self, logits: Tensor, temperatures: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+        drawn = torch.empty(len(logits), dtype=torch.int32)
+        keys, places = np.array(seeds, dtype=np.uint64), np.array(positions, dtype=np.int32)
+        self._library.draw_float32(
+            _at(logits.contiguous()), *logits.shape, _at(temperatures), keys.ctypes.data_as(ctypes.c_void_p),
+            places.ctypes.data_as(ctypes.c_void_p), _at(drawn),
+        )  # fmt: skip
+        return drawn
+
     def satisfy(self, prediction: Prediction, start: int) -> None:
         rows, topics = _describe([prediction])
         state = self._state(topics)
@@ -124,8 +137,9 @@ def _at(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def _describe(predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions [B, 5] and their topics, as native.cpp's `Row` and `Topic`."""
-    rows, topics = [], []
+    """Predictions [B, 5] and their topics, as cpp/mix.h's `Row` and `Topic`."""
+    rows: list[tuple[int, ...]] = []
+    topics: list[tuple[int, list[float], float, bool]] = []
     for p in predictions:
         rows.append((p.slot, p.length, p.fresh, len(p.topics), len(topics)))
         topics += [_topic(topic) for topic in p.topics]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpack_lm.kernels.caches import LANES, Caches, Prediction, Run, untiled
+from backpack_lm.kernels.noise import log_exponentials
 from backpack_lm.kernels.seam import Linear
 
 
@@ -40,7 +41,8 @@ class PlainKernels:
     def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
         if delta is not None:
             x += delta
-        return norm(x).to(self.caches.table.dtype)
+        y: Tensor = norm(x)
+        return y.to(self.caches.table.dtype)
 
     def attend(self, qkv: Tensor, layer: int, runs: Sequence[Run], scale: float) -> Tensor:
         caches = self.caches
@@ -78,7 +80,9 @@ class PlainKernels:
         last = torch.tensor([p.length - 1 for p in predictions], device=self._device)
         length = max(p.length for p in predictions)
         future = self._places[:length] > last[:, None]  # [B, T]
-        scores = (queries[:, :, None] @ untiled(caches.sense_keys[slots])[..., :length])[:, :, 0].float()  # [B, k, T]
+        scores = (queries[:, :, None] @ untiled(caches.sense_keys[slots])[..., :length])[
+            :, :, 0
+        ].float()  # [B, k, T]
         scores /= math.sqrt(queries.shape[-1])
         alpha = scores.masked_fill_(future[:, None], float("-inf")).softmax(-1).transpose(1, 2)  # [B, T, k]
         for n, prediction in enumerate(predictions):
@@ -91,6 +95,10 @@ class PlainKernels:
         return F.embedding_bag(
             rows.flatten(1), caches.table, per_sample_weights=alpha.flatten(1).to(caches.table.dtype), mode="sum"
         ).float()
+
+    def draw(self, logits: Tensor, temperatures: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+        noise = log_exponentials(seeds, positions, torch.arange(logits.shape[1], device=logits.device))
+        return (logits / temperatures[:, None] - noise).argmax(-1)
 
     def multipliers(self, prediction: Prediction) -> Tensor:
         """Effective multiplier of each cell of a slot, [length, k]."""

@@ -13,7 +13,7 @@ from backpack_lm.kernels.caches import Caches, Prediction, Run
 class Linear(Protocol):
     """x [N, in] → [N, out], in the kernels' dtype; with GPT-2's gelu behind it if so made."""
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
 class Kernels(Protocol):
@@ -36,6 +36,9 @@ class Kernels(Protocol):
 
     def mix(self, queries: Tensor, predictions: Sequence[Prediction]) -> Tensor:
         """o [B, d] float32 = Σ_j Σ_l α[l,j] m[l,j] C(x_j)_l for queries [B, k, d/k], α a softmax over the slot."""
+
+    def draw(self, logits: Tensor, temperatures: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """argmax_y (logit_y / temperature − log e_y) for each row of logits [G, V]; e from `noise.py`."""
 
     def satisfy(self, prediction: Prediction, start: int) -> None:
         """Count the tokens from `start` to `prediction.length` in the slot's annealing."""

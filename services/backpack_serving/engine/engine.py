@@ -109,7 +109,8 @@ class Engine:
         for chunk in batch.chunks:
             chunk.sequence.computed = chunk.end
         sampled = batch.sampled
-        tokens = choose_all(logits, [s.request.sampling for s in sampled], [len(s.tokens) for s in sampled])
+        samplings, positions = [s.request.sampling for s in sampled], [len(s.tokens) for s in sampled]
+        tokens = choose_all(logits, samplings, positions, self._runner.kernels.draw)
         return [self._settle(*made) for made in zip(sampled, tokens, logits, strict=True)]
 
     def _start(self, sequence: Sequence) -> bool:

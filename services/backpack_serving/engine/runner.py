@@ -59,11 +59,10 @@ class Runner:
         self.caches = Caches.empty(config, slots, table, model.embedding.detach())
         self.kernels = kernels(self.caches)
         self._tokens, self._positions = trunk.wte.weight.detach(), trunk.wpe.weight.detach()
-        self._first = trunk.h[0].ln_1 if len(trunk.h) else trunk.ln_f
-        self._layers = [
-            self._layer(block, trunk.h[n + 1].ln_1 if n + 1 < len(trunk.h) else trunk.ln_f)
-            for n, block in enumerate(trunk.h)
-        ]
+        blocks = [block for block in trunk.h if isinstance(block, Block)]
+        norms = [*(block.ln_1 for block in blocks), trunk.ln_f]
+        self._first = norms[0]
+        self._layers = [self._layer(block, after) for block, after in zip(blocks, norms[1:], strict=True)]
         weights = model.sense_weight_net.c_attn
         self._sense_weights = self.kernels.linear(weights.weight, weights.bias)
         self._head = self.kernels.head(model.embedding[: config.tokens])  # padding is never sampled
@@ -121,9 +120,7 @@ class Runner:
             queries = queries[newest]
         return self._head(self.kernels.mix(queries, predictions))
 
-    def _layer(self, block: nn.Module, after: nn.Module) -> _Layer:
-        assert isinstance(block, Block)
-        assert isinstance(after, nn.LayerNorm)
+    def _layer(self, block: Block, after: nn.LayerNorm) -> _Layer:
         make, attn, mlp = self.kernels.linear, block.attn, block.mlp
         return _Layer(
             make(attn.c_attn.weight.t(), attn.c_attn.bias),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
+from backpack_lm.kernels.noise import log_exponentials
 from torch import Tensor
 
 from backpack_serving.engine.sampling import Sampling
 from backpack_serving.engine.sequence import LogProbability
+
+Draw = Callable[[Tensor, Tensor, Sequence[int], Sequence[int]], Tensor]
+"""`Kernels.draw`."""
+
+LIKELY = 1024
+"""Tokens among which the smallest set of mass top_p is looked for first; seldom it isn't among them."""
 
 
 def choose(logits: Tensor, sampling: Sampling, position: int) -> int:
@@ -21,25 +27,28 @@ def choose(logits: Tensor, sampling: Sampling, position: int) -> int:
     """
     if sampling.temperature == 0:
         return int(logits.argmax())
-    scaled = logits.double() / sampling.temperature
-    noise = _noise(sampling, position, len(logits))
-    if not _truncates(sampling):
-        return int((scaled - noise).argmax())
-    values, tokens = scaled.topk(min(sampling.top_k or len(logits), len(logits)))
-    if sampling.top_p < 1.0:
-        # Keep tokens while those before them have less than top_p: at least one is always kept.
-        probabilities = values.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        values = values.masked_fill(before >= sampling.top_p, float("-inf"))
-    return int(tokens[(values - noise[tokens]).argmax()])
+    kept = _kept(logits, sampling)
+    noise = log_exponentials([_seed(sampling)], [position], kept)[0]
+    return int(kept[(logits[kept] / sampling.temperature - noise).argmax()])
 
 
-def choose_all(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
-    """`choose` for each row of logits [B, V]; the greedy rows of a batch, by far the most common, together."""
-    best = logits.argmax(-1).tolist()
+def choose_all(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], draw: Draw) -> list[int]:
+    """`choose` for each row of logits [B, V]: greedy rows at once, and those that draw from all tokens."""
+    greedy = [n for n, s in enumerate(samplings) if s.temperature == 0]
+    drawn = [n for n, s in enumerate(samplings) if s.temperature > 0 and not _truncates(s)]
+    chosen = [-1] * len(samplings)
+    if greedy:
+        best = (logits if len(greedy) == len(chosen) else logits[greedy]).argmax(-1)
+        for n, token in zip(greedy, best.tolist(), strict=True):
+            chosen[n] = token
+    if drawn:
+        rows = logits if len(drawn) == len(chosen) else logits[drawn]
+        temperatures = torch.tensor([samplings[n].temperature for n in drawn], device=logits.device)
+        made = draw(rows, temperatures, [_seed(samplings[n]) for n in drawn], [positions[n] for n in drawn])
+        for n, token in zip(drawn, made.tolist(), strict=True):
+            chosen[n] = token
     return [
-        best[n] if sampling.temperature == 0 else choose(logits[n], sampling, positions[n])
-        for n, sampling in enumerate(samplings)
+        choose(logits[n], samplings[n], positions[n]) if token < 0 else token for n, token in enumerate(chosen)
     ]
 
 
@@ -47,13 +56,28 @@ def _truncates(sampling: Sampling) -> bool:
     return bool(sampling.top_k) or sampling.top_p < 1.0
 
 
-def _noise(sampling: Sampling, position: int, size: int) -> Tensor:
-    """log e_y for every token y [size]."""
+def _kept(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The tokens that may be drawn [n]: the top_k likeliest, of those the smallest set of mass top_p."""
+    if not _truncates(sampling):
+        return torch.arange(len(logits), device=logits.device)
+    limit = min(sampling.top_k or len(logits), len(logits))
+    if sampling.top_p == 1.0:
+        return logits.topk(limit).indices
+    scaled = logits.double() / sampling.temperature
+    total = None if sampling.top_k else scaled.logsumexp(-1)
+    for size in dict.fromkeys((min(limit, LIKELY), limit)):
+        values, tokens = scaled.topk(size)
+        mass = (values - (values.logsumexp(-1) if total is None or size == limit else total)).exp()
+        # Keep tokens while those before them have less than top_p: at least one is always kept.
+        before = mass.cumsum(-1) - mass
+        if size == limit or (total is not None and float(before[-1] + mass[-1]) >= sampling.top_p):
+            return tokens[before < sampling.top_p]
+    raise AssertionError("the last size is all there are")
+
+
+def _seed(sampling: Sampling) -> int:
     assert sampling.seed is not None, "requests are given a seed at admission"
-    # An explicit type: a list with a seed of 2⁶³ or more would become floats, and seeds would collide.
-    key = np.array([sampling.seed, position], dtype=np.uint64)
-    drawn = np.random.Generator(np.random.Philox(key=key)).standard_exponential(size, dtype=np.float32)
-    return torch.from_numpy(drawn).clamp_(min=2**-24).log_()  # 0 is a rounding of what is small
+    return sampling.seed
 
 
 def log_probability(logits: Tensor, token: int, alternatives: int) -> LogProbability:

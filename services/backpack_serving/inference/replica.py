@@ -11,6 +11,7 @@ from typing import Any
 
 import structlog
 import torch
+from backpack_lm.kernels import Precision
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import Limits, Release
 from backpack_proto.v1 import directory_pb2, directory_pb2_grpc, inference_pb2_grpc, sync_pb2, sync_pb2_grpc
@@ -142,12 +143,13 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
     Raises ManifestError or CheckpointError for the model, EngineStopped if the first token can't be made, OSError
     for the address.
     """
-    served = await asyncio.to_thread(ServedModel.read, settings.model)
+    precision, room = Precision(settings.precision), settings.overlay_rows
+    served = await asyncio.to_thread(ServedModel.read, settings.model, precision, room)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     engine = EngineLoop(
         Engine(
-            Runner(served.model, served.table, settings.slots, settings.overlay_rows),
+            Runner(served.model, served.storage, settings.slots),
             Slots(settings.slots),
             OverlayRows(settings.overlay_rows),
             Scheduler(settings.step_tokens, settings.queue),

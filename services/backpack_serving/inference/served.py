@@ -5,14 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
 import torch
 from backpack_lm.attribution import Attribution, SenseReading, attribute, read_senses, token_log_probabilities
 from backpack_lm.checkpoint import TOKENIZER, load, load_table
+from backpack_lm.kernels import Precision
 from backpack_lm.manifest import Manifest
+from backpack_lm.mapped import mapped, prepare
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import PatchError, Violation
 from backpack_lm.tokenizer import Tokenizer
+from torch import Tensor
+
+log = structlog.get_logger(__name__)
 
 TRIED = 64
 """Words that a release is tried out on."""
@@ -26,12 +32,25 @@ class ServedModel:
     model: Backpack
     table: SenseTable
     tokenizer: Tokenizer
+    storage: Tensor
 
     @classmethod
-    def read(cls, folder: Path) -> ServedModel:
-        """Raises ManifestError, CheckpointError or ValueError if there is no servable model in the folder."""
-        model = load(folder)
-        return cls(Manifest.read(folder), model, load_table(folder, model), Tokenizer.read(folder / TOKENIZER))
+    def read(cls, folder: Path, precision: Precision = Precision.FLOAT32, room: int = 0) -> ServedModel:
+        """The model in a folder, its table mapped from the host's cache, in `storage` [V·k + room, d].
+
+        Raises ManifestError, CheckpointError or ValueError if there is no servable model in the folder.
+        """
+        manifest, model = Manifest.read(folder), load(folder)
+        dtype = precision.dtype()
+        try:
+            storage = mapped(prepare(model, manifest.fingerprint, dtype), model, dtype, room)
+        except OSError as error:
+            log.warning("the sense table can't be shared with other replicas", error=str(error))
+            storage = model.sense_table().with_room(room, dtype)
+        config = model.config
+        own = storage[: config.vocab_size * config.num_senses]
+        table = load_table(folder, model, own.view(config.vocab_size, config.num_senses, config.n_embd))
+        return cls(manifest, model, table, Tokenizer.read(folder / TOKENIZER), storage)
 
     def try_out(self, overlay: Overlay) -> None:
         """Predict from the words that a release edits most. Raises PatchError if what comes out isn't numbers.

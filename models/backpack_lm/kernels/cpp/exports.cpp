@@ -1,0 +1,48 @@
+// The engine's own operations on a CPU, behind ctypes (native.py): attention over caches, the sense mix with its
+// annealing, residual + LayerNorm, the head and drawing. Matrix products of the trunk are oneDNN's.
+//
+// Every output element is computed by one fixed order of additions, whatever else is in the batch and however a
+// prompt was cut into chunks. So a sequence gets the same bits alone and in any company.
+//
+// T is the context, S slots, H heads, w a head's width, k senses, d the model's width. Keys lie in tiles of 16
+// positions, [.., T/16, w, 16]: scores are computed for 16 positions at a time without a horizontal sum, and memory is
+// read in one stream.
+
+
+#include "draw.h"
+#include "head.h"
+#include "mix.h"
+#include "norm.h"
+
+#define EXPORTS(NAME, Value)                                                                                         \
+    void attend_##NAME(const Value* qkv, Value* keys, Value* values, const Run* runs, int count, int heads,          \
+                       int width, int context, float scale, Value* out) {                                            \
+        attention(Attention<Value>{qkv, keys, values, out, heads, width, context, scale}, runs, count);              \
+    }                                                                                                                \
+    void mix_##NAME(const Mix<Value>* state, const Row* rows, int count, const Value* queries, const Value* keys,    \
+                    int head_width, float* alpha, float* parts, float* out) {                                        \
+        mix(*state, rows, count, queries, keys, head_width, alpha, parts, out);                                      \
+    }                                                                                                                \
+    void satisfy_##NAME(const Mix<Value>* state, const Row* row, int start) { satisfy(*state, *row, start); }        \
+    void residual_norm_##NAME(float* x, const Value* delta, const float* gain, const float* bias, float epsilon,     \
+                              int count, int width, Value* out) {                                                    \
+        residual_norm(x, delta, gain, bias, epsilon, count, width, out);                                             \
+    }
+
+extern "C" {
+EXPORTS(float32, float)
+EXPORTS(bfloat16, bf16)
+
+void draw_float32(const float* logits, int count, int vocabulary, const float* temperatures, const uint64_t* seeds,
+                  const int32_t* positions, int32_t* out) {
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int n = 0; n < count; n++)
+        out[n] = draw(logits + size_t(n) * vocabulary, vocabulary, temperatures[n], seeds[n], uint32_t(positions[n]));
+}
+
+#ifdef __AVX512BF16__
+void head_bfloat16(const bf16* x, int count, const bf16* weights, int width, int vocabulary, float* out) {
+    head(x, count, weights, width, vocabulary, out);
+}
+#endif
+}

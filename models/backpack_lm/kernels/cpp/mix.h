@@ -1,0 +1,179 @@
+// The sense mix, with releases' topics and their annealing.
+#pragma once
+
+#include "attention.h"
+
+namespace {
+
+struct Topic {  // one topic edit of a release, as overlay.TopicMultipliers has it
+    const uint8_t* levels;  // [V, k]
+    float multipliers[4];
+    float scale;
+    int32_t annealed;
+};
+
+struct Row {  // one prediction: the newest of `length` tokens in a slot
+    int32_t slot, length;
+    int32_t fresh;  // whether its newest token has still to be counted in `satisfied`
+    int32_t topics, first_topic;
+};
+
+constexpr float SATISFIED = 32.0f;  // scale·a from which sigmoid(6 − scale·a) is lost in 1 − it, in float32
+constexpr int BLOCK = 64;  // positions of one unit of work
+
+template <typename Value>
+struct Mix {
+    const Value* table;  // [V·k + overlay rows, d]
+    const Value* embedding;  // [V, d]
+    const int32_t *rows, *ids;  // [S, T, k], [S, T]
+    float* satisfied;  // a = Σ_i relu(E[x_i]·C(x_j)_l), [S, T, k]
+    const Topic* topics;
+    int senses, width, context;
+
+    const Value* row(int slot, int t, int sense) const {
+        return table + size_t(rows[(size_t(slot) * context + t) * senses + sense]) * width;
+    }
+    const Value* token(int slot, int t) const { return embedding + size_t(ids[size_t(slot) * context + t]) * width; }
+    float* sums(int slot, int t) const { return satisfied + (size_t(slot) * context + t) * senses; }
+
+    float target(const Topic& topic, int slot, int t, int sense) const {
+        return topic.multipliers[topic.levels[size_t(ids[size_t(slot) * context + t]) * senses + sense]];
+    }
+
+    // Whether a cell's multiplier can still change.
+    bool open(const Row& r, int t, int sense) const {
+        float sum = sums(r.slot, t)[sense];
+        for (int n = r.first_topic; n < r.first_topic + r.topics; n++)
+            if (topics[n].annealed && topics[n].scale * sum < SATISFIED && target(topics[n], r.slot, t, sense) != 1)
+                return true;
+        return false;
+    }
+
+    // Count tokens [from, to) for a cell, in their order.
+    void satisfy(const Row& r, int t, int sense, int from, int to) const {
+        const Value* vector = row(r.slot, t, sense);
+        float& sum = sums(r.slot, t)[sense];
+        for (int i = from; i < to; i++) sum += std::max(0.0f, dot(token(r.slot, i), vector, width));
+    }
+
+    void satisfy_new(const Row& r, int t, int sense, int to) const {
+        sums(r.slot, t)[sense] = 0;
+        if (open(r, t, sense)) satisfy(r, t, sense, 0, to);
+    }
+
+    // weights[l] times the product of the topics' multipliers, b·δ + (1 − b), b = sigmoid(6 − f·a)·(1 + j/100).
+    void steer(const Row& r, int t, float* weights) const {
+        const float* sum = sums(r.slot, t);
+        for (int n = r.first_topic; n < r.first_topic + r.topics; n++) {
+            const Topic& topic = topics[n];
+            const uint8_t* levels = topic.levels + size_t(ids[size_t(r.slot) * context + t]) * senses;
+            for (int l = 0; l < senses; l += LANES) {
+                int count = std::min(LANES, senses - l);
+                float aims[LANES];
+                for (int i = 0; i < count; i++) aims[i] = topic.multipliers[levels[l + i]];
+                Floats aim = load_some(aims, count), factor = aim;
+                if (topic.annealed) {
+                    Floats x = 6.0f - load_some(sum + l, count) * topic.scale;
+                    Floats e = exponential(x < 0.0f ? x : -x);
+                    Floats keep = (x < 0.0f ? e : Floats{} + 1.0f) / (1.0f + e) * (1.0f + t / 100.0f);
+                    factor = keep * aim + (1.0f - keep);
+                }
+                for (int i = 0; i < count; i++) weights[l + i] *= factor[i];
+            }
+        }
+    }
+
+    // out += Σ_t Σ_l alpha[l][t]·m[l][t]·C(x_t)_l over the positions [from, to) of one prediction.
+    void add(const Row& r, const float* alpha, int stride, int from, int to, float* out, float* weights) const {
+        const Value** senses_of = reinterpret_cast<const Value**>(weights + (senses + 1) / 2 * 2);
+        int newest = r.length - 1;
+        for (int t = from; t < to; t++) {
+            for (int l = 0; l < senses; l++) {
+                senses_of[l] = row(r.slot, t, l);
+                weights[l] = alpha[size_t(l) * stride + t];
+            }
+            if (r.topics) {
+                if (r.fresh && t < newest)
+                    for (int l = 0; l < senses; l++)
+                        if (open(r, t, l)) satisfy(r, t, l, newest, newest + 1);
+                steer(r, t, weights);
+            }
+            const Value* ahead = t + 1 < to ? row(r.slot, t + 1, 0) : senses_of[0];
+            int c = 0;
+            for (; c + LANES <= width; c += LANES) {
+                Floats sum = load(out + c);
+                for (int l = 0; l < senses; l++) {
+                    if (c % LINE<Value> == 0) fetch(ahead + size_t(l) * width + c);
+                    sum += load(senses_of[l] + c) * weights[l];
+                }
+                store(out + c, sum);
+            }
+            for (; c < width; c++)
+                for (int l = 0; l < senses; l++) out[c] = std::fma(to_float(senses_of[l][c]), weights[l], out[c]);
+        }
+    }
+};
+
+template <typename Value>
+void mix(const Mix<Value>& m, const Row* predictions, int count, const Value* queries, const Value* sense_keys,
+         int head_width, float* alpha, float* parts, float* out) {
+    int blocks = 0;
+    for (int b = 0; b < count; b++) blocks += (predictions[b].length + BLOCK - 1) / BLOCK;
+    struct Item {
+        int prediction, block;
+    };
+    std::unique_ptr<Item[]> items(new Item[blocks]);
+    for (int b = 0, at = 0; b < count; b++)
+        for (int n = 0; n * BLOCK < predictions[b].length; n++) items[at++] = {b, n};
+    int k = m.senses, stride = m.context, most = (m.context + BLOCK - 1) / BLOCK;
+    float scale = 1.0f / std::sqrt(float(head_width));
+#pragma omp parallel
+    {
+        std::unique_ptr<float[]> scratch(new float[2 * head_width + 4 * k + 8]);
+#pragma omp for collapse(2) schedule(dynamic, 4)
+        for (int b = 0; b < count; b++)
+            for (int l = 0; l < k; l++) {
+                const Row& r = predictions[b];
+                const float* query = scratch.get();
+                float* scores = alpha + (size_t(b) * k + l) * stride;
+                for (int c = 0; c < head_width; c++)
+                    scratch[c] = to_float(queries[(size_t(b) * k + l) * head_width + c]) * scale;
+                const Value* keys = sense_keys + (size_t(r.slot) * k + l) * head_width * m.context;
+                score<1>(&query, keys, head_width, r.length, keys, &scores);
+                softmax(scores, r.length);
+                if (r.fresh && r.topics) m.satisfy_new(r, r.length - 1, l, r.length);
+            }
+#pragma omp for schedule(dynamic, 1)
+        for (int n = 0; n < blocks; n++) {
+            int b = items[n].prediction, from = items[n].block * BLOCK;
+            float* part = parts + (size_t(b) * most + items[n].block) * m.width;
+            std::memset(part, 0, m.width * sizeof(float));
+            m.add(predictions[b], alpha + size_t(b) * k * stride, stride, from,
+                  std::min(from + BLOCK, predictions[b].length), part, scratch.get());
+        }
+#pragma omp for schedule(static)
+        for (int b = 0; b < count; b++) {
+            float* to = out + size_t(b) * m.width;
+            std::memset(to, 0, m.width * sizeof(float));
+            for (int n = 0; n * BLOCK < predictions[b].length; n++) {
+                const float* part = parts + (size_t(b) * most + n) * m.width;
+                for (int c = 0; c < m.width; c++) to[c] += part[c];
+            }
+        }
+    }
+}
+
+// Bring `satisfied` up to date with the tokens [start, r.length) of a slot.
+template <typename Value>
+void satisfy(const Mix<Value>& m, const Row& r, int start) {
+#pragma omp parallel for schedule(dynamic, 4)
+    for (int t = 0; t < r.length; t++)
+        for (int l = 0; l < m.senses; l++) {
+            if (t >= start)
+                m.satisfy_new(r, t, l, r.length);
+            else if (m.open(r, t, l))
+                m.satisfy(r, t, l, start, r.length);
+        }
+}
+
+}  // namespace

@@ -1,0 +1,207 @@
+"""The compiled kernels and torch's give the same numbers; the compiled ones the same bits in any company."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from backpack_lm.config import BackpackConfig
+from backpack_lm.kernels import Caches, Prediction, Run, build
+from backpack_lm.kernels.caches import untiled
+from backpack_lm.kernels.native import NativeKernels
+from backpack_lm.kernels.noise import philox
+from backpack_lm.kernels.plain import PlainKernels
+from backpack_lm.overlay import TopicMultipliers
+from torch import nn
+
+# Widths that fill whole vectors and widths that don't; a context that is no multiple of 16.
+SHAPES = {
+    "of the published kind": BackpackConfig(60, 80, 128, n_layer=2, n_head=2, num_senses=16),
+    "of our default model's kind": BackpackConfig(60, 80, 96, n_layer=2, n_head=3, num_senses=16),
+    "odd": BackpackConfig(50, 70, 60, n_layer=1, n_head=3, num_senses=5),
+}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(params=list(SHAPES))
+def config(request: pytest.FixtureRequest) -> BackpackConfig:
+    return SHAPES[request.param]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def _filled(config: BackpackConfig, dtype: torch.dtype, slots: int = 4) -> Caches:
+    """Caches in which every slot holds random tokens with random keys, values and annealing."""
+    torch.manual_seed(3)
+    V, k, d = config.vocab_size, config.num_senses, config.n_embd
+    caches = Caches.empty(config, slots, (torch.randn(V * k + 7, d) * 0.3).to(dtype), torch.randn(V, d) * 0.3)
+    for tensor in (caches.keys, caches.values, caches.sense_keys):
+        tensor.normal_()
+    caches.ids.random_(0, V)
+    caches.rows.copy_(caches.ids[..., None] * k + torch.arange(k))
+    caches.rows[1, ::3, 2] = V * k + 5  # a release's
+    caches.satisfied.uniform_(0, 3)
+    return caches
+
+
+def _both(config: BackpackConfig, dtype: torch.dtype) -> tuple[NativeKernels, PlainKernels]:
+    return NativeKernels(_filled(config, dtype)), PlainKernels(_filled(config, dtype))
+
+
+def _topics(config: BackpackConfig) -> tuple[TopicMultipliers, ...]:
+    draw = torch.Generator().manual_seed(5)
+    shape = (config.vocab_size, config.num_senses)
+    return tuple(
+        TopicMultipliers(
+            torch.randint(0, 4, shape, generator=draw, dtype=torch.uint8),
+            torch.tensor([3.3, 2.0, 1.5, 1.0]),
+            scale,
+            annealed,
+        )
+        for scale, annealed in ((0.44, True), (0.3, True), (0.2, False))
+    )
+
+
+def _close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:
+    scale = float(b.float().abs().max())
+    torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+RUNS = (Run(0, 0, 40, 1), Run(1, 3, 0, 1), Run(2, 1, 16, 21), Run(23, 2, 69, 1))
+
+
+def test_attention(config: BackpackConfig, dtype: torch.dtype) -> None:
+    native, plain = _both(config, dtype)
+    qkv = torch.randn(24, 3 * config.n_embd).to(dtype)
+    for layer in range(config.n_layer):
+        _close(native.attend(qkv, layer, RUNS, 0.2), plain.attend(qkv, layer, RUNS, 0.2), dtype)
+    assert torch.equal(native.caches.values, plain.caches.values)
+    assert torch.equal(untiled(native.caches.keys), untiled(plain.caches.keys))
+
+
+def _predictions(config: BackpackConfig) -> list[Prediction]:
+    topics = _topics(config)
+    return [
+        Prediction(0, 1, True),
+        Prediction(1, 65, True, topics[:1]),
+        Prediction(2, 70, False, topics),
+        Prediction(3, 37, True, topics[1:]),
+    ]
+
+
+def test_the_mix_and_annealing(config: BackpackConfig, dtype: torch.dtype) -> None:
+    native, plain = _both(config, dtype)
+    queries = torch.randn(4, config.num_senses, config.sense_head_width).to(dtype)
+    for _ in range(2):  # the second time on what the first has left behind
+        predictions = _predictions(config)
+        _close(native.mix(queries, predictions), plain.mix(queries, predictions), dtype)
+
+
+def test_counting_a_chunk_for_annealing(config: BackpackConfig, dtype: torch.dtype) -> None:
+    """What is left uncounted are cells whose multiplier can't change: so multipliers are compared."""
+    native, plain = _both(config, dtype)
+    for start, length in ((0, 20), (20, 60)):
+        prediction = Prediction(1, length, False, _topics(config))
+        for kernels in (native, plain):
+            kernels.satisfy(prediction, start)
+        reread = PlainKernels(native.caches).multipliers(prediction)
+        torch.testing.assert_close(reread, plain.multipliers(prediction), rtol=1e-4, atol=1e-4)
+
+
+def test_residual_and_norm(config: BackpackConfig, dtype: torch.dtype) -> None:
+    native, plain = _both(config, dtype)
+    norm = nn.LayerNorm(config.n_embd).requires_grad_(False)
+    norm.weight.normal_(), norm.bias.normal_()
+    x, delta = torch.randn(9, config.n_embd), torch.randn(9, config.n_embd).to(dtype)
+    sums = {}
+    for kernels in (native, plain):
+        sums[kernels.name] = x.clone()
+        first = kernels.residual_norm(sums[kernels.name], None, norm)
+        second = kernels.residual_norm(sums[kernels.name], delta, norm)
+        sums[kernels.name + "y"] = torch.stack([first, second])
+    values = list(sums.values())
+    assert torch.equal(values[0], values[2])
+    _close(values[1], values[3], dtype)
+
+
+def test_matrix_products_and_head(config: BackpackConfig, dtype: torch.dtype) -> None:
+    native, plain = _both(config, dtype)
+    weight, bias = torch.randn(33, config.n_embd), torch.randn(33)
+    x = torch.randn(11, config.n_embd)
+    for gelu in (False, True):
+        _close(
+            native.linear(weight, bias, gelu)(x.to(dtype)), plain.linear(weight, bias, gelu)(x.to(dtype)), dtype
+        )
+    for rows in (1, 5, 8, 11):
+        logits = native.head(weight)(x[:rows])
+        assert logits.dtype is torch.float32
+        _close(logits, plain.head(weight)(x[:rows]), dtype)
+
+
+def test_the_same_bits_alone_and_in_any_company(config: BackpackConfig, dtype: torch.dtype) -> None:
+    """Row by row, and a prompt token by token, against all at once."""
+    together, apart = NativeKernels(_filled(config, dtype)), NativeKernels(_filled(config, dtype))
+    qkv = torch.randn(24, 3 * config.n_embd).to(dtype)
+    whole = together.attend(qkv, 0, RUNS, 0.2)
+    for run in RUNS:
+        for n in range(run.count):
+            one = apart.attend(qkv[run.token + n][None], 0, [Run(0, run.slot, run.position + n, 1)], 0.2)
+            assert torch.equal(one[0], whole[run.token + n])
+    queries = torch.randn(4, config.num_senses, config.sense_head_width).to(dtype)
+    predictions = _predictions(config)
+    mixed = together.mix(queries, predictions)
+    for n, prediction in enumerate(predictions):
+        assert torch.equal(apart.mix(queries[n : n + 1], [prediction])[0], mixed[n])
+    weight, bias, x = torch.randn(33, config.n_embd), torch.randn(33), torch.randn(40, config.n_embd)
+    linear, head = together.linear(weight, bias, gelu=True), together.head(weight)
+    products, logits = linear(x.to(dtype)), head(x)
+    for rows in (1, 2, 7, 33):
+        assert torch.equal(linear(x[:rows].to(dtype)), products[:rows])
+        assert torch.equal(head(x[:rows]), logits[:rows])
+
+
+def test_a_copied_prefix_is_the_same_prefix(config: BackpackConfig) -> None:
+    caches = _filled(config, torch.float32)
+    caches.copy_prefix(0, 2, 37)
+    assert torch.equal(untiled(caches.keys)[:, 0, ..., :37], untiled(caches.keys)[:, 2, ..., :37])
+    assert torch.equal(caches.values[:, 0, :, :37], caches.values[:, 2, :, :37])
+    assert torch.equal(untiled(caches.sense_keys)[0, ..., :37], untiled(caches.sense_keys)[2, ..., :37])
+
+
+def test_noise_is_philox() -> None:
+    """Known answers of the authors' Random123 library (kat_vectors: philox4x32-10)."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert philox(zero, zero, zero, zero)[:, 0].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_drawing_is_one_function_of_seed_position_and_token(config: BackpackConfig) -> None:
+    native, plain = _both(config, torch.float32)
+    logits = torch.randn(40, 1000)
+    draw = Random(1)
+    seeds, places = [draw.getrandbits(64) for _ in range(40)], [draw.randrange(512) for _ in range(40)]
+    temperatures = torch.rand(40) + 0.1
+    drawn = native.draw(logits, temperatures, seeds, places)
+    assert torch.equal(drawn.long(), plain.draw(logits, temperatures, seeds, places))
+    assert len(set(drawn.tolist())) > 30
+
+
+def test_without_a_compiler_the_plain_kernels_do_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "folder", lambda name: tmp_path)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    with pytest.raises(build.NotBuilt, match="install g\\+\\+"):
+        build.library.__wrapped__()
+
+
+def test_a_compiler_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "cpp"
+    broken.mkdir()
+    (broken / "exports.cpp").write_text("int main( {")
+    monkeypatch.setattr(build, "folder", lambda name: tmp_path)
+    monkeypatch.setattr(build, "SOURCES", broken)
+    with pytest.raises(build.NotBuilt, match="error"):
+        build.library.__wrapped__()
