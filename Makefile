@@ -36,6 +36,8 @@ bench: .venv/.dev ## Measure, side by side; results go to tests/bench/results
 	$(BIN)/python -m tests.bench.engine
 	RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(ALONE) $(BIN)/python -m tests.bench.tax
 
+vllm: .venv-vllm/.installed ## Install vLLM into .venv-vllm (2.2 GB), a peer that `make bench` then measures too
+
 lint: .venv/.dev ## Style, types and the arrows between packages
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
@@ -49,12 +51,18 @@ lock: .venv/.dev ## Write requirements.lock anew from what is installed in .venv
 	@echo "# The versions that the tests ran with. \`make\` installs under these constraints; \`make lock\` writes them anew." > requirements.lock
 	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' >> requirements.lock
 
-clean: ## Remove the environment and what running has left behind
-	rm -rf .venv var .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## Remove the environments and what running has left behind
+	rm -rf .venv .venv-vllm var .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "Python's venv is missing: apt install python3-venv"; exit 1; }
+
+# Its torch is another one than ours may be. --no-deps: pip can't be told to leave out the parts that we don't use.
+.venv-vllm/.installed: tests/bench/vllm-requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --progress-bar on --no-deps -r $<
+	@touch $@
 
 .venv/.run: .venv/bin/python pyproject.toml requirements.lock
 	$(PIP) -e '.[engine]'
