@@ -70,4 +70,5 @@ clean: ## Remove the environments and what running has left behind
 
 .venv/.dev: .venv/.run
 	$(PIP) -e '.[dev]'
+	@test -x $(BIN)/helm || $(BIN)/python tests/deploy/helm.py $(BIN)/helm || echo "no helm: its tests will be skipped"
 	@touch $@

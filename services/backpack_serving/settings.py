@@ -49,7 +49,11 @@ class Settings(BaseSettings):
     directory_application: str = Field(
         "", description="Ray Serve application that the directory is, if it is called through Serve's proxy."
     )
-    inference_address: str = Field("127.0.0.1:0", description="Where a replica listens; port 0 takes a free one.")
+    inference_address: str = Field(
+        "127.0.0.1:0",
+        description="Where a replica listens; port 0 takes a free one. Under Ray Serve the host is the node's, "
+        "and replicas take the next free of 16 ports.",
+    )
     admin_key: SecretStr = Field(
         SecretStr(""),
         description="API key with the role `admin`. Default: admin.key in the state folder.",

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
+DATABASE = "postgres:5432/backpack"
 PROCESSES = {"gateway", "inference", "interventions", "migrations"}
 
 
@@ -91,7 +92,7 @@ def test_images_of_others_have_versions(compose: dict[str, Any]) -> None:
 
 
 def test_no_password_is_written_anywhere(compose: dict[str, Any]) -> None:
-    made = secrets.make()
+    made = secrets.make(DATABASE)
     assert {name: s["file"] for name, s in compose["secrets"].items()} == {
         name: str(ROOT / "var" / "secrets" / name) for name in made
     }
@@ -99,7 +100,7 @@ def test_no_password_is_written_anywhere(compose: dict[str, Any]) -> None:
         for variable in service.get("environment") or {}:
             assert "PASSWORD" not in variable or variable.endswith("_FILE"), (name, variable)
             assert not variable.endswith(("_KEY", "DATABASE")), (name, variable)
-    assert len(set(made.values()) & set(secrets.make().values())) == 0, "new ones every time"
+    assert len(set(made.values()) & set(secrets.make(DATABASE).values())) == 0, "new ones every time"
 
 
 def test_who_has_which_secret(compose: dict[str, Any]) -> None:
@@ -137,7 +138,7 @@ def test_secrets_are_made_once(tmp_path: Path) -> None:
 
     folder = tmp_path / "secrets"
     made = CliRunner().invoke(app, ["secrets", str(folder)])
-    assert (made.exit_code, f"made {len(secrets.make())} secrets" in made.output) == (0, True), made.output
+    assert (made.exit_code, f"made {len(secrets.make(DATABASE))} secrets" in made.output) == (0, True), made.output
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     before = {file.name: file.read_text() for file in folder.iterdir()}
     again = CliRunner().invoke(app, ["secrets", str(folder)])

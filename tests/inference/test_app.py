@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ def test_autoscaling_by_tokens_in_flight_goes_through_ray_serve() -> None:
     seen: dict[str, Any] = dict.fromkeys(AutoscalingContext.__init__.__annotations__)
     seen |= {"target_num_replicas": 2, "aggregated_metrics": {METRIC: {"a": 1200.0, "b": 300.0}}}
     assert policy(AutoscalingContext(**seen)) == (3.0, {})
+
+
+def test_replicas_of_one_node_take_one_port_after_the_other() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        host, _, found = app._listen_address("127.0.0.1", f"0.0.0.0:{port}").rpartition(":")
+        assert host == "127.0.0.1"
+        assert port < int(found) < port + app.PORTS
+    assert app._listen_address("127.0.0.1", "0.0.0.0:0") == "127.0.0.1:0"
+    with pytest.raises(OSError, match=r"no free port .*: 7000 and the 15 after it"):
+        app._listen_address("192.0.2.1", "0.0.0.0:7000")  # an address that no machine has
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,11 @@ import typer
 from backpack_serving.cli.client import exits, out
 from backpack_serving.keys import ApiKey
 
-DATABASE = "postgres:5432/backpack"
-"""Where docker-compose.yml has the database."""
-
 OWNER, SERVICE = "backpack_owner", "backpack"
 """Roles of the database: who owns the schema and migrates it, and who the intervention service is."""
 
 
-def make() -> dict[str, str]:
+def make(database: str) -> dict[str, str]:
     """New secrets by name. Those that begin with `backpack_` are settings, read in /run/secrets."""
     owner, service = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
     return {
@@ -26,14 +23,18 @@ def make() -> dict[str, str]:
         "backpack_service_key": str(ApiKey.mint()),
         "database_owner_password": owner,
         "database_service_password": service,
-        "owner_database": f"postgresql://{OWNER}:{owner}@{DATABASE}",
-        "backpack_database": f"postgresql://{SERVICE}:{service}@{DATABASE}",
+        "owner_database": f"postgresql://{OWNER}:{owner}@{database}",
+        "backpack_database": f"postgresql://{SERVICE}:{service}@{database}",
         "grafana_password": secrets.token_urlsafe(32),
     }
 
 
 def write(
     folder: Annotated[Path, typer.Argument(file_okay=False, help="Where to put them, one in a file.")],
+    database: Annotated[
+        str,
+        typer.Option(metavar="HOST:PORT/NAME", help="Where PostgreSQL is; by default, as in docker-compose.yml."),
+    ] = "postgres:5432/backpack",
 ) -> None:
     """Make the secrets of a deployment, each in a file, unless they are there. docker-compose.yml mounts them.
 
@@ -44,7 +45,7 @@ def write(
         folder.chmod(
             0o700
         )  # nobody passes; the files are mounted one by one, and read by whoever a container runs as
-        made = make()
+        made = make(database)
         there = [name for name in made if (folder / name).exists()]
         if there and len(there) < len(made):
             # Some are parts of others: a new password beside an old URL would be a riddle.

@@ -10,7 +10,9 @@ call it before the process opens a gRPC channel: Ray forks.
 # No `from __future__ import annotations`: Ray Serve reads the builders' annotations to check their arguments.
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -33,6 +35,10 @@ DIRECTORY, REPLICAS = "directory", "replicas"
 """Names of the applications. Gateways set BACKPACK_DIRECTORY_APPLICATION to the first."""
 
 GRPC_SERVICERS = ["backpack_proto.v1.directory_pb2_grpc.add_DirectoryServiceServicer_to_server"]
+
+
+PORTS = 16
+"""Replicas of one node share `inference_address`: each has the first port from there that is free."""
 
 
 class Nothing(BaseModel):
@@ -157,8 +163,8 @@ class ReplicaDeployment:
     async def __init__(self, overrides: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = Settings(**overrides)
         configure(settings)
-        host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        settings = settings.model_copy(update={"inference_address": f"{host}:0"})
+        address = _listen_address(ray.util.get_node_ip_address(), settings.inference_address)  # type: ignore[no-untyped-call]
+        settings = settings.model_copy(update={"inference_address": address})
         self._channel = rpc.channel(settings.interventions_address)
         metrics = Metrics(settings.metrics_tenants)
         if settings.metrics_address:
@@ -188,6 +194,22 @@ class ReplicaDeployment:
             await asyncio.wait_for(handle.Report.remote(pb.ReportRequest(replica=state)), 2)
         except (RayServeException, ray.exceptions.RayError, TimeoutError) as error:
             raise Unavailable("NO_DIRECTORY", f"the directory can't be reached: {error!r}") from None
+
+
+def _listen_address(host: str, chosen: str) -> str:
+    """Where a replica listens on its node: at the chosen port, or the first of PORTS from there that is free.
+
+    Raises OSError if none is. Another process may still take it first; then Serve starts the replica again.
+    """
+    first = int(chosen.rpartition(":")[2])
+    if first == 0:
+        return f"{host}:0"
+    for port in range(first, first + PORTS):
+        with socket.socket() as trial, suppress(OSError):
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((host, port))
+            return f"{host}:{port}"
+    raise OSError(f"no free port for a replica on {host}: {first} and the {PORTS - 1} after it are taken")
 
 
 def directory(_: Nothing) -> serve.Application:
