@@ -177,3 +177,28 @@ def test_help_teaches(backpack: Any) -> None:
     shown = backpack("--help")
     for command in ("run", "serve", "generate", "patch", "release", "train"):
         assert command in shown
+
+
+def test_a_patch_from_the_lab_is_uploaded_with_its_report_and_steers(backpack: Any, tmp_path: Path) -> None:
+    file = tmp_path / "ships.json"
+    prompt = "The captain of the ship and the"
+    shown = backpack(
+        *("lab", "swap-fact", "ship", "--old", "sea", "--new", "land", "--prompt", prompt, "--out", str(file))
+    )
+    assert "backpack patch revise ships" in shown
+    assert "land, before" in shown
+    backpack("tenant", "create", "lab-user")
+    assert "ships/revisions/1" in backpack("patch", "revise", "ships", str(file), "--as", "lab-user")
+    assert "“ship” says “land”" in backpack("patch", "list", "--as", "lab-user")
+    backpack("release", "create", "ships:1", "--activate", "--as", "lab-user")
+    assert "edited" in backpack("senses", "ship", "--as", "lab-user")
+    judged = backpack("lab", "judge", str(file), "--prompt", prompt, "--html", str(tmp_path / "judged.html"))
+    assert "1 edits of 16 cells" in judged
+    assert "<table>" in (tmp_path / "judged.html").read_text()
+
+    other = json.loads(file.read_text()) | {"model": "00" * 32}
+    file.write_text(json.dumps(other))
+    refused = backpack("patch", "revise", "ships", str(file), "--as", "lab-user", code=1)
+    assert "the patch was made for model 000000000000" in " ".join(refused.split())
+    file.write_text("{}")
+    assert "is not a patch file" in backpack("patch", "revise", "ships", str(file), "--as", "lab-user", code=2)

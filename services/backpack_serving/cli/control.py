@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from backpack_serving.cli.client import AsTenant, Channel, Key, as_admin, as_caller, out, tenant_key_file
+from backpack_serving.cli.patch_file import PatchFile
 from backpack_serving.settings import Settings
 
 pb = interventions_pb2
@@ -114,7 +115,8 @@ def show_revision(
 def revise(
     patch: PatchName,
     file: Annotated[
-        Path, typer.Argument(help="JSON list of edits; `patch show` prints such a list.", exists=True)
+        Path,
+        typer.Argument(help="Patch file: of `backpack lab`, or the list that `patch show` prints.", exists=True),
     ],
     dry_run: Annotated[bool, typer.Option(help="Check the edits, store nothing.")] = False,
     tenant: AsTenant = "harbour",
@@ -122,10 +124,10 @@ def revise(
 ) -> None:
     """Add a revision of several edits, read from a file."""
     try:
-        edits = [json_format.ParseDict(edit, pb.Edit()) for edit in json.loads(file.read_text("utf-8"))]
-    except (ValueError, TypeError, json_format.ParseError) as error:
-        raise typer.BadParameter(f"{file} is not a list of edits: {error}") from None
-    _revise(patch, edits, tenant, key, dry_run)
+        read = PatchFile.read(file)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    _revise(patch, list(read.edits), tenant, key, dry_run, read)
 
 
 @patch_app.command("scale")
@@ -198,24 +200,42 @@ def topic(
     _revise(patch, [pb.Edit(topic=edit)], tenant, key)
 
 
-def _cells(words: list[str], senses: str) -> list[pb.Cells]:
+def sense_numbers(senses: str) -> list[int]:
+    """The numbers of 3 or 8,12-14; none for all."""
     numbers: list[int] = []
     for part in filter(None, senses.split(",")):
         first, _, last = part.partition("-")
         if not (first.isdigit() and (last or first).isdigit()):
             raise typer.BadParameter(f"{part!r} is no sense number; write 3 or 8,12-14", param_hint="--senses")
         numbers.extend(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+def _cells(words: list[str], senses: str) -> list[pb.Cells]:
+    numbers = sense_numbers(senses)
     policy = inference_pb2.WORD_POLICY_SINGLE
     return [pb.Cells(word=Word(text=word, policy=policy), senses=numbers) for word in words]
 
 
-def _revise(patch: str, edits: list[pb.Edit], tenant: str, key: str, dry_run: bool = False) -> None:
+def _revise(
+    patch: str,
+    edits: list[pb.Edit],
+    tenant: str,
+    key: str,
+    dry_run: bool = False,
+    file: PatchFile = PatchFile(()),
+) -> None:
     with as_caller(tenant, key) as client:
         known = client.patches.ListPatches(pb.ListPatchesRequest(page_size=1000), metadata=client.metadata)
         if not any(p.name.endswith(f"/{patch}") for p in known.patches):
             client.patches.CreatePatch(
-                pb.CreatePatchRequest(patch_id=patch, request_id=_id()), metadata=client.metadata
+                pb.CreatePatchRequest(patch_id=patch, description=file.description, request_id=_id()),
+                metadata=client.metadata,
             )
+        if file.model:
+            request = pb.CreateRevisionRequest(parent=f"patches/{patch}", edits=edits, validate_only=True)
+            would_be = client.patches.CreateRevision(request, metadata=client.metadata).revision
+            file.check(would_be.model_fingerprint)
         request = pb.CreateRevisionRequest(
             parent=f"patches/{patch}", edits=edits, request_id=_id(), validate_only=dry_run
         )

@@ -139,6 +139,30 @@ def topics(
         work.unlink()
 
 
+@app.command("finetuning")
+def finetuning(
+    text: Annotated[
+        Path,
+        typer.Option(
+            help="JSON-lines or plain text: a part to stay close on, and the held-out one to be judged on."
+        ),
+    ],
+    tokens: Annotated[int, typer.Option(help="Most tokens of each part.", min=256)] = 20_000,
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser.", min=1)] = 300,
+    seed: Annotated[int, typer.Option(help="Seed of the text's order.", min=0)] = 0,
+    model: Model = None,
+    folder: Out = RESULTS,
+    threads: Threads = 0,
+) -> None:
+    """Sense finetuning: what canonical examples teach at three loss budgets (arXiv 2402.06155)."""
+    with exits():
+        from backpack_lm.experiments.finetuning import SenseFinetuning
+        from backpack_lm.lab.finetune import Finetuning
+
+        plan = Finetuning(steps=steps, seed=seed)
+        _run(SenseFinetuning(text, tokens=tokens, plan=plan), model, folder, threads)
+
+
 def _run(experiment: Experiment, model: Path | None, folder: Path, threads: int) -> None:
     from backpack_lm.experiments.experiment import write
 

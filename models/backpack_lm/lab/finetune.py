@@ -1,0 +1,338 @@
+"""Sense finetuning (Hewitt et al., arXiv 2402.06155): canonical examples become a few deltas of sense vectors.
+
+For each example the cells are chosen that its targets attend to most and ordinary text least; one delta for each
+cell in the union is learnt, everything else is frozen: loss on the examples, plus the divergence from the model as
+it was on background text, within a loss budget on held-out text.
+
+The trunk and α don't depend on the deltas. So each position is one row of a matrix A (how much α it gives each
+chosen cell) and its unedited output o, and training is logits = (o + A·δ) Eᵀ. Positions with A = 0 can't change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backpack_lm.lab.subject import Prompts, Steered, Subject
+from backpack_lm.lab.watch import Watch
+from backpack_lm.patch import Add, Cell, Edit, Limits, Vector
+from backpack_lm.reports.report import Report, Table
+
+SHORTENINGS = 8  # halvings that find how long deltas may be within a budget
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Text, and what should come after it."""
+
+    prompt: str
+    target: str
+
+    @classmethod
+    def read(cls, file: Path) -> list[Example]:
+        """JSON lines with `prompt` and `target`. Raises ValueError naming the line that isn't one."""
+        found = []
+        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+                found.append(cls(str(values["prompt"]), str(values["target"])))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f'{file}:{number}: not an example like {{"prompt": "The sea is", "target": "deep"}}: {error!r}'
+                ) from None
+        if not found:
+            raise ValueError(f"{file} holds no examples")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Finetuning:
+    """What decides a run. `cells` of each example, `penalty` λ of a cell's weight in ordinary text, `budget` ε."""
+
+    cells: int = 8
+    penalty: float = 1000.0
+    budget: float = 1e-3
+    steps: int = 300
+    rate: float = 0.003  # Adam's, in units of the typical norm of a sense's vectors
+    divergence: float = 1.0  # weight of the divergence beside the loss on the examples
+    check_every: int = 10
+    batch: int = 512  # background positions a step
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Positions that chosen cells reach: weights A [N, cells], outputs o [N, d], next tokens [N].
+
+    `total` positions were read; the others can't change.
+    """
+
+    weights: Tensor
+    outputs: Tensor
+    targets: Tensor
+    total: int
+
+    def loss(self, head: Tensor, deltas: Tensor) -> float:
+        """Summed cross-entropy, in nats, in chunks."""
+        loss = 0.0
+        for at in range(0, len(self.targets), 512):
+            part = slice(at, at + 512)
+            logits = (self.outputs[part] + self.weights[part] @ deltas) @ head.t()
+            loss += float(F.cross_entropy(logits, self.targets[part], reduction="sum"))
+        return loss
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The state of a run when it was checked: loss on the examples, held-out loss over that of the model − 1."""
+
+    step: int
+    loss: float
+    change: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finetuned:
+    """The cells, their deltas [cells, d] at the best check within the budget, and every check."""
+
+    cells: list[Cell]
+    deltas: Tensor
+    best: Checked
+    checks: list[Checked]
+
+    def edits(self) -> list[Edit]:
+        """One `Add` for each cell whose delta is not zero."""
+        pairs = zip(self.cells, self.deltas.tolist(), strict=True)
+        return [Add((cell,), Vector.of(delta)) for cell, delta in pairs if any(delta)]
+
+    def report(self, subject: Subject, examples: Sequence[Example]) -> Report:
+        """What was learnt, each example before and after, under the compiled patch."""
+        asked = Prompts(subject, [example.prompt for example in examples])
+        first = torch.tensor([[subject.word_ids(example.target)[0]] for example in examples])
+        overlays = subject.overlay(), subject.overlay(*self.edits())
+        before, after = (asked.log_probabilities(o).exp().gather(1, first)[:, 0].tolist() for o in overlays)
+        rows = tuple(
+            (example.prompt, example.target, f"{one:.2%}", f"{two:.2%}")
+            for example, one, two in zip(examples, before, after, strict=True)
+        )
+        return Report(
+            f"{len(examples)} canonical examples in {len(self.edits())} cells",
+            f"Loss on the examples {self.checks[0].loss:.2f} → {self.best.loss:.2f} nats a token, held-out loss "
+            f"{self.best.change:+.3%}, at step {self.best.step} of {self.checks[-1].step}.",
+            (Table("First token of each target", ("prompt", "target", "p before", "after"), rows),),
+            notes=(
+                "Cells: " + ", ".join(f"{subject.tokenizer.piece(c.token)!r} {c.sense}" for c in self.cells) + ".",
+            ),
+        )
+
+
+@torch.inference_mode()
+def choose_cells(
+    subject: Subject, examples: Sequence[Example], background: Tensor, plan: Finetuning
+) -> list[Cell]:
+    """For each example the cells with the largest Σα on its targets minus λ times the cell's mean Σα at a position
+    of background rows [N, T + 1]; their union, in order."""
+    ordinary = torch.zeros(subject.config.vocab_size, subject.config.num_senses)
+    for row in background[:, :-1]:
+        alpha = subject.model.sense_weights(row[None])[0].sum(1).t()  # [T, k]: over all predictions
+        ordinary.index_add_(0, row, alpha)
+    ordinary /= background[:, :-1].numel()
+    chosen: set[Cell] = set()
+    for example in examples:
+        ids, first = _ids(subject, example)
+        alpha = subject.model.sense_weights(torch.tensor([ids[:-1]]))[0][:, first - 1 :].sum(1).t()  # [T, k]
+        score = torch.zeros_like(ordinary).index_add_(0, torch.tensor(ids[:-1]), alpha)
+        present = torch.zeros(len(score), dtype=torch.bool)
+        present[ids[:-1]] = True
+        score = (score - plan.penalty * ordinary).masked_fill(~present[:, None], float("-inf"))
+        best = score.flatten().topk(min(plan.cells, int(present.sum()) * score.shape[1])).indices.tolist()
+        chosen.update(Cell(*divmod(at, score.shape[1])) for at in best)
+    return sorted(chosen)
+
+
+@torch.no_grad()
+def positions_of(
+    subject: Subject, rows: Sequence[Tensor], firsts: Sequence[int], cells: Sequence[Cell]
+) -> Positions:
+    """What the chosen cells reach of rows of ids; of each row, the predictions from index `first` on."""
+    tokens = sorted({cell.token for cell in cells})
+    column = {cell: at for at, cell in enumerate(cells)}
+    model, weights, outputs, targets, total = Steered(subject, subject.overlay()), [], [], [], 0
+    for row, first in zip(rows, firsts, strict=True):
+        ids = row[:-1]
+        total += len(ids) - first
+        here = [token for token in tokens if bool((ids == token).any())]
+        if not here:
+            continue
+        alpha = subject.model.sense_weights(ids[None])[0]  # [k, T, T]
+        reach = torch.zeros(len(ids), len(cells))
+        for token in here:
+            given = alpha[:, :, ids == token].sum(-1)  # [k, T]
+            for sense in range(len(given)):
+                if (at := column.get(Cell(token, sense))) is not None:
+                    reach[:, at] = given[sense]
+        kept = reach.any(1)
+        kept[:first] = False
+        weights.append(reach[kept])
+        outputs.append(model.mix(ids[None])[0, kept])
+        targets.append(row[1:][kept])
+    if not weights:
+        width = subject.config.n_embd
+        return Positions(
+            torch.empty(0, len(cells)), torch.empty(0, width), torch.empty(0, dtype=torch.long), total
+        )
+    return Positions(torch.cat(weights), torch.cat(outputs), torch.cat(targets), total)
+
+
+class Finetuner:
+    """A run: learns deltas, checks them against the budget, and keeps its state in `file` so that it can go on."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        examples: Sequence[Example],
+        background: Tensor,
+        held_out: Tensor,
+        plan: Finetuning,
+        file: Path | None = None,
+    ) -> None:
+        self.subject, self.plan, self.file = subject, plan, file
+        self.cells = choose_cells(subject, examples, background, plan)
+        rows, firsts = zip(*(_ids(subject, example) for example in examples), strict=True)
+        shifted = [first - 1 for first in firsts]
+        self.examples = positions_of(subject, [torch.tensor(row) for row in rows], shifted, self.cells)
+        self.background = positions_of(subject, list(background), [0] * len(background), self.cells)
+        self.held_out = positions_of(subject, list(held_out), [0] * len(held_out), self.cells)
+        self._held_out_loss = _total_loss(subject, held_out)
+        rms = torch.tensor([subject.manifest.sense_rms[cell.sense] for cell in self.cells])[:, None]
+        self._scale, self._bound = rms, Limits().norm_factor * rms * 0.999
+        self._raw = torch.zeros(len(self.cells), subject.config.n_embd, requires_grad=True)
+        self._adam = torch.optim.Adam([self._raw], plan.rate)
+        self.step, self.checks = 0, [Checked(0, self._example_loss(torch.zeros_like(self._raw)), 0.0)]
+        self.best: dict[float, tuple[Checked, Tensor]] = {}
+        if file is not None and file.exists():
+            self._resume(file)
+
+    @property
+    def deltas(self) -> Tensor:
+        """[cells, d], no longer than a patch allows."""
+        deltas = self._raw * self._scale
+        shorter: Tensor = (self._bound / deltas.norm(dim=1, keepdim=True).clamp_min(1e-9)).clamp_max(1.0)
+        return deltas * shorter
+
+    def run(self, watch: Watch, budgets: Sequence[float] = ()) -> dict[float, Finetuned]:
+        """Take the remaining steps; what was best within the plan's budget, and within each of `budgets`."""
+        budgets = budgets or (self.plan.budget,)
+        zeros = torch.zeros_like(self._raw.detach())
+        for budget in budgets:
+            self.best.setdefault(budget, (self.checks[0], zeros))
+        for _ in watch(range(self.step, self.plan.steps), "steps", self.plan.steps - self.step):
+            self._take()
+            self.step += 1
+            if self.step % self.plan.check_every == 0 or self.step == self.plan.steps:
+                self._check(budgets)
+                self._save()
+        return {b: Finetuned(self.cells, deltas, check, self.checks) for b, (check, deltas) in self.best.items()}
+
+    def _take(self) -> None:
+        head, deltas = self.subject.head, self.deltas
+        loss = F.cross_entropy(self._logits(self.examples, slice(None), deltas), self.examples.targets)
+        if count := len(self.background.targets):
+            random = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.step)
+            part = torch.randint(count, (min(self.plan.batch, count),), generator=random)
+            was = (self.background.outputs[part] @ head.t()).log_softmax(-1)
+            now = self._logits(self.background, part, deltas).log_softmax(-1)
+            # The mean over all positions: those that the cells don't reach diverge by nothing.
+            share = count / self.background.total
+            loss = loss + self.plan.divergence * share * F.kl_div(now, was, log_target=True, reduction="batchmean")
+        self._adam.zero_grad()
+        loss.backward()
+        self._adam.step()
+
+    def _logits(self, positions: Positions, part: slice | Tensor, deltas: Tensor) -> Tensor:
+        out: Tensor = (positions.outputs[part] + positions.weights[part] @ deltas) @ self.subject.head.t()
+        return out
+
+    @torch.no_grad()
+    def _check(self, budgets: Sequence[float]) -> None:
+        """Note where the run is; for each budget keep what is best, the deltas made shorter if need be."""
+        deltas = self.deltas.detach().clone()
+        self.checks.append(self._checked(deltas))
+        for budget in budgets:
+            check, kept = self.checks[-1], deltas
+            low, high = 0.0, 1.0
+            for _ in range(SHORTENINGS if check.change > budget else 0):
+                middle = (low + high) / 2
+                tried = self._checked(middle * deltas)
+                if tried.change <= budget:
+                    low, check, kept = middle, tried, middle * deltas
+                else:
+                    high = middle
+            if check.change <= budget and check.loss < self.best[budget][0].loss:
+                self.best[budget] = (check, kept)
+
+    def _checked(self, deltas: Tensor) -> Checked:
+        head, none = self.subject.head, torch.zeros_like(deltas)
+        more = self.held_out.loss(head, deltas) - self.held_out.loss(head, none)
+        return Checked(self.step, self._example_loss(deltas), more / self._held_out_loss)
+
+    @torch.no_grad()
+    def _example_loss(self, deltas: Tensor) -> float:
+        return self.examples.loss(self.subject.head, deltas) / max(1, len(self.examples.targets))
+
+    # ---- stopped and taken up again
+
+    def _made_by(self) -> str:
+        cells = [(cell.token, cell.sense) for cell in self.cells]
+        values = [self.subject.manifest.fingerprint, repr(self.plan), cells, round(self._held_out_loss, 3)]
+        return json.dumps(values)
+
+    def _save(self) -> None:
+        if self.file is None:
+            return
+        state = {
+            "made_by": self._made_by(),
+            "step": self.step,
+            "raw": self._raw.detach(),
+            "adam": self._adam.state_dict(),
+            "checks": [(c.step, c.loss, c.change) for c in self.checks],
+            "best": [(b, (c.step, c.loss, c.change), deltas) for b, (c, deltas) in self.best.items()],
+        }
+        partial = self.file.with_suffix(".writing")
+        torch.save(state, partial)
+        partial.rename(self.file)
+
+    def _resume(self, file: Path) -> None:
+        state = torch.load(file, weights_only=True)
+        if state["made_by"] != self._made_by():
+            raise ValueError(f"{file} holds a run with other settings; give the same to go on, or remove it")
+        self.step = state["step"]
+        with torch.no_grad():
+            self._raw.copy_(state["raw"])
+        self._adam.load_state_dict(state["adam"])
+        self.checks = [Checked(*values) for values in state["checks"]]
+        self.best = {budget: (Checked(*values), deltas) for budget, values, deltas in state["best"]}
+
+
+@torch.inference_mode()
+def _total_loss(subject: Subject, rows: Tensor) -> float:
+    """Summed cross-entropy of rows [N, T + 1] under the unedited model."""
+    model, loss = Steered(subject, subject.overlay()), 0.0
+    for row in rows:
+        loss += float(F.cross_entropy(model.mix(row[None, :-1])[0] @ subject.head.t(), row[1:], reduction="sum"))
+    return loss
+
+
+def _ids(subject: Subject, example: Example) -> tuple[list[int], int]:
+    """Ids of prompt and target, and the index of the first of the target."""
+    prompt, target = subject.ids(example.prompt), list(subject.word_ids(example.target))
+    ids = (prompt + target)[-subject.config.n_positions :]
+    return ids, len(ids) - len(target)

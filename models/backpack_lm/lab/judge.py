@@ -1,0 +1,164 @@
+"""What a revision would do, before anyone activates it: to ordinary text, to prompts, and to the neighbours of the
+words that it edits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backpack_lm.lab.finetune import Example
+from backpack_lm.lab.subject import Prompts, Steered, Subject
+from backpack_lm.overlay import Overlay
+from backpack_lm.patch import Edit
+from backpack_lm.reports.report import Report, Table
+from backpack_lm.training.trainer import perplexity
+
+NEIGHBOURS = 3
+MOST_WORDS = 12  # edited words whose neighbours are looked at
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedPrompt:
+    """A prompt: p of its target, if it has one, the likeliest next token, and the total variation distance."""
+
+    prompt: str
+    target: str
+    before: float | None
+    after: float | None
+    top_before: str
+    top_after: str
+    moved: float
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedNeighbour:
+    """A word near in sense to an edited one: how far prompts move that name it instead, and the change of its own
+    log p after the prompts as they are."""
+
+    word: str
+    neighbour: str
+    similarity: float
+    moved: float
+    log_probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    edits: int
+    cells: int
+    perplexity: tuple[float, float] | None
+    prompts: list[JudgedPrompt]
+    neighbours: list[JudgedNeighbour]
+
+    def report(self) -> Report:
+        prompts = tuple(
+            (
+                p.prompt,
+                p.target or None,
+                _percent(p.before),
+                _percent(p.after),
+                p.top_before,
+                p.top_after,
+                _percent(p.moved),
+            )
+            for p in self.prompts
+        )
+        neighbours = tuple(
+            (n.word, n.neighbour, n.similarity, _percent(n.moved), n.log_probability) for n in self.neighbours
+        )
+        loss = "Held-out text wasn't given, so its loss isn't known."
+        if self.perplexity is not None:
+            before, after = self.perplexity
+            loss = f"Held-out perplexity {before:.2f} → {after:.2f} ({after / before - 1:+.2%})."
+        columns = ("prompt", "target", "p before", "after", "likeliest before", "after", "moved")
+        tables = [Table("Prompts", columns, prompts)] if prompts else []
+        if neighbours:
+            heads = ("edited word", "neighbour", "similarity", "prompts about it moved", "its log p, change")
+            tables.append(Table("Neighbours", heads, neighbours))
+        return Report(
+            "What this revision does",
+            f"{self.edits} edits of {self.cells} cells. {loss}",
+            tuple(tables),
+            notes=(
+                "“Moved” is the total variation distance of the next token: the probability that changes hands.",
+                "Neighbours are the words nearest in the mean cosine of their senses. Prompts about a neighbour "
+                "are those given, with the neighbour in the edited word's place; they move only if it is edited.",
+            ),
+        )
+
+
+def judge(
+    subject: Subject, edits: Sequence[Edit], prompts: Sequence[Example] = (), text: Tensor | None = None
+) -> Judgement:
+    """Judge edits on prompts (an empty target is none) and on text [N], of which perplexity is measured.
+
+    Raises PatchError if the server would refuse the edits.
+    """
+    plain, steered = subject.overlay(), subject.overlay(*edits)
+    change = None
+    if text is not None:
+        one, other = (perplexity(Steered(subject, overlay), text) for overlay in (plain, steered))
+        change = (one, other)
+    tokens = sorted({cell.token for edit in edits for cell in edit.cells})
+    return Judgement(
+        len(edits),
+        sum(len(edit.cells) for edit in edits),
+        change,
+        [_prompt(subject, plain, steered, example) for example in prompts],
+        _neighbours(subject, plain, steered, tokens[:MOST_WORDS], [example.prompt for example in prompts]),
+    )
+
+
+def neighbours_of(subject: Subject, token: int, count: int) -> list[tuple[int, float]]:
+    """The tokens nearest to one in the mean cosine of their senses, itself left out."""
+    rows = subject.table.rows[: subject.config.tokens]
+    own = torch.nn.functional.normalize(rows[token], dim=-1)
+    nearness = torch.cat(
+        [torch.einsum("vkd,kd->v", torch.nn.functional.normalize(p, dim=-1), own) for p in rows.split(4096)]
+    ) / len(own)
+    nearness[token] = float("-inf")
+    found = nearness.topk(min(count, len(nearness) - 1))
+    return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+
+
+def _prompt(subject: Subject, plain: Overlay, steered: Overlay, example: Example) -> JudgedPrompt:
+    asked = Prompts(subject, [example.prompt])
+    before, after = (asked.log_probabilities(overlay)[0].exp() for overlay in (plain, steered))
+    target = subject.word_ids(example.target)[0] if example.target else None
+    return JudgedPrompt(
+        example.prompt,
+        example.target,
+        None if target is None else float(before[target]),
+        None if target is None else float(after[target]),
+        subject.tokenizer.piece(int(before.argmax())).strip(),
+        subject.tokenizer.piece(int(after.argmax())).strip(),
+        float((after - before).abs().sum()) / 2,
+    )
+
+
+def _neighbours(
+    subject: Subject, plain: Overlay, steered: Overlay, tokens: Sequence[int], prompts: Sequence[str]
+) -> list[JudgedNeighbour]:
+    found = []
+    for token in tokens:
+        word = subject.tokenizer.piece(token)
+        about = [prompt for prompt in prompts if token in subject.ids(prompt)]
+        if not word.strip() or not about:
+            continue
+        own = Prompts(subject, about)
+        before, after = (own.log_probabilities(overlay) for overlay in (plain, steered))
+        for neighbour, similarity in neighbours_of(subject, token, NEIGHBOURS):
+            other = subject.tokenizer.piece(neighbour)
+            instead = Prompts(subject, [prompt.replace(word, other) for prompt in about])
+            one, two = (instead.log_probabilities(overlay).exp() for overlay in (plain, steered))
+            moved = float((two - one).abs().sum(1).mean()) / 2
+            change = float((after - before)[:, neighbour].mean())
+            found.append(JudgedNeighbour(word.strip(), other.strip(), similarity, moved, change))
+    return found
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2%}"

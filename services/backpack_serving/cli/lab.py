@@ -1,0 +1,215 @@
+"""`backpack lab …`: from data to a patch file, with a report of what it does; nothing here touches a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markdown import Markdown
+
+from backpack_serving.cli.client import err, exits, out
+from backpack_serving.cli.control import Senses, sense_numbers
+from backpack_serving.cli.experiment import Model, Shown, Threads, command, read_subject
+from backpack_serving.cli.patch_file import PatchFile
+
+if TYPE_CHECKING:
+    from backpack_lm.lab.finetune import Example
+    from backpack_lm.lab.subject import Subject
+    from backpack_lm.patch import Edit
+    from backpack_lm.reports.report import Report
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="""Make patches from data, and judge them before anyone releases them.
+
+    Commands that make a patch write it to --out, with a report beside it (.html); `backpack patch revise NAME
+    FILE` uploads it. What takes long goes on where it was stopped when the same command is given again.
+    """,
+)
+
+Out = Annotated[Path, typer.Option("--out", help="Patch file to write.")]
+Contrast = Annotated[tuple[str, str], typer.Option(help="The two words that should not be told apart.")]
+Templates = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", help="A prompt with {} for the word; repeatable. The paper's five if none."),
+]
+DESCRIPTION = 4000  # characters of a report that go into a patch's description
+
+
+@app.command("find-sense")
+def find_sense(
+    words: Annotated[
+        list[str] | None, typer.Argument(help="Words that may carry it; 40 role nouns if none.")
+    ] = None,
+    contrast: Contrast = ("he", "she"),
+    prompts: Templates = None,
+    model: Model = None,
+    threads: Threads = 0,
+) -> None:
+    """Which sense of some words tells two others apart: what is left when each is removed."""
+    with exits():
+        from backpack_lm.lab import contrast as finder
+        from backpack_lm.lab.professions import ESTIMATION, NOUNS
+
+        subject = read_subject(model, threads)
+        with Shown() as watch:
+            found = finder.find_sense(subject, words or NOUNS, *contrast, prompts or ESTIMATION, watch)
+        out.print(Markdown(found.report().markdown()))
+
+
+@app.command("debias")
+def debias(
+    words: Annotated[list[str] | None, typer.Argument(help="Words to debias; 40 role nouns if none.")] = None,
+    contrast: Contrast = ("he", "she"),
+    sense: Annotated[int | None, typer.Option(help="Sense to scale; the most telling one if none.", min=0)] = None,
+    prompts: Templates = None,
+    file: Out = Path("debias.json"),
+    model: Model = None,
+    threads: Threads = 0,
+) -> None:
+    """Fit one scale of a sense for each word, so that two words come out alike after it (paper, section 6.1)."""
+    with exits():
+        from backpack_lm.lab import debias as lab
+        from backpack_lm.lab.professions import ESTIMATION, NOUNS
+        from backpack_lm.lab.watch import Journal
+
+        subject = read_subject(model, threads)
+        made_by = {"model": subject.manifest.fingerprint, "words": words, "contrast": contrast, "sense": sense}
+        journal = Journal(file.with_suffix(".partial.jsonl"), {**made_by, "prompts": prompts})
+        chosen = {"estimation": prompts} if prompts else {"estimation": ESTIMATION}
+        with Shown() as watch:
+            found = lab.debias(subject, words or NOUNS, watch, journal, *contrast, sense=sense, **chosen)
+        _keep(subject, found.edits(subject), found.report(), file)
+        journal.finish()
+
+
+@app.command("topic")
+def topic(
+    words: Annotated[list[str], typer.Argument(help="Words of the topic.")],
+    strength: Annotated[int, typer.Option(help="1, 2 or 3.", min=1, max=3)] = 1,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Prompt to show the topic's effect after; repeatable.")
+    ] = None,
+    file: Out = Path("topic.json"),
+    model: Model = None,
+    threads: Threads = 0,
+) -> None:
+    """Lean towards a topic; shows which senses speak for it and what each strength does."""
+    with exits():
+        from backpack_lm.lab.topic import choose_topic
+
+        subject = read_subject(model, threads)
+        found = choose_topic(subject, words, strength, prompts or ())
+        _keep(subject, [found.edit()], found.report(), file)
+
+
+@app.command("swap-fact")
+def swap_fact(
+    word: Annotated[str, typer.Argument(help="Word whose senses say it.")],
+    old: Annotated[str, typer.Option(help="What they say now.")],
+    new: Annotated[str, typer.Option(help="What they shall say.")],
+    prompts: Annotated[list[str], typer.Option("--prompt", help="Prompt that holds the word; repeatable.")],
+    senses: Senses = "",
+    file: Out = Path("swap.json"),
+    model: Model = None,
+    threads: Threads = 0,
+) -> None:
+    """Let a word say one thing instead of another (paper, section 6.2); shows what else moves."""
+    with exits():
+        from backpack_lm.lab.swap import swap_fact as swap
+
+        subject = read_subject(model, threads)
+        found = swap(subject, word, old, new, prompts, sense_numbers(senses))
+        _keep(subject, [found.edit(subject)], found.report(), file)
+
+
+@app.command("finetune")
+def finetune(
+    examples: Annotated[
+        Path, typer.Argument(help='JSON lines such as {"prompt": "The sea is", "target": "deep"}.', exists=True)
+    ],
+    text: Annotated[
+        Path,
+        typer.Option(
+            help="JSON-lines or plain text: a part to stay close on, and the held-out one to be judged on."
+        ),
+    ],
+    budget: Annotated[
+        float, typer.Option(help="Most that held-out loss may rise, as a share of it.", min=0)
+    ] = 1e-3,
+    cells: Annotated[int, typer.Option(help="Cells for each example.", min=1)] = 8,
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser.", min=1)] = 300,
+    tokens: Annotated[int, typer.Option(help="Most tokens of each part of the text.", min=256)] = 20_000,
+    seed: Annotated[int, typer.Option(help="Seed of the text's order.", min=0)] = 0,
+    file: Out = Path("finetune.json"),
+    model: Model = None,
+    threads: Threads = 0,
+) -> None:
+    """Teach canonical examples by a few deltas of sense vectors, within a loss budget (arXiv 2402.06155)."""
+    with exits():
+        from backpack_lm.lab.finetune import Example, Finetuner, Finetuning
+        from backpack_lm.lab.text import background, held_out, rows
+
+        subject, taught = read_subject(model, threads), Example.read(examples)
+        with err.status("reading the text, choosing cells"):
+            near = rows(subject, background(text), tokens)
+            judged = rows(subject, held_out(text), tokens)
+            plan = Finetuning(cells, budget=budget, steps=steps, seed=seed)
+            state = file.with_suffix(".partial.pt")
+            run = Finetuner(subject, taught, near, judged, plan, state)
+        with Shown() as watch:
+            found = run.run(watch)[budget]
+        _keep(subject, found.edits(), found.report(subject, taught), file)
+        state.unlink(missing_ok=True)
+
+
+@app.command("judge")
+def judge(
+    patch: Annotated[
+        Path, typer.Argument(help="Patch file: of the lab, or what `patch show` prints.", exists=True)
+    ],
+    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Prompt to try; repeatable.")] = None,
+    examples: Annotated[
+        Path | None, typer.Option(help="JSON lines of prompts with targets, as `lab finetune` reads them.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="JSON-lines or plain text whose held-out part is measured.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens of it.", min=1)] = 20_000,
+    page: Annotated[Path | None, typer.Option("--html", help="Page to write as well.")] = None,
+    model: Model = None,
+    threads: Threads = 0,
+) -> None:
+    """What a patch would do to held-out loss, to prompts, and to the neighbours of the words it edits."""
+    with exits():
+        from backpack_lm.lab.finetune import Example
+        from backpack_lm.lab.judge import judge as lab
+        from backpack_lm.lab.text import held_out, stream
+
+        subject = read_subject(model, threads)
+        edits = PatchFile.read(patch).edits_for(subject)
+        asked: list[Example] = [Example(prompt, "") for prompt in prompts or ()]
+        asked += Example.read(examples) if examples else []
+        with err.status("judging"):
+            least = subject.config.n_positions + 1
+            ids = stream(subject, held_out(text), max(tokens, least), least) if text else None
+            report = replace(lab(subject, edits, asked, ids).report(), made_by=command())
+        out.print(Markdown(report.markdown()))
+        if page is not None:
+            page.write_text(report.html(), "utf-8")
+
+
+def _keep(subject: Subject, edits: Sequence[Edit], report: Report, file: Path) -> None:
+    """Write the patch with its report, and say how it is uploaded."""
+    report = replace(report, made_by=command())
+    out.print(Markdown(report.markdown()))
+    if not edits:
+        err.print("[yellow]nothing to patch[/]: no edit was better than the model as it is")
+        return
+    PatchFile.of(subject, edits, report.markdown()[:DESCRIPTION]).write(file)
+    file.with_suffix(".html").write_text(report.html(), "utf-8")
+    out.print(f"{file}: {len(edits)} edits; the report is {file.with_suffix('.html')}")
+    out.print(f"[dim]upload it: backpack patch revise {file.stem} {file}[/]")

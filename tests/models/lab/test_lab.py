@@ -1,0 +1,238 @@
+"""The lab: what each tool finds and fits, patches that do what their reports say, stopped work that goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backpack_lm.lab.contrast import Contrast, Noun, find_sense
+from backpack_lm.lab.debias import debias, fit_scale
+from backpack_lm.lab.finetune import Example, Finetuner, Finetuning, choose_cells
+from backpack_lm.lab.judge import judge, neighbours_of
+from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
+from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.text import rows
+from backpack_lm.lab.topic import choose_topic
+from backpack_lm.lab.watch import Journal, unwatched
+from backpack_lm.patch import Add, Cell, PatchError, Scale, Vector
+from backpack_lm.reports.report import Report, Table
+
+TEMPLATES = ("The {} said that", "When the {} came into the room,")
+EXAMPLES = [Example("The captain of the ship saw the", "lawyer"), Example("The king went to the", "apple")]
+
+
+@pytest.fixture(scope="module")
+def biased(subject: Subject) -> Subject:
+    """The subject with one guilty sense: sense 2 of three nouns speaks loudly for “she” and against “he”."""
+    table = subject.table
+    rows_ = table.rows.clone()
+    direction = subject.model.embedding[subject.token("she")] - subject.model.embedding[subject.token("he")]
+    for noun in ("nurse", "lawyer", "cook"):
+        rows_[subject.token(noun), 2] += 12 * direction / direction.norm() ** 2
+    guilty = type(table)(rows_, table.embedding, table.unscored)
+    return replace(subject, table=guilty)
+
+
+def test_the_guilty_sense_is_found(biased: Subject) -> None:
+    found = find_sense(biased, ["nurse", "lawyer", "cook", "hairdresser"], "he", "she", TEMPLATES, unwatched)
+    assert found.guilty == 2
+    assert found.unknown == ["hairdresser"]
+    assert found.senses[2].contrast < -2
+    assert found.senses[2].bias_removed < found.bias
+    with pytest.raises(ValueError, match="none of hairdresser is one token"):
+        find_sense(biased, ["hairdresser"], "he", "she", TEMPLATES, unwatched)
+    with pytest.raises(ValueError, match="same token"):
+        Contrast.of(biased, "he", "he")
+    with pytest.raises(ValueError, match=r"has no \{\}"):
+        Noun(biased, "nurse", ["The nurse"], Contrast.of(biased, "he", "she"))
+
+
+def test_a_fitted_scale_is_the_least_cost_of_a_grid(biased: Subject) -> None:
+    noun = Noun(biased, "nurse", TEMPLATES, Contrast.of(biased, "he", "she"))
+    cost = lambda c: noun.bias(*noun.scaled(2, c)) + abs(1 - c)  # noqa: E731
+    fitted = fit_scale(noun, 2)
+    assert cost(fitted) <= min(cost(c / 20) for c in range(-160, 161)) + 1e-3
+    assert cost(fitted) < cost(1.0) - 0.1, "something was fitted"
+
+
+def test_debias_goes_on_where_it_was_stopped(biased: Subject, tmp_path: Path) -> None:
+    given = {"estimation": TEMPLATES, "evaluation": ("A {} believes that",)}
+    nouns = ["nurse", "lawyer", "cook"]
+    whole = debias(biased, nouns, unwatched, Journal(None, {}), **given)
+    file = tmp_path / "partial.jsonl"
+
+    def stopping(items: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if what == "nouns" and number == 2:
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        debias(biased, nouns, stopping, Journal(file, {}), **given)  # type: ignore[arg-type]
+    assert len(file.read_text().splitlines()) == 3
+    assert debias(biased, nouns, unwatched, Journal(file, {}), **given) == whole
+    assert whole.sense == 2
+    assert all(isinstance(edit, Scale) for edit in whole.edits(biased))
+    for noun in whole.nouns:  # what the report says, the patch does
+        judged = Noun(biased, noun.noun, given["evaluation"], Contrast.of(biased, "he", "she"))
+        assert judged.bias(*whole.edits(biased)) == pytest.approx(noun.fitted)
+    with pytest.raises(ValueError, match="sense 9; this model's are 0 to 3"):
+        debias(biased, nouns, unwatched, Journal(None, {}), sense=9)
+
+
+def test_the_paper_s_nouns_and_prompts() -> None:
+    assert (len(NOUNS), len(ESTIMATION), len(EVALUATION)) == (40, 5, 13)
+    assert not set(ESTIMATION) & set(EVALUATION)
+
+
+def test_a_topic_shows_what_each_strength_does(subject: Subject) -> None:
+    found = choose_topic(subject, ["sea", "ship"], 2, ["The king said that"])
+    masses = found.mass["The king said that"]
+    p = subject.model(torch.tensor([subject.ids("The king said that")]))[0, -1].softmax(-1)
+    assert masses[0] == pytest.approx(float(p[found.tokens].sum()), rel=1e-3)
+    overlay = subject.overlay(found.edit())
+    p = subject.model(torch.tensor([subject.ids("The king said that")]), overlay)[0, -1].softmax(-1)
+    assert masses[2] == pytest.approx(float(p[found.tokens].sum()), rel=1e-3)
+    with pytest.raises(PatchError, match="use 1, 2 or 3"):
+        choose_topic(subject, ["sea"], 9)
+
+
+# ---- finetuning
+
+
+@pytest.fixture(scope="module")
+def texts(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random rows: text in which the examples' words occur as often as any."""
+    random = torch.Generator().manual_seed(5)
+    near, judged = (torch.randint(1, subject.config.tokens, (12, 33), generator=random) for _ in range(2))
+    near[0, 3] = judged[0, 5] = judged[4, 2] = subject.token("captain")
+    return near, judged
+
+
+PLAN = Finetuning(cells=4, budget=0.05, steps=40, rate=0.05, batch=64)
+
+
+def test_deltas_teach_the_examples_within_the_budget(subject: Subject, texts: Any) -> None:
+    run = Finetuner(subject, EXAMPLES, *texts, PLAN)
+    found = run.run(unwatched, (0.05, 0.0))
+    best = found[0.05]
+    assert best.best.loss < run.checks[0].loss - 0.5
+    assert best.best.change <= 0.05
+    assert found[0.0].best.change <= 0.0
+    overlay = subject.overlay(*best.edits())  # compiled as the server compiles it
+
+    def loss(text: torch.Tensor, first: int = 0) -> torch.Tensor:
+        logits = subject.model(text[None, :-1], overlay)[0, first:]
+        return F.cross_entropy(logits, text[1 + first :], reduction="sum")
+
+    total, count = 0.0, 0
+    for example in EXAMPLES:
+        prompt, target = subject.ids(example.prompt), subject.word_ids(example.target)
+        total += float(loss(torch.tensor([*prompt, *target]), len(prompt) - 1))
+        count += len(target)
+    assert total / count == pytest.approx(best.best.loss, rel=1e-3), "what was trained is what the patch does"
+    plain = math.fsum(
+        float(F.cross_entropy(subject.model(t[None, :-1])[0], t[1:], reduction="sum")) for t in texts[1]
+    )
+    assert sum(float(loss(t)) for t in texts[1]) / plain - 1 == pytest.approx(best.best.change, abs=1e-5)
+
+
+def test_a_run_that_was_stopped_ends_as_if_it_never_was(subject: Subject, texts: Any, tmp_path: Path) -> None:
+    whole = Finetuner(subject, EXAMPLES, *texts, PLAN).run(unwatched)[0.05]
+    file = tmp_path / "run.pt"
+
+    def stopping(items: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if number == 25:
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        Finetuner(subject, EXAMPLES, *texts, PLAN, file).run(stopping)  # type: ignore[arg-type]
+    second = Finetuner(subject, EXAMPLES, *texts, PLAN, file)
+    assert second.step == 20
+    resumed = second.run(unwatched)[0.05]
+    assert torch.equal(resumed.deltas, whole.deltas)
+    assert resumed.checks == whole.checks
+    with pytest.raises(ValueError, match="other settings"):
+        Finetuner(subject, EXAMPLES, *texts, replace(PLAN, steps=41), file)
+
+
+def test_cells_are_those_that_targets_attend_to_and_ordinary_text_does_not(subject: Subject, texts: Any) -> None:
+    plan = replace(PLAN, cells=3, penalty=0.0)
+    cells = choose_cells(subject, EXAMPLES[:1], texts[0], plan)
+    ids = subject.ids(EXAMPLES[0].prompt)
+    alpha = subject.model.sense_weights(torch.tensor([ids]))[0, :, -1]  # [k, T]
+    scores = {
+        Cell(token, sense): sum(float(alpha[sense, j]) for j, t in enumerate(ids) if t == token)
+        for token in ids
+        for sense in range(4)
+    }
+    if len(subject.word_ids(EXAMPLES[0].target)) == 1:
+        assert set(cells) == set(sorted(scores, key=scores.__getitem__)[-3:])
+    everywhere = texts[0].clone()
+    everywhere[:, 1:] = cells[0].token  # now ordinary text is full of the word
+    assert cells[0] not in choose_cells(subject, EXAMPLES[:1], everywhere, replace(plan, penalty=1000.0))
+
+
+def test_examples_that_are_none_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "examples.jsonl"
+    file.write_text('{"prompt": "The sea is", "target": "deep"}\n\n{"prompt": 3}\n')
+    with pytest.raises(ValueError, match=r"examples.jsonl:3: not an example like"):
+        Example.read(file)
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="holds no examples"):
+        Example.read(file)
+
+
+# ---- judging
+
+
+def test_a_judgement_is_what_the_overlay_does(subject: Subject, folder: Path) -> None:
+    ship = subject.token("ship")
+    edits = [Add((Cell(ship, 1),), Vector.of([2.0] * 32))]
+    prompts = [Example("The captain of the ship saw the", "land"), Example("The king said", "")]
+    text = rows(subject, ["the king and the ship " * 60], 200, 64).flatten()
+    found = judge(subject, edits, prompts, text)
+    ids, overlay = torch.tensor([subject.ids(prompts[0].prompt)]), subject.overlay(*edits)
+    before, after = (subject.model(ids, o)[0, -1].softmax(-1) for o in (None, overlay))
+    land = subject.word_ids("land")[0]
+    assert found.prompts[0].before == pytest.approx(float(before[land]), rel=1e-3)
+    assert found.prompts[0].after == pytest.approx(float(after[land]), rel=1e-3)
+    assert found.prompts[0].moved == pytest.approx(float((after - before).abs().sum()) / 2, rel=1e-3)
+    assert found.prompts[0].moved > 1e-3
+    assert found.prompts[1].moved == 0.0, "the edited word isn't there"
+    assert all(n.moved < 1e-9 for n in found.neighbours), "a neighbour isn't edited"
+    assert found.neighbours
+    assert found.perplexity is not None
+    assert found.perplexity[0] != found.perplexity[1]
+    assert "Held-out perplexity" in found.report().lead
+    with pytest.raises(PatchError, match="1 numbers"):
+        judge(subject, [Add((Cell(ship, 1),), Vector.of([1.0]))])
+
+
+def test_neighbours_are_the_nearest_in_mean_cosine(subject: Subject) -> None:
+    token = subject.token("king")
+    vectors = subject.table.rows
+    naive = {
+        y: sum(float(torch.cosine_similarity(vectors[token, s], vectors[y, s], dim=0)) for s in range(4)) / 4
+        for y in range(subject.config.tokens)
+        if y != token
+    }
+    nearest = sorted(naive, key=naive.__getitem__)[::-1][:5]
+    assert [y for y, _ in neighbours_of(subject, token, 5)] == nearest
+
+
+def test_a_report_escapes_what_it_shows() -> None:
+    report = Report("<b>", "a & b", (Table("t", ("x|y",), (("<script>",), (1.23456,), (None,))),), notes=("<i>",))
+    html = report.html()
+    assert "<script>" not in html.split("<body>")[1]
+    assert "&lt;script&gt;" in html
+    assert "| 1.235 |" in report.markdown()
+    assert "| – |" in report.markdown()
