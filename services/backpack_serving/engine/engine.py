@@ -99,6 +99,8 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Schedule, run, sample, settle; the tokens that were made."""
+        for sequence in self._scheduler.running:
+            self._follow(sequence)  # before a slot that somebody wants to copy from is given away
         self._scheduler.admit(self._start)
         batch = self._scheduler.plan()
         if not batch:
@@ -118,19 +120,33 @@ class Engine:
         overlay = sequence.request.overlay
         if not self._slots.free or not self._rows.can_hold(overlay.digest, len(overlay.rows)):
             return False
-        scope = "" if self._share_prefixes else sequence.request.tenant
-        donor, known = self._slots.find_prefix(scope, sequence.tokens)
-        sequence.slot = self._slots.allocate(scope, sequence, donor)
+        scope = self._scope(sequence)
+        prefix = self._slots.find_prefix(scope, sequence)
+        sequence.slot = self._slots.allocate(scope, sequence, prefix and prefix.slot)
         first_row, fill = self._rows.acquire(overlay.digest, len(overlay.rows))
         if fill:
             self._runner.load(overlay, first_row)
         self._runner.start(sequence.slot, overlay, first_row)
-        if donor is not None:
-            self._runner.reuse(donor, sequence.slot, sequence.tokens[:known])
-            sequence.computed = known
-            self.reused_tokens += known
-            self.prefix_hits += 1
+        sequence.awaits = prefix
+        self._follow(sequence)
         return True
+
+    def _follow(self, sequence: Sequence) -> None:
+        """Copy the prefix that a sequence awaits once it is there; if its owner ended before, look for another."""
+        prefix, slot = sequence.awaits, sequence.slot
+        if prefix is not None and not prefix.ready and prefix.owner.slot is None:
+            sequence.awaits = None
+            sequence.awaits = prefix = self._slots.find_prefix(self._scope(sequence), sequence)
+        if prefix is None or slot is None or not prefix.ready:
+            return
+        self._runner.reuse(prefix.slot, slot, sequence.tokens[: prefix.length])
+        sequence.computed, sequence.awaits = prefix.length, None
+        self.reused_tokens += prefix.length
+        self.prefix_hits += 1
+
+    def _scope(self, sequence: Sequence) -> str:
+        """Whose prefixes a sequence may use."""
+        return "" if self._share_prefixes else sequence.request.tenant
 
     def _settle(self, sequence: Sequence, token: int, logits: Tensor) -> Output:
         request, slot = sequence.request, sequence.slot

@@ -2,12 +2,12 @@
 
 Tenants share by the virtual token counter (Sheng et al., OSDI 2024): each has a counter of the tokens it was
 served; the waiting tenant with the least goes first; one that was away is lifted to the least of those
-present, so that nobody saves up. Within a tenant, first come, first served.
+present, so that nobody saves up. Within a tenant, the higher priority goes first, then who came first.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -45,7 +45,7 @@ class Batch:
 
 @dataclass(slots=True)
 class _Tenant:
-    waiting: deque[Sequence] = field(default_factory=deque)
+    waiting: list[Sequence] = field(default_factory=list)  # in the order in which they will run
     running: int = 0
     served: float = 0.0
 
@@ -82,7 +82,7 @@ class Scheduler:
         if name not in self._tenants:
             present = [tenant.served for tenant in self._tenants.values()]
             self._tenants[name] = _Tenant(served=min(present, default=0.0))
-        self._tenants[name].waiting.append(sequence)
+        insort(self._tenants[name].waiting, sequence, key=lambda s: -s.request.priority)
 
     def admit(self, start: Callable[[Sequence], bool]) -> None:
         """Start waiting sequences, fairest first, until `start` says that one can't be."""
@@ -90,17 +90,22 @@ class Scheduler:
             tenant = min(candidates, key=lambda t: t.served)
             if not start(tenant.waiting[0]):
                 return
-            sequence = tenant.waiting.popleft()
+            sequence = tenant.waiting.pop(0)
             tenant.running += 1
             # The prompt is charged when it is admitted: what matters is who gets the next slot. What is reused
             # of it costs nothing.
-            tenant.served += len(sequence.request.prompt) - sequence.computed
+            tenant.served += len(sequence.request.prompt) - sequence.reused
             self.running.append(sequence)
 
     def plan(self) -> Batch:
-        """The next step: every sequence whose prompt is read decodes; prompts share the token budget."""
+        """The next step: every sequence whose prompt is read decodes; prompts share the token budget.
+
+        One that awaits another's prefix is left out.
+        """
         decodes, chunks, budget = [], [], self.step_tokens
         for sequence in self.running:
+            if sequence.awaits is not None:
+                continue
             left = len(sequence.tokens) - sequence.computed
             if sequence.computed >= len(sequence.request.prompt):
                 decodes.append(sequence)

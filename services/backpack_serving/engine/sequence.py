@@ -19,13 +19,17 @@ class Finish(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One generation. It carries its overlay by value: nothing that happens later changes what it means."""
+    """One generation. It carries its overlay by value: nothing that happens later changes what it means.
+
+    Of a tenant's waiting requests, those of the highest priority go first.
+    """
 
     id: str
     tenant: str
     prompt: tuple[int, ...]
     sampling: Sampling
     overlay: Overlay
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +51,31 @@ class Output:
     finish: Finish | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What a slot holds, or will soon, of a sequence's beginning: the first `length` tokens."""
+
+    slot: int
+    owner: Sequence
+    length: int
+
+    @property
+    def ready(self) -> bool:
+        return self.owner.computed >= self.length
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request in progress. `computed` of its `tokens` are in the slot's cache."""
+    """A request in progress. `computed` of its `tokens` are in the slot's cache.
+
+    `awaits`: the beginning that another sequence is about to compute, and that this one will copy.
+    """
 
     request: Request
     tokens: list[int] = field(init=False)
     computed: int = 0
     slot: int | None = None
+    awaits: Prefix | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -62,6 +83,11 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def reused(self) -> int:
+        """Tokens, right after its start, that it has from another sequence or will have."""
+        return self.awaits.length if self.awaits else self.computed
 
     @property
     def to_come(self) -> int:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from backpack_serving.engine.sequence import Sequence
+from backpack_serving.engine.sequence import Prefix, Sequence
+
+
+WORTH_WAITING = 16
+"""Tokens by which a beginning that is being computed must be longer than one that is there."""
 
 
 class Slots:
@@ -24,19 +28,27 @@ class Slots:
     def free(self) -> int:
         return len(self._free)
 
-    def find_prefix(self, scope: str, tokens: list[int]) -> tuple[int | None, int]:
-        """(the slot that holds the longest beginning of these tokens, its length); (None, 0) if none does.
+    def find_prefix(self, scope: str, sequence: Sequence) -> Prefix | None:
+        """The longest beginning of a sequence that another slot holds; or one that the sequence in it is about to
+        compute, if that is worth waiting for.
 
         At least one token is left to compute: what comes after it has to be predicted.
         """
-        best: tuple[int | None, int] = (None, 0)
+        best, tokens = None, sequence.tokens
         for slot, (owner, held) in self._held.items():
-            if owner == scope and held.tokens[0] == tokens[0]:
-                length = _common(held.tokens, tokens, min(held.computed, len(tokens) - 1))
-                # In place is better than a copy.
-                if length > best[1] or (length == best[1] and slot in self._free):
-                    best = (slot, length)
-        return best if best[1] else (None, 0)
+            if owner == scope and held.tokens[0] == tokens[0] and held is not sequence:
+                # Nobody waits for one that waits itself: there are no circles.
+                to_come = 0 if slot in self._free or held.awaits else len(held.request.prompt)
+                length = _common(held.tokens, tokens, min(max(held.computed, to_come), len(tokens) - 1))
+                prefix = Prefix(slot, held, length)
+                if self._worth(prefix) > ((0, True) if best is None else self._worth(best)):
+                    best = prefix
+        return best
+
+    def _worth(self, prefix: Prefix) -> tuple[int, bool]:
+        """In place is better than a copy, and what is there better than what will be."""
+        there = prefix.length if prefix.ready else prefix.length - WORTH_WAITING
+        return there, prefix.slot in self._free
 
     def allocate(self, scope: str, sequence: Sequence, wanted: int | None = None) -> int:
         """A free slot, `wanted` if that is free. Raises KeyError if there is none; ask `free` first."""

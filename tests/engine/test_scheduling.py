@@ -1,0 +1,98 @@
+"""Who runs next, what is shared while it is made, and what an abort frees."""
+
+from __future__ import annotations
+
+from backpack_serving.engine.engine import Engine, QueueFull
+from backpack_serving.engine.sampling import Sampling
+from backpack_serving.engine.sequence import Request
+
+import pytest
+
+from tests.engine.test_oracle import GREEDY, oracle, prompt, run
+
+
+def ask(name: str, overlay, tenant: str = "t", length: int = 8, new: int = 6, priority: int = 0) -> Request:
+    sampling = Sampling(max_tokens=new, temperature=0.0, ignore_end_of_text=True)
+    return Request(name, tenant, prompt(hash(name) % 7, length), sampling, overlay, priority)
+
+
+def order_of_first_tokens(engine: Engine) -> list[str]:
+    seen: list[str] = []
+    while engine.busy:
+        seen += [o.request_id for o in engine.step() if o.request_id not in seen]
+        engine.check_integrity()
+    return seen
+
+
+def test_a_higher_priority_goes_first_within_its_tenant(make_engine, overlays) -> None:
+    engine = make_engine(slots=1)
+    for name, priority in (("first", 0), ("low", -1), ("high", 5), ("second", 0), ("high too", 5)):
+        engine.add(ask(name, overlays["none"], priority=priority))
+    assert order_of_first_tokens(engine) == ["high", "high too", "first", "second", "low"]
+
+
+def test_a_flood_of_one_tenant_does_not_starve_another(make_engine, overlays) -> None:
+    """100 requests of one, 5 of another that came last: it has its turn every other time, whatever its priority."""
+    engine = make_engine(slots=2, queue=200)
+    for n in range(100):
+        engine.add(ask(f"flood {n}", overlays["none"], "flood", priority=9))
+    for n in range(5):
+        engine.add(ask(f"small {n}", overlays["none"], "small"))
+    places = [n for n, name in enumerate(order_of_first_tokens(engine)) if name.startswith("small")]
+    assert max(places) <= 12
+
+
+def test_a_long_prompt_never_stalls_a_running_stream(make_engine, overlays) -> None:
+    engine = make_engine(slots=2, step_tokens=4)
+    engine.add(ask("stream", overlays["none"], length=4, new=20))
+    engine.step()
+    engine.add(ask("long", overlays["none"], length=40, new=1))
+    for _ in range(10):  # ten chunks of four
+        assert "stream" in [o.request_id for o in engine.step()]
+
+
+def test_samples_of_one_prompt_compute_it_once(make_engine, model, overlays) -> None:
+    """Four at once, before any of it is there: three wait for the first and copy; each gets the oracle's tokens."""
+    engine = make_engine(slots=4, step_tokens=10)
+    requests = [
+        Request(f"s{n}", "t", prompt(1, 28), GREEDY, overlays[name])
+        for n, name in enumerate(("none", "swap", "topic", "none"))
+    ]
+    assert run(engine, requests) == {r.id: oracle(model, r) for r in requests}
+    assert engine.reused_tokens == 3 * 27
+
+
+def test_a_sequence_whose_prefix_is_aborted_goes_on_alone(make_engine, model, overlays) -> None:
+    engine = make_engine(slots=3, step_tokens=10)
+    requests = [Request(f"s{n}", "t", prompt(1, 28), GREEDY, overlays["none"]) for n in range(3)]
+    for request in requests:
+        engine.add(request)
+    engine.step()  # ten tokens of the first
+    engine.abort("s0")
+    made: dict[str, list[int]] = {"s1": [], "s2": []}
+    while engine.busy:
+        for output in engine.step():
+            made[output.request_id].append(output.token)
+        engine.check_integrity()
+    assert made == {name: oracle(model, requests[1]) for name in made}
+    assert engine.reused_tokens == 10 + 27
+
+
+def test_an_abort_frees_the_slot_at_once_for_whoever_waits(make_engine, overlays) -> None:
+    engine = make_engine(slots=1)
+    engine.add(ask("runs", overlays["none"], new=30))
+    engine.step()
+    engine.add(ask("waits", overlays["topic"]))
+    assert engine.load.queued == 1
+    engine.abort("runs")
+    assert "waits" in [o.request_id for o in engine.step()]
+    engine.check_integrity()
+
+
+def test_the_queue_is_bounded(make_engine, overlays) -> None:
+    engine = make_engine(slots=1, queue=2)
+    for n in range(3):
+        engine.add(ask(f"r{n}", overlays["none"]))
+    with pytest.raises(QueueFull):
+        engine.add(ask("one too many", overlays["none"]))
+    assert len(order_of_first_tokens(engine)) == 3
