@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from backpack_serving.engine.engine import Engine, QueueFull
 from backpack_serving.engine.sampling import Sampling
 from backpack_serving.engine.sequence import Request
-
-import pytest
 
 from tests.engine.test_oracle import GREEDY, oracle, prompt, run
 
@@ -32,7 +31,7 @@ def test_a_higher_priority_goes_first_within_its_tenant(make_engine, overlays) -
 
 
 def test_a_flood_of_one_tenant_does_not_starve_another(make_engine, overlays) -> None:
-    """100 requests of one, 5 of another that came last: it has its turn every other time, whatever its priority."""
+    """100 requests of one, 5 of another that came last: it has its turn every other time all the same."""
     engine = make_engine(slots=2, queue=200)
     for n in range(100):
         engine.add(ask(f"flood {n}", overlays["none"], "flood", priority=9))
@@ -52,7 +51,7 @@ def test_a_long_prompt_never_stalls_a_running_stream(make_engine, overlays) -> N
 
 
 def test_samples_of_one_prompt_compute_it_once(make_engine, model, overlays) -> None:
-    """Four at once, before any of it is there: three wait for the first and copy; each gets the oracle's tokens."""
+    """Four at once, before any of it is there: three wait for the first and copy; all get the oracle's tokens."""
     engine = make_engine(slots=4, step_tokens=10)
     requests = [
         Request(f"s{n}", "t", prompt(1, 28), GREEDY, overlays[name])

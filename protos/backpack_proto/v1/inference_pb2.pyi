@@ -74,10 +74,13 @@ class GenerateRequest(_message.Message):
     CHANNEL_FIELD_NUMBER: _builtins.int
     REQUEST_KEY_FIELD_NUMBER: _builtins.int
     MIN_REVISION_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     """Which of the tenant's channels steers the request. Default: "live"."""
     request_key: _builtins.str
     """Which half of a canary the request falls into: the same key always into the same. Drawn if empty."""
+    priority: _builtins.int
+    """Of the tenant's requests that wait, those of the highest priority run first. −100 to 100."""
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -94,10 +97,11 @@ class GenerateRequest(_message.Message):
         channel: _builtins.str = ...,
         request_key: _builtins.str = ...,
         min_revision: Global___Position | None = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["min_revision", b"min_revision", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "min_revision", b"min_revision", "prompt", b"prompt", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "min_revision", b"min_revision", "priority", b"priority", "prompt", b"prompt", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -112,14 +116,22 @@ class GenerateResponse(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     SERVED_FIELD_NUMBER: _builtins.int
+    MORE_SAMPLES_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """Of the first sample, like `tokens` and `finish_reason`."""
     finish_reason: Global___FinishReason.ValueType
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]: ...
     @_builtins.property
-    def usage(self) -> Global___Usage: ...
+    def usage(self) -> Global___Usage:
+        """Of all samples together; the prompt counts once."""
+
     @_builtins.property
     def served(self) -> Global___Served: ...
+    @_builtins.property
+    def more_samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sample]:
+        """The second sample and those after it."""
+
     def __init__(
         self,
         *,
@@ -128,14 +140,41 @@ class GenerateResponse(_message.Message):
         finish_reason: Global___FinishReason.ValueType = ...,
         usage: Global___Usage | None = ...,
         served: Global___Served | None = ...,
+        more_samples: _abc.Iterable[Global___Sample] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["served", b"served", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "served", b"served", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "more_samples", b"more_samples", "served", b"served", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class Sample(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    finish_reason: Global___FinishReason.ValueType
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]: ...
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        tokens: _abc.Iterable[Global___Token] | None = ...,
+        finish_reason: Global___FinishReason.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sample: _TypeAlias = Sample  # noqa: Y015
 
 @_typing.final
 class GenerateStreamRequest(_message.Message):
@@ -147,8 +186,10 @@ class GenerateStreamRequest(_message.Message):
     COALESCE_FIELD_NUMBER: _builtins.int
     REQUEST_KEY_FIELD_NUMBER: _builtins.int
     MIN_REVISION_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     request_key: _builtins.str
+    priority: _builtins.int
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -168,10 +209,11 @@ class GenerateStreamRequest(_message.Message):
         coalesce: _duration_pb2.Duration | None = ...,
         request_key: _builtins.str = ...,
         min_revision: Global___Position | None = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["coalesce", b"coalesce", "min_revision", b"min_revision", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "coalesce", b"coalesce", "min_revision", b"min_revision", "prompt", b"prompt", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "coalesce", b"coalesce", "min_revision", b"min_revision", "priority", b"priority", "prompt", b"prompt", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -186,17 +228,22 @@ class GenerateStreamResponse(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     SERVED_FIELD_NUMBER: _builtins.int
+    SAMPLE_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text that became final. It never ends within a character, nor within what may become a stop string."""
     finish_reason: Global___FinishReason.ValueType
-    """Set in the last message of the stream only, with `usage`."""
+    """Set in the last message of each sample."""
+    sample: _builtins.int
+    """Which sample this is of, from 0."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]: ...
     @_builtins.property
-    def usage(self) -> Global___Usage: ...
+    def usage(self) -> Global___Usage:
+        """Set in the last message of the stream."""
+
     @_builtins.property
     def served(self) -> Global___Served:
-        """Set in the first message of the stream."""
+        """Set in the first message of each sample."""
 
     def __init__(
         self,
@@ -206,10 +253,11 @@ class GenerateStreamResponse(_message.Message):
         finish_reason: Global___FinishReason.ValueType = ...,
         usage: Global___Usage | None = ...,
         served: Global___Served | None = ...,
+        sample: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["served", b"served", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "served", b"served", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "sample", b"sample", "served", b"served", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -689,6 +737,7 @@ class Sampling(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     LOG_PROBABILITIES_FIELD_NUMBER: _builtins.int
     IGNORE_END_OF_TEXT_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """Default 64; prompt and new tokens together must fit the context."""
     temperature: _builtins.float
@@ -703,6 +752,8 @@ class Sampling(_message.Message):
     """How many most likely alternatives to report with each token, at most 20; absent: no log-probabilities."""
     ignore_end_of_text: _builtins.bool
     """Goes on past the end-of-text token."""
+    samples: _builtins.int
+    """How many texts to make from the prompt, which is computed once; at most 16. Sample n is what seed + n gives."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Generation ends before any of these."""
@@ -718,10 +769,11 @@ class Sampling(_message.Message):
         stop: _abc.Iterable[_builtins.str] | None = ...,
         log_probabilities: _builtins.int | None = ...,
         ignore_end_of_text: _builtins.bool = ...,
+        samples: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_log_probabilities", b"_log_probabilities", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "log_probabilities", b"log_probabilities", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_log_probabilities", b"_log_probabilities", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "ignore_end_of_text", b"ignore_end_of_text", "log_probabilities", b"log_probabilities", "max_tokens", b"max_tokens", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_log_probabilities", b"_log_probabilities", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "ignore_end_of_text", b"ignore_end_of_text", "log_probabilities", b"log_probabilities", "max_tokens", b"max_tokens", "samples", b"samples", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__log_probabilities: _TypeAlias = _typing.Literal["log_probabilities"]  # noqa: Y015
     _WhichOneofArgType__log_probabilities: _TypeAlias = _typing.Literal["_log_probabilities", b"_log_probabilities"]  # noqa: Y015

@@ -122,7 +122,7 @@ class Engine:
             return False
         scope = self._scope(sequence)
         prefix = self._slots.find_prefix(scope, sequence)
-        sequence.slot = self._slots.allocate(scope, sequence, prefix and prefix.slot)
+        sequence.slot = self._slots.allocate(scope, sequence, prefix.slot if prefix else None)
         first_row, fill = self._rows.acquire(overlay.digest, len(overlay.rows))
         if fill:
             self._runner.load(overlay, first_row)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from backpack_serving.engine.sequence import Prefix, Sequence
 
-
 WORTH_WAITING = 16
 """Tokens by which a beginning that is being computed must be longer than one that is there."""
 

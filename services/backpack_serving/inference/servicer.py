@@ -58,15 +58,18 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
     # ---- generation
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
-        response = pb.GenerateResponse()
+        response = pb.GenerateResponse(more_samples=[pb.Sample() for _ in range(request.sampling.samples - 1)])
+        samples: list[pb.GenerateResponse | pb.Sample] = [response, *response.more_samples]
         async with aclosing(self._generate(request, context, coalesce=math.inf)) as parts:
             async for part in parts:
-                response.text += part.text
-                response.tokens.extend(part.tokens)
+                sample = samples[part.sample]
+                sample.text += part.text
+                sample.tokens.extend(part.tokens)
+                sample.finish_reason = part.finish_reason
                 if part.HasField("served"):
                     response.served.CopyFrom(part.served)
-                response.finish_reason = part.finish_reason
-                response.usage.CopyFrom(part.usage)
+                if part.HasField("usage"):
+                    response.usage.CopyFrom(part.usage)
         return response
 
     async def GenerateStream(
@@ -80,46 +83,58 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
     async def _generate(
         self, request: wire.Generation, context: rpc.Context, coalesce: float
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-        """The parts of a generation: the first token at once, then those of `coalesce` seconds together."""
+        """The parts of a generation: of each sample the first token at once, then those of `coalesce` seconds."""
         async with self._release(context) as (pin, overlay):
-            served = self._served
-            order = wire.read_generation(request, served.tokenizer, served.manifest.config)
+            order = wire.read_generation(request, self._served.tokenizer, self._served.manifest.config)
             self._metrics.prompts.inc()
             self._metrics.tokens.labels("prompt").inc(len(order.prompt))
-            text = TextStream(served.tokenizer, order.sampling.stop)
-            job = Request(uuid.uuid4().hex, pin.tenant, order.prompt, order.sampling, overlay)
-            first, made, finish = True, 0, None
+            samples = [self._sample(order, pin, overlay, coalesce, number) for number in range(order.samples)]
+            made, unfinished = 0, order.samples
             try:
-                async with aclosing(_gather(self._engine.generate(job), coalesce)) as batches:
-                    async for outputs in batches:
-                        part = pb.GenerateStreamResponse()
-                        self._metrics.tokens.labels("generated").inc(len(outputs))
-                        for output in outputs:
-                            if output.digest != pin.release_digest:
-                                raise Internal("WRONG_RELEASE", f"computed with {output.digest}; nothing was sent")
-                            made += 1
-                            part.tokens.append(self._token(output))
-                            if not self._ends_text(output):
-                                part.text += text.add([output.token])
-                            if text.stopped or output.finish:
-                                finish = Finish.STOP if text.stopped else output.finish
-                                break
-                        if first:
-                            part.served.CopyFrom(wire.served(pin, outputs[0].digest, served.manifest))
-                            first = False
-                        if finish:
-                            part.text += text.flush()
-                            part.finish_reason = FINISH[Finish.STOP if text.stopped else finish]
+                async with aclosing(_merge(samples)) as parts:
+                    async for part in parts:
+                        made += len(part.tokens)
+                        unfinished -= part.finish_reason != pb.FINISH_REASON_UNSPECIFIED
+                        if not unfinished:
                             part.usage.prompt_tokens, part.usage.generated_tokens = len(order.prompt), made
                         yield part
-                        if finish:
-                            return
             except QueueFull as error:
                 raise Exhausted("QUEUE_FULL", f"{error}; try again shortly", retry_after=1.0) from None
             except TooManyRows as error:
                 raise PreconditionFailed("RELEASE_TOO_LARGE", str(error)) from None
             except EngineStopped as error:
                 raise Unavailable("ENGINE_STOPPED", str(error)) from None
+
+    async def _sample(
+        self, order: wire.Order, pin: pb.Pin, overlay: Overlay, coalesce: float, number: int
+    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        """The parts of one sample, `served` in the first and `finish_reason` in the last."""
+        sampling = order.sample(number)
+        text = TextStream(self._served.tokenizer, sampling.stop)
+        job = Request(uuid.uuid4().hex, pin.tenant, order.prompt, sampling, overlay, order.priority)
+        first, finish = True, None
+        async with aclosing(_gather(self._engine.generate(job), coalesce)) as batches:
+            async for outputs in batches:
+                part = pb.GenerateStreamResponse(sample=number)
+                self._metrics.tokens.labels("generated").inc(len(outputs))
+                for output in outputs:
+                    if output.digest != pin.release_digest:
+                        raise Internal("WRONG_RELEASE", f"computed with {output.digest}; nothing was sent")
+                    part.tokens.append(self._token(output))
+                    if not self._ends_text(output):
+                        part.text += text.add([output.token])
+                    if text.stopped or output.finish:
+                        finish = Finish.STOP if text.stopped else output.finish
+                        break
+                if first:
+                    part.served.CopyFrom(wire.served(pin, outputs[0].digest, self._served.manifest))
+                    first = False
+                if finish:
+                    part.text += text.flush()
+                    part.finish_reason = FINISH[Finish.STOP if text.stopped else finish]
+                yield part
+                if finish:
+                    return
 
     def _ends_text(self, output: Output) -> bool:
         return output.token == self._served.manifest.config.eos_token_id and output.finish is Finish.STOP
@@ -238,6 +253,36 @@ def _unservable(error: PatchError) -> ServiceError:
     """A release that was stored but can't be applied here is no mistake of the caller's request."""
     violation = error.violations[0]
     return PreconditionFailed(violation.reason, f"the release can't be served: {error}")
+
+
+async def _merge(
+    streams: Sequence[AsyncGenerator[pb.GenerateStreamResponse, None]],
+) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+    """What several streams yield, as it comes. One that raises ends all; leaving early closes all."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as stream:
+            async for part in stream:
+                yield part
+        return
+    coming: dict[asyncio.Future[pb.GenerateStreamResponse], AsyncGenerator[pb.GenerateStreamResponse, None]]
+    coming = {asyncio.ensure_future(anext(stream)): stream for stream in streams}
+    try:
+        while coming:
+            done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                stream = coming.pop(future)
+                try:
+                    part = future.result()
+                except StopAsyncIteration:
+                    continue
+                coming[asyncio.ensure_future(anext(stream))] = stream
+                yield part
+    finally:
+        for future in coming:
+            future.cancel()
+        await asyncio.gather(*coming, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
 
 
 async def _gather(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backpack_lm.config import BackpackConfig
 from backpack_lm.manifest import Manifest
@@ -23,7 +23,8 @@ PIN = "backpack-pin-bin"
 
 DEFAULT_CHANNEL = "live"
 DEFAULT_TOKENS = 64
-LARGEST_STOP, MOST_STOPS, MOST_ALTERNATIVES = 256, 16, 20
+LARGEST_STOP, MOST_STOPS, MOST_ALTERNATIVES, MOST_SAMPLES = 256, 16, 20, 16
+HIGHEST_PRIORITY = 100
 COALESCE, LONGEST_COALESCE = 0.015, 1.0
 
 Generation = pb.GenerateRequest | pb.GenerateStreamRequest
@@ -35,11 +36,18 @@ class Order:
 
     prompt: tuple[int, ...]
     sampling: Sampling
+    samples: int
+    priority: int
 
     @property
     def tokens(self) -> int:
         """What it may cost: tokens to read and to make."""
-        return len(self.prompt) + self.sampling.max_tokens
+        return len(self.prompt) + self.samples * self.sampling.max_tokens
+
+    def sample(self, number: int) -> Sampling:
+        """How one of the samples is drawn: that of number n as if n had been added to the seed."""
+        assert self.sampling.seed is not None, "read_generation draws one"
+        return replace(self.sampling, seed=(self.sampling.seed + number) % 2**64)
 
 
 def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackConfig) -> Order:
@@ -47,6 +55,9 @@ def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackC
     found: list[Violation] = []
     prompt = read_prompt("prompt", request.prompt, tokenizer, config)
     found += _sampling_violations(request.sampling)
+    if abs(request.priority) > HIGHEST_PRIORITY:
+        span = f"{-HIGHEST_PRIORITY} to {HIGHEST_PRIORITY}"
+        found.append(Violation("priority", "OUT_OF_RANGE", f"{request.priority}; {span}"))
     room = config.n_positions - len(prompt)
     max_tokens = request.sampling.max_tokens or min(DEFAULT_TOKENS, room)
     if max_tokens > room or room < 1:
@@ -67,7 +78,7 @@ def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackC
         log_probabilities=s.log_probabilities if s.HasField("log_probabilities") else None,
         ignore_end_of_text=s.ignore_end_of_text,
     )
-    return Order(prompt, sampling)
+    return Order(prompt, sampling, s.samples or 1, request.priority)
 
 
 def settle(request: Generation, order: Order) -> None:
@@ -135,6 +146,8 @@ def _sampling_violations(s: pb.Sampling) -> Iterator[Violation]:
         yield Violation(
             "sampling.log_probabilities", "OUT_OF_RANGE", f"{s.log_probabilities}; 0 to {MOST_ALTERNATIVES}"
         )
+    if not 0 <= s.samples <= MOST_SAMPLES:
+        yield Violation("sampling.samples", "OUT_OF_RANGE", f"{s.samples}; 1 to {MOST_SAMPLES}, or 0 for 1")
     if len(s.stop) > MOST_STOPS:
         yield Violation("sampling.stop", "TOO_MANY", f"{len(s.stop)}; at most {MOST_STOPS}")
     for at, stop in enumerate(s.stop):

@@ -1,0 +1,67 @@
+"""Several samples of one prompt, and priorities, over the wire."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from backpack_proto.v1 import inference_pb2 as pb
+from backpack_serving import rpc
+from backpack_serving.errors import ServiceError
+
+from tests.e2e.conftest import System, copy
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PROMPT = "The story of the king and the"
+
+
+def _request(samples: int, seed: int = 7, new: int = 16, priority: int = 0) -> pb.GenerateRequest:
+    sampling = pb.Sampling(max_tokens=new, seed=seed, samples=samples, ignore_end_of_text=True)
+    return pb.GenerateRequest(prompt=pb.Prompt(text=PROMPT), sampling=sampling, priority=priority)
+
+
+async def test_sample_n_is_what_seed_plus_n_gives(system: System) -> None:
+    key = await system.tenant(copy("king", "ship"))
+    whole = await system.inference.Generate(_request(3), metadata=key)
+    texts = [whole.text, *(sample.text for sample in whole.more_samples)]
+    alone = [(await system.inference.Generate(_request(1, seed=7 + n), metadata=key)).text for n in range(3)]
+    assert texts == alone
+    assert len(set(texts)) == 3
+    assert whole.usage.generated_tokens == 3 * 16
+    assert whole.usage.prompt_tokens == len(PROMPT.split())
+    finished = [whole.finish_reason, *(sample.finish_reason for sample in whole.more_samples)]
+    assert finished == [pb.FINISH_REASON_LENGTH] * 3
+
+
+async def test_a_stream_tells_samples_apart(system: System) -> None:
+    key = await system.tenant()
+    parts = await system.stream(key, PROMPT, max_tokens=16, seed=7, samples=2, ignore_end_of_text=True)
+    whole = await system.inference.Generate(_request(2), metadata=key)
+    texts = ["".join(part.text for part in parts if part.sample == n) for n in range(2)]
+    assert texts == [whole.text, whole.more_samples[0].text]
+    assert [part.HasField("usage") for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert {part.sample for part in parts if part.HasField("served")} == {0, 1}
+
+
+async def test_a_dropped_call_frees_the_slots_of_all_its_samples(system: System) -> None:
+    key = await system.tenant()
+    request = pb.GenerateStreamRequest(
+        prompt=pb.Prompt(text=PROMPT),
+        sampling=pb.Sampling(max_tokens=490, seed=1, samples=4, ignore_end_of_text=True),
+    )
+    call = system.inference.GenerateStream(request, metadata=key)
+    await call.read()
+    call.cancel()
+    started = asyncio.get_running_loop().time()
+    await asyncio.gather(*(system.stream(key, PROMPT, max_tokens=1) for _ in range(4)))
+    assert asyncio.get_running_loop().time() - started < 2, "slots were still taken"
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [(_request(17), "17; 1 to 16, or 0 for 1"), (_request(1, priority=101), "101; -100 to 100")],
+)
+async def test_out_of_range(system: System, request_: pb.GenerateRequest, says: str) -> None:
+    with pytest.raises(ServiceError, match=says), rpc.errors():
+        await system.inference.Generate(request_, metadata=await system.tenant())
