@@ -63,17 +63,19 @@ def token_log_probabilities(model: Backpack, ids: Tensor, overlay: Overlay) -> T
 
 @dataclass(frozen=True, slots=True)
 class SenseReading:
-    """What one sense of a word predicts: tokens whose logit it raises most and lowers most, with E[y]·C(x)_l."""
+    """What one sense of a word predicts: tokens whose logit it raises most and lowers most, with E[y]·C(x)_l; and
+    the words whose same sense lies nearest in the unedited model, with the cosine."""
 
     norm: float
     edited: bool
     positive: tuple[tuple[int, float], ...]
     negative: tuple[tuple[int, float], ...]
+    neighbours: tuple[tuple[int, float], ...] = ()
 
 
 @torch.inference_mode()
 def read_senses(
-    model: Backpack, table: SenseTable, token: int, overlay: Overlay, limit: int
+    model: Backpack, table: SenseTable, token: int, overlay: Overlay, limit: int, neighbours: int = 0
 ) -> list[SenseReading]:
     """Every sense of a token as it stands under an overlay (paper, section 3.3 and table 2)."""
     ids = torch.tensor([token])
@@ -82,12 +84,24 @@ def read_senses(
     scores = vectors @ model.embedding[: model.config.tokens].t()  # [k, V]
     high, low = scores.topk(limit), scores.topk(limit, largest=False)
     norms = vectors.norm(dim=-1).tolist()
+    near = _nearest(table.rows[: model.config.tokens], vectors, token, neighbours)
     return [
         SenseReading(
             norms[sense],
             edited[sense],
             tuple(zip(high.indices[sense].tolist(), high.values[sense].tolist(), strict=True)),
             tuple(zip(low.indices[sense].tolist(), low.values[sense].tolist(), strict=True)),
+            tuple(zip(near.indices[sense].tolist(), near.values[sense].tolist(), strict=True)),
         )
         for sense in range(len(vectors))
     ]
+
+
+def _nearest(rows: Tensor, vectors: Tensor, token: int, count: int) -> torch.return_types.topk:
+    """For each sense the `count` tokens, but not `token`, whose vectors [V, k, d] lie nearest to `vectors`."""
+    if count == 0:
+        return vectors[:, :0].topk(0)
+    parts = [torch.cosine_similarity(part, vectors, dim=-1) for part in rows.split(4096)]
+    cosines = torch.cat(parts)  # [V, k]
+    cosines[token] = float("-inf")
+    return cosines.t().topk(count)

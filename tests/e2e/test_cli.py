@@ -202,3 +202,27 @@ def test_a_patch_from_the_lab_is_uploaded_with_its_report_and_steers(backpack: A
     assert "the patch was made for model 000000000000" in " ".join(refused.split())
     file.write_text("{}")
     assert "is not a patch file" in backpack("patch", "revise", "ships", str(file), "--as", "lab-user", code=2)
+
+
+def test_a_page_of_a_word_and_of_a_generation(backpack: Any, tmp_path: Path) -> None:
+    page = tmp_path / "word.html"
+    assert "near" in backpack("senses", "ship", "--html", str(page), "--as", "clinic")
+    shown = page.read_text()
+    assert shown.count("<section class=sense>") == 16
+    assert ">boat<" in shown, "a neighbour of ship"
+    assert "near" not in backpack("senses", "ship", "--as", "clinic").split("\n")[0]
+
+    page = tmp_path / "text.html"
+    prompt = ("The story of the king and the", "--seed", "3", "--max-tokens", "5", "--as", "harbour")
+    made, generated = (
+        next(line for line in shown.splitlines() if line.startswith(prompt[0]))
+        for shown in (backpack("explain", *prompt, "--html", str(page)), backpack("generate", *prompt))
+    )
+    assert made == generated, "the text that is explained is the text that is made"
+    data = json.loads(re.search(r"const DATA = (.*);\n", page.read_text())[1])  # type: ignore[index]
+    assert "".join(data["prompt"]) == prompt[0]
+    assert "".join(step["token"] for step in data["steps"]) == made.removeprefix(prompt[0])
+    for number, step in enumerate(data["steps"]):
+        total = sum(term["contribution"] for term in step["terms"]) + step["unlisted"]
+        assert total == pytest.approx(step["logit"], abs=1e-3)
+        assert len(step["terms"]) == 16 * (len(data["prompt"]) + number), "every term is listed while they are few"

@@ -60,3 +60,17 @@ def test_a_sense_reads_as_its_extreme_projections(model: Backpack, table: SenseT
     assert [t for t, _ in edited[2].positive] == [t for t, _ in plain[2].negative]
     assert [sense.edited for sense in edited] == [False, False, True, False]
     assert [sense.edited for sense in plain] == [False] * K
+
+
+def test_neighbours_are_the_words_whose_same_sense_is_nearest(model: Backpack, table: SenseTable) -> None:
+    overlay = Overlay.compile(Release((Revision("ab" * 32, (Scale((Cell(9, 2),), -1.0),)),)), table)
+    found = read_senses(model, table, 9, overlay, 1, neighbours=4)
+    for sense in range(K):
+        own = -table.rows[9, sense] if sense == 2 else table.rows[9, sense]
+        cosines = {
+            y: float(torch.cosine_similarity(own, table.rows[y, sense], dim=0)) for y in range(REAL) if y != 9
+        }
+        nearest = sorted(cosines, key=cosines.__getitem__, reverse=True)[:4]
+        assert [y for y, _ in found[sense].neighbours] == nearest
+        assert [c for _, c in found[sense].neighbours] == pytest.approx([cosines[y] for y in nearest], abs=1e-5)
+    assert read_senses(model, table, 9, overlay, 1)[0].neighbours == ()

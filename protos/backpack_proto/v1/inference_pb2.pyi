@@ -490,10 +490,13 @@ class ListSensesRequest(_message.Message):
     CHANNEL_FIELD_NUMBER: _builtins.int
     REQUEST_KEY_FIELD_NUMBER: _builtins.int
     MIN_REVISION_FIELD_NUMBER: _builtins.int
+    NEIGHBOURS_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
     """How many tokens to list at each end. Default 10; at most 100."""
     channel: _builtins.str
     request_key: _builtins.str
+    neighbours: _builtins.int
+    """How many words to list whose same sense lies nearest. Default none; at most 100."""
     @_builtins.property
     def word(self) -> Global___Word: ...
     @_builtins.property
@@ -506,10 +509,11 @@ class ListSensesRequest(_message.Message):
         channel: _builtins.str = ...,
         request_key: _builtins.str = ...,
         min_revision: Global___Position | None = ...,
+        neighbours: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["min_revision", b"min_revision", "word", b"word"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "limit", b"limit", "min_revision", b"min_revision", "request_key", b"request_key", "word", b"word"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "limit", b"limit", "min_revision", b"min_revision", "neighbours", b"neighbours", "request_key", b"request_key", "word", b"word"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -552,6 +556,7 @@ class Sense(_message.Message):
     EDITED_FIELD_NUMBER: _builtins.int
     POSITIVE_FIELD_NUMBER: _builtins.int
     NEGATIVE_FIELD_NUMBER: _builtins.int
+    NEIGHBOURS_FIELD_NUMBER: _builtins.int
     sense: _builtins.int
     norm: _builtins.float
     edited: _builtins.bool
@@ -562,6 +567,10 @@ class Sense(_message.Message):
 
     @_builtins.property
     def negative(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoredToken]: ...
+    @_builtins.property
+    def neighbours(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoredToken]:
+        """Words whose same sense points most nearly the same way; `score` is the cosine."""
+
     def __init__(
         self,
         *,
@@ -570,10 +579,11 @@ class Sense(_message.Message):
         edited: _builtins.bool = ...,
         positive: _abc.Iterable[Global___ScoredToken] | None = ...,
         negative: _abc.Iterable[Global___ScoredToken] | None = ...,
+        neighbours: _abc.Iterable[Global___ScoredToken] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["edited", b"edited", "negative", b"negative", "norm", b"norm", "positive", b"positive", "sense", b"sense"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edited", b"edited", "negative", b"negative", "neighbours", b"neighbours", "norm", b"norm", "positive", b"positive", "sense", b"sense"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

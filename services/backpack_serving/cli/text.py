@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from backpack_serving.cli.client import AsTenant, Channel, Key, as_caller, err, out
+from backpack_serving.cli.pages import write_generation, write_word
 
 
 def generate(
@@ -66,11 +68,26 @@ def explain(
     prompt: Annotated[str, typer.Argument(help="What stands before the token.")],
     target: Annotated[str, typer.Option(help="Word to explain; the likeliest next token if none.")] = "",
     limit: Annotated[int, typer.Option(help="How many contributions.", min=1, max=1000)] = 12,
+    page: Annotated[
+        Path | None,
+        typer.Option("--html", help="Go on from the prompt, and write a page that explains every token."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="With --html: how many tokens.", min=1)] = 24,
+    temperature: Annotated[float, typer.Option(help="With --html: 0 is greedy.", min=0.0)] = 0.7,
+    top_k: Annotated[int, typer.Option(help="With --html: only the k likeliest tokens; 0 for all.", min=0)] = 30,
+    seed: Annotated[int, typer.Option(help="With --html: the same seed gives the same text.", min=0)] = 0,
     tenant: AsTenant = "harbour",
     key: Key = "",
     channel: Channel = "live",
 ) -> None:
     """Which (position, sense) makes the next token likely: exact terms of the sum that is its logit."""
+    if page is not None:
+        sampling = pb.Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
+        with as_caller(tenant, key) as client:
+            made = write_generation(client, prompt, channel, sampling, page)
+        out.print(Text(prompt, style="dim") + Text(made.text), soft_wrap=True)
+        _footnote(made.served, f"{page}: {len(made.tokens)} tokens explained")
+        return
     request = pb.ExplainRequest(prompt=pb.Prompt(text=prompt), limit=limit, channel=channel)
     if target:
         request.target.text = target
@@ -100,19 +117,28 @@ def explain(
 def senses(
     word: Annotated[str, typer.Argument(help="One word; it is looked up with a leading space.")],
     limit: Annotated[int, typer.Option(help="Tokens at each end.", min=1, max=100)] = 6,
+    neighbours: Annotated[
+        int, typer.Option(help="Words to list whose same sense lies nearest.", min=0, max=100)
+    ] = 0,
+    page: Annotated[Path | None, typer.Option("--html", help="Page to write as well.")] = None,
     tenant: AsTenant = "harbour",
     key: Key = "",
     channel: Channel = "live",
 ) -> None:
     """What each sense of a word predicts, and what it speaks against, under the tenant's release."""
-    request = pb.ListSensesRequest(word=pb.Word(text=word), limit=limit, channel=channel)
+    near = neighbours or (limit if page is not None else 0)
+    request = pb.ListSensesRequest(word=pb.Word(text=word), limit=limit, channel=channel, neighbours=near)
     with as_caller(tenant, key) as client:
         answer = client.inference.ListSenses(request, metadata=client.metadata)
-    table = Table("sense", "norm", "raises", "lowers", box=None)
+    table = Table("sense", "norm", "raises", "lowers", *(["near"] if near else []), box=None)
     for sense in answer.senses:
         mark = " [yellow]edited[/]" if sense.edited else ""
-        table.add_row(f"{sense.sense}{mark}", f"{sense.norm:.2f}", _words(sense.positive), _words(sense.negative))
+        words = [_words(some) for some in (sense.positive, sense.negative, sense.neighbours)]
+        table.add_row(f"{sense.sense}{mark}", f"{sense.norm:.2f}", *words[: 3 if near else 2])
     out.print(table)
+    if page is not None:
+        write_word(word, answer, page)
+        err.print(f"[dim]{page}[/]")
     _footnote(answer.served)
 
 

@@ -78,5 +78,5 @@ class ServedModel:
     def explain(self, ids: tuple[int, ...], overlay: Overlay, target: int | None) -> Attribution:
         return attribute(self.model, self.table, torch.tensor(ids), overlay, target)
 
-    def senses(self, token: int, overlay: Overlay, limit: int) -> list[SenseReading]:
-        return read_senses(self.model, self.table, token, overlay, limit)
+    def senses(self, token: int, overlay: Overlay, limit: int, neighbours: int) -> list[SenseReading]:
+        return read_senses(self.model, self.table, token, overlay, limit, neighbours)

@@ -200,8 +200,9 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
             tokenizer, config = self._served.tokenizer, self._served.manifest.config
             token = wire.read_word("word", request.word, tokenizer, config)
             limit = min(wire.read_limit(request.limit, default=10, largest=100), config.tokens)
+            near = min(wire.read_limit(request.neighbours, 0, 100, "neighbours"), config.tokens - 1)
             async with self._reading:
-                found = await asyncio.to_thread(self._served.senses, token, overlay, limit)
+                found = await asyncio.to_thread(self._served.senses, token, overlay, limit, near)
 
             def scored(some: Sequence[tuple[int, float]]) -> list[pb.ScoredToken]:
                 return [pb.ScoredToken(token=wire.write_token(y, tokenizer), score=value) for y, value in some]
@@ -215,6 +216,7 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
                         edited=sense.edited,
                         positive=scored(sense.positive),
                         negative=scored(sense.negative),
+                        neighbours=scored(sense.neighbours),
                     )
                     for number, sense in enumerate(found)
                 ],

@@ -117,9 +117,9 @@ def read_word(field: str, word: pb.Word, tokenizer: Tokenizer, config: BackpackC
     return token
 
 
-def read_limit(limit: int, default: int, largest: int) -> int:
+def read_limit(limit: int, default: int, largest: int, field: str = "limit") -> int:
     if not 0 <= limit <= largest:
-        raise InvalidRequest.at("limit", "OUT_OF_RANGE", f"{limit}; 1 to {largest}, or 0 for {default}")
+        raise InvalidRequest.at(field, "OUT_OF_RANGE", f"{limit}; 1 to {largest}, or 0 for {default}")
     return limit or default
 
 
