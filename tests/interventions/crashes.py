@@ -16,11 +16,12 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pytest
 from backpack_lm.patch import Cell, Scale
 from backpack_serving.errors import Unavailable
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import Request, Written, verify_chain
-from backpack_serving.interventions.records import Channel, Event, Release, Revision
+from backpack_serving.interventions.records import Channel, Event, Patch, Release, Revision, Tenant
 from backpack_serving.interventions.service import LIVE, Interventions
 from backpack_serving.interventions.store import Store
 
@@ -32,6 +33,9 @@ PATIENCE = 60.0
 Acknowledged = tuple[str, str, str, int]
 """Method, resource, what it became, and the store's revision."""
 
+Fault = Callable[[pytest.MonkeyPatch], None]
+"""Breaks the product on purpose: see `faults.py`."""
+
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.interventions.crashes"])
 
@@ -39,7 +43,7 @@ processes.set_forkserver_preload(["tests.interventions.crashes"])
 class Writers:
     """Some writers on one database, and what they were told. `fault`, run in each, breaks the product."""
 
-    def __init__(self, url: str, name: str, count: int = 1, fault: Callable[[], None] | None = None) -> None:
+    def __init__(self, url: str, name: str, count: int = 1, fault: Fault | None = None) -> None:
         self.acknowledged: list[Acknowledged] = []
         self._stop = processes.Event()
         self._running, self._readers = [], []
@@ -90,9 +94,9 @@ class Writers:
                 pass
 
 
-def _write(url: str, name: str, told: Connection, stop: Any, fault: Callable[[], None] | None) -> None:
+def _write(url: str, name: str, told: Connection, stop: Any, fault: Fault | None) -> None:
     if fault:
-        fault()
+        fault(pytest.MonkeyPatch())
     store = patiently(lambda: open_store(url))
     service = Interventions(store, SHAPE)
     lock = threading.Lock()
@@ -115,7 +119,6 @@ def _write(url: str, name: str, told: Connection, stop: Any, fault: Callable[[],
 
 def _one_tenant(service: Interventions, tenant: str, tell: Callable[..., None], stop: Any) -> None:
     who, chance = releaser(tenant), random.Random(tenant)
-    request = lambda: Request(str(uuid.UUID(int=random.getrandbits(128), version=4)), "body")  # noqa: E731
 
     def do(method: str, became: str, *arguments: Any) -> Any:
         again = request()
@@ -131,6 +134,11 @@ def _one_tenant(service: Interventions, tenant: str, tell: Callable[..., None], 
         revision = do("create_revision", "digest", who, "p", [edit])
         release = do("create_release", "digest", who, [("p", revision.number)], "")
         etag = do("activate", "etag", who, LIVE, release.number, etag).etag
+
+
+def request() -> Request:
+    """One that may be repeated."""
+    return Request(str(uuid.uuid4()), "body")
 
 
 def patiently(act: Callable[[], Any]) -> Any:
@@ -154,8 +162,12 @@ def check_kept(store: Store, acknowledged: list[Acknowledged], in_doubt: int) ->
         "create_release": "CreateRelease",
         "activate": "Activate",
     }
+    made: dict[type[Any], str] = {Tenant: "CreateTenant", Patch: "CreatePatch", Revision: "CreateRevision"}
     with store.read() as tx:
         events = {event.revision: event for event in tx.list(Event)}
+        for kind, method in made.items():
+            told = [event.resource for event in events.values() if event.method == method]
+            assert sorted(record.name for record in tx.list(kind)) == sorted(told), f"{method}s and their entries"
         count, broken = verify_chain(tx)
         assert broken is None, f"the chain breaks at {broken}"
         assert count == tx.position.revision == len(events), "revisions have no gaps"
@@ -182,7 +194,7 @@ def check_kept(store: Store, acknowledged: list[Acknowledged], in_doubt: int) ->
     assert 0 <= extra <= in_doubt, f"{extra} effects that nobody asked for or was told of; at most {in_doubt}"
 
 
-def check_service_killed(url: str, rounds: int, writers: int = 1, fault: Callable[[], None] | None = None) -> int:
+def check_service_killed(url: str, rounds: int, writers: int = 1, fault: Fault | None = None) -> int:
     """P1: SIGKILL to writers at any moment, again and again; how many writes had been acknowledged."""
     chance, acknowledged = random.Random(rounds), []
     for number in range(rounds):
@@ -202,7 +214,7 @@ def check_service_killed(url: str, rounds: int, writers: int = 1, fault: Callabl
     return len(acknowledged)
 
 
-def check_database_killed(postgres: Any, rounds: int, fault: Callable[[], None] | None = None) -> int:
+def check_database_killed(postgres: Any, rounds: int, fault: Fault | None = None) -> int:
     """P1 and P3: SIGKILL to PostgreSQL while two services write; nothing is lost and nothing happens twice."""
     url, chance = postgres.migrated(), random.Random(rounds)
     running = Writers(url, "w", 2, fault)

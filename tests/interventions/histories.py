@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -132,6 +133,7 @@ def _client(service: Interventions, tenant: str, recorder: Recorder, number: int
     at = lambda written: written.position.revision  # noqa: E731
     channel: Any = None
     for _ in range(calls):
+        time.sleep(chance.random() * 0.002)  # else a client on a fast store is through before the next one begins
         kind = chance.choice(["activate", "activate", "revise", "look", "list", "position"])
         if kind == "look" or (kind == "activate" and channel is None):
             found = recorder.call(

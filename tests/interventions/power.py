@@ -140,8 +140,22 @@ class _Connection:
         pass
 
     def commit(self) -> None:
-        if not self._connection.get_autocommit():
+        if self._connection.get_autocommit():
+            return
+        meant = self._revision()
+        try:
             self.execute("COMMIT")
+        except pysqlite3.OperationalError:
+            # Python's exceptions come through where SQLite itself says OK: when its own checkpoint after a commit
+            # fails. Then so do we.
+            if self._revision() != meant:
+                raise
+
+    def _revision(self) -> Any:
+        """Of the store, as this connection sees it now."""
+        if not list(self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'head'")):
+            return None
+        return list(self._connection.execute("SELECT revision FROM head"))
 
     def rollback(self) -> None:
         if not self._connection.get_autocommit():

@@ -18,9 +18,9 @@ from backpack_serving.interventions import database
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import Request
 from backpack_serving.interventions.postgres import PostgresStore
-from backpack_serving.interventions.records import Patch
+from backpack_serving.interventions.records import Event, Patch
 from backpack_serving.interventions.service import LIVE, Interventions
-from backpack_serving.interventions.sql import SQLStore
+from backpack_serving.interventions.sql import SQLStore, Transaction
 from backpack_serving.interventions.sqlite import SQLiteStore
 from backpack_serving.interventions.store import Store
 from backpack_serving.interventions.tables import metadata
@@ -171,7 +171,14 @@ def _refused(engine: sa.Engine, statement: str, kind: type[Exception], says: str
 
 
 def test_p5_bytes_that_changed_are_told_and_never_given_out(url: str, postgres: Postgres) -> None:
-    store = open_store(url)
+    with closing(open_store(url)) as store:
+        check_changed_bytes(store, postgres)
+    with pytest.raises(DataLoss, match="p/revisions/1 have changed"):
+        database.verify(url)
+
+
+def check_changed_bytes(store: SQLStore, postgres: Postgres) -> None:
+    """One bit of a revision's bytes is flipped on disk: nobody gets them."""
     service = fill(store)
     acme = releaser("acme")
     digest = service.channel(acme, LIVE).digest
@@ -183,9 +190,6 @@ def test_p5_bytes_that_changed_are_told_and_never_given_out(url: str, postgres: 
     for read in (lambda: service.fetch_release(REPLICA, "acme", digest), lambda: service.revision(acme, "p", 1)):
         with pytest.raises(DataLoss, match="restore the database"):
             read()
-    store.close()
-    with pytest.raises(DataLoss, match="p/revisions/1 have changed"):
-        database.verify(url)
 
 
 def test_p5_a_release_that_became_another_is_told(url: str, postgres: Postgres) -> None:
@@ -213,19 +217,24 @@ def test_verify_and_a_new_epoch_after_a_restore(url: str) -> None:
     assert (after.epoch, after.revision) == (2, 7)
 
 
-def test_a_role_of_the_service_sees_one_tenant_at_a_time(postgres: Postgres, postgres_url: str) -> None:
-    """Row level security, under every query: without a tenant there is nothing, with one there is its own."""
-    store = open_store(postgres_url)
+def check_row_level_security(store: SQLStore) -> None:
+    """Under every query, even one without a WHERE: a tenant's transaction has that tenant's rows alone."""
     fill(store)
     with store.write() as tx:
         tx.add(Patch("other", "mine", "", tx.list(Patch)[0].created))
-        tx.log(_event(tx))
-    count = sa.text("SELECT tenant FROM patches")
+        tx.log(tx.list(Event)[0])
+    everything = sa.text("SELECT tenant FROM patches")
+    for tenant, rows in (("acme", ["acme"]), ("other", ["other"]), ("nobody", []), (None, ["acme", "other"])):
+        with store.read(tenant) as tx:
+            assert isinstance(tx, Transaction)
+            assert sorted(tx._connection.scalars(everything)) == rows
     with store.engine.begin() as connection:
-        assert connection.scalars(count).all() == []
-        for tenant in ("acme", "other", "nobody"):
-            connection.execute(sa.text("SELECT set_config('backpack.tenant', :t, true)"), {"t": tenant})
-            assert connection.scalars(count).all() == ([] if tenant == "nobody" else [tenant])
+        assert connection.scalars(everything).all() == [], "who doesn't say sees nothing"
+
+
+def test_p8_the_role_of_the_service_sees_one_tenant_at_a_time(postgres_url: str) -> None:
+    store = open_store(postgres_url)
+    check_row_level_security(store)
     insert = sa.text("INSERT INTO patches SELECT 'acme', 'forged', '', 0, false")
     with pytest.raises(sa.exc.ProgrammingError, match="row-level security"), store.engine.begin() as connection:
         connection.execute(sa.text("SELECT set_config('backpack.tenant', 'other', true)"))
@@ -234,12 +243,6 @@ def test_a_role_of_the_service_sees_one_tenant_at_a_time(postgres: Postgres, pos
         with pytest.raises(sa.exc.ProgrammingError, match="must be owner"), store.engine.begin() as connection:
             connection.execute(sa.text(lift))
     store.close()
-
-
-def _event(tx):  # type: ignore[no-untyped-def]
-    from backpack_serving.interventions.records import Event
-
-    return tx.list(Event)[0]
 
 
 def test_a_second_service_on_the_same_file_is_refused(sqlite_url: str) -> None:

@@ -7,6 +7,7 @@ import random
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from backpack_serving.interventions import sqlite
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import Request
 from backpack_serving.interventions.service import Interventions
+from backpack_serving.interventions.store import Store
 from backpack_serving.settings import Settings
 from typer.testing import CliRunner
 
@@ -94,7 +96,7 @@ def check_power_cuts(folder: Path, cuts: int, seed: int = 1) -> int:
     return len(left)
 
 
-@pytest.mark.parametrize("cuts", [150, pytest.param(1000, marks=LONG)])
+@pytest.mark.parametrize("cuts", [100, pytest.param(1000, marks=LONG)])
 def test_p1_power_cut(tmp_path: Path, cuts: int) -> None:
     assert check_power_cuts(tmp_path, cuts) == cuts
 
@@ -108,7 +110,11 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 
 def check_a_failed_sync_stops_the_service(disk: Disk, url: str, failing: str, writes: int) -> None:
     """After `writes` more writes at most, the one that can't be synced is refused, and so is all that follows."""
-    store = open_store(url)
+    with closing(open_store(url)) as store:
+        _check_it_stops(store, disk, failing, writes)
+
+
+def _check_it_stops(store: Store, disk: Disk, failing: str, writes: int) -> None:
     stopped: list[str] = []
     store.listen(lambda: None, stopped.append)
     service = Interventions(store, SHAPE)
@@ -128,7 +134,6 @@ def check_a_failed_sync_stops_the_service(disk: Disk, url: str, failing: str, wr
         with pytest.raises(Unavailable, match="started again") as refused:
             use()
         assert refused.value.reason == "STORE_FAILED"
-    store.close()
 
 
 @pytest.mark.parametrize(("failing", "writes"), [("-wal", 1), ("i.db", sqlite.CHECKPOINT_WRITES)])

@@ -207,7 +207,10 @@ class Machine(RuleBasedStateMachine):
             return
         if part == "tenant" and sent.method != "create_patch":
             return
-        other.effect = self._first(other)
+        try:
+            other.effect = self._first(other)
+        except InvalidRequest as error:
+            raise AssertionError(f"the id of another request, and another's: {error}") from error
         self._expect(other)
         self.sent.append(other)
 
@@ -290,15 +293,17 @@ class OnFile(Opened):
         shutil.rmtree(self._folder)
 
 
-def check_repeats(open_: Any, examples: int, steps: int = 30) -> None:
+def check_repeats(open_: Any, examples: int, derandomize: bool = False) -> None:
     """Let hypothesis look for an order of things that breaks a promise, in so many runs."""
     machine = type("Machine", (Machine,), {"open": staticmethod(open_)})
     run_state_machine_as_test(
         machine,
         settings=settings(
             max_examples=examples,
-            stateful_step_count=steps,
+            stateful_step_count=30,
             deadline=None,
+            derandomize=derandomize,
+            report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
             database=None,
             print_blob=False,

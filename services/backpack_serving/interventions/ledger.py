@@ -145,7 +145,7 @@ def verify_chain(tx: Read) -> tuple[int, int | None]:
             if event.revision != count or event.hash != event.chained(before):
                 return count, event.revision
             before = event.hash
-    return count, None if count == tx.position.revision else count + 1
+    return count, None if (count, before) == (tx.position.revision, tx.hash) else count + 1
 
 
 def _check_request_id(value: str) -> None:

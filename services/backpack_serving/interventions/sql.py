@@ -28,7 +28,7 @@ class Transaction:
     """One transaction as `store.Write`, seeing one tenant's records or everybody's (None)."""
 
     def __init__(self, connection: sa.Connection, row: sa.Row[Any], tenant: str | None) -> None:
-        self._connection, self._hash, self._tenant = connection, row.hash, tenant
+        self._connection, self.hash, self._tenant = connection, row.hash, tenant
         self.position = Position(row.epoch, row.revision)
 
     def get(self, kind: type[R], *key: Any) -> R | None:
@@ -71,9 +71,9 @@ class Transaction:
 
     def log(self, event: Event) -> None:
         event = replace(event, revision=self.position.revision)
-        self._hash = event.chained(self._hash)
-        self.add(replace(event, hash=self._hash))
-        self._connection.execute(sa.update(head).values(hash=self._hash))
+        self.hash = event.chained(self.hash)
+        self.add(replace(event, hash=self.hash))
+        self._connection.execute(sa.update(head).values(hash=self.hash))
 
     def forget_replies(self, before: datetime) -> None:
         table = tables[Reply]

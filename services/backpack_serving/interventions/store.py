@@ -26,6 +26,10 @@ class Read(Protocol):
     @property
     def position(self) -> Position: ...
 
+    @property
+    def hash(self) -> str:
+        """Of the last event."""
+
     def get(self, kind: type[R], *key: Any) -> R | None:
         """The record with this whole key, or None."""
 
@@ -85,11 +89,11 @@ class _Tables:
     def __init__(
         self,
         position: Position,
-        head: str,
+        hash_: str,
         tables: dict[type[Any], dict[tuple[Any, ...], Any]],
         tenant: str | None = None,
     ) -> None:
-        self.position, self.head, self.tables, self._tenant = position, head, tables, tenant
+        self.position, self.hash, self.tables, self._tenant = position, hash_, tables, tenant
 
     def get(self, kind: type[R], *key: Any) -> R | None:
         record: R | None = self._seen(kind).get(key)
@@ -135,8 +139,8 @@ class _Tables:
 
     def log(self, event: Event) -> None:
         event = replace(event, revision=self.position.revision)
-        self.head = event.chained(self.head)
-        self.add(replace(event, hash=self.head))
+        self.hash = event.chained(self.hash)
+        self.add(replace(event, hash=self.hash))
 
     def forget_replies(self, before: datetime) -> None:
         kept = {key: reply for key, reply in self.tables[Reply].items() if reply.created >= before}
@@ -146,7 +150,7 @@ class _Tables:
         self.position = replace(self.position, epoch=self.position.epoch + 1)
 
     def seen_by(self, tenant: str | None) -> _Tables:
-        return _Tables(self.position, self.head, self.tables, tenant)
+        return _Tables(self.position, self.hash, self.tables, tenant)
 
     def _seen(self, kind: type[Any]) -> dict[tuple[Any, ...], Any]:
         table = self.tables[kind]
@@ -176,9 +180,9 @@ class MemoryStore:
             now = self._now
             position = Position(now.position.epoch, now.position.revision + 1)
             tables = {kind: dict(table) for kind, table in now.tables.items()}
-            copy = _Tables(position, now.head, tables, tenant)
+            copy = _Tables(position, now.hash, tables, tenant)
             yield copy
-            self._now = _Tables(copy.position, copy.head, copy.tables)
+            self._now = _Tables(copy.position, copy.hash, copy.tables)
 
     def listen(self, heard: Callable[[], None], failed: Callable[[str], None]) -> None:
         pass  # nobody else writes to this memory, and it doesn't fail

@@ -1,0 +1,244 @@
+"""The bug gallery: mistakes that somebody could make here, each put into the product by a test, for a moment.
+
+`test_gallery.py` says which check must fail under which. None of this is in the product: a fault replaces one of
+its functions, in the process that runs the check.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from backpack_lm import patch as patches
+from backpack_serving.interventions import channels, postgres, service, sqlite
+from backpack_serving.interventions.ledger import Ledger, Request, Written
+from backpack_serving.interventions.records import Blob, Event, Position, Reply, key_of
+from backpack_serving.interventions.sql import SQLStore, Transaction
+from backpack_serving.interventions.sqlite import SQLiteStore
+from backpack_serving.interventions.store import MemoryStore, _Tables
+from backpack_serving.interventions.tables import head
+from backpack_serving.keys import Principal
+
+
+def relaxed_fsync(patch: pytest.MonkeyPatch) -> None:
+    """SQLite with synchronous=NORMAL, as most advice on the web says."""
+    configure = sqlite._configure
+
+    def relaxed(connection: Any, record: object) -> None:
+        configure(connection, record)
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    patch.setattr(sqlite, "_configure", relaxed)
+
+
+def relaxed_commit(patch: pytest.MonkeyPatch) -> None:
+    """PostgreSQL with synchronous_commit=off."""
+    patch.setattr(postgres, "_SESSION", "SELECT set_config('synchronous_commit', 'off', false)")
+
+
+def checkpoints_of_sqlite(patch: pytest.MonkeyPatch) -> None:
+    """SQLite's own checkpoints, which don't tell that one has failed."""
+    configure = sqlite._configure
+
+    def automatic(connection: Any, record: object) -> None:
+        configure(connection, record)
+        connection.execute("PRAGMA wal_autocheckpoint=10")
+
+    patch.setattr(sqlite, "_configure", automatic)
+    patch.setattr(sqlite, "CHECKPOINT_WRITES", 10**9)
+
+
+def failed_fsync_ignored(patch: pytest.MonkeyPatch) -> None:
+    """A commit that fails is logged, and life goes on."""
+    patch.setattr(SQLiteStore, "_stop", lambda self, why: None)
+
+
+def acknowledged_before_commit(patch: pytest.MonkeyPatch) -> None:
+    """The answer leaves when the work is done, while the commit is on its way."""
+    write, commit = Ledger.write, SQLiteStore._commit
+
+    def early(self: Ledger, who: Principal, method: str, request: Request, act: Any) -> Any:
+        answers: queue.Queue[Any] = queue.Queue()
+
+        def act_and_answer(tx: Any, now: datetime) -> Any:
+            record, changed = act(tx, now)
+            answers.put(Written(record, tx.position))
+            return record, changed
+
+        def run() -> None:
+            try:
+                answers.put(write(self, who, method, request, act_and_answer))
+            except BaseException as error:
+                answers.put(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        answer = answers.get()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def slow(self: SQLiteStore, transaction: Any) -> None:
+        time.sleep(0.005)
+        commit(self, transaction)
+
+    patch.setattr(Ledger, "write", early)
+    patch.setattr(SQLiteStore, "_commit", slow)
+
+
+def event_apart(patch: pytest.MonkeyPatch) -> None:
+    """The records in one transaction, their event in the next."""
+    log = Transaction.log
+
+    def apart(self: Transaction, event: Event) -> None:
+        self._connection.exec_driver_sql("COMMIT")
+        time.sleep(0.002)
+        self._connection.exec_driver_sql("BEGIN")
+        log(self, event)
+
+    patch.setattr(Transaction, "log", apart)
+
+
+def reply_apart(patch: pytest.MonkeyPatch) -> None:
+    """The reply that makes a repetition harmless is stored after the write, and after its answer."""
+    write = Ledger.write
+
+    def apart(self: Ledger, who: Principal, method: str, request: Request, act: Any) -> Any:
+        if request.id and (old := self._replay(who, method, request)):
+            return old
+        written = write(self, who, method, Request(), act)
+        at = json.dumps([type(written.record).__name__, *key_of(written.record)])
+        reply = Reply(who.name, method, request.id, request.body, at, written.position.revision, self._now())
+        self._store._now.tables[Reply][who.name, method, request.id] = reply  # type: ignore[attr-defined]
+        return written
+
+    patch.setattr(Ledger, "write", apart)
+
+
+def request_ids_of_everybody(patch: pytest.MonkeyPatch) -> None:
+    """Request ids are looked up without asking whose they are."""
+    patch.setattr(Principal, "name", property(lambda self: f"tenants/{self.tenant}/keys/any"))
+
+
+def _write_unlocked(number: Callable[[int], int]) -> Any:
+    """`SQLStore.write` as it would be with the head raised last."""
+
+    @contextmanager
+    def write(self: SQLStore, tenant: str | None = None) -> Iterator[Any]:
+        with self._errors(), self._writing(tenant) as connection:
+            transaction = connection.begin()
+            try:
+                self._enter(connection, tenant)
+                row = connection.execute(sa.select(head)).one()
+                revision = number(row.revision)
+                at = SimpleNamespace(epoch=row.epoch, revision=revision, hash=row.hash)
+                yield Transaction(connection, at, tenant)  # type: ignore[arg-type]
+                time.sleep(0.001 * (revision % 7))
+                latest = sa.func.greatest(head.c.revision, revision)
+                connection.execute(sa.update(head).values(revision=latest))
+            except BaseException:
+                transaction.rollback()
+                raise
+            self._commit(transaction)
+
+    return write
+
+
+def serial_ids(patch: pytest.MonkeyPatch) -> None:
+    """Revisions from a sequence, as most tables have their ids: they become visible out of order."""
+    sequence: list[Iterator[int]] = []
+
+    def following(revision: int) -> int:
+        if not sequence:
+            sequence.append(itertools.count(revision + 1))
+        return next(sequence[0])
+
+    def log_without_lock(self: Transaction, event: Event) -> None:
+        event = replace(event, revision=self.position.revision)
+        self.add(replace(event, hash="unchained"))
+
+    patch.setattr(Transaction, "log", log_without_lock)
+    patch.setattr(SQLStore, "write", _write_unlocked(following))
+
+
+def head_not_locked(patch: pytest.MonkeyPatch) -> None:
+    """The head is read first and raised last: two writes make the same revision."""
+    patch.setattr(SQLStore, "write", _write_unlocked(lambda revision: revision + 1))
+
+
+def stale_reads(patch: pytest.MonkeyPatch) -> None:
+    """Reads from a copy that is one write behind, as of a replica of the database."""
+    write = MemoryStore.write
+
+    @contextmanager
+    def remember(self: MemoryStore, tenant: str | None = None) -> Iterator[Any]:
+        before = self._now
+        with write(self, tenant) as tx:
+            yield tx
+        self._before = before  # type: ignore[attr-defined]
+
+    @contextmanager
+    def late(self: MemoryStore, tenant: str | None = None) -> Iterator[Any]:
+        seen: _Tables = getattr(self, "_before", self._now)
+        yield seen.seen_by(tenant)
+
+    patch.setattr(MemoryStore, "write", remember)
+    patch.setattr(MemoryStore, "read", late)
+
+
+def etag_unchecked(patch: pytest.MonkeyPatch) -> None:
+    """Whoever activates last wins."""
+    patch.setattr(channels, "_check_etag", lambda current, given: None)
+
+
+def chain_without_changes(patch: pytest.MonkeyPatch) -> None:
+    """The chain covers who did what, but not what became of it."""
+    chained = Event.chained
+    patch.setattr(Event, "chained", lambda self, before: chained(replace(self, changes=""), before))
+
+
+def no_tenant_filter(patch: pytest.MonkeyPatch) -> None:
+    """One forgotten WHERE."""
+    patch.setattr(Transaction, "_select", lambda self, table: sa.select(table))
+
+
+def row_level_security_lifted(patch: pytest.MonkeyPatch) -> None:
+    """Every transaction says that it is an operator's."""
+    enter = postgres.PostgresStore._enter
+    patch.setattr(postgres.PostgresStore, "_enter", lambda self, connection, tenant: enter(self, connection, None))
+
+
+def digests_unchecked(patch: pytest.MonkeyPatch) -> None:
+    """What the disk says is believed."""
+    patch.setattr(Blob, "intact", property(lambda self: True))
+
+
+def edits_unchecked(patch: pytest.MonkeyPatch) -> None:
+    """Numbers that are none, and too many of them, are taken in."""
+    patch.setattr(patches.Revision, "validate", lambda self, shape, limits=None: None)
+
+
+def epoch_kept(patch: pytest.MonkeyPatch) -> None:
+    """A restore from a backup goes on in the old epoch."""
+    for kind in (Transaction, _Tables):
+        patch.setattr(kind, "raise_epoch", lambda self: None)
+
+
+def events_from_before(patch: pytest.MonkeyPatch) -> None:
+    """A watch that is resumed begins with the last event it had."""
+    events_after = service.Interventions.events_after
+
+    def inclusive(self: Any, revision: int, limit: int = 1000) -> tuple[Position, list[Event]]:
+        return events_after(self, max(0, revision - 1), limit)
+
+    patch.setattr(service.Interventions, "events_after", inclusive)

@@ -1,0 +1,147 @@
+"""P14 at write: what no model could be steered by safely is refused, whole, and nothing of it is stored."""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any
+
+import pytest
+from backpack_lm import patch
+from backpack_lm.patch import Add, Cell, Copy, Limits, ModelShape, ProjectOut, Scale, Set, Swap, Topic, Vector
+from backpack_serving.errors import InvalidRequest, PreconditionFailed, ServiceError
+from backpack_serving.interventions.ledger import Request
+from backpack_serving.interventions.service import LIVE, Interventions
+from backpack_serving.interventions.store import MemoryStore, Store
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.interventions.conftest import ADMIN, SHAPE, releaser
+
+LIMITS = Limits(cells=16, blob_bytes=2000, revisions=2, topic_words=4)
+WIDTH = SHAPE.width
+
+tokens = st.integers(0, SHAPE.vocab_size - 1)
+cell = st.builds(Cell, tokens, st.integers(0, SHAPE.num_senses - 1))
+cells = st.lists(cell, min_size=1, max_size=4).map(tuple)
+small = st.floats(-1, 1, width=32).filter(lambda x: x != 0)
+vector = st.lists(small, min_size=WIDTH, max_size=WIDTH).map(Vector.of)
+
+
+def _raw(values: list[float]) -> Vector:
+    return Vector(struct.pack(f"<{len(values)}f", *values))
+
+
+good = st.one_of(
+    st.builds(Scale, cells, st.floats(-8, 8).filter(lambda x: x != 1)),
+    st.builds(Add, cells, vector),
+    st.builds(Set, cells, vector),
+    st.builds(ProjectOut, cells, tokens),
+    st.tuples(cells, st.permutations(range(9))).map(lambda t: Swap(t[0], t[1][0], t[1][1])),
+    st.tuples(cells, st.integers(40, 49)).map(
+        lambda t: Copy(tuple(Cell(c.token % 40, c.sense) for c in t[0]), t[1])
+    ),
+    st.builds(Topic, st.lists(tokens, min_size=1, max_size=4).map(tuple), st.integers(1, 3), st.booleans()),
+)
+
+not_finite = st.sampled_from([math.nan, math.inf, -math.inf])
+beyond_float16 = st.floats(65_505, 2.0**127, width=32)
+
+
+def _with(value: st.SearchStrategy[float]) -> st.SearchStrategy[Vector]:
+    place = st.integers(0, WIDTH - 1)
+    return st.tuples(place, value).map(lambda t: _raw([t[1] if n == t[0] else 0.25 for n in range(WIDTH)]))
+
+
+bad_vector = st.one_of(
+    _with(not_finite),
+    _with(beyond_float16),
+    _with(st.floats(9, 60_000, width=32)),  # more than 8 times a typical vector of this sense
+    st.integers(0, 2 * WIDTH).filter(lambda n: n != WIDTH).map(lambda n: _raw([0.5] * n)),
+    st.binary(min_size=1, max_size=40).filter(lambda b: len(b) != 4 * WIDTH).map(Vector),
+)
+bad = st.one_of(
+    st.builds(Scale, cells, st.one_of(not_finite, st.just(1.0), st.floats(8.01, 1e300), st.floats(-1e300, -8.01))),
+    st.builds(Add, cells, st.one_of(bad_vector, st.just(_raw([0.0] * WIDTH)))),
+    st.builds(Set, cells, bad_vector),
+    st.builds(Scale, st.just(()), st.just(0.5)),
+    st.builds(Scale, st.builds(Cell, st.integers(50, 2**32 - 1), st.just(0)).map(lambda c: (c,)), st.just(0.5)),
+    st.builds(Scale, st.builds(Cell, tokens, st.integers(4, 2**32 - 1)).map(lambda c: (c,)), st.just(0.5)),
+    st.builds(Scale, st.lists(cell, min_size=17, max_size=20).map(tuple), st.just(0.5)),
+    cell.map(lambda c: Copy((c,), c.token)),
+    st.builds(ProjectOut, cells, st.integers(50, 2**31)),
+    st.tuples(cells, tokens).map(lambda t: Swap(t[0], t[1], t[1])),
+    st.builds(Topic, st.just(()), st.just(1)),
+    st.builds(Topic, st.lists(tokens, min_size=5, max_size=9).map(tuple), st.just(1)),
+    st.builds(Topic, st.just((1,)), st.sampled_from([0, 4, 255])),
+)
+
+
+def _service(store: Store) -> Interventions:
+    service = Interventions(store, SHAPE, LIMITS)
+    service.create_tenant(ADMIN, "acme", Request())
+    service.create_patch(releaser("acme"), "p", "", Request())
+    return service
+
+
+def check_bad_edits(store: Store, examples: int) -> None:
+    """One bad edit among good ones refuses the revision, and the store stays as it was."""
+    service, acme = _service(store), releaser("acme")
+    before = service.snapshot()[0]
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    @given(st.lists(good, max_size=2), bad, st.lists(good, max_size=1))
+    def refused(first: list[Any], wrong: Any, last: list[Any]) -> None:
+        for use in (
+            lambda: service.create_revision(acme, "p", [*first, wrong, *last], Request()),
+            lambda: service.draft_revision(acme, "p", [*first, wrong, *last]),
+        ):
+            try:
+                use()
+            except ServiceError as error:
+                assert error.code == "INVALID_ARGUMENT", error
+                assert error.violations, "it says where"
+            else:
+                raise AssertionError(f"accepted {wrong}")
+        assert service.snapshot()[0] == before
+
+    refused()
+
+
+@pytest.mark.parametrize("examples", [100, pytest.param(3000, marks=pytest.mark.slow)])
+def test_p14_what_can_not_be_applied_is_not_stored(store: Store, examples: int) -> None:
+    check_bad_edits(store, examples if isinstance(store, MemoryStore) else examples // 5)
+
+
+def test_p14_what_can_is_stored_and_read_as_it_was(store: Store) -> None:
+    service, acme = _service(store), releaser("acme")
+
+    @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(good, min_size=1, max_size=3))
+    def stored(edits: list[Any]) -> None:
+        written = service.create_revision(acme, "p", edits, Request()).record
+        record, read = service.revision(acme, "p", written.number)
+        assert record == written
+        assert list(read) == edits
+        assert record.digest == patch.Revision(SHAPE.fingerprint, tuple(edits)).digest
+
+    stored()
+
+
+def test_p14_another_models_revision_goes_into_no_release_and_no_channel(store: Store) -> None:
+    service, acme = _service(store), releaser("acme")
+    service.create_revision(acme, "p", [Scale((Cell(1, 1),), 0.5)], Request())
+    service.create_release(acme, [("p", 1)], "", Request())
+    other = Interventions(store, ModelShape("cd" * 32, 50, 4, 8, (1.0,) * 4), LIMITS)
+    with pytest.raises(PreconditionFailed, match="create the revision again"):
+        other.create_release(acme, [("p", 1)], "", Request())
+    with pytest.raises(PreconditionFailed, match="create the revision again"):
+        other.activate(acme, LIVE, 1, other.channel(acme, LIVE).etag, Request())
+    with pytest.raises(InvalidRequest, match="at most 2"):
+        service.create_release(acme, [("p", 1)] * 3, "", Request())
