@@ -34,6 +34,7 @@ down: ## Stop the containers; their volumes and secrets stay
 
 bench: .venv/.dev ## Measure, side by side; results go to tests/bench/results
 	$(BIN)/python -m tests.bench.engine
+	$(BIN)/python -m tests.bench.interventions
 	RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(ALONE) $(BIN)/python -m tests.bench.tax
 
 vllm: .venv-vllm/.installed ## Install vLLM into .venv-vllm (2.2 GB), a peer that `make bench` then measures too

@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from backpack_serving.cli.main import app
+from backpack_serving.settings import default_model
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from tests.e2e.test_processes import _port
@@ -143,6 +146,37 @@ def test_a_patch_from_a_word_to_a_steered_answer_and_back(backpack: Any, tmp_pat
     assert "is at release 1" in backpack("release", "activate", "1", "--as", "lab")
     assert "intact" in backpack("audit", "--as", "lab")
     assert "6" in backpack("patch", "list", "--as", "lab")
+
+
+def test_a_finetuned_patch_is_uploaded_described_and_deleted(backpack: Any, tmp_path: Path) -> None:
+    backpack("tenant", "create", "tuner")
+    width = json.loads((default_model() / "config.json").read_text())["n_embd"]
+    vectors = np.full((3, width), 0.01, np.float32)
+    save_file(
+        {"tokens": np.array([5, 6, 7]), "senses": np.array([0, 1, 2], np.int32), "vectors": vectors},
+        tmp_path / "tuned.safetensors",
+    )
+    file = str(tmp_path / "tuned.safetensors")
+    assert "would be" in backpack("patch", "upload", "tuned", file, "--dry-run", "--as", "tuner")
+    assert "tuned/revisions/1" in backpack("patch", "upload", "tuned", file, "--as", "tuner")
+    assert "tuned/revisions/2" in backpack("patch", "upload", "tuned", file, "--set", "--as", "tuner")
+    backpack("patch", "describe", "tuned", "from a run of finetuning", "--as", "tuner")
+    assert "from a run" in backpack("patch", "list", "--as", "tuner")
+    assert "is deleted" in backpack("patch", "delete", "tuned", "--as", "tuner")
+    assert "from a run" not in backpack("patch", "list", "--as", "tuner")
+
+
+def test_keys_are_rotated_and_tenants_suspended(backpack: Any) -> None:
+    backpack("tenant", "create", "shop")
+    (made,) = re.findall("^ *([0-9a-f]{12}) ", backpack("tenant", "keys", "shop"), re.M)
+    assert backpack("tenant", "rotate", "shop", made).startswith("bp_")
+    listed = backpack("tenant", "keys", "shop")
+    assert re.search(f"{made} .*revoked", listed)
+    (other,) = set(re.findall("^ *([0-9a-f]{12}) ", listed, re.M)) - {made}
+    assert "is revoked" in backpack("tenant", "revoke", "shop", other)
+    assert "suspended" in backpack("tenant", "suspend", "shop")
+    assert re.search("tenants/shop .*suspended", backpack("tenant", "list"))
+    assert "resumed" in backpack("tenant", "resume", "shop")
 
 
 def test_explain_senses_and_score(backpack: Any) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from backpack_lm import patch as patches
-from backpack_serving.interventions import channels, postgres, service, sqlite
+from backpack_serving.interventions import channels, postgres, service, sqlite, tenants
 from backpack_serving.interventions.ledger import Ledger, Request, Written
 from backpack_serving.interventions.records import Blob, Event, Position, Reply, key_of
 from backpack_serving.interventions.sql import SQLStore, Transaction
@@ -226,6 +226,11 @@ def digests_unchecked(patch: pytest.MonkeyPatch) -> None:
 def edits_unchecked(patch: pytest.MonkeyPatch) -> None:
     """Numbers that are none, and too many of them, are taken in."""
     patch.setattr(patches.Revision, "validate", lambda self, shape, limits=None: None)
+
+
+def force_unchecked(patch: pytest.MonkeyPatch) -> None:
+    """However many tenants a change would end the service of, nobody asks again."""
+    patch.setattr(tenants, "TOO_FEW_TO_ASK", 10**6)
 
 
 def epoch_kept(patch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,31 @@ def test_a_key_that_is_wrong_or_revoked_is_nobody(service: Interventions, acme: 
     assert service.authenticate(str(key)) is None
 
 
+def check_force(store: Store) -> None:
+    """P15: suspending more than the larger of 10 and a tenth of the active tenants at once needs `force`."""
+    service = Interventions(store, SHAPE)
+    service.bootstrap(ApiKey.mint(), [Role.ADMIN])
+    names = [f"t{n}" for n in range(130)]
+    for name in names:
+        service.create_tenant(ADMIN, name, Request())
+    before = service.snapshot()
+    for some in (names, names[:14]):
+        with pytest.raises(PreconditionFailed, match="need `force`"):
+            service.suspend(ADMIN, some, False, Request())
+    assert service.snapshot() == before
+    service.suspend(ADMIN, names[:13], False, Request())  # a tenth of 130
+    with pytest.raises(PreconditionFailed, match="more than 11"):
+        service.suspend(ADMIN, names[13:25], False, Request())  # of the 117 that are left
+    service.suspend(ADMIN, names[13:], True, Request())
+    assert sum(t.suspended for t in service.tenants(ADMIN, None, 1000)) == 130
+    service.resume(ADMIN, names, Request())
+    assert not any(t.suspended for t in service.tenants(ADMIN, None, 1000))
+
+
+def test_p15_a_change_that_ends_the_service_of_many_needs_force(store: Store) -> None:
+    check_force(store)
+
+
 def test_roles(service: Interventions, acme: Principal) -> None:
     caller = Principal("acme", "k", frozenset({Role.CALLER}))
     author = Principal("acme", "k", frozenset({Role.AUTHOR}))

@@ -61,6 +61,21 @@ class TenantServiceStub:
                 request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.RevokeApiKeyRequest.SerializeToString,
                 response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.RevokeApiKeyResponse.FromString,
                 _registered_method=True)
+        self.RotateApiKey = channel.unary_unary(
+                '/backpack.v1.TenantService/RotateApiKey',
+                request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.RotateApiKeyRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.RotateApiKeyResponse.FromString,
+                _registered_method=True)
+        self.SuspendTenants = channel.unary_unary(
+                '/backpack.v1.TenantService/SuspendTenants',
+                request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.SuspendTenantsRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.SuspendTenantsResponse.FromString,
+                _registered_method=True)
+        self.ResumeTenants = channel.unary_unary(
+                '/backpack.v1.TenantService/ResumeTenants',
+                request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.ResumeTenantsRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.ResumeTenantsResponse.FromString,
+                _registered_method=True)
 
 
 class TenantServiceServicer:
@@ -98,6 +113,26 @@ class TenantServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RotateApiKey(self, request, context):
+        """A new key with the roles of another, which is revoked in the same transaction.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SuspendTenants(self, request, context):
+        """Keys of a suspended tenant are refused everywhere, until it is resumed. Nothing else changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeTenants(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TenantServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -125,6 +160,21 @@ def add_TenantServiceServicer_to_server(servicer, server):
                     servicer.RevokeApiKey,
                     request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.RevokeApiKeyRequest.FromString,
                     response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.RevokeApiKeyResponse.SerializeToString,
+            ),
+            'RotateApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateApiKey,
+                    request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.RotateApiKeyRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.RotateApiKeyResponse.SerializeToString,
+            ),
+            'SuspendTenants': grpc.unary_unary_rpc_method_handler(
+                    servicer.SuspendTenants,
+                    request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.SuspendTenantsRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.SuspendTenantsResponse.SerializeToString,
+            ),
+            'ResumeTenants': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeTenants,
+                    request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.ResumeTenantsRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.ResumeTenantsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -273,6 +323,87 @@ class TenantService:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def RotateApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.TenantService/RotateApiKey',
+            backpack__proto_dot_v1_dot_interventions__pb2.RotateApiKeyRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_interventions__pb2.RotateApiKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SuspendTenants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.TenantService/SuspendTenants',
+            backpack__proto_dot_v1_dot_interventions__pb2.SuspendTenantsRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_interventions__pb2.SuspendTenantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeTenants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.TenantService/ResumeTenants',
+            backpack__proto_dot_v1_dot_interventions__pb2.ResumeTenantsRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_interventions__pb2.ResumeTenantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class PatchServiceStub:
     """Named patches and their immutable revisions, of the calling tenant.
@@ -289,15 +420,35 @@ class PatchServiceStub:
                 request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.CreatePatchRequest.SerializeToString,
                 response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.CreatePatchResponse.FromString,
                 _registered_method=True)
+        self.GetPatch = channel.unary_unary(
+                '/backpack.v1.PatchService/GetPatch',
+                request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.GetPatchRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.GetPatchResponse.FromString,
+                _registered_method=True)
         self.ListPatches = channel.unary_unary(
                 '/backpack.v1.PatchService/ListPatches',
                 request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.ListPatchesRequest.SerializeToString,
                 response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.ListPatchesResponse.FromString,
                 _registered_method=True)
+        self.UpdatePatch = channel.unary_unary(
+                '/backpack.v1.PatchService/UpdatePatch',
+                request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.UpdatePatchRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.UpdatePatchResponse.FromString,
+                _registered_method=True)
+        self.DeletePatch = channel.unary_unary(
+                '/backpack.v1.PatchService/DeletePatch',
+                request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.DeletePatchRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.DeletePatchResponse.FromString,
+                _registered_method=True)
         self.CreateRevision = channel.unary_unary(
                 '/backpack.v1.PatchService/CreateRevision',
                 request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.CreateRevisionRequest.SerializeToString,
                 response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.CreateRevisionResponse.FromString,
+                _registered_method=True)
+        self.UploadRevision = channel.stream_unary(
+                '/backpack.v1.PatchService/UploadRevision',
+                request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.UploadRevisionRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.UploadRevisionResponse.FromString,
                 _registered_method=True)
         self.GetRevision = channel.unary_unary(
                 '/backpack.v1.PatchService/GetRevision',
@@ -321,14 +472,41 @@ class PatchServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPatch(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListPatches(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdatePatch(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeletePatch(self, request, context):
+        """Hides a patch and takes no more revisions for it. Releases that have some of them keep them; the name stays
+        taken.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateRevision(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadRevision(self, request_iterator, context):
+        """A revision that gives each of many cells a vector of its own, in chunks: a header, then the content.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -353,15 +531,35 @@ def add_PatchServiceServicer_to_server(servicer, server):
                     request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.CreatePatchRequest.FromString,
                     response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.CreatePatchResponse.SerializeToString,
             ),
+            'GetPatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPatch,
+                    request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.GetPatchRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.GetPatchResponse.SerializeToString,
+            ),
             'ListPatches': grpc.unary_unary_rpc_method_handler(
                     servicer.ListPatches,
                     request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.ListPatchesRequest.FromString,
                     response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.ListPatchesResponse.SerializeToString,
             ),
+            'UpdatePatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdatePatch,
+                    request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.UpdatePatchRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.UpdatePatchResponse.SerializeToString,
+            ),
+            'DeletePatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeletePatch,
+                    request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.DeletePatchRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.DeletePatchResponse.SerializeToString,
+            ),
             'CreateRevision': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateRevision,
                     request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.CreateRevisionRequest.FromString,
                     response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.CreateRevisionResponse.SerializeToString,
+            ),
+            'UploadRevision': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadRevision,
+                    request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.UploadRevisionRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.UploadRevisionResponse.SerializeToString,
             ),
             'GetRevision': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRevision,
@@ -413,6 +611,33 @@ class PatchService:
             _registered_method=True)
 
     @staticmethod
+    def GetPatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.PatchService/GetPatch',
+            backpack__proto_dot_v1_dot_interventions__pb2.GetPatchRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_interventions__pb2.GetPatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListPatches(request,
             target,
             options=(),
@@ -440,6 +665,60 @@ class PatchService:
             _registered_method=True)
 
     @staticmethod
+    def UpdatePatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.PatchService/UpdatePatch',
+            backpack__proto_dot_v1_dot_interventions__pb2.UpdatePatchRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_interventions__pb2.UpdatePatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeletePatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.PatchService/DeletePatch',
+            backpack__proto_dot_v1_dot_interventions__pb2.DeletePatchRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_interventions__pb2.DeletePatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def CreateRevision(request,
             target,
             options=(),
@@ -456,6 +735,33 @@ class PatchService:
             '/backpack.v1.PatchService/CreateRevision',
             backpack__proto_dot_v1_dot_interventions__pb2.CreateRevisionRequest.SerializeToString,
             backpack__proto_dot_v1_dot_interventions__pb2.CreateRevisionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadRevision(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/backpack.v1.PatchService/UploadRevision',
+            backpack__proto_dot_v1_dot_interventions__pb2.UploadRevisionRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_interventions__pb2.UploadRevisionResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -536,6 +842,11 @@ class ReleaseServiceStub:
                 request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.CreateReleaseRequest.SerializeToString,
                 response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.CreateReleaseResponse.FromString,
                 _registered_method=True)
+        self.GetRelease = channel.unary_unary(
+                '/backpack.v1.ReleaseService/GetRelease',
+                request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.GetReleaseRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.GetReleaseResponse.FromString,
+                _registered_method=True)
         self.ListReleases = channel.unary_unary(
                 '/backpack.v1.ReleaseService/ListReleases',
                 request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.ListReleasesRequest.SerializeToString,
@@ -583,6 +894,12 @@ class ReleaseServiceServicer:
     """
 
     def CreateRelease(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRelease(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -649,6 +966,11 @@ def add_ReleaseServiceServicer_to_server(servicer, server):
                     servicer.CreateRelease,
                     request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.CreateReleaseRequest.FromString,
                     response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.CreateReleaseResponse.SerializeToString,
+            ),
+            'GetRelease': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRelease,
+                    request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.GetReleaseRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.GetReleaseResponse.SerializeToString,
             ),
             'ListReleases': grpc.unary_unary_rpc_method_handler(
                     servicer.ListReleases,
@@ -719,6 +1041,33 @@ class ReleaseService:
             '/backpack.v1.ReleaseService/CreateRelease',
             backpack__proto_dot_v1_dot_interventions__pb2.CreateReleaseRequest.SerializeToString,
             backpack__proto_dot_v1_dot_interventions__pb2.CreateReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRelease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.ReleaseService/GetRelease',
+            backpack__proto_dot_v1_dot_interventions__pb2.GetReleaseRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_interventions__pb2.GetReleaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

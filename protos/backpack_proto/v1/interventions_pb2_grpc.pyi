@@ -40,6 +40,11 @@ class TenantServiceStub:
     """The secret is in the answer and nowhere else: the service keeps a hash."""
     ListApiKeys: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.ListApiKeysRequest, _interventions_pb2.ListApiKeysResponse]
     RevokeApiKey: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.RevokeApiKeyRequest, _interventions_pb2.RevokeApiKeyResponse]
+    RotateApiKey: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.RotateApiKeyRequest, _interventions_pb2.RotateApiKeyResponse]
+    """A new key with the roles of another, which is revoked in the same transaction."""
+    SuspendTenants: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.SuspendTenantsRequest, _interventions_pb2.SuspendTenantsResponse]
+    """Keys of a suspended tenant are refused everywhere, until it is resumed. Nothing else changes."""
+    ResumeTenants: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.ResumeTenantsRequest, _interventions_pb2.ResumeTenantsResponse]
 
 @_typing.type_check_only
 class TenantServiceAsyncStub(TenantServiceStub):
@@ -52,6 +57,11 @@ class TenantServiceAsyncStub(TenantServiceStub):
     """The secret is in the answer and nowhere else: the service keeps a hash."""
     ListApiKeys: _aio.UnaryUnaryMultiCallable[_interventions_pb2.ListApiKeysRequest, _interventions_pb2.ListApiKeysResponse]  # type: ignore[assignment]
     RevokeApiKey: _aio.UnaryUnaryMultiCallable[_interventions_pb2.RevokeApiKeyRequest, _interventions_pb2.RevokeApiKeyResponse]  # type: ignore[assignment]
+    RotateApiKey: _aio.UnaryUnaryMultiCallable[_interventions_pb2.RotateApiKeyRequest, _interventions_pb2.RotateApiKeyResponse]  # type: ignore[assignment]
+    """A new key with the roles of another, which is revoked in the same transaction."""
+    SuspendTenants: _aio.UnaryUnaryMultiCallable[_interventions_pb2.SuspendTenantsRequest, _interventions_pb2.SuspendTenantsResponse]  # type: ignore[assignment]
+    """Keys of a suspended tenant are refused everywhere, until it is resumed. Nothing else changes."""
+    ResumeTenants: _aio.UnaryUnaryMultiCallable[_interventions_pb2.ResumeTenantsRequest, _interventions_pb2.ResumeTenantsResponse]  # type: ignore[assignment]
 
 class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
     """Tenants and their API keys. For the role `admin` only."""
@@ -92,6 +102,29 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_interventions_pb2.RevokeApiKeyResponse, _abc.Awaitable[_interventions_pb2.RevokeApiKeyResponse]]: ...
 
+    @_abc_1.abstractmethod
+    def RotateApiKey(
+        self,
+        request: _interventions_pb2.RotateApiKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_interventions_pb2.RotateApiKeyResponse, _abc.Awaitable[_interventions_pb2.RotateApiKeyResponse]]:
+        """A new key with the roles of another, which is revoked in the same transaction."""
+
+    @_abc_1.abstractmethod
+    def SuspendTenants(
+        self,
+        request: _interventions_pb2.SuspendTenantsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_interventions_pb2.SuspendTenantsResponse, _abc.Awaitable[_interventions_pb2.SuspendTenantsResponse]]:
+        """Keys of a suspended tenant are refused everywhere, until it is resumed. Nothing else changes."""
+
+    @_abc_1.abstractmethod
+    def ResumeTenants(
+        self,
+        request: _interventions_pb2.ResumeTenantsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_interventions_pb2.ResumeTenantsResponse, _abc.Awaitable[_interventions_pb2.ResumeTenantsResponse]]: ...
+
 def add_TenantServiceServicer_to_server(servicer: TenantServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class PatchServiceStub:
@@ -102,8 +135,16 @@ class PatchServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PatchServiceAsyncStub: ...
     CreatePatch: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.CreatePatchRequest, _interventions_pb2.CreatePatchResponse]
+    GetPatch: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.GetPatchRequest, _interventions_pb2.GetPatchResponse]
     ListPatches: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.ListPatchesRequest, _interventions_pb2.ListPatchesResponse]
+    UpdatePatch: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.UpdatePatchRequest, _interventions_pb2.UpdatePatchResponse]
+    DeletePatch: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.DeletePatchRequest, _interventions_pb2.DeletePatchResponse]
+    """Hides a patch and takes no more revisions for it. Releases that have some of them keep them; the name stays
+    taken.
+    """
     CreateRevision: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.CreateRevisionRequest, _interventions_pb2.CreateRevisionResponse]
+    UploadRevision: _grpc.StreamUnaryMultiCallable[_interventions_pb2.UploadRevisionRequest, _interventions_pb2.UploadRevisionResponse]
+    """A revision that gives each of many cells a vector of its own, in chunks: a header, then the content."""
     GetRevision: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.GetRevisionRequest, _interventions_pb2.GetRevisionResponse]
     ListRevisions: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.ListRevisionsRequest, _interventions_pb2.ListRevisionsResponse]
 
@@ -113,8 +154,16 @@ class PatchServiceAsyncStub(PatchServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreatePatch: _aio.UnaryUnaryMultiCallable[_interventions_pb2.CreatePatchRequest, _interventions_pb2.CreatePatchResponse]  # type: ignore[assignment]
+    GetPatch: _aio.UnaryUnaryMultiCallable[_interventions_pb2.GetPatchRequest, _interventions_pb2.GetPatchResponse]  # type: ignore[assignment]
     ListPatches: _aio.UnaryUnaryMultiCallable[_interventions_pb2.ListPatchesRequest, _interventions_pb2.ListPatchesResponse]  # type: ignore[assignment]
+    UpdatePatch: _aio.UnaryUnaryMultiCallable[_interventions_pb2.UpdatePatchRequest, _interventions_pb2.UpdatePatchResponse]  # type: ignore[assignment]
+    DeletePatch: _aio.UnaryUnaryMultiCallable[_interventions_pb2.DeletePatchRequest, _interventions_pb2.DeletePatchResponse]  # type: ignore[assignment]
+    """Hides a patch and takes no more revisions for it. Releases that have some of them keep them; the name stays
+    taken.
+    """
     CreateRevision: _aio.UnaryUnaryMultiCallable[_interventions_pb2.CreateRevisionRequest, _interventions_pb2.CreateRevisionResponse]  # type: ignore[assignment]
+    UploadRevision: _aio.StreamUnaryMultiCallable[_interventions_pb2.UploadRevisionRequest, _interventions_pb2.UploadRevisionResponse]  # type: ignore[assignment]
+    """A revision that gives each of many cells a vector of its own, in chunks: a header, then the content."""
     GetRevision: _aio.UnaryUnaryMultiCallable[_interventions_pb2.GetRevisionRequest, _interventions_pb2.GetRevisionResponse]  # type: ignore[assignment]
     ListRevisions: _aio.UnaryUnaryMultiCallable[_interventions_pb2.ListRevisionsRequest, _interventions_pb2.ListRevisionsResponse]  # type: ignore[assignment]
 
@@ -129,6 +178,13 @@ class PatchServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_interventions_pb2.CreatePatchResponse, _abc.Awaitable[_interventions_pb2.CreatePatchResponse]]: ...
 
     @_abc_1.abstractmethod
+    def GetPatch(
+        self,
+        request: _interventions_pb2.GetPatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_interventions_pb2.GetPatchResponse, _abc.Awaitable[_interventions_pb2.GetPatchResponse]]: ...
+
+    @_abc_1.abstractmethod
     def ListPatches(
         self,
         request: _interventions_pb2.ListPatchesRequest,
@@ -136,11 +192,36 @@ class PatchServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_interventions_pb2.ListPatchesResponse, _abc.Awaitable[_interventions_pb2.ListPatchesResponse]]: ...
 
     @_abc_1.abstractmethod
+    def UpdatePatch(
+        self,
+        request: _interventions_pb2.UpdatePatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_interventions_pb2.UpdatePatchResponse, _abc.Awaitable[_interventions_pb2.UpdatePatchResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DeletePatch(
+        self,
+        request: _interventions_pb2.DeletePatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_interventions_pb2.DeletePatchResponse, _abc.Awaitable[_interventions_pb2.DeletePatchResponse]]:
+        """Hides a patch and takes no more revisions for it. Releases that have some of them keep them; the name stays
+        taken.
+        """
+
+    @_abc_1.abstractmethod
     def CreateRevision(
         self,
         request: _interventions_pb2.CreateRevisionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_interventions_pb2.CreateRevisionResponse, _abc.Awaitable[_interventions_pb2.CreateRevisionResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def UploadRevision(
+        self,
+        request_iterator: _MaybeAsyncIterator[_interventions_pb2.UploadRevisionRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_interventions_pb2.UploadRevisionResponse, _abc.Awaitable[_interventions_pb2.UploadRevisionResponse]]:
+        """A revision that gives each of many cells a vector of its own, in chunks: a header, then the content."""
 
     @_abc_1.abstractmethod
     def GetRevision(
@@ -166,6 +247,7 @@ class ReleaseServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ReleaseServiceAsyncStub: ...
     CreateRelease: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.CreateReleaseRequest, _interventions_pb2.CreateReleaseResponse]
+    GetRelease: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.GetReleaseRequest, _interventions_pb2.GetReleaseResponse]
     ListReleases: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.ListReleasesRequest, _interventions_pb2.ListReleasesResponse]
     GetChannel: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.GetChannelRequest, _interventions_pb2.GetChannelResponse]
     ListChannels: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.ListChannelsRequest, _interventions_pb2.ListChannelsResponse]
@@ -188,6 +270,7 @@ class ReleaseServiceAsyncStub(ReleaseServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateRelease: _aio.UnaryUnaryMultiCallable[_interventions_pb2.CreateReleaseRequest, _interventions_pb2.CreateReleaseResponse]  # type: ignore[assignment]
+    GetRelease: _aio.UnaryUnaryMultiCallable[_interventions_pb2.GetReleaseRequest, _interventions_pb2.GetReleaseResponse]  # type: ignore[assignment]
     ListReleases: _aio.UnaryUnaryMultiCallable[_interventions_pb2.ListReleasesRequest, _interventions_pb2.ListReleasesResponse]  # type: ignore[assignment]
     GetChannel: _aio.UnaryUnaryMultiCallable[_interventions_pb2.GetChannelRequest, _interventions_pb2.GetChannelResponse]  # type: ignore[assignment]
     ListChannels: _aio.UnaryUnaryMultiCallable[_interventions_pb2.ListChannelsRequest, _interventions_pb2.ListChannelsResponse]  # type: ignore[assignment]
@@ -213,6 +296,13 @@ class ReleaseServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _interventions_pb2.CreateReleaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_interventions_pb2.CreateReleaseResponse, _abc.Awaitable[_interventions_pb2.CreateReleaseResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetRelease(
+        self,
+        request: _interventions_pb2.GetReleaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_interventions_pb2.GetReleaseResponse, _abc.Awaitable[_interventions_pb2.GetReleaseResponse]]: ...
 
     @_abc_1.abstractmethod
     def ListReleases(

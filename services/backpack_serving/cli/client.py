@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,6 +74,15 @@ class Client:
     def __exit__(self, *_: object) -> None:
         for channel in self._channels:
             channel.close()
+
+
+def new_id() -> str:
+    """The id of a request, which makes its repetition harmless."""
+    return str(uuid.uuid4())
+
+
+def when(stamp: Any) -> str:
+    return str(stamp.ToDatetime().strftime("%Y-%m-%d %H:%M:%S"))
 
 
 def tenant_key_file(settings: Settings, tenant: str) -> Path:

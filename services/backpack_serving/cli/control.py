@@ -1,85 +1,33 @@
-"""Commands that call the intervention service: tenants, patches, releases, audit."""
+"""Commands that call the intervention service as a tenant: patches, releases, audit."""
 
 from __future__ import annotations
 
 import json
-import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from backpack_proto.v1 import inference_pb2, interventions_pb2
 from backpack_proto.v1.inference_pb2 import Word
 from google.protobuf import json_format
+from rich.progress import DownloadColumn, Progress
 from rich.table import Table
 from rich.text import Text
 
-from backpack_serving.cli.client import AsTenant, Channel, Key, as_admin, as_caller, out, tenant_key_file
+from backpack_serving import rpc
+from backpack_serving.cli.client import AsTenant, Channel, Client, Key, as_caller, new_id, out, when
 from backpack_serving.cli.patch_file import PatchFile
-from backpack_serving.settings import Settings
+from backpack_serving.errors import NotFound
 
 pb = interventions_pb2
 
-tenant_app = typer.Typer(no_args_is_help=True, help="Tenants and their API keys; needs the admin key.")
 patch_app = typer.Typer(no_args_is_help=True, help="Patches: named, versioned lists of edits to sense vectors.")
 release_app = typer.Typer(no_args_is_help=True, help="Releases, and the channels that point at them.")
 
 Senses = Annotated[str, typer.Option(help="Sense numbers, such as 3 or 8,12-14; all of them if none.")]
 PatchName = Annotated[str, typer.Argument(help="Name of the patch; it is made if it isn't there.")]
 Words = Annotated[list[str], typer.Argument(help="Words whose senses are edited.")]
-
-
-def _id() -> str:
-    return str(uuid.uuid4())
-
-
-def _when(stamp: Any) -> str:
-    return str(stamp.ToDatetime().strftime("%Y-%m-%d %H:%M:%S"))
-
-
-# ---- tenants
-
-
-@tenant_app.command("create")
-def create_tenant(name: Annotated[str, typer.Argument(help="a-z, 0-9 and -")]) -> None:
-    """Make a tenant, with a key that may release and call, kept in the state folder for --as."""
-    with as_admin() as client:
-        client.tenants.CreateTenant(
-            pb.CreateTenantRequest(tenant_id=name, request_id=_id()), metadata=client.metadata
-        )
-        request = pb.CreateApiKeyRequest(
-            parent=f"tenants/{name}", roles=[pb.ROLE_RELEASER, pb.ROLE_CALLER], request_id=_id()
-        )
-        secret = client.tenants.CreateApiKey(request, metadata=client.metadata).secret
-    file = tenant_key_file(Settings(), name)
-    file.touch(mode=0o600)
-    file.write_text(secret + "\n")
-    out.print(f"tenants/{name}; its key is in {file}")
-
-
-@tenant_app.command("list")
-def list_tenants() -> None:
-    """All tenants."""
-    with as_admin() as client:
-        answer = client.tenants.ListTenants(pb.ListTenantsRequest(page_size=1000), metadata=client.metadata)
-    for tenant in answer.tenants:
-        out.print(f"{tenant.name}  [dim]{_when(tenant.create_time)}[/]")
-
-
-@tenant_app.command("key")
-def create_key(
-    name: Annotated[str, typer.Argument(help="Tenant that the key is for.")],
-    role: Annotated[list[str], typer.Option(help="author, releaser or caller; repeatable.")],
-) -> None:
-    """Make a further API key. The secret is printed once and kept nowhere."""
-    with as_admin() as client:
-        try:
-            roles = [pb.Role.Value(f"ROLE_{r.upper()}") for r in role]
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-        request = pb.CreateApiKeyRequest(parent=f"tenants/{name}", roles=roles, request_id=_id())
-        answer = client.tenants.CreateApiKey(request, metadata=client.metadata)
-    out.print(answer.secret)
 
 
 # ---- patches
@@ -92,7 +40,7 @@ def list_patches(tenant: AsTenant = "harbour", key: Key = "") -> None:
         answer = client.patches.ListPatches(pb.ListPatchesRequest(page_size=1000), metadata=client.metadata)
     table = Table("patch", "newest revision", "made", "description", box=None)
     for p in answer.patches:
-        table.add_row(p.name.rpartition("/")[2], str(p.latest_revision), _when(p.create_time), p.description)
+        table.add_row(p.name.rpartition("/")[2], str(p.latest_revision), when(p.create_time), p.description)
     out.print(table)
 
 
@@ -226,24 +174,102 @@ def _revise(
     file: PatchFile = PatchFile(()),
 ) -> None:
     with as_caller(tenant, key) as client:
-        known = client.patches.ListPatches(pb.ListPatchesRequest(page_size=1000), metadata=client.metadata)
-        if not any(p.name.endswith(f"/{patch}") for p in known.patches):
-            client.patches.CreatePatch(
-                pb.CreatePatchRequest(patch_id=patch, description=file.description, request_id=_id()),
-                metadata=client.metadata,
-            )
+        _provide(client, patch, file.description)
         if file.model:
             request = pb.CreateRevisionRequest(parent=f"patches/{patch}", edits=edits, validate_only=True)
             would_be = client.patches.CreateRevision(request, metadata=client.metadata).revision
             file.check(would_be.model_fingerprint)
         request = pb.CreateRevisionRequest(
-            parent=f"patches/{patch}", edits=edits, request_id=_id(), validate_only=dry_run
+            parent=f"patches/{patch}", edits=edits, request_id=new_id(), validate_only=dry_run
         )
         revision = client.patches.CreateRevision(request, metadata=client.metadata).revision
-    number = revision.name.rpartition("/")[2]
+    _show(revision, dry_run)
+
+
+def _provide(client: Client, patch: str, description: str = "") -> None:
+    """Make the patch, unless it is there."""
+    try:
+        with rpc.errors():
+            client.patches.GetPatch(pb.GetPatchRequest(name=f"patches/{patch}"), metadata=client.metadata)
+    except NotFound:
+        request = pb.CreatePatchRequest(patch_id=patch, description=description, request_id=new_id())
+        client.patches.CreatePatch(request, metadata=client.metadata)
+
+
+def _show(revision: pb.Revision, dry_run: bool) -> None:
+    _, _, _, patch, _, number = revision.name.split("/")
     out.print(f"{'would be ' if dry_run else ''}{revision.name}  [dim]{revision.digest[:12]}[/]")
     if not dry_run:
         out.print(f"[dim]put it into a release: backpack release create {patch}:{number}[/]")
+
+
+@patch_app.command("upload")
+def upload(
+    patch: PatchName,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A safetensors file: `tokens` and `senses` [n] of I32 or I64, `vectors` [n, d] of F32 or F16.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
+    replace: Annotated[bool, typer.Option("--set", help="Set the vectors, instead of adding them.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only check.")] = False,
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """Make a revision that gives each of many cells a vector of its own, such as finetuning learns."""
+    header = pb.UploadHeader(
+        parent=f"patches/{patch}",
+        kind=pb.EDIT_KIND_SET if replace else pb.EDIT_KIND_ADD,
+        safetensors=pb.SafetensorsFormat(),
+        size=file.stat().st_size,
+        validate_only=dry_run,
+        request_id=new_id(),
+    )
+    with as_caller(tenant, key) as client:
+        _provide(client, patch)
+        with Progress(*Progress.get_default_columns(), DownloadColumn(), console=out, transient=True) as progress:
+            bar = progress.add_task(file.name, total=header.size)
+            parts = _parts(header, file, lambda size: progress.advance(bar, size))
+            revision = client.patches.UploadRevision(parts, metadata=client.metadata).revision
+    _show(revision, dry_run)
+
+
+def _parts(header: pb.UploadHeader, file: Path, sent: Callable[[int], None]) -> Iterator[pb.UploadRevisionRequest]:
+    yield pb.UploadRevisionRequest(header=header)
+    with file.open("rb") as content:
+        while chunk := content.read(2**20):
+            yield pb.UploadRevisionRequest(chunk=chunk)
+            sent(len(chunk))
+
+
+@patch_app.command("describe")
+def describe(
+    patch: Annotated[str, typer.Argument(help="Name of the patch.")],
+    text: Annotated[str, typer.Argument(help="What it is for.")],
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """Change a patch's description."""
+    with as_caller(tenant, key) as client:
+        request = pb.UpdatePatchRequest(
+            patch=pb.Patch(name=f"patches/{patch}", description=text), request_id=new_id()
+        )
+        out.print(client.patches.UpdatePatch(request, metadata=client.metadata).patch.name)
+
+
+@patch_app.command("delete")
+def delete(
+    patch: Annotated[str, typer.Argument(help="Name of the patch.")],
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """Hide a patch. Releases that have revisions of it keep them; the name stays taken."""
+    with as_caller(tenant, key) as client:
+        request = pb.DeletePatchRequest(name=f"patches/{patch}", request_id=new_id())
+        out.print(f"{client.patches.DeletePatch(request, metadata=client.metadata).patch.name} is deleted")
 
 
 # ---- releases
@@ -262,7 +288,7 @@ def list_releases(tenant: AsTenant = "harbour", key: Key = "") -> None:
         table.add_row(
             str(release.number),
             release.digest[:12],
-            _when(release.create_time),
+            when(release.create_time),
             " ".join(parts) or "–",
             Text(release.notes),
             "[green]" + " ".join(here) + "[/]",
@@ -287,7 +313,7 @@ def create_release(
             raise typer.BadParameter(f"{revision!r}; write PATCH:NUMBER, such as debias:3")
         names.append(f"patches/{patch}/revisions/{number}")
     with as_caller(tenant, key) as client:
-        request = pb.CreateReleaseRequest(revisions=names, notes=notes, request_id=_id())
+        request = pb.CreateReleaseRequest(revisions=names, notes=notes, request_id=new_id())
         release = client.releases.CreateRelease(request, metadata=client.metadata).release
     out.print(f"{release.name}  [dim]{release.digest}[/]")
     if activate:
@@ -307,7 +333,7 @@ def activate_release(
     with as_caller(tenant, key) as client:
         channels = client.releases.ListChannels(pb.ListChannelsRequest(), metadata=client.metadata).channels
         etag = next((c.etag for c in channels if c.name.endswith(f"/{channel}")), "")
-        request = pb.ActivateRequest(channel=f"channels/{channel}", release=number, etag=etag, request_id=_id())
+        request = pb.ActivateRequest(channel=f"channels/{channel}", release=number, etag=etag, request_id=new_id())
         _told(client.releases.Activate(request, metadata=client.metadata).channel)
 
 
@@ -317,7 +343,7 @@ def rollback(channel: Channel = "live", tenant: AsTenant = "harbour", key: Key =
     with as_caller(tenant, key) as client:
         name = f"channels/{channel}"
         now = client.releases.GetChannel(pb.GetChannelRequest(name=name), metadata=client.metadata).channel
-        request = pb.RollbackRequest(channel=name, etag=now.etag, request_id=_id())
+        request = pb.RollbackRequest(channel=name, etag=now.etag, request_id=new_id())
         _told(client.releases.Rollback(request, metadata=client.metadata).channel)
 
 
@@ -342,7 +368,7 @@ def audit(
         chain = client.audit.VerifyChain(pb.VerifyChainRequest(), metadata=client.metadata)
     table = Table("at", "time", "who", "did", "to", box=None)
     for e in entries:
-        table.add_row(str(e.revision), _when(e.time), e.principal, e.method, e.resource)
+        table.add_row(str(e.revision), when(e.time), e.principal, e.method, e.resource)
     out.print(table)
     state = "intact" if chain.intact else f"[red]broken at {chain.first_broken}[/]"
     out.print(f"[dim]chain of {chain.entries} entries:[/] {state}")

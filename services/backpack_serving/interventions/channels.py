@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
-from backpack_serving.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed
+from backpack_serving.errors import Conflict, InvalidRequest, PreconditionFailed
 from backpack_serving.interventions import find
 from backpack_serving.interventions.ledger import Request, Written
 from backpack_serving.interventions.records import Channel, Position, Record, Release
@@ -155,9 +155,7 @@ class ChannelRules(Rules):
         return self._ledger.write(who, method, request, act)
 
     def _release(self, tx: Write, tenant: str, number: int) -> Release:
-        wanted = tx.get(Release, tenant, number)
-        if wanted is None:
-            raise NotFound("NO_SUCH_RELEASE", f"tenants/{tenant}/releases/{number} doesn't exist")
+        wanted = find.release(tx, tenant, number)
         for part in wanted.parts:
             self._check_model(find.revision(tx, tenant, *part))
         return wanted

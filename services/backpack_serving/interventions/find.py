@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backpack_serving.errors import DataLoss, NotFound
-from backpack_serving.interventions.records import Blob, Channel, Patch, Revision, Tenant
+from backpack_serving.interventions.records import Blob, Channel, Key, Patch, Release, Revision, Tenant
 from backpack_serving.interventions.store import Read
 
 
@@ -13,9 +13,19 @@ def tenant(tx: Read, tenant: str) -> Tenant:
     raise NotFound("NO_SUCH_TENANT", f"tenants/{tenant} doesn't exist", tenant=tenant)
 
 
-def patch(tx: Read, tenant: str, name: str) -> Patch:
-    if found := tx.get(Patch, tenant, name):
+def key(tx: Read, tenant: str, name: str) -> Key:
+    if found := tx.get(Key, tenant, name):
         return found
+    raise NotFound("NO_SUCH_KEY", f"tenants/{tenant}/keys/{name} doesn't exist")
+
+
+def patch(tx: Read, tenant: str, name: str) -> Patch:
+    """One that isn't deleted."""
+    found = tx.get(Patch, tenant, name)
+    if found and not found.deleted:
+        return found
+    if found:
+        raise NotFound("PATCH_DELETED", f"{found.name} is deleted; its name is never used again: take another one")
     raise NotFound("NO_SUCH_PATCH", f"tenants/{tenant}/patches/{name} doesn't exist; create the patch first")
 
 
@@ -32,6 +42,12 @@ def blob(tx: Read, record: Revision) -> Blob:
         what = "are gone" if found is None else "have changed"
         raise DataLoss("WRONG_DIGEST", f"the bytes of {record.name} {what}: restore the database from a backup")
     return found
+
+
+def release(tx: Read, tenant: str, number: int) -> Release:
+    if found := tx.get(Release, tenant, number):
+        return found
+    raise NotFound("NO_SUCH_RELEASE", f"tenants/{tenant}/releases/{number} doesn't exist")
 
 
 def channel(tx: Read, tenant: str, name: str) -> Channel:

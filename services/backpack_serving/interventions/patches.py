@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 
-from backpack_lm import patch
+from backpack_lm.patch import Edit, PatchError
+from backpack_lm.patch import Revision as Content
 
 from backpack_serving.errors import AlreadyExists, from_patch_error
 from backpack_serving.interventions import find
@@ -33,14 +35,48 @@ class PatchRules(Rules):
 
         return self._ledger.write(who, "CreatePatch", request, act)
 
-    def patches(self, who: Principal, after: str | None, limit: int) -> list[tuple[Patch, int]]:
-        """Patches with the number of each one's newest revision."""
+    def patch(self, who: Principal, name: str) -> tuple[Patch, int]:
+        """A patch with the number of its newest revision."""
         who.require(Role.AUTHOR)
         with self._read(who) as tx:
-            found = tx.list(Patch, who.tenant, after=after, limit=limit)
-            return [(record, find.latest(tx, record)) for record in found]
+            record = find.patch(tx, who.tenant, name)
+            return record, find.latest(tx, record)
 
-    def draft_revision(self, who: Principal, name: str, edits: Sequence[patch.Edit]) -> Revision:
+    def patches(
+        self, who: Principal, after: str | None, limit: int, deleted: bool = False
+    ) -> list[tuple[Patch, int]]:
+        """Patches with the number of each one's newest revision; deleted ones, too, if asked for."""
+        who.require(Role.AUTHOR)
+        found: list[Patch] = []
+        with self._read(who) as tx:
+            while len(found) < limit and (page := tx.list(Patch, who.tenant, after=after, limit=limit)):
+                after = page[-1].patch
+                found += [record for record in page if deleted or not record.deleted]
+            return [(record, find.latest(tx, record)) for record in found[:limit]]
+
+    def describe_patch(self, who: Principal, name: str, description: str, request: Request) -> Written[Patch]:
+        who.require(Role.AUTHOR)
+        check_text("patch.description", description)
+
+        def act(tx: Write, now: datetime) -> tuple[Patch, list[Record]]:
+            made = replace(find.patch(tx, who.tenant, name), description=description)
+            tx.replace(made)
+            return made, []
+
+        return self._ledger.write(who, "UpdatePatch", request, act)
+
+    def delete_patch(self, who: Principal, name: str, request: Request) -> Written[Patch]:
+        """Hide a patch, and take no more revisions for it. Releases keep the revisions they have."""
+        who.require(Role.AUTHOR)
+
+        def act(tx: Write, now: datetime) -> tuple[Patch, list[Record]]:
+            made = replace(find.patch(tx, who.tenant, name), deleted=True)
+            tx.replace(made)
+            return made, []
+
+        return self._ledger.write(who, "DeletePatch", request, act)
+
+    def draft_revision(self, who: Principal, name: str, edits: Sequence[Edit]) -> Revision:
         """What `create_revision` would store, after all its checks. Stores nothing."""
         who.require(Role.AUTHOR)
         blob = self._blob(who, edits)
@@ -48,7 +84,7 @@ class PatchRules(Rules):
             return self._revision(tx, name, blob, self._now())
 
     def create_revision(
-        self, who: Principal, name: str, edits: Sequence[patch.Edit], request: Request
+        self, who: Principal, name: str, edits: Sequence[Edit], request: Request
     ) -> Written[Revision]:
         who.require(Role.AUTHOR)
         blob = self._blob(who, edits)
@@ -62,12 +98,12 @@ class PatchRules(Rules):
 
         return self._ledger.write(who, "CreateRevision", request, act)
 
-    def revision(self, who: Principal, name: str, number: int) -> tuple[Revision, Sequence[patch.Edit]]:
+    def revision(self, who: Principal, name: str, number: int) -> tuple[Revision, Sequence[Edit]]:
         """A revision and its edits, read from bytes that have its digest still."""
         who.require(Role.AUTHOR)
         with self._read(who) as tx:
             record = find.revision(tx, who.tenant, name, number)
-            return record, patch.Revision.from_bytes(find.blob(tx, record).data).edits
+            return record, Content.from_bytes(find.blob(tx, record).data).edits
 
     def revisions(self, who: Principal, name: str, after: int | None, limit: int) -> list[Revision]:
         who.require(Role.AUTHOR)
@@ -75,11 +111,11 @@ class PatchRules(Rules):
             find.patch(tx, who.tenant, name)
             return tx.list(Revision, who.tenant, name, after=after, limit=limit)
 
-    def _blob(self, who: Principal, edits: Sequence[patch.Edit]) -> Blob:
-        made = patch.Revision(self.shape.fingerprint, tuple(edits))
+    def _blob(self, who: Principal, edits: Sequence[Edit]) -> Blob:
+        made = Content(self.shape.fingerprint, tuple(edits))
         try:
             made.validate(self.shape, self.limits)
-        except patch.PatchError as error:
+        except PatchError as error:
             raise from_patch_error(error) from None
         return Blob(who.tenant, made.digest, made.to_bytes())
 

@@ -40,6 +40,8 @@ class Interventions(TenantRules, PatchRules, ChannelRules):
             )
 
         def act(tx: Write, now: datetime) -> tuple[Release, list[Record]]:
+            for name, _ in parts:
+                find.patch(tx, who.tenant, name)
             found = [find.revision(tx, who.tenant, name, number) for name, number in parts]
             for record in found:
                 self._check_model(record)
@@ -51,6 +53,11 @@ class Interventions(TenantRules, PatchRules, ChannelRules):
             return made, [made]
 
         return self._ledger.write(who, "CreateRelease", request, act)
+
+    def release(self, who: Principal, number: int) -> Release:
+        who.require(Role.AUTHOR)
+        with self._read(who) as tx:
+            return find.release(tx, who.tenant, number)
 
     def releases(self, who: Principal, after: int | None, limit: int) -> list[Release]:
         """Newest first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import interventions_pb2 as pb
@@ -18,6 +18,7 @@ from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.sync_servicer import FleetServicer, SyncServicer
 from backpack_serving.wire import control as wire
 from backpack_serving.wire.patches import read_edits
+from backpack_serving.wire.uploads import Upload
 
 
 class TenantServicer(Caller, grpc_v1.TenantServiceServicer):
@@ -51,16 +52,49 @@ class TenantServicer(Caller, grpc_v1.TenantServiceServicer):
 
     async def ListApiKeys(self, request: pb.ListApiKeysRequest, context: rpc.Context) -> pb.ListApiKeysResponse:
         who = await self.who(context)
-        found = await asyncio.to_thread(self.service.keys, who, wire.parse_tenant("parent", request.parent))
-        return pb.ListApiKeysResponse(keys=map(wire.write_key, found))
+        tenant = wire.parse_tenant("parent", request.parent)
+        after, limit = wire.read_page(request.page_size, request.page_token, str)
+        found = await asyncio.to_thread(self.service.keys, who, tenant, after, limit)
+        return pb.ListApiKeysResponse(
+            keys=map(wire.write_key, found),
+            next_page_token=wire.page_token(found, limit, found[-1].key if found else None),
+        )
 
     async def RevokeApiKey(self, request: pb.RevokeApiKeyRequest, context: rpc.Context) -> pb.RevokeApiKeyResponse:
         who = await self.who(context)
-        parent, _, key = request.name.rpartition("/keys/")
-        tenant = wire.parse_tenant("name", parent)
+        tenant, key = wire.parse_key("name", request.name)
         again = wire.identify(request, request.request_id)
         written = await asyncio.to_thread(self.service.revoke_key, who, tenant, key, again)
         return pb.RevokeApiKeyResponse(position=wire.write_position(written.position))
+
+    async def RotateApiKey(self, request: pb.RotateApiKeyRequest, context: rpc.Context) -> pb.RotateApiKeyResponse:
+        who = await self.who(context)
+        tenant, old = wire.parse_key("name", request.name)
+        again = wire.identify(request, request.request_id)
+        written, key = await asyncio.to_thread(self.service.rotate_key, who, tenant, old, again)
+        return pb.RotateApiKeyResponse(
+            key=wire.write_key(written.record),
+            secret=str(key) if key else "",
+            position=wire.write_position(written.position),
+        )
+
+    async def SuspendTenants(
+        self, request: pb.SuspendTenantsRequest, context: rpc.Context
+    ) -> pb.SuspendTenantsResponse:
+        who = await self.who(context)
+        names = [wire.parse_tenant(f"names[{at}]", name) for at, name in enumerate(request.names)]
+        again = wire.identify(request, request.request_id)
+        written = await asyncio.to_thread(self.service.suspend, who, names, request.force, again)
+        return pb.SuspendTenantsResponse(position=wire.write_position(written.position))
+
+    async def ResumeTenants(
+        self, request: pb.ResumeTenantsRequest, context: rpc.Context
+    ) -> pb.ResumeTenantsResponse:
+        who = await self.who(context)
+        names = [wire.parse_tenant(f"names[{at}]", name) for at, name in enumerate(request.names)]
+        again = wire.identify(request, request.request_id)
+        written = await asyncio.to_thread(self.service.resume, who, names, again)
+        return pb.ResumeTenantsResponse(position=wire.write_position(written.position))
 
 
 class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
@@ -74,10 +108,35 @@ class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
             patch=wire.write_patch(written.record, 0), position=wire.write_position(written.position)
         )
 
+    async def GetPatch(self, request: pb.GetPatchRequest, context: rpc.Context) -> pb.GetPatchResponse:
+        who = await self.who(context)
+        (name,) = wire.parse_name("name", request.name, "patches/{}", who)
+        return pb.GetPatchResponse(patch=wire.write_patch(*await asyncio.to_thread(self.service.patch, who, name)))
+
+    async def UpdatePatch(self, request: pb.UpdatePatchRequest, context: rpc.Context) -> pb.UpdatePatchResponse:
+        who = await self.who(context)
+        (name,) = wire.parse_name("patch.name", request.patch.name, "patches/{}", who)
+        wire.check_mask("update_mask", request.update_mask, ["description"])
+        again = wire.identify(request, request.request_id)
+        written = await asyncio.to_thread(self.service.describe_patch, who, name, request.patch.description, again)
+        _, latest = await asyncio.to_thread(self.service.patch, who, name)
+        return pb.UpdatePatchResponse(
+            patch=wire.write_patch(written.record, latest), position=wire.write_position(written.position)
+        )
+
+    async def DeletePatch(self, request: pb.DeletePatchRequest, context: rpc.Context) -> pb.DeletePatchResponse:
+        who = await self.who(context)
+        (name,) = wire.parse_name("name", request.name, "patches/{}", who)
+        again = wire.identify(request, request.request_id)
+        written = await asyncio.to_thread(self.service.delete_patch, who, name, again)
+        return pb.DeletePatchResponse(
+            patch=wire.write_patch(written.record, 0), position=wire.write_position(written.position)
+        )
+
     async def ListPatches(self, request: pb.ListPatchesRequest, context: rpc.Context) -> pb.ListPatchesResponse:
         who = await self.who(context)
         after, limit = wire.read_page(request.page_size, request.page_token, str)
-        found = await asyncio.to_thread(self.service.patches, who, after, limit)
+        found = await asyncio.to_thread(self.service.patches, who, after, limit, request.show_deleted)
         return pb.ListPatchesResponse(
             patches=[wire.write_patch(record, latest) for record, latest in found],
             next_page_token=wire.page_token(found, limit, found[-1][0].patch if found else None),
@@ -99,12 +158,40 @@ class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
             position=wire.write_position(written.position),
         )
 
+    async def UploadRevision(
+        self, requests: AsyncIterator[pb.UploadRevisionRequest], context: rpc.Context
+    ) -> pb.UploadRevisionResponse:
+        who = await self.who(context)
+        upload = Upload(self.service.shape, self.service.limits)
+        messages = aiter(requests)
+        upload.begin(await anext(messages, pb.UploadRevisionRequest()))
+        (patch,) = wire.parse_name("header.parent", upload.header.parent, "patches/{}", who)
+        await asyncio.to_thread(self.service.patch, who, patch)  # is it there, and the caller's to revise?
+        async for message in messages:
+            upload.take(message)
+        edits = await asyncio.to_thread(upload.edits)
+        if upload.header.validate_only:
+            draft = await asyncio.to_thread(self.service.draft_revision, who, patch, edits)
+            return pb.UploadRevisionResponse(revision=wire.write_revision(draft))
+        again = await asyncio.to_thread(upload.request)
+        written = await asyncio.to_thread(self.service.create_revision, who, patch, edits, again)
+        return pb.UploadRevisionResponse(
+            revision=wire.write_revision(written.record), position=wire.write_position(written.position)
+        )
+
     async def GetRevision(self, request: pb.GetRevisionRequest, context: rpc.Context) -> pb.GetRevisionResponse:
         who = await self.who(context)
         patch, text = wire.parse_name("name", request.name, "patches/{}/revisions/{}", who)
         number = wire.parse_number("name", text)
+        wire.check_mask("read_mask", request.read_mask, pb.Revision.DESCRIPTOR.fields_by_name)
         found, edits = await asyncio.to_thread(self.service.revision, who, patch, number)
-        return pb.GetRevisionResponse(revision=wire.write_revision(found, edits, self.tokenizer))
+        wanted = set(request.read_mask.paths) or {"edits"}
+        spelled = wire.write_revision(found, edits, self.tokenizer if "edits" in wanted else None)
+        answer = pb.GetRevisionResponse(revision=spelled)
+        if request.read_mask.paths:
+            answer = pb.GetRevisionResponse()
+            request.read_mask.MergeMessage(spelled, answer.revision)
+        return answer
 
     async def ListRevisions(
         self, request: pb.ListRevisionsRequest, context: rpc.Context
@@ -134,6 +221,12 @@ class ReleaseServicer(ChannelMethods, grpc_v1.ReleaseServiceServicer):
         return pb.CreateReleaseResponse(
             release=wire.write_release(written.record), position=wire.write_position(written.position)
         )
+
+    async def GetRelease(self, request: pb.GetReleaseRequest, context: rpc.Context) -> pb.GetReleaseResponse:
+        who = await self.who(context)
+        (text,) = wire.parse_name("name", request.name, "releases/{}", who)
+        found = await asyncio.to_thread(self.service.release, who, wire.parse_number("name", text))
+        return pb.GetReleaseResponse(release=wire.write_release(found))
 
     async def ListReleases(self, request: pb.ListReleasesRequest, context: rpc.Context) -> pb.ListReleasesResponse:
         who = await self.who(context)

@@ -8,7 +8,7 @@ from datetime import datetime
 
 from backpack_lm import patch
 
-from backpack_serving.errors import AlreadyExists, InvalidRequest, NotFound
+from backpack_serving.errors import AlreadyExists, InvalidRequest, PreconditionFailed, Unauthenticated
 from backpack_serving.interventions import find
 from backpack_serving.interventions.ledger import Request, Written
 from backpack_serving.interventions.records import Channel, Key, Record, Release, Tenant
@@ -16,19 +16,28 @@ from backpack_serving.interventions.rules import LIVE, Rules, check_id
 from backpack_serving.interventions.store import Write
 from backpack_serving.keys import SYSTEM, ApiKey, Principal, Role, Verifier
 
+TOO_FEW_TO_ASK = 10
+"""So many tenants may be suspended at once without force, however few there are."""
+
 
 class TenantRules(Rules):
     """Who there is, and which keys open what. For admins."""
 
     def authenticate(self, presented: str) -> Principal | None:
-        """Who presents this key; None if nobody does, or does any more. Raises Unauthenticated if malformed."""
+        """Who presents this key; None if nobody does, or does any more.
+
+        Raises Unauthenticated if it is malformed, or its tenant suspended.
+        """
         key = ApiKey.parse(presented)
         with self._store.read() as tx:
             record = tx.find(Key, key=key.id)
+            owner = tx.get(Tenant, record.tenant) if record else None
         if record is None or record.revoked:
             return None
         if not Verifier(record.salt, record.verifier).accepts(key.secret):
             return None
+        if owner is not None and owner.suspended:
+            raise Unauthenticated("TENANT_SUSPENDED", f"{owner.name} is suspended; ask who operates this service")
         return Principal(record.tenant, record.key, frozenset(map(Role, record.roles.split())))
 
     def bootstrap(self, make: ApiKey, roles: Iterable[Role]) -> None:
@@ -93,24 +102,90 @@ class TenantRules(Rules):
         written = self._ledger.write(who, "CreateApiKey", request, act)
         return written, None if written.repeated else minted
 
-    def keys(self, who: Principal, tenant: str) -> list[Key]:
+    def rotate_key(
+        self, who: Principal, tenant: str, key: str, request: Request
+    ) -> tuple[Written[Key], ApiKey | None]:
+        """A new key in the place of another, which is revoked; its secret unless the request is a repetition."""
+        who.require(Role.ADMIN)
+        minted = ApiKey.mint()
+
+        def act(tx: Write, now: datetime) -> tuple[Key, list[Record]]:
+            old = find.key(tx, tenant, key)
+            if old.revoked:
+                raise PreconditionFailed("KEY_REVOKED", f"{old.name} is revoked; create a key instead")
+            made = _key(tenant, minted, map(Role, old.roles.split()), now)
+            revoked = replace(old, revoked=True)
+            tx.add(made)
+            tx.replace(revoked)
+            return made, [made, revoked]
+
+        written = self._ledger.write(who, "RotateApiKey", request, act)
+        return written, None if written.repeated else minted
+
+    def keys(self, who: Principal, tenant: str, after: str | None, limit: int) -> list[Key]:
         who.require(Role.ADMIN)
         with self._store.read() as tx:
             find.tenant(tx, tenant)
-            return tx.list(Key, tenant)
+            return tx.list(Key, tenant, after=after, limit=limit)
 
     def revoke_key(self, who: Principal, tenant: str, key: str, request: Request) -> Written[Key]:
         who.require(Role.ADMIN)
 
         def act(tx: Write, now: datetime) -> tuple[Key, list[Record]]:
-            record = tx.get(Key, tenant, key)
-            if record is None:
-                raise NotFound("NO_SUCH_KEY", f"tenants/{tenant}/keys/{key} doesn't exist")
-            revoked = replace(record, revoked=True)
+            revoked = replace(find.key(tx, tenant, key), revoked=True)
             tx.replace(revoked)
             return revoked, [revoked]
 
         return self._ledger.write(who, "RevokeApiKey", request, act)
+
+    def suspend(self, who: Principal, names: Sequence[str], force: bool, request: Request) -> Written[Tenant]:
+        """Refuse all keys of these tenants, from now on.
+
+        Raises PreconditionFailed for more than the larger of TOO_FEW_TO_ASK and a tenth of the active tenants at
+        once, unless it is forced: that is more often a mistake than a wish.
+        """
+        who.require(Role.ADMIN)
+        if SYSTEM in names:
+            raise InvalidRequest.at("names", "OPERATORS", f"tenants/{SYSTEM} operates the service; revoke a key")
+
+        def act(tx: Write, now: datetime) -> tuple[Tenant, list[Record]]:
+            ends = [found for found in _named(tx, names) if not found.suspended]
+            active = sum(not each.suspended and each.tenant != SYSTEM for each in tx.list(Tenant))
+            bound = max(TOO_FEW_TO_ASK, active // 10)
+            if len(ends) > bound and not force:
+                raise PreconditionFailed(
+                    "NEEDS_FORCE",
+                    f"this would end the service of {len(ends)} of {active} active tenants; more than {bound} at "
+                    "once need `force`",
+                    tenants=len(ends),
+                    active=active,
+                    bound=bound,
+                )
+            return _replaced(tx, [replace(each, suspended=True) for each in ends])
+
+        return self._ledger.write(who, "SuspendTenants", request, act)
+
+    def resume(self, who: Principal, names: Sequence[str], request: Request) -> Written[Tenant]:
+        """Let the keys of these tenants be good again."""
+        who.require(Role.ADMIN)
+
+        def act(tx: Write, now: datetime) -> tuple[Tenant, list[Record]]:
+            return _replaced(tx, [replace(t, suspended=False) for t in _named(tx, names) if t.suspended])
+
+        return self._ledger.write(who, "ResumeTenants", request, act)
+
+
+def _named(tx: Write, names: Sequence[str]) -> list[Tenant]:
+    if not names:
+        raise InvalidRequest.at("names", "EMPTY", "name at least one tenant")
+    return [find.tenant(tx, name) for name in dict.fromkeys(names)]
+
+
+def _replaced(tx: Write, tenants: list[Tenant]) -> tuple[Tenant, list[Record]]:
+    """Many records changed by one write, which is told as one about the operators."""
+    for tenant in tenants:
+        tx.replace(tenant)
+    return find.tenant(tx, SYSTEM), [*tenants]
 
 
 def _key(tenant: str, key: ApiKey, roles: Iterable[Role], now: datetime) -> Key:

@@ -25,9 +25,12 @@ SERVICE_CONFIG = json.dumps(
                     {"service": f"backpack.v1.{service}", "method": method}
                     for service, method in (
                         ("TenantService", "ListTenants"),
+                        ("TenantService", "ListApiKeys"),
+                        ("PatchService", "GetPatch"),
                         ("PatchService", "ListPatches"),
                         ("PatchService", "GetRevision"),
                         ("PatchService", "ListRevisions"),
+                        ("ReleaseService", "GetRelease"),
                         ("ReleaseService", "ListReleases"),
                         ("ReleaseService", "GetChannel"),
                         ("SyncService", "FetchRelease"),

@@ -7,7 +7,7 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from backpack_lm import patch
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2
 from backpack_proto.v1 import interventions_pb2 as pb
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -55,8 +56,8 @@ def parse_name(field: str, name: str, pattern: str, who: Principal) -> tuple[str
 
     Raises InvalidRequest for another form, NotFound for another tenant's: whether it exists is not told.
     """
-    form = re.escape(pattern).replace(r"\{\}", "([^/]+)")
-    match = re.fullmatch(f"(?:tenants/([^/]+)/)?{form}", name)
+    form = re.escape(pattern).replace(r"\{\}", r"([^/\0]+)")  # NUL is in no name, and in no database
+    match = re.fullmatch(rf"(?:tenants/([^/\0]+)/)?{form}", name)
     if not match:
         shape = pattern.replace("{}", "…")
         raise InvalidRequest.at(field, "BAD_NAME", f"{name!r}; write {shape}, or tenants/{who.tenant}/{shape}")
@@ -68,12 +69,26 @@ def parse_name(field: str, name: str, pattern: str, who: Principal) -> tuple[str
 
 def parse_number(field: str, text: str) -> int:
     if not re.fullmatch("[0-9]{1,18}", text):
-        raise InvalidRequest.at(field, "BAD_NAME", f"{text!r} is not the number of a revision")
+        raise InvalidRequest.at(field, "BAD_NAME", f"{text!r} is no number")
     return int(text)
 
 
+def parse_key(field: str, name: str) -> tuple[str, str]:
+    """(tenant, key) of a key's name. Operators name keys of every tenant."""
+    match = re.fullmatch("tenants/([^/\\0]+)/keys/([^/\\0]+)", name)
+    if not match:
+        raise InvalidRequest.at(field, "BAD_NAME", f"{name!r}; write tenants/…/keys/…")
+    return match[1], match[2]
+
+
+def check_mask(field: str, mask: FieldMask, allowed: Iterable[str]) -> None:
+    """Raise InvalidRequest unless every path of a field mask is one of these."""
+    if wrong := [path for path in mask.paths if path not in allowed]:
+        raise InvalidRequest.at(field, "UNKNOWN_FIELD", f"{wrong[0]!r}; it may name {', '.join(sorted(allowed))}")
+
+
 def parse_tenant(field: str, name: str) -> str:
-    match = re.fullmatch("tenants/([^/]+)", name)
+    match = re.fullmatch(r"tenants/([^/\0]+)", name)
     if not match:
         raise InvalidRequest.at(field, "BAD_NAME", f"{name!r}; write tenants/…")
     return match[1]
@@ -101,9 +116,16 @@ def read_page(size: int, token: str, kind: type[T]) -> tuple[T | None, int]:
         after = json.loads(base64.urlsafe_b64decode(token))
     except (binascii.Error, ValueError):
         after = None
-    if not isinstance(after, kind):
+    if not isinstance(after, kind) or not _storable(after):
         raise InvalidRequest.at("page_token", "BAD_PAGE_TOKEN", f"{token!r} is not from a page of this list")
     return after, limit
+
+
+def _storable(value: object) -> bool:
+    """Whether a database can compare with it: tokens come from outside."""
+    if isinstance(value, str):
+        return "\0" not in value
+    return type(value) is int and 0 <= value < 2**63
 
 
 def page_token(found: Sequence[Any], limit: int, after: Any) -> str:
@@ -125,7 +147,7 @@ def write_position(position: Position) -> inference_pb2.Position:
 
 
 def write_tenant(record: Tenant) -> pb.Tenant:
-    return pb.Tenant(name=record.name, create_time=write_time(record.created))
+    return pb.Tenant(name=record.name, create_time=write_time(record.created), suspended=record.suspended)
 
 
 def write_key(record: Key) -> pb.ApiKey:
@@ -143,6 +165,7 @@ def write_patch(record: Patch, latest: int) -> pb.Patch:
         description=record.description,
         create_time=write_time(record.created),
         latest_revision=latest,
+        deleted=record.deleted,
     )
 
 
