@@ -47,6 +47,8 @@ class Caches:
     sense_keys  [S, k, T/16, d/k, 16]     of the sense weights
     ids         [S, T] int32       tokens
     rows        [S, T, k] int32    row of `table` for each sense of each position
+    previous    [S, T] int32       where the same token stood last before, −1 if nowhere
+    following   [S, T] int32       where it stands next, 0 if nowhere: a repeated token is mixed in once
     satisfied   [S, T, k] float32  a = Σ_i relu(E[x_i]·C(x_j)_l), where a topic is annealed
     table       [V·k + R, d]       sense vectors; R rows of releases behind the model's own
     embedding   [V, d]             E
@@ -59,6 +61,8 @@ class Caches:
     sense_keys: Tensor
     ids: Tensor
     rows: Tensor
+    previous: Tensor
+    following: Tensor
     satisfied: Tensor
     table: Tensor
     embedding: Tensor
@@ -79,6 +83,8 @@ class Caches:
             zeros(S, k, T // LANES, dk, LANES),
             zeros(S, T, dtype=torch.int32),
             zeros(S, T, k, dtype=torch.int32),
+            zeros(S, T, dtype=torch.int32) - 1,
+            zeros(S, T, dtype=torch.int32),
             zeros(S, T, k, dtype=torch.float32),
             table,
             embedding.to(table),

@@ -28,7 +28,10 @@ TOPIC = np.dtype([("levels", "u8"), ("multipliers", "f4", 4), ("scale", "f4"), (
 
 class _Mix(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("table", "embedding", "rows", "ids", "satisfied", "topics")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("table", "embedding", "rows", "ids", "previous", "following", "satisfied", "topics")
+        ),
         *((name, ctypes.c_int) for name in ("senses", "width", "context")),
     )
 
@@ -127,7 +130,7 @@ class NativeKernels:
 
     def _state(self, topics: np.ndarray) -> _Mix:
         c = self.caches
-        pointers = (_at(t) for t in (c.table, c.embedding, c.rows, c.ids, c.satisfied))
+        pointers = (_at(t) for t in (c.table, c.embedding, c.rows, c.ids, c.previous, c.following, c.satisfied))
         senses, width, context = c.rows.shape[2], c.table.shape[1], c.rows.shape[1]
         return _Mix(*pointers, topics.ctypes.data_as(ctypes.c_void_p), senses, width, context)
 

@@ -67,6 +67,7 @@ class Runner:
         self._sense_weights = self.kernels.linear(weights.weight, weights.bias)
         self._head = self.kernels.head(model.embedding[: config.tokens])  # padding is never sampled
         self._occupants: list[_Occupant | None] = [None] * slots
+        self._last: list[dict[int, int]] = [{} for _ in range(slots)]  # where each token of a slot stood last
         self._senses = torch.arange(config.num_senses, dtype=torch.int32, device=table.device)
 
     def load(self, overlay: Overlay, first_row: int) -> None:
@@ -78,6 +79,7 @@ class Runner:
         """Give a slot to a sequence steered by an overlay whose rows are loaded at `first_row`."""
         edited = frozenset(overlay.tokens.tolist())
         self._occupants[slot] = _Occupant(overlay, self.base_rows + first_row, edited)
+        self._last[slot] = {}
 
     @torch.inference_mode()
     def reuse(self, donor: int, slot: int, tokens: Many[int]) -> None:
@@ -163,7 +165,22 @@ class Runner:
                         rows[n] = torch.where(index >= 0, occupant.first_row + index, rows[n])
         self.caches.rows[slots, positions] = rows
         self.caches.ids[slots, positions] = tokens.int()
+        self.caches.previous[slots, positions] = previous = self._repeats(runs, ids).to(slots.device)
+        self.caches.following[slots, positions] = 0
+        again = previous >= 0
+        self.caches.following[slots[again], previous[again]] = positions[again].int()
         return tokens, slots, positions
+
+    def _repeats(self, runs: Many[Run], ids: Many[int]) -> Tensor:
+        """Where in its slot each new token stood last before, −1 if nowhere: [N] int32."""
+        previous = []
+        for run in runs:
+            last = self._last[run.slot]
+            for n in range(run.count):
+                token, position = ids[run.token + n], run.position + n
+                previous.append(last.get(token, -1))
+                last[token] = position
+        return torch.tensor(previous, dtype=torch.int32)
 
     def _prediction(self, slot: int, length: int, fresh: bool) -> Prediction:
         return Prediction(slot, length, fresh, self._occupant(slot).overlay.topics)

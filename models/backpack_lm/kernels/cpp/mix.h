@@ -26,7 +26,8 @@ struct Mix {
     const Value* table;  // [V·k + overlay rows, d]
     const Value* embedding;  // [V, d]
     const int32_t *rows, *ids;  // [S, T, k], [S, T]
-    float* satisfied;  // a = Σ_i relu(E[x_i]·C(x_j)_l), [S, T, k]
+    const int32_t *previous, *following;  // where the same token stands before (−1: nowhere) and next (0), [S, T]
+    float* satisfied;  // a = Σ_i relu(E[x_i]·C(x_j)_l), [S, T, k]; kept where a token stands first
     const Topic* topics;
     int senses, width, context;
 
@@ -34,6 +35,8 @@ struct Mix {
         return table + size_t(rows[(size_t(slot) * context + t) * senses + sense]) * width;
     }
     const Value* token(int slot, int t) const { return embedding + size_t(ids[size_t(slot) * context + t]) * width; }
+    bool first(int slot, int t) const { return previous[size_t(slot) * context + t] < 0; }
+    int next(int slot, int t) const { return following[size_t(slot) * context + t]; }
     float* sums(int slot, int t) const { return satisfied + (size_t(slot) * context + t) * senses; }
 
     float target(const Topic& topic, int slot, int t, int sense) const {
@@ -61,12 +64,13 @@ struct Mix {
         if (open(r, t, sense)) satisfy(r, t, sense, 0, to);
     }
 
-    // weights[l] times the product of the topics' multipliers, b·δ + (1 − b), b = sigmoid(6 − f·a)·(1 + j/100).
-    void steer(const Row& r, int t, float* weights) const {
-        const float* sum = sums(r.slot, t);
+    // weights[l] of position t times its topics' multipliers, b·δ + (1 − b), b = sigmoid(6 − f·a)·(1 + t/100), where a
+    // is kept at `first`.
+    void steer(const Row& r, int first, int t, float* weights) const {
+        const float* sum = sums(r.slot, first);
         for (int n = r.first_topic; n < r.first_topic + r.topics; n++) {
             const Topic& topic = topics[n];
-            const uint8_t* levels = topic.levels + size_t(ids[size_t(r.slot) * context + t]) * senses;
+            const uint8_t* levels = topic.levels + size_t(ids[size_t(r.slot) * context + first]) * senses;
             for (int l = 0; l < senses; l += LANES) {
                 int count = std::min(LANES, senses - l);
                 float aims[LANES];
@@ -83,22 +87,35 @@ struct Mix {
         }
     }
 
-    // out += Σ_t Σ_l alpha[l][t]·m[l][t]·C(x_t)_l over the positions [from, to) of one prediction.
-    void add(const Row& r, const float* alpha, int stride, int from, int to, float* out, float* weights) const {
-        const Value** senses_of = reinterpret_cast<const Value**>(weights + (senses + 1) / 2 * 2);
+    // weights[l] = Σ α[l][t]·m[l][t] over all positions t of the token that stands first at `first`.
+    void weigh(const Row& r, const float* alpha, int stride, int first, float* weights, float* one) const {
+        std::fill(weights, weights + senses, 0.0f);
+        int t = first;
+        do {
+            for (int l = 0; l < senses; l++) one[l] = alpha[size_t(l) * stride + t];
+            if (r.topics) steer(r, first, t, one);
+            for (int l = 0; l < senses; l++) weights[l] += one[l];
+            t = next(r.slot, t);
+        } while (t && t < r.length);
+    }
+
+    // out += Σ_t Σ_l alpha[l][t]·m[l][t]·C(x_t)_l over all positions of the tokens that stand first in [from, to).
+    void add(const Row& r, const float* alpha, int stride, int from, int to, float* out, float* scratch) const {
+        float *weights = scratch, *one = scratch + senses;
+        const Value** senses_of = reinterpret_cast<const Value**>(scratch + 2 * senses);
         int newest = r.length - 1;
-        for (int t = from; t < to; t++) {
-            for (int l = 0; l < senses; l++) {
-                senses_of[l] = row(r.slot, t, l);
-                weights[l] = alpha[size_t(l) * stride + t];
-            }
-            if (r.topics) {
-                if (r.fresh && t < newest)
-                    for (int l = 0; l < senses; l++)
-                        if (open(r, t, l)) satisfy(r, t, l, newest, newest + 1);
-                steer(r, t, weights);
-            }
-            const Value* ahead = t + 1 < to ? row(r.slot, t + 1, 0) : senses_of[0];
+        auto skip = [&](int t) {
+            while (t < to && !first(r.slot, t)) t++;
+            return t;
+        };
+        for (int t = skip(from), following = 0; t < to; t = following) {
+            following = skip(t + 1);
+            for (int l = 0; l < senses; l++) senses_of[l] = row(r.slot, t, l);
+            if (r.topics && r.fresh && t < newest)
+                for (int l = 0; l < senses; l++)
+                    if (open(r, t, l)) satisfy(r, t, l, newest, newest + 1);
+            weigh(r, alpha, stride, t, weights, one);
+            const Value* ahead = following < to ? row(r.slot, following, 0) : senses_of[0];
             int c = 0;
             for (; c + LANES <= width; c += LANES) {
                 Floats sum = load(out + c);
@@ -141,7 +158,7 @@ void mix(const Mix<Value>& m, const Row* predictions, int count, const Value* qu
                 const Value* keys = sense_keys + (size_t(r.slot) * k + l) * head_width * m.context;
                 score<1>(&query, keys, head_width, r.length, keys, &scores);
                 softmax(scores, r.length);
-                if (r.fresh && r.topics) m.satisfy_new(r, r.length - 1, l, r.length);
+                if (r.fresh && r.topics && m.first(r.slot, r.length - 1)) m.satisfy_new(r, r.length - 1, l, r.length);
             }
 #pragma omp for schedule(dynamic, 1)
         for (int n = 0; n < blocks; n++) {
@@ -168,7 +185,7 @@ template <typename Value>
 void satisfy(const Mix<Value>& m, const Row& r, int start) {
 #pragma omp parallel for schedule(dynamic, 4)
     for (int t = 0; t < r.length; t++)
-        for (int l = 0; l < m.senses; l++) {
+        for (int l = 0; l < m.senses && m.first(r.slot, t); l++) {
             if (t >= start)
                 m.satisfy_new(r, t, l, r.length);
             else if (m.open(r, t, l))
