@@ -1,4 +1,4 @@
-"""The operations on a CPU: oneDNN for the trunk's matrix products, our own library for everything else.
+"""The operations on a CPU: our own library, and oneDNN's packed products where they are the faster ones.
 
 The library is compiled once for a machine, from cpp/ by its C++ compiler, and kept in a cache folder. Its
 results, like those of oneDNN's packed products, don't depend on what else is in a batch, to the last bit.
@@ -7,7 +7,7 @@ results, like those of oneDNN's packed products, don't depend on what else is in
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ __all__ = ["NativeKernels", "NotBuilt"]
 
 BLOCK = 64
 """Positions of one unit of work of the mix, as in cpp/mix.h."""
+
+GROUP = 48
+"""Outputs of one pass of a product, as in cpp/product.h."""
 
 TOPIC = np.dtype([("levels", "u8"), ("multipliers", "f4", 4), ("scale", "f4"), ("annealed", "i4")])
 
@@ -50,11 +53,14 @@ class NativeKernels:
         self._attend, self._mix, self._satisfy, self._residual_norm = (
             getattr(self._library, f"{name}_{kind}") for name in ("attend", "mix", "satisfy", "residual_norm")
         )
-        self._head = getattr(self._library, "head_bfloat16", None) if kind == "bfloat16" else None
+        amx = torch.cpu._is_amx_tile_supported()  # oneDNN multiplies with it, ours doesn't
+        self._own_products = kind == "bfloat16" and hasattr(self._library, "product_bfloat16") and not amx
         self._alpha, self._parts = torch.empty(0), torch.empty(0)
         self._runs: tuple[Sequence[Run], np.ndarray] = (), np.empty(0)
 
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
+        if self._own_products and weight.shape[1] % 2 == 0:
+            return self._product(weight, bias, gelu, self._library.product_bfloat16, torch.bfloat16)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous(), 32)
         bias = bias.detach().to(self._dtype)
         apply = torch.ops.mkldnn._linear_pointwise.default
@@ -62,21 +68,30 @@ class NativeKernels:
         return lambda x: apply(x, packed, bias, how, [], what)
 
     def head(self, embedding: Tensor) -> Linear:
-        vocabulary, width = embedding.shape
-        library_head = self._head
-        if library_head is None or width % 2:
-            linear = self.linear(embedding, torch.zeros(vocabulary))
-            return lambda o: linear(o.to(self._dtype)).float()
-        padded = torch.zeros(-(-vocabulary // 16) * 16, width, dtype=self._dtype)
-        padded[:vocabulary] = embedding.detach()
-        packed = padded.view(-1, 16, width // 2, 2).transpose(1, 2).contiguous()  # [V/16, d/2, 16, 2]
+        if self._own_products and embedding.shape[1] % 2 == 0:
+            return self._product(embedding, None, False, self._library.product_float32, torch.float32)
+        linear = self.linear(embedding, torch.zeros(len(embedding)))
+        return lambda o: linear(o.to(self._dtype)).float()
 
-        def apply(o: Tensor) -> Tensor:
-            o, logits = o.to(self._dtype), torch.empty(len(o), vocabulary)
-            library_head(_at(o), len(o), _at(packed), width, vocabulary, _at(logits))
-            return logits
+    def _product(
+        self, weight: Tensor, bias: Tensor | None, gelu: bool, apply: Callable[..., None], dtype: torch.dtype
+    ) -> Linear:
+        """A layer by cpp/product.h: its weights packed [out/48, in/2, 3, 16, 2], in the order of reading."""
+        outer, inner = weight.shape
+        whole = -(-outer // GROUP) * GROUP
+        padded = torch.zeros(whole, inner, dtype=torch.bfloat16)
+        padded[:outer] = weight.detach()
+        packed = padded.view(-1, 3, 16, inner // 2, 2).permute(0, 3, 1, 2, 4).contiguous()
+        start = torch.zeros(whole)
+        if bias is not None:
+            start[:outer] = bias.detach()
 
-        return apply
+        def linear(x: Tensor) -> Tensor:
+            x, out = x.to(torch.bfloat16), torch.empty(len(x), outer, dtype=dtype)
+            apply(_at(x), len(x), _at(packed), _at(start), inner, outer, gelu, _at(out))
+            return out
+
+        return linear
 
     def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
         out = torch.empty(x.shape, dtype=self._dtype)

@@ -1,5 +1,5 @@
 // The engine's own operations on a CPU, behind ctypes (native.py): attention over caches, the sense mix with its
-// annealing, residual + LayerNorm, the head and drawing. Matrix products of the trunk are oneDNN's.
+// annealing, residual + LayerNorm, products in bfloat16, and drawing.
 //
 // Every output element is computed by one fixed order of additions, whatever else is in the batch and however a
 // prompt was cut into chunks. So a sequence gets the same bits alone and in any company.
@@ -10,9 +10,9 @@
 
 
 #include "draw.h"
-#include "head.h"
 #include "mix.h"
 #include "norm.h"
+#include "product.h"
 
 #define EXPORTS(NAME, Value)                                                                                         \
     void attend_##NAME(const Value* qkv, Value* keys, Value* values, const Run* runs, int count, int heads,          \
@@ -41,8 +41,14 @@ void draw_float32(const float* logits, int count, int vocabulary, const float* t
 }
 
 #ifdef __AVX512BF16__
-void head_bfloat16(const bf16* x, int count, const bf16* weights, int width, int vocabulary, float* out) {
-    head(x, count, weights, width, vocabulary, out);
+void product_bfloat16(const bf16* x, int count, const bf16* weights, const float* bias, int inner, int outer, int gelu,
+                      bf16* out) {
+    product(Product<bf16>{x, weights, bias, inner, outer, gelu, out}, count);
+}
+
+void product_float32(const bf16* x, int count, const bf16* weights, const float* bias, int inner, int outer, int gelu,
+                     float* out) {
+    product(Product<float>{x, weights, bias, inner, outer, gelu, out}, count);
 }
 #endif
 }
