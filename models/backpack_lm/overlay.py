@@ -80,9 +80,9 @@ class SenseTable:
         return out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TopicMultipliers:
-    """One topic edit, compiled. `levels` [V, k] uint8 index into `multipliers` [4]."""
+    """One topic edit, compiled; equal to itself only. `levels` [V, k] uint8 index into `multipliers` [4]."""
 
     levels: Tensor
     multipliers: Tensor

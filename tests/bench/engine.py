@@ -2,6 +2,9 @@
 
 python -m tests.bench.engine            the default model and Backpack-Small (random weights)
 python -m tests.bench.engine --quick    the default model alone
+
+Prompts are windows of this project's own texts, so that words repeat as they do; new tokens are greedy.
+All of it in the precision that the processor is fastest in, unless a line says float32.
 """
 
 from __future__ import annotations
@@ -12,13 +15,17 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 from backpack_lm.config import SMALL
+from backpack_lm.kernels import Precision, Prediction
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import Add, Cell, Edit, Release, Revision, Swap, Topic, Vector
+from backpack_lm.tokenizer import Tokenizer
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.loop import EngineLoop
 from backpack_serving.engine.runner import Runner
@@ -30,46 +37,45 @@ from backpack_serving.inference.served import ServedModel
 from backpack_serving.settings import default_model
 from torch import Tensor
 
+from tests.bench.peers import VLLM
 from tests.bench.report import console, spread, write
 
-ROUNDS = 3
+ROUNDS = 5
 NEW = 64
+ROOM = 65_536
+FAST = Precision.AUTO.dtype()
+TEXTS = [
+    Path(__file__).parents[2] / name for name in ("ARCHITECTURE.md", "README.md", "CONTRIBUTING.md", "LICENSE")
+]
 
 Timed = Callable[[], float]
 """Does something once; tokens per second, or seconds."""
 
 
-class TrunkOnly(Runner):
-    """The same step without the sense mix: what the mix costs is the difference."""
-
-    def _mix(self, queries: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        return torch.zeros(len(slots), self.config.n_embd)
-
-
 class Bench:
-    def __init__(self, name: str, model: Backpack, table: SenseTable) -> None:
-        self.name, self.model, self.table = name, model, table
+    """Measurements of one model."""
+
+    def __init__(self, name: str, model: Backpack, table: SenseTable, text: list[int]) -> None:
+        self.name, self.model, self.table, self.text = name, model, table, text
+        self.storage = table.with_room(ROOM, FAST)
         self.empty = Overlay.compile(Release(), table)
         self.rows: list[list[str]] = []
         self.data: dict[str, Any] = {}
         self.draw = random.Random(0)
+        self.names = count()
 
-    def engine(self, batch: int, runner: type[Runner] = Runner, share: bool = False) -> Engine:
-        space = 65_536
-        return Engine(
-            runner(self.model, self.table, batch, space),
-            Slots(batch),
-            OverlayRows(space),
-            Scheduler(512, 1024),
-            share,
-        )
+    def engine(self, batch: int, share: bool = False, storage: Tensor | None = None) -> Engine:
+        runner = Runner(self.model, self.storage if storage is None else storage, batch)
+        return Engine(runner, Slots(batch), OverlayRows(ROOM), Scheduler(512, 1024), share)
 
     def prompt(self, length: int) -> tuple[int, ...]:
-        return tuple(self.draw.randrange(1, self.model.config.tokens) for _ in range(length))
+        start = self.draw.randrange(len(self.text) - length)
+        return tuple(self.text[start : start + length])
 
     def request(self, prompt: tuple[int, ...], overlay: Overlay | None = None, new: int = NEW) -> Request:
+        """Of a tenant of its own: nothing is shared between requests unless the engine shares among all."""
         sampling = Sampling(max_tokens=new, temperature=0.0, ignore_end_of_text=True)
-        name = f"r{self.draw.random()}"
+        name = f"r{next(self.names)}"
         return Request(name, name, prompt, sampling, overlay or self.empty)
 
     def generate(self, engine: Engine, requests: list[Request]) -> float:
@@ -81,18 +87,30 @@ class Bench:
             tokens += len(engine.step())
         return tokens / (time.perf_counter() - started)
 
-    def compare(self, what: str, ours: Timed, theirs: Timed, unit: str, target: str, higher: bool = True) -> None:
+    def compare(
+        self,
+        what: str,
+        ours: Timed,
+        theirs: Timed,
+        unit: str,
+        target: str,
+        higher: bool = True,
+        rounds: int = ROUNDS,
+    ) -> None:
         """Alternate both, and note the ratio: of rates ours to theirs; of times theirs to ours if `higher`."""
         ours(), theirs()
         a, b = [], []
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             a.append(ours())
             b.append(theirs())
         faster = unit == "tokens/s"
         ratios = [x / y if faster or not higher else y / x for x, y in zip(a, b, strict=True)]
+        self.note(what, a, b, ratios, unit, target)
+
+    def note(self, what: str, a: list[float], b: list[float], ratios: list[float], unit: str, target: str) -> None:
         self.data[what] = {"ours": spread(a), "theirs": spread(b), "ratio": spread(ratios), "unit": unit}
         low, middle, high = (spread(ratios)[q] for q in ("q1", "median", "q3"))
-        scale, shown = (1.0, unit) if faster else (1e3, "ms")
+        scale, shown = (1.0, unit) if unit == "tokens/s" else (1e3, "ms")
         self.rows.append(
             [
                 self.name,
@@ -103,11 +121,30 @@ class Bench:
                 target,
             ]
         )
-        console.print(f"{self.name}: {what}: {middle:.2f}", markup=False)
+        console.print(f"{self.name}: {what}: {middle:.2f} ({low:.2f}–{high:.2f})", markup=False)
 
     # ---- peers
 
-    def hugging_face(self, batch: int, length: int) -> None:
+    def vllm(self) -> None:
+        """vLLM on this processor, GPT-2 of the same trunk, where `make vllm` has installed it."""
+        peer = VLLM.start(self.model.config, str(FAST).removeprefix("torch."), 32)
+        if peer is None:
+            return
+        with peer:
+            for length in (64, 448):
+                for batch in (1, 8, 32):
+                    engine = self.engine(batch)
+
+                    def ours(engine: Engine = engine, batch: int = batch, length: int = length) -> float:
+                        return self.generate(engine, [self.request(self.prompt(length)) for _ in range(batch)])
+
+                    def theirs(batch: int = batch, length: int = length) -> float:
+                        return peer.measure(batch, length, NEW)["tokens_per_second"]
+
+                    what = f"vLLM {peer.described.get('vllm', '')} GPT-2, {length}+{NEW}, batch {batch}"
+                    self.compare(what, ours, theirs, "tokens/s", "1", rounds=3)
+
+    def hugging_face(self, batch: int, length: int, dtype: torch.dtype) -> None:
         config = self.model.config
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -124,6 +161,7 @@ class Bench:
                 pad_token_id=0,
             )
         ).eval()
+        gpt2 = gpt2.to(dtype)
 
         def theirs() -> float:
             ids = torch.tensor([self.prompt(length) for _ in range(batch)])
@@ -135,9 +173,10 @@ class Bench:
         def ours() -> float:
             return self.generate(engine, [self.request(self.prompt(length)) for _ in range(batch)])
 
-        engine = self.engine(batch)
-        what = f"Hugging Face GPT-2 with cache, {length}+{NEW}, batch {batch}"
-        self.compare(what, ours, theirs, "tokens/s", "2" if batch == 32 else "")
+        engine = self.engine(batch, storage=self.storage if dtype == FAST else self.table.with_room(ROOM, dtype))
+        kind = str(dtype).removeprefix("torch.")
+        what = f"Hugging Face GPT-2 with cache, {kind}, {length}+{NEW}, batch {batch}"
+        self.compare(what, ours, theirs, "tokens/s", "2" if batch == 32 else "", rounds=3)
 
     def published_class(self) -> None:
         """One token at a context of 512: the published class computes the whole prefix again."""
@@ -175,25 +214,29 @@ class Bench:
     # ---- ourselves
 
     def mix(self, batch: int, length: int) -> None:
-        def step_time(runner: type[Runner]) -> Timed:
-            engine = self.engine(batch, runner)
+        """Steps with the sense mix and without it in turn, on the same sequences: the difference is the mix."""
+        engine = self.engine(batch)
+        kernels = engine._runner.kernels
+        whole = kernels.mix
+        nothing = torch.zeros(batch, self.model.config.n_embd)
 
-            def measure() -> float:
-                for _ in range(batch):
-                    engine.add(self.request(self.prompt(length), new=32))
-                while engine.load.queued or any(s.computed < length for s in engine._sequences.values()):
-                    engine.step()
-                times = []
-                while engine.busy:
-                    started = time.perf_counter()
-                    if len(engine.step()) == batch:
-                        times.append(time.perf_counter() - started)
-                return sorted(times)[len(times) // 2]
+        def no_mix(queries: Tensor, predictions: list[Prediction]) -> Tensor:
+            return nothing[: len(predictions)]
 
-            return measure
-
+        for _ in range(batch):
+            engine.add(self.request(self.prompt(length), new=2 * 4 * ROUNDS + 2))
+        while engine.load.queued or any(s.computed < length for s in engine._sequences.values()):
+            engine.step()
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for n in range(2 * 4 * ROUNDS):
+            mixed = n % 2 == 0
+            kernels.mix = whole if mixed else no_mix  # type: ignore[method-assign, assignment]
+            started = time.perf_counter()
+            engine.step()
+            times[mixed].append(time.perf_counter() - started)
         what = f"a decode step with the sense mix, against without, context {length}, batch {batch}"
-        self.compare(what, step_time(Runner), step_time(TrunkOnly), "s", "at most 1.15", higher=False)
+        ratios = [a / b for a, b in zip(times[True], times[False], strict=True)]
+        self.note(what, times[True], times[False], ratios, "s", "at most 1.15")
 
     def releases(self) -> list[Overlay]:
         width, senses, vocabulary = (
@@ -283,36 +326,42 @@ class Bench:
         runner.close()
 
 
+def text() -> list[int]:
+    """Token ids of this project's own texts, under the default model's tokenizer."""
+    tokenizer = Tokenizer.read(default_model() / "tokenizer.json")
+    return tokenizer.encode("\n".join(path.read_text("utf-8") for path in TEXTS))
+
+
 def main(quick: bool) -> None:
-    served = ServedModel.read(default_model())
-    default = Bench("default", served.model, served.table)
+    served, words = ServedModel.read(default_model()), text()
+    default = Bench("default", served.model, served.table, words)
     benches = [default]
     for length in (64, 448):
         for batch in (1, 8, 32):
-            default.hugging_face(batch, length)
+            default.hugging_face(batch, length, FAST)
+    default.hugging_face(32, 64, torch.float32)
+    if not quick:
+        torch.manual_seed(0)
+        model = Backpack(SMALL).eval().requires_grad_(False)
+        small = Bench("Small", model, model.sense_table(), words)
+        # Topic denominators are hours of arithmetic, and what they are changes no time.
+        small.table.peaks = torch.ones(SMALL.vocab_size, SMALL.num_senses)
+        benches.append(small)
+        small.vllm()
+        small.hugging_face(32, 64, FAST)
+        small.hugging_face(32, 64, torch.float32)
     for bench in benches:
         bench.published_class()
         bench.mix(32, 64)
         bench.mix(32, 448)
         bench.distinct_releases()
         bench.prefix()
-        bench.loop()
-    if not quick:
-        torch.manual_seed(0)
-        model = Backpack(SMALL).eval().requires_grad_(False)
-        small = Bench("Small", model, model.sense_table())
-        small.table.peaks = torch.ones(
-            SMALL.vocab_size, SMALL.num_senses
-        )  # hours of arithmetic that isn't measured
-        for batch in (1, 8, 32):
-            small.hugging_face(batch, 64)
-        small.published_class()
-        small.mix(32, 64)
-        small.prefix()
-        benches.append(small)
+    default.loop()
     write(
         "engine",
-        f"The engine against its peers and itself (float32, {torch.get_num_threads()} threads)",
+        f"The engine against its peers and itself ({FAST}, {torch.get_num_threads()} threads)".replace(
+            "torch.", ""
+        ),
         "python -m tests.bench.engine",
         ["model", "ours against", "ours", "theirs", "ratio (q1–q3)", "target"],
         [row for bench in benches for row in bench.rows],

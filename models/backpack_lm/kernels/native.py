@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ class NativeKernels:
         amx = torch.cpu._is_amx_tile_supported()  # oneDNN multiplies with it, ours doesn't
         self._own_products = kind == "bfloat16" and hasattr(self._library, "product_bfloat16") and not amx
         self._alpha, self._parts = torch.empty(0), torch.empty(0)
+        self._topics: WeakKeyDictionary[TopicMultipliers, bytes] = WeakKeyDictionary()
         self._runs: tuple[Sequence[Run], np.ndarray] = (), np.empty(0)
 
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
@@ -119,7 +121,7 @@ class NativeKernels:
         if len(self._alpha) < count:
             self._alpha = torch.empty(count, senses, context)
             self._parts = torch.empty(count, -(-context // BLOCK), width)
-        rows, topics = _describe(predictions)
+        rows, topics = self._describe(predictions)
         state = self._state(topics)
         out = torch.empty(count, width)
         queries = queries.contiguous()
@@ -139,30 +141,33 @@ class NativeKernels:
         return drawn
 
     def satisfy(self, prediction: Prediction, start: int) -> None:
-        rows, topics = _describe([prediction])
+        rows, topics = self._describe([prediction])
         state = self._state(topics)
         self._satisfy(ctypes.byref(state), rows.ctypes.data_as(ctypes.c_void_p), start)
 
-    def _state(self, topics: np.ndarray) -> _Mix:
+    def _state(self, topics: bytes) -> _Mix:
         c = self.caches
         pointers = (_at(t) for t in (c.table, c.embedding, c.rows, c.ids, c.previous, c.following, c.satisfied))
         senses, width, context = c.rows.shape[2], c.table.shape[1], c.rows.shape[1]
-        return _Mix(*pointers, topics.ctypes.data_as(ctypes.c_void_p), senses, width, context)
+        return _Mix(*pointers, ctypes.cast(topics, ctypes.c_void_p), senses, width, context)
+
+    def _describe(self, predictions: Sequence[Prediction]) -> tuple[np.ndarray, bytes]:
+        """Predictions [B, 5] and their topics, as cpp/mix.h's `Row` and `Topic`."""
+        rows: list[tuple[int, ...]] = []
+        topics: list[bytes] = []
+        for p in predictions:
+            rows.append((p.slot, p.length, p.fresh, len(p.topics), len(topics)))
+            for topic in p.topics:
+                if topic not in self._topics:
+                    self._topics[topic] = _topic(topic)
+                topics.append(self._topics[topic])
+        return np.array(rows, dtype=np.int32), b"".join(topics)
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def _describe(predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions [B, 5] and their topics, as cpp/mix.h's `Row` and `Topic`."""
-    rows: list[tuple[int, ...]] = []
-    topics: list[tuple[int, list[float], float, bool]] = []
-    for p in predictions:
-        rows.append((p.slot, p.length, p.fresh, len(p.topics), len(topics)))
-        topics += [_topic(topic) for topic in p.topics]
-    return np.array(rows, dtype=np.int32), np.array(topics, dtype=TOPIC)
-
-
-def _topic(topic: TopicMultipliers) -> tuple[int, list[float], float, bool]:
-    return topic.levels.data_ptr(), topic.multipliers.tolist(), topic.scale, topic.annealed
+def _topic(topic: TopicMultipliers) -> bytes:
+    record = (topic.levels.data_ptr(), topic.multipliers.tolist(), topic.scale, topic.annealed)
+    return np.array(record, dtype=TOPIC).tobytes()

@@ -39,29 +39,57 @@ struct Mix {
     int next(int slot, int t) const { return following[size_t(slot) * context + t]; }
     float* sums(int slot, int t) const { return satisfied + (size_t(slot) * context + t) * senses; }
 
-    float target(const Topic& topic, int slot, int t, int sense) const {
-        return topic.multipliers[topic.levels[size_t(ids[size_t(slot) * context + t]) * senses + sense]];
+    // δ of the senses [l, l + count) of a position.
+    Floats aims(const Topic& topic, int slot, int t, int l, int count) const {
+        const uint8_t* levels = topic.levels + size_t(ids[size_t(slot) * context + t]) * senses + l;
+        float some[LANES] = {};
+        for (int i = 0; i < count; i++) some[i] = topic.multipliers[levels[i]];
+        return load(some);
     }
 
-    // Whether a cell's multiplier can still change.
-    bool open(const Row& r, int t, int sense) const {
-        float sum = sums(r.slot, t)[sense];
-        for (int n = r.first_topic; n < r.first_topic + r.topics; n++)
-            if (topics[n].annealed && topics[n].scale * sum < SATISFIED && target(topics[n], r.slot, t, sense) != 1)
-                return true;
-        return false;
+    // Calls act(sense) for the senses of a position whose multiplier can still change.
+    template <typename Act>
+    void for_open(const Row& r, int t, Act act) const {
+        const float* sum = sums(r.slot, t);
+        for (int l = 0; l < senses; l += LANES) {
+            int count = std::min(LANES, senses - l);
+            Floats some = load_some(sum + l, count);
+            Ints open{};
+            for (int n = r.first_topic; n < r.first_topic + r.topics; n++)
+                if (topics[n].annealed)
+                    open |= (some * topics[n].scale < SATISFIED) & (aims(topics[n], r.slot, t, l, count) != 1.0f);
+            for (int i = 0; i < count; i++)
+                if (open[i]) act(l + i);
+        }
     }
 
-    // Count tokens [from, to) for a cell, in their order.
+    // Count tokens [from, to) for a cell, in their order; four at a time share the horizontal sums.
     void satisfy(const Row& r, int t, int sense, int from, int to) const {
         const Value* vector = row(r.slot, t, sense);
         float& sum = sums(r.slot, t)[sense];
-        for (int i = from; i < to; i++) sum += std::max(0.0f, dot(token(r.slot, i), vector, width));
+        for (int i = from; i < to; i += 4) {
+            Floats part[4] = {};
+            int count = std::min(4, to - i);
+            for (int n = 0; n < count; n++) part[n] = products(token(r.slot, i + n), vector, width);
+            Floats dots = horizontal(part[0], part[1], part[2], part[3]);
+            for (int n = 0; n < count; n++) sum += std::max(0.0f, dots[4 * n]);
+        }
     }
 
-    void satisfy_new(const Row& r, int t, int sense, int to) const {
-        sums(r.slot, t)[sense] = 0;
-        if (open(r, t, sense)) satisfy(r, t, sense, 0, to);
+    // Count one token for several cells of a position.
+    void satisfy_all(const Row& r, int t, const int* open, int count, int newest) const {
+        for (int i = 0; i < count; i += 4) {
+            Floats part[4] = {};
+            int some = std::min(4, count - i);
+            for (int n = 0; n < some; n++) part[n] = products(token(r.slot, newest), row(r.slot, t, open[i + n]), width);
+            Floats dots = horizontal(part[0], part[1], part[2], part[3]);
+            for (int n = 0; n < some; n++) sums(r.slot, t)[open[i + n]] += std::max(0.0f, dots[4 * n]);
+        }
+    }
+
+    void satisfy_new(const Row& r, int t, int to) const {
+        std::fill(sums(r.slot, t), sums(r.slot, t) + senses, 0.0f);
+        for_open(r, t, [&](int sense) { satisfy(r, t, sense, 0, to); });
     }
 
     // weights[l] of position t times its topics' multipliers, b·δ + (1 − b), b = sigmoid(6 − f·a)·(1 + t/100), where a
@@ -70,12 +98,9 @@ struct Mix {
         const float* sum = sums(r.slot, first);
         for (int n = r.first_topic; n < r.first_topic + r.topics; n++) {
             const Topic& topic = topics[n];
-            const uint8_t* levels = topic.levels + size_t(ids[size_t(r.slot) * context + first]) * senses;
             for (int l = 0; l < senses; l += LANES) {
                 int count = std::min(LANES, senses - l);
-                float aims[LANES];
-                for (int i = 0; i < count; i++) aims[i] = topic.multipliers[levels[l + i]];
-                Floats aim = load_some(aims, count), factor = aim;
+                Floats aim = aims(topic, r.slot, first, l, count), factor = aim;
                 if (topic.annealed) {
                     Floats x = 6.0f - load_some(sum + l, count) * topic.scale;
                     Floats e = exponential(x < 0.0f ? x : -x);
@@ -102,7 +127,8 @@ struct Mix {
     // out += Σ_t Σ_l alpha[l][t]·m[l][t]·C(x_t)_l over all positions of the tokens that stand first in [from, to).
     void add(const Row& r, const float* alpha, int stride, int from, int to, float* out, float* scratch) const {
         float *weights = scratch, *one = scratch + senses;
-        const Value** senses_of = reinterpret_cast<const Value**>(scratch + 2 * senses);
+        int* open = reinterpret_cast<int*>(scratch + 2 * senses);
+        const Value** senses_of = reinterpret_cast<const Value**>(scratch + (3 * senses + 1) / 2 * 2);
         int newest = r.length - 1;
         auto skip = [&](int t) {
             while (t < to && !first(r.slot, t)) t++;
@@ -111,9 +137,11 @@ struct Mix {
         for (int t = skip(from), following = 0; t < to; t = following) {
             following = skip(t + 1);
             for (int l = 0; l < senses; l++) senses_of[l] = row(r.slot, t, l);
-            if (r.topics && r.fresh && t < newest)
-                for (int l = 0; l < senses; l++)
-                    if (open(r, t, l)) satisfy(r, t, l, newest, newest + 1);
+            if (r.topics && r.fresh && t < newest) {
+                int count = 0;
+                for_open(r, t, [&](int sense) { open[count++] = sense; });
+                satisfy_all(r, t, open, count, newest);
+            }
             weigh(r, alpha, stride, t, weights, one);
             const Value* ahead = following < to ? row(r.slot, following, 0) : senses_of[0];
             int c = 0;
@@ -146,7 +174,7 @@ void mix(const Mix<Value>& m, const Row* predictions, int count, const Value* qu
     float scale = 1.0f / std::sqrt(float(head_width));
 #pragma omp parallel
     {
-        std::unique_ptr<float[]> scratch(new float[2 * head_width + 4 * k + 8]);
+        std::unique_ptr<float[]> scratch(new float[2 * head_width + 5 * k + 8]);
 #pragma omp for collapse(2) schedule(dynamic, 4)
         for (int b = 0; b < count; b++)
             for (int l = 0; l < k; l++) {
@@ -158,7 +186,8 @@ void mix(const Mix<Value>& m, const Row* predictions, int count, const Value* qu
                 const Value* keys = sense_keys + (size_t(r.slot) * k + l) * head_width * m.context;
                 score<1>(&query, keys, head_width, r.length, keys, &scores);
                 softmax(scores, r.length);
-                if (r.fresh && r.topics && m.first(r.slot, r.length - 1)) m.satisfy_new(r, r.length - 1, l, r.length);
+                if (l == 0 && r.fresh && r.topics && m.first(r.slot, r.length - 1))
+                    m.satisfy_new(r, r.length - 1, r.length);
             }
 #pragma omp for schedule(dynamic, 1)
         for (int n = 0; n < blocks; n++) {
@@ -185,12 +214,10 @@ template <typename Value>
 void satisfy(const Mix<Value>& m, const Row& r, int start) {
 #pragma omp parallel for schedule(dynamic, 4)
     for (int t = 0; t < r.length; t++)
-        for (int l = 0; l < m.senses && m.first(r.slot, t); l++) {
-            if (t >= start)
-                m.satisfy_new(r, t, l, r.length);
-            else if (m.open(r, t, l))
-                m.satisfy(r, t, l, start, r.length);
-        }
+        if (t >= start && m.first(r.slot, t))
+            m.satisfy_new(r, t, r.length);
+        else if (m.first(r.slot, t))
+            m.for_open(r, t, [&](int sense) { m.satisfy(r, t, sense, start, r.length); });
 }
 
 }  // namespace

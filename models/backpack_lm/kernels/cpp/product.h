@@ -7,8 +7,6 @@
 #include "vectors.h"
 
 #ifdef __AVX512BF16__
-#include <immintrin.h>
-
 namespace {
 
 constexpr int COLUMNS = 3, GROUP = LANES * COLUMNS;  // outputs of one pass over the inner dimension
