@@ -322,7 +322,7 @@ def _ids(*ids: int) -> pb.Prompt:
             ),
             "INVALID_ARGUMENT",
             "BAD_NAME",
-            "'x' is not the number",
+            "'x' is no number",
         ),
         (
             lambda system, key: system.patches.GetRevision(

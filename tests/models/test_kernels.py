@@ -9,7 +9,7 @@ from random import Random
 import pytest
 import torch
 from backpack_lm.config import BackpackConfig
-from backpack_lm.kernels import Caches, Prediction, Run, build
+from backpack_lm.kernels import Caches, Kernels, Prediction, Run, build
 from backpack_lm.kernels.caches import untiled
 from backpack_lm.kernels.native import NativeKernels
 from backpack_lm.kernels.noise import philox
@@ -121,7 +121,7 @@ def test_the_mix_and_annealing(config: BackpackConfig, dtype: torch.dtype) -> No
 
 
 def test_counting_a_chunk_for_annealing(config: BackpackConfig, dtype: torch.dtype) -> None:
-    """What is left uncounted are cells whose multiplier can't change, and repetitions: multipliers are compared."""
+    """Cells whose multiplier can no longer change are left uncounted, so multipliers are compared."""
     native, plain = _both(config, dtype)
     for start, length in ((0, 20), (20, 60)):
         prediction = Prediction(1, length, False, _topics(config))

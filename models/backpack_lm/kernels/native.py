@@ -149,7 +149,7 @@ class NativeKernels:
         c = self.caches
         pointers = (_at(t) for t in (c.table, c.embedding, c.rows, c.ids, c.previous, c.following, c.satisfied))
         senses, width, context = c.rows.shape[2], c.table.shape[1], c.rows.shape[1]
-        return _Mix(*pointers, ctypes.cast(topics, ctypes.c_void_p), senses, width, context)
+        return _Mix(*pointers, ctypes.cast(ctypes.c_char_p(topics), ctypes.c_void_p), senses, width, context)
 
     def _describe(self, predictions: Sequence[Prediction]) -> tuple[np.ndarray, bytes]:
         """Predictions [B, 5] and their topics, as cpp/mix.h's `Row` and `Topic`."""
