@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import Progress
 from rich.table import Table
 
 from backpack_serving.cli.client import exits, out
@@ -45,6 +46,36 @@ def verify(
 
         manifest = reader.verify(folder or Settings().model)
     out.print(f"intact: {manifest.fingerprint}")
+
+
+@app.command("prepare")
+def prepare(
+    folder: Annotated[Path | None, typer.Argument(help="Model folder; the one that is served if none.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16; the setting's if none.")] = "",
+) -> None:
+    """Do once what replicas need on this host: compile the kernels, compute the sense table that they map."""
+    with exits():
+        from backpack_lm import checkpoint as reader
+        from backpack_lm.kernels import Precision
+        from backpack_lm.kernels.build import NotBuilt, library
+        from backpack_lm.manifest import Manifest
+        from backpack_lm.mapped import prepare as write
+
+        settings = Settings()
+        folder, dtype = folder or settings.model, Precision(precision or settings.precision).dtype()
+        try:
+            with out.status("compiling the kernels"):
+                out.print(f"kernels: {library()._name}")
+        except NotBuilt as error:
+            out.print(f"[yellow]no fast kernels:[/] {error}")
+        manifest, model = Manifest.read(folder), reader.load(folder)
+        with Progress(console=out, transient=True) as bar:
+            task = bar.add_task("sense vectors, by token", total=model.config.vocab_size)
+            path = write(
+                model, manifest.fingerprint, dtype, lambda done, of: bar.update(task, completed=done, total=of)
+            )
+    size = model.config.vocab_size * model.config.num_senses * model.config.n_embd * dtype.itemsize
+    out.print(f"sense table: {path} ({size / 2**20:.0f} MiB, mapped by every replica of this host)")
 
 
 def settings() -> None:

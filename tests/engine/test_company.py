@@ -1,0 +1,117 @@
+"""A request gets the same bits in any company, in float32 and in bfloat16; bfloat16 stays close to the oracle."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+import torch
+from backpack_lm.kernels.plain import PlainKernels
+from backpack_lm.model import Backpack
+from backpack_lm.overlay import Overlay, SenseTable
+from backpack_serving.engine.engine import Engine
+from backpack_serving.engine.runner import Runner
+from backpack_serving.engine.sampling import Sampling
+from backpack_serving.engine.scheduler import Scheduler
+from backpack_serving.engine.sequence import Request
+from backpack_serving.engine.slots import OverlayRows, Slots
+
+from tests.engine.conftest import K, V
+from tests.engine.test_oracle import GREEDY, oracle, prompt, run
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def engine_in(
+    dtype: torch.dtype, model: Backpack, table: SenseTable, slots: int = 4, step_tokens: int = 16, **kernels: type
+) -> Engine:
+    room = 4 * V * K
+    return Engine(
+        Runner(model, table.with_room(room, dtype), slots, **kernels),
+        Slots(slots),
+        OverlayRows(room),
+        Scheduler(step_tokens, 64),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(8))
+def test_log_probabilities_are_the_same_bits_in_any_company(
+    dtype: str, seed: int, model: Backpack, table: SenseTable, overlays: dict[str, Overlay]
+) -> None:
+    """Alone in one slot, its prompt cut into chunks of 3; and among others, in chunks of what is left of 16."""
+    draw = Random(seed)
+    sampling = Sampling(max_tokens=12, temperature=1.0, seed=seed, log_probabilities=3, ignore_end_of_text=True)
+    asked = Request("asked", "t", prompt(seed, 20), sampling, overlays[draw.choice(list(overlays))])
+    others = [
+        Request(f"o{n}", "u", prompt(n, draw.randint(1, 28)), GREEDY, overlays[draw.choice(list(overlays))])
+        for n in range(6)
+    ]
+    results = []
+    for company in ([], others):
+        engine = engine_in(DTYPES[dtype], model, table, 4 if company else 1, 16 if company else 3)
+        requests = [*company, asked]
+        draw.shuffle(requests)
+        for request in requests:
+            engine.add(request)
+        made = []
+        while engine.busy:
+            made += [(o.token, o.log_probability) for o in engine.step() if o.request_id == "asked"]
+        results.append(made)
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_warm_prefix_gives_the_same_bits_as_a_cold_one(
+    dtype: str, model: Backpack, table: SenseTable, overlays: dict[str, Overlay]
+) -> None:
+    """The prefix was made by another release, as a prompt or word by word."""
+    sampling = Sampling(max_tokens=10, temperature=0.0, log_probabilities=2, ignore_end_of_text=True)
+    cold, warm = (engine_in(DTYPES[dtype], model, table) for _ in range(2))
+    first = Request("first", "t", prompt(1, 9), Sampling(max_tokens=16, temperature=0.0), overlays["swap"])
+    beginning = [*first.prompt, *run(warm, [first])["first"]]
+
+    def ask(engine: Engine) -> list[object]:
+        engine.add(Request("x", "t", (*beginning, 5, 6), sampling, overlays["topic"]))
+        made: list[object] = []
+        while engine.busy:
+            made += [(o.token, o.log_probability) for o in engine.step()]
+        return made
+
+    assert ask(cold) == ask(warm)
+    assert warm.reused_tokens >= len(beginning) - 1
+
+
+def test_bfloat16_stays_close_to_the_oracle(
+    model: Backpack, table: SenseTable, overlays: dict[str, Overlay]
+) -> None:
+    """Of the same text, under every release: log-probabilities within 0.15 of float32's, 0.02 on average."""
+    worst, total, count = 0.0, 0.0, 0
+    sampling = Sampling(max_tokens=1, temperature=0.0, log_probabilities=20)
+    for name, overlay in overlays.items():
+        for length in (1, 7, 30):
+            ids = prompt(2, length)
+            engine = engine_in(torch.bfloat16, model, table)
+            engine.add(Request(name, "t", ids, sampling, overlay))
+            outputs = []
+            while not outputs:
+                outputs = engine.step()
+            expected = model(torch.tensor([ids]), overlay)[0, -1, : model.config.tokens].detach().log_softmax(-1)
+            found = outputs[0].log_probability
+            assert found is not None
+            for token, value in found.alternatives:
+                off = abs(value - float(expected[token]))
+                worst, total, count = max(worst, off), total + off, count + 1
+    assert worst < 0.15
+    assert total / count < 0.02
+
+
+def test_the_plain_kernels_give_the_oracles_tokens(
+    model: Backpack, table: SenseTable, overlays: dict[str, Overlay]
+) -> None:
+    engine = engine_in(torch.float32, model, table, slots=5, kernels=PlainKernels)
+    requests = [
+        Request(name, "t", prompt(n, 5 + 2 * n), GREEDY, overlay)
+        for n, (name, overlay) in enumerate(overlays.items())
+    ]
+    assert run(engine, requests) == {r.id: oracle(model, r) for r in requests}

@@ -1,0 +1,79 @@
+"""The sense table as a file that replicas share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from backpack_lm import mapped
+from backpack_lm.config import BackpackConfig
+from backpack_lm.kernels import Precision
+from backpack_lm.model import Backpack
+from backpack_serving.inference.served import ServedModel
+from backpack_serving.settings import default_model
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Backpack:
+    monkeypatch.setattr(mapped, "folder", lambda name: tmp_path)
+    monkeypatch.setattr(mapped, "CHUNK", 7)
+    torch.manual_seed(1)
+    return Backpack(BackpackConfig(50, 16, 12, n_layer=1, n_head=2, num_senses=3)).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_is_the_models_table_with_room_behind(model: Backpack, dtype: torch.dtype) -> None:
+    seen: list[tuple[int, int]] = []
+    path = mapped.prepare(model, "ab" * 32, dtype, lambda done, of: seen.append((done, of)))
+    assert seen[-1] == (50, 50)
+    table = mapped.mapped(path, model, dtype, room=5)
+    assert table.shape == (50 * 3 + 5, 12)
+    torch.testing.assert_close(table[:150].view(50, 3, 12), model.sense_table().rows.to(dtype))
+    assert not table[150:].any()
+
+
+def test_what_one_replica_writes_another_never_sees(model: Backpack) -> None:
+    path = mapped.prepare(model, "ab" * 32, torch.float32)
+    one, other = (mapped.mapped(path, model, torch.float32, room) for room in (4, 9))
+    before = path.read_bytes()[: 150 * 12 * 4]
+    one[150:] = 1.0
+    one[0] = 2.0
+    assert not other[150:].any()
+    assert not torch.equal(other[0], one[0])
+    assert path.read_bytes()[: 150 * 12 * 4] == before
+
+
+def test_it_is_computed_once(model: Backpack) -> None:
+    path = mapped.prepare(model, "ab" * 32, torch.float32)
+    written = path.stat().st_mtime_ns
+    assert mapped.prepare(model, "ab" * 32, torch.float32, lambda *_: pytest.fail("computed again")) == path
+    assert path.stat().st_mtime_ns == written
+    assert mapped.prepare(model, "cd" * 32, torch.float32) != path
+
+
+def test_an_interrupted_preparation_leaves_nothing(model: Backpack, tmp_path: Path) -> None:
+    def stop(done: int, of: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mapped.prepare(model, "ab" * 32, torch.float32, stop)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_file_is_refused_with_the_fix(model: Backpack) -> None:
+    path = mapped.prepare(model, "ab" * 32, torch.float32)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="1000 bytes of 7200; delete it"):
+        mapped.mapped(path, model, torch.float32, 0)
+
+
+def test_a_replica_that_can_write_no_cache_keeps_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> Path:
+        raise PermissionError(f"{name} can't be made")
+
+    monkeypatch.setattr(mapped, "folder", refuse)
+    served = ServedModel.read(default_model(), Precision.FLOAT32, room=3)
+    config = served.manifest.config
+    assert len(served.storage) == config.vocab_size * config.num_senses + 3
+    assert torch.equal(served.table.rows[17], served.model.sense_table().rows[17])
