@@ -209,7 +209,7 @@ def test_the_default_model_is_intact_and_settings_are_listed(backpack: Any) -> N
 
 def test_help_teaches(backpack: Any) -> None:
     shown = backpack("--help")
-    for command in ("run", "serve", "generate", "patch", "release", "train"):
+    for command in ("run", "serve", "generate", "patch", "release", "train", "lab", "experiment"):
         assert command in shown
 
 

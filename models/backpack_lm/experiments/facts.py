@@ -129,6 +129,11 @@ class FactsResult:
                 f"Held-out perplexity with all swaps at once: {self.perplexity[0]:.2f} before, "
                 f"{self.perplexity[1]:.2f} after ({change:+.2%})."
             )
+        if held and turned / len(held) < 0.8:
+            notes.append(
+                "Fewer than 80% are turned: other words of a prompt speak for the old word, too, and a swap in "
+                "the senses of one word doesn't reach them."
+            )
         if self.unknown:
             notes.append(f"Left out, because a word is several tokens in this model: {', '.join(self.unknown)}.")
         lead = "This model holds none of the facts, so there is nothing to turn."

@@ -92,7 +92,8 @@ class FinetuningResult:
             ),
             (
                 f"Success: of the task's answers the right one is the likeliest; by chance {chance}.",
-                "Held-out loss is relative to the unmodified model's, on text that nothing was fitted on.",
+                "Held-out loss is relative to the unmodified model's. No delta is fitted on that text, but how "
+                "far they may go within a budget is decided on it.",
                 "The tasks are this project's own, of the paper's kind, and small; the paper's baselines (all "
                 "weights, LoRA) are not run here.",
             ),

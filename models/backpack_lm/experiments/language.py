@@ -72,6 +72,11 @@ class LanguageResult:
                 f"Rows of {self.context} tokens, each read from its second token on with what stands before it.",
                 "Held-out records are those that training set aside, by the hash of their text. A model that "
                 "wasn't trained on these files may have seen them elsewhere.",
+                *(
+                    ("The Backpack is behind its twin: the paper's parity does not show on this model.",)
+                    if max(twins, default=0.0) > 1
+                    else ()
+                ),
                 *(() if twins else ("No twin was given; --twin takes the folder of `backpack train --twin`.",)),
             ),
         )

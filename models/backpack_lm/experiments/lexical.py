@@ -85,6 +85,8 @@ class LexicalResult:
         every: tuple[tuple[Entry, ...], ...] = tuple(
             (f"sense {s}", *(self.senses[n][s] for n in names)) for s in range(len(self.senses[names[0]]))
         )
+        against = self.embedding if self.twin is None else self.twin
+        below = [n for n in names[:2] if max(*self.senses[n], self.minimum[n]) <= against[n]]
         labels = [str(s) for s in range(len(every))]
         return Report(
             "Lexical similarity",
@@ -98,6 +100,11 @@ class LexicalResult:
                 f"A word is {self.tokens_per_word:.2f} tokens on average; of several, the mean of their vectors.",
                 "The best sense is picked on the data that it is scored on, as in the paper's table 3; "
                 "the minimum over senses and the embeddings pick nothing.",
+                *(
+                    (f"The paper's claim, senses above embeddings, does not show on {', '.join(below)}.",)
+                    if below
+                    else ()
+                ),
             ),
         )
 

@@ -89,6 +89,11 @@ class TopicsResult:
                 "samples, judged for every topic.",
                 "Perplexity is of the text under the same model unsteered: lower is likelier, and repetition "
                 "lowers it; distinct pairs are the share of a text's pairs of neighbouring words that differ.",
+                *(
+                    ()
+                    if strongest.success >= 3 * base.success
+                    else ("Strength 3 does not reach three times the unsteered success on this model.",)
+                ),
                 "The judge is a sentence encoder that knows nothing of the model. The paper's figures are another "
                 "classifier's at p > 0.5 and aren't comparable.",
             ),

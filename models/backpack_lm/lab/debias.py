@@ -68,7 +68,7 @@ class Debiased:
     def report(self) -> Report:
         return Report(
             f"“{self.one}” and “{self.other}” after {len(self.nouns)} nouns",
-            f"Sense {self.sense} carries most of the difference. Mean ratio of the two on prompts that nothing "
+            f"Sense {self.sense} tells them apart the most. Mean ratio of the two on prompts that nothing "
             f"was fitted on: {self.unmodified:.2f} unmodified, {self.removed:.2f} with the sense removed, "
             f"{self.fitted:.2f} with one scale a noun: {self.share_removed(self.fitted):.0%} of the excess over "
             "1 is gone.",

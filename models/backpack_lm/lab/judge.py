@@ -85,7 +85,7 @@ class Judgement:
             notes=(
                 "“Moved” is the total variation distance of the next token: the probability that changes hands.",
                 "Neighbours are the words nearest in the mean cosine of their senses. Prompts about a neighbour "
-                "are those given, with the neighbour in the edited word's place; they move only if it is edited.",
+                "are those given, with the neighbour in the edited word's place; other edited words still act.",
             ),
         )
 
