@@ -7,7 +7,7 @@ results, like those of oneDNN's packed products, don't depend on what else is in
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -49,20 +49,18 @@ class NativeKernels:
         self._library = library()
         self.caches = caches
         self._dtype = caches.table.dtype
-        kind = str(self._dtype).removeprefix("torch.")
+        kind = _name(self._dtype)
         self.name = f"native {kind}"
         self._attend, self._mix, self._satisfy, self._residual_norm = (
             getattr(self._library, f"{name}_{kind}") for name in ("attend", "mix", "satisfy", "residual_norm")
         )
-        amx = torch.cpu._is_amx_tile_supported()  # oneDNN multiplies with it, ours doesn't
-        self._own_products = kind == "bfloat16" and hasattr(self._library, "product_bfloat16") and not amx
         self._alpha, self._parts = torch.empty(0), torch.empty(0)
         self._topics: WeakKeyDictionary[TopicMultipliers, bytes] = WeakKeyDictionary()
         self._runs: tuple[Sequence[Run], np.ndarray] = (), np.empty(0)
 
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
-        if self._own_products and weight.shape[1] % 2 == 0:
-            return self._product(weight, bias, gelu, self._library.product_bfloat16, torch.bfloat16)
+        if own := self._product(weight, bias, gelu, self._dtype):
+            return own
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous(), 32)
         bias = bias.detach().to(self._dtype)
         apply = torch.ops.mkldnn._linear_pointwise.default
@@ -70,26 +68,26 @@ class NativeKernels:
         return lambda x: apply(x, packed, bias, how, [], what)
 
     def head(self, embedding: Tensor) -> Linear:
-        if self._own_products and embedding.shape[1] % 2 == 0:
-            return self._product(embedding, None, False, self._library.product_float32, torch.float32)
-        linear = self.linear(embedding, torch.zeros(len(embedding)))
+        none = torch.zeros(len(embedding))
+        if own := self._product(embedding, none, False, torch.float32):
+            return own
+        linear = self.linear(embedding, none)
         return lambda o: linear(o.to(self._dtype)).float()
 
-    def _product(
-        self, weight: Tensor, bias: Tensor | None, gelu: bool, apply: Callable[..., None], dtype: torch.dtype
-    ) -> Linear:
-        """A layer by cpp/product.h: its weights packed [out/48, in/2, 3, 16, 2], in the order of reading."""
-        outer, inner = weight.shape
+    def _product(self, weight: Tensor, bias: Tensor, gelu: bool, result: torch.dtype) -> Linear | None:
+        """A layer by cpp/product.h, its weights packed in the order of reading; None where oneDNN is faster."""
+        apply = getattr(self._library, f"product_{_name(self._dtype)}_{_name(result)}", None)
+        (outer, inner), step = weight.shape, 4 // self._dtype.itemsize
+        amx = self._dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+        if apply is None or amx or inner % step:
+            return None
         whole = -(-outer // GROUP) * GROUP
-        padded = torch.zeros(whole, inner, dtype=torch.bfloat16)
-        padded[:outer] = weight.detach()
-        packed = padded.view(-1, 3, 16, inner // 2, 2).permute(0, 3, 1, 2, 4).contiguous()
-        start = torch.zeros(whole)
-        if bias is not None:
-            start[:outer] = bias.detach()
+        padded, start = torch.zeros(whole, inner, dtype=self._dtype), torch.zeros(whole)
+        padded[:outer], start[:outer] = weight.detach(), bias.detach()
+        packed = padded.view(-1, GROUP, inner // step, step).transpose(1, 2).contiguous()  # [out/48, in/s, 48, s]
 
         def linear(x: Tensor) -> Tensor:
-            x, out = x.to(torch.bfloat16), torch.empty(len(x), outer, dtype=dtype)
+            x, out = x.to(self._dtype), torch.empty(len(x), outer, dtype=result)
             apply(_at(x), len(x), _at(packed), _at(start), inner, outer, gelu, _at(out))
             return out
 
@@ -166,6 +164,10 @@ class NativeKernels:
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _topic(topic: TopicMultipliers) -> bytes:

@@ -40,15 +40,17 @@ void draw_float32(const float* logits, int count, int vocabulary, const float* t
         out[n] = draw(logits + size_t(n) * vocabulary, vocabulary, temperatures[n], seeds[n], uint32_t(positions[n]));
 }
 
-#ifdef __AVX512BF16__
-void product_bfloat16(const bf16* x, int count, const bf16* weights, const float* bias, int inner, int outer, int gelu,
-                      bf16* out) {
-    product(Product<bf16>{x, weights, bias, inner, outer, gelu, out}, count);
-}
+#define PRODUCT(NAME, Value, Out)                                                                                    \
+    void product_##NAME(const Value* x, int count, const Value* weights, const float* bias, int inner, int outer,    \
+                        int gelu, Out* out) {                                                                        \
+        product(Product<Value, Out>{x, weights, bias, inner, outer, gelu, out}, count);                              \
+    }
 
-void product_float32(const bf16* x, int count, const bf16* weights, const float* bias, int inner, int outer, int gelu,
-                     float* out) {
-    product(Product<float>{x, weights, bias, inner, outer, gelu, out}, count);
-}
+#ifdef __AVX512F__
+PRODUCT(float32_float32, float, float)
+#endif
+#ifdef __AVX512BF16__
+PRODUCT(bfloat16_bfloat16, bf16, bf16)
+PRODUCT(bfloat16_float32, bf16, float)
 #endif
 }

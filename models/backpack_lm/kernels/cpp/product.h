@@ -1,4 +1,5 @@
-// y = x·Wᵀ + b in bfloat16 with AVX512-BF16, with gelu if asked for, and float32 results where rounding them would hurt.
+// y = x·Wᵀ + b with AVX512, in float32 or with AVX512-BF16, with gelu if asked for. Of bfloat16, results may stay float32
+// where rounding them would hurt.
 //
 // Where few rows meet many weights, memory decides: weights lie in the order in which they are read, and are asked for
 // ahead. oneDNN reads them half as fast on the processors that we have measured.
@@ -6,16 +7,17 @@
 
 #include "vectors.h"
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
+
 namespace {
 
 constexpr int COLUMNS = 3, GROUP = LANES * COLUMNS;  // outputs of one pass over the inner dimension
-constexpr int AHEAD = 4096;  // values
+constexpr int AHEAD = 8192;  // bytes
 
-template <typename Out>
+template <typename Value, typename Out>
 struct Product {
-    const bf16 *x, *weights;  // [count, inner], [outer / 48, inner / 2, 3, 16, 2]
-    const float* bias;  // [outer, rounded up], or null
+    const Value *x, *weights;  // [count, inner], [outer / 48, inner / s, 3, 16, s] with s values in 4 bytes
+    const float* bias;  // [outer, rounded up to 48]
     int inner, outer, gelu;
     Out* out;  // [count, outer]
 };
@@ -27,33 +29,35 @@ inline Floats gelu(Floats x) {
     return x * (u < 0.0f ? e : Floats{} + 1.0f) / (1.0f + e);
 }
 
+// sum + weights·x for the 4 bytes of x at `at`.
+inline Floats multiply(Floats sum, const float* weights, const float* at) { return sum + load(weights) * *at; }
+#ifdef __AVX512BF16__
+inline Floats multiply(Floats sum, const bf16* weights, const bf16* at) {
+    int32_t pair;
+    std::memcpy(&pair, at, 4);
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weights), (__m512bh)_mm512_set1_epi32(pair));
+}
+#endif
+
 // N rows by 48 outputs in registers.
-template <int N, typename Out>
-void tile(const Product<Out>& p, int row, int group, bool ask) {
-    __m512 sums[N][COLUMNS];
-    for (int c = 0; c < COLUMNS; c++) {
-        __m512 start = p.bias ? _mm512_loadu_ps(p.bias + group * GROUP + c * LANES) : _mm512_setzero_ps();
-        for (int n = 0; n < N; n++) sums[n][c] = start;
-    }
-    const bf16* from = p.weights + size_t(group) * GROUP * p.inner;
-    const bf16* x = p.x + size_t(row) * p.inner;
-    for (int i = 0; i < p.inner / 2; i++, from += 2 * GROUP) {
-        __m512bh weight[COLUMNS];
-        for (int c = 0; c < COLUMNS; c++) {
-            if (ask) fetch(from + AHEAD + c * 2 * LANES);
-            weight[c] = (__m512bh)_mm512_loadu_si512(from + c * 2 * LANES);
-        }
-        for (int n = 0; n < N; n++) {
-            int32_t pair;
-            std::memcpy(&pair, x + size_t(n) * p.inner + 2 * i, 4);
-            __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
-            for (int c = 0; c < COLUMNS; c++) sums[n][c] = _mm512_dpbf16_ps(sums[n][c], weight[c], value);
-        }
+template <int N, typename Value, typename Out>
+void tile(const Product<Value, Out>& p, int row, int group, bool ask) {
+    constexpr int STEP = 4 / sizeof(Value), LINE_STEP = 64 / sizeof(Value);
+    Floats sums[N][COLUMNS];
+    for (int c = 0; c < COLUMNS; c++)
+        for (int n = 0; n < N; n++) sums[n][c] = load(p.bias + group * GROUP + c * LANES);
+    const Value* from = p.weights + size_t(group) * GROUP * p.inner;
+    const Value* x = p.x + size_t(row) * p.inner;
+    for (int i = 0; i < p.inner; i += STEP, from += COLUMNS * LINE_STEP) {
+        if (ask)
+            for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from) + AHEAD + c * 64);
+        for (int n = 0; n < N; n++)
+            for (int c = 0; c < COLUMNS; c++)
+                sums[n][c] = multiply(sums[n][c], from + c * LINE_STEP, x + size_t(n) * p.inner + i);
     }
     for (int n = 0; n < N; n++)
         for (int c = 0; c < COLUMNS; c++) {
-            Floats sum = (Floats)sums[n][c];
-            if (p.gelu) sum = gelu(sum);
+            Floats sum = p.gelu ? gelu(sums[n][c]) : sums[n][c];
             int at = group * GROUP + c * LANES, count = std::min(LANES, p.outer - at);
             Out* to = p.out + size_t(row + n) * p.outer + at;
             if (count == LANES)
@@ -63,8 +67,8 @@ void tile(const Product<Out>& p, int row, int group, bool ask) {
         }
 }
 
-template <typename Out>
-void product(const Product<Out>& p, int count) {
+template <typename Value, typename Out>
+void product(const Product<Value, Out>& p, int count) {
     int groups = (p.outer + GROUP - 1) / GROUP;
 #pragma omp parallel for schedule(static)
     for (int group = 0; group < groups; group++) {
