@@ -216,6 +216,15 @@ def test_without_a_compiler_the_plain_kernels_do_it(monkeypatch: pytest.MonkeyPa
         build.library.__wrapped__()
 
 
+def test_a_folder_that_cannot_be_written_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> Path:
+        raise PermissionError(f"{name} can't be made")
+
+    monkeypatch.setattr(build, "folder", refuse)
+    with pytest.raises(build.NotBuilt, match="can't be made"):
+        build.library.__wrapped__()
+
+
 def test_a_compiler_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "cpp"
     broken.mkdir()

@@ -35,13 +35,13 @@ class NotBuilt(Exception):
 @cache
 def library() -> ctypes.CDLL:
     """The compiled library. Raises NotBuilt if it can't be had."""
-    file = _path()
-    if not file.exists():
-        _compile(file)
     try:
+        file = _path()
+        if not file.exists():
+            _compile(file)
         return ctypes.CDLL(str(file))  # shares torch's OpenMP threads: its libgomp is loaded already
     except OSError as error:
-        raise NotBuilt(f"{file}: {error}") from None
+        raise NotBuilt(f"the library can't be kept or loaded: {error}") from None
 
 
 def _path() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from enum import StrEnum
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from backpack_lm.kernels.caches import Caches
 from backpack_lm.kernels.plain import PlainKernels
 from backpack_lm.kernels.seam import Kernels
+
+log = logging.getLogger(__name__)
 
 
 class Precision(StrEnum):
@@ -32,5 +35,7 @@ def choose(caches: Caches) -> Kernels:
 
     try:
         return NativeKernels(caches)
-    except NotBuilt:
+    except NotBuilt as error:
+        if caches.table.device.type == "cpu":
+            log.warning("computing with torch's operations, which is slower: %s", error)
         return PlainKernels(caches)
