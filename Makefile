@@ -9,7 +9,7 @@ endif
 COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c requirements.lock
 
-.PHONY: help run test test-long up down bench lint format protos lock clean
+.PHONY: help run test test-long test-containers up down bench lint format protos lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ up: ## Everything in containers, with docker compose: images, secrets in var/sec
 
 down: ## Stop the containers; their volumes and secrets stay
 	$(COMPOSE) down
+
+test-containers: .venv/.dev ## Build the images, bring the compose stack up, use it, kill its parts (needs docker)
+	$(BIN)/pytest -s tests/deploy/test_containers.py
 
 bench: .venv/.dev ## Measure, side by side; results go to tests/bench/results
 	$(BIN)/python -m tests.bench.engine
