@@ -8,6 +8,9 @@ Five ways to the same engine with the default model, measured in turn, round by 
     ray              a replica under Ray Serve, called directly
     ray + gateway    … through a gateway process
 
+The cores that each way's serving processes used are counted with it (the client is this process; for `engine` it
+is the server, too). One connection for all streams of a way; the engine has 32 slots, so of 256 streams most wait.
+
     python -m tests.bench.tax          (`make bench` runs it in a network namespace, as the Ray test)
 """
 
@@ -17,11 +20,14 @@ import asyncio
 import random
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
+from backpack_lm.kernels import Precision
 from backpack_lm.overlay import Overlay
 from backpack_lm.patch import Release
 from backpack_proto.v1 import directory_pb2, directory_pb2_grpc, inference_pb2_grpc
@@ -45,15 +51,30 @@ from tests.bench.report import console, spread, write
 from tests.e2e.conftest import System
 from tests.e2e.test_processes import Processes, _port
 
-PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 64, 64, 7
-STREAMS = (1, 32)
+PROMPT_TOKENS, NEW_TOKENS = 64, 64
+ROUNDS = {1: 9, 32: 5, 256: 2}
+"""How often, for how many streams at once."""
 
 Way = Callable[[list[int], int], AsyncIterator[int]]
 """(prompt, seed) → how many tokens came, each time some came."""
 
 
-async def _measure(way: Way, streams: int, seed: int) -> tuple[float, float]:
-    """(median time to first token in ms, tokens per second) of so many streams at once."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """`first` in ms: the median over streams. `cores`: what the serving processes used, on average."""
+
+    first: float
+    rate: float
+    cores: float
+
+
+def _seconds(processes: Iterable[psutil.Process]) -> float:
+    """Processor time that these have used so far."""
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
+async def _measure(way: Way, serving: Sequence[psutil.Process], streams: int, seed: int) -> Measured:
+    """So many streams at once, from the first request to the last token."""
     draw = random.Random(seed)
     prompts = [[draw.randrange(1, 16000) for _ in range(PROMPT_TOKENS)] for _ in range(streams)]
     firsts: list[float] = []
@@ -66,15 +87,16 @@ async def _measure(way: Way, streams: int, seed: int) -> tuple[float, float]:
             count += tokens
         return count
 
-    started = time.perf_counter()
+    used, started = _seconds(serving), time.perf_counter()
     counts = await asyncio.gather(*(one(prompt, at) for at, prompt in enumerate(prompts)))
     elapsed = time.perf_counter() - started
     assert counts == [NEW_TOKENS] * streams, counts
-    return sorted(firsts)[len(firsts) // 2] * 1e3, sum(counts) / elapsed
+    cores = (_seconds(serving) - used) / elapsed
+    return Measured(sorted(firsts)[len(firsts) // 2] * 1e3, sum(counts) / elapsed, cores)
 
 
 def _engine() -> tuple[Way, EngineLoop]:
-    served = ServedModel.read(default_model(), room=65536)
+    served = ServedModel.read(default_model(), Precision(Settings().precision), room=65536)
     loop = EngineLoop(
         Engine(Runner(served.model, served.storage, 32), Slots(32), OverlayRows(65536), Scheduler(512, 256))
     )
@@ -131,23 +153,36 @@ async def main(plain: Processes, on_ray: Settings) -> None:
         "ray": _grpc(await _replica_address(on_ray.directory_address, application), pinned),
         "ray + gateway": _grpc(on_ray.gateway_address, key),
     }
+    me = psutil.Process()
+    plain_replica, plain_gateway, ray_gateway = (
+        psutil.Process(plain.pid(name)) for name in ("inference", "gateway", "ray gateway")
+    )
+    rays = [p for p in me.children(recursive=True) if p.pid not in plain.pids()]
+    serving = {
+        "engine": [me],
+        "replica": [plain_replica],
+        "gateway": [plain_replica, plain_gateway],
+        "ray": rays,
+        "ray + gateway": [*rays, ray_gateway],
+    }
     figures: dict[str, dict[str, Any]] = {}
-    for streams in STREAMS:
-        firsts: dict[str, list[float]] = {name: [] for name in ways}
-        rates: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(-1, ROUNDS):  # the first is a warm-up
+    for streams, rounds in ROUNDS.items():
+        measured: dict[str, list[Measured]] = {name: [] for name in ways}
+        for turn in range(-1, rounds):  # the first is a warm-up
             for name, way in ways.items():
-                first, rate = await _measure(way, streams, turn)
+                if turn < 0 and streams == max(ROUNDS):
+                    continue  # warm by now, and long
+                result = await _measure(way, serving[name], streams, turn)
                 if turn >= 0:
-                    firsts[name].append(first)
-                    rates[name].append(rate)
-            console.print(f"{streams} streams, round {turn + 1} of {ROUNDS}")
-        for name in ways:
-            ratio = [a / b for a, b in zip(rates[name], rates["engine"], strict=True)]
+                    measured[name].append(result)
+            console.print(f"{streams} streams, round {turn + 1} of {rounds}")
+        for name, results in measured.items():
+            ratio = [a.rate / b.rate for a, b in zip(results, measured["engine"], strict=True)]
             figures[f"{name}, {streams}"] = {
-                "first_ms": spread(firsts[name]),
-                "tokens_per_second": spread(rates[name]),
+                "first_ms": spread([m.first for m in results]),
+                "tokens_per_second": spread([m.rate for m in results]),
                 "of_engine": spread(ratio),
+                "cores": spread([m.cores for m in results]),
             }
     rows = [
         [
@@ -156,6 +191,7 @@ async def main(plain: Processes, on_ray: Settings) -> None:
             f"{f['first_ms']['median']:.1f} ({f['first_ms']['q1']:.1f}–{f['first_ms']['q3']:.1f})",
             f"{f['tokens_per_second']['median']:.0f}",
             f"{f['of_engine']['median']:.2f} ({f['of_engine']['q1']:.2f}–{f['of_engine']['q3']:.2f})",
+            f"{f['cores']['median']:.2f}",
         ]
         for name, f in figures.items()
     ]
@@ -163,7 +199,7 @@ async def main(plain: Processes, on_ray: Settings) -> None:
         "tax",
         f"What the ways to the engine cost (default model, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, one thread)",
         "python -m tests.bench.tax",
-        ["way", "streams", "first token, ms (q1–q3)", "tokens/s", "of the engine (q1–q3)"],
+        ["way", "streams", "first token, ms (q1–q3)", "tokens/s", "of the engine (q1–q3)", "cores"],
         rows,
         figures,
     )

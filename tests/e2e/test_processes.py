@@ -65,6 +65,12 @@ class Processes:
         line = process.stdout.readline()
         assert "serves on" in line, line + self.log
 
+    def pid(self, part: str) -> int:
+        return self._running[part].pid
+
+    def pids(self) -> set[int]:
+        return {process.pid for process in self._running.values()}
+
     @property
     def log(self) -> str:
         self._log.flush()
