@@ -17,6 +17,9 @@ from backpack_serving import rpc
 from backpack_serving.errors import ServiceError
 from backpack_serving.settings import Settings
 
+LAB_PACKAGES = ("scipy", "matplotlib", "transformers")
+"""What the extra `lab` adds, and a command may miss."""
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -128,6 +131,12 @@ def exits() -> Iterator[None]:
             err.print("is one of them not running? `backpack run` starts both")
         err.print(f"[red]error[/] {error.reason}: ", end="")
         err.print(error.message, markup=False)
+        raise typer.Exit(1) from None
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] not in LAB_PACKAGES:
+            raise
+        err.print(f"[red]error[/] this needs {error.name}: ", end="")
+        err.print("pip install 'backpack-serving[lab]'", markup=False)
         raise typer.Exit(1) from None
     except (OSError, ValueError) as error:  # of models and files: every one of ours says the fix
         err.print("[red]error[/] ", end="")

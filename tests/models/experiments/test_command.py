@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,12 @@ def test_a_refusal_is_one_line(folder: Path, words: tuple[str, ...], says: str, 
     output = _call(*(named.get(word, word) for word in words), *model, "--out", str(tmp_path), code=1)
     assert says in output
     assert "Traceback" not in output
+
+
+def test_what_the_extra_brings_is_named_where_it_is_missing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    data = str(_write(tmp_path))
+    output = _call("lexical", "--data", data, "--model", str(folder), "--out", str(tmp_path), code=1)
+    assert "this needs scipy.stats: pip install 'backpack-serving[lab]'" in output
