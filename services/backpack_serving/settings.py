@@ -66,7 +66,11 @@ class Settings(BaseSettings):
 
     slots: int = Field(32, ge=1, description="Sequences that a replica runs at once.")
     queue: int = Field(256, ge=0, description="Requests that may wait in a replica for a slot.")
-    step_tokens: int = Field(512, ge=1, description="Most prompt tokens that a step of the engine takes in.")
+    step_tokens: int = Field(
+        128,
+        ge=1,
+        description="Most prompt tokens that a step of the engine reads: running streams wait for no more at once.",
+    )
     share_prefixes: bool = Field(
         False,
         description="Tenants reuse what was computed for each other's prompts. An answer's speed then tells "

@@ -34,7 +34,7 @@ from backpack_serving.engine.scheduler import Scheduler
 from backpack_serving.engine.sequence import Request
 from backpack_serving.engine.slots import OverlayRows, Slots
 from backpack_serving.inference.served import ServedModel
-from backpack_serving.settings import default_model
+from backpack_serving.settings import Settings, default_model
 from torch import Tensor
 
 from tests.bench.peers import VLLM
@@ -43,6 +43,7 @@ from tests.bench.report import console, spread, write
 ROUNDS = 5
 NEW = 64
 ROOM = 65_536
+STEP_TOKENS = Settings().step_tokens
 FAST = Precision.AUTO.dtype()
 TEXTS = [
     Path(__file__).parents[2] / name for name in ("ARCHITECTURE.md", "README.md", "CONTRIBUTING.md", "LICENSE")
@@ -64,9 +65,11 @@ class Bench:
         self.draw = random.Random(0)
         self.names = count()
 
-    def engine(self, batch: int, share: bool = False, storage: Tensor | None = None) -> Engine:
+    def engine(
+        self, batch: int, share: bool = False, storage: Tensor | None = None, step_tokens: int = STEP_TOKENS
+    ) -> Engine:
         runner = Runner(self.model, self.storage if storage is None else storage, batch)
-        return Engine(runner, Slots(batch), OverlayRows(ROOM), Scheduler(512, 1024), share)
+        return Engine(runner, Slots(batch), OverlayRows(ROOM), Scheduler(step_tokens, 1024), share)
 
     def prompt(self, length: int) -> tuple[int, ...]:
         start = self.draw.randrange(len(self.text) - length)
@@ -294,6 +297,35 @@ class Bench:
         what = "first token, 400 of 448 tokens known from another tenant, against cold"
         self.compare(what, ask(warm_engine), ask(cold_engine), "s", "5")
 
+    def budget(self) -> None:
+        """What reading a prompt of 448 tokens in steps of few tokens does to 8 streams, and to throughput."""
+
+        def longest_gap(engine: Engine) -> Timed:
+            def measure() -> float:
+                for _ in range(8):
+                    engine.add(self.request(self.prompt(16), new=24))
+                while engine.load.queued or any(s.computed < 16 for s in engine._sequences.values()):
+                    engine.step()
+                long = self.request(self.prompt(448), new=1)
+                engine.add(long)
+                longest, last = 0.0, time.perf_counter()
+                while engine.busy:
+                    engine.step()
+                    now = time.perf_counter()
+                    longest, last = max(longest, now - last), now
+                return longest
+
+            return measure
+
+        def throughput(engine: Engine) -> Timed:
+            return lambda: self.generate(engine, [self.request(self.prompt(448), new=16) for _ in range(4)])
+
+        small, large = self.engine(9), self.engine(9, step_tokens=512)
+        what = f"longest wait of 8 streams while 448 tokens are read, {STEP_TOKENS} a step against 512"
+        self.compare(what, longest_gap(small), longest_gap(large), "s", "")
+        what = f"throughput, 448+16, batch 4, prompts read {STEP_TOKENS} tokens a step against 512"
+        self.compare(what, throughput(small), throughput(large), "tokens/s", "")
+
     def loop(self) -> None:
         direct = self.engine(32)
 
@@ -356,6 +388,7 @@ def main(quick: bool) -> None:
         bench.mix(32, 448)
         bench.distinct_releases()
         bench.prefix()
+        bench.budget()
     default.loop()
     write(
         "engine",
