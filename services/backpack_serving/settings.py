@@ -69,7 +69,7 @@ class Settings(BaseSettings):
     step_tokens: int = Field(
         128,
         ge=1,
-        description="Most prompt tokens that a step of the engine reads: running streams wait for no more at once.",
+        description="Most prompt tokens that a step reads: running streams wait for no more at once.",
     )
     share_prefixes: bool = Field(
         False,
