@@ -44,6 +44,22 @@ def test_language_reads_held_out_records_and_plain_text(folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (("bias",), "excess gone"),
+        (("facts", "--text", "CORPUS", "--tokens", "256"), "hold"),
+    ],
+)
+def test_the_other_experiments_have_commands(
+    folder: Path, words: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
+    named = {"CORPUS": str(folder / "corpus.jsonl")}
+    given = [named.get(word, word) for word in words]
+    assert says in _call(*given, "--model", str(folder), "--out", str(tmp_path))
+    assert "<h1>" in (tmp_path / f"{words[0]}.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
         (("lexical", "--data", "/nowhere"), "/nowhere/SimLex-999.txt doesn't exist"),
         (("lexical", "--data", ".", "--model", "/nowhere"), "backpack model import"),
         (("language",), "no text; give a JSON-lines file with --corpus"),

@@ -1,0 +1,81 @@
+"""`backpack lab`: every command from its arguments to a patch file that can be read back and judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from backpack_lm.lab.subject import Subject
+from backpack_lm.patch import Add, Scale, Topic
+from backpack_serving.cli.main import app
+from backpack_serving.cli.patch_file import PatchFile
+from typer.testing import CliRunner
+
+
+def _call(*words: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["lab", *map(str, words)])
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+def test_find_sense_and_debias(folder: Path, subject: Subject, tmp_path: Path) -> None:
+    prompts = ("--prompt", "The {} said that", "--prompt", "When the {} came,")
+    shown = _call("find-sense", "nurse", "lawyer", "--model", folder, *prompts)
+    assert "Which sense tells “he” from “she”" in shown
+    assert "bias without it" in shown
+    file = tmp_path / "patches" / "fair.json"
+    out = ("--model", folder, "--out", file)
+    shown = _call("debias", "nurse", "lawyer", "--sense", 2, "--contrast", "king", "ship", *prompts, *out)
+    if "nothing to patch" not in shown:
+        read = PatchFile.read(file)
+        assert "“king” and “ship” after 2 nouns" in read.description
+        assert all(isinstance(edit, Scale) and edit.cells[0].sense == 2 for edit in read.edits_for(subject))
+    assert not list(file.parent.glob("*.partial*")), "what was kept for going on is gone"
+
+
+def test_topic_and_its_page(folder: Path, subject: Subject, tmp_path: Path) -> None:
+    file = tmp_path / "sea.json"
+    _call("topic", "sea", "ship", "--strength", 2, "--prompt", "The king", "--model", folder, "--out", file)
+    (edit,) = PatchFile.read(file).edits_for(subject)
+    assert edit == Topic((subject.token("sea"), subject.token("ship")), 2)
+    assert "Cells that speak for it most" in file.with_suffix(".html").read_text()
+
+
+def test_finetune_then_judge(folder: Path, subject: Subject, tmp_path: Path) -> None:
+    examples, file = tmp_path / "examples.jsonl", tmp_path / "taught.json"
+    examples.write_text(json.dumps({"prompt": "The captain of the ship saw the", "target": "lawyer"}) + "\n")
+    text = folder / "corpus.jsonl"
+    common = ("--text", text, "--tokens", 512, "--model", folder)
+    _call("finetune", examples, *common, "--steps", 40, "--budget", 10, "--out", file)
+    edits = PatchFile.read(file).edits_for(subject)
+    assert edits
+    assert all(isinstance(edit, Add) for edit in edits)
+    assert not list(tmp_path.glob("*.partial*"))
+    shown = _call("judge", file, "--examples", examples, *common)
+    assert "Held-out perplexity" in shown
+    assert "lawyer" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("find-sense", "hairdresser"), "none of hairdresser is one token"),
+        (("debias", "nurse", "--sense", "9"), "sense 9; this model's are 0 to 3"),
+        (("swap-fact", "ship", "--old", "sea", "--new", "land", "--prompt", "The king"), "doesn't hold 'ship'"),
+        (("swap-fact", "ship", "--old", "sea", "--new", "seafarer", "--prompt", "The ship"), "tokens"),
+    ],
+)
+def test_a_refusal_is_one_line(folder: Path, tmp_path: Path, words: tuple[str, ...], says: str) -> None:
+    out = () if words[0] == "find-sense" else ("--out", tmp_path / "p.json")
+    output = _call(*words, "--model", folder, *out, code=1)
+    assert says in output
+    assert "Traceback" not in output
+
+
+def test_a_patch_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    file.write_text(json.dumps({"model": "00" * 32, "edits": []}))
+    assert "the patch was made for model 000000000000" in _call("judge", file, "--model", folder, code=1)
+    file.write_text("[{}, 3]")
+    assert "is not a patch file" in _call("judge", file, "--model", folder, code=1)
