@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from backpack_serving import rpc
+from backpack_serving import exposition, rpc
 from backpack_serving.gateway import bootstrap as gateway
 from backpack_serving.inference import directory, replica
 from backpack_serving.interventions import bootstrap as interventions
@@ -32,15 +32,18 @@ class Embedded:
 async def run(settings: Settings) -> AsyncIterator[Embedded]:
     """Serve until the block ends. It begins when the first request can be served."""
     async with AsyncExitStack() as stack:
+        tls = settings.tls
+        if tls.certificate and not tls.authorities:
+            raise ValueError("BACKPACK_TLS_CA isn't set: in one process, too, the parts call each other by TLS")
         metrics = Metrics(settings.metrics_tenants)
         control = await interventions.start(settings, metrics)
         stack.push_async_callback(control.stop)
         # Port 0 means any: from here on, everyone has to know which it was.
         settings = settings.model_copy(update={"interventions_address": control.address})
-        phone_book = await directory.serve(settings.directory_address, metrics)
+        phone_book = await directory.serve(settings, metrics)
         stack.push_async_callback(phone_book.stop)
         settings = settings.model_copy(update={"directory_address": phone_book.address})
-        channels = [rpc.channel(control.address), rpc.channel(phone_book.address)]
+        channels = [rpc.channel(part.address, tls) for part in (control, phone_book)]
         for channel in channels:
             stack.push_async_callback(channel.close)
         serving = await replica.start(
@@ -54,5 +57,5 @@ async def run(settings: Settings) -> AsyncIterator[Embedded]:
         stack.push_async_callback(front.stop)
         await front.ready()
         if settings.metrics_address:
-            metrics.listen(settings.metrics_address)
+            exposition.listen(metrics.registry, settings.metrics_address, settings.tls)
         yield Embedded(front.address, control.address, metrics, settings)

@@ -20,12 +20,19 @@ No transport here: `rpc/` turns these into gRPC statuses and back.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from backpack_lm.patch import PatchError, Violation
 
 DOMAIN = "backpack"
 """Domain of every google.rpc.ErrorInfo that we send."""
+
+
+class Quota(NamedTuple):
+    """A limit that was reached: whose, and which."""
+
+    subject: str
+    description: str
 
 
 class ServiceError(Exception):
@@ -42,12 +49,13 @@ class ServiceError(Exception):
         message: str,
         *,
         violations: Iterable[Violation] = (),
+        quotas: Iterable[Quota] = (),
         retry_after: float | None = None,
         **metadata: object,
     ) -> None:
         super().__init__(message)
         self.reason, self.message = reason, message
-        self.violations = tuple(violations)
+        self.violations, self.quotas = tuple(violations), tuple(quotas)
         self.retry_after = retry_after
         self.metadata: Mapping[str, str] = {name: str(value) for name, value in metadata.items()}
 

@@ -12,19 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from backpack_serving.tenant_labels import TenantLabels
 
-log = structlog.get_logger(__name__)
-
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _MILLISECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
-
-_PORTS = 16
 
 
 class Metrics:
@@ -45,24 +40,6 @@ class Metrics:
 
     def replica(self, load: Callable[[], EngineLoad], releases: Callable[[], int]) -> ReplicaMetrics:
         return ReplicaMetrics(self.registry, load, releases)
-
-    def listen(self, address: str) -> str:
-        """Serve http://address/metrics from a thread, for as long as the process lives; where it really is.
-
-        A port that is taken gives way to the next free one of sixteen: processes of one machine share a setting.
-        Raises OSError if all are taken.
-        """
-        host, _, text = address.rpartition(":")
-        first = int(text)
-        for port in range(first, first + _PORTS):
-            try:
-                server, _thread = start_http_server(port, host, self.registry)
-            except OSError:
-                continue
-            bound = f"{host}:{server.server_port}"
-            log.info("metrics", address=f"http://{bound}/metrics")
-            return bound
-        raise OSError(f"can't serve metrics on {address}, nor on the {_PORTS - 1} ports after it: all are taken")
 
 
 def names() -> set[str]:

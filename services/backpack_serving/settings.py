@@ -13,6 +13,8 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from backpack_serving.tls import Tls
+
 SECRETS = Path("/run/secrets")
 
 
@@ -97,6 +99,36 @@ class Settings(BaseSettings):
     expired_after: float = Field(
         86_400.0, gt=0, description="Seconds without news after which requests are refused."
     )
+    tls_certificate: Path | None = Field(
+        None,
+        description="Certificate chain (PEM) of every listener; with it they use TLS. Read again when it changes.",
+    )
+    tls_key: Path | None = Field(None, description="Private key (PEM) of the certificate.")
+    tls_client_ca: Path | None = Field(
+        None,
+        description="Authorities (PEM) of client certificates; with it, listeners take no client without one.",
+    )
+    tls_ca: Path | None = Field(
+        None, description="Authorities (PEM) of the servers that are called; with it, calls use TLS."
+    )
+    tls_name: str = Field(
+        "", description="Name that the certificates of other parts carry, where they are called by address."
+    )
+    limit_requests: float = Field(
+        0, ge=0, description="Requests a minute that a tenant may make of a gateway; 0: any."
+    )
+    limit_tokens: float = Field(
+        0, ge=0, description="Tokens a minute, prompt and generated, that a tenant may use of a gateway; 0: any."
+    )
+    limit_concurrent: int = Field(
+        0, ge=0, description="Requests that a tenant may run at once on a gateway; 0: any."
+    )
+    limits_file: Path | None = Field(
+        None, description="TOML file of tenants with limits of their own; it is read again when it changes."
+    )
+    connection_age: float = Field(
+        1800.0, gt=0, description="Seconds after which clients are asked to connect anew, so that load spreads."
+    )
     drain: float = Field(
         30.0,
         ge=0,
@@ -145,9 +177,23 @@ class Settings(BaseSettings):
         return file.read_text().strip()
 
     @property
+    def tls(self) -> Tls:
+        """The files of TLS. Raises ValueError if a certificate has no key, or the other way round."""
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("BACKPACK_TLS_CERTIFICATE and BACKPACK_TLS_KEY go together; one of them isn't set")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise ValueError("BACKPACK_TLS_CLIENT_CA needs BACKPACK_TLS_CERTIFICATE and BACKPACK_TLS_KEY")
+        return Tls(self.tls_certificate, self.tls_key, self.tls_client_ca, self.tls_ca, self.tls_name)
+
+    @property
     def directory_metadata(self) -> tuple[tuple[str, str], ...]:
         """What Ray Serve's gRPC proxy needs to find the directory."""
         return (("application", self.directory_application),) if self.directory_application else ()
+
+    @property
+    def directory_tls(self) -> Tls:
+        """The files of TLS for calls to the directory; none behind Serve's proxy, which knows no TLS."""
+        return Tls() if self.directory_application else self.tls
 
     @cached_property
     def database_url(self) -> str:

@@ -44,7 +44,7 @@ class System:
     _names: Any = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
-        gateway, control = rpc.channel(self.gateway), rpc.channel(self.interventions)
+        gateway, control = (rpc.channel(a, self.settings.tls) for a in (self.gateway, self.interventions))
         self._channels += [gateway, control]
         self.inference = inference_pb2_grpc.InferenceServiceStub(gateway)
         self.tenants = interventions_pb2_grpc.TenantServiceStub(control)

@@ -11,7 +11,7 @@ import grpc
 import pytest
 import pytest_asyncio
 from backpack_proto.v1 import inference_pb2 as pb
-from backpack_serving import metrics
+from backpack_serving import exposition, metrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import System, copy
@@ -24,7 +24,7 @@ PROMPT = "The story of the king and the"
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def address(system: System) -> str:
     assert system.metrics is not None
-    return system.metrics.listen("127.0.0.1:0")
+    return exposition.listen(system.metrics.registry, "127.0.0.1:0")
 
 
 async def _scrape(address: str) -> Mapping[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -107,7 +107,7 @@ async def test_names_are_all_that_is_ever_told(address: str) -> None:
 
 
 async def test_a_port_that_is_taken_gives_way_to_the_next(address: str) -> None:
-    other = metrics.Metrics().listen(address)
+    other = exposition.listen(metrics.Metrics().registry, address)
     host, _, port = address.rpartition(":")
     assert other.startswith(f"{host}:")
     assert 0 < int(other.rpartition(":")[2]) - int(port) < 16

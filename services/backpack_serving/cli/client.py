@@ -16,6 +16,7 @@ from rich.console import Console
 from backpack_serving import rpc
 from backpack_serving.errors import ServiceError
 from backpack_serving.settings import Settings
+from backpack_serving.tls import Tls
 
 LAB_PACKAGES = ("scipy", "matplotlib", "transformers")
 """What the extra `lab` adds, and a command may miss."""
@@ -40,6 +41,7 @@ class Client:
     gateway: str
     interventions: str
     key: str
+    tls: Tls
     _channels: list[Any] = field(default_factory=list)
 
     @property
@@ -67,7 +69,7 @@ class Client:
         return interventions_pb2_grpc.AuditServiceStub(self._open(self.interventions))
 
     def _open(self, address: str) -> Any:
-        channel = rpc.sync_channel(address)
+        channel = rpc.sync_channel(address, self.tls)
         self._channels.append(channel)
         return channel
 
@@ -104,7 +106,10 @@ def as_caller(tenant: str, key: str) -> Iterator[Client]:
                     f"no API key: {file} doesn't exist; give --key, set BACKPACK_KEY, or name a tenant with --as"
                 )
             key = file.read_text().strip()
-        with Client(settings.gateway_address, settings.interventions_address, key) as client, rpc.errors():
+        with (
+            Client(settings.gateway_address, settings.interventions_address, key, settings.tls) as client,
+            rpc.errors(),
+        ):
             yield client
 
 
@@ -113,7 +118,10 @@ def as_admin() -> Iterator[Client]:
     with exits():
         settings = Settings()
         key = settings.key_for("admin")
-        with Client(settings.gateway_address, settings.interventions_address, key) as client, rpc.errors():
+        with (
+            Client(settings.gateway_address, settings.interventions_address, key, settings.tls) as client,
+            rpc.errors(),
+        ):
             yield client
 
 

@@ -49,7 +49,7 @@ EXAMPLES = (Example("clinic", "king", "nurse"), Example("harbour", "king", "ship
 
 async def provide(serving: Embedded) -> None:
     """Make the example tenants, with a key file each, a patch, a release, and that release live."""
-    channel = rpc.channel(serving.interventions)
+    channel = rpc.channel(serving.interventions, serving.settings.tls)
     try:
         for example in EXAMPLES:
             if not tenant_key_file(serving.settings, example.tenant).exists():
@@ -106,7 +106,7 @@ class _Column:
 async def side_by_side(serving: Embedded) -> None:
     """Stream PROMPT for every example at once, in columns that grow."""
     columns = [_Column(example) for example in EXAMPLES]
-    channel = rpc.channel(serving.gateway)
+    channel = rpc.channel(serving.gateway, serving.settings.tls)
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     with Live(_table(columns), console=out, refresh_per_second=20) as live:
 

@@ -40,7 +40,7 @@ def directory() -> None:
     """The directory of replicas, where there is no Ray."""
     from backpack_serving.inference import directory as directory_room
 
-    _serve("directory", lambda settings, metrics: directory_room.serve(settings.directory_address, metrics))
+    _serve("directory", directory_room.serve)
 
 
 @app.command()
@@ -52,8 +52,10 @@ def inference() -> None:
     async def start(settings: Settings, metrics: Metrics) -> replica.Replica:
         return await replica.start(
             settings,
-            replica.report_to(rpc.channel(settings.directory_address), settings.directory_metadata),
-            rpc.channel(settings.interventions_address),
+            replica.report_to(
+                rpc.channel(settings.directory_address, settings.directory_tls), settings.directory_metadata
+            ),
+            rpc.channel(settings.interventions_address, settings.tls),
             metrics,
         )
 
@@ -68,6 +70,7 @@ def _serve(
     """Serve until a signal, or until what `failure` gives is set, which is exit status 1: whoever supervises this
     process shall start it again.
     """
+    from backpack_serving import exposition
     from backpack_serving.telemetry import configure
 
     async def serve() -> bool:
@@ -78,7 +81,7 @@ def _serve(
             metrics = Metrics(settings.metrics_tenants)
             running = await start(settings, metrics)
             if settings.metrics_address:
-                metrics.listen(settings.metrics_address)
+                exposition.listen(metrics.registry, settings.metrics_address, settings.tls)
         out.print(f"{name} serves on [bold]{running.address}[/]; Ctrl-C stops it")
         failed = failure(running)
         ends = [asyncio.ensure_future(event.wait()) for event in (stopped, failed)]

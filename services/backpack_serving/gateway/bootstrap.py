@@ -13,6 +13,7 @@ from backpack_proto.v1 import inference_pb2_grpc
 
 from backpack_serving import rpc
 from backpack_serving.gateway.book import Book
+from backpack_serving.gateway.limits import Limit, Limits
 from backpack_serving.gateway.routing import Router
 from backpack_serving.gateway.servicer import GatewayServicer
 from backpack_serving.gateway.sync import follow_directory
@@ -22,6 +23,7 @@ from backpack_serving.settings import Settings
 from backpack_serving.sync.known import Kind
 from backpack_serving.sync.link import Link
 from backpack_serving.sync.reader import Reader
+from backpack_serving.wire import inference as wire
 
 SERVICE = "backpack.v1.InferenceService"
 READER = "backpack.v1.SyncService"
@@ -57,22 +59,41 @@ class Gateway:
 
 
 async def start(settings: Settings, metrics: Metrics) -> Gateway:
-    """Serve on `settings.gateway_address`. Raises OSError if it is taken, ManifestError if there is no model."""
+    """Serve on `settings.gateway_address`. Raises OSError if it is taken, ManifestError if there is no model,
+    ValueError if certificates or limits are no good.
+    """
     manifest = Manifest.read(settings.model)
     tokenizer = Tokenizer.read(settings.model / "tokenizer.json")
     key = settings.key_for("replica")
+    tls = settings.tls
     reader = Reader(Kind.GATEWAY, uuid.uuid4().hex, settings.gateway_address, manifest.fingerprint)
-    book, router = Book(reader, settings.expired_after, settings.serve_expired), Router(manifest.fingerprint)
-    control, tallies = rpc.channel(settings.interventions_address), Tallies()
+    book = Book(reader, settings.expired_after, settings.serve_expired)
+    router = Router(manifest.fingerprint, tls)
+    control, tallies = rpc.channel(settings.interventions_address, tls), Tallies()
     link = Link(control, key, reader, tallies, settings.state / "known-good" / "gateway" / "view")
     await asyncio.to_thread(link.restore)
+    default = Limit(settings.limit_requests, settings.limit_tokens, settings.limit_concurrent)
+    limits = Limits(default, settings.limits_file)
     measured = metrics.gateway(lambda: router.size, lambda: book.age)
-    servicer = GatewayServicer(manifest, tokenizer, book, router, key, measured, link, tallies, settings.catch_up)
+    servicer = GatewayServicer(
+        manifest, tokenizer, book, router, key, limits, measured, link, tallies, settings.catch_up
+    )
     service = rpc.Service(SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer)
-    server = await rpc.start([service], settings.gateway_address, metrics.calls("gateway"))
+    server = await rpc.start(
+        [service],
+        settings.gateway_address,
+        metrics.calls("gateway"),
+        tls=tls,
+        connection_age=settings.connection_age,
+        message_limit=wire.MESSAGE_LIMIT,
+    )
     tasks = (
         asyncio.create_task(link.run()),
-        asyncio.create_task(follow_directory(settings.directory_address, settings.directory_metadata, router)),
+        asyncio.create_task(
+            follow_directory(
+                settings.directory_address, settings.directory_metadata, router, settings.directory_tls
+            )
+        ),
         asyncio.create_task(_tell_health(server, book, router, settings.stale_after)),
     )
     return Gateway(server, book, router, tasks, settings.drain, control)

@@ -1,22 +1,30 @@
-"""One request as a gateway measures it."""
+"""One request as a gateway measures it and charges for it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 
+from backpack_serving.gateway.limits import Limits
 from backpack_serving.metrics import GatewayMetrics
 
 
 class Meter:
-    """Times and tokens of a tenant's request, told to the metrics at the end of the `with` block."""
+    """Times and tokens of a tenant's request."""
 
-    def __init__(self, metrics: GatewayMetrics, tenant: str) -> None:
-        self._metrics, self.tenant = metrics, tenant
+    def __init__(self, metrics: GatewayMetrics, tenant: str, take: Callable[[int], None]) -> None:
+        self._metrics, self.tenant, self._take = metrics, tenant, take
         self._arrived = perf_counter()
         self._sent = self._first = self._latest = 0.0
-        self._first_tokens = 0
-        self.prompt = self.made = 0
-        metrics.request(tenant)
+        self._first_tokens = self._charged = self._prompt = 0
+        self._taken = False
+        self.made = 0
+
+    def charge(self, prompt: int, new: int = 0) -> None:
+        """Charge a prompt, and as many new tokens as may be made. Raises Exhausted if there are none left."""
+        self._take(prompt + new)
+        self._prompt, self._charged = prompt, prompt + new
 
     def send(self, tries: int) -> None:
         """A replica is about to be called."""
@@ -26,6 +34,7 @@ class Meter:
 
     def taken(self) -> None:
         """The replica has the request."""
+        self._taken = True
         self._metrics.handoff.observe(perf_counter() - self._sent)
 
     def add(self, tokens: int) -> None:
@@ -36,10 +45,22 @@ class Meter:
             self._metrics.first_token.observe(self._latest - self._arrived)
         self.made += tokens
 
-    def __enter__(self) -> Meter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._metrics.tokens(self.tenant, self.prompt, self.made)
+    def end(self) -> None:
+        """Give back what was charged and not used, and tell the metrics."""
+        used = self._prompt + self.made if self._taken else 0
+        self._take(min(0, used - self._charged))
+        self._metrics.tokens(self.tenant, self._prompt if self._taken else 0, self.made)
         if self._first and self.made > self._first_tokens:
             self._metrics.token.observe((self._latest - self._first) / (self.made - self._first_tokens))
+
+
+@contextmanager
+def metered(tenant: str, limits: Limits, metrics: GatewayMetrics) -> Iterator[Meter]:
+    """One request of a tenant, for as long as the block runs. Raises Exhausted if it is one too many."""
+    metrics.request(tenant)
+    with limits.request(tenant) as take:
+        meter = Meter(metrics, tenant, take)
+        try:
+            yield meter
+        finally:
+            meter.end()

@@ -12,6 +12,7 @@ from backpack_proto.v1 import directory_pb2, inference_pb2_grpc
 
 from backpack_serving import rpc
 from backpack_serving.errors import Unavailable
+from backpack_serving.tls import Tls
 
 
 @dataclass(slots=True, eq=False)
@@ -33,8 +34,8 @@ class Target:
 class Router:
     """The replicas that serve this gateway's model."""
 
-    def __init__(self, fingerprint: str) -> None:
-        self._fingerprint = fingerprint
+    def __init__(self, fingerprint: str, tls: Tls | None = None) -> None:
+        self._fingerprint, self._tls = fingerprint, tls
         self._targets: dict[str, Target] = {}
 
     @property
@@ -55,7 +56,7 @@ class Router:
                 target.failed = target.failed and target.replica == replica
                 target.replica = replica
             else:
-                channel = rpc.channel(replica.address)
+                channel = rpc.channel(replica.address, self._tls)
                 self._targets[name] = Target(replica, channel, inference_pb2_grpc.InferenceServiceStub(channel))
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import structlog
@@ -14,7 +15,8 @@ from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
 from backpack_serving import rpc
 from backpack_serving.errors import Internal, ServiceError, Unavailable
 from backpack_serving.gateway.book import Book, Pinned
-from backpack_serving.gateway.meter import Meter
+from backpack_serving.gateway.limits import Limits
+from backpack_serving.gateway.meter import Meter, metered
 from backpack_serving.gateway.routing import Router, Target
 from backpack_serving.gateway.tallies import Tallies
 from backpack_serving.keys import Principal, Role
@@ -38,6 +40,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         book: Book,
         router: Router,
         service_key: str,
+        limits: Limits,
         metrics: GatewayMetrics,
         link: Link,
         tallies: Tallies,
@@ -45,7 +48,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
     ) -> None:
         self._manifest, self._tokenizer = manifest, tokenizer
         self._book, self._router, self._service_key = book, router, service_key
-        self._metrics = metrics
+        self._limits, self._metrics = limits, metrics
         self._link, self._tallies, self._catch_up = link, tallies, catch_up
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
@@ -53,7 +56,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             pinned = await self._pin(meter, request)
             order = wire.read_generation(request, self._tokenizer, self._manifest.config)
             wire.settle(request, order)
-            meter.prompt = len(order.prompt)
+            meter.charge(len(order.prompt), order.sampling.max_tokens)
             response = await self._unary(lambda stub: stub.Generate, request, context, pinned, meter, order.tokens)
             meter.made = response.usage.generated_tokens
             return response
@@ -66,7 +69,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             order = wire.read_generation(request, self._tokenizer, self._manifest.config)
             wire.read_coalesce(request)
             wire.settle(request, order)
-            meter.prompt = len(order.prompt)
+            meter.charge(len(order.prompt), order.sampling.max_tokens)
             tried: list[Target] = []
             while True:
                 with self._router.lease(order.tokens, tried) as target:
@@ -101,7 +104,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             pinned = await self._pin(meter, request)
             ids = wire.read_prompt("text", request.text, self._tokenizer, self._manifest.config)
             request.text.tokens.ids[:] = ids
-            meter.prompt = len(ids)
+            meter.charge(len(ids))
             return await self._unary(lambda stub: stub.Score, request, context, pinned, meter, len(ids))
 
     async def Explain(self, request: pb.ExplainRequest, context: rpc.Context) -> pb.ExplainResponse:
@@ -109,7 +112,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             pinned = await self._pin(meter, request)
             ids = wire.read_prompt("prompt", request.prompt, self._tokenizer, self._manifest.config)
             request.prompt.tokens.ids[:] = ids
-            meter.prompt = len(ids)
+            meter.charge(len(ids))
             return await self._unary(lambda stub: stub.Explain, request, context, pinned, meter, len(ids))
 
     async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
@@ -118,22 +121,22 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             return await self._unary(lambda stub: stub.ListSenses, request, context, pinned, meter, 1)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
-        self._caller(context)
-        ids = self._tokenizer.encode(request.text)
+        with self._meter(context):
+            ids = self._tokenizer.encode(request.text)
         return pb.TokenizeResponse(tokens=[wire.write_token(i, self._tokenizer) for i in ids])
 
     async def GetModel(self, request: pb.GetModelRequest, context: rpc.Context) -> pb.GetModelResponse:
-        self._caller(context)
-        return wire.write_model(self._manifest)
+        with self._meter(context):
+            return wire.write_model(self._manifest)
 
     def _caller(self, context: rpc.Context) -> Principal:
         who = self._book.authenticate(rpc.bearer(context))
         who.require(Role.CALLER)
         return who
 
-    def _meter(self, context: rpc.Context) -> Meter:
+    def _meter(self, context: rpc.Context) -> AbstractContextManager[Meter]:
         """Who calls, and from here on what it costs."""
-        return Meter(self._metrics, self._caller(context).tenant)
+        return metered(self._caller(context).tenant, self._limits, self._metrics)
 
     async def _pin(self, meter: Meter, request: Any) -> Pinned:
         """The release that the request has from here to its last token."""

@@ -7,11 +7,12 @@ from backpack_proto.v1 import directory_pb2, directory_pb2_grpc
 from backpack_serving import rpc
 from backpack_serving.gateway.routing import Router
 from backpack_serving.sync.link import alive, for_ever
+from backpack_serving.tls import Tls
 
 
-async def follow_directory(address: str, metadata: tuple[tuple[str, str], ...], router: Router) -> None:
+async def follow_directory(address: str, metadata: tuple[tuple[str, str], ...], router: Router, tls: Tls) -> None:
     """Keep the router's replicas up to date, for ever."""
-    channel = rpc.channel(address)
+    channel = rpc.channel(address, tls)
     stub = directory_pb2_grpc.DirectoryServiceStub(channel)
 
     async def once() -> None:

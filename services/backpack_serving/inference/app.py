@@ -22,7 +22,7 @@ from ray import serve
 from ray.serve.config import gRPCOptions
 from ray.serve.exceptions import RayServeException
 
-from backpack_serving import rpc
+from backpack_serving import exposition, rpc
 from backpack_serving.errors import Unavailable
 from backpack_serving.inference import replica
 from backpack_serving.inference.autoscaling import METRIC, Autoscaling, TokensInFlight
@@ -165,10 +165,10 @@ class ReplicaDeployment:
         configure(settings)
         address = _listen_address(ray.util.get_node_ip_address(), settings.inference_address)  # type: ignore[no-untyped-call]
         settings = settings.model_copy(update={"inference_address": address})
-        self._channel = rpc.channel(settings.interventions_address)
+        self._channel = rpc.channel(settings.interventions_address, settings.tls)
         metrics = Metrics(settings.metrics_tenants)
         if settings.metrics_address:
-            metrics.listen(settings.metrics_address)
+            exposition.listen(metrics.registry, settings.metrics_address, settings.tls)
         self._replica = await replica.start(settings, self._report, self._channel, metrics)
 
     async def check_health(self) -> None:

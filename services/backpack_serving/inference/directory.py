@@ -12,6 +12,7 @@ from backpack_proto.v1 import directory_pb2_grpc as grpc_v1
 
 from backpack_serving import rpc
 from backpack_serving.metrics import Metrics
+from backpack_serving.settings import Settings
 
 SILENCE = 3.0
 """Seconds without a report after which a replica is dropped; replicas report every REPORT_SECONDS."""
@@ -68,7 +69,7 @@ class DirectoryServicer(grpc_v1.DirectoryServiceServicer):
             yield pb.WatchReplicasResponse(replicas=replicas)
 
 
-async def serve(address: str, metrics: Metrics) -> rpc.Server:
+async def serve(settings: Settings, metrics: Metrics) -> rpc.Server:
     """A directory of its own, for a deployment without Ray. Raises OSError if the address is taken."""
     service = rpc.Service(
         "backpack.v1.DirectoryService",
@@ -76,4 +77,10 @@ async def serve(address: str, metrics: Metrics) -> rpc.Server:
         DirectoryServicer(Directory()),
         endless=frozenset({"WatchReplicas"}),
     )
-    return await rpc.start([service], address, metrics.calls("directory"))
+    return await rpc.start(
+        [service],
+        settings.directory_address,
+        metrics.calls("directory"),
+        tls=settings.tls,
+        connection_age=settings.connection_age,
+    )

@@ -35,6 +35,7 @@ from backpack_serving.settings import Settings
 from backpack_serving.sync.known import Kind, Position
 from backpack_serving.sync.link import Link
 from backpack_serving.sync.reader import Reader
+from backpack_serving.wire import inference as wire
 
 log = structlog.get_logger(__name__)
 
@@ -172,7 +173,14 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
         servicer,
     )
-    server = await rpc.start([service], settings.inference_address, metrics.calls("inference"))
+    server = await rpc.start(
+        [service],
+        settings.inference_address,
+        metrics.calls("inference"),
+        tls=settings.tls,
+        connection_age=settings.connection_age,
+        message_limit=wire.MESSAGE_LIMIT,
+    )
     reader = Reader(Kind.REPLICA, uuid.uuid4().hex, server.address, served.manifest.fingerprint)
     link = Link(control, key, reader, versions, folder / "view")
     replica = Replica(served, engine, server, report, measured, settings.drain, link, versions)

@@ -70,6 +70,8 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
             services(service, tokenizer, bell, ErrorGate(settings.canary_requests, settings.canary_errors)),
             settings.interventions_address,
             metrics.calls("interventions"),
+            tls=settings.tls,
+            connection_age=settings.connection_age,
         )
     except BaseException:
         store.close()

@@ -8,6 +8,9 @@ from typing import Any
 
 import grpc
 
+from backpack_serving.rpc.credentials import channel_credentials
+from backpack_serving.tls import Tls
+
 MESSAGE_LIMIT = 20 * 2**20
 """Largest message that a server takes: a revision at the limits of its size, and some room."""
 
@@ -58,11 +61,23 @@ _CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
 )
 
 
-def channel(address: str) -> grpc.aio.Channel:
-    """A channel to one of our servers, with retries of reads and keepalive."""
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+def channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
+    """A channel to one of our servers, with retries of reads and keepalive; with TLS if there are authorities.
+
+    Raises ValueError if the certificates are no good.
+    """
+    if tls is None or tls.authorities is None:
+        return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, channel_credentials(tls), options=_options(tls))
 
 
-def sync_channel(address: str) -> grpc.Channel:
+def sync_channel(address: str, tls: Tls | None = None) -> grpc.Channel:
     """The same for a caller without an event loop."""
-    return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    if tls is None or tls.authorities is None:
+        return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    return grpc.secure_channel(address, channel_credentials(tls), options=_options(tls))
+
+
+def _options(tls: Tls) -> Sequence[tuple[str, Any]]:
+    named = [("grpc.ssl_target_name_override", tls.name)] if tls.name else []
+    return [*_CHANNEL_OPTIONS, *named]

@@ -23,16 +23,18 @@ from grpc_status import rpc_status
 
 from backpack_serving.errors import Internal, ServiceError, Unavailable, from_patch_error
 from backpack_serving.rpc.channel import MESSAGE_LIMIT
+from backpack_serving.rpc.credentials import server_credentials
 from backpack_serving.rpc.status import error_from, to_status
+from backpack_serving.tls import Tls
 
 log = structlog.get_logger(__name__)
 
 _OPTIONS: Sequence[tuple[str, Any]] = (
-    ("grpc.max_receive_message_length", MESSAGE_LIMIT),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.so_reuseport", 0),
+    # A stream outlives its connection's age by this at most; endless ones are opened again where they ended.
+    ("grpc.max_connection_age_grace_ms", 300_000),
 )
 
 _ENDLESS = {"/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"}
@@ -187,11 +189,29 @@ class Server:
         await stopping
 
 
-async def start(services: Iterable[Service], address: str, watcher: Watcher | None = None) -> Server:
-    """Serve on host:port (port 0: a free one) or unix:path. Raises OSError if the address is taken."""
+async def start(
+    services: Iterable[Service],
+    address: str,
+    watcher: Watcher | None = None,
+    *,
+    tls: Tls | None = None,
+    connection_age: float = 1800.0,
+    message_limit: int = MESSAGE_LIMIT,
+    share_port: bool = False,
+) -> Server:
+    """Serve on host:port (port 0: a free one) or unix:path, with TLS if there is a certificate.
+
+    Raises OSError if the address is taken, ValueError if the certificates are no good.
+    """
     services = list(services)
     calls = _Calls((f"/{s.name}/{method}" for s in services for method in s.endless), watcher)
-    server = grpc.aio.server(interceptors=[calls], options=_OPTIONS)
+    options = [
+        *_OPTIONS,
+        ("grpc.max_receive_message_length", message_limit),
+        ("grpc.max_connection_age_ms", int(connection_age * 1000)),
+        ("grpc.so_reuseport", int(share_port)),
+    ]
+    server = grpc.aio.server(interceptors=[calls], options=options)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     for service in services:
@@ -199,7 +219,10 @@ async def start(services: Iterable[Service], address: str, watcher: Watcher | No
     names = [*(s.name for s in services), health.SERVICE_NAME, reflection.SERVICE_NAME]
     reflection.enable_server_reflection(names, server)
     try:
-        port = server.add_insecure_port(address)
+        if tls is None or tls.certificate is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, server_credentials(tls))
     except RuntimeError:
         raise OSError(f"can't listen on {address}: is another server there?") from None
     await server.start()

@@ -1,4 +1,4 @@
-"""Refusals as google.rpc.Status, with ErrorInfo, BadRequest and RetryInfo, and back again."""
+"""Refusals as google.rpc.Status, with ErrorInfo, BadRequest, QuotaFailure and RetryInfo, and back again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from google.protobuf.any_pb2 import Any as PackedAny
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from backpack_serving.errors import BY_CODE, DOMAIN, Internal, ServiceError
+from backpack_serving.errors import BY_CODE, DOMAIN, Internal, Quota, ServiceError
 
 
 def to_status(error: ServiceError) -> status_pb2.Status:
@@ -24,6 +24,11 @@ def to_status(error: ServiceError) -> status_pb2.Status:
                 field=violation.field, reason=violation.reason, description=violation.description
             )
         details.append(bad)
+    if error.quotas:
+        failure = error_details_pb2.QuotaFailure()
+        for quota in error.quotas:
+            failure.violations.add(subject=quota.subject, description=quota.description)
+        details.append(failure)
     if error.retry_after is not None:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
@@ -42,16 +47,20 @@ def error_from(error: grpc.RpcError) -> ServiceError:
     status = rpc_status.from_call(call)
     if status is None:
         return kind("TRANSPORT", call.details() or code)
-    reason, values, violations, retry_after = code, {}, [], None
+    reason, values, retry_after = code, {}, None
+    violations: list[Violation] = []
+    quotas: list[Quota] = []
     for packed in status.details:
         detail = _unpack(packed)
         if isinstance(detail, error_details_pb2.ErrorInfo):
             reason, values = detail.reason, dict(detail.metadata)
         elif isinstance(detail, error_details_pb2.BadRequest):
             violations = [Violation(v.field, v.reason, v.description) for v in detail.field_violations]
+        elif isinstance(detail, error_details_pb2.QuotaFailure):
+            quotas = [Quota(v.subject, v.description) for v in detail.violations]
         elif isinstance(detail, error_details_pb2.RetryInfo):
             retry_after = detail.retry_delay.ToNanoseconds() / 1e9
-    rebuilt = kind(reason, status.message, violations=violations, retry_after=retry_after)
+    rebuilt = kind(reason, status.message, violations=violations, quotas=quotas, retry_after=retry_after)
     rebuilt.metadata = values
     return rebuilt
 
@@ -69,6 +78,7 @@ def _unpack(packed: PackedAny) -> Any:
     for kind in (
         error_details_pb2.ErrorInfo,
         error_details_pb2.BadRequest,
+        error_details_pb2.QuotaFailure,
         error_details_pb2.RetryInfo,
     ):
         if packed.Is(kind.DESCRIPTOR):

@@ -1,0 +1,59 @@
+"""The HTTP listener that Prometheus scrapes."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+import structlog
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
+
+from backpack_serving.tls import ReloadedContext, Tls
+
+log = structlog.get_logger(__name__)
+
+PORTS = 16
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 10  # whoever connects and says nothing holds a thread no longer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """A scrape is no news."""
+
+
+class _Server(ThreadingWSGIServer):
+    """Wraps connections with the certificates as they are then: new ones need no restart."""
+
+    context: ReloadedContext | None = None
+
+    def get_request(self) -> Any:
+        connection, peer = super().get_request()
+        if self.context is None:
+            return connection, peer
+        # Without the handshake, which the connection's own thread does: nobody waits for a slow client.
+        context = self.context.now()
+        return context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False), peer
+
+
+def listen(registry: CollectorRegistry, address: str, tls: Tls | None = None) -> str:
+    """Serve /metrics from a thread, for as long as the process lives; the address that it got.
+
+    A port that is taken gives way to the next free one of sixteen: processes of one machine share a setting.
+    Raises OSError if all are taken, ValueError if the certificates are no good.
+    """
+    context = ReloadedContext(tls) if tls and tls.certificate else None
+    host, _, text = address.rpartition(":")
+    for port in range(int(text), int(text) + PORTS):
+        try:
+            server = make_server(host, port, make_wsgi_app(registry), _Server, _Handler)
+        except OSError:
+            continue
+        server.context = context
+        threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+        bound = f"{host}:{server.server_port}"
+        log.info("metrics", address=f"{'https' if context else 'http'}://{bound}/metrics")
+        return bound
+    raise OSError(f"can't serve metrics on {address}, nor on the {PORTS - 1} ports after it: all are taken")

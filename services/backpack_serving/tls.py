@@ -1,0 +1,97 @@
+"""Certificates, keys and authorities, as files that may be replaced while servers run."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Where the files are. A listener needs `certificate` and `key`; a channel needs `authorities`.
+
+    With `client_authorities`, listeners take only clients with a certificate by one of them. `name` is what the
+    certificates of other parts are checked for where they are called by address.
+    """
+
+    certificate: Path | None = None
+    key: Path | None = None
+    client_authorities: Path | None = None
+    authorities: Path | None = None
+    name: str = ""
+
+    def identity(self) -> tuple[bytes, bytes] | None:
+        """(key, certificate chain) as PEM, or None. Raises ValueError if they can't be read or don't fit."""
+        if self.certificate is None or self.key is None:
+            return None
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key)
+        except (OSError, ssl.SSLError) as error:
+            raise ValueError(f"TLS: {self.certificate} and {self.key}: {error}") from None
+        return self.key.read_bytes(), self.certificate.read_bytes()
+
+    def clients(self) -> bytes | None:
+        """The authorities of clients as PEM. Raises ValueError if the file can't be read."""
+        return _authorities(self.client_authorities)
+
+    def servers(self) -> bytes | None:
+        """The authorities of the servers that are called."""
+        return _authorities(self.authorities)
+
+    def stamp(self) -> tuple[int, ...]:
+        """Changes whenever one of the listener's files does."""
+        return tuple(_changed(self.certificate, self.key, self.client_authorities))
+
+
+class ReloadedContext:
+    """A listener's context for what isn't gRPC, made anew when its files change.
+
+    Raises ValueError if the files aren't good now; later that is logged, and the context before serves on.
+    """
+
+    def __init__(self, tls: Tls) -> None:
+        self._tls, self._stamp, self._context = tls, tls.stamp(), _context(tls)
+
+    def now(self) -> ssl.SSLContext:
+        if (stamp := self._tls.stamp()) != self._stamp:
+            try:
+                self._context, self._stamp = _context(self._tls), stamp
+            except (OSError, ValueError) as error:
+                log.error("certificates not read; the ones before serve on", reason=str(error))
+        return self._context
+
+
+def _context(tls: Tls) -> ssl.SSLContext:
+    assert tls.certificate, "asked for by listeners only"
+    tls.identity()
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.minimum_version = ssl.TLSVersion.TLSv1_2
+    made.load_cert_chain(tls.certificate, tls.key)
+    if authorities := tls.clients():
+        made.verify_mode = ssl.CERT_REQUIRED
+        made.load_verify_locations(cadata=authorities.decode())
+    return made
+
+
+def _authorities(file: Path | None) -> bytes | None:
+    if file is None:
+        return None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
+    except (OSError, ssl.SSLError) as error:
+        raise ValueError(f"TLS: {file}: {error}") from None
+    return file.read_bytes()
+
+
+def _changed(*files: Path | None) -> Iterator[int]:
+    for file in files:
+        try:
+            yield file.stat().st_mtime_ns if file else 0
+        except OSError:
+            yield 0
