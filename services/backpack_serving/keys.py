@@ -19,11 +19,14 @@ from backpack_serving.errors import Forbidden, Unauthenticated
 SYSTEM = "system"
 """The tenant of those who operate the service. It has no patches."""
 
+PREFIX = "bp_"
+"""What every API key begins with."""
+
 _KEY = re.compile(r"bp_([0-9a-f]{12})_([0-9a-f]{64})_([0-9a-f]{8})")
 
 
 class Role(StrEnum):
-    """What a key is for. A releaser may all that an author may; otherwise roles do not include each other."""
+    """What a credential is for. A releaser may all that an author may; else roles do not include each other."""
 
     ADMIN = "admin"
     AUTHOR = "author"
@@ -34,25 +37,34 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who is calling, as their key says."""
+    """Who is calling, as their credential says: an API key, or the name in a token or a certificate."""
 
     tenant: str
     key: str
     roles: frozenset[Role]
+    kind: str = "keys"
 
     @property
     def name(self) -> str:
-        return f"tenants/{self.tenant}/keys/{self.key}"
+        return f"tenants/{self.tenant}/{self.kind}/{self.key}"
 
     def require(self, role: Role) -> None:
-        """Raise Forbidden unless this key has the role."""
+        """Raise Forbidden unless this principal has the role."""
         if role in self.roles or (role is Role.AUTHOR and Role.RELEASER in self.roles):
             return
         raise Forbidden(
             "MISSING_ROLE",
-            f"{self.name} has the roles {', '.join(sorted(self.roles))}; this needs {role}",
+            f"{self.name} has the roles {', '.join(sorted(self.roles)) or 'none'}; this needs {role}",
             needed=role,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Whom a client certificate stands for."""
+
+    tenant: str
+    roles: tuple[Role, ...]
 
 
 @dataclass(frozen=True, slots=True)

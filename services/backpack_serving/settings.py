@@ -13,7 +13,9 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from backpack_serving.keys import Holder
 from backpack_serving.tls import Tls
+from backpack_serving.tokens import Issuer
 
 SECRETS = Path("/run/secrets")
 
@@ -114,6 +116,20 @@ class Settings(BaseSettings):
     tls_name: str = Field(
         "", description="Name that the certificates of other parts carry, where they are called by address."
     )
+    jwt_issuer: str = Field(
+        "", description="URL of an OpenID Connect issuer; with it, its tokens are credentials beside API keys."
+    )
+    jwt_audience: str = Field("", description="Audience that tokens must be made for.")
+    jwt_keys: str = Field(
+        "", description="Where the issuer's JWKS is, a URL or a file. Default: as its discovery document says."
+    )
+    jwt_tenant_claim: str = Field("tenant", description="Claim of a token that names the tenant.")
+    jwt_roles_claim: str = Field("roles", description="Claim of a token that lists roles.")
+    certificates: dict[str, Holder] = Field(
+        {},
+        description="Client certificates that are credentials: JSON, an alternative name of the certificate to "
+        '{"tenant": …, "roles": […]}.',
+    )
     limit_requests: float = Field(
         0, ge=0, description="Requests a minute that a tenant may make of a gateway; 0: any."
     )
@@ -184,6 +200,14 @@ class Settings(BaseSettings):
         if self.tls_client_ca and not self.tls_certificate:
             raise ValueError("BACKPACK_TLS_CLIENT_CA needs BACKPACK_TLS_CERTIFICATE and BACKPACK_TLS_KEY")
         return Tls(self.tls_certificate, self.tls_key, self.tls_client_ca, self.tls_ca, self.tls_name)
+
+    @property
+    def issuer(self) -> Issuer | None:
+        """Whose tokens are credentials."""
+        if not self.jwt_issuer:
+            return None
+        claims = self.jwt_tenant_claim, self.jwt_roles_claim
+        return Issuer(self.jwt_issuer, self.jwt_audience, self.jwt_keys, *claims)
 
     @property
     def directory_metadata(self) -> tuple[tuple[str, str], ...]:

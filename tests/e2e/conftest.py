@@ -17,6 +17,7 @@ from backpack_proto.v1 import inference_pb2_grpc, interventions_pb2, interventio
 from backpack_serving import embedded, rpc
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
+from backpack_serving.tls import Tls
 
 ipb = interventions_pb2
 Metadata = tuple[tuple[str, str], ...]
@@ -40,11 +41,13 @@ class System:
     interventions: str
     settings: Settings
     metrics: Metrics | None = None
+    tls: Tls | None = None
     _channels: list[Any] = field(default_factory=list)
     _names: Any = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
-        gateway, control = (rpc.channel(a, self.settings.tls) for a in (self.gateway, self.interventions))
+        tls = self.tls or self.settings.tls
+        gateway, control = rpc.channel(self.gateway, tls), rpc.channel(self.interventions, tls)
         self._channels += [gateway, control]
         self.inference = inference_pb2_grpc.InferenceServiceStub(gateway)
         self.tenants = interventions_pb2_grpc.TenantServiceStub(control)

@@ -21,12 +21,13 @@ def health(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the answer.")] = 5.0,
 ) -> None:
     """Ask a server whether it serves (grpc.health.v1). Exit status 0: it does; 1: it doesn't, or didn't answer."""
+    settings = Settings()
     try:
         if replicas:
-            count = probe.replicas(address, Settings().directory_metadata, timeout)
+            count = probe.replicas(address, settings.directory_metadata, timeout, settings.directory_tls)
             healthy, said = count >= replicas, f"replicas that take requests: {count}"
         else:
-            said = probe.health(address, service, timeout)
+            said = probe.health(address, service, timeout, settings.tls)
             healthy = said == "SERVING"
     except ServiceError as error:
         healthy, said = False, f"{error.code} {error.message}"

@@ -66,17 +66,19 @@ class Book:
 
     def authenticate(self, presented: str) -> Principal:
         """Raises Unauthenticated, or Unavailable while nothing is known or what is known is too old."""
-        view, age = self._reader.view, self.age
-        if age == float("inf"):
-            raise Unavailable(
-                "STARTING", "the gateway hasn't reached the intervention service yet", retry_after=1.0
-            )
+        self._check_started()
         key = ApiKey.parse(presented)
-        known = view.keys.get(key.id)
+        known = self._reader.view.keys.get(key.id)
         if known is None or known.revoked or not known.verifier.accepts(key.secret):
             raise Unauthenticated("UNKNOWN_KEY", "this API key is unknown or revoked")
-        tenant = known.principal.tenant
-        if (owner := view.tenants.get(tenant)) and owner.suspended:
+        self.check(known.principal.tenant)
+        return known.principal
+
+    def check(self, tenant: str) -> None:
+        """Raises Unauthenticated if a tenant is suspended, Unavailable if what is known of it is too old."""
+        self._check_started()
+        age, owner = self.age, self._reader.view.tenants.get(tenant)
+        if owner and owner.suspended:
             raise Unauthenticated(
                 "TENANT_SUSPENDED", f"tenants/{tenant} is suspended; ask who operates this service"
             )
@@ -86,7 +88,12 @@ class Book:
                 f"no news from the intervention service for {age:.0f} s; the bound is {self._expires:.0f} s",
                 retry_after=5.0,
             )
-        return known.principal
+
+    def _check_started(self) -> None:
+        if self.age == float("inf"):
+            raise Unavailable(
+                "STARTING", "the gateway hasn't reached the intervention service yet", retry_after=1.0
+            )
 
     def pin(self, tenant: str, channel: str, request_key: str = "") -> Pinned:
         """What a tenant's channel points at now, for a request with this key (drawn if empty).

@@ -18,6 +18,8 @@ from backpack_serving.gateway.routing import Router
 from backpack_serving.gateway.servicer import GatewayServicer
 from backpack_serving.gateway.sync import follow_directory
 from backpack_serving.gateway.tallies import Tallies
+from backpack_serving.identity import Identities
+from backpack_serving.keys import Principal
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
 from backpack_serving.sync.known import Kind
@@ -60,7 +62,7 @@ class Gateway:
 
 async def start(settings: Settings, metrics: Metrics) -> Gateway:
     """Serve on `settings.gateway_address`. Raises OSError if it is taken, ManifestError if there is no model,
-    ValueError if certificates or limits are no good.
+    ValueError if certificates, limits or the issuer of tokens are no good.
     """
     manifest = Manifest.read(settings.model)
     tokenizer = Tokenizer.read(settings.model / "tokenizer.json")
@@ -72,11 +74,19 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
     control, tallies = rpc.channel(settings.interventions_address, tls), Tallies()
     link = Link(control, key, reader, tallies, settings.state / "known-good" / "gateway" / "view")
     await asyncio.to_thread(link.restore)
+
+    async def by_key(presented: str) -> Principal:
+        return book.authenticate(presented)
+
+    async def known(who: Principal) -> None:
+        book.check(who.tenant)  # that there is none such shows when its channel is looked up
+
+    identities = Identities(by_key, known, settings.issuer, settings.certificates)
     default = Limit(settings.limit_requests, settings.limit_tokens, settings.limit_concurrent)
     limits = Limits(default, settings.limits_file)
     measured = metrics.gateway(lambda: router.size, lambda: book.age)
     servicer = GatewayServicer(
-        manifest, tokenizer, book, router, key, limits, measured, link, tallies, settings.catch_up
+        manifest, tokenizer, identities, book, router, key, limits, measured, link, tallies, settings.catch_up
     )
     service = rpc.Service(SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer)
     server = await rpc.start(

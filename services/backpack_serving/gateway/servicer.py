@@ -19,6 +19,7 @@ from backpack_serving.gateway.limits import Limits
 from backpack_serving.gateway.meter import Meter, metered
 from backpack_serving.gateway.routing import Router, Target
 from backpack_serving.gateway.tallies import Tallies
+from backpack_serving.identity import Identities
 from backpack_serving.keys import Principal, Role
 from backpack_serving.metrics import GatewayMetrics
 from backpack_serving.sync.link import Link
@@ -37,6 +38,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         self,
         manifest: Manifest,
         tokenizer: Tokenizer,
+        identities: Identities,
         book: Book,
         router: Router,
         service_key: str,
@@ -48,11 +50,12 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
     ) -> None:
         self._manifest, self._tokenizer = manifest, tokenizer
         self._book, self._router, self._service_key = book, router, service_key
+        self._identities = identities
         self._limits, self._metrics = limits, metrics
         self._link, self._tallies, self._catch_up = link, tallies, catch_up
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
-        with self._meter(context) as meter:
+        with self._meter(await self._caller(context)) as meter:
             pinned = await self._pin(meter, request)
             order = wire.read_generation(request, self._tokenizer, self._manifest.config)
             wire.settle(request, order)
@@ -64,7 +67,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
     async def GenerateStream(
         self, request: pb.GenerateStreamRequest, context: rpc.Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        with self._meter(context) as meter:
+        with self._meter(await self._caller(context)) as meter:
             pinned = await self._pin(meter, request)
             order = wire.read_generation(request, self._tokenizer, self._manifest.config)
             wire.read_coalesce(request)
@@ -100,7 +103,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                         call.cancel()
 
     async def Score(self, request: pb.ScoreRequest, context: rpc.Context) -> pb.ScoreResponse:
-        with self._meter(context) as meter:
+        with self._meter(await self._caller(context)) as meter:
             pinned = await self._pin(meter, request)
             ids = wire.read_prompt("text", request.text, self._tokenizer, self._manifest.config)
             request.text.tokens.ids[:] = ids
@@ -108,7 +111,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             return await self._unary(lambda stub: stub.Score, request, context, pinned, meter, len(ids))
 
     async def Explain(self, request: pb.ExplainRequest, context: rpc.Context) -> pb.ExplainResponse:
-        with self._meter(context) as meter:
+        with self._meter(await self._caller(context)) as meter:
             pinned = await self._pin(meter, request)
             ids = wire.read_prompt("prompt", request.prompt, self._tokenizer, self._manifest.config)
             request.prompt.tokens.ids[:] = ids
@@ -116,27 +119,26 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             return await self._unary(lambda stub: stub.Explain, request, context, pinned, meter, len(ids))
 
     async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
-        with self._meter(context) as meter:
+        with self._meter(await self._caller(context)) as meter:
             pinned = await self._pin(meter, request)
             return await self._unary(lambda stub: stub.ListSenses, request, context, pinned, meter, 1)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
-        with self._meter(context):
+        with self._meter(await self._caller(context)):
             ids = self._tokenizer.encode(request.text)
         return pb.TokenizeResponse(tokens=[wire.write_token(i, self._tokenizer) for i in ids])
 
     async def GetModel(self, request: pb.GetModelRequest, context: rpc.Context) -> pb.GetModelResponse:
-        with self._meter(context):
+        with self._meter(await self._caller(context)):
             return wire.write_model(self._manifest)
 
-    def _caller(self, context: rpc.Context) -> Principal:
-        who = self._book.authenticate(rpc.bearer(context))
+    async def _caller(self, context: rpc.Context) -> Principal:
+        who = await self._identities.who(context)
         who.require(Role.CALLER)
         return who
 
-    def _meter(self, context: rpc.Context) -> AbstractContextManager[Meter]:
-        """Who calls, and from here on what it costs."""
-        return metered(self._caller(context).tenant, self._limits, self._metrics)
+    def _meter(self, who: Principal) -> AbstractContextManager[Meter]:
+        return metered(who.tenant, self._limits, self._metrics)
 
     async def _pin(self, meter: Meter, request: Any) -> Pinned:
         """The release that the request has from here to its last token."""

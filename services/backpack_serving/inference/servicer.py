@@ -235,7 +235,7 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
     @asynccontextmanager
     async def _release(self, context: rpc.Context) -> AsyncIterator[tuple[pb.Pin, Overlay]]:
         """The pinned release, compiled. An error if it can't be had: never another release, never none."""
-        if not hmac.compare_digest(rpc.bearer(context).encode(), self._service_key.encode()):
+        if not hmac.compare_digest((rpc.bearer(context) or "").encode(), self._service_key.encode()):
             raise Unauthenticated("NOT_A_GATEWAY", "replicas take calls from gateways only; call the gateway")
         pin = wire.read_pin(context)
         await context.send_initial_metadata(())  # the gateway knows by this that the request is here

@@ -11,13 +11,15 @@ from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
 
 from backpack_serving import rpc
+from backpack_serving.errors import Unauthenticated
+from backpack_serving.identity import Identities
 from backpack_serving.interventions.caller import Bell
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.rollouts import ErrorGate
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.servicer import services
 from backpack_serving.interventions.store import Store
-from backpack_serving.keys import ApiKey, Role
+from backpack_serving.keys import ApiKey, Principal, Role
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
 
@@ -66,8 +68,19 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
         replica = _key(settings.service_key.get_secret_value(), settings.state / REPLICA_KEY)
         await asyncio.to_thread(service.bootstrap, admin, [Role.ADMIN])
         await asyncio.to_thread(service.bootstrap, replica, [Role.REPLICA])
+
+        async def by_key(presented: str) -> Principal:
+            if who := await asyncio.to_thread(service.authenticate, presented):
+                return who
+            raise Unauthenticated("UNKNOWN_KEY", "this API key is unknown or revoked")
+
+        async def known(who: Principal) -> None:
+            await asyncio.to_thread(service.check_tenant, who)
+
+        gate = ErrorGate(settings.canary_requests, settings.canary_errors)
+        identities = Identities(by_key, known, settings.issuer, settings.certificates)
         server = await rpc.start(
-            services(service, tokenizer, bell, ErrorGate(settings.canary_requests, settings.canary_errors)),
+            services(service, tokenizer, identities, bell, gate),
             settings.interventions_address,
             metrics.calls("interventions"),
             tls=settings.tls,

@@ -8,7 +8,7 @@ from contextlib import suppress
 from backpack_lm.tokenizer import Tokenizer
 
 from backpack_serving import rpc
-from backpack_serving.errors import Unauthenticated
+from backpack_serving.identity import Identities
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.keys import Principal
 
@@ -36,14 +36,11 @@ class Bell:
 class Caller:
     """A service that blocks, called from an event loop, for who is calling."""
 
-    def __init__(self, service: Interventions, tokenizer: Tokenizer) -> None:
-        self.service, self.tokenizer = service, tokenizer
+    def __init__(self, service: Interventions, tokenizer: Tokenizer, identities: Identities) -> None:
+        self.service, self.tokenizer, self._identities = service, tokenizer, identities
 
     async def who(self, context: rpc.Context) -> Principal:
-        who = await asyncio.to_thread(self.service.authenticate, rpc.bearer(context))
-        if who is None:
-            raise Unauthenticated("UNKNOWN_KEY", "this API key is unknown or revoked")
-        return who
+        return await self._identities.who(context)
 
 
 async def wait(event: asyncio.Event, seconds: float) -> None:

@@ -10,6 +10,7 @@ from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import interventions_pb2 as pb
 
 from backpack_serving import rpc
+from backpack_serving.identity import Identities
 from backpack_serving.interventions.caller import Caller
 from backpack_serving.interventions.ledger import Written
 from backpack_serving.interventions.records import Channel
@@ -22,8 +23,10 @@ from backpack_serving.wire import rollout as wire_rollout
 class ChannelMethods(Caller):
     """One write each. What is waited for doesn't undo it: the answer says how far it has come."""
 
-    def __init__(self, service: Interventions, tokenizer: Tokenizer, rollouts: Rollouts) -> None:
-        super().__init__(service, tokenizer)
+    def __init__(
+        self, service: Interventions, tokenizer: Tokenizer, identities: Identities, rollouts: Rollouts
+    ) -> None:
+        super().__init__(service, tokenizer, identities)
         self._rollouts = rollouts
 
     async def GetChannel(self, request: pb.GetChannelRequest, context: rpc.Context) -> pb.GetChannelResponse:

@@ -11,6 +11,7 @@ from backpack_proto.v1 import interventions_pb2_grpc as grpc_v1
 from backpack_proto.v1 import sync_pb2_grpc as sync_v1
 
 from backpack_serving import rpc
+from backpack_serving.identity import Identities
 from backpack_serving.interventions.caller import Bell, Caller
 from backpack_serving.interventions.channel_servicer import ChannelMethods
 from backpack_serving.interventions.rollouts import ErrorGate, Rollouts
@@ -256,10 +257,12 @@ class AuditServicer(Caller, grpc_v1.AuditServiceServicer):
         return pb.VerifyChainResponse(intact=broken is None, entries=entries, first_broken=broken)
 
 
-def services(service: Interventions, tokenizer: Tokenizer, bell: Bell, gate: ErrorGate) -> list[rpc.Service]:
+def services(
+    service: Interventions, tokenizer: Tokenizer, identities: Identities, bell: Bell, gate: ErrorGate
+) -> list[rpc.Service]:
     """All six, ready to be served."""
     rollouts = Rollouts(service, gate)
-    common = service, tokenizer
+    common = service, tokenizer, identities
     add: dict[str, tuple[Callable[..., None], object]] = {
         "TenantService": (grpc_v1.add_TenantServiceServicer_to_server, TenantServicer(*common)),
         "PatchService": (grpc_v1.add_PatchServiceServicer_to_server, PatchServicer(*common)),

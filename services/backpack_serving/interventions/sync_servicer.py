@@ -14,6 +14,7 @@ from backpack_proto.v1 import sync_pb2_grpc as grpc_v1
 
 from backpack_serving import rpc
 from backpack_serving.errors import InvalidRequest
+from backpack_serving.identity import Identities
 from backpack_serving.interventions.caller import Bell, Caller, wait
 from backpack_serving.interventions.journal import Journal
 from backpack_serving.interventions.rollouts import Rollouts
@@ -31,8 +32,10 @@ POLL_SECONDS = 1.0
 class SyncServicer(Caller, grpc_v1.SyncServiceServicer):
     """Drives one session a stream: its messages, the bell of the store, and the clock."""
 
-    def __init__(self, service: Interventions, tokenizer: Tokenizer, bell: Bell, rollouts: Rollouts) -> None:
-        super().__init__(service, tokenizer)
+    def __init__(
+        self, service: Interventions, tokenizer: Tokenizer, identities: Identities, bell: Bell, rollouts: Rollouts
+    ) -> None:
+        super().__init__(service, tokenizer, identities)
         self._bell, self._rollouts = bell, rollouts
         self._journal = Journal(service)
         self._nonces = itertools.count(secrets.randbits(48))
@@ -93,8 +96,10 @@ async def _listen(
 
 
 class FleetServicer(Caller, grpc_v1.FleetServiceServicer):
-    def __init__(self, service: Interventions, tokenizer: Tokenizer, rollouts: Rollouts) -> None:
-        super().__init__(service, tokenizer)
+    def __init__(
+        self, service: Interventions, tokenizer: Tokenizer, identities: Identities, rollouts: Rollouts
+    ) -> None:
+        super().__init__(service, tokenizer, identities)
         self._fleet = rollouts.fleet
 
     async def GetRollout(self, request: pb.GetRolloutRequest, context: rpc.Context) -> pb.GetRolloutResponse:

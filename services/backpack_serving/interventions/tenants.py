@@ -40,6 +40,15 @@ class TenantRules(Rules):
             raise Unauthenticated("TENANT_SUSPENDED", f"{owner.name} is suspended; ask who operates this service")
         return Principal(record.tenant, record.key, frozenset(map(Role, record.roles.split())))
 
+    def check_tenant(self, who: Principal) -> None:
+        """Raises Unauthenticated if a credential names a tenant that isn't there, or is suspended."""
+        with self._store.read() as tx:
+            tenant = tx.get(Tenant, who.tenant)
+        if tenant is None:
+            raise Unauthenticated("UNKNOWN_TENANT", f"tenants/{who.tenant} doesn't exist", tenant=who.tenant)
+        if tenant.suspended:
+            raise Unauthenticated("TENANT_SUSPENDED", f"tenants/{who.tenant} is suspended", tenant=who.tenant)
+
     def bootstrap(self, make: ApiKey, roles: Iterable[Role]) -> None:
         """Give the system tenant a key that was made outside. Only for whoever holds the database itself."""
         with self._store.read() as tx:

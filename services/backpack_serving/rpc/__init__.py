@@ -1,7 +1,7 @@
 """The mechanics of gRPC: servers, channels, metadata, errors as statuses and back. Nobody else imports grpc."""
 
 from backpack_serving.rpc.channel import SERVICE_CONFIG, channel, sync_channel
-from backpack_serving.rpc.metadata import Context, bearer, metadata, with_key
+from backpack_serving.rpc.metadata import Context, bearer, certificate_names, metadata, with_key
 from backpack_serving.rpc.server import Server, Service, Watcher, start
 from backpack_serving.rpc.status import error_from, errors, to_status
 
@@ -12,6 +12,7 @@ __all__ = [
     "Service",
     "Watcher",
     "bearer",
+    "certificate_names",
     "channel",
     "error_from",
     "errors",

@@ -22,13 +22,20 @@ def metadata(context: Context) -> Mapping[str, str | bytes]:
     return dict(context.invocation_metadata() or ())
 
 
-def bearer(context: Context) -> str:
-    """The token of `authorization: Bearer …`. Raises Unauthenticated if there is none."""
-    value = metadata(context).get("authorization", "")
+def bearer(context: Context) -> str | None:
+    """The token of `authorization: Bearer …`, None without one. Raises Unauthenticated if it is something else."""
+    value = metadata(context).get("authorization")
+    if value is None:
+        return None
     scheme, _, token = str(value).partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
-        raise Unauthenticated("NO_CREDENTIAL", "no API key; send the metadata `authorization: Bearer <key>`")
+        raise Unauthenticated("NO_CREDENTIAL", "the metadata `authorization` must be `Bearer <key>`")
     return token.strip()
+
+
+def certificate_names(context: Context) -> tuple[str, ...]:
+    """The alternative names of the client's certificate, which was verified; none without one."""
+    return tuple(name.decode() for name in context.auth_context().get("x509_subject_alternative_name", ()))
 
 
 def with_key(key: str | None) -> tuple[tuple[str, str], ...]:

@@ -7,22 +7,23 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from backpack_serving.rpc.channel import sync_channel
 from backpack_serving.rpc.status import errors
+from backpack_serving.tls import Tls
 
 
-def health(address: str, service: str, seconds: float) -> str:
+def health(address: str, service: str, seconds: float, tls: Tls | None = None) -> str:
     """SERVING, NOT_SERVING or UNKNOWN, as the server says of one service or, for "", of itself.
 
     Raises ServiceError if nobody answers, or if there is no such service.
     """
-    with sync_channel(address) as channel, errors():
+    with sync_channel(address, tls) as channel, errors():
         request = health_pb2.HealthCheckRequest(service=service)
         answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=seconds)
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
-def replicas(address: str, metadata: tuple[tuple[str, str], ...], seconds: float) -> int:
+def replicas(address: str, metadata: tuple[tuple[str, str], ...], seconds: float, tls: Tls | None = None) -> int:
     """How many replicas take requests, as the directory says. Raises ServiceError if it doesn't answer."""
-    with sync_channel(address) as channel, errors():
+    with sync_channel(address, tls) as channel, errors():
         request = directory_pb2.WatchReplicasRequest()
         stub = directory_pb2_grpc.DirectoryServiceStub(channel)
         call = stub.WatchReplicas(request, metadata=metadata, timeout=seconds)

@@ -1,0 +1,158 @@
+"""JSON Web Tokens of an OpenID Connect issuer: who calls, as the issuer says.
+
+The issuer's keys are read from its JWKS, and again when a token names a key that isn't among them, but not more
+often than every few seconds: a stranger's tokens must not make us ask the issuer without end. Keys that the issuer
+has dropped are gone within minutes; while it can't be reached, those that are known stay good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import jwt
+import structlog
+
+from backpack_serving.errors import Unauthenticated, Unavailable
+
+log = structlog.get_logger(__name__)
+
+ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
+"""Signatures only: with a shared secret whoever can check tokens could make them."""
+
+LEEWAY = 30
+"""Seconds that the issuer's clock may differ from ours."""
+
+READ_AGAIN, KEEP = 5.0, 600.0
+"""Seconds after which an unknown key makes us read the keys again, and after which they are read again anyway."""
+
+
+@dataclass(frozen=True, slots=True)
+class Issuer:
+    """Whose tokens count, for which audience, and which claims say the tenant and the roles.
+
+    `keys` is where the JWKS is, an https URL or a file; by default what the issuer's discovery document says.
+    """
+
+    url: str
+    audience: str
+    keys: str = ""
+    tenant_claim: str = "tenant"
+    roles_claim: str = "roles"
+
+    def check(self) -> None:
+        """Raise ValueError unless keys would be read over https, on this machine, or from a file."""
+        if not self.audience:
+            raise ValueError("BACKPACK_JWT_AUDIENCE isn't set: tokens made for other services would be taken")
+        where = self.keys or self.url
+        parts = urlsplit(where)
+        here = parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost")
+        file = bool(self.keys) and not parts.scheme
+        if not (parts.scheme == "https" or here or file):
+            raise ValueError(f"{where}: keys are read over https, or from a file (BACKPACK_JWT_KEYS)")
+
+    def read(self) -> dict[str, jwt.PyJWK]:
+        """The keys by id. Blocks. Raises OSError or ValueError if they can't be had."""
+        where = self.keys
+        if not where:
+            where = str(_get(self.url.rstrip("/") + "/.well-known/openid-configuration")["jwks_uri"])
+        found = _get(where) if urlsplit(where).scheme else json.loads(Path(where).read_text())
+        keys = (_key(values) for values in found["keys"] if values.get("use", "sig") == "sig")
+        return {key.key_id: key for key in keys if key is not None and key.key_id}
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """What a good token says."""
+
+    subject: str
+    tenant: str
+    roles: tuple[str, ...]
+
+
+class Tokens:
+    """Reads tokens of one issuer."""
+
+    def __init__(self, issuer: Issuer, clock: Callable[[], float] = time.monotonic) -> None:
+        issuer.check()
+        self._issuer, self._clock = issuer, clock
+        self._keys: Mapping[str, jwt.PyJWK] = {}
+        self._tried = self._read = float("-inf")
+        self._reading = asyncio.Lock()
+
+    async def read(self, token: str) -> Claims:
+        """Raises Unauthenticated for a token that isn't good, Unavailable if the issuer's keys can't be had."""
+        issuer = self._issuer
+        try:
+            name = jwt.get_unverified_header(token).get("kid", "")
+            key = await self._key(str(name))
+            claims = jwt.decode(
+                token,
+                key,
+                algorithms=ALGORITHMS,
+                audience=issuer.audience,
+                issuer=issuer.url,
+                leeway=LEEWAY,
+                options={"require": ["exp", "iss", "aud", "sub"]},
+            )
+        except jwt.ExpiredSignatureError:
+            raise Unauthenticated("EXPIRED_TOKEN", "the token has expired; ask the issuer for a new one") from None
+        except jwt.PyJWTError as error:
+            raise Unauthenticated("BAD_TOKEN", f"the token isn't good here: {error}") from None
+        tenant, roles = claims.get(issuer.tenant_claim), claims.get(issuer.roles_claim, ())
+        if not isinstance(tenant, str) or not tenant:
+            raise Unauthenticated("NO_TENANT", f"the token's claim {issuer.tenant_claim!r} names no tenant")
+        if isinstance(roles, str):
+            roles = roles.split()
+        if not isinstance(roles, (list, tuple)):
+            raise Unauthenticated("BAD_ROLES", f"the token's claim {issuer.roles_claim!r} is no list of roles")
+        return Claims(str(claims["sub"]), tenant, tuple(map(str, roles)))
+
+    async def _key(self, name: str) -> jwt.PyJWK:
+        if self._wants(name):
+            async with self._reading:
+                if self._wants(name):  # nobody read them while we waited
+                    await self._read_keys()
+        if found := self._keys.get(name):
+            return found
+        if not self._keys:
+            raise Unavailable(
+                "NO_ISSUER", f"the keys of {self._issuer.url} can't be had now", retry_after=READ_AGAIN
+            )
+        raise jwt.InvalidTokenError(f"{self._issuer.url} has no key {name!r}")
+
+    def _wants(self, name: str) -> bool:
+        """Whether it is time to read the keys again."""
+        now = self._clock()
+        due = name not in self._keys or now - self._read > KEEP
+        return due and now - self._tried > READ_AGAIN
+
+    async def _read_keys(self) -> None:
+        self._tried = self._clock()
+        try:
+            self._keys = await asyncio.to_thread(self._issuer.read)
+            self._read = self._clock()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.error("the issuer's keys can't be read", issuer=self._issuer.url, reason=repr(error))
+
+
+def _get(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        return json.loads(answer.read(2**20))
+
+
+def _key(values: dict[str, Any]) -> jwt.PyJWK | None:
+    """A key of a set; None if it is of a kind that we don't use."""
+    if values.get("kty") == "oct":
+        return None
+    try:
+        return jwt.PyJWK(values)
+    except jwt.PyJWTError:
+        return None

@@ -1,0 +1,220 @@
+"""Tokens of an issuer that serves its keys over HTTP, as identity providers do."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from backpack_serving.errors import Unauthenticated, Unavailable
+from backpack_serving.tokens import KEEP, READ_AGAIN, Claims, Issuer, Tokens
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from jwt.algorithms import ECAlgorithm, RSAAlgorithm
+
+AUDIENCE = "backpack"
+
+
+class Provider:
+    """An identity provider: a discovery document, keys, and tokens."""
+
+    def __init__(self) -> None:
+        self.keys = {"first": rsa.generate_private_key(65537, 2048)}
+        self.asked = 0
+        self.up = True
+        provider = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                provider.asked += self.path == "/keys"
+                body = {
+                    "/.well-known/openid-configuration": {"jwks_uri": f"{provider.url}/keys"},
+                    "/keys": provider.jwks,
+                }.get(self.path)
+                self.send_response(200 if body and provider.up else 503)
+                self.end_headers()
+                self.wfile.write(json.dumps(body).encode())
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    @property
+    def jwks(self) -> dict[str, Any]:
+        def public(name: str, key: Any) -> dict[str, Any]:
+            if isinstance(key, rsa.RSAPrivateKey):
+                values = json.loads(RSAAlgorithm.to_jwk(key.public_key())) | {"alg": "RS256"}
+            else:
+                values = json.loads(ECAlgorithm.to_jwk(key.public_key())) | {"alg": "ES256"}
+            return {**values, "kid": name, "use": "sig"}
+
+        secret = {"kty": "oct", "k": "c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0", "kid": "shared"}
+        return {"keys": [public(*item) for item in self.keys.items()] + [secret, {"kty": "strange", "kid": "odd"}]}
+
+    def token(self, kid: str = "first", key: Any = None, algorithm: str = "RS256", **claims: Any) -> str:
+        known = {
+            "iss": self.url,
+            "aud": AUDIENCE,
+            "sub": "someone",
+            "exp": time.time() + 60,
+            "tenant": "harbour",
+            "roles": ["caller", "reader-of-other-things"],
+        }
+        told = {name: value for name, value in {**known, **claims}.items() if value is not None}
+        return jwt.encode(told, key or self.keys[kid], algorithm, headers={"kid": kid})
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    provider = Provider()
+    yield provider
+    provider.close()
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def tokens(provider: Provider, clock: Clock) -> Tokens:
+    return Tokens(Issuer(provider.url, AUDIENCE), clock)
+
+
+async def test_a_good_token_says_who_and_what(provider: Provider, tokens: Tokens) -> None:
+    for _ in range(3):
+        claims = await tokens.read(provider.token())
+    assert claims == Claims("someone", "harbour", ("caller", "reader-of-other-things"))
+    assert (await tokens.read(provider.token(roles="caller author"))).roles == ("caller", "author")
+    assert (await tokens.read(provider.token(roles=None))).roles == ()
+    assert provider.asked == 1
+
+
+async def test_claims_may_have_other_names_and_keys_lie_in_a_file(provider: Provider, tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    file.write_text(json.dumps(provider.jwks))
+    issuer = Issuer(provider.url, AUDIENCE, str(file), "https://acme.example/org", "groups")
+    more = {"https://acme.example/org": "clinic", "groups": ["author"]}
+    assert await Tokens(issuer).read(provider.token(**more)) == Claims("someone", "clinic", ("author",))
+    assert provider.asked == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "reason", "says"),
+    [
+        ({"exp": 1}, "EXPIRED_TOKEN", "ask the issuer for a new one"),
+        ({"exp": None}, "BAD_TOKEN", "exp"),
+        ({"aud": "another"}, "BAD_TOKEN", "[Aa]udience"),
+        ({"aud": None}, "BAD_TOKEN", "aud"),
+        ({"iss": "https://elsewhere.example"}, "BAD_TOKEN", "[Ii]ssuer"),
+        ({"sub": None}, "BAD_TOKEN", "sub"),
+        ({"nbf": time.time() + 3600}, "BAD_TOKEN", "not yet valid"),
+        ({"key": rsa.generate_private_key(65537, 2048)}, "BAD_TOKEN", "Signature"),
+        ({"kid": "shared", "key": "secret" * 6, "algorithm": "HS256"}, "BAD_TOKEN", "no key 'shared'"),
+        ({"kid": "unknown", "key": rsa.generate_private_key(65537, 2048)}, "BAD_TOKEN", "no key 'unknown'"),
+        ({"tenant": None}, "NO_TENANT", "'tenant' names no tenant"),
+        ({"tenant": ["a", "b"]}, "NO_TENANT", "'tenant' names no tenant"),
+        ({"roles": 3}, "BAD_ROLES", "'roles' is no list"),
+    ],
+    ids=lambda value: "",
+)
+async def test_a_bad_token_is_refused(
+    provider: Provider, tokens: Tokens, how: dict[str, Any], reason: str, says: str
+) -> None:
+    with pytest.raises(Unauthenticated, match=says) as refused:
+        await tokens.read(provider.token(**how))
+    assert refused.value.reason == reason
+
+
+@pytest.mark.parametrize("text", ["", "x", "a.b.c", "eyJhbGciOiJub25lIn0.e30."])
+async def test_what_is_no_token_is_refused(tokens: Tokens, text: str) -> None:
+    with pytest.raises(Unauthenticated):
+        await tokens.read(text)
+
+
+async def test_a_token_without_a_signature_is_refused(provider: Provider, tokens: Tokens) -> None:
+    header, body, _ = provider.token().split(".")
+    nothing = jwt.utils.base64url_encode(b'{"alg":"none","kid":"first"}').decode()
+    for forged in (f"{nothing}.{body}.", f"{header}.{body}."):
+        with pytest.raises(Unauthenticated):
+            await tokens.read(forged)
+
+
+async def test_new_keys_are_found_and_dropped_ones_are_forgotten(
+    provider: Provider, tokens: Tokens, clock: Clock
+) -> None:
+    old = provider.token()
+    await tokens.read(old)
+    provider.keys = {"second": ec.generate_private_key(ec.SECP256R1())}
+    new = provider.token("second", algorithm="ES256")
+    clock.now = READ_AGAIN + 1
+    assert (await tokens.read(new)).tenant == "harbour"
+    with pytest.raises(Unauthenticated, match="no key 'first'"):
+        await tokens.read(old)
+
+
+async def test_dropped_keys_are_forgotten_without_new_ones(
+    provider: Provider, tokens: Tokens, clock: Clock
+) -> None:
+    old = provider.token()
+    await tokens.read(old)
+    provider.keys = {"second": ec.generate_private_key(ec.SECP256R1())}
+    clock.now = KEEP + 1
+    with pytest.raises(Unauthenticated, match="no key 'first'"):
+        await tokens.read(old)
+
+
+async def test_strangers_dont_make_us_ask_the_issuer(provider: Provider, tokens: Tokens, clock: Clock) -> None:
+    stranger = rsa.generate_private_key(65537, 2048)
+    for second in range(11):
+        clock.now = float(second)
+        for name in ("a", "b"):
+            with pytest.raises(Unauthenticated):
+                await tokens.read(provider.token(f"{name}{second}", stranger))
+    assert provider.asked == 2
+
+
+async def test_known_keys_stay_good_while_the_issuer_is_away(
+    provider: Provider, tokens: Tokens, clock: Clock
+) -> None:
+    provider.up = False
+    with pytest.raises(Unavailable, match="can't be had now") as refused:
+        await tokens.read(provider.token())
+    assert refused.value.retry_after == READ_AGAIN
+    provider.up, clock.now = True, READ_AGAIN + 1
+    await tokens.read(provider.token())
+    provider.up, clock.now = False, 10 * KEEP
+    await tokens.read(provider.token())
+
+
+@pytest.mark.parametrize(
+    ("issuer", "says"),
+    [
+        (Issuer("https://id.example", ""), "BACKPACK_JWT_AUDIENCE isn't set"),
+        (Issuer("http://id.example", AUDIENCE), "over https, or from a file"),
+        (Issuer("https://id.example", AUDIENCE, "http://id.example/keys"), "over https"),
+        (Issuer("id.example", AUDIENCE), "over https"),
+    ],
+)
+def test_an_issuer_that_could_be_forged_is_refused(issuer: Issuer, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Tokens(issuer)
