@@ -174,6 +174,13 @@ class Settings(BaseSettings):
         64 * 2**20, ge=1, description="Bytes of compiled releases that a replica keeps for one tenant."
     )
     log_format: str = Field("console", pattern="^(console|json)$", description="console or json.")
+    log_prompts: bool = Field(
+        False, description="Write clients' prompts into the log. They are the tenants' data."
+    )
+    otel_endpoint: str = Field(
+        "",
+        description="OTLP collector (gRPC) that gets spans, http://host:port; needs the extra `otel`.",
+    )
     log_level: str = Field("info", description="debug, info, warning or error.")
 
     def key_for(self, role: str) -> str:

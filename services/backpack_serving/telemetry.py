@@ -1,4 +1,8 @@
-"""Logs: one line an event, for people on a console, as JSON for machines."""
+"""Logs: one line an event, for people on a console, as JSON for machines; and spans, if a collector is named.
+
+What is bound to structlog's context variables (`request_id`, `tenant`) is in every line that a call writes.
+Prompts never are, unless `log_prompts` is set; tracebacks show no variables.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,22 @@ import sys
 
 import structlog
 
+from backpack_serving import tracing
 from backpack_serving.settings import Settings
 
 
-def configure(settings: Settings) -> None:
-    """Send logs to stderr in the chosen format, from the chosen level on."""
+def configure(settings: Settings, service: str) -> None:
+    """Send logs to stderr in the chosen format, from the chosen level on, and spans as `backpack-<service>`.
+
+    Raises ValueError if spans can't be sent.
+    """
+    if settings.otel_endpoint:
+        tracing.configure(settings.otel_endpoint, service)
     human = settings.log_format == "console"
-    render = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if human else structlog.processors.JSONRenderer()
+    console = structlog.dev.ConsoleRenderer(
+        colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
     )
+    render = console if human else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

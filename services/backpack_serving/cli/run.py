@@ -27,7 +27,7 @@ def run(
         settings = Settings()
         if "log_level" not in settings.model_fields_set:
             settings = settings.model_copy(update={"log_level": "warning"})
-        configure(settings)
+        configure(settings, "run")
         asyncio.run(_run(settings, examples, once))
 
 

@@ -93,6 +93,6 @@ def _serve(
 
     with exits():
         settings = Settings()
-        configure(settings)
+        configure(settings, name)
         if asyncio.run(serve()):
             raise typer.Exit(1)

@@ -86,7 +86,18 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
     limits = Limits(default, settings.limits_file)
     measured = metrics.gateway(lambda: router.size, lambda: book.age)
     servicer = GatewayServicer(
-        manifest, tokenizer, identities, book, router, key, limits, measured, link, tallies, settings.catch_up
+        manifest,
+        tokenizer,
+        identities,
+        book,
+        router,
+        key,
+        limits,
+        measured,
+        link,
+        tallies,
+        settings.catch_up,
+        settings.log_prompts,
     )
     service = rpc.Service(SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer)
     server = await rpc.start(

@@ -12,7 +12,7 @@ from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
 
-from backpack_serving import rpc
+from backpack_serving import rpc, tracing
 from backpack_serving.errors import Internal, ServiceError, Unavailable
 from backpack_serving.gateway.book import Book, Pinned
 from backpack_serving.gateway.limits import Limits
@@ -47,10 +47,11 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         link: Link,
         tallies: Tallies,
         catch_up: float,
+        log_prompts: bool,
     ) -> None:
         self._manifest, self._tokenizer = manifest, tokenizer
         self._book, self._router, self._service_key = book, router, service_key
-        self._identities = identities
+        self._identities, self._log_prompts = identities, log_prompts
         self._limits, self._metrics = limits, metrics
         self._link, self._tallies, self._catch_up = link, tallies, catch_up
 
@@ -60,6 +61,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             order = wire.read_generation(request, self._tokenizer, self._manifest.config)
             wire.settle(request, order)
             meter.charge(len(order.prompt), order.sampling.max_tokens)
+            self._note(request.prompt)
             response = await self._unary(lambda stub: stub.Generate, request, context, pinned, meter, order.tokens)
             meter.made = response.usage.generated_tokens
             return response
@@ -73,6 +75,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             wire.read_coalesce(request)
             wire.settle(request, order)
             meter.charge(len(order.prompt), order.sampling.max_tokens)
+            self._note(request.prompt)
             tried: list[Target] = []
             while True:
                 with self._router.lease(order.tokens, tried) as target:
@@ -137,6 +140,11 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         who.require(Role.CALLER)
         return who
 
+    def _note(self, prompt: pb.Prompt) -> None:
+        """Add a prompt to what the log says of this call, if the operator wants that."""
+        if self._log_prompts:
+            structlog.contextvars.bind_contextvars(prompt=self._tokenizer.decode(list(prompt.tokens.ids)))
+
     def _meter(self, who: Principal) -> AbstractContextManager[Meter]:
         return metered(who.tenant, self._limits, self._metrics)
 
@@ -148,7 +156,8 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
 
     def _how(self, context: rpc.Context, pinned: Pinned) -> dict[str, Any]:
         """Metadata and deadline of a call to a replica."""
-        metadata = (*rpc.with_key(self._service_key), (wire.PIN, write_pin(pinned)))
+        mine = *rpc.with_key(self._service_key), *rpc.with_request_id(), *tracing.headers()
+        metadata = (*mine, (wire.PIN, write_pin(pinned)))
         return {"metadata": metadata, "timeout": context.time_remaining()}
 
     async def _unary(

@@ -162,7 +162,7 @@ class ReplicaDeployment:
 
     async def __init__(self, overrides: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = Settings(**overrides)
-        configure(settings)
+        configure(settings, "inference")
         address = _listen_address(ray.util.get_node_ip_address(), settings.inference_address)  # type: ignore[no-untyped-call]
         settings = settings.model_copy(update={"inference_address": address})
         self._channel = rpc.channel(settings.interventions_address, settings.tls)

@@ -76,6 +76,7 @@ async def serve(settings: Settings, metrics: Metrics) -> rpc.Server:
         grpc_v1.add_DirectoryServiceServicer_to_server,
         DirectoryServicer(Directory()),
         endless=frozenset({"WatchReplicas"}),
+        quiet=frozenset({"Report"}),
     )
     return await rpc.start(
         [service],

@@ -16,7 +16,7 @@ from backpack_lm.patch import PatchError
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
 
-from backpack_serving import rpc
+from backpack_serving import rpc, tracing
 from backpack_serving.engine.engine import QueueFull, TooManyRows
 from backpack_serving.engine.loop import EngineLoop, EngineStopped
 from backpack_serving.engine.sequence import Finish, Output, Request
@@ -91,13 +91,16 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
             samples = [self._sample(order, pin, overlay, coalesce, number) for number in range(order.samples)]
             made, unfinished = 0, order.samples
             try:
-                async with aclosing(_merge(samples)) as parts:
-                    async for part in parts:
-                        made += len(part.tokens)
-                        unfinished -= part.finish_reason != pb.FINISH_REASON_UNSPECIFIED
-                        if not unfinished:
-                            part.usage.prompt_tokens, part.usage.generated_tokens = len(order.prompt), made
-                        yield part
+                with tracing.span("engine", prompt_tokens=len(order.prompt), samples=order.samples):
+                    async with aclosing(_merge(samples)) as parts:
+                        async for part in parts:
+                            if not made:
+                                tracing.event("first token")
+                            made += len(part.tokens)
+                            unfinished -= part.finish_reason != pb.FINISH_REASON_UNSPECIFIED
+                            if not unfinished:
+                                part.usage.prompt_tokens, part.usage.generated_tokens = len(order.prompt), made
+                            yield part
             except QueueFull as error:
                 raise Exhausted("QUEUE_FULL", f"{error}; try again shortly", retry_after=1.0) from None
             except TooManyRows as error:
@@ -238,6 +241,7 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
         if not hmac.compare_digest((rpc.bearer(context) or "").encode(), self._service_key.encode()):
             raise Unauthenticated("NOT_A_GATEWAY", "replicas take calls from gateways only; call the gateway")
         pin = wire.read_pin(context)
+        structlog.contextvars.bind_contextvars(tenant=pin.tenant)
         await context.send_initial_metadata(())  # the gateway knows by this that the request is here
         async with AsyncExitStack() as stack:
             try:

@@ -1,7 +1,7 @@
 """The mechanics of gRPC: servers, channels, metadata, errors as statuses and back. Nobody else imports grpc."""
 
 from backpack_serving.rpc.channel import SERVICE_CONFIG, channel, sync_channel
-from backpack_serving.rpc.metadata import Context, bearer, certificate_names, metadata, with_key
+from backpack_serving.rpc.metadata import Context, bearer, certificate_names, metadata, with_key, with_request_id
 from backpack_serving.rpc.server import Server, Service, Watcher, start
 from backpack_serving.rpc.status import error_from, errors, to_status
 
@@ -21,4 +21,5 @@ __all__ = [
     "sync_channel",
     "to_status",
     "with_key",
+    "with_request_id",
 ]

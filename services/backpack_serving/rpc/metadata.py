@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import uuid
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import structlog
+
 from backpack_serving.errors import Unauthenticated
+
+REQUEST_ID = "x-request-id"
+
+_WORD = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
 class Context(Protocol):
@@ -36,6 +44,18 @@ def bearer(context: Context) -> str | None:
 def certificate_names(context: Context) -> tuple[str, ...]:
     """The alternative names of the client's certificate, which was verified; none without one."""
     return tuple(name.decode() for name in context.auth_context().get("x509_subject_alternative_name", ()))
+
+
+def identify(known: Mapping[str, str | bytes]) -> str:
+    """The request's id: the caller's `x-request-id` if it is a plain word, else a new one."""
+    given = known.get(REQUEST_ID, "")
+    return given if isinstance(given, str) and _WORD.fullmatch(given) else uuid.uuid4().hex
+
+
+def with_request_id() -> tuple[tuple[str, str], ...]:
+    """The metadata that carries on the id of the request that is being answered."""
+    request_id = structlog.contextvars.get_contextvars().get("request_id")
+    return ((REQUEST_ID, request_id),) if request_id else ()
 
 
 def with_key(key: str | None) -> tuple[tuple[str, str], ...]:

@@ -21,9 +21,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
+from backpack_serving import tracing
 from backpack_serving.errors import Internal, ServiceError, Unavailable, from_patch_error
 from backpack_serving.rpc.channel import MESSAGE_LIMIT
 from backpack_serving.rpc.credentials import server_credentials
+from backpack_serving.rpc.metadata import identify, metadata, with_request_id
 from backpack_serving.rpc.status import error_from, to_status
 from backpack_serving.tls import Tls
 
@@ -54,20 +56,26 @@ class Watcher(Protocol):
 class Service:
     """A servicer and what registers it: the generated `add_…_to_server` and the service's full name.
 
-    `endless` are methods whose streams end only with the server: a drain doesn't wait for them.
+    `endless` are methods whose streams end only with the server: a drain doesn't wait for them. Calls of `quiet`
+    ones aren't logged when they succeed.
     """
 
     name: str
     add: Callable[[Any, Any], None]
     servicer: object
     endless: frozenset[str] = frozenset()
+    quiet: frozenset[str] = frozenset()
 
 
 class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """The calls that run: each is watched, gets a status for what it raises, and can be ended by a drain."""
 
-    def __init__(self, endless: Iterable[str], watcher: Watcher | None) -> None:
-        self._endless, self._watcher = set(endless) | _ENDLESS, watcher
+    def __init__(self, services: Iterable[Service], watcher: Watcher | None) -> None:
+        def named(methods: Callable[[Service], Iterable[str]]) -> set[str]:
+            return {f"/{service.name}/{method}" for service in services for method in methods(service)}
+
+        self._endless, self._quiet = named(lambda s: s.endless) | _ENDLESS, named(lambda s: s.quiet)
+        self._watcher = watcher
         self._running: dict[asyncio.Task[Any], bool] = {}
         self._ended: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
@@ -88,7 +96,13 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         guarded = self._stream(behaviour, details.method) if handler.response_streaming else behaviour
 
         async def call(request: Any, context: Any) -> Any:
-            return await self._run(guarded, request, context, details.method)
+            if not details.method.startswith("/backpack."):
+                return await self._run(guarded, request, context, details.method, None)
+            known = metadata(context)
+            structlog.contextvars.bind_contextvars(request_id=identify(known))
+            context.set_trailing_metadata(with_request_id())
+            with tracing.served(details.method, known):
+                return await self._run(guarded, request, context, details.method, self._watcher)
 
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(call, handler.request_deserializer, handler.response_serializer)
@@ -106,10 +120,9 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         return write
 
-    async def _run(self, behaviour: Any, request: Any, context: Any, method: str) -> Any:
+    async def _run(self, behaviour: Any, request: Any, context: Any, method: str, watcher: Watcher | None) -> Any:
         task = asyncio.current_task()
         assert task is not None, "grpc runs every call in a task"
-        watcher = self._watcher if method.startswith("/backpack.") else None
         started, code, reason = time.perf_counter(), "OK", ""
         self._running[task] = method in self._endless
         self._idle.clear()
@@ -130,14 +143,19 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             except Exception as error:
                 refusal = _refusal(error, method)
             code, reason = refusal.code, refusal.reason
-            await context.abort_with_status(rpc_status.to_status(to_status(refusal)))
+            status = rpc_status.to_status(to_status(refusal))
+            told = (*status.trailing_metadata, *with_request_id())
+            await context.abort_with_status(status._replace(trailing_metadata=told))
         finally:
             del self._running[task]
             self._ended.discard(task)
             if not self._running:
                 self._idle.set()
             if watcher:
-                watcher.ended(method, code, reason, time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                watcher.ended(method, code, reason, seconds)
+                if reason or method not in self._quiet:
+                    log.info("call", method=method, code=code, reason=reason, seconds=round(seconds, 4))
 
     def end(self, *, endless_only: bool = False) -> None:
         """End what runs, with a status that says that another try may succeed."""
@@ -204,7 +222,7 @@ async def start(
     Raises OSError if the address is taken, ValueError if the certificates are no good.
     """
     services = list(services)
-    calls = _Calls((f"/{s.name}/{method}" for s in services for method in s.endless), watcher)
+    calls = _Calls(services, watcher)
     options = [
         *_OPTIONS,
         ("grpc.max_receive_message_length", message_limit),

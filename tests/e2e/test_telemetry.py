@@ -1,0 +1,103 @@
+"""Logs and spans: who asked, which request, and never what, unless the operator wants it."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import structlog
+from backpack_proto.v1 import inference_pb2 as pb
+from backpack_serving import telemetry, tracing
+from backpack_serving.settings import Settings
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from tests.e2e.conftest import running
+
+SECRET = "The story of a very secret queen"
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """The lines that were logged, as JSON."""
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", written)
+    telemetry.configure(Settings(log_format="json"), "test")
+    yield lambda: [json.loads(line) for line in written.getvalue().splitlines() if line.startswith("{")]
+    structlog.reset_defaults()
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+async def test_logs_tell_who_and_which_and_the_prompt_only_if_asked(
+    tmp_path: Path, logged: Callable[[], list[dict[str, Any]]], log_prompts: bool
+) -> None:
+    async with running(tmp_path, slots=4, log_prompts=log_prompts) as system:
+        key = await system.tenant()
+        request = pb.GenerateStreamRequest(prompt=pb.Prompt(text=SECRET), sampling=pb.Sampling(max_tokens=2))
+        call = system.inference.GenerateStream(request, metadata=(*key, ("x-request-id", "ticket-7")))
+        parts = [part async for part in call]
+        tenant = parts[0].served.tenant
+        assert dict(await call.trailing_metadata())["x-request-id"] == "ticket-7"
+        request.sampling.max_tokens = 1000
+        call = system.inference.GenerateStream(request, metadata=(*key, ("x-request-id", "no word")))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call.read()
+            await call.read()
+        made_up = dict(await call.trailing_metadata())["x-request-id"]
+    lines = logged()
+    calls = [line for line in lines if line["event"] == "call" and line["method"].endswith("/GenerateStream")]
+    ours = [line for line in calls if line["request_id"] == "ticket-7"]
+    assert len(ours) == 2, "the gateway and the replica, by the same id"
+    assert all((line["tenant"], line["code"]) == (tenant, "OK") and line["seconds"] > 0 for line in ours)
+    (refused,) = (line for line in calls if line["request_id"] == made_up)
+    assert (refused["code"], refused["reason"], refused["tenant"]) == ("INVALID_ARGUMENT", "TOO_LONG", tenant)
+    text = json.dumps(lines)
+    assert ("secret queen" in text) is log_prompts
+    assert key[0][1].split("_")[2] not in text, "nor a key's secret"
+    assert "/Report" not in text
+
+
+@pytest.fixture
+def spans() -> Iterator[InMemorySpanExporter]:
+    kept, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    tracing.use(provider)
+    yield kept
+    tracing.use(None)
+    provider.shutdown()
+
+
+async def test_spans_lead_from_the_gateway_to_the_engine(tmp_path: Path, spans: InMemorySpanExporter) -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    async with running(tmp_path, slots=4) as system:
+        key = await system.tenant()
+        request = pb.GenerateStreamRequest(prompt=pb.Prompt(text=SECRET), sampling=pb.Sampling(max_tokens=2))
+        call = system.inference.GenerateStream(request, metadata=(*key, ("traceparent", parent)))
+        async for _ in call:
+            pass
+    trace = [span for span in spans.get_finished_spans() if f"{span.context.trace_id:032x}" in parent]
+
+    def one(name: str, under: int) -> ReadableSpan:
+        (found,) = (s for s in trace if s.name == name and s.parent is not None and s.parent.span_id == under)
+        return found
+
+    method = "backpack.v1.InferenceService/GenerateStream"
+    gateway = one(method, int("b7ad6b7169203331", 16))
+    replica = one(method, gateway.context.span_id)
+    engine = one("engine", replica.context.span_id)
+    assert dict(engine.attributes or {})["samples"] == 1
+    assert [event.name for event in engine.events] == ["first token"]
+    assert len(trace) == 3
+    assert "secret" not in "".join(span.to_json() for span in spans.get_finished_spans())
+
+
+def test_spans_are_off_by_default() -> None:
+    assert Settings().otel_endpoint == ""
+    assert tracing.headers() == ()
