@@ -98,6 +98,17 @@ def test_the_python_that_run_prints_works(environment: dict[str, str]) -> None:
     assert len(done.stdout) > 20
 
 
+def test_the_readme_shows_the_same_python(environment: dict[str, str]) -> None:
+    code = _python_example(environment["SHOWN"])
+    for here, there in (
+        (environment["BACKPACK_GATEWAY_ADDRESS"], "127.0.0.1:8470"),
+        (environment["BACKPACK_STATE"] + "/", "var/"),
+    ):
+        code = code.replace(here, there)
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    assert f"```python\n{code.strip()}\n```" in readme
+
+
 def test_the_grpcurl_that_run_prints_works(environment: dict[str, str]) -> None:
     command = environment["SHOWN"].split("With grpcurl:")[1].split("Serving until")[0]
     folder = str(Path(sys.executable).parent)

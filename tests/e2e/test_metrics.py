@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving import exposition, metrics
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import System, copy
@@ -34,7 +35,10 @@ async def _scrape(address: str) -> Mapping[tuple[str, frozenset[tuple[str, str]]
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer:
             return str(answer.read().decode())
 
-    text = await asyncio.to_thread(get)
+    return _samples(await asyncio.to_thread(get))
+
+
+def _samples(text: str) -> Mapping[tuple[str, frozenset[tuple[str, str]]], float]:
     samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
     return {(s.name, frozenset(s.labels.items())): s.value for s in samples}
 
@@ -85,7 +89,8 @@ async def test_a_running_stream_shows_in_slots_and_caches(system: System, addres
     )
     call = system.inference.GenerateStream(request, metadata=key)
     await call.read()
-    samples = await _scrape(address)
+    assert system.metrics is not None
+    samples = _samples(generate_latest(system.metrics.registry).decode())  # at once: the stream goes on
     assert _of(samples, "backpack_replica_running") == 1
     assert _of(samples, "backpack_replica_tokens_in_flight") > 100
     assert _of(samples, "backpack_replica_cache_tokens") > 0

@@ -14,6 +14,7 @@ from backpack_proto.v1 import inference_pb2_grpc, interventions_pb2_grpc
 from rich.console import Console
 
 from backpack_serving import rpc
+from backpack_serving.client import Client as TextClient
 from backpack_serving.errors import ServiceError
 from backpack_serving.settings import Settings
 from backpack_serving.tls import Tls
@@ -51,6 +52,12 @@ class Client:
     @property
     def inference(self) -> inference_pb2_grpc.InferenceServiceStub:
         return inference_pb2_grpc.InferenceServiceStub(self._open(self.gateway))
+
+    @property
+    def text(self) -> TextClient:
+        client = TextClient(self.gateway, self.key, tls=self.tls)
+        self._channels.append(client)
+        return client
 
     @property
     def tenants(self) -> interventions_pb2_grpc.TenantServiceStub:

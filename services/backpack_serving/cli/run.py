@@ -72,14 +72,11 @@ From the command line (in another terminal, here):
 
 From Python:
 
-    import grpc
-    from backpack_proto.v1 import inference_pb2 as pb, inference_pb2_grpc as v1
+    from backpack_serving.client import Client
 
-    stub = v1.InferenceServiceStub(grpc.insecure_channel("{gateway}"))
-    key = ("authorization", "Bearer " + open("{key}").read().strip())
-    request = pb.GenerateStreamRequest(prompt=pb.Prompt(text="The story of the king"))
-    for part in stub.GenerateStream(request, metadata=[key]):
-        print(part.text, end="", flush=True)
+    with Client("{gateway}", open("{key}").read().strip()) as client:
+        for part in client.stream("The story of the king"):
+            print(part.text, end="", flush=True)
 
 With grpcurl:
 

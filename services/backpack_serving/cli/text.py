@@ -12,6 +12,7 @@ from rich.text import Text
 
 from backpack_serving.cli.client import AsTenant, Channel, Key, as_caller, err, out
 from backpack_serving.cli.pages import write_generation, write_word
+from backpack_serving.client import Sampling, Served
 
 
 def generate(
@@ -27,23 +28,15 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
 ) -> None:
     """Go on from a prompt, steered by the tenant's release; the text streams as it is made."""
-    request = pb.GenerateStreamRequest(
-        prompt=pb.Prompt(text=prompt),
-        channel=channel,
-        sampling=pb.Sampling(
-            max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or []
-        ),
-    )
+    sampling = Sampling(max_tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
     with as_caller(tenant, key) as client:
-        usage, served = pb.Usage(), pb.Served()
-        for part in client.inference.GenerateStream(request, metadata=client.metadata):
-            if part.HasField("served"):
+        for part in client.text.stream(prompt, sampling, channel=channel):
+            if part.served:
                 served = part.served
                 out.print(Text(prompt, style="dim"), end="", soft_wrap=True)
             out.print(Text(part.text), end="", soft_wrap=True)
-            usage = part.usage
         out.print()
-    _footnote(served, f"{usage.prompt_tokens} + {usage.generated_tokens} tokens")
+    _footnote(served, f"{part.prompt_tokens} + {part.generated_tokens} tokens")
 
 
 def score(
@@ -53,13 +46,12 @@ def score(
     channel: Channel = "live",
 ) -> None:
     """How likely each token of a text is, under the tenant's release."""
-    request = pb.ScoreRequest(text=pb.Prompt(text=text), channel=channel)
     with as_caller(tenant, key) as client:
-        answer = client.inference.Score(request, metadata=client.metadata)
+        answer = client.text.score(text, channel=channel)
     table = Table("token", "log p", box=None)
     for token in answer.tokens:
-        known = token.HasField("log_probability")
-        table.add_row(Text(repr(token.text)), f"{token.log_probability:.3f}" if known else "–")
+        known = token.log_probability
+        table.add_row(Text(repr(token.text)), "–" if known is None else f"{known:.3f}")
     out.print(table)
     _footnote(answer.served, f"log p {answer.log_probability:.3f}, perplexity {answer.perplexity:.2f}")
 
@@ -88,11 +80,8 @@ def explain(
         out.print(Text(prompt, style="dim") + Text(made.text), soft_wrap=True)
         _footnote(made.served, f"{page}: {len(made.tokens)} tokens explained")
         return
-    request = pb.ExplainRequest(prompt=pb.Prompt(text=prompt), limit=limit, channel=channel)
-    if target:
-        request.target.text = target
     with as_caller(tenant, key) as client:
-        answer = client.inference.Explain(request, metadata=client.metadata)
+        answer = client.text.explain(prompt, target or None, limit, channel=channel)
     table = Table("position", "token", "sense", "weight α", "× topic", "contribution", "", box=None)
     largest = max((abs(c.contribution) for c in answer.contributions), default=1.0) or 1.0
     for c in answer.contributions:
@@ -146,8 +135,9 @@ def _words(scored: object) -> Text:
     return Text(" ".join(s.token.text.strip() or repr(s.token.text) for s in scored))  # type: ignore[attr-defined]
 
 
-def _footnote(served: pb.Served, note: str = "") -> None:
+def _footnote(served: Served | pb.Served, note: str = "") -> None:
+    digest = served.release_digest if isinstance(served, pb.Served) else served.digest
     err.print(
         f"[dim]{note + '; ' if note else ''}{served.tenant}/{served.channel}, release {served.release} "
-        f"({served.release_digest[:12]})[/]"
+        f"({digest[:12]})[/]"
     )

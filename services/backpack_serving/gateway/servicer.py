@@ -60,7 +60,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             pinned = await self._pin(meter, request)
             order = wire.read_generation(request, self._tokenizer, self._manifest.config)
             wire.settle(request, order)
-            meter.charge(len(order.prompt), order.sampling.max_tokens)
+            meter.charge(len(order.prompt), order.tokens - len(order.prompt))
             self._note(request.prompt)
             response = await self._unary(lambda stub: stub.Generate, request, context, pinned, meter, order.tokens)
             meter.made = response.usage.generated_tokens
@@ -74,7 +74,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             order = wire.read_generation(request, self._tokenizer, self._manifest.config)
             wire.read_coalesce(request)
             wire.settle(request, order)
-            meter.charge(len(order.prompt), order.sampling.max_tokens)
+            meter.charge(len(order.prompt), order.tokens - len(order.prompt))
             self._note(request.prompt)
             tried: list[Target] = []
             while True:

@@ -1,0 +1,155 @@
+"""The clients, against a system that serves, and against a server that refuses as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backpack_proto.v1 import inference_pb2 as pb
+from backpack_proto.v1 import inference_pb2_grpc
+from backpack_serving import rpc
+from backpack_serving.client import (
+    AsyncClient,
+    Client,
+    Exhausted,
+    Expired,
+    InvalidRequest,
+    Sampling,
+    ServiceError,
+    Unauthenticated,
+    Unavailable,
+)
+
+from tests.e2e.conftest import copy, running
+
+PROMPT = "The story of the king and the"
+SEEDED = Sampling(max_tokens=12, temperature=0.7, seed=3, log_probabilities=2)
+
+
+def test_importing_it_loads_neither_torch_nor_ray() -> None:
+    code = "import sys, backpack_serving.client; sys.exit(bool({'torch', 'ray', 'sqlalchemy'} & set(sys.modules)))"
+    path = ":".join(sys.path)
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": path}, check=False).returncode == 0
+
+
+async def test_both_clients_get_the_same_answers(tmp_path: Path) -> None:
+    async with running(tmp_path, slots=4) as system:
+        key = (await system.tenant(copy("king", "ship")))[0][1].removeprefix("Bearer ")
+        served, answers = await asyncio.to_thread(_ask, system.gateway, key)
+        async with AsyncClient(system.gateway, lambda: key) as client:
+            parts = [part async for part in client.stream(PROMPT, SEEDED, coalesce=0.0)]
+            whole = await client.generate(PROMPT, SEEDED)
+            assert [part.served for part in parts][1:] == [None] * (len(parts) - 1)
+            assert (parts[0].served, parts[-1].finish, parts[-1].generated_tokens) == (served, "length", 12)
+            assert "".join(part.text for part in parts) == whole.text == answers["stream"] == answers["generate"]
+            assert len(whole.tokens) == 12
+            assert all(len(t.alternatives) == 2 and (t.log_probability or 0) < 0 for t in whole.tokens)
+            assert [t.id for t in await client.tokenize(PROMPT)] == answers["ids"]
+            assert await client.model() == answers["model"]
+            again = await client.score(answers["ids"])
+            assert again.log_probability == answers["score"].log_probability
+            explained = await client.explain(PROMPT, "nurse", 5)
+            assert explained == answers["explain"]
+            assert sum(c.contribution for c in explained.contributions) + explained.unlisted == pytest.approx(
+                explained.logit
+            )
+            assert await client.senses("king", 3) == answers["senses"]
+            assert all(sense.edited for sense in answers["senses"].senses)
+
+
+def _ask(address: str, key: str) -> tuple[Any, dict[str, Any]]:
+    with Client(address, key) as client:
+        parts = list(client.stream(PROMPT, SEEDED))
+        ids = [token.id for token in client.tokenize(PROMPT)]
+        for call, kind, reason in (
+            (lambda: client.generate("", SEEDED), InvalidRequest, "EMPTY"),
+            (lambda: client.score([5]), InvalidRequest, "TOO_SHORT"),
+            (lambda: client.generate(PROMPT, Sampling(480), timeout=0.05), Expired, ""),
+            (lambda: list(Client(address, "bp_x").stream(PROMPT)), Unauthenticated, "MALFORMED_KEY"),
+            (lambda: Client(address).model(), Unauthenticated, "NO_CREDENTIAL"),
+        ):
+            with pytest.raises(kind) as refused:
+                call()
+            assert reason in refused.value.reason
+        return parts[0].served, {
+            "stream": "".join(part.text for part in parts),
+            "generate": client.generate(ids, SEEDED).text,
+            "ids": ids,
+            "model": client.model(),
+            "score": client.score(PROMPT),
+            "explain": client.explain(PROMPT, "nurse", 5),
+            "senses": client.senses("king", 3),
+        }
+
+
+class Script(inference_pb2_grpc.InferenceServiceServicer):
+    """Answers as it is told: an error is raised, a text is sent."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str | ServiceError]] = []
+        self.left = 0
+
+    async def GenerateStream(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateStreamResponse]:
+        for said in self.calls.pop(0):
+            if isinstance(said, ServiceError):
+                raise said
+            yield pb.GenerateStreamResponse(text=said)
+
+    async def Generate(self, request: Any, context: Any) -> pb.GenerateResponse:
+        said = self.calls.pop(0)[0]
+        if isinstance(said, ServiceError):
+            raise said
+        return pb.GenerateResponse(text=said, finish_reason=pb.FINISH_REASON_LENGTH)
+
+
+def _away() -> Unavailable:
+    return Unavailable("NO_REPLICA", "try again", retry_after=0.01)
+
+
+def _full() -> Exhausted:
+    return Exhausted("REQUESTS_LIMIT", "try again later", retry_after=30.0)
+
+
+@pytest.mark.parametrize("kind", ["stream", "generate"])
+@pytest.mark.parametrize("form", ["async", "blocking"])
+async def test_what_has_not_begun_is_tried_again(kind: str, form: str) -> None:
+    script = Script()
+    service = rpc.Service(
+        "backpack.v1.InferenceService", inference_pb2_grpc.add_InferenceServiceServicer_to_server, script
+    )
+    server = await rpc.start([service], "127.0.0.1:0")
+
+    async def ask(**how: Any) -> str:
+        if form == "blocking":
+            return await asyncio.to_thread(_blocking, server.address, kind, how)
+        async with AsyncClient(server.address, **how) as client:
+            if kind == "generate":
+                return (await client.generate("x")).text
+            return "".join([part.text async for part in client.stream("x")])
+
+    script.calls = [[_away()], [_away()], ["fine"]]
+    assert await ask() == "fine"
+    script.calls = [[_away()], [_away()], ["too late"]]
+    with pytest.raises(Unavailable):
+        await ask(attempts=2)
+    assert len(script.calls) == 1
+    script.calls = [[_full()], ["not asked for"]]
+    with pytest.raises(Exhausted) as refused:
+        await ask()
+    assert (refused.value.retry_after, len(script.calls)) == (30.0, 1)
+    if kind == "stream":
+        script.calls = [["half", _away()], ["not asked for"]]
+        with pytest.raises(Unavailable):
+            await ask()
+        assert len(script.calls) == 1, "half a text can't be taken back"
+    await server.stop()
+
+
+def _blocking(address: str, kind: str, how: dict[str, Any]) -> str:
+    with Client(address, **how) as client:
+        return client.generate("x").text if kind == "generate" else "".join(p.text for p in client.stream("x"))
