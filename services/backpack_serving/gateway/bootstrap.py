@@ -11,7 +11,7 @@ from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2_grpc
 
-from backpack_serving import rpc
+from backpack_serving import rpc, tasks
 from backpack_serving.gateway.book import Book
 from backpack_serving.gateway.limits import Limit, Limits
 from backpack_serving.gateway.routing import Router
@@ -54,15 +54,15 @@ class Gateway:
 
     async def stop(self) -> None:
         await self.server.stop(self.drain)
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await tasks.end(*self.tasks)
         await self.control.close()
 
 
 async def start(settings: Settings, metrics: Metrics) -> Gateway:
-    """Serve on `settings.gateway_address`. Raises OSError if it is taken, ManifestError if there is no model,
-    ValueError if certificates, limits or the issuer of tokens are no good.
+    """Serve on `settings.gateway_address`.
+
+    Raises OSError if the address is taken, ManifestError if there is no model, ValueError if certificates, limits
+    or the issuer of tokens are no good.
     """
     manifest = Manifest.read(settings.model)
     tokenizer = Tokenizer.read(settings.model / "tokenizer.json")
@@ -108,7 +108,7 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
         connection_age=settings.connection_age,
         message_limit=wire.MESSAGE_LIMIT,
     )
-    tasks = (
+    running = (
         asyncio.create_task(link.run()),
         asyncio.create_task(
             follow_directory(
@@ -117,7 +117,7 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
         ),
         asyncio.create_task(_tell_health(server, book, router, settings.stale_after)),
     )
-    return Gateway(server, book, router, tasks, settings.drain, control)
+    return Gateway(server, book, router, running, settings.drain, control)
 
 
 async def _tell_health(server: rpc.Server, book: Book, router: Router, stale_after: float) -> None:

@@ -16,7 +16,7 @@ from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import Limits, Release
 from backpack_proto.v1 import directory_pb2, directory_pb2_grpc, inference_pb2_grpc, sync_pb2, sync_pb2_grpc
 
-from backpack_serving import rpc
+from backpack_serving import rpc, tasks
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.loop import EngineLoop
 from backpack_serving.engine.runner import Runner
@@ -107,9 +107,7 @@ class Replica:
             await self._report()
             await asyncio.sleep(SETTLE_SECONDS)
         await self._server.stop(self._drain)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await tasks.end(*self._tasks)
         await self._engine.stop()
 
     async def _keep_in_step(self) -> None:

@@ -160,7 +160,7 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def end(self, *, endless_only: bool = False) -> None:
         """End what runs, with a status that says that another try may succeed."""
         for task, endless in self._running.items():
-            if task not in self._ended and (endless or not endless_only):
+            if endless or not endless_only:
                 self._ended.add(task)
                 task.cancel()
 
@@ -215,7 +215,6 @@ async def start(
     tls: Tls | None = None,
     connection_age: float = 1800.0,
     message_limit: int = MESSAGE_LIMIT,
-    share_port: bool = False,
 ) -> Server:
     """Serve on host:port (port 0: a free one) or unix:path, with TLS if there is a certificate.
 
@@ -227,7 +226,7 @@ async def start(
         *_OPTIONS,
         ("grpc.max_receive_message_length", message_limit),
         ("grpc.max_connection_age_ms", int(connection_age * 1000)),
-        ("grpc.so_reuseport", int(share_port)),
+        ("grpc.so_reuseport", 0),
     ]
     server = grpc.aio.server(interceptors=[calls], options=options)
     checks = health.aio.HealthServicer()
