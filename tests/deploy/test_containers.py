@@ -170,6 +170,8 @@ async def _the_story(stack: Stack, system: System) -> None:
     number = await _again(lambda: system.release(ship, copy("king", "nurse")))
     assert number >= 2, "what was acknowledged is still there"
 
+    assert await _again(lambda: _text(system, ship)) == steered
+
     # Inference is killed in the middle of a stream: the client is told that it may retry, and a retry is the same.
     request = pb.GenerateStreamRequest(
         prompt=pb.Prompt(text=PROMPT), sampling=pb.Sampling(max_tokens=480, seed=1, ignore_end_of_text=True)

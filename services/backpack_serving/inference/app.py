@@ -132,6 +132,7 @@ SECRETS = frozenset(name for name, field in Settings.model_fields.items() if fie
     num_replicas=1,
     max_ongoing_requests=10_000,
     ray_actor_options={"num_cpus": 0},
+    graceful_shutdown_timeout_s=1,  # gateways watch for ever: there is nothing to wait for
     logging_config={"enable_access_log": False},  # several reports a second
 )
 class DirectoryDeployment:
