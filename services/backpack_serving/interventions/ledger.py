@@ -66,12 +66,10 @@ class Ledger:
     def write(self, who: Principal, method: str, request: Request, act: Act[R]) -> Written[R]:
         _check_request_id(request.id)
         now = self._now()
-        if request.id and (old := self._replay(who, method, request)):
-            return old
         try:
             with self._store.write(scope(who)) as tx:
-                if tx.get(Reply, who.name, method, request.id) is not None:
-                    raise _Raced
+                if request.id and tx.get(Reply, who.name, method, request.id) is not None:
+                    raise _Repeated
                 record, changed = act(tx, now)
                 changes = json.dumps([visible(change) for change in changed])
                 tx.log(Event(0, record.tenant, who.name, method, record.name, changes, now))
@@ -80,7 +78,7 @@ class Ledger:
                     at = json.dumps([type(record).__name__, *key_of(record)])
                     tx.add(Reply(who.name, method, request.id, request.body, at, tx.position.revision, now))
                 written = Written(record, tx.position)
-        except _Raced:
+        except _Repeated:
             old = self._replay(who, method, request)
             assert old is not None, "the reply was just seen"
             return old
@@ -126,8 +124,8 @@ def raise_epoch(store: Store, now: datetime) -> Position:
         return tx.position
 
 
-class _Raced(Exception):
-    """The same request is being carried out by another thread, which was faster."""
+class _Repeated(Exception):
+    """The request was carried out before, or by another thread that was faster."""
 
 
 def channel_from(change: dict[str, Any]) -> Channel:
