@@ -52,7 +52,7 @@ from tests.e2e.conftest import System
 from tests.e2e.test_processes import Processes, _port
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
-ROUNDS = {1: 9, 32: 5, 256: 2}
+ROUNDS = {1: 7, 32: 4, 256: 1}
 """How often, for how many streams at once."""
 
 Way = Callable[[list[int], int], AsyncIterator[int]]
