@@ -13,14 +13,24 @@ from torch import Tensor
 
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
+from backpack_lm.trunk_pass import TrunkPass
 
 
 @dataclass(frozen=True, slots=True)
-class Attribution:
+class Term:
+    """One term of a logit: α · multiplier · (E[y]·C(x_position)_sense)."""
+
+    position: int
+    sense: int
+    weight: float
+    multiplier: float
+    contribution: float
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
     """The terms of one logit: weights α, multipliers and contributions, each [T, k]; they sum to `logit`."""
 
-    target: int
-    log_probability: float
     weights: Tensor
     multipliers: Tensor
     contributions: Tensor
@@ -29,26 +39,55 @@ class Attribution:
     def logit(self) -> float:
         return float(self.contributions.sum())
 
+    def largest(self, limit: int) -> tuple[list[Term], float]:
+        """The terms of largest magnitude, largest first, and the sum of the others."""
+        flat, num_senses = self.contributions.flatten(), self.contributions.shape[1]
+        order = flat.abs().argsort(descending=True)
+        listed = order[:limit]
+        columns = (part.flatten()[listed].tolist() for part in (self.weights, self.multipliers, flat))
+        terms = [
+            Term(at // num_senses, at % num_senses, *values)
+            for at, *values in zip(listed.tolist(), *columns, strict=True)
+        ]
+        return terms, float(flat[order[limit:]].sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Attribution(Terms):
+    """The terms of the logit of `target`, a next token, and its log p."""
+
+    target: int
+    log_probability: float
+
 
 @torch.inference_mode()
 def attribute(
     model: Backpack, table: SenseTable, ids: Tensor, overlay: Overlay, target: int | None = None
 ) -> Attribution:
     """Explain the token after ids [T]; by default the likeliest one."""
-    alpha = model.sense_weights(ids[None])[0, :, -1].t()  # [T, k]
-    senses = overlay.replace(ids[None], table.rows[ids][None].float())
-    multipliers = overlay.multipliers(ids[None], senses, model.embedding)[0, -1].expand(alpha.shape)
-    mixed = torch.einsum("jl,jld->jld", alpha * multipliers, senses[0]).double()
+    read = TrunkPass(model, table, ids, start=len(ids) - 1)
+    weights, multipliers = read.alpha[0], read.multipliers(overlay)[0]  # [T, k]
+    mixed = (weights * multipliers).double()[..., None] * read.replaced(overlay)  # [T, k, d]
     head = model.embedding[: model.config.tokens].double()
     logits = head @ mixed.sum((0, 1))
     target = int(logits.argmax()) if target is None else target
-    return Attribution(
-        target,
-        float(logits.log_softmax(-1)[target]),
-        alpha,
-        multipliers,
-        mixed @ head[target],
-    )
+    return Attribution(weights, multipliers, mixed @ head[target], target, float(logits.log_softmax(-1)[target]))
+
+
+@torch.inference_mode()
+def attribute_text(model: Backpack, table: SenseTable, ids: Tensor, overlay: Overlay, start: int) -> list[Terms]:
+    """Explain each token of ids [T] from position `start` ≥ 1 on, as what stands before it predicted it.
+
+    One pass of the trunk for all of them.
+    """
+    read = TrunkPass(model, table, ids[:-1], start - 1)
+    multipliers = read.multipliers(overlay)  # [P, T − 1, k]
+    senses, embedded = read.replaced(overlay).double(), model.embedding[ids[start:]].double()
+    terms = (read.alpha * multipliers).double() * torch.einsum("pd,jld->pjl", embedded, senses)
+    return [
+        Terms(read.alpha[at, :end], multipliers[at, :end], terms[at, :end])
+        for at, end in enumerate(range(start, len(ids)))
+    ]
 
 
 @torch.inference_mode()

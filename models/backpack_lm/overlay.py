@@ -191,14 +191,20 @@ class Overlay:
         Recomputes the annealing in full for every i, as the reference code does: Σ over the tokens up
         to and including i, of the senses [B, T, k, d] as they stand after `replace`.
         """
-        out = torch.ones(1, 1, 1, 1)
         if not self.topics:
-            return out
+            return torch.ones(1, 1, 1, 1)
         dots = torch.einsum("bid,bjld->bijl", embedding[ids], senses)
-        satisfied = dots.relu().cumsum(1)
-        positions = torch.arange(ids.shape[1])[None, None, :, None]
+        return self.annealed(ids, dots.relu().cumsum(1))
+
+    def annealed(self, ids: Tensor, satisfied: Tensor) -> Tensor:
+        """The topics' multipliers together, [..., I, T, k], of the cells of ids [..., T].
+
+        `satisfied` [..., I, T, k] is a = Σ relu(E[x]·C(x_j)_l) over the tokens x up to each of I predictions.
+        """
+        positions = torch.arange(ids.shape[-1])[:, None]
+        out = torch.ones(())
         for topic in self.topics:
-            out = out * topic.anneal(topic.targets(ids)[:, None], satisfied, positions)
+            out = out * topic.anneal(topic.targets(ids)[..., None, :, :], satisfied, positions)
         return out
 
 

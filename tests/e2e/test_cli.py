@@ -190,6 +190,21 @@ def test_keys_are_rotated_and_tenants_suspended(backpack: Any) -> None:
     assert "resumed" in backpack("tenant", "resume", "shop")
 
 
+def test_compare_releases(backpack: Any) -> None:
+    shown = backpack("compare", "The story of the king and the", "--target", "ship", "--as", "harbour")
+    assert re.search(r"unpatched \([0-9a-f]{12}\) +\d+\.\d+ % ", shown)
+    assert re.search(r"live, 1 \([0-9a-f]{12}\) ", shown)
+    shown = backpack("compare", "The king", "--under", "0-1", "--under", "live", "--score", "--as", "harbour")
+    assert "3 releases of harbour" in shown
+    assert "write 1-8" in backpack("compare", "The king", "--under", "9-3", code=2)
+    assert "releases/99 doesn't exist" in backpack("compare", "The king", "--under", "99", code=1)
+
+
+def test_generate_explains_each_token(backpack: Any) -> None:
+    shown = backpack("generate", "The king and the", "--max-tokens", "3", "--explain", "2", "--as", "harbour")
+    assert shown.count(" the others") == 3
+
+
 def test_explain_senses_and_score(backpack: Any) -> None:
     assert "logit of" in backpack("explain", "The king and the", "--as", "harbour")
     assert "edited" in backpack("senses", "king", "--as", "harbour")

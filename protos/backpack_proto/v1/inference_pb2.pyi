@@ -21,6 +21,29 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _CompareMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CompareModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CompareMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMPARE_MODE_UNSPECIFIED: _CompareMode.ValueType  # 0
+    """The same as NEXT_TOKEN."""
+    COMPARE_MODE_NEXT_TOKEN: _CompareMode.ValueType  # 1
+    """The distribution of the token after the prompt."""
+    COMPARE_MODE_SCORE: _CompareMode.ValueType  # 2
+    """How likely each token of the prompt is."""
+
+class CompareMode(_CompareMode, metaclass=_CompareModeEnumTypeWrapper): ...
+
+COMPARE_MODE_UNSPECIFIED: CompareMode.ValueType  # 0
+"""The same as NEXT_TOKEN."""
+COMPARE_MODE_NEXT_TOKEN: CompareMode.ValueType  # 1
+"""The distribution of the token after the prompt."""
+COMPARE_MODE_SCORE: CompareMode.ValueType  # 2
+"""How likely each token of the prompt is."""
+Global___CompareMode: _TypeAlias = CompareMode  # noqa: Y015
+
 class _WordPolicy:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -75,6 +98,7 @@ class GenerateRequest(_message.Message):
     REQUEST_KEY_FIELD_NUMBER: _builtins.int
     MIN_REVISION_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     """Which of the tenant's channels steers the request. Default: "live"."""
     request_key: _builtins.str
@@ -89,6 +113,10 @@ class GenerateRequest(_message.Message):
     def min_revision(self) -> Global___Position:
         """Not before the gateway knows this write: it waits a moment, then says UNAVAILABLE."""
 
+    @_builtins.property
+    def explain(self) -> Global___ExplainOptions:
+        """Each token with what made it likely; with all samples at most 40,000 contributions, a stream may have more."""
+
     def __init__(
         self,
         *,
@@ -98,10 +126,11 @@ class GenerateRequest(_message.Message):
         request_key: _builtins.str = ...,
         min_revision: Global___Position | None = ...,
         priority: _builtins.int = ...,
+        explain: Global___ExplainOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["min_revision", b"min_revision", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["explain", b"explain", "min_revision", b"min_revision", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "min_revision", b"min_revision", "priority", b"priority", "prompt", b"prompt", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "explain", b"explain", "min_revision", b"min_revision", "priority", b"priority", "prompt", b"prompt", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -187,6 +216,7 @@ class GenerateStreamRequest(_message.Message):
     REQUEST_KEY_FIELD_NUMBER: _builtins.int
     MIN_REVISION_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     request_key: _builtins.str
     priority: _builtins.int
@@ -200,6 +230,10 @@ class GenerateStreamRequest(_message.Message):
 
     @_builtins.property
     def min_revision(self) -> Global___Position: ...
+    @_builtins.property
+    def explain(self) -> Global___ExplainOptions:
+        """Each token with what made it likely. Such a stream waits for its explanations, others don't."""
+
     def __init__(
         self,
         *,
@@ -210,14 +244,35 @@ class GenerateStreamRequest(_message.Message):
         request_key: _builtins.str = ...,
         min_revision: Global___Position | None = ...,
         priority: _builtins.int = ...,
+        explain: Global___ExplainOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["coalesce", b"coalesce", "min_revision", b"min_revision", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["coalesce", b"coalesce", "explain", b"explain", "min_revision", b"min_revision", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "coalesce", b"coalesce", "min_revision", b"min_revision", "priority", b"priority", "prompt", b"prompt", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "coalesce", b"coalesce", "explain", b"explain", "min_revision", b"min_revision", "priority", b"priority", "prompt", b"prompt", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateStreamRequest: _TypeAlias = GenerateStreamRequest  # noqa: Y015
+
+@_typing.final
+class ExplainOptions(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: _builtins.int
+    limit: _builtins.int
+    """How many contributions to list with each token, largest magnitude first. Default 8; at most 64."""
+    def __init__(
+        self,
+        *,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainOptions: _TypeAlias = ExplainOptions  # noqa: Y015
 
 @_typing.final
 class GenerateStreamResponse(_message.Message):
@@ -441,6 +496,233 @@ class Contribution(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Contribution: _TypeAlias = Contribution  # noqa: Y015
+
+@_typing.final
+class Explanation(_message.Message):
+    """What made a token likely: the terms of the sum that was its logit when it was chosen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOGIT_FIELD_NUMBER: _builtins.int
+    CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
+    UNLISTED_FIELD_NUMBER: _builtins.int
+    logit: _builtins.float
+    """Sum of all contributions, listed and unlisted."""
+    unlisted: _builtins.float
+    """Sum of the contributions that are not listed."""
+    @_builtins.property
+    def contributions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Contribution]: ...
+    def __init__(
+        self,
+        *,
+        logit: _builtins.float = ...,
+        contributions: _abc.Iterable[Global___Contribution] | None = ...,
+        unlisted: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributions", b"contributions", "logit", b"logit", "unlisted", b"unlisted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Explanation: _TypeAlias = Explanation  # noqa: Y015
+
+@_typing.final
+class CompareRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    RELEASES_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    REQUEST_KEY_FIELD_NUMBER: _builtins.int
+    MIN_REVISION_FIELD_NUMBER: _builtins.int
+    PINS_FIELD_NUMBER: _builtins.int
+    mode: Global___CompareMode.ValueType
+    top: _builtins.int
+    """In mode NEXT_TOKEN: how many of the likeliest tokens to give. Default 10; at most 100."""
+    request_key: _builtins.str
+    """Which half of a canary is meant by a channel that has one. Drawn if empty."""
+    @_builtins.property
+    def prompt(self) -> Global___Prompt: ...
+    @_builtins.property
+    def releases(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReleaseChoice]:
+        """1 to 256 of the tenant's releases, none named twice. The answer has them in this order."""
+
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Word]:
+        """In mode NEXT_TOKEN: words of one token whose probability is given, too; at most 64."""
+
+    @_builtins.property
+    def min_revision(self) -> Global___Position: ...
+    @_builtins.property
+    def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pin]:
+        """The gateway's, for the replica: what `releases` are. Whatever a client writes here is overwritten."""
+
+    def __init__(
+        self,
+        *,
+        prompt: Global___Prompt | None = ...,
+        mode: Global___CompareMode.ValueType = ...,
+        releases: _abc.Iterable[Global___ReleaseChoice] | None = ...,
+        top: _builtins.int = ...,
+        targets: _abc.Iterable[Global___Word] | None = ...,
+        request_key: _builtins.str = ...,
+        min_revision: Global___Position | None = ...,
+        pins: _abc.Iterable[Global___Pin] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["min_revision", b"min_revision", "prompt", b"prompt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_revision", b"min_revision", "mode", b"mode", "pins", b"pins", "prompt", b"prompt", "releases", b"releases", "request_key", b"request_key", "targets", b"targets", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompareRequest: _TypeAlias = CompareRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseChoice(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    UNPATCHED_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counted per tenant."""
+    channel: _builtins.str
+    """The release that the channel is at."""
+    unpatched: _builtins.bool
+    """The model as it is; the same as number 0."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        channel: _builtins.str = ...,
+        unpatched: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "number", b"number", "release", b"release", "unpatched", b"unpatched"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "number", b"number", "release", b"release", "unpatched", b"unpatched"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_release: _TypeAlias = _typing.Literal["number", "channel", "unpatched"]  # noqa: Y015
+    _WhichOneofArgType_release: _TypeAlias = _typing.Literal["release", b"release"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_release) -> _WhichOneofReturnType_release | None: ...
+
+Global___ReleaseChoice: _TypeAlias = ReleaseChoice  # noqa: Y015
+
+@_typing.final
+class CompareResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    RELEASES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
+        """The prompt's."""
+
+    @_builtins.property
+    def releases(self) -> _containers.RepeatedCompositeFieldContainer[Global___ComparedRelease]: ...
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[Global___Token] | None = ...,
+        releases: _abc.Iterable[Global___ComparedRelease] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["releases", b"releases", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompareResponse: _TypeAlias = CompareResponse  # noqa: Y015
+
+@_typing.final
+class ComparedRelease(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVED_FIELD_NUMBER: _builtins.int
+    NEXT_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def served(self) -> Global___Served: ...
+    @_builtins.property
+    def next(self) -> Global___NextToken: ...
+    @_builtins.property
+    def score(self) -> Global___TextScore: ...
+    def __init__(
+        self,
+        *,
+        served: Global___Served | None = ...,
+        next: Global___NextToken | None = ...,
+        score: Global___TextScore | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["next", b"next", "result", b"result", "score", b"score", "served", b"served"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next", b"next", "result", b"result", "score", b"score", "served", b"served"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["next", "score"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___ComparedRelease: _TypeAlias = ComparedRelease  # noqa: Y015
+
+@_typing.final
+class NextToken(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOP_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
+        """The likeliest, most likely first, with log-probabilities."""
+
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
+        """In the order in which they were asked for."""
+
+    def __init__(
+        self,
+        *,
+        top: _abc.Iterable[Global___Token] | None = ...,
+        targets: _abc.Iterable[Global___Token] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["targets", b"targets", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NextToken: _TypeAlias = NextToken  # noqa: Y015
+
+@_typing.final
+class TextScore(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOG_PROBABILITIES_FIELD_NUMBER: _builtins.int
+    LOG_PROBABILITY_FIELD_NUMBER: _builtins.int
+    PERPLEXITY_FIELD_NUMBER: _builtins.int
+    log_probability: _builtins.float
+    """Their sum (natural logarithm)."""
+    perplexity: _builtins.float
+    """exp of their mean, negated."""
+    @_builtins.property
+    def log_probabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """One for each token of the prompt but the first."""
+
+    def __init__(
+        self,
+        *,
+        log_probabilities: _abc.Iterable[_builtins.float] | None = ...,
+        log_probability: _builtins.float = ...,
+        perplexity: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_probabilities", b"log_probabilities", "log_probability", b"log_probability", "perplexity", b"perplexity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TextScore: _TypeAlias = TextScore  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):
@@ -812,12 +1094,17 @@ class Token(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     LOG_PROBABILITY_FIELD_NUMBER: _builtins.int
     ALTERNATIVES_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     text: _builtins.str
     log_probability: _builtins.float
     """Natural logarithm, under temperature 1 and the whole vocabulary."""
     @_builtins.property
     def alternatives(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]: ...
+    @_builtins.property
+    def explanation(self) -> Global___Explanation:
+        """Of a generated token, if the request asked for it."""
+
     def __init__(
         self,
         *,
@@ -825,10 +1112,11 @@ class Token(_message.Message):
         text: _builtins.str = ...,
         log_probability: _builtins.float | None = ...,
         alternatives: _abc.Iterable[Global___Token] | None = ...,
+        explanation: Global___Explanation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_log_probability", b"_log_probability", "log_probability", b"log_probability"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_log_probability", b"_log_probability", "explanation", b"explanation", "log_probability", b"log_probability"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_log_probability", b"_log_probability", "alternatives", b"alternatives", "id", b"id", "log_probability", b"log_probability", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_log_probability", b"_log_probability", "alternatives", b"alternatives", "explanation", b"explanation", "id", b"id", "log_probability", b"log_probability", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__log_probability: _TypeAlias = _typing.Literal["log_probability"]  # noqa: Y015
     _WhichOneofArgType__log_probability: _TypeAlias = _typing.Literal["_log_probability", b"_log_probability"]  # noqa: Y015

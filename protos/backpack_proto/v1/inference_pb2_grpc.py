@@ -58,6 +58,11 @@ class InferenceServiceStub:
                 request_serializer=backpack__proto_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=backpack__proto_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.Compare = channel.unary_unary(
+                '/backpack.v1.InferenceService/Compare',
+                request_serializer=backpack__proto_dot_v1_dot_inference__pb2.CompareRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_inference__pb2.CompareResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/backpack.v1.InferenceService/Tokenize',
                 request_serializer=backpack__proto_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -109,6 +114,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Compare(self, request, context):
+        """How likely a text is, or its next token, under many releases: one pass of the trunk for all of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """The tokens of a text.
         """
@@ -152,6 +164,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=backpack__proto_dot_v1_dot_inference__pb2.ExplainRequest.FromString,
                     response_serializer=backpack__proto_dot_v1_dot_inference__pb2.ExplainResponse.SerializeToString,
+            ),
+            'Compare': grpc.unary_unary_rpc_method_handler(
+                    servicer.Compare,
+                    request_deserializer=backpack__proto_dot_v1_dot_inference__pb2.CompareRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_inference__pb2.CompareResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -280,6 +297,33 @@ class InferenceService:
             '/backpack.v1.InferenceService/Explain',
             backpack__proto_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
             backpack__proto_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Compare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.InferenceService/Compare',
+            backpack__proto_dot_v1_dot_inference__pb2.CompareRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_inference__pb2.CompareResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,8 @@ class InferenceServiceStub:
     """How likely each token of a text is."""
     Explain: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ExplainRequest, _inference_pb2.ExplainResponse]
     """Why a token follows a prompt: the exact contribution of each (position, sense) to its logit."""
+    Compare: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CompareRequest, _inference_pb2.CompareResponse]
+    """How likely a text is, or its next token, under many releases: one pass of the trunk for all of them."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """The tokens of a text."""
     ListSenses: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListSensesRequest, _inference_pb2.ListSensesResponse]
@@ -68,6 +70,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """How likely each token of a text is."""
     Explain: _aio.UnaryUnaryMultiCallable[_inference_pb2.ExplainRequest, _inference_pb2.ExplainResponse]  # type: ignore[assignment]
     """Why a token follows a prompt: the exact contribution of each (position, sense) to its logit."""
+    Compare: _aio.UnaryUnaryMultiCallable[_inference_pb2.CompareRequest, _inference_pb2.CompareResponse]  # type: ignore[assignment]
+    """How likely a text is, or its next token, under many releases: one pass of the trunk for all of them."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """The tokens of a text."""
     ListSenses: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListSensesRequest, _inference_pb2.ListSensesResponse]  # type: ignore[assignment]
@@ -112,6 +116,14 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ExplainResponse, _abc.Awaitable[_inference_pb2.ExplainResponse]]:
         """Why a token follows a prompt: the exact contribution of each (position, sense) to its logit."""
+
+    @_abc_1.abstractmethod
+    def Compare(
+        self,
+        request: _inference_pb2.CompareRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.CompareResponse, _abc.Awaitable[_inference_pb2.CompareResponse]]:
+        """How likely a text is, or its next token, under many releases: one pass of the trunk for all of them."""
 
     @_abc_1.abstractmethod
     def Tokenize(

@@ -666,6 +666,57 @@ class FetchReleaseResponse(_message.Message):
 Global___FetchReleaseResponse: _TypeAlias = FetchReleaseResponse  # noqa: Y015
 
 @_typing.final
+class ResolveReleasesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    NUMBERS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    @_builtins.property
+    def numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """At most 256."""
+
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        numbers: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["numbers", b"numbers", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveReleasesRequest: _TypeAlias = ResolveReleasesRequest  # noqa: Y015
+
+@_typing.final
+class ResolveReleasesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RELEASES_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def releases(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReleaseRef]:
+        """In the order of the numbers."""
+
+    @_builtins.property
+    def position(self) -> _inference_pb2.Position: ...
+    def __init__(
+        self,
+        *,
+        releases: _abc.Iterable[Global___ReleaseRef] | None = ...,
+        position: _inference_pb2.Position | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "releases", b"releases"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveReleasesResponse: _TypeAlias = ResolveReleasesResponse  # noqa: Y015
+
+@_typing.final
 class Hold(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -46,6 +46,11 @@ class SyncServiceStub:
                 request_serializer=backpack__proto_dot_v1_dot_sync__pb2.FetchReleaseRequest.SerializeToString,
                 response_deserializer=backpack__proto_dot_v1_dot_sync__pb2.FetchReleaseResponse.FromString,
                 _registered_method=True)
+        self.ResolveReleases = channel.unary_unary(
+                '/backpack.v1.SyncService/ResolveReleases',
+                request_serializer=backpack__proto_dot_v1_dot_sync__pb2.ResolveReleasesRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_sync__pb2.ResolveReleasesResponse.FromString,
+                _registered_method=True)
 
 
 class SyncServiceServicer:
@@ -67,6 +72,13 @@ class SyncServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResolveReleases(self, request, context):
+        """Which releases these numbers are: a tenant may name any of its releases, and readers are told of few.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SyncServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +91,11 @@ def add_SyncServiceServicer_to_server(servicer, server):
                     servicer.FetchRelease,
                     request_deserializer=backpack__proto_dot_v1_dot_sync__pb2.FetchReleaseRequest.FromString,
                     response_serializer=backpack__proto_dot_v1_dot_sync__pb2.FetchReleaseResponse.SerializeToString,
+            ),
+            'ResolveReleases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResolveReleases,
+                    request_deserializer=backpack__proto_dot_v1_dot_sync__pb2.ResolveReleasesRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_sync__pb2.ResolveReleasesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +153,33 @@ class SyncService:
             '/backpack.v1.SyncService/FetchRelease',
             backpack__proto_dot_v1_dot_sync__pb2.FetchReleaseRequest.SerializeToString,
             backpack__proto_dot_v1_dot_sync__pb2.FetchReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResolveReleases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.SyncService/ResolveReleases',
+            backpack__proto_dot_v1_dot_sync__pb2.ResolveReleasesRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_sync__pb2.ResolveReleasesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,8 @@ class SyncServiceStub:
     """
     FetchRelease: _grpc.UnaryStreamMultiCallable[_sync_pb2.FetchReleaseRequest, _sync_pb2.FetchReleaseResponse]
     """A release by its digest: the canonical bytes of its revisions, in pieces."""
+    ResolveReleases: _grpc.UnaryUnaryMultiCallable[_sync_pb2.ResolveReleasesRequest, _sync_pb2.ResolveReleasesResponse]
+    """Which releases these numbers are: a tenant may name any of its releases, and readers are told of few."""
 
 @_typing.type_check_only
 class SyncServiceAsyncStub(SyncServiceStub):
@@ -52,6 +54,8 @@ class SyncServiceAsyncStub(SyncServiceStub):
     """
     FetchRelease: _aio.UnaryStreamMultiCallable[_sync_pb2.FetchReleaseRequest, _sync_pb2.FetchReleaseResponse]  # type: ignore[assignment]
     """A release by its digest: the canonical bytes of its revisions, in pieces."""
+    ResolveReleases: _aio.UnaryUnaryMultiCallable[_sync_pb2.ResolveReleasesRequest, _sync_pb2.ResolveReleasesResponse]  # type: ignore[assignment]
+    """Which releases these numbers are: a tenant may name any of its releases, and readers are told of few."""
 
 class SyncServiceServicer(metaclass=_abc_1.ABCMeta):
     """For gateways and replicas (role `replica`): what they must know, and whether they took it."""
@@ -73,6 +77,14 @@ class SyncServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sync_pb2.FetchReleaseResponse], _abc.AsyncIterator[_sync_pb2.FetchReleaseResponse]]:
         """A release by its digest: the canonical bytes of its revisions, in pieces."""
+
+    @_abc_1.abstractmethod
+    def ResolveReleases(
+        self,
+        request: _sync_pb2.ResolveReleasesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sync_pb2.ResolveReleasesResponse, _abc.Awaitable[_sync_pb2.ResolveReleasesResponse]]:
+        """Which releases these numbers are: a tenant may name any of its releases, and readers are told of few."""
 
 def add_SyncServiceServicer_to_server(servicer: SyncServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from backpack_serving.cli import control, database, experiment, lab, model, serve, tenants, text
+from backpack_serving.cli.compare import compare
 from backpack_serving.cli.health import health
 from backpack_serving.cli.run import run
 from backpack_serving.cli.secrets import write
@@ -26,7 +27,7 @@ app.command(rich_help_panel="Serving")(model.settings)
 app.command(rich_help_panel="Serving")(health)
 app.command("secrets", rich_help_panel="Serving")(write)
 app.add_typer(database.app, name="database", rich_help_panel="Serving")
-for command in (text.generate, text.score, text.explain, text.senses):
+for command in (text.generate, text.score, text.explain, compare, text.senses):
     app.command(rich_help_panel="Calling")(command)
 app.add_typer(tenants.app, name="tenant", rich_help_panel="Steering")
 app.add_typer(control.patch_app, name="patch", rich_help_panel="Steering")

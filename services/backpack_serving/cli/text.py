@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,9 +27,15 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Only the likeliest tokens of this mass.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.", min=0)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
+    explain: Annotated[
+        int, typer.Option(help="How many (position, sense) to show for each new token.", min=0, max=64)
+    ] = 0,
 ) -> None:
     """Go on from a prompt, steered by the tenant's release; the text streams as it is made."""
     sampling = Sampling(max_tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
+    if explain:
+        _generate_explained(prompt, sampling, explain, tenant, key, channel)
+        return
     with as_caller(tenant, key) as client:
         for part in client.text.stream(prompt, sampling, channel=channel):
             if part.served:
@@ -37,6 +44,37 @@ def generate(
             out.print(Text(part.text), end="", soft_wrap=True)
         out.print()
     _footnote(served, f"{part.prompt_tokens} + {part.generated_tokens} tokens")
+
+
+def _generate_explained(prompt: str, sampling: Sampling, limit: int, tenant: str, key: str, channel: str) -> None:
+    request = pb.GenerateStreamRequest(
+        prompt=pb.Prompt(text=prompt),
+        channel=channel,
+        sampling=sampling.message(),
+        explain=pb.ExplainOptions(limit=limit),
+    )
+    made: list[pb.Token] = []
+    with as_caller(tenant, key) as client:
+        for part in client.inference.GenerateStream(request, metadata=client.metadata):
+            if part.HasField("served"):
+                served = Served.of(part.served)
+                out.print(Text(prompt, style="dim"), end="", soft_wrap=True)
+            out.print(Text(part.text), end="", soft_wrap=True)
+            made += part.tokens
+        out.print()
+    out.print(_explained(made))
+    _footnote(served, f"{part.usage.prompt_tokens} + {part.usage.generated_tokens} tokens")
+
+
+def _explained(tokens: Sequence[pb.Token]) -> Table:
+    table = Table("token", "logit", "from", box=None)
+    for token in tokens:
+        found = token.explanation
+        terms = "  ".join(f"{c.contribution:+.2f} {c.token.text!r}·{c.sense}" for c in found.contributions)
+        table.add_row(
+            Text(repr(token.text)), f"{found.logit:.2f}", Text(f"{terms}  {found.unlisted:+.2f} the others")
+        )
+    return table
 
 
 def score(

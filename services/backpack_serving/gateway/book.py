@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from backpack_serving.errors import NotFound, Unauthenticated, Unavailable
 from backpack_serving.keys import ApiKey, Principal
-from backpack_serving.sync.known import Position
+from backpack_serving.sync.known import Position, ReleaseRef, View
 from backpack_serving.sync.reader import Reader
 
 
@@ -95,25 +95,35 @@ class Book:
                 "STARTING", "the gateway hasn't reached the intervention service yet", retry_after=1.0
             )
 
+    def page(self) -> Page:
+        """What is known now. Releases that are pinned from one page go together."""
+        return Page(self._reader.view, self.age)
+
     def pin(self, tenant: str, channel: str, request_key: str = "") -> Pinned:
         """What a tenant's channel points at now, for a request with this key (drawn if empty).
 
         Raises NotFound if there is no such channel.
         """
-        view = self._reader.view
-        known = view.channels.get((tenant, channel))
+        return self.page().channel(tenant, channel, request_key)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What the book knew at one moment, and how many seconds old that was."""
+
+    view: View
+    age: float
+
+    def channel(self, tenant: str, channel: str, request_key: str = "") -> Pinned:
+        """What a channel points at, for a request with this key. Raises NotFound if there is no such channel."""
+        known = self.view.channels.get((tenant, channel))
         if known is None:
             raise NotFound(
                 "NO_SUCH_CHANNEL", f"tenants/{tenant}/channels/{channel} doesn't exist; activate a release on it"
             )
         release = known.choose(request_key or secrets.token_hex(8)) if known.canary else known.stable
-        return Pinned(
-            tenant,
-            channel,
-            release.number,
-            release.digest,
-            view.position.epoch,
-            view.position.revision,
-            release is not known.stable,
-            self.age,
-        )
+        return self.release(tenant, release, channel, release is not known.stable)
+
+    def release(self, tenant: str, release: ReleaseRef, channel: str = "", canary: bool = False) -> Pinned:
+        at = self.view.position
+        return Pinned(tenant, channel, release.number, release.digest, at.epoch, at.revision, canary, self.age)

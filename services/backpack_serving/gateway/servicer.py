@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -17,6 +18,7 @@ from backpack_serving.errors import Internal, ServiceError, Unavailable
 from backpack_serving.gateway.book import Book, Pinned
 from backpack_serving.gateway.limits import Limits
 from backpack_serving.gateway.meter import Meter, metered
+from backpack_serving.gateway.releases import Releases
 from backpack_serving.gateway.routing import Router, Target
 from backpack_serving.gateway.tallies import Tallies
 from backpack_serving.identity import Identities
@@ -24,11 +26,14 @@ from backpack_serving.keys import Principal, Role
 from backpack_serving.metrics import GatewayMetrics
 from backpack_serving.sync.link import Link
 from backpack_serving.wire import inference as wire
+from backpack_serving.wire.compare import read_choices, read_question
 from backpack_serving.wire.sync import read_position, write_pin
 
 log = structlog.get_logger(__name__)
 
-R = TypeVar("R", pb.GenerateResponse, pb.ScoreResponse, pb.ExplainResponse, pb.ListSensesResponse)
+R = TypeVar(
+    "R", pb.GenerateResponse, pb.ScoreResponse, pb.ExplainResponse, pb.CompareResponse, pb.ListSensesResponse
+)
 
 
 class GatewayServicer(grpc_v1.InferenceServiceServicer):
@@ -48,12 +53,14 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         tallies: Tallies,
         catch_up: float,
         log_prompts: bool,
+        releases: Releases,
     ) -> None:
         self._manifest, self._tokenizer = manifest, tokenizer
         self._book, self._router, self._service_key = book, router, service_key
         self._identities, self._log_prompts = identities, log_prompts
         self._limits, self._metrics = limits, metrics
         self._link, self._tallies, self._catch_up = link, tallies, catch_up
+        self._releases = releases
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
         with self._meter(await self._caller(context)) as meter:
@@ -121,6 +128,26 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             meter.charge(len(ids))
             return await self._unary(lambda stub: stub.Explain, request, context, pinned, meter, len(ids))
 
+    async def Compare(self, request: pb.CompareRequest, context: rpc.Context) -> pb.CompareResponse:
+        with self._meter(await self._caller(context)) as meter:
+            choices = read_choices(request)
+            question = read_question(request, self._tokenizer, self._manifest.config)
+            await self._caught_up(request)
+            pins = await self._releases.pin(meter.tenant, choices, request.request_key)
+            request.prompt.tokens.ids[:] = question.ids
+            self._note(request.prompt)
+            del request.pins[:]
+            request.pins.extend(map(write_pin, pins))
+            tokens = question.tokens(len(pins))
+            meter.charge(tokens)
+            how = {"metadata": self._mine(), "timeout": context.time_remaining()}
+
+            def check(response: pb.CompareResponse) -> None:
+                for compared, pinned in zip(response.releases, pins, strict=True):
+                    _check(compared.served, pinned)
+
+            return await self._send(lambda stub: stub.Compare, request, how, meter, tokens, check)
+
     async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
         with self._meter(await self._caller(context)) as meter:
             pinned = await self._pin(meter, request)
@@ -150,15 +177,22 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
 
     async def _pin(self, meter: Meter, request: Any) -> Pinned:
         """The release that the request has from here to its last token."""
+        await self._caught_up(request)
+        return self._book.pin(meter.tenant, request.channel or wire.DEFAULT_CHANNEL, request.request_key)
+
+    async def _caught_up(self, request: Any) -> None:
+        """Wait for what the request wants known."""
         if request.HasField("min_revision"):
             await self._link.reached(read_position(request.min_revision), self._catch_up)
-        return self._book.pin(meter.tenant, request.channel or wire.DEFAULT_CHANNEL, request.request_key)
 
     def _how(self, context: rpc.Context, pinned: Pinned) -> dict[str, Any]:
         """Metadata and deadline of a call to a replica."""
-        mine = *rpc.with_key(self._service_key), *rpc.with_request_id(), *tracing.headers()
-        metadata = (*mine, (wire.PIN, write_pin(pinned)))
+        metadata = (*self._mine(), (wire.PIN, write_pin(pinned).SerializeToString()))
         return {"metadata": metadata, "timeout": context.time_remaining()}
+
+    def _mine(self) -> tuple[tuple[str, str], ...]:
+        """Metadata that says who this is, and for which request it calls."""
+        return (*rpc.with_key(self._service_key), *rpc.with_request_id(), *tracing.headers())
 
     async def _unary(
         self,
@@ -169,6 +203,24 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         meter: Meter,
         tokens: int,
     ) -> R:
+        """One call to a replica under one release."""
+
+        def check(response: Any) -> None:
+            _check(response.served, pinned)
+
+        how, count = self._how(context, pinned), partial(self._tallies.request, pinned)
+        return await self._send(method, request, how, meter, tokens, check, count)
+
+    async def _send(
+        self,
+        method: Callable[[Any], Callable[..., Any]],
+        request: Any,
+        how: dict[str, Any],
+        meter: Meter,
+        tokens: int,
+        check: Callable[[R], None],
+        count: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> R:
         """One call to a replica, and one more to another if the first is unavailable.
 
         Nothing was told to the client yet, and the seed is part of the request: a second attempt is the same.
@@ -178,14 +230,14 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             with self._router.lease(tokens, tried) as target:
                 meter.send(len(tried))
                 tried.append(target)
-                call = method(target.stub)(request, **self._how(context, pinned))
+                call = method(target.stub)(request, **how)
                 try:
-                    with self._tallies.request(pinned):
+                    with count():
                         with rpc.errors():
                             await call.initial_metadata()
                             meter.taken()
                             response: R = await call
-                        _check(response.served, pinned)
+                        check(response)
                     return response
                 except Unavailable as error:
                     self._lost(target, error)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 import torch
-from backpack_lm.attribution import Attribution, SenseReading, attribute, read_senses, token_log_probabilities
+from backpack_lm.attribution import (
+    Attribution,
+    SenseReading,
+    Terms,
+    attribute,
+    attribute_text,
+    read_senses,
+    token_log_probabilities,
+)
 from backpack_lm.checkpoint import TOKENIZER, load, load_table
+from backpack_lm.compare import Comparison, Distribution, Predicting, Scoring
 from backpack_lm.kernels import Precision
 from backpack_lm.manifest import Manifest
 from backpack_lm.mapped import mapped, prepare
@@ -17,6 +27,8 @@ from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import PatchError, Violation
 from backpack_lm.tokenizer import Tokenizer
 from torch import Tensor
+
+from backpack_serving.wire.compare import Question
 
 log = structlog.get_logger(__name__)
 
@@ -77,6 +89,17 @@ class ServedModel:
 
     def explain(self, ids: tuple[int, ...], overlay: Overlay, target: int | None) -> Attribution:
         return attribute(self.model, self.table, torch.tensor(ids), overlay, target)
+
+    def explain_text(self, ids: Sequence[int], overlay: Overlay, start: int) -> list[Terms]:
+        """What made each token from position `start` on likely."""
+        return attribute_text(self.model, self.table, torch.tensor(ids), overlay, start)
+
+    def compare(self, question: Question) -> Comparison[list[float] | Distribution]:
+        """The text of a question, read once by the trunk, to be read under any releases."""
+        ids = torch.tensor(question.ids)
+        if question.score:
+            return Scoring(self.model, self.table, ids)
+        return Predicting(self.model, self.table, ids, question.top, question.targets)
 
     def senses(self, token: int, overlay: Overlay, limit: int, neighbours: int) -> list[SenseReading]:
         return read_senses(self.model, self.table, token, overlay, limit, neighbours)

@@ -22,6 +22,9 @@ from backpack_serving.keys import Principal, Role
 
 __all__ = ["LIVE", "Interventions"]
 
+MOST_RESOLVED = 256
+"""Releases that a gateway may ask for at once: as many as one comparison may have."""
+
 
 class Interventions(TenantRules, PatchRules, ChannelRules):
     """The intervention service: tenants, patches and channels (from its bases), releases, audit and sync."""
@@ -91,6 +94,16 @@ class Interventions(TenantRules, PatchRules, ChannelRules):
         """The writes since a revision, oldest first, and where the store stands."""
         with self._store.read() as tx:
             return tx.position, tx.list(Event, after=revision, limit=limit)
+
+    def resolve_releases(
+        self, who: Principal, tenant: str, numbers: Sequence[int]
+    ) -> tuple[Position, list[Release]]:
+        """A tenant's releases of these numbers, and where the store stood when they were read."""
+        who.require(Role.REPLICA)
+        if len(numbers) > MOST_RESOLVED:
+            raise InvalidRequest.at("numbers", "TOO_MANY", f"{len(numbers)}; at most {MOST_RESOLVED}")
+        with self._read(who) as tx:
+            return tx.position, [find.release(tx, tenant, number) for number in numbers]
 
     def fetch_release(self, who: Principal, tenant: str, digest: str) -> list[bytes]:
         """Canonical bytes of a release's revisions, checked against their digests on the way out."""

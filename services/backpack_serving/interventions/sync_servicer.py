@@ -20,6 +20,7 @@ from backpack_serving.interventions.journal import Journal
 from backpack_serving.interventions.rollouts import Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.keys import Role
+from backpack_serving.sync.known import ReleaseRef
 from backpack_serving.sync.messages import FromReader
 from backpack_serving.sync.session import Session
 from backpack_serving.wire import control as wire
@@ -80,6 +81,16 @@ class SyncServicer(Caller, grpc_v1.SyncServiceServicer):
         blobs = await asyncio.to_thread(self.service.fetch_release, who, request.tenant, request.digest)
         for piece in wire_sync.write_pieces(blobs):
             yield piece
+
+    async def ResolveReleases(
+        self, request: pb.ResolveReleasesRequest, context: rpc.Context
+    ) -> pb.ResolveReleasesResponse:
+        who = await self.who(context)
+        position, found = await asyncio.to_thread(
+            self.service.resolve_releases, who, request.tenant, request.numbers
+        )
+        refs = [ReleaseRef(release.number, release.digest) for release in found]
+        return wire_sync.write_resolved(position, refs)
 
 
 async def _listen(

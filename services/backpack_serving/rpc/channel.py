@@ -22,7 +22,7 @@ SERVICE_CONFIG = json.dumps(
             {
                 "name": [
                     {"service": "backpack.v1.InferenceService", "method": method}
-                    for method in ("Score", "Explain", "Tokenize", "ListSenses", "GetModel")
+                    for method in ("Score", "Explain", "Compare", "Tokenize", "ListSenses", "GetModel")
                 ]
                 + [
                     {"service": f"backpack.v1.{service}", "method": method}
@@ -37,6 +37,7 @@ SERVICE_CONFIG = json.dumps(
                         ("ReleaseService", "ListReleases"),
                         ("ReleaseService", "GetChannel"),
                         ("SyncService", "FetchRelease"),
+                        ("SyncService", "ResolveReleases"),
                     )
                 ],
                 "retryPolicy": {

@@ -28,6 +28,7 @@ DEFAULT_CHANNEL = "live"
 DEFAULT_TOKENS = 64
 LARGEST_STOP, MOST_STOPS, MOST_ALTERNATIVES, MOST_SAMPLES = 256, 16, 20, 16
 HIGHEST_PRIORITY = 100
+DEFAULT_EXPLAINED, MOST_EXPLAINED, MOST_IN_ONE_ANSWER = 8, 64, 40_000
 COALESCE, LONGEST_COALESCE = 0.015, 1.0
 
 Generation = pb.GenerateRequest | pb.GenerateStreamRequest
@@ -35,12 +36,13 @@ Generation = pb.GenerateRequest | pb.GenerateStreamRequest
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A validated request to generate: prompt ids and how to go on."""
+    """A validated request to generate: prompt ids, how to go on, and how many contributions explain each token."""
 
     prompt: tuple[int, ...]
     sampling: Sampling
     samples: int
     priority: int
+    explain: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -68,6 +70,16 @@ def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackC
             f"{len(prompt)} prompt tokens and {max(max_tokens, 1)} new ones; together at most {config.n_positions}"
         )
         found.append(Violation("sampling.max_tokens" if room > 0 else "prompt", "TOO_LONG", text))
+    explain = None
+    if request.HasField("explain"):
+        explain = request.explain.limit or DEFAULT_EXPLAINED
+        if not 0 < explain <= MOST_EXPLAINED:
+            span = f"1 to {MOST_EXPLAINED}, or 0 for {DEFAULT_EXPLAINED}"
+            found.append(Violation("explain.limit", "OUT_OF_RANGE", f"{explain}; {span}"))
+        size = explain * max_tokens * (request.sampling.samples or 1)
+        if isinstance(request, pb.GenerateRequest) and size > MOST_IN_ONE_ANSWER:
+            text = f"{size} contributions, at most {MOST_IN_ONE_ANSWER} in one answer; list fewer, or stream"
+            found.append(Violation("explain.limit", "TOO_LARGE", text))
     if found:
         raise InvalidRequest.of(*found)
     s = request.sampling
@@ -81,7 +93,7 @@ def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackC
         log_probabilities=s.log_probabilities if s.HasField("log_probabilities") else None,
         ignore_end_of_text=s.ignore_end_of_text,
     )
-    return Order(prompt, sampling, s.samples or 1, request.priority)
+    return Order(prompt, sampling, s.samples or 1, request.priority, explain)
 
 
 def settle(request: Generation, order: Order) -> None:

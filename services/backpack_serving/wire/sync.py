@@ -249,6 +249,14 @@ def _read_ref(message: pb.ReleaseRef) -> ReleaseRef:
     return ReleaseRef(message.number, message.digest)
 
 
+def write_resolved(position: Position, releases: Iterable[ReleaseRef]) -> pb.ResolveReleasesResponse:
+    return pb.ResolveReleasesResponse(releases=map(_ref, releases), position=write_position(position))
+
+
+def read_resolved(message: pb.ResolveReleasesResponse) -> tuple[Position, list[ReleaseRef]]:
+    return read_position(message.position), list(map(_read_ref, message.releases))
+
+
 # ---- on disk
 
 
@@ -277,7 +285,7 @@ def write_pieces(revisions: Sequence[bytes]) -> Iterable[pb.FetchReleaseResponse
 # ---- the pin
 
 
-def write_pin(pinned: Pinned) -> bytes:
+def write_pin(pinned: Pinned) -> inference_pb2.Pin:
     pin = inference_pb2.Pin(
         tenant=pinned.tenant,
         channel=pinned.channel,
@@ -288,4 +296,4 @@ def write_pin(pinned: Pinned) -> bytes:
         canary=pinned.canary,
     )
     pin.staleness.FromMicroseconds(round(pinned.staleness * 1e6))
-    return pin.SerializeToString()
+    return pin

@@ -1,0 +1,93 @@
+"""Releases that a request names itself, by number or channel: all pinned from one page of the book."""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from backpack_proto.v1 import sync_pb2, sync_pb2_grpc
+
+from backpack_serving import rpc
+from backpack_serving.errors import Unavailable
+from backpack_serving.gateway.book import Book, Page, Pinned
+from backpack_serving.sync.known import Position, ReleaseRef
+from backpack_serving.wire import sync as wire
+
+Resolve = Callable[[str, Sequence[int]], Awaitable[tuple[Position, list[ReleaseRef]]]]
+"""(tenant, numbers) → the releases of these numbers, and where the store stood. Raises ServiceError."""
+
+REMEMBERED = 65_536
+RESOLVE_SECONDS = 5.0
+
+
+class Releases:
+    """A tenant's releases by number. A release never changes, so each is asked for once and then known.
+
+    A restore from backup may give a number to another release: what is known is known within an epoch.
+    """
+
+    def __init__(self, book: Book, resolve: Resolve, remembered: int = REMEMBERED) -> None:
+        self._book, self._resolve, self._remembered = book, resolve, remembered
+        self._known: OrderedDict[tuple[int, str, int], str] = OrderedDict()  # least recently used first
+
+    async def pin(self, tenant: str, choices: Sequence[int | str], request_key: str = "") -> list[Pinned]:
+        """The releases of these numbers and channels, in their order.
+
+        Raises NotFound for what isn't there, Unavailable if a number isn't known here and the service is away.
+        """
+        page, key = self._book.page(), request_key or secrets.token_hex(8)
+        channels = {name: page.channel(tenant, name, key) for name in choices if isinstance(name, str)}
+        numbers = await self._numbers(page, tenant, [number for number in choices if isinstance(number, int)])
+        return [
+            channels[choice] if isinstance(choice, str) else page.release(tenant, numbers[choice])
+            for choice in choices
+        ]
+
+    async def _numbers(self, page: Page, tenant: str, numbers: Sequence[int]) -> dict[int, ReleaseRef]:
+        epoch, found = page.view.position.epoch, _told(page, tenant)
+        for number in numbers:
+            if digest := self._known.get((epoch, tenant, number)):
+                self._known.move_to_end((epoch, tenant, number))
+                found[number] = ReleaseRef(number, digest)
+        if unknown := [number for number in numbers if number not in found]:
+            position, answered = await self._resolve(tenant, unknown)
+            if position.epoch != epoch:
+                raise Unavailable(
+                    "BEHIND",
+                    f"the store is at {position}, this gateway knows it up to {page.view.position}",
+                    retry_after=0.5,
+                )
+            for ref in answered:
+                found[ref.number] = ref
+                self._known[epoch, tenant, ref.number] = ref.digest
+            while len(self._known) > self._remembered:
+                self._known.popitem(last=False)
+        return found
+
+
+def _told(page: Page, tenant: str) -> dict[int, ReleaseRef]:
+    """The releases of a tenant that the page has anyway."""
+    refs = [
+        ref
+        for channel in page.view.channels.values()
+        if channel.tenant == tenant
+        for ref in (*channel.serving, *channel.earlier)
+    ]
+    if fresh := page.view.fresh.get(tenant):
+        refs.append(fresh.release)
+    return {ref.number: ref for ref in refs}
+
+
+def resolve_from(control: Any, key: str) -> Resolve:
+    """Ask the intervention service behind a channel."""
+    stub = sync_pb2_grpc.SyncServiceStub(control)
+
+    async def resolve(tenant: str, numbers: Sequence[int]) -> tuple[Position, list[ReleaseRef]]:
+        request = sync_pb2.ResolveReleasesRequest(tenant=tenant, numbers=numbers)
+        with rpc.errors():
+            answer = await stub.ResolveReleases(request, metadata=rpc.with_key(key), timeout=RESOLVE_SECONDS)
+        return wire.read_resolved(answer)
+
+    return resolve

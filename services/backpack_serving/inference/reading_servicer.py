@@ -1,0 +1,204 @@
+"""InferenceService on a replica, what reads the model: forward passes beside the engine, one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import math
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import structlog
+from backpack_lm.attribution import Term
+from backpack_lm.compare import Distribution
+from backpack_lm.overlay import Overlay
+from backpack_lm.patch import PatchError
+from backpack_lm.tokenizer import Tokenizer
+from backpack_proto.v1 import inference_pb2 as pb
+from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
+
+from backpack_serving import rpc
+from backpack_serving.errors import Internal, InvalidRequest, PreconditionFailed, ServiceError, Unauthenticated
+from backpack_serving.inference.served import ServedModel
+from backpack_serving.inference.versions import Versions
+from backpack_serving.metrics import ReplicaMetrics
+from backpack_serving.wire import compare as wire_compare
+from backpack_serving.wire import inference as wire
+
+log = structlog.get_logger(__name__)
+
+TOGETHER = 16
+"""Releases of a comparison that are held compiled at once, and read before anybody else may read."""
+
+
+class ReadingMethods(grpc_v1.InferenceServiceServicer):
+    """Scores, explains and compares under the releases that the gateway pinned."""
+
+    def __init__(self, served: ServedModel, versions: Versions, service_key: str, metrics: ReplicaMetrics) -> None:
+        self._served, self._versions = served, versions
+        self._service_key, self._metrics = service_key, metrics
+        self._reading = asyncio.Lock()  # one forward pass beside the engine at a time
+
+    async def Score(self, request: pb.ScoreRequest, context: rpc.Context) -> pb.ScoreResponse:
+        async with self._release(context) as (pin, overlay):
+            tokenizer = self._served.tokenizer
+            ids = wire.read_prompt("text", request.text, tokenizer, self._served.manifest.config)
+            if len(ids) < 2:
+                raise InvalidRequest.at("text", "TOO_SHORT", "one token; a score needs at least two")
+            async with self._reading:
+                logs = await asyncio.to_thread(self._served.score, ids, overlay)
+            return pb.ScoreResponse(
+                tokens=[wire.write_token(i, tokenizer, p) for i, p in zip(ids, [None, *logs], strict=True)],
+                log_probability=math.fsum(logs),
+                perplexity=math.exp(-math.fsum(logs) / len(logs)),
+                served=wire.served(pin, overlay.digest, self._served.manifest),
+            )
+
+    async def Explain(self, request: pb.ExplainRequest, context: rpc.Context) -> pb.ExplainResponse:
+        async with self._release(context) as (pin, overlay):
+            tokenizer, config = self._served.tokenizer, self._served.manifest.config
+            ids = wire.read_prompt("prompt", request.prompt, tokenizer, config)
+            limit = wire.read_limit(request.limit, default=20, largest=1000)
+            target = None
+            if request.HasField("target"):
+                target = wire.read_word("target", request.target, tokenizer, config)
+            async with self._reading:
+                found = await asyncio.to_thread(self._served.explain, ids, overlay, target)
+            terms, unlisted = found.largest(limit)
+            return pb.ExplainResponse(
+                target=wire.write_token(found.target, tokenizer, found.log_probability),
+                logit=found.logit,
+                contributions=self._contributions(terms, ids),
+                unlisted=unlisted,
+                served=wire.served(pin, overlay.digest, self._served.manifest),
+            )
+
+    def _contributions(self, terms: Sequence[Term], ids: Sequence[int]) -> list[pb.Contribution]:
+        return [
+            pb.Contribution(
+                position=term.position,
+                token=wire.write_token(ids[term.position], self._served.tokenizer),
+                sense=term.sense,
+                weight=term.weight,
+                multiplier=term.multiplier,
+                contribution=term.contribution,
+            )
+            for term in terms
+        ]
+
+    async def Compare(self, request: pb.CompareRequest, context: rpc.Context) -> pb.CompareResponse:
+        self._check_gateway(context)
+        pins = wire_compare.read_pins(request)
+        structlog.contextvars.bind_contextvars(tenant=pins[0].tenant)
+        tokenizer, manifest = self._served.tokenizer, self._served.manifest
+        question = wire_compare.read_question(request, tokenizer, manifest.config)
+        await context.send_initial_metadata(())
+        async with self._reading:
+            text = await asyncio.to_thread(self._served.compare, question)
+        distinct = list({pin.release_digest: pin for pin in pins}.values())
+        results: dict[str, pb.ComparedRelease] = {}
+        for at in range(0, len(distinct), TOGETHER):
+            async with self._overlays(distinct[at : at + TOGETHER]) as overlays:
+                async with self._reading:
+                    found = await asyncio.to_thread(text.read, overlays)
+                for overlay, read in zip(overlays, found, strict=True):
+                    results[overlay.digest] = _compared(read, tokenizer)
+        response = pb.CompareResponse(tokens=[wire.write_token(i, tokenizer) for i in question.ids])
+        for pin in pins:
+            compared = response.releases.add()
+            compared.CopyFrom(results[pin.release_digest])
+            compared.served.CopyFrom(wire.served(pin, pin.release_digest, manifest))
+        return response
+
+    async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
+        async with self._release(context) as (pin, overlay):
+            tokenizer, config = self._served.tokenizer, self._served.manifest.config
+            token = wire.read_word("word", request.word, tokenizer, config)
+            limit = min(wire.read_limit(request.limit, default=10, largest=100), config.tokens)
+            near = min(wire.read_limit(request.neighbours, 0, 100, "neighbours"), config.tokens - 1)
+            async with self._reading:
+                found = await asyncio.to_thread(self._served.senses, token, overlay, limit, near)
+
+            def scored(some: Sequence[tuple[int, float]]) -> list[pb.ScoredToken]:
+                return [pb.ScoredToken(token=wire.write_token(y, tokenizer), score=value) for y, value in some]
+
+            return pb.ListSensesResponse(
+                token=wire.write_token(token, tokenizer),
+                senses=[
+                    pb.Sense(
+                        sense=number,
+                        norm=sense.norm,
+                        edited=sense.edited,
+                        positive=scored(sense.positive),
+                        negative=scored(sense.negative),
+                        neighbours=scored(sense.neighbours),
+                    )
+                    for number, sense in enumerate(found)
+                ],
+                served=wire.served(pin, overlay.digest, self._served.manifest),
+            )
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
+        tokenizer = self._served.tokenizer
+        return pb.TokenizeResponse(tokens=[wire.write_token(i, tokenizer) for i in tokenizer.encode(request.text)])
+
+    async def GetModel(self, request: pb.GetModelRequest, context: rpc.Context) -> pb.GetModelResponse:
+        return wire.write_model(self._served.manifest)
+
+    # ---- the release
+
+    @asynccontextmanager
+    async def _release(self, context: rpc.Context) -> AsyncIterator[tuple[pb.Pin, Overlay]]:
+        """The pinned release, compiled. An error if it can't be had: never another release, never none."""
+        self._check_gateway(context)
+        pin = wire.read_pin(context)
+        structlog.contextvars.bind_contextvars(tenant=pin.tenant)
+        await context.send_initial_metadata(())  # the gateway knows by this that the request is here
+        async with self._overlays([pin]) as overlays:
+            yield pin, overlays[0]
+
+    @asynccontextmanager
+    async def _overlays(self, pins: Sequence[pb.Pin]) -> AsyncIterator[list[Overlay]]:
+        """All of these releases, compiled; an error if one of them can't be had."""
+        async with AsyncExitStack() as stack:
+
+            async def get(pin: pb.Pin) -> Overlay | ServiceError | PatchError:
+                try:
+                    return await stack.enter_async_context(self._versions.use(pin.tenant, pin.release_digest))
+                except (ServiceError, PatchError) as error:
+                    log.warning("release refused", tenant=pin.tenant, digest=pin.release_digest, error=str(error))
+                    return error
+
+            with self._metrics.release_seconds.time():
+                found = await asyncio.gather(*map(get, pins))
+            overlays: list[Overlay] = []
+            for pin, one in zip(pins, found, strict=True):
+                if isinstance(one, PatchError):
+                    raise _unservable(one, pin)
+                if isinstance(one, ServiceError):
+                    raise one
+                overlays.append(one)
+            yield overlays
+
+    def _check_gateway(self, context: rpc.Context) -> None:
+        if not hmac.compare_digest((rpc.bearer(context) or "").encode(), self._service_key.encode()):
+            raise Unauthenticated("NOT_A_GATEWAY", "replicas take calls from gateways only; call the gateway")
+
+
+def _compared(read: list[float] | Distribution, tokenizer: Tokenizer) -> pb.ComparedRelease:
+    """What was read under one release. Raises Internal if it isn't numbers."""
+    if isinstance(read, list):
+        _check_finite(read)
+        return pb.ComparedRelease(score=wire_compare.write_score(read))
+    _check_finite(value for _, value in (*read.top, *read.targets))
+    return pb.ComparedRelease(next=wire_compare.write_next(read.top, read.targets, tokenizer))
+
+
+def _check_finite(logs: Iterable[float]) -> None:
+    if not all(map(math.isfinite, logs)):
+        raise Internal("NON_FINITE", "the release makes the model predict no numbers")
+
+
+def _unservable(error: PatchError, pin: pb.Pin) -> ServiceError:
+    """A release that was stored but can't be applied here is no mistake of the caller's request."""
+    return PreconditionFailed(error.violations[0].reason, f"release {pin.release} can't be served: {error}")

@@ -1,0 +1,107 @@
+"""Comparisons: which releases, what is asked about them, and the answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from backpack_lm.config import BackpackConfig
+from backpack_lm.patch import Violation
+from backpack_lm.tokenizer import Tokenizer
+from backpack_proto.v1 import inference_pb2 as pb
+
+from backpack_serving.errors import InvalidRequest, PreconditionFailed
+from backpack_serving.wire.inference import read_prompt, write_token
+from backpack_serving.wire.patches import WordReader
+
+MOST_RELEASES, MOST_TOP, DEFAULT_TOP, MOST_TARGETS = 256, 100, 10, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked about a text under each release: its score, or the `top` next tokens and `targets`."""
+
+    ids: tuple[int, ...]
+    score: bool
+    top: int = 0
+    targets: tuple[int, ...] = ()
+
+    def tokens(self, releases: int) -> int:
+        """What it costs: the text once, and each prediction under each release."""
+        return len(self.ids) + releases * (len(self.ids) - 1 if self.score else 1)
+
+
+def read_choices(request: pb.CompareRequest) -> tuple[int | str, ...]:
+    """Numbers and channels of the releases; unpatched is number 0. Raises InvalidRequest."""
+    found: list[Violation] = []
+    count = len(request.releases)
+    if not 1 <= count <= MOST_RELEASES:
+        raise InvalidRequest.at("releases", "OUT_OF_RANGE", f"{count} releases; 1 to {MOST_RELEASES}")
+    choices: dict[int | str, int] = {}
+    for at, message in enumerate(request.releases):
+        field = f"releases[{at}]"
+        match message.WhichOneof("release"):
+            case "number" if message.number >= 0:
+                choice: int | str = message.number
+            case "number":
+                text = f"{message.number}; 0 (unpatched) or more"
+                found.append(Violation(f"{field}.number", "OUT_OF_RANGE", text))
+                continue
+            case "channel":
+                choice = message.channel
+            case "unpatched" if message.unpatched:
+                choice = 0
+            case _:
+                found.append(Violation(field, "EMPTY", "names no release; give a number, a channel or unpatched"))
+                continue
+        if choice in choices:
+            text = f"{choice!r} is releases[{choices[choice]}] already; name each release once"
+            found.append(Violation(field, "DUPLICATE", text))
+        choices.setdefault(choice, at)
+    if found:
+        raise InvalidRequest.of(*found)
+    return tuple(choices)
+
+
+def read_question(request: pb.CompareRequest, tokenizer: Tokenizer, config: BackpackConfig) -> Question:
+    """Raises InvalidRequest with everything that is wrong beside the prompt."""
+    ids = read_prompt("prompt", request.prompt, tokenizer, config)
+    if request.mode not in pb.CompareMode.values():
+        raise InvalidRequest.at("mode", "UNKNOWN_VALUE", f"{request.mode} is no mode of comparing")
+    score = request.mode == pb.COMPARE_MODE_SCORE
+    reader = WordReader(tokenizer, config.num_senses)
+    targets = tuple(reader.token(f"targets[{at}]", word) for at, word in enumerate(request.targets))
+    if score and len(ids) < 2:
+        reader.refuse("prompt", "TOO_SHORT", "one token; a score needs at least two")
+    if score and (request.top or targets):
+        field = "top" if request.top else "targets"
+        reader.refuse(field, "NOT_IN_THIS_MODE", "for mode NEXT_TOKEN; leave it out to score a text")
+    if not 0 <= request.top <= MOST_TOP:
+        reader.refuse("top", "OUT_OF_RANGE", f"{request.top}; 1 to {MOST_TOP}, or 0 for {DEFAULT_TOP}")
+    if len(targets) > MOST_TARGETS:
+        reader.refuse("targets", "TOO_MANY", f"{len(targets)}; at most {MOST_TARGETS}")
+    if reader.violations:
+        raise InvalidRequest.of(*reader.violations)
+    return Question(ids, score, min(request.top or DEFAULT_TOP, config.tokens), targets)
+
+
+def read_pins(request: pb.CompareRequest) -> list[pb.Pin]:
+    """What the gateway decided. Raises PreconditionFailed for a caller that is no gateway."""
+    if len(request.pins) != len(request.releases) or not request.pins:
+        raise PreconditionFailed("NO_PIN", "this is a replica; call the gateway")
+    return list(request.pins)
+
+
+def write_score(logs: Sequence[float]) -> pb.TextScore:
+    total = math.fsum(logs)
+    return pb.TextScore(log_probabilities=logs, log_probability=total, perplexity=math.exp(-total / len(logs)))
+
+
+def write_next(
+    top: Sequence[tuple[int, float]], targets: Sequence[tuple[int, float]], tokenizer: Tokenizer
+) -> pb.NextToken:
+    return pb.NextToken(
+        top=[write_token(token, tokenizer, value) for token, value in top],
+        targets=[write_token(token, tokenizer, value) for token, value in targets],
+    )
