@@ -102,7 +102,9 @@ class TopicMultipliers:
         return self.multipliers[self.levels[ids].long()]
 
     def to(self, device: torch.device) -> TopicMultipliers:
-        """The same on another device."""
+        """The same on a device; itself if it is there."""
+        if self.levels.device == device:
+            return self
         return replace(self, levels=self.levels.to(device), multipliers=self.multipliers.to(device))
 
     def anneal(self, targets: Tensor, satisfied: Tensor, positions: Tensor) -> Tensor:

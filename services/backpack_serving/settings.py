@@ -84,11 +84,17 @@ class Settings(BaseSettings):
         65_536, ge=1, description="Sense vectors that the releases in use may replace together, in a replica."
     )
     releases: int = Field(256, ge=1, description="Compiled releases that a replica keeps.")
+    device: str = Field(
+        "auto",
+        pattern="^(auto|cpu|cuda)$",
+        description="Where a replica computes; auto is cuda where torch finds such a device, else cpu.",
+    )
     precision: str = Field(
         "auto",
         pattern="^(auto|float32|bfloat16)$",
         description="Of a replica's weights, caches and sense vectors; auto is bfloat16 where the processor "
-        "multiplies it. In either, a request gets the same tokens in any company; between them they may differ.",
+        "multiplies it. In either, a request gets the same tokens in any company, on a CPU; between them they may "
+        "differ.",
     )
     threads: int = Field(0, ge=0, description="Threads of a replica's arithmetic; 0 for torch's choice.")
 

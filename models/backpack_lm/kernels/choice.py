@@ -1,4 +1,4 @@
-"""Which kernels, in which dtype: the fastest that this machine has."""
+"""Where, with which kernels, in which dtype: the fastest that this machine has."""
 
 from __future__ import annotations
 
@@ -7,11 +7,31 @@ from enum import StrEnum
 
 import torch
 
+from backpack_lm.kernels.build import NotBuilt
 from backpack_lm.kernels.caches import Caches
 from backpack_lm.kernels.plain import PlainKernels
 from backpack_lm.kernels.seam import Kernels
 
 log = logging.getLogger(__name__)
+
+
+class Device(StrEnum):
+    """Where a replica computes."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+    def torch(self) -> torch.device:
+        """What it means on this machine: `auto` is CUDA where torch finds a device. Raises ValueError if there is
+        none and it was asked for."""
+        found = torch.cuda.is_available()
+        if self is Device.CUDA and not found:
+            raise ValueError(
+                f"device is cuda, but torch {torch.__version__} finds no CUDA device; use cpu or auto, or install "
+                "a driver and a torch that is built for it"
+            )
+        return torch.device("cuda" if found and self is not Device.CPU else "cpu")
 
 
 class Precision(StrEnum):
@@ -31,11 +51,11 @@ class Precision(StrEnum):
 
 def choose(caches: Caches) -> Kernels:
     """The fastest kernels for where the caches are."""
-    from backpack_lm.kernels.native import NativeKernels, NotBuilt
+    from backpack_lm.kernels.cuda import CudaKernels
+    from backpack_lm.kernels.native import NativeKernels
 
     try:
-        return NativeKernels(caches)
+        return CudaKernels(caches) if caches.table.is_cuda else NativeKernels(caches)
     except NotBuilt as error:
-        if caches.table.device.type == "cpu":
-            log.warning("computing with torch's operations, which is slower: %s", error)
+        log.warning("computing with torch's operations, which is slower: %s", error)
         return PlainKernels(caches)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from backpack_lm.kernels.build import NotBuilt, library
 from backpack_lm.kernels.caches import Caches, Prediction, Run
 from backpack_lm.kernels.seam import Linear
+from backpack_lm.kernels.topics import describe
 from backpack_lm.overlay import TopicMultipliers
 
 __all__ = ["NativeKernels", "NotBuilt"]
@@ -26,8 +27,6 @@ BLOCK = 64
 
 GROUP = 48
 """Outputs of one pass of a product, as in cpp/product.h."""
-
-TOPIC = np.dtype([("levels", "u8"), ("multipliers", "f4", 4), ("scale", "f4"), ("annealed", "i4")])
 
 
 class _Mix(ctypes.Structure):
@@ -157,7 +156,7 @@ class NativeKernels:
             rows.append((p.slot, p.length, p.fresh, len(p.topics), len(topics)))
             for topic in p.topics:
                 if topic not in self._topics:
-                    self._topics[topic] = _topic(topic)
+                    self._topics[topic] = describe(topic)
                 topics.append(self._topics[topic])
         return np.array(rows, dtype=np.int32), b"".join(topics)
 
@@ -168,8 +167,3 @@ def _at(tensor: Tensor) -> ctypes.c_void_p:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _topic(topic: TopicMultipliers) -> bytes:
-    record = (topic.levels.data_ptr(), topic.multipliers.tolist(), topic.scale, topic.annealed)
-    return np.array(record, dtype=TOPIC).tobytes()

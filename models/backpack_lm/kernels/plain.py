@@ -114,12 +114,11 @@ class PlainKernels:
             return
         caches, slot, length = self.caches, prediction.slot, prediction.length
         satisfied, rows, ids = caches.satisfied[slot], caches.rows[slot], caches.ids[slot].long()
-        embedding = caches.embedding.float()
 
         def sums(cells: slice, tokens: slice) -> Tensor:
             """Σ over some tokens of relu(E[x]·C) for each cell: [·, k]."""
             vectors = caches.table[rows[cells].long()].float()
-            return (vectors @ embedding[ids[tokens]].t()).relu().sum(-1)
+            return (vectors @ caches.embedding[ids[tokens]].float().t()).relu().sum(-1)
 
         satisfied[:start] += sums(slice(start), slice(start, length))
         satisfied[start:length] = sums(slice(start, length), slice(length))

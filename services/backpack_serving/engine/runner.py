@@ -9,25 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from backpack_lm.kernels import Caches, Kernels, Linear, Prediction, Run, choose
+from backpack_lm.kernels.cuda import CudaKernels
 from backpack_lm.model import Backpack, Block
-from backpack_lm.overlay import Overlay
+from backpack_lm.overlay import Overlay, TopicMultipliers
 from torch import Tensor, nn
 
+from backpack_serving.engine.graphs import Graphs, Inputs, Record
 from backpack_serving.engine.scheduler import Batch
 from backpack_serving.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class _Occupant:
-    """What a slot holds: the overlay it was started with, and where its rows begin in the table."""
+    """What a slot holds: the overlay it was started with, where its rows begin in the table, its topics on the
+    device."""
 
     overlay: Overlay
     first_row: int
     edited: frozenset[int]
+    topics: tuple[TopicMultipliers, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +52,28 @@ class Runner:
     """The tensors of one replica.
 
     `table` [V·k + R, d] holds the model's sense vectors and has room for R rows of releases behind them; its
-    device and dtype are those of the computation.
+    device and dtype are those of the computation, wherever the model is. On a CUDA device decode steps are
+    captured graphs; `record` is for tests without one.
     """
 
     def __init__(
-        self, model: Backpack, table: Tensor, slots: int, kernels: Callable[[Caches], Kernels] = choose
+        self,
+        model: Backpack,
+        table: Tensor,
+        slots: int,
+        kernels: Callable[[Caches], Kernels] = choose,
+        record: Record | None = None,
     ) -> None:
         config = self.config = model.config
-        trunk = model.gpt2_model
+        trunk, device = model.gpt2_model, table.device
         self.table, self.base_rows = table, config.vocab_size * config.num_senses
-        self.caches = Caches.empty(config, slots, table, model.embedding.detach())
+        recorded = record is not None or device.type == "cuda"
+        # One slot more, which no sequence gets, for graphs to fill up with.
+        self.caches = Caches.empty(config, slots + recorded, table, model.embedding.detach())
         self.kernels = kernels(self.caches)
-        self._tokens, self._positions = trunk.wte.weight.detach(), trunk.wpe.weight.detach()
+        self._tokens, self._positions = (e.weight.detach().to(device) for e in (trunk.wte, trunk.wpe))
         blocks = [block for block in trunk.h if isinstance(block, Block)]
-        norms = [*(block.ln_1 for block in blocks), trunk.ln_f]
+        norms = [self._norm(norm) for norm in (*(block.ln_1 for block in blocks), trunk.ln_f)]
         self._first = norms[0]
         self._layers = [self._layer(block, after) for block, after in zip(blocks, norms[1:], strict=True)]
         weights = model.sense_weight_net.c_attn
@@ -68,7 +81,11 @@ class Runner:
         self._head = self.kernels.head(model.embedding[: config.tokens])  # padding is never sampled
         self._occupants: list[_Occupant | None] = [None] * slots
         self._last: list[dict[int, int]] = [{} for _ in range(slots)]  # where each token of a slot stood last
-        self._senses = torch.arange(config.num_senses, dtype=torch.int32, device=table.device)
+        self._senses = torch.arange(config.num_senses, dtype=torch.int32)
+        self._graphs: Graphs | None = None
+        if recorded and isinstance(self.kernels, CudaKernels):
+            with torch.inference_mode():
+                self._graphs = Graphs(self._decode, self.kernels, slots, record)
 
     def load(self, overlay: Overlay, first_row: int) -> None:
         """Copy a release's rows behind the table, from `first_row` of the space kept for them."""
@@ -78,7 +95,9 @@ class Runner:
     def start(self, slot: int, overlay: Overlay, first_row: int) -> None:
         """Give a slot to a sequence steered by an overlay whose rows are loaded at `first_row`."""
         edited = frozenset(overlay.tokens.tolist())
-        self._occupants[slot] = _Occupant(overlay, self.base_rows + first_row, edited)
+        same = next((o for o in self._occupants if o and o.overlay is overlay), None)
+        topics = same.topics if same else tuple(topic.to(self.table.device) for topic in overlay.topics)
+        self._occupants[slot] = _Occupant(overlay, self.base_rows + first_row, edited, topics)
         self._last[slot] = {}
 
     @torch.inference_mode()
@@ -89,7 +108,7 @@ class Runner:
         """
         if donor != slot:
             self.caches.copy_prefix(donor, slot, len(tokens))
-        self._place([Run(0, slot, 0, len(tokens))], tokens)
+        self._place(self._inputs([Run(0, slot, 0, len(tokens))], tokens).to(self.table.device))
         self._satisfy(slot, 0, len(tokens))
 
     def digest(self, slot: int) -> str:
@@ -101,7 +120,10 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
-        """Compute a batch; logits [B, tokens] float32 of the next token of each of `batch.sampled`."""
+        """Compute a batch; logits [B, tokens] float32 of the next token of each of `batch.sampled`.
+
+        They are valid until the next batch is computed.
+        """
         runs = [Run(n, _slot(s), len(s.tokens) - 1, 1) for n, s in enumerate(batch.decodes)]
         ids = [s.tokens[-1] for s in batch.decodes]
         predictions = [self._prediction(run.slot, run.position + 1, fresh=True) for run in runs]
@@ -113,7 +135,10 @@ class Runner:
             if chunk.completes:
                 predictions.append(self._prediction(run.slot, chunk.end, fresh=False))
                 newest.append(len(ids) - 1)
-        queries = self._trunk(runs, ids)
+        inputs = self._inputs(runs, ids)
+        if self._graphs and not batch.chunks:
+            return self._graphs.run(inputs, runs, predictions)
+        queries = self._trunk(inputs.to(self.table.device), runs)
         for chunk in batch.chunks:
             self._satisfy(_slot(chunk.sequence), chunk.start, chunk.end)
         if not predictions:
@@ -122,39 +147,51 @@ class Runner:
             queries = queries[newest]
         return self._head(self.kernels.mix(queries, predictions))
 
+    def _decode(self, inputs: Inputs, runs: Many[Run], predictions: Many[Prediction]) -> Tensor:
+        """A step of one new token a slot, from beginning to end on the device."""
+        return self._head(self.kernels.mix(self._trunk(inputs, runs), predictions))
+
     def _layer(self, block: Block, after: nn.LayerNorm) -> _Layer:
         make, attn, mlp = self.kernels.linear, block.attn, block.mlp
         return _Layer(
             make(attn.c_attn.weight.t(), attn.c_attn.bias),
             make(attn.c_proj.weight.t(), attn.c_proj.bias),
-            block.ln_2,
+            self._norm(block.ln_2),
             make(mlp.c_fc.weight.t(), mlp.c_fc.bias, gelu=True),
             make(mlp.c_proj.weight.t(), mlp.c_proj.bias),
             after,
             attn.scale,
         )
 
-    def _trunk(self, runs: Many[Run], ids: Many[int]) -> Tensor:
+    def _norm(self, norm: nn.LayerNorm) -> nn.LayerNorm:
+        """The model's, where the computation is."""
+        return deepcopy(norm).to(self.table.device)
+
+    def _trunk(self, new: Inputs, runs: Many[Run]) -> Tensor:
         """Run the trunk on new tokens [N], filling the caches; the sense weights' queries [N, k, d/k]."""
-        tokens, slots, positions = self._place(runs, ids)
+        self._place(new)
         kernels, config = self.kernels, self.config
-        x = self._tokens[tokens] + self._positions[positions]
+        x = self._tokens[new.tokens] + self._positions[new.positions]
         y = kernels.residual_norm(x, None, self._first)
         for n, layer in enumerate(self._layers):
             mixed = kernels.attend(layer.qkv(y), n, runs, layer.scale)
             y = kernels.residual_norm(x, layer.proj(mixed), layer.norm)
             y = kernels.residual_norm(x, layer.out(layer.fc(y)), layer.after)
-        both = self._sense_weights(y).view(len(ids), 2, config.num_senses, config.sense_head_width)
+        both = self._sense_weights(y).view(len(x), 2, config.num_senses, config.sense_head_width)
         queries, keys = both.unbind(1)
-        self.caches.write_sense_keys(keys, slots, positions)
+        self.caches.write_sense_keys(keys, new.slots, new.positions)
         return queries
 
-    def _place(self, runs: Many[Run], ids: Many[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Note new tokens in their slots, with the table rows that are their senses; ids, slots, positions [N]."""
+    def _place(self, new: Inputs) -> None:
+        """Note new tokens in their slots, with the table rows that are their senses."""
+        self.caches.rows[new.slots, new.positions] = new.rows
+        self.caches.ids[new.slots, new.positions] = new.tokens.int()
+
+    def _inputs(self, runs: Many[Run], ids: Many[int]) -> Inputs:
+        """New tokens as the step reads them, on the CPU; those that a text repeats are linked."""
         tokens = torch.tensor(ids)
         slots = torch.tensor([run.slot for run in runs for _ in range(run.count)])
         positions = torch.tensor([p for run in runs for p in range(run.position, run.position + run.count)])
-        tokens, slots, positions = (t.to(self.table.device) for t in (tokens, slots, positions))
         rows = (tokens * self.config.num_senses).int()[:, None] + self._senses  # [N, k]
         for run in runs:
             occupant = self._occupant(run.slot)
@@ -163,13 +200,13 @@ class Runner:
                     if ids[n] in occupant.edited:
                         index = occupant.overlay.row_index(torch.tensor(ids[n])).to(rows)
                         rows[n] = torch.where(index >= 0, occupant.first_row + index, rows[n])
-        self.caches.rows[slots, positions] = rows
-        self.caches.ids[slots, positions] = tokens.int()
-        self.caches.previous[slots, positions] = previous = self._repeats(runs, ids).to(slots.device)
-        self.caches.following[slots, positions] = 0
-        again = previous >= 0
-        self.caches.following[slots[again], previous[again]] = positions[again].int()
-        return tokens, slots, positions
+        if self.table.device.type == "cpu":  # where alone a repeated token is mixed in once
+            previous = self._repeats(runs, ids)
+            self.caches.previous[slots, positions] = previous
+            self.caches.following[slots, positions] = 0
+            again = previous >= 0
+            self.caches.following[slots[again], previous[again]] = positions[again].int()
+        return Inputs(tokens, slots, positions, rows)
 
     def _repeats(self, runs: Many[Run], ids: Many[int]) -> Tensor:
         """Where in its slot each new token stood last before, −1 if nowhere: [N] int32."""
@@ -183,7 +220,7 @@ class Runner:
         return torch.tensor(previous, dtype=torch.int32)
 
     def _prediction(self, slot: int, length: int, fresh: bool) -> Prediction:
-        return Prediction(slot, length, fresh, self._occupant(slot).overlay.topics)
+        return Prediction(slot, length, fresh, self._occupant(slot).topics)
 
     def _satisfy(self, slot: int, start: int, end: int) -> None:
         """Bring a slot's annealing up to date with its tokens [start, end)."""

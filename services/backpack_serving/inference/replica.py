@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 import torch
-from backpack_lm.kernels import Precision
+from backpack_lm.kernels import Device, Precision
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import Limits, Release
 from backpack_proto.v1 import directory_pb2, directory_pb2_grpc, inference_pb2_grpc, sync_pb2, sync_pb2_grpc
@@ -142,8 +142,8 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
     Raises ManifestError or CheckpointError for the model, EngineStopped if the first token can't be made, OSError
     for the address.
     """
-    precision, room = Precision(settings.precision), settings.overlay_rows
-    served = await asyncio.to_thread(ServedModel.read, settings.model, precision, room)
+    device, precision, room = Device(settings.device).torch(), Precision(settings.precision), settings.overlay_rows
+    served = await asyncio.to_thread(ServedModel.read, settings.model, precision, room, device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     engine = EngineLoop(

@@ -47,13 +47,21 @@ class ServedModel:
     storage: Tensor
 
     @classmethod
-    def read(cls, folder: Path, precision: Precision = Precision.FLOAT32, room: int = 0) -> ServedModel:
-        """The model in a folder, its table mapped from the host's cache, in `storage` [V·k + room, d].
+    def read(
+        cls,
+        folder: Path,
+        precision: Precision = Precision.FLOAT32,
+        room: int = 0,
+        device: torch.device = torch.device("cpu"),
+    ) -> ServedModel:
+        """The model in a folder, its table mapped from the host's cache, in `storage` [V·k + room, d] on a device.
+
+        All else stays on the CPU: releases are compiled there, and texts scored and explained.
 
         Raises ManifestError, CheckpointError or ValueError if there is no servable model in the folder.
         """
         manifest, model = Manifest.read(folder), load(folder)
-        dtype = precision.dtype()
+        dtype = precision.dtype(device.type)
         try:
             storage = mapped(prepare(model, manifest.fingerprint, dtype), model, dtype, room)
         except OSError as error:
@@ -62,7 +70,7 @@ class ServedModel:
         config = model.config
         own = storage[: config.vocab_size * config.num_senses]
         table = load_table(folder, model, own.view(config.vocab_size, config.num_senses, config.n_embd))
-        return cls(manifest, model, table, Tokenizer.read(folder / TOKENIZER), storage)
+        return cls(manifest, model, table, Tokenizer.read(folder / TOKENIZER), storage.to(device))
 
     def try_out(self, overlay: Overlay) -> None:
         """Predict from the words that a release edits most. Raises PatchError if what comes out isn't numbers.

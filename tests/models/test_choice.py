@@ -1,0 +1,41 @@
+"""Where and with what a replica computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backpack_lm.config import BackpackConfig
+from backpack_lm.kernels import Caches, Device, choose, native
+from backpack_lm.kernels.native import NativeKernels, NotBuilt
+from backpack_lm.kernels.plain import PlainKernels
+
+GPU = torch.cuda.is_available()
+
+
+@pytest.fixture
+def caches() -> Caches:
+    config = BackpackConfig(11, 8, 16, n_layer=1, n_head=2, num_senses=2)
+    return Caches.empty(config, 1, torch.zeros(22, 16), torch.zeros(11, 16))
+
+
+def test_cpu_is_cpu_and_auto_takes_a_gpu_where_there_is_one() -> None:
+    assert Device("cpu").torch().type == "cpu"
+    assert Device("auto").torch().type == ("cuda" if GPU else "cpu")
+
+
+@pytest.mark.skipif(GPU, reason="there is one here")
+def test_a_gpu_that_is_not_there_is_an_error_that_says_so() -> None:
+    with pytest.raises(ValueError, match=r"device is cuda, but torch .* finds no CUDA device; use cpu or auto"):
+        Device("cuda").torch()
+
+
+def test_a_cpu_gets_the_compiled_kernels_or_without_a_compiler_the_plain_ones(
+    caches: Caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(choose(caches), NativeKernels)
+
+    def fails() -> None:
+        raise NotBuilt("no compiler")
+
+    monkeypatch.setattr(native, "library", fails)
+    assert type(choose(caches)) is PlainKernels

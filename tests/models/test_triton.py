@@ -1,0 +1,128 @@
+"""Triton's kernels give the plain ones' numbers: compiled where there is a GPU, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from backpack_lm.config import BackpackConfig
+from backpack_lm.kernels import Caches, Kernels, Prediction, Run
+from backpack_lm.kernels.build import NotBuilt
+from backpack_lm.kernels.caches import untiled
+from backpack_lm.kernels.cuda import CudaKernels
+from backpack_lm.kernels.plain import PlainKernels
+
+from tests.models.test_kernels import RUNS, _close, _filled, _predictions
+
+pytest.importorskip("triton", reason="Triton isn't installed; it is for Linux")
+
+# Few senses: the interpreter takes them one by one.
+SMALL = {
+    "whole vectors": BackpackConfig(60, 80, 64, n_layer=1, n_head=2, num_senses=4),
+    "odd": BackpackConfig(50, 70, 60, n_layer=1, n_head=3, num_senses=5),
+}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=list(SMALL))
+def config(request: pytest.FixtureRequest) -> BackpackConfig:
+    return SMALL[request.param]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def _caches(config: BackpackConfig, dtype: torch.dtype) -> Caches:
+    filled = _filled(config, dtype)
+    return Caches(*(getattr(filled, field.name).to(DEVICE) for field in fields(Caches)))
+
+
+def _both(config: BackpackConfig, dtype: torch.dtype) -> tuple[CudaKernels, PlainKernels]:
+    return CudaKernels(_caches(config, dtype)), PlainKernels(_caches(config, dtype))
+
+
+def _steered(config: BackpackConfig, *kernels: Kernels) -> list[Prediction]:
+    """With no topic, one, three, two, of lengths from 1 on; all tokens but fresh ones are counted already."""
+    predictions = [replace(p, topics=tuple(t.to(DEVICE) for t in p.topics)) for p in _predictions(config)]
+    for p in predictions:
+        for each in kernels:
+            each.satisfy(replace(p, length=p.length - p.fresh, fresh=False), 0)
+    return predictions
+
+
+def _queries(config: BackpackConfig, dtype: torch.dtype) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(4, config.num_senses, config.sense_head_width).to(DEVICE, dtype)
+
+
+def test_attention_of_single_tokens_and_of_chunks(config: BackpackConfig, dtype: torch.dtype) -> None:
+    triton, plain = _both(config, dtype)
+    qkv = torch.randn(24, 3 * config.n_embd).to(DEVICE, dtype)
+    for layer in range(config.n_layer):
+        _close(triton.attend(qkv, layer, RUNS, 0.2), plain.attend(qkv, layer, RUNS, 0.2), dtype)
+    assert torch.equal(triton.caches.values, plain.caches.values)
+    assert torch.equal(untiled(triton.caches.keys), untiled(plain.caches.keys))
+
+
+def test_the_mix_over_topics_edited_rows_and_ragged_lengths(config: BackpackConfig, dtype: torch.dtype) -> None:
+    triton, plain = _both(config, dtype)
+    queries, steered = _queries(config, dtype), _steered(config, triton, plain)
+    for _ in range(2):  # the second time on the annealing that the first has left behind
+        _close(triton.mix(queries, steered), plain.mix(queries, steered), dtype)
+        steered = [replace(p, length=p.length + 1, fresh=True) for p in steered]
+
+
+def test_annealing_is_counted_alike(config: BackpackConfig) -> None:
+    """What is left uncounted are new cells whose multiplier can't change: so multipliers are compared."""
+    triton, plain = _both(config, torch.float32)
+    for prediction in _steered(config, triton, plain):
+        if prediction.topics:
+            triton.mix(_queries(config, torch.float32)[:1], [prediction])
+            plain.mix(_queries(config, torch.float32)[:1], [prediction])
+            counted = PlainKernels(triton.caches).multipliers(prediction)
+            torch.testing.assert_close(counted, plain.multipliers(prediction), rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_bits_alone_and_in_company(config: BackpackConfig, dtype: torch.dtype) -> None:
+    together, apart = CudaKernels(_caches(config, dtype)), CudaKernels(_caches(config, dtype))
+    qkv = torch.randn(24, 3 * config.n_embd).to(DEVICE, dtype)
+    whole = together.attend(qkv, 0, RUNS, 0.2)
+    for run in (run for run in RUNS if run.count == 1):
+        alone = apart.attend(qkv[run.token][None], 0, [Run(0, run.slot, run.position, 1)], 0.2)
+        assert torch.equal(alone[0], whole[run.token])
+    queries, steered = _queries(config, dtype), _steered(config, together, apart)
+    mixed = together.mix(queries, steered)
+    for n, prediction in enumerate(steered):
+        assert torch.equal(apart.mix(queries[n : n + 1], [prediction])[0], mixed[n])
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="compiled kernels do reach this device")
+def test_without_the_interpreter_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(NotBuilt, match="the caches are on cpu"):
+        CudaKernels(_caches(SMALL["odd"], torch.float32))
+
+
+def test_without_triton_the_plain_kernels_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(NotBuilt, match="install triton"):
+        CudaKernels(_caches(SMALL["odd"], torch.float32))
+
+
+def test_kernels_compile_for_gpus_that_this_machine_lacks() -> None:
+    """To machine code by NVIDIA's assembler, which comes with Triton; for an A100 and an H100, in both dtypes."""
+    script, environment = Path(__file__).with_name("triton_compile.py"), {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    built = done.stdout.splitlines()
+    assert len(built) == 4 * 2 * 2, done.stdout
+    assert all("spills 0" in line for line in built), done.stdout
