@@ -253,9 +253,12 @@ async def test_every_generated_token_comes_with_what_made_it_likely(system: Syst
         assert len(listed) == 5
         assert listed == sorted(listed, key=abs, reverse=True)
         assert math.fsum(listed) + found.unlisted == pytest.approx(found.logit, abs=1e-9)
-        assert found.logit == pytest.approx(float(logits[token.id]), abs=TOLERANCE)
+        near = TOLERANCE + 1e-5 * abs(
+            found.logit
+        )  # float32's rounding grows with the logit, and topics make it large
+        assert found.logit == pytest.approx(float(logits[token.id]), abs=near)
         others = logits[: served.manifest.config.tokens].logsumexp(0)
-        assert found.logit - float(others) == pytest.approx(token.log_probability, abs=TOLERANCE)
+        assert found.logit - float(others) == pytest.approx(token.log_probability, abs=near)
         assert all(c.token.id == ids[c.position] for c in found.contributions)
         ids.append(token.id)
     assert any(c.multiplier not in (0.0, 1.0) for t in tokens for c in t.explanation.contributions)
