@@ -23,13 +23,11 @@ from typing import Any
 import psutil
 from backpack_lm.patch import Cell, ModelShape, Scale
 from backpack_serving.interventions.database import open_store
-from backpack_serving.interventions.journal import Journal
 from backpack_serving.interventions.ledger import Request
 from backpack_serving.interventions.service import LIVE, Interventions
 from backpack_serving.interventions.store import Store
 from backpack_serving.keys import SYSTEM, ApiKey, Principal, Role
-from backpack_serving.sync.known import View
-from backpack_serving.wire.sync import write_view
+from backpack_serving.wire import control as wire
 from rich.progress import track
 
 from tests.bench.report import console, write
@@ -115,9 +113,10 @@ def large(url: str, told: Any) -> None:
         service.bootstrap(ApiKey.mint(), [Role.ADMIN])
         started = time.perf_counter() - begun
         begun = time.perf_counter()
-        page = Journal(service).snapshot()
-        size = len(write_view(View().changed(page.position, page.changes)))
+        position, records = service.snapshot()
+        changes = wire.write_snapshot(records)
         snapshot = time.perf_counter() - begun
+        size = sum(change.ByteSize() for change in changes)
         after = process.memory_info().rss
         begun = time.perf_counter()
         entries, broken = service.verify_chain(ADMIN)
@@ -125,32 +124,16 @@ def large(url: str, told: Any) -> None:
         assert broken is None
     told.send(
         {
-            "revision": page.position.revision,
+            "revision": position.revision,
             "start_s": started,
             "snapshot_s": snapshot,
             "snapshot_bytes": size,
-            "changes": len(page.changes),
+            "changes": len(changes),
             "memory_mib": (after - before) / 2**20,
             "entries": entries,
             "verify_chain_s": verified,
         }
     )
-
-
-def measure(name: str, urls: Iterator[str], chosen: argparse.Namespace) -> dict[str, Any]:
-    """Everything about one store, on two databases."""
-    url, filled = next(urls), next(urls)
-    with console.status(f"writes on {name}"):
-        speed = [writes(url, threads, chosen.seconds) for threads in (1, 16)]
-    seconds = fill(filled, chosen.tenants, chosen.revisions, name)
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=large, args=(filled, theirs))
-    child.start()
-    theirs.close()
-    found = ours.recv()
-    child.join()
-    return {"writes": speed, "filled_s": seconds, "large": found}
 
 
 def main() -> None:
@@ -159,13 +142,22 @@ def main() -> None:
     options.add_argument("--revisions", type=int, default=20)
     options.add_argument("--seconds", type=float, default=4.0)
     chosen = options.parse_args()
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        files = (f"sqlite:///{Path(folder)}/{name}.db" for name in ("writes", "large"))
-        results["SQLite"] = measure("SQLite", files, chosen)
     postgres = Postgres()
+    results: dict[str, Any] = {}
     try:
-        results["PostgreSQL 18"] = measure("PostgreSQL", iter(postgres.migrated, None), chosen)
+        with tempfile.TemporaryDirectory() as folder:
+            urls = {"SQLite": f"sqlite:///{Path(folder)}/i.db", "PostgreSQL 18": postgres.migrated()}
+            for name, url in urls.items():
+                with console.status(f"writes on {name}"):
+                    speed = [writes(url, threads, chosen.seconds) for threads in (1, 16)]
+                filled = f"sqlite:///{Path(folder)}/large.db" if name == "SQLite" else postgres.migrated()
+                seconds = fill(filled, chosen.tenants, chosen.revisions, name)
+                context = multiprocessing.get_context("spawn")
+                ours, theirs = context.Pipe(duplex=False)
+                child = context.Process(target=large, args=(filled, theirs))
+                child.start()
+                results[name] = {"writes": speed, "filled_s": seconds, "large": ours.recv()}
+                child.join()
     finally:
         postgres.remove()
     rows = []

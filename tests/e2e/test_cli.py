@@ -205,6 +205,29 @@ def test_generate_explains_each_token(backpack: Any) -> None:
     assert shown.count(" the others") == 3
 
 
+def test_a_canary_is_started_watched_promoted_and_rolled_back(backpack: Any) -> None:
+    backpack("tenant", "create", "trial")
+    backpack("patch", "copy", "royal", "king", "--from", "court", "--as", "trial")
+    backpack("release", "create", "royal:1", "--as", "trial")
+    started = backpack(
+        "canary", "start", "1", "--permille", "400", "--salt", "s", "--wait", "all", "--as", "trial"
+    )
+    assert "canary: release 1 for 400 in a thousand request keys, salt s" in started
+    assert "held by 1 of 1 replicas, 1 of 1 gateways" in started
+    status = backpack("release", "status", "--as", "trial")
+    assert status.count("acked") == 4, "a replica and a gateway, the release and the canary"
+    under = [
+        "the canary"
+        in backpack("generate", "The king", "--max-tokens", "1", "--request-key", key, "--as", "trial")
+        for key in ("a", "b", "c", "d", "e", "f")
+    ]
+    assert set(under) == {True, False}
+    assert "is at release 1 (before: 0)" in backpack("canary", "promote", "--wait", "quorum", "--as", "trial")
+    assert "is at release 0" in backpack("release", "rollback", "--wait", "all", "--as", "trial")
+    assert "has no canary" in backpack("canary", "abort", "--as", "trial", code=1)
+    assert "replica" in backpack("fleet")
+
+
 def test_explain_senses_and_score(backpack: Any) -> None:
     assert "logit of" in backpack("explain", "The king and the", "--as", "harbour")
     assert "edited" in backpack("senses", "king", "--as", "harbour")
@@ -235,7 +258,18 @@ def test_the_default_model_is_intact_and_settings_are_listed(backpack: Any) -> N
 
 def test_help_teaches(backpack: Any) -> None:
     shown = backpack("--help")
-    for command in ("run", "serve", "generate", "patch", "release", "train", "lab", "experiment"):
+    for command in (
+        "run",
+        "serve",
+        "generate",
+        "patch",
+        "release",
+        "canary",
+        "fleet",
+        "train",
+        "lab",
+        "experiment",
+    ):
         assert command in shown
 
 

@@ -28,7 +28,7 @@ from backpack_serving.interventions.store import Store
 from tests.interventions.conftest import ADMIN, SHAPE, releaser
 
 THREADS = 4
-PATIENCE = 120.0
+PATIENCE = 60.0
 
 Acknowledged = tuple[str, str, str, int]
 """Method, resource, what it became, and the store's revision."""

@@ -306,6 +306,7 @@ class Node:
     staged: set[str] = field(default_factory=set)
     attempts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     seen: Position = field(default_factory=Position)
+    known: set[tuple[str, str]] = field(default_factory=set)
     lacking: set[tuple[str, str]] = field(default_factory=set)
     wire: Wire | None = None
     lives: int = 0
@@ -330,6 +331,7 @@ class Node:
         self.lacking |= {refusal.key for refusal in self.reader.refusals}
         if self.world.chance(self.world.dice.lose_disk):
             self.disk, self.seen = View(), Position()
+            self.known.clear()
         else:
             held = self.reader.view  # what a bookmark alone has moved isn't on disk, but nothing else may be lost
             assert (self.disk.channels, self.disk.keys) == (held.channels, held.keys)
@@ -411,6 +413,15 @@ class Node:
         view, history = self.reader.view, self.world.history
         assert view.position >= self.seen, f"{self.name} went back from {self.seen} to {view.position}"
         self.seen = view.position
+        for session in self.world.service.sessions.values():
+            if (
+                self.kind is Kind.GATEWAY
+                and session.hello
+                and session.hello.incarnation == self.reader.incarnation
+            ):
+                assert session.acked <= view.position, "the service takes for applied what isn't"
+        assert self.known <= view.channels.keys(), "a channel was forgotten"
+        self.known |= view.channels.keys()
         if view.position == Position():
             assert not view.channels
             assert not view.keys
@@ -425,7 +436,7 @@ class Node:
             if isinstance(known, KnownChannel):
                 assert key in view.channels or key in refused, f"{self.name} at {view.position} lacks {key}"
             elif self.kind is Kind.GATEWAY:
-                assert view.keys[key] == known  # type: ignore[index]
+                assert view.keys.get(str(key)) == known, f"{self.name} at {view.position} lacks {key}"
         assert self.kind is Kind.GATEWAY or not view.keys, "a replica has no use for keys"
         assert self.kind is Kind.GATEWAY or self._can_serve(view), "a view with a release that isn't ready"
         for where, count in self.attempts.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from backpack_proto.v1 import inference_pb2_grpc, interventions_pb2_grpc
+from backpack_proto.v1 import inference_pb2_grpc, interventions_pb2_grpc, sync_pb2_grpc
 from rich.console import Console
 
 from backpack_serving import rpc
@@ -70,6 +70,10 @@ class Client:
     @property
     def releases(self) -> interventions_pb2_grpc.ReleaseServiceStub:
         return interventions_pb2_grpc.ReleaseServiceStub(self._open(self.interventions))
+
+    @property
+    def fleet(self) -> sync_pb2_grpc.FleetServiceStub:
+        return sync_pb2_grpc.FleetServiceStub(self._open(self.interventions))
 
     @property
     def audit(self) -> interventions_pb2_grpc.AuditServiceStub:

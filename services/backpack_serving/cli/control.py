@@ -1,4 +1,4 @@
-"""Commands that call the intervention service as a tenant: patches, releases, audit."""
+"""Commands that call the intervention service as a tenant: patches, audit."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from backpack_proto.v1.inference_pb2 import Word
 from google.protobuf import json_format
 from rich.progress import DownloadColumn, Progress
 from rich.table import Table
-from rich.text import Text
 
 from backpack_serving import rpc
-from backpack_serving.cli.client import AsTenant, Channel, Client, Key, as_caller, new_id, out, when
+from backpack_serving.cli.client import AsTenant, Client, Key, as_caller, new_id, out, when
 from backpack_serving.cli.patch_file import PatchFile
 from backpack_serving.errors import NotFound
 
 pb = interventions_pb2
 
 patch_app = typer.Typer(no_args_is_help=True, help="Patches: named, versioned lists of edits to sense vectors.")
-release_app = typer.Typer(no_args_is_help=True, help="Releases, and the channels that point at them.")
 
 Senses = Annotated[str, typer.Option(help="Sense numbers, such as 3 or 8,12-14; all of them if none.")]
 PatchName = Annotated[str, typer.Argument(help="Name of the patch; it is made if it isn't there.")]
@@ -270,86 +268,6 @@ def delete(
     with as_caller(tenant, key) as client:
         request = pb.DeletePatchRequest(name=f"patches/{patch}", request_id=new_id())
         out.print(f"{client.patches.DeletePatch(request, metadata=client.metadata).patch.name} is deleted")
-
-
-# ---- releases
-
-
-@release_app.command("list")
-def list_releases(tenant: AsTenant = "harbour", key: Key = "") -> None:
-    """The tenant's releases, newest first, and which channel points where."""
-    with as_caller(tenant, key) as client:
-        found = client.releases.ListReleases(pb.ListReleasesRequest(page_size=100), metadata=client.metadata)
-        channels = client.releases.ListChannels(pb.ListChannelsRequest(), metadata=client.metadata).channels
-    table = Table("release", "digest", "made", "revisions", "notes", "channels", box=None)
-    for release in found.releases:
-        here = [c.name.rpartition("/")[2] for c in channels if c.release == release.number]
-        parts = [name.split("/")[3] + ":" + name.rpartition("/")[2] for name in release.revisions]
-        table.add_row(
-            str(release.number),
-            release.digest[:12],
-            when(release.create_time),
-            " ".join(parts) or "–",
-            Text(release.notes),
-            "[green]" + " ".join(here) + "[/]",
-        )
-    out.print(table)
-
-
-@release_app.command("create")
-def create_release(
-    revisions: Annotated[list[str], typer.Argument(help="PATCH:NUMBER, in the order in which they apply.")],
-    notes: Annotated[str, typer.Option(help="What it is for.")] = "",
-    activate: Annotated[bool, typer.Option(help="Point the channel at it at once.")] = False,
-    channel: Channel = "live",
-    tenant: AsTenant = "harbour",
-    key: Key = "",
-) -> None:
-    """Make a release of revisions."""
-    names = []
-    for revision in revisions:
-        patch, colon, number = revision.rpartition(":")
-        if not colon:
-            raise typer.BadParameter(f"{revision!r}; write PATCH:NUMBER, such as debias:3")
-        names.append(f"patches/{patch}/revisions/{number}")
-    with as_caller(tenant, key) as client:
-        request = pb.CreateReleaseRequest(revisions=names, notes=notes, request_id=new_id())
-        release = client.releases.CreateRelease(request, metadata=client.metadata).release
-    out.print(f"{release.name}  [dim]{release.digest}[/]")
-    if activate:
-        activate_release(release.number, channel, tenant, key)
-    else:
-        out.print(f"[dim]let it steer: backpack release activate {release.number}[/]")
-
-
-@release_app.command("activate")
-def activate_release(
-    number: Annotated[int, typer.Argument(help="Number of the release; 0 is the model unpatched.", min=0)],
-    channel: Channel = "live",
-    tenant: AsTenant = "harbour",
-    key: Key = "",
-) -> None:
-    """Point a channel at a release."""
-    with as_caller(tenant, key) as client:
-        channels = client.releases.ListChannels(pb.ListChannelsRequest(), metadata=client.metadata).channels
-        etag = next((c.etag for c in channels if c.name.endswith(f"/{channel}")), "")
-        request = pb.ActivateRequest(channel=f"channels/{channel}", release=number, etag=etag, request_id=new_id())
-        _told(client.releases.Activate(request, metadata=client.metadata).channel)
-
-
-@release_app.command("rollback")
-def rollback(channel: Channel = "live", tenant: AsTenant = "harbour", key: Key = "") -> None:
-    """Point a channel back at the release it had before."""
-    with as_caller(tenant, key) as client:
-        name = f"channels/{channel}"
-        now = client.releases.GetChannel(pb.GetChannelRequest(name=name), metadata=client.metadata).channel
-        request = pb.RollbackRequest(channel=name, etag=now.etag, request_id=new_id())
-        _told(client.releases.Rollback(request, metadata=client.metadata).channel)
-
-
-def _told(channel: pb.Channel) -> None:
-    before = f" (before: {channel.previous_release})" if channel.HasField("previous_release") else ""
-    out.print(f"{channel.name} is at release {channel.release}{before}  [dim]{channel.release_digest[:12]}[/]")
 
 
 # ---- audit

@@ -22,7 +22,7 @@ app = typer.Typer(
 
 @app.command()
 def migrate(
-    role: Annotated[str, typer.Option(help="PostgreSQL: the role that the service uses.")] = "",
+    role: Annotated[str, typer.Option(help="PostgreSQL: the role that the service will use.")] = "",
 ) -> None:
     """Bring the schema up to date. Safe to run again, and by several at once. SQLite does it at every start."""
     from backpack_serving.interventions import database

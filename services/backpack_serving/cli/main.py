@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from backpack_serving.cli import control, database, experiment, lab, model, serve, tenants, text
+from backpack_serving.cli import control, database, experiment, lab, model, releases, serve, tenants, text
 from backpack_serving.cli.compare import compare
 from backpack_serving.cli.health import health
 from backpack_serving.cli.run import run
@@ -32,7 +32,9 @@ for command in (text.generate, text.score, text.explain, compare, text.senses):
 app.add_typer(tenants.app, name="tenant", rich_help_panel="Steering")
 app.add_typer(control.patch_app, name="patch", rich_help_panel="Steering")
 app.add_typer(lab.app, name="lab", rich_help_panel="Steering")
-app.add_typer(control.release_app, name="release", rich_help_panel="Steering")
+app.add_typer(releases.app, name="release", rich_help_panel="Steering")
+app.add_typer(releases.canary_app, name="canary", rich_help_panel="Steering")
+app.command(rich_help_panel="Steering")(releases.fleet)
 app.command(rich_help_panel="Steering")(control.audit)
 app.command(rich_help_panel="Models")(train)
 app.add_typer(model.app, name="model", rich_help_panel="Models")

@@ -30,6 +30,9 @@ def generate(
     explain: Annotated[
         int, typer.Option(help="How many (position, sense) to show for each new token.", min=0, max=64)
     ] = 0,
+    request_key: Annotated[
+        str, typer.Option(help="Such as a user's id: under a canary, the same key always gets the same release.")
+    ] = "",
 ) -> None:
     """Go on from a prompt, steered by the tenant's release; the text streams as it is made."""
     sampling = Sampling(max_tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
@@ -37,7 +40,7 @@ def generate(
         _generate_explained(prompt, sampling, explain, tenant, key, channel)
         return
     with as_caller(tenant, key) as client:
-        for part in client.text.stream(prompt, sampling, channel=channel):
+        for part in client.text.stream(prompt, sampling, channel=channel, request_key=request_key):
             if part.served:
                 served = part.served
                 out.print(Text(prompt, style="dim"), end="", soft_wrap=True)
@@ -175,7 +178,8 @@ def _words(scored: object) -> Text:
 
 def _footnote(served: Served | pb.Served, note: str = "") -> None:
     digest = served.release_digest if isinstance(served, pb.Served) else served.digest
+    canary = ", the canary" if served.canary else ""
     err.print(
         f"[dim]{note + '; ' if note else ''}{served.tenant}/{served.channel}, release {served.release} "
-        f"({digest[:12]})[/]"
+        f"({digest[:12]}){canary}[/]"
     )

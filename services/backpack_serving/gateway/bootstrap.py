@@ -111,6 +111,7 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
         connection_age=settings.connection_age,
         message_limit=wire.MESSAGE_LIMIT,
     )
+    reader.name = server.address
     running = (
         asyncio.create_task(link.run()),
         asyncio.create_task(

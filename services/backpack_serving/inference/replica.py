@@ -34,6 +34,7 @@ from backpack_serving.metrics import Metrics, ReplicaMetrics
 from backpack_serving.settings import Settings
 from backpack_serving.sync.known import Kind, Position
 from backpack_serving.sync.link import Link
+from backpack_serving.sync.messages import SILENCE
 from backpack_serving.sync.reader import Reader
 from backpack_serving.wire import inference as wire
 
@@ -43,6 +44,7 @@ Report = Callable[[directory_pb2.Replica], Awaitable[None]]
 """How a replica tells the directory about itself."""
 
 FETCH_SECONDS = 30.0
+TIDY_SECONDS = 600.0
 
 SETTLE_SECONDS = 2 * REPORT_SECONDS
 """How long a draining replica still takes requests: until gateways know, by the directory, that it drains."""
@@ -67,7 +69,11 @@ class Replica:
         self._served, self._engine, self._server = served, engine, server
         self._tell, self._metrics, self._drain = report, metrics, drain
         self._draining = False
-        self._tasks = [asyncio.create_task(self._keep_reporting()), asyncio.create_task(self._keep_in_step())]
+        self._tasks = [
+            asyncio.create_task(self._keep_reporting()),
+            asyncio.create_task(self._keep_in_step()),
+            asyncio.create_task(self._keep_tidy()),
+        ]
 
     @property
     def address(self) -> str:
@@ -115,6 +121,13 @@ class Replica:
         if await asyncio.to_thread(self._link.restore):
             await self.versions.restore(self._link.reader.view)
         await self._link.run()
+
+    async def _keep_tidy(self) -> None:
+        """On disk, only releases that channels need; never on the word of a service that wasn't heard yet."""
+        while True:
+            await asyncio.sleep(TIDY_SECONDS)
+            if self.age < SILENCE:
+                await self.versions.tidy()
 
     async def _report(self) -> None:
         started = time.perf_counter()

@@ -79,9 +79,7 @@ class ServedModel:
         """
         if not len(overlay.rows):
             return
-        norms = torch.cat(
-            [overlay.rows.norm(dim=1), torch.zeros(1)]
-        )  # the last is for senses that aren't replaced
+        norms = torch.cat([overlay.rows.float().norm(dim=1), torch.zeros(1)])  # the last: of what isn't replaced
         largest = norms[overlay.index].amax(1).topk(min(TRIED, len(overlay.tokens))).indices
         with torch.inference_mode():
             logits = self.model(overlay.tokens[largest][None], overlay)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 
 import structlog
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Limits, PatchError, Release, Revision
+from backpack_lm.patch import Limits, PatchError, Release, Revision, release_digest
 
 from backpack_serving.errors import DataLoss, ServiceError, from_patch_error
 from backpack_serving.inference.blobs import ReleaseBlobs
@@ -52,6 +53,7 @@ class Versions:
         self._refused: OrderedDict[str, PatchError] = OrderedDict()
         self._users: Counter[str] = Counter()
         self._kept: frozenset[str] = frozenset()
+        self._staged: dict[tuple[str, str], frozenset[str]] = {}  # ready for a view that doesn't hold yet
         self._view = View()
         self._slots = asyncio.Semaphore(AT_ONCE)
         self.fetched = 0
@@ -109,15 +111,16 @@ class Versions:
         return overlay
 
     def _compile(self, revisions: list[bytes], digest: str) -> Overlay:
-        """Verify, validate again, compile, and try out."""
-        release = Release(tuple(map(Revision.from_bytes, revisions)))
-        if release.digest != digest:
+        """Verify every byte, validate again, compile, and try out."""
+        found = release_digest([hashlib.sha256(data).hexdigest() for data in revisions])
+        if found != digest:
             raise DataLoss(
                 "WRONG_DIGEST",
-                f"asked for release {digest}, got the bytes of {release.digest}",
+                f"asked for release {digest}, got the bytes of {found}",
                 wanted=digest,
-                got=release.digest,
+                got=found,
             )
+        release = Release(tuple(map(Revision.from_bytes, revisions)))
         release.validate(self._served.manifest.shape, self._limits)
         overlay = Overlay.compile(release, self._served.table)
         self._served.try_out(overlay)
@@ -125,7 +128,8 @@ class Versions:
 
     def _evict(self) -> None:
         """Drop what is neither kept nor used beyond the capacity, the least recently used first."""
-        idle = [d for d in self._compiled if d not in self._kept and d not in self._users]
+        needed = self._kept.union(self._users, *self._staged.values())
+        idle = [digest for digest in self._compiled if digest not in needed]
         for digest in idle[: max(0, len(idle) - self._capacity)]:
             del self._compiled[digest]
 
@@ -137,6 +141,8 @@ class Versions:
         return tuple(refusal for refusal in found if refusal)
 
     async def _stage(self, change: Steering) -> Refusal | None:
+        earlier = change.earlier if isinstance(change, KnownChannel) else ()
+        self._staged[change.key] = frozenset(release.digest for release in (*change.serving, *earlier))
         for release in change.serving:
             try:
                 await self._get(change.tenant, release.digest)
@@ -146,10 +152,9 @@ class Versions:
         if size > self._tenant_bytes:
             message = f"{size} bytes of releases for tenants/{change.tenant}, at most {self._tenant_bytes}"
             return Refusal(*change.key, change.serving[0].digest, "TENANT_TOO_LARGE", message)
-        if isinstance(change, KnownChannel):
-            for release in change.earlier:
-                with suppress(ServiceError, PatchError):
-                    await self._get(change.tenant, release.digest)
+        for release in earlier:
+            with suppress(ServiceError, PatchError):
+                await self._get(change.tenant, release.digest)
         return None
 
     def swapped(self, view: View) -> None:
@@ -157,6 +162,7 @@ class Versions:
         if view.channels is self._view.channels and view.fresh is self._view.fresh:
             return
         self._view = view
+        self._staged.clear()
         kept: set[str] = set()
         for tenant in {channel.tenant for channel in view.channels.values()}:
             kept |= self._worth_keeping(tenant)

@@ -46,4 +46,5 @@ class Caller:
 async def wait(event: asyncio.Event, seconds: float) -> None:
     """Until the event, at most so long."""
     with suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), max(0.0, seconds))
+        async with asyncio.timeout(max(0.0, seconds)):
+            await event.wait()

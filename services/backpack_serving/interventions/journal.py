@@ -22,10 +22,10 @@ from backpack_serving.sync.session import Page
 
 
 class Journal:
-    """Reads the events of an intervention service."""
+    """Reads the events of an intervention service, so many at a time."""
 
-    def __init__(self, service: Interventions) -> None:
-        self._service = service
+    def __init__(self, service: Interventions, page: int = 1000) -> None:
+        self._service, self._page = service, page
 
     @property
     def fingerprint(self) -> str:
@@ -36,7 +36,7 @@ class Journal:
         return Page(at, at, tuple(_known(visible(record)) for record in records))
 
     def since(self, revision: int) -> Page | None:
-        head, events = self._service.events_after(revision)
+        head, events = self._service.events_after(revision, self._page)
         if events and events[0].revision != revision + 1:
             return None
         upto = Position(head.epoch, events[-1].revision if events else revision)

@@ -66,10 +66,12 @@ class Ledger:
     def write(self, who: Principal, method: str, request: Request, act: Act[R]) -> Written[R]:
         _check_request_id(request.id)
         now = self._now()
+        if request.id and (old := self._replay(who, method, request)):
+            return old
         try:
             with self._store.write(scope(who)) as tx:
-                if request.id and tx.get(Reply, who.name, method, request.id) is not None:
-                    raise _Repeated
+                if tx.get(Reply, who.name, method, request.id) is not None:
+                    raise _Raced
                 record, changed = act(tx, now)
                 changes = json.dumps([visible(change) for change in changed])
                 tx.log(Event(0, record.tenant, who.name, method, record.name, changes, now))
@@ -78,7 +80,7 @@ class Ledger:
                     at = json.dumps([type(record).__name__, *key_of(record)])
                     tx.add(Reply(who.name, method, request.id, request.body, at, tx.position.revision, now))
                 written = Written(record, tx.position)
-        except _Repeated:
+        except _Raced:
             old = self._replay(who, method, request)
             assert old is not None, "the reply was just seen"
             return old
@@ -124,8 +126,8 @@ def raise_epoch(store: Store, now: datetime) -> Position:
         return tx.position
 
 
-class _Repeated(Exception):
-    """The request was carried out before, or by another thread that was faster."""
+class _Raced(Exception):
+    """The same request is being carried out by another thread, which was faster."""
 
 
 def channel_from(change: dict[str, Any]) -> Channel:

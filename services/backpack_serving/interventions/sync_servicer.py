@@ -7,6 +7,7 @@ import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import sync_pb2 as pb
@@ -28,6 +29,7 @@ from backpack_serving.wire import rollout as wire_rollout
 from backpack_serving.wire import sync as wire_sync
 
 POLL_SECONDS = 1.0
+THREADS = 2
 
 
 class SyncServicer(Caller, grpc_v1.SyncServiceServicer):
@@ -40,6 +42,8 @@ class SyncServicer(Caller, grpc_v1.SyncServiceServicer):
         self._bell, self._rollouts = bell, rollouts
         self._journal = Journal(service)
         self._nonces = itertools.count(secrets.randbits(48))
+        # Their own: whatever keeps other threads busy, a bookmark must not come late.
+        self._threads = ThreadPoolExecutor(THREADS, "sync")
 
     async def Sync(
         self, requests: AsyncIterator[pb.SyncRequest], context: rpc.Context
@@ -52,7 +56,8 @@ class SyncServicer(Caller, grpc_v1.SyncServiceServicer):
         try:
             while True:
                 bell = self._bell.next()
-                for message in await asyncio.to_thread(session.pump, time.monotonic()):
+                pump = asyncio.get_running_loop().run_in_executor(self._threads, session.pump, time.monotonic())
+                for message in await pump:
                     for part in wire_sync.write_to_reader(message):
                         yield part
                 seconds = min(POLL_SECONDS, session.due - time.monotonic()) if session.hello else POLL_SECONDS

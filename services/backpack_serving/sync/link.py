@@ -24,6 +24,9 @@ M = TypeVar("M")
 
 log = structlog.get_logger(__name__)
 
+Outbox = asyncio.Queue[FromReader | None]
+"""What a stream has still to send; None ends it."""
+
 LONGEST_PAUSE = 5.0
 RETRY_SECONDS = 2.0
 """Mean time between attempts at what was refused for a reason that may pass."""
@@ -82,7 +85,8 @@ class Link:
         while self.reader.view.position < position:
             moved = self._moved
             try:
-                await asyncio.wait_for(moved.wait(), max(0.0, until - loop.time()))
+                async with asyncio.timeout_at(until):
+                    await moved.wait()
             except TimeoutError:
                 at = self.reader.view.position
                 raise Unavailable(
@@ -91,7 +95,7 @@ class Link:
 
     async def _once(self) -> None:
         self.reader.resident = self._owner.resident()
-        outbox: asyncio.Queue[FromReader] = asyncio.Queue()
+        outbox: Outbox = asyncio.Queue()
         outbox.put_nowait(self.reader.hello())
         call = self._stub.Sync(_requests(outbox), metadata=rpc.with_key(self._key))
         incoming, staging = wire.ToReader(), None
@@ -112,12 +116,13 @@ class Link:
                 if staging and staging.done():
                     staging.result()  # a mistake of ours ends the stream, and is told
         finally:
+            outbox.put_nowait(None)
             reporting.cancel()
             if staging:
                 staging.cancel()
             await asyncio.gather(reporting, *([staging] if staging else []), return_exceptions=True)
 
-    async def _settle(self, pending: Pending, outbox: asyncio.Queue[FromReader]) -> None:
+    async def _settle(self, pending: Pending, outbox: Outbox) -> None:
         """Stage, keep, swap, answer: what is served was on disk first, so a restart never goes back."""
         refused = await self._owner.stage(pending.work) if pending.work else ()
         async with self._disk:
@@ -132,7 +137,7 @@ class Link:
         if answer:
             outbox.put_nowait(answer)
 
-    async def _report(self, outbox: asyncio.Queue[FromReader]) -> None:
+    async def _report(self, outbox: Outbox) -> None:
         """A sign of life each second; and what a bookmark has moved or confirmed, onto the disk."""
         while True:
             await asyncio.sleep(REPORT_SECONDS)
@@ -166,9 +171,9 @@ class Link:
         moved.set()
 
 
-async def _requests(outbox: asyncio.Queue[FromReader]) -> AsyncIterator[sync_pb2.SyncRequest]:
-    while True:
-        yield wire.write_from_reader(await outbox.get())
+async def _requests(outbox: Outbox) -> AsyncIterator[sync_pb2.SyncRequest]:
+    while (message := await outbox.get()) is not None:
+        yield wire.write_from_reader(message)
 
 
 async def alive(call: Any) -> AsyncIterator[Any]:
@@ -177,9 +182,12 @@ async def alive(call: Any) -> AsyncIterator[Any]:
     try:
         while True:
             try:
-                yield await asyncio.wait_for(anext(messages), SILENCE)
+                # Not wait_for: that of Python 3.11 forgets a cancellation that comes together with a message.
+                async with asyncio.timeout(SILENCE):
+                    message = await anext(messages)
             except StopAsyncIteration:
                 return
+            yield message
     finally:
         call.cancel()
 

@@ -1,0 +1,266 @@
+"""P9 and P14 where releases are applied: what isn't exactly what was asked for is refused, never served."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from backpack_lm.patch import Cell, PatchError, Release, Revision, Scale, Set, Topic, Vector, release_digest
+from backpack_serving.errors import DataLoss, ServiceError, Unavailable
+from backpack_serving.inference.blobs import ReleaseBlobs
+from backpack_serving.inference.served import ServedModel
+from backpack_serving.inference.versions import Versions
+from backpack_serving.settings import default_model
+from backpack_serving.sync.known import KnownChannel, Position, ReleaseRef, View
+
+
+@pytest.fixture(scope="module")
+def served() -> ServedModel:
+    return ServedModel.read(default_model())
+
+
+class Shelf:
+    """Where releases are fetched from."""
+
+    def __init__(self) -> None:
+        self.blobs: dict[str, list[bytes]] = {}
+
+    def put(self, served: ServedModel, *revisions: tuple[Scale | Set | Topic, ...]) -> str:
+        made = [Revision(served.manifest.fingerprint, edits) for edits in revisions]
+        release = Release(tuple(made))
+        self.blobs[release.digest] = [revision.to_bytes() for revision in made]
+        return release.digest
+
+    async def fetch(self, tenant: str, digest: str) -> list[bytes]:
+        await asyncio.sleep(0)
+        if digest not in self.blobs:
+            raise Unavailable("TRANSPORT", "no answer")
+        return self.blobs[digest]
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf()
+
+
+@pytest.fixture
+def make(served: ServedModel, shelf: Shelf, tmp_path: Path) -> Callable[..., Versions]:
+    def make(capacity: int = 2, tenant_bytes: int = 2**26) -> Versions:
+        return Versions(served, shelf.fetch, ReleaseBlobs(tmp_path / "blobs"), capacity, tenant_bytes)
+
+    return make
+
+
+def _scale(token: int, factor: float = 0.5) -> tuple[Scale, ...]:
+    return (Scale((Cell(token, 0),), factor),)
+
+
+def _channel(digest: str, *earlier: str, name: str = "live") -> KnownChannel:
+    return KnownChannel("acme", name, ReleaseRef(1, digest), None, tuple(ReleaseRef(0, d) for d in earlier))
+
+
+async def _fuzz(served: ServedModel, shelf: Shelf, versions: Versions, rounds: int) -> int:
+    """Damage good bytes in every way; every one must be refused, and nothing be compiled."""
+    draw = random.Random(3)
+    digest = shelf.put(served, _scale(5), (Topic((7, 8), 2),), (Set((Cell(9, 1),), _vector(served, 0.1)),))
+    good, refused = shelf.blobs[digest], 0
+    for _ in range(rounds):
+        bad = [bytearray(data) for data in good]
+        match draw.randrange(6):
+            case 0:
+                where = draw.choice(bad)
+                where[draw.randrange(len(where))] ^= 1 << draw.randrange(8)
+            case 1:
+                where = draw.choice(bad)
+                del where[draw.randrange(len(where)) :]
+            case 2:
+                draw.choice(bad).extend(draw.randbytes(draw.randint(1, 40)))
+            case 3:
+                del bad[draw.randrange(len(bad))]
+            case 4:
+                bad.insert(draw.randrange(len(bad) + 1), bytearray(draw.choice(good)))
+            case 5:
+                bad[draw.randrange(len(bad))] = bytearray(draw.randbytes(draw.randint(0, 300)))
+        shelf.blobs[digest] = [bytes(data) for data in bad]
+        if shelf.blobs[digest] == good:
+            continue
+        with pytest.raises((ServiceError, PatchError)):
+            async with versions.use("acme", digest):
+                raise AssertionError("damaged bytes were served")
+        versions._refused.clear()
+        refused += 1
+    assert versions.count == 0
+    shelf.blobs[digest] = good
+    async with versions.use("acme", digest) as overlay:
+        assert overlay.digest == digest
+        assert not overlay.empty
+    return refused
+
+
+async def test_p9_fuzzed_bytes_are_never_served(
+    served: ServedModel, shelf: Shelf, make: Callable[..., Versions]
+) -> None:
+    assert await _fuzz(served, shelf, make(), 400) > 380
+
+
+@pytest.mark.slow
+async def test_p9_fuzzed_bytes_are_never_served_longer(
+    served: ServedModel, shelf: Shelf, make: Callable[..., Versions]
+) -> None:
+    assert await _fuzz(served, shelf, make(), 20_000) > 19_000
+
+
+async def test_p9_another_releases_bytes_are_refused_though_they_are_whole(
+    served: ServedModel, shelf: Shelf, make: Callable[..., Versions]
+) -> None:
+    asked, other = shelf.put(served, _scale(5)), shelf.put(served, _scale(6))
+    shelf.blobs[asked] = shelf.blobs[other]
+    with pytest.raises(DataLoss, match="got the bytes of"):
+        async with make().use("acme", asked):
+            pass
+    shelf.blobs[asked] = []  # the empty release's bytes: none
+    with pytest.raises(DataLoss, match=release_digest([])):
+        async with make().use("acme", asked):
+            pass
+
+
+def _vector(served: ServedModel, *values: float) -> Vector:
+    width = served.manifest.shape.width
+    return Vector(struct.pack(f"<{width}f", *(values[n % len(values)] for n in range(width))))
+
+
+def hidden_overflow(served: ServedModel, token: int, largest: float) -> tuple[Scale, ...]:
+    """Edits that are each allowed, and together make this the largest number of a word's vectors."""
+    cells = tuple(Cell(token, sense) for sense in range(served.manifest.shape.num_senses))
+    missing = largest / float(served.table.rows[token].abs().max())
+    factors = []
+    while missing > 8:
+        factors.append(8.0)
+        missing /= 8
+    return tuple(Scale(cells, factor) for factor in (*factors, missing))
+
+
+@pytest.mark.parametrize(
+    ("edits", "reason"),
+    [
+        (lambda s: (Set((Cell(5, 0),), _vector(s, float("nan"))),), "NON_FINITE"),
+        (lambda s: (Set((Cell(5, 0),), _vector(s, float("inf"))),), "NON_FINITE"),
+        (lambda s: (Set((Cell(5, 0),), _vector(s, 70_000.0)),), "OVERFLOW"),
+        (lambda s: (Set((Cell(5, 0),), _vector(s, 1000.0)),), "NORM_TOO_LARGE"),
+        (lambda s: (Scale((Cell(5, 0),), 1.0),), "ZERO_EFFECT"),
+        (lambda s: (Scale((Cell(5, 0),), 1e30),), "OUT_OF_RANGE"),
+        (lambda s: (Scale(tuple(Cell(5, 0) for _ in range(5000)), 0.5),), "TOO_MANY_CELLS"),
+        (lambda s: (Scale((Cell(10**6, 0),), 0.5),), "UNKNOWN_TOKEN"),
+        (lambda s: hidden_overflow(s, 5, 3e38), "NON_FINITE"),
+        (lambda s: hidden_overflow(s, 5, 4e38), "OVERFLOW"),
+    ],
+    ids=["nan", "inf", "16-bit", "norm", "zero", "factor", "cells", "token", "sum", "row"],
+)
+async def test_p14_what_was_stored_wrongly_is_refused_again_where_it_is_applied(
+    served: ServedModel,
+    shelf: Shelf,
+    make: Callable[..., Versions],
+    edits: Callable[..., tuple[Scale, ...]],
+    reason: str,
+) -> None:
+    versions, digest = make(), shelf.put(served, edits(served))
+    refusals = await versions.stage((_channel(digest),))
+    assert [(r.reason, r.final, r.digest) for r in refusals] == [(reason, True, digest)]
+    for _ in range(3):
+        with pytest.raises(PatchError):
+            async with versions.use("acme", digest):
+                pass
+    assert versions.fetched == 1, "what is wrong stays wrong: it isn't fetched again"
+    assert versions.count == 0
+
+
+async def test_p14_a_patch_of_another_model_is_refused(
+    served: ServedModel, shelf: Shelf, make: Callable[..., Versions]
+) -> None:
+    revision = Revision("cd" * 32, _scale(5))
+    digest = Release((revision,)).digest
+    shelf.blobs[digest] = [revision.to_bytes()]
+    (refusal,) = await make().stage((_channel(digest),))
+    assert refusal.reason == "WRONG_MODEL"
+
+
+async def test_what_cant_be_had_now_may_be_had_later(
+    served: ServedModel, shelf: Shelf, make: Callable[..., Versions]
+) -> None:
+    digest = shelf.put(served, _scale(5))
+    away, versions = shelf.blobs.pop(digest), make()
+    (refusal,) = await versions.stage((_channel(digest),))
+    assert (refusal.reason, refusal.final) == ("TRANSPORT", False)
+    shelf.blobs[digest] = away
+    assert await versions.stage((_channel(digest),)) == ()
+
+
+async def test_what_channels_need_stays_and_of_the_rest_what_was_used_last(
+    served: ServedModel, shelf: Shelf, make: Callable[..., Versions]
+) -> None:
+    versions = make(capacity=2)
+    digests = [shelf.put(served, _scale(token)) for token in range(8)]
+    channel = _channel(digests[0], digests[1], digests[2])
+    assert await versions.stage((channel,)) == ()
+    versions.swapped(View().changed(Position(1, 1), [channel]))
+    async with versions.use("acme", digests[3]):
+        for digest in digests[4:]:
+            async with versions.use("acme", digest):
+                pass
+        assert set(digests[:4]) <= versions.resident(), "a release in use was dropped"
+    assert set(digests[:3]) <= versions.resident(), "the last three releases of a channel stay"
+    assert versions.count == 5
+    fetched = versions.fetched
+    for digest in digests[:3]:
+        async with versions.use("acme", digest):
+            pass
+    assert versions.fetched == fetched
+
+
+async def test_a_tenant_that_needs_too_much_is_refused_and_keeps_what_fits(
+    served: ServedModel, shelf: Shelf, make: Callable[..., Versions]
+) -> None:
+    topic = shelf.put(served, (Topic((7, 8), 2),))
+    probe = make()
+    async with probe.use("acme", topic) as overlay:
+        size = overlay.nbytes
+    versions = make(tenant_bytes=size + size // 2)
+    others = [shelf.put(served, (Topic((7, n), 2),)) for n in (9, 10)]
+    channel = _channel(topic, *others)
+    assert await versions.stage((channel,)) == ()
+    versions.swapped(View().changed(Position(1, 1), [channel]))
+    (refusal,) = await versions.stage((_channel(others[0], name="beta"),))
+    assert refusal.reason == "TENANT_TOO_LARGE"
+    assert str(size + size // 2) in refusal.message
+
+
+async def test_several_requests_for_a_new_release_share_the_work(
+    served: ServedModel, shelf: Shelf, make: Callable[..., Versions]
+) -> None:
+    versions, digest = make(), shelf.put(served, _scale(5))
+
+    async def one() -> str:
+        async with versions.use("acme", digest) as overlay:
+            return overlay.digest
+
+    assert set(await asyncio.gather(*(one() for _ in range(20)))) == {digest}
+    assert versions.fetched == 1
+
+
+async def test_on_disk_only_what_channels_need_outlasts_a_tidying(
+    served: ServedModel, shelf: Shelf, make: Callable[..., Versions]
+) -> None:
+    kept, other = shelf.put(served, _scale(5)), shelf.put(served, _scale(6))
+    channel, versions = _channel(kept), make()
+    await versions.stage((channel, _channel(other, name="beta")))
+    versions.swapped(View().changed(Position(1, 1), [channel]))
+    await versions.tidy()
+    shelf.blobs.clear()
+    again = make()
+    assert await again.stage((channel,)) == ()
+    (refusal,) = await again.stage((_channel(other),))
+    assert refusal.reason == "TRANSPORT"

@@ -1,0 +1,105 @@
+"""Systems whose parts can be taken away one by one, with a proxy before the intervention service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backpack_serving import rpc
+from backpack_serving.errors import ServiceError
+from backpack_serving.gateway import bootstrap as gateway
+from backpack_serving.inference import directory, replica
+from backpack_serving.interventions import bootstrap as interventions
+from backpack_serving.metrics import Metrics
+from backpack_serving.settings import Settings
+
+from tests.e2e.conftest import ANYWHERE, System
+from tests.promises.proxy import FaultProxy
+
+
+@dataclass
+class Apart:
+    """Interventions, and a gateway and a replica that reach them through a proxy only."""
+
+    settings: Settings
+    control: interventions.InterventionService
+    phone_book: rpc.Server
+    proxy: FaultProxy
+    replica: replica.Replica | None = None
+    gateway: gateway.Gateway | None = None
+
+    def __post_init__(self) -> None:
+        self._channels: list[Any] = []
+        self._open: list[System] = []
+
+    @property
+    def seen(self) -> Settings:
+        """Settings of those behind the proxy."""
+        return self.settings.model_copy(update={"interventions_address": self.proxy.address})
+
+    async def start(self) -> None:
+        """A replica and a gateway; returns when the gateway knows of the replica."""
+        channels = [rpc.channel(self.proxy.address), rpc.channel(self.phone_book.address)]
+        self._channels += channels
+        self.replica = await replica.start(self.seen, replica.report_to(channels[1]), channels[0], Metrics())
+        self.gateway = await gateway.start(self.seen, Metrics())
+        while not self.gateway.router.size:
+            await asyncio.sleep(0.02)
+
+    async def end(self) -> None:
+        """The replica and the gateway stop; what they had on disk stays."""
+        for part in (self.gateway, self.replica):
+            if part:
+                await part.stop()
+        self.gateway = self.replica = None
+        for channel in self._channels:
+            await channel.close()
+        self._channels.clear()
+
+    def system(self) -> System:
+        """Stubs: of the gateway as it is now, and of interventions without the proxy."""
+        assert self.gateway is not None
+        system = System(self.gateway.address, self.control.address, self.settings)
+        self._open.append(system)
+        return system
+
+    async def stop(self) -> None:
+        for system in self._open:
+            await system.close()
+        await self.end()
+        await self.proxy.stop()
+        await self.phone_book.stop()
+        await self.control.stop()
+
+
+@asynccontextmanager
+async def apart(state: Path, **more: Any) -> AsyncIterator[Apart]:
+    settings = Settings(state=state, threads=1, **{**ANYWHERE, "slots": 4, "drain": 1.0, **more})
+    control = await interventions.start(settings, Metrics())
+    phone_book = await directory.serve(settings, Metrics())
+    addresses = {"interventions_address": control.address, "directory_address": phone_book.address}
+    settings = settings.model_copy(update=addresses)
+    parts = Apart(settings, control, phone_book, await FaultProxy(control.address).start())
+    try:
+        await parts.start()
+        yield parts
+    finally:
+        await parts.stop()
+
+
+async def eventually(check: Callable[[], Awaitable[Any]], seconds: float = 60) -> Any:
+    """The first true answer; refusals meanwhile are no answers."""
+    until, last = asyncio.get_running_loop().time() + seconds, None
+    while asyncio.get_running_loop().time() < until:
+        try:
+            with rpc.errors():
+                if result := await check():
+                    return result
+        except ServiceError as error:
+            last = error
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"it never happened; last refusal: {last!r}")
