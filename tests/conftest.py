@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
+import structlog
 import torch
 
 # Compared token by token with the reference model, which is float32; what bfloat16 does has tests of its own.
@@ -11,3 +14,10 @@ os.environ.setdefault("BACKPACK_PRECISION", "float32")
 # Read when Triton is imported, whoever does that first. Where there is no GPU, its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _logs_of_this_test_only() -> Iterator[None]:
+    """A command that a test runs in this process configures logging; what it logs to is closed after the test."""
+    yield
+    structlog.reset_defaults()

@@ -18,7 +18,7 @@ import grpc
 import promql_parser
 import pytest
 import yaml
-from backpack_serving import metrics
+from backpack_serving import exposition, metrics
 
 from tests.e2e.conftest import copy, running
 
@@ -121,7 +121,8 @@ async def _ask(port: int, expression: str) -> list[Any]:
 async def test_every_panel_shows_something_of_a_loaded_system(tmp_path: Path) -> None:
     async with running(tmp_path / "state", slots=4) as system:
         assert system.metrics is not None
-        scraped = {"job_name": "backpack", "static_configs": [{"targets": [system.metrics.listen("127.0.0.1:0")]}]}
+        address = exposition.listen(system.metrics.registry, "127.0.0.1:0")
+        scraped = {"job_name": "backpack", "static_configs": [{"targets": [address]}]}
         config = tmp_path / "prometheus.yml"
         config.write_text(yaml.safe_dump({"global": {"scrape_interval": "1s"}, "scrape_configs": [scraped]}))
         port = _free_port()
