@@ -105,7 +105,7 @@ async def _release(system: System, key: Metadata) -> int:
     return int((await system.stream(key, PROMPT, max_tokens=1))[0].served.release)
 
 
-async def _eventually(check: Any, seconds: float = 15) -> Any:
+async def _eventually(check: Any, seconds: float = 60) -> Any:
     for _ in range(int(seconds / 0.05)):
         try:
             if result := await check():

@@ -56,6 +56,10 @@ _CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_receive_message_length", MESSAGE_LIMIT),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # By default gRPC waits up to two minutes before it tries again: too long for a part that has been restarted.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.service_config", SERVICE_CONFIG),
     # Two parts of one process must not share a connection pool: a test may restart a server on its port.
     ("grpc.use_local_subchannel_pool", 1),
