@@ -218,7 +218,7 @@ class Bench:
 
     def mix(self, batch: int, length: int) -> None:
         """Steps with the sense mix and without it in turn, on the same sequences: the difference is the mix."""
-        engine = self.engine(batch)
+        engine = self.engine(batch, step_tokens=batch * length)  # all begin at once, so that none ends before
         kernels = engine._runner.kernels
         whole = kernels.mix
         nothing = torch.zeros(batch, self.model.config.n_embd)
