@@ -32,6 +32,11 @@ class Service:
             raise NotFound("NO_SUCH_RELEASE", f"releases/{missing[0]} doesn't exist")
         return self.position, [ReleaseRef(n, self.has[n]) for n in numbers]
 
+    async def reached(self, since: Position) -> None:
+        self.meanwhile()
+        if since > self.position:
+            raise Unavailable("BEHIND", f"asked for {since}")
+
 
 @pytest.fixture
 def told() -> Told:
@@ -47,7 +52,7 @@ def service() -> Service:
 
 @pytest.fixture
 def releases(told: Told, service: Service) -> Releases:
-    return Releases(told.book, service.resolve)
+    return Releases(told.book, service.resolve, service.reached)
 
 
 async def test_what_the_book_has_anyway_is_not_asked_for(releases: Releases, service: Service) -> None:
@@ -105,6 +110,19 @@ async def test_all_are_pinned_from_one_page(told: Told, releases: Releases, serv
     assert (await releases.pin("acme", ("live",)))[0].digest == OTHER.digest
 
 
+async def test_a_write_that_is_asked_for_is_waited_for(told: Told, releases: Releases, service: Service) -> None:
+    service.meanwhile = lambda: told.hear((1, 8), replace(CHANNEL, stable=OTHER))
+    assert (await releases.channel("acme", "live")).digest == STABLE.digest
+    assert (await releases.channel("acme", "live", since=Position(1, 7))).digest == OTHER.digest
+    assert [p.digest for p in await releases.pin("acme", ("live",), since=Position(1, 7))] == [OTHER.digest]
+    for refused in (
+        releases.channel("acme", "live", since=Position(1, 9)),
+        releases.pin("acme", (3,), "", Position(1, 9)),
+    ):
+        with pytest.raises(Unavailable, match=r"1\.9"):
+            await refused
+
+
 async def test_what_is_not_there_is_refused(releases: Releases) -> None:
     with pytest.raises(NotFound, match="releases/99"):
         await releases.pin("acme", (3, 99))
@@ -113,7 +131,7 @@ async def test_what_is_not_there_is_refused(releases: Releases) -> None:
 
 
 async def test_only_so_many_are_remembered(told: Told, service: Service) -> None:
-    releases = Releases(told.book, service.resolve, remembered=1)
+    releases = Releases(told.book, service.resolve, service.reached, remembered=1)
     for number in (7, 8, 7):
         await releases.pin("acme", (number,))
     assert len(service.asked) == 3

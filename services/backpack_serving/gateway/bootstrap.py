@@ -14,6 +14,7 @@ from backpack_proto.v1 import inference_pb2_grpc
 from backpack_serving import rpc, tasks
 from backpack_serving.gateway.book import Book
 from backpack_serving.gateway.limits import Limit, Limits
+from backpack_serving.gateway.meter import Meters
 from backpack_serving.gateway.releases import Releases, resolve_from
 from backpack_serving.gateway.routing import Router
 from backpack_serving.gateway.servicer import GatewayServicer
@@ -85,22 +86,10 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
     identities = Identities(by_key, known, settings.issuer, settings.certificates)
     default = Limit(settings.limit_requests, settings.limit_tokens, settings.limit_concurrent)
     limits = Limits(default, settings.limits_file)
-    releases = Releases(book, resolve_from(control, key))
-    measured = metrics.gateway(lambda: router.size, lambda: book.age)
+    releases = Releases(book, resolve_from(control, key), lambda since: link.reached(since, settings.catch_up))
+    meters = Meters(limits, metrics.gateway(lambda: router.size, lambda: book.age))
     servicer = GatewayServicer(
-        manifest,
-        tokenizer,
-        identities,
-        book,
-        router,
-        key,
-        limits,
-        measured,
-        link,
-        tallies,
-        settings.catch_up,
-        settings.log_prompts,
-        releases,
+        manifest, tokenizer, identities, releases, meters, router, tallies, key, settings.log_prompts
     )
     service = rpc.Service(SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer)
     server = await rpc.start(

@@ -1,4 +1,4 @@
-"""One request as a gateway measures it and charges for it."""
+"""Requests as a gateway measures them and charges for them."""
 
 from __future__ import annotations
 
@@ -54,13 +54,19 @@ class Meter:
             self._metrics.token.observe((self._latest - self._first) / (self.made - self._first_tokens))
 
 
-@contextmanager
-def metered(tenant: str, limits: Limits, metrics: GatewayMetrics) -> Iterator[Meter]:
-    """One request of a tenant, for as long as the block runs. Raises Exhausted if it is one too many."""
-    metrics.request(tenant)
-    with limits.request(tenant) as take:
-        meter = Meter(metrics, tenant, take)
-        try:
-            yield meter
-        finally:
-            meter.end()
+class Meters:
+    """Meters of all requests: within the limits, told to the metrics."""
+
+    def __init__(self, limits: Limits, metrics: GatewayMetrics) -> None:
+        self._limits, self._metrics = limits, metrics
+
+    @contextmanager
+    def request(self, tenant: str) -> Iterator[Meter]:
+        """One request of a tenant, for as long as the block runs. Raises Exhausted if it is one too many."""
+        self._metrics.request(tenant)
+        with self._limits.request(tenant) as take:
+            meter = Meter(self._metrics, tenant, take)
+            try:
+                yield meter
+            finally:
+                meter.end()

@@ -1,4 +1,4 @@
-"""Releases that a request names itself, by number or channel: all pinned from one page of the book."""
+"""Which release a request gets: its channel's, or those that it names itself, all from one page of the book."""
 
 from __future__ import annotations
 
@@ -18,25 +18,42 @@ from backpack_serving.wire import sync as wire
 Resolve = Callable[[str, Sequence[int]], Awaitable[tuple[Position, list[ReleaseRef]]]]
 """(tenant, numbers) → the releases of these numbers, and where the store stood. Raises ServiceError."""
 
+Reached = Callable[[Position], Awaitable[None]]
+"""Waits a moment until a position of the store is known here. Raises Unavailable if it isn't by then."""
+
 REMEMBERED = 65_536
 RESOLVE_SECONDS = 5.0
 
 
 class Releases:
-    """A tenant's releases by number. A release never changes, so each is asked for once and then known.
+    """Pins requests to releases, if they wish so not before a write (`since`) is known here.
 
+    A release never changes, so a tenant's number is asked for once and then known.
     A restore from backup may give a number to another release: what is known is known within an epoch.
     """
 
-    def __init__(self, book: Book, resolve: Resolve, remembered: int = REMEMBERED) -> None:
-        self._book, self._resolve, self._remembered = book, resolve, remembered
+    def __init__(self, book: Book, resolve: Resolve, reached: Reached, remembered: int = REMEMBERED) -> None:
+        self._book, self._resolve, self._reached, self._remembered = book, resolve, reached, remembered
         self._known: OrderedDict[tuple[int, str, int], str] = OrderedDict()  # least recently used first
 
-    async def pin(self, tenant: str, choices: Sequence[int | str], request_key: str = "") -> list[Pinned]:
+    async def channel(
+        self, tenant: str, channel: str, request_key: str = "", since: Position | None = None
+    ) -> Pinned:
+        """What a channel points at. Raises NotFound if there is no such channel, Unavailable as `Reached` does."""
+        if since:
+            await self._reached(since)
+        return self._book.pin(tenant, channel, request_key)
+
+    async def pin(
+        self, tenant: str, choices: Sequence[int | str], request_key: str = "", since: Position | None = None
+    ) -> list[Pinned]:
         """The releases of these numbers and channels, in their order.
 
-        Raises NotFound for what isn't there, Unavailable if a number isn't known here and the service is away.
+        Raises NotFound for what isn't there, Unavailable as `Reached` does, or if a number isn't known here and
+        the service is away.
         """
+        if since:
+            await self._reached(since)
         page, key = self._book.page(), request_key or secrets.token_hex(8)
         channels = {name: page.channel(tenant, name, key) for name in choices if isinstance(name, str)}
         numbers = await self._numbers(page, tenant, [number for number in choices if isinstance(number, int)])

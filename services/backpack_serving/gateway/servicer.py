@@ -15,16 +15,14 @@ from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
 
 from backpack_serving import rpc, tracing
 from backpack_serving.errors import Internal, ServiceError, Unavailable
-from backpack_serving.gateway.book import Book, Pinned
-from backpack_serving.gateway.limits import Limits
-from backpack_serving.gateway.meter import Meter, metered
+from backpack_serving.gateway.book import Pinned
+from backpack_serving.gateway.meter import Meter, Meters
 from backpack_serving.gateway.releases import Releases
 from backpack_serving.gateway.routing import Router, Target
 from backpack_serving.gateway.tallies import Tallies
 from backpack_serving.identity import Identities
 from backpack_serving.keys import Principal, Role
-from backpack_serving.metrics import GatewayMetrics
-from backpack_serving.sync.link import Link
+from backpack_serving.sync.known import Position
 from backpack_serving.wire import inference as wire
 from backpack_serving.wire.compare import read_choices, read_question
 from backpack_serving.wire.sync import read_position, write_pin
@@ -44,23 +42,17 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         manifest: Manifest,
         tokenizer: Tokenizer,
         identities: Identities,
-        book: Book,
-        router: Router,
-        service_key: str,
-        limits: Limits,
-        metrics: GatewayMetrics,
-        link: Link,
-        tallies: Tallies,
-        catch_up: float,
-        log_prompts: bool,
         releases: Releases,
+        meters: Meters,
+        router: Router,
+        tallies: Tallies,
+        service_key: str,
+        log_prompts: bool,
     ) -> None:
         self._manifest, self._tokenizer = manifest, tokenizer
-        self._book, self._router, self._service_key = book, router, service_key
-        self._identities, self._log_prompts = identities, log_prompts
-        self._limits, self._metrics = limits, metrics
-        self._link, self._tallies, self._catch_up = link, tallies, catch_up
-        self._releases = releases
+        self._identities, self._releases, self._meters = identities, releases, meters
+        self._router, self._tallies, self._service_key = router, tallies, service_key
+        self._log_prompts = log_prompts
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
         with self._meter(await self._caller(context)) as meter:
@@ -132,8 +124,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         with self._meter(await self._caller(context)) as meter:
             choices = read_choices(request)
             question = read_question(request, self._tokenizer, self._manifest.config)
-            await self._caught_up(request)
-            pins = await self._releases.pin(meter.tenant, choices, request.request_key)
+            pins = await self._releases.pin(meter.tenant, choices, request.request_key, _since(request))
             request.prompt.tokens.ids[:] = question.ids
             self._note(request.prompt)
             del request.pins[:]
@@ -173,17 +164,12 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             structlog.contextvars.bind_contextvars(prompt=self._tokenizer.decode(list(prompt.tokens.ids)))
 
     def _meter(self, who: Principal) -> AbstractContextManager[Meter]:
-        return metered(who.tenant, self._limits, self._metrics)
+        return self._meters.request(who.tenant)
 
     async def _pin(self, meter: Meter, request: Any) -> Pinned:
         """The release that the request has from here to its last token."""
-        await self._caught_up(request)
-        return self._book.pin(meter.tenant, request.channel or wire.DEFAULT_CHANNEL, request.request_key)
-
-    async def _caught_up(self, request: Any) -> None:
-        """Wait for what the request wants known."""
-        if request.HasField("min_revision"):
-            await self._link.reached(read_position(request.min_revision), self._catch_up)
+        channel = request.channel or wire.DEFAULT_CHANNEL
+        return await self._releases.channel(meter.tenant, channel, request.request_key, _since(request))
 
     def _how(self, context: rpc.Context, pinned: Pinned) -> dict[str, Any]:
         """Metadata and deadline of a call to a replica."""
@@ -249,6 +235,11 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
     def _lost(self, target: Target, error: ServiceError) -> None:
         log.warning("a replica is unavailable", address=target.replica.address, reason=error.message)
         target.failed = True
+
+
+def _since(request: Any) -> Position | None:
+    """The write that a request wants known before it runs."""
+    return read_position(request.min_revision) if request.HasField("min_revision") else None
 
 
 def _check(served: pb.Served, pinned: Pinned) -> None:
