@@ -96,7 +96,11 @@ async def _connections_are_renewed(system: System, key: Metadata) -> None:
 
 
 async def _large_messages_are_refused(system: System, key: Metadata) -> None:
-    with pytest.raises(ServiceError) as refused, rpc.errors():
-        await system.inference.Tokenize(pb.TokenizeRequest(text="a" * 2**20), metadata=key)
+    """A message of this size isn't sent again by gRPC when its connection's age ends meanwhile: we ask again."""
+    for _ in range(20):
+        with pytest.raises(ServiceError) as refused, rpc.errors():
+            await system.inference.Tokenize(pb.TokenizeRequest(text="a" * 2**20), metadata=key)
+        if refused.value.code != "UNAVAILABLE":
+            break
     assert refused.value.code == "RESOURCE_EXHAUSTED"
     assert "larger than max" in refused.value.message
