@@ -40,8 +40,15 @@ capabilities: {drop: [ALL]}
 {{- /* Environment of one process: what the chart decides, then the operator's settings, then secrets by reference. */ -}}
 {{- define "backpack.environment" -}}
 {{- $own := .own | default dict }}
+{{- $tls := .root.Values.tls }}
+{{- $_ := set $own "drain" .root.Values.drainSeconds }}
+{{- if $tls.secret }}
+{{- $_ := merge $own (dict "tls_certificate" "/tls/tls.crt" "tls_key" "/tls/tls.key" "tls_ca" "/tls/ca.crt" "tls_name" $tls.name) }}
+{{- if has .part $tls.clientCertificates }}{{ $_ := set $own "tls_client_ca" "/tls/ca.crt" }}{{ end }}
+{{- end }}
+{{- /* toJson: toString would write large numbers as 6.7e+07. */ -}}
 {{- range $name, $value := merge (deepCopy $own) .root.Values.settings }}
-- {name: BACKPACK_{{ $name | upper }}, value: {{ $value | toString | quote }}}
+- {name: BACKPACK_{{ $name | upper }}, value: {{ kindIs "string" $value | ternary $value (toJson $value) | quote }}}
 {{- end }}
 {{- if .root.Values.model.claim }}
 - {name: BACKPACK_MODEL, value: {{ printf "/models/%s" .root.Values.model.path | trimSuffix "/" | quote }}}
@@ -58,6 +65,9 @@ capabilities: {drop: [ALL]}
 {{- if .root.Values.model.claim }}
 - {name: model, mountPath: /models, readOnly: true}
 {{- end }}
+{{- if .root.Values.tls.secret }}
+- {name: tls, mountPath: /tls, readOnly: true}
+{{- end }}
 {{- end }}
 
 {{- define "backpack.volumes" -}}
@@ -66,6 +76,10 @@ capabilities: {drop: [ALL]}
 {{- if .root.Values.model.claim }}
 - name: model
   persistentVolumeClaim: {claimName: {{ .root.Values.model.claim }}, readOnly: true}
+{{- end }}
+{{- with .root.Values.tls.secret }}
+- name: tls
+  secret: {secretName: {{ . }}, defaultMode: 0440}
 {{- end }}
 {{- end }}
 
@@ -78,11 +92,65 @@ tolerations: {{ toJson . }}
 {{- end }}
 {{- end }}
 
+{{- /* Over zones and nodes. By template hash, where pods have one: a rollout's old pods don't count. */ -}}
 {{- define "backpack.spread" -}}
+{{- $p := . -}}
 topologySpreadConstraints:
+  {{- range list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
   - maxSkew: 1
-    topologyKey: kubernetes.io/hostname
+    topologyKey: {{ . }}
     whenUnsatisfiable: ScheduleAnyway
     labelSelector:
-      matchLabels: {{- include "backpack.selector" . | nindent 8 }}
+      matchLabels: {{- include "backpack.selector" $p | nindent 8 }}
+    matchLabelKeys: [pod-template-hash]
+  {{- end }}
+{{- end }}
+
+{{- define "backpack.podAnnotations" -}}
+{{- with .root.Values.secretVersion }}
+annotations: {backpack/secret-version: {{ . | quote }}}
+{{- end }}
+{{- end }}
+
+{{- /* Kubernetes goes on sending connections for a moment after it has decided to stop a pod. */ -}}
+{{- define "backpack.lifecycle" -}}
+preStop:
+  exec: {command: [sleep, "5"]}
+{{- end }}
+
+{{- /* The pause above, then the drain, then those that were told to retry. */ -}}
+{{- define "backpack.graceSeconds" -}}
+{{ add 5 .root.Values.drainSeconds 15 }}
+{{- end }}
+
+{{- /*
+Not serving while there is no replica, or no news of releases, is no reason to restart: liveness is a port that is open.
+Kubernetes' own gRPC probe knows no TLS.
+*/ -}}
+{{- define "backpack.probes" -}}
+{{- if .root.Values.tls.secret }}
+readinessProbe:
+  exec: {command: [backpack, health, "127.0.0.1:{{ .port }}"]}
+  periodSeconds: 10
+  timeoutSeconds: 10
+{{- else }}
+readinessProbe:
+  grpc: {port: {{ .port }}}
+  periodSeconds: 5
+  timeoutSeconds: 5
+{{- end }}
+startupProbe:
+  tcpSocket: {port: grpc}
+  periodSeconds: 2
+  failureThreshold: 60
+livenessProbe:
+  tcpSocket: {port: grpc}
+  periodSeconds: 10
+  timeoutSeconds: 5
+{{- end }}
+
+{{- /* An eviction may always take pods that aren't ready: otherwise gateways without replicas would hold up a node's drain. */ -}}
+{{- define "backpack.budget" -}}
+maxUnavailable: 1
+unhealthyPodEvictionPolicy: AlwaysAllow
 {{- end }}

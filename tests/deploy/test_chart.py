@@ -1,0 +1,242 @@
+"""The Helm chart, rendered by the real helm; the schemas of Kubernetes, KubeRay and the Prometheus operator."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from backpack_serving.gateway.limits import Limit
+from backpack_serving.inference.autoscaling import Autoscaling
+from backpack_serving.settings import Settings
+
+from tests.deploy.chart import (
+    BARE,
+    CHART,
+    DEFAULT,
+    EVERYTHING,
+    ROOT,
+    VARIANTS,
+    environment,
+    every,
+    helm,
+    needs_helm,
+    one,
+    pods,
+    render,
+)
+
+KUBERNETES = "1.35"
+
+pytestmark = needs_helm
+
+
+# ---- what there is
+
+
+@every
+def test_helm_lint_is_content(values: str) -> None:
+    done = helm("lint", "--strict", str(CHART), values=values)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_objects() -> None:
+    assert sorted(f"{o['kind']} {o['metadata']['name']}" for o in render(DEFAULT)) == [
+        "ConfigMap r-dashboard",
+        "Deployment r-gateway",
+        "Deployment r-interventions",
+        "HorizontalPodAutoscaler r-gateway",
+        "Job r-migrations",
+        "NetworkPolicy r-gateway",
+        "NetworkPolicy r-inference",
+        "NetworkPolicy r-interventions",
+        "NetworkPolicy r-migrations",
+        "PodDisruptionBudget r-gateway",
+        "PodDisruptionBudget r-inference",
+        "PodDisruptionBudget r-interventions",
+        "PodMonitor r-replicas",
+        "PrometheusRule r-alerts",
+        "RayService r-inference",
+        "Service r-gateway",
+        "Service r-gateway-metrics",
+        "Service r-interventions",
+        "ServiceMonitor r-services",
+    ]
+    left_out = {o["kind"] for o in render(DEFAULT)} - {o["kind"] for o in render(BARE)}
+    assert left_out == {
+        "ConfigMap", "HorizontalPodAutoscaler", "NetworkPolicy", "PodMonitor", "PrometheusRule", "ServiceMonitor",
+    }  # fmt: skip
+
+
+def test_there_is_one_copy_of_what_others_read_too() -> None:
+    links = {file.name: str(file.readlink()) for file in (CHART / "files").iterdir()}
+    assert links == {
+        "serve.yaml": "../../ray/serve.yaml",
+        "dashboard.json": "../../grafana/dashboards/backpack.json",
+        "rules.yml": "../../prometheus/rules.yml",
+    }
+    assert one(DEFAULT, "ConfigMap", "r-dashboard")["data"]["backpack.json"] == (
+        (ROOT / "deploy/grafana/dashboards/backpack.json").read_text()
+    )
+    rules = yaml.safe_load((ROOT / "deploy/prometheus/rules.yml").read_text())
+    assert one(DEFAULT, "PrometheusRule", "r-alerts")["spec"] == rules
+
+
+# ---- schemas
+
+
+def _closed(schema: Any) -> Any:
+    """A resource's schema that refuses unknown fields, as a strict API server does."""
+    if isinstance(schema, dict):
+        schema = {key: _closed(value) for key, value in schema.items()}
+        open_already = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields")
+        if isinstance(schema.get("properties"), dict) and not open_already:
+            schema["additionalProperties"] = False
+    elif isinstance(schema, list):
+        schema = [_closed(value) for value in schema]
+    return schema
+
+
+@cache
+def _rayservice() -> jsonschema.Draft202012Validator:
+    schema = json.loads((Path(__file__).parent / "rayservice.schema.json").read_text())
+    schema["properties"]["metadata"]["additionalProperties"] = True  # metav1.ObjectMeta, which no CRD repeats
+    return jsonschema.Draft202012Validator(_closed(schema))
+
+
+@cache
+def _monitoring(kind: str) -> jsonschema.Draft202012Validator:
+    schemas = json.loads((Path(__file__).parent / "monitoring.schema.json").read_text())
+    return jsonschema.Draft202012Validator(_closed({"$ref": f"#/$defs/{kind}", "$defs": schemas["$defs"]}))
+
+
+@every
+def test_every_object_is_valid(values: str) -> None:
+    for thing in render(values):
+        if thing["kind"] == "RayService":
+            _rayservice().validate(thing)
+        elif thing["apiVersion"] == "monitoring.coreos.com/v1":
+            _monitoring(thing["kind"]).validate(thing)
+        else:
+            kubernetes_validate.validate(thing, KUBERNETES, strict=True)
+
+
+@every
+def test_every_pod_of_ray_is_valid(values: str) -> None:
+    for name, template in pods(values).items():
+        pod = {"apiVersion": "v1", "kind": "Pod", **copy.deepcopy(template)}
+        pod["metadata"]["name"] = name.lower().replace(" ", "-")
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+def test_the_validation_finds_mistakes() -> None:
+    thing = copy.deepcopy(one(DEFAULT, "RayService", "r-inference"))
+    thing["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]["imagee"] = "x"
+    with pytest.raises(jsonschema.ValidationError, match="imagee"):
+        _rayservice().validate(thing)
+    thing = copy.deepcopy(one(DEFAULT, "Deployment", "r-gateway"))
+    thing["spec"]["template"]["spec"]["containers"][0]["imagee"] = "x"
+    with pytest.raises(kubernetes_validate.ValidationError, match="imagee"):
+        kubernetes_validate.validate(thing, KUBERNETES, strict=True)
+    thing = copy.deepcopy(one(DEFAULT, "PodMonitor", "r-replicas"))
+    thing["spec"]["podMetricsEndpoints"][0]["prot"] = "x"
+    with pytest.raises(jsonschema.ValidationError, match="prot"):
+        _monitoring("PodMonitor").validate(thing)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("{gatway: {}}", "gatway"),
+        ("{gateway: {replicas: 0}}", "/gateway/replicas"),
+        ("{gateway: {service: {type: Public}}}", "/gateway/service/type"),
+        ("{gateway: {autoscaling: {cpuPercent: 0}}}", "cpuPercent"),
+        ("{image: {registry: registry.example}}", "/image/registry"),
+        ("{secret: ''}", "/secret"),
+        ("{settings: {service_key: bp_1}}", "service_key"),
+        ("{settings: {slotz: 3}}", "slotz"),
+        ("{settings: {drain: 3}}", "drain"),
+        ("{tls: {clientCertificates: [everybody]}}", "/tls/clientCertificates/0"),
+        ("{gateway: {limits: {acme: {requests: 3}}}}", "requests"),
+        ("{gateway: {resources: {limits: {memory: much}}}}", "/gateway/resources/limits/memory"),
+        ("{gateway: {autoscaling: {min: 9}}}", "gateway.autoscaling: min (9) is more than max (8)"),
+        ("{inference: {arguments: {cpu: 1}}}", "cpu"),
+        ("{inference: {arguments: {autoscaling: {min_replicas: 1}}}}", "max_replicas"),
+        ("{inference: {workers: {min: 5}}}", "inference.workers: min (5) is more than max (4)"),
+        # What Ray would wait for without a word.
+        ("{inference: {arguments: {cpus: 3}}}", "(arguments: cpus 3, gpus 0) doesn't fit into a pod"),
+        ("{inference: {arguments: {gpus: 1}}}", "(workers.resources.limits: 2 CPUs, 0 GPUs)"),
+        (
+            "{inference: {arguments: {count: 5}}}",
+            "5 replicas don't fit into workers.max (4) pods, which hold 1 each",
+        ),
+        ("{inference: {arguments: {autoscaling: {max_replicas: 5}}}}", "5 replicas don't fit"),
+        ("{inference: {workers: {max: none}}}", "/inference/workers/max"),
+        ("{inference: {redis: {address: redis}}}", "/inference/redis/address"),
+        ("{network: {database: {port: 99999}}}", "/network/database/port"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(values: str, message: str) -> None:
+    done = helm("template", "r", str(CHART), values=values)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_replicas_share_pods_as_ray_counts() -> None:
+    """1500m is two CPUs to Ray: four replicas of half a CPU, so sixteen in four pods."""
+    values = "inference: {arguments: {cpus: 0.5, count: COUNT}, workers: {resources: {limits: {cpu: 1500m}}}}"
+    render(values.replace("COUNT", "16"))
+    refused = helm("template", "r", str(CHART), values=values.replace("COUNT", "17"))
+    assert "17 replicas don't fit into workers.max (4) pods, which hold 4 each" in refused.stderr
+
+
+def test_a_release_has_a_name_that_kuberay_takes() -> None:
+    assert helm("template", "r" * 37, str(CHART)).returncode == 0
+    assert "KubeRay takes 37 characters" in helm("template", "r" * 38, str(CHART)).stderr
+
+
+def test_the_schema_knows_our_settings_and_arguments() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
+    decided = {
+        name for values in VARIANTS.values() for template in pods(values).values() for name in _settings(template)
+    }
+    decided |= {"admin_key", "service_key", "database", "model"}  # secrets, and what has values of its own
+    decided |= {"state", "gateway_address", "metrics_address"}  # by the images
+    decided -= set(yaml.safe_load(EVERYTHING)["settings"])
+    assert set(schema["settings"]["propertyNames"]["enum"]) == Settings.model_fields.keys() - decided
+    app = pytest.importorskip("backpack_serving.inference.app", reason="Ray isn't installed")
+    arguments = schema["inference"]["properties"]["arguments"]["properties"]
+    assert arguments.keys() == app.Arguments.model_fields.keys()
+    assert arguments["autoscaling"]["properties"].keys() == Autoscaling.model_fields.keys()
+    limits = schema["gateway"]["properties"]["limits"]["additionalProperties"]["properties"]
+    assert limits.keys() == {field.name for field in fields(Limit)}
+
+
+def _settings(template: dict[str, Any]) -> set[str]:
+    return {name.removeprefix("BACKPACK_").lower() for name in environment(template)}
+
+
+def test_every_value_is_in_the_schema_and_explained() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    lines = (CHART / "values.yaml").read_text().splitlines()
+
+    def compare(values: dict[str, Any], schema: dict[str, Any], path: str) -> None:
+        assert values.keys() == schema["properties"].keys() - {"global"}, path
+        for name, value in values.items():
+            inner = schema["properties"][name]
+            # Of Ray Serve's arguments, the values choose some.
+            if isinstance(value, dict) and "properties" in inner and name != "arguments":
+                compare(value, inner, f"{path}.{name}")
+
+    compare(yaml.safe_load("\n".join(lines)), schema, "values")
+    for at, line in enumerate(lines):
+        if re.match(r"[a-z]+: \S", line):
+            assert "#" in line or lines[at - 1].startswith("#"), f"no comment on {line}"
