@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from backpack_serving.client import (
     Exhausted,
     Expired,
     InvalidRequest,
+    NotFound,
+    Position,
     Sampling,
+    Served,
     ServiceError,
     Unauthenticated,
     Unavailable,
@@ -29,6 +33,7 @@ from tests.e2e.conftest import copy, running
 
 PROMPT = "The story of the king and the"
 SEEDED = Sampling(max_tokens=12, temperature=0.7, seed=3, log_probabilities=2)
+TWICE = replace(SEEDED, samples=2)
 
 
 def test_importing_it_loads_neither_torch_nor_ray() -> None:
@@ -60,6 +65,79 @@ async def test_both_clients_get_the_same_answers(tmp_path: Path) -> None:
             )
             assert await client.senses("king", 3) == answers["senses"]
             assert all(sense.edited for sense in answers["senses"].senses)
+            await _samples_explained(client, answers)
+            await _compared(client, answers)
+            await _not_before_a_write(client, served)
+
+
+async def _samples_explained(client: AsyncClient, answers: dict[str, Any]) -> None:
+    """Two samples, mixed in a stream and together in one answer; each token with what made it likely."""
+    parts = [part async for part in client.stream(PROMPT, TWICE, explain=3, priority=5)]
+    whole = await client.generate(PROMPT, TWICE, explain=3, priority=-5)
+    assert whole == answers["samples"]
+    assert (whole.text, whole.tokens, whole.finish) == (
+        whole.samples[0].text,
+        whole.samples[0].tokens,
+        whole.samples[0].finish,
+    )
+    assert whole.samples[0].text == answers["generate"]
+    assert whole.samples[0].text != whole.samples[1].text
+    for number, sample in enumerate(whole.samples):
+        mine = [part for part in parts if part.sample == number]
+        assert "".join(part.text for part in mine) == sample.text
+        assert (mine[0].served, mine[-1].finish) == (whole.served, sample.finish)
+        assert [token.id for part in mine for token in part.tokens] == [token.id for token in sample.tokens]
+        prompt = answers["ids"]
+        for at, token in enumerate(sample.tokens):
+            why = token.explanation
+            assert why is not None
+            assert len(why.contributions) == 3
+            assert sum(c.contribution for c in why.contributions) + why.unlisted == pytest.approx(why.logit)
+            ids = [*prompt, *(made.id for made in sample.tokens[:at])]
+            assert all(c.token.id == ids[c.position] and 0 <= c.sense < 16 for c in why.contributions)
+    assert (parts[-1].prompt_tokens, parts[-1].generated_tokens) == (whole.prompt_tokens, whole.generated_tokens)
+    asked, first = await client.explain(PROMPT, whole.tokens[0].id, 3), whole.tokens[0].explanation
+    assert first is not None
+    for mine, theirs in zip(asked.contributions, first.contributions, strict=True):
+        assert (mine.position, mine.token, mine.sense) == (theirs.position, theirs.token, theirs.sense)
+        assert mine.contribution == pytest.approx(theirs.contribution, rel=1e-6)
+
+
+async def _compared(client: AsyncClient, answers: dict[str, Any]) -> None:
+    """Under the release and without it: what single calls say."""
+    predictions = await client.compare(PROMPT, [1, 0], top=4, targets=["ship", answers["ids"][0]])
+    assert predictions == answers["compare"]
+    steered, plain = predictions
+    assert [p.served.release for p in predictions] == [1, 0]
+    assert [token.text for token in plain.targets] == [" ship", "The"]
+    logs = [token.log_probability or 0 for token in steered.top]
+    assert (len(logs), logs) == (4, sorted(logs, reverse=True))
+    ship = await client.explain(PROMPT, "ship")
+    assert steered.targets[0].log_probability == pytest.approx(ship.target.log_probability, abs=1e-4)
+    assert (steered.targets[0].log_probability or 0) > (plain.targets[0].log_probability or 0) + 0.5
+
+    scores = await client.compare_scores(PROMPT, ["live", 0])
+    assert scores == answers["compare_scores"]
+    alone = await client.score(PROMPT)
+    assert (scores[0].served.release, scores[0].served.digest) == (1, alone.served.digest)
+    assert [t.id for t in scores[0].tokens] == [t.id for t in alone.tokens]
+    assert scores[0].tokens[0].log_probability is None
+    assert [t.log_probability for t in scores[0].tokens[1:]] == pytest.approx(
+        [t.log_probability for t in alone.tokens[1:]], abs=1e-4
+    )
+    assert scores[0].perplexity == pytest.approx(alone.perplexity, rel=1e-4)
+    assert [p.served.release for p in await client.compare(PROMPT)] == [0, 1], (
+        "unpatched and live, if none is named"
+    )
+
+
+async def _not_before_a_write(client: AsyncClient, served: Served) -> None:
+    assert (await client.score(PROMPT, since=served.at)).served.at >= served.at
+    assert served.staleness < 30
+    later = Position(served.at.epoch, served.at.revision + 1000)
+    with pytest.raises(Unavailable, match=f"asked for {later}") as refused:
+        await client.compare(PROMPT, [0], since=later)
+    assert refused.value.reason == "BEHIND"
 
 
 def _ask(address: str, key: str) -> tuple[Any, dict[str, Any]]:
@@ -69,6 +147,14 @@ def _ask(address: str, key: str) -> tuple[Any, dict[str, Any]]:
         for call, kind, reason in (
             (lambda: client.generate("", SEEDED), InvalidRequest, "EMPTY"),
             (lambda: client.score([5]), InvalidRequest, "TOO_SHORT"),
+            (lambda: client.generate([-1]), InvalidRequest, "OUT_OF_RANGE"),
+            (lambda: client.generate(PROMPT, Sampling(seed=2**64)), InvalidRequest, "OUT_OF_RANGE"),
+            (lambda: client.generate(PROMPT, Sampling(samples=17)), InvalidRequest, "OUT_OF_RANGE"),
+            (lambda: list(client.stream(PROMPT, explain=65)), InvalidRequest, "OUT_OF_RANGE"),
+            (lambda: list(client.stream(PROMPT, priority=101)), InvalidRequest, "OUT_OF_RANGE"),
+            (lambda: client.compare(PROMPT, []), InvalidRequest, "OUT_OF_RANGE"),
+            (lambda: client.compare(PROMPT, [0, 99]), NotFound, "NO_SUCH_RELEASE"),
+            (lambda: client.compare_scores([5]), InvalidRequest, "TOO_SHORT"),
             (lambda: client.generate(PROMPT, Sampling(480), timeout=0.05), Expired, ""),
             (lambda: list(Client(address, "bp_x").stream(PROMPT)), Unauthenticated, "MALFORMED_KEY"),
             (lambda: Client(address).model(), Unauthenticated, "NO_CREDENTIAL"),
@@ -84,6 +170,9 @@ def _ask(address: str, key: str) -> tuple[Any, dict[str, Any]]:
             "score": client.score(PROMPT),
             "explain": client.explain(PROMPT, "nurse", 5),
             "senses": client.senses("king", 3),
+            "samples": client.generate(PROMPT, TWICE, explain=3),
+            "compare": client.compare(PROMPT, [1, 0], top=4, targets=["ship", ids[0]]),
+            "compare_scores": client.compare_scores(PROMPT, ["live", 0]),
         }
 
 

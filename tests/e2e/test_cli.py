@@ -192,17 +192,40 @@ def test_keys_are_rotated_and_tenants_suspended(backpack: Any) -> None:
 
 def test_compare_releases(backpack: Any) -> None:
     shown = backpack("compare", "The story of the king and the", "--target", "ship", "--as", "harbour")
-    assert re.search(r"unpatched \([0-9a-f]{12}\) +\d+\.\d+ % ", shown)
-    assert re.search(r"live, 1 \([0-9a-f]{12}\) ", shown)
-    shown = backpack("compare", "The king", "--under", "0-1", "--under", "live", "--score", "--as", "harbour")
+    assert re.search(r"release +log p +perplexity +p\(' ship'\) +likeliest next", shown)
+    rows = re.findall(r"^ (.*) \(([0-9a-f]{8})\) +(-\d+\.\d+) +(\d+\.\d+) +(\d+\.\d+) % ", shown, re.M)
+    (plain, steered) = rows
+    assert (plain[0], steered[0]) == ("unpatched", "live, 1")
+    assert float(steered[4]) > 1.5 * float(plain[4])
+    scored = backpack("score", "The story of the king and the", "--as", "harbour")
+    assert f"log p {steered[2]}, perplexity {steered[3]}" in scored
+    choices = ("--release", "0-1", "--release", "live")
+    shown = backpack("compare", "The king", *choices, "--score", "--as", "harbour")
     assert "3 releases of harbour" in shown
-    assert "write 1-8" in backpack("compare", "The king", "--under", "9-3", code=2)
-    assert "releases/99 doesn't exist" in backpack("compare", "The king", "--under", "99", code=1)
+    assert len(re.findall(r" (\d|live, \d|unpatched) \(", backpack("compare", "The king", *choices))) == 3
+    assert "–" in backpack("compare", "king"), "one token has no likelihood, but a next one"
+    assert "write 1-8" in backpack("compare", "The king", "--release", "9-3", code=2)
+    assert "releases/99 doesn't exist" in backpack("compare", "The king", "--release", "99", code=1)
 
 
 def test_generate_explains_each_token(backpack: Any) -> None:
     shown = backpack("generate", "The king and the", "--max-tokens", "3", "--explain", "2", "--as", "harbour")
-    assert shown.count(" the others") == 3
+    assert shown.count(" all others") == 3
+    terms = re.findall(r"([+-]\d+\.\d+)  '.*?' +(\d+) +(\d+)  █", shown)
+    assert len(terms) == 6
+    assert all(int(position) < 6 and int(sense) < 16 for _, position, sense in terms)
+
+
+def test_samples_are_what_their_seeds_give(backpack: Any) -> None:
+    words = ("generate", "The king and the", "--max-tokens", "8", "--as", "harbour", "--priority", "3")
+    shown = backpack(*words, "--seed", "4", "--samples", "2", "--explain", "1")
+    assert "4 + 16 tokens" in shown
+    for number in range(2):
+        alone = backpack(*words, "--seed", str(4 + number)).split("\n")[0].removeprefix("The king and the")
+        assert f"{number}  {alone}" in shown
+        assert f"sample {number}" in shown
+    assert "less than or equal to 16" in backpack(*words, "--samples", "17", code=2)
+    assert "less than or equal to 100" in backpack(*words, "--priority", "200", code=2)
 
 
 def test_a_canary_is_started_watched_promoted_and_rolled_back(backpack: Any) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
-from backpack_proto.v1 import inference_pb2_grpc, interventions_pb2_grpc, sync_pb2_grpc
+from backpack_proto.v1 import interventions_pb2_grpc, sync_pb2_grpc
 from rich.console import Console
+from rich.text import Text
 
 from backpack_serving import rpc
 from backpack_serving.client import Client as TextClient
-from backpack_serving.errors import ServiceError
+from backpack_serving.client import Served, Token
+from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.settings import Settings
 from backpack_serving.tls import Tls
 
@@ -37,7 +40,10 @@ Channel = Annotated[str, typer.Option(help="Which of the tenant's channels steer
 
 @dataclass(frozen=True)
 class Client:
-    """Stubs for one caller. Closes its channels at the end of a `with`."""
+    """A client of the gateway, and stubs of the intervention service, for one caller.
+
+    Closes its channels at the end of a `with`.
+    """
 
     gateway: str
     interventions: str
@@ -50,12 +56,8 @@ class Client:
         return rpc.with_key(self.key)
 
     @property
-    def inference(self) -> inference_pb2_grpc.InferenceServiceStub:
-        return inference_pb2_grpc.InferenceServiceStub(self._open(self.gateway))
-
-    @property
     def text(self) -> TextClient:
-        client = TextClient(self.gateway, self.key, tls=self.tls)
+        client = TextClient(self.gateway, self.key, tls=self.tls, timeout=None)  # people press Ctrl-C
         self._channels.append(client)
         return client
 
@@ -90,6 +92,25 @@ class Client:
     def __exit__(self, *_: object) -> None:
         for channel in self._channels:
             channel.close()
+
+
+def percent(token: Token) -> str:
+    """A token's probability; nothing if it isn't known."""
+    return "" if token.log_probability is None else f"{100 * math.exp(token.log_probability):.2f} %"
+
+
+def contribution_bar(share: float, width: int) -> Text:
+    """A contribution, as a share of the largest magnitude: −1 to 1."""
+    return Text("█" * max(1, round(width * abs(share))), "green" if share > 0 else "red")
+
+
+def footnote(served: Served, note: str = "") -> None:
+    """What an answer was made with, below it."""
+    canary = ", the canary" if served.canary else ""
+    err.print(
+        f"[dim]{note + '; ' if note else ''}{served.tenant}/{served.channel}, release {served.release} "
+        f"({served.digest[:12]}){canary}[/]"
+    )
 
 
 def new_id() -> str:
@@ -142,22 +163,23 @@ def exits() -> Iterator[None]:
     try:
         yield
     except ServiceError as error:
-        if error.reason == "TRANSPORT":
+        if isinstance(error, Unavailable) and error.reason == "TRANSPORT":
             settings = Settings()
-            err.print(
-                f"gateway {settings.gateway_address}, interventions {settings.interventions_address}: ", end=""
+            _refuse(
+                f"no answer ({error.message}); is the gateway at {settings.gateway_address} running, and the "
+                f"intervention service at {settings.interventions_address}? `backpack run` starts both, "
+                "BACKPACK_GATEWAY_ADDRESS and BACKPACK_INTERVENTIONS_ADDRESS say where they are"
             )
-            err.print("is one of them not running? `backpack run` starts both")
-        err.print(f"[red]error[/] {error.reason}: ", end="")
-        err.print(error.message, markup=False)
-        raise typer.Exit(1) from None
+        _refuse(f"{error.reason}: {error.message}")
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] not in LAB_PACKAGES:
             raise
-        err.print(f"[red]error[/] this needs {error.name}: ", end="")
-        err.print("pip install 'backpack-serving[lab]'", markup=False)
-        raise typer.Exit(1) from None
+        _refuse(f"this needs {error.name}: pip install 'backpack-serving[lab]'")
     except (OSError, ValueError) as error:  # of models and files: every one of ours says the fix
-        err.print("[red]error[/] ", end="")
-        err.print(str(error), markup=False)
-        raise typer.Exit(1) from None
+        _refuse(str(error))
+
+
+def _refuse(text: str) -> NoReturn:
+    """One line, however wide the terminal is."""
+    err.print(Text.assemble(("error:", "red"), f" {' '.join(text.split())}"), soft_wrap=True)
+    raise typer.Exit(1) from None

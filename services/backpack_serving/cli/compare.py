@@ -2,90 +2,122 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
 import typer
-from backpack_proto.v1 import inference_pb2 as pb
+from rich.columns import Columns
 from rich.table import Table
 from rich.text import Text
 
-from backpack_serving.cli.client import AsTenant, Key, as_caller, err, out
+from backpack_serving import rpc
+from backpack_serving.cli.client import AsTenant, Key, as_caller, err, out, percent
+from backpack_serving.client import Client, InvalidRequest, Prediction, Score, Served, Token
 
 
 def compare(
-    prompt: Annotated[str, typer.Argument(help="Text whose next token is asked for, or that is scored.")],
-    under: Annotated[
+    text: Annotated[str, typer.Argument(help="Text whose likelihood, and whose next token, is asked for.")],
+    release: Annotated[
         list[str] | None,
         typer.Option(
-            help="Release: a number (3), numbers (1-8), a channel (live), or unpatched; repeatable. "
+            help="A number (3), numbers (1-8), a channel (live), or unpatched; repeatable, up to 256. "
             "If none: unpatched and live."
         ),
     ] = None,
     target: Annotated[list[str] | None, typer.Option(help="Word to give the probability of; repeatable.")] = None,
-    top: Annotated[int, typer.Option(help="How many of the likeliest next tokens.", min=1, max=100)] = 5,
-    score: Annotated[bool, typer.Option("--score", help="How likely the text is, not what follows it.")] = False,
+    top: Annotated[int, typer.Option(help="How many of the likeliest next tokens.", min=1, max=100)] = 3,
+    score: Annotated[
+        bool, typer.Option("--score", help="Only the text, and which of its tokens each release changes most.")
+    ] = False,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """The next token, or a text's score, under up to 256 releases side by side."""
-    request = pb.CompareRequest(
-        prompt=pb.Prompt(text=prompt),
-        releases=list(_choices(under or ["unpatched", "live"])),
-        mode=pb.COMPARE_MODE_SCORE if score else pb.COMPARE_MODE_NEXT_TOKEN,
-        top=0 if score else top,
-        targets=[pb.Word(text=word) for word in target or ()],
-    )
-    with as_caller(tenant, key) as client:
-        answer = client.inference.Compare(request, metadata=client.metadata)
-    out.print(_scores(answer) if score else _next_tokens(answer))
-    whose = answer.releases[0].served.tenant
-    err.print(f"[dim]{len(answer.tokens)} tokens, {len(answer.releases)} releases of {whose}[/]")
+    """A text and its next token under up to 256 releases side by side.
+
+    What the live release changes: `backpack compare "The story of the king and the" --target ship`
+
+    All releases up to 8 beside the model as it is: `backpack compare TEXT --release unpatched --release 1-8`
+    """
+    choices = list(_choices(release or ["unpatched", "live"]))
+    with as_caller(tenant, key) as caller:
+        client = caller.text
+        if score:
+            scored = client.compare_scores(text, choices)
+            table, served = _changes(scored), [s.served for s in scored]
+        else:
+            found = client.compare(text, choices, top=top, targets=target or ())
+            table, served = _beside(found, _scores(client, text, found)), [p.served for p in found]
+    out.print(table)
+    err.print(f"[dim]{len(served)} releases of {served[0].tenant}[/]")
 
 
-def _choices(names: Sequence[str]) -> Iterator[pb.ReleaseChoice]:
+def _choices(names: Sequence[str]) -> Iterator[int | str]:
     for name in names:
         if numbers := re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", name):
             first, last = int(numbers[1]), int(numbers[2] or numbers[1])
             if not 0 <= last - first < 256:
-                raise typer.BadParameter(f"{name}: write 1-8, at most 256 releases", param_hint="--under")
-            yield from (pb.ReleaseChoice(number=number) for number in range(first, last + 1))
-        elif name == "unpatched":
-            yield pb.ReleaseChoice(unpatched=True)
+                raise typer.BadParameter(f"{name}: write 1-8, at most 256 releases", param_hint="--release")
+            yield from range(first, last + 1)
         else:
-            yield pb.ReleaseChoice(channel=name)
+            yield 0 if name == "unpatched" else name
 
 
-def _next_tokens(answer: pb.CompareResponse) -> Table:
-    targets = [repr(token.text) for token in answer.releases[0].next.targets]
-    table = Table("release", *targets, "likeliest", box=None)
-    for compared in answer.releases:
-        likeliest = "  ".join(f"{token.text!r} {_percent(token)}" for token in compared.next.top)
-        table.add_row(_name(compared.served), *map(_percent, compared.next.targets), Text(likeliest))
-    return table
+def _scores(client: Client, text: str, found: Sequence[Prediction]) -> Mapping[int, Score]:
+    """Of the same releases, by number: a channel may have moved meanwhile. None of a text of one token."""
+    numbers = sorted({prediction.served.release for prediction in found})
+    try:
+        with rpc.errors():
+            return {score.served.release: score for score in client.compare_scores(text, numbers)}
+    except InvalidRequest as error:
+        if error.reason != "TOO_SHORT":
+            raise
+        return {}
 
 
-def _scores(answer: pb.CompareResponse) -> Table:
-    """With the token that each release changes most, against the first one."""
-    table = Table("release", "log p", "perplexity", "most changed", box=None)
-    first = answer.releases[0].score.log_probabilities
-    for compared in answer.releases:
-        score = compared.score
-        changes = [mine - theirs for mine, theirs in zip(score.log_probabilities, first, strict=True)]
-        at = max(range(len(changes)), key=lambda n: abs(changes[n]))
-        changed = f"{answer.tokens[at + 1].text!r} {changes[at]:+.3f}" if changes[at] else "–"
+def _beside(found: Sequence[Prediction], scores: Mapping[int, Score]) -> Table:
+    table = _table("log p", "perplexity", *(f"p({token.text!r})" for token in found[0].targets))
+    table.add_column("likeliest next")
+    for prediction in found:
+        likeliest = [Text(f"{token.text!r} {percent(token)}") for token in prediction.top]
         table.add_row(
-            _name(compared.served), f"{score.log_probability:.3f}", f"{score.perplexity:.2f}", Text(changed)
+            _name(prediction.served),
+            *_likelihood(scores.get(prediction.served.release)),
+            *map(percent, prediction.targets),
+            Columns(likeliest, padding=(0, 2)),
         )
     return table
 
 
-def _percent(token: pb.Token) -> str:
-    return f"{100 * math.exp(token.log_probability):.2f} %"
+def _changes(scored: Sequence[Score]) -> Table:
+    """With the token that each release changes most, against the first one."""
+    table = _table("log p", "perplexity")
+    table.add_column("most changed")
+    for score in scored:
+        changes = [_log(mine) - _log(first) for mine, first in zip(score.tokens, scored[0].tokens, strict=True)]
+        at = max(range(len(changes)), key=lambda n: abs(changes[n]))
+        changed = f"{score.tokens[at].text!r} {changes[at]:+.3f}" if changes[at] else "–"
+        table.add_row(_name(score.served), *_likelihood(score), Text(changed))
+    return table
 
 
-def _name(served: pb.Served) -> str:
+def _table(*figures: str) -> Table:
+    table = Table(box=None)
+    table.add_column("release", no_wrap=True)
+    for name in figures:
+        table.add_column(Text(name), justify="right")
+    return table
+
+
+def _likelihood(score: Score | None) -> tuple[str, str]:
+    return (f"{score.log_probability:.3f}", f"{score.perplexity:.2f}") if score else ("–", "–")
+
+
+def _log(token: Token) -> float:
+    """Of the first token, which nothing stands before, 0."""
+    return token.log_probability or 0.0
+
+
+def _name(served: Served) -> str:
     name = f"{served.channel}, {served.release}" if served.channel else str(served.release or "unpatched")
-    return f"{name} ({served.release_digest[:12]})"
+    return f"{name} ({served.digest[:8]})"

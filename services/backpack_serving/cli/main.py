@@ -6,6 +6,7 @@ import typer
 
 from backpack_serving.cli import control, database, experiment, lab, model, releases, serve, tenants, text
 from backpack_serving.cli.compare import compare
+from backpack_serving.cli.generate import generate
 from backpack_serving.cli.health import health
 from backpack_serving.cli.run import run
 from backpack_serving.cli.secrets import write
@@ -14,6 +15,7 @@ from backpack_serving.cli.train import train
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
+    rich_markup_mode="markdown",
     help="""Serve Backpack language models to many tenants, each steered by its own patches to the sense vectors.
 
     Start with `backpack run`; then, in another terminal, `backpack generate "The story of the king"`, and steer:
@@ -27,7 +29,7 @@ app.command(rich_help_panel="Serving")(model.settings)
 app.command(rich_help_panel="Serving")(health)
 app.command("secrets", rich_help_panel="Serving")(write)
 app.add_typer(database.app, name="database", rich_help_panel="Serving")
-for command in (text.generate, text.score, text.explain, compare, text.senses):
+for command in (generate, text.score, text.explain, compare, text.senses):
     app.command(rich_help_panel="Calling")(command)
 app.add_typer(tenants.app, name="tenant", rich_help_panel="Steering")
 app.add_typer(control.patch_app, name="patch", rich_help_panel="Steering")

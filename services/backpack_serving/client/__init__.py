@@ -6,6 +6,11 @@
         for part in client.stream("The story of the king"):
             print(part.text, end="", flush=True)
 
+Calls about text take `channel` (default "live"), whose release steers them; `request_key`, which decides under a
+canary: the same key, the same release; and `since`, a position of the store: the call waits a moment until its
+gateway knows as much, and `served.at` of each answer is one. Of a tenant's requests that wait, those of the
+highest `priority` (−100 to 100) run first.
+
 Reads that fail for want of a server are repeated by the channel. Generation is repeated as long as nothing of it
 has come, up to `attempts` times, and never after that: half a text can't be taken back. Everything else that goes
 wrong is a `ServiceError`; `retry_after` says when another try may succeed.
@@ -16,10 +21,13 @@ from backpack_serving.client.blocking import Client
 from backpack_serving.client.requests import Sampling
 from backpack_serving.client.results import (
     Contribution,
+    Explained,
     Explanation,
     Generation,
     Model,
     Part,
+    Prediction,
+    Sample,
     Score,
     Sense,
     Senses,
@@ -38,6 +46,7 @@ from backpack_serving.errors import (
     Unauthenticated,
     Unavailable,
 )
+from backpack_serving.sync.known import Position
 from backpack_serving.tls import Tls
 
 __all__ = [
@@ -47,6 +56,7 @@ __all__ = [
     "Contribution",
     "Exhausted",
     "Expired",
+    "Explained",
     "Explanation",
     "Forbidden",
     "Generation",
@@ -54,7 +64,10 @@ __all__ = [
     "Model",
     "NotFound",
     "Part",
+    "Position",
     "PreconditionFailed",
+    "Prediction",
+    "Sample",
     "Sampling",
     "Score",
     "Sense",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -12,8 +12,9 @@ from backpack_proto.v1 import inference_pb2_grpc
 
 from backpack_serving import rpc
 from backpack_serving.client import requests, results
-from backpack_serving.client.requests import Caller, Prompt, Sampling
+from backpack_serving.client.requests import Caller, Pinning, Prompt, Release, Sampling, Word
 from backpack_serving.errors import ServiceError
+from backpack_serving.sync.known import Position
 from backpack_serving.tls import Tls
 
 
@@ -43,16 +44,23 @@ class AsyncClient:
         prompt: Prompt,
         sampling: Sampling = Sampling(),  # frozen
         *,
+        explain: int | None = None,
+        priority: int = 0,
+        coalesce: float | None = None,
         channel: str = "",
         request_key: str = "",
-        coalesce: float | None = None,
+        since: Position | None = None,
         timeout: float | None = None,
     ) -> AsyncIterator[results.Part]:
-        """Text after a prompt, as it is made. `coalesce` is for how many seconds tokens are gathered.
+        """Text after a prompt, as it is made; a part says which sample it is of.
 
-        Leaving the iterator early ends the generation.
+        With `explain`, each token comes with that many contributions to its logit (1 to 64; 0: 8), and the stream
+        waits for them. `coalesce` is for how many seconds tokens are gathered. Leaving the iterator early ends the
+        generation, of all samples.
         """
-        request = requests.stream(prompt, sampling, channel, request_key, coalesce)
+        request = requests.stream(
+            prompt, sampling, priority, explain, coalesce, Pinning(channel, request_key, since)
+        )
         for attempt in range(self._caller.attempts):
             call, begun = self._stub.GenerateStream(request, **self._caller.how(timeout)), False
             try:
@@ -73,12 +81,19 @@ class AsyncClient:
         prompt: Prompt,
         sampling: Sampling = Sampling(),
         *,
+        explain: int | None = None,
+        priority: int = 0,
         channel: str = "",
         request_key: str = "",
+        since: Position | None = None,
         timeout: float | None = None,
     ) -> results.Generation:
-        """Text after a prompt, in one piece."""
-        request = requests.generate(prompt, sampling, channel, request_key)
+        """Text after a prompt, in one piece: as many samples as `sampling` says.
+
+        With `explain`, each token comes with that many contributions to its logit (1 to 64; 0: 8; of all tokens
+        together at most 40,000).
+        """
+        request = requests.generate(prompt, sampling, priority, explain, Pinning(channel, request_key, since))
         for attempt in range(self._caller.attempts):
             try:
                 return results.Generation.of(await self._call(self._stub.Generate, request, timeout))
@@ -86,35 +101,85 @@ class AsyncClient:
                 await asyncio.sleep(self._caller.pause(error, attempt))
         raise AssertionError("pause raises after the last attempt")
 
-    async def score(self, text: Prompt, *, channel: str = "", timeout: float | None = None) -> results.Score:
-        """How likely each token of a text is."""
-        return results.Score.of(await self._call(self._stub.Score, requests.score(text, channel), timeout))
+    async def score(
+        self,
+        text: Prompt,
+        *,
+        channel: str = "",
+        request_key: str = "",
+        since: Position | None = None,
+        timeout: float | None = None,
+    ) -> results.Score:
+        """How likely each token of a text (of two or more) is."""
+        request = requests.score(text, Pinning(channel, request_key, since))
+        return results.Score.of(await self._call(self._stub.Score, request, timeout))
 
     async def explain(
         self,
         prompt: Prompt,
-        target: str | int | None = None,
+        target: Word | None = None,
         limit: int = 20,
         *,
         channel: str = "",
+        request_key: str = "",
+        since: Position | None = None,
         timeout: float | None = None,
-    ) -> results.Explanation:
-        """Why a word (or token) follows a prompt, the likeliest one if none is given: the largest terms."""
-        request = requests.explain(prompt, target, limit, channel)
-        return results.Explanation.of(await self._call(self._stub.Explain, request, timeout))
+    ) -> results.Explained:
+        """Why a word follows a prompt, the likeliest token if none is given: the largest terms, 1 to 1000."""
+        request = requests.explain(prompt, target, limit, Pinning(channel, request_key, since))
+        return results.Explained.answer(await self._call(self._stub.Explain, request, timeout))
+
+    async def compare(
+        self,
+        prompt: Prompt,
+        releases: Sequence[Release] = (0, "live"),
+        *,
+        top: int = 10,
+        targets: Sequence[Word] = (),
+        request_key: str = "",
+        since: Position | None = None,
+        timeout: float | None = None,
+    ) -> tuple[results.Prediction, ...]:
+        """The token after a prompt under 1 to 256 releases, in their order; the trunk runs once for all of them.
+
+        `top` is how many of the likeliest tokens are given, 1 to 100; `targets` are up to 64 words to add.
+        """
+        pinned = Pinning(None, request_key, since)
+        request = requests.compare(prompt, releases, top, targets, pinned)
+        return results.Prediction.compared(await self._call(self._stub.Compare, request, timeout))
+
+    async def compare_scores(
+        self,
+        text: Prompt,
+        releases: Sequence[Release] = (0, "live"),
+        *,
+        request_key: str = "",
+        since: Position | None = None,
+        timeout: float | None = None,
+    ) -> tuple[results.Score, ...]:
+        """How likely a text is under 1 to 256 releases, in their order; the trunk runs once for all of them."""
+        request = requests.compare_scores(text, releases, Pinning(None, request_key, since))
+        return results.Score.compared(await self._call(self._stub.Compare, request, timeout))
 
     async def senses(
-        self, word: str | int, limit: int = 10, *, channel: str = "", timeout: float | None = None
+        self,
+        word: Word,
+        limit: int = 10,
+        neighbours: int = 0,
+        *,
+        channel: str = "",
+        request_key: str = "",
+        since: Position | None = None,
+        timeout: float | None = None,
     ) -> results.Senses:
-        """What each sense of a word (or token) predicts."""
-        request = requests.senses(word, limit, channel)
+        """What each sense of a word predicts: tokens at each end, and neighbours; at most 100 of each."""
+        request = requests.senses(word, limit, neighbours, Pinning(channel, request_key, since))
         return results.Senses.of(await self._call(self._stub.ListSenses, request, timeout))
 
     async def tokenize(self, text: str, *, timeout: float | None = None) -> tuple[results.Token, ...]:
         """The tokens of a text."""
-        return results.tokens(
-            (await self._call(self._stub.Tokenize, pb.TokenizeRequest(text=text), timeout)).tokens
-        )
+        answer = await self._call(self._stub.Tokenize, requests.tokenize(text), timeout)
+        return results.tokens(answer.tokens)
 
     async def model(self, *, timeout: float | None = None) -> results.Model:
         """The model that is served."""

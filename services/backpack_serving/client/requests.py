@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from backpack_proto.v1 import inference_pb2 as pb
 
 from backpack_serving import rpc
-from backpack_serving.errors import ServiceError, Unavailable
+from backpack_serving.errors import InvalidRequest, ServiceError, Unavailable
+from backpack_serving.sync.known import Position
+
+R = TypeVar("R")
 
 Prompt = str | Sequence[int]
 """A text, or the ids of its tokens."""
+
+Word = str | int
+"""A word of one token, without the space before it; or a token's id."""
+
+Release = int | str
+"""A release: its number (0 is the model unpatched), or a channel, which means the release that it is at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +32,7 @@ class Sampling:
 
     `temperature` 0 is greedy; `top_k` 0 is all tokens. The same `seed` gives the same text. `stop` are texts to
     end before. `log_probabilities` asks for those of every token, and of so many likeliest others (at most 20).
+    `samples` texts are made (at most 16), the prompt is read once; sample n is what `seed` + n gives alone.
     """
 
     max_tokens: int = 64
@@ -29,9 +40,10 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
     log_probabilities: int | None = None
     ignore_end_of_text: bool = False
+    samples: int = 1
 
     def message(self) -> pb.Sampling:
         return pb.Sampling(
@@ -40,10 +52,33 @@ class Sampling:
             top_k=self.top_k,
             top_p=self.top_p,
             seed=self.seed,
-            stop=self.stop,
+            stop=(self.stop,) if isinstance(self.stop, str) else self.stop,
             log_probabilities=self.log_probabilities,
             ignore_end_of_text=self.ignore_end_of_text,
+            samples=self.samples,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Pinning:
+    """Which release a request gets: a channel's, under a canary by the key, not before a write is known.
+
+    For a comparison, which names its releases, `channel` is None.
+    """
+
+    channel: str | None
+    request_key: str
+    since: Position | None
+
+    def of(self, request: R) -> R:
+        """The request, with what it is pinned by."""
+        message: Any = request
+        if self.channel is not None:
+            message.channel = self.channel
+        message.request_key = self.request_key
+        if self.since is not None:
+            message.min_revision.epoch, message.min_revision.revision = self.since.epoch, self.since.revision
+        return request
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,44 +104,97 @@ class Caller:
         return (error.retry_after or 0.0) + random.uniform(0, 0.1 * 2**attempt)
 
 
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """What no message can hold is refused as a server would refuse it."""
+    try:
+        yield
+    except ValueError as error:  # protobuf's, of numbers beyond the range of their field
+        raise InvalidRequest("OUT_OF_RANGE", f"no request can hold this: {error}") from None
+
+
+@_fitting()
+def generate(
+    given: Prompt, sampling: Sampling, priority: int, explain: int | None, pinned: Pinning
+) -> pb.GenerateRequest:
+    request = pb.GenerateRequest(prompt=prompt(given), sampling=sampling.message(), priority=priority)
+    return pinned.of(_explained(request, explain))
+
+
+@_fitting()
+def stream(
+    given: Prompt,
+    sampling: Sampling,
+    priority: int,
+    explain: int | None,
+    coalesce: float | None,
+    pinned: Pinning,
+) -> pb.GenerateStreamRequest:
+    request = pb.GenerateStreamRequest(prompt=prompt(given), sampling=sampling.message(), priority=priority)
+    if coalesce is not None:
+        request.coalesce.FromNanoseconds(int(coalesce * 1e9))
+    return pinned.of(_explained(request, explain))
+
+
+@_fitting()
+def score(given: Prompt, pinned: Pinning) -> pb.ScoreRequest:
+    return pinned.of(pb.ScoreRequest(text=prompt(given)))
+
+
+@_fitting()
+def explain(given: Prompt, target: Word | None, limit: int, pinned: Pinning) -> pb.ExplainRequest:
+    request = pb.ExplainRequest(prompt=prompt(given), limit=limit)
+    if target is not None:
+        request.target.CopyFrom(word(target))
+    return pinned.of(request)
+
+
+@_fitting()
+def senses(given: Word, limit: int, neighbours: int, pinned: Pinning) -> pb.ListSensesRequest:
+    return pinned.of(pb.ListSensesRequest(word=word(given), limit=limit, neighbours=neighbours))
+
+
+@_fitting()
+def compare(
+    given: Prompt, releases: Sequence[Release], top: int, targets: Sequence[Word], pinned: Pinning
+) -> pb.CompareRequest:
+    mode = pb.COMPARE_MODE_NEXT_TOKEN
+    request = pb.CompareRequest(prompt=prompt(given), mode=mode, top=top, targets=map(word, targets))
+    return _compared(request, releases, pinned)
+
+
+@_fitting()
+def compare_scores(given: Prompt, releases: Sequence[Release], pinned: Pinning) -> pb.CompareRequest:
+    request = pb.CompareRequest(prompt=prompt(given), mode=pb.COMPARE_MODE_SCORE)
+    return _compared(request, releases, pinned)
+
+
+@_fitting()
+def tokenize(text: str) -> pb.TokenizeRequest:
+    return pb.TokenizeRequest(text=text)
+
+
 def prompt(given: Prompt) -> pb.Prompt:
     if isinstance(given, str):
         return pb.Prompt(text=given)
     return pb.Prompt(tokens=pb.TokenIds(ids=given))
 
 
-def generate(given: Prompt, sampling: Sampling, channel: str, request_key: str) -> pb.GenerateRequest:
-    return pb.GenerateRequest(
-        prompt=prompt(given), sampling=sampling.message(), channel=channel, request_key=request_key
-    )
-
-
-def stream(
-    given: Prompt, sampling: Sampling, channel: str, request_key: str, coalesce: float | None
-) -> pb.GenerateStreamRequest:
-    request = pb.GenerateStreamRequest(
-        prompt=prompt(given), sampling=sampling.message(), channel=channel, request_key=request_key
-    )
-    if coalesce is not None:
-        request.coalesce.FromNanoseconds(int(coalesce * 1e9))
-    return request
-
-
-def score(given: Prompt, channel: str) -> pb.ScoreRequest:
-    return pb.ScoreRequest(text=prompt(given), channel=channel)
-
-
-def explain(given: Prompt, target: str | int | None, limit: int, channel: str) -> pb.ExplainRequest:
-    request = pb.ExplainRequest(prompt=prompt(given), limit=limit, channel=channel)
-    if target is not None:
-        request.target.CopyFrom(word(target))
-    return request
-
-
-def senses(given: str | int, limit: int, channel: str) -> pb.ListSensesRequest:
-    return pb.ListSensesRequest(word=word(given), limit=limit, channel=channel)
-
-
-def word(given: str | int) -> pb.Word:
-    """A word by its text, or a token by its id."""
+def word(given: Word) -> pb.Word:
     return pb.Word(text=given) if isinstance(given, str) else pb.Word(token=given)
+
+
+def _explained(request: R, limit: int | None) -> R:
+    message: Any = request
+    if limit is not None:
+        message.explain.limit = limit
+    return request
+
+
+def _compared(request: pb.CompareRequest, releases: Sequence[Release], pinned: Pinning) -> pb.CompareRequest:
+    for release in releases:
+        if isinstance(release, str):
+            request.releases.add(channel=release)
+        else:
+            request.releases.add(number=release)
+    return pinned.of(request)

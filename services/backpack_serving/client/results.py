@@ -1,18 +1,27 @@
-"""What a client gets back."""
+"""What a client gets back.
+
+T is the number of a text's tokens, k that of a model's senses. Logarithms are natural.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from backpack_proto.v1 import inference_pb2 as pb
+
+from backpack_serving.sync.known import Position
 
 FINISH = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What an answer was made with. Release 0 is the model unpatched; `digest` is the release's, in hex."""
+    """What an answer was made with. Release 0 is the model unpatched; `digest` is the release's, in hex.
+
+    `at` is where the store stood: given as another call's `since`, that call isn't answered with less.
+    `staleness` is how many seconds old the gateway's knowledge was; answers may be equal all the same.
+    """
 
     tenant: str
     channel: str
@@ -20,25 +29,41 @@ class Served:
     digest: str
     canary: bool
     model: str
+    at: Position
+    staleness: float = field(compare=False)
 
     @classmethod
     def of(cls, m: pb.Served) -> Served:
-        return cls(m.tenant, m.channel, m.release, m.release_digest, m.canary, m.model_fingerprint)
+        return cls(
+            m.tenant,
+            m.channel,
+            m.release,
+            m.release_digest,
+            m.canary,
+            m.model_fingerprint,
+            Position(m.epoch, m.revision),
+            m.staleness.ToNanoseconds() / 1e9,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token; its natural log-probability, if that is known, and those of the likeliest others, if asked for."""
+    """A token; its log-probability, if that is known.
+
+    A generated one has the likeliest others and what made it likely, if the request asked for them.
+    """
 
     id: int
     text: str
     log_probability: float | None = None
     alternatives: tuple[Token, ...] = ()
+    explanation: Explanation | None = None
 
     @classmethod
     def of(cls, m: pb.Token) -> Token:
         known = m.log_probability if m.HasField("log_probability") else None
-        return cls(m.id, m.text, known, tokens(m.alternatives))
+        why = Explanation.of(m.explanation) if m.HasField("explanation") else None
+        return cls(m.id, m.text, known, tokens(m.alternatives), why)
 
 
 def tokens(messages: Iterable[pb.Token]) -> tuple[Token, ...]:
@@ -47,10 +72,15 @@ def tokens(messages: Iterable[pb.Token]) -> tuple[Token, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a stream. The first has `served`; the last has `finish` ("stop" or "length") and the counts."""
+    """A piece of a stream: of one of its samples, which come mixed.
+
+    Each sample's first has `served`, its last has `finish` ("stop" or "length"). The stream's last has the counts,
+    of all samples together. `text` is what became final; it never ends within a character.
+    """
 
     text: str
     tokens: tuple[Token, ...]
+    sample: int = 0
     served: Served | None = None
     finish: str | None = None
     prompt_tokens: int = 0
@@ -63,6 +93,7 @@ class Part:
         return cls(
             m.text,
             tokens(m.tokens),
+            m.sample,
             served,
             FINISH.get(m.finish_reason),
             usage.prompt_tokens,
@@ -71,32 +102,55 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
+class Sample:
     """A text after a prompt. `finish` is "stop" (end of text, or a stop string) or "length"."""
 
     text: str
     tokens: tuple[Token, ...]
     finish: str
+
+    @classmethod
+    def of(cls, m: pb.Sample | pb.GenerateResponse) -> Sample:
+        return cls(m.text, tokens(m.tokens), FINISH[m.finish_reason])
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """As many texts after a prompt as were asked for; `text`, `tokens` and `finish` are the first one's.
+
+    `generated_tokens` are those of all samples together.
+    """
+
+    samples: tuple[Sample, ...]
     prompt_tokens: int
     generated_tokens: int
     served: Served
 
+    @property
+    def text(self) -> str:
+        return self.samples[0].text
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        return self.samples[0].tokens
+
+    @property
+    def finish(self) -> str:
+        return self.samples[0].finish
+
     @classmethod
     def of(cls, m: pb.GenerateResponse) -> Generation:
         usage = m.usage
-        return cls(
-            m.text,
-            tokens(m.tokens),
-            FINISH[m.finish_reason],
-            usage.prompt_tokens,
-            usage.generated_tokens,
-            Served.of(m.served),
-        )
+        samples = (Sample.of(m), *map(Sample.of, m.more_samples))
+        return cls(samples, usage.prompt_tokens, usage.generated_tokens, Served.of(m.served))
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How likely a text is: tokens, all but the first with a log-probability; their sum, and the perplexity."""
+    """How likely a text is: T tokens, all but the first with a log-probability; their sum, and the perplexity.
+
+    The perplexity is exp(−sum / (T − 1)).
+    """
 
     tokens: tuple[Token, ...]
     log_probability: float
@@ -107,10 +161,49 @@ class Score:
     def of(cls, m: pb.ScoreResponse) -> Score:
         return cls(tokens(m.tokens), m.log_probability, m.perplexity, Served.of(m.served))
 
+    @classmethod
+    def compared(cls, m: pb.CompareResponse) -> tuple[Score, ...]:
+        """One for each release."""
+        text = tokens(m.tokens)
+        return tuple(
+            cls(
+                (text[0], *map(_with_log, text[1:], r.score.log_probabilities)),
+                r.score.log_probability,
+                r.score.perplexity,
+                Served.of(r.served),
+            )
+            for r in m.releases
+        )
+
+
+def _with_log(token: Token, log_probability: float) -> Token:
+    return Token(token.id, token.text, log_probability)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What follows a prompt under a release: the likeliest tokens, most likely first, and the targets.
+
+    All have log-probabilities: under temperature 1 and the whole vocabulary.
+    """
+
+    top: tuple[Token, ...]
+    targets: tuple[Token, ...]
+    served: Served
+
+    @classmethod
+    def compared(cls, m: pb.CompareResponse) -> tuple[Prediction, ...]:
+        """One for each release."""
+        return tuple(cls(tokens(r.next.top), tokens(r.next.targets), Served.of(r.served)) for r in m.releases)
+
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """One term of a logit: what sense `sense` of the token at `position` adds to it."""
+    """One term of a logit: what sense `sense` of the token at `position` (both from 0) adds to it.
+
+    `contribution` = `weight` · `multiplier` · E[target] · C(token)_sense, where `weight` is α, which no release
+    changes, and `multiplier` is that of the release's topics.
+    """
 
     position: int
     token: Token
@@ -119,40 +212,59 @@ class Contribution:
     multiplier: float
     contribution: float
 
+    @classmethod
+    def of(cls, m: pb.Contribution) -> Contribution:
+        return cls(m.position, Token.of(m.token), m.sense, m.weight, m.multiplier, m.contribution)
+
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why `target` follows: its logit is the sum of the contributions and of what isn't listed."""
+    """What made a token likely: its logit is the sum of the contributions and of `unlisted`.
 
-    target: Token
+    Of T · k contributions the largest are listed, largest magnitude first; `unlisted` is the sum of the others.
+    """
+
     logit: float
     contributions: tuple[Contribution, ...]
     unlisted: float
+
+    @classmethod
+    def of(cls, m: pb.Explanation | pb.ExplainResponse) -> Explanation:
+        return cls(m.logit, tuple(map(Contribution.of, m.contributions)), m.unlisted)
+
+
+@dataclass(frozen=True, slots=True)
+class Explained(Explanation):
+    """Why `target` follows a prompt, and with which log-probability."""
+
+    target: Token
     served: Served
 
     @classmethod
-    def of(cls, m: pb.ExplainResponse) -> Explanation:
-        terms = tuple(
-            Contribution(c.position, Token.of(c.token), c.sense, c.weight, c.multiplier, c.contribution)
-            for c in m.contributions
-        )
-        return cls(Token.of(m.target), m.logit, terms, m.unlisted, Served.of(m.served))
+    def answer(cls, m: pb.ExplainResponse) -> Explained:
+        why = Explanation.of(m)
+        return cls(why.logit, why.contributions, why.unlisted, Token.of(m.target), Served.of(m.served))
 
 
 @dataclass(frozen=True, slots=True)
 class Sense:
-    """One sense of a word: tokens that it raises and lowers most, each with how much."""
+    """One sense of a word: tokens whose logits it raises and lowers most, each with E[token] · C(word)_sense.
+
+    `norm` is |C(word)_sense|; `edited`: the release replaces it. `neighbours`, if asked for, are words whose same
+    sense points most nearly the same way, each with the cosine.
+    """
 
     number: int
     norm: float
     edited: bool
     raises: tuple[tuple[Token, float], ...]
     lowers: tuple[tuple[Token, float], ...]
+    neighbours: tuple[tuple[Token, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Senses:
-    """All senses of a word."""
+    """All k senses of a word, and its token."""
 
     token: Token
     senses: tuple[Sense, ...]
@@ -163,13 +275,16 @@ class Senses:
         def scored(some: Iterable[pb.ScoredToken]) -> tuple[tuple[Token, float], ...]:
             return tuple((Token.of(s.token), s.score) for s in some)
 
-        found = (Sense(s.sense, s.norm, s.edited, scored(s.positive), scored(s.negative)) for s in m.senses)
+        found = (
+            Sense(s.sense, s.norm, s.edited, scored(s.positive), scored(s.negative), scored(s.neighbours))
+            for s in m.senses
+        )
         return cls(Token.of(m.token), tuple(found), Served.of(m.served))
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The model that a gateway serves."""
+    """The model that a gateway serves: sizes in tokens, senses of a word, dimensions, layers of the trunk."""
 
     fingerprint: str
     vocabulary: int

@@ -1,0 +1,137 @@
+"""`backpack generate`: text after a prompt, as it is made; several samples, and what made each token likely."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Annotated
+
+import typer
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from backpack_serving.cli.client import AsTenant, Channel, Key, as_caller, contribution_bar, footnote, out, percent
+from backpack_serving.client import Part, Sampling, Served, Token
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+    channel: Channel = "live",
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.7,
+    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0 for all.", min=0)] = 30,
+    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens of this mass.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.", min=0)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
+    samples: Annotated[
+        int, typer.Option(help="How many texts; sample n is what --seed + n gives alone.", min=1, max=16)
+    ] = 1,
+    explain: Annotated[
+        int, typer.Option(help="How many contributions to show for each new token.", min=0, max=64)
+    ] = 0,
+    priority: Annotated[
+        int, typer.Option(help="Of your requests that wait, the highest runs first.", min=-100, max=100)
+    ] = 0,
+    request_key: Annotated[
+        str, typer.Option(help="Such as a user's id: under a canary, the same key always gets the same release.")
+    ] = "",
+) -> None:
+    """Go on from a prompt, steered by the tenant's release; the text streams as it is made.
+
+    Three texts, the same each time: `backpack generate "The king and the" --samples 3 --seed 1`
+
+    What made each token likely: `backpack generate "The king and the" --temperature 0 --explain 3`. A token's
+    logit is the sum of what each sense of each token before it contributes; the largest are shown. Positions are
+    counted from the prompt's first token, which has 0.
+    """
+    log_probabilities = 0 if explain else None
+    sampling = Sampling(
+        max_tokens, temperature, top_k, top_p, seed, stop or (), log_probabilities, samples=samples
+    )
+    made = [_Made() for _ in range(samples)]
+    with as_caller(tenant, key) as client:
+        parts = client.text.stream(
+            prompt,
+            sampling,
+            explain=explain or None,
+            priority=priority,
+            channel=channel,
+            request_key=request_key,
+        )
+        follow = _one if samples == 1 else _side_by_side
+        for part in follow(prompt, made, parts):
+            made[part.sample].add(part)
+    for number, sample in enumerate(made):
+        if explain:
+            out.print(_explained(sample.tokens, f"sample {number}" if samples > 1 else None))
+    assert made[0].served is not None, "the first part of each sample has it"
+    footnote(made[0].served, f"{part.prompt_tokens} + {part.generated_tokens} tokens")
+
+
+@dataclass(slots=True)
+class _Made:
+    """A sample, as far as it has come."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    served: Served | None = None
+
+    def add(self, part: Part) -> None:
+        self.text += part.text
+        self.tokens += part.tokens
+        self.served = self.served or part.served
+
+
+def _one(prompt: str, made: Sequence[_Made], parts: Iterator[Part]) -> Iterator[Part]:
+    """The text as it comes, after the prompt."""
+    first = next(parts)  # what is refused is refused here
+    out.print(Text(prompt, style="dim"), end="", soft_wrap=True)
+    try:
+        for part in chain([first], parts):
+            out.print(Text(part.text), end="", soft_wrap=True)
+            yield part
+    finally:
+        out.print()
+
+
+def _side_by_side(prompt: str, made: Sequence[_Made], parts: Iterator[Part]) -> Iterator[Part]:
+    """All samples as they come, below the prompt."""
+    first = next(parts)
+    out.print(Text(prompt, style="dim"), soft_wrap=True)
+    with Live(_samples(made), console=out, refresh_per_second=20, vertical_overflow="visible") as live:
+        for part in chain([first], parts):
+            yield part
+            live.update(_samples(made))
+
+
+def _samples(made: Sequence[_Made]) -> Table:
+    table = Table("", "text", box=None, show_header=False)
+    for number, sample in enumerate(made):
+        table.add_row(f"[bold]{number}[/]", Text(sample.text))
+    return table
+
+
+def _explained(tokens: Sequence[Token], title: str | None) -> Table:
+    """Each token's probability and logit, and the largest terms of that sum, a row for each."""
+    explained = [(token, token.explanation) for token in tokens if token.explanation]
+    largest = max((abs(c.contribution) for _, why in explained for c in why.contributions), default=1.0) or 1.0
+    table = Table("token", box=None, title=title, title_justify="left")
+    for name in ("p", "logit", "contribution"):
+        table.add_column(name, justify="right")
+    table.add_column("of token")
+    for name in ("position", "sense"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for token, why in explained:
+        begins: list[Text | str] = [Text(repr(token.text), "bold"), percent(token), f"{why.logit:.2f}"]
+        for c in why.contributions:
+            bar = contribution_bar(c.contribution / largest, 8)
+            term = f"{c.contribution:+.2f}", Text(repr(c.token.text)), str(c.position), str(c.sense), bar
+            table.add_row(*begins, *term)
+            begins = ["", "", ""]
+        table.add_row(*begins, f"{why.unlisted:+.2f}", "[dim]all others[/]")
+    return table
