@@ -24,9 +24,13 @@ class Table:
         return [[_shown(entry, self.digits) for entry in row] for row in self.rows]
 
     def markdown(self) -> str:
+        return f"**{self.title}**\n\n{self.rows_markdown()}"
+
+    def rows_markdown(self) -> str:
+        """Without the title."""
         head = "| " + " | ".join(self.columns) + " |\n|" + "---|" * len(self.columns)
         body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.shown()]
-        return "\n".join([f"**{self.title}**", "", head, *body])
+        return "\n".join([head, *body])
 
     def html(self) -> str:
         head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)

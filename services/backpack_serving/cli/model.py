@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markdown import Markdown
 from rich.progress import Progress
 from rich.table import Table
 
@@ -76,6 +77,36 @@ def prepare(
             )
     size = model.config.vocab_size * model.config.num_senses * model.config.n_embd * dtype.itemsize
     out.print(f"sense table: {path} ({size / 2**20:.0f} MiB, mapped by every replica of this host)")
+
+
+@app.command("card")
+def card(
+    run: Annotated[Path, typer.Option(help="Folder of the run: --out of `backpack train`.")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of the model and its README.md; the one that is served if none.")
+    ] = None,
+    words: Annotated[
+        list[str] | None, typer.Option("--word", help="Word to show senses of; repeatable. Five if none.")
+    ] = None,
+) -> None:
+    """Measure again what a model's card tells: the run beside its twin, and a few senses.
+
+    The tables go between <!-- run --> and <!-- /run -->, <!-- senses --> and <!-- /senses --> of the folder's
+    README.md; they are printed, too.
+    """
+    with exits():
+        from backpack_lm.lab.card import WORDS, fill, run_table, senses_table
+        from backpack_lm.lab.subject import Subject
+
+        folder = folder or Settings().model
+        parts = {"run": run_table(run), "senses": senses_table(Subject.read(folder), words or WORDS)}
+        shown = {name: table.rows_markdown() for name, table in parts.items()}
+        for text in shown.values():
+            out.print(Markdown(text))
+        readme = folder / "README.md"
+        if readme.exists():
+            readme.write_text(fill(readme.read_text("utf-8"), shown), "utf-8")
+            out.print(f"wrote them into {readme}")
 
 
 def settings() -> None:

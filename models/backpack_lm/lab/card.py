@@ -1,0 +1,86 @@
+"""The parts of a model's card that are measured: a run's shapes and perplexities, and a few senses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backpack_lm.lab.subject import Subject
+from backpack_lm.reports.report import Entry, Table
+
+WORDS = ("court", "ship", "nurse", "king", "money")
+_PART = "<!-- {} -->\n"
+
+
+def run_table(run: Path) -> Table:
+    """A run of `backpack train`: the Backpack and, if it was trained too, its twin, side by side.
+
+    Raises ValueError if there is no finished run in the folder.
+    """
+    names = {"backpack": "Backpack", "twin": "its Transformer twin"}
+    found = {name: _run(run / name) for name in names if (run / name / "checkpoint.pt").exists()}
+    if "backpack" not in found:
+        raise ValueError(f"{run} holds no backpack/checkpoint.pt; give the --out of `backpack train`")
+    rows: list[tuple[Entry, ...]] = [
+        (what, *(one[what] for one in found.values())) for what in next(iter(found.values()))
+    ]
+    return Table("", ("", *(names[name] for name in found)), tuple(rows))
+
+
+def senses_table(subject: Subject, words: Sequence[str], each: int = 2) -> Table:
+    """Of each word the senses that are most its own: farthest from what that sense says of the average word."""
+    table, own = subject.table, []
+    mean, typical = table.rows.mean(0), torch.tensor(subject.manifest.sense_rms)
+    for word in words:
+        vectors = table.rows[subject.token(word)]  # [k, d]
+        for sense in ((vectors - mean).norm(dim=1) / typical).topk(min(each, len(vectors))).indices.tolist():
+            scores = vectors[sense] @ subject.head.t()
+            own.append((f"{word}, {sense}", _words(subject, scores, 6), _words(subject, -scores, 4)))
+    return Table("", ("word, sense", "raises", "lowers"), tuple(own))
+
+
+def fill(card: str, parts: Mapping[str, str]) -> str:
+    """A card in Markdown with each part anew between its marks, `<!-- name -->` and `<!-- /name -->`.
+
+    Raises ValueError for marks that aren't there.
+    """
+    for name, text in parts.items():
+        start, end = _PART.format(name), _PART.format("/" + name)
+        before, found, rest = card.partition(start)
+        _, ended, after = rest.partition(end)
+        if not found or not ended:
+            raise ValueError(f"the card has no {start.strip()} and {end.strip()}, each on a line of its own")
+        card = f"{before}{start}{text}\n{end}{after}"
+    return card
+
+
+def _run(folder: Path) -> dict[str, str]:
+    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    made_by: dict[str, Any] = json.loads(state["made_by"])
+    config, recipe, step = made_by["config"], made_by["recipe"], state["step"]
+    if not (measured := folder / "perplexity.json").exists():
+        raise ValueError(
+            f"{folder} has no perplexity.json: the run isn't finished; `backpack train` goes on with it"
+        )
+    shape = ("n_layer", "n_head", "n_embd", "num_senses", "n_positions")
+    sizes = ["–" if name == "num_senses" and made_by["twin"] else str(config[name]) for name in shape]
+    per_step = recipe["tokens_per_step"]
+    return {
+        "layers / heads / width / senses / context": " / ".join(sizes),
+        "parameters": f"{sum(tensor.numel() for tensor in state['model'].values()):,}",
+        "steps × tokens": f"{step:,} × {per_step:,} = {step * per_step / 1e6:.1f} million",
+        **{
+            f"held-out perplexity, {name}": f"{value:.1f}"
+            for name, value in json.loads(measured.read_text("utf-8")).items()
+        },
+    }
+
+
+def _words(subject: Subject, scores: torch.Tensor, count: int) -> str:
+    best = scores.topk(min(4 * count, len(scores))).indices.tolist()
+    pieces = [subject.tokenizer.piece(token).strip() for token in best if token != subject.config.eos_token_id]
+    return " ".join(list(dict.fromkeys(filter(None, pieces)))[:count])
