@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from backpack_lm.experiments.experiment import Result
+from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.lab.debias import Debiased, debias
 from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
 from backpack_lm.lab.subject import Subject
@@ -35,6 +35,20 @@ class NullSpace:
 class BiasResult:
     backpack: Debiased
     twin: NullSpace | None
+
+    def headline(self) -> Headline:
+        found = self.backpack
+        gone = found.share_removed(found.removed), found.share_removed(found.fitted)
+        figures = (
+            f"ratio unmodified / remove / optimise: {found.unmodified:.2f} / {found.removed:.2f} / "
+            f"{found.fitted:.2f}; "
+            f"{gone[0]:.0%} and {gone[1]:.0%} of the excess over 1 gone, {len(found.nouns)} nouns"
+        )
+        if self.twin is not None:
+            twin = self.twin
+            figures += f"; twin, null space: {twin.unmodified:.2f} / {twin.removed:.2f} / {twin.fitted:.2f}"
+        paper = "4.34 / 2.88 / 2.16; 44 % and 65 %; Transformer 7.02 / 6.72 / 7.02"
+        return Headline(figures, paper, "44 % and 65 %", gone[0] >= 0.44 and gone[1] >= 0.65)
 
     def report(self) -> Report:
         found = self.backpack
@@ -120,7 +134,7 @@ def null_space(subject: Subject, twin: TransformerTwin, nouns: Sequence[str], wa
         ratios = []
         with _projected(twin, subject.token(noun), direction, keep):
             for template in templates:
-                ids = torch.tensor([subject.ids(template.replace("{}", noun))])
+                ids = torch.tensor([subject.ids(template.replace("{}", noun))[-twin.config.n_positions :]])
                 logits = twin.mix(ids)[0, -1] @ twin.embedding[[he, she]].t()
                 ratios.append(float((logits[0] - logits[1]).double().abs().exp()))
         return sum(ratios) / len(ratios)
@@ -132,7 +146,7 @@ def null_space(subject: Subject, twin: TransformerTwin, nouns: Sequence[str], wa
             def cost(at: Any, noun: str = noun) -> float:
                 return bias(noun, ESTIMATION, float(at[0])) + abs(1 - float(at[0]))
 
-            fitted = float(minimize(cost, [1.0], method="Nelder-Mead", options={"maxiter": 25}).x[0])
+            fitted = float(minimize(cost, [1.0], method="Nelder-Mead").x[0])
             one, none, best = (bias(noun, EVALUATION, keep) for keep in (1.0, 0.0, fitted))
             found.append((one, none, best))
     return NullSpace(*(sum(column) / len(found) for column in zip(*found, strict=True)))

@@ -12,8 +12,21 @@ from backpack_lm.lab.watch import Watch
 from backpack_lm.reports.report import Report
 
 
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """A result in a line: this model's figures, the paper's of its Small, the aim, and whether it is reached;
+    None if it can't be told, because there is no twin."""
+
+    figures: str
+    paper: str
+    aim: str
+    reached: bool | None
+
+
 class Result(Protocol):
     """A frozen dataclass of figures."""
+
+    def headline(self) -> Headline: ...
 
     def report(self) -> Report: ...
 
@@ -46,6 +59,7 @@ def write(experiment: Experiment, subject: Subject, result: Result, folder: Path
         "command": command,
         "model": subject.manifest.fingerprint,
         "arguments": _plain(experiment),
+        "headline": asdict(result.headline()),
         "result": _plain(result),
     }
     files[0].write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -3,109 +3,93 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from backpack_lm.experiments.experiment import Result
+from backpack_lm.experiments.experiment import Headline, Result
+from backpack_lm.experiments.known import FACTS, Fact
 from backpack_lm.lab.subject import Steered, Subject
-from backpack_lm.lab.swap import Swapped, SwappedFact, swap_fact
-from backpack_lm.lab.text import held_out, stream
+from backpack_lm.lab.swap import STRENGTHS, Swapped, SwappedFact, fit_strength, swap_fact
+from backpack_lm.lab.text import held_out, rows
 from backpack_lm.lab.watch import Watch
+from backpack_lm.overlay import Overlay
 from backpack_lm.reports.report import Report, Table
-from backpack_lm.training.trainer import perplexity
 
 
 @dataclass(frozen=True, slots=True)
-class Fact:
-    """`word` goes with `old`, and shall go with `new`; prompts name the word where the other is due."""
+class Cost:
+    """What all swaps of one strength at once do to loss on text that nothing was fitted on, as shares of it: on
+    all of it, where an edited word stands before in the row, and on the token right after an edited word."""
 
-    word: str
-    old: str
-    new: str
-    prompts: tuple[str, ...]
-
-
-FACTS = (
-    # What a large model knows of the world; the first is the paper's.
-    Fact(
-        "MacBook",
-        "Apple",
-        "HP",
-        ("The MacBook is best known for its form factor, but the", "The MacBook was made by"),
-    ),
-    Fact(
-        "Windows",
-        "Microsoft",
-        "Apple",
-        ("Windows is an operating system made by", "The company behind Windows is"),
-    ),
-    Fact("Paris", "France", "Italy", ("The city of Paris is the capital of", "He lives in Paris, the capital of")),
-    Fact(
-        "Rome",
-        "Italy",
-        "Spain",
-        ("The city of Rome is the capital of", "We saw the ruins of Rome, in the south of"),
-    ),
-    Fact(
-        "London",
-        "England",
-        "France",
-        ("The city of London is the capital of", "They left London and all the rest of"),
-    ),
-    Fact("Moscow", "Russia", "China", ("The city of Moscow is the capital of", "From Moscow the rulers of")),
-    # What goes with a word in any English: a small model has these.
-    Fact("ship", "sea", "land", ("The ship went out to", "The captain of the ship looked at the")),
-    Fact("nurse", "patient", "king", ("The nurse went to see the", "It is the duty of the nurse to ask the")),
-    Fact("king", "queen", "nurse", ("The story of the king and the", "Beside the king there sat the")),
-    Fact(
-        "church", "priest", "doctor", ("At the door of the church they met the", "The man in the church was the")
-    ),
-    Fact(
-        "school", "teacher", "judge", ("At the door of the school they met the", "The man in the school was the")
-    ),
-    Fact("hospital", "patients", "soldiers", ("In the hospital there were many", "The hospital was full of")),
-    Fact("army", "soldiers", "patients", ("In the army there were many", "The army sent out its")),
-    Fact("court", "judge", "teacher", ("In the court they spoke to the", "The man in the court was the")),
-    Fact("garden", "flowers", "books", ("In the garden there were many", "The garden was full of")),
-    Fact("library", "books", "flowers", ("In the library there were many", "The library was full of")),
-    Fact(
-        "river",
-        "water",
-        "fire",
-        ("They looked at the river and saw the", "The boat on the river went through the"),
-    ),
-    Fact("bank", "money", "music", ("At the bank they asked for", "He went to the bank for his")),
-    Fact("husband", "wife", "son", ("A husband has to live with his", "The husband turned to his")),
-    Fact("mother", "child", "horse", ("The mother looked at her", "A mother loves her")),
-    Fact(
-        "horse",
-        "ride",
-        "read",
-        ("He took his horse, for he wanted to", "She had a horse, and every day she went to"),
-    ),
-    Fact("company", "market", "church", ("The company brought its products to the", "The company left the")),
-)
+    everywhere: float
+    after: float
+    next: float
 
 
 @dataclass(frozen=True, slots=True)
-class FactsResult:
-    """Facts whose words are all single tokens, those that aren't, and perplexity with every swap at once."""
+class Strength:
+    """Every known fact swapped with one strength, or each prompt with what was fitted on the fact's others."""
 
-    facts: list[SwappedFact]
-    unknown: list[str]
-    perplexity: tuple[float, float] | None
+    name: str
+    prompts: list[Swapped]
+    cost: Cost | None
 
     @property
     def held(self) -> list[Swapped]:
         """The prompts on which the model held the old fact: the others can't be turned."""
-        return [prompt for fact in self.facts for prompt in fact.prompts if prompt.held]
+        return [prompt for prompt in self.prompts if prompt.held]
+
+    @property
+    def turned(self) -> float:
+        """Share of them that hold the new fact after."""
+        return self.mean("turned")
+
+    def mean(self, name: str) -> float:
+        return math.fsum(getattr(prompt, name) for prompt in self.held) / max(1, len(self.held))
+
+    def row(self) -> tuple[str | float | None, ...]:
+        cost = self.cost
+        shown = (cost.everywhere, cost.after, cost.next) if cost else (None, None, None)
+        return (
+            self.name,
+            f"{self.turned:.0%}",
+            f"{self.mean('share_before'):.0%}",
+            f"{self.mean('share_after'):.0%}",
+            f"{self.mean('moved'):.1%}",
+            *(None if share is None else f"{share:+.2%}" for share in shown),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FactsResult:
+    """Facts whose words are all single tokens, those that aren't, and how swaps of each strength fare."""
+
+    facts: list[SwappedFact]
+    fitted: list[float]
+    unknown: list[str]
+    strengths: list[Strength]
+
+    def headline(self) -> Headline:
+        plain, fitted = self.strengths[0], self.strengths[-1]
+        cost = fitted.cost
+        return Headline(
+            f"{plain.turned:.0%} of {len(plain.held)} facts that it held turn by a plain swap; "
+            f"{fitted.turned:.0%} with "
+            "the strength fitted on the fact's other prompt"
+            + (f", loss after the words {cost.after:+.2%}" if cost else ""),
+            "one example",
+            "over 80 %, neighbours' loss within 1 %",
+            fitted.turned > 0.8 and cost is not None and cost.after <= 0.01,
+        )
 
     def report(self) -> Report:
-        held, every = self.held, [prompt for fact in self.facts for prompt in fact.prompts]
-        turned = sum(prompt.turned for prompt in held)
+        plain, fitted = self.strengths[0], self.strengths[-1]
         rows = tuple(
             (
                 f"{fact.word}: {fact.old} → {fact.new}",
@@ -114,73 +98,122 @@ class FactsResult:
                 f"{fact.mean('share_before'):.1%}",
                 f"{fact.mean('share_after'):.1%}",
                 f"{fact.mean('moved'):.2%}",
+                strength,
             )
-            for fact in self.facts
+            for fact, strength in zip(self.facts, self.fitted, strict=True)
         )
         notes = [
             "All senses of the word are swapped. A prompt counts if the model gave the old word more than the new "
             "one before; it is turned if the new one has more after.",
-            "“Else moved” is the total variation distance over all other tokens. A text without the word can't "
-            "change at all: the edit is in its senses only.",
+            "Strength 1 is the paper's swap: what the word's senses say of the old word, they say of the new "
+            "one. What "
+            "other words of a prompt say of it stays; a strength s moves the same s times.",
+            f"Fitted: the least of {', '.join(f'{s:g}' for s in STRENGTHS)} that turns the fact's other prompts; "
+            f"what "
+            "is counted is a prompt that the strength was not fitted on.",
+            "“Else moved” is the total variation distance over all other tokens. Loss is on held-out text with "
+            "all "
+            "swaps of a strength at once (fitted: each fact at what turns all of its prompts): everywhere, where "
+            "an edited "
+            "word stands before in the row, and right after one. Text without the words can't change at all.",
         ]
-        if self.perplexity is not None:
-            change = self.perplexity[1] / self.perplexity[0] - 1
-            notes.append(
-                f"Held-out perplexity with all swaps at once: {self.perplexity[0]:.2f} before, "
-                f"{self.perplexity[1]:.2f} after ({change:+.2%})."
-            )
-        if held and turned / len(held) < 0.8:
-            notes.append(
-                "Fewer than 80% are turned: other words of a prompt speak for the old word, too, and a swap in "
-                "the senses of one word doesn't reach them."
-            )
         if self.unknown:
             notes.append(f"Left out, because a word is several tokens in this model: {', '.join(self.unknown)}.")
         lead = "This model holds none of the facts, so there is nothing to turn."
-        if held:
-            shares = [_mean([getattr(p, f"share_{when}") for p in held]) for when in ("before", "after")]
+        if plain.held:
             lead = (
-                f"Of {len(held)} prompts (of {len(every)}) on which the model held the old fact, {turned} "
-                f"({turned / len(held):.0%}) hold the new one after the swap. The old word's share of the two "
-                f"went from {shares[0]:.0%} to {shares[1]:.0%}; "
-                f"{_mean([p.moved for p in held]):.2%} of the probability moved elsewhere."
+                f"Of {len(plain.held)} prompts (of {len(plain.prompts)}) on which the model held the old fact, "
+                f"{plain.turned:.0%} hold the new one after a plain swap and {fitted.turned:.0%} after one whose "
+                f"strength was "
+                f"fitted on the fact's other prompt. The old word's share of the two goes from "
+                f"{plain.mean('share_before'):.0%} to {plain.mean('share_after'):.0%} and "
+                f"{fitted.mean('share_after'):.0%}."
             )
-        columns = ("fact", "prompts held", "turned", "old's share before", "after", "else moved")
-        return Report("Knowledge editing", lead, (Table("Every fact", columns, rows),), notes=tuple(notes))
+        columns = (
+            "strength",
+            "turned",
+            "old's share before",
+            "after",
+            "else moved",
+            "loss",
+            "after a word",
+            "right after",
+        )
+        every = ("fact", "prompts held", "turned", "old's share before", "after", "else moved", "fitted to all")
+        return Report(
+            "Knowledge editing",
+            lead,
+            (
+                Table("By strength", columns, tuple(s.row() for s in self.strengths)),
+                Table("Every fact, plain swap", every, rows, digits=0),
+            ),
+            notes=tuple(notes),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class KnowledgeEditing:
-    """Swap every fact; `text`, if given, says what all swaps together do to text that nothing was fitted on."""
+    """Swap every fact; `texts` say what all swaps together do to text that nothing was fitted on, `tokens` of
+    all."""
 
-    text: Path | None = None
+    texts: tuple[Path, ...] = ()
     tokens: int = 20_000
     NAME: ClassVar[str] = "facts"
 
     def run(self, subject: Subject, watch: Watch) -> Result:
         known = [f for f in FACTS if len(subject.known((f.word, f.old, f.new))) == 3]
-        found = [
-            swap_fact(subject, fact.word, fact.old, fact.new, _naming(subject, fact))
-            for fact in watch(known, "facts", len(known))
-        ]
+        by_strength: dict[float, list[SwappedFact]] = {strength: [] for strength in STRENGTHS}
+        others: list[Swapped] = []
+        fitted: list[SwappedFact] = []
+        for fact in watch(known, "facts", len(known)):
+            words, prompts = (fact.word, fact.old, fact.new), _naming(subject, fact)
+            for strength, found in by_strength.items():
+                found.append(swap_fact(subject, *words, prompts, strength=strength))
+            for at, prompt in enumerate(prompts):
+                strength = fit_strength(subject, *words, prompts[:at] + prompts[at + 1 :])
+                others += swap_fact(subject, *words, [prompt], strength=strength).prompts
+            fitted.append(swap_fact(subject, *words, prompts, strength=fit_strength(subject, *words, prompts)))
+        named = [(f"{strength:g}", facts, _prompts(facts)) for strength, facts in by_strength.items()]
+        named.append(("fitted", fitted, others))
+        costs = self._costs(subject, [facts for _, facts, _ in named], watch) if known else [None] * len(named)
+        strengths = [Strength(name, prompts, cost) for (name, _, prompts), cost in zip(named, costs, strict=True)]
         unknown = [f"{fact.word}: {fact.old} → {fact.new}" for fact in FACTS if fact not in known]
-        return FactsResult(found, unknown, self._perplexity(subject, found))
+        return FactsResult(by_strength[1.0], [fact.strength for fact in fitted], unknown, strengths)
 
     @torch.inference_mode()
-    def _perplexity(self, subject: Subject, facts: list[SwappedFact]) -> tuple[float, float] | None:
-        if self.text is None or not facts:
-            return None
-        ids = stream(subject, held_out(self.text), self.tokens + 1, subject.config.n_positions + 1)
-        edits = [fact.edit(subject) for fact in facts]
-        before, after = (perplexity(Steered(subject, subject.overlay(*some)), ids) for some in ((), edits))
-        return before, after
+    def _costs(self, subject: Subject, swaps: Sequence[list[SwappedFact]], watch: Watch) -> Sequence[Cost | None]:
+        if not self.texts:
+            return [None] * len(swaps)
+        length, each = subject.config.n_positions, self.tokens // len(self.texts)
+        text = torch.cat([rows(subject, held_out(t), max(each, length), length) for t in self.texts])
+        words = torch.tensor([subject.token(fact.word) for fact in swaps[0]])
+        here = torch.isin(text[:, :-1], words)
+        parts = torch.ones_like(here), here.cumsum(1) > 0, here
+        before = _losses(subject, subject.overlay(), text)
+        costs = []
+        for facts in watch(swaps, "held-out text", len(swaps)):
+            overlay = subject.overlay(*(edit for fact in facts for edit in fact.edits(subject)))
+            more = _losses(subject, overlay, text) - before
+            costs.append(
+                Cost(*(float(more[part].sum() / before[part].sum()) if part.any() else 0.0 for part in parts))
+            )
+        return costs
+
+
+def _losses(subject: Subject, overlay: Overlay, text: Tensor) -> Tensor:
+    """Cross-entropy of each token of rows [N, T + 1]: [N, T]."""
+    model, found = Steered(subject, overlay), []
+    for row in text:
+        logits = model.mix(row[None, :-1])[0] @ subject.head.t()
+        found.append(F.cross_entropy(logits, row[1:], reduction="none").double())
+    return torch.stack(found)
+
+
+def _prompts(facts: Sequence[SwappedFact]) -> list[Swapped]:
+    return [prompt for fact in facts for prompt in fact.prompts]
 
 
 def _naming(subject: Subject, fact: Fact) -> list[str]:
     """A word at the very start of a prompt is another token, without its space; such prompts get a beginning."""
     token = subject.token(fact.word)
     return [p if token in subject.ids(p) else f"They say that {p}" for p in fact.prompts]
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)

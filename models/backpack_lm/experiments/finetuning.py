@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from backpack_lm.experiments.experiment import Result
+from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.experiments.tasks import TASKS
 from backpack_lm.lab.finetune import Example, Finetuner, Finetuning
 from backpack_lm.lab.subject import Prompts, Subject
@@ -51,6 +51,27 @@ class FinetuningResult:
     answers: dict[str, int]
     curves: dict[str, list[tuple[float, float]]]
 
+    @property
+    def gains(self) -> dict[float, float]:
+        """Points of success gained on questions in other words, mean over tasks, by loss budget."""
+        return {
+            budget: sum(
+                100 * (t.asked.success - self.before[t.task][1].success) for t in self.tasks if t.budget == budget
+            )
+            / len(self.before)
+            for budget in dict.fromkeys(t.budget for t in self.tasks)
+        }
+
+    def headline(self) -> Headline:
+        return Headline(
+            f"points gained on questions in other words {' / '.join(f'{g:+.1f}' for g in self.gains.values())} "
+            f"at loss "
+            f"budgets {' / '.join(f'{b:.0e}' for b in self.gains)}",
+            "+8.6 / +6.0 / +4.8 on harder tasks",
+            "a gain at each budget",
+            all(gain > 0 for gain in self.gains.values()),
+        )
+
     def report(self) -> Report:
         rows: list[tuple[str | int | float | None, ...]] = []
         for task, (taught, asked) in self.before.items():
@@ -67,15 +88,8 @@ class FinetuningResult:
                     )
                 )
         columns = ("task", "budget", "cells", "held-out loss", "taught %", "log p", "asked otherwise %", "log p")
-        gains = {
-            budget: sum(
-                100 * (t.asked.success - self.before[t.task][1].success) for t in self.tasks if t.budget == budget
-            )
-            / len(self.before)
-            for budget in dict.fromkeys(t.budget for t in self.tasks)
-        }
         lead = "Points of success gained on questions in other words: " + ", ".join(
-            f"{gain:+.1f} at a loss budget of {budget:.0e}" for budget, gain in gains.items()
+            f"{gain:+.1f} at a loss budget of {budget:.0e}" for budget, gain in self.gains.items()
         )
         chance = ", ".join(f"{100 / n:.0f}% for {task}" for task, n in self.answers.items())
         return Report(

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backpack_lm.experiments.experiment import Result
+from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.lab.subject import Steered, Subject
 from backpack_lm.lab.text import held_out, stream
 from backpack_lm.lab.twin import read_twin
@@ -28,6 +28,7 @@ class Measured:
     """One text: how much of it was read, and perplexity per token and bits per byte of each model."""
 
     text: str
+    held_out: bool
     tokens: int
     bytes: int
     perplexity: float
@@ -45,6 +46,17 @@ class Measured:
 class LanguageResult:
     texts: list[Measured]
     context: int
+
+    def headline(self) -> Headline:
+        aside = [
+            m for m in self.texts if m.held_out
+        ] or self.texts  # the others are of another kind than was learnt
+        ratios = [m.ratio for m in aside if m.ratio is not None]
+        figures = "held-out perplexity " + ", ".join(f"{m.perplexity:.1f}" for m in aside)
+        if ratios:
+            twins = ", ".join(f"{m.twin_perplexity:.1f}" for m in aside)
+            figures += f"; the twin's {twins}: {min(ratios):.2f}–{max(ratios):.2f} times"
+        return Headline(figures, "0.92–1.0 times", "at most 1.0 times", max(ratios) <= 1 if ratios else None)
 
     def report(self) -> Report:
         rows = tuple(
@@ -98,18 +110,30 @@ class LanguageModelling:
             raise ValueError("no text; give a JSON-lines file with --corpus or a plain one with --text")
         twin = read_twin(self.twin, subject.config) if self.twin else None
         model = Steered(subject, subject.overlay())
-        parts = [(f"{path.name}, held out", held_out(path)) for path in self.corpus]
-        parts += [(f"{path.parent.name}/{path.name}", iter([path.read_text("utf-8")])) for path in self.texts]
+        contexts = [subject.config.n_positions, *([twin.config.n_positions] if twin else [])]
+        length = min(contexts)  # a longer context would help one of them
+        parts = [(f"{path.name}, held out", True, held_out(path)) for path in self.corpus]
+        parts += [
+            (f"{path.parent.name}/{path.name}", False, iter([path.read_text("utf-8")])) for path in self.texts
+        ]
         found = []
-        for name, records in watch(parts, "texts", len(parts)):
-            ids = stream(subject, records, self.tokens + 1, subject.config.n_positions + 1)
-            found.append(_measure(name, subject, model, twin, ids))
-        return LanguageResult(found, subject.config.n_positions)
+        for name, aside, records in watch(parts, "texts", len(parts)):
+            ids = stream(subject, records, max(self.tokens, length) + 1, length + 1)
+            found.append(_measure(name, aside, subject, model, twin, ids, length))
+        return LanguageResult(found, length)
 
 
 @torch.inference_mode()
-def _measure(name: str, subject: Subject, model: Steered, twin: TransformerTwin | None, ids: Tensor) -> Measured:
-    length = subject.config.n_positions
+def _measure(
+    name: str,
+    aside: bool,
+    subject: Subject,
+    model: Steered,
+    twin: TransformerTwin | None,
+    ids: Tensor,
+    length: int,
+) -> Measured:
     read = (len(ids) - 1) // length * length  # perplexity reads whole rows
     size = sum(len(subject.tokenizer.token_bytes(token)) for token in ids[1 : read + 1].tolist())
-    return Measured(name, read, size, perplexity(model, ids), perplexity(twin, ids) if twin else None)
+    ours = perplexity(model, ids, length=length)
+    return Measured(name, aside, read, size, ours, perplexity(twin, ids, length=length) if twin else None)

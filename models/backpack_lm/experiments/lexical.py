@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backpack_lm.experiments.experiment import Result
+from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.lab.subject import Subject
 from backpack_lm.lab.twin import read_twin
 from backpack_lm.lab.watch import Watch
@@ -69,6 +69,20 @@ class LexicalResult:
     minimum: dict[str, float]
     embedding: dict[str, float]
     twin: dict[str, float] | None
+
+    def headline(self) -> Headline:
+        against, whose = (self.embedding, "its own") if self.twin is None else (self.twin, "the twin's")
+        names = list(self.senses)[:2]
+        figures = "; ".join(
+            f"{n}: {max(self.senses[n]):.3f} / {self.minimum[n]:.3f} / {against[n]:.3f}" for n in names
+        )
+        above = all(max(*self.senses[n], self.minimum[n]) > against[n] for n in names)
+        return Headline(
+            f"best sense / minimum / {whose} embeddings, {figures}",
+            "SimLex-999: .522 / .540 / .478; SimVerb-3500: .502 / .471 / .363",
+            "best sense or minimum above the twin's embeddings on both",
+            None if self.twin is None else above,
+        )
 
     def report(self) -> Report:
         names = list(self.senses)

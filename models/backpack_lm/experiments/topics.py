@@ -19,16 +19,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backpack_lm.experiments.experiment import Result
+from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.experiments.reader import Reader, default_reader
 from backpack_lm.experiments.themes import THEMES
 from backpack_lm.lab.lockstep import sample
 from backpack_lm.lab.subject import Steered, Subject
+from backpack_lm.lab.twin import read_twin
 from backpack_lm.lab.watch import Journal, Watch
 from backpack_lm.patch import Topic
 from backpack_lm.reports.plots import lines
 from backpack_lm.reports.report import Entry, Report, Table
-from backpack_lm.tokenizer import WordPolicy
+from backpack_lm.training.trainer import LanguageModel
 
 STRENGTHS = (0, 1, 2, 3)
 BIASES = (2.0, 4.0, 6.0)
@@ -51,32 +52,78 @@ class Way:
 @dataclass(frozen=True, slots=True)
 class TopicsResult:
     ways: list[Way]
+    words: dict[str, list[str]]
     samples: int
     length: int
     prompt: str
+    reader: str
+
+    @property
+    def base(self) -> Way:
+        return self.ways[0]
+
+    @property
+    def steered(self) -> list[Way]:
+        """By sense multipliers, strengths 1 to 3."""
+        return [way for way in self.ways[1:] if way.name == self.base.name]
+
+    @property
+    def biased(self) -> list[Way]:
+        return [way for way in self.ways if way.name != self.base.name]
+
+    def bias_at(self, success: float) -> tuple[float, float] | None:
+        """Perplexity and distinct pairs of the logit bias where it has this success, between the biases that were
+        measured; None if none of them has as much."""
+        for one, two in pairwise([self.base, *self.biased]):
+            if one.success <= success <= two.success and two.success > one.success:
+                part = (success - one.success) / (two.success - one.success)
+                log = (1 - part) * math.log(one.perplexity) + part * math.log(two.perplexity)
+                return math.exp(log), (1 - part) * one.distinct + part * two.distinct
+        return None
+
+    def headline(self) -> Headline:
+        base, strongest = self.base, self.steered[-1]
+        times, plain = strongest.success / base.success, self.bias_at(strongest.success)
+        kept = plain is not None and strongest.distinct >= plain[1]
+        figures = (
+            f"success unsteered / strength 1 / 2 / 3: "
+            f"{' / '.join(f'{w.success:.1f}' for w in (base, *self.steered))} % "
+            f"({times:.1f} times); distinct pairs {base.distinct:.0f} → {strongest.distinct:.0f} %, perplexity "
+            f"{base.perplexity:.0f} → {strongest.perplexity:.0f}"
+        )
+        if plain is not None:
+            figures += f"; a logit bias of equal success: {plain[1]:.0f} %, {plain[0]:.0f}"
+        return Headline(
+            figures,
+            "7.4 / 12.1 / 24.3 / 35.3 %, another judge",
+            "3 times; more distinct pairs than a logit bias of equal success",
+            times >= 3 and kept,
+        )
 
     def report(self) -> Report:
-        base, steered = self.ways[0], [w for w in self.ways if w.name == "Backpack"]
-        plain = [w for w in self.ways if w.name != "Backpack"]
-        strongest = steered[-1]
-        near = min(plain, key=lambda way: abs(way.success - strongest.success))
+        base, strongest = self.base, self.steered[-1]
         rows = tuple((w.name, w.strength, w.success, w.perplexity, w.distinct) for w in self.ways)
         examples = tuple((w.name, w.strength, w.example) for w in self.ways)
-        columns = ("way", "strength", "success %", "perplexity, unsteered reader", "distinct pairs %")
+        columns = ("way", "strength", "success %", f"perplexity to {self.reader}", "distinct pairs %")
         topics: tuple[tuple[Entry, ...], ...] = tuple(
-            (topic, *(w.by_topic[topic] for w in self.ways)) for topic in THEMES
+            (topic, *(w.by_topic[topic] for w in self.ways), ", ".join(self.words[topic])) for topic in THEMES
         )
-        heads = ("topic", *(f"{w.name} {w.strength:g}" for w in self.ways))
+        heads = ("topic", *(f"{w.name} {w.strength:g}" for w in self.ways), "words")
         curves = {
-            "sense multipliers": [(w.success, w.distinct) for w in (base, *steered[1:])],
-            "logit bias": [(w.success, w.distinct) for w in (base, *plain)],
+            "sense multipliers": [(w.success, w.distinct) for w in (base, *self.steered)],
+            "logit bias": [(w.success, w.distinct) for w in (base, *self.biased)],
         }
+        plain = self.bias_at(strongest.success)
+        compared = (
+            "no logit bias that was tried has as much success"
+            if plain is None
+            else f"a logit bias of equal success, {plain[1]:.1f}%"
+        )
         return Report(
             "Topic control",
             f"At strength 3 the judge finds {strongest.success:.1f}% of the texts nearest to their topic, against "
             f"{base.success:.1f}% unsteered ({strongest.success / base.success:.1f} times). Distinct pairs: "
-            f"{base.distinct:.1f}% unsteered, {strongest.distinct:.1f}% steered; the logit bias nearest in "
-            f"success ({near.success:.1f}%) has {near.distinct:.1f}%.",
+            f"{base.distinct:.1f}% unsteered, {strongest.distinct:.1f}% steered; {compared}.",
             (
                 Table("In short", columns, rows, digits=1),
                 Table("Success % by topic", heads, topics, digits=0),
@@ -87,8 +134,13 @@ class TopicsResult:
                 f"{self.samples} ancestral samples of {self.length} tokens for each topic and way, from "
                 f"{'the end-of-text token' if not self.prompt else repr(self.prompt)}; strength 0 is one set of "
                 "samples, judged for every topic.",
-                "Perplexity is of the text under the same model unsteered: lower is likelier, and repetition "
-                "lowers it; distinct pairs are the share of a text's pairs of neighbouring words that differ.",
+                f"Perplexity of the text to {self.reader}: lower is likelier, and repetition "
+                "lowers it; distinct pairs are the share of a text's pairs of neighbouring words that differ. "
+                "Those of "
+                "the logit bias at equal success lie on the line between the biases that were measured.",
+                "A topic's words are those of its name and what else anybody would name, if they are one token; "
+                "the paper "
+                "has those of the name alone. Senses and logit bias get the same.",
                 *(
                     ()
                     if strongest.success >= 3 * base.success
@@ -104,7 +156,8 @@ class TopicsResult:
 class TopicControl:
     """`samples` texts of `length` tokens for every topic and way, after the end-of-text token and `prompt`.
 
-    `judge` is a sentence encoder's folder; `work`, if given, keeps finished parts so that a stopped run goes on.
+    `judge` is a sentence encoder's folder; `twin`, if given, reads the texts for their perplexity instead of the
+    model itself, unsteered; `work`, if given, keeps finished parts so that a stopped run goes on.
     """
 
     samples: int = 8
@@ -112,6 +165,7 @@ class TopicControl:
     prompt: str = ""
     seed: int = 0
     judge: Path | None = None
+    twin: Path | None = None
     work: Path | None = None
     NAME: ClassVar[str] = "topics"
 
@@ -119,6 +173,12 @@ class TopicControl:
         if subject.config.eos_token_id is None:
             raise ValueError("this model has no end-of-text token to start a text with")
         reader = Reader(self.judge or default_reader())
+        twin = read_twin(self.twin, subject.config) if self.twin else None
+        if twin and len(self._prompt(subject)) + self.length > twin.config.n_positions:
+            raise ValueError(f"the twin reads {twin.config.n_positions} tokens; make the texts shorter")
+        quality = twin or Steered(subject, subject.overlay())
+        piece = subject.tokenizer.piece
+        words = {theme: [piece(token).strip() for token in _tokens(subject, theme)] for theme in THEMES}
         themes = reader.embed(list(THEMES))
         made_by = {
             "model": subject.manifest.fingerprint,
@@ -136,33 +196,41 @@ class TopicControl:
         ways = []
         for way in watch(plan, "judging", len(plan)):
             judged = {t: texts[way, t if way[1] else "unsteered"] for t in THEMES}
-            ways.append(_judge(subject, reader, themes, way, judged, self._prompt(subject)))
-        return TopicsResult(ways, self.samples, self.length, self.prompt)
+            ways.append(_judge(subject, reader, quality, themes, way, judged, self._prompt(subject)))
+        name = "the twin" if twin else "the model, unsteered"
+        return TopicsResult(ways, words, self.samples, self.length, self.prompt, name)
 
     def _prompt(self, subject: Subject) -> list[int]:
         assert subject.config.eos_token_id is not None
         return [subject.config.eos_token_id, *subject.tokenizer.encode(self.prompt)]
 
     def _texts(self, subject: Subject, way: tuple[str, float], theme: str) -> list[list[int]]:
-        words = THEMES.get(theme, ())
-        # As the paper's code has it: the first token of each word, with its space.
-        tokens = tuple(dict.fromkeys(subject.tokenizer.word_ids(word, WordPolicy.FIRST)[0] for word in words))
+        tokens = _tokens(subject, theme) if theme in THEMES else ()
         overlay, bias = subject.overlay(), None
         if way[0] == "Backpack" and way[1]:
             overlay = subject.overlay(Topic(tokens, int(way[1])))
         elif way[1]:
             bias = torch.zeros(subject.config.tokens)
             bias[list(tokens)] = way[1]
-        seed = self.seed + 1000 * (list(THEMES).index(theme) + 1 if words else 0)
+        seed = self.seed + 1000 * (list(THEMES).index(theme) + 1 if tokens else 0)
         ids: list[list[int]] = sample(
             subject, overlay, self._prompt(subject), self.samples, self.length, seed, bias
         ).tolist()
         return ids
 
 
+def _tokens(subject: Subject, theme: str) -> tuple[int, ...]:
+    """A topic's words that are one token; if there is none, the first token of each word, as the paper's code has
+    it."""
+    words = subject.known(THEMES[theme])
+    ids = map(subject.token, words) if words else (subject.word_ids(word)[0] for word in THEMES[theme])
+    return tuple(dict.fromkeys(ids))
+
+
 def _judge(
     subject: Subject,
     reader: Reader,
+    quality: LanguageModel,
     themes: Tensor,
     way: tuple[str, float],
     judged: dict[str, list[list[int]]],
@@ -180,7 +248,7 @@ def _judge(
         way[0],
         way[1],
         _mean(list(success.values())),
-        _perplexity(subject, prompt, distinct_texts),
+        _perplexity(quality, prompt, distinct_texts),
         100 * _mean([distinct_pairs(subject.tokenizer.decode(ids)) for ids in distinct_texts]),
         success,
         " ".join(example.split()) + " …",
@@ -195,13 +263,12 @@ def distinct_pairs(text: str) -> float:
 
 
 @torch.inference_mode()
-def _perplexity(subject: Subject, prompt: list[int], texts: Sequence[Sequence[int]]) -> float:
-    """Of texts of one length, under the unsteered model, after the prompt."""
-    model, total = Steered(subject, subject.overlay()), 0.0
-    ids = torch.tensor(texts)
+def _perplexity(model: LanguageModel, prompt: list[int], texts: Sequence[Sequence[int]]) -> float:
+    """Of texts of one length, after the prompt."""
+    total, ids = 0.0, torch.tensor(texts)
     rows = torch.cat([torch.tensor(prompt).expand(len(ids), -1), ids], 1)
     for part in rows.split(8):
-        logs = (model.mix(part[:, :-1])[:, len(prompt) - 1 :] @ subject.head.t()).log_softmax(-1)
+        logs = (model.mix(part[:, :-1])[:, len(prompt) - 1 :] @ model.embedding.t()).log_softmax(-1)
         total -= float(logs.gather(2, part[:, len(prompt) :, None]).double().sum())
     return math.exp(total / ids.numel())
 

@@ -212,6 +212,9 @@ class Finetuner:
         self.background = positions_of(subject, list(background), [0] * len(background), self.cells)
         self.held_out = positions_of(subject, list(held_out), [0] * len(held_out), self.cells)
         self._held_out_loss = _total_loss(subject, held_out)
+        none = torch.zeros(len(self.cells), subject.config.n_embd)
+        with torch.no_grad():
+            self._reached_loss = self.held_out.loss(subject.head, none)
         rms = torch.tensor([subject.manifest.sense_rms[cell.sense] for cell in self.cells])[:, None]
         self._scale, self._bound = rms, Limits().norm_factor * rms * 0.999
         self._raw = torch.zeros(len(self.cells), subject.config.n_embd, requires_grad=True)
@@ -280,8 +283,7 @@ class Finetuner:
                 self.best[budget] = (check, kept)
 
     def _checked(self, deltas: Tensor) -> Checked:
-        head, none = self.subject.head, torch.zeros_like(deltas)
-        more = self.held_out.loss(head, deltas) - self.held_out.loss(head, none)
+        more = self.held_out.loss(self.subject.head, deltas) - self._reached_loss
         return Checked(self.step, self._example_loss(deltas), more / self._held_out_loss)
 
     @torch.no_grad()
@@ -306,6 +308,7 @@ class Finetuner:
             "checks": [(c.step, c.loss, c.change) for c in self.checks],
             "best": [(b, (c.step, c.loss, c.change), deltas) for b, (c, deltas) in self.best.items()],
         }
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".writing")
         torch.save(state, partial)
         partial.rename(self.file)

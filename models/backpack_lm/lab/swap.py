@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from backpack_lm.lab.subject import Prompts, Subject
-from backpack_lm.patch import Cell, Edit, Swap
+from backpack_lm.patch import Add, Cell, Edit, Limits, Swap, Vector
 from backpack_lm.reports.report import Report, Table
+
+STRENGTHS = (1.0, 2.0, 4.0, 8.0)
+"""What a fit tries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +56,14 @@ class SwappedFact:
     old: str
     new: str
     senses: list[int]
+    strength: float
     prompts: list[Swapped]
 
     def mean(self, name: str) -> float:
         return sum(float(getattr(prompt, name)) for prompt in self.prompts) / len(self.prompts)
 
-    def edit(self, subject: Subject) -> Edit:
-        token = subject.token(self.word)
-        cells = tuple(Cell(token, sense) for sense in self.senses)
-        return Swap(cells, subject.token(self.old), subject.token(self.new))
+    def edits(self, subject: Subject) -> list[Edit]:
+        return swap_edits(subject, self.word, self.old, self.new, self.senses, self.strength)
 
     def report(self) -> Report:
         columns = ("prompt", f"{self.old}, before", "after", f"{self.new}, before", "after", "else moved")
@@ -71,17 +74,52 @@ class SwappedFact:
         return Report(
             f"“{self.word}” says “{self.new}” where it said “{self.old}”",
             f"Of the two, “{self.old}” had {self.mean('share_before'):.0%} before and has "
-            f"{self.mean('share_after'):.0%} after; {self.mean('moved'):.2%} of the probability moved elsewhere.",
+            f"{self.mean('share_after'):.0%} after, at strength {self.strength:g}; {self.mean('moved'):.2%} of "
+            f"the "
+            "probability moved elsewhere.",
             (Table("Probability of the next token", columns, rows),),
         )
 
 
+def swap_edits(
+    subject: Subject, word: str, old: str, new: str, senses: Sequence[int], strength: float = 1.0
+) -> list[Edit]:
+    """A swap in these senses. Strength 1 is the paper's: it moves what the word itself says of `old`. What the
+    rest of a prompt says of it stays, so a fact may take more: an `Add` a sense moves the same `strength` − 1
+    times again, as far as a patch may.
+
+    Raises WordError if a word is not one token, ValueError for a strength below 1, PatchError for a sense that
+    there isn't.
+    """
+    if not 1 <= strength < math.inf:
+        raise ValueError(f"strength {strength:g}; 1 is a plain swap, more moves the same again")
+    token, ids = subject.token(word), (subject.token(old), subject.token(new))
+    edits: list[Edit] = [Swap(tuple(Cell(token, sense) for sense in senses), *ids)]
+    if strength > 1:
+        subject.overlay(*edits)  # a sense that there isn't is refused
+        r, a = (subject.model.embedding[i] for i in ids)
+        turn = a * (r @ r) / (a @ a) - r
+        for sense in senses:
+            delta = (strength - 1) * (subject.table.rows[token, sense] @ r) / (r @ r) * turn
+            bound = 0.999 * Limits().norm_factor * subject.manifest.sense_rms[sense]
+            delta *= min(1.0, bound / max(float(delta.norm()), 1e-9))
+            if bool(delta.any()):
+                edits.append(Add((Cell(token, sense),), Vector.of(delta.tolist())))
+    return edits
+
+
 def swap_fact(
-    subject: Subject, word: str, old: str, new: str, prompts: Sequence[str], senses: Sequence[int] = ()
+    subject: Subject,
+    word: str,
+    old: str,
+    new: str,
+    prompts: Sequence[str],
+    senses: Sequence[int] = (),
+    strength: float = 1.0,
 ) -> SwappedFact:
     """Make a swap in the given senses, or all, and measure it on prompts that name the word.
 
-    Raises WordError if a word is not one token, ValueError for a prompt without the word: nothing would change.
+    Raises as `swap_edits`, and ValueError for a prompt without the word: nothing would change.
     """
     token, ids = subject.token(word), (subject.token(old), subject.token(new))
     for prompt in prompts:
@@ -91,11 +129,22 @@ def swap_fact(
             )
     chosen = list(senses) or list(range(subject.config.num_senses))
     asked = Prompts(subject, prompts)
-    edit = Swap(tuple(Cell(token, sense) for sense in chosen), *ids)
-    before, after = (asked.log_probabilities(subject.overlay(*some)).exp() for some in ((), (edit,)))
+    edits = swap_edits(subject, word, old, new, chosen, strength)
+    before, after = (asked.log_probabilities(subject.overlay(*some)).exp() for some in ((), edits))
     others = (after - before).abs()
     others[:, list(ids)] = 0
     found = []
     for prompt, b, a, moved in zip(prompts, before.tolist(), after.tolist(), others.sum(1).tolist(), strict=True):
         found.append(Swapped(prompt, b[ids[0]], a[ids[0]], b[ids[1]], a[ids[1]], moved / 2))
-    return SwappedFact(word, old, new, chosen, found)
+    return SwappedFact(word, old, new, chosen, strength, found)
+
+
+def fit_strength(
+    subject: Subject, word: str, old: str, new: str, prompts: Sequence[str], senses: Sequence[int] = ()
+) -> float:
+    """The least of STRENGTHS with which all prompts are turned; the greatest if none does. Raises as
+    `swap_fact`."""
+    for strength in STRENGTHS:
+        if all(prompt.turned for prompt in swap_fact(subject, word, old, new, prompts, senses, strength).prompts):
+            break
+    return strength

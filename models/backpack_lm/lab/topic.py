@@ -13,9 +13,13 @@ from backpack_lm.tokenizer import WordPolicy
 
 @dataclass(frozen=True, slots=True)
 class TopicChosen:
-    """A topic: its words' tokens, the cells that speak for it most, the words' mass after prompts by strength."""
+    """A topic: its words' tokens, the cells that speak for it most, the words' mass after prompts by strength.
+
+    `pieces` are the first tokens of those words that have several.
+    """
 
     words: list[str]
+    pieces: dict[str, str]
     tokens: list[int]
     strength: int
     cells: list[tuple[str, int, float]]
@@ -32,6 +36,12 @@ class TopicChosen:
             (
                 *([Table("After prompts", ("prompt", "0", "1", "2", "3"), rows)] if rows else []),
                 Table("Cells that speak for it most", ("word", "sense", "score"), tuple(self.cells)),
+            ),
+            notes=tuple(
+                f"“{word}” is several tokens in this model; it steers towards the first alone, “{piece}”, and "
+                f"whatever "
+                "else begins with it. Leave it out if that isn't meant."
+                for word, piece in self.pieces.items()
             ),
         )
 
@@ -56,4 +66,6 @@ def choose_topic(
     for prompt in prompts:
         asked = Prompts(subject, [prompt])
         mass[prompt] = [float(asked.log_probabilities(o)[0].exp()[tokens].sum()) for o in overlays]
-    return TopicChosen(list(words), tokens, strength, cells, mass)
+    several = [word for word in words if len(subject.word_ids(word)) > 1]
+    pieces = {word: subject.tokenizer.piece(subject.word_ids(word)[0]) for word in several}
+    return TopicChosen(list(words), pieces, tokens, strength, cells, mass)

@@ -181,9 +181,10 @@ class LanguageModel(Protocol):
 
 
 @torch.no_grad()
-def perplexity(model: LanguageModel, ids: Tensor, batch: int = 8) -> float:
-    """Perplexity of a stream of ids [N], in rows that fill the context; each row's first token is free."""
-    length = model.config.n_positions
+def perplexity(model: LanguageModel, ids: Tensor, batch: int = 8, length: int | None = None) -> float:
+    """Perplexity of a stream of ids [N], in rows of `length` tokens, by default the context; each row's first
+    token is free."""
+    length = length or model.config.n_positions
     if len(ids) <= length:
         raise ValueError(f"{len(ids)} tokens of held-out text; at least {length + 1} are needed")
     rows = ids[: (len(ids) - 1) // length * length + 1].unfold(0, length + 1, length)

@@ -66,6 +66,13 @@ def debias(
     contrast: Contrast = ("he", "she"),
     sense: Annotated[int | None, typer.Option(help="Sense to scale; the most telling one if none.", min=0)] = None,
     prompts: Templates = None,
+    shown: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--show",
+            help="A prompt with {} to report on; nothing is fitted on it. Repeatable. The paper's 13 if none.",
+        ),
+    ] = None,
     file: Out = Path("debias.json"),
     model: Model = None,
     threads: Threads = 0,
@@ -73,15 +80,18 @@ def debias(
     """Fit one scale of a sense for each word, so that two words come out alike after it (paper, section 6.1)."""
     with exits():
         from backpack_lm.lab import debias as lab
-        from backpack_lm.lab.professions import ESTIMATION, NOUNS
+        from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
         from backpack_lm.lab.watch import Journal
 
         subject = read_subject(model, threads)
+        fitted, told = prompts or list(ESTIMATION), shown or list(EVALUATION)
+        if both := set(fitted) & set(told):
+            raise ValueError(f"{min(both)!r} is in --prompt and --show; what is fitted on shows nothing")
         made_by = {"model": subject.manifest.fingerprint, "words": words, "contrast": contrast, "sense": sense}
-        journal = Journal(file.with_suffix(".partial.jsonl"), {**made_by, "prompts": prompts})
-        chosen = {"estimation": prompts} if prompts else {"estimation": ESTIMATION}
-        with Shown() as watch:
-            found = lab.debias(subject, words or NOUNS, watch, journal, *contrast, sense=sense, **chosen)
+        made_by = {**made_by, "prompts": fitted, "shown": told}
+        journal = Journal(file.with_suffix(".partial.jsonl"), made_by)
+        with Shown(goes_on=True) as watch:
+            found = lab.debias(subject, words or NOUNS, watch, journal, *contrast, sense, fitted, told)
         _keep(subject, found.edits(subject), found.report(), file)
         journal.finish()
 
@@ -113,17 +123,25 @@ def swap_fact(
     new: Annotated[str, typer.Option(help="What they shall say.")],
     prompts: Annotated[list[str], typer.Option("--prompt", help="Prompt that holds the word; repeatable.")],
     senses: Senses = "",
+    strength: Annotated[
+        float, typer.Option(help="1 is the paper's swap, more moves the same again and again.", min=1)
+    ] = 1.0,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Least strength of 1, 2, 4, 8 that turns the fact after every prompt.")
+    ] = False,
     file: Out = Path("swap.json"),
     model: Model = None,
     threads: Threads = 0,
 ) -> None:
     """Let a word say one thing instead of another (paper, section 6.2); shows what else moves."""
     with exits():
-        from backpack_lm.lab.swap import swap_fact as swap
+        from backpack_lm.lab import swap as lab
 
-        subject = read_subject(model, threads)
-        found = swap(subject, word, old, new, prompts, sense_numbers(senses))
-        _keep(subject, [found.edit(subject)], found.report(), file)
+        subject, chosen = read_subject(model, threads), sense_numbers(senses)
+        if fit:
+            strength = lab.fit_strength(subject, word, old, new, prompts, chosen)
+        found = lab.swap_fact(subject, word, old, new, prompts, chosen, strength)
+        _keep(subject, found.edits(subject), found.report(), file)
 
 
 @app.command("finetune")
@@ -160,7 +178,7 @@ def finetune(
             plan = Finetuning(cells, budget=budget, steps=steps, seed=seed)
             state = file.with_suffix(".partial.pt")
             run = Finetuner(subject, taught, near, judged, plan, state)
-        with Shown() as watch:
+        with Shown(goes_on=True) as watch:
             found = run.run(watch)[budget]
         _keep(subject, found.edits(), found.report(subject, taught), file)
         state.unlink(missing_ok=True)
@@ -199,6 +217,7 @@ def judge(
             report = replace(lab(subject, edits, asked, ids).report(), made_by=command())
         out.print(Markdown(report.markdown()))
         if page is not None:
+            page.parent.mkdir(parents=True, exist_ok=True)
             page.write_text(report.html(), "utf-8")
 
 

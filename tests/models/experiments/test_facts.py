@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from backpack_lm.experiments.facts import FACTS, FactsResult, KnowledgeEditing
+import torch.nn.functional as F
+from backpack_lm.experiments.facts import FactsResult, KnowledgeEditing
+from backpack_lm.experiments.known import FACTS, Fact
 from backpack_lm.lab.subject import Subject
-from backpack_lm.lab.swap import Swapped, swap_fact
+from backpack_lm.lab.swap import STRENGTHS, Swapped, fit_strength, swap_edits, swap_fact
+from backpack_lm.lab.text import held_out, rows
 from backpack_lm.lab.watch import unwatched
+from backpack_lm.patch import Add, PatchError, Swap
 from backpack_lm.tokenizer import WordError
 
 PROMPT = "The captain of the ship went out to the"
@@ -17,7 +23,7 @@ def test_a_swap_is_measured_on_the_model_itself(subject: Subject) -> None:
     found = swap_fact(subject, "ship", "sea", "land", [PROMPT, "When the ship"], senses=[1, 3])
     ids, sea, land = torch.tensor([subject.ids(PROMPT)]), subject.token("sea"), subject.token("land")
     before = subject.model(ids)[0, -1].softmax(-1)
-    after = subject.model(ids, subject.overlay(found.edit(subject)))[0, -1].softmax(-1)
+    after = subject.model(ids, subject.overlay(*found.edits(subject)))[0, -1].softmax(-1)
     one = found.prompts[0]
     assert one.old_before == pytest.approx(float(before[sea]), rel=1e-4)
     assert one.new_after == pytest.approx(float(after[land]), rel=1e-4)
@@ -34,6 +40,70 @@ def test_held_and_turned() -> None:
     assert Swapped("", 0.3, 0.1, 0.1, 0.3, 0.0).share_before == pytest.approx(0.75)
 
 
+def test_a_strength_moves_the_same_so_many_times(subject: Subject) -> None:
+    token, sea, land = map(subject.token, ("ship", "sea", "land"))
+    r, a = subject.model.embedding[sea], subject.model.embedding[land]
+    v = subject.table.rows[token, 1]
+    moved = (v @ r) / (r @ r) * (a * (r @ r) / (a @ a) - r)
+    ids = torch.tensor([[token]])
+    for strength in STRENGTHS:
+        overlay = subject.overlay(*swap_edits(subject, "ship", "sea", "land", [1], strength))
+        got = overlay.replace(ids, subject.table.rows[ids])[0, 0]
+        more = min((strength - 1) * float(moved.norm()), 0.999 * 8 * subject.manifest.sense_rms[1])
+        assert float((got[1] - v).norm()) == pytest.approx(float(moved.norm()) + more, rel=1e-3)
+        torch.testing.assert_close(F.normalize(got[1] - v, dim=0), F.normalize(moved, dim=0), atol=1e-4, rtol=1e-4)
+        assert torch.equal(got[0], subject.table.rows[token, 0]), "a sense that wasn't named"
+    plain, more = (swap_edits(subject, "ship", "sea", "land", [0, 1], s) for s in (1, 2))
+    assert [type(edit) for edit in plain] == [Swap]
+    assert [type(edit) for edit in more] == [Swap, Add, Add]
+    for strength in (0.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="1 is a plain swap"):
+            swap_edits(subject, "ship", "sea", "land", [1], strength)
+    with pytest.raises(PatchError, match="sense 9"):
+        swap_edits(subject, "ship", "sea", "land", [9], 2)
+
+
+def test_a_fit_is_the_least_that_turns_every_prompt(subject: Subject) -> None:
+    words = ("ship", "sea", "land")
+    found = fit_strength(subject, *words, [PROMPT, "When the ship"])
+    turned = {
+        s: all(p.turned for p in swap_fact(subject, *words, [PROMPT, "When the ship"], strength=s).prompts)
+        for s in STRENGTHS
+    }
+    assert found == next((s for s in STRENGTHS if turned[s]), STRENGTHS[-1])
+    assert not any(turned[s] for s in STRENGTHS if s < found)
+
+
+def test_the_cost_is_that_of_the_model_itself(
+    subject: Subject, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fact = Fact("ship", "sea", "land", (PROMPT, "When the ship"))
+    monkeypatch.setattr("backpack_lm.experiments.facts.FACTS", (fact,))
+    corpus = folder / "corpus.jsonl"
+    result = KnowledgeEditing((corpus,), 256).run(subject, unwatched)
+    assert isinstance(result, FactsResult)
+    assert [strength.name for strength in result.strengths] == ["1", "2", "4", "8", "fitted"]
+    text, ship = rows(subject, held_out(corpus), 256, 64), subject.token("ship")
+
+    def losses(strength: float | None) -> torch.Tensor:
+        edits = swap_edits(subject, *("ship", "sea", "land"), range(4), strength) if strength else []
+        logits = subject.model(text[:, :-1], subject.overlay(*edits))
+        return F.cross_entropy(logits.transpose(1, 2), text[:, 1:], reduction="none").double()
+
+    before, next_ = losses(None), text[:, :-1] == ship
+    after = next_.cumsum(1) > 0
+    assert 0 < next_.sum() < after.sum() < after.numel()
+    for strength, cost in ((s, found.cost) for s, found in zip(STRENGTHS, result.strengths, strict=False)):
+        assert cost is not None
+        for part, share in ((torch.ones_like(after), cost.everywhere), (after, cost.after), (next_, cost.next)):
+            expected = float((losses(strength) - before)[part].sum() / before[part].sum())
+            assert share == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    for at, prompt in enumerate(fact.prompts):  # what is counted wasn't fitted on
+        fitted = fit_strength(subject, "ship", "sea", "land", [fact.prompts[1 - at]])
+        expected = swap_fact(subject, "ship", "sea", "land", [prompt], strength=fitted).prompts[0]
+        assert result.strengths[-1].prompts[at] == expected
+
+
 def test_what_cannot_be_asked_is_refused(subject: Subject) -> None:
     with pytest.raises(ValueError, match="doesn't hold 'ship' as the token ' ship'"):
         swap_fact(subject, "ship", "sea", "land", ["The captain said"])
@@ -41,13 +111,14 @@ def test_what_cannot_be_asked_is_refused(subject: Subject) -> None:
         swap_fact(subject, "ship", "sea", "seafarer", [PROMPT])
 
 
-def test_facts_that_the_vocabulary_lacks_are_listed(subject: Subject, folder) -> None:  # type: ignore[no-untyped-def]
-    result = KnowledgeEditing(folder / "corpus.jsonl", 256).run(subject, unwatched)
+def test_facts_that_the_vocabulary_lacks_are_listed(subject: Subject, folder: Path) -> None:
+    result = KnowledgeEditing((folder / "corpus.jsonl",), 256).run(subject, unwatched)
     assert isinstance(result, FactsResult)
     assert len(result.facts) + len(result.unknown) == len(FACTS)
     assert "MacBook: Apple → HP" in result.unknown
     assert [fact.word for fact in result.facts] == ["ship"] or not result.facts
     assert "MacBook" in result.report().markdown()
+    assert "turn by a plain swap" in result.headline().figures
 
 
 def test_every_prompt_names_its_word() -> None:

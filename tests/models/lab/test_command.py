@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.swap import fit_strength, swap_edits
 from backpack_lm.patch import Add, Scale, Topic
 from backpack_serving.cli.main import app
 from backpack_serving.cli.patch_file import PatchFile
@@ -36,14 +37,34 @@ def test_find_sense_and_debias(folder: Path, subject: Subject, tmp_path: Path) -
 
 def test_topic_and_its_page(folder: Path, subject: Subject, tmp_path: Path) -> None:
     file = tmp_path / "sea.json"
-    _call("topic", "sea", "ship", "--strength", 2, "--prompt", "The king", "--model", folder, "--out", file)
+    shown = _call(
+        "topic", "sea", "ship", "--strength", 2, "--prompt", "The king", "--model", folder, "--out", file
+    )
+    assert "is several tokens" not in shown
     (edit,) = PatchFile.read(file).edits_for(subject)
     assert edit == Topic((subject.token("sea"), subject.token("ship")), 2)
     assert "Cells that speak for it most" in file.with_suffix(".html").read_text()
 
 
+def test_a_topic_word_of_several_tokens_is_told(folder: Path, subject: Subject, tmp_path: Path) -> None:
+    first = subject.tokenizer.piece(subject.word_ids("hairdresser")[0])
+    shown = _call("topic", "sea", "hairdresser", "--model", folder, "--out", tmp_path / "t.json")
+    assert f"“hairdresser” is several tokens in this model; it steers towards the first alone, “{first}”" in shown
+
+
+def test_swap_fact_fits_its_strength(folder: Path, subject: Subject, tmp_path: Path) -> None:
+    prompt, words = "The captain of the ship saw the", ("ship", "--old", "sea", "--new", "land", "--prompt")
+    for given, wanted in ((("--fit",), fit_strength(subject, "ship", "sea", "land", [prompt])), ((), 1.0)):
+        file = tmp_path / "swap.json"
+        shown = _call("swap-fact", *words, prompt, *given, "--model", folder, "--out", file)
+        assert f"at strength {wanted:g}" in shown
+        assert PatchFile.read(file).edits_for(subject) == swap_edits(
+            subject, "ship", "sea", "land", range(4), wanted
+        )
+
+
 def test_finetune_then_judge(folder: Path, subject: Subject, tmp_path: Path) -> None:
-    examples, file = tmp_path / "examples.jsonl", tmp_path / "taught.json"
+    examples, file = tmp_path / "examples.jsonl", tmp_path / "new" / "folder" / "taught.json"
     examples.write_text(json.dumps({"prompt": "The captain of the ship saw the", "target": "lawyer"}) + "\n")
     text = folder / "corpus.jsonl"
     common = ("--text", text, "--tokens", 512, "--model", folder)
@@ -51,7 +72,7 @@ def test_finetune_then_judge(folder: Path, subject: Subject, tmp_path: Path) -> 
     edits = PatchFile.read(file).edits_for(subject)
     assert edits
     assert all(isinstance(edit, Add) for edit in edits)
-    assert not list(tmp_path.glob("*.partial*"))
+    assert sorted(path.name for path in file.parent.iterdir()) == ["taught.html", "taught.json"]
     shown = _call("judge", file, "--examples", examples, *common)
     assert "Held-out perplexity" in shown
     assert "lawyer" in shown
@@ -62,6 +83,7 @@ def test_finetune_then_judge(folder: Path, subject: Subject, tmp_path: Path) -> 
     [
         (("find-sense", "hairdresser"), "none of hairdresser is one token"),
         (("debias", "nurse", "--sense", "9"), "sense 9; this model's are 0 to 3"),
+        (("debias", "nurse", "--prompt", "A {} is", "--show", "A {} is"), "what is fitted on shows nothing"),
         (("swap-fact", "ship", "--old", "sea", "--new", "land", "--prompt", "The king"), "doesn't hold 'ship'"),
         (("swap-fact", "ship", "--old", "sea", "--new", "seafarer", "--prompt", "The ship"), "tokens"),
     ],

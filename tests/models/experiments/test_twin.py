@@ -1,0 +1,119 @@
+"""What stands beside a Backpack in the tables: a twin of a few steps, and naive computations on its weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from backpack_lm.config import BackpackConfig
+from backpack_lm.experiments.bias import BiasResult, GenderBias, null_space
+from backpack_lm.experiments.language import LanguageModelling, LanguageResult
+from backpack_lm.experiments.lexical import LexicalResult, LexicalSimilarity
+from backpack_lm.experiments.topics import TopicControl, TopicsResult
+from backpack_lm.lab.professions import EVALUATION
+from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.text import held_out, stream
+from backpack_lm.lab.twin import read_twin
+from backpack_lm.lab.watch import unwatched
+from backpack_lm.model import TransformerTwin
+from backpack_lm.training.data import Rows
+from backpack_lm.training.trainer import Recipe, Trainer
+from scipy.stats import spearmanr
+
+from tests.models.experiments.test_lexical import PAIRS, _write
+from tests.models.experiments.test_topics import judge
+
+__all__ = ["judge"]
+
+
+@pytest.fixture(scope="module")
+def twin(subject: Subject, folder: Path, tmp_path_factory: Any) -> Path:
+    """The folder of a run, as `backpack train --twin` leaves it; of half the Backpack's context."""
+    config = BackpackConfig(subject.config.vocab_size, 32, 32, 2, 2, num_senses=4)
+    records = [(folder / "corpus.jsonl").read_text()]
+    ids = np.array(subject.tokenizer.encode(records[0][:20_000]), dtype=np.uint16)
+    recipe = Recipe(steps=20, tokens_per_step=256, tokens_per_pass=256, short_row=32)
+    trainer = Trainer(config, recipe, Rows([ids], [1.0], 0), tmp_path_factory.mktemp("run") / "twin", True)
+    losses = [step.loss for step in trainer.run()]
+    assert losses[-1] < losses[0] - 0.5, "it has learnt something"
+    return trainer.folder
+
+
+def test_perplexities_are_of_the_same_tokens(subject: Subject, folder: Path, twin: Path) -> None:
+    corpus = folder / "corpus.jsonl"
+    result = LanguageModelling((corpus,), (), twin, 256).run(subject, unwatched)
+    assert isinstance(result, LanguageResult)
+    (measured,) = result.texts
+    ids = stream(subject, held_out(corpus), 257, 33)
+    rows = ids.unfold(0, 33, 32)  # of the shorter context
+    assert (measured.tokens, result.context) == (256, 32)
+    for model, value in ((subject.model, measured.perplexity), (_read(twin, subject), measured.twin_perplexity)):
+        loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        assert value == pytest.approx(math.exp(loss), rel=1e-4)
+    headline = result.headline()
+    assert headline.reached is (measured.perplexity <= (measured.twin_perplexity or 0))
+    assert "Against its Transformer twin" in result.report().lead
+
+
+def test_the_twin_s_embeddings_are_compared(subject: Subject, twin: Path, tmp_path: Path) -> None:
+    result = LexicalSimilarity(_write(tmp_path), twin).run(subject, unwatched)
+    assert isinstance(result, LexicalResult)
+    assert result.twin is not None
+    embedding = _read(twin, subject).embedding
+    means = {word: embedding[list(subject.word_ids(word))].mean(0) for pair in PAIRS for word in pair[:2]}
+    cosines = [float(torch.cosine_similarity(means[a], means[b], dim=0)) for a, b, _ in PAIRS]
+    expected = spearmanr(cosines, [rating for *_, rating in PAIRS]).statistic
+    assert result.twin["SimLex-999"] == pytest.approx(expected)
+    assert result.twin != result.embedding
+    best = [max(*result.senses[n], result.minimum[n]) > result.twin[n] for n in list(result.senses)[:2]]
+    assert result.headline().reached is all(best)
+    assert "| Transformer twin, embeddings |" in result.report().markdown()
+
+
+def test_the_null_space_is_projected_out_of_one_word_s_input_alone(subject: Subject, twin: Path) -> None:
+    model = _read(twin, subject)
+    found = null_space(subject, model, ["nurse", "cook"], unwatched)
+    head = model.embedding.clone()
+    direction = head[subject.token("she")] - head[subject.token("he")]
+
+    def ratios(keep: float) -> float:
+        all_of_them = []
+        for noun in ("nurse", "cook"):
+            changed, token = _read(twin, subject), subject.token(noun)
+            row = head[token]
+            changed.embedding[token] = row - (1 - keep) * (row @ direction) / (direction @ direction) * direction
+            for template in EVALUATION:
+                ids = torch.tensor([subject.ids(template.replace("{}", noun))[-32:]])
+                p = (changed.mix(ids)[0, -1] @ head.t()).double().softmax(-1)
+                he, she = (float(p[subject.token(word)]) for word in ("he", "she"))
+                all_of_them.append(max(he / she, she / he))
+        return sum(all_of_them) / len(all_of_them)
+
+    assert found.unmodified == pytest.approx(ratios(1.0), rel=1e-4)
+    assert found.removed == pytest.approx(ratios(0.0), rel=1e-4)
+    assert found.removed != pytest.approx(found.unmodified, rel=1e-6)
+    assert torch.equal(model.embedding, head), "the twin is as it was"
+    result = GenderBias(twin).run(subject, unwatched)
+    assert isinstance(result, BiasResult)
+    assert "| Transformer, null space |" in result.report().markdown()
+    assert "twin, null space" in result.headline().figures
+
+
+def test_the_twin_reads_the_texts_of_topics(subject: Subject, twin: Path, judge: Path) -> None:
+    given = {"samples": 2, "length": 6, "judge": judge}
+    own, read = (TopicControl(**given, twin=t).run(subject, unwatched) for t in (None, twin))
+    assert isinstance(own, TopicsResult)
+    assert isinstance(read, TopicsResult)
+    assert "perplexity to the twin" in read.report().markdown()
+    for one, other in zip(own.ways, read.ways, strict=True):
+        assert one.success == other.success, "the same texts"
+        assert one.perplexity != pytest.approx(other.perplexity, rel=1e-3)
+
+
+def _read(folder: Path, subject: Subject) -> TransformerTwin:
+    return read_twin(folder, subject.config)
