@@ -124,7 +124,7 @@ class Bench:
                 target,
             ]
         )
-        console.print(f"{self.name}: {what}: {middle:.2f} ({low:.2f}–{high:.2f})", markup=False)
+        console.print("  ".join(self.rows[-1]), markup=False)
 
     # ---- peers
 

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 import torch
 from backpack_lm.config import BackpackConfig
-from backpack_lm.kernels import Caches, Kernels, Prediction, Run, build
+from backpack_lm.kernels import Caches, Kernels, Prediction, Run, build, pages
 from backpack_lm.kernels.caches import untiled
 from backpack_lm.kernels.native import NativeKernels
 from backpack_lm.kernels.noise import philox
@@ -190,6 +190,14 @@ def test_a_copied_prefix_is_the_same_prefix(config: BackpackConfig) -> None:
     assert torch.equal(untiled(caches.keys)[:, 0, ..., :37], untiled(caches.keys)[:, 2, ..., :37])
     assert torch.equal(caches.values[:, 0, :, :37], caches.values[:, 2, :, :37])
     assert torch.equal(untiled(caches.sense_keys)[0, ..., :37], untiled(caches.sense_keys)[2, ..., :37])
+
+
+def test_memory_in_huge_pages_is_memory() -> None:
+    made = pages.zeros(3, pages.HUGE, dtype=torch.bfloat16)
+    assert made.shape == (3, pages.HUGE)
+    assert not made.any()
+    made[2] = 1
+    assert made.sum(1).tolist() == [0, 0, pages.HUGE]
 
 
 def test_noise_is_philox() -> None:

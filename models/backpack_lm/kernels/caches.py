@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from backpack_lm.config import BackpackConfig
+from backpack_lm.kernels import pages
 from backpack_lm.overlay import TopicMultipliers
 
 LANES = 16
@@ -75,7 +76,8 @@ class Caches:
         T = -(-config.n_positions // LANES) * LANES
 
         def zeros(*shape: int, dtype: torch.dtype = table.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=table.device)
+            on_cpu = table.device.type == "cpu"
+            return pages.zeros(*shape, dtype=dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=table.device)
 
         return cls(
             zeros(L, S, H, T // LANES, w, LANES),

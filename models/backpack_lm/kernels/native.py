@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from backpack_lm.kernels.build import NotBuilt, library
-from backpack_lm.kernels.caches import Caches, Prediction, Run
+from backpack_lm.kernels.caches import LANES, Caches, Prediction, Run
 from backpack_lm.kernels.seam import Linear
 from backpack_lm.kernels.topics import describe
 from backpack_lm.overlay import TopicMultipliers
 
 __all__ = ["NativeKernels", "NotBuilt"]
 
-BLOCK = 64
-"""Positions of one unit of work of the mix, as in cpp/mix.h."""
+GROUPS = 32
+"""Of tokens, of which each is a unit of work of the mix, as in cpp/mix.h."""
 
 GROUP = 48
 """Outputs of one pass of a product, as in cpp/product.h."""
@@ -33,9 +33,12 @@ class _Mix(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("table", "embedding", "rows", "ids", "previous", "following", "satisfied", "topics")
+            for name in (
+                *("table", "embedding", "rows", "ids", "previous", "following", "satisfied"),
+                *("alpha", "parts", "starts", "words", "topics"),
+            )
         ),
-        *((name, ctypes.c_int) for name in ("senses", "width", "context")),
+        *((name, ctypes.c_int) for name in ("senses", "width", "context", "vocabulary")),
     )
 
 
@@ -53,7 +56,7 @@ class NativeKernels:
         self._attend, self._mix, self._satisfy, self._residual_norm = (
             getattr(self._library, f"{name}_{kind}") for name in ("attend", "mix", "satisfy", "residual_norm")
         )
-        self._alpha, self._parts = torch.empty(0), torch.empty(0)
+        self._state, self._held = self._mixing()
         self._topics: WeakKeyDictionary[TopicMultipliers, bytes] = WeakKeyDictionary()
         self._runs: tuple[Sequence[Run], np.ndarray] = (), np.empty(0)
 
@@ -113,18 +116,12 @@ class NativeKernels:
         return out
 
     def mix(self, queries: Tensor, predictions: Sequence[Prediction]) -> Tensor:
-        caches, count = self.caches, len(predictions)
-        (_, context, senses), width = caches.rows.shape, caches.table.shape[1]
-        if len(self._alpha) < count:
-            self._alpha = torch.empty(count, senses, context)
-            self._parts = torch.empty(count, -(-context // BLOCK), width)
         rows, topics = self._describe(predictions)
-        state = self._state(topics)
-        out = torch.empty(count, width)
+        out = torch.empty(len(predictions), self.caches.table.shape[1])
         queries = queries.contiguous()
         self._mix(
-            ctypes.byref(state), rows.ctypes.data_as(ctypes.c_void_p), count, _at(queries),
-            _at(caches.sense_keys), queries.shape[-1], _at(self._alpha), _at(self._parts), _at(out),
+            self._with(topics), rows.ctypes.data_as(ctypes.c_void_p), len(predictions), _at(queries),
+            _at(self.caches.sense_keys), queries.shape[-1], _at(out),
         )  # fmt: skip
         return out
 
@@ -139,14 +136,23 @@ class NativeKernels:
 
     def satisfy(self, prediction: Prediction, start: int) -> None:
         rows, topics = self._describe([prediction])
-        state = self._state(topics)
-        self._satisfy(ctypes.byref(state), rows.ctypes.data_as(ctypes.c_void_p), start)
+        self._satisfy(self._with(topics), rows.ctypes.data_as(ctypes.c_void_p), start)
 
-    def _state(self, topics: bytes) -> _Mix:
+    def _mixing(self) -> tuple[_Mix, tuple[Tensor, ...]]:
+        """What the mix works on but for topics, and the buffers in it."""
         c = self.caches
-        pointers = (_at(t) for t in (c.table, c.embedding, c.rows, c.ids, c.previous, c.following, c.satisfied))
-        senses, width, context = c.rows.shape[2], c.table.shape[1], c.rows.shape[1]
-        return _Mix(*pointers, ctypes.cast(ctypes.c_char_p(topics), ctypes.c_void_p), senses, width, context)
+        (slots, context, senses), width = c.rows.shape, c.table.shape[1]
+        alpha = torch.empty(slots, context, -(-senses // LANES) * LANES)
+        parts = torch.empty(slots, GROUPS, width)
+        starts, words = (torch.empty(slots, n, dtype=torch.int32) for n in (GROUPS + 1, 2 * context))
+        tensors = (c.table, c.embedding, c.rows, c.ids, c.previous, c.following, c.satisfied)
+        buffers = (alpha, parts, starts, words)
+        pointers = (_at(tensor) for tensor in (*tensors, *buffers))
+        return _Mix(*pointers, None, senses, width, context, len(c.embedding)), buffers
+
+    def _with(self, topics: bytes) -> object:
+        self._state.topics = ctypes.cast(ctypes.c_char_p(topics), ctypes.c_void_p)
+        return ctypes.byref(self._state)
 
     def _describe(self, predictions: Sequence[Prediction]) -> tuple[np.ndarray, bytes]:
         """Predictions [B, 5] and their topics, as cpp/mix.h's `Row` and `Topic`."""

@@ -20,8 +20,8 @@
         attention(Attention<Value>{qkv, keys, values, out, heads, width, context, scale}, runs, count);              \
     }                                                                                                                \
     void mix_##NAME(const Mix<Value>* state, const Row* rows, int count, const Value* queries, const Value* keys,    \
-                    int head_width, float* alpha, float* parts, float* out) {                                        \
-        mix(*state, rows, count, queries, keys, head_width, alpha, parts, out);                                      \
+                    int head_width, float* out) {                                                                    \
+        mix(*state, rows, count, queries, keys, head_width, out);                                                    \
     }                                                                                                                \
     void satisfy_##NAME(const Mix<Value>* state, const Row* row, int start) { satisfy(*state, *row, start); }        \
     void residual_norm_##NAME(float* x, const Value* delta, const float* gain, const float* bias, float epsilon,     \

@@ -19,7 +19,16 @@ struct Row {  // one prediction: the newest of `length` tokens in a slot
 };
 
 constexpr float SATISFIED = 32.0f;  // scale·a from which sigmoid(6 − scale·a) is lost in 1 − it, in float32
-constexpr int BLOCK = 64;  // positions of one unit of work
+constexpr int GROUPS = 32;  // of tokens: one is a unit of work
+constexpr int SOON = 4;  // words ahead, whose weights and row numbers are asked for
+
+struct Word {  // a token of a text, where it stands first
+    int32_t token, position;
+};
+
+struct Place {  // a word of a prediction, and another one of the same token
+    int32_t prediction, position, next;
+};
 
 template <typename Value>
 struct Mix {
@@ -28,12 +37,15 @@ struct Mix {
     const int32_t *rows, *ids;  // [S, T, k], [S, T]
     const int32_t *previous, *following;  // where the same token stands before (−1: nowhere) and next (0), [S, T]
     float* satisfied;  // a = Σ_i relu(E[x_i]·C(x_j)_l), [S, T, k]; kept where a token stands first
+    float *alpha, *parts;  // [B, T, k rounded up to 16], [B, GROUPS, d]
+    int32_t* starts;  // [B, GROUPS + 1], of the groups in
+    Word* words;  // [B, T]
     const Topic* topics;
-    int senses, width, context;
+    int senses, width, context, vocabulary;
 
-    const Value* row(int slot, int t, int sense) const {
-        return table + size_t(rows[(size_t(slot) * context + t) * senses + sense]) * width;
-    }
+    int padded() const { return (senses + LANES - 1) / LANES * LANES; }
+    const int32_t* rows_of(int slot, int t) const { return rows + (size_t(slot) * context + t) * senses; }
+    const Value* row(int slot, int t, int sense) const { return table + size_t(rows_of(slot, t)[sense]) * width; }
     const Value* token(int slot, int t) const { return embedding + size_t(ids[size_t(slot) * context + t]) * width; }
     bool first(int slot, int t) const { return previous[size_t(slot) * context + t] < 0; }
     int next(int slot, int t) const { return following[size_t(slot) * context + t]; }
@@ -92,119 +104,181 @@ struct Mix {
         for_open(r, t, [&](int sense) { satisfy(r, t, sense, 0, to); });
     }
 
-    // weights[l] of position t times its topics' multipliers, b·δ + (1 − b), b = sigmoid(6 − f·a)·(1 + t/100), where a
-    // is kept at `first`.
-    void steer(const Row& r, int first, int t, float* weights) const {
-        const float* sum = sums(r.slot, first);
+    // m of the senses [l, l + count) at position t: for each topic b·δ + (1 − b), b = sigmoid(6 − f·a)·(1 + t/100), where
+    // a is kept at `first`.
+    Floats multipliers(const Row& r, int first, int t, int l, int count) const {
+        Floats product = Floats{} + 1.0f, sum = load_some(sums(r.slot, first) + l, count);
         for (int n = r.first_topic; n < r.first_topic + r.topics; n++) {
-            const Topic& topic = topics[n];
-            for (int l = 0; l < senses; l += LANES) {
-                int count = std::min(LANES, senses - l);
-                Floats aim = aims(topic, r.slot, first, l, count), factor = aim;
-                if (topic.annealed) {
-                    Floats x = 6.0f - load_some(sum + l, count) * topic.scale;
-                    Floats e = exponential(x < 0.0f ? x : -x);
-                    Floats keep = (x < 0.0f ? e : Floats{} + 1.0f) / (1.0f + e) * (1.0f + t / 100.0f);
-                    factor = keep * aim + (1.0f - keep);
-                }
-                for (int i = 0; i < count; i++) weights[l + i] *= factor[i];
+            Floats factor = aims(topics[n], r.slot, first, l, count);
+            if (topics[n].annealed) {
+                Floats x = 6.0f - sum * topics[n].scale;
+                Floats e = exponential(x < 0.0f ? x : -x);
+                Floats keep = (x < 0.0f ? e : Floats{} + 1.0f) / (1.0f + e) * (1.0f + t / 100.0f);
+                factor = keep * factor + (1.0f - keep);
             }
+            product *= factor;
+        }
+        return product;
+    }
+
+    // weights[l] = Σ α[t][l]·m[t][l] over all positions t of the token that stands first at `first`.
+    void weigh(const Row& r, const float* alpha, int first, float* weights) const {
+        for (int l = 0; l < senses; l += LANES) {
+            Floats sum{};
+            int t = first;
+            do {
+                sum += load(alpha + t * padded() + l) * multipliers(r, first, t, l, std::min(LANES, senses - l));
+                t = next(r.slot, t);
+            } while (t && t < r.length);
+            store(weights + l, sum);
         }
     }
 
-    // weights[l] = Σ α[l][t]·m[l][t] over all positions t of the token that stands first at `first`.
-    void weigh(const Row& r, const float* alpha, int stride, int first, float* weights, float* one) const {
-        std::fill(weights, weights + senses, 0.0f);
-        int t = first;
-        do {
-            for (int l = 0; l < senses; l++) one[l] = alpha[size_t(l) * stride + t];
-            if (r.topics) steer(r, first, t, one);
-            for (int l = 0; l < senses; l++) weights[l] += one[l];
-            t = next(r.slot, t);
-        } while (t && t < r.length);
-    }
-
-    // out += Σ_t Σ_l alpha[l][t]·m[l][t]·C(x_t)_l over all positions of the tokens that stand first in [from, to).
-    void add(const Row& r, const float* alpha, int stride, int from, int to, float* out, float* scratch) const {
-        float *weights = scratch, *one = scratch + senses;
-        int* open = reinterpret_cast<int*>(scratch + 2 * senses);
-        const Value** senses_of = reinterpret_cast<const Value**>(scratch + (3 * senses + 1) / 2 * 2);
-        int newest = r.length - 1;
-        auto skip = [&](int t) {
-            while (t < to && !first(r.slot, t)) t++;
-            return t;
+    // out += Σ_l weights[l]·C_l for the rows `own`, in the order of `widen`; `ahead`, if there are any, are asked for.
+    void add(const int32_t* own, const int32_t* ahead, const float* weights, float* out) const {
+        constexpr int BOTH = 2 * LANES;
+        auto some = [&](int c, auto count) {
+            constexpr int M = decltype(count)::value;
+            Floats sums[2 * M];
+            for (int i = 0; i < 2 * M; i++) sums[i] = load(out + c + i * LANES);
+            for (int l = 0; l < senses; l++) {
+                const Value* sense = table + size_t(own[l]) * width + c;
+                if (ahead)
+                    for (int i = 0; i < M * BOTH; i += LINE<Value>) fetch(table + size_t(ahead[l]) * width + c + i);
+                for (int i = 0; i < M; i++) {
+                    Floats two[2];
+                    widen(sense + i * BOTH, two);
+                    sums[2 * i] += two[0] * weights[l];
+                    sums[2 * i + 1] += two[1] * weights[l];
+                }
+            }
+            for (int i = 0; i < 2 * M; i++) store(out + c + i * LANES, sums[i]);
         };
-        for (int t = skip(from), following = 0; t < to; t = following) {
-            following = skip(t + 1);
-            for (int l = 0; l < senses; l++) senses_of[l] = row(r.slot, t, l);
-            if (r.topics && r.fresh && t < newest) {
-                int count = 0;
-                for_open(r, t, [&](int sense) { open[count++] = sense; });
-                satisfy_all(r, t, open, count, newest);
+        int c = 0;
+        for (; c + 2 * BOTH <= width; c += 2 * BOTH) some(c, std::integral_constant<int, 2>{});
+        for (; c + BOTH <= width; c += BOTH) some(c, std::integral_constant<int, 1>{});
+        for (; c < width; c++)
+            for (int l = 0; l < senses; l++) out[c] = std::fma(to_float(table[size_t(own[l]) * width + c]), weights[l], out[c]);
+    }
+
+    // α of prediction b [T, k]: for each sense, a softmax over its positions.
+    void attend(const Row& r, int b, const Value* queries, const Value* sense_keys, int head_width, float* scratch) const {
+        size_t head = size_t(head_width) * context;
+        const Value* keys = sense_keys + r.slot * senses * head;
+        float *rows = scratch, *query = scratch + padded() * context;
+        float scale = 1.0f / std::sqrt(float(head_width));
+        for (int l = 0; l < senses; l++, keys += head, rows += context) {
+            for (int c = 0; c < head_width; c++) query[c] = to_float(queries[(b * senses + l) * head_width + c]) * scale;
+            score<1>(&query, keys, head_width, r.length, l + 1 < senses ? keys + head : keys, &rows);
+            softmax(rows, r.length);
+        }
+        float* to = alpha + size_t(b) * context * padded();
+        for (int t = 0; t < r.length; t += LANES)
+            for (int l = 0; l < senses; l += LANES) {
+                Floats tile[LANES];
+                for (int i = 0; i < LANES; i++) tile[i] = load(scratch + (l + i) * context + t);
+                transpose(tile);
+                for (int i = 0; i < LANES; i++) store(to + (t + i) * padded() + l, tile[i]);
             }
-            weigh(r, alpha, stride, t, weights, one);
-            const Value* ahead = following < to ? row(r.slot, following, 0) : senses_of[0];
-            int c = 0;
-            for (; c + LANES <= width; c += LANES) {
-                Floats sum = load(out + c);
-                for (int l = 0; l < senses; l++) {
-                    if (c % LINE<Value> == 0) fetch(ahead + size_t(l) * width + c);
-                    sum += load(senses_of[l] + c) * weights[l];
+    }
+
+    // The words of prediction b by their groups. Without topics, α of a repeated word is added up where it stands first.
+    void list(const Row& r, int b, int32_t* origins) const {
+        const int32_t *tokens = ids + size_t(r.slot) * context, *before = previous + size_t(r.slot) * context;
+        float* own = alpha + size_t(b) * context * padded();
+        int32_t *start = starts + b * (GROUPS + 1), ends[GROUPS] = {};
+        for (int t = 0; t < r.length; t++) {
+            origins[t] = before[t] < 0 ? t : origins[before[t]];
+            if (origins[t] == t)
+                ends[tokens[t] % GROUPS]++;
+            else if (!r.topics)
+                for (int l = 0; l < senses; l += LANES) {
+                    float* to = own + origins[t] * padded() + l;
+                    store(to, load(to) + load(own + t * padded() + l));
                 }
-                store(out + c, sum);
+        }
+        start[0] = 0;
+        for (int group = 0; group < GROUPS; group++) {
+            start[group + 1] = start[group] + ends[group];
+            ends[group] = start[group];
+        }
+        for (int t = 0; t < r.length; t++)
+            if (origins[t] == t) words[b * context + ends[tokens[t] % GROUPS]++] = {tokens[t], t};
+    }
+
+    // A group's words of all predictions; those of one token one after another.
+    void gather(int count, int group, std::vector<int32_t>& heads, std::vector<Place>& scratch, std::vector<Place>& places) const {
+        heads.assign((vocabulary + GROUPS - 1) / GROUPS, -1);
+        scratch.clear();
+        places.clear();
+        for (int b = 0; b < count; b++) {
+            const int32_t* start = starts + b * (GROUPS + 1) + group;
+            for (const Word* word = words + b * context + start[0]; word < words + b * context + start[1]; word++) {
+                int32_t& head = heads[word->token / GROUPS];
+                scratch.push_back({b, word->position, head});
+                head = int32_t(scratch.size()) - 1;
             }
-            for (; c < width; c++)
-                for (int l = 0; l < senses; l++) out[c] = std::fma(to_float(senses_of[l][c]), weights[l], out[c]);
+        }
+        for (int at : heads)
+            for (; at >= 0; at = scratch[at].next) places.push_back(scratch[at]);
+    }
+
+    // What these words of a group add to each prediction, into its part.
+    void add_all(const Row* predictions, int count, int group, const std::vector<Place>& places, float* weights) const {
+        for (int b = 0; b < count; b++) std::fill(part(b, group), part(b, group) + width, 0.0f);
+        auto row_numbers = [&](const Place& place) { return rows_of(predictions[place.prediction].slot, place.position); };
+        auto alphas = [&](const Place& place) { return alpha + (size_t(place.prediction) * context + place.position) * padded(); };
+        int* open = reinterpret_cast<int*>(weights + padded());
+        for (size_t n = 0; n < places.size(); n++) {
+            if (n + SOON < places.size()) fetch(row_numbers(places[n + SOON])), fetch(alphas(places[n + SOON]));
+            const Place& place = places[n];
+            const Row& r = predictions[place.prediction];
+            const float* own = alphas(place);
+            if (r.topics) {
+                int t = place.position, newest = r.length - 1, some = 0;
+                if (r.fresh && t < newest) {
+                    for_open(r, t, [&](int sense) { open[some++] = sense; });
+                    satisfy_all(r, t, open, some, newest);
+                }
+                weigh(r, own - t * padded(), t, weights);
+                own = weights;
+            }
+            const int32_t *numbers = row_numbers(place), *ahead = n + 1 < places.size() ? row_numbers(places[n + 1]) : nullptr;
+            if (ahead && !std::memcmp(numbers, ahead, senses * sizeof(int32_t))) ahead = nullptr;
+            add(numbers, ahead, own, part(place.prediction, group));
         }
     }
+
+    float* part(int b, int group) const { return parts + (size_t(b) * GROUPS + group) * width; }
 };
 
 template <typename Value>
 void mix(const Mix<Value>& m, const Row* predictions, int count, const Value* queries, const Value* sense_keys,
-         int head_width, float* alpha, float* parts, float* out) {
-    int blocks = 0;
-    for (int b = 0; b < count; b++) blocks += (predictions[b].length + BLOCK - 1) / BLOCK;
-    struct Item {
-        int prediction, block;
-    };
-    std::unique_ptr<Item[]> items(new Item[blocks]);
-    for (int b = 0, at = 0; b < count; b++)
-        for (int n = 0; n * BLOCK < predictions[b].length; n++) items[at++] = {b, n};
-    int k = m.senses, stride = m.context, most = (m.context + BLOCK - 1) / BLOCK;
-    float scale = 1.0f / std::sqrt(float(head_width));
+         int head_width, float* out) {
 #pragma omp parallel
     {
-        std::unique_ptr<float[]> scratch(new float[2 * head_width + 5 * k + 8]);
-#pragma omp for collapse(2) schedule(dynamic, 4)
-        for (int b = 0; b < count; b++)
-            for (int l = 0; l < k; l++) {
-                const Row& r = predictions[b];
-                const float* query = scratch.get();
-                float* scores = alpha + (size_t(b) * k + l) * stride;
-                for (int c = 0; c < head_width; c++)
-                    scratch[c] = to_float(queries[(size_t(b) * k + l) * head_width + c]) * scale;
-                const Value* keys = sense_keys + (size_t(r.slot) * k + l) * head_width * m.context;
-                score<1>(&query, keys, head_width, r.length, keys, &scores);
-                softmax(scores, r.length);
-                if (l == 0 && r.fresh && r.topics && m.first(r.slot, r.length - 1))
-                    m.satisfy_new(r, r.length - 1, r.length);
-            }
+        std::vector<float> scratch(m.padded() * m.context + head_width);
+        std::vector<int32_t> numbers(m.context);
+        std::vector<Place> some, places;
 #pragma omp for schedule(dynamic, 1)
-        for (int n = 0; n < blocks; n++) {
-            int b = items[n].prediction, from = items[n].block * BLOCK;
-            float* part = parts + (size_t(b) * most + items[n].block) * m.width;
-            std::memset(part, 0, m.width * sizeof(float));
-            m.add(predictions[b], alpha + size_t(b) * k * stride, stride, from,
-                  std::min(from + BLOCK, predictions[b].length), part, scratch.get());
+        for (int b = 0; b < count; b++) {
+            const Row& r = predictions[b];
+            m.attend(r, b, queries, sense_keys, head_width, scratch.data());
+            m.list(r, b, numbers.data());
+            if (r.fresh && r.topics && m.first(r.slot, r.length - 1)) m.satisfy_new(r, r.length - 1, r.length);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int group = 0; group < GROUPS; group++) {
+            m.gather(count, group, numbers, some, places);
+            m.add_all(predictions, count, group, places, scratch.data());
         }
 #pragma omp for schedule(static)
         for (int b = 0; b < count; b++) {
             float* to = out + size_t(b) * m.width;
-            std::memset(to, 0, m.width * sizeof(float));
-            for (int n = 0; n * BLOCK < predictions[b].length; n++) {
-                const float* part = parts + (size_t(b) * most + n) * m.width;
-                for (int c = 0; c < m.width; c++) to[c] += part[c];
-            }
+            std::fill(to, to + m.width, 0.0f);
+            for (int group = 0; group < GROUPS; group++)
+                for (int c = 0; c < m.width; c++) to[c] += m.part(b, group)[c];
+            for (int c = 0; c + 2 * LANES <= m.width; c += 2 * LANES) order(m.table, reinterpret_cast<Floats*>(to + c));
         }
     }
 }

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#include <vector>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -54,6 +55,21 @@ inline void store(bf16* to, Floats x) {
     Words nan = (bits & 0x7fffffffu) > 0x7f800000u ? Words{} + 1 : Words{};
     rounded = nan != 0 ? (bits >> 16) | 0x40 : rounded;
     *reinterpret_cast<Halves*>(to) = __builtin_convertvector(rounded, Halves);
+}
+
+// 32 values as two vectors: of bfloat16 the even ones and the odd ones, which costs half of bringing them into order.
+inline void widen(const float* from, Floats* two) { two[0] = load(from), two[1] = load(from + LANES); }
+inline void widen(const bf16* from, Floats* two) {
+    Words pairs = *reinterpret_cast<const Words*>(from);
+    two[0] = (Floats)(pairs << 16), two[1] = (Floats)(pairs & 0xffff0000u);
+}
+
+// Brings what was added up in such vectors into order.
+inline void order(const float*, Floats*) {}
+inline void order(const bf16*, Floats* two) {
+    Floats even = two[0], odd = two[1];
+    two[0] = __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    two[1] = __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 
 // The first `count` of 16 numbers, the others 0; never reads beyond them.
@@ -126,6 +142,21 @@ inline Floats horizontal(Floats a, Floats b, Floats c, Floats d) {
     return s;
 }
 inline float horizontal(Floats a) { return horizontal(a, Floats{}, Floats{}, Floats{})[0]; }
+
+// 16 vectors as the rows of a matrix, transposed.
+inline void transpose(Floats* rows) {
+    Ints lane;
+    for (int n = 0; n < LANES; n++) lane[n] = n;
+    for (int step = 1; step < LANES; step *= 2) {
+        Ints low = (lane & step) != 0 ? lane - step + LANES : lane, high = (lane & step) != 0 ? lane + LANES : lane + step;
+        for (int n = 0; n < LANES; n++)
+            if (!(n & step)) {
+                Floats a = rows[n], b = rows[n + step];
+                rows[n] = __builtin_shuffle(a, b, low);
+                rows[n + step] = __builtin_shuffle(a, b, high);
+            }
+    }
+}
 
 // 16 running sums of the products of a and b.
 template <typename Value>
