@@ -50,6 +50,12 @@ class MLP(nn.Module):
         return out
 
 
+def causal_softmax(scores: Tensor) -> Tensor:
+    """Softmax over j of scores [..., T, T], position i seeing the positions j ≤ i."""
+    seen = torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype, device=scores.device).triu(1)
+    return (scores + seen).softmax(-1)
+
+
 class Attention(nn.Module):
     """Causal self-attention, scaled by 1/√(d/H) and, in every Stanford model, by 1/(layer + 1)."""
 
@@ -68,7 +74,7 @@ class Attention(nn.Module):
             part.view(B, T, self.heads, -1).transpose(1, 2)  # [B, H, T, d/H]
             for part in self.c_attn(x).split(d, dim=-1)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        mixed = causal_softmax(q * self.scale @ k.mT) @ v
         out: Tensor = self.c_proj(mixed.transpose(1, 2).reshape(B, T, d))
         return out
 
@@ -149,7 +155,11 @@ class SenseWeights(nn.Module):
         super().__init__()
         self.num_senses, self.head_width = config.num_senses, config.sense_head_width
         self.c_attn = nn.Linear(config.n_embd, 2 * self.num_senses * self.head_width)
-        nn.init.normal_(self.c_attn.weight, std=0.02)
+        # As small as elsewhere (.02), every sense would start as the mean of the whole text, and most would stay
+        # near it. With keys that equal the queries, a position starts by weighing itself and what resembles it.
+        query, key = self.c_attn.weight.data.chunk(2)
+        nn.init.normal_(query, std=1.5 / math.sqrt(config.n_embd))
+        key.copy_(query)
         nn.init.zeros_(self.c_attn.bias)
 
     def query_key(self, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,9 +169,7 @@ class SenseWeights(nn.Module):
 
     def forward(self, g: Tensor) -> Tensor:
         q, k = (part.transpose(1, 2) for part in self.query_key(g))  # [B, k, T, d/k]
-        scores = q @ k.transpose(2, 3) / math.sqrt(self.head_width)
-        future = torch.ones(g.shape[1], g.shape[1], dtype=torch.bool, device=g.device).triu(1)
-        return scores.masked_fill(future, float("-inf")).softmax(-1)
+        return causal_softmax(q / math.sqrt(self.head_width) @ k.mT)
 
 
 class Backpack(nn.Module):

@@ -14,6 +14,7 @@ from backpack_lm.config import BackpackConfig
 from backpack_lm.model import Backpack, TransformerTwin
 from backpack_lm.training.data import DataError, Rows, Source, encode, stream, train_tokenizer
 from backpack_lm.training.loss import head_loss
+from backpack_lm.training.muon import BlockMuon, matrices
 from backpack_lm.training.trainer import Recipe, Trainer, perplexity
 from backpack_serving.cli.main import app
 from typer.testing import CliRunner
@@ -34,6 +35,49 @@ def test_the_chunked_loss_is_cross_entropy() -> None:
     (expected * 0.5).backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(ours, (hidden.grad, head.grad))
+
+
+def test_the_loss_in_bfloat16_is_near_that_in_float32() -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(70, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
+    targets = torch.randint(300, (70,))
+    exact, near = (head_loss(hidden, head, targets, dtype) for dtype in (torch.float32, torch.bfloat16))
+    torch.testing.assert_close(near, exact, rtol=2e-3, atol=0)
+    wanted, got = (torch.autograd.grad(loss, [hidden, head]) for loss in (exact, near))
+    for a, b in zip(wanted, got, strict=True):
+        assert b.dtype == torch.float32
+        assert (a - b).norm() / a.norm() < 1e-2
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_muon_orthogonalises_each_matrix_of_a_weight_by_itself(twin: bool) -> None:
+    torch.manual_seed(0)
+    model = TransformerTwin(CONFIG) if twin else Backpack(CONFIG)
+    muon = BlockMuon(matrices(model), lr=0.1, weight_decay=0.01)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    split = {names[id(weight)]: (dim, count) for weight, dim, count in muon.weights}
+    assert split["gpt2_model.h.0.attn.c_attn.weight"] == (1, 3)
+    if not twin:
+        assert split["sense_weight_net.c_attn.weight"] == (0, 2)
+        assert split["sense_network.final_mlp.c_proj.weight"] == (1, CONFIG.num_senses)
+    assert not any("wte" in name or "wpe" in name or "bias" in name for name in split)
+    apart = {
+        name: [part.detach().clone() for part in weight.chunk(split[name][1], split[name][0])]
+        for weight, name in ((w, names[id(w)]) for w, _, _ in muon.weights)
+    }
+    plain = torch.optim.Muon(
+        [part for parts in apart.values() for part in parts], 0.1, 0.01, adjust_lr_fn="match_rms_adamw"
+    )
+    for _ in range(3):
+        for weight, dim, count in muon.weights:
+            weight.grad = torch.randn_like(weight)
+            for part, gradient in zip(apart[names[id(weight)]], weight.grad.chunk(count, dim), strict=True):
+                part.grad = gradient.clone()
+        muon.step()
+        plain.step()
+    for name, weight in model.named_parameters():
+        if name in apart:
+            torch.testing.assert_close(weight.detach(), torch.cat(apart[name], split[name][0]))
 
 
 @pytest.fixture
@@ -114,6 +158,26 @@ def test_held_out_text_is_not_trained_on(corpus: Path, tmp_path: Path) -> None:
     train = tokenizer.decode(stream(source, tmp_path, "train").tolist())
     assert tokenizer.decode(stream(source, tmp_path, "heldout").tolist()).count("Story") == len(held_out)
     assert not any(text in train for text in held_out)
+
+
+def test_long_texts_are_parted_into_passages_between_paragraphs(tmp_path: Path) -> None:
+    paragraphs = [f"{n} " + "and so on and on " * 20 for n in range(100)]
+    path = tmp_path / "book.jsonl"
+    path.write_text(json.dumps({"text": "\n\n".join(paragraphs)}) + "\n")
+    source = Source.parse(str(path))
+    tokenizer = train_tokenizer([source], 300, tmp_path / "t.json")
+    assert list(encode(source, tokenizer, tmp_path)) == [1.0]
+    ids, end = stream(source, tmp_path, "train"), tokenizer.end_of_text
+    assert end is not None
+    first, *passages = tokenizer.decode(ids.tolist()).split("<|endoftext|>")
+    assert first == ""
+    assert "".join(passages) == "\n\n".join(paragraphs)
+    assert 2 < len(passages) < 100
+    assert all(passage.endswith("\n\n") for passage in passages[:-1])
+    found = Rows([ids], [1], 0, end).at(0, 400, 16)[:, 0] == end
+    assert 60 < found.sum() < 160  # a quarter of the rows
+    with pytest.raises(DataError, match="a row takes 100001"):
+        Rows([ids], [1], 0, end).at(0, 1, 100_000)
 
 
 def test_a_bad_record_is_named_by_its_line(tmp_path: Path) -> None:

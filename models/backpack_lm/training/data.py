@@ -23,6 +23,8 @@ from backpack_lm.tokenizer import END_OF_TEXT, Tokenizer
 
 HELD_OUT_PER_MILLE = 15
 PARAGRAPHS = 4096  # how many paragraphs are tokenised at a time
+PASSAGE = 512  # tokens after which the next paragraph begins a new passage
+FROM_START = 0.25
 
 Ids = npt.NDArray[np.uint16]
 
@@ -87,46 +89,57 @@ def train_tokenizer(sources: Sequence[Source], vocab_size: int, out: Path) -> To
 
 
 def encode(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterator[float]:
-    """Write `<name>.train.bin` and `<name>.heldout.bin`: every record after an end-of-text token.
+    """Write `<name>.train.bin` and `<name>.heldout.bin`: passages, each after an end-of-text token.
+
+    A passage is a record or, of a long one, whole paragraphs of at least PASSAGE tokens. A book has one
+    beginning in a hundred thousand tokens: from that alone, a model never learns how a text starts.
 
     Yields the fraction that is done; the files are there when it ends.
     """
     if tokenizer.end_of_text is None:
         raise DataError(f"the tokenizer has no {END_OF_TEXT} token to part records with")
-    end = np.array([tokenizer.end_of_text], dtype=np.uint16)
     records = list(source.records())
     paths = [folder / f"{source.name}.{part}.bin" for part in ("train", "heldout")]
     partial = [path.with_suffix(".partial") for path in paths]
     with partial[0].open("wb") as train, partial[1].open("wb") as heldout:
         for number, (text, held_out) in enumerate(records, 1):
-            ids = np.fromiter(_encode_long(text, tokenizer), dtype=np.uint16)
-            (heldout if held_out else train).write(np.concatenate([end, ids]).tobytes())
+            ids = np.fromiter(_passages(text, tokenizer, tokenizer.end_of_text), dtype=np.uint16)
+            (heldout if held_out else train).write(ids.tobytes())
             yield number / len(records)
     for path, made in zip(paths, partial, strict=True):
         made.rename(path)
 
 
-def _encode_long(text: str, tokenizer: Tokenizer) -> Iterator[int]:
+def _passages(text: str, tokenizer: Tokenizer, end: int) -> Iterator[int]:
     """Ids of a text as long as a book, by its lines, so that the tokenizer can use every core."""
     lines = text.splitlines(keepends=True)
+    length, after_blank = PASSAGE, True
     for start in range(0, len(lines), PARAGRAPHS):
-        for ids in tokenizer.encode_batch(lines[start : start + PARAGRAPHS]):
+        batch = lines[start : start + PARAGRAPHS]
+        for line, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+            blank = not line.strip()
+            if length >= PASSAGE and after_blank and not blank:
+                yield end
+                length = 0
             yield from ids
+            length, after_blank = length + len(ids), blank
 
 
 class Rows:
     """Rows of ids for one step, drawn at random places of the sources by their shares.
 
+    A share FROM_START of them begins with a passage and its end-of-text token, as generated text may.
     What a step gets depends on (seed, step) alone: a run that was stopped goes on exactly as it would have.
     """
 
-    def __init__(self, streams: Sequence[Ids], shares: Sequence[float], seed: int) -> None:
+    def __init__(self, streams: Sequence[Ids], shares: Sequence[float], seed: int, end: int | None = None) -> None:
         self.streams, self.seed = streams, seed
         self.shares = np.array(shares) / sum(shares)
+        self.starts = [np.flatnonzero(ids == end) for ids in streams]
 
     @classmethod
-    def open(cls, sources: Sequence[Source], folder: Path, seed: int) -> Rows:
-        return cls([stream(s, folder, "train") for s in sources], [s.share for s in sources], seed)
+    def open(cls, sources: Sequence[Source], folder: Path, seed: int, end: int | None) -> Rows:
+        return cls([stream(s, folder, "train") for s in sources], [s.share for s in sources], seed, end)
 
     def at(self, step: int, count: int, length: int) -> npt.NDArray[np.int64]:
         """Rows [count, length + 1] of step `step`: each row's inputs and, one further, its targets."""
@@ -134,8 +147,13 @@ class Rows:
         chosen = random.choice(len(self.streams), size=count, p=self.shares)
         rows = np.empty((count, length + 1), dtype=np.int64)
         for row, source in zip(rows, chosen, strict=True):
-            ids = self.streams[source]
-            start = int(random.integers(len(ids) - length))
+            ids, starts = self.streams[source], self.starts[source]
+            last = len(ids) - length - 1
+            if last < 0:
+                raise DataError(f"a source has {len(ids)} tokens to train on; a row takes {length + 1}")
+            starts = starts[: np.searchsorted(starts, last, side="right")]
+            from_start = len(starts) > 0 and random.random() < FROM_START
+            start = int(random.choice(starts) if from_start else random.integers(last + 1))
             row[:] = ids[start : start + length + 1]
         return rows
 

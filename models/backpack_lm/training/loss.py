@@ -18,31 +18,36 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
-        total = hidden.new_zeros(())
+    def forward(ctx: Any, hidden: Tensor, embedding: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden, grad_embedding = torch.empty_like(hidden), torch.zeros_like(embedding)
-        logits = hidden.new_empty(CHUNK, len(embedding))
-        for start in range(0, len(hidden), CHUNK):
-            part, wanted = hidden[start : start + CHUNK], targets[start : start + CHUNK, None]
-            scores = torch.mm(part, embedding.t(), out=logits[: len(part)])
+        rows, head = hidden.to(dtype), embedding.to(dtype)
+        logits = rows.new_empty(CHUNK, len(head))
+        for start in range(0, len(rows), CHUNK):
+            part, wanted = rows[start : start + CHUNK], targets[start : start + CHUNK, None]
+            scores = torch.mm(part, head.t(), out=logits[: len(part)]).float()
             scores -= scores.amax(1, keepdim=True)
             picked = scores.gather(1, wanted)
             mass = scores.exp_().sum(1, keepdim=True)
             total += (mass.log() - picked).sum()
             scores /= mass
             scores.scatter_add_(1, wanted, torch.full_like(picked, -1.0))
-            torch.mm(scores, embedding, out=grad_hidden[start : start + CHUNK])
-            grad_embedding.addmm_(scores.t(), part)
+            errors = scores.to(dtype)
+            grad_hidden[start : start + CHUNK] = errors @ head
+            grad_embedding += errors.t() @ part
         ctx.save_for_backward(grad_hidden / len(hidden), grad_embedding / len(hidden))
         return total / len(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, embedding = ctx.saved_tensors
-        return hidden * grads[0], embedding * grads[0], None
+        return hidden * grads[0], embedding * grads[0], None, None
 
 
-def head_loss(hidden: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of targets [N] under the logits hidden [N, d] · embedding [V, d]ᵀ."""
-    loss: Tensor = _HeadLoss.apply(hidden, embedding, targets)  # type: ignore[no-untyped-call]
+def head_loss(hidden: Tensor, embedding: Tensor, targets: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Mean cross-entropy in nats of targets [N] under the logits hidden [N, d] · embedding [V, d]ᵀ.
+
+    Products are computed in `dtype`, the softmax and the sums in float32.
+    """
+    loss: Tensor = _HeadLoss.apply(hidden, embedding, targets, dtype)  # type: ignore[no-untyped-call]
     return loss

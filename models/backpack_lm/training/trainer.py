@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from backpack_lm.config import BackpackConfig
+from backpack_lm.kernels import Precision
 from backpack_lm.model import Backpack, TransformerTwin
 from backpack_lm.training.data import Rows, Source, stream
 from backpack_lm.training.loss import head_loss
+from backpack_lm.training.muon import BlockMuon, matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +26,14 @@ class Recipe:
     """Everything that decides what a run computes.
 
     Learning rates warm up linearly, stay, and decay linearly to zero over the last `decay` of the steps.
-    Rows have `short_row` tokens for the first `long_from` of the steps, then fill the context.
+    Rows have `short_row` tokens for the first `long_from` of the steps, then fill the context. Weights are
+    float32; `precision` is that of the products.
     """
 
     steps: int
     seed: int = 0
     tokens_per_step: int = 2048
-    tokens_per_pass: int = 1024
+    tokens_per_pass: int = 2048
     short_row: int = 256
     long_from: float = 0.7
     lr: float = 3e-3
@@ -39,6 +42,7 @@ class Recipe:
     warmup: float = 0.03
     decay: float = 0.5
     clip: float = 1.0
+    precision: Precision = Precision.FLOAT32
 
     def scale(self, step: int) -> float:
         """What the learning rates are multiplied by at a step."""
@@ -100,10 +104,11 @@ class Trainer:
         count = max(1, recipe.tokens_per_step // length)
         per_pass = max(1, recipe.tokens_per_pass // length)
         rows = torch.from_numpy(self.rows.at(self.step, count, length))
-        total = 0.0
+        dtype, total = recipe.precision.dtype(), 0.0
         for part in rows.split(per_pass):
-            hidden = model.mix(part[:, :-1]).flatten(0, 1)
-            loss = head_loss(hidden, model.embedding, part[:, 1:].flatten()) * (len(part) / count)
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                hidden = model.mix(part[:, :-1]).flatten(0, 1)
+            loss = head_loss(hidden, model.embedding, part[:, 1:].flatten(), dtype) * (len(part) / count)
             loss.backward()
             total += loss.item()
         if not math.isfinite(total):
@@ -113,7 +118,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * recipe.scale(self.step)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         return total
 
     def save(self) -> None:
@@ -141,30 +146,15 @@ class Trainer:
             optimizer.load_state_dict(saved)
 
 
-def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the trunk's matrices, AdamW for the rest.
-
-    The sense network's wide last layer is left to AdamW: orthogonalising [4d, k·d] costs more than a step.
-    """
-    named = list(model.named_parameters())
-    matrices = [p for n, p in named if p.ndim == 2 and ".h." in n]
-    embeddings = [p for n, p in named if p.ndim == 2 and (".wte." in n or ".wpe." in n)]
-    senses = [p for n, p in named if p.ndim == 2 and ".h." not in n and not (".wte." in n or ".wpe." in n)]
-    vectors = [p for _, p in named if p.ndim < 2]
-    muon = torch.optim.Muon(
-        matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    adamw = torch.optim.AdamW(
-        [
-            {"params": embeddings + vectors, "weight_decay": 0.0},
-            {"params": senses, "weight_decay": recipe.weight_decay},
-        ],
-        lr=recipe.lr,
-        betas=(0.9, 0.95),
-    )
-    for optimizer, peak in ((muon, recipe.matrix_lr), (adamw, recipe.lr)):
+def _optimizers(model: Backpack | TransformerTwin, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of layers, AdamW without decay for embeddings, biases and norms."""
+    muon = BlockMuon(matrices(model), recipe.matrix_lr, recipe.weight_decay)
+    taken = {id(weight) for weight, _, _ in muon.weights}
+    rest = [weight for weight in model.parameters() if id(weight) not in taken]
+    adamw = torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for optimizer in (muon, adamw):
         for group in optimizer.param_groups:
-            group["peak_lr"] = peak
+            group["peak_lr"] = group["lr"]
     return [muon, adamw]
 
 

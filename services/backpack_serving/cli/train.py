@@ -10,9 +10,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from backpack_serving.cli.client import exits
+
 console = Console(stderr=True)
 
 
+@exits()
 def train(
     sources: Annotated[
         list[str],
@@ -29,7 +32,10 @@ def train(
     vocabulary: Annotated[int, typer.Option(help="Size of the byte-level BPE learnt first.")] = 16384,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of one optimiser step.")] = 2048,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 3e-3,
-    matrix_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon (trunk matrices).")] = 6e-3,
+    matrix_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon (matrices of layers).")] = 6e-3,
+    precision: Annotated[
+        str, typer.Option(help="Of products: auto, float32 or bfloat16; weights are float32.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads; 0 for torch's choice.")] = 0,
 ) -> None:
@@ -41,6 +47,7 @@ def train(
     """
     import torch
     from backpack_lm.config import BackpackConfig
+    from backpack_lm.kernels import Precision
     from backpack_lm.tokenizer import Tokenizer
     from backpack_lm.training import data
     from backpack_lm.training.trainer import Recipe, Trainer, held_out, plot
@@ -77,9 +84,16 @@ def train(
             num_senses=senses,
             eos_token_id=tokenizer.end_of_text,
         )
-        recipe = Recipe(steps, seed=seed, tokens_per_step=tokens_per_step, lr=lr, matrix_lr=matrix_lr)
+        recipe = Recipe(
+            steps,
+            seed=seed,
+            tokens_per_step=tokens_per_step,
+            lr=lr,
+            matrix_lr=matrix_lr,
+            precision=Precision.BFLOAT16 if Precision(precision).dtype() == torch.bfloat16 else Precision.FLOAT32,
+        )
         run = out / ("twin" if twin else "backpack")
-        trainer = Trainer(config, recipe, data.Rows.open(corpus, folder, seed), run, twin)
+        trainer = Trainer(config, recipe, data.Rows.open(corpus, folder, seed, tokenizer.end_of_text), run, twin)
         task = progress.add_task("train", total=steps, completed=trainer.step, note="")
         for step in trainer.run():
             progress.update(
