@@ -1,18 +1,36 @@
-"""Ending tasks, surely."""
+"""Ending tasks, surely; and not ending them half-way."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 async def end(*tasks: asyncio.Task[Any]) -> None:
     """Cancel tasks until they have ended, and forget what they raise.
 
-    Once isn't enough: `asyncio.wait_for` of Python 3.11 loses a cancellation that comes together with its result.
+    Once isn't enough: a cancellation that comes together with a result is lost in `asyncio.wait_for` of Python
+    3.11, and in gRPC if the result is an error.
     """
     while waiting := [task for task in tasks if not task.done()]:
         for task in waiting:
             task.cancel()
         await asyncio.wait(waiting, timeout=1)
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Run this to its end, also if whoever waits for it is cancelled: the cancellation is raised afterwards."""
+    running, cancelled = asyncio.ensure_future(work), None
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return running.result()
+    running.exception()  # it was looked at: nobody is warned that it wasn't
+    raise cancelled

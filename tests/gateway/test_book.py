@@ -47,9 +47,11 @@ class Told:
         )
         self.reader.receive(message, self.now)
         self.reader.settle(at.revision, (), self.now)
+        self.reader.hold(self.reader.known, self.reader.known_at)
 
     def bookmark(self, *position: int) -> None:
         self.reader.receive(Bookmark(Position(*position)), self.now)
+        self.reader.hold(self.reader.known, self.reader.known_at)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,53 +18,13 @@ from backpack_serving.interventions.journal import Journal
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
-from backpack_serving.sync.known import Kind, Position, Steering, View
-from backpack_serving.sync.link import Link
-from backpack_serving.sync.messages import Refusal, Tally
-from backpack_serving.sync.reader import Reader
+from backpack_serving.sync.known import Kind, Position, View
 
 from tests.e2e.conftest import System, copy
 from tests.e2e.test_processes import _port
 from tests.promises.conftest import eventually
+from tests.promises.follower import Follower
 from tests.promises.proxy import FaultProxy
-
-
-@dataclass
-class Follower:
-    """A reader over gRPC and a proxy that writes down every view it had; `slow` is its staging, in seconds."""
-
-    kind: Kind
-    proxy: FaultProxy
-    key: str
-    file: Path
-    fingerprint: str
-    slow: float = 0.0
-    seen: list[View] = field(default_factory=list)
-
-    async def start(self) -> None:
-        self._channel = rpc.channel(self.proxy.address)
-        self.reader = Reader(self.kind, f"{random.getrandbits(64):x}", "follower", self.fingerprint)
-        link = Link(self._channel, self.key, self.reader, self, self.file)
-        link.restore()
-        self._task = asyncio.create_task(link.run())
-
-    async def stop(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        await self._channel.close()
-
-    async def stage(self, work: tuple[Steering, ...]) -> tuple[Refusal, ...]:
-        await asyncio.sleep(self.slow)
-        return ()
-
-    def swapped(self, view: View) -> None:
-        self.seen.append(view)
-
-    def resident(self) -> frozenset[str]:
-        return frozenset()
-
-    def tallies(self) -> tuple[Tally, ...]:
-        return ()
 
 
 def _states(settings: Settings) -> dict[Position, View]:
@@ -84,6 +43,7 @@ def _states(settings: Settings) -> dict[Position, View]:
 
 def _validate(follower: Follower, states: dict[Position, View]) -> int:
     """Every view is the event table's at its position, and none is older than the one before it."""
+    assert not follower.early, f"held before they were on disk: {follower.early}"
     at = Position()
     for view in follower.seen:
         assert view.position >= at, f"back from {at} to {view.position}"
@@ -137,17 +97,19 @@ async def _story(tmp_path: Path, writes: int) -> list[int]:
     fingerprint, key = Manifest.read(settings.model).fingerprint, settings.key_for("replica")
     kinds = [Kind.GATEWAY, Kind.REPLICA, Kind.GATEWAY, Kind.REPLICA]
     followers = [
-        Follower(kind, proxy, key, tmp_path / f"reader-{n}", fingerprint, slow=0.3 if n == 3 else 0.0)
+        Follower(kind, proxy.address, key, tmp_path / f"reader-{n}", fingerprint, slow=0.3 if n == 3 else 0.0)
         for n, (kind, proxy) in enumerate(zip(kinds, proxies, strict=True))
     ]
     for follower in followers:
         await follower.start()
     writing = asyncio.create_task(_writes(settings, writes, random.Random(5)))
-    turn = 0
+    turn = seen = 0
     while not writing.done():
         turn += 1
         await asyncio.sleep(0.3)
-        proxies[0].reset()
+        if len(followers[0].seen) > seen:  # a slow machine may need longer than a turn to connect again
+            seen = len(followers[0].seen)
+            proxies[0].reset()
         if turn % 4 == 0:  # a reader that is paused, and one that starts again from its disk
             proxies[1].half_open()
             asyncio.get_running_loop().call_later(0.8, proxies[1].heal)
@@ -158,8 +120,8 @@ async def _story(tmp_path: Path, writes: int) -> list[int]:
             control = await interventions.start(settings, Metrics())
     await writing
     head = Position(1, 0)
-    for follower in followers:
-        follower.proxy.heal()
+    for proxy in proxies:
+        proxy.heal()
 
     async def caught_up() -> bool:
         nonlocal head
@@ -177,12 +139,10 @@ async def _story(tmp_path: Path, writes: int) -> list[int]:
     return [_validate(follower, states) for follower in followers]
 
 
-@pytest.mark.slow
 async def test_p6_what_readers_saw_is_the_event_table_through_resets_pauses_and_restarts(tmp_path: Path) -> None:
-    async with asyncio.timeout(120):
-        views = await _story(tmp_path, 60)
-    assert min(views[:3]) > 8, views
-    assert views[3] >= 3, "the slow reader got fewer, larger deltas"
+    views = await _story(tmp_path, 60)
+    assert min(views) >= 3, views
+    assert max(views) > 20, views
 
 
 @pytest.mark.slow

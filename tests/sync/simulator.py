@@ -45,10 +45,10 @@ class Dice:
 
     drop: float = 0.02
     twice: float = 0.03
-    late: float = 0.03
+    late: float = 0.06
     half_open: float = 0.01
     restart: float = 0.02
-    lose_disk: float = 0.3
+    lose_disk: float = 0.5
     service_restart: float = 0.02
     compact: float = 0.05
     restore: float = 0.01
@@ -297,7 +297,7 @@ class Service:
 
 @dataclass
 class Node:
-    """A reader's process: connects, stages, answers, keeps its view on disk."""
+    """A reader's process: connects, stages, keeps on disk, which takes a moment, lets it hold, answers."""
 
     world: World
     name: str
@@ -307,7 +307,10 @@ class Node:
     attempts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     seen: Position = field(default_factory=Position)
     known: set[tuple[str, str]] = field(default_factory=set)
+    refused: set[tuple[str, str]] = field(default_factory=set)
     lacking: set[tuple[str, str]] = field(default_factory=set)
+    writing: tuple[View, set[tuple[str, str]]] | None = None
+    waiting: list[Callable[[], None]] = field(default_factory=list)
     wire: Wire | None = None
     lives: int = 0
 
@@ -327,15 +330,17 @@ class Node:
             self.wire.cut()
         self.wire = None
         self.staged.clear()
+        if self.writing and self.world.draw.random() < 0.5:  # the write that was cut off was over, or wasn't begun
+            self.disk, self.refused = self.writing
+        self.writing = None
+        self.waiting.clear()
         # What was refused isn't in the view on disk, and why isn't remembered: the first snapshot tells again.
-        self.lacking |= {refusal.key for refusal in self.reader.refusals}
+        self.lacking |= self.refused
+        self.refused = set()
         if self.world.chance(self.world.dice.lose_disk):
             self.disk, self.seen = View(), Position()
             self.known.clear()
         else:
-            held = self.reader.view  # what a bookmark alone has moved isn't on disk, but nothing else may be lost
-            assert (self.disk.channels, self.disk.keys) == (held.channels, held.keys)
-            self.seen = self.disk.position
             self.staged = {r.digest for c in self.disk.channels.values() for r in c.serving}
         self._start()
 
@@ -343,8 +348,9 @@ class Node:
         if self.wire is not wire or not wire.open_for_node:
             return
         self.heard = self.world.now
-        for answer in self.reader.receive(message, self.world.now):
-            wire.up(answer)
+        answers = self.reader.receive(message, self.world.now)
+        if answers or self.reader.known is not self.reader.view:
+            self._keep(lambda: [wire.up(answer) for answer in answers])
         if pending := self.reader.pending:
             self._stage(wire, pending)
 
@@ -358,7 +364,8 @@ class Node:
         if life == self.lives and self.wire is None:
             self.wire = Wire(self.world, self)
             self.heard = self.world.now
-            self.wire.up(self.reader.hello())
+            wire, hello = self.wire, self.reader.hello()
+            self._keep(lambda: wire.up(hello))
 
     def _beat(self, life: int) -> None:
         if life != self.lives:
@@ -382,13 +389,38 @@ class Node:
             refused = [r for change in pending.work if (r := self._refusal(change))]
             answer = self.reader.settle(pending.nonce, refused, self.world.now)
             if answer:
-                self.disk = self.reader.view
-                self.lacking.clear()
                 self.attempts.update((r.tenant, r.channel, r.digest) for r in refused if r.final)
                 self.world.counts[type(answer).__name__] += 1
-                wire.up(answer)
+                self._keep(lambda: told(answer))
+
+        def told(answer: FromReader) -> None:
+            self.lacking.clear()
+            wire.up(answer)
 
         self.world.after(seconds, done)
+
+    def _keep(self, then: Callable[[], object]) -> None:
+        """What is known, onto the disk; then it holds, and what follows is done."""
+        self.waiting.append(then)
+        if not self.writing:
+            self._write()
+
+    def _write(self) -> None:
+        life, view, at = self.lives, self.reader.known, self.reader.known_at
+        refused, then, self.waiting = {r.key for r in self.reader.refusals}, self.waiting, []
+        self.writing = view, refused
+
+        def written() -> None:
+            if life != self.lives:
+                return
+            self.disk, self.refused, self.writing = view, refused, None
+            self.reader.hold(view, at)
+            for act in then:
+                act()
+            if self.waiting:
+                self._write()
+
+        self.world.after(self.world.draw.random() * 0.1, written)
 
     def _refusal(self, change: Steering) -> Refusal | None:
         if self.kind is Kind.GATEWAY:
@@ -405,7 +437,7 @@ class Node:
     def _retry(self) -> None:
         for change in self.reader.retryable:
             self.reader.retried(change, self._refusal(change))
-            self.disk = self.reader.view
+            self._keep(lambda: None)
 
     # ---- what must be true
 
@@ -427,7 +459,7 @@ class Node:
             assert not view.keys
             return
         expected = history.states[view.position]
-        refused = {refusal.key for refusal in self.reader.refusals} | self.lacking
+        refused = self.refused | self.lacking
         for key, channel in view.channels.items():
             if key in expected and key not in refused:
                 assert channel == expected[key], f"{self.name} at {view.position}: {channel}, not {expected[key]}"

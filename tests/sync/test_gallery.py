@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def _gap_is_overlooked(patch: Patch) -> None:
     receive = Reader.receive
 
     def careless(self: Reader, message: Any, now: float) -> Any:
-        if hasattr(message, "base") and message.position > self.view.position:
+        if hasattr(message, "base") and message.position > self.known.position:
             return self._take(message.nonce, message.position, message.changes)
         return receive(self, message, now)
 
@@ -120,8 +121,8 @@ def _absence_is_deletion(patch: Patch) -> None:
     receive = Reader.receive
 
     def forget(self: Reader, message: Any, now: float) -> Any:
-        if type(message).__name__ == "Snapshot" and message.position > self.view.position:
-            self.view = View(self.view.position)
+        if type(message).__name__ == "Snapshot" and message.position > self.known.position:
+            self.known = View(self.known.position)
         return receive(self, message, now)
 
     patch.setattr(Reader, "receive", forget)
@@ -152,6 +153,17 @@ def _asks_for_little_after_a_start(patch: Patch) -> None:
         self._whole = False
 
     patch.setattr(Reader, "__init__", unaware)
+
+
+def _bookmark_holds_before_it_is_on_disk(patch: Patch) -> None:
+    """A position that moves alone holds at once, and is written some time later."""
+    mark = Reader._mark
+
+    def at_once(self: Reader, position: Position, now: float) -> None:
+        mark(self, position, now)
+        self.view = replace(self.view, position=self.known.position)
+
+    patch.setattr(Reader, "_mark", at_once)
 
 
 def _truncating_write(patch: Patch) -> None:
@@ -277,6 +289,7 @@ GALLERY: dict[Callable[[Patch], None], Callable[[Path], None]] = {
     _bookmark_of_the_head: _schedules,
     _half_open_for_ever: _schedules,
     _asks_for_little_after_a_start: _schedules,
+    _bookmark_holds_before_it_is_on_disk: _schedules,
     _truncating_write: _cut_writes,
     _checksum_is_not_looked_at: _damaged,
     _canary_is_drawn_each_time: lambda _: (

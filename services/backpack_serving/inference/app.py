@@ -192,7 +192,8 @@ class ReplicaDeployment:
     async def _report(self, state: pb.Replica) -> None:
         try:
             handle = serve.get_app_handle(DIRECTORY)
-            await asyncio.wait_for(handle.Report.remote(pb.ReportRequest(replica=state)), 2)
+            async with asyncio.timeout(2):
+                await handle.Report.remote(pb.ReportRequest(replica=state))
         except (RayServeException, ray.exceptions.RayError, TimeoutError) as error:
             raise Unavailable("NO_DIRECTORY", f"the directory can't be reached: {error!r}") from None
 

@@ -49,7 +49,8 @@ class Directory:
             changed = self._changed
             yield self.replicas()
             with suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), WATCH_SECONDS)
+                async with asyncio.timeout(WATCH_SECONDS):
+                    await changed.wait()
 
 
 class DirectoryServicer(grpc_v1.DirectoryServiceServicer):

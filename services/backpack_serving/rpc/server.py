@@ -167,7 +167,8 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     async def idle(self, seconds: float) -> None:
         """Wait until nothing runs, at most so long."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
 
 
 def _draining() -> ServiceError:

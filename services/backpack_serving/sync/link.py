@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import structlog
 from backpack_proto.v1 import sync_pb2, sync_pb2_grpc
 
-from backpack_serving import rpc
+from backpack_serving import rpc, tasks
 from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.sync.known import Position, Steering, View
 from backpack_serving.sync.known_good import KnownGood
@@ -30,6 +30,9 @@ Outbox = asyncio.Queue[FromReader | None]
 LONGEST_PAUSE = 5.0
 RETRY_SECONDS = 2.0
 """Mean time between attempts at what was refused for a reason that may pass."""
+
+MARK_SECONDS = 0.1
+"""Least time between two writes to disk of a position that moved alone, as many writes of the store move it."""
 
 
 class Owner(Protocol):
@@ -56,30 +59,30 @@ class Link:
         self._stub, self._key, self._owner = sync_pb2_grpc.SyncServiceStub(channel), key, owner
         self._file = KnownGood(file)
         self._disk = asyncio.Lock()
-        self._written: View | None = None
-        self._moved = asyncio.Event()
+        self._written = reader.view
+        self._marked, self._moved = asyncio.Event(), asyncio.Event()
 
     def restore(self) -> bool:
         """Take up what was known last. Whether anything was."""
         kept = self._file.read()
         if kept is None:
             return False
-        self.reader.view = self._written = wire.read_view(kept.payload)
-        self.reader.heard_at(time.monotonic() - max(0.0, time.time() - kept.fresh))
-        self._owner.swapped(self.reader.view)
-        log.info("took up what was known last", position=str(self.reader.view.position), file=str(self._file.path))
+        view = self._written = wire.read_view(kept.payload)
+        self.reader.restore(view, time.monotonic() - max(0.0, time.time() - kept.fresh))
+        self._owner.swapped(view)
+        log.info("took up what was known last", position=str(view.position), file=str(self._file.path))
         return True
 
     async def run(self) -> None:
         """Follow the service until this is cancelled."""
-        retrying = asyncio.create_task(self._retry())
+        beside = asyncio.create_task(self._retry()), asyncio.create_task(self._mark())
         try:
             await for_ever(self._once, "interventions")
         finally:
-            retrying.cancel()
+            await tasks.end(*beside)
 
     async def reached(self, position: Position, seconds: float) -> None:
-        """Wait until this position is known. Raises Unavailable if it isn't within so many seconds."""
+        """Wait until all up to this position holds. Raises Unavailable if it doesn't within so many seconds."""
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
         while self.reader.view.position < position:
@@ -94,6 +97,7 @@ class Link:
                 ) from None
 
     async def _once(self) -> None:
+        await self._hold()  # what the last stream told
         self.reader.resident = self._owner.resident()
         outbox: Outbox = asyncio.Queue()
         outbox.put_nowait(self.reader.hello())
@@ -105,11 +109,12 @@ class Link:
             async for part in alive(call):
                 if (message := incoming.read(part)) is None:
                     continue
-                before = self.reader.view
-                for answer in self.reader.receive(message, time.monotonic()):
-                    outbox.put_nowait(answer)
-                if self.reader.view is not before:
-                    self._tell_moved()
+                if answers := self.reader.receive(message, time.monotonic()):
+                    await self._hold()
+                    for answer in answers:
+                        outbox.put_nowait(answer)
+                if self.reader.known is not self.reader.view:
+                    self._marked.set()
                 if (pending := self.reader.pending) and pending.nonce != nonce:
                     nonce = pending.nonce
                     staging = asyncio.create_task(self._settle(pending, outbox))
@@ -123,30 +128,33 @@ class Link:
             await asyncio.gather(reporting, *([staging] if staging else []), return_exceptions=True)
 
     async def _settle(self, pending: Pending, outbox: Outbox) -> None:
-        """Stage, keep, swap, answer: what is served was on disk first, so a restart never goes back."""
+        """Stage, keep, swap, answer."""
         refused = await self._owner.stage(pending.work) if pending.work else ()
-        async with self._disk:
-            if (view := self.reader.settled(pending.nonce, refused)) is None:
-                return
-            await self._keep(view)
-            answer = self.reader.settle(pending.nonce, refused, time.monotonic())
+        answer = self.reader.settle(pending.nonce, refused, time.monotonic())
+        if answer is None:
+            return
+        await self._hold()
         for refusal in refused:
             log.warning("refused", tenant=refusal.tenant, channel=refusal.channel, reason=refusal.reason,
                         digest=refusal.digest, message=refusal.message)  # fmt: skip
-        self._tell_moved()
-        if answer:
-            outbox.put_nowait(answer)
+        outbox.put_nowait(answer)
+
+    async def _mark(self) -> None:
+        """Let hold what bookmarks alone have moved."""
+        while True:
+            await self._marked.wait()
+            self._marked.clear()
+            await self._hold()
+            await asyncio.sleep(MARK_SECONDS)
 
     async def _report(self, outbox: Outbox) -> None:
-        """A sign of life each second; and what a bookmark has moved or confirmed, onto the disk."""
+        """A sign of life each second; and on disk, that what is there is all there is."""
         while True:
             await asyncio.sleep(REPORT_SECONDS)
             outbox.put_nowait(self.reader.report(self._owner.tallies()))
-            async with self._disk:
-                if self.reader.view is not self._written and self.reader.view.position > Position():
-                    await self._keep(self.reader.view)
+            await self._hold()  # in case the disk was full
             age = self.reader.age(time.monotonic())
-            if age < SILENCE:
+            if age < SILENCE and self._written is self.reader.view:
                 await asyncio.to_thread(self._file.touch, time.time() - age)
 
     async def _retry(self) -> None:
@@ -156,19 +164,26 @@ class Link:
             for change in self.reader.retryable:
                 refused = await self._owner.stage((change,))
                 self.reader.retried(change, refused[0] if refused else None)
-                self._tell_moved()
+                await self._hold()
 
-    async def _keep(self, view: View) -> None:
-        try:
-            await asyncio.to_thread(lambda: self._file.write(wire.write_view(view)))
-        except OSError as error:  # a full disk must not stop what is in memory
-            log.error("what is known can't be kept on disk", file=str(self._file.path), error=str(error))
-        self._written = view
+    async def _hold(self) -> None:
+        """What is known holds when this returns: it was on disk first, so a restart never goes back."""
+        await tasks.finish(self._keep())  # a write that went on by itself could overtake the next one
 
-    def _tell_moved(self) -> None:
-        self._owner.swapped(self.reader.view)
-        moved, self._moved = self._moved, asyncio.Event()
-        moved.set()
+    async def _keep(self) -> None:
+        async with self._disk:
+            view, at = self.reader.known, self.reader.known_at
+            if view is self._written:
+                return
+            try:
+                await asyncio.to_thread(lambda: self._file.write(wire.write_view(view)))
+                self._written = view
+            except OSError as error:  # a full disk must not stop what is in memory
+                log.error("what is known can't be kept on disk", file=str(self._file.path), error=str(error))
+            self.reader.hold(view, at)
+            self._owner.swapped(view)
+            moved, self._moved = self._moved, asyncio.Event()
+            moved.set()
 
 
 async def _requests(outbox: Outbox) -> AsyncIterator[sync_pb2.SyncRequest]:
@@ -194,7 +209,8 @@ async def alive(call: Any) -> AsyncIterator[Any]:
 
 async def for_ever(once: Callable[[], Awaitable[None]], peer: str) -> None:
     """Run `once` again and again, with full jitter (exponential, at most LONGEST_PAUSE) between failures."""
-    failures, told = 0, False
+    failures, told, task = 0, False, asyncio.current_task()
+    assert task is not None
     while True:
         started = asyncio.get_running_loop().time()
         try:
@@ -203,6 +219,14 @@ async def for_ever(once: Callable[[], Awaitable[None]], peer: str) -> None:
             reason = "the stream ended"
         except (ServiceError, TimeoutError) as error:
             reason = str(error) or "silence"
+        except asyncio.CancelledError:
+            reason = (
+                "the call was cancelled"  # by gRPC, which tells so that it gave a call up, or by whoever ends us
+            )
+        if (
+            task.cancelling()
+        ):  # not what was raised decides: gRPC may answer a cancellation with the call's own error
+            raise asyncio.CancelledError
         if asyncio.get_running_loop().time() - started > SILENCE:
             failures, told = 0, False
         if not told:

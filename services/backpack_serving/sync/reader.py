@@ -1,8 +1,8 @@
-"""The reading end, in gateways and replicas. No clock, no transport, no thread: time and messages are given.
+"""The reading end, in gateways and replicas. No clock, no transport, no disk: time and messages are given.
 
-What arrives is staged by the owner (a replica fetches, verifies and compiles; a gateway has nothing to do), then
-one immutable view is put in the place of the one before. What can't be staged is refused by name and parked: its
-channel stays at what it was, everything else moves on.
+What arrives is staged by the owner (a replica fetches, verifies and compiles; a gateway has nothing to do); then
+it is known, and as soon as it is on disk it holds: one immutable view is put in the place of the one before. What
+can't be staged is refused by name and parked: its channel stays at what it was, everything else moves on.
 """
 
 from __future__ import annotations
@@ -10,14 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from backpack_serving.sync.known import (
-    Kind,
-    Known,
-    Position,
-    Steering,
-    Unknown,
-    View,
-)
+from backpack_serving.sync.known import Kind, Known, Position, Steering, Unknown, View
 from backpack_serving.sync.messages import (
     Ack,
     Bookmark,
@@ -51,15 +44,20 @@ class _Parked:
 
 
 class Reader:
-    """What one process knows. `view` is what holds; `pending` waits for its staging."""
+    """What one process knows: `pending` waits for its staging, `known` for the disk, and `view` is what holds.
+
+    An answer that is given to the service says that all of `known` holds: send it when `hold` was called.
+    """
 
     def __init__(self, kind: Kind, incarnation: str, name: str, fingerprint: str, view: View = View()) -> None:
         self.kind, self.incarnation, self.name, self.fingerprint = kind, incarnation, name, fingerprint
-        self.view = view
+        self.view = self.known = view
+        self.known_at: float | None = None
+        """When nothing was missing from what is known."""
         self.pending: Pending | None = None
         self.resident: frozenset[str] = frozenset()  # digests that are ready to be served; the owner says
         self._parked: dict[tuple[str, str], _Parked] = {}
-        self._heard: float | None = None
+        self._view_at: float | None = None
         self._whole = True  # after a start: what is parked isn't remembered, so everything is asked for
 
     def hello(self) -> Hello:
@@ -70,7 +68,7 @@ class Reader:
             self.incarnation,
             self.name,
             self.fingerprint,
-            self.view.position,
+            self.known.position,
             self._whole,
             self.resident,
             self.refusals,
@@ -87,12 +85,17 @@ class Reader:
         return tuple(change for change in changes if not isinstance(change, Unknown))
 
     def age(self, now: float) -> float:
-        """Seconds since nothing was missing for certain; infinite if that never was."""
-        return float("inf") if self._heard is None else max(0.0, now - self._heard)
+        """Seconds since nothing was missing for certain from what holds; infinite if that never was."""
+        return float("inf") if self._view_at is None else max(0.0, now - self._view_at)
 
-    def heard_at(self, when: float) -> None:
-        """Nothing was missing then: what a cache on disk knows of an earlier life."""
-        self._heard = when
+    def restore(self, view: View, at: float) -> None:
+        """Take up what an earlier life had on disk, and when nothing was missing from it."""
+        self.known, self.known_at = view, at
+        self.hold(view, at)
+
+    def hold(self, view: View, at: float | None) -> None:
+        """What was known lately is on disk: let it hold. `at` is the `known_at` that it had."""
+        self.view, self._view_at = view, at
 
     def receive(self, message: ToReader, now: float) -> tuple[FromReader, ...]:
         """Take a message in; what to answer at once. Look at `pending` afterwards."""
@@ -104,23 +107,15 @@ class Reader:
             case Snapshot():
                 return self._take(message.nonce, message.position, message.changes)
             case Delta():
-                base, at = message.base, self.view.position
+                base, at = message.base, self.known.position
                 if self._whole or base.epoch != at.epoch or base > at:
                     self._whole = True  # something between is missing
                     return (self.hello(),)
                 return self._take(message.nonce, message.position, message.changes)
         return ()
 
-    def settled(self, nonce: int, refused: Iterable[Refusal]) -> View | None:
-        """The view that `settle` would make hold; None if these changes aren't pending any more."""
-        pending = self.pending
-        if pending is None or pending.nonce != nonce:
-            return None
-        refusals = self._refusals(pending, refused)
-        return self.view.changed(pending.position, _but(pending.changes, refusals))
-
     def settle(self, nonce: int, refused: Iterable[Refusal], now: float) -> Ack | Nack | None:
-        """The pending changes are staged, but for what was refused: let them hold.
+        """The pending changes are staged, but for what was refused: they are known now.
 
         None if they aren't pending any more: the stream they came on is gone.
         """
@@ -134,8 +129,8 @@ class Reader:
                 self._parked.pop(key, None)
                 if refusal := refusals.get(key):
                     self._parked[key] = _Parked(change, refusal)
-        self.view = self.view.changed(pending.position, _but(pending.changes, refusals))  # all of it or nothing
-        self.pending, self._whole, self._heard = None, False, now
+        self.known = self.known.changed(pending.position, _but(pending.changes, refusals))  # all of it or nothing
+        self.pending, self._whole, self.known_at = None, False, now
         return Nack(nonce, tuple(refusals.values())) if refusals else Ack(nonce)
 
     def retried(self, change: Steering, refusal: Refusal | None) -> None:
@@ -147,16 +142,15 @@ class Reader:
             self._parked[change.key] = _Parked(change, refusal)
             return
         del self._parked[change.key]
-        self.view = self.view.changed(self.view.position, [change])
+        self.known = self.known.changed(self.known.position, [change])
 
     def report(self, tallies: tuple[Tally, ...] = ()) -> Report:
         return Report(self.refusals, tallies)
 
     def _take(self, nonce: int, position: Position, changes: tuple[Known, ...]) -> tuple[FromReader, ...]:
-        if position < self.view.position or (position == self.view.position and not self._whole):
-            return (
-                Ack(nonce),
-            )  # it is in the view already, or late from a stream that is gone: nothing goes back
+        at = self.known.position
+        if position < at or (position == at and not self._whole):
+            return (Ack(nonce),)  # it is known already, or late from a stream that is gone: nothing goes back
         if self.pending and self.pending.nonce != nonce:
             return (self.hello(),)  # there is one at a time: one of the two is a stray, so begin anew
         work = tuple(c for c in changes if isinstance(c, Steering) and self._refused(c) is None)
@@ -182,11 +176,13 @@ class Reader:
         return None
 
     def _mark(self, position: Position, now: float) -> None:
-        at = self.view.position
+        at = self.known.position
         if self.pending is None and position.epoch == at.epoch and position >= at:
             if position > at:
-                self.view = replace(self.view, position=position)
-            self._heard = now
+                self.known = replace(self.known, position=position)
+            self.known_at = now
+            if self.known is self.view:
+                self._view_at = now
 
 
 def _but(changes: Iterable[Known], refusals: Mapping[tuple[str, str], Refusal]) -> list[Known]:

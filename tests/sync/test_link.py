@@ -1,0 +1,166 @@
+"""A link over real gRPC, on a real disk: what holds is on disk first, and it goes on until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from backpack_lm.manifest import Manifest
+from backpack_proto.v1 import interventions_pb2 as ipb
+from backpack_serving import rpc, tasks
+from backpack_serving.errors import Unavailable
+from backpack_serving.interventions import bootstrap as interventions
+from backpack_serving.metrics import Metrics
+from backpack_serving.settings import Settings
+from backpack_serving.sync.known import Kind
+from backpack_serving.sync.link import for_ever
+from backpack_serving.sync.messages import Tally
+
+from tests.e2e.conftest import System
+from tests.promises.conftest import eventually
+from tests.promises.follower import Follower
+from tests.promises.proxy import FaultProxy
+
+
+@pytest_asyncio.fixture
+async def system(tmp_path: Path) -> AsyncIterator[System]:
+    """An intervention service alone."""
+    settings = Settings(state=tmp_path, drain=0.2, interventions_address="127.0.0.1:0")
+    control = await interventions.start(settings, Metrics())
+    system = System(control.address, control.address, settings)
+    yield system
+    await system.close()
+    await control.stop()
+
+
+def _follower(system: System, kind: Kind, address: str = "") -> Follower:
+    settings = system.settings
+    fingerprint = Manifest.read(settings.model).fingerprint
+    key, file = settings.key_for("replica"), settings.state / "reader" / "view"
+    return Follower(kind, address or system.interventions, key, file, fingerprint)
+
+
+async def _tenant(system: System, name: str) -> int:
+    """A write that gateways are told of, and that only moves a replica's position; its revision."""
+    request = ipb.CreateTenantRequest(tenant_id=name)
+    return int((await system.tenants.CreateTenant(request, metadata=system.admin)).position.revision)
+
+
+async def _reached(follower: Follower, revision: int) -> None:
+    async def check() -> bool:
+        return follower.reader.view.position.revision >= revision
+
+    await eventually(check)
+
+
+async def test_p6_a_position_that_moves_alone_is_on_disk_before_it_holds(system: System) -> None:
+    request = ipb.CreateApiKeyRequest(parent="tenants/acme", roles=[ipb.ROLE_AUTHOR])
+    await _tenant(system, "acme")
+    key = rpc.with_key((await system.tenants.CreateApiKey(request, metadata=system.admin)).secret)
+    follower = _follower(system, Kind.GATEWAY)
+    await follower.start()
+    for turn in range(8):  # readers aren't told of patches
+        patch = ipb.CreatePatchRequest(patch_id=f"p{turn}")
+        made = await system.patches.CreatePatch(patch, metadata=key)
+        await _reached(follower, made.position.revision)
+        if turn % 2:
+            await follower.stop()  # at once: there is no second in which the position might still be written
+            await follower.start()
+            assert follower.reader.view.position.revision >= made.position.revision
+    await follower.stop()
+    assert not follower.early
+    positions = [view.position for view in follower.seen]
+    assert positions == sorted(positions)
+
+
+async def test_p6_views_are_written_to_disk_one_after_the_other(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams break while the disk writes: the next stream's view must not be written beside it."""
+    sync, writing, together = os.fsync, threading.Lock(), []
+
+    def fsync(descriptor: int) -> None:
+        if not writing.acquire(blocking=False):
+            together.append(descriptor)
+            return
+        time.sleep(0.3)
+        sync(descriptor)
+        writing.release()
+
+    proxy = await FaultProxy(system.interventions).start()
+    follower = _follower(system, Kind.GATEWAY, proxy.address)
+    await follower.start()
+    await _reached(follower, 1)
+    monkeypatch.setattr("backpack_serving.sync.known_good.os.fsync", fsync)
+    for turn in range(12):
+        revision = await _tenant(system, f"t{turn}")
+        await asyncio.sleep(0.15)
+        proxy.reset()
+    await _reached(follower, revision)
+    assert follower.on_disk == follower.reader.view
+    await follower.stop()
+    await proxy.stop()
+    assert not together
+    assert not follower.early
+    assert follower.on_disk == follower.seen[-1], "what was written last is what holds"
+
+
+async def test_a_link_goes_on_after_a_message_that_can_not_be_sent(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC gives such a call up by cancelling it: to who reads from it that looks like being told to end."""
+    bad = [(Tally("acme", "live", "ab", requests=2**64, errors=0),)]
+    follower = _follower(system, Kind.GATEWAY)
+    monkeypatch.setattr(follower, "tallies", lambda: bad.pop() if bad else ())
+    await follower.start()
+
+    async def sent() -> bool:
+        return not bad
+
+    await eventually(sent)
+    await _reached(follower, await _tenant(system, "after"))
+    await follower.stop()
+
+
+async def test_a_cancellation_is_not_lost_to_an_error_that_comes_with_it() -> None:
+    began = asyncio.Event()
+
+    async def once() -> None:
+        again = began.is_set()
+        began.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if again:
+                raise
+            raise Unavailable("TRANSPORT", "the connection was reset in the same moment") from None
+
+    task = asyncio.create_task(for_ever(once, "test"))
+    await began.wait()
+    task.cancel()
+    await asyncio.wait([task], timeout=5)
+    ended = task.cancelled()
+    await tasks.end(task)
+    assert ended
+
+
+async def test_what_must_be_finished_is_finished_before_a_cancellation_is_raised() -> None:
+    done: list[int] = []
+
+    async def work() -> None:
+        await asyncio.sleep(0.2)
+        done.append(1)
+
+    task = asyncio.create_task(tasks.finish(work()))
+    for _ in range(3):
+        await asyncio.sleep(0.01)
+        task.cancel()
+    await asyncio.wait([task], timeout=20)
+    assert task.cancelled()
+    assert done == [1]
