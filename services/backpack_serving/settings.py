@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     database: str = Field("", description="Database URL. Default: SQLite in the state folder.")
 
     gateway_address: str = Field("127.0.0.1:8470", description="Where the gateway listens.")
+    gateway_processes: int = Field(
+        0, ge=0, description="Processes of `serve gateway` behind its one port; 0: one for each core."
+    )
     interventions_address: str = Field(
         "127.0.0.1:8471", description="Where the intervention service listens, and is called."
     )

@@ -49,7 +49,8 @@ def test_processes_get_settings_that_exist_and_secrets_by_reference(values: str)
         assert {n.removeprefix("BACKPACK_").lower() for n in found} <= Settings.model_fields.keys(), name
         secret = {"BACKPACK_SERVICE_KEY", "BACKPACK_ADMIN_KEY", "BACKPACK_DATABASE"} & found.keys()
         for variable, value in found.items():
-            assert isinstance(value, str) == (variable not in secret), (name, variable)
+            reference = variable in secret or variable == "BACKPACK_GATEWAY_PROCESSES"
+            assert isinstance(value, str) != reference, (name, variable)
     who = {name: environment(t) for name, t in pods(values).items()}
     assert {name for name, e in who.items() if "BACKPACK_ADMIN_KEY" in e} == {"Deployment r-interventions"}
     assert not any(o["kind"] == "Secret" for o in render(values))
@@ -67,6 +68,13 @@ def test_settings_of_the_operator_reach_every_process() -> None:
             ]["volumeMounts"]
         assert template["spec"]["containers"][0]["image"].startswith("registry.example/backpack-"), name
         assert template["spec"]["imagePullSecrets"] == [{"name": "one"}, {"name": "two"}], name
+
+
+def test_a_gateway_runs_a_process_for_each_core_that_it_requests() -> None:
+    processes = environment(pods(DEFAULT)["Deployment r-gateway"])["BACKPACK_GATEWAY_PROCESSES"]
+    assert processes == {"resourceFieldRef": {"resource": "requests.cpu", "divisor": "1"}}
+    chosen = environment(pods("{settings: {gateway_processes: 3}}")["Deployment r-gateway"])
+    assert chosen["BACKPACK_GATEWAY_PROCESSES"] == "3"
 
 
 @every

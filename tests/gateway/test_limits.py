@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from backpack_serving.errors import Exhausted, Quota
+from backpack_serving.gateway.levels import Levels, shared
 from backpack_serving.gateway.limits import Limit, Limits
 
 
@@ -89,7 +93,7 @@ def test_so_many_at_once(clock: Clock) -> None:
 def test_a_tenant_of_the_file_has_limits_of_its_own_and_new_ones_hold_soon(clock: Clock, tmp_path: Path) -> None:
     file = tmp_path / "limits.toml"
     file.write_text("[vip]\nrequests_per_minute = 2\n")
-    limits = Limits(Limit(requests_per_minute=1, concurrent=1), file, clock)
+    limits = Limits(Limit(requests_per_minute=1, concurrent=1), file, clock=clock)
     _ask(limits, "vip")
     _ask(limits, "vip")
     assert _refused(limits, tenant="vip").reason == "REQUESTS_LIMIT"
@@ -103,6 +107,61 @@ def test_a_tenant_of_the_file_has_limits_of_its_own_and_new_ones_hold_soon(clock
     file.write_text("[vip]\nrequests_per_hour = 1\n")
     clock.now = 70.0
     _ask(limits, "vip")  # a file that can't be read changes nothing
+
+
+def test_processes_of_one_gateway_count_together(clock: Clock) -> None:
+    limit = Limit(requests_per_minute=6, tokens_per_minute=60, concurrent=3)
+    with shared(2) as file:
+        one, two = (Limits(limit, levels=Levels(file, number, 2), clock=clock) for number in range(2))
+        _ask(one, "another")
+        with one.request("t") as take, two.request("t"), two.request("t"):
+            take(70)
+            assert _refused(two).reason == _refused(one).reason == "CONCURRENCY_LIMIT"
+        assert _refused(two, tokens=1).reason == "TOKENS_LIMIT"
+        take(-20)
+        _ask(two, tokens=10)  # that was the fifth request
+        _ask(one)
+        assert _refused(two).reason == "REQUESTS_LIMIT"
+        for _ in range(6):
+            _ask(two, "new to the first")
+        assert _refused(one, tenant="new to the first").reason == "REQUESTS_LIMIT"
+
+
+def test_requests_of_a_process_that_was_killed_run_no_more(clock: Clock) -> None:
+    limit = Limit(concurrent=2)
+    with shared(2) as file:
+        one, two = (Limits(limit, levels=Levels(file, number, 2), clock=clock) for number in range(2))
+        with two.request("t"):
+            lost = one.request("t")
+            lost.__enter__()
+            _refused(two)
+            one = Limits(limit, levels=Levels(file, 0, 2), clock=clock)  # another takes its place
+            with one.request("t"):
+                assert _refused(two).reason == "CONCURRENCY_LIMIT"
+
+
+_TAKES = """
+import sys
+from pathlib import Path
+from backpack_serving.gateway.levels import Levels
+
+levels = Levels(Path(sys.argv[1]), int(sys.argv[2]), 2)
+for _ in range(20_000):
+    with levels.row("t") as row:
+        row.tokens[1] -= 1
+"""
+
+
+def test_processes_that_ask_at_the_same_time_lose_nothing() -> None:
+    with shared(2) as file:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        both = [
+            subprocess.Popen([sys.executable, "-c", _TAKES, str(file), str(number)], env=environment)
+            for number in range(2)
+        ]
+        assert [process.wait(120) for process in both] == [0, 0]
+        with Levels(file, 0, 2).row("t") as row:
+            assert row.tokens[1] == -40_000
 
 
 @pytest.mark.parametrize(

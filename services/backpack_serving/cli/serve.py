@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import typer
+from prometheus_client import CollectorRegistry
+from rich.console import Console
 
+from backpack_serving.cli import processes
 from backpack_serving.cli.client import exits, out
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
@@ -29,10 +36,52 @@ def interventions() -> None:
 
 @app.command()
 def gateway() -> None:
-    """A gateway: what clients call. Run as many as you like; they hold no state."""
+    """A gateway: what clients call. Run as many as you like; they hold no state.
+
+    It is one process for each core behind one port; BACKPACK_GATEWAY_PROCESSES sets how many.
+    """
+    from backpack_serving import exposition
+    from backpack_serving.gateway import bootstrap
+    from backpack_serving.gateway.levels import shared
+    from backpack_serving.telemetry import configure
+
+    with exits():
+        settings = Settings()
+        count = settings.gateway_processes or processes.cores()
+        if count == 1:
+            _serve("gateway", bootstrap.start)
+            return
+        configure(settings, "gateway")
+        held, address = processes.reserve(settings.gateway_address)
+        with held, shared(count) as levels, out.status(f"starting {count} processes of a gateway") as status:
+            each = settings.model_copy(update={"gateway_address": address, "metrics_address": ""})
+            together = processes.Processes(partial(_one_gateway, count, levels), each, count)
+
+            def serving() -> None:
+                if settings.metrics_address:
+                    registry = CollectorRegistry()
+                    registry.register(together)
+                    exposition.listen(registry, settings.metrics_address, settings.tls)
+                status.stop()
+                out.print(f"gateway serves on [bold]{address}[/], {count} processes; Ctrl-C stops it")
+
+            together.run(serving)
+
+
+def _one_gateway(count: int, levels: Path, settings: Settings, number: int, line: Connection) -> None:
+    """One process of several."""
     from backpack_serving.gateway import bootstrap
 
-    _serve("gateway", bootstrap.start)
+    async def start(settings: Settings, metrics: Metrics) -> bootstrap.Gateway:
+        running = await bootstrap.start(settings, metrics, bootstrap.OneOfSeveral(number, count, levels))
+        processes.report(line, metrics.registry)
+        return running
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until it serves, Ctrl-C is for the process that started it
+    try:
+        _serve("gateway", start, given=settings, console=Console(quiet=True))
+    except typer.Exit as ended:  # here is no typer that would
+        sys.exit(ended.exit_code)
 
 
 @app.command()
@@ -66,6 +115,8 @@ def _serve(
     name: str,
     start: Callable[[Settings, Metrics], Awaitable[Any]],
     failure: Callable[[Any], asyncio.Event] = lambda running: asyncio.Event(),
+    given: Settings | None = None,
+    console: Console = out,
 ) -> None:
     """Serve until a signal, or until what `failure` gives is set, which is exit status 1: whoever supervises this
     process shall start it again.
@@ -77,12 +128,12 @@ def _serve(
         stopped = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-        with out.status(f"starting {name}"):
+        with console.status(f"starting {name}"):
             metrics = Metrics(settings.metrics_tenants)
             running = await start(settings, metrics)
             if settings.metrics_address:
                 exposition.listen(metrics.registry, settings.metrics_address, settings.tls)
-        out.print(f"{name} serves on [bold]{running.address}[/]; Ctrl-C stops it")
+        console.print(f"{name} serves on [bold]{running.address}[/]; Ctrl-C stops it")
         failed = failure(running)
         ends = [asyncio.ensure_future(event.wait()) for event in (stopped, failed)]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -92,7 +143,7 @@ def _serve(
         return failed.is_set()
 
     with exits():
-        settings = Settings()
+        settings = given or Settings()
         configure(settings, name)
         if asyncio.run(serve()):
             raise typer.Exit(1)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from backpack_lm.manifest import Manifest
@@ -13,6 +16,7 @@ from backpack_proto.v1 import inference_pb2_grpc
 
 from backpack_serving import rpc, tasks
 from backpack_serving.gateway.book import Book
+from backpack_serving.gateway.levels import Levels
 from backpack_serving.gateway.limits import Limit, Limits
 from backpack_serving.gateway.meter import Meters
 from backpack_serving.gateway.releases import Releases, resolve_from
@@ -32,6 +36,9 @@ from backpack_serving.wire import inference as wire
 SERVICE = "backpack.v1.InferenceService"
 READER = "backpack.v1.SyncService"
 """Name of a gateway's health as a reader of the intervention service."""
+
+FIRST_NEWS = 5.0
+"""Seconds that one process of several waits for what it needs to serve before it listens all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +67,18 @@ class Gateway:
         await self.control.close()
 
 
-async def start(settings: Settings, metrics: Metrics) -> Gateway:
-    """Serve on `settings.gateway_address`.
+@dataclass(frozen=True, slots=True)
+class OneOfSeveral:
+    """Which of so many processes of a gateway one is, and the file of what tenants have left of their limits."""
+
+    number: int
+    processes: int
+    levels: Path
+
+
+async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None = None) -> Gateway:
+    """Serve on `settings.gateway_address`. One of several processes shares the port, and listens only when it can
+    answer: nobody asks it in particular whether it is ready.
 
     Raises OSError if the address is taken, ManifestError if there is no model, ValueError if certificates, limits
     or the issuer of tokens are no good.
@@ -73,8 +90,9 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
     reader = Reader(Kind.GATEWAY, uuid.uuid4().hex, settings.gateway_address, manifest.fingerprint)
     book = Book(reader, settings.expired_after, settings.serve_expired)
     router = Router(manifest.fingerprint, tls)
+    folder = f"gateway-{one.number}" if one and one.number else "gateway"  # each keeps for itself what it knows
     control, tallies = rpc.channel(settings.interventions_address, tls), Tallies()
-    link = Link(control, key, reader, tallies, settings.state / "known-good" / "gateway" / "view")
+    link = Link(control, key, reader, tallies, settings.state / "known-good" / folder / "view")
     await asyncio.to_thread(link.restore)
 
     async def by_key(presented: str) -> Principal:
@@ -85,13 +103,24 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
 
     identities = Identities(by_key, known, settings.issuer, settings.certificates)
     default = Limit(settings.limit_requests, settings.limit_tokens, settings.limit_concurrent)
-    limits = Limits(default, settings.limits_file)
+    levels = Levels(one.levels, one.number, one.processes) if one else Levels()
+    limits = Limits(default, settings.limits_file, levels)
     releases = Releases(book, resolve_from(control, key), lambda since: link.reached(since, settings.catch_up))
     meters = Meters(limits, metrics.gateway(lambda: router.size, lambda: book.age))
     servicer = GatewayServicer(
         manifest, tokenizer, identities, releases, meters, router, tallies, key, settings.log_prompts
     )
     service = rpc.Service(SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer)
+    following = (
+        link.run(),
+        follow_directory(settings.directory_address, settings.directory_metadata, router, settings.directory_tls),
+    )
+    running: list[asyncio.Task[None]] = []
+    if one is not None:
+        running = [asyncio.create_task(each) for each in following]
+        with suppress(TimeoutError):  # then it says what it lacks, as a gateway alone does from its start
+            async with asyncio.timeout(FIRST_NEWS):
+                await _heard(book, router)
     server = await rpc.start(
         [service],
         settings.gateway_address,
@@ -99,18 +128,19 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
         tls=tls,
         connection_age=settings.connection_age,
         message_limit=wire.MESSAGE_LIMIT,
+        share_port=one is not None,
     )
     reader.name = server.address
-    running = (
-        asyncio.create_task(link.run()),
-        asyncio.create_task(
-            follow_directory(
-                settings.directory_address, settings.directory_metadata, router, settings.directory_tls
-            )
-        ),
-        asyncio.create_task(_tell_health(server, book, router, settings.stale_after)),
-    )
-    return Gateway(server, book, router, running, settings.drain, control)
+    running = running or [asyncio.create_task(each) for each in following]
+    running.append(asyncio.create_task(_tell_health(server, book, router, settings.stale_after)))
+    return Gateway(server, book, router, tuple(running), settings.drain, control)
+
+
+async def _heard(book: Book, router: Router) -> None:
+    """Wait until the intervention service has said, since now, that nothing is missing, and there is a replica."""
+    since = time.monotonic()
+    while book.age > time.monotonic() - since or not router.size:
+        await asyncio.sleep(0.02)
 
 
 async def _tell_health(server: rpc.Server, book: Book, router: Router, stale_after: float) -> None:

@@ -1,9 +1,9 @@
-"""What a tenant may ask of this gateway: requests and tokens a minute, and how many requests at once.
+"""What a tenant may ask of a gateway: requests and tokens a minute, and how many requests at once.
 
 Requests and tokens are token buckets that hold a minute's worth. A request is charged before it runs, for its
 prompt and all tokens that it may make, and gets back what it didn't use. Whoever has any tokens left may ask for
 more than they have: the bucket then is in debt, and the next request waits until that is paid. So no request is
-too large. Each gateway process counts for itself.
+too large. All processes of one gateway count together, in `levels`; each gateway counts for itself.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import structlog
 
 from backpack_serving.errors import Exhausted, Quota
+from backpack_serving.gateway.levels import Levels
 
 log = structlog.get_logger(__name__)
 
@@ -37,38 +38,31 @@ class Limit:
     concurrent: int = 0
 
 
-class Bucket:
-    """A token bucket that fills at `rate` a second up to `capacity`, and may be in debt."""
+UNLIMITED = Limit()
 
-    def __init__(self, per_minute: float, now: float) -> None:
+
+class Bucket:
+    """A token bucket that fills at `rate` a second up to `capacity`, and may be in debt.
+
+    It lives in `numbers`: its capacity, its level, and when that was so. With a new capacity it is full.
+    """
+
+    def __init__(self, per_minute: float, numbers: memoryview[float]) -> None:
         self.capacity, self.rate = per_minute, per_minute / 60
-        self._level, self._at = per_minute, now
+        self._numbers = numbers
 
     def wait(self, now: float) -> float:
         """Seconds until something may be taken; 0 if it may be now."""
-        self._level = min(self.capacity, self._level + (now - self._at) * self.rate)
-        self._at = now
+        capacity, level, at = self._numbers
+        known = capacity == self.capacity
+        level = min(capacity, level + (now - at) * self.rate) if known else self.capacity
+        self._numbers[0], self._numbers[1], self._numbers[2] = self.capacity, level, now
         needed = min(1.0, self.capacity)
-        return max(0.0, (needed - self._level) / self.rate)
+        return max(0.0, (needed - level) / self.rate)
 
     def take(self, amount: float) -> None:
         """Take any amount, or give back if it is negative. Ask `wait` first."""
-        self._level -= amount
-
-
-@dataclass(slots=True)
-class _Tenant:
-    limit: Limit
-    requests: Bucket | None
-    tokens: Bucket | None
-    running: int = 0
-
-    @classmethod
-    def new(cls, limit: Limit, now: float) -> _Tenant:
-        def bucket(per_minute: float) -> Bucket | None:
-            return Bucket(per_minute, now) if per_minute else None
-
-        return cls(limit, bucket(limit.requests_per_minute), bucket(limit.tokens_per_minute))
+        self._numbers[1] -= amount
 
 
 class Limits:
@@ -76,13 +70,18 @@ class Limits:
 
     The file is TOML, a table for each tenant: `[harbour]`, then any of Limit's names. Raises OSError or ValueError
     if it can't be read at first; a later mistake in it is logged, and what held before holds on.
+    `levels` is what tenants have left of them.
     """
 
     def __init__(
-        self, default: Limit, file: Path | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        default: Limit,
+        file: Path | None = None,
+        levels: Levels | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._default, self._file, self._clock = default, file, clock
-        self._tenants: dict[str, _Tenant] = {}
+        self._levels = levels or Levels()
         self._looked, self._changed = clock(), _changed(file)
         self._own: Mapping[str, Limit] = read_limits(file, default) if file else {}
 
@@ -92,36 +91,39 @@ class Limits:
 
         Raises Exhausted if it is one too many, or if there are no tokens; the request then counts nevertheless.
         """
-        state, now = self._of(tenant), self._clock()
-        if state.limit.concurrent and state.running >= state.limit.concurrent:
-            raise _exhausted(tenant, "CONCURRENCY", f"{state.limit.concurrent} requests at once", BUSY_RETRY)
-        if state.requests:
-            if wait := state.requests.wait(now):
-                raise _exhausted(tenant, "REQUESTS", f"{state.requests.capacity:g} requests a minute", wait)
-            state.requests.take(1)
+        limit = self._of(tenant)
+        if limit == UNLIMITED:
+            yield lambda tokens: None
+            return
+        with self._levels.row(tenant) as row:
+            if limit.concurrent and row.running >= limit.concurrent:
+                raise _exhausted(tenant, "CONCURRENCY", f"{limit.concurrent} requests at once", BUSY_RETRY)
+            if limit.requests_per_minute:
+                requests = Bucket(limit.requests_per_minute, row.requests)
+                if wait := requests.wait(self._clock()):
+                    raise _exhausted(tenant, "REQUESTS", f"{requests.capacity:g} requests a minute", wait)
+                requests.take(1)
+            row.run(1)
 
-        def take(tokens: int) -> None:
-            if state.tokens:
-                if tokens > 0 and (wait := state.tokens.wait(self._clock())):
-                    raise _exhausted(tenant, "TOKENS", f"{state.tokens.capacity:g} tokens a minute", wait)
-                state.tokens.take(tokens)
+        def take(amount: int) -> None:
+            if not limit.tokens_per_minute:
+                return
+            with self._levels.row(tenant) as row:
+                tokens = Bucket(limit.tokens_per_minute, row.tokens)
+                wait = tokens.wait(self._clock())
+                if amount > 0 and wait:
+                    raise _exhausted(tenant, "TOKENS", f"{tokens.capacity:g} tokens a minute", wait)
+                tokens.take(amount)
 
-        state.running += 1
         try:
             yield take
         finally:
-            state.running -= 1
+            with self._levels.row(tenant) as row:
+                row.run(-1)
 
-    def _of(self, tenant: str) -> _Tenant:
+    def _of(self, tenant: str) -> Limit:
         self._look()
-        limit = self._own.get(tenant, self._default)
-        state = self._tenants.get(tenant)
-        if state is None:
-            state = self._tenants[tenant] = _Tenant.new(limit, self._clock())
-        elif state.limit != limit:
-            new = _Tenant.new(limit, self._clock())
-            state.limit, state.requests, state.tokens = new.limit, new.requests, new.tokens
-        return state
+        return self._own.get(tenant, self._default)
 
     def _look(self) -> None:
         if self._file is None or self._clock() - self._looked < LOOK_SECONDS:

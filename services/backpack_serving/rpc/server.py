@@ -216,8 +216,11 @@ async def start(
     tls: Tls | None = None,
     connection_age: float = 1800.0,
     message_limit: int = MESSAGE_LIMIT,
+    share_port: bool = False,
 ) -> Server:
     """Serve on host:port (port 0: a free one) or unix:path, with TLS if there is a certificate.
+
+    With `share_port`, other processes may listen on the same port; each gets some of the connections.
 
     Raises OSError if the address is taken, ValueError if the certificates are no good.
     """
@@ -227,7 +230,7 @@ async def start(
         *_OPTIONS,
         ("grpc.max_receive_message_length", message_limit),
         ("grpc.max_connection_age_ms", int(connection_age * 1000)),
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(share_port)),
     ]
     server = grpc.aio.server(interceptors=[calls], options=options)
     checks = health.aio.HealthServicer()
