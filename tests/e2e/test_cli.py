@@ -177,6 +177,17 @@ def test_a_finetuned_patch_is_uploaded_described_and_deleted(backpack: Any, tmp_
     assert "from a run" not in backpack("patch", "list", "--as", "tuner")
 
 
+def test_an_operators_machine_needs_no_state_folder(
+    backpack: Any, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(
+        "BACKPACK_ADMIN_KEY", (Path(environment["BACKPACK_STATE"]) / "admin.key").read_text().strip()
+    )
+    monkeypatch.setenv("BACKPACK_STATE", str(tmp_path / "not" / "yet"))
+    assert "its key is in" in backpack("tenant", "create", "laptop")
+    assert "release" in backpack("release", "list", "--as", "laptop")
+
+
 def test_keys_are_rotated_and_tenants_suspended(backpack: Any) -> None:
     backpack("tenant", "create", "shop")
     (made,) = re.findall("^ *([0-9a-f]{12}) ", backpack("tenant", "keys", "shop"), re.M)

@@ -71,6 +71,11 @@ class Postgres:
         self.sql(unguarded + tables + reset, str(sa.make_url(self._reused).database))
         return self._reused
 
+    @property
+    def programs(self) -> Path:
+        """The folder of pg_dump and its kind."""
+        return Path(self._binaries.bin_path)
+
     def kill(self) -> None:
         """SIGKILL to every process of the server: what it didn't give to the operating system is gone."""
         assert self._process is not None

@@ -21,7 +21,9 @@ KeyId = Annotated[str, typer.Argument(help="The key's id, as `backpack tenant ke
 @app.command("create")
 def create_tenant(name: Annotated[str, typer.Argument(help="a-z, 0-9 and -")]) -> None:
     """Make a tenant, with a key that may release and call, kept in the state folder for --as."""
+    file = tenant_key_file(Settings(), name)
     with as_admin() as client:
+        file.parent.mkdir(parents=True, exist_ok=True)  # first: a key that can't be kept would be lost
         client.tenants.CreateTenant(
             pb.CreateTenantRequest(tenant_id=name, request_id=new_id()), metadata=client.metadata
         )
@@ -29,7 +31,6 @@ def create_tenant(name: Annotated[str, typer.Argument(help="a-z, 0-9 and -")]) -
             parent=f"tenants/{name}", roles=[pb.ROLE_RELEASER, pb.ROLE_CALLER], request_id=new_id()
         )
         secret = client.tenants.CreateApiKey(request, metadata=client.metadata).secret
-    file = tenant_key_file(Settings(), name)
     file.touch(mode=0o600)
     file.write_text(secret + "\n")
     out.print(f"tenants/{name}; its key is in {file}")
