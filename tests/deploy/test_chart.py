@@ -210,7 +210,7 @@ def test_the_schema_knows_our_settings_and_arguments() -> None:
     }
     decided |= {"admin_key", "service_key", "database", "model"}  # secrets, and what has values of its own
     decided |= {"state", "gateway_address", "metrics_address"}  # by the images
-    decided -= set(yaml.safe_load(EVERYTHING)["settings"])
+    decided -= {*yaml.safe_load(EVERYTHING)["settings"], "gateway_processes"}  # what operators may decide instead
     assert set(schema["settings"]["propertyNames"]["enum"]) == Settings.model_fields.keys() - decided
     app = pytest.importorskip("backpack_serving.inference.app", reason="Ray isn't installed")
     arguments = schema["inference"]["properties"]["arguments"]["properties"]

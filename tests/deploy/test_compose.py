@@ -48,10 +48,13 @@ def test_every_process_is_a_target_and_runs_as_nobody_special() -> None:
     by_name = {m[1]: stage for stage in stages if (m := re.match(r"\S+ AS (\S+)", stage))}
     assert by_name.keys() >= PROCESSES
     for name in PROCESSES:
-        assert by_name[name].startswith("process AS")
-        assert re.findall(r"^USER (\S+)", by_name["process"] + by_name[name], re.M)[-1] == "10001"
+        base = "process" if name == "inference" else "service"
+        assert by_name[name].startswith(f"{base} AS")
+        assert re.findall(r"^USER (\S+)", by_name[base] + by_name[name], re.M)[-1] == "10001"
         assert ("HEALTHCHECK" in by_name[name]) == (name != "migrations"), "what serves has a probe"
-        assert f"--from={'engine' if name == 'inference' else 'services'} /opt/backpack" in by_name[name], name
+    for name, packages in (("service", "services"), ("inference", "engine")):
+        theirs, ours = (by_name[name].index(f"from={stage}") for stage in (packages, "ours"))
+        assert theirs < ours, "so that a release needn't bring other people's packages again"
 
 
 def test_images_and_files_name_settings_that_exist(compose: dict[str, Any]) -> None:

@@ -77,7 +77,9 @@ class Caches:
 
         def zeros(*shape: int, dtype: torch.dtype = table.dtype) -> Tensor:
             on_cpu = table.device.type == "cpu"
-            return pages.zeros(*shape, dtype=dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=table.device)
+            if on_cpu:
+                return pages.zeros(*shape, dtype=dtype)
+            return torch.zeros(shape, dtype=dtype, device=table.device)
 
         return cls(
             zeros(L, S, H, T // LANES, w, LANES),
