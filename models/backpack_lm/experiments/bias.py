@@ -41,8 +41,8 @@ class BiasResult:
         gone = found.share_removed(found.removed), found.share_removed(found.fitted)
         figures = (
             f"ratio unmodified / remove / optimise: {found.unmodified:.2f} / {found.removed:.2f} / "
-            f"{found.fitted:.2f}; "
-            f"{gone[0]:.0%} and {gone[1]:.0%} of the excess over 1 gone, {len(found.nouns)} nouns"
+            f"{found.fitted:.2f}; {gone[0]:.0%} and {gone[1]:.0%} of the excess over 1 gone, "
+            f"{len(found.nouns)} nouns"
         )
         if self.twin is not None:
             twin = self.twin

@@ -80,8 +80,7 @@ class FactsResult:
         cost = fitted.cost
         return Headline(
             f"{plain.turned:.0%} of {len(plain.held)} facts that it held turn by a plain swap; "
-            f"{fitted.turned:.0%} with "
-            "the strength fitted on the fact's other prompt"
+            f"{fitted.turned:.0%} with the strength fitted on the fact's other prompt"
             + (f", loss after the words {cost.after:+.2%}" if cost else ""),
             "one example",
             "over 80 %, neighbours' loss within 1 %",
@@ -105,17 +104,15 @@ class FactsResult:
         notes = [
             "All senses of the word are swapped. A prompt counts if the model gave the old word more than the new "
             "one before; it is turned if the new one has more after.",
-            "Strength 1 is the paper's swap: what the word's senses say of the old word, they say of the new "
-            "one. What "
-            "other words of a prompt say of it stays; a strength s moves the same s times.",
+            "Strength 1 is the paper's swap: what the word says of the old one, it says of the new one. What "
+            "other words of a prompt say of the old one stays; strength s moves the two logits s times as far, "
+            "and the others as little as can be.",
             f"Fitted: the least of {', '.join(f'{s:g}' for s in STRENGTHS)} that turns the fact's other prompts; "
-            f"what "
-            "is counted is a prompt that the strength was not fitted on.",
+            "what is counted is the prompt that the strength was not fitted on.",
             "“Else moved” is the total variation distance over all other tokens. Loss is on held-out text with "
-            "all "
-            "swaps of a strength at once (fitted: each fact at what turns all of its prompts): everywhere, where "
-            "an edited "
-            "word stands before in the row, and right after one. Text without the words can't change at all.",
+            "all swaps of a strength at once (fitted: each fact at what turns all of its prompts): everywhere, "
+            "where an edited word stands before in the row, and right after one. Text without the words can't "
+            "change.",
         ]
         if self.unknown:
             notes.append(f"Left out, because a word is several tokens in this model: {', '.join(self.unknown)}.")
@@ -124,8 +121,7 @@ class FactsResult:
             lead = (
                 f"Of {len(plain.held)} prompts (of {len(plain.prompts)}) on which the model held the old fact, "
                 f"{plain.turned:.0%} hold the new one after a plain swap and {fitted.turned:.0%} after one whose "
-                f"strength was "
-                f"fitted on the fact's other prompt. The old word's share of the two goes from "
+                "strength was fitted on the fact's other prompt. The old word's share of the two goes from "
                 f"{plain.mean('share_before'):.0%} to {plain.mean('share_after'):.0%} and "
                 f"{fitted.mean('share_after'):.0%}."
             )

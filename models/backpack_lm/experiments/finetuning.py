@@ -65,8 +65,7 @@ class FinetuningResult:
     def headline(self) -> Headline:
         return Headline(
             f"points gained on questions in other words {' / '.join(f'{g:+.1f}' for g in self.gains.values())} "
-            f"at loss "
-            f"budgets {' / '.join(f'{b:.0e}' for b in self.gains)}",
+            f"at loss budgets {' / '.join(f'{b:.0e}' for b in self.gains)}",
             "+8.6 / +6.0 / +4.8 on harder tasks",
             "a gain at each budget",
             all(gain > 0 for gain in self.gains.values()),

@@ -90,9 +90,7 @@ def summary(headlines: dict[str, Headline], subject: Subject, folder: Path, comm
     reports = [(folder / f"{name}.md").read_text("utf-8").replace("# ", "## ", 1) for name in headlines]
     intro = (
         f"Model {subject.manifest.fingerprint[:12]}, {datetime.now(UTC):%Y-%m-%d}, by `{command}`. The paper's "
-        f"models have "
-        "seen 52 billion tokens; where a claim of the paper doesn't show on this one, the table says so. Nothing "
-        "is tuned "
-        "on what it is evaluated on."
+        "models have seen 52 billion tokens; where a claim of the paper doesn't show on this one, the table says "
+        "so. Nothing is tuned on what it is evaluated on."
     )
     return "\n\n".join(["# The paper's experiments", intro, Table("In short", columns, rows).markdown(), *reports])

@@ -136,11 +136,9 @@ class TopicsResult:
                 "samples, judged for every topic.",
                 f"Perplexity of the text to {self.reader}: lower is likelier, and repetition "
                 "lowers it; distinct pairs are the share of a text's pairs of neighbouring words that differ. "
-                "Those of "
-                "the logit bias at equal success lie on the line between the biases that were measured.",
+                "Those of the logit bias at equal success lie on the line between the biases that were measured.",
                 "A topic's words are those of its name and what else anybody would name, if they are one token; "
-                "the paper "
-                "has those of the name alone. Senses and logit bias get the same.",
+                "the paper has those of the name alone. Senses and logit bias get the same.",
                 *(
                     ()
                     if strongest.success >= 3 * base.success

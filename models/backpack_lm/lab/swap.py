@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
 
 from backpack_lm.lab.subject import Prompts, Subject
+from backpack_lm.overlay import SenseTable
 from backpack_lm.patch import Add, Cell, Edit, Limits, Swap, Vector
 from backpack_lm.reports.report import Report, Table
 
-STRENGTHS = (1.0, 2.0, 4.0, 8.0)
+STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """What a fit tries."""
+RIDGE = 1e-3  # of the mean square of an embedding's numbers: directions that no word uses stay small
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +81,7 @@ class SwappedFact:
             f"“{self.word}” says “{self.new}” where it said “{self.old}”",
             f"Of the two, “{self.old}” had {self.mean('share_before'):.0%} before and has "
             f"{self.mean('share_after'):.0%} after, at strength {self.strength:g}; {self.mean('moved'):.2%} of "
-            f"the "
-            "probability moved elsewhere.",
+            "the probability moved elsewhere.",
             (Table("Probability of the next token", columns, rows),),
         )
 
@@ -84,28 +89,41 @@ class SwappedFact:
 def swap_edits(
     subject: Subject, word: str, old: str, new: str, senses: Sequence[int], strength: float = 1.0
 ) -> list[Edit]:
-    """A swap in these senses. Strength 1 is the paper's: it moves what the word itself says of `old`. What the
-    rest of a prompt says of it stays, so a fact may take more: an `Add` a sense moves the same `strength` − 1
-    times again, as far as a patch may.
+    """A swap in these senses. Strength 1 is the paper's: what the word itself says of `old`, it says of `new`.
+
+    What the rest of a prompt says of `old` stays, so a fact may take more: one `Add` a sense moves the difference
+    of the two logits `strength` − 1 times as far again, as far as a patch may, in the direction that moves all
+    the other logits least.
 
     Raises WordError if a word is not one token, ValueError for a strength below 1, PatchError for a sense that
     there isn't.
     """
     if not 1 <= strength < math.inf:
-        raise ValueError(f"strength {strength:g}; 1 is a plain swap, more moves the same again")
+        raise ValueError(f"strength {strength:g}; 1 is a plain swap, more moves the two logits further")
     token, ids = subject.token(word), (subject.token(old), subject.token(new))
     edits: list[Edit] = [Swap(tuple(Cell(token, sense) for sense in senses), *ids)]
     if strength > 1:
         subject.overlay(*edits)  # a sense that there isn't is refused
         r, a = (subject.model.embedding[i] for i in ids)
-        turn = a * (r @ r) / (a @ a) - r
+        turn, quiet = a * (r @ r) / (a @ a) - r, _quietest(subject.table) @ (a - r)
+        quiet *= (turn @ (a - r)) / (quiet @ (a - r))
         for sense in senses:
-            delta = (strength - 1) * (subject.table.rows[token, sense] @ r) / (r @ r) * turn
+            delta = (strength - 1) * (subject.table.rows[token, sense] @ r) / (r @ r) * quiet
             bound = 0.999 * Limits().norm_factor * subject.manifest.sense_rms[sense]
             delta *= min(1.0, bound / max(float(delta.norm()), 1e-9))
             if bool(delta.any()):
                 edits.append(Add((Cell(token, sense),), Vector.of(delta.tolist())))
     return edits
+
+
+@lru_cache(maxsize=1)
+def _quietest(table: SenseTable) -> Tensor:
+    """(EᵀE/V + ε)⁻¹ [d, d]: applied to a direction g, it gives the δ that moves logits least on the average, E·δ
+    squared, of those that move g·δ as much."""
+    head = table.embedding[~table.unscored]
+    moments = head.t() @ head / len(head)
+    ridge = RIDGE * moments.trace() / len(moments) * torch.eye(len(moments))
+    return torch.linalg.inv(moments + ridge)
 
 
 def swap_fact(

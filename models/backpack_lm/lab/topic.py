@@ -39,8 +39,7 @@ class TopicChosen:
             ),
             notes=tuple(
                 f"“{word}” is several tokens in this model; it steers towards the first alone, “{piece}”, and "
-                f"whatever "
-                "else begins with it. Leave it out if that isn't meant."
+                "whatever else begins with it. Leave it out if that isn't meant."
                 for word, piece in self.pieces.items()
             ),
         )

@@ -101,10 +101,10 @@ def lexical(
 def language(
     corpus: Annotated[
         list[Path] | None,
-        typer.Option(help="JSON-lines file (.xz or not); its held-out records are read. Repeatable."),
+        typer.Option(help="JSON-lines file (.xz or not); its held-out records are read. Repeatable.", exists=True),
     ] = None,
     text: Annotated[
-        list[Path] | None, typer.Option(help="Plain text, such as WikiText-2's test.txt. Repeatable.")
+        list[Path] | None, typer.Option(help="Plain text, such as WikiText-2's test.txt. Repeatable.", exists=True)
     ] = None,
     tokens: Annotated[int, typer.Option(help="Most tokens of each text.", min=1)] = 50_000,
     model: Model = None,
@@ -141,7 +141,8 @@ def facts(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="JSON-lines or plain text; what all swaps together do to its held-out part. Repeatable."
+            help="JSON-lines or plain text; what all swaps together do to its held-out part. Repeatable.",
+            exists=True,
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Most tokens of it.", min=1)] = 20_000,
@@ -186,7 +187,8 @@ def finetuning(
     text: Annotated[
         Path,
         typer.Option(
-            help="JSON-lines or plain text: a part to stay close on, and the held-out one to be judged on."
+            help="JSON-lines or plain text: a part to stay close on, and the held-out one to be judged on.",
+            exists=True,
         ),
     ],
     tokens: Annotated[int, typer.Option(help="Most tokens of each part.", min=256)] = 20_000,

@@ -124,10 +124,11 @@ def swap_fact(
     prompts: Annotated[list[str], typer.Option("--prompt", help="Prompt that holds the word; repeatable.")],
     senses: Senses = "",
     strength: Annotated[
-        float, typer.Option(help="1 is the paper's swap, more moves the same again and again.", min=1)
+        float, typer.Option(help="1 is the paper's swap, more moves the two words further apart.", min=1)
     ] = 1.0,
     fit: Annotated[
-        bool, typer.Option("--fit", help="Least strength of 1, 2, 4, 8 that turns the fact after every prompt.")
+        bool,
+        typer.Option("--fit", help="Least strength of 1, 2, 4, 8, 16 that turns the fact after every prompt."),
     ] = False,
     file: Out = Path("swap.json"),
     model: Model = None,
@@ -152,7 +153,8 @@ def finetune(
     text: Annotated[
         Path,
         typer.Option(
-            help="JSON-lines or plain text: a part to stay close on, and the held-out one to be judged on."
+            help="JSON-lines or plain text: a part to stay close on, and the held-out one to be judged on.",
+            exists=True,
         ),
     ],
     budget: Annotated[
@@ -194,7 +196,7 @@ def judge(
         Path | None, typer.Option(help="JSON lines of prompts with targets, as `lab finetune` reads them.")
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="JSON-lines or plain text whose held-out part is measured.")
+        Path | None, typer.Option(help="JSON-lines or plain text whose held-out part is measured.", exists=True)
     ] = None,
     tokens: Annotated[int, typer.Option(help="Most tokens of it.", min=1)] = 20_000,
     page: Annotated[Path | None, typer.Option("--html", help="Page to write as well.")] = None,

@@ -40,25 +40,33 @@ def test_held_and_turned() -> None:
     assert Swapped("", 0.3, 0.1, 0.1, 0.3, 0.0).share_before == pytest.approx(0.75)
 
 
-def test_a_strength_moves_the_same_so_many_times(subject: Subject) -> None:
+def test_a_strength_moves_the_two_logits_so_many_times_as_far(subject: Subject) -> None:
     token, sea, land = map(subject.token, ("ship", "sea", "land"))
-    r, a = subject.model.embedding[sea], subject.model.embedding[land]
-    v = subject.table.rows[token, 1]
-    moved = (v @ r) / (r @ r) * (a * (r @ r) / (a @ a) - r)
-    ids = torch.tensor([[token]])
-    for strength in STRENGTHS:
-        overlay = subject.overlay(*swap_edits(subject, "ship", "sea", "land", [1], strength))
+    head = subject.model.embedding
+    v, ids = subject.table.rows[token, 1], torch.tensor([[token]])
+
+    def shift(strength: float, senses: tuple[int, ...] = (1,)) -> torch.Tensor:
+        overlay = subject.overlay(*swap_edits(subject, "ship", "sea", "land", senses, strength))
         got = overlay.replace(ids, subject.table.rows[ids])[0, 0]
-        more = min((strength - 1) * float(moved.norm()), 0.999 * 8 * subject.manifest.sense_rms[1])
-        assert float((got[1] - v).norm()) == pytest.approx(float(moved.norm()) + more, rel=1e-3)
-        torch.testing.assert_close(F.normalize(got[1] - v, dim=0), F.normalize(moved, dim=0), atol=1e-4, rtol=1e-4)
         assert torch.equal(got[0], subject.table.rows[token, 0]), "a sense that wasn't named"
-    plain, more = (swap_edits(subject, "ship", "sea", "land", [0, 1], s) for s in (1, 2))
-    assert [type(edit) for edit in plain] == [Swap]
-    assert [type(edit) for edit in more] == [Swap, Add, Add]
-    for strength in (0.5, float("nan"), float("inf")):
+        return head @ (got[1] - v)
+
+    plain = shift(1)
+    for strength in (2, 3):
+        more = shift(strength)
+        assert float(more[land] - more[sea]) == pytest.approx(strength * float(plain[land] - plain[sea]), rel=1e-3)
+        others = torch.ones(len(head), dtype=torch.bool)
+        others[[sea, land, subject.config.eos_token_id or 0]] = False
+        added = (more - plain) / (strength - 1)
+        assert float(added[others].square().mean()) < float(plain[others].square().mean()), "the others move less"
+    norm = float(torch.linalg.lstsq(head, shift(1e6) - plain).solution.norm())
+    assert norm == pytest.approx(0.999 * 8 * subject.manifest.sense_rms[1], rel=1e-3), "as far as a patch may"
+    one, two = (swap_edits(subject, "ship", "sea", "land", [0, 1], s) for s in (1, 2))
+    assert [type(edit) for edit in one] == [Swap]
+    assert [type(edit) for edit in two] == [Swap, Add, Add]
+    for bad in (0.5, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="1 is a plain swap"):
-            swap_edits(subject, "ship", "sea", "land", [1], strength)
+            swap_edits(subject, "ship", "sea", "land", [1], bad)
     with pytest.raises(PatchError, match="sense 9"):
         swap_edits(subject, "ship", "sea", "land", [9], 2)
 
@@ -82,7 +90,7 @@ def test_the_cost_is_that_of_the_model_itself(
     corpus = folder / "corpus.jsonl"
     result = KnowledgeEditing((corpus,), 256).run(subject, unwatched)
     assert isinstance(result, FactsResult)
-    assert [strength.name for strength in result.strengths] == ["1", "2", "4", "8", "fitted"]
+    assert [strength.name for strength in result.strengths] == ["1", "2", "4", "8", "16", "fitted"]
     text, ship = rows(subject, held_out(corpus), 256, 64), subject.token("ship")
 
     def losses(strength: float | None) -> torch.Tensor:
