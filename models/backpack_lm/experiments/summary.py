@@ -45,7 +45,7 @@ class Data:
 def plan(data: Data, twin: Path | None, judge: Path | None, folder: Path) -> list[Experiment]:
     """The experiments in sizes that give their figures in a quarter of an hour on one core, for a model as small
     as the default one."""
-    found: list[Experiment] = [LanguageModelling(data.corpora, data.texts, twin, 40_000)]
+    found: list[Experiment] = [LanguageModelling(data.corpora, data.texts, twin, 100_000)]
     if data.lexical is not None:
         found.append(LexicalSimilarity(data.lexical, twin))
     work = folder / "topics.partial.jsonl"
@@ -53,7 +53,7 @@ def plan(data: Data, twin: Path | None, judge: Path | None, folder: Path) -> lis
         *found,
         GenderBias(twin),
         KnowledgeEditing(data.corpora),
-        TopicControl(16, 60, "It was", 0, judge, twin, work),
+        TopicControl(24, 60, "It was", 0, judge, twin, work),
         SenseFinetuning(data.corpora[-1]),
     ]
 

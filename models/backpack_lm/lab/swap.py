@@ -123,7 +123,8 @@ def _quietest(table: SenseTable) -> Tensor:
     head = table.embedding[~table.unscored]
     moments = head.t() @ head / len(head)
     ridge = RIDGE * moments.trace() / len(moments) * torch.eye(len(moments))
-    return torch.linalg.inv(moments + ridge)
+    inverse: Tensor = torch.linalg.inv(moments + ridge)
+    return inverse
 
 
 def swap_fact(
