@@ -273,16 +273,85 @@ def test_explain_senses_and_score(backpack: Any) -> None:
     ("words", "says"),
     [
         (("generate", ""), "give a text or token ids"),
+        (("generate", "king " * 600), "601 tokens; the context holds 512"),
+        (("generate", "x", "--samples", "2", "--max-tokens", "600"), "together at most 512"),
         (("generate", "x", "--as", "nobody"), "nobody.key doesn't exist"),
+        (("generate", "x", "--key", "bp_wrong"), "copy it whole"),
+        (("generate", "x", "--channel", "beta"), "activate a release on it"),
+        (("compare", "x", "--target", "kingdomless"), "ask for its first token"),
         (("patch", "scale", "p", "kingdomless", "--factor", "0"), "ask for its first token or for all"),
         (("release", "activate", "99"), "releases/99 doesn't exist"),
         (("model", "verify", "/nowhere"), "backpack model import"),
     ],
 )
 def test_a_refusal_is_one_line(backpack: Any, words: tuple[str, ...], says: str) -> None:
+    (line,) = [line for line in backpack(*words, code=1).splitlines() if line.startswith("error: ")]
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "EMPTY: edits: a revision needs at least one edit"),
+        ('{"edits": "x"}', "no list of edits"),
+        ('[{"scale": {"factr": 0}}]', 'no field named "factr"'),
+        ('[{"scale": {"cells": [{"word": {"text": "king"}, "senses": [99]}]}}]', "senses are 0 to 15"),
+    ],
+)
+def test_a_bad_patch_file_is_one_line_and_makes_no_patch(
+    backpack: Any, tmp_path: Path, text: str, says: str
+) -> None:
+    file = tmp_path / "patch.json"
+    file.write_text(text)
+    output = backpack("patch", "revise", "mistake", str(file), code=1)
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1
+    assert says in output
+    assert "mistake" not in backpack("patch", "list")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("patch", "scale", "p", "king", "--factor", "0", "--senses", "5-1"), "'5-1' names no sense"),
+        (("compare", "x", "--release", ""), "write a number"),
+        (("explain", "x", "--html", "/nowhere/x.html"), "/nowhere is no folder"),
+        (("tenant", "key", "harbour", "--role", "king"), "author, releaser or caller"),
+        (("patch", "revise", "p", "/nowhere.json"), "does not exist"),
+    ],
+)
+def test_wrong_use_names_the_value_and_the_fix(backpack: Any, words: tuple[str, ...], says: str) -> None:
+    assert says in " ".join(backpack(*words, code=2).split())
+
+
+@pytest.mark.parametrize("words", [("generate", "x"), ("compare", "x"), ("patch", "list")])
+def test_a_server_that_is_away_is_one_line(
+    backpack: Any, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    for part in ("GATEWAY", "INTERVENTIONS"):
+        monkeypatch.setenv(f"BACKPACK_{part}_ADDRESS", "127.0.0.1:1")
     output = backpack(*words, code=1)
-    assert says in " ".join(output.split())
-    assert "Traceback" not in output
+    assert output.count("\n") == 1
+    assert "is the gateway at 127.0.0.1:1 running" in output
+
+
+def test_settings_that_do_not_fit_are_named(backpack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BACKPACK_DATABASE", "postgresql://me:secret@host/name")
+    shown = backpack("settings")
+    assert "postgresql://me:***@host/name" in shown
+    assert "secret@" not in shown
+    monkeypatch.setenv("BACKPACK_SLOTS", "many")
+    assert "BACKPACK_SLOTS=many: Input should be a valid integer" in backpack("patch", "list", code=1)
+
+
+def test_training_on_a_file_that_is_not_there(backpack: Any, tmp_path: Path) -> None:
+    output = backpack("train", "/nowhere", "--out", str(tmp_path / "run"), "--steps", "1", code=1)
+    assert output.splitlines()[-1] == "error: /nowhere: No such file or directory"
+
+
+def test_the_version_is_told(backpack: Any) -> None:
+    assert re.fullmatch(r"backpack-serving \d+\.\d+\.\d+\n", backpack("--version"))
 
 
 def test_the_default_model_is_intact_and_settings_are_listed(backpack: Any) -> None:
@@ -329,7 +398,7 @@ def test_a_patch_from_the_lab_is_uploaded_with_its_report_and_steers(backpack: A
     refused = backpack("patch", "revise", "ships", str(file), "--as", "lab-user", code=1)
     assert "the patch was made for model 000000000000" in " ".join(refused.split())
     file.write_text("{}")
-    assert "is not a patch file" in backpack("patch", "revise", "ships", str(file), "--as", "lab-user", code=2)
+    assert "is not a patch file" in backpack("patch", "revise", "ships", str(file), "--as", "lab-user", code=1)
 
 
 def test_a_page_of_a_word_and_of_a_generation(backpack: Any, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from backpack_proto.v1 import interventions_pb2_grpc, sync_pb2_grpc
+from pydantic import ValidationError
 from rich.console import Console
+from rich.table import Column, Table
 from rich.text import Text
 
 from backpack_serving import rpc
@@ -35,6 +37,18 @@ AsTenant = Annotated[
     ),
 ]
 Key = Annotated[str, typer.Option(envvar="BACKPACK_KEY", help="API key, instead of --as.", show_default=False)]
+
+
+def in_a_folder(file: Path | None) -> Path | None:
+    """What a command writes last is refused first."""
+    if file is not None and not file.parent.is_dir():
+        raise typer.BadParameter(f"{file.parent} is no folder; make it first")
+    return file
+
+
+Page = Annotated[
+    Path | None, typer.Option("--html", help="Page to write as well.", callback=in_a_folder, dir_okay=False)
+]
 Channel = Annotated[str, typer.Option(help="Which of the tenant's channels steers the request.")]
 
 
@@ -92,6 +106,11 @@ class Client:
     def __exit__(self, *_: object) -> None:
         for channel in self._channels:
             channel.close()
+
+
+def table(*names: str) -> Table:
+    """Columns without lines. What is too wide is folded, never cut: names are there to be copied."""
+    return Table(*(Column(name, overflow="fold") for name in names), box=None)
 
 
 def percent(token: Token) -> str:
@@ -175,8 +194,18 @@ def exits() -> Iterator[None]:
         if str(error.name).partition(".")[0] not in LAB_PACKAGES:
             raise
         _refuse(f"this needs {error.name}: pip install 'backpack-serving[lab]'")
-    except (OSError, ValueError) as error:  # of models and files: every one of ours says the fix
+    except ValidationError as error:
+        _refuse(_unfit(error))
+    except OSError as error:
+        _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except ValueError as error:  # of models and files: every one of ours says the fix
         _refuse(str(error))
+
+
+def _unfit(error: ValidationError) -> str:
+    """Settings that don't fit, by the variables that people set."""
+    wrong = [f"BACKPACK_{'_'.join(map(str, e['loc'])).upper()}={e['input']}: {e['msg']}" for e in error.errors()]
+    return f"{'; '.join(wrong)}. `backpack settings` says what each is for"
 
 
 def _refuse(text: str) -> NoReturn:

@@ -59,8 +59,11 @@ def _choices(names: Sequence[str]) -> Iterator[int | str]:
             if not 0 <= last - first < 256:
                 raise typer.BadParameter(f"{name}: write 1-8, at most 256 releases", param_hint="--release")
             yield from range(first, last + 1)
-        else:
+        elif re.fullmatch(r"[a-z][a-z0-9-]{0,62}", name):
             yield 0 if name == "unpatched" else name
+        else:
+            text = f"{name!r}: write a number, numbers such as 1-8, a channel, or unpatched"
+            raise typer.BadParameter(text, param_hint="--release")
 
 
 def _scores(client: Client, text: str, found: Sequence[Prediction]) -> Mapping[int, Score]:

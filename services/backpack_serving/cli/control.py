@@ -12,10 +12,9 @@ from backpack_proto.v1 import inference_pb2, interventions_pb2
 from backpack_proto.v1.inference_pb2 import Word
 from google.protobuf import json_format
 from rich.progress import DownloadColumn, Progress
-from rich.table import Table
 
 from backpack_serving import rpc
-from backpack_serving.cli.client import AsTenant, Client, Key, as_caller, new_id, out, when
+from backpack_serving.cli.client import AsTenant, Client, Key, as_caller, exits, new_id, out, table, when
 from backpack_serving.cli.patch_file import PatchFile
 from backpack_serving.errors import NotFound
 
@@ -36,10 +35,10 @@ def list_patches(tenant: AsTenant = "harbour", key: Key = "") -> None:
     """The tenant's patches."""
     with as_caller(tenant, key) as client:
         answer = client.patches.ListPatches(pb.ListPatchesRequest(page_size=1000), metadata=client.metadata)
-    table = Table("patch", "newest revision", "made", "description", box=None)
+    shown = table("patch", "newest revision", "made", "description")
     for p in answer.patches:
-        table.add_row(p.name.rpartition("/")[2], str(p.latest_revision), when(p.create_time), p.description)
-    out.print(table)
+        shown.add_row(p.name.rpartition("/")[2], str(p.latest_revision), when(p.create_time), p.description)
+    out.print(shown)
 
 
 @patch_app.command("show")
@@ -62,17 +61,19 @@ def revise(
     patch: PatchName,
     file: Annotated[
         Path,
-        typer.Argument(help="Patch file: of `backpack lab`, or the list that `patch show` prints.", exists=True),
+        typer.Argument(
+            help="Patch file: of `backpack lab`, or the list that `patch show` prints.",
+            exists=True,
+            dir_okay=False,
+        ),
     ],
-    dry_run: Annotated[bool, typer.Option(help="Check the edits, store nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check the edits, store no revision.")] = False,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
     """Add a revision of several edits, read from a file."""
-    try:
+    with exits():
         read = PatchFile.read(file)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     _revise(patch, list(read.edits), tenant, key, dry_run, read)
 
 
@@ -151,8 +152,8 @@ def sense_numbers(senses: str) -> list[int]:
     numbers: list[int] = []
     for part in filter(None, senses.split(",")):
         first, _, last = part.partition("-")
-        if not (first.isdigit() and (last or first).isdigit()):
-            raise typer.BadParameter(f"{part!r} is no sense number; write 3 or 8,12-14", param_hint="--senses")
+        if not (first.isdigit() and (last or first).isdigit()) or int(last or first) < int(first):
+            raise typer.BadParameter(f"{part!r} names no sense; write 3 or 8,12-14", param_hint="--senses")
         numbers.extend(range(int(first), int(last or first) + 1))
     return numbers
 
@@ -172,16 +173,25 @@ def _revise(
     file: PatchFile = PatchFile(()),
 ) -> None:
     with as_caller(tenant, key) as client:
-        _provide(client, patch, file.description)
         if file.model:
-            request = pb.CreateRevisionRequest(parent=f"patches/{patch}", edits=edits, validate_only=True)
-            would_be = client.patches.CreateRevision(request, metadata=client.metadata).revision
-            file.check(would_be.model_fingerprint)
-        request = pb.CreateRevisionRequest(
-            parent=f"patches/{patch}", edits=edits, request_id=new_id(), validate_only=dry_run
-        )
-        revision = client.patches.CreateRevision(request, metadata=client.metadata).revision
+            file.check(_revision(client, patch, edits, True, file.description).model_fingerprint)
+        revision = _revision(client, patch, edits, dry_run, file.description)
     _show(revision, dry_run)
+
+
+def _revision(client: Client, patch: str, edits: list[pb.Edit], dry_run: bool, description: str) -> pb.Revision:
+    """A revision of a patch that is made if it isn't there: the service looks for it when the edits are good."""
+    request = pb.CreateRevisionRequest(
+        parent=f"patches/{patch}", edits=edits, request_id="" if dry_run else new_id(), validate_only=dry_run
+    )
+    try:
+        with rpc.errors():
+            answer = client.patches.CreateRevision(request, metadata=client.metadata)
+    except NotFound:
+        _provide(client, patch, description)
+        answer = client.patches.CreateRevision(request, metadata=client.metadata)
+    made: pb.Revision = answer.revision
+    return made
 
 
 def _provide(client: Client, patch: str, description: str = "") -> None:
@@ -213,7 +223,7 @@ def upload(
         ),
     ],
     replace: Annotated[bool, typer.Option("--set", help="Set the vectors, instead of adding them.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Only check.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check the file, store no revision.")] = False,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
@@ -284,9 +294,9 @@ def audit(
             pb.ListAuditEntriesRequest(page_size=limit), metadata=client.metadata
         ).entries
         chain = client.audit.VerifyChain(pb.VerifyChainRequest(), metadata=client.metadata)
-    table = Table("at", "time", "who", "did", "to", box=None)
+    shown = table("at", "time", "who", "did", "to")
     for e in entries:
-        table.add_row(str(e.revision), when(e.time), e.principal, e.method, e.resource)
-    out.print(table)
+        shown.add_row(str(e.revision), when(e.time), e.principal, e.method, e.resource)
+    out.print(shown)
     state = "intact" if chain.intact else f"[red]broken at {chain.first_broken}[/]"
     out.print(f"[dim]chain of {chain.entries} entries:[/] {state}")

@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from backpack_serving.cli.client import out
+from backpack_serving.cli.client import exits, out
 from backpack_serving.errors import ServiceError
 from backpack_serving.rpc import probe
 from backpack_serving.settings import Settings
 
 
+@exits()
 def health(
     address: Annotated[str, typer.Argument(help="host:port of any server of ours.")],
     service: Annotated[str, typer.Option(help="One service of it, such as backpack.v1.InferenceService.")] = "",

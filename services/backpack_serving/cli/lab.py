@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markdown import Markdown
 
-from backpack_serving.cli.client import err, exits, out
+from backpack_serving.cli.client import Page, err, exits, out
 from backpack_serving.cli.control import Senses, sense_numbers
 from backpack_serving.cli.experiment import Model, Shown, Threads, command, read_subject
 from backpack_serving.cli.patch_file import PatchFile
@@ -199,7 +199,7 @@ def judge(
         Path | None, typer.Option(help="JSON-lines or plain text whose held-out part is measured.", exists=True)
     ] = None,
     tokens: Annotated[int, typer.Option(help="Most tokens of it.", min=1)] = 20_000,
-    page: Annotated[Path | None, typer.Option("--html", help="Page to write as well.")] = None,
+    page: Page = None,
     model: Model = None,
     threads: Threads = 0,
 ) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+from typing import Annotated
+
 import typer
 
 from backpack_serving.cli import control, database, experiment, lab, model, releases, serve, tenants, text
+from backpack_serving.cli.client import out
 from backpack_serving.cli.compare import compare
 from backpack_serving.cli.generate import generate
 from backpack_serving.cli.health import health
@@ -22,6 +26,22 @@ app = typer.Typer(
     `backpack patch copy royal king --from ship`, `backpack release create royal:1 --activate`.
     """,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"backpack-serving {metadata.version('backpack-serving')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Tell the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
 
 app.command(rich_help_panel="Serving")(run)
 app.add_typer(serve.app, name="serve", rich_help_panel="Serving")

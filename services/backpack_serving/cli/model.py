@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markdown import Markdown
 from rich.progress import Progress
-from rich.table import Table
+from rich.text import Text
 
-from backpack_serving.cli.client import exits, out
+from backpack_serving.cli.client import exits, out, table
 from backpack_serving.settings import Settings
+
+PASSWORD = re.compile(r"(://[^:/@]*:)[^@]*@")
+"""That of a database's URL."""
 
 app = typer.Typer(no_args_is_help=True, help="Model folders.")
 
@@ -113,7 +117,9 @@ def settings() -> None:
     """Every setting, what it is for, and what holds now."""
     with exits():
         now = Settings()
-    table = Table("variable", "value", "what for", box=None)
+    shown = table("variable", "value", "what for")
+    shown.columns[0].no_wrap = True
     for name, field in Settings.model_fields.items():
-        table.add_row(f"BACKPACK_{name.upper()}", str(getattr(now, name)), field.description)
-    out.print(table)
+        value = PASSWORD.sub(r"\1***@", str(getattr(now, name)))
+        shown.add_row(f"BACKPACK_{name.upper()}", Text(value), Text(field.description or ""))
+    out.print(shown)

@@ -38,12 +38,15 @@ class PatchFile:
         try:
             values = json.loads(file.read_text("utf-8"))
             values = {"edits": values} if isinstance(values, list) else values
+            if not (isinstance(values, dict) and isinstance(values.get("edits"), list)):
+                raise ValueError('no list of edits, nor an object with one as "edits"')
             edits = tuple(json_format.ParseDict(edit, pb.Edit()) for edit in values["edits"])
             return cls(edits, str(values.get("description", "")), str(values.get("model", "")))
-        except (ValueError, TypeError, KeyError, AttributeError, json_format.ParseError) as error:
-            raise ValueError(
-                f"{file} is not a patch file: {error!r}; `backpack patch show` and `backpack lab` make them"
-            ) from None
+        except UnicodeDecodeError:
+            why = "it isn't UTF-8 text"
+        except (ValueError, TypeError, AttributeError, json_format.ParseError) as error:
+            why = str(error)
+        raise ValueError(f"{file} is not a patch file: {why}; `backpack patch show` and `backpack lab` make them")
 
     @classmethod
     def of(cls, subject: Subject, edits: Sequence[Edit], description: str) -> PatchFile:

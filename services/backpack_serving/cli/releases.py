@@ -7,10 +7,21 @@ from typing import Annotated, Any
 
 import typer
 from backpack_proto.v1 import interventions_pb2, sync_pb2
-from rich.table import Table
 from rich.text import Text
 
-from backpack_serving.cli.client import AsTenant, Channel, Client, Key, as_admin, as_caller, err, new_id, out, when
+from backpack_serving.cli.client import (
+    AsTenant,
+    Channel,
+    Client,
+    Key,
+    as_admin,
+    as_caller,
+    err,
+    new_id,
+    out,
+    table,
+    when,
+)
 
 pb = interventions_pb2
 
@@ -46,11 +57,11 @@ def list_releases(tenant: AsTenant = "harbour", key: Key = "") -> None:
     with as_caller(tenant, key) as client:
         found = client.releases.ListReleases(pb.ListReleasesRequest(page_size=100), metadata=client.metadata)
         channels = client.releases.ListChannels(pb.ListChannelsRequest(), metadata=client.metadata).channels
-    table = Table("release", "digest", "made", "revisions", "notes", "channels", box=None)
+    shown = table("release", "digest", "made", "revisions", "notes", "channels")
     for release in found.releases:
         here = [c.name.rpartition("/")[2] for c in channels if c.release == release.number]
         parts = [name.split("/")[3] + ":" + name.rpartition("/")[2] for name in release.revisions]
-        table.add_row(
+        shown.add_row(
             str(release.number),
             release.digest[:12],
             when(release.create_time),
@@ -58,7 +69,7 @@ def list_releases(tenant: AsTenant = "harbour", key: Key = "") -> None:
             Text(release.notes),
             "[green]" + " ".join(here) + "[/]",
         )
-    out.print(table)
+    out.print(shown)
 
 
 @app.command("create")
@@ -127,11 +138,11 @@ def status(channel: Channel = "live", tenant: AsTenant = "harbour", key: Key = "
         request = sync_pb2.GetRolloutRequest(channel=f"channels/{channel}")
         answer = client.fleet.GetRollout(request, metadata=client.metadata)
     _line(answer.channel)
-    table = Table("reader", "", "release", "holds it", "store at", "why not", box=None)
+    shown = table("reader", "", "release", "holds it", "store at", "why not")
     for hold in answer.holds:
         name = sync_pb2.HoldState.Name(hold.state).removeprefix("HOLD_STATE_").lower()
         colour = {"acked": "green", "nacked": "red", "stale": "yellow"}.get(name, "default")
-        table.add_row(
+        shown.add_row(
             hold.reader,
             _kind(hold.kind),
             f"{hold.release}{' (canary)' if hold.canary else ''}",
@@ -139,7 +150,7 @@ def status(channel: Channel = "live", tenant: AsTenant = "harbour", key: Key = "
             f"{hold.position.epoch}.{hold.position.revision}",
             Text(f"{hold.reason}: {hold.message}" if hold.reason else ""),
         )
-    out.print(table if answer.holds else "no replica and no gateway has called the intervention service yet")
+    out.print(shown if answer.holds else "no replica and no gateway has called the intervention service yet")
     if answer.HasField("canary"):
         out.print(f"under the canary: {answer.canary.requests} requests, {answer.canary.errors} failed")
 
@@ -149,10 +160,10 @@ def fleet() -> None:
     with as_admin() as client:
         answer = client.fleet.ListReaders(sync_pb2.ListReadersRequest(), metadata=client.metadata)
     out.print(f"the store is at {answer.position.epoch}.{answer.position.revision}")
-    table = Table("reader", "", "in touch", "heard", "store at", "releases", "refuses", box=None)
+    shown = table("reader", "", "in touch", "heard", "store at", "releases", "refuses")
     for reader in answer.readers:
         refusals = [f"{r.tenant}/{r.channel} {r.release_digest[:12]}: {r.reason}" for r in reader.refusals]
-        table.add_row(
+        shown.add_row(
             reader.reader,
             _kind(reader.kind),
             "[green]yes[/]" if reader.connected else "[yellow]no[/]",
@@ -161,7 +172,7 @@ def fleet() -> None:
             str(reader.releases) if reader.kind == sync_pb2.READER_KIND_REPLICA else "",
             Text("\n".join(refusals)),
         )
-    out.print(table)
+    out.print(shown)
 
 
 # ---- canaries

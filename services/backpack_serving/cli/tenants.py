@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 from backpack_proto.v1 import interventions_pb2 as pb
-from rich.table import Table
 
-from backpack_serving.cli.client import as_admin, new_id, out, tenant_key_file, when
+from backpack_serving.cli.client import as_admin, new_id, out, table, tenant_key_file, when
 from backpack_serving.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, help="Tenants and their API keys; needs the admin key.")
@@ -21,9 +20,9 @@ KeyId = Annotated[str, typer.Argument(help="The key's id, as `backpack tenant ke
 @app.command("create")
 def create_tenant(name: Annotated[str, typer.Argument(help="a-z, 0-9 and -")]) -> None:
     """Make a tenant, with a key that may release and call, kept in the state folder for --as."""
-    file = tenant_key_file(Settings(), name)
     with as_admin() as client:
-        file.parent.mkdir(parents=True, exist_ok=True)  # first: a key that can't be kept would be lost
+        file = tenant_key_file(Settings(), name)
+        file.parent.mkdir(parents=True, exist_ok=True)  # before there is a secret that would be lost
         client.tenants.CreateTenant(
             pb.CreateTenantRequest(tenant_id=name, request_id=new_id()), metadata=client.metadata
         )
@@ -31,8 +30,8 @@ def create_tenant(name: Annotated[str, typer.Argument(help="a-z, 0-9 and -")]) -
             parent=f"tenants/{name}", roles=[pb.ROLE_RELEASER, pb.ROLE_CALLER], request_id=new_id()
         )
         secret = client.tenants.CreateApiKey(request, metadata=client.metadata).secret
-    file.touch(mode=0o600)
-    file.write_text(secret + "\n")
+        file.touch(mode=0o600)
+        file.write_text(secret + "\n")
     out.print(f"tenants/{name}; its key is in {file}")
 
 
@@ -54,8 +53,9 @@ def create_key(
     with as_admin() as client:
         try:
             roles = [pb.Role.Value(f"ROLE_{r.upper()}") for r in role]
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+        except ValueError:
+            known = "author, releaser or caller; of the tenant system, admin or replica"
+            raise typer.BadParameter(f"{' '.join(role)!r}: {known}", param_hint="--role") from None
         request = pb.CreateApiKeyRequest(parent=f"tenants/{name}", roles=roles, request_id=new_id())
         answer = client.tenants.CreateApiKey(request, metadata=client.metadata)
     out.print(answer.secret)
@@ -67,11 +67,11 @@ def list_keys(name: Name) -> None:
     with as_admin() as client:
         request = pb.ListApiKeysRequest(parent=f"tenants/{name}", page_size=1000)
         answer = client.tenants.ListApiKeys(request, metadata=client.metadata)
-    table = Table("key", "roles", "made", "", box=None)
+    shown = table("key", "roles", "made", "")
     for key in answer.keys:
         roles = " ".join(pb.Role.Name(role).removeprefix("ROLE_").lower() for role in key.roles)
-        table.add_row(key.name.rpartition("/")[2], roles, when(key.create_time), "revoked" * key.revoked)
-    out.print(table)
+        shown.add_row(key.name.rpartition("/")[2], roles, when(key.create_time), "revoked" * key.revoked)
+    out.print(shown)
 
 
 @app.command("rotate")

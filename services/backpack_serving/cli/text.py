@@ -10,7 +10,18 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from backpack_serving.cli.client import AsTenant, Channel, Key, as_caller, contribution_bar, err, footnote, out
+from backpack_serving.cli.client import (
+    AsTenant,
+    Channel,
+    Key,
+    Page,
+    as_caller,
+    contribution_bar,
+    err,
+    footnote,
+    in_a_folder,
+    out,
+)
 from backpack_serving.cli.pages import write_generation, write_word
 from backpack_serving.client import Sampling, Token
 
@@ -38,7 +49,11 @@ def explain(
     limit: Annotated[int, typer.Option(help="How many contributions.", min=1, max=1000)] = 12,
     page: Annotated[
         Path | None,
-        typer.Option("--html", help="Go on from the prompt, and write a page that explains every token."),
+        typer.Option(
+            "--html",
+            help="Go on from the prompt, and write a page that explains every token.",
+            callback=in_a_folder,
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="With --html: how many tokens.", min=1)] = 24,
     temperature: Annotated[float, typer.Option(help="With --html: 0 is greedy.", min=0.0)] = 0.7,
@@ -83,7 +98,7 @@ def senses(
     neighbours: Annotated[
         int, typer.Option(help="Words to list whose same sense lies nearest.", min=0, max=100)
     ] = 0,
-    page: Annotated[Path | None, typer.Option("--html", help="Page to write as well.")] = None,
+    page: Page = None,
     tenant: AsTenant = "harbour",
     key: Key = "",
     channel: Channel = "live",
