@@ -37,15 +37,19 @@ def _why_not() -> str:
 needs_engine = [pytest.mark.slow, pytest.mark.skipif(bool(why := _why_not()), reason=why)]
 
 
-def run(*command: str, seconds: float = 900, stdin: bytes | None = None, **environment: str) -> str:
-    """What a command prints. Fails with what it said, or if it takes longer."""
+def run(*command: str, **environment: str) -> str:
+    """What a command prints. Fails with what it said, or if it takes more than an hour: images are built so."""
+    return output(*command, **environment).decode(errors="replace")
+
+
+def output(*command: str, stdin: bytes | None = None, **environment: str) -> bytes:
+    """The same, as bytes."""
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, input=stdin, capture_output=True, timeout=seconds,
+        command, cwd=ROOT, env={**os.environ, **environment}, input=stdin, capture_output=True, timeout=3600,
         check=False,
     )  # fmt: skip
-    out, err = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
-    assert done.returncode == 0, f"{' '.join(command)}\n{out[-3000:]}{err[-3000:]}"
-    return out
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]!r}\n{done.stderr[-3000:].decode()}"
+    return done.stdout
 
 
 def _build(file: str, target: str, image: str) -> None:
@@ -53,7 +57,7 @@ def _build(file: str, target: str, image: str) -> None:
     flags = os.environ.get("BACKPACK_TEST_BUILD", "").split()
     command = ["docker", "build", *flags, "--file", file, "--target", target, "--tag", image, "."]
     print(f"building {image}", flush=True)
-    run(*command, seconds=3600, DOCKER_BUILDKIT="1")
+    run(*command, DOCKER_BUILDKIT="1")
 
 
 def _there(image: str) -> bool:
@@ -74,10 +78,14 @@ class Stack:
         (folder / "deploy").symlink_to(ROOT / "deploy")
         self.secrets.mkdir(parents=True)
 
-    def compose(self, *arguments: str, stdin: bytes | None = None) -> str:
+    def compose(self, *arguments: str) -> str:
+        return self.output(*arguments).decode(errors="replace")
+
+    def output(self, *arguments: str, stdin: bytes | None = None) -> bytes:
+        """What Compose prints."""
         where = ["--project-name", self.project, "--project-directory", str(self._folder)]
         command = [COMPOSE, "--file", str(ROOT / "docker-compose.yml"), *where, *arguments]
-        return run(*command, stdin=stdin, **self._environment)
+        return output(*command, stdin=stdin, **self._environment)
 
     def build(self) -> None:
         """Our images, and PostgreSQL and Prometheus: theirs, or from Debian where those can't be pulled."""

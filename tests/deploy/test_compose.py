@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import stat
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import yaml
 from backpack_serving.cli import secrets
 from backpack_serving.keys import ApiKey
 from backpack_serving.settings import Settings
+from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +59,47 @@ def test_every_process_is_a_target_and_runs_as_nobody_special() -> None:
     for name, packages in (("service", "services"), ("inference", "engine")):
         theirs, ours = (by_name[name].index(f"from={stage}") for stage in (packages, "ours"))
         assert theirs < ours, "so that a release needn't bring other people's packages again"
+
+
+@pytest.mark.parametrize(
+    "module", ["gateway.bootstrap", "interventions.bootstrap", "interventions.postgres", "cli.main"]
+)
+def test_what_the_small_images_run_is_installed_there(module: str) -> None:
+    """They have the dependencies without extras, and PostgreSQL's driver: with nothing else it can be imported."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    there = _with_dependencies([*project["dependencies"], *project["optional-dependencies"]["postgres"]])
+    homes = {name: set(map(_canonical, found)) for name, found in metadata.packages_distributions().items()}
+    missing = {name for name, found in homes.items() if not found & {*there, _canonical(project["name"])}}
+    assert {"torch", "ray", "numpy"} <= missing
+    program = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); import backpack_serving.{module}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _with_dependencies(requirements: list[str]) -> set[str]:
+    """Names of distributions, with all that they need in turn."""
+    found: set[tuple[str, str]] = set()
+
+    def visit(line: str, extra: str = "") -> None:
+        needed = Requirement(line)
+        if needed.marker and not needed.marker.evaluate({"extra": extra}):
+            return
+        for wanted in ("", *needed.extras):
+            if (needed.name, wanted) not in found:
+                found.add((needed.name, wanted))
+                for below in metadata.requires(needed.name) or []:
+                    visit(below, wanted)
+
+    for line in requirements:
+        visit(line)
+    return {_canonical(name) for name, _ in found}
 
 
 def test_images_and_files_name_settings_that_exist(compose: dict[str, Any]) -> None:

@@ -7,17 +7,23 @@ from their images, or from Debian (standins.Dockerfile) where those can't be pul
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from itertools import count
 
 import pytest
 from backpack_proto.v1 import inference_pb2 as pb
+from backpack_proto.v1 import interventions_pb2 as ipb
+from backpack_proto.v1 import sync_pb2
 from backpack_serving import rpc
-from backpack_serving.errors import ServiceError, Unavailable
+from backpack_serving.errors import ServiceError, Unauthenticated, Unavailable
+from backpack_serving.keys import ApiKey
 
 from tests.deploy.stack import GATEWAY, INTERVENTIONS, PROMPT, Stack, again, needs_engine, prepared, run, text
 from tests.e2e.conftest import System, copy
 
 pytestmark = needs_engine
+
+TENANTS = count()
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +33,14 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield stack
 
 
-async def test_the_stack_serves_steered_text_and_survives_its_parts(stack: Stack) -> None:
-    system = System(GATEWAY, INTERVENTIONS, stack.settings)
-    try:
-        await _the_story(stack, system)
-    finally:
-        await system.close()
+@pytest.fixture
+async def system(stack: Stack) -> AsyncIterator[System]:
+    system = System(GATEWAY, INTERVENTIONS, stack.settings, _names=TENANTS)
+    yield system
+    await system.close()
 
 
-async def _the_story(stack: Stack, system: System) -> None:
+async def test_the_stack_serves_steered_text_and_survives_its_parts(stack: Stack, system: System) -> None:
     ship, plain = await system.tenant(copy("king", "ship")), await system.tenant()
     steered, unsteered = await text(system, ship), await text(system, plain)
     print(f"steered {steered!r}, unsteered {unsteered!r}", flush=True)
@@ -125,6 +130,40 @@ def test_prometheus_reads_every_process(stack: Stack) -> None:
         "print(*sorted(found))"
     )
     assert stack.inside("gateway", ask).split() == ["gateway", "inference", "interventions"]
+
+
+async def test_the_database_is_restored_as_the_guide_says(stack: Stack, system: System) -> None:
+    key = await system.tenant(copy("king", "ship"))
+    before = await text(system, key)
+    owner = ("--username", "backpack_owner")
+    dump = stack.output("exec", "--no-TTY", "postgres", "pg_dump", *owner, "--format", "custom", "backpack")
+    await system.activate(key, await system.release(key, copy("king", "nurse")))
+    stack.compose("stop", "interventions")
+    how = ("--clean", "--if-exists", "--exit-on-error", "--dbname", "backpack")
+    stack.output("exec", "--no-TTY", "postgres", "pg_restore", *owner, *how, stdin=dump)
+    assert "epoch 2 begins" in stack.compose("run", "--rm", "interventions", "backpack", "database", "restored")
+    assert "intact: " in stack.compose("run", "--rm", "interventions", "backpack", "database", "verify")
+    stack.up()
+    await again(lambda: system.known(key))
+    assert await text(system, key) == before, "the gateway dropped what the backup doesn't know"
+
+
+async def test_the_service_key_is_replaced_as_the_guide_says(stack: Stack, system: System) -> None:
+    key = await system.tenant(copy("king", "ship"))
+    before = await text(system, key)
+    leaked = ApiKey.parse(system.settings.key_for("replica")).id
+    (stack.secrets / "backpack_service_key").write_text(str(ApiKey.mint()))
+    recreate = ("up", "--detach", "--no-build", "--wait", "--wait-timeout", "900", "--force-recreate")
+    stack.compose(*recreate, "interventions", "inference", "gateway")
+    assert await again(lambda: text(system, key)) == before
+
+    ask = sync_pb2.ResolveReleasesRequest(tenant="t0", numbers=[0])
+    await again(lambda: system.sync.ResolveReleases(ask, metadata=system.replica))
+    request = ipb.RevokeApiKeyRequest(name=f"tenants/system/keys/{leaked}")
+    await system.tenants.RevokeApiKey(request, metadata=system.admin)
+    with pytest.raises(Unauthenticated), rpc.errors():
+        await system.sync.ResolveReleases(ask, metadata=system.replica)
+    assert await text(system, key) == before
 
 
 def test_it_stops_in_good_order(stack: Stack) -> None:
