@@ -23,11 +23,13 @@ from typing import Any
 import psutil
 from backpack_lm.patch import Cell, ModelShape, Scale
 from backpack_serving.interventions.database import open_store
+from backpack_serving.interventions.journal import Journal
 from backpack_serving.interventions.ledger import Request
 from backpack_serving.interventions.service import LIVE, Interventions
 from backpack_serving.interventions.store import Store
 from backpack_serving.keys import SYSTEM, ApiKey, Principal, Role
-from backpack_serving.wire import control as wire
+from backpack_serving.sync.messages import Snapshot
+from backpack_serving.wire.sync import write_to_reader
 from rich.progress import track
 
 from tests.bench.report import console, write
@@ -113,10 +115,10 @@ def large(url: str, told: Any) -> None:
         service.bootstrap(ApiKey.mint(), [Role.ADMIN])
         started = time.perf_counter() - begun
         begun = time.perf_counter()
-        position, records = service.snapshot()
-        changes = wire.write_snapshot(records)
+        page = Journal(service).snapshot()
+        messages = write_to_reader(Snapshot(1, page.position, page.changes))
+        size = sum(message.ByteSize() for message in messages)
         snapshot = time.perf_counter() - begun
-        size = sum(change.ByteSize() for change in changes)
         after = process.memory_info().rss
         begun = time.perf_counter()
         entries, broken = service.verify_chain(ADMIN)
@@ -124,11 +126,11 @@ def large(url: str, told: Any) -> None:
         assert broken is None
     told.send(
         {
-            "revision": position.revision,
+            "revision": page.position.revision,
             "start_s": started,
             "snapshot_s": snapshot,
             "snapshot_bytes": size,
-            "changes": len(changes),
+            "changes": len(page.changes),
             "memory_mib": (after - before) / 2**20,
             "entries": entries,
             "verify_chain_s": verified,

@@ -5,11 +5,12 @@ a gateway share a second process; each has its own streams, fetches, verifies, c
 What is timed is Activate or Rollback with wait ALL, from sending it to its answer; after each, every replica must
 have the release ready and the gateway must serve it.
 
-    python -m tests.bench.sync
+    python -m tests.bench.sync [--rounds N]
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import tempfile
 import time
@@ -23,12 +24,14 @@ from backpack_serving import rpc
 from backpack_serving.gateway import bootstrap as gateway
 from backpack_serving.inference import replica
 from backpack_serving.metrics import Metrics
+from pydantic import SecretStr
+from rich.progress import track
 
 from tests.bench.report import console, spread, write
 from tests.e2e.conftest import Metadata, System, copy, topic
 from tests.e2e.test_processes import Processes
 
-REPLICAS, ROUNDS = 8, 100
+REPLICAS = 8
 WORDS = ("ship", "nurse", "sea", "doctor", "house", "river", "law", "court", "horse", "water")
 
 
@@ -55,10 +58,10 @@ async def _check(system: System, key: Metadata, fleet: Sequence[replica.Replica]
     assert served.release_digest == channel.release_digest
 
 
-async def _measure(system: System, fleet: Sequence[replica.Replica]) -> dict[str, list[float]]:
+async def _measure(system: System, fleet: Sequence[replica.Replica], rounds: int) -> dict[str, list[float]]:
     key = await system.tenant(copy("king", "ship"))
     found: dict[str, list[float]] = {"new": [], "ready": [], "rollback": []}
-    for turn in range(-5, ROUNDS):  # the first are a warm-up
+    for turn in track(range(-5, rounds), "rounds", console=console):  # the first are a warm-up
         word, other = WORDS[turn % len(WORDS)], WORDS[(turn // len(WORDS)) % len(WORDS)]
         edits = (copy("king", word), topic(word, other, strength=1 + turn % 3))
         release = await system.release(key, *edits)
@@ -73,8 +76,6 @@ async def _measure(system: System, fleet: Sequence[replica.Replica]) -> dict[str
         if turn >= 0:
             for name, seconds in (("new", new), ("ready", ready), ("rollback", back)):
                 found[name].append(1e3 * seconds)
-        if turn % 20 == 0:
-            console.print(f"round {turn} of {ROUNDS}")
     return found
 
 
@@ -82,19 +83,23 @@ def _p99(values: Sequence[float]) -> float:
     return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
 
 
-async def main(processes: Processes) -> None:
-    settings = processes.settings
-    fleet = []
-    for number in range(REPLICAS):
-        own = settings.model_copy(update={"state": settings.state / f"replica-{number}"})
-        own = own.model_copy(update={"service_key": _secret(settings), "inference_address": "127.0.0.1:0"})
+async def main(processes: Processes, rounds: int) -> None:
+    settings, fleet = processes.settings, []
+    key = SecretStr(settings.key_for("replica"))
+    for number in track(range(REPLICAS), "replicas", console=console):
+        own = settings.model_copy(
+            update={
+                "state": settings.state / f"replica-{number}",
+                "service_key": key,
+                "inference_address": "127.0.0.1:0",
+            }
+        )
         report = replica.report_to(rpc.channel(settings.directory_address))
         fleet.append(await replica.start(own, report, rpc.channel(settings.interventions_address), Metrics()))
-        console.print(f"replica {number + 1} of {REPLICAS}")
     front = await gateway.start(settings, Metrics())
     await front.ready()
     system = System(front.address, settings.interventions_address, settings)
-    found = await _measure(system, fleet)
+    found = await _measure(system, fleet, rounds)
     titles = {
         "new": "Activate a release made just before",
         "ready": "Activate a release that is ready",
@@ -105,7 +110,7 @@ async def main(processes: Processes) -> None:
     }
     write(
         "sync",
-        f"Until the last of {REPLICAS} connected replicas holds a change ({ROUNDS} times each, default model)",
+        f"Until the last of {REPLICAS} connected replicas holds a change ({rounds} times each, default model)",
         "python -m tests.bench.sync",
         ["change", "p50, ms", "p99, ms", "worst, ms"],
         [
@@ -119,17 +124,15 @@ async def main(processes: Processes) -> None:
     await asyncio.gather(*(one.stop() for one in fleet))
 
 
-def _secret(settings: Any) -> Any:
-    from pydantic import SecretStr
-
-    return SecretStr(settings.key_for("replica"))
-
-
 if __name__ == "__main__":
-    processes = Processes(Path(tempfile.mkdtemp()))
-    try:
-        for part in ("interventions", "directory"):
-            processes.start(part)
-        asyncio.run(main(processes))
-    finally:
-        processes.stop()
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=100)
+    chosen = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = Processes(Path(folder))
+        try:
+            for part in ("interventions", "directory"):
+                processes.start(part)
+            asyncio.run(main(processes, chosen.rounds))
+        finally:
+            processes.stop()
