@@ -42,6 +42,11 @@ class Settings(BaseSettings):
     state: Path = Field(Path("var"), description="Folder of the database, keys and caches.")
     model: Path = Field(default_factory=default_model, description="Folder of the model to serve.")
     database: str = Field("", description="Database URL. Default: SQLite in the state folder.")
+    force_model: str = Field(
+        "",
+        description="First 12 digits, or more, of the fingerprint of a model that the intervention service shall "
+        "serve although channels are at releases for another.",
+    )
 
     gateway_address: str = Field("127.0.0.1:8470", description="Where the gateway listens.")
     gateway_processes: int = Field(

@@ -20,6 +20,7 @@ from typing import Any
 
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import interventions_pb2 as ipb
+from backpack_proto.v1 import sync_pb2 as spb
 from backpack_serving import rpc
 from backpack_serving.gateway import bootstrap as gateway
 from backpack_serving.inference import replica
@@ -30,6 +31,7 @@ from rich.progress import track
 from tests.bench.report import console, spread, write
 from tests.e2e.conftest import Metadata, System, copy, topic
 from tests.e2e.test_processes import Processes
+from tests.promises.conftest import eventually
 
 REPLICAS = 8
 WORDS = ("ship", "nurse", "sea", "doctor", "house", "river", "law", "court", "horse", "water")
@@ -58,8 +60,15 @@ async def _check(system: System, key: Metadata, fleet: Sequence[replica.Replica]
     assert served.release_digest == channel.release_digest
 
 
+async def _connected(system: System) -> bool:
+    """Whether all readers have streams and have caught up."""
+    answer = await system.fleet.ListReaders(spb.ListReadersRequest(), metadata=system.admin)
+    return sum(reader.position == answer.position for reader in answer.readers) == REPLICAS + 1
+
+
 async def _measure(system: System, fleet: Sequence[replica.Replica], rounds: int) -> dict[str, list[float]]:
     key = await system.tenant(copy("king", "ship"))
+    await eventually(lambda: _connected(system))
     found: dict[str, list[float]] = {"new": [], "ready": [], "rollback": []}
     for turn in track(range(-5, rounds), "rounds", console=console):  # the first are a warm-up
         word, other = WORDS[turn % len(WORDS)], WORDS[(turn // len(WORDS)) % len(WORDS)]

@@ -233,6 +233,11 @@ def force_unchecked(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tenants, "TOO_FEW_TO_ASK", 10**6)
 
 
+def model_unchecked(patch: pytest.MonkeyPatch) -> None:
+    """The service starts for whatever model it is given."""
+    patch.setattr(channels.ChannelRules, "check_model", lambda self, forced: None)
+
+
 def epoch_kept(patch: pytest.MonkeyPatch) -> None:
     """A restore from a backup goes on in the old epoch."""
     for kind in (Transaction, _Tables):

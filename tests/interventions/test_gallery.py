@@ -22,7 +22,7 @@ from tests.interventions.test_durability import check_a_failed_sync_stops_the_se
 from tests.interventions.test_repeats import Opened, check_repeats
 from tests.interventions.test_service import check_force
 from tests.interventions.test_store import check_tenants_apart
-from tests.interventions.test_validation import check_bad_edits
+from tests.interventions.test_validation import check_bad_edits, check_model
 from tests.interventions.test_watch import check_watch
 
 FAILED = (AssertionError, pytest.fail.Exception)
@@ -80,6 +80,7 @@ GALLERY: list[tuple[Fault, str, Callable[[Where], object]]] = [
     (faults.row_level_security_lifted, "P8", lambda w: w.on_postgres(check_row_level_security)),
     (faults.chain_without_changes, "P13", lambda w: w.on_sqlite(check_flips, w.postgres, 40)),
     (faults.force_unchecked, "P15", lambda w: check_force(MemoryStore())),
+    (faults.model_unchecked, "P15", lambda w: check_model(MemoryStore())),
     (faults.edits_unchecked, "P14", lambda w: check_bad_edits(MemoryStore(), 200)),
 ]
 

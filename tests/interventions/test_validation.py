@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
 from backpack_lm import patch
 from backpack_lm.patch import Add, Cell, Copy, Limits, ModelShape, ProjectOut, Scale, Set, Swap, Topic, Vector
+from backpack_proto.v1 import interventions_pb2 as pb
+from backpack_proto.v1.inference_pb2 import Word
 from backpack_serving.errors import InvalidRequest, PreconditionFailed, ServiceError
+from backpack_serving.interventions import bootstrap
 from backpack_serving.interventions.ledger import Request
 from backpack_serving.interventions.service import LIVE, Interventions
 from backpack_serving.interventions.store import MemoryStore, Store
+from backpack_serving.metrics import Metrics
+from backpack_serving.settings import Settings, default_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.interventions.conftest import ADMIN, SHAPE, releaser
+from tests.interventions.control import Control
 
 LIMITS = Limits(cells=16, blob_bytes=2000, revisions=2, topic_words=4)
 WIDTH = SHAPE.width
@@ -145,3 +154,73 @@ def test_p14_another_models_revision_goes_into_no_release_and_no_channel(store: 
         other.activate(acme, LIVE, 1, other.channel(acme, LIVE).etag, Request())
     with pytest.raises(InvalidRequest, match="at most 2"):
         service.create_release(acme, [("p", 1)] * 3, "", Request())
+
+
+def test_p15_a_model_under_which_tenants_would_lose_their_releases_needs_force(store: Store) -> None:
+    check_model(store)
+
+
+def check_model(store: Store) -> None:
+    """Refused while a channel is at another model's release, both models named; forced only by this model's name."""
+    service, acme = _service(store), releaser("acme")
+    other = Interventions(store, ModelShape("cd" * 32, 50, 4, 8, (1.0,) * 4), LIMITS)
+    other.check_model("")  # nobody has released a patch: the empty release is for every model
+    service.create_revision(acme, "p", [Scale((Cell(1, 1),), 0.5)], Request())
+    service.create_release(acme, [("p", 1)], "", Request())
+    other.check_model("")  # it is served to nobody
+    service.activate(acme, LIVE, 1, service.channel(acme, LIVE).etag, Request())
+    service.check_model("")
+    for forced in ("", "cd" * 5, "ab" * 6, "cd" * 33):
+        with pytest.raises(PreconditionFailed) as refused:
+            other.check_model(forced)
+        assert refused.value.reason == "WRONG_MODEL"
+        for told in (
+            "ab" * 6,
+            "cd" * 6,
+            "1 of the channels",
+            "tenants/acme/channels/live",
+            "BACKPACK_FORCE_MODEL",
+        ):
+            assert told in refused.value.message
+    other.check_model("cd" * 6)
+    other.check_model("cd" * 32)
+    # Back to the empty release, which is for every model; but not forward again.
+    etag = other.activate(acme, LIVE, 0, other.channel(acme, LIVE).etag, Request()).record.etag
+    other.check_model("")
+    with pytest.raises(PreconditionFailed, match="create the revision again"):
+        other.rollback(acme, LIVE, etag, Request())
+    etag = service.start_canary(acme, LIVE, 1, 10, "", etag, Request()).record.etag
+    with pytest.raises(PreconditionFailed, match="BACKPACK_FORCE_MODEL"):
+        other.check_model("")
+
+
+async def test_p15_the_service_does_not_start_for_another_model(tmp_path: Path) -> None:
+    def chosen(**more: Any) -> Settings:
+        return Settings(state=tmp_path / "state", interventions_address="127.0.0.1:0", **more)
+
+    running = await bootstrap.start(chosen(), Metrics())
+    control = Control(running.address, chosen().key_for("admin"))
+    _, key, _ = await control.tenant()
+    cells = [pb.Cells(word=Word(text="king"), senses=[1])]
+    edit = pb.Edit(scale=pb.ScaleEdit(cells=cells, factor=0.5))
+    made = await control.patches.CreateRevision(
+        pb.CreateRevisionRequest(parent="patches/p", edits=[edit]), metadata=key
+    )
+    await control.releases.CreateRelease(pb.CreateReleaseRequest(revisions=[made.revision.name]), metadata=key)
+    live = await control.releases.GetChannel(pb.GetChannelRequest(name="channels/live"), metadata=key)
+    move = pb.ActivateRequest(channel="channels/live", release=1, etag=live.channel.etag)
+    await control.releases.Activate(move, metadata=key)
+    await control.channel.close()
+    await running.stop()
+
+    other = tmp_path / "model"
+    other.mkdir()
+    manifest = json.loads((default_model() / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "cd" * 32}))
+    shutil.copy(default_model() / "tokenizer.json", other)
+    for forced in ("", manifest["fingerprint"]):
+        with pytest.raises(PreconditionFailed, match=f"BACKPACK_FORCE_MODEL={'cd' * 6}"):
+            await bootstrap.start(chosen(model=other, force_model=forced), Metrics())
+    for again in (chosen(model=other, force_model="cd" * 6), chosen()):
+        running = await bootstrap.start(again, Metrics())
+        await running.stop()

@@ -48,8 +48,8 @@ class InterventionService:
 
 
 async def start(settings: Settings, metrics: Metrics) -> InterventionService:
-    """Serve on `settings.interventions_address`. Raises ServiceError if the database can't be used, OSError if
-    the address is taken, ManifestError if there is no model.
+    """Serve on `settings.interventions_address`. Raises ServiceError if the database can't be used, or not for
+    this model, OSError if the address is taken, ManifestError if there is no model.
     """
     manifest = Manifest.read(settings.model)
     tokenizer = Tokenizer.read(settings.model / "tokenizer.json")
@@ -64,6 +64,7 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
         bell = Bell()
         store.listen(bell.ring, fail)
         service = Interventions(store, manifest.shape, on_write=bell.ring)
+        await asyncio.to_thread(service.check_model, settings.force_model)
         admin = _key(settings.admin_key.get_secret_value(), settings.state / ADMIN_KEY)
         replica = _key(settings.service_key.get_secret_value(), settings.state / REPLICA_KEY)
         await asyncio.to_thread(service.bootstrap, admin, [Role.ADMIN])

@@ -29,6 +29,33 @@ Move = Callable[[Write, Channel], Channel]
 class ChannelRules(Rules):
     """Each change is one write of one record, under the etag of what was read."""
 
+    def check_model(self, forced: str) -> None:
+        """Raises PreconditionFailed if channels are at releases for other models, unless `forced` is how this
+        one's fingerprint begins: its replicas refuse those releases, so the tenants would be left with none.
+        """
+        ours = self.shape.fingerprint
+        if len(forced) >= len(ours[:12]) and ours.startswith(forced):
+            return
+        others: set[str] = set()
+        names: list[str] = []
+        with self._store.read() as tx:
+            for channel in tx.list(Channel):
+                served = {channel.release, channel.canary} - {0, None}
+                parts = [part for number in served for part in find.release(tx, channel.tenant, number).parts]
+                models = {find.revision(tx, channel.tenant, *part).fingerprint for part in parts} - {ours}
+                others |= models
+                names += [channel.name] if models else []
+        if names:
+            theirs = ", ".join(f"{other[:12]}…" for other in sorted(others))
+            raise PreconditionFailed(
+                "WRONG_MODEL",
+                f"{len(names)} of the channels ({', '.join(names[:3])}{', …' if names[3:] else ''}) are at "
+                f"releases for model {theirs}; this is model {ours[:12]}…, whose replicas refuse them. Serve the "
+                "model that they are for (BACKPACK_MODEL), use another database (BACKPACK_DATABASE), or "
+                f"start with BACKPACK_FORCE_MODEL={ours[:12]}: these channels serve nothing then until their tenants release "
+                "patches for this model",
+            )
+
     def channel(self, who: Principal, name: str) -> Channel:
         who.require(Role.AUTHOR)
         with self._read(who) as tx:
@@ -74,9 +101,7 @@ class ChannelRules(Rules):
                 raise PreconditionFailed(
                     "NO_PREVIOUS_RELEASE", f"{old.name} has had no release but {old.release}; activate one"
                 )
-            wanted = tx.get(Release, who.tenant, old.previous)
-            assert wanted is not None, "releases are never deleted"
-            return _pointed(old, wanted)
+            return _pointed(old, self._release(tx, who.tenant, old.previous))
 
         return self._move(who, "Rollback", name, etag, request, move)
 
