@@ -1,6 +1,6 @@
 """The intervention service: acknowledged writes on both stores, and a store with 1,000 tenants × 20 revisions.
 
-    python -m tests.bench.interventions [--tenants N] [--revisions N] [--seconds S]
+    python -m tests.bench.interventions [--store sqlite|postgresql] [--tenants N] [--revisions N] [--seconds S]
 
 Writes are activations (the smallest real write: a channel, an event, a reply, the head) from 1 and from 16
 threads, with request ids, through the rules, committed with fsync. The large store is filled through them as well.
@@ -9,15 +9,15 @@ threads, with request ids, through the rules, committed with fsync. The large st
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import statistics
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -39,6 +39,9 @@ SHAPE = ModelShape("ab" * 32, vocab_size=50, num_senses=4, width=8, sense_rms=(1
 ADMIN = Principal(SYSTEM, "bench", frozenset({Role.ADMIN}))
 
 
+STORES = {"sqlite": "SQLite", "postgresql": "PostgreSQL 18"}
+
+
 def releaser(tenant: str) -> Principal:
     return Principal(tenant, "bench", frozenset({Role.RELEASER}))
 
@@ -48,6 +51,21 @@ def opened(url: str) -> Iterator[Store]:
     store = open_store(url)
     yield store
     store.close()
+
+
+@contextmanager
+def databases(store: str) -> Iterator[Callable[[], str]]:
+    """Makes URLs of new databases."""
+    with tempfile.TemporaryDirectory() as folder:
+        if store == "sqlite":
+            names = itertools.count()
+            yield lambda: f"sqlite:///{folder}/{next(names)}.db"
+            return
+        postgres = Postgres()
+        try:
+            yield postgres.migrated
+        finally:
+            postgres.remove()
 
 
 def writes(url: str, threads: int, seconds: float) -> dict[str, float]:
@@ -112,6 +130,7 @@ def large(url: str, told: Any) -> None:
     begun = time.perf_counter()
     with opened(url) as store:
         service = Interventions(store, SHAPE)
+        service.check_model("")
         service.bootstrap(ApiKey.mint(), [Role.ADMIN])
         started = time.perf_counter() - begun
         begun = time.perf_counter()
@@ -140,28 +159,25 @@ def large(url: str, told: Any) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--store", choices=STORES, help="only this one; its results are a file of their own")
     options.add_argument("--tenants", type=int, default=1000)
     options.add_argument("--revisions", type=int, default=20)
     options.add_argument("--seconds", type=float, default=4.0)
     chosen = options.parse_args()
-    postgres = Postgres()
     results: dict[str, Any] = {}
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            urls = {"SQLite": f"sqlite:///{Path(folder)}/i.db", "PostgreSQL 18": postgres.migrated()}
-            for name, url in urls.items():
-                with console.status(f"writes on {name}"):
-                    speed = [writes(url, threads, chosen.seconds) for threads in (1, 16)]
-                filled = f"sqlite:///{Path(folder)}/large.db" if name == "SQLite" else postgres.migrated()
-                seconds = fill(filled, chosen.tenants, chosen.revisions, name)
-                context = multiprocessing.get_context("spawn")
-                ours, theirs = context.Pipe(duplex=False)
-                child = context.Process(target=large, args=(filled, theirs))
-                child.start()
-                results[name] = {"writes": speed, "filled_s": seconds, "large": ours.recv()}
-                child.join()
-    finally:
-        postgres.remove()
+    for store in [chosen.store] if chosen.store else STORES:
+        with databases(store) as database:
+            with console.status(f"writes on {STORES[store]}"):
+                url = database()
+                speed = [writes(url, threads, chosen.seconds) for threads in (1, 16)]
+            filled = database()
+            seconds = fill(filled, chosen.tenants, chosen.revisions, STORES[store])
+            context = multiprocessing.get_context("spawn")
+            ours, theirs = context.Pipe(duplex=False)
+            child = context.Process(target=large, args=(filled, theirs))
+            child.start()
+            results[STORES[store]] = {"writes": speed, "filled_s": seconds, "large": ours.recv()}
+            child.join()
     rows = []
     for name, found in results.items():
         one, many, big = *found["writes"], found["large"]
@@ -177,7 +193,10 @@ def main() -> None:
         )  # fmt: skip
     columns = ["store", "acknowledged writes/s, 1 thread", "16 threads", "start", "snapshot", "VerifyChain"]
     title = f"Intervention service: writes, and a store of {chosen.tenants} tenants × {chosen.revisions} revisions"
-    write("interventions", title, "python -m tests.bench.interventions", columns, rows, results)
+    name, command = "interventions", "python -m tests.bench.interventions"
+    if chosen.store:
+        name, command = f"{name}-{chosen.store}", f"{command} --store {chosen.store}"
+    write(name, title, command, columns, rows, results)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,36 @@ def test_a_second_service_on_the_same_file_is_refused(sqlite_url: str) -> None:
     with pytest.raises(Unavailable, match="another service"):
         database.migrate(sqlite_url, wait=0.1)
     store.close()
+
+
+def test_a_file_is_closed_after_the_write_that_still_runs_and_not_written_again(sqlite_url: str) -> None:
+    """Calls that a drain ends have threads that it can't end; the next service may have the file by then."""
+    store = open_store(sqlite_url)
+    service = fill(store)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def late_write() -> None:
+        with store.write() as tx:
+            begun.set()
+            assert go_on.wait(30)
+            tx.replace(Patch("acme", "late", "", datetime.now(UTC)))
+            tx.log(Event(0, "acme", "x", "CreatePatch", "x", "[]", datetime.now(UTC)))
+
+    writing, closing_it = threading.Thread(target=late_write), threading.Thread(target=store.close)
+    writing.start()
+    assert begun.wait(30)
+    closing_it.start()
+    with pytest.raises(Unavailable, match="another service is using"):
+        open_store(sqlite_url)
+    go_on.set()
+    writing.join()
+    closing_it.join()
+    for use in (service.snapshot, lambda: service.create_tenant(ADMIN, "beside", Request())):
+        with pytest.raises(Unavailable) as refused:
+            use()
+        assert refused.value.reason == "STOPPING"
+    with closing(open_store(sqlite_url)) as again, again.read() as tx:
+        assert tx.get(Patch, "acme", "late") is not None
 
 
 def test_two_services_share_a_postgres_and_wake_each_other(postgres_url: str) -> None:

@@ -161,7 +161,7 @@ def test_p15_a_model_under_which_tenants_would_lose_their_releases_needs_force(s
 
 
 def check_model(store: Store) -> None:
-    """Refused while a channel is at another model's release, both models named; forced only by this model's name."""
+    """Refused while a channel is at another model's release, naming both models; forced by its name alone."""
     service, acme = _service(store), releaser("acme")
     other = Interventions(store, ModelShape("cd" * 32, 50, 4, 8, (1.0,) * 4), LIMITS)
     other.check_model("")  # nobody has released a patch: the empty release is for every model

@@ -40,7 +40,7 @@ class ChannelRules(Rules):
         names: list[str] = []
         with self._store.read() as tx:
             for channel in tx.list(Channel):
-                served = {channel.release, channel.canary} - {0, None}
+                served = [channel.release, *([] if channel.canary is None else [channel.canary])]
                 parts = [part for number in served for part in find.release(tx, channel.tenant, number).parts]
                 models = {find.revision(tx, channel.tenant, *part).fingerprint for part in parts} - {ours}
                 others |= models
@@ -51,9 +51,9 @@ class ChannelRules(Rules):
                 "WRONG_MODEL",
                 f"{len(names)} of the channels ({', '.join(names[:3])}{', …' if names[3:] else ''}) are at "
                 f"releases for model {theirs}; this is model {ours[:12]}…, whose replicas refuse them. Serve the "
-                "model that they are for (BACKPACK_MODEL), use another database (BACKPACK_DATABASE), or "
-                f"start with BACKPACK_FORCE_MODEL={ours[:12]}: these channels serve nothing then until their tenants release "
-                "patches for this model",
+                "model that they are for (BACKPACK_MODEL), use another database (BACKPACK_DATABASE), or start "
+                f"with BACKPACK_FORCE_MODEL={ours[:12]}: these channels serve nothing then until their tenants "
+                "release patches for this model",
             )
 
     def channel(self, who: Principal, name: str) -> Channel:

@@ -13,7 +13,7 @@ from backpack_serving.interventions.caller import Bell, wait
 from backpack_serving.interventions.fleet import Fleet, Rollout
 from backpack_serving.interventions.records import Channel, Position
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.sync.messages import FromReader, Hello, Nack, Refusal, Report, Tally
+from backpack_serving.sync.messages import Ack, FromReader, Refusal, Report, Tally
 from backpack_serving.sync.session import Session
 
 log = structlog.get_logger(__name__)
@@ -76,17 +76,13 @@ class Rollouts:
         """A reader has spoken, and the session has taken it in."""
         if session.hello is None:
             return
-        match message:
-            case Report():
-                self.fleet.heard(session, message)
-                for tally in message.tallies:
-                    await self._judge(tally)
-            case Hello() | Nack():
-                self.fleet.heard(session)
-            case _:
-                self.fleet.heard(session)
-        for refusal in tuple(session.refusals.values()) if isinstance(message, Hello | Nack | Report) else ():
-            await self._refused(refusal)
+        report = message if isinstance(message, Report) else None
+        self.fleet.heard(session, report)
+        for tally in report.tallies if report else ():
+            await self._judge(tally)
+        if not isinstance(message, Ack):
+            for refusal in tuple(session.refusals.values()):
+                await self._refused(refusal)
         self._bell.ring_here()
 
     def left(self, session: Session) -> None:

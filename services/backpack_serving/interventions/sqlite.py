@@ -35,7 +35,7 @@ class SQLiteStore(SQLStore):
     def __init__(self, engine: sa.Engine, lock: IO[str]) -> None:
         super().__init__(engine)
         self._file_lock, self._lock = lock, threading.RLock()
-        self._failed, self._since_checkpoint = "", 0
+        self._failed, self._closed, self._since_checkpoint = "", False, 0
         self._on_failure: Callable[[str], None] = lambda why: None
 
     @classmethod
@@ -69,8 +69,10 @@ class SQLiteStore(SQLStore):
         self._on_failure = failed
 
     def close(self) -> None:
-        super().close()
-        self._file_lock.close()
+        with self._lock:  # a write may still be running whose caller was told to try again
+            self._closed = True
+            super().close()
+            self._file_lock.close()
 
     @contextmanager
     def _reading(self, tenant: str | None) -> Iterator[sa.Connection]:
@@ -109,6 +111,8 @@ class SQLiteStore(SQLStore):
         self._check()
 
     def _check(self) -> None:
+        if self._closed:  # a new connection would write beside whoever has the file now
+            raise Unavailable("STOPPING", "this service has stopped; another one will answer", retry_after=1.0)
         if self._failed:
             raise Unavailable(
                 "STORE_FAILED",
