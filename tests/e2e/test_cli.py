@@ -136,6 +136,7 @@ def test_a_patch_from_a_word_to_a_steered_answer_and_back(backpack: Any, tmp_pat
     assert "tenants/lab" in backpack("tenant", "list")
     backpack("patch", "copy", "royal", "king", "--from", "court", "--senses", "0,3-5", "--as", "lab")
     backpack("patch", "topic", "royal", "court", "law", "--as", "lab")
+    assert "topic" in json.loads(backpack("patch", "show", "royal", "--as", "lab"))[0], "the newest revision"
     shown = json.loads(backpack("patch", "show", "royal", "1", "--as", "lab"))
     assert shown[0]["copy"]["cells"][0]["senses"] == [0, 3, 4, 5]
     (tmp_path / "edits.json").write_text(json.dumps(shown))
@@ -266,7 +267,13 @@ def test_explain_senses_and_score(backpack: Any) -> None:
     assert "logit of" in backpack("explain", "The king and the", "--as", "harbour")
     assert "edited" in backpack("senses", "king", "--as", "harbour")
     assert "perplexity" in backpack("score", "The king and the queen", "--as", "harbour")
-    assert len(backpack("tenant", "key", "harbour", "--role", "caller").strip()) > 80
+
+
+def test_a_key_is_one_line_however_narrow_the_terminal(backpack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backpack_serving.cli.client.out._width", 80)
+    assert re.fullmatch(
+        r"bp_[0-9a-f]{12}_[0-9a-f]{64}_[0-9a-f]{8}\n", backpack("tenant", "key", "harbour", "--role", "caller")
+    )
 
 
 @pytest.mark.parametrize(

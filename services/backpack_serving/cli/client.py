@@ -27,8 +27,8 @@ from backpack_serving.tls import Tls
 LAB_PACKAGES = ("scipy", "matplotlib", "transformers")
 """What the extra `lab` adds, and a command may miss."""
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, soft_wrap=True)  # keys and names are copied: no line is broken
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 AsTenant = Annotated[
     str,

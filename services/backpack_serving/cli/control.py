@@ -44,12 +44,17 @@ def list_patches(tenant: AsTenant = "harbour", key: Key = "") -> None:
 @patch_app.command("show")
 def show_revision(
     patch: Annotated[str, typer.Argument(help="Name of the patch.")],
-    number: Annotated[int, typer.Argument(help="Number of the revision.", min=1)],
+    number: Annotated[
+        int | None, typer.Argument(help="Number of the revision; the newest if none.", min=1)
+    ] = None,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
     """A revision's edits, as the JSON that `patch revise` reads."""
     with as_caller(tenant, key) as client:
+        if number is None:
+            known = client.patches.GetPatch(pb.GetPatchRequest(name=f"patches/{patch}"), metadata=client.metadata)
+            number = known.patch.latest_revision
         request = pb.GetRevisionRequest(name=f"patches/{patch}/revisions/{number}")
         revision = client.patches.GetRevision(request, metadata=client.metadata).revision
     edits = [json_format.MessageToDict(edit) for edit in revision.edits]
@@ -71,7 +76,10 @@ def revise(
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Add a revision of several edits, read from a file."""
+    """Add a revision of several edits, read from a file.
+
+    What there is: `backpack patch show royal > royal.json`, then `backpack patch revise royal royal.json`
+    """
     with exits():
         read = PatchFile.read(file)
     _revise(patch, list(read.edits), tenant, key, dry_run, read)
@@ -86,7 +94,11 @@ def scale(
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Scale senses: v ← factor · v."""
+    """Scale senses: v ← factor · v.
+
+    A word says less: `backpack patch scale quiet king --factor 0.5`; two of its senses, nothing at all:
+    `backpack patch scale quiet king --factor 0 --senses 3,10`
+    """
     _revise(patch, [pb.Edit(scale=pb.ScaleEdit(cells=_cells(words, senses), factor=factor))], tenant, key)
 
 
@@ -99,7 +111,10 @@ def copy(
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Give words the senses of another word."""
+    """Give words the senses of another word.
+
+    `backpack patch copy royal king queen --from ship`
+    """
     edit = pb.CopyEdit(cells=_cells(words, senses), source=Word(text=source))
     _revise(patch, [pb.Edit(copy=edit)], tenant, key)
 
@@ -113,7 +128,10 @@ def project_out(
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Remove what senses say of a word: v ← v − (v·r)/(r·r) r."""
+    """Remove what senses say of a word: v ← v − (v·r)/(r·r) r.
+
+    `backpack patch project-out calm nurse --direction she`
+    """
     edit = pb.ProjectOutEdit(cells=_cells(words, senses), direction=Word(text=direction))
     _revise(patch, [pb.Edit(project_out=edit)], tenant, key)
 
@@ -128,7 +146,10 @@ def swap(
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Let senses say of one word what they said of another (knowledge editing)."""
+    """Let senses say of one word what they said of another (knowledge editing).
+
+    `backpack patch swap facts ship --old sea --new land`
+    """
     edit = pb.SwapEdit(cells=_cells(words, senses), old=Word(text=old), new=Word(text=new))
     _revise(patch, [pb.Edit(swap=edit)], tenant, key)
 
@@ -142,7 +163,10 @@ def topic(
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Lean towards a topic."""
+    """Lean towards a topic.
+
+    `backpack patch topic nautical sea ship captain sail --strength 2`
+    """
     edit = pb.TopicEdit(words=[Word(text=w) for w in words], strength=strength, constant=constant)
     _revise(patch, [pb.Edit(topic=edit)], tenant, key)
 

@@ -75,7 +75,7 @@ def every(
             for name, seconds in run_all(experiments, subject, watch, folder, command()):
                 err.print(f"{name}: {seconds:.0f} s")
         (folder / "topics.partial.jsonl").unlink(missing_ok=True)
-        out.print(Markdown((folder / FILE).read_text("utf-8")))
+        out.print(Markdown((folder / FILE).read_text("utf-8")), soft_wrap=False)
         err.print(f"[dim]{folder / FILE}[/]")
 
 
@@ -214,7 +214,7 @@ def _run(experiment: Experiment, model: Path | None, folder: Path, threads: int,
     with Shown(goes_on) as watch:
         result = experiment.run(subject, watch)
     written = write(experiment, subject, result, folder, command())
-    out.print(Markdown(written.report.markdown()))
+    out.print(Markdown(written.report.markdown()), soft_wrap=False)
     err.print(f"[dim]{written.json}, {written.markdown}, {written.html}[/]")
 
 

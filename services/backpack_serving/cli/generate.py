@@ -106,6 +106,8 @@ def _side_by_side(prompt: str, made: Sequence[_Made], parts: Iterator[Part]) -> 
         for part in chain([first], parts):
             yield part
             live.update(_samples(made))
+    if not out.is_terminal:
+        out.print()  # there, it ends without one
 
 
 def _samples(made: Sequence[_Made]) -> Table:

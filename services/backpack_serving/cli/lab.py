@@ -57,7 +57,7 @@ def find_sense(
         subject = read_subject(model, threads)
         with Shown() as watch:
             found = finder.find_sense(subject, words or NOUNS, *contrast, prompts or ESTIMATION, watch)
-        out.print(Markdown(found.report().markdown()))
+        out.print(Markdown(found.report().markdown()), soft_wrap=False)
 
 
 @app.command("debias")
@@ -217,7 +217,7 @@ def judge(
             least = subject.config.n_positions + 1
             ids = stream(subject, held_out(text), max(tokens, least), least) if text else None
             report = replace(lab(subject, edits, asked, ids).report(), made_by=command())
-        out.print(Markdown(report.markdown()))
+        out.print(Markdown(report.markdown()), soft_wrap=False)
         if page is not None:
             page.parent.mkdir(parents=True, exist_ok=True)
             page.write_text(report.html(), "utf-8")
@@ -226,7 +226,7 @@ def judge(
 def _keep(subject: Subject, edits: Sequence[Edit], report: Report, file: Path) -> None:
     """Write the patch with its report, and say how it is uploaded."""
     report = replace(report, made_by=command())
-    out.print(Markdown(report.markdown()))
+    out.print(Markdown(report.markdown()), soft_wrap=False)
     if not edits:
         err.print("[yellow]nothing to patch[/]: no edit was better than the model as it is")
         return

@@ -106,7 +106,7 @@ def card(
         parts = {"run": run_table(run), "senses": senses_table(Subject.read(folder), words or WORDS)}
         shown = {name: table.rows_markdown() for name, table in parts.items()}
         for text in shown.values():
-            out.print(Markdown(text))
+            out.print(Markdown(text), soft_wrap=False)
         readme = folder / "README.md"
         if readme.exists():
             readme.write_text(fill(readme.read_text("utf-8"), shown), "utf-8")

@@ -83,7 +83,10 @@ def create_release(
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Make a release of revisions."""
+    """Make a release of revisions.
+
+    Two patches together, at once live: `backpack release create royal:1 nautical:3 --activate`
+    """
     names = []
     for revision in revisions:
         patch, colon, number = revision.rpartition(":")
@@ -109,7 +112,10 @@ def activate_release(
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Point a channel at a release."""
+    """Point a channel at a release.
+
+    `backpack release activate 3`; on a channel beside the live one: `backpack release activate 3 --channel beta`
+    """
     with as_caller(tenant, key) as client:
         channels = client.releases.ListChannels(pb.ListChannelsRequest(), metadata=client.metadata).channels
         etag = next((c.etag for c in channels if c.name.endswith(f"/{channel}")), "")
@@ -191,7 +197,10 @@ def start_canary(
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Give part of a channel's requests a release; again, to change how many."""
+    """Give part of a channel's requests a release; again, to change how many.
+
+    One request in twenty, once all replicas hold it: `backpack canary start 4 --permille 50 --wait all`
+    """
     with as_caller(tenant, key) as client:
         request = pb.StartCanaryRequest(
             channel=f"channels/{channel}",

@@ -32,7 +32,10 @@ def score(
     key: Key = "",
     channel: Channel = "live",
 ) -> None:
-    """How likely each token of a text is, under the tenant's release."""
+    """How likely each token of a text is, under the tenant's release.
+
+    `backpack score "The captain of the ship and the sea" --as harbour`
+    """
     with as_caller(tenant, key) as client:
         answer = client.text.score(text, channel=channel)
     table = Table("token", "log p", box=None)
@@ -63,7 +66,12 @@ def explain(
     key: Key = "",
     channel: Channel = "live",
 ) -> None:
-    """Which (position, sense) makes the next token likely: exact terms of the sum that is its logit."""
+    """Which (position, sense) makes the next token likely: exact terms of the sum that is its logit.
+
+    Of the likeliest token: `backpack explain "The story of the king and the"`; of another: `--target ship`
+
+    As a page, for each token of a generation: `backpack explain "The story of the king" --html king.html`
+    """
     if page is not None:
         sampling = Sampling(max_tokens, temperature, top_k, seed=seed)
         with as_caller(tenant, key) as client:
@@ -76,7 +84,7 @@ def explain(
     table = Table("position", "token", "sense", "weight α", "× topic", "contribution", "", box=None)
     largest = max((abs(c.contribution) for c in answer.contributions), default=1.0) or 1.0
     for c in answer.contributions:
-        bar = contribution_bar(c.contribution / largest, 20)
+        bar = contribution_bar(c.contribution / largest, 16)
         table.add_row(
             str(c.position),
             Text(repr(c.token.text)),
@@ -103,7 +111,10 @@ def senses(
     key: Key = "",
     channel: Channel = "live",
 ) -> None:
-    """What each sense of a word predicts, and what it speaks against, under the tenant's release."""
+    """What each sense of a word predicts, and what it speaks against, under the tenant's release.
+
+    `backpack senses ship`, or with the nearest words, as a page: `backpack senses ship --html ship.html`
+    """
     near = neighbours or (limit if page is not None else 0)
     with as_caller(tenant, key) as client:
         answer = client.text.senses(word, limit, near, channel=channel)
