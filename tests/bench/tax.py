@@ -98,7 +98,12 @@ async def _measure(way: Way, serving: Sequence[psutil.Process], streams: int, se
 def _engine() -> tuple[Way, EngineLoop]:
     served = ServedModel.read(default_model(), Precision(Settings().precision), room=65536)
     loop = EngineLoop(
-        Engine(Runner(served.model, served.storage, 32), Slots(32), OverlayRows(65536), Scheduler(512, 256))
+        Engine(
+            Runner(served.model, served.storage, 32),
+            Slots(32),
+            OverlayRows(65536),
+            Scheduler(Settings().step_tokens, 256),
+        )
     )
     overlay = Overlay.compile(Release(), served.table)
 

@@ -226,7 +226,7 @@ class GenerateStreamRequest(_message.Message):
     def sampling(self) -> Global___Sampling: ...
     @_builtins.property
     def coalesce(self) -> _duration_pb2.Duration:
-        """Tokens made within this time travel in one message. Default 15 ms; zero sends each at once."""
+        """Tokens made within this time travel in one message. Default 30 ms; zero sends each at once."""
 
     @_builtins.property
     def min_revision(self) -> Global___Position: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
@@ -19,6 +20,43 @@ class EngineStopped(Exception):
     """The engine takes no requests: it was stopped, or a step failed."""
 
 
+class _Stream:
+    """One request's tokens on their way to its reader: the first goes at once, then those of `gather` seconds."""
+
+    def __init__(self, gather: float) -> None:
+        self._gather, self._begun = gather, False
+        self._ready: list[Output] = []
+        self._failure: Exception | None = None
+        self._bell = asyncio.Event()
+        self.due = math.inf
+        """When the reader is to have what there is."""
+
+    def add(self, output: Output, now: float) -> None:
+        if not self._begun or output.finish:
+            self.due, self._begun = now, True
+        elif not self._ready:
+            self.due = now + self._gather
+        self._ready.append(output)
+
+    def fail(self, error: Exception) -> None:
+        self._failure = error
+        self._bell.set()
+
+    def give(self) -> None:
+        """Let the reader have what there is."""
+        self.due = math.inf
+        self._bell.set()
+
+    async def next(self) -> list[Output]:
+        """What the reader was given, and all that came while it was busy. Raises what ended the stream."""
+        await self._bell.wait()
+        self._bell.clear()
+        if self._failure:
+            raise self._failure
+        outputs, self._ready = self._ready, []
+        return outputs
+
+
 class EngineLoop:
     """Steps an engine in a thread of its own; requests come and tokens go through asyncio.
 
@@ -29,7 +67,9 @@ class EngineLoop:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._streams: dict[str, asyncio.Queue[Output | Exception]] = {}
+        self._streams: dict[str, _Stream] = {}
+        self._delivered = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._failure: Exception | None = None
         self.load: Load = engine.load
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -39,29 +79,24 @@ class EngineLoop:
     def healthy(self) -> bool:
         return self._failure is None and self._thread.is_alive()
 
-    async def generate(self, request: Request) -> AsyncGenerator[list[Output], None]:
-        """The request's tokens, each time all that have been made since the last.
+    async def generate(self, request: Request, gather: float = 0.0) -> AsyncGenerator[list[Output], None]:
+        """The request's tokens: the first at once, then those of `gather` seconds together, the last at once.
 
         Leaving the iterator early aborts the request. Raises QueueFull, TooManyRows or EngineStopped.
         """
         if not self.healthy:
             raise EngineStopped(str(self._failure or "the engine was stopped"))
-        stream: asyncio.Queue[Output | Exception] = asyncio.Queue()
-        self._streams[request.id] = stream
+        stream = self._streams[request.id] = _Stream(gather)
         self._inbox.put(lambda: self._add(request))
         finished = False
         try:
             while not finished:
-                ready = [await stream.get()]
-                while not stream.empty():
-                    ready.append(stream.get_nowait())
-                outputs: list[Output] = []
-                for item in ready:
-                    if isinstance(item, Exception):
-                        finished = True
-                        raise item
-                    outputs.append(item)
-                    finished = item.finish is not None
+                try:
+                    outputs = await stream.next()
+                except Exception:
+                    finished = True
+                    raise
+                finished = outputs[-1].finish is not None
                 yield outputs
         finally:
             del self._streams[request.id]
@@ -104,7 +139,7 @@ class EngineLoop:
         try:
             self._engine.add(request)
         except Exception as error:
-            self._post(self._put, request.id, error)
+            self._post(self._refuse, request.id, error)
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:
         try:
@@ -116,13 +151,28 @@ class EngineLoop:
 
     def _deliver(self, outputs: list[Output], load: Load) -> None:
         self.load = load
+        now = self._loop.time()
         for output in outputs:
-            self._put(output.request_id, output)
+            if stream := self._streams.get(output.request_id):
+                stream.add(output, now)
+        # Whoever would be late after one more step is woken now: readers go by steps, together, not by timers.
+        self._give(now + (now - self._delivered))
+        self._delivered = now
 
-    def _put(self, request_id: str, item: Output | Exception) -> None:
+    def _give(self, until: float) -> None:
+        """Give readers what is due until then; look again when more is, should the next step not come before."""
+        for stream in self._streams.values():
+            if stream.due <= until:
+                stream.give()
+        if self._timer:
+            self._timer.cancel()
+        due = min((stream.due for stream in self._streams.values()), default=math.inf)
+        self._timer = self._loop.call_at(due, self._give, due) if due < math.inf else None
+
+    def _refuse(self, request_id: str, error: Exception) -> None:
         if stream := self._streams.get(request_id):
-            stream.put_nowait(item)
+            stream.fail(error)
 
     def _fail(self, error: Exception) -> None:
         for stream in self._streams.values():
-            stream.put_nowait(error)
+            stream.fail(error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, MutableSequence, Sequence
 from contextlib import aclosing
@@ -45,6 +44,7 @@ class InferenceServicer(ReadingMethods):
     ) -> None:
         super().__init__(served, versions, service_key, metrics)
         self._engine = engine
+        self._generated = metrics.tokens.labels("generated")
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
         response = pb.GenerateResponse(more_samples=[pb.Sample() for _ in range(request.sampling.samples - 1)])
@@ -105,10 +105,10 @@ class InferenceServicer(ReadingMethods):
         text, ids = TextStream(self._served.tokenizer, sampling.stop), list(order.prompt)
         job = Request(uuid.uuid4().hex, pin.tenant, order.prompt, sampling, overlay, order.priority)
         first, finish = True, None
-        async with aclosing(_gather(self._engine.generate(job), coalesce)) as batches:
+        async with aclosing(self._engine.generate(job, coalesce)) as batches:
             async for outputs in batches:
                 part = pb.GenerateStreamResponse(sample=number)
-                self._metrics.tokens.labels("generated").inc(len(outputs))
+                self._generated.inc(len(outputs))
                 for output in outputs:
                     if output.digest != pin.release_digest:
                         raise Internal("WRONG_RELEASE", f"computed with {output.digest}; nothing was sent")
@@ -182,39 +182,3 @@ async def _merge(
         await asyncio.gather(*coming, return_exceptions=True)
         for stream in streams:
             await stream.aclose()
-
-
-async def _gather(
-    tokens: AsyncGenerator[list[Output], None], seconds: float
-) -> AsyncGenerator[list[Output], None]:
-    """The first batch at once, then whatever comes within `seconds` as one; the last one without waiting."""
-    waiting: list[Output] = []
-    first, due = True, math.inf
-    following: asyncio.Future[list[Output]] | None = None
-    try:
-        while True:
-            following = following or asyncio.ensure_future(anext(tokens))
-            timeout = None if due == math.inf else max(0.0, due - time.monotonic())
-            done, _ = await asyncio.wait({following}, timeout=timeout)
-            if done:
-                try:
-                    waiting += following.result()
-                except StopAsyncIteration:
-                    break
-                finally:
-                    following = None
-            elif waiting:
-                yield waiting
-                waiting, due = [], math.inf
-                continue
-            if first or waiting[-1].finish or seconds == 0:
-                yield waiting
-                waiting, first, due = [], False, math.inf
-            elif due == math.inf:
-                due = time.monotonic() + seconds
-        assert not waiting, "the last output says that it is the last"
-    finally:
-        if following is not None:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
-        await tokens.aclose()

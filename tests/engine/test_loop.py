@@ -1,0 +1,113 @@
+"""How tokens get from the engine's thread to their readers: the first at once, then together, never late."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from backpack_lm.overlay import Overlay
+from backpack_serving.engine.engine import Engine
+from backpack_serving.engine.loop import EngineLoop, EngineStopped
+from backpack_serving.engine.sampling import Sampling
+from backpack_serving.engine.sequence import Output, Request
+
+from tests.engine.conftest import MakeEngine
+
+
+@asynccontextmanager
+async def _loop(engine: Engine, pace: Callable[[int], float]) -> AsyncIterator[tuple[EngineLoop, list[float]]]:
+    """An engine whose step n takes at least so many seconds, and when each of its steps was over."""
+    step, over = engine.step, []
+
+    def paced() -> list[Output]:
+        time.sleep(pace(len(over)))
+        outputs = step()
+        over.append(time.monotonic())
+        return outputs
+
+    engine.step = paced  # type: ignore[method-assign]
+    loop = EngineLoop(engine)
+    try:
+        yield loop, over
+    finally:
+        await loop.stop()
+
+
+def _request(overlays: dict[str, Overlay], tokens: int, name: str = "r") -> Request:
+    sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_end_of_text=True)
+    return Request(name, "t", (1, 2, 3), sampling, overlays["none"])
+
+
+async def test_tokens_are_gathered_between_the_first_and_the_last(
+    make_engine: MakeEngine, overlays: dict[str, Overlay]
+) -> None:
+    async with _loop(make_engine(), lambda n: 0.001) as (loop, _):
+        batches = {
+            gather: [len(outputs) async for outputs in loop.generate(_request(overlays, 40), gather)]
+            for gather in (600.0, 0.0)
+        }
+    assert sum(batches[600.0]) == sum(batches[0.0]) == 40
+    assert len(batches[600.0]) == 2, "the first, and all others when the last is there"
+    assert len(batches[0.0]) > 2
+
+
+async def test_no_token_waits_for_a_step_that_comes_too_late(
+    make_engine: MakeEngine, overlays: dict[str, Overlay]
+) -> None:
+    """Steps of half a second, and gathering for almost as long: waiting would gain nothing."""
+    waited = []
+    async with _loop(make_engine(), lambda n: 0.5) as (loop, over):
+        async for _ in loop.generate(_request(overlays, 6), 0.4):
+            waited.append(time.monotonic() - over[-1])
+    assert sorted(waited)[len(waited) // 2] < 0.2
+
+
+async def test_a_step_that_takes_unexpectedly_long_holds_nobody_up(
+    make_engine: MakeEngine, overlays: dict[str, Overlay]
+) -> None:
+    """Six quick steps, then one of two seconds: what was being gathered goes out in time."""
+    came, tokens = [], 0
+    async with _loop(make_engine(), lambda n: 2.0 if n == 6 else 0.01) as (loop, over):
+        async for outputs in loop.generate(_request(overlays, 10), 0.3):
+            tokens += len(outputs)
+            came.append((time.monotonic(), tokens))
+    stall_over = over[6]
+    assert max(count for at, count in came if at < stall_over) == 6
+
+
+async def test_readers_of_one_step_are_woken_together(
+    make_engine: MakeEngine, overlays: dict[str, Overlay]
+) -> None:
+    """Whatever they ask for, and although one leaves early."""
+    async with _loop(make_engine(), lambda n: 0.002) as (loop, _):
+
+        async def read(name: str, gather: float, most: int = 30) -> int:
+            count = 0
+            stream = loop.generate(_request(overlays, 30, name), gather)
+            async for outputs in stream:
+                count += len(outputs)
+                if count >= most:
+                    break
+            await stream.aclose()
+            return count
+
+        made = await asyncio.gather(read("a", 0.0), read("b", 0.02), read("c", 600.0), read("d", 0.0, most=1))
+    assert made[:3] == [30, 30, 30]
+    assert made[3] < 30
+
+
+async def test_a_step_that_fails_ends_every_stream(make_engine: MakeEngine, overlays: dict[str, Overlay]) -> None:
+    def pace(step: int) -> float:
+        if step == 5:
+            raise RuntimeError("out of luck")
+        return 0.0
+
+    async with _loop(make_engine(), pace) as (loop, _):
+        for gather in (0.0, 600.0):
+            with pytest.raises(EngineStopped, match="out of luck"):
+                async for _ in loop.generate(_request(overlays, 30), gather):
+                    pass
+        assert not loop.healthy
