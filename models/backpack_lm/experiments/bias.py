@@ -33,7 +33,10 @@ class NullSpace:
 
 @dataclass(frozen=True, slots=True)
 class BiasResult:
+    """As the paper fits, and with nothing that holds the scales near 1."""
+
     backpack: Debiased
+    free: Debiased
     twin: NullSpace | None
 
     def headline(self) -> Headline:
@@ -42,7 +45,8 @@ class BiasResult:
         figures = (
             f"ratio unmodified / remove / optimise: {found.unmodified:.2f} / {found.removed:.2f} / "
             f"{found.fitted:.2f}; {gone[0]:.0%} and {gone[1]:.0%} of the excess over 1 gone, "
-            f"{len(found.nouns)} nouns"
+            f"{len(found.nouns)} nouns; scales fitted freely: {self.free.fitted:.2f}, "
+            f"{self.free.share_removed(self.free.fitted):.0%}"
         )
         if self.twin is not None:
             twin = self.twin
@@ -52,10 +56,11 @@ class BiasResult:
 
     def report(self) -> Report:
         found = self.backpack
-        values = (found.unmodified, found.removed, found.fitted)
         columns = ("model", "unmodified", "remove", "optimise", "excess gone, remove", "excess gone, optimise")
         rows: list[tuple[str | float, ...]] = [
-            (f"Backpack, sense {found.sense}", *values, *(f"{found.share_removed(v):.0%}" for v in values[1:]))
+            (f"Backpack, sense {one.sense}{how}", *values, *(f"{one.share_removed(v):.0%}" for v in values[1:]))
+            for one, how in ((found, ""), (self.free, ", scales free"))
+            for values in [(one.unmodified, one.removed, one.fitted)]
         ]
         if self.twin is not None:
             twin = self.twin
@@ -80,6 +85,8 @@ class BiasResult:
         notes = (
             f"Mean over nouns and {len(EVALUATION)} evaluation prompts of max(p(he)/p(she), p(she)/p(he)); "
             f"1 is none. The sense and the scales are chosen on {len(ESTIMATION)} other prompts.",
+            "Optimise makes bias + |1 − scale| least, as the paper does: where no scale lowers the bias by more "
+            "than it moves, the scale stays 1. Free scales make the bias alone least.",
             *(
                 ()
                 if found.fitted < found.removed < found.unmodified
@@ -115,11 +122,13 @@ class GenderBias:
     NAME: ClassVar[str] = "bias"
 
     def run(self, subject: Subject, watch: Watch) -> Result:
-        found = debias(subject, NOUNS, watch, Journal(None, {}), sense=self.sense)
-        if self.twin is None:
-            return BiasResult(found, None)
-        twin = read_twin(self.twin, subject.config)
-        return BiasResult(found, null_space(subject, twin, found.search.words, watch))
+        twin = read_twin(self.twin, subject.config) if self.twin else None
+        found, free = (
+            debias(subject, NOUNS, watch, Journal(None, {}), sense=self.sense, penalty=penalty)
+            for penalty in (1.0, 0.0)
+        )
+        baseline = null_space(subject, twin, found.search.words, watch) if twin else None
+        return BiasResult(found, free, baseline)
 
 
 def null_space(subject: Subject, twin: TransformerTwin, nouns: Sequence[str], watch: Watch) -> NullSpace:

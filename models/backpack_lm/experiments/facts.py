@@ -15,7 +15,7 @@ from torch import Tensor
 from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.experiments.known import FACTS, Fact
 from backpack_lm.lab.subject import Steered, Subject
-from backpack_lm.lab.swap import STRENGTHS, Swapped, SwappedFact, fit_strength, swap_fact
+from backpack_lm.lab.swap import FITTED, STRENGTHS, Swapped, SwappedFact, fit_strength, swap_fact
 from backpack_lm.lab.text import held_out, rows
 from backpack_lm.lab.watch import Watch
 from backpack_lm.overlay import Overlay
@@ -107,10 +107,12 @@ class FactsResult:
             "Strength 1 is the paper's swap: what the word says of the old one, it says of the new one. What "
             "other words of a prompt say of the old one stays; strength s moves the two logits s times as far, "
             "and the others as little as can be.",
-            f"Fitted: the least of {', '.join(f'{s:g}' for s in STRENGTHS)} that turns the fact's other prompts; "
-            "what is counted is the prompt that the strength was not fitted on.",
+            f"Fitted: the least of {', '.join(f'{s:g}' for s in STRENGTHS)} with which the new word has "
+            f"{FITTED:.0%} of the two after the fact's other prompts; what is counted is the prompt that the "
+            f"strength "
+            "was not fitted on.",
             "“Else moved” is the total variation distance over all other tokens. Loss is on held-out text with "
-            "all swaps of a strength at once (fitted: each fact at what turns all of its prompts): everywhere, "
+            "all swaps of a strength at once (fitted: each fact by all of its prompts): everywhere, "
             "where an edited word stands before in the row, and right after one. Text without the words can't "
             "change.",
         ]

@@ -83,4 +83,4 @@ def _run(folder: Path) -> dict[str, str]:
 def _words(subject: Subject, scores: torch.Tensor, count: int) -> str:
     best = scores.topk(min(4 * count, len(scores))).indices.tolist()
     pieces = [subject.tokenizer.piece(token).strip() for token in best if token != subject.config.eos_token_id]
-    return " ".join(list(dict.fromkeys(filter(None, pieces)))[:count])
+    return " ".join(list(dict.fromkeys(p for p in pieces if any(map(str.isalpha, p))))[:count])

@@ -87,8 +87,9 @@ def debias(
     sense: int | None = None,
     estimation: Sequence[str] = ESTIMATION,
     evaluation: Sequence[str] = EVALUATION,
+    penalty: float = 1.0,
 ) -> Debiased:
-    """Fit one scale for each noun that is a single token, on the estimation prompts.
+    """Fit one scale for each noun that is a single token, on the estimation prompts; `penalty` holds it near 1.
 
     The sense is found there, too, unless it is given. Raises ValueError if the model knows none of the nouns or
     has no such sense.
@@ -100,7 +101,7 @@ def debias(
     chosen = search.guilty if sense is None else sense
 
     def fit(word: str) -> dict[str, Any]:
-        scale = fit_scale(Noun(subject, word, estimation, contrast), chosen)
+        scale = fit_scale(Noun(subject, word, estimation, contrast), chosen, penalty)
         judged = Noun(subject, word, evaluation, contrast)
         biases = [judged.bias(*judged.scaled(chosen, factor)) for factor in (1.0, 0.0, scale)]
         return dict(zip(("scale", "unmodified", "removed", "fitted"), (scale, *biases), strict=True))
@@ -112,14 +113,15 @@ def debias(
     return Debiased(one, other, chosen, search, found)
 
 
-def fit_scale(noun: Noun, sense: int) -> float:
-    """The factor c that makes bias + |1 − c| least, by Nelder–Mead from 1, within what a patch may scale by."""
+def fit_scale(noun: Noun, sense: int, penalty: float = 1.0) -> float:
+    """The factor c that makes bias + penalty · |1 − c| least, by Nelder–Mead from 1, within what a patch may scale
+    by; a penalty of 1 is the paper's."""
     from scipy.optimize import minimize
 
     bound = Limits().norm_factor
 
     def cost(at: Any) -> float:
         factor = float(at[0])
-        return noun.bias(*noun.scaled(sense, factor)) + abs(1 - factor)
+        return noun.bias(*noun.scaled(sense, factor)) + penalty * abs(1 - factor)
 
     return float(minimize(cost, [1.0], method="Nelder-Mead", bounds=[(-bound, bound)]).x[0])

@@ -17,6 +17,7 @@ from backpack_lm.reports.report import Report, Table
 
 STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """What a fit tries."""
+FITTED = 0.8
 RIDGE = 1e-3  # of the mean square of an embedding's numbers: directions that no word uses stay small
 
 
@@ -161,9 +162,10 @@ def swap_fact(
 def fit_strength(
     subject: Subject, word: str, old: str, new: str, prompts: Sequence[str], senses: Sequence[int] = ()
 ) -> float:
-    """The least of STRENGTHS with which all prompts are turned; the greatest if none does. Raises as
-    `swap_fact`."""
+    """The least of STRENGTHS with which `new` has a share of FITTED of the two after every prompt, so that other
+    prompts are turned as well; the greatest if none does. Raises as `swap_fact`."""
     for strength in STRENGTHS:
-        if all(prompt.turned for prompt in swap_fact(subject, word, old, new, prompts, senses, strength).prompts):
+        found = swap_fact(subject, word, old, new, prompts, senses, strength)
+        if all(prompt.share_after <= 1 - FITTED for prompt in found.prompts):
             break
     return strength

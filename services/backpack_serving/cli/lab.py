@@ -73,6 +73,9 @@ def debias(
             help="A prompt with {} to report on; nothing is fitted on it. Repeatable. The paper's 13 if none.",
         ),
     ] = None,
+    penalty: Annotated[
+        float, typer.Option(help="What a scale's distance from 1 costs beside the bias; the paper's is 1.", min=0)
+    ] = 1.0,
     file: Out = Path("debias.json"),
     model: Model = None,
     threads: Threads = 0,
@@ -88,10 +91,10 @@ def debias(
         if both := set(fitted) & set(told):
             raise ValueError(f"{min(both)!r} is in --prompt and --show; what is fitted on shows nothing")
         made_by = {"model": subject.manifest.fingerprint, "words": words, "contrast": contrast, "sense": sense}
-        made_by = {**made_by, "prompts": fitted, "shown": told}
+        made_by = {**made_by, "prompts": fitted, "shown": told, "penalty": penalty}
         journal = Journal(file.with_suffix(".partial.jsonl"), made_by)
         with Shown(goes_on=True) as watch:
-            found = lab.debias(subject, words or NOUNS, watch, journal, *contrast, sense, fitted, told)
+            found = lab.debias(subject, words or NOUNS, watch, journal, *contrast, sense, fitted, told, penalty)
         _keep(subject, found.edits(subject), found.report(), file)
         journal.finish()
 
@@ -128,7 +131,7 @@ def swap_fact(
     ] = 1.0,
     fit: Annotated[
         bool,
-        typer.Option("--fit", help="Least strength of 1, 2, 4, 8, 16 that turns the fact after every prompt."),
+        typer.Option("--fit", help="Least strength of 1, 2, 4, 8, 16 that gives the new word 80% of the two."),
     ] = False,
     file: Out = Path("swap.json"),
     model: Model = None,

@@ -55,10 +55,11 @@ def test_the_guilty_sense_is_found(biased: Subject) -> None:
 
 def test_a_fitted_scale_is_the_least_cost_of_a_grid(biased: Subject) -> None:
     noun = Noun(biased, "nurse", TEMPLATES, Contrast.of(biased, "he", "she"))
-    cost = lambda c: noun.bias(*noun.scaled(2, c)) + abs(1 - c)  # noqa: E731
-    fitted = fit_scale(noun, 2)
-    assert cost(fitted) <= min(cost(c / 20) for c in range(-160, 161)) + 1e-3
-    assert cost(fitted) < cost(1.0) - 0.1, "something was fitted"
+    for penalty in (1.0, 0.0):
+        cost = lambda c, penalty=penalty: noun.bias(*noun.scaled(2, c)) + penalty * abs(1 - c)  # noqa: E731
+        fitted = fit_scale(noun, 2, penalty)
+        assert cost(fitted) <= min(cost(c / 20) for c in range(-160, 161)) + 1e-3
+        assert cost(fitted) < cost(1.0) - 0.1, "something was fitted"
 
 
 def test_debias_goes_on_where_it_was_stopped(biased: Subject, tmp_path: Path) -> None:
