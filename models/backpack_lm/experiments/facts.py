@@ -109,8 +109,7 @@ class FactsResult:
             "and the others as little as can be.",
             f"Fitted: the least of {', '.join(f'{s:g}' for s in STRENGTHS)} with which the new word has "
             f"{FITTED:.0%} of the two after the fact's other prompts; what is counted is the prompt that the "
-            f"strength "
-            "was not fitted on.",
+            "strength was not fitted on.",
             "“Else moved” is the total variation distance over all other tokens. Loss is on held-out text with "
             "all swaps of a strength at once (fitted: each fact by all of its prompts): everywhere, "
             "where an edited word stands before in the row, and right after one. Text without the words can't "

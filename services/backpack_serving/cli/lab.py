@@ -90,8 +90,15 @@ def debias(
         fitted, told = prompts or list(ESTIMATION), shown or list(EVALUATION)
         if both := set(fitted) & set(told):
             raise ValueError(f"{min(both)!r} is in --prompt and --show; what is fitted on shows nothing")
-        made_by = {"model": subject.manifest.fingerprint, "words": words, "contrast": contrast, "sense": sense}
-        made_by = {**made_by, "prompts": fitted, "shown": told, "penalty": penalty}
+        made_by = {
+            "model": subject.manifest.fingerprint,
+            "words": words,
+            "contrast": contrast,
+            "sense": sense,
+            "prompts": fitted,
+            "shown": told,
+            "penalty": penalty,
+        }
         journal = Journal(file.with_suffix(".partial.jsonl"), made_by)
         with Shown(goes_on=True) as watch:
             found = lab.debias(subject, words or NOUNS, watch, journal, *contrast, sense, fitted, told, penalty)
