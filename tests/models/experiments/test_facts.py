@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from backpack_lm.experiments.facts import FactsResult, KnowledgeEditing
+from backpack_lm.experiments.facts import OTHER_FACTS, OTHER_PROMPT, FactsResult, KnowledgeEditing, _on_the_others
 from backpack_lm.experiments.known import FACTS, Fact
 from backpack_lm.lab.subject import Subject
-from backpack_lm.lab.swap import STRENGTHS, Swapped, fit_strength, swap_edits, swap_fact
+from backpack_lm.lab.swap import STRENGTHS, Swapped, SwappedFact, fit_strength, swap_edits, swap_fact
 from backpack_lm.lab.text import held_out, rows
 from backpack_lm.lab.watch import unwatched
 from backpack_lm.patch import Add, PatchError, Swap
@@ -92,7 +92,15 @@ def test_the_cost_is_that_of_the_model_itself(
     corpus = folder / "corpus.jsonl"
     result = KnowledgeEditing((corpus,), 256).run(subject, unwatched)
     assert isinstance(result, FactsResult)
-    assert [strength.name for strength in result.strengths] == ["1", "2", "4", "8", "16", "fitted"]
+    assert [strength.name for strength in result.strengths] == [
+        "1",
+        "2",
+        "4",
+        "8",
+        "16",
+        OTHER_FACTS,
+        OTHER_PROMPT,
+    ]
     text, ship = rows(subject, held_out(corpus), 256, 64), subject.token("ship")
 
     def losses(strength: float | None) -> torch.Tensor:
@@ -112,6 +120,20 @@ def test_the_cost_is_that_of_the_model_itself(
         fitted = fit_strength(subject, "ship", "sea", "land", [fact.prompts[1 - at]])
         expected = swap_fact(subject, "ship", "sea", "land", [prompt], strength=fitted).prompts[0]
         assert result.strengths[-1].prompts[at] == expected
+
+
+def test_a_strength_is_chosen_on_the_other_facts_alone() -> None:
+    held, turned = Swapped("", 0.4, 0.4, 0.2, 0.2, 0.0), Swapped("", 0.4, 0.1, 0.2, 0.3, 0.0)
+    turns_at = (1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 8.0)  # seven facts of a prompt each
+
+    def fact(least: float, strength: float) -> SwappedFact:
+        return SwappedFact("", "", "", [], strength, [turned if strength >= least else held])
+
+    by_strength = {s: [fact(least, s) for least in turns_at] for s in STRENGTHS}
+    assert _on_the_others(by_strength, 0) == 2, "four of six turn at 1, five at 2"
+    assert _on_the_others(by_strength, 5) == 1, "five of six"
+    assert _on_the_others(by_strength, 6) == 1, "five of six"
+    assert _on_the_others({s: [fact(99, s)] * 3 for s in STRENGTHS}, 0) == STRENGTHS[-1]
 
 
 def test_what_cannot_be_asked_is_refused(subject: Subject) -> None:
