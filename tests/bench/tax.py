@@ -8,8 +8,9 @@ Five ways to the same engine with the default model, measured in turn, round by 
     ray              a replica under Ray Serve, called directly
     ray + gateway    … through a gateway process
 
-The cores that each way's serving processes used are counted with it (the client is this process; for `engine` it
-is the server, too). One connection for all streams of a way; the engine has 32 slots, so of 256 streams most wait.
+The cores that each part used are told with it: the replica (with Ray's own processes; for `engine` this process),
+the gateway, and the client, which is this process and shares the machine with them. One connection for all streams
+of a way; the engine has 32 slots, so of 256 streams most wait.
 
     python -m tests.bench.tax          (`make bench` runs it in a network namespace, as the Ray test)
 """
@@ -20,7 +21,7 @@ import asyncio
 import random
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,20 +53,24 @@ from tests.e2e.conftest import System
 from tests.e2e.test_processes import Processes, _port
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
+PARTS = ("replica", "gateway", "client")
 ROUNDS = {1: 7, 32: 4, 256: 1}
 """How often, for how many streams at once."""
 
 Way = Callable[[list[int], int], AsyncIterator[int]]
 """(prompt, seed) → how many tokens came, each time some came."""
 
+Parts = Mapping[str, Sequence[psutil.Process]]
+"""What serves, and the client, by their column of the table."""
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`first` in ms: the median over streams. `cores`: what the serving processes used, on average."""
+    """`first` in ms: the median over streams. `cores`: what each part used, on average."""
 
     first: float
     rate: float
-    cores: float
+    cores: dict[str, float]
 
 
 def _seconds(processes: Iterable[psutil.Process]) -> float:
@@ -73,7 +78,7 @@ def _seconds(processes: Iterable[psutil.Process]) -> float:
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
-async def _measure(way: Way, serving: Sequence[psutil.Process], streams: int, seed: int) -> Measured:
+async def _measure(way: Way, parts: Parts, streams: int, seed: int) -> Measured:
     """So many streams at once, from the first request to the last token."""
     draw = random.Random(seed)
     prompts = [[draw.randrange(1, 16000) for _ in range(PROMPT_TOKENS)] for _ in range(streams)]
@@ -87,11 +92,11 @@ async def _measure(way: Way, serving: Sequence[psutil.Process], streams: int, se
             count += tokens
         return count
 
-    used, started = _seconds(serving), time.perf_counter()
+    used, started = {part: _seconds(of) for part, of in parts.items()}, time.perf_counter()
     counts = await asyncio.gather(*(one(prompt, at) for at, prompt in enumerate(prompts)))
     elapsed = time.perf_counter() - started
     assert counts == [NEW_TOKENS] * streams, counts
-    cores = (_seconds(serving) - used) / elapsed
+    cores = {part: (_seconds(of) - used[part]) / elapsed for part, of in parts.items()}
     return Measured(sorted(firsts)[len(firsts) // 2] * 1e3, sum(counts) / elapsed, cores)
 
 
@@ -163,12 +168,12 @@ async def main(plain: Processes, on_ray: Settings) -> None:
         psutil.Process(plain.pid(name)) for name in ("inference", "gateway", "ray gateway")
     )
     rays = [p for p in me.children(recursive=True) if p.pid not in plain.pids()]
-    serving = {
-        "engine": [me],
-        "replica": [plain_replica],
-        "gateway": [plain_replica, plain_gateway],
-        "ray": rays,
-        "ray + gateway": [*rays, ray_gateway],
+    parts: dict[str, Parts] = {
+        "engine": {"replica": [me]},
+        "replica": {"replica": [plain_replica], "client": [me]},
+        "gateway": {"replica": [plain_replica], "gateway": [plain_gateway], "client": [me]},
+        "ray": {"replica": rays, "client": [me]},
+        "ray + gateway": {"replica": rays, "gateway": [ray_gateway], "client": [me]},
     }
     figures: dict[str, dict[str, Any]] = {}
     for streams, rounds in ROUNDS.items():
@@ -177,7 +182,7 @@ async def main(plain: Processes, on_ray: Settings) -> None:
             for name, way in ways.items():
                 if turn < 0 and streams == max(ROUNDS):
                     continue  # warm by now, and long
-                result = await _measure(way, serving[name], streams, turn)
+                result = await _measure(way, parts[name], streams, turn)
                 if turn >= 0:
                     measured[name].append(result)
             console.print(f"{streams} streams, round {turn + 1} of {rounds}")
@@ -187,7 +192,7 @@ async def main(plain: Processes, on_ray: Settings) -> None:
                 "first_ms": spread([m.first for m in results]),
                 "tokens_per_second": spread([m.rate for m in results]),
                 "of_engine": spread(ratio),
-                "cores": spread([m.cores for m in results]),
+                "cores": {part: spread([m.cores[part] for m in results]) for part in parts[name]},
             }
     rows = [
         [
@@ -196,7 +201,7 @@ async def main(plain: Processes, on_ray: Settings) -> None:
             f"{f['first_ms']['median']:.1f} ({f['first_ms']['q1']:.1f}–{f['first_ms']['q3']:.1f})",
             f"{f['tokens_per_second']['median']:.0f}",
             f"{f['of_engine']['median']:.2f} ({f['of_engine']['q1']:.2f}–{f['of_engine']['q3']:.2f})",
-            f"{f['cores']['median']:.2f}",
+            *(f"{f['cores'][part]['median']:.2f}" if part in f["cores"] else "" for part in PARTS),
         ]
         for name, f in figures.items()
     ]
@@ -204,7 +209,14 @@ async def main(plain: Processes, on_ray: Settings) -> None:
         "tax",
         f"What the ways to the engine cost (default model, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, one thread)",
         "python -m tests.bench.tax",
-        ["way", "streams", "first token, ms (q1–q3)", "tokens/s", "of the engine (q1–q3)", "cores"],
+        [
+            "way",
+            "streams",
+            "first token, ms (q1–q3)",
+            "tokens/s",
+            "of the engine (q1–q3)",
+            *(f"cores: {part}" for part in PARTS),
+        ],
         rows,
         figures,
     )
