@@ -172,8 +172,11 @@ def test_a_finetuned_patch_is_uploaded_described_and_deleted(backpack: Any, tmp_
     assert "would be" in backpack("patch", "upload", "tuned", file, "--dry-run", "--as", "tuner")
     assert "tuned/revisions/1" in backpack("patch", "upload", "tuned", file, "--as", "tuner")
     assert "tuned/revisions/2" in backpack("patch", "upload", "tuned", file, "--set", "--as", "tuner")
-    backpack("patch", "describe", "tuned", "from a run of finetuning", "--as", "tuner")
-    assert "from a run" in backpack("patch", "list", "--as", "tuner")
+    backpack("patch", "describe", "tuned", "# from a run of finetuning\n\nwith *care*", "--as", "tuner")
+    listed = backpack("patch", "list", "--as", "tuner")
+    assert " from a run of finetuning" in listed
+    assert "care" not in listed, "the first line is enough for a list"
+    assert "with care" in backpack("patch", "describe", "tuned", "--as", "tuner")
     assert "is deleted" in backpack("patch", "delete", "tuned", "--as", "tuner")
     assert "from a run" not in backpack("patch", "list", "--as", "tuner")
 
@@ -392,6 +395,9 @@ def test_a_patch_from_the_lab_is_uploaded_with_its_report_and_steers(backpack: A
     assert "backpack patch revise ships" in shown
     assert "land, before" in shown
     backpack("tenant", "create", "lab-user")
+    tried = backpack("patch", "revise", "ships", str(file), "--dry-run", "--as", "lab-user")
+    assert "would be the first revision of a new patch, ships" in tried
+    assert "ships" not in backpack("patch", "list", "--as", "lab-user")
     assert "ships/revisions/1" in backpack("patch", "revise", "ships", str(file), "--as", "lab-user")
     assert "“ship” says “land”" in backpack("patch", "list", "--as", "lab-user")
     backpack("release", "create", "ships:1", "--activate", "--as", "lab-user")

@@ -11,7 +11,9 @@ import typer
 from backpack_proto.v1 import inference_pb2, interventions_pb2
 from backpack_proto.v1.inference_pb2 import Word
 from google.protobuf import json_format
+from rich.markdown import Markdown
 from rich.progress import DownloadColumn, Progress
+from rich.text import Text
 
 from backpack_serving import rpc
 from backpack_serving.cli.client import AsTenant, Client, Key, as_caller, exits, new_id, out, table, when
@@ -32,12 +34,13 @@ Words = Annotated[list[str], typer.Argument(help="Words whose senses are edited.
 
 @patch_app.command("list")
 def list_patches(tenant: AsTenant = "harbour", key: Key = "") -> None:
-    """The tenant's patches."""
+    """The tenant's patches. A description's first line is shown; all of it: `backpack patch describe NAME`."""
     with as_caller(tenant, key) as client:
         answer = client.patches.ListPatches(pb.ListPatchesRequest(page_size=1000), metadata=client.metadata)
     shown = table("patch", "newest revision", "made", "description")
     for p in answer.patches:
-        shown.add_row(p.name.rpartition("/")[2], str(p.latest_revision), when(p.create_time), p.description)
+        first_line = Text(p.description.partition("\n")[0].removeprefix("# "))
+        shown.add_row(p.name.rpartition("/")[2], str(p.latest_revision), when(p.create_time), first_line)
     out.print(shown)
 
 
@@ -196,26 +199,30 @@ def _revise(
     dry_run: bool = False,
     file: PatchFile = PatchFile(()),
 ) -> None:
-    with as_caller(tenant, key) as client:
-        if file.model:
-            file.check(_revision(client, patch, edits, True, file.description).model_fingerprint)
-        revision = _revision(client, patch, edits, dry_run, file.description)
-    _show(revision, dry_run)
-
-
-def _revision(client: Client, patch: str, edits: list[pb.Edit], dry_run: bool, description: str) -> pb.Revision:
-    """A revision of a patch that is made if it isn't there: the service looks for it when the edits are good."""
-    request = pb.CreateRevisionRequest(
-        parent=f"patches/{patch}", edits=edits, request_id="" if dry_run else new_id(), validate_only=dry_run
-    )
-    try:
+    def create(validate_only: bool) -> pb.Revision:
+        request = pb.CreateRevisionRequest(
+            parent=f"patches/{patch}",
+            edits=edits,
+            request_id="" if validate_only else new_id(),
+            validate_only=validate_only,
+        )
         with rpc.errors():
-            answer = client.patches.CreateRevision(request, metadata=client.metadata)
-    except NotFound:
-        _provide(client, patch, description)
-        answer = client.patches.CreateRevision(request, metadata=client.metadata)
-    made: pb.Revision = answer.revision
-    return made
+            made: pb.Revision = client.patches.CreateRevision(request, metadata=client.metadata).revision
+            return made
+
+    with as_caller(tenant, key) as client:
+        try:
+            draft = create(True)
+        except NotFound:  # the service looks for the patch when the edits are good
+            if dry_run:
+                later = "; that it is for this model is checked then" if file.model else ""
+                out.print(f"would be the first revision of a new patch, {patch}{later}")
+                return
+            _provide(client, patch, file.description)
+            draft = create(True)
+        file.check(draft.model_fingerprint)
+        revision = draft if dry_run else create(False)
+    _show(revision, dry_run)
 
 
 def _provide(client: Client, patch: str, description: str = "") -> None:
@@ -280,12 +287,16 @@ def _parts(header: pb.UploadHeader, file: Path, sent: Callable[[int], None]) -> 
 @patch_app.command("describe")
 def describe(
     patch: Annotated[str, typer.Argument(help="Name of the patch.")],
-    text: Annotated[str, typer.Argument(help="What it is for.")],
+    text: Annotated[str | None, typer.Argument(help="What it is for; what is known is shown if none.")] = None,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Change a patch's description."""
+    """Show a patch's description, or change it."""
     with as_caller(tenant, key) as client:
+        if text is None:
+            known = client.patches.GetPatch(pb.GetPatchRequest(name=f"patches/{patch}"), metadata=client.metadata)
+            out.print(Markdown(known.patch.description), soft_wrap=False)
+            return
         request = pb.UpdatePatchRequest(
             patch=pb.Patch(name=f"patches/{patch}", description=text), request_id=new_id()
         )
