@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from backpack_lm.config import BackpackConfig
-from backpack_lm.kernels import Caches, Kernels, Prediction, Run, build, pages
+from backpack_lm.kernels import Caches, Kernels, New, Prediction, Run, build, pages
 from backpack_lm.kernels.caches import untiled
 from backpack_lm.kernels.native import NativeKernels
+from backpack_lm.kernels.native_trunk import NativeTrunk
 from backpack_lm.kernels.noise import philox
 from backpack_lm.kernels.plain import PlainKernels
+from backpack_lm.kernels.trunk import Trunk
+from backpack_lm.model import Backpack
 from backpack_lm.overlay import TopicMultipliers
 from torch import nn
 
@@ -105,7 +107,7 @@ def _counted(config: BackpackConfig, *kernels: Kernels) -> list[Prediction]:
     """Predictions whose tokens, but for a fresh one, are counted in the caches."""
     predictions = _predictions(config)
     for prediction in predictions:
-        before = dataclasses.replace(prediction, length=prediction.length - prediction.fresh, fresh=False)
+        before = prediction._replace(length=prediction.length - prediction.fresh, fresh=False)
         for each in kernels:
             each.satisfy(before, 0)
     return predictions
@@ -117,7 +119,7 @@ def test_the_mix_and_annealing(config: BackpackConfig, dtype: torch.dtype) -> No
     predictions = _counted(config, native, plain)
     for _ in range(3):  # the second and third time on what the one before has left behind
         _close(native.mix(queries, predictions), plain.mix(queries, predictions), dtype)
-        predictions = [dataclasses.replace(p, length=p.length + 1, fresh=True) for p in predictions]
+        predictions = [p._replace(length=p.length + 1, fresh=True) for p in predictions]
 
 
 def test_counting_a_chunk_for_annealing(config: BackpackConfig, dtype: torch.dtype) -> None:
@@ -168,7 +170,7 @@ def test_the_same_bits_alone_and_in_any_company(config: BackpackConfig, dtype: t
     qkv = torch.randn(24, 3 * config.n_embd).to(dtype)
     whole = together.attend(qkv, 0, RUNS, 0.2)
     for run in RUNS:
-        for n in range(run.count):
+        for n in range(run.size):
             one = apart.attend(qkv[run.token + n][None], 0, [Run(0, run.slot, run.position + n, 1)], 0.2)
             assert torch.equal(one[0], whole[run.token + n])
     queries = torch.randn(4, config.num_senses, config.sense_head_width).to(dtype)
@@ -182,6 +184,43 @@ def test_the_same_bits_alone_and_in_any_company(config: BackpackConfig, dtype: t
     for rows in (1, 2, 7, 33):
         assert torch.equal(linear(x[:rows].to(dtype)), products[:rows])
         assert torch.equal(head(x[:rows]), logits[:rows])
+
+
+def test_new_tokens_are_noted_and_linked(config: BackpackConfig) -> None:
+    """A text in two parts over another one, as slots are used again."""
+    native, plain = _both(config, torch.float32)
+    ids = torch.arange(37) ** 2 % 11
+    for run in (Run(0, 1, 0, 20), Run(0, 1, 20, 17)):
+        positions = torch.arange(run.position, run.position + run.size)
+        tokens = ids[positions]
+        rows = (tokens[:, None] * config.num_senses + torch.arange(config.num_senses)).int()
+        for kernels in (native, plain):
+            kernels.note(New(tokens, torch.ones_like(tokens), positions, rows), [run])
+    assert torch.equal(native.caches.ids, plain.caches.ids)
+    assert torch.equal(native.caches.rows, plain.caches.rows)
+    text = ids.tolist()
+    before = [max((t for t in range(at) if text[t] == text[at]), default=-1) for at in range(37)]
+    after = [min((t for t in range(at + 1, 37) if text[t] == text[at]), default=0) for at in range(37)]
+    assert native.caches.previous[1, :37].tolist() == before
+    assert native.caches.following[1, :37].tolist() == after
+
+
+def test_the_trunk_in_one_call_is_its_operations(config: BackpackConfig, dtype: torch.dtype) -> None:
+    """To the last bit, whatever it computes and caches."""
+    torch.manual_seed(4)
+    model = Backpack(config).eval().requires_grad_(False)
+    one, other = NativeKernels(_filled(config, dtype)), NativeKernels(_filled(config, dtype))
+    whole, steps = one.trunk(model), Trunk(other, model)
+    if not isinstance(whole, NativeTrunk):
+        pytest.skip("this processor's products aren't the library's")
+    slots = torch.tensor([run.slot for run in RUNS for _ in range(run.size)])
+    positions = torch.cat([torch.arange(run.position, run.position + run.size) for run in RUNS])
+    tokens = torch.randint(0, config.vocab_size, slots.shape)
+    new = New(tokens, slots, positions, torch.empty(0))
+    assert torch.equal(whole(new, RUNS), steps(new, RUNS))
+    for tensor in ("keys", "values", "sense_keys"):
+        assert torch.equal(getattr(one.caches, tensor), getattr(other.caches, tensor))
+    assert bool((whole.seconds > 0).all())
 
 
 def test_a_copied_prefix_is_the_same_prefix(config: BackpackConfig) -> None:
@@ -211,7 +250,7 @@ def test_drawing_is_one_function_of_seed_position_and_token(config: BackpackConf
     logits = torch.randn(40, 1000)
     draw = Random(1)
     seeds, places = [draw.getrandbits(64) for _ in range(40)], [draw.randrange(512) for _ in range(40)]
-    temperatures = torch.rand(40) + 0.1
+    temperatures = [0.0 if n % 5 == 0 else draw.random() + 0.1 for n in range(40)]
     drawn = native.draw(logits, temperatures, seeds, places)
     assert torch.equal(drawn.long(), plain.draw(logits, temperatures, seeds, places))
     assert len(set(drawn.tolist())) > 30

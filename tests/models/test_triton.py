@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -50,10 +50,10 @@ def _both(config: BackpackConfig, dtype: torch.dtype) -> tuple[CudaKernels, Plai
 
 def _steered(config: BackpackConfig, *kernels: Kernels) -> list[Prediction]:
     """With no topic, one, three, two, of lengths from 1 on; all tokens but fresh ones are counted already."""
-    predictions = [replace(p, topics=tuple(t.to(DEVICE) for t in p.topics)) for p in _predictions(config)]
+    predictions = [p._replace(topics=tuple(t.to(DEVICE) for t in p.topics)) for p in _predictions(config)]
     for p in predictions:
         for each in kernels:
-            each.satisfy(replace(p, length=p.length - p.fresh, fresh=False), 0)
+            each.satisfy(p._replace(length=p.length - p.fresh, fresh=False), 0)
     return predictions
 
 
@@ -76,7 +76,7 @@ def test_the_mix_over_topics_edited_rows_and_ragged_lengths(config: BackpackConf
     queries, steered = _queries(config, dtype), _steered(config, triton, plain)
     for _ in range(2):  # the second time on the annealing that the first has left behind
         _close(triton.mix(queries, steered), plain.mix(queries, steered), dtype)
-        steered = [replace(p, length=p.length + 1, fresh=True) for p in steered]
+        steered = [p._replace(length=p.length + 1, fresh=True) for p in steered]
 
 
 def test_annealing_is_counted_alike(config: BackpackConfig) -> None:
@@ -94,7 +94,7 @@ def test_the_same_bits_alone_and_in_company(config: BackpackConfig, dtype: torch
     together, apart = CudaKernels(_caches(config, dtype)), CudaKernels(_caches(config, dtype))
     qkv = torch.randn(24, 3 * config.n_embd).to(DEVICE, dtype)
     whole = together.attend(qkv, 0, RUNS, 0.2)
-    for run in (run for run in RUNS if run.count == 1):
+    for run in (run for run in RUNS if run.size == 1):
         alone = apart.attend(qkv[run.token][None], 0, [Run(0, run.slot, run.position, 1)], 0.2)
         assert torch.equal(alone[0], whole[run.token])
     queries, steered = _queries(config, dtype), _steered(config, together, apart)

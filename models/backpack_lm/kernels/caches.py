@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,19 +16,29 @@ LANES = 16
 """The context of a cache is a multiple of this: kernels read whole vectors."""
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Consecutive new tokens of one sequence: `count` of them, from `token` in the step's tokens [N], at the
+class New(NamedTuple):
+    """A step's new tokens: ids, slots and positions [N], and the table rows that are their senses [N, k] int32."""
+
+    tokens: Tensor
+    slots: Tensor
+    positions: Tensor
+    rows: Tensor
+
+    def to(self, device: torch.device) -> New:
+        return self if device.type == "cpu" else New._make(part.to(device, non_blocking=True) for part in self)
+
+
+class Run(NamedTuple):
+    """Consecutive new tokens of one sequence: `size` of them, from `token` in the step's tokens [N], at the
     positions from `position` on of a slot."""
 
     token: int
     slot: int
     position: int
-    count: int
+    size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(NamedTuple):
     """The next token of a slot that holds `length` tokens, steered by topics.
 
     `fresh`: the newest token has still to be counted in the slot's annealing.
@@ -76,8 +87,7 @@ class Caches:
         T = -(-config.n_positions // LANES) * LANES
 
         def zeros(*shape: int, dtype: torch.dtype = table.dtype) -> Tensor:
-            on_cpu = table.device.type == "cpu"
-            if on_cpu:
+            if table.device.type == "cpu":
                 return pages.zeros(*shape, dtype=dtype)
             return torch.zeros(shape, dtype=dtype, device=table.device)
 

@@ -54,7 +54,7 @@ class CudaKernels(PlainKernels):
     def attend(self, qkv: Tensor, layer: int, runs: Sequence[Run], scale: float) -> Tensor:
         if runs is not self._runs:
             self._describe_runs(runs)
-        chunks = [run for run in runs if run.count > 1]
+        chunks = [run for run in runs if run.size > 1]
         out = super().attend(qkv, layer, chunks, scale) if chunks else qkv.new_empty(len(qkv), self._width)
         if singles := len(runs) - len(chunks):
             caches = self.caches
@@ -72,7 +72,7 @@ class CudaKernels(PlainKernels):
 
     def _describe_runs(self, runs: Sequence[Run]) -> None:
         self._runs = runs
-        self._upload(self._singles, [(r.token, r.slot, r.position) for r in runs if r.count == 1])
+        self._upload(self._singles, [(r.token, r.slot, r.position) for r in runs if r.size == 1])
 
     def _describe_predictions(self, predictions: Sequence[Prediction]) -> None:
         self._predicted = predictions

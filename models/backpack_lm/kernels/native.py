@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import suppress
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,9 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from backpack_lm.kernels.build import NotBuilt, library
-from backpack_lm.kernels.caches import LANES, Caches, Prediction, Run
+from backpack_lm.kernels.caches import LANES, Caches, New, Prediction, Run
+from backpack_lm.kernels.native_trunk import NativeTrunk
+from backpack_lm.kernels.products import Product, at, name
 from backpack_lm.kernels.seam import Linear
 from backpack_lm.kernels.topics import describe
+from backpack_lm.kernels.trunk import Trunk
+from backpack_lm.model import Backpack
 from backpack_lm.overlay import TopicMultipliers
 
 __all__ = ["NativeKernels", "NotBuilt"]
@@ -25,20 +30,24 @@ __all__ = ["NativeKernels", "NotBuilt"]
 GROUPS = 32
 """Of tokens, of which each is a unit of work of the mix, as in cpp/mix.h."""
 
-GROUP = 48
-"""Outputs of one pass of a product, as in cpp/product.h."""
-
 
 class _Mix(ctypes.Structure):
     _fields_ = (
         *(
-            (name, ctypes.c_void_p)
-            for name in (
+            (field, ctypes.c_void_p)
+            for field in (
                 *("table", "embedding", "rows", "ids", "previous", "following", "satisfied"),
                 *("alpha", "parts", "starts", "words", "topics"),
             )
         ),
-        *((name, ctypes.c_int) for name in ("senses", "width", "context", "vocabulary")),
+        *((field, ctypes.c_int) for field in ("senses", "width", "context", "vocabulary")),
+    )
+
+
+class _Notes(ctypes.Structure):
+    _fields_ = (
+        *((field, ctypes.c_void_p) for field in ("ids", "rows", "previous", "following")),
+        *((field, ctypes.c_int) for field in ("senses", "context")),
     )
 
 
@@ -51,12 +60,14 @@ class NativeKernels:
         self._library = library()
         self.caches = caches
         self._dtype = caches.table.dtype
-        kind = _name(self._dtype)
+        kind = name(self._dtype)
         self.name = f"native {kind}"
         self._attend, self._mix, self._satisfy, self._residual_norm = (
-            getattr(self._library, f"{name}_{kind}") for name in ("attend", "mix", "satisfy", "residual_norm")
+            getattr(self._library, f"{what}_{kind}") for what in ("attend", "mix", "satisfy", "residual_norm")
         )
-        self._state, self._held = self._mixing()
+        self._state, self._buffers = self._mixing()
+        noted = (at(tensor) for tensor in (caches.ids, caches.rows, caches.previous, caches.following))
+        self._notes = _Notes(*noted, caches.rows.shape[2], caches.rows.shape[1])
         self._topics: WeakKeyDictionary[TopicMultipliers, bytes] = WeakKeyDictionary()
         self._runs: tuple[Sequence[Run], np.ndarray] = (), np.empty(0)
 
@@ -76,62 +87,66 @@ class NativeKernels:
         linear = self.linear(embedding, none)
         return lambda o: linear(o.to(self._dtype)).float()
 
-    def _product(self, weight: Tensor, bias: Tensor, gelu: bool, result: torch.dtype) -> Linear | None:
-        """A layer by cpp/product.h, its weights packed in the order of reading; None where oneDNN is faster."""
-        apply = getattr(self._library, f"product_{_name(self._dtype)}_{_name(result)}", None)
-        (outer, inner), step = weight.shape, 4 // self._dtype.itemsize
-        amx = self._dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-        if apply is None or amx or inner % step:
+    def _product(self, weight: Tensor, bias: Tensor, gelu: bool, result: torch.dtype) -> Product | None:
+        """A layer by cpp/product.h; None where oneDNN is faster, or alone can do it."""
+        if self._dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
             return None
-        whole = -(-outer // GROUP) * GROUP
-        padded, start = torch.zeros(whole, inner, dtype=self._dtype), torch.zeros(whole)
-        padded[:outer], start[:outer] = weight.detach(), bias.detach()
-        packed = padded.view(-1, GROUP, inner // step, step).transpose(1, 2).contiguous()  # [out/48, in/s, 48, s]
+        with suppress(AttributeError, ValueError):
+            return Product(self._library, weight, bias, gelu, self._dtype, result)
+        return None
 
-        def linear(x: Tensor) -> Tensor:
-            x, out = x.to(self._dtype), torch.empty(len(x), outer, dtype=result)
-            apply(_at(x), len(x), _at(packed), _at(start), inner, outer, gelu, _at(out))
-            return out
+    def trunk(self, model: Backpack) -> Trunk:
+        with suppress(AttributeError, TypeError):
+            return NativeTrunk(self, model)
+        return Trunk(self, model)
 
-        return linear
+    def note(self, new: New, runs: Sequence[Run]) -> None:
+        self._library.note_int32(
+            ctypes.byref(self._notes), self.described(runs), len(runs), at(new.tokens), at(new.rows)
+        )
 
     def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
         out = torch.empty(x.shape, dtype=self._dtype)
         epsilon = ctypes.c_float(norm.eps)
-        old = None if delta is None else _at(delta)
-        self._residual_norm(_at(x), old, _at(norm.weight), _at(norm.bias), epsilon, *x.shape, _at(out))
+        old = None if delta is None else at(delta)
+        self._residual_norm(at(x), old, at(norm.weight), at(norm.bias), epsilon, *x.shape, at(out))
         return out
 
     def attend(self, qkv: Tensor, layer: int, runs: Sequence[Run], scale: float) -> Tensor:
         keys, values = self.caches.keys[layer], self.caches.values[layer]
         _, heads, context, width = values.shape
         out = torch.empty(len(qkv), heads * width, dtype=self._dtype)
-        if runs is not self._runs[0]:  # the same for all layers of a step
-            self._runs = runs, np.array([(r.token, r.slot, r.position, r.count) for r in runs], dtype=np.int32)
-        table = self._runs[1]
         self._attend(
-            _at(qkv), _at(keys), _at(values), table.ctypes.data_as(ctypes.c_void_p), len(runs),
-            heads, width, context, ctypes.c_float(scale), _at(out),
+            at(qkv), at(keys), at(values), self.described(runs), len(runs),
+            heads, width, context, ctypes.c_float(scale), at(out),
         )  # fmt: skip
         return out
+
+    def described(self, runs: Sequence[Run]) -> ctypes.c_void_p:
+        """Runs as the library reads them; known again by their identity, as in all layers of a step."""
+        if runs is not self._runs[0]:
+            self._runs = runs, np.array(runs, dtype=np.int32)
+        return self._runs[1].ctypes.data_as(ctypes.c_void_p)
 
     def mix(self, queries: Tensor, predictions: Sequence[Prediction]) -> Tensor:
         rows, topics = self._describe(predictions)
         out = torch.empty(len(predictions), self.caches.table.shape[1])
         queries = queries.contiguous()
         self._mix(
-            self._with(topics), rows.ctypes.data_as(ctypes.c_void_p), len(predictions), _at(queries),
-            _at(self.caches.sense_keys), queries.shape[-1], _at(out),
+            self._with(topics), rows.ctypes.data_as(ctypes.c_void_p), len(predictions), at(queries),
+            at(self.caches.sense_keys), queries.shape[-1], at(out),
         )  # fmt: skip
         return out
 
-    def draw(self, logits: Tensor, temperatures: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def draw(
+        self, logits: Tensor, temperatures: Sequence[float], seeds: Sequence[int], positions: Sequence[int]
+    ) -> Tensor:
         drawn = torch.empty(len(logits), dtype=torch.int32)
-        keys, places = np.array(seeds, dtype=np.uint64), np.array(positions, dtype=np.int32)
+        how = (np.array(temperatures, np.float32), np.array(seeds, np.uint64), np.array(positions, np.int32))
+        logits = logits.contiguous()
         self._library.draw_float32(
-            _at(logits.contiguous()), *logits.shape, _at(temperatures), keys.ctypes.data_as(ctypes.c_void_p),
-            places.ctypes.data_as(ctypes.c_void_p), _at(drawn),
-        )  # fmt: skip
+            at(logits), *logits.shape, *(part.ctypes.data_as(ctypes.c_void_p) for part in how), at(drawn)
+        )
         return drawn
 
     def satisfy(self, prediction: Prediction, start: int) -> None:
@@ -147,7 +162,7 @@ class NativeKernels:
         starts, words = (torch.empty(slots, n, dtype=torch.int32) for n in (GROUPS + 1, 2 * context))
         tensors = (c.table, c.embedding, c.rows, c.ids, c.previous, c.following, c.satisfied)
         buffers = (alpha, parts, starts, words)
-        pointers = (_at(tensor) for tensor in (*tensors, *buffers))
+        pointers = (at(tensor) for tensor in (*tensors, *buffers))
         return _Mix(*pointers, None, senses, width, context, len(c.embedding)), buffers
 
     def _with(self, topics: bytes) -> object:
@@ -165,11 +180,3 @@ class NativeKernels:
                     self._topics[topic] = describe(topic)
                 topics.append(self._topics[topic])
         return np.array(rows, dtype=np.int32), b"".join(topics)
-
-
-def _at(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

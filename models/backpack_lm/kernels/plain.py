@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpack_lm.kernels.caches import LANES, Caches, Prediction, Run, untiled
+from backpack_lm.kernels.caches import LANES, Caches, New, Prediction, Run, untiled
 from backpack_lm.kernels.noise import log_exponentials
 from backpack_lm.kernels.seam import Linear
+from backpack_lm.kernels.trunk import Trunk
+from backpack_lm.model import Backpack
 
 
 class PlainKernels:
@@ -23,6 +25,9 @@ class PlainKernels:
         self.caches = caches
         self._device = caches.table.device
         self._places = torch.arange(caches.ids.shape[1], device=self._device)
+
+    def trunk(self, model: Backpack) -> Trunk:
+        return Trunk(self, model)
 
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
         like = self.caches.table
@@ -38,6 +43,10 @@ class PlainKernels:
         weight = embedding.detach().to(self.caches.table)
         return lambda o: F.linear(o.to(weight.dtype), weight).float()
 
+    def note(self, new: New, runs: Sequence[Run]) -> None:
+        self.caches.rows[new.slots, new.positions] = new.rows
+        self.caches.ids[new.slots, new.positions] = new.tokens.int()
+
     def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
         if delta is not None:
             x += delta
@@ -50,12 +59,12 @@ class PlainKernels:
         q, k, v = qkv.view(len(qkv), 3, keys.shape[1], -1).unbind(1)  # [N, H, w]
         mixed = torch.empty_like(q)
         for run in runs:
-            new, end = slice(run.token, run.token + run.count), run.position + run.count
+            new, end = slice(run.token, run.token + run.size), run.position + run.size
             places = self._places[run.position : end]
             keys[run.slot, :, places // LANES, :, places % LANES] = k[new]
             values[run.slot, :, run.position : end] = v[new].transpose(0, 1)
-        for run in (run for run in runs if run.count > 1):
-            new, end = slice(run.token, run.token + run.count), run.position + run.count
+        for run in (run for run in runs if run.size > 1):
+            new, end = slice(run.token, run.token + run.size), run.position + run.size
             seen = self._places[:end] <= self._places[run.position : end, None]
             mixed[new] = F.scaled_dot_product_attention(
                 q[new].transpose(0, 1)[None],
@@ -64,7 +73,7 @@ class PlainKernels:
                 attn_mask=seen,
                 scale=scale,
             )[0].transpose(0, 1)
-        if single := [run for run in runs if run.count == 1]:
+        if single := [run for run in runs if run.size == 1]:
             at = torch.tensor([run.token for run in single], device=self._device)
             slots = torch.tensor([run.slot for run in single], device=self._device)
             last = torch.tensor([run.position for run in single], device=self._device)
@@ -96,9 +105,16 @@ class PlainKernels:
             rows.flatten(1), caches.table, per_sample_weights=alpha.flatten(1).to(caches.table.dtype), mode="sum"
         ).float()
 
-    def draw(self, logits: Tensor, temperatures: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
-        noise = log_exponentials(seeds, positions, torch.arange(logits.shape[1], device=logits.device))
-        return (logits / temperatures[:, None] - noise).argmax(-1)
+    def draw(
+        self, logits: Tensor, temperatures: Sequence[float], seeds: Sequence[int], positions: Sequence[int]
+    ) -> Tensor:
+        values = logits
+        if any(temperatures):
+            noise = log_exponentials(seeds, positions, torch.arange(logits.shape[1], device=logits.device))
+            heat = torch.tensor(temperatures, device=logits.device)[:, None]
+            values = torch.where(heat > 0, logits / heat - noise, logits)
+        best, chosen = values.max(-1)
+        return chosen.masked_fill((best == float("-inf")) | ~(logits < float("inf")).all(-1), -1)
 
     def multipliers(self, prediction: Prediction) -> Tensor:
         """Effective multiplier of each cell of a slot, [length, k]."""

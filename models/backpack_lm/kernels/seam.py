@@ -7,7 +7,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from backpack_lm.kernels.caches import Caches, Prediction, Run
+from backpack_lm.kernels.caches import Caches, New, Prediction, Run
+from backpack_lm.model import Backpack
 
 
 class Linear(Protocol):
@@ -16,17 +17,29 @@ class Linear(Protocol):
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
+class Compute(Protocol):
+    """New tokens → the sense weights' queries [N, k, d/k], with all caches of the trunk filled."""
+
+    def __call__(self, new: New, runs: Sequence[Run], /) -> Tensor: ...
+
+
 class Kernels(Protocol):
     """Operations over a step's N new tokens. All share one device and dtype; `caches` is what they write."""
 
     name: str
     caches: Caches
 
+    def trunk(self, model: Backpack) -> Compute:
+        """A model's trunk and sense weights, on the caches' device and in their dtype."""
+
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
         """A layer with weight [out, in] and bias [out], in whatever form is fastest here."""
 
     def head(self, embedding: Tensor) -> Linear:
         """o [B, d] float32 → logits [B, V] float32 under E [V, d]."""
+
+    def note(self, new: New, runs: Sequence[Run]) -> None:
+        """Write ids and rows of new tokens into their slots."""
 
     def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
         """x += delta, in place, x [N, d] float32; then LayerNorm(x) in the kernels' dtype."""
@@ -37,8 +50,11 @@ class Kernels(Protocol):
     def mix(self, queries: Tensor, predictions: Sequence[Prediction]) -> Tensor:
         """o [B, d] float32 = Σ_j Σ_l α[l,j] m[l,j] C(x_j)_l for queries [B, k, d/k], α a softmax over the slot."""
 
-    def draw(self, logits: Tensor, temperatures: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """argmax_y (logit_y / temperature − log e_y) for each row of logits [G, V]; e from `noise.py`."""
+    def draw(
+        self, logits: Tensor, temperatures: Sequence[float], seeds: Sequence[int], positions: Sequence[int]
+    ) -> Tensor:
+        """argmax_y (logit_y / temperature − log e_y) for each row of logits [G, V], e from `noise.py`; argmax_y
+        logit_y at temperature 0. −1 for a row with NaN or +∞, or with nothing else than −∞."""
 
     def satisfy(self, prediction: Prediction, start: int) -> None:
         """Count the tokens from `start` to `prediction.length` in the slot's annealing."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from backpack_serving.engine.runner import Runner
 from backpack_serving.engine.sampler import choose_all, log_probability
 from backpack_serving.engine.scheduler import Scheduler
-from backpack_serving.engine.sequence import Output, Request, Sequence
+from backpack_serving.engine.sequence import Finish, Output, Request, Sequence
 from backpack_serving.engine.slots import OverlayRows, Slots
 
 
@@ -113,7 +113,9 @@ class Engine:
         sampled = batch.sampled
         samplings, positions = [s.request.sampling for s in sampled], [len(s.tokens) for s in sampled]
         tokens = choose_all(logits, samplings, positions, self._runner.kernels.draw)
-        return [self._settle(*made) for made in zip(sampled, tokens, logits, strict=True)]
+        return [
+            self._settle(s, token, logits[n]) for n, (s, token) in enumerate(zip(sampled, tokens, strict=True))
+        ]
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a slot and its release's rows, if there are any to give."""
@@ -148,23 +150,21 @@ class Engine:
         """Whose prefixes a sequence may use."""
         return "" if self._share_prefixes else sequence.request.tenant
 
-    def _settle(self, sequence: Sequence, token: int, logits: Tensor) -> Output:
+    def _settle(self, sequence: Sequence, token: int | None, logits: Tensor) -> Output:
         request, slot = sequence.request, sequence.slot
         assert slot is not None
+        digest, log_probabilities = self._runner.digest(slot), None
+        if token is None:
+            self._end(sequence)
+            return Output(request.id, -1, digest, None, Finish.NOT_NUMBERS)
         sequence.tokens.append(token)
         self._scheduler.charge(sequence)
         finish = sequence.finish_after(token, self._end_of_text)
-        alternatives = request.sampling.log_probabilities
-        output = Output(
-            request.id,
-            token,
-            self._runner.digest(slot),
-            None if alternatives is None else log_probability(logits, token, alternatives),
-            finish,
-        )
+        if (alternatives := request.sampling.log_probabilities) is not None:
+            log_probabilities = log_probability(logits, token, alternatives)
         if finish:
             self._end(sequence)
-        return output
+        return Output(request.id, token, digest, log_probabilities, finish)
 
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request.id]

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from backpack_lm.kernels import Prediction, Run
+from backpack_lm.kernels import New, Prediction, Run
 from backpack_lm.kernels.cuda import CudaKernels
 from torch import Tensor
 
@@ -20,19 +19,7 @@ WARM_UP = 2
 """Runs before a step is captured: libraries allocate and kernels are compiled in them."""
 
 
-class Inputs(NamedTuple):
-    """New tokens: ids, slots and positions [N], and the table rows that are their senses [N, k] int32."""
-
-    tokens: Tensor
-    slots: Tensor
-    positions: Tensor
-    rows: Tensor
-
-    def to(self, device: torch.device) -> Inputs:
-        return Inputs._make(part.to(device, non_blocking=True) for part in self)
-
-
-Step = Callable[[Inputs, Sequence[Run], Sequence[Prediction]], Tensor]
+Step = Callable[[New, Sequence[Run], Sequence[Prediction]], Tensor]
 """A decode step: logits [B, tokens] of one new token in each of B slots."""
 
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
@@ -43,7 +30,7 @@ Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 class _Recorded:
     """A step of a number of tokens, and the places that it works on."""
 
-    inputs: Inputs
+    new: New
     runs: list[Run]
     predictions: list[Prediction]
     replay: Callable[[], object] = field(init=False)
@@ -61,22 +48,20 @@ class Graphs:
         device, senses = kernels.caches.table.device, kernels.caches.rows.shape[2]
         tokens, places, positions = torch.zeros(3, slots, dtype=torch.int64, device=device)
         rows = torch.zeros(slots, senses, dtype=torch.int32, device=device)
-        self._inputs = Inputs(tokens, places, positions, rows)
+        self._new = New(tokens, places, positions, rows)
         self._recorded = {size: self._make(step, size) for size in reversed(list(_sizes(slots)))}  # largest first
 
-    def run(self, inputs: Inputs, runs: Sequence[Run], predictions: Sequence[Prediction]) -> Tensor:
-        """Logits [B, tokens] of a step of B runs of one token; `inputs` are on the CPU."""
+    def run(self, new: New, runs: Sequence[Run], predictions: Sequence[Prediction]) -> Tensor:
+        """Logits [B, tokens] of a step of B runs of one token; `new` are on the CPU."""
         recorded = self._recorded[min(size for size in self._recorded if size >= len(runs))]
-        self._fill(recorded, inputs, runs, predictions)
+        self._fill(recorded, new, runs, predictions)
         recorded.replay()
         return recorded.logits[: len(runs)]
 
-    def _fill(
-        self, into: _Recorded, inputs: Inputs, runs: Sequence[Run], predictions: Sequence[Prediction]
-    ) -> None:
+    def _fill(self, into: _Recorded, new: New, runs: Sequence[Run], predictions: Sequence[Prediction]) -> None:
         """Put what a step works on where a recorded one looks for it; the scratch slot fills it up."""
         count, size, scratch = len(runs), len(into.runs), self._scratch
-        for place, part, rest in zip(into.inputs, inputs, (0, scratch, 0, 0), strict=True):
+        for place, part, rest in zip(into.new, new, (0, scratch, 0, 0), strict=True):
             padding = (0,) * (2 * part.ndim - 1) + (size - count,)  # behind the first dimension
             place.copy_(F.pad(part, padding, value=rest), non_blocking=True)
         into.runs[:] = *runs, *(Run(n, scratch, 0, 1) for n in range(count, size))
@@ -85,10 +70,10 @@ class Graphs:
 
     def _make(self, step: Step, size: int) -> _Recorded:
         """Record a step of the scratch slot alone: recording runs it, which must not touch a sequence."""
-        inputs = Inputs._make(part[:size] for part in self._inputs)
-        made = _Recorded(inputs, [Run(0, 0, 0, 1)] * size, [])
-        self._fill(made, Inputs._make(part[:0].cpu() for part in inputs), [], [])
-        made.replay, made.logits = self._record(lambda: step(made.inputs, made.runs, made.predictions))
+        new = New._make(part[:size] for part in self._new)
+        made = _Recorded(new, [Run(0, 0, 0, 1)] * size, [])
+        self._fill(made, New._make(part[:0].cpu() for part in new), [], [])
+        made.replay, made.logits = self._record(lambda: step(made.new, made.runs, made.predictions))
         return made
 
 

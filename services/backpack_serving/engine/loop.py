@@ -6,18 +6,26 @@ import asyncio
 import math
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable
 
 import structlog
 
 from backpack_serving.engine.engine import Engine, Load
-from backpack_serving.engine.sequence import Output, Request
+from backpack_serving.engine.sequence import Finish, Output, Request
+
+LOAD_AGE = 0.05
+"""Seconds."""
 
 log = structlog.get_logger(__name__)
 
 
 class EngineStopped(Exception):
     """The engine takes no requests: it was stopped, or a step failed."""
+
+
+class NotNumbers(Exception):
+    """The model predicts no numbers under this request's release."""
 
 
 class _Stream:
@@ -71,7 +79,8 @@ class EngineLoop:
         self._delivered = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._failure: Exception | None = None
-        self.load: Load = engine.load
+        self.load: Load = engine.load  # at most `LOAD_AGE` old
+        self._load_due = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -82,7 +91,8 @@ class EngineLoop:
     async def generate(self, request: Request, gather: float = 0.0) -> AsyncGenerator[list[Output], None]:
         """The request's tokens: the first at once, then those of `gather` seconds together, the last at once.
 
-        Leaving the iterator early aborts the request. Raises QueueFull, TooManyRows or EngineStopped.
+        Leaving the iterator early aborts the request. Raises QueueFull, TooManyRows, NotNumbers or
+        EngineStopped.
         """
         if not self.healthy:
             raise EngineStopped(str(self._failure or "the engine was stopped"))
@@ -97,6 +107,11 @@ class EngineLoop:
                     finished = True
                     raise
                 finished = outputs[-1].finish is not None
+                if outputs[-1].finish is Finish.NOT_NUMBERS:
+                    digest = outputs[-1].digest[:12]
+                    raise NotNumbers(
+                        f"the model predicts no numbers under release {digest}; roll its channel back"
+                    )
                 yield outputs
         finally:
             del self._streams[request.id]
@@ -115,8 +130,8 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while self._take_in():
-                outputs = self._engine.step()
-                self._post(self._deliver, outputs, self._engine.load)
+                self._post(self._deliver, self._engine.step())
+                self._weigh()
         except Exception as error:
             log.exception("the engine failed")
             self._failure = EngineStopped(f"a step failed: {error!r}")
@@ -135,6 +150,12 @@ class EngineLoop:
             command()
             block = not self._engine.busy
 
+    def _weigh(self) -> None:
+        """Bring `load` up to date, seldom: it goes through all that waits."""
+        now = time.monotonic()
+        if now >= self._load_due or not self._engine.busy:
+            self.load, self._load_due = self._engine.load, now + LOAD_AGE
+
     def _add(self, request: Request) -> None:
         try:
             self._engine.add(request)
@@ -149,8 +170,7 @@ class EngineLoop:
 
     # ---- in the event loop
 
-    def _deliver(self, outputs: list[Output], load: Load) -> None:
-        self.load = load
+    def _deliver(self, outputs: list[Output]) -> None:
         now = self._loop.time()
         for output in outputs:
             if stream := self._streams.get(output.request_id):

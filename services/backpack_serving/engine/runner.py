@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from copy import deepcopy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from backpack_lm.kernels import Caches, Kernels, Linear, Prediction, Run, choose
+from backpack_lm.kernels import Caches, Kernels, New, Prediction, Run, choose
 from backpack_lm.kernels.cuda import CudaKernels
-from backpack_lm.model import Backpack, Block
+from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, TopicMultipliers
-from torch import Tensor, nn
+from torch import Tensor
 
-from backpack_serving.engine.graphs import Graphs, Inputs, Record
+from backpack_serving.engine.graphs import Graphs, Record
 from backpack_serving.engine.scheduler import Batch
 from backpack_serving.engine.sequence import Sequence
 
@@ -33,19 +33,6 @@ class _Occupant:
     first_row: int
     edited: frozenset[int]
     topics: tuple[TopicMultipliers, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """A trunk block, its matrices as the kernels want them. `after` is the LayerNorm that follows the block."""
-
-    qkv: Linear
-    proj: Linear
-    norm: nn.LayerNorm
-    fc: Linear
-    out: Linear
-    after: nn.LayerNorm
-    scale: float
 
 
 class Runner:
@@ -65,23 +52,15 @@ class Runner:
         record: Record | None = None,
     ) -> None:
         config = self.config = model.config
-        trunk, device = model.gpt2_model, table.device
-        self.table, self.base_rows = table, config.vocab_size * config.num_senses
+        self.table, self.base_rows, device = table, config.vocab_size * config.num_senses, table.device
         recorded = record is not None or device.type == "cuda"
         # One slot more, which no sequence gets, for graphs to fill up with.
         self.caches = Caches.empty(config, slots + recorded, table, model.embedding.detach())
         self.kernels = kernels(self.caches)
-        self._tokens, self._positions = (e.weight.detach().to(device) for e in (trunk.wte, trunk.wpe))
-        blocks = [block for block in trunk.h if isinstance(block, Block)]
-        norms = [self._norm(norm) for norm in (*(block.ln_1 for block in blocks), trunk.ln_f)]
-        self._first = norms[0]
-        self._layers = [self._layer(block, after) for block, after in zip(blocks, norms[1:], strict=True)]
-        weights = model.sense_weight_net.c_attn
-        self._sense_weights = self.kernels.linear(weights.weight, weights.bias)
+        self._trunk = self.kernels.trunk(model)
         self._head = self.kernels.head(model.embedding[: config.tokens])  # padding is never sampled
         self._occupants: list[_Occupant | None] = [None] * slots
-        self._last: list[dict[int, int]] = [{} for _ in range(slots)]  # where each token of a slot stood last
-        self._senses = torch.arange(config.num_senses, dtype=torch.int32)
+        self._senses = np.arange(config.num_senses, dtype=np.int32)
         self._graphs: Graphs | None = None
         if recorded and isinstance(self.kernels, CudaKernels):
             with torch.inference_mode():
@@ -98,7 +77,6 @@ class Runner:
         same = next((o for o in self._occupants if o and o.overlay is overlay), None)
         topics = same.topics if same else tuple(topic.to(self.table.device) for topic in overlay.topics)
         self._occupants[slot] = _Occupant(overlay, self.base_rows + first_row, edited, topics)
-        self._last[slot] = {}
 
     @torch.inference_mode()
     def reuse(self, donor: int, slot: int, tokens: Many[int]) -> None:
@@ -108,7 +86,8 @@ class Runner:
         """
         if donor != slot:
             self.caches.copy_prefix(donor, slot, len(tokens))
-        self._place(self._inputs([Run(0, slot, 0, len(tokens))], tokens).to(self.table.device))
+        runs = [Run(0, slot, 0, len(tokens))]
+        self.kernels.note(self._new(runs, tokens).to(self.table.device), runs)
         self._satisfy(slot, 0, len(tokens))
 
     def digest(self, slot: int) -> str:
@@ -135,10 +114,12 @@ class Runner:
             if chunk.completes:
                 predictions.append(self._prediction(run.slot, chunk.end, fresh=False))
                 newest.append(len(ids) - 1)
-        inputs = self._inputs(runs, ids)
+        new = self._new(runs, ids)
         if self._graphs and not batch.chunks:
-            return self._graphs.run(inputs, runs, predictions)
-        queries = self._trunk(inputs.to(self.table.device), runs)
+            return self._graphs.run(new, runs, predictions)
+        new = new.to(self.table.device)
+        self.kernels.note(new, runs)
+        queries = self._trunk(new, runs)
         for chunk in batch.chunks:
             self._satisfy(_slot(chunk.sequence), chunk.start, chunk.end)
         if not predictions:
@@ -147,77 +128,26 @@ class Runner:
             queries = queries[newest]
         return self._head(self.kernels.mix(queries, predictions))
 
-    def _decode(self, inputs: Inputs, runs: Many[Run], predictions: Many[Prediction]) -> Tensor:
+    def _decode(self, new: New, runs: Many[Run], predictions: Many[Prediction]) -> Tensor:
         """A step of one new token a slot, from beginning to end on the device."""
-        return self._head(self.kernels.mix(self._trunk(inputs, runs), predictions))
+        self.kernels.note(new, runs)
+        return self._head(self.kernels.mix(self._trunk(new, runs), predictions))
 
-    def _layer(self, block: Block, after: nn.LayerNorm) -> _Layer:
-        make, attn, mlp = self.kernels.linear, block.attn, block.mlp
-        return _Layer(
-            make(attn.c_attn.weight.t(), attn.c_attn.bias),
-            make(attn.c_proj.weight.t(), attn.c_proj.bias),
-            self._norm(block.ln_2),
-            make(mlp.c_fc.weight.t(), mlp.c_fc.bias, gelu=True),
-            make(mlp.c_proj.weight.t(), mlp.c_proj.bias),
-            after,
-            attn.scale,
-        )
-
-    def _norm(self, norm: nn.LayerNorm) -> nn.LayerNorm:
-        """The model's, where the computation is."""
-        return deepcopy(norm).to(self.table.device)
-
-    def _trunk(self, new: Inputs, runs: Many[Run]) -> Tensor:
-        """Run the trunk on new tokens [N], filling the caches; the sense weights' queries [N, k, d/k]."""
-        self._place(new)
-        kernels, config = self.kernels, self.config
-        x = self._tokens[new.tokens] + self._positions[new.positions]
-        y = kernels.residual_norm(x, None, self._first)
-        for n, layer in enumerate(self._layers):
-            mixed = kernels.attend(layer.qkv(y), n, runs, layer.scale)
-            y = kernels.residual_norm(x, layer.proj(mixed), layer.norm)
-            y = kernels.residual_norm(x, layer.out(layer.fc(y)), layer.after)
-        both = self._sense_weights(y).view(len(x), 2, config.num_senses, config.sense_head_width)
-        queries, keys = both.unbind(1)
-        self.caches.write_sense_keys(keys, new.slots, new.positions)
-        return queries
-
-    def _place(self, new: Inputs) -> None:
-        """Note new tokens in their slots, with the table rows that are their senses."""
-        self.caches.rows[new.slots, new.positions] = new.rows
-        self.caches.ids[new.slots, new.positions] = new.tokens.int()
-
-    def _inputs(self, runs: Many[Run], ids: Many[int]) -> Inputs:
-        """New tokens as the step reads them, on the CPU; those that a text repeats are linked."""
-        tokens = torch.tensor(ids)
-        slots = torch.tensor([run.slot for run in runs for _ in range(run.count)])
-        positions = torch.tensor([p for run in runs for p in range(run.position, run.position + run.count)])
-        rows = (tokens * self.config.num_senses).int()[:, None] + self._senses  # [N, k]
+    def _new(self, runs: Many[Run], ids: Many[int]) -> New:
+        """New tokens as the step reads them, on the CPU."""
+        tokens, sizes = np.array(ids, np.int64), [run.size for run in runs]
+        slots = np.repeat([run.slot for run in runs], sizes)
+        positions = np.arange(len(ids)) + np.repeat([run.position - run.token for run in runs], sizes)
+        rows = (tokens * self.config.num_senses).astype(np.int32)[:, None] + self._senses  # [N, k]
+        new = New(*map(torch.from_numpy, (tokens, slots, positions, rows)))
         for run in runs:
             occupant = self._occupant(run.slot)
             if occupant.edited:
-                for n in range(run.token, run.token + run.count):
-                    if ids[n] in occupant.edited:
-                        index = occupant.overlay.row_index(torch.tensor(ids[n])).to(rows)
-                        rows[n] = torch.where(index >= 0, occupant.first_row + index, rows[n])
-        if self.table.device.type == "cpu":  # where alone a repeated token is mixed in once
-            previous = self._repeats(runs, ids)
-            self.caches.previous[slots, positions] = previous
-            self.caches.following[slots, positions] = 0
-            again = previous >= 0
-            self.caches.following[slots[again], previous[again]] = positions[again].int()
-        return Inputs(tokens, slots, positions, rows)
-
-    def _repeats(self, runs: Many[Run], ids: Many[int]) -> Tensor:
-        """Where in its slot each new token stood last before, −1 if nowhere: [N] int32."""
-        previous = []
-        for run in runs:
-            last = self._last[run.slot]
-            for n in range(run.count):
-                token, position = ids[run.token + n], run.position + n
-                previous.append(last.get(token, -1))
-                last[token] = position
-        return torch.tensor(previous, dtype=torch.int32)
+                edited = [n for n in range(run.token, run.token + run.size) if ids[n] in occupant.edited]
+                if edited:
+                    index = occupant.overlay.row_index(new.tokens[edited]).int()
+                    new.rows[edited] = torch.where(index >= 0, occupant.first_row + index, new.rows[edited])
+        return new
 
     def _prediction(self, slot: int, length: int, fresh: bool) -> Prediction:
         return Prediction(slot, length, fresh, self._occupant(slot).topics)

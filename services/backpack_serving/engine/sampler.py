@@ -11,7 +11,7 @@ from torch import Tensor
 from backpack_serving.engine.sampling import Sampling
 from backpack_serving.engine.sequence import LogProbability
 
-Draw = Callable[[Tensor, Tensor, Sequence[int], Sequence[int]], Tensor]
+Draw = Callable[[Tensor, Sequence[float], Sequence[int], Sequence[int]], Tensor]
 """`Kernels.draw`."""
 
 LIKELY = 1024
@@ -32,24 +32,19 @@ def choose(logits: Tensor, sampling: Sampling, position: int) -> int:
     return int(kept[(logits[kept] / sampling.temperature - noise).argmax()])
 
 
-def choose_all(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], draw: Draw) -> list[int]:
-    """`choose` for each row of logits [B, V]: greedy rows at once, and those that draw from all tokens."""
-    greedy = [n for n, s in enumerate(samplings) if s.temperature == 0]
-    drawn = [n for n, s in enumerate(samplings) if s.temperature > 0 and not _truncates(s)]
-    chosen = [-1] * len(samplings)
-    if greedy:
-        best = (logits if len(greedy) == len(chosen) else logits[greedy]).argmax(-1)
-        for n, token in zip(greedy, best.tolist(), strict=True):
-            chosen[n] = token
-    if drawn:
-        rows = logits if len(drawn) == len(chosen) else logits[drawn]
-        temperatures = torch.tensor([samplings[n].temperature for n in drawn], device=logits.device)
-        made = draw(rows, temperatures, [_seed(samplings[n]) for n in drawn], [positions[n] for n in drawn])
-        for n, token in zip(drawn, made.tolist(), strict=True):
-            chosen[n] = token
-    return [
-        choose(logits[n], samplings[n], positions[n]) if token < 0 else token for n, token in enumerate(chosen)
-    ]
+def choose_all(
+    logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], draw: Draw
+) -> list[int | None]:
+    """`choose` for each row of logits [B, V] at once, but for those that truncate. None: the row isn't numbers."""
+    # A row that truncates is looked through all the same, for the greatest: then it is known to be numbers.
+    temperatures = [0.0 if _truncates(s) else s.temperature for s in samplings]
+    seeds = [_seed(s) if heat else 0 for s, heat in zip(samplings, temperatures, strict=True)]
+    chosen: list[int | None] = []
+    for n, token in enumerate(draw(logits, temperatures, seeds, positions).tolist()):
+        if token >= 0 and samplings[n].temperature > 0 and _truncates(samplings[n]):
+            token = choose(logits[n], samplings[n], positions[n])
+        chosen.append(None if token < 0 else token)
+    return chosen
 
 
 def _truncates(sampling: Sampling) -> bool:

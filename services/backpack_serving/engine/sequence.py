@@ -15,6 +15,7 @@ class Finish(Enum):
 
     STOP = "stop"
     LENGTH = "length"
+    NOT_NUMBERS = "not numbers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,10 @@ class LogProbability:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One new token of one request. `digest` is read from the slot that the token was computed in."""
+    """One new token of one request, or that there is none: logits that aren't numbers end it, and `token` is −1.
+
+    `digest` is read from the slot that the token was computed in.
+    """
 
     request_id: str
     token: int

@@ -13,7 +13,7 @@ from backpack_proto.v1 import inference_pb2 as pb
 
 from backpack_serving import rpc, tracing
 from backpack_serving.engine.engine import QueueFull, TooManyRows
-from backpack_serving.engine.loop import EngineLoop, EngineStopped
+from backpack_serving.engine.loop import EngineLoop, EngineStopped, NotNumbers
 from backpack_serving.engine.sequence import Finish, Output, Request
 from backpack_serving.errors import (
     Exhausted,
@@ -94,6 +94,8 @@ class InferenceServicer(ReadingMethods):
                 raise Exhausted("QUEUE_FULL", f"{error}; try again shortly", retry_after=1.0) from None
             except TooManyRows as error:
                 raise PreconditionFailed("RELEASE_TOO_LARGE", str(error)) from None
+            except NotNumbers as error:
+                raise Internal("NON_FINITE", str(error)) from None
             except EngineStopped as error:
                 raise Unavailable("ENGINE_STOPPED", str(error)) from None
 
@@ -147,8 +149,6 @@ class InferenceServicer(ReadingMethods):
 
     def _token(self, output: Output) -> pb.Token:
         logs = output.log_probability
-        if logs is not None and not math.isfinite(logs.chosen):
-            raise Internal("NON_FINITE", "the release makes the model predict no numbers")
         if logs is None:
             return wire.write_token(output.token, self._served.tokenizer)
         return wire.write_token(output.token, self._served.tokenizer, logs.chosen, logs.alternatives)

@@ -1,4 +1,5 @@
-// Sampling by Gumbel's trick: argmax_y (logit_y / temperature − log e_y), e_y exponential, all of a row in one pass.
+// Choosing a token in one pass over its logits: the greatest, or by Gumbel's trick argmax_y (logit_y / temperature −
+// log e_y), e_y exponential.
 #pragma once
 
 #include "vectors.h"
@@ -34,27 +35,33 @@ inline Floats log_exponential(Words x) {
     return logarithm(v < 0.03125f ? series : direct);
 }
 
-int32_t draw(const float* logits, int vocabulary, float temperature, uint64_t seed, uint32_t position) {
+// The chosen token; −1 where a logit is NaN or +∞, or all are −∞. DRAWN: at a temperature, else the greatest.
+template <bool DRAWN>
+int32_t choose(const float* logits, int vocabulary, float temperature, uint64_t seed, uint32_t position) {
     Floats best = Floats{} - INFINITY;
-    Ints where{}, lane;
+    Ints where{}, lane, numbers = Ints{} - 1;
     for (int n = 0; n < LANES; n++) lane[n] = n;
     for (int group = 0; group < vocabulary; group += 4 * LANES) {
         Words words[4];
-        philox(seed, position, (Words)(lane + group / 4), words);
+        if (DRAWN) philox(seed, position, (Words)(lane + group / 4), words);
         for (int i = 0; i < 4; i++) {
             int first = group + i * LANES, count = std::min(LANES, vocabulary - first);
             if (count <= 0) break;
-            Floats logit = count == LANES ? load(logits + first) : load_some(logits + first, count);
-            Floats value = logit / temperature - log_exponential(words[i]);
+            Floats logit = count == LANES ? load(logits + first) : load_some(logits + first, count), value = logit;
+            if (DRAWN) value = logit / temperature - log_exponential(words[i]);
+            numbers &= logit < INFINITY;
             Ints better = (value > best) & (lane < count);
             best = better ? value : best;
             where = better ? lane + first : where;
         }
     }
     int winner = 0;
-    for (int n = 1; n < LANES; n++)
+    bool good = numbers[0];
+    for (int n = 1; n < LANES; n++) {
         if (best[n] > best[winner] || (best[n] == best[winner] && where[n] < where[winner])) winner = n;
-    return where[winner];
+        good = good && numbers[n];
+    }
+    return good && best[winner] > -INFINITY ? where[winner] : -1;
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The engine's own operations on a CPU, behind ctypes (native.py): attention over caches, the sense mix with its
-// annealing, residual + LayerNorm, products in bfloat16, and drawing.
+// The engine's own operations on a CPU, behind ctypes (native.py): products, attention over caches, residual +
+// LayerNorm, all of them together as the trunk, the sense mix with its annealing, and drawing.
 //
 // Every output element is computed by one fixed order of additions, whatever else is in the batch and however a
 // prompt was cut into chunks. So a sequence gets the same bits alone and in any company.
@@ -12,7 +12,9 @@
 #include "draw.h"
 #include "mix.h"
 #include "norm.h"
+#include "note.h"
 #include "product.h"
+#include "trunk.h"
 
 #define EXPORTS(NAME, Value)                                                                                         \
     void attend_##NAME(const Value* qkv, Value* keys, Value* values, const Run* runs, int count, int heads,          \
@@ -37,8 +39,19 @@ void draw_float32(const float* logits, int count, int vocabulary, const float* t
                   const int32_t* positions, int32_t* out) {
 #pragma omp parallel for schedule(dynamic, 1)
     for (int n = 0; n < count; n++)
-        out[n] = draw(logits + size_t(n) * vocabulary, vocabulary, temperatures[n], seeds[n], uint32_t(positions[n]));
+        out[n] = (temperatures[n] > 0 ? choose<true> : choose<false>)(
+            logits + size_t(n) * vocabulary, vocabulary, temperatures[n], seeds[n], uint32_t(positions[n]));
 }
+
+void note_int32(const Notes* to, const Run* runs, int count, const int64_t* tokens, const int32_t* rows) {
+    note(*to, runs, count, tokens, rows);
+}
+
+#define TRUNK(NAME, Value)                                                                                           \
+    void trunk_##NAME(const Trunk<Value>* state, const New* in, int count, const Run* runs, int how_many,            \
+                      float* scratch, Value* queries) {                                                              \
+        trunk(*state, *in, count, runs, how_many, scratch, queries);                                                 \
+    }
 
 #define PRODUCT(NAME, Value, Out)                                                                                    \
     void product_##NAME(const Value* x, int count, const Value* weights, const float* bias, int inner, int outer,    \
@@ -48,9 +61,11 @@ void draw_float32(const float* logits, int count, int vocabulary, const float* t
 
 #ifdef __AVX512F__
 PRODUCT(float32_float32, float, float)
+TRUNK(float32, float)
 #endif
 #ifdef __AVX512BF16__
 PRODUCT(bfloat16_bfloat16, bf16, bf16)
 PRODUCT(bfloat16_float32, bf16, float)
+TRUNK(bfloat16, bf16)
 #endif
 }

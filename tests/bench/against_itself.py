@@ -1,0 +1,165 @@
+"""The engine with and without: the sense mix, releases, a known prefix, its loop."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+import torch
+from backpack_lm.kernels import Prediction
+from backpack_lm.overlay import Overlay
+from backpack_lm.patch import Add, Cell, Edit, Release, Revision, Swap, Topic, Vector
+from backpack_serving.engine.engine import Engine
+from backpack_serving.engine.loop import EngineLoop
+from backpack_serving.engine.sequence import Request
+from torch import Tensor
+
+from tests.bench.side_by_side import ROUNDS, STEP_TOKENS, Bench, Timed
+
+
+def mix(bench: Bench, batch: int, length: int) -> None:
+    """Steps with the sense mix and without it in turn, on the same sequences: the difference is the mix."""
+    engine = bench.engine(batch, step_tokens=batch * length)  # all begin at once, so that none ends before
+    kernels = engine._runner.kernels
+    whole = kernels.mix
+    nothing = torch.zeros(batch, bench.model.config.n_embd)
+
+    def no_mix(queries: Tensor, predictions: list[Prediction]) -> Tensor:
+        return nothing[: len(predictions)]
+
+    for _ in range(batch):
+        engine.add(bench.request(bench.prompt(length), new=2 * 4 * ROUNDS + 2))
+    while bench.reading(engine, length):
+        engine.step()
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for n in range(2 * 4 * ROUNDS):
+        mixed = n % 2 == 0
+        kernels.mix = whole if mixed else no_mix  # type: ignore[method-assign, assignment]
+        started = time.perf_counter()
+        engine.step()
+        times[mixed].append(time.perf_counter() - started)
+    what = f"a decode step with the sense mix, against without, context {length}, batch {batch}"
+    ratios = [a / b for a, b in zip(times[True], times[False], strict=True)]
+    bench.note(what, times[True], times[False], ratios, "s", "at most 1.15")
+
+
+def releases(bench: Bench) -> list[Overlay]:
+    width, senses, vocabulary = (
+        bench.model.config.n_embd,
+        bench.model.config.num_senses,
+        bench.model.config.tokens,
+    )
+    compiled = []
+    for n in range(256):
+        draw = random.Random(n)
+        tokens = [draw.randrange(1, vocabulary) for _ in range(12)]
+        cells = tuple(Cell(t, s) for t in tokens for s in range(senses))
+        edits: list[Edit] = [Swap(cells, draw.randrange(vocabulary), draw.randrange(vocabulary))]
+        if n % 3 == 1:
+            edits = [Add(cells, Vector.of([draw.gauss(0, 0.1) for _ in range(width)]))]
+        if n % 3 == 2:
+            edits.append(Topic(tuple(tokens), 1 + n % 2))
+        compiled.append(Overlay.compile(Release((Revision("00" * 32, tuple(edits)),)), bench.table))
+    return compiled
+
+
+def distinct_releases(bench: Bench) -> None:
+    overlays = bench.releases()
+    engine = bench.engine(32)
+
+    def run(steered: bool) -> Timed:
+        return lambda: bench.generate(
+            engine,
+            [bench.request(bench.prompt(64), overlays[n] if steered else None, new=32) for n in range(256)],
+        )
+
+    what = "256 requests, 32 in a batch, each with another release, against none"
+    bench.compare(what, run(True), run(False), "tokens/s", "0.98")
+
+
+def prefix(bench: Bench) -> None:
+    """Time to the first token of a 448-token prompt whose first 400 another tenant has asked for."""
+    overlays = bench.releases()[:8]
+
+    def first_token(engine: Engine, request: Request) -> float:
+        started = time.perf_counter()
+        engine.add(request)
+        while not engine.step():
+            pass
+        elapsed = time.perf_counter() - started
+        engine.abort(request.id)
+        return elapsed
+
+    warm_engine, cold_engine = bench.engine(8, share=True), bench.engine(8)
+    shared = bench.prompt(400)
+    first_token(warm_engine, bench.request(shared + bench.prompt(48), overlays[0]))
+    turn = iter(range(10_000))
+
+    def ask(engine: Engine) -> Timed:
+        return lambda: first_token(engine, bench.request(shared + bench.prompt(48), overlays[next(turn) % 8]))
+
+    what = "first token, 400 of 448 tokens known from another tenant, against cold"
+    bench.compare(what, ask(warm_engine), ask(cold_engine), "s", "5")
+
+
+def budget(bench: Bench) -> None:
+    """What reading a prompt of 448 tokens in steps of few tokens does to 8 streams, and to throughput."""
+
+    def longest_gap(engine: Engine) -> Timed:
+        def measure() -> float:
+            for _ in range(8):
+                engine.add(bench.request(bench.prompt(16), new=24))
+            while bench.reading(engine, 16):
+                engine.step()
+            long = bench.request(bench.prompt(448), new=1)
+            engine.add(long)
+            longest, last = 0.0, time.perf_counter()
+            while engine.busy:
+                engine.step()
+                now = time.perf_counter()
+                longest, last = max(longest, now - last), now
+            return longest
+
+        return measure
+
+    def throughput(engine: Engine) -> Timed:
+        return lambda: bench.generate(engine, [bench.request(bench.prompt(448), new=16) for _ in range(4)])
+
+    small, large = bench.engine(9), bench.engine(9, step_tokens=512)
+    what = f"longest wait of 8 streams while 448 tokens are read, {STEP_TOKENS} a step against 512"
+    bench.compare(what, longest_gap(small), longest_gap(large), "s", "")
+    what = f"throughput, 448+16, batch 4, prompts read {STEP_TOKENS} tokens a step against 512"
+    bench.compare(what, throughput(small), throughput(large), "tokens/s", "")
+
+
+def loop(bench: Bench) -> None:
+    direct = bench.engine(32)
+
+    async def through(loop: EngineLoop, requests: list[Request]) -> float:
+        async def one(request: Request) -> int:
+            return sum([len(outputs) async for outputs in loop.generate(request)])
+
+        started = time.perf_counter()
+        tokens = sum(await asyncio.gather(*map(one, requests)))
+        return tokens / (time.perf_counter() - started)
+
+    runner = asyncio.Runner()
+
+    async def make() -> EngineLoop:
+        return EngineLoop(bench.engine(32))
+
+    engine_loop = runner.run(make())
+
+    def some() -> list[Request]:
+        return [bench.request(bench.prompt(64)) for _ in range(32)]
+
+    bench.compare(
+        "the engine through its asyncio loop, against stepping it, batch 32",
+        lambda: runner.run(through(engine_loop, some())),
+        lambda: bench.generate(direct, some()),
+        "tokens/s",
+        "0.95",
+    )
+    runner.run(engine_loop.stop())
+    runner.close()
