@@ -60,9 +60,11 @@ def test_a_different_patch_on_every_row_of_one_batch(make_engine, model, overlay
 
 
 def test_every_patch_changes_what_is_generated(make_engine, overlays) -> None:
-    requests = [Request(name, "t", prompt(3, 9), GREEDY, overlay) for name, overlay in overlays.items()]
-    tokens = run(make_engine(slots=len(requests)), requests)
-    changed = {name for name in overlays if tokens[name] != tokens["none"]}
+    """Of one text or another."""
+    cases = [(n, name) for n in range(3) for name in overlays]
+    requests = [Request(f"{name} {n}", "t", prompt(n, 9), GREEDY, overlays[name]) for n, name in cases]
+    tokens = run(make_engine(slots=len(overlays)), requests)
+    changed = {name for n, name in cases if tokens[f"{name} {n}"] != tokens[f"none {n}"]}
     assert changed == set(overlays) - {"none"}
 
 

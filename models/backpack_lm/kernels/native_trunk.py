@@ -55,7 +55,8 @@ class NativeTrunk(Trunk):
     kernels: NativeKernels
 
     def __init__(self, kernels: NativeKernels, model: Backpack) -> None:
-        """Raises AttributeError if the library has none for this processor, TypeError if a product isn't its own."""
+        """Raises AttributeError if the library has none for this processor, TypeError if a product isn't its
+        own."""
         super().__init__(kernels, model)
         caches, config = kernels.caches, model.config
         self._dtype = caches.table.dtype
