@@ -65,7 +65,7 @@ def releases(bench: Bench) -> list[Overlay]:
 
 
 def distinct_releases(bench: Bench) -> None:
-    overlays = bench.releases()
+    overlays = releases(bench)
     engine = bench.engine(32)
 
     def run(steered: bool) -> Timed:
@@ -80,7 +80,7 @@ def distinct_releases(bench: Bench) -> None:
 
 def prefix(bench: Bench) -> None:
     """Time to the first token of a 448-token prompt whose first 400 another tenant has asked for."""
-    overlays = bench.releases()[:8]
+    overlays = releases(bench)[:8]
 
     def first_token(engine: Engine, request: Request) -> float:
         started = time.perf_counter()

@@ -97,7 +97,7 @@ def _parts(engine: Engine) -> dict[str, float]:
 
 def main() -> None:
     argparse.ArgumentParser(prog="python -m tests.bench.profile", description=__doc__).parse_args()
-    benches = [side_by_side.default(), side_by_side.small()]
+    benches = [side_by_side.default(), side_by_side.small(senses=False)]
     found = {(b.name, *shape): profile(b, *shape) for b in benches for shape in SHAPES}
     names = list(dict.fromkeys(name for parts in found.values() for name in parts))
 

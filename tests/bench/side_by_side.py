@@ -124,12 +124,15 @@ def default() -> Bench:
     return Bench("default", served.model, served.table, text())
 
 
-def small() -> Bench:
-    """Backpack-Small with random weights, which cost what trained ones do."""
+def small(senses: bool = True) -> Bench:
+    """Backpack-Small with random weights, which cost what trained ones do. Without `senses`, which take minutes to
+    compute, its sense vectors are random as well."""
     torch.manual_seed(0)
     model = Backpack(SMALL).eval().requires_grad_(False)
     with console.status("computing the sense table of Backpack-Small, some minutes"):
-        bench = Bench("Small", model, model.sense_table(), text())
+        shape = (SMALL.vocab_size, SMALL.num_senses, SMALL.n_embd)
+        table = model.sense_table() if senses else model.table_of(torch.randn(shape, dtype=FAST) * 0.02)
+    bench = Bench("Small", model, table, text())
     # Topic denominators are hours of arithmetic, and what they are changes no time.
     bench.table.peaks = torch.ones(SMALL.vocab_size, SMALL.num_senses)
     return bench
