@@ -9,19 +9,21 @@ from pathlib import Path
 import structlog
 from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
+from google.protobuf.message import DecodeError
 
-from backpack_serving import rpc
-from backpack_serving.errors import Unauthenticated
+from backpack_serving import rpc, tasks
+from backpack_serving.errors import ServiceError, Unauthenticated
 from backpack_serving.identity import Identities
 from backpack_serving.interventions.caller import Bell
 from backpack_serving.interventions.database import open_store
-from backpack_serving.interventions.rollouts import ErrorGate
+from backpack_serving.interventions.rollouts import ErrorGate, Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.servicer import services
 from backpack_serving.interventions.store import Store
 from backpack_serving.keys import ApiKey, Principal, Role
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
+from backpack_serving.wire.rollout import read_standing, write_standing
 
 log = structlog.get_logger(__name__)
 
@@ -37,6 +39,7 @@ class InterventionService:
     drain: float
     failed: asyncio.Event
     """Set when the store will take nothing more: the process must be started again."""
+    telling: asyncio.Task[None]
 
     @property
     def address(self) -> str:
@@ -44,6 +47,7 @@ class InterventionService:
 
     async def stop(self) -> None:
         await self.server.stop(self.drain)
+        await tasks.end(self.telling)
         await asyncio.to_thread(self.store.close)
 
 
@@ -62,8 +66,16 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
 
     try:
         bell = Bell()
-        store.listen(bell.ring, fail)
         service = Interventions(store, manifest.shape, on_write=bell.ring)
+        rollouts = Rollouts(service, ErrorGate(settings.canary_requests, settings.canary_errors))
+
+        def told(text: str) -> None:
+            try:
+                loop.call_soon_threadsafe(rollouts.told, *read_standing(text))
+            except (ValueError, ServiceError, DecodeError) as error:
+                log.warning("another version of the service tells of a reader", error=str(error))
+
+        store.listen(bell.ring, fail, told)
         await asyncio.to_thread(service.check_model, settings.force_model)
         admin = _key(settings.admin_key.get_secret_value(), settings.state / ADMIN_KEY)
         replica = _key(settings.service_key.get_secret_value(), settings.state / REPLICA_KEY)
@@ -78,10 +90,9 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
         async def known(who: Principal) -> None:
             await asyncio.to_thread(service.check_tenant, who)
 
-        gate = ErrorGate(settings.canary_requests, settings.canary_errors)
         identities = Identities(by_key, known, settings.issuer, settings.certificates)
         server = await rpc.start(
-            services(service, tokenizer, identities, bell, gate),
+            services(service, tokenizer, identities, bell, rollouts),
             settings.interventions_address,
             metrics.calls("interventions"),
             tls=settings.tls,
@@ -90,7 +101,8 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
     except BaseException:
         store.close()
         raise
-    return InterventionService(server, store, settings.drain, failed)
+    others = rollouts.tell(lambda standing: store.tell([write_standing(*one) for one in standing]))
+    return InterventionService(server, store, settings.drain, failed, asyncio.create_task(others))
 
 
 def _key(given: str, file: Path) -> ApiKey:

@@ -1,10 +1,14 @@
-"""Who follows the service, and who holds which release. In memory: after a restart all readers say Hello again."""
+"""Who follows the service, and who holds which release. In memory: after a restart all readers say Hello again.
+
+Several processes of the service may share a database. Each tells the others where its own readers stand, each
+second and when that changes; who isn't told of for SILENCE seconds isn't connected any more.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from backpack_serving.interventions.records import Channel, Position
@@ -63,11 +67,21 @@ class Rollout:
     refusals: tuple[tuple[str, Refusal], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A reader's stream to another process of the service, as that one told lately."""
+
+    hello: Hello
+    acked: Position
+    refusals: dict[tuple[str, str], Refusal]
+    digests: frozenset[str] = frozenset()  # too long to be told
+
+
 @dataclass(slots=True)
 class Seen:
     """One reader process: its newest stream, and when it was heard last."""
 
-    session: Session
+    session: Session | Elsewhere
     heard: float
     connected: bool = True
     tallies: tuple[Tally, ...] = ()
@@ -80,7 +94,7 @@ class Fleet:
         self._clock = clock
         self._seen: dict[str, Seen] = {}
 
-    def heard(self, session: Session, report: Report | None = None) -> None:
+    def heard(self, session: Session | Elsewhere, report: Report | None = None) -> None:
         """A stream has said something. A newer stream of the same process takes the place of an older one."""
         assert session.hello is not None, "nothing is heard before Hello"
         seen = self._seen.get(session.hello.incarnation)
@@ -89,6 +103,23 @@ class Fleet:
         seen.heard, seen.connected = self._clock(), True
         if report:
             seen.tallies = report.tallies
+
+    def elsewhere(self, hello: Hello, report: Report) -> None:
+        """Another process of the service tells where a reader stands: it holds all up to `hello.position`."""
+        seen = self._seen.get(hello.incarnation)
+        if seen is None or not seen.connected or isinstance(seen.session, Elsewhere):
+            refusals = {refusal.key: refusal for refusal in hello.refusals}
+            self.heard(Elsewhere(hello, hello.position, refusals), report)
+
+    def here(self) -> list[tuple[Hello, Report]]:
+        """Where this process's own readers stand, as the others take it in with `elsewhere`."""
+        found = []
+        for seen in self._seen.values():
+            if seen.connected and isinstance(seen.session, Session):
+                refusals = tuple(seen.session.refusals.values())
+                hello = replace(_of(seen), position=seen.session.acked, refusals=refusals, digests=frozenset())
+                found.append((hello, Report(tallies=seen.tallies)))
+        return found
 
     def left(self, session: Session) -> None:
         """A stream has ended."""
@@ -99,6 +130,9 @@ class Fleet:
     def readers(self) -> list[tuple[Seen, float]]:
         """Those seen lately, replicas first, with the seconds since they were heard."""
         now = self._clock()
+        for seen in self._seen.values():
+            if isinstance(seen.session, Elsewhere) and now - seen.heard > SILENCE:
+                seen.connected = False
         self._seen = {
             name: seen for name, seen in self._seen.items() if seen.connected or now - seen.heard < FORGOTTEN
         }

@@ -7,8 +7,9 @@ NOTIFY wakes watchers up; they poll as well, so one that is lost costs a second.
 
 from __future__ import annotations
 
+import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,12 +21,16 @@ from backpack_serving.errors import InvalidRequest, Unavailable
 from backpack_serving.interventions import schema
 from backpack_serving.interventions.records import IMMUTABLE, Reply
 from backpack_serving.interventions.sql import SQLStore
+from backpack_serving.interventions.store import ignored
 from backpack_serving.interventions.tables import head, tables
 
 log = structlog.get_logger(__name__)
 
 EVERYBODY = "*"
 """The value of backpack.tenant under which policies let every tenant's records be seen."""
+
+WROTE, TOLD = "backpack", "backpack_told"
+"""Channels of NOTIFY: that something was written, and what processes of the service tell each other."""
 
 _MIGRATING = 0x6261636B7061636B
 """Key of the advisory lock that migrations take."""
@@ -53,7 +58,7 @@ class PostgresStore(SQLStore):
     def __init__(self, engine: sa.Engine) -> None:
         super().__init__(engine)
         self._readers = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-        self._closed = threading.Event()
+        self._closed, self._name = threading.Event(), secrets.token_hex(4)
         self._listener: threading.Thread | None = None
 
     @classmethod
@@ -71,9 +76,17 @@ class PostgresStore(SQLStore):
             raise
         return store
 
-    def listen(self, heard: Callable[[], None], failed: Callable[[str], None]) -> None:
-        self._listener = threading.Thread(target=self._hear, args=(heard,), name="listen", daemon=True)
+    def listen(
+        self, heard: Callable[[], None], failed: Callable[[str], None], told: Callable[[str], None] = ignored
+    ) -> None:
+        self._listener = threading.Thread(target=self._hear, args=(heard, told), name="listen", daemon=True)
         self._listener.start()
+
+    def tell(self, texts: Sequence[str]) -> None:
+        with self._errors(), self.engine.begin() as connection:
+            connection.execute(sa.text("SET LOCAL synchronous_commit = off"))  # there is nothing to keep
+            for text in texts:
+                connection.execute(sa.select(sa.func.pg_notify(TOLD, f"{self._name} {text}")))
 
     def close(self) -> None:
         self._closed.set()
@@ -81,16 +94,20 @@ class PostgresStore(SQLStore):
             self._listener.join()
         super().close()
 
-    def _hear(self, heard: Callable[[], None]) -> None:
+    def _hear(self, heard: Callable[[], None], told: Callable[[str], None]) -> None:
         dsn = self.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
         while not self._closed.is_set():
             try:
                 with psycopg.connect(dsn, autocommit=True, **_CONNECT) as connection:  # type: ignore[arg-type]
-                    connection.execute("LISTEN backpack")
+                    connection.execute(f"LISTEN {WROTE}; LISTEN {TOLD}")
                     heard()  # of what was written while nobody listened
                     while not self._closed.is_set():
-                        for _ in connection.notifies(timeout=0.5, stop_after=1):
-                            heard()
+                        for notice in connection.notifies(timeout=0.5, stop_after=1):
+                            who, _, text = notice.payload.partition(" ")
+                            if notice.channel == WROTE:
+                                heard()
+                            elif who != self._name:
+                                told(text)
             except psycopg.Error:
                 self._closed.wait(1.0)
 
@@ -110,7 +127,7 @@ class PostgresStore(SQLStore):
         connection.execute(sa.select(sa.func.set_config("backpack.tenant", seen, True)))
 
     def _commit(self, transaction: sa.RootTransaction) -> None:
-        transaction.connection.execute(sa.select(sa.func.pg_notify("backpack", "")))
+        transaction.connection.execute(sa.select(sa.func.pg_notify(WROTE, "")))
         try:
             transaction.commit()
         except sa.exc.DBAPIError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -13,10 +15,13 @@ from backpack_serving.interventions.caller import Bell, wait
 from backpack_serving.interventions.fleet import Fleet, Rollout
 from backpack_serving.interventions.records import Channel, Position
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.sync.messages import Ack, FromReader, Refusal, Report, Tally
+from backpack_serving.sync.messages import Ack, FromReader, Hello, Refusal, Report, Tally
 from backpack_serving.sync.session import Session
 
 log = structlog.get_logger(__name__)
+
+TELL_SECONDS, GATHER_SECONDS = 1.0, 0.05
+"""How often other processes are told at least, and for how long changes are gathered for one telling."""
 
 
 class Level(StrEnum):
@@ -70,7 +75,7 @@ class Rollouts:
     def __init__(self, service: Interventions, gate: ErrorGate) -> None:
         self._service, self._gate = service, gate
         self.fleet = Fleet()
-        self._bell = Bell()
+        self._bell, self._changed = Bell(), Bell()
 
     async def heard(self, session: Session, message: FromReader) -> None:
         """A reader has spoken, and the session has taken it in."""
@@ -83,11 +88,26 @@ class Rollouts:
         if not isinstance(message, Ack):
             for refusal in tuple(session.refusals.values()):
                 await self._refused(refusal)
-        self._bell.ring_here()
+        self._ring()
 
     def left(self, session: Session) -> None:
         self.fleet.left(session)
+        self._ring()
+
+    def told(self, hello: Hello, report: Report) -> None:
+        """Another process of the service has heard of a reader of its own."""
+        self.fleet.elsewhere(hello, report)
         self._bell.ring_here()
+
+    async def tell(self, others: Callable[[list[tuple[Hello, Report]]], None]) -> None:
+        """Tell the other processes where the readers here stand, for ever: each second, and when that changes."""
+        while True:
+            changed = self._changed.next()
+            if standing := self.fleet.here():
+                with suppress(ServiceError):  # the database is away: so are the others
+                    await asyncio.to_thread(others, standing)
+            await asyncio.sleep(GATHER_SECONDS)
+            await wait(changed, TELL_SECONDS)
 
     async def wait(self, channel: Channel, position: Position, level: Level, seconds: float) -> Rollout | None:
         """How far a write has come when enough readers hold it, when they can't any more, or after so long."""
@@ -101,6 +121,10 @@ class Rollouts:
             if level.reached(rollout) or level.out_of_reach(rollout) or loop.time() >= until:
                 return rollout
             await wait(rung, until - loop.time())
+
+    def _ring(self) -> None:
+        self._bell.ring_here()
+        self._changed.ring_here()
 
     async def _judge(self, tally: Tally) -> None:
         together = self.fleet.tally(tally.tenant, tally.channel, tally.digest)

@@ -14,7 +14,7 @@ from backpack_serving import rpc
 from backpack_serving.identity import Identities
 from backpack_serving.interventions.caller import Bell, Caller
 from backpack_serving.interventions.channel_servicer import ChannelMethods
-from backpack_serving.interventions.rollouts import ErrorGate, Rollouts
+from backpack_serving.interventions.rollouts import Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.sync_servicer import FleetServicer, SyncServicer
 from backpack_serving.wire import control as wire
@@ -258,10 +258,9 @@ class AuditServicer(Caller, grpc_v1.AuditServiceServicer):
 
 
 def services(
-    service: Interventions, tokenizer: Tokenizer, identities: Identities, bell: Bell, gate: ErrorGate
+    service: Interventions, tokenizer: Tokenizer, identities: Identities, bell: Bell, rollouts: Rollouts
 ) -> list[rpc.Service]:
     """All six, ready to be served."""
-    rollouts = Rollouts(service, gate)
     common = service, tokenizer, identities
     add: dict[str, tuple[Callable[..., None], object]] = {
         "TenantService": (grpc_v1.add_TenantServiceServicer_to_server, TenantServicer(*common)),

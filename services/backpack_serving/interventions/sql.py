@@ -8,7 +8,7 @@ of order, and who polls by them misses events.)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from backpack_serving.errors import Unavailable
 from backpack_serving.interventions.records import Event, Position, Record, Reply, key_of
-from backpack_serving.interventions.store import Read, Write
+from backpack_serving.interventions.store import Read, Write, ignored
 from backpack_serving.interventions.tables import head, tables
 
 R = TypeVar("R")
@@ -119,7 +119,13 @@ class SQLStore(ABC):
             self._commit(transaction)
 
     @abstractmethod
-    def listen(self, heard: Callable[[], None], failed: Callable[[str], None]) -> None:
+    def listen(
+        self, heard: Callable[[], None], failed: Callable[[str], None], told: Callable[[str], None] = ignored
+    ) -> None:
+        """See `Store`."""
+
+    @abstractmethod
+    def tell(self, texts: Sequence[str]) -> None:
         """See `Store`."""
 
     def close(self) -> None:

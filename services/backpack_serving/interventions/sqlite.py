@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +22,7 @@ from sqlalchemy.pool import StaticPool
 from backpack_serving.errors import Unavailable
 from backpack_serving.interventions import schema
 from backpack_serving.interventions.sql import SQLStore
+from backpack_serving.interventions.store import ignored
 
 CHECKPOINT_WRITES = 200
 """Writes after which the write-ahead log is copied into the database file."""
@@ -65,8 +66,13 @@ class SQLiteStore(SQLStore):
             raise Unavailable("DATABASE", f"{path} can't be used: {getattr(error, 'orig', error)}") from None
         return cls(engine, lock)
 
-    def listen(self, heard: Callable[[], None], failed: Callable[[str], None]) -> None:
+    def listen(
+        self, heard: Callable[[], None], failed: Callable[[str], None], told: Callable[[str], None] = ignored
+    ) -> None:
         self._on_failure = failed
+
+    def tell(self, texts: Sequence[str]) -> None:
+        pass  # no other process has the file
 
     def close(self) -> None:
         with self._lock:  # a write may still be running whose caller was told to try again

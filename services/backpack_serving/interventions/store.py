@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -18,6 +18,13 @@ from typing import Any, Protocol, TypeVar
 from backpack_serving.interventions.records import IMMUTABLE, KINDS, Event, Position, Record, Reply, key_of
 
 R = TypeVar("R")
+
+MOST_TOLD = 7_900
+"""Bytes of one text for other processes: what PostgreSQL's NOTIFY carries."""
+
+
+def ignored(text: str) -> None:
+    """Who doesn't care what other processes tell."""
 
 
 class Read(Protocol):
@@ -75,10 +82,16 @@ class Store(Protocol):
         Raises Unavailable if that can't be told: the write may have happened then.
         """
 
-    def listen(self, heard: Callable[[], None], failed: Callable[[str], None]) -> None:
+    def listen(
+        self, heard: Callable[[], None], failed: Callable[[str], None], told: Callable[[str], None] = ignored
+    ) -> None:
         """Call `heard`, from any thread, soon after other processes have written; one call may get lost. Call
-        `failed`, with the reason, when the store will take nothing more until its process is started again.
+        `failed`, with the reason, when the store will take nothing more until its process is started again. Call
+        `told` with what other processes `tell`.
         """
+
+    def tell(self, texts: Sequence[str]) -> None:
+        """Tell other processes that listen to this store, MOST_TOLD bytes each at most. Nothing is stored."""
 
     def close(self) -> None: ...
 
@@ -184,8 +197,13 @@ class MemoryStore:
             yield copy
             self._now = _Tables(copy.position, copy.hash, copy.tables)
 
-    def listen(self, heard: Callable[[], None], failed: Callable[[str], None]) -> None:
+    def listen(
+        self, heard: Callable[[], None], failed: Callable[[str], None], told: Callable[[str], None] = ignored
+    ) -> None:
         pass  # nobody else writes to this memory, and it doesn't fail
+
+    def tell(self, texts: Sequence[str]) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -1,0 +1,166 @@
+"""Several processes of the service on one PostgreSQL: each knows of all readers, whichever of them they follow."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from backpack_lm.manifest import Manifest
+from backpack_proto.v1 import interventions_pb2 as ipb
+from backpack_proto.v1 import sync_pb2 as spb
+from backpack_serving.interventions import bootstrap
+from backpack_serving.interventions.database import open_store
+from backpack_serving.interventions.store import MOST_TOLD
+from backpack_serving.metrics import Metrics
+from backpack_serving.settings import Settings
+from backpack_serving.sync.known import Kind, Position, Steering
+from backpack_serving.sync.messages import Hello, Refusal, Report, Tally
+from backpack_serving.wire.rollout import read_standing, write_standing
+
+from tests.e2e.conftest import System, copy
+from tests.promises.conftest import eventually
+from tests.promises.follower import Follower
+
+
+class Refusing(Follower):
+    """A reader that refuses every release but those without patches."""
+
+    async def stage(self, work: tuple[Steering, ...]) -> tuple[Refusal, ...]:
+        return tuple(
+            Refusal(*change.key, change.serving[0].digest, "NON_FINITE", "no numbers")
+            for change in work
+            if change.serving[0].number
+        )
+
+
+@asynccontextmanager
+async def two(state: Path, database: str) -> AsyncIterator[tuple[Settings, list[System]]]:
+    settings = Settings(state=state, database=database, drain=0.2, interventions_address="127.0.0.1:0")
+    running = [await bootstrap.start(settings, Metrics()) for _ in range(2)]
+    systems = [System(one.address, one.address, settings) for one in running]
+    yield settings, systems
+    for system in systems:
+        await system.close()
+    for one in running:
+        await one.stop()
+
+
+def _follow(kind: type[Follower], what: Kind, system: System, name: str) -> Follower:
+    settings = system.settings
+    fingerprint = Manifest.read(settings.model).fingerprint
+    file = settings.state / name / "view"
+    return kind(what, system.interventions, settings.key_for("replica"), file, fingerprint)
+
+
+async def _tenant(system: System) -> Any:
+    await system.tenants.CreateTenant(ipb.CreateTenantRequest(tenant_id="acme"), metadata=system.admin)
+    request = ipb.CreateApiKeyRequest(parent="tenants/acme", roles=[ipb.ROLE_RELEASER])
+    secret = (await system.tenants.CreateApiKey(request, metadata=system.admin)).secret
+    key = (("authorization", f"Bearer {secret}"),)
+    await system.patches.CreatePatch(ipb.CreatePatchRequest(patch_id="p"), metadata=key)
+    return key
+
+
+async def _connected(system: System) -> int:
+    answer = await system.fleet.ListReaders(spb.ListReadersRequest(), metadata=system.admin)
+    return sum(reader.connected for reader in answer.readers)
+
+
+async def _activate(system: System, key: Any, release: int) -> tuple[ipb.Rollout, float]:
+    """Through one process, waiting for all readers; how far it came, and the seconds it took."""
+    now = await system.releases.GetChannel(ipb.GetChannelRequest(name="channels/live"), metadata=key)
+    request = ipb.ActivateRequest(
+        channel="channels/live", release=release, etag=now.channel.etag, wait=ipb.WAIT_ALL
+    )
+    request.wait_timeout.FromSeconds(40)
+    started = time.monotonic()
+    answer = await system.releases.Activate(request, metadata=key)
+    return answer.rollout, time.monotonic() - started
+
+
+async def test_a_wait_counts_the_readers_of_every_process_and_forgets_those_that_left(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    async with two(tmp_path, postgres_url) as (_, (one, other)):
+        key = await _tenant(one)
+        release = await one.release(key, copy("king", "ship"))
+        followers = [
+            _follow(Follower, Kind.GATEWAY, one, "gateway"),
+            _follow(Follower, Kind.REPLICA, one, "here"),
+            _follow(Follower, Kind.REPLICA, other, "there"),
+        ]
+        for follower in followers:
+            await follower.start()
+        for system in (one, other):
+            await eventually(lambda system=system: _all_of(system, 3))  # type: ignore[misc]
+        followers[2].slow = 1.0
+        rollout, seconds = await _activate(one, key, release)
+        assert (rollout.complete, rollout.replicas, rollout.replicas_acked) == (True, 2, 2)
+        assert seconds >= 1, "the slow one follows the other process"
+        rollout, _ = await _activate(other, key, 0)
+        assert (rollout.complete, rollout.replicas, rollout.gateways) == (True, 2, 1)
+        await followers[2].stop()
+        await eventually(lambda: _all_of(one, 2))
+        rollout, _ = await _activate(one, key, release)
+        assert (rollout.complete, rollout.replicas) == (True, 1)
+        for follower in followers[:2]:
+            await follower.stop()
+
+
+async def _all_of(system: System, count: int) -> bool:
+    return await _connected(system) == count
+
+
+async def test_a_refusal_to_one_process_ends_a_wait_at_another(tmp_path: Path, postgres_url: str) -> None:
+    async with two(tmp_path, postgres_url) as (_, (one, other)):
+        key = await _tenant(one)
+        release = await one.release(key, copy("king", "ship"))
+        followers = [
+            _follow(Follower, Kind.GATEWAY, one, "gateway"),
+            _follow(Follower, Kind.REPLICA, one, "here"),
+            _follow(Refusing, Kind.REPLICA, other, "there"),
+        ]
+        for follower in followers:
+            await follower.start()
+        await eventually(lambda: _all_of(one, 3))
+        rollout, seconds = await _activate(one, key, release)
+        assert (rollout.complete, rollout.replicas, rollout.replicas_acked) == (False, 2, 1)
+        assert "NON_FINITE" in rollout.refusals[0]
+        assert seconds < 30, "it can't become complete any more, so nobody waits for it"
+        for follower in followers:
+            await follower.stop()
+
+
+async def test_where_a_reader_stands_is_read_as_it_was_written_and_fits_a_notice() -> None:
+    refusals = [Refusal("acme", f"c{n}", "ab" * 32, "NON_FINITE", "no numbers" * 10) for n in range(60)]
+    tallies = (Tally("acme", "live", "cd" * 32, 7, 2, 1),)
+    hello = Hello(Kind.REPLICA, "i1", "r", "ef" * 32, Position(2, 9), refusals=tuple(refusals[:2]))
+    assert read_standing(write_standing(hello, Report(tallies=tallies))) == (hello, Report(tallies=tallies))
+    many = Hello(Kind.REPLICA, "i1", "r", "ef" * 32, Position(2, 9), refusals=tuple(refusals))
+    text = write_standing(many, Report(tallies=tallies))
+    assert len(text) < MOST_TOLD
+    told, _ = read_standing(text)
+    assert (told.position, told.incarnation) == (Position(), "i1"), "who can't be told of in full holds nothing"
+
+
+async def test_what_is_told_reaches_the_others_and_not_oneself(postgres_url: str) -> None:
+    one, other = open_store(postgres_url), open_store(postgres_url)
+    heard: dict[str, list[str]] = {"one": [], "other": []}
+    one.listen(lambda: None, print, heard["one"].append)
+    other.listen(lambda: None, print, heard["other"].append)
+
+    async def arrived() -> bool:
+        await asyncio.to_thread(one.tell, ["a", "b c"])
+        return bool(heard["other"])
+
+    try:
+        await eventually(arrived)
+        assert set(heard["other"]) == {"a", "b c"}
+        assert heard["one"] == []
+    finally:
+        one.close()
+        other.close()
