@@ -33,7 +33,7 @@ down: ## Stop the containers; their volumes and secrets stay
 	$(COMPOSE) down
 
 test-containers: .venv/.dev ## Build the images, bring the compose stack up, use it, kill its parts (needs docker)
-	$(BIN)/pytest -s tests/deploy/test_containers.py
+	$(BIN)/pytest -s tests/deploy/test_containers.py tests/deploy/test_chart_containers.py
 
 bench: .venv/.dev ## Measure, side by side; results go to tests/bench/results
 	$(BIN)/python -m tests.bench.engine
