@@ -403,7 +403,7 @@ def test_a_patch_from_the_lab_is_uploaded_with_its_report_and_steers(backpack: A
     backpack("release", "create", "ships:1", "--activate", "--as", "lab-user")
     assert "edited" in backpack("senses", "ship", "--as", "lab-user")
     judged = backpack("lab", "judge", str(file), "--prompt", prompt, "--html", str(tmp_path / "judged.html"))
-    assert "1 edits of 16 cells" in judged
+    assert "1 edits of 8 cells" in judged
     assert "<table>" in (tmp_path / "judged.html").read_text()
 
     other = json.loads(file.read_text()) | {"model": "00" * 32}
@@ -418,7 +418,7 @@ def test_a_page_of_a_word_and_of_a_generation(backpack: Any, tmp_path: Path) -> 
     page = tmp_path / "word.html"
     assert "near" in backpack("senses", "ship", "--html", str(page), "--as", "clinic")
     shown = page.read_text()
-    assert shown.count("<section class=sense>") == 16
+    assert shown.count("<section class=sense>") == 8
     assert ">boat<" in shown, "a neighbour of ship"
     assert "near" not in backpack("senses", "ship", "--as", "clinic").split("\n")[0]
 
@@ -435,4 +435,4 @@ def test_a_page_of_a_word_and_of_a_generation(backpack: Any, tmp_path: Path) -> 
     for number, step in enumerate(data["steps"]):
         total = sum(term["contribution"] for term in step["terms"]) + step["unlisted"]
         assert total == pytest.approx(step["logit"], abs=1e-3)
-        assert len(step["terms"]) == 16 * (len(data["prompt"]) + number), "every term is listed while they are few"
+        assert len(step["terms"]) == 8 * (len(data["prompt"]) + number), "every term is listed while they are few"

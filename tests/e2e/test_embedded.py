@@ -206,7 +206,7 @@ async def test_scores_and_senses(system: System, served: ServedModel) -> None:
     assert all(s.edited for s in senses[0].senses)
     assert not any(s.edited for s in senses[1].senses)
     model = await system.inference.GetModel(pb.GetModelRequest(), metadata=key)
-    assert (model.num_senses, model.fingerprint) == (16, served.manifest.fingerprint)
+    assert (model.num_senses, model.fingerprint) == (8, served.manifest.fingerprint)
 
 
 # ---- bad input

@@ -53,7 +53,7 @@ def plan(data: Data, twin: Path | None, judge: Path | None, folder: Path) -> lis
         *found,
         GenderBias(twin),
         KnowledgeEditing(data.corpora),
-        TopicControl(24, 60, "It was", 0, judge, twin, work),
+        TopicControl(24, 60, "", 0, judge, twin, work),
         SenseFinetuning(data.corpora[-1]),
     ]
 

@@ -18,7 +18,7 @@ from backpack_serving.embedded import Embedded
 from backpack_serving.errors import AlreadyExists
 
 PROMPT = "The story of the king and the"
-SAMPLING = pb.Sampling(max_tokens=36, temperature=0.7, top_k=30, seed=37)
+SAMPLING = pb.Sampling(max_tokens=36, temperature=0.7, top_k=30, seed=26)
 
 
 @dataclass(frozen=True, slots=True)
