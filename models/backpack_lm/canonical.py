@@ -102,7 +102,9 @@ def decode(data: bytes) -> tuple[str, tuple[Edit, ...]]:
 def _decode_edit(reader: _Reader) -> Edit:
     (kind,) = reader.take(1)
     if kind == Topic.KIND:
-        strength, annealed, count = reader.unpack("<B?I")
+        strength, annealed, count = reader.unpack("<BBI")
+        if annealed > 1:
+            raise PatchError(Violation("blob", "CORRUPT", f"a flag is {annealed}, neither 0 nor 1"))
         tokens = struct.unpack(f"<{int(count)}I", reader.take(4 * int(count)))
         return Topic(tokens, int(strength), bool(annealed))
     cells = tuple(reader.cell() for _ in range(reader.count()))
@@ -115,6 +117,8 @@ def _decode_edit(reader: _Reader) -> Edit:
             return Set(cells, Vector(reader.take(reader.count())))
         case Copy.KIND:
             source, sense = map(int, reader.unpack("<Ii"))
+            if sense < -1:
+                raise PatchError(Violation("blob", "CORRUPT", f"sense {sense}"))
             return Copy(cells, source, None if sense < 0 else sense)
         case ProjectOut.KIND:
             return ProjectOut(cells, reader.count())

@@ -8,11 +8,13 @@ random bits needs no slow hash.
 from __future__ import annotations
 
 import hmac
+import os
 import re
 import secrets
 import zlib
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from backpack_serving.errors import Forbidden, Unauthenticated
 
@@ -109,6 +111,15 @@ class ApiKey:
 
     def __repr__(self) -> str:
         return f"ApiKey({self.id}, …)"
+
+
+def keep(key: str, file: Path) -> None:
+    """Write a key into a file that only its owner can read; whoever reads it finds the whole key or no file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial.touch(mode=0o600)
+    partial.write_text(f"{key}\n")
+    partial.replace(file)
 
 
 def _check(key: str, secret: str) -> str:

@@ -306,7 +306,7 @@ def test_a_refusal_is_one_line(backpack: Any, words: tuple[str, ...], says: str)
         ("[]", "EMPTY: edits: a revision needs at least one edit"),
         ('{"edits": "x"}', "no list of edits"),
         ('[{"scale": {"factr": 0}}]', 'no field named "factr"'),
-        ('[{"scale": {"cells": [{"word": {"text": "king"}, "senses": [99]}]}}]', "senses are 0 to 15"),
+        ('[{"scale": {"cells": [{"word": {"text": "king"}, "senses": [99]}]}}]', "senses are 0 to 7"),
     ],
 )
 def test_a_bad_patch_file_is_one_line_and_makes_no_patch(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -153,7 +155,7 @@ def test_p1_the_process_ends_so_that_it_is_started_again(
         monkeypatch.setenv(f"BACKPACK_{name}", str(value))
     refused: list[ServiceError] = []
 
-    def client() -> None:
+    def write() -> None:
         settings = Settings()
         with rpc.sync_channel(settings.interventions_address) as channel:
             stub = interventions_pb2_grpc.TenantServiceStub(channel)
@@ -171,6 +173,13 @@ def test_p1_the_process_ends_so_that_it_is_started_again(
                     ask("lost")
             except ServiceError as error:
                 refused.append(error)
+
+    def client() -> None:
+        try:
+            write()
+        finally:
+            if not refused:  # then nothing ends the service, and this test would wait for ever
+                os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=client)
     thread.start()

@@ -30,7 +30,7 @@ LIVE = "channels/live"
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def parts(tmp_path_factory: Any) -> AsyncIterator[Apart]:
     # Few rows, so that a release can be larger than what the engine takes: one that only fails when it is used.
-    async with apart(tmp_path_factory.mktemp("state"), overlay_rows=40, canary_requests=10) as parts:
+    async with apart(tmp_path_factory.mktemp("state"), overlay_rows=20, canary_requests=10) as parts:
         yield parts
 
 

@@ -16,6 +16,7 @@ from backpack_serving import rpc
 from backpack_serving.cli.client import out, tenant_key_file
 from backpack_serving.embedded import Embedded
 from backpack_serving.errors import AlreadyExists
+from backpack_serving.keys import keep
 
 PROMPT = "The story of the king and the"
 SAMPLING = pb.Sampling(max_tokens=36, temperature=0.7, top_k=30, seed=26)
@@ -91,9 +92,7 @@ async def _provide(serving: Embedded, example: Example, channel: object) -> None
         pbi.ActivateRequest(channel="channels/live", release=release.release.number, etag=live.channel.etag),
         metadata=me,
     )
-    file = tenant_key_file(serving.settings, example.tenant)
-    file.touch(mode=0o600)
-    file.write_text(made.secret + "\n")
+    keep(made.secret, tenant_key_file(serving.settings, example.tenant))
 
 
 @dataclass(slots=True)

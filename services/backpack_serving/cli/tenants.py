@@ -8,6 +8,7 @@ import typer
 from backpack_proto.v1 import interventions_pb2 as pb
 
 from backpack_serving.cli.client import as_admin, new_id, out, table, tenant_key_file, when
+from backpack_serving.keys import keep
 from backpack_serving.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, help="Tenants and their API keys; needs the admin key.")
@@ -30,8 +31,7 @@ def create_tenant(name: Annotated[str, typer.Argument(help="a-z, 0-9 and -")]) -
             parent=f"tenants/{name}", roles=[pb.ROLE_RELEASER, pb.ROLE_CALLER], request_id=new_id()
         )
         secret = client.tenants.CreateApiKey(request, metadata=client.metadata).secret
-        file.touch(mode=0o600)
-        file.write_text(secret + "\n")
+        keep(secret, file)
     out.print(f"tenants/{name}; its key is in {file}")
 
 

@@ -20,7 +20,7 @@ from backpack_serving.interventions.rollouts import ErrorGate, Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.servicer import services
 from backpack_serving.interventions.store import Store
-from backpack_serving.keys import ApiKey, Principal, Role
+from backpack_serving.keys import ApiKey, Principal, Role, keep
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
 from backpack_serving.wire.rollout import read_standing, write_standing
@@ -113,7 +113,5 @@ def _key(given: str, file: Path) -> ApiKey:
 def mint_key(file: Path) -> str:
     """The key in a file that only its owner can read; a new one if there is no such file."""
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)
-        file.write_text(f"{ApiKey.mint()}\n")
+        keep(str(ApiKey.mint()), file)
     return file.read_text().strip()

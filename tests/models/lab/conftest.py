@@ -32,6 +32,8 @@ def folder(tmp_path_factory: Any) -> Path:
     torch.manual_seed(0)
     config = BackpackConfig(tokenizer.vocab_size, 64, 32, 2, 2, num_senses=4, eos_token_id=tokenizer.end_of_text)
     model = Backpack(config).eval().requires_grad_(False)
+    # As initialised, a position weighs itself most: here, what stands before has to count.
+    torch.nn.init.normal_(model.sense_weight_net.c_attn.weight, std=0.02)
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * (0.25 if parameter.ndim > 1 else 0.1))
     # Small dots E·C, so that annealing is halfway rather than over at once.
@@ -52,6 +54,6 @@ def small(subject: Subject) -> Subject:
     config = replace(SMALL, vocab_size=subject.config.vocab_size, num_tokens=None, eos_token_id=0)
     model = Backpack(config).eval().requires_grad_(False)
     model.embedding.mul_(10)
-    model.sense_weight_net.c_attn.weight.mul_(5)
+    torch.nn.init.normal_(model.sense_weight_net.c_attn.weight, std=0.1)
     table = model.sense_table()
     return Subject(Manifest("ab" * 32, config, table.sense_rms), model, table, subject.tokenizer)

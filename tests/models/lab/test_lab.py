@@ -201,7 +201,7 @@ def test_examples_that_are_none_are_refused(tmp_path: Path) -> None:
 
 def test_a_judgement_is_what_the_overlay_does(subject: Subject, folder: Path) -> None:
     ship = subject.token("ship")
-    edits = [Add((Cell(ship, 1),), Vector.of([2.0] * 32))]
+    edits = [Add(tuple(Cell(ship, sense) for sense in range(4)), Vector.of([2.0] * 32))]
     prompts = [Example("The captain of the ship saw the", "land"), Example("The king said", "")]
     text = rows(subject, ["the king and the ship " * 60], 200, 64).flatten()
     found = judge(subject, edits, prompts, text)
