@@ -113,7 +113,10 @@ class Load:
         except ServiceError as error:
             # Whoever has had an answer must be told by us; that there is no connection, the library tells.
             marked = error.retry_after is not None or (not acknowledged and isinstance(error, Unavailable))
-            (self.retried if marked else self.lost)[error.reason] += 1
+            if marked:
+                self.retried[error.reason] += 1
+            else:
+                self.lost[f"{error.code} {error.reason}, {tokens} tokens: {error.message}"] += 1
             return False
         assert tokens == request.sampling.max_tokens
         self.finished += 1
