@@ -65,6 +65,20 @@ async def _tenant(system: System) -> Any:
     return key
 
 
+async def _three(one: System, other: System, third: type[Follower]) -> tuple[Any, int, list[Follower]]:
+    """A tenant's key, a release of it, and readers: gateway and replica of one process, a third of the other."""
+    key = await _tenant(one)
+    release = await one.release(key, copy("king", "ship"))
+    followers = [
+        _follow(Follower, Kind.GATEWAY, one, "gateway"),
+        _follow(Follower, Kind.REPLICA, one, "here"),
+        _follow(third, Kind.REPLICA, other, "there"),
+    ]
+    for follower in followers:
+        await follower.start()
+    return key, release, followers
+
+
 async def _connected(system: System) -> int:
     answer = await system.fleet.ListReaders(spb.ListReadersRequest(), metadata=system.admin)
     return sum(reader.connected for reader in answer.readers)
@@ -86,15 +100,7 @@ async def test_a_wait_counts_the_readers_of_every_process_and_forgets_those_that
     tmp_path: Path, postgres_url: str
 ) -> None:
     async with two(tmp_path, postgres_url) as (_, (one, other)):
-        key = await _tenant(one)
-        release = await one.release(key, copy("king", "ship"))
-        followers = [
-            _follow(Follower, Kind.GATEWAY, one, "gateway"),
-            _follow(Follower, Kind.REPLICA, one, "here"),
-            _follow(Follower, Kind.REPLICA, other, "there"),
-        ]
-        for follower in followers:
-            await follower.start()
+        key, release, followers = await _three(one, other, Follower)
         for system in (one, other):
             await eventually(lambda system=system: _all_of(system, 3))  # type: ignore[misc]
         followers[2].slow = 1.0
@@ -117,15 +123,7 @@ async def _all_of(system: System, count: int) -> bool:
 
 async def test_a_refusal_to_one_process_ends_a_wait_at_another(tmp_path: Path, postgres_url: str) -> None:
     async with two(tmp_path, postgres_url) as (_, (one, other)):
-        key = await _tenant(one)
-        release = await one.release(key, copy("king", "ship"))
-        followers = [
-            _follow(Follower, Kind.GATEWAY, one, "gateway"),
-            _follow(Follower, Kind.REPLICA, one, "here"),
-            _follow(Refusing, Kind.REPLICA, other, "there"),
-        ]
-        for follower in followers:
-            await follower.start()
+        key, release, followers = await _three(one, other, Refusing)
         await eventually(lambda: _all_of(one, 3))
         rollout, seconds = await _activate(one, key, release)
         assert (rollout.complete, rollout.replicas, rollout.replicas_acked) == (False, 2, 1)

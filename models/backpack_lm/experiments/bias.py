@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from backpack_lm.experiments.experiment import Headline, Result
-from backpack_lm.lab.debias import Debiased, debias
+from backpack_lm.lab.debias import Debiased, debias, least
 from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
 from backpack_lm.lab.subject import Subject
 from backpack_lm.lab.twin import read_twin
@@ -134,8 +135,6 @@ class GenderBias:
 def null_space(subject: Subject, twin: TransformerTwin, nouns: Sequence[str], watch: Watch) -> NullSpace:
     """The baseline of the paper's table 6: remove, or scale by a fitted amount, what a noun's input embedding has
     of the direction from “he” to “she”; the output embedding stays as it is."""
-    from scipy.optimize import minimize
-
     she, he = subject.token("she"), subject.token("he")
     direction = twin.embedding[she] - twin.embedding[he]
 
@@ -151,11 +150,7 @@ def null_space(subject: Subject, twin: TransformerTwin, nouns: Sequence[str], wa
     found: list[tuple[float, float, float]] = []
     with torch.inference_mode():
         for noun in watch(nouns, "nouns, null space", len(nouns)):
-
-            def cost(at: Any, noun: str = noun) -> float:
-                return bias(noun, ESTIMATION, float(at[0])) + abs(1 - float(at[0]))
-
-            fitted = float(minimize(cost, [1.0], method="Nelder-Mead").x[0])
+            fitted = least(partial(bias, noun, ESTIMATION))
             one, none, best = (bias(noun, EVALUATION, keep) for keep in (1.0, 0.0, fitted))
             found.append((one, none, best))
     return NullSpace(*(sum(column) / len(found) for column in zip(*found, strict=True)))

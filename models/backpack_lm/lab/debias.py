@@ -116,12 +116,16 @@ def debias(
 def fit_scale(noun: Noun, sense: int, penalty: float = 1.0) -> float:
     """The factor c that makes bias + penalty · |1 − c| least, by Nelder–Mead from 1, within what a patch may scale
     by; a penalty of 1 is the paper's."""
-    from scipy.optimize import minimize
+    return least(lambda factor: noun.bias(*noun.scaled(sense, factor)), penalty, Limits().norm_factor)
 
-    bound = Limits().norm_factor
+
+def least(bias: Callable[[float], float], penalty: float = 1.0, bound: float | None = None) -> float:
+    """The number c, at most ±`bound`, that makes bias(c) + penalty · |1 − c| least, by Nelder–Mead from 1."""
+    from scipy.optimize import minimize
 
     def cost(at: Any) -> float:
         factor = float(at[0])
-        return noun.bias(*noun.scaled(sense, factor)) + penalty * abs(1 - factor)
+        return bias(factor) + penalty * abs(1 - factor)
 
-    return float(minimize(cost, [1.0], method="Nelder-Mead", bounds=[(-bound, bound)]).x[0])
+    bounds = None if bound is None else [(-bound, bound)]
+    return float(minimize(cost, [1.0], method="Nelder-Mead", bounds=bounds).x[0])

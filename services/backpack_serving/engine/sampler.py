@@ -41,7 +41,7 @@ def choose_all(
     seeds = [_seed(s) if heat else 0 for s, heat in zip(samplings, temperatures, strict=True)]
     chosen: list[int | None] = []
     for n, token in enumerate(draw(logits, temperatures, seeds, positions).tolist()):
-        if token >= 0 and samplings[n].temperature > 0 and _truncates(samplings[n]):
+        if token >= 0 and temperatures[n] != samplings[n].temperature:
             token = choose(logits[n], samplings[n], positions[n])
         chosen.append(None if token < 0 else token)
     return chosen

@@ -219,13 +219,10 @@ async def for_ever(once: Callable[[], Awaitable[None]], peer: str) -> None:
             reason = "the stream ended"
         except (ServiceError, TimeoutError) as error:
             reason = str(error) or "silence"
-        except asyncio.CancelledError:
-            reason = (
-                "the call was cancelled"  # by gRPC, which tells so that it gave a call up, or by whoever ends us
-            )
-        if (
-            task.cancelling()
-        ):  # not what was raised decides: gRPC may answer a cancellation with the call's own error
+        except asyncio.CancelledError:  # gRPC tells so that it gave a call up; or somebody ends us
+            reason = "the call was cancelled"
+        # Not what was raised decides: gRPC may also answer a cancellation with the call's own error.
+        if task.cancelling():
             raise asyncio.CancelledError
         if asyncio.get_running_loop().time() - started > SILENCE:
             failures, told = 0, False
