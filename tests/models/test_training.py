@@ -103,6 +103,28 @@ def test_a_run_that_was_stopped_ends_as_if_it_never_was(rows: Rows, tmp_path: Pa
         Trainer(CONFIG, Recipe(steps=7), rows, tmp_path / "whole", twin)
 
 
+def test_a_run_begins_with_the_weights_of_the_run_that_it_comes_after(rows: Rows, tmp_path: Path) -> None:
+    first = Trainer(CONFIG, RECIPE, rows, tmp_path / "first", False)
+    next(steps := first.run(save_every=1))
+    with pytest.raises(ValueError, match="has taken 1 of 6 steps: finish it first"):
+        Trainer(CONFIG, RECIPE, rows, tmp_path / "second", False, tmp_path / "first")
+    list(steps)
+    second = Trainer(CONFIG, RECIPE, rows, tmp_path / "second", False, tmp_path / "first")
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+    next(second.run(save_every=1))
+    stopped = Trainer(CONFIG, RECIPE, rows, tmp_path / "second", False, tmp_path / "first")
+    assert stopped.step == 1
+    assert torch.equal(stopped.model.embedding, second.model.embedding)
+    assert not torch.equal(stopped.model.embedding, first.model.embedding)
+    with pytest.raises(ValueError, match="another recipe"):
+        Trainer(CONFIG, RECIPE, rows, tmp_path / "second", False)
+    with pytest.raises(ValueError, match="has twin False, this run True"):
+        Trainer(CONFIG, RECIPE, rows, tmp_path / "third", True, tmp_path / "first")
+    with pytest.raises(ValueError, match=r"no checkpoint.pt to begin after"):
+        Trainer(CONFIG, RECIPE, rows, tmp_path / "third", False, tmp_path / "nowhere")
+
+
 def test_perplexity_of_a_uniform_model_is_the_vocabulary() -> None:
     model = TransformerTwin(CONFIG)
     torch.nn.init.zeros_(model.embedding)
@@ -146,6 +168,11 @@ def test_the_command_trains_a_model_that_can_be_served(corpus: Path, tmp_path: P
     assert isinstance(load(out / "model"), Backpack)
     assert {p.name for p in out.glob("*")} >= {"loss.svg", "model", "backpack", "twin"}
     assert json.loads((out / "backpack" / "perplexity.json").read_text())["tales"] > 1
+    more = ["--after", str(out), "--out", str(tmp_path / "more"), "--seed", "1"]
+    result = CliRunner().invoke(app, [*command, *more])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "more/data/tokenizer.json").read_text() == (out / "data/tokenizer.json").read_text()
+    assert (tmp_path / "more/loss.svg").exists()
 
 
 def test_held_out_text_is_not_trained_on(corpus: Path, tmp_path: Path) -> None:

@@ -61,18 +61,20 @@ def fill(card: str, parts: Mapping[str, str]) -> str:
 def _run(folder: Path) -> dict[str, str]:
     state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     made_by: dict[str, Any] = json.loads(state["made_by"])
-    config, recipe, step = made_by["config"], made_by["recipe"], state["step"]
+    config, parts = made_by["config"], [(state["step"], made_by["recipe"]["tokens_per_step"])]
     if not (measured := folder / "perplexity.json").exists():
         raise ValueError(
             f"{folder} has no perplexity.json: the run isn't finished; `backpack train` goes on with it"
         )
     shape = ("n_layer", "n_head", "n_embd", "num_senses", "n_positions")
     sizes = ["–" if name == "num_senses" and made_by["twin"] else str(config[name]) for name in shape]
-    per_step = recipe["tokens_per_step"]
+    while made_by := made_by.get("after", {}):
+        parts.insert(0, (made_by["recipe"]["steps"], made_by["recipe"]["tokens_per_step"]))
+    taken = " + ".join(f"{steps:,} × {tokens:,}" for steps, tokens in parts)
     return {
         "layers / heads / width / senses / context": " / ".join(sizes),
         "parameters": f"{sum(tensor.numel() for tensor in state['model'].values()):,}",
-        "steps × tokens": f"{step:,} × {per_step:,} = {step * per_step / 1e6:.1f} million",
+        "steps × tokens": f"{taken} = {sum(steps * tokens for steps, tokens in parts) / 1e6:.1f} million",
         **{
             f"held-out perplexity, {name}": f"{value:.1f}"
             for name, value in json.loads(measured.read_text("utf-8")).items()

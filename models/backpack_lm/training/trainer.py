@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,8 @@ from backpack_lm.model import Backpack, TransformerTwin
 from backpack_lm.training.data import Rows, Source, stream
 from backpack_lm.training.loss import head_loss
 from backpack_lm.training.muon import BlockMuon, matrices
+
+CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +69,25 @@ class Step:
 class Trainer:
     """Trains a Backpack, or its Transformer twin, in `folder`; goes on from the checkpoint found there.
 
-    Raises ValueError if that checkpoint was made by another recipe, config or kind of model.
+    A run `after` another, that run's folder, begins with its weights: a recipe in two parts. Raises ValueError
+    if a checkpoint was made by another recipe, config or kind of model.
     """
 
-    def __init__(self, config: BackpackConfig, recipe: Recipe, rows: Rows, folder: Path, twin: bool) -> None:
+    def __init__(
+        self,
+        config: BackpackConfig,
+        recipe: Recipe,
+        rows: Rows,
+        folder: Path,
+        twin: bool,
+        after: Path | None = None,
+    ) -> None:
         self.recipe, self.rows, self.folder = recipe, rows, folder
-        self.made_by = {"config": config.to_json(), "recipe": asdict(recipe), "twin": twin}
+        self.made_by: dict[str, Any] = {"config": config.to_json(), "recipe": asdict(recipe), "twin": twin}
         torch.manual_seed(recipe.seed)
         self.model: Backpack | TransformerTwin = TransformerTwin(config) if twin else Backpack(config)
+        if after is not None:
+            self._begin(after)
         self.optimizers = _optimizers(self.model, recipe)
         self.step = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +96,7 @@ class Trainer:
 
     @property
     def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
+        return self.folder / CHECKPOINT
 
     def run(self, save_every: int = 50) -> Iterator[Step]:
         """Take the remaining steps, yielding each; saves every so often, and at the end."""
@@ -132,6 +145,23 @@ class Trainer:
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
         partial.rename(self.checkpoint)
+
+    def _begin(self, after: Path) -> None:
+        if not (after / CHECKPOINT).exists():
+            raise ValueError(f"{after} holds no {CHECKPOINT} to begin after")
+        state: dict[str, Any] = torch.load(after / CHECKPOINT, weights_only=True)
+        before = json.loads(state["made_by"])
+        for what in ("config", "twin"):
+            if before[what] != self.made_by[what]:
+                raise ValueError(
+                    f"{after} has {what} {before[what]}, this run {self.made_by[what]}: give the same"
+                )
+        if state["step"] < before["recipe"]["steps"]:
+            raise ValueError(
+                f"{after} has taken {state['step']} of {before['recipe']['steps']} steps: finish it first"
+            )
+        self.model.load_state_dict(state["model"])
+        self.made_by["after"] = before
 
     def _resume(self) -> None:
         state: dict[str, Any] = torch.load(self.checkpoint, weights_only=True)
@@ -195,21 +225,22 @@ def held_out(
     }
 
 
-def plot(folders: dict[str, Path], out: Path, smooth: float = 0.95) -> None:
-    """Draw the loss curves of runs (name → folder) into one picture."""
+def plot(runs: Mapping[str, Sequence[Path]], out: Path, smooth: float = 0.95) -> None:
+    """Draw the loss curves of runs into one picture: name → folders, each trained after the one before it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, folder in folders.items():
-        lines = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
-        steps = {line["step"]: line for line in lines}  # a resumed run may log a step twice
+    for name, folders in runs.items():
         seen, curve, mean = 0, [], None
-        for step in sorted(steps):
-            seen += steps[step]["tokens"]
-            loss = steps[step]["loss"]
-            mean = loss if mean is None else smooth * mean + (1 - smooth) * loss
-            curve.append((seen / 1e6, mean))
+        for folder in folders:
+            lines = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
+            steps = {line["step"]: line for line in lines}  # a resumed run may log a step twice
+            for step in sorted(steps):
+                seen += steps[step]["tokens"]
+                loss = steps[step]["loss"]
+                mean = loss if mean is None else smooth * mean + (1 - smooth) * loss
+                curve.append((seen / 1e6, mean))
         axes.plot(*zip(*curve, strict=True), label=name)
     axes.set(xlabel="training tokens (millions)", ylabel="loss (nats per token, smoothed)")
     axes.grid(alpha=0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shutil import copyfile
 from typing import Annotated
 
 import typer
@@ -33,6 +34,14 @@ def train(
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of one optimiser step.")] = 2048,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 3e-3,
     matrix_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon (matrices of layers).")] = 6e-3,
+    decay: Annotated[
+        float,
+        typer.Option(help="Share of the steps, the last, over which learning rates fall to zero.", min=0, max=1),
+    ] = 0.5,
+    short_row: Annotated[int, typer.Option(help="Tokens of a row in the first 70 % of the steps.", min=1)] = 256,
+    after: Annotated[
+        Path | None, typer.Option(help="Begin with the weights and the tokenizer of this run: its --out.")
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="Of products: auto, float32 or bfloat16; weights are float32.")
     ] = "auto",
@@ -43,7 +52,8 @@ def train(
 
     Learns a tokenizer, tokenises the text, trains, and at the end writes OUT/model (a folder to serve),
     OUT/loss.svg and held-out perplexities. Stop it whenever you like: the same command goes on from the
-    last checkpoint, and ends with the same weights as if it had never been stopped.
+    last checkpoint, and ends with the same weights as if it had never been stopped. To train a finished run
+    on, or on other text, begin another one after it: --after RUN --seed 1 --out RUN2.
     """
     import torch
     from backpack_lm.config import BackpackConfig
@@ -58,6 +68,8 @@ def train(
     folder = out / "data"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_file = folder / "tokenizer.json"
+    if after is not None and not tokenizer_file.exists():
+        copyfile(after / "data" / "tokenizer.json", tokenizer_file)
     if not tokenizer_file.exists():
         console.print(f"Learning a tokenizer of {vocabulary} tokens")
         data.train_tokenizer(corpus, vocabulary, tokenizer_file)
@@ -90,10 +102,13 @@ def train(
             tokens_per_step=tokens_per_step,
             lr=lr,
             matrix_lr=matrix_lr,
+            decay=decay,
+            short_row=short_row,
             precision=Precision.BFLOAT16 if Precision(precision).dtype() == torch.bfloat16 else Precision.FLOAT32,
         )
-        run = out / ("twin" if twin else "backpack")
-        trainer = Trainer(config, recipe, data.Rows.open(corpus, folder, seed, tokenizer.end_of_text), run, twin)
+        name = "twin" if twin else "backpack"
+        run, rows = out / name, data.Rows.open(corpus, folder, seed, tokenizer.end_of_text)
+        trainer = Trainer(config, recipe, rows, run, twin, after / name if after else None)
         task = progress.add_task("train", total=steps, completed=trainer.step, note="")
         for step in trainer.run():
             progress.update(
@@ -105,10 +120,11 @@ def train(
         perplexities = held_out(trainer.model, corpus, folder)
         progress.remove_task(note)
     (run / "perplexity.json").write_text(json.dumps(perplexities, indent=2) + "\n")
-    for name, value in perplexities.items():
-        console.print(f"held-out perplexity, {name}: {value:.2f}")
-    runs = {name: out / name for name in ("backpack", "twin") if (out / name / "log.jsonl").exists()}
-    plot(runs, out / "loss.svg")
+    for text, value in perplexities.items():
+        console.print(f"held-out perplexity, {text}: {value:.2f}")
+    parts = [after, out] if after else [out]
+    made = [name for name in ("backpack", "twin") if (out / name / "log.jsonl").exists()]
+    plot({name: [part / name for part in parts] for name in made}, out / "loss.svg")
     if not twin:
         from backpack_lm.checkpoint import save
         from backpack_lm.model import Backpack

@@ -40,6 +40,16 @@ def test_a_run_is_shown_beside_its_twin(run: Path) -> None:
         run_table(run / "twin")
 
 
+def test_a_run_after_another_counts_both_s_tokens(run: Path, tmp_path: Path) -> None:
+    again, first = tmp_path / "again" / "backpack", torch.load(run / "backpack" / "checkpoint.pt")
+    config = BackpackConfig.from_json(json.loads(first["made_by"])["config"])
+    recipe = Recipe(steps=3, tokens_per_step=16, tokens_per_pass=16, short_row=16)
+    rows = Rows([torch.randint(50, (200,)).numpy().astype("uint16")], [1.0], seed=1)
+    list(Trainer(config, recipe, rows, again, False, run / "backpack").run())
+    (again / "perplexity.json").write_text("{}")
+    assert "| steps × tokens | 2 × 32 + 3 × 16 = 0.0 million |" in run_table(again.parent).rows_markdown()
+
+
 def test_the_senses_are_those_that_are_the_word_s_own(subject: Subject) -> None:
     token, table = subject.token("ship"), subject.table.rows
     distance = [
