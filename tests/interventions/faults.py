@@ -241,7 +241,13 @@ def model_unchecked(patch: pytest.MonkeyPatch) -> None:
 def epoch_kept(patch: pytest.MonkeyPatch) -> None:
     """A restore from a backup goes on in the old epoch."""
     for kind in (Transaction, _Tables):
-        patch.setattr(kind, "raise_epoch", lambda self: None)
+        patch.setattr(kind, "begin", lambda self, epoch: None)
+
+
+def epoch_counted(patch: pytest.MonkeyPatch) -> None:
+    """A restore from a backup goes on in the backup's epoch and one, which there may have been before."""
+    begin = Transaction.begin
+    patch.setattr(Transaction, "begin", lambda self, epoch: begin(self, self.position.epoch + 1))
 
 
 def events_from_before(patch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from tests.interventions.histories import record
 from tests.interventions.postgres import Postgres
 from tests.interventions.power import Disk, driver
 from tests.interventions.test_chain import check_flips
-from tests.interventions.test_database import check_changed_bytes, check_row_level_security
+from tests.interventions.test_database import check_changed_bytes, check_restores, check_row_level_security
 from tests.interventions.test_durability import check_a_failed_sync_stops_the_service, check_power_cuts
 from tests.interventions.test_repeats import Opened, check_repeats
 from tests.interventions.test_service import check_force
@@ -76,6 +76,7 @@ GALLERY: list[tuple[Fault, str, Callable[[Where], object]]] = [
     (faults.digests_unchecked, "P5", lambda w: w.on_sqlite(check_changed_bytes, w.postgres)),
     (faults.events_from_before, "P6", lambda w: check_watch([MemoryStore()], 5)),
     (faults.epoch_kept, "P6", lambda w: check_watch([MemoryStore()], 5)),
+    (faults.epoch_counted, "P6", lambda w: check_restores(w.sqlite)),
     (faults.no_tenant_filter, "P8", lambda w: w.on_sqlite(check_tenants_apart)),
     (faults.row_level_security_lifted, "P8", lambda w: w.on_postgres(check_row_level_security)),
     (faults.chain_without_changes, "P13", lambda w: w.on_sqlite(check_flips, w.postgres, 40)),

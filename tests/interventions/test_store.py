@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from backpack_serving.interventions.ledger import verify_chain
+from backpack_serving.interventions.ledger import raise_epoch, verify_chain
 from backpack_serving.interventions.records import (
     Blob,
     Channel,
@@ -185,13 +185,21 @@ def test_replies_are_forgotten_by_age(store: Store) -> None:
 def test_a_new_epoch_begins_with_its_write(store: Store) -> None:
     put(store)
     with store.write() as tx:
-        tx.raise_epoch()
-        assert tx.position == Position(2, 2)
+        tx.begin(2**50)
+        assert tx.position == Position(2**50, 2)
         tx.log(EVENT)
     put(store)
     with store.read() as tx:
-        assert tx.position == Position(2, 3)
+        assert tx.position == Position(2**50, 3)
         assert verify_chain(tx) == (3, None)
+
+
+def test_a_new_epoch_is_higher_whatever_the_clock_says(store: Store) -> None:
+    put(store)
+    later = NOW + timedelta(days=1)
+    epochs = [raise_epoch(store, now).epoch for now in (NOW, NOW, later, NOW)]
+    at = [int(now.timestamp() * 1000) for now in (NOW, later)]
+    assert epochs == [at[0], at[0] + 1, at[1], at[1] + 1]
 
 
 def _together(*acts: Callable[[], Any]) -> None:

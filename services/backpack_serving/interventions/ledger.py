@@ -119,9 +119,12 @@ def scope(who: Principal) -> str | None:
 def raise_epoch(store: Store, now: datetime) -> Position:
     """Begin a new epoch, after a restore from a backup: positions of the lost future mean nothing any more, and
     whoever has one gets everything anew.
+
+    An epoch is called by the milliseconds of the clock, and is higher than the stored one in any case: the backup
+    doesn't know which epochs came after it, and none of them may come again.
     """
     with store.write() as tx:
-        tx.raise_epoch()
+        tx.begin(max(tx.position.epoch + 1, int(now.timestamp() * 1000)))
         tx.log(Event(0, SYSTEM, f"tenants/{SYSTEM}", "RaiseEpoch", f"tenants/{SYSTEM}", "[]", now))
         return tx.position
 

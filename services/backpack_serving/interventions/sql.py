@@ -79,9 +79,9 @@ class Transaction:
         table = tables[Reply]
         self._connection.execute(sa.delete(table).where(table.c.created < before))
 
-    def raise_epoch(self) -> None:
-        self.position = replace(self.position, epoch=self.position.epoch + 1)
-        self._connection.execute(sa.update(head).values(epoch=self.position.epoch))
+    def begin(self, epoch: int) -> None:
+        self.position = replace(self.position, epoch=epoch)
+        self._connection.execute(sa.update(head).values(epoch=epoch))
 
     def _select(self, table: sa.Table) -> sa.Select[Any]:
         query = sa.select(table)

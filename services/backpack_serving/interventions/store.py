@@ -68,8 +68,8 @@ class Write(Read, Protocol):
 
     def forget_replies(self, before: datetime) -> None: ...
 
-    def raise_epoch(self) -> None:
-        """Let this write begin a new epoch."""
+    def begin(self, epoch: int) -> None:
+        """Let this write be the first of a higher epoch."""
 
 
 class Store(Protocol):
@@ -159,8 +159,8 @@ class _Tables:
         kept = {key: reply for key, reply in self.tables[Reply].items() if reply.created >= before}
         self.tables[Reply] = kept
 
-    def raise_epoch(self) -> None:
-        self.position = replace(self.position, epoch=self.position.epoch + 1)
+    def begin(self, epoch: int) -> None:
+        self.position = replace(self.position, epoch=epoch)
 
     def seen_by(self, tenant: str | None) -> _Tables:
         return _Tables(self.position, self.hash, self.tables, tenant)
