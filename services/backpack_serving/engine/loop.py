@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import queue
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -16,6 +17,11 @@ from backpack_serving.engine.sequence import Finish, Output, Request
 
 LOAD_AGE = 0.05
 """Seconds."""
+
+SWITCH_INTERVAL = 1e-4
+"""Seconds after which a thread that runs Python lets another do so. The engine leaves Python for its kernels several
+times a step and wants back in each time: behind an event loop that is writing messages it would wait Python's own
+5 ms, as long as a step."""
 
 log = structlog.get_logger(__name__)
 
@@ -81,6 +87,7 @@ class EngineLoop:
         self._failure: Exception | None = None
         self.load: Load = engine.load  # at most `LOAD_AGE` old
         self._load_due = 0.0
+        sys.setswitchinterval(SWITCH_INTERVAL)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
