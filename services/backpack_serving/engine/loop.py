@@ -19,9 +19,9 @@ LOAD_AGE = 0.05
 """Seconds."""
 
 SWITCH_INTERVAL = 1e-4
-"""Seconds after which a thread that runs Python lets another do so. The engine leaves Python for its kernels several
-times a step and wants back in each time: behind an event loop that is writing messages it would wait Python's own
-5 ms, as long as a step."""
+"""Seconds after which a thread that runs Python lets another do so. The engine leaves Python for its kernels
+several times a step and wants back in each time: behind an event loop that is writing messages it would wait
+Python's own 5 ms, as long as a step."""
 
 log = structlog.get_logger(__name__)
 
