@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -177,23 +179,28 @@ def _ask(address: str, key: str) -> tuple[Any, dict[str, Any]]:
 
 
 class Script(inference_pb2_grpc.InferenceServiceServicer):
-    """Answers as it is told: an error is raised, a text is sent."""
+    """Answers as it is told: an error is raised, a text is sent, None is for ever. `left`: who doesn't wait."""
 
     def __init__(self) -> None:
-        self.calls: list[list[str | ServiceError]] = []
-        self.left = 0
+        self.calls: list[list[str | ServiceError | None]] = []
+        self.left = asyncio.Event()
 
     async def GenerateStream(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateStreamResponse]:
         for said in self.calls.pop(0):
             if isinstance(said, ServiceError):
                 raise said
-            yield pb.GenerateStreamResponse(text=said)
+            try:
+                yield pb.GenerateStreamResponse(text=said or "")
+                await asyncio.sleep(0 if said else 600)
+            except asyncio.CancelledError:
+                self.left.set()
+                raise
 
     async def Generate(self, request: Any, context: Any) -> pb.GenerateResponse:
         said = self.calls.pop(0)[0]
         if isinstance(said, ServiceError):
             raise said
-        return pb.GenerateResponse(text=said, finish_reason=pb.FINISH_REASON_LENGTH)
+        return pb.GenerateResponse(text=said or "", finish_reason=pb.FINISH_REASON_LENGTH)
 
 
 def _away() -> Unavailable:
@@ -204,39 +211,75 @@ def _full() -> Exhausted:
     return Exhausted("REQUESTS_LIMIT", "try again later", retry_after=30.0)
 
 
-@pytest.mark.parametrize("kind", ["stream", "generate"])
-@pytest.mark.parametrize("form", ["async", "blocking"])
-async def test_what_has_not_begun_is_tried_again(kind: str, form: str) -> None:
+@asynccontextmanager
+async def _scripted() -> AsyncIterator[tuple[Script, str]]:
     script = Script()
     service = rpc.Service(
         "backpack.v1.InferenceService", inference_pb2_grpc.add_InferenceServiceServicer_to_server, script
     )
     server = await rpc.start([service], "127.0.0.1:0")
-
-    async def ask(**how: Any) -> str:
-        if form == "blocking":
-            return await asyncio.to_thread(_blocking, server.address, kind, how)
-        async with AsyncClient(server.address, **how) as client:
-            if kind == "generate":
-                return (await client.generate("x")).text
-            return "".join([part.text async for part in client.stream("x")])
-
-    script.calls = [[_away()], [_away()], ["fine"]]
-    assert await ask() == "fine"
-    script.calls = [[_away()], [_away()], ["too late"]]
-    with pytest.raises(Unavailable):
-        await ask(attempts=2)
-    assert len(script.calls) == 1
-    script.calls = [[_full()], ["not asked for"]]
-    with pytest.raises(Exhausted) as refused:
-        await ask()
-    assert (refused.value.retry_after, len(script.calls)) == (30.0, 1)
-    if kind == "stream":
-        script.calls = [["half", _away()], ["not asked for"]]
-        with pytest.raises(Unavailable):
-            await ask()
-        assert len(script.calls) == 1, "half a text can't be taken back"
+    yield script, server.address
     await server.stop()
+
+
+@pytest.mark.parametrize("kind", ["stream", "generate"])
+@pytest.mark.parametrize("form", ["async", "blocking"])
+async def test_what_has_not_begun_is_tried_again(kind: str, form: str) -> None:
+    async with _scripted() as (script, address):
+
+        async def ask(**how: Any) -> str:
+            if form == "blocking":
+                return await asyncio.to_thread(_blocking, address, kind, how)
+            async with AsyncClient(address, **how) as client:
+                if kind == "generate":
+                    return (await client.generate("x")).text
+                return "".join([part.text async for part in client.stream("x")])
+
+        script.calls = [[_away()], [_away()], ["fine"]]
+        assert await ask() == "fine"
+        script.calls = [[_away()], [_away()], ["too late"]]
+        with pytest.raises(Unavailable):
+            await ask(attempts=2)
+        assert len(script.calls) == 1
+        script.calls = [[_full()], ["not asked for"]]
+        with pytest.raises(Exhausted) as refused:
+            await ask()
+        assert (refused.value.retry_after, len(script.calls)) == (30.0, 1)
+        if kind == "stream":
+            script.calls = [["half", _away()], ["not asked for"]]
+            with pytest.raises(Unavailable):
+                await ask()
+            assert len(script.calls) == 1, "half a text can't be taken back"
+
+
+@pytest.mark.parametrize("form", ["async", "blocking"])
+async def test_leaving_a_stream_early_ends_it(form: str) -> None:
+    async with _scripted() as (script, address):
+        script.calls = [["begun", None]]
+        if form == "blocking":
+            await asyncio.to_thread(_first, address)
+        else:
+            async with AsyncClient(address) as client, aclosing(client.stream("x")) as parts:
+                assert (await anext(parts)).text == "begun"
+                await parts.aclose()
+                await asyncio.wait_for(script.left.wait(), 60)
+        await asyncio.wait_for(script.left.wait(), 60)
+
+
+def _first(address: str) -> None:
+    client = Client(address)
+    for part in client.stream("x"):
+        assert part.text == "begun"
+        break
+
+
+def test_blocking_clients_can_all_that_the_others_can() -> None:
+    for blocks, loops in ((Client, AsyncClient),):
+        can, could = ({n for n in dir(kind) if n[0] != "_"} for kind in (blocks, loops))
+        assert can - {"ASYNC"} == could
+        for name in could - {"close"}:
+            assert inspect.signature(getattr(blocks, name)) == inspect.signature(getattr(loops, name))
+            assert getattr(blocks, name).__doc__
 
 
 def _blocking(address: str, kind: str, how: dict[str, Any]) -> str:

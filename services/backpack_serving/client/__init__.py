@@ -6,6 +6,10 @@
         for part in client.stream("The story of the king"):
             print(part.text, end="", flush=True)
 
+They are given an address, host:port (or `dns:///name:port`, over all of whose addresses calls are spread), and a
+key: an API key, a token, or a function that gives one; none where a client certificate (`tls`) says who calls.
+`timeout` is in seconds, for a whole call; None: none.
+
 Calls about text take `channel` (default "live"), whose release steers them; `request_key`, which decides under a
 canary: the same key, the same release; and `since`, a position of the store: the call waits a moment until its
 gateway knows as much, and `served.at` of each answer is one. Of a tenant's requests that wait, those of the
@@ -16,7 +20,6 @@ has come, up to `attempts` times, and never after that: half a text can't be tak
 wrong is a `ServiceError`; `retry_after` says when another try may succeed.
 """
 
-from backpack_serving.client.aio import AsyncClient
 from backpack_serving.client.blocking import Client
 from backpack_serving.client.requests import Sampling
 from backpack_serving.client.results import (
@@ -34,6 +37,7 @@ from backpack_serving.client.results import (
     Served,
     Token,
 )
+from backpack_serving.client.text import AsyncClient
 from backpack_serving.errors import (
     Conflict,
     Exhausted,

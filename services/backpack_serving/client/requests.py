@@ -1,17 +1,15 @@
-"""What a client asks for, as messages, and how often it asks again."""
+"""What is asked for about text, as messages."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from backpack_proto.v1 import inference_pb2 as pb
 
-from backpack_serving import rpc
-from backpack_serving.errors import InvalidRequest, ServiceError, Unavailable
+from backpack_serving.errors import InvalidRequest
 from backpack_serving.sync.known import Position
 
 R = TypeVar("R")
@@ -79,29 +77,6 @@ class Pinning:
         if self.since is not None:
             message.min_revision.epoch, message.min_revision.revision = self.since.epoch, self.since.revision
         return request
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who calls, for how long, and how often: what all calls of a client have in common.
-
-    `key` is an API key, a token, or what gives one when asked: tokens expire. Empty where a client certificate
-    says who calls.
-    """
-
-    key: str | Callable[[], str] = ""
-    timeout: float | None = 60.0
-    attempts: int = 4
-
-    def how(self, timeout: float | None) -> dict[str, Any]:
-        key = self.key if isinstance(self.key, str) else self.key()
-        return {"metadata": rpc.with_key(key), "timeout": self.timeout if timeout is None else timeout}
-
-    def pause(self, error: ServiceError, attempt: int) -> float:
-        """Seconds to wait before the attempt after this one, counted from 0. Raises the error if there is none."""
-        if not isinstance(error, Unavailable) or attempt + 1 >= self.attempts:
-            raise error
-        return (error.retry_after or 0.0) + random.uniform(0, 0.1 * 2**attempt)
 
 
 @contextmanager

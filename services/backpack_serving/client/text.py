@@ -1,43 +1,28 @@
-"""The client for asyncio: the same calls as the blocking one's."""
+"""Text: generation, and what a model makes of texts under releases."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from types import TracebackType
-from typing import Any
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from functools import cached_property
 
 from backpack_proto.v1 import inference_pb2 as pb
-from backpack_proto.v1 import inference_pb2_grpc
+from backpack_proto.v1.inference_pb2_grpc import InferenceServiceStub
 
 from backpack_serving import rpc
 from backpack_serving.client import requests, results
-from backpack_serving.client.requests import Caller, Pinning, Prompt, Release, Sampling, Word
+from backpack_serving.client.connection import Connected
+from backpack_serving.client.requests import Pinning, Prompt, Release, Sampling, Word
 from backpack_serving.errors import ServiceError
 from backpack_serving.sync.known import Position
-from backpack_serving.tls import Tls
 
 
-class AsyncClient:
-    """Calls the gateway at host:port (or `dns:///name:port`, over all of whose addresses calls are spread).
+class AsyncClient(Connected):
+    """Text from a gateway, for asyncio. Make it in the event loop that uses it."""
 
-    `key` is an API key, a token, or a function that gives one. `timeout` is in seconds, for a whole call; None:
-    none. `attempts` is how often generation is tried as long as nothing of it has come.
-    Make it in the event loop that uses it.
-    """
-
-    def __init__(
-        self,
-        address: str,
-        key: str | Callable[[], str] = "",
-        *,
-        tls: Tls | None = None,
-        timeout: float | None = 60.0,
-        attempts: int = 4,
-    ) -> None:
-        self._channel = rpc.channel(address, tls)
-        self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._caller = Caller(key, timeout, attempts)
+    @cached_property
+    def _gateway(self) -> InferenceServiceStub:
+        return InferenceServiceStub(self._transport.channel)
 
     async def stream(
         self,
@@ -51,7 +36,7 @@ class AsyncClient:
         request_key: str = "",
         since: Position | None = None,
         timeout: float | None = None,
-    ) -> AsyncIterator[results.Part]:
+    ) -> AsyncGenerator[results.Part, None]:
         """Text after a prompt, as it is made; a part says which sample it is of.
 
         With `explain`, each token comes with that many contributions to its logit (1 to 64; 0: 8), and the stream
@@ -61,20 +46,22 @@ class AsyncClient:
         request = requests.stream(
             prompt, sampling, priority, explain, coalesce, Pinning(channel, request_key, since)
         )
-        for attempt in range(self._caller.attempts):
-            call, begun = self._stub.GenerateStream(request, **self._caller.how(timeout)), False
+        for attempt in range(self._attempts):
+            begun = False
             try:
                 with rpc.errors():
-                    async for message in call:
-                        begun = True
-                        yield results.Part.of(message)
+                    how = self._how(timeout)
+                    async with aclosing(
+                        self._transport.stream(self._gateway.GenerateStream, request, **how)
+                    ) as parts:
+                        async for message in parts:
+                            begun = True
+                            yield results.Part.of(message)
                 return
             except ServiceError as error:
                 if begun:
                     raise
-                await asyncio.sleep(self._caller.pause(error, attempt))
-            finally:
-                call.cancel()
+                await self._pause(error, attempt)
 
     async def generate(
         self,
@@ -94,12 +81,7 @@ class AsyncClient:
         together at most 40,000).
         """
         request = requests.generate(prompt, sampling, priority, explain, Pinning(channel, request_key, since))
-        for attempt in range(self._caller.attempts):
-            try:
-                return results.Generation.of(await self._call(self._stub.Generate, request, timeout))
-            except ServiceError as error:
-                await asyncio.sleep(self._caller.pause(error, attempt))
-        raise AssertionError("pause raises after the last attempt")
+        return results.Generation.of(await self._repeated(self._gateway.Generate, request, timeout))
 
     async def score(
         self,
@@ -112,7 +94,7 @@ class AsyncClient:
     ) -> results.Score:
         """How likely each token of a text (of two or more) is."""
         request = requests.score(text, Pinning(channel, request_key, since))
-        return results.Score.of(await self._call(self._stub.Score, request, timeout))
+        return results.Score.of(await self._call(self._gateway.Score, request, timeout))
 
     async def explain(
         self,
@@ -127,7 +109,7 @@ class AsyncClient:
     ) -> results.Explained:
         """Why a word follows a prompt, the likeliest token if none is given: the largest terms, 1 to 1000."""
         request = requests.explain(prompt, target, limit, Pinning(channel, request_key, since))
-        return results.Explained.answer(await self._call(self._stub.Explain, request, timeout))
+        return results.Explained.answer(await self._call(self._gateway.Explain, request, timeout))
 
     async def compare(
         self,
@@ -146,7 +128,7 @@ class AsyncClient:
         """
         pinned = Pinning(None, request_key, since)
         request = requests.compare(prompt, releases, top, targets, pinned)
-        return results.Prediction.compared(await self._call(self._stub.Compare, request, timeout))
+        return results.Prediction.compared(await self._call(self._gateway.Compare, request, timeout))
 
     async def compare_scores(
         self,
@@ -159,7 +141,7 @@ class AsyncClient:
     ) -> tuple[results.Score, ...]:
         """How likely a text is under 1 to 256 releases, in their order; the trunk runs once for all of them."""
         request = requests.compare_scores(text, releases, Pinning(None, request_key, since))
-        return results.Score.compared(await self._call(self._stub.Compare, request, timeout))
+        return results.Score.compared(await self._call(self._gateway.Compare, request, timeout))
 
     async def senses(
         self,
@@ -174,28 +156,13 @@ class AsyncClient:
     ) -> results.Senses:
         """What each sense of a word predicts: tokens at each end, and neighbours; at most 100 of each."""
         request = requests.senses(word, limit, neighbours, Pinning(channel, request_key, since))
-        return results.Senses.of(await self._call(self._stub.ListSenses, request, timeout))
+        return results.Senses.of(await self._call(self._gateway.ListSenses, request, timeout))
 
     async def tokenize(self, text: str, *, timeout: float | None = None) -> tuple[results.Token, ...]:
         """The tokens of a text."""
-        answer = await self._call(self._stub.Tokenize, requests.tokenize(text), timeout)
+        answer = await self._call(self._gateway.Tokenize, requests.tokenize(text), timeout)
         return results.tokens(answer.tokens)
 
     async def model(self, *, timeout: float | None = None) -> results.Model:
         """The model that is served."""
-        return results.Model.of(await self._call(self._stub.GetModel, pb.GetModelRequest(), timeout))
-
-    async def close(self) -> None:
-        await self._channel.close()
-
-    async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
-        with rpc.errors():
-            return await method(request, **self._caller.how(timeout))
-
-    async def __aenter__(self) -> AsyncClient:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
+        return results.Model.of(await self._call(self._gateway.GetModel, pb.GetModelRequest(), timeout))

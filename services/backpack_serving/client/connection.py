@@ -1,0 +1,211 @@
+"""What all clients have in common: a connection to a server, with an event loop or without one.
+
+What a client does is written once, as coroutines that wait for a `Transport` and for nothing else. The blocking
+transport has done its work when it is asked to, so coroutines over it never suspend: `run` starts one and has its
+result. `blocking` makes a method of one, with the types of its arguments and its result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from functools import wraps
+from types import TracebackType
+from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar
+
+from backpack_serving import rpc
+from backpack_serving.errors import ServiceError, Unavailable
+from backpack_serving.tls import Tls
+
+P = ParamSpec("P")
+T = TypeVar("T")
+C = TypeVar("C", bound="Connected")
+
+
+class Transport(Protocol):
+    """Carries calls out on a channel. `method` is a stub's; `how` is who calls, and for how long."""
+
+    def __init__(self, address: str, tls: Tls | None) -> None: ...
+
+    @property
+    def channel(self) -> Any: ...
+
+    async def unary(self, method: Any, request: Any, **how: Any) -> Any: ...
+
+    def stream(self, method: Any, request: Any, **how: Any) -> AsyncGenerator[Any, None]:
+        """Closing it ends the call."""
+
+    async def sleep(self, seconds: float) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class OnLoop:
+    """For asyncio. Made in the event loop that uses it."""
+
+    def __init__(self, address: str, tls: Tls | None) -> None:
+        self.channel: Any = rpc.channel(address, tls)
+
+    async def unary(self, method: Any, request: Any, **how: Any) -> Any:
+        return await method(request, **how)
+
+    async def stream(self, method: Any, request: Any, **how: Any) -> AsyncGenerator[Any, None]:
+        call = method(request, **how)
+        try:
+            async for message in call:
+                yield message
+        finally:
+            call.cancel()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def close(self) -> None:
+        await self.channel.close()
+
+
+class Waiting:
+    """For code without an event loop: none of these suspends. Safe to use from many threads."""
+
+    def __init__(self, address: str, tls: Tls | None) -> None:
+        self.channel: Any = rpc.sync_channel(address, tls)
+
+    async def unary(self, method: Any, request: Any, **how: Any) -> Any:
+        return method(request, **how)
+
+    async def stream(self, method: Any, request: Any, **how: Any) -> AsyncGenerator[Any, None]:
+        call = method(request, **how)
+        try:
+            for message in call:
+                yield message
+        finally:
+            call.cancel()
+
+    async def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    async def close(self) -> None:
+        self.channel.close()
+
+
+class Connected:
+    """A client whose methods are coroutines."""
+
+    def __init__(
+        self,
+        address: str,
+        key: str | Callable[[], str] = "",
+        *,
+        tls: Tls | None = None,
+        timeout: float | None = 60.0,
+        attempts: int = 4,
+        transport: type[Transport] = OnLoop,
+    ) -> None:
+        self._transport = transport(address, tls)
+        self._key, self._timeout, self._attempts = key, timeout, attempts
+
+    async def close(self) -> None:
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _how(self, timeout: float | None) -> dict[str, Any]:
+        key = self._key if isinstance(self._key, str) else self._key()
+        return {"metadata": rpc.with_key(key), "timeout": self._timeout if timeout is None else timeout}
+
+    async def _call(self, method: Any, request: Any, timeout: float | None = None) -> Any:
+        with rpc.errors():
+            return await self._transport.unary(method, request, **self._how(timeout))
+
+    async def _repeated(self, method: Any, request: Any, timeout: float | None = None) -> Any:
+        """A call that may be made again, as often as `attempts` says, if nobody could be reached."""
+        for attempt in range(self._attempts):
+            try:
+                return await self._call(method, request, timeout)
+            except ServiceError as error:
+                await self._pause(error, attempt)
+        raise AssertionError("_pause raises after the last attempt")
+
+    async def _pause(self, error: ServiceError, attempt: int) -> None:
+        """Wait for the attempt after this one, counted from 0. Raises the error if there is none."""
+        if not isinstance(error, Unavailable) or attempt + 1 >= self._attempts:
+            raise error
+        await self._transport.sleep((error.retry_after or 0.0) + random.uniform(0, 0.1 * 2**attempt))
+
+
+class Blocking(Generic[C]):
+    """A client whose methods block: each runs one of the coroutines of another client, of the type `ASYNC`."""
+
+    ASYNC: ClassVar[type[Any]]
+
+    def __init__(
+        self,
+        address: str,
+        key: str | Callable[[], str] = "",
+        *,
+        tls: Tls | None = None,
+        timeout: float | None = 60.0,
+        attempts: int = 4,
+    ) -> None:
+        how: dict[str, Any] = {"tls": tls, "timeout": timeout, "attempts": attempts, "transport": Waiting}
+        self._coroutines: C = self.ASYNC(address, key, **how)
+
+    def close(self) -> None:
+        run(self._coroutines.close())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def blocking(
+    method: Callable[Concatenate[C, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Blocking[C], P], T]:
+    """A coroutine of a client, as a method of its blocking twin."""
+
+    @wraps(method)
+    def call(self: Blocking[C], /, *args: P.args, **named: P.kwargs) -> T:
+        return run(method(self._coroutines, *args, **named))
+
+    return call
+
+
+def blocking_stream(
+    method: Callable[Concatenate[C, P], AsyncGenerator[T, None]],
+) -> Callable[Concatenate[Blocking[C], P], Iterator[T]]:
+    """The same for a method whose results come one by one."""
+
+    @wraps(method)
+    def call(self: Blocking[C], /, *args: P.args, **named: P.kwargs) -> Iterator[T]:
+        parts = method(self._coroutines, *args, **named)
+        try:
+            while True:
+                yield run(anext(parts))
+        except StopAsyncIteration:
+            return
+        finally:
+            run(parts.aclose())
+
+    return call
+
+
+def run(work: Awaitable[T]) -> T:
+    """The result of what never suspends."""
+    try:
+        work.__await__().send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    raise AssertionError("a client's coroutine waits for nothing but its transport")
