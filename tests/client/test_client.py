@@ -18,15 +18,19 @@ from backpack_proto.v1 import inference_pb2_grpc
 from backpack_serving import rpc
 from backpack_serving.client import (
     AsyncClient,
+    AsyncOperator,
+    AsyncSteering,
     Client,
     Exhausted,
     Expired,
     InvalidRequest,
     NotFound,
+    Operator,
     Position,
     Sampling,
     Served,
     ServiceError,
+    Steering,
     Unauthenticated,
     Unavailable,
 )
@@ -274,7 +278,7 @@ def _first(address: str) -> None:
 
 
 def test_blocking_clients_can_all_that_the_others_can() -> None:
-    for blocks, loops in ((Client, AsyncClient),):
+    for blocks, loops in ((Client, AsyncClient), (Steering, AsyncSteering), (Operator, AsyncOperator)):
         can, could = ({n for n in dir(kind) if n[0] != "_"} for kind in (blocks, loops))
         assert can - {"ASYNC"} == could
         for name in could - {"close"}:

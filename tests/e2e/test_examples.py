@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Metadata, System, copy
+from tests.e2e.conftest import Metadata, System, copy, ipb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+README = EXAMPLES.parent / "README.md"
 PROMPT = "The story of the king and the"
 
 
@@ -29,6 +30,7 @@ async def _run(system: System, key: Metadata | str, name: str, *words: str) -> t
             **os.environ,
             "PYTHONPATH": os.pathsep.join(sys.path),
             "BACKPACK_GATEWAY_ADDRESS": system.gateway,
+            "BACKPACK_INTERVENTIONS_ADDRESS": system.interventions,
             "BACKPACK_KEY": secret,
         },
         stdout=asyncio.subprocess.PIPE,
@@ -57,6 +59,29 @@ async def test_samples_are_streamed_with_attribution(system: System) -> None:
     rows = re.findall(r"sample ([01]): '.*?' +logit +-?\d+\.\d+, [+-]\d+\.\d+ by sense +\d+ of '", shown)
     assert sorted(rows) == ["0"] * 6 + ["1"] * 6
     assert shown.count(PROMPT) == 2
+
+
+async def test_a_word_is_steered_and_taken_back(system: System) -> None:
+    key = await system.tenant(copy("king", "ship"))
+    for release in (2, 3):  # again, as people do: another revision of the same patch
+        code, shown, errors = await _run(system, key, "steer_and_roll_back.py", "king", "nurse")
+        assert (code, errors) == (0, "")
+        lines = re.findall(rf"release (\d) \([0-9a-f]{{12}}\): {PROMPT}'(.+)'", shown)
+        assert [number for number, _ in lines] == [str(release), "1"]
+        assert lines[0][1] != lines[1][1]
+    live = await system.releases.GetChannel(ipb.GetChannelRequest(name="channels/live"), metadata=key)
+    assert live.channel.release == 1
+
+
+async def test_the_readmes_steering_works(system: System) -> None:
+    key = await system.tenant()
+    (code,) = re.findall(r"```python\n(from backpack_serving.client import Copy.*?)```", README.read_text(), re.S)
+    here = code.replace("127.0.0.1:8471", system.interventions)
+    here = here.replace('open("var/clinic.key").read().strip()', repr(key[0][1].removeprefix("Bearer ")))
+    assert here.count("127.0.0.1:8471") == here.count("var/") == 0
+    await asyncio.to_thread(exec, here, {})
+    live = await system.releases.GetChannel(ipb.GetChannelRequest(name="channels/live"), metadata=key)
+    assert (live.channel.release, live.channel.previous_release) == (0, 1)
 
 
 async def test_every_example_says_what_went_wrong_in_a_line(system: System) -> None:

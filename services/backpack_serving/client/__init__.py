@@ -1,26 +1,50 @@
-"""Clients of a gateway: `Client`, and `AsyncClient` for asyncio. Neither loads torch.
+"""Clients in Python, which load no torch: three that block, and three for asyncio (`AsyncClient` …).
 
-    from backpack_serving.client import Client
+| client | of | for |
+|---|---|---|
+| `Client` | a gateway | text under a tenant's releases, and what makes it so; role caller |
+| `Steering` | the intervention service | patches, releases, channels, audit; roles author and releaser |
+| `Operator` | the intervention service | tenants, keys, who is in touch; role admin |
+
+    from backpack_serving.client import Client, Copy, Steering
+
+    with Steering("127.0.0.1:8471", key="bp_…") as steering:
+        steering.create_patch("royal", exist_ok=True)
+        revision = steering.create_revision("royal", [Copy("king", source="ship")])
+        release = steering.create_release([revision])
+        move = steering.activate(release.number, wait="all")
 
     with Client("127.0.0.1:8470", key="bp_…") as client:
-        for part in client.stream("The story of the king"):
+        for part in client.stream("The story of the king", since=move.at):
             print(part.text, end="", flush=True)
 
 They are given an address, host:port (or `dns:///name:port`, over all of whose addresses calls are spread), and a
 key: an API key, a token, or a function that gives one; none where a client certificate (`tls`) says who calls.
 `timeout` is in seconds, for a whole call; None: none.
 
-Calls about text take `channel` (default "live"), whose release steers them; `request_key`, which decides under a
+**Text.** Calls take `channel` (default "live"), whose release steers them; `request_key`, which decides under a
 canary: the same key, the same release; and `since`, a position of the store: the call waits a moment until its
 gateway knows as much, and `served.at` of each answer is one. Of a tenant's requests that wait, those of the
 highest `priority` (−100 to 100) run first.
 
-Reads that fail for want of a server are repeated by the channel. Generation is repeated as long as nothing of it
-has come, up to `attempts` times, and never after that: half a text can't be taken back. Everything else that goes
-wrong is a `ServiceError`; `retry_after` says when another try may succeed.
+**Channels.** Every move of a channel needs the `etag` of what it was before. If none is given, the client reads it
+just before; give that of the `Channel` that you decided by, and whoever moved it meanwhile isn't overruled: that
+is a `Conflict`, STALE_ETAG. `wait` is for whom the answer waits, at most `wait_seconds`: the move is made in any
+case, and `rollout` says how far it has come.
+
+**Errors.** What goes wrong is a `ServiceError`: `reason` is a stable word, the message says the value and the fix,
+`retry_after` when another try may succeed. Where nobody could be reached (`Unavailable`), the client tries again,
+up to `attempts` times: reads, by gRPC's service config; writes, each under an id that makes it one change however
+often it is sent; generations of which nothing has come yet, because half a text can't be taken back.
 """
 
-from backpack_serving.client.blocking import Client
+from backpack_lm.edits import Vector
+
+from backpack_serving.client.blocking import Client, Operator, Steering
+from backpack_serving.client.channels import Canary, Channel, Fleet, Hold, Move, Reader, Rollout, Status, Tally
+from backpack_serving.client.edits import Add, Cells, Copy, Edit, ProjectOut, Scale, Set, Swap, Topic
+from backpack_serving.client.operating import AsyncOperator
+from backpack_serving.client.records import ApiKey, AuditEntry, Chain, NewKey, Patch, Release, Revision, Tenant
 from backpack_serving.client.requests import Sampling
 from backpack_serving.client.results import (
     Contribution,
@@ -37,8 +61,10 @@ from backpack_serving.client.results import (
     Served,
     Token,
 )
+from backpack_serving.client.steering import AsyncSteering
 from backpack_serving.client.text import AsyncClient
 from backpack_serving.errors import (
+    AlreadyExists,
     Conflict,
     Exhausted,
     Expired,
@@ -50,36 +76,70 @@ from backpack_serving.errors import (
     Unauthenticated,
     Unavailable,
 )
+from backpack_serving.keys import Role
 from backpack_serving.sync.known import Position
 from backpack_serving.tls import Tls
 
 __all__ = [
+    "Add",
+    "AlreadyExists",
+    "ApiKey",
     "AsyncClient",
+    "AsyncOperator",
+    "AsyncSteering",
+    "AuditEntry",
+    "Canary",
+    "Cells",
+    "Chain",
+    "Channel",
     "Client",
     "Conflict",
     "Contribution",
+    "Copy",
+    "Edit",
     "Exhausted",
     "Expired",
     "Explained",
     "Explanation",
+    "Fleet",
     "Forbidden",
     "Generation",
+    "Hold",
     "InvalidRequest",
     "Model",
+    "Move",
+    "NewKey",
     "NotFound",
+    "Operator",
     "Part",
+    "Patch",
     "Position",
     "PreconditionFailed",
     "Prediction",
+    "ProjectOut",
+    "Reader",
+    "Release",
+    "Revision",
+    "Role",
+    "Rollout",
     "Sample",
     "Sampling",
+    "Scale",
     "Score",
     "Sense",
     "Senses",
     "Served",
     "ServiceError",
+    "Set",
+    "Status",
+    "Steering",
+    "Swap",
+    "Tally",
+    "Tenant",
     "Tls",
     "Token",
+    "Topic",
     "Unauthenticated",
     "Unavailable",
+    "Vector",
 ]

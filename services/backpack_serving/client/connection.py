@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from functools import wraps
 from types import TracebackType
@@ -22,6 +23,9 @@ from backpack_serving.tls import Tls
 P = ParamSpec("P")
 T = TypeVar("T")
 C = TypeVar("C", bound="Connected")
+
+PAGE = 1000
+"""Records in one answer: the most that the service gives."""
 
 
 class Transport(Protocol):
@@ -134,6 +138,23 @@ class Connected:
                 await self._pause(error, attempt)
         raise AssertionError("_pause raises after the last attempt")
 
+    async def _write(self, method: Any, request: Any, timeout: float | None = None) -> Any:
+        """A call that changes something: its id makes it one change, however often it is sent."""
+        request.request_id = new_id()
+        return await self._repeated(method, request, timeout)
+
+    async def _pages(self, method: Any, request: Any, field: str, limit: int | None = None) -> list[Any]:
+        """What a list holds, page by page; no more than the limit."""
+        found: list[Any] = []
+        while limit is None or len(found) < limit:
+            request.page_size = PAGE if limit is None else min(PAGE, limit - len(found))
+            answer = await self._call(method, request)
+            found += getattr(answer, field)
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                break
+        return found
+
     async def _pause(self, error: ServiceError, attempt: int) -> None:
         """Wait for the attempt after this one, counted from 0. Raises the error if there is none."""
         if not isinstance(error, Unavailable) or attempt + 1 >= self._attempts:
@@ -199,6 +220,10 @@ def blocking_stream(
             run(parts.aclose())
 
     return call
+
+
+def new_id() -> str:
+    return str(uuid.uuid4())
 
 
 def run(work: Awaitable[T]) -> T:

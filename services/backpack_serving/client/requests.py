@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from backpack_proto.v1 import inference_pb2 as pb
 
+from backpack_serving.client.results import Token
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.sync.known import Position
 
@@ -17,8 +18,8 @@ R = TypeVar("R")
 Prompt = str | Sequence[int]
 """A text, or the ids of its tokens."""
 
-Word = str | int
-"""A word of one token, without the space before it; or a token's id."""
+Word = str | int | Token
+"""A word of one token, without the space before it; or a token's id; or a token of an answer."""
 
 Release = int | str
 """A release: its number (0 is the model unpatched), or a channel, which means the release that it is at."""
@@ -80,15 +81,15 @@ class Pinning:
 
 
 @contextmanager
-def _fitting() -> Iterator[None]:
+def fitting() -> Iterator[None]:
     """What no message can hold is refused as a server would refuse it."""
     try:
         yield
-    except ValueError as error:  # protobuf's, of numbers beyond the range of their field
+    except (ValueError, OverflowError) as error:  # protobuf's, of numbers beyond the range of their field
         raise InvalidRequest("OUT_OF_RANGE", f"no request can hold this: {error}") from None
 
 
-@_fitting()
+@fitting()
 def generate(
     given: Prompt, sampling: Sampling, priority: int, explain: int | None, pinned: Pinning
 ) -> pb.GenerateRequest:
@@ -96,7 +97,7 @@ def generate(
     return pinned.of(_explained(request, explain))
 
 
-@_fitting()
+@fitting()
 def stream(
     given: Prompt,
     sampling: Sampling,
@@ -111,12 +112,12 @@ def stream(
     return pinned.of(_explained(request, explain))
 
 
-@_fitting()
+@fitting()
 def score(given: Prompt, pinned: Pinning) -> pb.ScoreRequest:
     return pinned.of(pb.ScoreRequest(text=prompt(given)))
 
 
-@_fitting()
+@fitting()
 def explain(given: Prompt, target: Word | None, limit: int, pinned: Pinning) -> pb.ExplainRequest:
     request = pb.ExplainRequest(prompt=prompt(given), limit=limit)
     if target is not None:
@@ -124,12 +125,12 @@ def explain(given: Prompt, target: Word | None, limit: int, pinned: Pinning) -> 
     return pinned.of(request)
 
 
-@_fitting()
+@fitting()
 def senses(given: Word, limit: int, neighbours: int, pinned: Pinning) -> pb.ListSensesRequest:
     return pinned.of(pb.ListSensesRequest(word=word(given), limit=limit, neighbours=neighbours))
 
 
-@_fitting()
+@fitting()
 def compare(
     given: Prompt, releases: Sequence[Release], top: int, targets: Sequence[Word], pinned: Pinning
 ) -> pb.CompareRequest:
@@ -138,13 +139,13 @@ def compare(
     return _compared(request, releases, pinned)
 
 
-@_fitting()
+@fitting()
 def compare_scores(given: Prompt, releases: Sequence[Release], pinned: Pinning) -> pb.CompareRequest:
     request = pb.CompareRequest(prompt=prompt(given), mode=pb.COMPARE_MODE_SCORE)
     return _compared(request, releases, pinned)
 
 
-@_fitting()
+@fitting()
 def tokenize(text: str) -> pb.TokenizeRequest:
     return pb.TokenizeRequest(text=text)
 
@@ -156,6 +157,8 @@ def prompt(given: Prompt) -> pb.Prompt:
 
 
 def word(given: Word) -> pb.Word:
+    if isinstance(given, Token):
+        return pb.Word(text=given.text, token=given.id)
     return pb.Word(text=given) if isinstance(given, str) else pb.Word(token=given)
 
 

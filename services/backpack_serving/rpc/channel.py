@@ -14,7 +14,8 @@ from backpack_serving.tls import Tls
 MESSAGE_LIMIT = 20 * 2**20
 """Largest message that a server takes: a revision at the limits of its size, and some room."""
 
-# Only reads may be repeated by the library: a second Generate would be charged and sampled twice.
+# Only reads may be repeated by the library: a second Generate would be charged and sampled twice, and of a write
+# the library can't tell whether it has an id.
 SERVICE_CONFIG = json.dumps(
     {
         "loadBalancingConfig": [{"round_robin": {}}],
@@ -36,6 +37,11 @@ SERVICE_CONFIG = json.dumps(
                         ("ReleaseService", "GetRelease"),
                         ("ReleaseService", "ListReleases"),
                         ("ReleaseService", "GetChannel"),
+                        ("ReleaseService", "ListChannels"),
+                        ("AuditService", "ListAuditEntries"),
+                        ("AuditService", "VerifyChain"),
+                        ("FleetService", "GetRollout"),
+                        ("FleetService", "ListReaders"),
                         ("SyncService", "FetchRelease"),
                         ("SyncService", "ResolveReleases"),
                     )

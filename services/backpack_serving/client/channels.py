@@ -1,0 +1,188 @@
+"""Channels, what became of them, and how far replicas and gateways (readers of the store) are with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from backpack_proto.v1 import interventions_pb2 as pb
+from backpack_proto.v1 import sync_pb2
+
+from backpack_serving.client.records import last, time
+from backpack_serving.sync.known import Position
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A release that `permille` of a thousand request keys get: those that the salt picks."""
+
+    release: int
+    digest: str
+    permille: int
+    salt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """Which release requests get. `previous` is where a rollback goes, `etag` is another after every change.
+
+    `canary_ended` is why the service ended the last canary, if it did.
+    """
+
+    name: str
+    release: int
+    digest: str
+    previous: int | None
+    generation: int
+    etag: str
+    moved: datetime
+    canary: Canary | None
+    canary_ended: str
+
+    @property
+    def id(self) -> str:
+        return last(self.name)
+
+    @classmethod
+    def of(cls, m: pb.Channel) -> Channel:
+        canary = None
+        if m.HasField("canary"):
+            canary = Canary(m.canary.release, m.canary.release_digest, m.canary.permille, m.canary.salt)
+        return cls(
+            m.name,
+            m.release,
+            m.release_digest,
+            m.previous_release if m.HasField("previous_release") else None,
+            m.generation,
+            m.etag,
+            time(m.update_time),
+            canary,
+            m.canary_abort_reason,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """How many of the connected readers hold a change. `complete`: as many as were waited for.
+
+    `refusals` say who refuses it, and why.
+    """
+
+    complete: bool
+    replicas: int
+    replicas_holding: int
+    gateways: int
+    gateways_holding: int
+    refusals: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What became of a channel. `rollout` is how far that has come, if it was waited for.
+
+    `at` is where the store stands with it: given as `since` to a call about text, that isn't answered with less.
+    """
+
+    channel: Channel
+    at: Position
+    rollout: Rollout | None
+
+    @classmethod
+    def of(cls, m: Any) -> Move:
+        """Of the answer to any call that moves a channel."""
+        rollout, r = None, m.rollout
+        if m.HasField("rollout"):
+            counts = r.replicas, r.replicas_acked, r.gateways, r.gateways_acked
+            rollout = Rollout(r.complete, *counts, tuple(r.refusals))
+        return cls(Channel.of(m.channel), _position(m.position), rollout)
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """How a reader stands to a release of a channel, or to its canary's.
+
+    `kind` is "replica" or "gateway". `state` is "acked" (its requests get it), "staged" (it is ready), "nacked"
+    (refused; `why` says why) or "stale" (out of touch, or behind). `at` is how far the reader is.
+    """
+
+    reader: str
+    kind: str
+    release: int
+    digest: str
+    canary: bool
+    state: str
+    why: str
+    at: Position
+
+    @classmethod
+    def of(cls, m: sync_pb2.Hold) -> Hold:
+        state = sync_pb2.HoldState.Name(m.state).removeprefix("HOLD_STATE_").lower()
+        why = f"{m.reason}: {m.message}" if m.reason else ""
+        at = _position(m.position)
+        return cls(m.reader, _kind(m.kind), m.release, m.release_digest, m.canary, state, why, at)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Requests under a canary, as gateways counted them, and how many of them failed."""
+
+    requests: int
+    failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A channel, who holds its releases (replicas first), and how its canary does, if it has one."""
+
+    channel: Channel
+    holds: tuple[Hold, ...]
+    tally: Tally | None
+
+    @classmethod
+    def of(cls, m: sync_pb2.GetRolloutResponse) -> Status:
+        tally = Tally(m.canary.requests, m.canary.errors) if m.HasField("canary") else None
+        return cls(Channel.of(m.channel), tuple(map(Hold.of, m.holds)), tally)
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A replica or a gateway. `silence` is since when it wasn't heard, in seconds; `at` is how far it is.
+
+    `releases` are ready to be served, `refusals` aren't, and why.
+    """
+
+    name: str
+    kind: str
+    connected: bool
+    at: Position
+    silence: float
+    releases: int
+    refusals: tuple[str, ...]
+
+    @classmethod
+    def of(cls, m: sync_pb2.ReaderStatus) -> Reader:
+        refusals = (f"{r.tenant}/{r.channel} {r.release_digest[:12]}: {r.reason}" for r in m.refusals)
+        silence = m.silence.ToMilliseconds() / 1000
+        at = _position(m.position)
+        return cls(m.reader, _kind(m.kind), m.connected, at, silence, m.releases, tuple(refusals))
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Where the store stands, and all that read it, replicas first."""
+
+    at: Position
+    readers: tuple[Reader, ...]
+
+    @classmethod
+    def of(cls, m: sync_pb2.ListReadersResponse) -> Fleet:
+        return cls(_position(m.position), tuple(map(Reader.of, m.readers)))
+
+
+def _position(m: Any) -> Position:
+    return Position(m.epoch, m.revision)
+
+
+def _kind(number: int) -> str:
+    return "gateway" if number == sync_pb2.READER_KIND_GATEWAY else "replica"

@@ -1,0 +1,179 @@
+"""Edits of sense vectors, by words: what a revision is made of. The server knows which tokens the words are.
+
+v is the vector of a cell: of a word's sense. `backpack_lm.edits` has the same edits by token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from backpack_lm.edits import Vector
+from backpack_proto.v1 import inference_pb2
+from backpack_proto.v1 import interventions_pb2 as pb
+
+from backpack_serving.client.requests import Word, fitting, word
+from backpack_serving.client.results import Token
+
+Tokens = Literal["single", "first", "all"]
+
+_POLICIES = {
+    "single": inference_pb2.WORD_POLICY_UNSPECIFIED,
+    "first": inference_pb2.WORD_POLICY_FIRST_TOKEN,
+    "all": inference_pb2.WORD_POLICY_ALL_TOKENS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """Senses of a word, by their numbers; if none is given, all of them.
+
+    A word of several tokens is refused, unless `tokens` asks for its "first", or for "all".
+    """
+
+    word: Word
+    senses: tuple[int, ...] = ()
+    tokens: Tokens = "single"
+
+
+Where = Word | Cells | Sequence[Word | Cells]
+"""Which cells are edited: words with all their senses, or `Cells`; one, or several."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """v ← factor · v; factor 0 removes the senses."""
+
+    cells: Where
+    factor: float
+
+    def message(self) -> pb.Edit:
+        return pb.Edit(scale=pb.ScaleEdit(cells=_cells(self.cells), factor=self.factor))
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """v ← v + delta."""
+
+    cells: Where
+    delta: Vector
+
+    def message(self) -> pb.Edit:
+        return pb.Edit(add=pb.AddEdit(cells=_cells(self.cells), delta=_vector(self.delta)))
+
+
+@dataclass(frozen=True, slots=True)
+class Set:
+    """v ← vector."""
+
+    cells: Where
+    vector: Vector
+
+    def message(self) -> pb.Edit:
+        return pb.Edit(set=pb.SetEdit(cells=_cells(self.cells), vector=_vector(self.vector)))
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """v ← the same sense of another word, or its `source_sense`."""
+
+    cells: Where
+    source: Word
+    source_sense: int | None = None
+
+    def message(self) -> pb.Edit:
+        cells, source = _cells(self.cells), word(self.source)
+        return pb.Edit(copy=pb.CopyEdit(cells=cells, source=source, source_sense=self.source_sense))
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectOut:
+    """The senses no longer speak for or against a word: v ← v − c·r, r its embedding, c = (v·r)/(r·r)."""
+
+    cells: Where
+    direction: Word
+
+    def message(self) -> pb.Edit:
+        return pb.Edit(project_out=pb.ProjectOutEdit(cells=_cells(self.cells), direction=word(self.direction)))
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """What the senses say of one word, they say of another: v ← v − c·r + c·a·(r·r)/(a·a)."""
+
+    cells: Where
+    old: Word
+    new: Word
+
+    def message(self) -> pb.Edit:
+        return pb.Edit(swap=pb.SwapEdit(cells=_cells(self.cells), old=word(self.old), new=word(self.new)))
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """Lean towards a topic, given by words, with strength 1, 2 or 3.
+
+    Multipliers fade as the topic appears, unless they are `constant`.
+    """
+
+    words: Sequence[Word]
+    strength: int = 1
+    constant: bool = False
+
+    def message(self) -> pb.Edit:
+        words = map(word, self.words)
+        return pb.Edit(topic=pb.TopicEdit(words=words, strength=self.strength, constant=self.constant))
+
+
+Edit = Scale | Add | Set | Copy | ProjectOut | Swap | Topic
+
+
+@fitting()
+def messages(edits: Sequence[Edit | pb.Edit]) -> list[pb.Edit]:
+    return [edit if isinstance(edit, pb.Edit) else edit.message() for edit in edits]
+
+
+def read(message: pb.Edit) -> Edit:
+    """An edit of an answer: every word with its token, every sense by its number."""
+    kind = message.WhichOneof("kind")
+    m: Any = getattr(message, kind) if kind else None
+    match kind:
+        case "scale":
+            return Scale(_read_cells(m), m.factor)
+        case "add":
+            return Add(_read_cells(m), Vector(m.delta.data))
+        case "set":
+            return Set(_read_cells(m), Vector(m.vector.data))
+        case "copy":
+            sense = m.source_sense if m.HasField("source_sense") else None
+            return Copy(_read_cells(m), _read_word(m.source), sense)
+        case "project_out":
+            return ProjectOut(_read_cells(m), _read_word(m.direction))
+        case "swap":
+            return Swap(_read_cells(m), _read_word(m.old), _read_word(m.new))
+        case "topic":
+            return Topic(tuple(map(_read_word, m.words)), m.strength, m.constant)
+    raise ValueError("the server knows a kind of edit that this client doesn't; install a newer backpack-serving")
+
+
+def _cells(where: Where) -> list[pb.Cells]:
+    some = where if isinstance(where, Sequence) and not isinstance(where, str) else (where,)
+    found = []
+    for one in (each if isinstance(each, Cells) else Cells(each) for each in some):
+        spelled = word(one.word)
+        spelled.policy = _POLICIES[one.tokens]
+        found.append(pb.Cells(word=spelled, senses=one.senses))
+    return found
+
+
+def _vector(values: Vector) -> pb.Vector:
+    return pb.Vector(data=bytes(values), dtype=pb.DATA_TYPE_FLOAT32, shape=[len(values) // 4])
+
+
+def _read_cells(message: Any) -> tuple[Cells, ...]:
+    return tuple(Cells(_read_word(cells.word), tuple(cells.senses)) for cells in message.cells)
+
+
+def _read_word(message: inference_pb2.Word) -> Token:
+    return Token(message.token, message.text)

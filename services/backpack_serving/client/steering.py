@@ -1,0 +1,148 @@
+"""Steering: what an author may, the channels that point at releases, who holds them, and the audit trail."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Literal
+
+from backpack_proto.v1 import interventions_pb2 as pb
+from backpack_proto.v1 import sync_pb2
+from backpack_proto.v1.interventions_pb2_grpc import AuditServiceStub
+from backpack_proto.v1.sync_pb2_grpc import FleetServiceStub
+
+from backpack_serving.client.authoring import Authoring
+from backpack_serving.client.channels import Channel, Move, Status
+from backpack_serving.client.records import AuditEntry, Chain
+from backpack_serving.client.requests import fitting
+from backpack_serving.errors import InvalidRequest, NotFound
+
+Wait = Literal["none", "quorum", "all"]
+"""For whom a move of a channel waits: more than half of the connected replicas and gateways, or all of them."""
+
+_WAITS = {"none": pb.WAIT_NONE, "quorum": pb.WAIT_QUORUM, "all": pb.WAIT_ALL}
+
+
+class AsyncSteering(Authoring):
+    """Patches, releases and channels of the key's tenant, from the intervention service, for asyncio.
+
+    Make it in the event loop that uses it.
+    """
+
+    @cached_property
+    def _fleet(self) -> FleetServiceStub:
+        return FleetServiceStub(self._transport.channel)
+
+    @cached_property
+    def _audit(self) -> AuditServiceStub:
+        return AuditServiceStub(self._transport.channel)
+
+    async def channel(self, channel: str = "live") -> Channel:
+        """Where one channel is."""
+        request = pb.GetChannelRequest(name=f"channels/{channel}")
+        return Channel.of((await self._call(self._releases.GetChannel, request)).channel)
+
+    async def channels(self) -> tuple[Channel, ...]:
+        """All channels."""
+        answer = await self._call(self._releases.ListChannels, pb.ListChannelsRequest())
+        return tuple(map(Channel.of, answer.channels))
+
+    async def activate(
+        self,
+        release: int,
+        channel: str = "live",
+        *,
+        etag: str | None = None,
+        wait: Wait = "none",
+        wait_seconds: float = 10.0,
+    ) -> Move:
+        """Point a channel at a release; 0 is the model unpatched. A channel that isn't there is made."""
+        if etag is None:
+            try:
+                etag = (await self.channel(channel)).etag
+            except NotFound:
+                etag = ""
+        with fitting():
+            request = pb.ActivateRequest(release=release)
+        return await self._move(self._releases.Activate, request, channel, etag, wait, wait_seconds)
+
+    async def rollback(
+        self,
+        channel: str = "live",
+        *,
+        etag: str | None = None,
+        wait: Wait = "none",
+        wait_seconds: float = 10.0,
+    ) -> Move:
+        """Point a channel back at the release it had before. Replicas have it still."""
+        request = pb.RollbackRequest()
+        return await self._move(self._releases.Rollback, request, channel, etag, wait, wait_seconds)
+
+    async def start_canary(
+        self,
+        release: int,
+        permille: int,
+        channel: str = "live",
+        *,
+        salt: str = "",
+        etag: str | None = None,
+        wait: Wait = "none",
+        wait_seconds: float = 10.0,
+    ) -> Move:
+        """Give so many of a thousand request keys (1 to 999) another release; again, to change how many.
+
+        The salt, which decides who they are, is drawn if none is given.
+        """
+        with fitting():
+            request = pb.StartCanaryRequest(release=release, permille=permille, salt=salt)
+        return await self._move(self._releases.StartCanary, request, channel, etag, wait, wait_seconds)
+
+    async def promote_canary(
+        self,
+        channel: str = "live",
+        *,
+        etag: str | None = None,
+        wait: Wait = "none",
+        wait_seconds: float = 10.0,
+    ) -> Move:
+        """Give the canary's release to all requests."""
+        request = pb.PromoteCanaryRequest()
+        return await self._move(self._releases.PromoteCanary, request, channel, etag, wait, wait_seconds)
+
+    async def abort_canary(
+        self,
+        channel: str = "live",
+        *,
+        etag: str | None = None,
+        wait: Wait = "none",
+        wait_seconds: float = 10.0,
+    ) -> Move:
+        """Give all requests the channel's own release again."""
+        request = pb.AbortCanaryRequest()
+        return await self._move(self._releases.AbortCanary, request, channel, etag, wait, wait_seconds)
+
+    async def status(self, channel: str = "live") -> Status:
+        """Which replicas and gateways hold a channel's release, and its canary."""
+        request = sync_pb2.GetRolloutRequest(channel=f"channels/{channel}")
+        return Status.of(await self._call(self._fleet.GetRollout, request))
+
+    async def audit(self, limit: int | None = None) -> tuple[AuditEntry, ...]:
+        """Who changed what, newest first; all of it without a limit."""
+        request = pb.ListAuditEntriesRequest()
+        found = await self._pages(self._audit.ListAuditEntries, request, "entries", limit)
+        return tuple(map(AuditEntry.of, found))
+
+    async def verify_audit(self) -> Chain:
+        """Whether the chain of hashes over all entries is whole."""
+        return Chain.of(await self._call(self._audit.VerifyChain, pb.VerifyChainRequest()))
+
+    async def _move(
+        self, method: Any, request: Any, channel: str, etag: str | None, wait: Wait, wait_seconds: float
+    ) -> Move:
+        if wait not in _WAITS:
+            raise InvalidRequest.at("wait", "UNKNOWN_VALUE", f"{wait!r}; write none, quorum or all")
+        request.channel, request.wait = f"channels/{channel}", _WAITS[wait]
+        request.etag = (await self.channel(channel)).etag if etag is None else etag
+        with fitting():
+            request.wait_timeout.FromMicroseconds(round(wait_seconds * 1e6))
+        timeout = None if self._timeout is None else self._timeout + wait_seconds
+        return Move.of(await self._write(method, request, timeout))
