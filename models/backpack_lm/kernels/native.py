@@ -28,7 +28,14 @@ from backpack_lm.overlay import TopicMultipliers
 __all__ = ["NativeKernels", "NotBuilt"]
 
 GROUPS = 32
-"""Of tokens, of which each is a unit of work of the mix, as in cpp/mix.h."""
+"""Of tokens, of which each is a unit of work of the mix, as in cpp/words.h."""
+
+
+class _Lists(ctypes.Structure):
+    _fields_ = (
+        *((field, ctypes.c_void_p) for field in ("starts", "words")),
+        *((field, ctypes.c_int) for field in ("context", "vocabulary")),
+    )
 
 
 class _Mix(ctypes.Structure):
@@ -37,10 +44,12 @@ class _Mix(ctypes.Structure):
             (field, ctypes.c_void_p)
             for field in (
                 *("table", "embedding", "rows", "ids", "previous", "following", "satisfied"),
-                *("alpha", "parts", "starts", "words", "topics"),
+                *("alpha", "parts"),
             )
         ),
-        *((field, ctypes.c_int) for field in ("senses", "width", "context", "vocabulary")),
+        ("lists", _Lists),
+        ("topics", ctypes.c_void_p),
+        *((field, ctypes.c_int) for field in ("senses", "width", "context", "slots")),
     )
 
 
@@ -158,12 +167,12 @@ class NativeKernels:
         c = self.caches
         (slots, context, senses), width = c.rows.shape, c.table.shape[1]
         alpha = torch.empty(slots, context, -(-senses // LANES) * LANES)
-        parts = torch.empty(slots, GROUPS, width)
+        parts = torch.empty(GROUPS, slots, width)
         starts, words = (torch.empty(slots, n, dtype=torch.int32) for n in (GROUPS + 1, 2 * context))
-        tensors = (c.table, c.embedding, c.rows, c.ids, c.previous, c.following, c.satisfied)
-        buffers = (alpha, parts, starts, words)
-        pointers = (at(tensor) for tensor in (*tensors, *buffers))
-        return _Mix(*pointers, None, senses, width, context, len(c.embedding)), buffers
+        tensors = (c.table, c.embedding, c.rows, c.ids, c.previous, c.following, c.satisfied, alpha, parts)
+        lists = _Lists(at(starts), at(words), context, len(c.embedding))
+        state = _Mix(*(at(tensor) for tensor in tensors), lists, None, senses, width, context, slots)
+        return state, (alpha, parts, starts, words)
 
     def _with(self, topics: bytes) -> object:
         self._state.topics = ctypes.cast(ctypes.c_char_p(topics), ctypes.c_void_p)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "words.h"
 
 namespace {
 
@@ -19,16 +20,7 @@ struct Row {  // one prediction: the newest of `length` tokens in a slot
 };
 
 constexpr float SATISFIED = 32.0f;  // scale·a from which sigmoid(6 − scale·a) is lost in 1 − it, in float32
-constexpr int GROUPS = 32;  // of tokens: one is a unit of work
-constexpr int SOON = 4;  // words ahead, whose weights and row numbers are asked for
-
-struct Word {  // a token of a text, where it stands first
-    int32_t token, position;
-};
-
-struct Place {  // a word of a prediction, and another one of the same token
-    int32_t prediction, position, next;
-};
+constexpr int SOON = 4;  // words ahead, whose rows are asked for; their numbers and weights twice as far
 
 template <typename Value>
 struct Mix {
@@ -37,11 +29,10 @@ struct Mix {
     const int32_t *rows, *ids;  // [S, T, k], [S, T]
     const int32_t *previous, *following;  // where the same token stands before (−1: nowhere) and next (0), [S, T]
     float* satisfied;  // a = Σ_i relu(E[x_i]·C(x_j)_l), [S, T, k]; kept where a token stands first
-    float *alpha, *parts;  // [B, T, k rounded up to 16], [B, GROUPS, d]
-    int32_t* starts;  // [B, GROUPS + 1], of the groups in
-    Word* words;  // [B, T]
+    float *alpha, *parts;  // [B, T, k rounded up to 16], [GROUPS, S, d]: a group's, of all predictions, fit a cache
+    Lists lists;
     const Topic* topics;
-    int senses, width, context, vocabulary;
+    int senses, width, context, slots;
 
     int padded() const { return (senses + LANES - 1) / LANES * LANES; }
     const int32_t* rows_of(int slot, int t) const { return rows + (size_t(slot) * context + t) * senses; }
@@ -186,41 +177,18 @@ struct Mix {
     void list(const Row& r, int b, int32_t* origins) const {
         const int32_t *tokens = ids + size_t(r.slot) * context, *before = previous + size_t(r.slot) * context;
         float* own = alpha + size_t(b) * context * padded();
-        int32_t *start = starts + b * (GROUPS + 1), ends[GROUPS] = {};
+        int32_t counts[GROUPS] = {};
         for (int t = 0; t < r.length; t++) {
             origins[t] = before[t] < 0 ? t : origins[before[t]];
             if (origins[t] == t)
-                ends[tokens[t] % GROUPS]++;
+                counts[tokens[t] % GROUPS]++;
             else if (!r.topics)
                 for (int l = 0; l < senses; l += LANES) {
                     float* to = own + origins[t] * padded() + l;
                     store(to, load(to) + load(own + t * padded() + l));
                 }
         }
-        start[0] = 0;
-        for (int group = 0; group < GROUPS; group++) {
-            start[group + 1] = start[group] + ends[group];
-            ends[group] = start[group];
-        }
-        for (int t = 0; t < r.length; t++)
-            if (origins[t] == t) words[b * context + ends[tokens[t] % GROUPS]++] = {tokens[t], t};
-    }
-
-    // A group's words of all predictions; those of one token one after another.
-    void gather(int count, int group, std::vector<int32_t>& heads, std::vector<Place>& scratch, std::vector<Place>& places) const {
-        heads.assign((vocabulary + GROUPS - 1) / GROUPS, -1);
-        scratch.clear();
-        places.clear();
-        for (int b = 0; b < count; b++) {
-            const int32_t* start = starts + b * (GROUPS + 1) + group;
-            for (const Word* word = words + b * context + start[0]; word < words + b * context + start[1]; word++) {
-                int32_t& head = heads[word->token / GROUPS];
-                scratch.push_back({b, word->position, head});
-                head = int32_t(scratch.size()) - 1;
-            }
-        }
-        for (int at : heads)
-            for (; at >= 0; at = scratch[at].next) places.push_back(scratch[at]);
+        lists.list(b, tokens, r.length, origins, counts);
     }
 
     // What these words of a group add to each prediction, into its part.
@@ -230,7 +198,10 @@ struct Mix {
         auto alphas = [&](const Place& place) { return alpha + (size_t(place.prediction) * context + place.position) * padded(); };
         int* open = reinterpret_cast<int*>(weights + padded());
         for (size_t n = 0; n < places.size(); n++) {
-            if (n + SOON < places.size()) fetch(row_numbers(places[n + SOON])), fetch(alphas(places[n + SOON]));
+            if (n + 2 * SOON < places.size()) {
+                fetch(row_numbers(places[n + 2 * SOON]));
+                fetch(alphas(places[n + 2 * SOON]));
+            }
             const Place& place = places[n];
             const Row& r = predictions[place.prediction];
             const float* own = alphas(place);
@@ -243,13 +214,13 @@ struct Mix {
                 weigh(r, own - t * padded(), t, weights);
                 own = weights;
             }
-            const int32_t *numbers = row_numbers(place), *ahead = n + 1 < places.size() ? row_numbers(places[n + 1]) : nullptr;
-            if (ahead && !std::memcmp(numbers, ahead, senses * sizeof(int32_t))) ahead = nullptr;
-            add(numbers, ahead, own, part(place.prediction, group));
+            const int32_t* ahead = n + SOON < places.size() ? row_numbers(places[n + SOON]) : nullptr;
+            if (ahead && !std::memcmp(row_numbers(places[n + SOON - 1]), ahead, senses * sizeof(int32_t))) ahead = nullptr;
+            add(row_numbers(place), ahead, own, part(place.prediction, group));
         }
     }
 
-    float* part(int b, int group) const { return parts + (size_t(b) * GROUPS + group) * width; }
+    float* part(int b, int group) const { return parts + (size_t(group) * slots + b) * width; }
 };
 
 template <typename Value>
@@ -269,7 +240,7 @@ void mix(const Mix<Value>& m, const Row* predictions, int count, const Value* qu
         }
 #pragma omp for schedule(dynamic, 1)
         for (int group = 0; group < GROUPS; group++) {
-            m.gather(count, group, numbers, some, places);
+            m.lists.gather(count, group, numbers, some, places);
             m.add_all(predictions, count, group, places, scratch.data());
         }
 #pragma omp for schedule(static)
