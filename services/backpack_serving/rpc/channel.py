@@ -15,7 +15,7 @@ MESSAGE_LIMIT = 20 * 2**20
 """Largest message that a server takes: a revision at the limits of its size, and some room."""
 
 # Only reads may be repeated by the library: a second Generate would be charged and sampled twice, and of a write
-# the library can't tell whether it has an id.
+# the library can't tell whether it has an id. CANCELLED is what a stopping server may say (see `rpc.status`).
 SERVICE_CONFIG = json.dumps(
     {
         "loadBalancingConfig": [{"round_robin": {}}],
@@ -51,7 +51,7 @@ SERVICE_CONFIG = json.dumps(
                     "initialBackoff": "0.1s",
                     "maxBackoff": "2s",
                     "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
+                    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
                 },
             }
         ],

@@ -11,7 +11,7 @@ from google.protobuf.any_pb2 import Any as PackedAny
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from backpack_serving.errors import BY_CODE, DOMAIN, Internal, Quota, ServiceError
+from backpack_serving.errors import BY_CODE, DOMAIN, Internal, Quota, ServiceError, Unavailable
 
 
 def to_status(error: ServiceError) -> status_pb2.Status:
@@ -45,6 +45,10 @@ def error_from(error: grpc.RpcError) -> ServiceError:
     code = call.code().name
     kind = BY_CODE.get(code, Internal)
     status = rpc_status.from_call(call)
+    if status is None and code == "CANCELLED":
+        # A server that stops ends so what reached it and no handler yet (github.com/grpc/grpc/issues/41785). A
+        # call that we cancel ourselves raises CancelledError instead.
+        return Unavailable("TRANSPORT", "the server stopped before it took the call", retry_after=0.1)
     if status is None:
         return kind("TRANSPORT", call.details() or code)
     reason, values, retry_after = code, {}, None
