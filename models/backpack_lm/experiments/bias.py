@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from backpack_lm.experiments.experiment import Headline, Result
+from backpack_lm.lab.contrast import find_sense
 from backpack_lm.lab.debias import Debiased, debias, least
 from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
 from backpack_lm.lab.subject import Subject
@@ -21,6 +22,9 @@ from backpack_lm.lab.watch import Journal, Watch
 from backpack_lm.model import TransformerTwin
 from backpack_lm.reports.plots import bars
 from backpack_lm.reports.report import Report, Table
+
+PENALTY = 1.0
+"""What the paper has a scale's distance from 1 cost beside the bias."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +128,10 @@ class GenderBias:
 
     def run(self, subject: Subject, watch: Watch) -> Result:
         twin = read_twin(self.twin, subject.config) if self.twin else None
+        search = find_sense(subject, NOUNS, "he", "she", ESTIMATION, watch)
         found, free = (
-            debias(subject, NOUNS, watch, Journal(None, {}), sense=self.sense, penalty=penalty)
-            for penalty in (1.0, 0.0)
+            debias(subject, NOUNS, watch, Journal(None, {}), sense=self.sense, penalty=penalty, search=search)
+            for penalty in (PENALTY, 0.0)
         )
         baseline = null_space(subject, twin, found.search.words, watch) if twin else None
         return BiasResult(found, free, baseline)
@@ -150,7 +155,7 @@ def null_space(subject: Subject, twin: TransformerTwin, nouns: Sequence[str], wa
     found: list[tuple[float, float, float]] = []
     with torch.inference_mode():
         for noun in watch(nouns, "nouns, null space", len(nouns)):
-            fitted = least(partial(bias, noun, ESTIMATION))
+            fitted = least(partial(bias, noun, ESTIMATION), PENALTY)
             one, none, best = (bias(noun, EVALUATION, keep) for keep in (1.0, 0.0, fitted))
             found.append((one, none, best))
     return NullSpace(*(sum(column) / len(found) for column in zip(*found, strict=True)))

@@ -87,17 +87,18 @@ def debias(
     sense: int | None = None,
     estimation: Sequence[str] = ESTIMATION,
     evaluation: Sequence[str] = EVALUATION,
-    penalty: float = 1.0,
+    penalty: float = 0.0,
+    search: SenseSearch | None = None,
 ) -> Debiased:
     """Fit one scale for each noun that is a single token, on the estimation prompts; `penalty` holds it near 1.
 
-    The sense is found there, too, unless it is given. Raises ValueError if the model knows none of the nouns or
-    has no such sense.
+    The sense is found there, too, unless it is given, or a `search` of the same nouns and prompts that was made
+    before. Raises ValueError if the model knows none of the nouns or has no such sense.
     """
     if sense is not None and not 0 <= sense < subject.config.num_senses:
         raise ValueError(f"sense {sense}; this model's are 0 to {subject.config.num_senses - 1}")
     contrast = Contrast.of(subject, one, other)
-    search = find_sense(subject, nouns, one, other, estimation, watch)
+    search = search or find_sense(subject, nouns, one, other, estimation, watch)
     chosen = search.guilty if sense is None else sense
 
     def fit(word: str) -> dict[str, Any]:
@@ -113,13 +114,13 @@ def debias(
     return Debiased(one, other, chosen, search, found)
 
 
-def fit_scale(noun: Noun, sense: int, penalty: float = 1.0) -> float:
+def fit_scale(noun: Noun, sense: int, penalty: float) -> float:
     """The factor c that makes bias + penalty · |1 − c| least, by Nelder–Mead from 1, within what a patch may scale
     by; a penalty of 1 is the paper's."""
     return least(lambda factor: noun.bias(*noun.scaled(sense, factor)), penalty, Limits().norm_factor)
 
 
-def least(bias: Callable[[float], float], penalty: float = 1.0, bound: float | None = None) -> float:
+def least(bias: Callable[[float], float], penalty: float, bound: float | None = None) -> float:
     """The number c, at most ±`bound`, that makes bias(c) + penalty · |1 − c| least, by Nelder–Mead from 1."""
     from scipy.optimize import minimize
 

@@ -74,8 +74,13 @@ def debias(
         ),
     ] = None,
     penalty: Annotated[
-        float, typer.Option(help="What a scale's distance from 1 costs beside the bias; the paper's is 1.", min=0)
-    ] = 1.0,
+        float,
+        typer.Option(
+            help="What a scale's distance from 1 costs beside the bias. 0 lowers the ratio as far as a scale can; "
+            "with the paper's 1 a scale stays 1 unless the ratio falls by more than it moves.",
+            min=0,
+        ),
+    ] = 0.0,
     file: Out = Path("debias.json"),
     model: Model = None,
     threads: Threads = 0,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from backpack_lm.experiments.bias import BiasResult, GenderBias, null_space
 from backpack_lm.experiments.language import LanguageModelling, LanguageResult
 from backpack_lm.experiments.lexical import LexicalResult, LexicalSimilarity
 from backpack_lm.experiments.topics import TopicControl, TopicsResult
-from backpack_lm.lab.professions import EVALUATION
+from backpack_lm.lab.contrast import Contrast, Noun
+from backpack_lm.lab.debias import debias
+from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
 from backpack_lm.lab.subject import Subject
 from backpack_lm.lab.text import held_out, stream
 from backpack_lm.lab.twin import read_twin
-from backpack_lm.lab.watch import unwatched
+from backpack_lm.lab.watch import Journal, unwatched
 from backpack_lm.model import TransformerTwin
 from backpack_lm.training.data import Rows
 from backpack_lm.training.trainer import Recipe, Trainer
@@ -29,6 +32,8 @@ from tests.models.experiments.test_lexical import PAIRS, _write
 from tests.models.experiments.test_topics import judge
 
 __all__ = ["judge"]
+
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +103,21 @@ def test_the_null_space_is_projected_out_of_one_word_s_input_alone(subject: Subj
     assert found.removed == pytest.approx(ratios(0.0), rel=1e-4)
     assert found.removed != pytest.approx(found.unmodified, rel=1e-6)
     assert torch.equal(model.embedding, head), "the twin is as it was"
-    result = GenderBias(twin).run(subject, unwatched)
+    shown: list[str] = []
+
+    def noting(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+        shown.append(what)
+        return iter(items)
+
+    result = GenderBias(twin).run(subject, noting)
     assert isinstance(result, BiasResult)
+    assert shown == ["senses", "nouns", "nouns", "nouns, null space"], "the sense is searched once for both fits"
+    assert result.free.search is result.backpack.search
+    assert result.backpack == debias(subject, NOUNS, unwatched, Journal(None, {}), penalty=1.0)
+    for one, other in zip(result.free.nouns, result.backpack.nouns, strict=True):
+        noun = Noun(subject, one.noun, ESTIMATION, Contrast.of(subject, "he", "she"))
+        free, held = (noun.bias(*noun.scaled(result.free.sense, n.scale)) for n in (one, other))
+        assert free <= held + 1e-3, "nothing holds a free scale"
     assert "| Transformer, null space |" in result.report().markdown()
     assert "twin, null space" in result.headline().figures
 
