@@ -13,6 +13,7 @@ from backpack_lm.patch import Add, Cell, Edit, Release, Revision, Swap, Topic, V
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.loop import EngineLoop
 from backpack_serving.engine.sequence import Request
+from backpack_serving.wire.inference import COALESCE
 from torch import Tensor
 
 from tests.bench.side_by_side import ROUNDS, STEP_TOKENS, Bench, Timed
@@ -136,9 +137,9 @@ def budget(bench: Bench) -> None:
 def loop(bench: Bench) -> None:
     direct = bench.engine(32)
 
-    async def through(loop: EngineLoop, requests: list[Request]) -> float:
+    async def through(loop: EngineLoop, requests: list[Request], gather: float) -> float:
         async def one(request: Request) -> int:
-            return sum([len(outputs) async for outputs in loop.generate(request)])
+            return sum([len(outputs) async for outputs in loop.generate(request, gather)])
 
         started = time.perf_counter()
         tokens = sum(await asyncio.gather(*map(one, requests)))
@@ -154,12 +155,13 @@ def loop(bench: Bench) -> None:
     def some() -> list[Request]:
         return [bench.request(bench.prompt(64)) for _ in range(32)]
 
-    bench.compare(
-        "the engine through its asyncio loop, against stepping it, batch 32",
-        lambda: runner.run(through(engine_loop, some())),
-        lambda: bench.generate(direct, some()),
-        "tokens/s",
-        "0.95",
-    )
+    for gather, how in ((0.0, "each token"), (COALESCE, f"those of {COALESCE * 1e3:.0f} ms together, as served")):
+        bench.compare(
+            f"the engine through its asyncio loop, {how}, against stepping it, batch 32",
+            lambda gather=gather: runner.run(through(engine_loop, some(), gather)),  # type: ignore[misc]
+            lambda: bench.generate(direct, some()),
+            "tokens/s",
+            "0.95",
+        )
     runner.run(engine_loop.stop())
     runner.close()
