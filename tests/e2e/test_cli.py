@@ -291,6 +291,7 @@ def test_a_key_is_one_line_however_narrow_the_terminal(backpack: Any, monkeypatc
         (("compare", "x", "--target", "kingdomless"), "ask for its first token"),
         (("patch", "scale", "p", "kingdomless", "--factor", "0"), "ask for its first token or for all"),
         (("release", "activate", "99"), "releases/99 doesn't exist"),
+        (("release", "create", "royal"), "'royal'; write PATCH:NUMBER, such as debias:3"),
         (("model", "verify", "/nowhere"), "backpack model import"),
     ],
 )
@@ -327,8 +328,9 @@ def test_a_bad_patch_file_is_one_line_and_makes_no_patch(
         (("patch", "scale", "p", "king", "--factor", "0", "--senses", "5-1"), "'5-1' names no sense"),
         (("compare", "x", "--release", ""), "write a number"),
         (("explain", "x", "--html", "/nowhere/x.html"), "/nowhere is no folder"),
-        (("tenant", "key", "harbour", "--role", "king"), "author, releaser or caller"),
+        (("tenant", "key", "harbour", "--role", "king"), "'author', 'releaser', 'caller'"),
         (("patch", "revise", "p", "/nowhere.json"), "does not exist"),
+        (("release", "rollback", "--wait", "some"), "'none', 'quorum', 'all'"),
     ],
 )
 def test_wrong_use_names_the_value_and_the_fix(backpack: Any, words: tuple[str, ...], says: str) -> None:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from backpack_proto.v1 import interventions_pb2_grpc, sync_pb2_grpc
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from backpack_serving import rpc
-from backpack_serving.client import Client as TextClient
-from backpack_serving.client import Served, Token
+from backpack_serving.client import Client, Operator, Served, Steering, Token
 from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.settings import Settings
-from backpack_serving.tls import Tls
 
 LAB_PACKAGES = ("scipy", "matplotlib", "transformers")
 """What the extra `lab` adds, and a command may miss."""
@@ -52,62 +47,6 @@ Page = Annotated[
 Channel = Annotated[str, typer.Option(help="Which of the tenant's channels steers the request.")]
 
 
-@dataclass(frozen=True)
-class Client:
-    """A client of the gateway, and stubs of the intervention service, for one caller.
-
-    Closes its channels at the end of a `with`.
-    """
-
-    gateway: str
-    interventions: str
-    key: str
-    tls: Tls
-    _channels: list[Any] = field(default_factory=list)
-
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        return rpc.with_key(self.key)
-
-    @property
-    def text(self) -> TextClient:
-        client = TextClient(self.gateway, self.key, tls=self.tls, timeout=None)  # people press Ctrl-C
-        self._channels.append(client)
-        return client
-
-    @property
-    def tenants(self) -> interventions_pb2_grpc.TenantServiceStub:
-        return interventions_pb2_grpc.TenantServiceStub(self._open(self.interventions))
-
-    @property
-    def patches(self) -> interventions_pb2_grpc.PatchServiceStub:
-        return interventions_pb2_grpc.PatchServiceStub(self._open(self.interventions))
-
-    @property
-    def releases(self) -> interventions_pb2_grpc.ReleaseServiceStub:
-        return interventions_pb2_grpc.ReleaseServiceStub(self._open(self.interventions))
-
-    @property
-    def fleet(self) -> sync_pb2_grpc.FleetServiceStub:
-        return sync_pb2_grpc.FleetServiceStub(self._open(self.interventions))
-
-    @property
-    def audit(self) -> interventions_pb2_grpc.AuditServiceStub:
-        return interventions_pb2_grpc.AuditServiceStub(self._open(self.interventions))
-
-    def _open(self, address: str) -> Any:
-        channel = rpc.sync_channel(address, self.tls)
-        self._channels.append(channel)
-        return channel
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for channel in self._channels:
-            channel.close()
-
-
 def table(*names: str) -> Table:
     """Columns without lines. What is too wide is folded, never cut: names are there to be copied."""
     return Table(*(Column(name, overflow="fold") for name in names), box=None)
@@ -132,13 +71,8 @@ def footnote(served: Served, note: str = "") -> None:
     )
 
 
-def new_id() -> str:
-    """The id of a request, which makes its repetition harmless."""
-    return str(uuid.uuid4())
-
-
-def when(stamp: Any) -> str:
-    return str(stamp.ToDatetime().strftime("%Y-%m-%d %H:%M:%S"))
+def when(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M:%S}"
 
 
 def tenant_key_file(settings: Settings, tenant: str) -> Path:
@@ -147,33 +81,42 @@ def tenant_key_file(settings: Settings, tenant: str) -> Path:
 
 @contextmanager
 def as_caller(tenant: str, key: str) -> Iterator[Client]:
-    """A client with the given key, or the tenant's from the state folder."""
+    """The gateway, with the given key, or the tenant's from the state folder."""
     with exits():
         settings = Settings()
-        if not key:
-            file = tenant_key_file(settings, tenant)
-            if not file.exists():
-                raise FileNotFoundError(
-                    f"no API key: {file} doesn't exist; give --key, set BACKPACK_KEY, or name a tenant with --as"
-                )
-            key = file.read_text().strip()
-        with (
-            Client(settings.gateway_address, settings.interventions_address, key, settings.tls) as client,
-            rpc.errors(),
-        ):
+        key = key or _kept_key(settings, tenant)
+        with Client(
+            settings.gateway_address, key, tls=settings.tls, timeout=None
+        ) as client:  # people press Ctrl-C
             yield client
 
 
 @contextmanager
-def as_admin() -> Iterator[Client]:
+def as_releaser(tenant: str, key: str) -> Iterator[Steering]:
+    """The intervention service, with the same keys."""
+    with exits():
+        settings = Settings()
+        key = key or _kept_key(settings, tenant)
+        with Steering(settings.interventions_address, key, tls=settings.tls, timeout=None) as steering:
+            yield steering
+
+
+@contextmanager
+def as_admin() -> Iterator[Operator]:
     with exits():
         settings = Settings()
         key = settings.key_for("admin")
-        with (
-            Client(settings.gateway_address, settings.interventions_address, key, settings.tls) as client,
-            rpc.errors(),
-        ):
-            yield client
+        with Operator(settings.interventions_address, key, tls=settings.tls, timeout=None) as operator:
+            yield operator
+
+
+def _kept_key(settings: Settings, tenant: str) -> str:
+    file = tenant_key_file(settings, tenant)
+    if not file.exists():
+        raise FileNotFoundError(
+            f"no API key: {file} doesn't exist; give --key, set BACKPACK_KEY, or name a tenant with --as"
+        )
+    return file.read_text().strip()
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from rich.columns import Columns
 from rich.table import Table
 from rich.text import Text
 
-from backpack_serving import rpc
 from backpack_serving.cli.client import AsTenant, Key, as_caller, err, out, percent
 from backpack_serving.client import Client, InvalidRequest, Prediction, Score, Served, Token
 
@@ -40,8 +39,7 @@ def compare(
     All releases up to 8 beside the model as it is: `backpack compare TEXT --release unpatched --release 1-8`
     """
     choices = list(_choices(release or ["unpatched", "live"]))
-    with as_caller(tenant, key) as caller:
-        client = caller.text
+    with as_caller(tenant, key) as client:
         if score:
             scored = client.compare_scores(text, choices)
             table, served = _changes(scored), [s.served for s in scored]
@@ -70,8 +68,7 @@ def _scores(client: Client, text: str, found: Sequence[Prediction]) -> Mapping[i
     """Of the same releases, by number: a channel may have moved meanwhile. None of a text of one token."""
     numbers = sorted({prediction.served.release for prediction in found})
     try:
-        with rpc.errors():
-            return {score.served.release: score for score in client.compare_scores(text, numbers)}
+        return {score.served.release: score for score in client.compare_scores(text, numbers)}
     except InvalidRequest as error:
         if error.reason != "TOO_SHORT":
             raise

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from backpack_proto.v1 import inference_pb2, interventions_pb2
-from backpack_proto.v1.inference_pb2 import Word
+from backpack_proto.v1 import interventions_pb2 as pb
 from google.protobuf import json_format
 from rich.markdown import Markdown
 from rich.progress import DownloadColumn, Progress
 from rich.text import Text
 
-from backpack_serving import rpc
-from backpack_serving.cli.client import AsTenant, Client, Key, as_caller, exits, new_id, out, table, when
+from backpack_serving.cli.client import AsTenant, Key, as_releaser, exits, out, table, when
 from backpack_serving.cli.patch_file import PatchFile
-from backpack_serving.errors import NotFound
-
-pb = interventions_pb2
+from backpack_serving.client import Cells, Copy, Edit, NotFound, ProjectOut, Revision, Scale, Swap, Topic
 
 patch_app = typer.Typer(no_args_is_help=True, help="Patches: named, versioned lists of edits to sense vectors.")
 
@@ -35,12 +31,12 @@ Words = Annotated[list[str], typer.Argument(help="Words whose senses are edited.
 @patch_app.command("list")
 def list_patches(tenant: AsTenant = "harbour", key: Key = "") -> None:
     """The tenant's patches. A description's first line is shown; all of it: `backpack patch describe NAME`."""
-    with as_caller(tenant, key) as client:
-        answer = client.patches.ListPatches(pb.ListPatchesRequest(page_size=1000), metadata=client.metadata)
+    with as_releaser(tenant, key) as steering:
+        patches = steering.patches()
     shown = table("patch", "newest revision", "made", "description")
-    for p in answer.patches:
-        first_line = Text(p.description.partition("\n")[0].removeprefix("# "))
-        shown.add_row(p.name.rpartition("/")[2], str(p.latest_revision), when(p.create_time), first_line)
+    for patch in patches:
+        first_line = Text(patch.description.partition("\n")[0].removeprefix("# "))
+        shown.add_row(patch.id, str(patch.newest), when(patch.made), first_line)
     out.print(shown)
 
 
@@ -54,14 +50,9 @@ def show_revision(
     key: Key = "",
 ) -> None:
     """A revision's edits, as the JSON that `patch revise` reads."""
-    with as_caller(tenant, key) as client:
-        if number is None:
-            known = client.patches.GetPatch(pb.GetPatchRequest(name=f"patches/{patch}"), metadata=client.metadata)
-            number = known.patch.latest_revision
-        request = pb.GetRevisionRequest(name=f"patches/{patch}/revisions/{number}")
-        revision = client.patches.GetRevision(request, metadata=client.metadata).revision
-    edits = [json_format.MessageToDict(edit) for edit in revision.edits]
-    out.print_json(json.dumps(edits))
+    with as_releaser(tenant, key) as steering:
+        revision = steering.revision(patch, number)
+    out.print_json(json.dumps([json_format.MessageToDict(edit.message()) for edit in revision.edits]))
 
 
 @patch_app.command("revise")
@@ -85,7 +76,7 @@ def revise(
     """
     with exits():
         read = PatchFile.read(file)
-    _revise(patch, list(read.edits), tenant, key, dry_run, read)
+    _revise(patch, read.edits, tenant, key, dry_run, read)
 
 
 @patch_app.command("scale")
@@ -102,7 +93,7 @@ def scale(
     A word says less: `backpack patch scale quiet king --factor 0.5`; two of its senses, nothing at all:
     `backpack patch scale quiet king --factor 0 --senses 3,10`
     """
-    _revise(patch, [pb.Edit(scale=pb.ScaleEdit(cells=_cells(words, senses), factor=factor))], tenant, key)
+    _revise(patch, [Scale(_cells(words, senses), factor)], tenant, key)
 
 
 @patch_app.command("copy")
@@ -118,8 +109,7 @@ def copy(
 
     `backpack patch copy royal king queen --from ship`
     """
-    edit = pb.CopyEdit(cells=_cells(words, senses), source=Word(text=source))
-    _revise(patch, [pb.Edit(copy=edit)], tenant, key)
+    _revise(patch, [Copy(_cells(words, senses), source)], tenant, key)
 
 
 @patch_app.command("project-out")
@@ -135,8 +125,7 @@ def project_out(
 
     `backpack patch project-out calm nurse --direction she`
     """
-    edit = pb.ProjectOutEdit(cells=_cells(words, senses), direction=Word(text=direction))
-    _revise(patch, [pb.Edit(project_out=edit)], tenant, key)
+    _revise(patch, [ProjectOut(_cells(words, senses), direction)], tenant, key)
 
 
 @patch_app.command("swap")
@@ -153,8 +142,7 @@ def swap(
 
     `backpack patch swap facts ship --old sea --new land`
     """
-    edit = pb.SwapEdit(cells=_cells(words, senses), old=Word(text=old), new=Word(text=new))
-    _revise(patch, [pb.Edit(swap=edit)], tenant, key)
+    _revise(patch, [Swap(_cells(words, senses), old, new)], tenant, key)
 
 
 @patch_app.command("topic")
@@ -170,8 +158,7 @@ def topic(
 
     `backpack patch topic nautical sea ship captain sail --strength 2`
     """
-    edit = pb.TopicEdit(words=[Word(text=w) for w in words], strength=strength, constant=constant)
-    _revise(patch, [pb.Edit(topic=edit)], tenant, key)
+    _revise(patch, [Topic(words, strength, constant)], tenant, key)
 
 
 def sense_numbers(senses: str) -> list[int]:
@@ -185,61 +172,38 @@ def sense_numbers(senses: str) -> list[int]:
     return numbers
 
 
-def _cells(words: list[str], senses: str) -> list[pb.Cells]:
-    numbers = sense_numbers(senses)
-    policy = inference_pb2.WORD_POLICY_SINGLE
-    return [pb.Cells(word=Word(text=word, policy=policy), senses=numbers) for word in words]
+def _cells(words: list[str], senses: str) -> list[Cells]:
+    numbers = tuple(sense_numbers(senses))
+    return [Cells(word, numbers) for word in words]
 
 
 def _revise(
     patch: str,
-    edits: list[pb.Edit],
+    edits: Sequence[Edit | pb.Edit],
     tenant: str,
     key: str,
     dry_run: bool = False,
     file: PatchFile = PatchFile(()),
 ) -> None:
-    def create(validate_only: bool) -> pb.Revision:
-        request = pb.CreateRevisionRequest(
-            parent=f"patches/{patch}",
-            edits=edits,
-            request_id="" if validate_only else new_id(),
-            validate_only=validate_only,
-        )
-        with rpc.errors():
-            made: pb.Revision = client.patches.CreateRevision(request, metadata=client.metadata).revision
-            return made
-
-    with as_caller(tenant, key) as client:
+    with as_releaser(tenant, key) as steering:
         try:
-            draft = create(True)
+            draft = steering.create_revision(patch, edits, dry_run=True)
         except NotFound:  # the service looks for the patch when the edits are good
             if dry_run:
                 later = "; that it is for this model is checked then" if file.model else ""
                 out.print(f"would be the first revision of a new patch, {patch}{later}")
                 return
-            _provide(client, patch, file.description)
-            draft = create(True)
-        file.check(draft.model_fingerprint)
-        revision = draft if dry_run else create(False)
+            steering.create_patch(patch, file.description, exist_ok=True)
+            draft = steering.create_revision(patch, edits, dry_run=True)
+        file.check(draft.model)
+        revision = draft if dry_run else steering.create_revision(patch, edits)
     _show(revision, dry_run)
 
 
-def _provide(client: Client, patch: str, description: str = "") -> None:
-    """Make the patch, unless it is there."""
-    try:
-        with rpc.errors():
-            client.patches.GetPatch(pb.GetPatchRequest(name=f"patches/{patch}"), metadata=client.metadata)
-    except NotFound:
-        request = pb.CreatePatchRequest(patch_id=patch, description=description, request_id=new_id())
-        client.patches.CreatePatch(request, metadata=client.metadata)
-
-
-def _show(revision: pb.Revision, dry_run: bool) -> None:
-    _, _, _, patch, _, number = revision.name.split("/")
+def _show(revision: Revision, dry_run: bool) -> None:
     out.print(f"{'would be ' if dry_run else ''}{revision.name}  [dim]{revision.digest[:12]}[/]")
     if not dry_run:
-        out.print(f"[dim]put it into a release: backpack release create {patch}:{number}[/]")
+        out.print(f"[dim]put it into a release: backpack release create {revision.id}[/]")
 
 
 @patch_app.command("upload")
@@ -259,29 +223,17 @@ def upload(
     key: Key = "",
 ) -> None:
     """Make a revision that gives each of many cells a vector of its own, such as finetuning learns."""
-    header = pb.UploadHeader(
-        parent=f"patches/{patch}",
-        kind=pb.EDIT_KIND_SET if replace else pb.EDIT_KIND_ADD,
-        safetensors=pb.SafetensorsFormat(),
-        size=file.stat().st_size,
-        validate_only=dry_run,
-        request_id=new_id(),
-    )
-    with as_caller(tenant, key) as client:
-        _provide(client, patch)
+    with as_releaser(tenant, key) as steering:
+        content = file.read_bytes()
+        steering.create_patch(patch, exist_ok=True)
         with Progress(*Progress.get_default_columns(), DownloadColumn(), console=out, transient=True) as progress:
-            bar = progress.add_task(file.name, total=header.size)
-            parts = _parts(header, file, lambda size: progress.advance(bar, size))
-            revision = client.patches.UploadRevision(parts, metadata=client.metadata).revision
+            bar = progress.add_task(file.name, total=len(content))
+
+            def show(sent: int) -> None:
+                progress.update(bar, completed=sent)
+
+            revision = steering.upload_revision(patch, content, replace=replace, dry_run=dry_run, sent=show)
     _show(revision, dry_run)
-
-
-def _parts(header: pb.UploadHeader, file: Path, sent: Callable[[int], None]) -> Iterator[pb.UploadRevisionRequest]:
-    yield pb.UploadRevisionRequest(header=header)
-    with file.open("rb") as content:
-        while chunk := content.read(2**20):
-            yield pb.UploadRevisionRequest(chunk=chunk)
-            sent(len(chunk))
 
 
 @patch_app.command("describe")
@@ -292,15 +244,11 @@ def describe(
     key: Key = "",
 ) -> None:
     """Show a patch's description, or change it."""
-    with as_caller(tenant, key) as client:
+    with as_releaser(tenant, key) as steering:
         if text is None:
-            known = client.patches.GetPatch(pb.GetPatchRequest(name=f"patches/{patch}"), metadata=client.metadata)
-            out.print(Markdown(known.patch.description), soft_wrap=False)
-            return
-        request = pb.UpdatePatchRequest(
-            patch=pb.Patch(name=f"patches/{patch}", description=text), request_id=new_id()
-        )
-        out.print(client.patches.UpdatePatch(request, metadata=client.metadata).patch.name)
+            out.print(Markdown(steering.patch(patch).description), soft_wrap=False)
+        else:
+            out.print(steering.describe_patch(patch, text).name)
 
 
 @patch_app.command("delete")
@@ -310,9 +258,8 @@ def delete(
     key: Key = "",
 ) -> None:
     """Hide a patch. Releases that have revisions of it keep them; the name stays taken."""
-    with as_caller(tenant, key) as client:
-        request = pb.DeletePatchRequest(name=f"patches/{patch}", request_id=new_id())
-        out.print(f"{client.patches.DeletePatch(request, metadata=client.metadata).patch.name} is deleted")
+    with as_releaser(tenant, key) as steering:
+        out.print(f"{steering.delete_patch(patch).name} is deleted")
 
 
 # ---- audit
@@ -324,14 +271,11 @@ def audit(
     key: Key = "",
 ) -> None:
     """Who changed what, newest first, and whether the chain of hashes is whole."""
-    with as_caller(tenant, key) as client:
-        entries = client.audit.ListAuditEntries(
-            pb.ListAuditEntriesRequest(page_size=limit), metadata=client.metadata
-        ).entries
-        chain = client.audit.VerifyChain(pb.VerifyChainRequest(), metadata=client.metadata)
+    with as_releaser(tenant, key) as steering:
+        entries, chain = steering.audit(limit), steering.verify_audit()
     shown = table("at", "time", "who", "did", "to")
-    for e in entries:
-        shown.add_row(str(e.revision), when(e.time), e.principal, e.method, e.resource)
+    for entry in entries:
+        shown.add_row(str(entry.revision), when(entry.time), entry.who, entry.method, entry.resource)
     out.print(shown)
     state = "intact" if chain.intact else f"[red]broken at {chain.first_broken}[/]"
     out.print(f"[dim]chain of {chain.entries} entries:[/] {state}")

@@ -54,7 +54,7 @@ def generate(
     )
     made = [_Made() for _ in range(samples)]
     with as_caller(tenant, key) as client:
-        parts = client.text.stream(
+        parts = client.stream(
             prompt,
             sampling,
             explain=explain or None,

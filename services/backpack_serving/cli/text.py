@@ -37,7 +37,7 @@ def score(
     `backpack score "The captain of the ship and the sea" --as harbour`
     """
     with as_caller(tenant, key) as client:
-        answer = client.text.score(text, channel=channel)
+        answer = client.score(text, channel=channel)
     table = Table("token", "log p", box=None)
     for token in answer.tokens:
         known = token.log_probability
@@ -75,12 +75,12 @@ def explain(
     if page is not None:
         sampling = Sampling(max_tokens, temperature, top_k, seed=seed)
         with as_caller(tenant, key) as client:
-            made = write_generation(client.text, prompt, channel, sampling, page)
+            made = write_generation(client, prompt, channel, sampling, page)
         out.print(Text(prompt, style="dim") + Text(made.text), soft_wrap=True)
         footnote(made.served, f"{page}: {len(made.tokens)} tokens explained")
         return
     with as_caller(tenant, key) as client:
-        answer = client.text.explain(prompt, target or None, limit, channel=channel)
+        answer = client.explain(prompt, target or None, limit, channel=channel)
     table = Table("position", "token", "sense", "weight α", "× topic", "contribution", "", box=None)
     largest = max((abs(c.contribution) for c in answer.contributions), default=1.0) or 1.0
     for c in answer.contributions:
@@ -117,7 +117,7 @@ def senses(
     """
     near = neighbours or (limit if page is not None else 0)
     with as_caller(tenant, key) as client:
-        answer = client.text.senses(word, limit, near, channel=channel)
+        answer = client.senses(word, limit, near, channel=channel)
     table = Table("sense", "norm", "raises", "lowers", *(["near"] if near else []), box=None)
     for sense in answer.senses:
         mark = " [yellow]edited[/]" if sense.edited else ""

@@ -61,7 +61,7 @@ from backpack_serving.client.results import (
     Served,
     Token,
 )
-from backpack_serving.client.steering import AsyncSteering
+from backpack_serving.client.steering import AsyncSteering, Wait
 from backpack_serving.client.text import AsyncClient
 from backpack_serving.errors import (
     AlreadyExists,
@@ -142,4 +142,5 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Vector",
+    "Wait",
 ]

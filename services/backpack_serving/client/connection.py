@@ -22,7 +22,7 @@ from backpack_serving.tls import Tls
 
 P = ParamSpec("P")
 T = TypeVar("T")
-C = TypeVar("C", bound="Connected")
+C_co = TypeVar("C_co", bound="Connected", covariant=True)
 
 PAGE = 1000
 """Records in one answer: the most that the service gives."""
@@ -162,7 +162,7 @@ class Connected:
         await self._transport.sleep((error.retry_after or 0.0) + random.uniform(0, 0.1 * 2**attempt))
 
 
-class Blocking(Generic[C]):
+class Blocking(Generic[C_co]):
     """A client whose methods block: each runs one of the coroutines of another client, of the type `ASYNC`."""
 
     ASYNC: ClassVar[type[Any]]
@@ -177,7 +177,7 @@ class Blocking(Generic[C]):
         attempts: int = 4,
     ) -> None:
         how: dict[str, Any] = {"tls": tls, "timeout": timeout, "attempts": attempts, "transport": Waiting}
-        self._coroutines: C = self.ASYNC(address, key, **how)
+        self._coroutines: C_co = self.ASYNC(address, key, **how)
 
     def close(self) -> None:
         run(self._coroutines.close())
@@ -192,24 +192,24 @@ class Blocking(Generic[C]):
 
 
 def blocking(
-    method: Callable[Concatenate[C, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate[Blocking[C], P], T]:
+    method: Callable[Concatenate[C_co, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Blocking[C_co], P], T]:
     """A coroutine of a client, as a method of its blocking twin."""
 
     @wraps(method)
-    def call(self: Blocking[C], /, *args: P.args, **named: P.kwargs) -> T:
+    def call(self: Blocking[C_co], /, *args: P.args, **named: P.kwargs) -> T:
         return run(method(self._coroutines, *args, **named))
 
     return call
 
 
 def blocking_stream(
-    method: Callable[Concatenate[C, P], AsyncGenerator[T, None]],
-) -> Callable[Concatenate[Blocking[C], P], Iterator[T]]:
+    method: Callable[Concatenate[C_co, P], AsyncGenerator[T, None]],
+) -> Callable[Concatenate[Blocking[C_co], P], Iterator[T]]:
     """The same for a method whose results come one by one."""
 
     @wraps(method)
-    def call(self: Blocking[C], /, *args: P.args, **named: P.kwargs) -> Iterator[T]:
+    def call(self: Blocking[C_co], /, *args: P.args, **named: P.kwargs) -> Iterator[T]:
         parts = method(self._coroutines, *args, **named)
         try:
             while True:
