@@ -252,7 +252,7 @@ def test_a_canary_is_started_watched_promoted_and_rolled_back(backpack: Any) -> 
     )
     assert "canary: release 1 for 400 in a thousand request keys, salt s" in started
     assert "held by 1 of 1 replicas, 1 of 1 gateways" in started
-    status = backpack("release", "status", "--as", "trial")
+    status = backpack("release", "status", "--wait", "all", "--as", "trial")
     assert status.count("acked") == 4, "a replica and a gateway, the release and the canary"
     under = [
         "the canary"

@@ -13,7 +13,8 @@ from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_proto.v1 import sync_pb2 as spb
 from backpack_serving import rpc
-from backpack_serving.errors import ServiceError
+from backpack_serving.client import AsyncSteering
+from backpack_serving.errors import Expired, ServiceError
 from backpack_serving.inference.served import ServedModel
 from backpack_serving.settings import default_model
 
@@ -217,8 +218,16 @@ async def test_fleet_says_who_holds_what_and_who_refuses(parts: Apart, system: S
     waited.wait_timeout.FromMilliseconds(300)
     told = await system.releases.Activate(waited, metadata=key)
     assert (told.channel.release, told.rollout.complete) == (0, False), "the change is made, and not held yet"
-    parts.proxy.heal()
-    await eventually(is_held)
+    async with AsyncSteering(system.interventions, key[0][1].removeprefix("Bearer ")) as steering:
+        with pytest.raises(Expired, match=r"release 0 isn't held after 0\.3 s") as late:
+            await steering.until_held(seconds=0.3)
+        assert late.value.reason == "NOT_HELD"
+        parts.proxy.heal()
+        status = await steering.until_held("live", "all")
+    assert [(hold.kind, hold.release, hold.connected) for hold in status.holds] == [
+        ("replica", 0, True),
+        ("gateway", 0, True),
+    ]
 
 
 @pytest.mark.parametrize(

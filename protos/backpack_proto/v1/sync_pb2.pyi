@@ -730,6 +730,7 @@ class Hold(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
+    CONNECTED_FIELD_NUMBER: _builtins.int
     reader: _builtins.str
     """Where the reader serves."""
     kind: Global___ReaderKind.ValueType
@@ -740,6 +741,8 @@ class Hold(_message.Message):
     state: Global___HoldState.ValueType
     reason: _builtins.str
     message: _builtins.str
+    connected: _builtins.bool
+    """In touch, so STALE means behind. Only who is connected is waited for."""
     @_builtins.property
     def position(self) -> _inference_pb2.Position:
         """Up to where the reader has applied everything."""
@@ -757,10 +760,11 @@ class Hold(_message.Message):
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
         position: _inference_pb2.Position | None = ...,
+        connected: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "incarnation", b"incarnation", "kind", b"kind", "message", b"message", "position", b"position", "reader", b"reader", "reason", b"reason", "release", b"release", "release_digest", b"release_digest", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "connected", b"connected", "incarnation", b"incarnation", "kind", b"kind", "message", b"message", "position", b"position", "reader", b"reader", "reason", b"reason", "release", b"release", "release_digest", b"release_digest", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -100,10 +100,19 @@ def rollback(
 
 
 @app.command("status")
-def status(channel: Channel = "live", tenant: AsTenant = "harbour", key: Key = "") -> None:
-    """Which replicas and gateways hold a channel's release, and its canary."""
+def status(
+    channel: Channel = "live",
+    wait: Waiting = "none",
+    timeout: Timeout = 10.0,
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """Which replicas and gateways hold a channel's release, and its canary.
+
+    In a script, until all do, or one refuses: `backpack release status --wait all --timeout 60`
+    """
     with as_releaser(tenant, key) as steering:
-        found = steering.status(channel)
+        found = steering.until_held(channel, wait, seconds=timeout)
     _line(found.channel)
     shown = table("reader", "", "release", "holds it", "store at", "why not")
     for hold in found.holds:

@@ -30,7 +30,7 @@ highest `priority` (−100 to 100) run first.
 **Channels.** Every move of a channel needs the `etag` of what it was before. If none is given, the client reads it
 just before; give that of the `Channel` that you decided by, and whoever moved it meanwhile isn't overruled: that
 is a `Conflict`, STALE_ETAG. `wait` is for whom the answer waits, at most `wait_seconds`: the move is made in any
-case, and `rollout` says how far it has come.
+case, and `rollout` says how far it has come. `until_held` waits for what was made before.
 
 **Errors.** What goes wrong is a `ServiceError`: `reason` is a stable word, the message says the value and the fix,
 `retry_after` when another try may succeed. Where nobody could be reached (`Unavailable`), the client tries again,
@@ -41,7 +41,18 @@ often it is sent; generations of which nothing has come yet, because half a text
 from backpack_lm.edits import Vector
 
 from backpack_serving.client.blocking import Client, Operator, Steering
-from backpack_serving.client.channels import Canary, Channel, Fleet, Hold, Move, Reader, Rollout, Status, Tally
+from backpack_serving.client.channels import (
+    Canary,
+    Channel,
+    Fleet,
+    Hold,
+    Move,
+    Reader,
+    Rollout,
+    Status,
+    Tally,
+    Wait,
+)
 from backpack_serving.client.edits import Add, Cells, Copy, Edit, ProjectOut, Scale, Set, Swap, Topic
 from backpack_serving.client.operating import AsyncOperator
 from backpack_serving.client.records import ApiKey, AuditEntry, Chain, NewKey, Patch, Release, Revision, Tenant
@@ -61,7 +72,7 @@ from backpack_serving.client.results import (
     Served,
     Token,
 )
-from backpack_serving.client.steering import AsyncSteering, Wait
+from backpack_serving.client.steering import AsyncSteering
 from backpack_serving.client.text import AsyncClient
 from backpack_serving.errors import (
     AlreadyExists,

@@ -52,6 +52,7 @@ class Steering(Blocking[AsyncSteering]):
     promote_canary = blocking(AsyncSteering.promote_canary)
     abort_canary = blocking(AsyncSteering.abort_canary)
     status = blocking(AsyncSteering.status)
+    until_held = blocking(AsyncSteering.until_held)
     audit = blocking(AsyncSteering.audit)
     verify_audit = blocking(AsyncSteering.verify_audit)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from backpack_proto.v1 import interventions_pb2 as pb
 from backpack_proto.v1 import sync_pb2
 
 from backpack_serving.client.records import last, time
 from backpack_serving.sync.known import Position
+
+Wait = Literal["none", "quorum", "all"]
+"""For whom to wait: more than half of the connected replicas, and of the gateways, or all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,7 @@ class Hold:
     """How a reader stands to a release of a channel, or to its canary's.
 
     `kind` is "replica" or "gateway". `state` is "acked" (its requests get it), "staged" (it is ready), "nacked"
-    (refused; `why` says why) or "stale" (out of touch, or behind). `at` is how far the reader is.
+    (refused; `why` says why) or "stale" (behind, or not `connected`). `at` is how far the reader is.
     """
 
     reader: str
@@ -114,13 +117,14 @@ class Hold:
     state: str
     why: str
     at: Position
+    connected: bool
 
     @classmethod
     def of(cls, m: sync_pb2.Hold) -> Hold:
         state = sync_pb2.HoldState.Name(m.state).removeprefix("HOLD_STATE_").lower()
         why = f"{m.reason}: {m.message}" if m.reason else ""
         at = _position(m.position)
-        return cls(m.reader, _kind(m.kind), m.release, m.release_digest, m.canary, state, why, at)
+        return cls(m.reader, _kind(m.kind), m.release, m.release_digest, m.canary, state, why, at, m.connected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +142,27 @@ class Status:
     channel: Channel
     holds: tuple[Hold, ...]
     tally: Tally | None
+
+    def held(self, wait: Wait) -> bool:
+        """Whether as many of the connected replicas, and of the gateways, hold all its releases as `wait` says."""
+        return all(_enough(wait, len(g), sum(hold.state == "acked" for hold in g)) for g in self._groups())
+
+    def refused(self, wait: Wait) -> tuple[Hold, ...]:
+        """Who refuses a release, if so many do that it can't be held by as many as `wait` says."""
+        for group in self._groups():
+            nacked = tuple(hold for hold in group if hold.state == "nacked")
+            if nacked and not _enough(wait, len(group), len(group) - len(nacked)):
+                return nacked
+        return ()
+
+    def _groups(self) -> list[list[Hold]]:
+        """Connected readers of each kind, by release."""
+        connected = [hold for hold in self.holds if hold.connected]
+        return [
+            [hold for hold in connected if (hold.kind, hold.canary) == (kind, canary)]
+            for kind in ("replica", "gateway")
+            for canary in ((False, True) if self.channel.canary else (False,))
+        ]
 
     @classmethod
     def of(cls, m: sync_pb2.GetRolloutResponse) -> Status:
@@ -178,6 +203,16 @@ class Fleet:
     @classmethod
     def of(cls, m: sync_pb2.ListReadersResponse) -> Fleet:
         return cls(_position(m.position), tuple(map(Reader.of, m.readers)))
+
+
+def _enough(wait: Wait, total: int, acked: int) -> bool:
+    """As the service counts when it waits for a move."""
+    match wait:
+        case "quorum":
+            return 2 * acked > total
+        case "all":
+            return 0 < total == acked
+    return True
 
 
 def _position(m: Any) -> Position:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from backpack_proto.v1 import interventions_pb2 as pb
 from backpack_proto.v1 import sync_pb2
@@ -11,13 +12,13 @@ from backpack_proto.v1.interventions_pb2_grpc import AuditServiceStub
 from backpack_proto.v1.sync_pb2_grpc import FleetServiceStub
 
 from backpack_serving.client.authoring import Authoring
-from backpack_serving.client.channels import Channel, Move, Status
+from backpack_serving.client.channels import Channel, Move, Status, Wait
 from backpack_serving.client.records import AuditEntry, Chain
 from backpack_serving.client.requests import fitting
-from backpack_serving.errors import InvalidRequest, NotFound
+from backpack_serving.errors import Expired, InvalidRequest, NotFound, PreconditionFailed
 
-Wait = Literal["none", "quorum", "all"]
-"""For whom a move of a channel waits: more than half of the connected replicas and gateways, or all of them."""
+POLL = 0.2
+"""Seconds between two looks at a channel."""
 
 _WAITS = {"none": pb.WAIT_NONE, "quorum": pb.WAIT_QUORUM, "all": pb.WAIT_ALL}
 
@@ -125,6 +126,25 @@ class AsyncSteering(Authoring):
         request = sync_pb2.GetRolloutRequest(channel=f"channels/{channel}")
         return Status.of(await self._call(self._fleet.GetRollout, request))
 
+    async def until_held(self, channel: str = "live", wait: Wait = "all", *, seconds: float = 60.0) -> Status:
+        """Wait until a channel's release, and its canary's, are held by all who are connected, or a quorum.
+
+        Raises PreconditionFailed (REFUSED) if too many refuse it, Expired (NOT_HELD) after so many seconds.
+        """
+        _check(wait)
+        until = time.monotonic() + seconds
+        while not (status := await self.status(channel)).held(wait):
+            told = f"{status.channel.name}, release {status.channel.release}"
+            if refusals := status.refused(wait):
+                why = "; ".join(f"{hold.reader}, release {hold.release}: {hold.why}" for hold in refusals)
+                raise PreconditionFailed("REFUSED", f"{told} is refused ({why}); roll back, or release another")
+            if time.monotonic() >= until:
+                late = [hold.reader for hold in status.holds if hold.connected and hold.state != "acked"]
+                who = f"by {', '.join(late)}" if late else "by both: no replica or no gateway is connected"
+                raise Expired("NOT_HELD", f"{told} isn't held after {seconds:g} s {who}; see its status")
+            await self._transport.sleep(POLL)
+        return status
+
     async def audit(self, limit: int | None = None) -> tuple[AuditEntry, ...]:
         """Who changed what, newest first; all of it without a limit."""
         request = pb.ListAuditEntriesRequest()
@@ -138,11 +158,15 @@ class AsyncSteering(Authoring):
     async def _move(
         self, method: Any, request: Any, channel: str, etag: str | None, wait: Wait, wait_seconds: float
     ) -> Move:
-        if wait not in _WAITS:
-            raise InvalidRequest.at("wait", "UNKNOWN_VALUE", f"{wait!r}; write none, quorum or all")
+        _check(wait)
         request.channel, request.wait = f"channels/{channel}", _WAITS[wait]
         request.etag = (await self.channel(channel)).etag if etag is None else etag
         with fitting():
             request.wait_timeout.FromMicroseconds(round(wait_seconds * 1e6))
         timeout = None if self._timeout is None else self._timeout + wait_seconds
         return Move.of(await self._write(method, request, timeout))
+
+
+def _check(wait: Wait) -> None:
+    if wait not in _WAITS:
+        raise InvalidRequest.at("wait", "UNKNOWN_VALUE", f"{wait!r}; write none, quorum or all")

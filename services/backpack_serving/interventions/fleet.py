@@ -41,6 +41,7 @@ class Hold:
     state: HoldState
     refusal: Refusal | None
     position: Position
+    connected: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +148,13 @@ class Fleet:
             releases.append((ReleaseRef(channel.canary, channel.canary_digest), True))
         for seen, silence in self.readers():
             session, hello = seen.session, _of(seen)
+            connected = seen.connected and silence <= SILENCE
             for release, canary in releases:
                 refusal = session.refusals.get((channel.tenant, channel.channel))
                 if refusal is None or refusal.digest != release.digest:
                     refusal = session.refusals.get((channel.tenant, ""))
                 refused = refusal is not None and refusal.digest == release.digest
-                if not seen.connected or silence > SILENCE:
+                if not connected:
                     state = HoldState.STALE
                 elif refused:
                     state = HoldState.NACKED
@@ -169,6 +171,7 @@ class Fleet:
                     state,
                     refusal if refused else None,
                     session.acked,
+                    connected,
                 )
 
     def rollout(self, channel: Channel, position: Position) -> Rollout:

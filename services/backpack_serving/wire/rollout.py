@@ -88,6 +88,7 @@ def write_hold(hold: Hold) -> sync_pb2.Hold:
         reason=hold.refusal.reason if hold.refusal else "",
         message=hold.refusal.message if hold.refusal else "",
         position=write_position(hold.position),
+        connected=hold.connected,
     )
 
 
