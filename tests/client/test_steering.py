@@ -7,6 +7,7 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -287,7 +288,7 @@ async def test_lists_are_read_to_their_end(calls: Calls, monkeypatch: pytest.Mon
     assert chain.entries >= entries[0].revision
 
 
-async def test_a_file_of_vectors_is_uploaded(calls: Calls) -> None:
+async def test_a_file_of_vectors_is_uploaded(calls: Calls, tmp_path: Path) -> None:
     steering, width = calls.steering, await _width(calls)
     content = _vectors(1500, width)
     assert len(content) > 2**20, "more than a message"
@@ -297,6 +298,10 @@ async def test_a_file_of_vectors_is_uploaded(calls: Calls) -> None:
     made = await steering.upload_revision("tuned", content, sent=gone.append)
     assert (made.id, made.digest, made.edits) == ("tuned:1", draft.digest, ())
     assert gone == [2**20, len(content)]
+    (tmp_path / "tuned.safetensors").write_bytes(content)
+    assert (await steering.upload_revision("tuned", tmp_path / "tuned.safetensors")).digest == made.digest
+    with pytest.raises(FileNotFoundError):
+        await steering.upload_revision("tuned", tmp_path / "gone.safetensors")
     assert (await steering.upload_revision("tuned", content, replace=True)).digest != made.digest
     with pytest.raises(InvalidRequest):
         await steering.upload_revision("tuned", content[:-4])

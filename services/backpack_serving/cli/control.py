@@ -224,15 +224,14 @@ def upload(
 ) -> None:
     """Make a revision that gives each of many cells a vector of its own, such as finetuning learns."""
     with as_releaser(tenant, key) as steering:
-        content = file.read_bytes()
         steering.create_patch(patch, exist_ok=True)
         with Progress(*Progress.get_default_columns(), DownloadColumn(), console=out, transient=True) as progress:
-            bar = progress.add_task(file.name, total=len(content))
+            bar = progress.add_task(file.name, total=file.stat().st_size)
 
             def show(sent: int) -> None:
                 progress.update(bar, completed=sent)
 
-            revision = steering.upload_revision(patch, content, replace=replace, dry_run=dry_run, sent=show)
+            revision = steering.upload_revision(patch, file, replace=replace, dry_run=dry_run, sent=show)
     _show(revision, dry_run)
 
 

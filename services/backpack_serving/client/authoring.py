@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from backpack_proto.v1 import interventions_pb2 as pb
@@ -75,7 +77,7 @@ class Authoring(Connected):
     async def upload_revision(
         self,
         patch: str,
-        safetensors: bytes,
+        safetensors: bytes | Path,
         *,
         replace: bool = False,
         dry_run: bool = False,
@@ -83,14 +85,14 @@ class Authoring(Connected):
     ) -> Revision:
         """A revision that gives each of n cells a vector of its own: added to the sense, or in place of it.
 
-        The file has `tokens` and `senses` [n], of I32 or I64, and `vectors` [n, d], of F32 or F16. `sent` is told
-        how many of its bytes have gone, from any thread.
+        A safetensors file, or its content, has `tokens` and `senses` [n], of I32 or I64, and `vectors` [n, d], of
+        F32 or F16. `sent` is told how many of its bytes have gone, from any thread.
         """
         header = pb.UploadHeader(
             parent=f"patches/{patch}",
             kind=pb.EDIT_KIND_SET if replace else pb.EDIT_KIND_ADD,
             safetensors=pb.SafetensorsFormat(),
-            size=len(safetensors),
+            size=safetensors.stat().st_size if isinstance(safetensors, Path) else len(safetensors),
             validate_only=dry_run,
             request_id=new_id(),
         )
@@ -132,14 +134,14 @@ class Authoring(Connected):
 
 
 def _parts(
-    header: pb.UploadHeader, content: bytes, sent: Callable[[int], None] | None
+    header: pb.UploadHeader, content: bytes | Path, sent: Callable[[int], None] | None
 ) -> Iterator[pb.UploadRevisionRequest]:
     yield pb.UploadRevisionRequest(header=header)
-    for at in range(0, len(content), CHUNK):
-        chunk = content[at : at + CHUNK]
-        yield pb.UploadRevisionRequest(chunk=chunk)
-        if sent is not None:
-            sent(at + len(chunk))
+    with content.open("rb") if isinstance(content, Path) else BytesIO(content) as file:
+        while chunk := file.read(CHUNK):
+            yield pb.UploadRevisionRequest(chunk=chunk)
+            if sent is not None:
+                sent(file.tell())
 
 
 def _revision_name(at: int, given: Revision | str) -> str:

@@ -26,7 +26,8 @@ _WAITS = {"none": pb.WAIT_NONE, "quorum": pb.WAIT_QUORUM, "all": pb.WAIT_ALL}
 class AsyncSteering(Authoring):
     """Patches, releases and channels of the key's tenant, from the intervention service, for asyncio.
 
-    Make it in the event loop that uses it.
+    Make it in the event loop that uses it. The package says how channels are moved (`etag`, `wait`), and what is
+    raised.
     """
 
     @cached_property
