@@ -85,9 +85,8 @@ def as_caller(tenant: str, key: str) -> Iterator[Client]:
     with exits():
         settings = Settings()
         key = key or _kept_key(settings, tenant)
-        with Client(
-            settings.gateway_address, key, tls=settings.tls, timeout=None
-        ) as client:  # people press Ctrl-C
+        # No time limit: people press Ctrl-C.
+        with Client(settings.gateway_address, key, tls=settings.tls, timeout=None) as client:
             yield client
 
 

@@ -33,9 +33,9 @@ is a `Conflict`, STALE_ETAG. `wait` is for whom the answer waits, at most `wait_
 case, and `rollout` says how far it has come. `until_held` waits for what was made before.
 
 **Errors.** What goes wrong is a `ServiceError`: `reason` is a stable word, the message says the value and the fix,
-`retry_after` when another try may succeed. Where nobody could be reached (`Unavailable`), the client tries again,
-up to `attempts` times: reads, by gRPC's service config; writes, each under an id that makes it one change however
-often it is sent; generations of which nothing has come yet, because half a text can't be taken back.
+`retry_after` when another try may succeed. Where nobody could be reached (`Unavailable`), the client tries again:
+reads up to four times, by gRPC's service config; up to `attempts` times writes, each under an id that makes it one
+change however often it is sent, and generations of which nothing has come yet: half a text can't be taken back.
 """
 
 from backpack_lm.edits import Vector
