@@ -1,5 +1,8 @@
 """Topic control (paper, section 6.3): samples from the end-of-text token, steered to a topic at four strengths.
 
+Two ways of steering by senses stand beside a logit bias: the paper's multipliers, and the lab's frequent words
+that lean to the topic (`lab/lean.py`).
+
 Success: of the 17 topics, the judge finds the text nearest to the one that was asked for. There is no threshold to
 choose, chance is 1 in 17, and unsteered text scores exactly that when each of it is judged for every topic.
 Quality has two sides, because each alone can be had cheaply: how likely the model itself, unsteered, finds the
@@ -19,135 +22,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backpack_lm.experiments.experiment import Headline, Result
+from backpack_lm.experiments.experiment import Result
 from backpack_lm.experiments.reader import Reader, default_reader
 from backpack_lm.experiments.themes import THEMES
+from backpack_lm.experiments.ways import LOGIT_BIAS, UNSTEERED, TopicsResult, Way
+from backpack_lm.lab.lean import Frequent, lean_edits
 from backpack_lm.lab.lockstep import sample
 from backpack_lm.lab.subject import Steered, Subject
+from backpack_lm.lab.topic import STRENGTHS, By
 from backpack_lm.lab.twin import read_twin
 from backpack_lm.lab.watch import Journal, Watch
 from backpack_lm.patch import Topic
-from backpack_lm.reports.plots import lines
-from backpack_lm.reports.report import Entry, Report, Table
 from backpack_lm.training.trainer import LanguageModel
 
-STRENGTHS = (0, 1, 2, 3)
-BIASES = (2.0, 4.0, 6.0)
+BIASES = (2.0, 4.0, 5.0, 6.0, 8.0)
 """Added to the logits of the topic's words: the baseline that any model allows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """One way to steer, over all topics: success %, perplexity to the unsteered model, distinct word pairs %."""
-
-    name: str
-    strength: float
-    success: float
-    perplexity: float
-    distinct: float
-    by_topic: dict[str, float]
-    example: str
-
-
-@dataclass(frozen=True, slots=True)
-class TopicsResult:
-    ways: list[Way]
-    words: dict[str, list[str]]
-    samples: int
-    length: int
-    prompt: str
-    reader: str
-
-    @property
-    def base(self) -> Way:
-        return self.ways[0]
-
-    @property
-    def steered(self) -> list[Way]:
-        """By sense multipliers, strengths 1 to 3."""
-        return [way for way in self.ways[1:] if way.name == self.base.name]
-
-    @property
-    def biased(self) -> list[Way]:
-        return [way for way in self.ways if way.name != self.base.name]
-
-    def bias_at(self, success: float) -> tuple[float, float] | None:
-        """Perplexity and distinct pairs of the logit bias where it has this success, between the biases that were
-        measured; None if none of them has as much."""
-        for one, two in pairwise([self.base, *self.biased]):
-            if one.success <= success <= two.success and two.success > one.success:
-                part = (success - one.success) / (two.success - one.success)
-                log = (1 - part) * math.log(one.perplexity) + part * math.log(two.perplexity)
-                return math.exp(log), (1 - part) * one.distinct + part * two.distinct
-        return None
-
-    def headline(self) -> Headline:
-        base, strongest = self.base, self.steered[-1]
-        times, plain = strongest.success / base.success, self.bias_at(strongest.success)
-        kept = plain is not None and strongest.distinct >= plain[1]
-        figures = (
-            f"success unsteered / strength 1 / 2 / 3: "
-            f"{' / '.join(f'{w.success:.1f}' for w in (base, *self.steered))} % "
-            f"({times:.1f} times); distinct pairs {base.distinct:.0f} → {strongest.distinct:.0f} %, perplexity "
-            f"{base.perplexity:.0f} → {strongest.perplexity:.0f}"
-        )
-        if plain is not None:
-            figures += f"; a logit bias of equal success: {plain[1]:.0f} %, {plain[0]:.0f}"
-        return Headline(
-            figures,
-            "7.4 / 12.1 / 24.3 / 35.3 %, another judge",
-            "3 times; more distinct pairs than a logit bias of equal success",
-            times >= 3 and kept,
-        )
-
-    def report(self) -> Report:
-        base, strongest = self.base, self.steered[-1]
-        rows = tuple((w.name, w.strength, w.success, w.perplexity, w.distinct) for w in self.ways)
-        examples = tuple((w.name, w.strength, w.example) for w in self.ways)
-        columns = ("way", "strength", "success %", f"perplexity to {self.reader}", "distinct pairs %")
-        topics: tuple[tuple[Entry, ...], ...] = tuple(
-            (topic, *(w.by_topic[topic] for w in self.ways), ", ".join(self.words[topic])) for topic in THEMES
-        )
-        heads = ("topic", *(f"{w.name} {w.strength:g}" for w in self.ways), "words")
-        curves = {
-            "sense multipliers": [(w.success, w.distinct) for w in (base, *self.steered)],
-            "logit bias": [(w.success, w.distinct) for w in (base, *self.biased)],
-        }
-        plain = self.bias_at(strongest.success)
-        compared = (
-            "no logit bias that was tried has as much success"
-            if plain is None
-            else f"a logit bias of equal success, {plain[1]:.1f}%"
-        )
-        return Report(
-            "Topic control",
-            f"At strength 3 the judge finds {strongest.success:.1f}% of the texts nearest to their topic, against "
-            f"{base.success:.1f}% unsteered ({strongest.success / base.success:.1f} times). Distinct pairs: "
-            f"{base.distinct:.1f}% unsteered, {strongest.distinct:.1f}% steered; {compared}.",
-            (
-                Table("In short", columns, rows, digits=1),
-                Table("Success % by topic", heads, topics, digits=0),
-                Table("One text of each", ("way", "strength", "text"), examples, digits=1),
-            ),
-            (lines("What success costs", curves, "success %", "distinct word pairs %"),),
-            (
-                f"{self.samples} ancestral samples of {self.length} tokens for each topic and way, from "
-                f"{'the end-of-text token' if not self.prompt else repr(self.prompt)}; strength 0 is one set of "
-                "samples, judged for every topic.",
-                f"Perplexity of the text to {self.reader}: lower is likelier, and repetition "
-                "lowers it; distinct pairs are the share of a text's pairs of neighbouring words that differ. "
-                "Those of the logit bias at equal success lie on the line between the biases that were measured.",
-                "A topic's words are those of its name and what else anybody would name, if they are one token; "
-                "the paper has those of the name alone. Senses and logit bias get the same.",
-                *(
-                    ()
-                    if strongest.success >= 3 * base.success
-                    else ("Strength 3 does not reach three times the unsteered success on this model.",)
-                ),
-                "The judge is a sentence encoder that knows nothing of the model. The paper's figures are another "
-                "classifier's at p > 0.5 and aren't comparable.",
-            ),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,15 +74,18 @@ class TopicControl:
             "prompt": self.prompt,
         }
         journal = Journal(self.work, {**made_by, "seed": self.seed})
-        plan = [("Backpack", float(s)) for s in STRENGTHS] + [("logit bias", b) for b in BIASES]
-        parts = [(way, theme) for way in plan for theme in (list(THEMES) if way[1] else ["unsteered"])]
+        plan: list[tuple[str, float]] = [(UNSTEERED, 0.0)]
+        plan += [(by, float(s)) for by in (By.MULTIPLIERS, By.LEAN) for s in STRENGTHS]
+        plan += [(LOGIT_BIAS, bias) for bias in BIASES]
+        parts = [(way, theme) for way in plan for theme in (list(THEMES) if way[1] else [UNSTEERED])]
+        frequent = Frequent.of(subject)
         texts: dict[tuple[tuple[str, float], str], list[list[int]]] = {}
         for way, theme in watch(parts, "topics × ways", len(parts)):
             key = f"{way[0]} {way[1]:g}, {theme}"
-            texts[way, theme] = journal.once(key, partial(self._texts, subject, way, theme))
+            texts[way, theme] = journal.once(key, partial(self._texts, subject, frequent, way, theme))
         ways = []
         for way in watch(plan, "judging", len(plan)):
-            judged = {t: texts[way, t if way[1] else "unsteered"] for t in THEMES}
+            judged = {t: texts[way, t if way[1] else UNSTEERED] for t in THEMES}
             ways.append(_judge(subject, reader, quality, themes, way, judged, self._prompt(subject)))
         name = "the twin" if twin else "the model, unsteered"
         return TopicsResult(ways, words, self.samples, self.length, self.prompt, name)
@@ -202,14 +94,16 @@ class TopicControl:
         assert subject.config.eos_token_id is not None
         return [subject.config.eos_token_id, *subject.tokenizer.encode(self.prompt)]
 
-    def _texts(self, subject: Subject, way: tuple[str, float], theme: str) -> list[list[int]]:
-        tokens = _tokens(subject, theme) if theme in THEMES else ()
+    def _texts(self, subject: Subject, frequent: Frequent, way: tuple[str, float], theme: str) -> list[list[int]]:
+        tokens, (name, strength) = _tokens(subject, theme) if theme in THEMES else (), way
         overlay, bias = subject.overlay(), None
-        if way[0] == "Backpack" and way[1]:
-            overlay = subject.overlay(Topic(tokens, int(way[1])))
-        elif way[1]:
+        if name == By.MULTIPLIERS:
+            overlay = subject.overlay(Topic(tokens, int(strength)))
+        elif name == By.LEAN:
+            overlay = subject.overlay(*lean_edits(subject, tokens, int(strength), frequent))
+        elif name == LOGIT_BIAS:
             bias = torch.zeros(subject.config.tokens)
-            bias[list(tokens)] = way[1]
+            bias[list(tokens)] = strength
         seed = self.seed + 1000 * (list(THEMES).index(theme) + 1 if tokens else 0)
         ids: list[list[int]] = sample(
             subject, overlay, self._prompt(subject), self.samples, self.length, seed, bias

@@ -4,38 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
+from backpack_lm.lab.lean import Frequent, direction, lean_edits
 from backpack_lm.lab.subject import Prompts, Subject
-from backpack_lm.patch import Topic
+from backpack_lm.patch import Edit, Topic
 from backpack_lm.reports.report import Report, Table
 from backpack_lm.tokenizer import WordPolicy
+
+STRENGTHS = (1, 2, 3)
+
+
+class By(StrEnum):
+    """How a topic is reached: by frequent words that lean to it, or by the paper's multipliers."""
+
+    LEAN = "lean"
+    MULTIPLIERS = "multipliers"
 
 
 @dataclass(frozen=True, slots=True)
 class TopicChosen:
-    """A topic: its words' tokens, the cells that speak for it most, the words' mass after prompts by strength.
+    """A topic: its words' tokens, its edits by strength, the words' mass after prompts by strength.
 
-    `pieces` are the first tokens of those words that have several.
+    `pieces` are the first tokens of those words that have several. `speakers` says where it comes from: the cells
+    with the highest scores, or the words that gain most from leaning.
     """
 
     words: list[str]
     pieces: dict[str, str]
     tokens: list[int]
     strength: int
-    cells: list[tuple[str, int, float]]
+    by: By
+    by_strength: dict[int, list[Edit]]
+    speakers: Table
     mass: dict[str, list[float]]
 
-    def edit(self) -> Topic:
-        return Topic(tuple(self.tokens), self.strength)
+    def edits(self) -> list[Edit]:
+        return self.by_strength[self.strength]
 
     def report(self) -> Report:
         rows = tuple((prompt, *(f"{p:.1%}" for p in masses)) for prompt, masses in self.mass.items())
         return Report(
-            f"Topic of {', '.join(self.words)}, strength {self.strength}",
+            f"Topic of {', '.join(self.words)}, strength {self.strength}, by {self.by}",
             "Probability that the next token is one of the words, unsteered and by strength.",
             (
                 *([Table("After prompts", ("prompt", "0", "1", "2", "3"), rows)] if rows else []),
-                Table("Cells that speak for it most", ("word", "sense", "score"), tuple(self.cells)),
+                self.speakers,
             ),
             notes=tuple(
                 f"“{word}” is several tokens in this model; it steers towards the first alone, “{piece}”, and "
@@ -46,25 +60,47 @@ class TopicChosen:
 
 
 def choose_topic(
-    subject: Subject, words: Sequence[str], strength: int, prompts: Sequence[str] = ()
+    subject: Subject, words: Sequence[str], strength: int, prompts: Sequence[str] = (), by: By = By.LEAN
 ) -> TopicChosen:
-    """The topic edit of these words (the first token of each), with what it would do.
+    """The edits that lead to these words (the first token of each), with what they would do.
 
-    Raises PatchError for a strength that there isn't, WordError for an empty word.
+    Raises PatchError for a strength that there isn't, WordError for an empty word, ValueError as `lean_edits`.
     """
     tokens = list(dict.fromkeys(subject.tokenizer.word_ids(word, WordPolicy.FIRST)[0] for word in words))
-    subject.overlay(Topic(tuple(tokens), strength))  # refused here rather than by the server
+    by_strength: dict[int, list[Edit]] = {}
+    frequent = Frequent.of(subject) if by is By.LEAN else None
+    for step in sorted({*STRENGTHS, strength}):
+        topic: list[Edit] = [Topic(tuple(tokens), step)]
+        by_strength[step] = topic if frequent is None else lean_edits(subject, tokens, step, frequent)
+    subject.overlay(*by_strength[strength])  # refused here rather than by the server
+    mass: dict[str, list[float]] = {}
+    overlays = [subject.overlay(), *(subject.overlay(*by_strength[step]) for step in STRENGTHS)]
+    for prompt in prompts:
+        asked = Prompts(subject, [prompt])
+        mass[prompt] = [float(asked.log_probabilities(o)[0].exp()[tokens].sum()) for o in overlays]
+    several = [word for word in words if len(subject.word_ids(word)) > 1]
+    pieces = {word: subject.tokenizer.piece(subject.word_ids(word)[0]) for word in several}
+    speakers = _cells(subject, tokens) if frequent is None else _gains(subject, tokens)
+    return TopicChosen(list(words), pieces, tokens, strength, by, by_strength, speakers, mass)
+
+
+def _cells(subject: Subject, tokens: Sequence[int]) -> Table:
     scores = subject.table.topic_scores(tuple(tokens))
     best = scores.flatten().topk(12)
     cells = []
     for at, score in zip(best.indices.tolist(), best.values.tolist(), strict=True):
         token, sense = divmod(at, scores.shape[1])
         cells.append((subject.tokenizer.piece(token).strip(), sense, score))
-    mass: dict[str, list[float]] = {}
-    overlays = [subject.overlay(), *(subject.overlay(Topic(tuple(tokens), s)) for s in (1, 2, 3))]
-    for prompt in prompts:
-        asked = Prompts(subject, [prompt])
-        mass[prompt] = [float(asked.log_probabilities(o)[0].exp()[tokens].sum()) for o in overlays]
-    several = [word for word in words if len(subject.word_ids(word)) > 1]
-    pieces = {word: subject.tokenizer.piece(subject.word_ids(word)[0]) for word in several}
-    return TopicChosen(list(words), pieces, tokens, strength, cells, mass)
+    return Table("Cells that speak for it most", ("word", "sense", "score"), tuple(cells))
+
+
+def _gains(subject: Subject, tokens: Sequence[int]) -> Table:
+    gains = subject.head @ direction(subject, tokens)
+    best = (gains - gains.mean()).topk(20)
+    rows = tuple(
+        (subject.tokenizer.piece(token).strip(), gain)
+        for token, gain in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    )
+    return Table(
+        "Words that gain most, as a share of what the topic's words gain", ("word", "gain"), rows, digits=2
+    )

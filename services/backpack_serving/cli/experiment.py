@@ -173,7 +173,10 @@ def topics(
     folder: Out = RESULTS,
     threads: Threads = 0,
 ) -> None:
-    """Topic control at four strengths, beside a logit bias (paper, section 6.3). A stopped run goes on."""
+    """Topic control by the paper's multipliers and by `lab topic`, beside a logit bias (section 6.3).
+
+    A stopped run goes on.
+    """
     with exits():
         from backpack_lm.experiments.topics import TopicControl
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markdown import Markdown
@@ -115,6 +115,14 @@ def debias(
 def topic(
     words: Annotated[list[str], typer.Argument(help="Words of the topic.")],
     strength: Annotated[int, typer.Option(help="1, 2 or 3.", min=1, max=3)] = 1,
+    by: Annotated[
+        Literal["lean", "multipliers"],
+        typer.Option(
+            help="lean: frequent words say some of the topic, the topic's own words less, so that it leads any "
+            "text and fades where it appears. multipliers: the paper's, as in `backpack patch topic`; they raise "
+            "what a text's own words say of the topic, which those of a small model seldom do."
+        ),
+    ] = "lean",
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", help="Prompt to show the topic's effect after; repeatable.")
     ] = None,
@@ -122,13 +130,14 @@ def topic(
     model: Model = None,
     threads: Threads = 0,
 ) -> None:
-    """Lean towards a topic; shows which senses speak for it and what each strength does."""
+    """Lead texts to a topic; shows which words or senses it comes from and what each strength does."""
     with exits():
-        from backpack_lm.lab.topic import choose_topic
+        from backpack_lm.lab.topic import By, choose_topic
 
         subject = read_subject(model, threads)
-        found = choose_topic(subject, words, strength, prompts or ())
-        _keep(subject, [found.edit()], found.report(), file)
+        with err.status("trying the strengths"):
+            found = choose_topic(subject, words, strength, prompts or (), By(by))
+        _keep(subject, found.edits(), found.report(), file)
 
 
 @app.command("swap-fact")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from backpack_lm.experiments.reader import Reader
 from backpack_lm.experiments.themes import THEMES
-from backpack_lm.experiments.topics import TopicControl, TopicsResult, distinct_pairs
+from backpack_lm.experiments.topics import TopicControl, distinct_pairs
+from backpack_lm.experiments.ways import TopicsResult, Way
 from backpack_lm.lab import lockstep
 from backpack_lm.lab.subject import Subject
 from backpack_lm.lab.watch import unwatched
@@ -70,7 +71,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_never_was(
     assert len(work.read_text().splitlines()) == 20  # the settings and 19 parts
     resumed = TopicControl(**arguments, work=work).run(subject, unwatched)
     assert resumed == whole
-    assert len(calls) == 20 + 103 - 19, "1 unsteered, 17 topics in 6 ways: only what was missing is made"
+    assert len(calls) == 20 + 188 - 19, "1 unsteered, 17 topics in 11 ways: only what was missing is made"
 
 
 def test_unsteered_text_scores_chance_exactly(subject: Subject, judge: Path) -> None:
@@ -82,3 +83,38 @@ def test_unsteered_text_scores_chance_exactly(subject: Subject, judge: Path) -> 
     assert len({way.perplexity for way in result.ways}) == len(result.ways), "each way gives other text"
     assert "3 ancestral samples of 6 tokens" in result.report().markdown()
     json.dumps(result.ways[0].by_topic)
+
+
+def test_what_is_told_of_each_way() -> None:
+    topics = dict.fromkeys(THEMES, 1.0)
+
+    def way(name: str, strength: float, success: float, perplexity: float, distinct: float) -> Way:
+        return Way(name, *map(float, (strength, success, perplexity, distinct)), topics, "text")
+
+    def result(lean: Way) -> TopicsResult:
+        plain = [way("logit bias", 4, 40, 200, 90), way("logit bias", 6, 80, 300, 60)]
+        ways = [way("unsteered", 0, 5, 100, 99), way("multipliers", 3, 6, 90, 99), lean, *plain]
+        return TopicsResult(ways, {theme: ["word"] for theme in THEMES}, 3, 6, "", "the twin")
+
+    good = result(way("lean", 3, 60, 240, 80))
+    perplexity, distinct = good.bias_at(60) or (0.0, 0.0)
+    assert perplexity == pytest.approx((200 * 300) ** 0.5)
+    assert distinct == pytest.approx(75)
+    assert good.headline().reached
+    told = good.headline().figures
+    assert "by multipliers, the paper's way: 6.0 % (1.2 times)" in told
+    assert "the lab's way: 60.0 % (12.0 times), perplexity 100 → 240, distinct pairs 99 → 80 %" in told
+    assert told.endswith("a logit bias of equal success: 245, 75 %")
+    report = good.report()
+    assert "| lean | 3.0 | 60.0 | 240.0 | 80.0 | 244.9 | 75.0 |" in report.markdown()
+    assert "Strength 3 by multipliers does not reach" in report.markdown()
+    assert "Strength 3 by lean does not reach" not in report.markdown()
+    assert len(report.figures) == 2
+    for worse in (
+        way("lean", 3, 60, 250, 80),  # less likely than the logit bias
+        way("lean", 3, 60, 240, 70),  # less distinct
+        way("lean", 3, 14, 110, 99),  # not three times
+        way("lean", 3, 90, 240, 80),  # nothing to compare with
+    ):
+        assert not result(worse).headline().reached
+        assert "Strength 3 by lean does not reach" in result(worse).report().markdown()

@@ -15,7 +15,8 @@ from backpack_lm.config import BackpackConfig
 from backpack_lm.experiments.bias import BiasResult, GenderBias, null_space
 from backpack_lm.experiments.language import LanguageModelling, LanguageResult
 from backpack_lm.experiments.lexical import LexicalResult, LexicalSimilarity
-from backpack_lm.experiments.topics import TopicControl, TopicsResult
+from backpack_lm.experiments.topics import TopicControl
+from backpack_lm.experiments.ways import TopicsResult
 from backpack_lm.lab.contrast import Contrast, Noun
 from backpack_lm.lab.debias import debias
 from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from backpack_lm.lab.lean import Frequent, lean_edits
 from backpack_lm.lab.subject import Subject
 from backpack_lm.lab.swap import fit_strength, swap_edits
 from backpack_lm.patch import Add, Scale, Topic
@@ -37,13 +38,15 @@ def test_find_sense_and_debias(folder: Path, subject: Subject, tmp_path: Path) -
 
 def test_topic_and_its_page(folder: Path, subject: Subject, tmp_path: Path) -> None:
     file = tmp_path / "sea.json"
-    shown = _call(
-        "topic", "sea", "ship", "--strength", 2, "--prompt", "The king", "--model", folder, "--out", file
-    )
+    words = ("topic", "sea", "ship", "--strength", 2, "--prompt", "The king", "--model", folder, "--out", file)
+    shown = _call(*words, "--by", "multipliers")
     assert "is several tokens" not in shown
-    (edit,) = PatchFile.read(file).edits_for(subject)
-    assert edit == Topic((subject.token("sea"), subject.token("ship")), 2)
+    topic = [subject.token("sea"), subject.token("ship")]
+    assert PatchFile.read(file).edits_for(subject) == [Topic(tuple(topic), 2)]
     assert "Cells that speak for it most" in file.with_suffix(".html").read_text()
+    assert "strength 2, by lean" in _call(*words)
+    assert PatchFile.read(file).edits_for(subject) == lean_edits(subject, topic, 2, Frequent.of(subject))
+    assert "Words that gain most" in file.with_suffix(".html").read_text()
 
 
 def test_a_topic_word_of_several_tokens_is_told(folder: Path, subject: Subject, tmp_path: Path) -> None:

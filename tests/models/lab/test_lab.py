@@ -16,10 +16,11 @@ from backpack_lm.lab.contrast import Contrast, Noun, find_sense
 from backpack_lm.lab.debias import debias, fit_scale
 from backpack_lm.lab.finetune import Example, Finetuner, Finetuning, choose_cells
 from backpack_lm.lab.judge import judge, neighbours_of
+from backpack_lm.lab.lean import CELLS, Frequent, lean_edits
 from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
 from backpack_lm.lab.subject import Subject
 from backpack_lm.lab.text import rows
-from backpack_lm.lab.topic import choose_topic
+from backpack_lm.lab.topic import By, choose_topic
 from backpack_lm.lab.watch import Journal, unwatched
 from backpack_lm.patch import Add, Cell, PatchError, Scale, Vector
 from backpack_lm.reports.report import Report, Table
@@ -96,16 +97,32 @@ def test_the_paper_s_nouns_and_prompts() -> None:
     assert not set(ESTIMATION) & set(EVALUATION)
 
 
-def test_a_topic_shows_what_each_strength_does(subject: Subject) -> None:
-    found = choose_topic(subject, ["sea", "ship"], 2, ["The king said that"])
+@pytest.mark.parametrize("by", By)
+def test_a_topic_shows_what_each_strength_does(subject: Subject, by: By) -> None:
+    found = choose_topic(subject, ["sea", "ship"], 2, ["The king said that"], by)
     masses = found.mass["The king said that"]
     p = subject.model(torch.tensor([subject.ids("The king said that")]))[0, -1].softmax(-1)
     assert masses[0] == pytest.approx(float(p[found.tokens].sum()), rel=1e-3)
-    overlay = subject.overlay(found.edit())
+    overlay = subject.overlay(*found.edits())
     p = subject.model(torch.tensor([subject.ids("The king said that")]), overlay)[0, -1].softmax(-1)
     assert masses[2] == pytest.approx(float(p[found.tokens].sum()), rel=1e-3)
     with pytest.raises(PatchError, match="use 1, 2 or 3"):
-        choose_topic(subject, ["sea"], 9)
+        choose_topic(subject, ["sea"], 9, by=by)
+
+
+def test_frequent_words_lean_where_there_are_some(subject: Subject) -> None:
+    frequent = Frequent.of(subject)
+    assert Frequent.of(subject) == frequent, "seeded"
+    assert len(frequent.tokens) <= CELLS // subject.config.num_senses
+    assert list(frequent.shares) == sorted(frequent.shares, reverse=True)
+    assert sum(frequent.shares) <= 1
+    assert subject.config.eos_token_id not in frequent.tokens
+    with pytest.raises(ValueError, match="no cell of 2000 for frequent words; give fewer"):
+        lean_edits(subject, range(500), 1, frequent)
+    endless = replace(subject.model.config, eos_token_id=None)
+    model = type(subject.model)(endless).eval().requires_grad_(False)
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        Frequent.of(replace(subject, model=model))
 
 
 # ---- finetuning

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from backpack_lm.lab.contrast import Contrast, Noun
+from backpack_lm.lab.lean import Frequent, lean_edits
 from backpack_lm.lab.lockstep import Lockstep
 from backpack_lm.lab.subject import Prompts, Subject
 from backpack_lm.patch import Cell, Swap, Topic
@@ -55,6 +56,30 @@ def test_topic_weights_and_annealing(small: Subject) -> None:
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
     assert (expected - _dense(small, ids, rows)).abs().max() > 1e-2, "the topic changed nothing"
     assert (multipliers - delta[ids].t()).abs().max() > 1e-2, "annealing changed nothing"
+
+
+def test_lean(small: Subject) -> None:
+    sea, ship, the, comma = (*map(small.token, ("sea", "ship", "the")), small.tokenizer.encode(",")[0])
+    frequent = Frequent((the, comma, sea), (0.3, 0.1, 0.2))
+    embedding, senses, width = small.model.embedding, small.table.rows.clone(), small.config.n_embd
+    scored = [token for token in range(small.config.tokens) if token != small.config.eos_token_id]
+    mean = torch.stack([embedding[t] for t in scored]).double().mean(0)
+    spread = torch.zeros(width, width, dtype=torch.double)
+    for token in scored:
+        spread += torch.outer(embedding[token] - mean, embedding[token] - mean) / len(scored)
+    spread += 0.3 * float(spread.diagonal().sum()) / width * torch.eye(width)
+    wanted = (embedding[sea] + embedding[ship]).double() / 2 - mean
+    u = torch.linalg.solve(spread, wanted)
+    # The topic's words gain 1 over the mean by u, then 3.5 by all k senses of a share of 0.3 + 0.1 of the text.
+    delta = (3.5 / (0.3 + 0.1) / small.config.num_senses * u / (wanted @ u)).float()
+    for sense in range(small.config.num_senses):
+        for token, sign in ((the, 1), (comma, 1), (sea, -1), (ship, -1)):
+            senses[token, sense] += sign * delta
+    expected = _dense(small, small.ids(PROMPT), senses)
+    edits = lean_edits(small, [sea, ship], 2, frequent)
+    got = Prompts(small, [PROMPT]).logits(small.overlay(*edits), range(small.config.vocab_size))[0]
+    torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-3)
+    assert (expected - _dense(small, small.ids(PROMPT), small.table.rows)).abs().max() > 0.1
 
 
 def test_swap(small: Subject) -> None:
