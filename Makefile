@@ -28,6 +28,10 @@ up: ## Everything in containers, with docker compose: images, secrets in var/sec
 	@mkdir -p var/secrets
 	$(COMPOSE) run --rm --user "$$(id -u):$$(id -g)" secrets
 	$(COMPOSE) up --detach --wait
+	@echo "gateway $$($(COMPOSE) port gateway 8470), interventions $$($(COMPOSE) port interventions 8471), secrets in var/secrets;" \
+		"Grafana http://$$($(COMPOSE) port grafana 3000), as admin with the password in var/secrets/grafana_password"
+	@echo "A first tenant, with the backpack that \`pip install .\` brings:" \
+		"BACKPACK_ADMIN_KEY=\$$(cat var/secrets/backpack_admin_key) backpack tenant create harbour"
 
 down: ## Stop the containers; their volumes and secrets stay
 	$(COMPOSE) down

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving import rpc
-from backpack_serving.errors import Unavailable
+from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.settings import Settings
 
 from tests.e2e.conftest import Metadata, System
@@ -140,6 +141,42 @@ def prepared(folder: Path, project: str) -> Iterator[Stack]:
 async def text(system: System, key: Metadata, tokens: int = 24) -> str:
     parts = await system.stream(key, PROMPT, max_tokens=tokens, seed=2, temperature=0.7, ignore_end_of_text=True)
     return "".join(part.text for part in parts)
+
+
+async def broken(system: System, key: Metadata) -> tuple[int, ServiceError]:
+    """Streams one after the other, until one ends with an error: how many tokens it had given, and the error.
+
+    A stream alone is over before Docker has stopped anything.
+    """
+    request = pb.GenerateStreamRequest(
+        prompt=pb.Prompt(text=PROMPT), sampling=pb.Sampling(max_tokens=480, seed=1, ignore_end_of_text=True)
+    )
+    while True:
+        tokens = 0
+        try:
+            with rpc.errors():
+                async for part in system.inference.GenerateStream(request, metadata=key):
+                    tokens += len(part.tokens)
+        except ServiceError as error:
+            return tokens, error
+
+
+async def while_streaming(
+    system: System, key: Metadata, what: Callable[[], Any]
+) -> tuple[Any, list[tuple[int, ServiceError]]]:
+    """What `what` returns, done beside eight clients' streams, and how these broke."""
+    streams = [asyncio.create_task(broken(system, key)) for _ in range(8)]
+    try:
+        await asyncio.sleep(2)
+        done = await asyncio.to_thread(what)
+        ended = await asyncio.wait_for(asyncio.gather(*streams), 120)
+        print(
+            *(f"a stream ended after {tokens} tokens: {error.reason} {error}" for tokens, error in ended), sep="\n"
+        )
+        return done, ended
+    finally:
+        for stream in streams:
+            stream.cancel()
 
 
 async def again(what: Callable[[], Awaitable[Any]], seconds: float = 180) -> Any:

@@ -6,7 +6,6 @@ No API server is involved. PostgreSQL and migrations are those of the compose st
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
 import time
@@ -18,13 +17,20 @@ from typing import Any
 import pytest
 import trustme
 import yaml
-from backpack_proto.v1 import inference_pb2 as pb
-from backpack_serving import rpc
-from backpack_serving.errors import ServiceError
 from backpack_serving.tls import Tls
 
 from tests.deploy.chart import needs_helm, one, pods
-from tests.deploy.stack import GATEWAY, INTERVENTIONS, PROMPT, Stack, again, needs_engine, prepared, run, text
+from tests.deploy.stack import (
+    GATEWAY,
+    INTERVENTIONS,
+    Stack,
+    again,
+    needs_engine,
+    prepared,
+    run,
+    text,
+    while_streaming,
+)
 from tests.e2e.conftest import System, copy
 
 pytestmark = [*needs_engine, needs_helm]
@@ -218,29 +224,15 @@ async def test_a_pod_that_is_stopped_lets_its_streams_finish_or_be_tried_again(
 ) -> None:
     """As the kubelet does: the hook first, then SIGTERM, then the grace period."""
     key = await system.tenant(copy("king", "ship"))
-    request = pb.GenerateStreamRequest(
-        prompt=pb.Prompt(text=PROMPT), sampling=pb.Sampling(max_tokens=480, seed=1, ignore_end_of_text=True)
-    )
-    call = aiter(system.inference.GenerateStream(request, metadata=key))
-    await anext(call)
-    stopping = asyncio.create_task(asyncio.to_thread(_stop, running, "Deployment r-gateway", "r-gateway"))
-    tokens = sum([len(part.tokens) async for part in call])
-    assert tokens > 0, "the gateway drained: the stream went on to its end"
-    assert await stopping == 0
+    code, ended = await while_streaming(system, key, lambda: _stop(running, "Deployment r-gateway", "r-gateway"))
+    assert code == 0
+    assert {tokens for tokens, _ in ended} == {0}, "it drained: what had begun went on to its end"
 
     run("docker", "start", "r-gateway")
     await again(lambda: text(system, key))
-    call = aiter(system.inference.GenerateStream(request, metadata=key))
-    await anext(call)
-    stopping = asyncio.create_task(asyncio.to_thread(_stop, running, "Ray replicas", "r-worker"))
-    try:
-        with rpc.errors():
-            tokens = sum([len(part.tokens) async for part in call])
-            print(f"the replica's pod: the stream went on for {tokens} tokens")
-    except ServiceError as lost:
-        print(f"the replica's pod: {lost.code} {lost.reason}")
-        assert (lost.code, lost.reason) in {("UNAVAILABLE", "REPLICA_LOST"), ("UNAVAILABLE", "DRAINING")}
-    await stopping
+    _, ended = await while_streaming(system, key, lambda: _stop(running, "Ray replicas", "r-worker"))
+    assert {error.code for _, error in ended} == {"UNAVAILABLE"}
+    assert {error.reason for tokens, error in ended if tokens} <= {"REPLICA_LOST", "DRAINING"}
 
 
 def _stop(running: Pods, pod: str, name: str) -> int:

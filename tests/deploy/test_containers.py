@@ -11,14 +11,23 @@ from collections.abc import AsyncIterator, Iterator
 from itertools import count
 
 import pytest
-from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_proto.v1 import sync_pb2
 from backpack_serving import rpc
-from backpack_serving.errors import ServiceError, Unauthenticated, Unavailable
+from backpack_serving.errors import Unauthenticated, Unavailable
 from backpack_serving.keys import ApiKey
 
-from tests.deploy.stack import GATEWAY, INTERVENTIONS, PROMPT, Stack, again, needs_engine, prepared, run, text
+from tests.deploy.stack import (
+    GATEWAY,
+    INTERVENTIONS,
+    Stack,
+    again,
+    needs_engine,
+    prepared,
+    run,
+    text,
+    while_streaming,
+)
 from tests.e2e.conftest import System, copy
 
 pytestmark = needs_engine
@@ -58,17 +67,12 @@ async def test_the_stack_serves_steered_text_and_survives_its_parts(stack: Stack
 
     assert await again(lambda: text(system, ship)) == steered
 
-    # Inference is killed in the middle of a stream: the client is told that it may retry, and a retry is the same.
-    request = pb.GenerateStreamRequest(
-        prompt=pb.Prompt(text=PROMPT), sampling=pb.Sampling(max_tokens=480, seed=1, ignore_end_of_text=True)
-    )
-    call = aiter(system.inference.GenerateStream(request, metadata=ship))
-    await anext(call)
-    stack.kill("inference")
-    with pytest.raises(ServiceError) as lost, rpc.errors():
-        async for _ in call:
-            pass
-    assert (lost.value.code, lost.value.reason) == ("UNAVAILABLE", "REPLICA_LOST")
+    # Inference is killed in the middle of streams: clients are told that they may retry, and a retry is the same.
+    _, ended = await while_streaming(system, ship, lambda: stack.kill("inference"))
+    lost = [error.reason for tokens, error in ended if tokens]
+    assert lost
+    assert set(lost) == {"REPLICA_LOST"}
+    assert {error.code for _, error in ended} == {"UNAVAILABLE"}
     stack.up()
     assert await again(lambda: text(system, ship)) == steered
 
@@ -77,6 +81,12 @@ async def test_the_stack_serves_steered_text_and_survives_its_parts(stack: Stack
     stack.up()
     assert await again(lambda: text(system, ship)) == steered
     assert await again(lambda: text(system, plain)) == unsteered
+
+
+async def test_operators_can_tell_the_processes_apart(stack: Stack, system: System) -> None:
+    readers = (await system.fleet.ListReaders(sync_pb2.ListReadersRequest(), metadata=system.admin)).readers
+    host = stack.inside("gateway", "import socket; print(socket.gethostname())").strip()
+    assert f"{host}:8470" in {each.reader for each in readers}
 
 
 def test_processes_run_as_nobody_special_and_write_nothing(stack: Stack) -> None:

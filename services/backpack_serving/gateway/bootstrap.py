@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 import uuid
 from contextlib import suppress
@@ -76,6 +77,12 @@ class OneOfSeveral:
     levels: Path
 
 
+def _name(address: str) -> str:
+    """What operators read of a gateway: where it listens, by its host if that is everywhere, as in containers."""
+    host, _, port = address.rpartition(":")
+    return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "[::]", "") else address
+
+
 async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None = None) -> Gateway:
     """Serve on `settings.gateway_address`. One of several processes shares the port, and listens only when it can
     answer: nobody asks it in particular whether it is ready.
@@ -87,7 +94,7 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
     tokenizer = Tokenizer.read(settings.model / "tokenizer.json")
     key = settings.key_for("replica")
     tls = settings.tls
-    reader = Reader(Kind.GATEWAY, uuid.uuid4().hex, settings.gateway_address, manifest.fingerprint)
+    reader = Reader(Kind.GATEWAY, uuid.uuid4().hex, _name(settings.gateway_address), manifest.fingerprint)
     book = Book(reader, settings.expired_after, settings.serve_expired)
     router = Router(manifest.fingerprint, tls)
     folder = f"gateway-{one.number}" if one and one.number else "gateway"  # each keeps for itself what it knows
@@ -130,7 +137,7 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
         message_limit=wire.MESSAGE_LIMIT,
         share_port=one is not None,
     )
-    reader.name = server.address
+    reader.name = _name(server.address)
     running = running or [asyncio.create_task(each) for each in following]
     running.append(asyncio.create_task(_tell_health(server, book, router, settings.stale_after)))
     return Gateway(server, book, router, tuple(running), settings.drain, control)
