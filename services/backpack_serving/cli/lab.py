@@ -114,7 +114,9 @@ def debias(
 @app.command("topic")
 def topic(
     words: Annotated[list[str], typer.Argument(help="Words of the topic.")],
-    strength: Annotated[int, typer.Option(help="1, 2 or 3.", min=1, max=3)] = 1,
+    strength: Annotated[
+        int, typer.Option(help="1, 2 or 3. Text of a temperature below 1 needs less: begin with 1.", min=1, max=3)
+    ] = 1,
     by: Annotated[
         Literal["lean", "multipliers"],
         typer.Option(
