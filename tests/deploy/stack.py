@@ -69,14 +69,14 @@ def _there(image: str) -> bool:
 
 
 class Stack:
-    """The containers of one project, by the names of their services. Its secrets are in `secrets`."""
+    """The containers of one project, by the names of their services. It has its own `secrets` and `deploy`."""
 
     def __init__(self, folder: Path, project: str) -> None:
         self._folder, self.project = folder, project
         self._environment = {"GATEWAY_PORT": GATEWAY[-5:], "INTERVENTIONS_PORT": INTERVENTIONS[-5:]}
         self.services = [*OURS, "postgres", "prometheus", "grafana"]
-        self.secrets = folder / "var" / "secrets"
-        (folder / "deploy").symlink_to(ROOT / "deploy")
+        self.secrets, self.deploy = folder / "var" / "secrets", folder / "deploy"
+        shutil.copytree(ROOT / "deploy", self.deploy)
         self.secrets.mkdir(parents=True)
 
     def compose(self, *arguments: str) -> str:

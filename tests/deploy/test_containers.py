@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from itertools import count
 
 import pytest
@@ -33,6 +34,7 @@ from tests.e2e.conftest import System, copy
 pytestmark = needs_engine
 
 TENANTS = count()
+HEALTH = ("backpack", "health", "127.0.0.1:9000")
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,25 @@ def test_prometheus_reads_every_process(stack: Stack) -> None:
         "print(*sorted(found))"
     )
     assert stack.inside("gateway", ask).split() == ["gateway", "inference", "interventions"]
+
+
+async def test_a_replica_is_added_without_a_pause_as_the_guide_says(stack: Stack, system: System) -> None:
+    key = await system.tenant(copy("king", "ship"))
+    before = await text(system, key)
+    edited = stack.deploy / "ray" / "edited"
+    edited.write_text((stack.deploy / "ray" / "serve.yaml").read_text().replace("count: 1", "count: 2"))
+    edited.replace(stack.deploy / "ray" / "serve.yaml")  # as editors do
+    stack.compose("exec", "--no-TTY", "inference", "serve", "deploy", "/etc/backpack/serve.yaml")
+
+    loop = asyncio.get_running_loop()
+    until, two = loop.time() + 300, False
+    while not two and loop.time() < until:
+        assert await text(system, key) == before
+        with suppress(AssertionError):
+            two = bool(stack.compose("exec", "--no-TTY", "inference", *HEALTH, "--replicas", "2"))
+    assert two
+    for _ in range(8):
+        assert await text(system, key) == before
 
 
 async def test_the_database_is_restored_as_the_guide_says(stack: Stack, system: System) -> None:
