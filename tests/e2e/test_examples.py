@@ -56,7 +56,9 @@ async def test_samples_are_streamed_with_attribution(system: System) -> None:
     key = await system.tenant()
     code, shown, errors = await _run(system, key, "stream_with_attribution.py", PROMPT)
     assert (code, errors) == (0, "")
-    rows = re.findall(r"sample ([01]): '.*?' +logit +-?\d+\.\d+, [+-]\d+\.\d+ by sense +\d+ of '", shown)
+    quoted = r"(?:'.*?'|\".*?\")"
+    said = rf"sample ([01]): {quoted} +logit +-?\d+\.\d+, [+-]\d+\.\d+ by sense +\d+ of {quoted}"
+    rows = re.findall(said, shown)
     assert sorted(rows) == ["0"] * 6 + ["1"] * 6
     assert shown.count(PROMPT) == 2
 
