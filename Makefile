@@ -27,7 +27,7 @@ up: ## Everything in containers, with docker compose: images, secrets in var/sec
 	$(COMPOSE) --profile setup build
 	@mkdir -p var/secrets
 	$(COMPOSE) run --rm --user "$$(id -u):$$(id -g)" secrets
-	$(COMPOSE) up --detach --wait
+	$(COMPOSE) up --detach --wait || { echo "What a part says of it: $(COMPOSE) logs --tail 20 PART"; exit 1; }
 	@echo "gateway $$($(COMPOSE) port gateway 8470), interventions $$($(COMPOSE) port interventions 8471), secrets in var/secrets;" \
 		"Grafana http://$$($(COMPOSE) port grafana 3000), as admin with the password in var/secrets/grafana_password"
 	@echo "A first tenant, with the backpack that \`pip install .\` brings:" \
