@@ -41,7 +41,7 @@ test-containers: .venv/.dev ## Build the images, bring the compose stack up, use
 
 bench: .venv/.dev ## Measure, side by side; results go to tests/bench/results
 	$(BIN)/python -m tests.bench.engine
-	$(BIN)/python -m tests.bench.profile
+	$(BIN)/python -m tests.bench.decode_step
 	$(BIN)/python -m tests.bench.gateway
 	$(BIN)/python -m tests.bench.sync
 	$(BIN)/python -m tests.bench.interventions

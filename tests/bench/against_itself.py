@@ -162,7 +162,6 @@ def loop(bench: Bench) -> None:
             lambda: bench.generate(direct, some()),
             "tokens/s",
             "0.95",
-            rounds=3 * ROUNDS,  # a small model's are short, and what else the machine does shows
         )
     runner.run(engine_loop.stop())
     runner.close()

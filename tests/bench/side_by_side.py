@@ -44,8 +44,10 @@ Timed = Callable[[], float]
 class Bench:
     """Measurements of one model."""
 
-    def __init__(self, name: str, model: Backpack, table: SenseTable, text: list[int]) -> None:
-        self.name, self.model, self.table, self.text = name, model, table, text
+    def __init__(
+        self, name: str, model: Backpack, table: SenseTable, text: list[int], rounds: int = ROUNDS
+    ) -> None:
+        self.name, self.model, self.table, self.text, self.rounds = name, model, table, text, rounds
         self.storage = table.with_room(ROOM, FAST)
         self.empty = Overlay.compile(Release(), table)
         self.rows: list[list[str]] = []
@@ -86,12 +88,12 @@ class Bench:
         unit: str,
         target: str,
         higher: bool = True,
-        rounds: int = ROUNDS,
+        rounds: int | None = None,
     ) -> None:
         """Alternate both, and note the ratio: of rates ours to theirs; of times theirs to ours if `higher`."""
         ours(), theirs()
         a, b = [], []
-        for _ in range(rounds):
+        for _ in range(rounds or self.rounds):
             a.append(ours())
             b.append(theirs())
         faster = unit == "tokens/s"
@@ -121,7 +123,8 @@ class Bench:
 
 def default() -> Bench:
     served = ServedModel.read(default_model())
-    return Bench("default", served.model, served.table, text())
+    # Its rounds are short, and what else the machine does shows in them.
+    return Bench("default", served.model, served.table, text(), rounds=3 * ROUNDS)
 
 
 def small(senses: bool = True) -> Bench:

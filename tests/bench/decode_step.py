@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes, for both models: python -m tests.bench.profile
+"""Where the time of a decode step goes, for both models: python -m tests.bench.decode_step
 
 Milliseconds of a step in which each sequence gets one token, greedily. The trunk's parts are counted in the
 library, all others around the functions that do them; `Python between` is what is left.
@@ -96,7 +96,7 @@ def _parts(engine: Engine) -> dict[str, float]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="python -m tests.bench.profile", description=__doc__).parse_args()
+    argparse.ArgumentParser(prog="python -m tests.bench.decode_step", description=__doc__).parse_args()
     benches = [side_by_side.default(), side_by_side.small(senses=False)]
     found = {(b.name, *shape): profile(b, *shape) for b in benches for shape in SHAPES}
     names = list(dict.fromkeys(name for parts in found.values() for name in parts))
@@ -107,9 +107,9 @@ def main() -> None:
         return f"{parts.get(name, 0):.3f}{share}"
 
     write(
-        "profile",
+        "decode_step",
         f"A decode step, in milliseconds ({FAST}, {torch.get_num_threads()} threads)".replace("torch.", ""),
-        "python -m tests.bench.profile",
+        "python -m tests.bench.decode_step",
         ["part", *(f"{model}, batch {batch}, context {length}" for model, batch, length in found)],
         [[name, *(cell(parts, name) for parts in found.values())] for name in names],
         {f"{model}, {batch}, {length}": parts for (model, batch, length), parts in found.items()},
