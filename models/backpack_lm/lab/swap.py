@@ -15,7 +15,7 @@ from backpack_lm.overlay import SenseTable
 from backpack_lm.patch import Add, Cell, Edit, Limits, Swap, Vector
 from backpack_lm.reports.report import Report, Table
 
-STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
+STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """What a fit tries."""
 FITTED = 0.8
 RIDGE = 1e-3  # of the mean square of an embedding's numbers: directions that no word uses stay small

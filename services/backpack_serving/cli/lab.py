@@ -154,7 +154,7 @@ def swap_fact(
     ] = 1.0,
     fit: Annotated[
         bool,
-        typer.Option("--fit", help="Least strength of 1, 2, 4, 8, 16 that gives the new word 80% of the two."),
+        typer.Option("--fit", help="Least strength of 1, 2, 4, … 32 that gives the new word 80% of the two."),
     ] = False,
     file: Out = Path("swap.json"),
     model: Model = None,

@@ -98,6 +98,7 @@ def test_the_cost_is_that_of_the_model_itself(
         "4",
         "8",
         "16",
+        "32",
         OTHER_FACTS,
         OTHER_PROMPT,
     ]
