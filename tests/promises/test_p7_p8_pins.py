@@ -51,8 +51,11 @@ async def _overlays(system: System, key: Metadata, served: ServedModel) -> dict[
     return found
 
 
-async def _activations_while_streaming(system: System, served: ServedModel, streams: int) -> tuple[int, int, int]:
-    """(streams, releases that served them, activations and rollbacks meanwhile)."""
+async def _activations_while_streaming(
+    system: System, served: ServedModel, streams: int, releases: int
+) -> tuple[int, int, int]:
+    """(streams, releases that served them, activations and rollbacks meanwhile). So many streams at a time, until
+    so many releases served some: a busy machine moves channels more slowly."""
     key = await system.tenant(copy("king", "ship"))
     for word in WORDS[1:4]:
         await system.release(key, copy("king", word), topic(word, strength=2))
@@ -90,7 +93,7 @@ async def _activations_while_streaming(system: System, served: ServedModel, stre
     digests: list[str] = []
     moving = asyncio.create_task(move())
     try:
-        while not digests or (len(set(digests)) < 3 and len(digests) < 10 * streams):  # a busy machine needs more
+        while len(set(digests)) < releases and len(digests) < 10 * streams:
             seeds = range(len(digests), len(digests) + streams)
             digests += await asyncio.gather(*(one(seed) for seed in seeds))
     finally:
@@ -114,7 +117,7 @@ def _unstopped(served: ServedModel, overlay: Overlay, ids: list[int], sampling: 
 async def test_p7_tokens_are_the_pinned_releases_whatever_is_activated_meanwhile(
     system: System, served: ServedModel
 ) -> None:
-    streams, releases, moves = await _activations_while_streaming(system, served, 24)
+    streams, releases, moves = await _activations_while_streaming(system, served, 24, 3)
     assert (streams >= 24, releases > 2, moves > 10) == (True, True, True), (streams, releases, moves)
 
 
@@ -122,8 +125,8 @@ async def test_p7_tokens_are_the_pinned_releases_whatever_is_activated_meanwhile
 async def test_p7_tokens_are_the_pinned_releases_whatever_is_activated_meanwhile_longer(
     system: System, served: ServedModel
 ) -> None:
-    streams, releases, moves = await _activations_while_streaming(system, served, 400)
-    assert (streams >= 400, releases > 2, moves > 200) == (True, True, True), (streams, releases, moves)
+    streams, releases, moves = await _activations_while_streaming(system, served, 400, 4)
+    assert (streams >= 400, releases > 3, moves > 200) == (True, True, True), (streams, releases, moves)
 
 
 # ---- tripwires

@@ -11,6 +11,7 @@ import torch
 
 from backpack_lm.lab.subject import Subject
 from backpack_lm.reports.report import Entry, Table
+from backpack_lm.training.trainer import CHECKPOINT
 
 WORDS = ("court", "ship", "nurse", "king", "money")
 _PART = "<!-- {} -->\n"
@@ -22,9 +23,9 @@ def run_table(run: Path) -> Table:
     Raises ValueError if there is no finished run in the folder.
     """
     names = {"backpack": "Backpack", "twin": "its Transformer twin"}
-    found = {name: _run(run / name) for name in names if (run / name / "checkpoint.pt").exists()}
+    found = {name: _run(run / name) for name in names if (run / name / CHECKPOINT).exists()}
     if "backpack" not in found:
-        raise ValueError(f"{run} holds no backpack/checkpoint.pt; give the --out of `backpack train`")
+        raise ValueError(f"{run} holds no backpack/{CHECKPOINT}; give the --out of `backpack train`")
     rows: list[tuple[Entry, ...]] = [
         (what, *(one[what] for one in found.values())) for what in next(iter(found.values()))
     ]
@@ -59,7 +60,7 @@ def fill(card: str, parts: Mapping[str, str]) -> str:
 
 
 def _run(folder: Path) -> dict[str, str]:
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
     made_by: dict[str, Any] = json.loads(state["made_by"])
     config, parts = made_by["config"], [(state["step"], made_by["recipe"]["tokens_per_step"])]
     if not (measured := folder / "perplexity.json").exists():

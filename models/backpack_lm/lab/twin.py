@@ -14,6 +14,7 @@ from backpack_lm.checkpoint import CONFIG, WEIGHTS
 from backpack_lm.config import BackpackConfig
 from backpack_lm.layouts import CheckpointError
 from backpack_lm.model import TransformerTwin
+from backpack_lm.training.trainer import CHECKPOINT
 
 _ALIASES = ("lm_head.weight",)
 
@@ -25,7 +26,7 @@ def read_twin(folder: Path, subject: BackpackConfig) -> TransformerTwin:
     Raises CheckpointError if it is neither, or has another vocabulary.
     """
     try:
-        values, tensors = _from_run(folder) if (folder / "checkpoint.pt").exists() else _from_gpt2(folder)
+        values, tensors = _from_run(folder) if (folder / CHECKPOINT).exists() else _from_gpt2(folder)
         twin = TransformerTwin(BackpackConfig.from_json(values))
         twin.load_state_dict(tensors)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -39,7 +40,7 @@ def read_twin(folder: Path, subject: BackpackConfig) -> TransformerTwin:
 
 
 def _from_run(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
     made_by = json.loads(state["made_by"])
     if not made_by["twin"]:
         raise ValueError("it is the run of a Backpack; give the one made with --twin")

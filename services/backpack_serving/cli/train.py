@@ -70,7 +70,7 @@ def train(
     tokenizer_file = folder / "tokenizer.json"
     if after is not None and not tokenizer_file.exists():
         copyfile(after / "data" / "tokenizer.json", tokenizer_file)
-    if not tokenizer_file.exists():
+    elif not tokenizer_file.exists():
         console.print(f"Learning a tokenizer of {vocabulary} tokens")
         data.train_tokenizer(corpus, vocabulary, tokenizer_file)
     tokenizer = Tokenizer.read(tokenizer_file)

@@ -156,9 +156,9 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
     for the address.
     """
     device, precision, room = Device(settings.device).torch(), Precision(settings.precision), settings.overlay_rows
-    served = await asyncio.to_thread(ServedModel.read, settings.model, precision, room, device)
-    if settings.threads:
+    if settings.threads:  # before a worker thread computes anything: it would keep the number that held then
         torch.set_num_threads(settings.threads)
+    served = await asyncio.to_thread(ServedModel.read, settings.model, precision, room, device)
     engine = EngineLoop(
         Engine(
             Runner(served.model, served.storage, settings.slots),
