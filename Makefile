@@ -47,6 +47,7 @@ bench: .venv/.dev ## Measure, side by side; results go to tests/bench/results
 	$(BIN)/python -m tests.bench.interventions
 	$(BIN)/python -m tests.bench.compare
 	RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(ALONE) $(BIN)/python -m tests.bench.tax
+	RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(ALONE) $(BIN)/python -m tests.bench.tax small
 
 vllm: .venv-vllm/.installed ## Install vLLM into .venv-vllm (2.2 GB), a peer that `make bench` then measures too
 

@@ -1,6 +1,6 @@
 """What gRPC, the gateway and Ray Serve add to the engine: time to first token, and tokens per second.
 
-Five ways to the same engine with the default model, measured in turn, round by round, in one run:
+Five ways to the same engine, measured in turn, round by round, in one run:
 
     engine           its asyncio loop, in this process
     replica          a replica process, called directly
@@ -13,22 +13,30 @@ the gateway, and the client, which is this process and shares the machine with t
 of a way; the engine has 32 slots, so of 256 streams most wait.
 
     python -m tests.bench.tax          (`make bench` runs it in a network namespace, as the Ray test)
+    python -m tests.bench.tax small    Backpack-Small with random weights, which cost what trained ones do
+
+The first measures the model of BACKPACK_MODEL, by default the project's own. What a way costs is a time for each
+message; what share of the engine's speed that is depends on how long the model's step takes, hence a second model.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+from backpack_lm.checkpoint import TOKENIZER, save
+from backpack_lm.config import SMALL
 from backpack_lm.kernels import Precision
+from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay
 from backpack_lm.patch import Release
 from backpack_proto.v1 import directory_pb2, directory_pb2_grpc, inference_pb2_grpc
@@ -56,6 +64,9 @@ PROMPT_TOKENS, NEW_TOKENS = 64, 64
 PARTS = ("replica", "gateway", "client")
 ROUNDS = {1: 7, 32: 4, 256: 1}
 """How often, for how many streams at once."""
+
+SMALL_VOCABULARY = 16384
+"""That of the default model, whose tokenizer the random one borrows."""
 
 Way = Callable[[list[int], int], AsyncIterator[int]]
 """(prompt, seed) → how many tokens came, each time some came."""
@@ -101,7 +112,7 @@ async def _measure(way: Way, parts: Parts, streams: int, seed: int) -> Measured:
 
 
 def _engine() -> tuple[Way, EngineLoop]:
-    served = ServedModel.read(default_model(), Precision(Settings().precision), room=65536)
+    served = ServedModel.read(Settings().model, Precision(Settings().precision), room=65536)
     loop = EngineLoop(
         Engine(
             Runner(served.model, served.storage, 32),
@@ -148,7 +159,15 @@ async def _replica_address(directory: str, metadata: Any) -> str:
     return str(message.replicas[0].address)
 
 
-async def main(plain: Processes, on_ray: Settings) -> None:
+def _small(folder: Path) -> Path:
+    """A folder with a model of Backpack-Small's shape: its vocabulary is smaller, its tokens are the default's."""
+    model = Backpack(replace(SMALL, vocab_size=SMALL_VOCABULARY, num_tokens=None, eos_token_id=0))
+    with console.status("writing a model of Backpack-Small's shape, with its topic denominators: minutes"):
+        save(model.eval(), default_model() / TOKENIZER, folder)
+    return folder
+
+
+async def main(plain: Processes, on_ray: Settings, name: str, described: str) -> None:
     system = System(plain.settings.gateway_address, plain.settings.interventions_address, plain.settings)
     key = await system.tenant()
     live = (await system.releases.GetChannel(ipb.GetChannelRequest(name="channels/live"), metadata=key)).channel
@@ -206,9 +225,9 @@ async def main(plain: Processes, on_ray: Settings) -> None:
         for name, f in figures.items()
     ]
     write(
-        "tax",
-        f"What the ways to the engine cost (default model, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, one thread)",
-        "python -m tests.bench.tax",
+        name,
+        f"What the ways to the engine cost ({described}, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, one thread)",
+        " ".join(["python -m tests.bench.tax", *sys.argv[1:]]),
         [
             "way",
             "streams",
@@ -231,6 +250,10 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     state = Path(tempfile.mkdtemp())
+    small = sys.argv[1:] == ["small"]
+    if small:
+        os.environ["BACKPACK_MODEL"] = str(_small(state / "model"))
+    described = "Backpack-Small" if small else Settings().model.name + " model"
     interventions.mint_key(state / interventions.REPLICA_KEY)
     processes = Processes(state, slots=32)
     ray_settings = processes.settings.model_copy(
@@ -249,7 +272,7 @@ if __name__ == "__main__":
             BACKPACK_DIRECTORY_ADDRESS=ray_settings.directory_address,
             BACKPACK_DIRECTORY_APPLICATION=app.DIRECTORY,
         )
-        asyncio.run(main(processes, ray_settings))
+        asyncio.run(main(processes, ray_settings, "tax_small" if small else "tax", described))
     finally:
         serve.shutdown()
         ray.shutdown()

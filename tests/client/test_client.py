@@ -43,6 +43,7 @@ from tests.e2e.conftest import copy, running
 PROMPT = "The story of the king and the"
 SEEDED = Sampling(max_tokens=12, temperature=0.7, seed=3, log_probabilities=2)
 TWICE = replace(SEEDED, samples=2)
+ENDLESS = Sampling(480, ignore_end_of_text=True)
 
 
 def test_importing_it_loads_neither_torch_nor_ray() -> None:
@@ -182,7 +183,7 @@ def _ask(address: str, key: str) -> tuple[Any, dict[str, Any]]:
             (lambda: client.compare(PROMPT, []), InvalidRequest, "OUT_OF_RANGE"),
             (lambda: client.compare(PROMPT, [0, 99]), NotFound, "NO_SUCH_RELEASE"),
             (lambda: client.compare_scores([5]), InvalidRequest, "TOO_SHORT"),
-            (lambda: client.generate(PROMPT, Sampling(480), timeout=0.05), Expired, ""),
+            (lambda: client.generate(PROMPT, ENDLESS, timeout=0.05), Expired, ""),
             (lambda: list(Client(address, "bp_x").stream(PROMPT)), Unauthenticated, "MALFORMED_KEY"),
             (lambda: Client(address).model(), Unauthenticated, "NO_CREDENTIAL"),
         ):

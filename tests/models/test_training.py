@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,17 @@ def test_a_run_begins_with_the_weights_of_the_run_that_it_comes_after(rows: Rows
         Trainer(CONFIG, RECIPE, rows, tmp_path / "third", False, tmp_path / "nowhere")
 
 
+def test_the_sense_network_has_a_learning_rate_of_its_own(rows: Rows, tmp_path: Path) -> None:
+    trainer = Trainer(CONFIG, replace(RECIPE, sense_lr=0.0), rows, tmp_path, False)
+    before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    list(trainer.run())
+    moved = {n for n, weight in trainer.model.named_parameters() if not torch.equal(weight, before[n])}
+    matrices = {n for n in before if n.startswith("sense_network.") and before[n].ndim == 2}
+    assert len(matrices) == 4
+    assert not matrices & moved
+    assert {"sense_weight_net.c_attn.weight", "gpt2_model.h.0.mlp.c_fc.weight"} <= moved
+
+
 def test_perplexity_of_a_uniform_model_is_the_vocabulary() -> None:
     model = TransformerTwin(CONFIG)
     torch.nn.init.zeros_(model.embedding)
@@ -173,6 +185,14 @@ def test_the_command_trains_a_model_that_can_be_served(corpus: Path, tmp_path: P
     assert result.exit_code == 0, result.output
     assert (tmp_path / "more/data/tokenizer.json").read_text() == (out / "data/tokenizer.json").read_text()
     assert (tmp_path / "more/loss.svg").exists()
+    for again, refusal in (
+        (["--after", str(tmp_path), "--out", str(tmp_path / "other")], "is no run to begin after"),
+        (["--after", str(out), "--out", str(tmp_path / "other")], "isn't the tokenizer of"),
+    ):
+        result = CliRunner().invoke(app, [*command, *again])
+        assert result.exit_code == 1
+        assert refusal in " ".join(result.output.split())
+        (tmp_path / "other/data/tokenizer.json").write_text("{}")
 
 
 def test_held_out_text_is_not_trained_on(corpus: Path, tmp_path: Path) -> None:

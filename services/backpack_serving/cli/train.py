@@ -34,6 +34,12 @@ def train(
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of one optimiser step.")] = 2048,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 3e-3,
     matrix_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon (matrices of layers).")] = 6e-3,
+    sense_lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak learning rate of Muon for the sense network's matrices.", show_default="--matrix-lr"
+        ),
+    ] = None,
     decay: Annotated[
         float,
         typer.Option(help="Share of the steps, the last, over which learning rates fall to zero.", min=0, max=1),
@@ -68,8 +74,8 @@ def train(
     folder = out / "data"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_file = folder / "tokenizer.json"
-    if after is not None and not tokenizer_file.exists():
-        copyfile(after / "data" / "tokenizer.json", tokenizer_file)
+    if after is not None:
+        _same_tokenizer(after / "data" / "tokenizer.json", tokenizer_file)
     elif not tokenizer_file.exists():
         console.print(f"Learning a tokenizer of {vocabulary} tokens")
         data.train_tokenizer(corpus, vocabulary, tokenizer_file)
@@ -102,6 +108,7 @@ def train(
             tokens_per_step=tokens_per_step,
             lr=lr,
             matrix_lr=matrix_lr,
+            sense_lr=matrix_lr if sense_lr is None else sense_lr,
             decay=decay,
             short_row=short_row,
             precision=Precision.BFLOAT16 if Precision(precision).dtype() == torch.bfloat16 else Precision.FLOAT32,
@@ -132,3 +139,15 @@ def train(
         assert isinstance(trainer.model, Backpack)
         save(trainer.model, tokenizer_file, out / "model")
         console.print(f"wrote {out / 'model'}; serve it with BACKPACK_MODEL={out / 'model'} backpack run")
+
+
+def _same_tokenizer(before: Path, here: Path) -> None:
+    """Take over the tokenizer of the run before. Raises ValueError if another one is here already."""
+    if not before.exists():
+        raise ValueError(f"{before.parent.parent} is no run to begin after: it has no {before.name}")
+    if not here.exists():
+        copyfile(before, here)
+    elif here.read_bytes() != before.read_bytes():
+        raise ValueError(
+            f"{here} isn't the tokenizer of {before.parent.parent}: give another --out, or no --after"
+        )
