@@ -50,7 +50,8 @@ def test_the_config_file_shows_every_argument_that_most_would_change() -> None:
 def test_a_replica_has_cores_and_a_part_of_a_gpu_or_whole_ones(gpus: float) -> None:
     deployment = _deployment({"count": 3, "cpus": 0.5, "gpus": gpus, "surge_percent": 0})
     assert deployment.num_replicas == 3
-    assert deployment.ray_actor_options == {"num_cpus": 0.5, "num_gpus": gpus}
+    options = deployment.ray_actor_options
+    assert (options["num_cpus"], options["num_gpus"]) == (0.5, gpus)
     assert deployment._deployment_config.max_surge_percent == 0
 
 

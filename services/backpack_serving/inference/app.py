@@ -41,6 +41,11 @@ PORTS = 16
 """Replicas of one node share `inference_address`: each has the first port from there that is free."""
 
 
+NOT_NICE = {"RAY_worker_niceness": "0"}
+"""Ray's workers are 15 nicer than whatever else runs on their node: made for batches, ruinous where tokens are
+waited for."""
+
+
 class Nothing(BaseModel):
     """Arguments of the application `directory`: there are none."""
 
@@ -99,7 +104,11 @@ class Arguments(BaseModel):
     def options(self) -> dict[str, Any]:
         """The deployment options of Ray Serve that these arguments mean."""
         options: dict[str, Any] = {
-            "ray_actor_options": {"num_cpus": self.cpus, "num_gpus": self.gpus},
+            "ray_actor_options": {
+                "num_cpus": self.cpus,
+                "num_gpus": self.gpus,
+                "runtime_env": {"env_vars": NOT_NICE},
+            },
             "max_surge_percent": self.surge_percent,
             "graceful_shutdown_timeout_s": Settings(**self.settings).drain + 10,
         }
