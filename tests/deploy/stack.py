@@ -74,6 +74,7 @@ class Stack:
     def __init__(self, folder: Path, project: str) -> None:
         self._folder, self.project = folder, project
         self._environment = {"GATEWAY_PORT": GATEWAY[-5:], "INTERVENTIONS_PORT": INTERVENTIONS[-5:]}
+        self._environment["BACKPACK_MODEL"] = str(ROOT / "models" / "weights" / "default")
         self.services = [*OURS, "postgres", "prometheus", "grafana"]
         self.secrets, self.deploy = folder / "var" / "secrets", folder / "deploy"
         shutil.copytree(ROOT / "deploy", self.deploy)

@@ -65,9 +65,10 @@ def test_every_process_is_a_target_and_runs_as_nobody_special() -> None:
     "module", ["gateway.bootstrap", "interventions.bootstrap", "interventions.postgres", "cli.main"]
 )
 def test_what_the_small_images_run_is_installed_there(module: str) -> None:
-    """They have the dependencies without extras, and PostgreSQL's driver: with nothing else it can be imported."""
+    """They have our dependencies, PostgreSQL's driver and OpenTelemetry: with nothing else it can be imported."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    there = _with_dependencies([*project["dependencies"], *project["optional-dependencies"]["postgres"]])
+    extras = project["optional-dependencies"]
+    there = _with_dependencies([*project["dependencies"], *extras["postgres"], *extras["otel"]])
     homes = {name: set(map(_canonical, found)) for name, found in metadata.packages_distributions().items()}
     missing = {name for name, found in homes.items() if not found & {*there, _canonical(project["name"])}}
     assert {"torch", "ray", "numpy"} <= missing
@@ -107,6 +108,15 @@ def test_images_and_files_name_settings_that_exist(compose: dict[str, Any]) -> N
     named = {name.lower() for name in re.findall(r"BACKPACK_([A-Z_]+)", text)}
     assert named
     assert named <= Settings.model_fields.keys()
+
+
+def test_one_model_is_served_by_all_who_read_it(compose: dict[str, Any]) -> None:
+    for name in ("gateway", "inference", "interventions"):
+        service = compose["services"][name]
+        (mount,) = (v for v in service["volumes"] if v["target"] == "/model")
+        assert service["environment"]["BACKPACK_MODEL"] == mount["target"], name
+        assert (mount["type"], mount["read_only"]) == ("bind", True)
+        assert Path(mount["source"]) == ROOT / "models" / "weights" / "default"
 
 
 def test_only_clients_and_people_get_in_and_only_from_this_machine(compose: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
 
 from backpack_serving import rpc
-from backpack_serving.errors import Internal, InvalidRequest, PreconditionFailed, ServiceError, Unauthenticated
+from backpack_serving.errors import Internal, InvalidRequest, PreconditionFailed, ServiceError, Unavailable
 from backpack_serving.inference.served import ServedModel
 from backpack_serving.inference.versions import Versions
 from backpack_serving.metrics import ReplicaMetrics
@@ -182,7 +182,9 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
 
     def _check_gateway(self, context: rpc.Context) -> None:
         if not hmac.compare_digest((rpc.bearer(context) or "").encode(), self._service_key.encode()):
-            raise Unauthenticated("NOT_A_GATEWAY", "replicas take calls from gateways only; call the gateway")
+            # While the service's key is replaced, a gateway shall try another replica, and a client again.
+            message = "replicas take calls from gateways only; call the gateway"
+            raise Unavailable("NOT_A_GATEWAY", message, retry_after=1.0)
 
 
 def _compared(read: list[float] | Distribution, tokenizer: Tokenizer) -> pb.ComparedRelease:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from types import ModuleType
 
 import sqlalchemy as sa
@@ -43,8 +44,9 @@ def migrate(url: str, role: str = "", wait: float = 30.0) -> None:
 
 
 def verify(url: str) -> integrity.Intact:
-    """Check every stored byte that has a digest, and the chain. Raises DataLoss at the first that doesn't fit."""
-    store = open_store(url)
+    """Check every stored byte that has a digest, and the chain. Raises DataLoss at the first that doesn't fit,
+    Unavailable if there is no such database."""
+    store = _existing(url)
     try:
         with store.read() as tx:
             return integrity.verify(tx)
@@ -53,12 +55,21 @@ def verify(url: str) -> integrity.Intact:
 
 
 def raise_epoch(url: str) -> Position:
-    """Begin a new epoch, once, after a restore from a backup."""
-    store = open_store(url)
+    """Begin a new epoch, once, after a restore from a backup. Raises Unavailable if there is no such database."""
+    store = _existing(url)
     try:
         return ledger.raise_epoch(store, datetime.now(UTC))
     finally:
         store.close()
+
+
+def _existing(url: str) -> SQLStore:
+    """Opening SQLite would make an empty database where there is none, and all would be well with that."""
+    parsed = _parse(url)
+    if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").exists():
+        where = "BACKPACK_STATE or BACKPACK_DATABASE says where it is"
+        raise Unavailable("DATABASE", f"there is no database {parsed.database}; {where}")
+    return open_store(url)
 
 
 def _parse(url: str) -> sa.URL:
