@@ -121,6 +121,9 @@ class Internal(ServiceError):
 
 BY_CODE: Mapping[str, type[ServiceError]] = {kind.code: kind for kind in ServiceError.__subclasses__()}
 
+RELEASE_UNREACHABLE = "RELEASE_UNREACHABLE"
+"""Reason of an Unavailable: this replica serves, but can't get this release now; another may have it."""
+
 _PRECONDITIONS = {"WRONG_MODEL"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from backpack_proto.v1.directory_pb2 import Replica
 from backpack_serving.errors import Unavailable
-from backpack_serving.gateway.routing import Router
+from backpack_serving.gateway.routing import LOST_SECONDS, Router
 
 MODEL = "ab" * 32
 
@@ -16,9 +16,21 @@ def _replica(name: str, load: int = 0, **more: object) -> Replica:
     )
 
 
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-async def router() -> Router:
-    router = Router(MODEL)
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def router(clock: Clock) -> Router:
+    router = Router(MODEL, clock=clock)
     router.update([_replica("1"), _replica("2")])
     return router
 
@@ -46,13 +58,27 @@ async def test_draining_replicas_and_other_models_get_nothing(router: Router) ->
     assert router.size == 1
 
 
-async def test_a_failed_replica_is_left_alone_until_it_reports_again(router: Router) -> None:
+async def test_a_lost_replica_is_left_alone_until_it_reports_something_new(router: Router) -> None:
     with router.lease(1) as target:
-        target.failed = True
+        router.lost(target)
     router.update([_replica("1"), _replica("2")])  # the same reports as before
     assert target.replica.id not in {_pick(router) for _ in range(20)}
     router.update([_replica("1", running=1), _replica("2", running=1)])
     assert target.replica.id in {_pick(router) for _ in range(50)}
+
+
+async def test_a_lost_replica_with_nothing_new_to_report_is_tried_again(router: Router, clock: Clock) -> None:
+    for _ in range(2):
+        with router.lease(1) as target:
+            router.lost(target)
+        clock.now += LOST_SECONDS / 4
+        router.update([_replica("1"), _replica("2")])
+    with pytest.raises(Unavailable):
+        _pick(router)
+    clock.now = LOST_SECONDS
+    assert router.size == 1
+    clock.now = 2 * LOST_SECONDS
+    assert {_pick(router) for _ in range(50)} == {"1", "2"}
 
 
 async def test_no_replica_is_said_with_when_to_retry(router: Router) -> None:

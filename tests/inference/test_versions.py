@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from backpack_lm.patch import Cell, PatchError, Release, Revision, Scale, Set, Topic, Vector, release_digest
-from backpack_serving.errors import DataLoss, ServiceError, Unavailable
+from backpack_serving.errors import DataLoss, Expired, ServiceError, Unavailable
 from backpack_serving.inference.blobs import ReleaseBlobs
 from backpack_serving.inference.served import ServedModel
 from backpack_serving.inference.versions import Versions
@@ -28,6 +28,7 @@ class Shelf:
 
     def __init__(self) -> None:
         self.blobs: dict[str, list[bytes]] = {}
+        self.away: type[ServiceError] = Unavailable
 
     def put(self, served: ServedModel, *revisions: tuple[Scale | Set | Topic, ...]) -> str:
         made = [Revision(served.manifest.fingerprint, edits) for edits in revisions]
@@ -38,7 +39,7 @@ class Shelf:
     async def fetch(self, tenant: str, digest: str) -> list[bytes]:
         await asyncio.sleep(0)
         if digest not in self.blobs:
-            raise Unavailable("TRANSPORT", "no answer")
+            raise self.away("TRANSPORT", "no answer")
         return self.blobs[digest]
 
 
@@ -193,8 +194,13 @@ async def test_what_cant_be_had_now_may_be_had_later(
 ) -> None:
     digest = shelf.put(served, _scale(5))
     away, versions = shelf.blobs.pop(digest), make()
-    (refusal,) = await versions.stage((_channel(digest),))
-    assert (refusal.reason, refusal.final) == ("TRANSPORT", False)
+    for kind in (Unavailable, Expired):
+        shelf.away = kind
+        (refusal,) = await versions.stage((_channel(digest),))
+        assert (refusal.reason, refusal.final) == ("RELEASE_UNREACHABLE", False)
+        with pytest.raises(Unavailable, match=f"can't fetch release {digest} now: no answer"):
+            async with versions.use("acme", digest):
+                pass
     shelf.blobs[digest] = away
     assert await versions.stage((_channel(digest),)) == ()
 
@@ -263,4 +269,4 @@ async def test_on_disk_only_what_channels_need_outlasts_a_tidying(
     again = make()
     assert await again.stage((channel,)) == ()
     (refusal,) = await again.stage((_channel(other),))
-    assert refusal.reason == "TRANSPORT"
+    assert refusal.reason == "RELEASE_UNREACHABLE"

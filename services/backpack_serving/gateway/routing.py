@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from backpack_proto.v1 import directory_pb2, inference_pb2_grpc
@@ -13,6 +14,9 @@ from backpack_proto.v1 import directory_pb2, inference_pb2_grpc
 from backpack_serving import rpc
 from backpack_serving.errors import Unavailable
 from backpack_serving.tls import Tls
+
+LOST_SECONDS = 1.0
+"""How long a replica that failed a call gets no other: one that is idle may have nothing new to report."""
 
 
 @dataclass(slots=True, eq=False)
@@ -23,7 +27,7 @@ class Target:
     channel: Any
     stub: inference_pb2_grpc.InferenceServiceStub
     sent: int = 0
-    failed: bool = field(default=False)
+    lost_until: float = float("-inf")
 
     @property
     def load(self) -> float:
@@ -34,8 +38,10 @@ class Target:
 class Router:
     """The replicas that serve this gateway's model."""
 
-    def __init__(self, fingerprint: str, tls: Tls | None = None) -> None:
-        self._fingerprint, self._tls = fingerprint, tls
+    def __init__(
+        self, fingerprint: str, tls: Tls | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._fingerprint, self._tls, self._clock = fingerprint, tls, clock
         self._targets: dict[str, Target] = {}
 
     @property
@@ -47,13 +53,14 @@ class Router:
         return set(self._targets)
 
     def update(self, replicas: Iterable[directory_pb2.Replica]) -> None:
-        """Take in what the directory says. A replica that failed a call gets another chance with each report."""
+        """Take in what the directory says. A lost replica that has something new to report is back."""
         seen = {replica.id: replica for replica in replicas if replica.model_fingerprint == self._fingerprint}
         for gone in self._targets.keys() - seen.keys():
             del self._targets[gone]  # calls in progress keep its channel until they end
         for name, replica in seen.items():
             if target := self._targets.get(name):
-                target.failed = target.failed and target.replica == replica
+                if target.replica != replica:
+                    target.lost_until = float("-inf")
                 target.replica = replica
             else:
                 channel = rpc.channel(replica.address, self._tls)
@@ -72,8 +79,12 @@ class Router:
         finally:
             target.sent -= tokens
 
+    def lost(self, target: Target) -> None:
+        """It failed a call: nothing more for it until it reports something new, or for LOST_SECONDS."""
+        target.lost_until = self._clock() + LOST_SECONDS
+
     def _usable(self, without: Iterable[Target]) -> Iterator[Target]:
-        excluded = list(without)
+        excluded, now = list(without), self._clock()
         for target in self._targets.values():
-            if not target.replica.draining and not target.failed and target not in excluded:
+            if not target.replica.draining and target.lost_until <= now and target not in excluded:
                 yield target

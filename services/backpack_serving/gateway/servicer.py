@@ -14,7 +14,7 @@ from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
 
 from backpack_serving import rpc, tracing
-from backpack_serving.errors import Internal, ServiceError, Unavailable
+from backpack_serving.errors import RELEASE_UNREACHABLE, Internal, Unavailable
 from backpack_serving.gateway.book import Pinned
 from backpack_serving.gateway.meter import Meter, Meters
 from backpack_serving.gateway.releases import Releases
@@ -92,14 +92,14 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                                 yield response
                         return
                     except Unavailable as error:
-                        self._lost(target, error)
+                        again = self._again(tried, error)
                         if meter.made:
                             raise Unavailable(
                                 "REPLICA_LOST",
                                 "the replica that ran this stream is gone; start again",
                                 retry_after=0.1,
                             ) from None
-                        if len(tried) > 1:
+                        if not again:
                             raise
                     finally:
                         call.cancel()
@@ -226,15 +226,18 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                         check(response)
                     return response
                 except Unavailable as error:
-                    self._lost(target, error)
-                    if len(tried) > 1:
+                    if not self._again(tried, error):
                         raise
                 finally:
                     call.cancel()
 
-    def _lost(self, target: Target, error: ServiceError) -> None:
-        log.warning("a replica is unavailable", address=target.replica.address, reason=error.message)
-        target.failed = True
+    def _again(self, tried: list[Target], error: Unavailable) -> bool:
+        """Whether to try another replica, now that the last one is unavailable."""
+        log.warning("a replica is unavailable", address=tried[-1].replica.address, reason=error.message)
+        if error.reason == RELEASE_UNREACHABLE:  # it is there, and has other releases
+            return len(tried) == 1 and self._router.size > 1
+        self._router.lost(tried[-1])
+        return len(tried) == 1
 
 
 def _since(request: Any) -> Position | None:

@@ -12,7 +12,14 @@ import structlog
 from backpack_lm.overlay import Overlay
 from backpack_lm.patch import Limits, PatchError, Release, Revision, release_digest
 
-from backpack_serving.errors import DataLoss, ServiceError, from_patch_error
+from backpack_serving.errors import (
+    RELEASE_UNREACHABLE,
+    DataLoss,
+    Expired,
+    ServiceError,
+    Unavailable,
+    from_patch_error,
+)
 from backpack_serving.inference.blobs import ReleaseBlobs
 from backpack_serving.inference.served import ServedModel
 from backpack_serving.sync.known import KnownChannel, ReleaseRef, Steering, View
@@ -96,7 +103,11 @@ class Versions:
             on_disk = revisions is not None
             if revisions is None:
                 self.fetched += 1
-                revisions = await self._fetch(tenant, digest)
+                try:
+                    revisions = await self._fetch(tenant, digest)
+                except (Unavailable, Expired) as error:  # a caller must not take it for ours: we are here
+                    message = f"this replica can't fetch release {digest} now: {error.message}"
+                    raise Unavailable(RELEASE_UNREACHABLE, message, retry_after=1.0) from None
             try:
                 overlay = await asyncio.to_thread(self._compile, revisions, digest)
             except PatchError as error:
