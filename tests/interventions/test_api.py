@@ -7,9 +7,16 @@ from typing import Any
 
 import pytest
 from backpack_proto.v1 import interventions_pb2 as pb
-from backpack_proto.v1.inference_pb2 import Word
+from backpack_proto.v1.inference_pb2 import WORD_POLICY_ALL_TOKENS, Word
 from backpack_serving import rpc
-from backpack_serving.errors import InvalidRequest, NotFound, PreconditionFailed, ServiceError, Unauthenticated
+from backpack_serving.errors import (
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    PreconditionFailed,
+    ServiceError,
+    Unauthenticated,
+)
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from tests.interventions.control import Control, control, refused
@@ -81,6 +88,20 @@ async def test_masks(control: Control) -> None:
     assert error.violations[0].field == "read_mask"
     update = pb.UpdatePatchRequest(patch=pb.Patch(name="patches/p"), update_mask=FieldMask(paths=["name"]))
     assert "'name'" in (await refused(InvalidRequest, control.patches.UpdatePatch(update, metadata=key))).message
+
+
+async def test_edits_are_read_for_authors_alone_and_no_further_than_the_limit_of_cells(control: Control) -> None:
+    tenant, author, _ = await control.tenant()
+    made = await control.tenants.CreateApiKey(
+        pb.CreateApiKeyRequest(parent=tenant, roles=[pb.ROLE_CALLER]), metadata=control.admin
+    )
+    word = Word(text="q z " * 750, policy=WORD_POLICY_ALL_TOKENS)
+    many = pb.Edit(scale=pb.ScaleEdit(cells=[pb.Cells(word=word, senses=[0] * 300)], factor=0.5))
+    error = await refused(InvalidRequest, revise(control, author, many))
+    assert [(v.field, v.reason) for v in error.violations] == [("edits", "TOO_MANY_CELLS")]
+    caller = rpc.with_key(made.secret)
+    error = await refused(Forbidden, revise(control, caller, pb.Edit(), many))  # not even what is wrong is told
+    assert (error.code, error.reason) == ("PERMISSION_DENIED", "MISSING_ROLE")
 
 
 async def test_a_release_is_read_by_its_number(control: Control) -> None:

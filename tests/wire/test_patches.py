@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 
 import pytest
 from backpack_lm import patch
 from backpack_lm.patch import Cell
-from backpack_lm.tokenizer import Tokenizer
+from backpack_lm.tokenizer import Tokenizer, WordPolicy
 from backpack_proto.v1 import inference_pb2
 from backpack_proto.v1 import interventions_pb2 as pb
 from backpack_serving.errors import InvalidRequest
@@ -154,3 +155,27 @@ def test_all_tokens_of_a_word_when_asked_for() -> None:
     scale = pb.Edit(scale=pb.ScaleEdit(cells=[pb.Cells(word=word, senses=[7])], factor=0))
     (edit,) = read_edits([scale], TOKENIZER, SENSES)
     assert edit.cells == tuple(Cell(token, 7) for token in TOKENIZER.encode(" kingdomless"))
+
+
+def test_a_short_message_that_stands_for_very_many_cells_is_refused_before_they_are_made() -> None:
+    word = inference_pb2.Word(text="q z " * 750, policy=inference_pb2.WORD_POLICY_ALL_TOKENS)
+    bomb = pb.Cells(word=word, senses=[0] * 300)
+    edits = [pb.Edit(scale=pb.ScaleEdit(cells=[_cells("king"), bomb, bomb]))]
+    TOKENIZER.word_ids(word.text, WordPolicy.ALL)  # what the tokenizer remembers isn't measured
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest) as refused:
+            read_edits(edits, TOKENIZER, SENSES)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [(v.field, v.reason) for v in refused.value.violations] == [("edits", "TOO_MANY_CELLS")]
+    assert "by edits[0].scale.cells[1], at most 4096" in refused.value.message
+    assert peak < 2**20, "bytes; one cell is 56 of them"
+
+
+def test_cells_of_all_edits_count_together_up_to_the_limit() -> None:
+    edits = [pb.Edit(scale=pb.ScaleEdit(cells=[_cells("king"), _cells("ship")], factor=0.5))] * 2
+    assert len(read_edits(edits, TOKENIZER, SENSES, patch.Limits(cells=4 * SENSES))) == 2
+    with pytest.raises(InvalidRequest, match=r"64 cells by edits\[1\]\.scale\.cells\[1\], at most 63"):
+        read_edits(edits, TOKENIZER, SENSES, patch.Limits(cells=4 * SENSES - 1))

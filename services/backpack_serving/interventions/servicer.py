@@ -17,6 +17,7 @@ from backpack_serving.interventions.channel_servicer import ChannelMethods
 from backpack_serving.interventions.rollouts import Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.sync_servicer import FleetServicer, SyncServicer
+from backpack_serving.keys import Role
 from backpack_serving.wire import control as wire
 from backpack_serving.wire.patches import read_edits
 from backpack_serving.wire.uploads import Upload
@@ -147,8 +148,10 @@ class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
         self, request: pb.CreateRevisionRequest, context: rpc.Context
     ) -> pb.CreateRevisionResponse:
         who = await self.who(context)
+        who.require(Role.AUTHOR)  # before the work of reading
         (patch,) = wire.parse_name("parent", request.parent, "patches/{}", who)
-        edits = await asyncio.to_thread(read_edits, request.edits, self.tokenizer, self.service.shape.num_senses)
+        shape, limits = self.service.shape, self.service.limits
+        edits = await asyncio.to_thread(read_edits, request.edits, self.tokenizer, shape.num_senses, limits)
         if request.validate_only:
             draft = await asyncio.to_thread(self.service.draft_revision, who, patch, edits)
             return pb.CreateRevisionResponse(revision=wire.write_revision(draft, edits, self.tokenizer))

@@ -1,6 +1,7 @@
 """Edits on the wire ↔ edits of `backpack_lm.patch`: words become token ids here, cells are spelled out.
 
-Everything that is wrong with a list of edits is reported at once, each with the path of its field.
+Everything that is wrong with a list of edits is reported at once, each with the path of its field; but where
+there are more cells than a revision may have, reading ends.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from itertools import product
 from typing import Any
 
 from backpack_lm import patch
-from backpack_lm.patch import Cell, Vector, Violation
+from backpack_lm.patch import Cell, Limits, Vector, Violation
 from backpack_lm.tokenizer import Tokenizer, WordError, WordPolicy
 from backpack_proto.v1 import inference_pb2, interventions_pb2
 
@@ -30,8 +31,9 @@ _BYTES_OF = {interventions_pb2.DATA_TYPE_FLOAT32: 4, interventions_pb2.DATA_TYPE
 class WordReader:
     """Words of requests → token ids of one model; senses left out mean all of them."""
 
-    def __init__(self, tokenizer: Tokenizer, num_senses: int) -> None:
-        self._tokenizer, self._num_senses = tokenizer, num_senses
+    def __init__(self, tokenizer: Tokenizer, num_senses: int, limits: Limits = Limits()) -> None:
+        self._tokenizer, self._num_senses, self._limits = tokenizer, num_senses, limits
+        self._count = 0
         self.violations: list[Violation] = []
 
     def refuse(self, field: str, reason: str, description: str) -> None:
@@ -62,8 +64,16 @@ class WordReader:
         return found[0] if found else 0
 
     def cells(self, field: str, message: interventions_pb2.Cells) -> tuple[Cell, ...]:
+        """The cells that a word and senses stand for. Raises InvalidRequest for too many before they are made:
+        a short message may stand for more than memory holds.
+        """
         senses = list(message.senses) or range(self._num_senses)
-        return tuple(Cell(t, s) for t, s in product(self.tokens(f"{field}.word", message.word), senses))
+        tokens = self.tokens(f"{field}.word", message.word)
+        self._count += len(tokens) * len(senses)
+        if self._count > self._limits.cells:
+            self.refuse("edits", "TOO_MANY_CELLS", f"{self._count} cells by {field}, at most {self._limits.cells}")
+            raise InvalidRequest.of(*self.violations)
+        return tuple(Cell(t, s) for t, s in product(tokens, senses))
 
     def all_cells(self, field: str, messages: Sequence[interventions_pb2.Cells]) -> tuple[Cell, ...]:
         if not messages:
@@ -88,10 +98,10 @@ class WordReader:
 
 
 def read_edits(
-    messages: Iterable[interventions_pb2.Edit], tokenizer: Tokenizer, num_senses: int
+    messages: Iterable[interventions_pb2.Edit], tokenizer: Tokenizer, num_senses: int, limits: Limits = Limits()
 ) -> list[patch.Edit]:
     """Edits of a request. Raises InvalidRequest with everything that is wrong with them."""
-    reader = WordReader(tokenizer, num_senses)
+    reader = WordReader(tokenizer, num_senses, limits)
     edits: list[patch.Edit] = []
     for at, message in enumerate(messages):
         kind = message.WhichOneof("kind")
