@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,17 +123,6 @@ def test_a_run_begins_with_the_weights_of_the_run_that_it_comes_after(rows: Rows
         Trainer(CONFIG, RECIPE, rows, tmp_path / "third", True, tmp_path / "first")
     with pytest.raises(ValueError, match=r"no checkpoint.pt to begin after"):
         Trainer(CONFIG, RECIPE, rows, tmp_path / "third", False, tmp_path / "nowhere")
-
-
-def test_the_sense_network_has_a_learning_rate_of_its_own(rows: Rows, tmp_path: Path) -> None:
-    trainer = Trainer(CONFIG, replace(RECIPE, sense_lr=0.0), rows, tmp_path, False)
-    before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
-    list(trainer.run())
-    moved = {n for n, weight in trainer.model.named_parameters() if not torch.equal(weight, before[n])}
-    matrices = {n for n in before if n.startswith("sense_network.") and before[n].ndim == 2}
-    assert len(matrices) == 4
-    assert not matrices & moved
-    assert {"sense_weight_net.c_attn.weight", "gpt2_model.h.0.mlp.c_fc.weight"} <= moved
 
 
 def test_perplexity_of_a_uniform_model_is_the_vocabulary() -> None:

@@ -28,9 +28,8 @@ class Recipe:
     """Everything that decides what a run computes.
 
     Learning rates warm up linearly, stay, and decay linearly to zero over the last `decay` of the steps.
-    The matrices of the sense network have a rate of their own: a step of theirs moves all senses of a word, whose
-    movements add up in its output. Rows have `short_row` tokens for the first `long_from` of the steps, then fill
-    the context. Weights are float32; `precision` is that of the products.
+    Rows have `short_row` tokens for the first `long_from` of the steps, then fill the context. Weights are
+    float32; `precision` is that of the products.
     """
 
     steps: int
@@ -41,7 +40,6 @@ class Recipe:
     long_from: float = 0.7
     lr: float = 3e-3
     matrix_lr: float = 6e-3
-    sense_lr: float = 6e-3
     weight_decay: float = 0.05
     warmup: float = 0.03
     decay: float = 0.5
@@ -180,20 +178,14 @@ class Trainer:
 
 def _optimizers(model: Backpack | TransformerTwin, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of layers, AdamW without decay for embeddings, biases and norms."""
-    everything = list(matrices(model))
-    senses = set(model.sense_network.parameters()) if isinstance(model, Backpack) else set()
-    optimizers: list[torch.optim.Optimizer] = [
-        BlockMuon([part for part in everything if (part[0] in senses) == own], lr, recipe.weight_decay)
-        for own, lr in ((False, recipe.matrix_lr), (True, recipe.sense_lr))
-        if senses or not own
-    ]
-    taken = {weight for weight, _, _ in everything}
-    rest = [weight for weight in model.parameters() if weight not in taken]
-    optimizers.append(torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
-    for optimizer in optimizers:
+    muon = BlockMuon(matrices(model), recipe.matrix_lr, recipe.weight_decay)
+    taken = {id(weight) for weight, _, _ in muon.weights}
+    rest = [weight for weight in model.parameters() if id(weight) not in taken]
+    adamw = torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for optimizer in (muon, adamw):
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
-    return optimizers
+    return [muon, adamw]
 
 
 class LanguageModel(Protocol):

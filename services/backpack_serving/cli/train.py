@@ -34,12 +34,6 @@ def train(
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of one optimiser step.")] = 2048,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 3e-3,
     matrix_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon (matrices of layers).")] = 6e-3,
-    sense_lr: Annotated[
-        float | None,
-        typer.Option(
-            help="Peak learning rate of Muon for the sense network's matrices.", show_default="--matrix-lr"
-        ),
-    ] = None,
     decay: Annotated[
         float,
         typer.Option(help="Share of the steps, the last, over which learning rates fall to zero.", min=0, max=1),
@@ -108,7 +102,6 @@ def train(
             tokens_per_step=tokens_per_step,
             lr=lr,
             matrix_lr=matrix_lr,
-            sense_lr=matrix_lr if sense_lr is None else sense_lr,
             decay=decay,
             short_row=short_row,
             precision=Precision.BFLOAT16 if Precision(precision).dtype() == torch.bfloat16 else Precision.FLOAT32,
