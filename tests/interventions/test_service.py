@@ -90,6 +90,23 @@ def test_rollback_returns_to_the_release_before(service: Interventions, two_rele
     assert (back.release, back.previous, back.generation) == (1, 2, 4)
 
 
+@pytest.mark.parametrize("canary", [False, True])
+def test_activating_the_release_that_a_channel_is_at_leaves_a_rollback_where_it_goes(
+    service: Interventions, two_releases: Principal, canary: bool
+) -> None:
+    etag = service.activate(two_releases, LIVE, 0, service.channel(two_releases, LIVE).etag, Request()).record.etag
+    with pytest.raises(PreconditionFailed, match="activate one"):  # it is the one that a tenant begins with
+        service.rollback(two_releases, LIVE, etag, Request())
+    for release in (1, 2):
+        etag = service.activate(two_releases, LIVE, release, etag, Request()).record.etag
+    if canary:
+        etag = service.start_canary(two_releases, LIVE, 1, 10, "", etag, Request()).record.etag
+    again = service.activate(two_releases, LIVE, 2, etag, Request()).record
+    assert (again.release, again.previous, again.canary) == (2, 1, None)
+    back = service.rollback(two_releases, LIVE, again.etag, Request()).record
+    assert (back.release, back.previous) == (1, 2)
+
+
 def test_a_channel_is_made_by_activating_on_it(service: Interventions, two_releases: Principal) -> None:
     made = service.activate(two_releases, "beta", 2, "", Request()).record
     assert (made.release, made.generation) == (2, 1)

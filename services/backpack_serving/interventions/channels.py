@@ -187,10 +187,11 @@ class ChannelRules(Rules):
 
 
 def _pointed(old: Channel, release: Release) -> Channel:
-    """The channel at another release, without a canary. What it was at stays ready for a rollback."""
+    """The channel at a release, without a canary. The other one it was at last stays where a rollback goes."""
     before = [[old.release, old.digest], *json.loads(old.earlier)]
     kept = [pair for pair in before if pair[1] != release.digest][: RESIDENT - 1]
-    made = replace(old, release=release.number, digest=release.digest, previous=old.release)
+    previous = old.previous if release.number == old.release else old.release
+    made = replace(old, release=release.number, digest=release.digest, previous=previous)
     return replace(_alone(made), earlier=json.dumps(kept))
 
 
