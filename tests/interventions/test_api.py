@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import uuid
 from typing import Any
 
@@ -150,17 +151,53 @@ async def test_keys_are_listed_in_pages_rotated_and_revoked(control: Control) ->
 
 
 @pytest.mark.parametrize(
-    "token", ["nonsense", "IjAi", "MTAwMDAwMDAwMDAwMDAwMDAwMDAwMDA=", "LTE=", "dHJ1ZQ==", "Ilx1MDAwMCI="]
+    "token",
+    [
+        "nonsense",
+        "IjAi",
+        "MTAwMDAwMDAwMDAwMDAwMDAwMDAwMDA=",
+        "LTE=",
+        "dHJ1ZQ==",
+        "Ilx1MDAwMCI=",
+        base64.b64encode(b'"\\ud800"').decode(),
+        base64.b64encode(b"[" * 200_000).decode(),
+    ],
+    ids=["nonsense", "text", "large", "negative", "true", "nul", "surrogate", "deep"],
 )
 async def test_page_tokens_that_are_not_ours(control: Control, token: str) -> None:
-    """Among them numbers that no database has, true, and a NUL."""
+    """Among them numbers that no database has, true, a NUL, half a character, and lists in lists in lists."""
     _, key, _ = await control.tenant()
     if token not in ("IjAi", "Ilx1MDAwMCI="):
         request = pb.ListReleasesRequest(page_token=token)
         assert (await refused(InvalidRequest, control.releases.ListReleases(request, metadata=key))).reason
     if token != "IjAi":
         request = pb.ListPatchesRequest(page_token=token)
-        assert (await refused(InvalidRequest, control.patches.ListPatches(request, metadata=key))).reason
+        error = await refused(InvalidRequest, control.patches.ListPatches(request, metadata=key))
+        assert error.reason == "BAD_PAGE_TOKEN"
+
+
+async def test_a_refusal_of_many_things_says_the_first_ones_and_how_many_more(control: Control) -> None:
+    """Whole it would be larger than the trailers that it has to fit into."""
+    _, key, _ = await control.tenant()
+    words = [f"no such word {n}" for n in range(200)]
+    call = control.patches.CreateRevision(
+        pb.CreateRevisionRequest(parent="patches/p", edits=map(scale, words)), metadata=key
+    )
+    error = await refused(InvalidRequest, call)
+    *told, last = error.violations
+    assert len(told) >= 5
+    for violation, word in zip(told, words, strict=False):
+        assert word in violation.description
+    assert (last.reason, last.description) == ("MORE", f"and {200 - len(told)} more")
+    assert error.message.endswith("…")
+
+
+@pytest.mark.parametrize("name", ["x" * 6_000, "x" * 100_000, "界" * 6_000])
+async def test_a_refusal_of_something_long_says_how_it_begins(control: Control, name: str) -> None:
+    _, key, _ = await control.tenant()
+    error = await refused(InvalidRequest, control.patches.GetPatch(pb.GetPatchRequest(name=name), metadata=key))
+    assert error.reason == "BAD_NAME"
+    assert error.violations[0].description.startswith(repr(name)[:100])
 
 
 async def test_p15_ending_the_service_of_many_needs_force(control: Control) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,17 +14,20 @@ from grpc_status import rpc_status
 
 from backpack_serving.errors import BY_CODE, DOMAIN, Internal, Quota, ServiceError, Unavailable
 
+MESSAGE_BYTES, VALUE_BYTES, VIOLATIONS_BYTES = 768, 512, 2048
+"""Most of a message, of a value that is told beside it, and of violations before the last one, in UTF-8.
+
+A status travels in trailers: the message percent-encoded, and again with all details in base64. gRPC's clients
+may refuse trailers of more than 8 KB, and then tell RESOURCE_EXHAUSTED instead of what was sent.
+"""
+
 
 def to_status(error: ServiceError) -> status_pb2.Status:
-    """The google.rpc.Status of a refusal."""
-    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)]
+    """The google.rpc.Status of a refusal, cut to what trailers may hold."""
+    values = {name: _cut(value, VALUE_BYTES) for name, value in error.metadata.items()}
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=values)]
     if error.violations:
-        bad = error_details_pb2.BadRequest()
-        for violation in error.violations:
-            bad.field_violations.add(
-                field=violation.field, reason=violation.reason, description=violation.description
-            )
-        details.append(bad)
+        details.append(_bad_request(error.violations))
     if error.quotas:
         failure = error_details_pb2.QuotaFailure()
         for quota in error.quotas:
@@ -33,10 +37,28 @@ def to_status(error: ServiceError) -> status_pb2.Status:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(retry)
-    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message)
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=_cut(error.message, MESSAGE_BYTES))
     for detail in details:
         status.details.add().Pack(detail)
     return status
+
+
+def _bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadRequest:
+    """The first violations; those for which there is no room are counted in a last one."""
+    bad = error_details_pb2.BadRequest()
+    for at, violation in enumerate(violations):
+        field = _cut(violation.field, VALUE_BYTES)
+        if bad.ByteSize() > VIOLATIONS_BYTES:
+            bad.field_violations.add(field=field, reason="MORE", description=f"and {len(violations) - at} more")
+            break
+        description = _cut(violation.description, VALUE_BYTES)
+        bad.field_violations.add(field=field, reason=violation.reason, description=description)
+    return bad
+
+
+def _cut(text: str, size: int) -> str:
+    data = text.encode()
+    return text if len(data) <= size else data[: size - 3].decode(errors="ignore") + "…"
 
 
 def error_from(error: grpc.RpcError) -> ServiceError:
@@ -44,7 +66,10 @@ def error_from(error: grpc.RpcError) -> ServiceError:
     call: Any = error
     code = call.code().name
     kind = BY_CODE.get(code, Internal)
-    status = rpc_status.from_call(call)
+    try:
+        status = rpc_status.from_call(call)
+    except ValueError:  # the transport failed beside it, and its code is the one that counts
+        status = None
     if status is None and code == "CANCELLED":
         # A server that stops ends so what reached it and no handler yet (github.com/grpc/grpc/issues/41785). A
         # call that we cancel ourselves raises CancelledError instead.

@@ -114,7 +114,7 @@ def read_page(size: int, token: str, kind: type[T]) -> tuple[T | None, int]:
         return None, limit
     try:
         after = json.loads(base64.urlsafe_b64decode(token))
-    except (binascii.Error, ValueError):
+    except (binascii.Error, ValueError, RecursionError):
         after = None
     if not isinstance(after, kind) or not _storable(after):
         raise InvalidRequest.at("page_token", "BAD_PAGE_TOKEN", f"{token!r} is not from a page of this list")
@@ -124,7 +124,7 @@ def read_page(size: int, token: str, kind: type[T]) -> tuple[T | None, int]:
 def _storable(value: object) -> bool:
     """Whether a database can compare with it: tokens come from outside."""
     if isinstance(value, str):
-        return "\0" not in value
+        return value.isascii() and "\0" not in value  # ids
     return type(value) is int and 0 <= value < 2**63
 
 

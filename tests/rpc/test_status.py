@@ -1,0 +1,76 @@
+"""Refusals through a real server: what arrives is a refusal, whatever was sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import pytest
+from backpack_lm.patch import Violation
+from backpack_proto.v1 import directory_pb2 as pb
+from backpack_proto.v1 import directory_pb2_grpc
+from backpack_serving import rpc
+from backpack_serving.errors import InvalidRequest, NotFound, Quota, ServiceError
+from google.rpc import code_pb2, status_pb2
+
+
+class Refusing(directory_pb2_grpc.DirectoryServiceServicer):
+    """Refuses everything with the same error, or in gRPC's own way."""
+
+    def __init__(self, error: ServiceError | None) -> None:
+        self._error = error
+
+    async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportResponse:
+        if self._error is not None:
+            raise self._error
+        other = status_pb2.Status(code=code_pb2.INVALID_ARGUMENT, message="of something else")
+        details = (("grpc-status-details-bin", other.SerializeToString()),)
+        return await context.abort(grpc.StatusCode.NOT_FOUND, "gone", details)
+
+
+async def _refused(error: ServiceError | None) -> ServiceError:
+    add = directory_pb2_grpc.add_DirectoryServiceServicer_to_server
+    server = await rpc.start([rpc.Service("backpack.v1.DirectoryService", add, Refusing(error))], "127.0.0.1:0")
+    channel = rpc.channel(server.address)
+    try:
+        with pytest.raises(ServiceError) as refused, rpc.errors():
+            await directory_pb2_grpc.DirectoryServiceStub(channel).Report(pb.ReportRequest(), timeout=30)
+    finally:
+        await channel.close()
+        await server.stop(0)
+    return refused.value
+
+
+async def test_a_refusal_arrives_as_it_was_sent() -> None:
+    sent = InvalidRequest(
+        "BAD",
+        "bad; 100 % of it: é",
+        violations=[Violation("a", "ONE", "x"), Violation("b", "TWO", "y")],
+        quotas=[Quota("tenants/t", "2 a minute")],
+        retry_after=1.5,
+        value=3,
+    )
+    told = await _refused(sent)
+    assert type(told) is InvalidRequest
+    for name in ("reason", "message", "violations", "quotas", "retry_after", "metadata"):
+        assert getattr(told, name) == getattr(sent, name), name
+
+
+@pytest.mark.parametrize("letter", ["x", "界", "\n"])
+@pytest.mark.parametrize("count", [1, 50, 2000])
+async def test_a_refusal_of_any_size_arrives_in_what_clients_take(letter: str, count: int) -> None:
+    long = letter * 5000
+    sent = InvalidRequest.of(*(Violation(f"edits[{n}].{long}", "BAD", long) for n in range(count)))
+    sent.metadata = {"value": long}
+    told = await _refused(sent)
+    assert (type(told), told.reason) == (InvalidRequest, "BAD")
+    assert told.violations[0].description == long[: len(told.violations[0].description) - 1] + "…"
+    assert told.violations[0].field.startswith("edits[0].")
+    assert (told.violations[-1].reason == "MORE") == (count > 1)
+    size = len(rpc.to_status(sent).SerializeToString()) * 4 / 3 + 3 * len(told.message.encode())
+    assert size < 8000, "gRPC's own limit for clients, which isn't hard, is 8192"
+
+
+async def test_details_of_another_error_than_the_one_that_came_are_left_out() -> None:
+    told = await _refused(None)
+    assert (type(told), told.reason, told.message) == (NotFound, "TRANSPORT", "gone")
