@@ -103,6 +103,25 @@ def test_a_run_that_was_stopped_ends_as_if_it_never_was(rows: Rows, tmp_path: Pa
         Trainer(CONFIG, Recipe(steps=7), rows, tmp_path / "whole", twin)
 
 
+def test_a_run_goes_on_with_the_text_that_it_began_with(rows: Rows, tmp_path: Path) -> None:
+    next(Trainer(CONFIG, RECIPE, rows, tmp_path, False).run(save_every=1))
+    one, two = rows.streams
+    for other in (
+        Rows([one, two], [3, 1], 0, names=["0", "other"]),
+        Rows([one, two], [1, 1], 0),
+        Rows([one, two[:-1]], [3, 1], 0),
+        Rows([one], [1], 0),
+    ):
+        with pytest.raises(ValueError, match="from other text"):
+            Trainer(CONFIG, RECIPE, other, tmp_path, False)
+    assert Trainer(CONFIG, RECIPE, Rows([one, two], [6, 2], 0), tmp_path, False).step == 1
+    state = torch.load(tmp_path / "checkpoint.pt")
+    made_by = json.loads(state["made_by"])
+    del made_by["text"]  # as an earlier version left it
+    torch.save({**state, "made_by": json.dumps(made_by)}, tmp_path / "checkpoint.pt")
+    assert Trainer(CONFIG, RECIPE, rows, tmp_path, False).step == 1
+
+
 def test_a_run_begins_with_the_weights_of_the_run_that_it_comes_after(rows: Rows, tmp_path: Path) -> None:
     first = Trainer(CONFIG, RECIPE, rows, tmp_path / "first", False)
     next(steps := first.run(save_every=1))
@@ -183,6 +202,21 @@ def test_the_command_trains_a_model_that_can_be_served(corpus: Path, tmp_path: P
         (tmp_path / "other/data/tokenizer.json").write_text("{}")
 
 
+@pytest.mark.parametrize("held", [0, 1])
+def test_a_corpus_too_small_to_be_judged_on_is_trained(tmp_path: Path, held: int) -> None:
+    path, out = tmp_path / "few.jsonl", tmp_path / "run"
+    path.write_text("".join(json.dumps({"text": f"Story {n} of the sea."}) + "\n" for n in range(400)))
+    kept, aside = ([text for text, part in Source(path).records() if part is wanted] for wanted in (False, True))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in kept + aside[:held]))
+    sizes = "--layers 1 --heads 2 --width 16 --senses 2 --context 64 --vocabulary 300 --tokens-per-step 64".split()
+    result = CliRunner().invoke(app, ["train", str(path), "--out", str(out), "--steps", "2", *sizes])
+    assert result.exit_code == 0, result.output
+    assert verify(out / "model").config.num_senses == 2
+    assert "held-out perplexity, few: none, fewer than 65 tokens are held out" in " ".join(result.output.split())
+    assert json.loads((out / "backpack" / "perplexity.json").read_text()) == {}
+    assert (out / "loss.svg").exists()
+
+
 def test_held_out_text_is_not_trained_on(corpus: Path, tmp_path: Path) -> None:
     source = Source.parse(f"{corpus}:2")
     assert (source.name, source.share) == ("tales", 2.0)
@@ -213,6 +247,15 @@ def test_long_texts_are_parted_into_passages_between_paragraphs(tmp_path: Path) 
     assert 60 < found.sum() < 160  # a quarter of the rows
     with pytest.raises(DataError, match="a row takes 100001"):
         Rows([ids], [1], 0, end).at(0, 1, 100_000)
+
+
+@pytest.mark.parametrize("names", [("a/notes.jsonl", "b/notes.jsonl:2"), ("books.v1.jsonl", "books.v2.jsonl.xz")])
+def test_two_sources_of_one_name_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    out = tmp_path / "run"
+    result = CliRunner().invoke(app, ["train", *names, "--out", str(out), "--steps", "1"])
+    assert result.exit_code == 1
+    assert f"{names[0]} and {names[1].removesuffix(':2')} are both called" in " ".join(result.output.split())
+    assert not out.exists()
 
 
 def test_a_bad_record_is_named_by_its_line(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ chosen cell) and its unedited output o, and training is logits = (o + A·δ) E�
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -207,6 +208,7 @@ class Finetuner:
         self.subject, self.plan, self.file = subject, plan, file
         self.cells = choose_cells(subject, examples, background, plan)
         rows, firsts = zip(*(_ids(subject, example) for example in examples), strict=True)
+        self._read = _digest(rows, firsts, background.tolist(), held_out.tolist())
         shifted = [first - 1 for first in firsts]
         self.examples = positions_of(subject, [torch.tensor(row) for row in rows], shifted, self.cells)
         self.background = positions_of(subject, list(background), [0] * len(background), self.cells)
@@ -294,8 +296,7 @@ class Finetuner:
 
     def _made_by(self) -> str:
         cells = [(cell.token, cell.sense) for cell in self.cells]
-        values = [self.subject.manifest.fingerprint, repr(self.plan), cells, round(self._held_out_loss, 3)]
-        return json.dumps(values)
+        return json.dumps([self.subject.manifest.fingerprint, repr(self.plan), cells, self._read])
 
     def _save(self) -> None:
         if self.file is None:
@@ -323,6 +324,11 @@ class Finetuner:
         self._adam.load_state_dict(state["adam"])
         self.checks = [Checked(*values) for values in state["checks"]]
         self.best = {budget: (Checked(*values), deltas) for budget, values, deltas in state["best"]}
+
+
+def _digest(*values: object) -> str:
+    """SHA-256 of values by their JSON."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 @torch.inference_mode()

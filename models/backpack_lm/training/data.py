@@ -71,6 +71,19 @@ class Source:
                 yield text, int.from_bytes(digest[:4], "little") % 1000 < HELD_OUT_PER_MILLE
 
 
+def parse_sources(arguments: Sequence[str]) -> list[Source]:
+    """Sources that differ in their names, by which their streams are kept. Raises DataError if two don't, or an
+    argument is none."""
+    found: dict[str, Source] = {}
+    for source in map(Source.parse, arguments):
+        if (other := found.setdefault(source.name, source)) is not source:
+            raise DataError(
+                f"{other.path} and {source.path} are both called {source.name!r}, by what stands before the "
+                "first dot; rename one, or put both into one file"
+            )
+    return list(found.values())
+
+
 def train_tokenizer(sources: Sequence[Source], vocab_size: int, out: Path) -> Tokenizer:
     """Learn a byte-level BPE from the training part of the sources and write it to `out`."""
     tokenizer = HFTokenizer(models.BPE())
@@ -132,14 +145,28 @@ class Rows:
     What a step gets depends on (seed, step) alone: a run that was stopped goes on exactly as it would have.
     """
 
-    def __init__(self, streams: Sequence[Ids], shares: Sequence[float], seed: int, end: int | None = None) -> None:
+    def __init__(
+        self,
+        streams: Sequence[Ids],
+        shares: Sequence[float],
+        seed: int,
+        end: int | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
         self.streams, self.seed = streams, seed
         self.shares = np.array(shares) / sum(shares)
         self.starts = [np.flatnonzero(ids == end) for ids in streams]
+        self.names = names or [str(number) for number in range(len(streams))]
 
     @classmethod
     def open(cls, sources: Sequence[Source], folder: Path, seed: int, end: int | None) -> Rows:
-        return cls([stream(s, folder, "train") for s in sources], [s.share for s in sources], seed, end)
+        streams = [stream(source, folder, "train") for source in sources]
+        return cls(streams, [s.share for s in sources], seed, end, [s.name for s in sources])
+
+    def text(self) -> list[list[str | float | int]]:
+        """What rows are drawn from: the name of each source, its share of 1, its tokens."""
+        sources = zip(self.names, self.shares.tolist(), self.streams, strict=True)
+        return [[name, share, len(ids)] for name, share, ids in sources]
 
     def at(self, step: int, count: int, length: int) -> npt.NDArray[np.int64]:
         """Rows [count, length + 1] of step `step`: each row's inputs and, one further, its targets."""
@@ -159,5 +186,8 @@ class Rows:
 
 
 def stream(source: Source, folder: Path, part: str) -> Ids:
-    """A source's token stream, memory-mapped; `part` is "train" or "heldout"."""
-    return np.memmap(folder / f"{source.name}.{part}.bin", dtype=np.uint16, mode="r")
+    """A source's token stream, memory-mapped; `part` is "train" or "heldout". It may be empty."""
+    path = folder / f"{source.name}.{part}.bin"
+    if not path.stat().st_size:
+        return np.empty(0, dtype=np.uint16)  # nothing can't be mapped
+    return np.memmap(path, dtype=np.uint16, mode="r")

@@ -70,7 +70,8 @@ class Trainer:
     """Trains a Backpack, or its Transformer twin, in `folder`; goes on from the checkpoint found there.
 
     A run `after` another, that run's folder, begins with its weights: a recipe in two parts. Raises ValueError
-    if a checkpoint was made by another recipe, config or kind of model, or the run before isn't finished.
+    if a checkpoint was made by another recipe, config or kind of model or from other text, or the run before
+    isn't finished.
     """
 
     def __init__(
@@ -83,7 +84,12 @@ class Trainer:
         after: Path | None = None,
     ) -> None:
         self.recipe, self.rows, self.folder = recipe, rows, folder
-        self.made_by: dict[str, Any] = {"config": config.to_json(), "recipe": asdict(recipe), "twin": twin}
+        self.made_by: dict[str, Any] = {
+            "config": config.to_json(),
+            "recipe": asdict(recipe),
+            "twin": twin,
+            "text": rows.text(),
+        }
         torch.manual_seed(recipe.seed)
         self.model: Backpack | TransformerTwin = TransformerTwin(config) if twin else Backpack(config)
         if after is not None:
@@ -165,10 +171,13 @@ class Trainer:
 
     def _resume(self) -> None:
         state: dict[str, Any] = torch.load(self.checkpoint, weights_only=True)
-        if json.loads(state["made_by"]) != json.loads(json.dumps(self.made_by)):
+        before, now = json.loads(state["made_by"]), json.loads(json.dumps(self.made_by))
+        if "text" not in before:  # checkpoints of earlier versions don't tell
+            del now["text"]
+        if before != now:
             raise ValueError(
-                f"{self.checkpoint} was made by another recipe: {state['made_by']}; "
-                "give the same options to go on, or another folder to start anew"
+                f"{self.checkpoint} was made by another recipe, or from other text: {state['made_by']}; "
+                "give the same files and options to go on, or another folder to start anew"
             )
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
@@ -218,10 +227,13 @@ def perplexity(model: LanguageModel, ids: Tensor, batch: int = 8, length: int | 
 def held_out(
     model: LanguageModel, sources: Sequence[Source], folder: Path, limit: int = 200_000
 ) -> dict[str, float]:
-    """Perplexity on each source's held-out stream, at most `limit` tokens of each."""
+    """Perplexity on each source's held-out stream, at most `limit` tokens of each; none of a stream that doesn't
+    fill a row."""
+    streams = {source.name: stream(source, folder, "heldout")[:limit] for source in sources}
     return {
-        source.name: perplexity(model, torch.from_numpy(stream(source, folder, "heldout")[:limit].astype("int64")))
-        for source in sources
+        name: perplexity(model, torch.from_numpy(ids.astype("int64")))
+        for name, ids in streams.items()
+        if len(ids) > model.config.n_positions
     }
 
 

@@ -56,15 +56,17 @@ def train(
     on, or on other text, begin another one after it: --after RUN --seed 1 --out RUN2.
     """
     import torch
+    from backpack_lm.checkpoint import save
     from backpack_lm.config import BackpackConfig
     from backpack_lm.kernels import Precision
+    from backpack_lm.model import Backpack
     from backpack_lm.tokenizer import Tokenizer
     from backpack_lm.training import data
     from backpack_lm.training.trainer import Recipe, Trainer, held_out, plot
 
     if threads:
         torch.set_num_threads(threads)
-    corpus = [data.Source.parse(source) for source in sources]
+    corpus = data.parse_sources(sources)
     folder = out / "data"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_file = folder / "tokenizer.json"
@@ -116,21 +118,21 @@ def train(
                 completed=step.step,
                 note=f"loss {step.loss:.3f}, {step.tokens / step.seconds:.0f} tokens/s",
             )
+        if not twin:
+            assert isinstance(trainer.model, Backpack)
+            save(trainer.model, tokenizer_file, out / "model")
         note = progress.add_task("evaluate", total=None, note="")
         perplexities = held_out(trainer.model, corpus, folder)
         progress.remove_task(note)
     (run / "perplexity.json").write_text(json.dumps(perplexities, indent=2) + "\n")
-    for text, value in perplexities.items():
-        console.print(f"held-out perplexity, {text}: {value:.2f}")
+    for source in corpus:
+        value = perplexities.get(source.name)
+        told = f"none, fewer than {context + 1} tokens are held out" if value is None else f"{value:.2f}"
+        console.print(f"held-out perplexity, {source.name}: {told}")
     parts = [after, out] if after else [out]
     made = [name for name in ("backpack", "twin") if (out / name / "log.jsonl").exists()]
     plot({name: [part / name for part in parts] for name in made}, out / "loss.svg")
     if not twin:
-        from backpack_lm.checkpoint import save
-        from backpack_lm.model import Backpack
-
-        assert isinstance(trainer.model, Backpack)
-        save(trainer.model, tokenizer_file, out / "model")
         console.print(f"wrote {out / 'model'}; serve it with BACKPACK_MODEL={out / 'model'} backpack run")
 
 

@@ -182,8 +182,17 @@ def test_a_run_that_was_stopped_ends_as_if_it_never_was(subject: Subject, texts:
     resumed = second.run(unwatched)[0.05]
     assert torch.equal(resumed.deltas, whole.deltas)
     assert resumed.checks == whole.checks
-    with pytest.raises(ValueError, match="other settings"):
-        Finetuner(subject, EXAMPLES, *texts, replace(PLAN, steps=41), file)
+    near, judged = texts
+    other = near.clone()
+    other[-1, -1] += 1
+    for examples, background, held_out, plan in (
+        (EXAMPLES, near, judged, replace(PLAN, steps=41)),
+        ([EXAMPLES[0], replace(EXAMPLES[1], target="ship")], near, judged, PLAN),
+        (EXAMPLES, other, judged, PLAN),
+        (EXAMPLES, near, other, PLAN),
+    ):
+        with pytest.raises(ValueError, match="other settings"):
+            Finetuner(subject, examples, background, held_out, plan, file)
 
 
 def test_cells_are_those_that_targets_attend_to_and_ordinary_text_does_not(subject: Subject, texts: Any) -> None:
