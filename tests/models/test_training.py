@@ -202,6 +202,16 @@ def test_the_command_trains_a_model_that_can_be_served(corpus: Path, tmp_path: P
         (tmp_path / "other/data/tokenizer.json").write_text("{}")
 
 
+def test_a_loss_that_is_no_number_is_one_line(corpus: Path, tmp_path: Path) -> None:
+    sizes = "--layers 1 --heads 2 --width 16 --senses 2 --context 32 --vocabulary 300 --tokens-per-step 64".split()
+    rates = "--lr 1e30 --matrix-lr 1e30 --precision float32".split()
+    command = ["train", str(corpus), "--out", str(tmp_path / "run"), "--steps", "9", *sizes, *rates]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, SystemExit), "no traceback"
+    assert result.exit_code == 1
+    assert "lower the learning rates" in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize("held", [0, 1])
 def test_a_corpus_too_small_to_be_judged_on_is_trained(tmp_path: Path, held: int) -> None:
     path, out = tmp_path / "few.jsonl", tmp_path / "run"

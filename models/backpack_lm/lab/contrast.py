@@ -101,9 +101,13 @@ def find_sense(
 ) -> SenseSearch:
     """Try every sense: what it says of the contrast, and what is left of the bias when it is removed.
 
-    Raises ValueError if none of the words is a single token.
+    A word that is named twice counts once. Raises ValueError if none of the words is a single token.
     """
-    contrast, known = Contrast.of(subject, one, other), subject.known(words)
+    contrast = Contrast.of(subject, one, other)
+    first: dict[int, str] = {}  # word of each token
+    for word in subject.known(words):
+        first.setdefault(subject.token(word), word)
+    known = list(first.values())
     if not known:
         raise ValueError(f"none of {', '.join(words)} is one token of this model; senses belong to single tokens")
     nouns = [Noun(subject, word, templates, contrast) for word in known]
@@ -115,7 +119,7 @@ def find_sense(
         effects.append(
             SenseEffect(sense, _mean(left), float(says[:, sense].mean()), float(says[:, sense].abs().mean()))
         )
-    unknown = [word for word in words if word not in known]
+    unknown = [word for word in words if not subject.known([word])]
     return SenseSearch(one, other, known, unknown, _mean([noun.bias() for noun in nouns]), effects)
 
 

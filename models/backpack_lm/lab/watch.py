@@ -35,17 +35,16 @@ class Journal:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         head = json.dumps({"made_by": made_by}, sort_keys=True)
-        if file.exists() and (lines := file.read_text("utf-8").splitlines()):
-            if lines[0] != head:
-                raise ValueError(
-                    f"{file} holds the work of other settings: {lines[0]}; give the same to go on, or remove it"
-                )
-            # What was cut off while it was written is done again.
-            whole = [line for line in lines[1:] if line.endswith("]")]
-            self._done = dict(map(json.loads, whole))
-            file.write_text("\n".join([head, *whole]) + "\n", "utf-8")
-        else:
-            file.write_text(head + "\n", "utf-8")
+        first, *lines = (file.read_text("utf-8") if file.exists() else "").split("\n")
+        if not head.startswith(first):
+            raise ValueError(
+                f"{file} holds the work of other settings: {first}; give the same to go on, or remove it"
+            )
+        whole = [line for line in lines if _is_whole(line)]
+        self._done = dict(map(json.loads, whole))
+        partial = file.with_suffix(".writing")
+        partial.write_text("".join(f"{line}\n" for line in [head, *whole]), "utf-8")
+        partial.rename(file)
 
     def once(self, key: str, work: Callable[[], T]) -> T:
         """What `work` returned the first time, whether in this run or an earlier one. It must survive JSON."""
@@ -62,3 +61,12 @@ class Journal:
         """Remove the file: the work is done and its results are elsewhere."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)
+
+
+def _is_whole(line: str) -> bool:
+    """Whether a line wasn't cut off while it was written; what was is done again."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

@@ -19,8 +19,8 @@ from backpack_serving.client import Client, Operator, Served, Steering, Token
 from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.settings import Settings
 
-LAB_PACKAGES = ("scipy", "matplotlib", "transformers")
-"""What the extra `lab` adds, and a command may miss."""
+EXTRAS = {"torch": "engine", "numpy": "engine", "scipy": "lab", "matplotlib": "lab", "transformers": "lab"}
+"""What a command may miss, and the extra that brings it."""
 
 out = Console(highlight=False, soft_wrap=True)  # keys and names are copied: no line is broken
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -133,14 +133,15 @@ def exits() -> Iterator[None]:
             )
         _refuse(f"{error.reason}: {error.message}")
     except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] not in LAB_PACKAGES:
+        if (extra := EXTRAS.get(str(error.name).partition(".")[0])) is None:
             raise
-        _refuse(f"this needs {error.name}: pip install 'backpack-serving[lab]'")
+        more = "; for the lab and the experiments, 'backpack-serving[lab]'" if extra == "engine" else ""
+        _refuse(f"this needs {error.name}: pip install 'backpack-serving[{extra}]'{more}")
     except ValidationError as error:
         _refuse(_unfit(error))
     except OSError as error:
         _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except ValueError as error:  # of models and files: every one of ours says the fix
+    except (ValueError, FloatingPointError) as error:  # of models and files: every one of ours says the fix
         _refuse(str(error))
 
 

@@ -30,7 +30,18 @@ app = typer.Typer(
     """,
 )
 
-Out = Annotated[Path, typer.Option("--out", help="Patch file to write.")]
+
+def _beside_its_report(file: Path) -> Path:
+    """The report has the patch's name, and would overwrite it."""
+    if file.suffix == ".html":
+        raise typer.BadParameter(f"{file} is where the report goes; name the patch {file.with_suffix('.json')}")
+    return file
+
+
+Out = Annotated[
+    Path,
+    typer.Option("--out", help="Patch file to write.", callback=_beside_its_report, dir_okay=False),
+]
 Contrast = Annotated[tuple[str, str], typer.Option(help="The two words that should not be told apart.")]
 Templates = Annotated[
     list[str] | None,

@@ -80,5 +80,8 @@ def test_what_the_extra_brings_is_named_where_it_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     data = str(_write(tmp_path))
-    output = _call("lexical", "--data", data, "--model", str(folder), "--out", str(tmp_path), code=1)
-    assert "this needs scipy.stats: pip install 'backpack-serving[lab]'" in output
+    words = ("lexical", "--data", data, "--model", str(folder), "--out", str(tmp_path))
+    assert "this needs scipy.stats: pip install 'backpack-serving[lab]'" in _call(*words, code=1)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    output = _call(*words, code=1)
+    assert "this needs torch: pip install 'backpack-serving[engine]'; for the lab and the experiments" in output

@@ -98,6 +98,11 @@ def test_a_refusal_is_one_line(folder: Path, tmp_path: Path, words: tuple[str, .
     assert "Traceback" not in output
 
 
+def test_a_patch_file_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
+    for file, says in ((tmp_path / "sea.html", "is where the report goes"), (tmp_path, "is a directory")):
+        assert says in _call("topic", "sea", "--model", "/nowhere", "--out", file, code=2).replace("│ ", "")
+
+
 def test_a_patch_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     file.write_text(json.dumps({"model": "00" * 32, "edits": []}))

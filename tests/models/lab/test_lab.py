@@ -92,6 +92,18 @@ def test_debias_goes_on_where_it_was_stopped(biased: Subject, tmp_path: Path) ->
         debias(biased, nouns, unwatched, Journal(None, {}), sense=9)
 
 
+def test_a_word_that_is_named_twice_is_scaled_once(biased: Subject) -> None:
+    given = {"estimation": TEMPLATES, "evaluation": ("A {} believes that",)}
+    words = ["nurse", "nurse ", "hairdresser"]
+    found = debias(biased, words, unwatched, Journal(None, {}), penalty=0.1, **given)  # type: ignore[arg-type]
+    (edit,) = found.edits(biased)
+    assert isinstance(edit, Scale)
+    assert edit.factor == pytest.approx(found.nouns[0].scale)
+    judged = Noun(biased, "nurse", given["evaluation"], Contrast.of(biased, "he", "she"))
+    assert judged.bias(edit) == pytest.approx(found.fitted)
+    assert found.search.unknown == ["hairdresser"]
+
+
 def test_the_paper_s_nouns_and_prompts() -> None:
     assert (len(NOUNS), len(ESTIMATION), len(EVALUATION)) == (40, 5, 13)
     assert not set(ESTIMATION) & set(EVALUATION)

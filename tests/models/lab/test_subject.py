@@ -153,3 +153,20 @@ def test_a_journal_does_nothing_twice_and_forgets_what_was_cut_off(tmp_path: Pat
         Journal(file, {"seed": 2})
     second.finish()
     assert not file.exists()
+
+
+def test_a_journal_that_was_cut_off_anywhere_can_be_opened(tmp_path: Path) -> None:
+    file, results = tmp_path / "journal.jsonl", {"a": [[1, 2], ["]"]], "b": [[3, [4]], [5]]}
+    first = Journal(file, {"seed": [1]})
+    for key, result in results.items():
+        first.once(key, lambda result=result: result)  # type: ignore[misc]
+    whole = file.read_text()
+    ends = [at for at, character in enumerate(whole) if character == "\n"]
+    for length in range(len(whole) + 1):
+        file.write_text(whole[:length])
+        again = Journal(file, {"seed": [1]})
+        assert len(file.read_text().splitlines()) == max(1, sum(end <= length for end in ends))
+        for key, result in results.items():
+            assert again.once(key, lambda result=result: result) == result  # type: ignore[misc]
+        assert file.read_text() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
