@@ -99,6 +99,8 @@ class Fleet:
         """A stream has said something. A newer stream of the same process takes the place of an older one."""
         assert session.hello is not None, "nothing is heard before Hello"
         seen = self._seen.get(session.hello.incarnation)
+        if seen is None:
+            self._forget()  # or those that come and go would pile up while nobody asks for readers
         if seen is None or seen.session is not session:
             self._seen[session.hello.incarnation] = seen = Seen(session, self._clock())
         seen.heard, seen.connected = self._clock(), True
@@ -130,13 +132,7 @@ class Fleet:
 
     def readers(self) -> list[tuple[Seen, float]]:
         """Those seen lately, replicas first, with the seconds since they were heard."""
-        now = self._clock()
-        for seen in self._seen.values():
-            if isinstance(seen.session, Elsewhere) and now - seen.heard > SILENCE:
-                seen.connected = False
-        self._seen = {
-            name: seen for name, seen in self._seen.items() if seen.connected or now - seen.heard < FORGOTTEN
-        }
+        now = self._forget()
         ordered = sorted(self._seen.values(), key=lambda s: (_of(s).kind is Kind.GATEWAY, _of(s).name))
         return [(seen, now - seen.heard) for seen in ordered]
 
@@ -193,10 +189,15 @@ class Fleet:
         return Rollout(counts[Kind.REPLICA], counts[Kind.GATEWAY], tuple(refusals))
 
     def tally(self, tenant: str, channel: str, digest: str) -> Tally:
-        """What all gateways counted under a release of a channel, together."""
+        """What the gateways that are connected counted under a release of a channel, together.
+
+        Not what one counted that is gone: that was judged when it was reported, and would count against every
+        later canary of the release, because only a gateway that lives forgets what it counted when a canary ends.
+        """
         found = [
             tally
-            for seen in self._seen.values()
+            for seen, silence in self.readers()
+            if seen.connected and silence <= SILENCE
             for tally in seen.tallies
             if (tally.tenant, tally.channel, tally.digest) == (tenant, channel, digest)
         ]
@@ -208,6 +209,17 @@ class Fleet:
             sum(t.errors for t in found),
             sum(t.non_finite for t in found),
         )
+
+    def _forget(self) -> float:
+        """Let go of those that were silent for too long; the time."""
+        now = self._clock()
+        for seen in self._seen.values():
+            if isinstance(seen.session, Elsewhere) and now - seen.heard > SILENCE:
+                seen.connected = False
+        self._seen = {
+            name: seen for name, seen in self._seen.items() if seen.connected or now - seen.heard < FORGOTTEN
+        }
+        return now
 
 
 def _of(seen: Seen) -> Hello:

@@ -1,0 +1,80 @@
+"""Whose counts a canary is judged by, by a clock that the test turns."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+from backpack_serving.interventions.fleet import FORGOTTEN, Fleet
+from backpack_serving.interventions.rollouts import ErrorGate
+from backpack_serving.sync.known import Kind, Position
+from backpack_serving.sync.messages import SILENCE, Hello, Report, Tally
+from backpack_serving.sync.session import Session
+
+from tests.sync.simulator import MODEL, Dice, History
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _hello(name: str) -> Hello:
+    return Hello(Kind.GATEWAY, name, name, MODEL, Position(1, 0))
+
+
+def _stream(name: str) -> Session:
+    session = Session(History(random.Random(0), Dice()), itertools.count(1))
+    session.receive(_hello(name), 0.0)
+    return session
+
+
+def _report(requests: int, errors: int) -> Report:
+    return Report(tallies=(Tally("acme", "live", "d", requests, errors),))
+
+
+def _counted(fleet: Fleet) -> tuple[int, int]:
+    together = fleet.tally("acme", "live", "d")
+    return together.requests, together.errors
+
+
+def test_p12_what_a_gateway_counted_that_is_gone_ends_no_later_canary_of_the_release() -> None:
+    fleet = Fleet(Clock())
+    gone = _stream("gone")
+    fleet.heard(gone, _report(20, 20))
+    assert "20 of 20" in ErrorGate().verdict(fleet.tally("acme", "live", "d"))
+    fleet.left(gone)
+    fleet.heard(_stream("new"), _report(1, 0))
+    assert _counted(fleet) == (1, 0)
+    assert ErrorGate().verdict(fleet.tally("acme", "live", "d")) == ""
+
+
+def test_p12_gateways_count_together_wherever_they_are_connected_until_they_are_silent() -> None:
+    clock = Clock()
+    fleet = Fleet(clock)
+    here = _stream("here")
+    fleet.heard(here, _report(12, 1))
+    fleet.elsewhere(_hello("there"), _report(12, 3))
+    assert _counted(fleet) == (24, 4)
+    clock.now = SILENCE + 0.1
+    fleet.heard(here, _report(13, 1))
+    assert _counted(fleet) == (13, 1), "nobody tells of the other any more"
+    fleet.left(here)
+    fleet.heard(_stream("here"))
+    assert _counted(fleet) == (0, 0)
+    fleet.heard(_stream("here"), _report(14, 2))
+    assert _counted(fleet) == (14, 2), "one that comes again reports all that it has counted"
+
+
+def test_readers_that_are_gone_are_forgotten_although_nobody_asks_for_them() -> None:
+    clock = Clock()
+    fleet = Fleet(clock)
+    for number in range(100):
+        stream = _stream(f"r{number}")
+        fleet.heard(stream, _report(1, 0))
+        fleet.left(stream)
+        fleet.elsewhere(_hello(f"e{number}"), _report(1, 0))
+        clock.now += FORGOTTEN / 10
+    assert len(fleet._seen) <= 2 * 11
