@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import pytest
 import sqlalchemy as sa
 from backpack_serving.errors import ServiceError
+from backpack_serving.interventions import ledger
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import Request
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.sql import SQLStore
+from backpack_serving.interventions.store import Read, Store
 
 from tests.interventions.conftest import ADMIN, HALVE, SHAPE, releaser
 from tests.interventions.postgres import Postgres
@@ -80,6 +83,27 @@ def test_p13_entries_that_go_come_or_move_are_found(
             for statement in change.split(";"):
                 connection.execute(sa.text(statement))
         assert service.verify_chain(ADMIN)[1] == broken
+
+
+@pytest.mark.parametrize("page", [1, 2, 5])
+def test_p13_the_service_reads_and_writes_while_the_chain_is_verified(
+    store: Store, monkeypatch: pytest.MonkeyPatch, page: int
+) -> None:
+    service, read, between = fill(store), store.read, 0
+
+    @contextmanager
+    def watched(tenant: str | None = None) -> Iterator[Read]:
+        nonlocal between
+        with read(tenant) as tx:
+            yield tx
+        between += 1
+        if between == 1:  # whoever waited for a store's one lock has it now
+            service.create_patch(releaser("acme"), "meanwhile", "", Request())
+
+    monkeypatch.setattr(ledger, "PAGE", page)
+    monkeypatch.setattr(store, "read", watched)
+    assert service.verify_chain(ADMIN) == (6, None), "what was written between two pages is in the chain"
+    assert between == 6 // page + 1
 
 
 def test_p13_every_write_is_told_by_whom_to_what(url: str) -> None:

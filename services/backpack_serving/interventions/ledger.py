@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar
@@ -34,6 +35,9 @@ from backpack_serving.keys import SYSTEM, Principal
 R = TypeVar("R", bound=Tenant | Key | Patch | Revision | Release | Channel)
 
 REPLIES_KEPT = timedelta(hours=24)
+
+PAGE = 1000
+"""Entries of the chain that are read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +145,25 @@ def channel_from(change: dict[str, Any]) -> Channel:
 
 def verify_chain(tx: Read) -> tuple[int, int | None]:
     """How many entries there are, and the revision of the first that doesn't fit, if one doesn't."""
+    return verify_pages(lambda: nullcontext(tx))
+
+
+def verify_pages(read: Callable[[], AbstractContextManager[Read]]) -> tuple[int, int | None]:
+    """The same with a transaction for each page of entries, which never change: during one, a store may be able to
+    do nothing else. What is written meanwhile is looked at too.
+    """
     count, before = 0, ""
-    while page := tx.list(Event, after=count or None, limit=1000):
+    while True:
+        with read() as tx:
+            page = tx.list(Event, after=count or None, limit=PAGE)
+            head = tx.position.revision, tx.hash
         for event in page:
             count += 1
             if event.revision != count or event.hash != event.chained(before):
                 return count, event.revision
             before = event.hash
-    return count, None if (count, before) == (tx.position.revision, tx.hash) else count + 1
+        if len(page) < PAGE:
+            return count, None if (count, before) == head else count + 1
 
 
 def _check_request_id(value: str) -> None:

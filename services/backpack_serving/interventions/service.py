@@ -12,7 +12,7 @@ from backpack_serving.errors import InvalidRequest, NotFound
 from backpack_serving.interventions import find
 from backpack_serving.interventions.channels import ChannelRules
 from backpack_serving.interventions.integrity import check_release
-from backpack_serving.interventions.ledger import Request, Written, verify_chain
+from backpack_serving.interventions.ledger import Request, Written, verify_pages
 from backpack_serving.interventions.patches import PatchRules
 from backpack_serving.interventions.records import Channel, Event, Key, Position, Record, Release, Tenant
 from backpack_serving.interventions.rules import LIVE, check_text
@@ -81,8 +81,7 @@ class Interventions(TenantRules, PatchRules, ChannelRules):
         """How many entries there are, and the revision of the first that doesn't fit, if one doesn't."""
         if Role.ADMIN not in who.roles:
             who.require(Role.AUTHOR)
-        with self._store.read() as tx:
-            return verify_chain(tx)
+        return verify_pages(self._store.read)
 
     def snapshot(self) -> tuple[Position, list[Record]]:
         """Everything that readers know, and where the store stands."""
