@@ -28,7 +28,7 @@ class Shelf:
 
     def __init__(self) -> None:
         self.blobs: dict[str, list[bytes]] = {}
-        self.away: type[ServiceError] = Unavailable
+        self.away: type[Exception] = Unavailable
 
     def put(self, served: ServedModel, *revisions: tuple[Scale | Set | Topic, ...]) -> str:
         made = [Revision(served.manifest.fingerprint, edits) for edits in revisions]
@@ -203,6 +203,34 @@ async def test_what_cant_be_had_now_may_be_had_later(
                 pass
     shelf.blobs[digest] = away
     assert await versions.stage((_channel(digest),)) == ()
+
+
+async def test_a_mistake_with_one_release_refuses_that_one_for_now(
+    served: ServedModel, shelf: Shelf, make: Callable[..., Versions]
+) -> None:
+    good, bad = shelf.put(served, _scale(5)), shelf.put(served, _scale(6))
+    away, versions = shelf.blobs.pop(bad), make()
+    shelf.away = ValueError
+    (refusal,) = await versions.stage((_channel(bad), _channel(good, bad, name="beta")))
+    assert (refusal.digest, refusal.reason, refusal.final) == (bad, "INTERNAL", False)
+    assert versions.resident() == {good}
+    shelf.blobs[bad] = away
+    assert await versions.stage((_channel(bad),)) == ()
+
+
+async def test_a_disk_that_takes_and_gives_nothing_keeps_no_release_from_being_served(
+    served: ServedModel, shelf: Shelf, tmp_path: Path
+) -> None:
+    (tmp_path / "blobs").write_text("no folder")
+    digest = shelf.put(served, _scale(5))
+    versions = Versions(served, shelf.fetch, ReleaseBlobs(tmp_path / "blobs"), 2, 2**26)
+    view = View().changed(Position(1, 1), [_channel(digest)])
+    await versions.restore(view)
+    assert versions.count == 0
+    assert await versions.stage((_channel(digest),)) == ()
+    async with versions.use("acme", digest) as overlay:
+        assert overlay.digest == digest
+    assert versions.fetched == 1
 
 
 async def test_what_channels_need_stays_and_of_the_rest_what_was_used_last(

@@ -18,9 +18,9 @@ from backpack_serving.errors import Unavailable
 from backpack_serving.interventions import bootstrap as interventions
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
-from backpack_serving.sync.known import Kind
+from backpack_serving.sync.known import Kind, Steering
 from backpack_serving.sync.link import for_ever
-from backpack_serving.sync.messages import Tally
+from backpack_serving.sync.messages import Refusal, Tally
 
 from tests.e2e.conftest import System
 from tests.promises.conftest import eventually
@@ -126,6 +126,73 @@ async def test_a_link_goes_on_after_a_message_that_can_not_be_sent(
     await eventually(sent)
     await _reached(follower, await _tenant(system, "after"))
     await follower.stop()
+
+
+@pytest.mark.parametrize(
+    ("kind", "at"), [(Kind.GATEWAY, "stage"), (Kind.GATEWAY, "swapped"), (Kind.REPLICA, "swapped")]
+)
+async def test_a_link_goes_on_after_a_mistake_of_its_owner(
+    system: System, monkeypatch: pytest.MonkeyPatch, kind: Kind, at: str
+) -> None:
+    """Where a stream stages and swaps, and beside it, where a replica's position moves alone."""
+    follower = _follower(system, kind)
+    await follower.start()
+    await _reached(follower, await _tenant(system, "before"))
+    right, mistakes = getattr(follower, at), [RuntimeError("a mistake")]
+
+    def wrong_once(*args: object) -> object:
+        if mistakes:
+            raise mistakes.pop()
+        return right(*args)
+
+    monkeypatch.setattr(follower, at, wrong_once)
+    for name in ("during", "after"):
+        await _reached(follower, await _tenant(system, name))
+    await follower.stop()
+    assert not mistakes
+
+
+async def test_what_was_refused_is_tried_again_after_a_mistake(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follower = _follower(system, Kind.REPLICA)
+    await follower.start()
+    await _reached(follower, 1)
+    tries = 0
+
+    async def stage(work: tuple[Steering, ...]) -> tuple[Refusal, ...]:
+        nonlocal tries
+        tries += bool(work)
+        if tries == 2:
+            raise RuntimeError("a mistake")
+        refusals = (Refusal(*change.key, change.serving[0].digest, "LATER", "not now", False) for change in work)
+        return tuple(refusals) if tries < 3 else ()
+
+    monkeypatch.setattr(follower, "stage", stage)
+    await _tenant(system, "acme")  # with a channel
+
+    async def known() -> bool:
+        return ("acme", "live") in follower.reader.view.channels
+
+    await eventually(known)
+    await follower.stop()
+    assert tries == 3
+
+
+async def test_whatever_ends_a_stream_another_one_follows() -> None:
+    mistakes, again = [RuntimeError("a mistake"), OSError(28, "No space left on device")], asyncio.Event()
+
+    async def once() -> None:
+        if mistakes:
+            raise mistakes.pop()
+        again.set()
+        await asyncio.sleep(60)
+
+    task = asyncio.create_task(for_ever(once, "test"))
+    async with asyncio.timeout(30):
+        await again.wait()
+    await tasks.end(task)
+    assert task.cancelled()
 
 
 async def test_a_cancellation_is_not_lost_to_an_error_that_comes_with_it() -> None:

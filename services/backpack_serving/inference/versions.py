@@ -16,6 +16,7 @@ from backpack_serving.errors import (
     RELEASE_UNREACHABLE,
     DataLoss,
     Expired,
+    Internal,
     ServiceError,
     Unavailable,
     from_patch_error,
@@ -98,27 +99,41 @@ class Versions:
         return await asyncio.shield(self._making[digest])
 
     async def _make(self, tenant: str, digest: str) -> Overlay:
-        async with self._slots:
-            revisions = await asyncio.to_thread(self._blobs.read, digest)
-            on_disk = revisions is not None
-            if revisions is None:
-                self.fetched += 1
-                try:
-                    revisions = await self._fetch(tenant, digest)
-                except (Unavailable, Expired) as error:  # a caller must not take it for ours: we are here
-                    message = f"this replica can't fetch release {digest} now: {error.message}"
-                    raise Unavailable(RELEASE_UNREACHABLE, message, retry_after=1.0) from None
-            try:
-                overlay = await asyncio.to_thread(self._compile, revisions, digest)
-            except PatchError as error:
-                self._refused[digest] = error
-                while len(self._refused) > MOST_REFUSED:
-                    self._refused.popitem(last=False)
-                raise
-            if not on_disk:
-                await asyncio.to_thread(self._blobs.write, digest, revisions)
+        try:
+            async with self._slots:
+                overlay = await self._read(tenant, digest)
+        except (ServiceError, PatchError):
+            raise
+        except Exception:  # one release must not keep those beside it from being made ready
+            log.exception("a release can't be made ready", tenant=tenant, digest=digest)
+            raise Internal("INTERNAL", "an internal error; the replica's log has more") from None
         self._compiled[digest] = overlay
         self._evict()
+        return overlay
+
+    async def _read(self, tenant: str, digest: str) -> Overlay:
+        """From disk, or else fetched, and then on disk."""
+        revisions = await asyncio.to_thread(self._blobs.read, digest)
+        on_disk = revisions is not None
+        if revisions is None:
+            self.fetched += 1
+            try:
+                revisions = await self._fetch(tenant, digest)
+            except (Unavailable, Expired) as error:  # a caller must not take it for ours: we are here
+                message = f"this replica can't fetch release {digest} now: {error.message}"
+                raise Unavailable(RELEASE_UNREACHABLE, message, retry_after=1.0) from None
+        try:
+            overlay = await asyncio.to_thread(self._compile, revisions, digest)
+        except PatchError as error:
+            self._refused[digest] = error
+            while len(self._refused) > MOST_REFUSED:
+                self._refused.popitem(last=False)
+            raise
+        if not on_disk:
+            try:
+                await asyncio.to_thread(self._blobs.write, digest, revisions)
+            except OSError as error:  # a full disk must not stop what is in memory
+                log.error("a release can't be kept on disk", digest=digest, error=str(error))
         return overlay
 
     def _compile(self, revisions: list[bytes], digest: str) -> Overlay:

@@ -75,7 +75,7 @@ class Link:
 
     async def run(self) -> None:
         """Follow the service until this is cancelled."""
-        beside = asyncio.create_task(self._retry()), asyncio.create_task(self._mark())
+        beside = asyncio.create_task(_goes_on(self._retry)), asyncio.create_task(_goes_on(self._mark))
         try:
             await for_ever(self._once, "interventions")
         finally:
@@ -118,8 +118,9 @@ class Link:
                 if (pending := self.reader.pending) and pending.nonce != nonce:
                     nonce = pending.nonce
                     staging = asyncio.create_task(self._settle(pending, outbox))
-                if staging and staging.done():
-                    staging.result()  # a mistake of ours ends the stream, and is told
+                for task in (reporting, staging):
+                    if task and task.done():
+                        task.result()  # a mistake of ours ends the stream, and is told
         finally:
             outbox.put_nowait(None)
             reporting.cancel()
@@ -155,7 +156,10 @@ class Link:
             await self._hold()  # in case the disk was full
             age = self.reader.age(time.monotonic())
             if age < SILENCE and self._written is self.reader.view:
-                await asyncio.to_thread(self._file.touch, time.time() - age)
+                try:
+                    await asyncio.to_thread(self._file.touch, time.time() - age)
+                except OSError as error:
+                    log.error("what is known looks older than it is", file=str(self._file.path), error=str(error))
 
     async def _retry(self) -> None:
         """Try again what was refused for a reason that may have passed."""
@@ -207,6 +211,16 @@ async def alive(call: Any) -> AsyncIterator[Any]:
         call.cancel()
 
 
+async def _goes_on(loop: Callable[[], Awaitable[None]]) -> None:
+    """Run what never ends, and again after a mistake of ours: nobody else would notice."""
+    while True:
+        try:
+            await loop()
+        except Exception:
+            log.exception("a mistake of ours; going on")
+        await asyncio.sleep(RETRY_SECONDS)
+
+
 async def for_ever(once: Callable[[], Awaitable[None]], peer: str) -> None:
     """Run `once` again and again, with full jitter (exponential, at most LONGEST_PAUSE) between failures."""
     failures, told, task = 0, False, asyncio.current_task()
@@ -219,6 +233,9 @@ async def for_ever(once: Callable[[], Awaitable[None]], peer: str) -> None:
             reason = "the stream ended"
         except (ServiceError, TimeoutError) as error:
             reason = str(error) or "silence"
+        except Exception as error:  # a mistake of ours must not be the end: nobody would be told anything any more
+            log.exception("a stream ended by a mistake of ours", peer=peer)
+            reason = repr(error)
         except asyncio.CancelledError:  # gRPC tells so that it gave a call up; or somebody ends us
             reason = "the call was cancelled"
         # Not what was raised decides: gRPC may also answer a cancellation with the call's own error.
