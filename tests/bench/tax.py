@@ -63,6 +63,7 @@ from tests.e2e.test_processes import Processes, _port
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
 PARTS = ("replica", "gateway", "client")
 ROUNDS = {1: 7, 32: 4, 256: 1}
+ROUNDS_SMALL = {1: 5, 32: 3}
 """How often, for how many streams at once."""
 
 SMALL_VOCABULARY = 16384
@@ -167,7 +168,7 @@ def _small(folder: Path) -> Path:
     return folder
 
 
-async def main(plain: Processes, on_ray: Settings, name: str, described: str) -> None:
+async def main(plain: Processes, on_ray: Settings, small: bool) -> None:
     system = System(plain.settings.gateway_address, plain.settings.interventions_address, plain.settings)
     key = await system.tenant()
     live = (await system.releases.GetChannel(ipb.GetChannelRequest(name="channels/live"), metadata=key)).channel
@@ -195,11 +196,11 @@ async def main(plain: Processes, on_ray: Settings, name: str, described: str) ->
         "ray + gateway": {"replica": rays, "gateway": [ray_gateway], "client": [me]},
     }
     figures: dict[str, dict[str, Any]] = {}
-    for streams, rounds in ROUNDS.items():
+    for streams, rounds in (ROUNDS_SMALL if small else ROUNDS).items():
         measured: dict[str, list[Measured]] = {name: [] for name in ways}
         for turn in range(-1, rounds):  # the first is a warm-up
             for name, way in ways.items():
-                if turn < 0 and streams == max(ROUNDS):
+                if turn < 0 and streams > 32:
                     continue  # warm by now, and long
                 result = await _measure(way, parts[name], streams, turn)
                 if turn >= 0:
@@ -224,8 +225,9 @@ async def main(plain: Processes, on_ray: Settings, name: str, described: str) ->
         ]
         for name, f in figures.items()
     ]
+    described = "Backpack-Small" if small else Settings().model.name + " model"
     write(
-        name,
+        "tax_small" if small else "tax",
         f"What the ways to the engine cost ({described}, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, one thread)",
         " ".join(["python -m tests.bench.tax", *sys.argv[1:]]),
         [
@@ -253,7 +255,6 @@ if __name__ == "__main__":
     small = sys.argv[1:] == ["small"]
     if small:
         os.environ["BACKPACK_MODEL"] = str(_small(state / "model"))
-    described = "Backpack-Small" if small else Settings().model.name + " model"
     interventions.mint_key(state / interventions.REPLICA_KEY)
     processes = Processes(state, slots=32)
     ray_settings = processes.settings.model_copy(
@@ -272,7 +273,7 @@ if __name__ == "__main__":
             BACKPACK_DIRECTORY_ADDRESS=ray_settings.directory_address,
             BACKPACK_DIRECTORY_APPLICATION=app.DIRECTORY,
         )
-        asyncio.run(main(processes, ray_settings, "tax_small" if small else "tax", described))
+        asyncio.run(main(processes, ray_settings, small))
     finally:
         serve.shutdown()
         ray.shutdown()
