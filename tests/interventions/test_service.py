@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from backpack_lm.patch import Cell, ModelShape, Revision, Scale, release_digest
@@ -19,7 +21,7 @@ from backpack_serving.errors import (
 )
 from backpack_serving.interventions.ledger import Request
 from backpack_serving.interventions.service import LIVE, Interventions
-from backpack_serving.interventions.store import Store
+from backpack_serving.interventions.store import Read, Store
 from backpack_serving.keys import SYSTEM, ApiKey, Principal, Role
 
 from tests.interventions.conftest import ADMIN, HALVE, REMOVE, REPLICA, SHAPE, releaser
@@ -141,6 +143,24 @@ def test_the_same_request_at_the_same_time_has_one_effect(service: Interventions
         thread.join()
     assert len({w.position for w in written}) == 1
     assert sorted(w.repeated for w in written) == [False] + [True] * 7
+
+
+def test_processes_that_start_at_once_on_an_empty_store_add_their_key_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, key, read = Interventions(store, SHAPE), Interventions(store, SHAPE), ApiKey.mint(), store.read
+
+    @contextmanager
+    def overtaken(tenant: str | None = None) -> Iterator[Read]:
+        with read(tenant) as tx:
+            yield tx
+        monkeypatch.undo()
+        other.bootstrap(key, [Role.ADMIN])
+
+    monkeypatch.setattr(store, "read", overtaken)
+    one.bootstrap(key, [Role.ADMIN])
+    assert one.authenticate(str(key)) == Principal(SYSTEM, key.id, frozenset({Role.ADMIN}))
+    assert one.verify_chain(ADMIN) == (1, None)
 
 
 def test_a_secret_is_shown_once(service: Interventions, acme: Principal) -> None:

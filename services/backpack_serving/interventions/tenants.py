@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 
@@ -56,6 +57,10 @@ class TenantRules(Rules):
                 return
 
         def act(tx: Write, now: datetime) -> tuple[Key, list[Record]]:
+            if tx.get(Key, SYSTEM, make.id):
+                raise AlreadyExists(
+                    "KEY_EXISTS", "another process that started at the same time has added the key"
+                )
             made: list[Record] = []
             if tx.get(Tenant, SYSTEM) is None:
                 made.append(Tenant(SYSTEM, now))
@@ -65,7 +70,8 @@ class TenantRules(Rules):
                 tx.add(record)
             return key, made
 
-        self._ledger.write(Principal(SYSTEM, "bootstrap", frozenset()), "Bootstrap", Request(), act)
+        with suppress(AlreadyExists):
+            self._ledger.write(Principal(SYSTEM, "bootstrap", frozenset()), "Bootstrap", Request(), act)
 
     def create_tenant(self, who: Principal, tenant: str, request: Request) -> Written[Tenant]:
         who.require(Role.ADMIN)
