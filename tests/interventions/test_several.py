@@ -145,6 +145,18 @@ async def test_where_a_reader_stands_is_read_as_it_was_written_and_fits_a_notice
     assert (told.position, told.incarnation) == (Position(), "i1"), "who can't be told of in full holds nothing"
 
 
+async def test_a_gateway_under_more_canaries_than_a_notice_holds_is_told_of_with_fewer_counts() -> None:
+    hello = Hello(Kind.GATEWAY, "ab" * 16, "gateway-7f9c-abcde:8470", "ef" * 32, Position(2, 9))
+    for number in (60, 70, 1000):
+        tallies = tuple(Tally(f"tenant-{n}", "live", "cd" * 32, 1000, 3) for n in range(number))
+        text = write_standing(hello, Report(tallies=tallies))
+        assert len(text) < MOST_TOLD
+        told, report = read_standing(text)
+        assert told == hello
+        assert report.tallies == tallies[: len(report.tallies)]
+        assert len(report.tallies) >= 30, "as many as half a notice holds, at least"
+
+
 async def test_what_is_told_reaches_the_others_and_not_oneself(postgres_url: str) -> None:
     one, other = open_store(postgres_url), open_store(postgres_url)
     heard: dict[str, list[str]] = {"one": [], "other": []}

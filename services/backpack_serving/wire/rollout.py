@@ -58,11 +58,15 @@ def write_rollout(rollout: Rollout, level: Level) -> interventions_pb2.Rollout:
 
 
 def write_standing(hello: Hello, report: Report) -> str:
-    """Where a reader stands, for other processes of the service; if that is too long, that it holds nothing."""
+    """Where a reader stands, for other processes of the service; if that is too long, with fewer of its tallies,
+    and if it is without any, that it holds nothing.
+    """
     parts = (write_from_reader(message).SerializeToString() for message in (hello, report))
     text = " ".join(base64.b64encode(part).decode() for part in parts)
     if len(text) <= MOST_TOLD - 100:
         return text
+    if report.tallies:  # they are judged where the reader is connected; a wait needs its position everywhere
+        return write_standing(hello, replace(report, tallies=report.tallies[: len(report.tallies) // 2]))
     return write_standing(replace(hello, position=Position(), refusals=()), Report())
 
 
