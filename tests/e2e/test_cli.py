@@ -169,8 +169,16 @@ def test_a_finetuned_patch_is_uploaded_described_and_deleted(backpack: Any, tmp_
         tmp_path / "tuned.safetensors",
     )
     file = str(tmp_path / "tuned.safetensors")
-    assert "would be" in backpack("patch", "upload", "tuned", file, "--dry-run", "--as", "tuner")
+    tried = backpack("patch", "upload", "tuned", file, "--dry-run", "--as", "tuner")
+    assert "would be the first revision of a new patch, tuned" in tried
+    bad = str(tmp_path / "bad.safetensors")
+    save_file({"tokens": np.array([99999]), "senses": np.array([0]), "vectors": vectors[:1]}, bad)
+    for way in (("--dry-run",), ()):
+        refused = backpack("patch", "upload", "tuned", bad, *way, "--as", "tuner", code=1)
+        assert "99999" in refused
+    assert "tuned" not in backpack("patch", "list", "--as", "tuner"), "a name is never taken for nothing"
     assert "tuned/revisions/1" in backpack("patch", "upload", "tuned", file, "--as", "tuner")
+    assert "would be" in backpack("patch", "upload", "tuned", file, "--dry-run", "--as", "tuner")
     assert "tuned/revisions/2" in backpack("patch", "upload", "tuned", file, "--set", "--as", "tuner")
     backpack("patch", "describe", "tuned", "# from a run of finetuning\n\nwith *care*", "--as", "tuner")
     listed = backpack("patch", "list", "--as", "tuner")
@@ -179,6 +187,8 @@ def test_a_finetuned_patch_is_uploaded_described_and_deleted(backpack: Any, tmp_
     assert "with care" in backpack("patch", "describe", "tuned", "--as", "tuner")
     assert "is deleted" in backpack("patch", "delete", "tuned", "--as", "tuner")
     assert "from a run" not in backpack("patch", "list", "--as", "tuner")
+    for way in (("--dry-run",), ()):
+        assert "PATCH_DELETED" in backpack("patch", "upload", "tuned", file, *way, "--as", "tuner", code=1)
 
 
 def test_an_operators_machine_needs_no_state_folder(

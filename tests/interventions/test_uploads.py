@@ -242,6 +242,10 @@ async def test_uploads_that_do_not_begin_or_go_on_as_they_should(control: Contro
         assert (await refused(InvalidRequest, send(*messages))).reason == reason
     header.parent = "patches/nothing"
     assert (await refused(NotFound, upload(control, key, header, content))).reason == "NO_SUCH_PATCH"
+    header.validate_only = True  # of a patch that may be made when the content is good
+    assert (await refused(NotFound, upload(control, key, header, content))).reason == "NO_SUCH_PATCH"
+    assert (await refused(InvalidRequest, upload(control, key, header, content[:-4]))).reason == "INCOMPLETE"
+    header.validate_only = False
     _, stranger, _ = await control.tenant((pb.ROLE_RELEASER,))
     header.parent = "patches/p"
     await upload(control, stranger, header, content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -224,14 +225,27 @@ def upload(
 ) -> None:
     """Make a revision that gives each of many cells a vector of its own, such as finetuning learns."""
     with as_releaser(tenant, key) as steering:
-        steering.create_patch(patch, exist_ok=True)
         with Progress(*Progress.get_default_columns(), DownloadColumn(), console=out, transient=True) as progress:
             bar = progress.add_task(file.name, total=file.stat().st_size)
 
             def show(sent: int) -> None:
                 progress.update(bar, completed=sent)
 
-            revision = steering.upload_revision(patch, file, replace=replace, dry_run=dry_run, sent=show)
+            def send(dry_run: bool) -> Revision:
+                return steering.upload_revision(patch, file, replace=replace, dry_run=dry_run, sent=show)
+
+            try:
+                revision = send(dry_run)
+            except NotFound as error:
+                if error.reason != "NO_SUCH_PATCH":
+                    raise
+                if dry_run:  # the service looks for the patch of a draft when its content is good
+                    out.print(f"would be the first revision of a new patch, {patch}")
+                    return
+                with suppress(NotFound):
+                    send(True)
+                steering.create_patch(patch, exist_ok=True)
+                revision = send(False)
     _show(revision, dry_run)
 
 

@@ -170,7 +170,9 @@ class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
         messages = aiter(requests)
         upload.begin(await anext(messages, pb.UploadRevisionRequest()))
         (patch,) = wire.parse_name("header.parent", upload.header.parent, "patches/{}", who)
-        await asyncio.to_thread(self.service.patch, who, patch)  # is it there, and the caller's to revise?
+        who.require(Role.AUTHOR)  # before the work of reading
+        if not upload.header.validate_only:  # a draft's content is checked first, as CreateRevision does
+            await asyncio.to_thread(self.service.patch, who, patch)
         async for message in messages:
             upload.take(message)
         edits = await asyncio.to_thread(upload.edits)
