@@ -16,7 +16,7 @@ from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.experiments.tasks import TASKS
 from backpack_lm.lab.finetune import Example, Finetuner, Finetuning
 from backpack_lm.lab.subject import Prompts, Subject
-from backpack_lm.lab.text import background, held_out, rows
+from backpack_lm.lab.text import both_parts
 from backpack_lm.lab.watch import Watch
 from backpack_lm.overlay import Overlay
 from backpack_lm.reports.plots import lines
@@ -124,8 +124,7 @@ class SenseFinetuning:
     NAME: ClassVar[str] = "finetuning"
 
     def run(self, subject: Subject, watch: Watch) -> Result:
-        near = rows(subject, background(self.text), self.tokens)
-        judged = rows(subject, held_out(self.text), self.tokens)
+        near, judged = both_parts(subject, self.text, self.tokens)
         before, tasks, answers, curves = {}, [], {}, {}
         for task in TASKS:
             known = set(subject.known(other for _, other in task.pairs))

@@ -83,7 +83,8 @@ class LanguageResult:
             notes=(
                 f"Rows of {self.context} tokens, each read from its second token on with what stands before it.",
                 "Held-out records are those that training set aside, by the hash of their text. A model that "
-                "wasn't trained on these files may have seen them elsewhere.",
+                "wasn't trained on these files may have seen them elsewhere; what of a model was chosen on them, "
+                "its card says.",
                 *(
                     ("The Backpack is behind its twin: the paper's parity does not show on this model.",)
                     if max(twins, default=0.0) > 1
@@ -118,7 +119,7 @@ class LanguageModelling:
         ]
         found = []
         for name, aside, records in watch(parts, "texts", len(parts)):
-            ids = stream(subject, records, max(self.tokens, length) + 1, length + 1)
+            ids = stream(subject, records, max(self.tokens, length) + 1, length + 1, name)
             found.append(_measure(name, aside, subject, model, twin, ids, length))
         return LanguageResult(found, length)
 
@@ -134,6 +135,7 @@ def _measure(
     length: int,
 ) -> Measured:
     read = (len(ids) - 1) // length * length  # perplexity reads whole rows
-    size = sum(len(subject.tokenizer.token_bytes(token)) for token in ids[1 : read + 1].tolist())
+    predicted = [token for token in ids[1 : read + 1].tolist() if token != subject.config.eos_token_id]
+    size = sum(len(subject.tokenizer.token_bytes(token)) for token in predicted)  # the end of a text is no text
     ours = perplexity(model, ids, length=length)
     return Measured(name, aside, read, size, ours, perplexity(twin, ids, length=length) if twin else None)

@@ -91,6 +91,6 @@ def summary(headlines: dict[str, Headline], subject: Subject, folder: Path, comm
     intro = (
         f"Model {subject.manifest.fingerprint[:12]}, {datetime.now(UTC):%Y-%m-%d}, by `{command}`. The paper's "
         "models have seen 52 billion tokens; where a claim of the paper doesn't show on this one, the table says "
-        "so. Nothing is tuned on what it is evaluated on."
+        "so. What is chosen on what it is evaluated on, a report's notes say."
     )
     return "\n\n".join(["# The paper's experiments", intro, Table("In short", columns, rows).markdown(), *reports])

@@ -29,14 +29,15 @@ def _part(path: Path, wanted: bool) -> Iterator[str]:
         yield from (text for text, kept in Source(path).records() if kept is wanted)
         return
     text = path.read_text("utf-8")
-    cut = text.rfind("\n", 0, int((1 - HELD_OUT) * len(text))) + 1
+    end = int((1 - HELD_OUT) * len(text))
+    cut = text.rfind("\n", 0, end) + 1 or text.rfind(" ", 0, end) + 1 or end  # at a line, at a word
     yield text[cut:] if wanted else text[:cut]
 
 
-def stream(subject: Subject, records: Iterable[str], limit: int, least: int) -> Tensor:
+def stream(subject: Subject, records: Iterable[str], limit: int, least: int, what: str = "the text") -> Tensor:
     """Ids [N] of records, each after an end-of-text token, `limit` of them if there are as many.
 
-    Raises ValueError if there are fewer than `least`.
+    Raises ValueError, saying of `what`, if there are fewer than `least`.
     """
     ids: list[int] = []
     for text in records:
@@ -47,12 +48,20 @@ def stream(subject: Subject, records: Iterable[str], limit: int, least: int) -> 
         if len(ids) >= limit:
             break
     if len(ids) < least:
-        raise ValueError(f"{len(ids)} tokens of text; at least {least} are needed")
+        raise ValueError(f"{what} has {len(ids)} tokens; at least {least} are needed")
     return torch.tensor(ids[:limit])
 
 
-def rows(subject: Subject, records: Iterable[str], tokens: int, length: int = 128) -> Tensor:
+def rows(
+    subject: Subject, records: Iterable[str], tokens: int, length: int = 128, what: str = "the text"
+) -> Tensor:
     """Rows [N, length + 1] of text: inputs and, one further, their targets."""
     length = min(length, subject.config.n_positions)
-    ids = stream(subject, records, tokens + 1, length + 1)
+    ids = stream(subject, records, tokens + 1, length + 1, what)
     return ids[: (len(ids) - 1) // length * length + 1].unfold(0, length + 1, length)
+
+
+def both_parts(subject: Subject, path: Path, tokens: int) -> tuple[Tensor, Tensor]:
+    """Rows of a file's background and of its held-out part. Raises ValueError naming the one that is too short."""
+    near = rows(subject, background(path), tokens, what=f"the part of {path} to stay close on")
+    return near, rows(subject, held_out(path), tokens, what=f"the held-out part of {path}")

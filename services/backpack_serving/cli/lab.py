@@ -208,12 +208,11 @@ def finetune(
     """Teach canonical examples by a few deltas of sense vectors, within a loss budget (arXiv 2402.06155)."""
     with exits():
         from backpack_lm.lab.finetune import Example, Finetuner, Finetuning
-        from backpack_lm.lab.text import background, held_out, rows
+        from backpack_lm.lab.text import both_parts
 
         subject, taught = read_subject(model, threads), Example.read(examples)
         with err.status("reading the text, choosing cells"):
-            near = rows(subject, background(text), tokens)
-            judged = rows(subject, held_out(text), tokens)
+            near, judged = both_parts(subject, text, tokens)
             plan = Finetuning(cells, budget=budget, steps=steps, seed=seed)
             state = file.with_suffix(".partial.pt")
             run = Finetuner(subject, taught, near, judged, plan, state)

@@ -78,6 +78,9 @@ def test_a_run_that_was_stopped_goes_on_at_its_experiment(subject: Subject, fold
         assert f"| {name} | {values['figures']} | {values['paper']} | {values['aim']} |" in text
         assert f"\n## {heading}" in text
     assert "| no twin to compare with |" in text
+    assert "What is chosen on what it is evaluated on, a report's notes say." in text
+    for note in ("what of a model was chosen on them, its card says", "picked on the data that it is scored on"):
+        assert note in text
 
 
 def test_one_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,9 @@ def test_perplexities_are_of_the_same_tokens(subject: Subject, folder: Path, twi
     ids = stream(subject, held_out(corpus), 257, 33)
     rows = ids.unfold(0, 33, 32)  # of the shorter context
     assert (measured.tokens, result.context) == (256, 32)
+    assert subject.config.eos_token_id in ids[1:]
+    text = subject.tokenizer.decode([i for i in ids[1:257].tolist() if i != subject.config.eos_token_id])
+    assert measured.bytes == len(text.encode())
     for model, value in ((subject.model, measured.perplexity), (_read(twin, subject), measured.twin_perplexity)):
         loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
         assert value == pytest.approx(math.exp(loss), rel=1e-4)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from backpack_lm.config import BackpackConfig
 from backpack_lm.lab.lockstep import Lockstep, sample
 from backpack_lm.lab.subject import Prompts, Steered, Subject
-from backpack_lm.lab.text import background, held_out, rows
+from backpack_lm.lab.text import background, both_parts, held_out, rows
 from backpack_lm.lab.twin import read_twin
 from backpack_lm.lab.watch import Journal
 from backpack_lm.layouts import CheckpointError
@@ -94,11 +94,22 @@ def test_text_is_parted_as_training_parts_it(subject: Subject, folder: Path, tmp
     first, last = "".join(background(plain)), "".join(held_out(plain))
     assert first + last == plain.read_text()
     assert last.startswith("The king, line 8")
+    for text in ("The king. " * 100, "king" * 100):  # one line, one word
+        plain.write_text(text)
+        one, other = "".join(background(plain)), "".join(held_out(plain))
+        assert one + other == text
+        assert len(one) == pytest.approx(0.8 * len(text), abs=10)
     made = rows(subject, [first], 100, 16)
     assert made.shape == (6, 17)
     assert made[1, 0] == made[0, 16], "each row begins with the last target of the one before"
     with pytest.raises(ValueError, match="at least 65 are needed"):
         rows(subject, ["The king"], 100, 64)
+    plain.write_text("The king. " * 100)
+    with pytest.raises(ValueError, match=r"the held-out part of .*plain\.txt has \d+ tokens; at least 65"):
+        both_parts(subject, plain, 100)
+    plain.write_text("\n" + "The king." * 50)
+    with pytest.raises(ValueError, match=r"the part of .*plain\.txt to stay close on has \d+ tokens"):
+        both_parts(subject, plain, 100)
 
 
 # ---- the Transformer to compare with
