@@ -37,6 +37,8 @@ class Tokenizer:
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.end_of_text: int | None = tokenizer.token_to_id(END_OF_TEXT)
         self._bytes = [_bytes_of(tokenizer, token) for token in range(self.vocab_size)]
+        self.longest: int = max(map(len, self._bytes))
+        """Bytes of the longest token."""
 
     @classmethod
     def read(cls, path: Path) -> Tokenizer:

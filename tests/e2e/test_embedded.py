@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -15,6 +16,7 @@ import torch
 from backpack_lm.attribution import attribute
 from backpack_lm.overlay import Overlay
 from backpack_lm.patch import Release, Revision
+from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_proto.v1 import sync_pb2 as spb
@@ -111,6 +113,37 @@ async def test_generate_is_the_stream_in_one_piece(system: System) -> None:
     ids = pb.TokenIds(ids=[t.id for t in (await _tokenize(system, key, PROMPT)).tokens])
     request.prompt.tokens.CopyFrom(ids)
     assert (await system.inference.Generate(request, metadata=key)).text == whole.text
+
+
+async def test_a_text_that_no_context_holds_is_refused_before_it_is_read(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoding such a one takes a second; a gateway's event loop has better to do."""
+    encode, read = Tokenizer.encode, []
+
+    def watched(self: Tokenizer, text: str) -> list[int]:
+        read.append((text, threading.current_thread() is threading.main_thread()))
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", watched)
+    key, tokenizer = await system.tenant(), Tokenizer.read(system.settings.model / "tokenizer.json")
+    most = 512 * tokenizer.longest
+    for text in ("ab" * 500_000, "\N{WAVE DASH}" * (most // 3 + 1)):
+        for call in (_tokenize(system, key, text), _generate(prompt=pb.Prompt(text=text))(system, key)):
+            with pytest.raises(ServiceError) as refused, rpc.errors():
+                await call
+            assert (refused.value.code, refused.value.reason) == ("INVALID_ARGUMENT", "TOO_LONG")
+            assert f"{len(text.encode())} bytes of text; the context's 512 tokens hold at most {most}" in str(
+                refused.value
+            )
+    assert not [text for text, _ in read if len(text) > 100]
+    longest = next(
+        token for token in range(tokenizer.vocab_size) if len(tokenizer.token_bytes(token)) == most // 512
+    )
+    text = tokenizer.piece(longest) * 512
+    answer = await _tokenize(system, key, text)
+    assert "".join(token.text for token in answer.tokens) == text
+    assert [on_loop for found, on_loop in read if found == text] == [False]
 
 
 async def _tokenize(system: System, key: Metadata, text: str) -> pb.TokenizeResponse:

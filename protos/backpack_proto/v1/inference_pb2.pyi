@@ -730,6 +730,7 @@ class TokenizeRequest(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """At most as many bytes as a context full of the vocabulary's longest tokens, as for a prompt."""
     def __init__(
         self,
         *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -146,8 +147,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
         with self._meter(await self._caller(context)):
-            ids = self._tokenizer.encode(request.text)
-        return pb.TokenizeResponse(tokens=[wire.write_token(i, self._tokenizer) for i in ids])
+            return await asyncio.to_thread(wire.tokenize, request, self._tokenizer, self._manifest.config)
 
     async def GetModel(self, request: pb.GetModelRequest, context: rpc.Context) -> pb.GetModelResponse:
         with self._meter(await self._caller(context)):

@@ -139,8 +139,8 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
             )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
-        tokenizer = self._served.tokenizer
-        return pb.TokenizeResponse(tokens=[wire.write_token(i, tokenizer) for i in tokenizer.encode(request.text)])
+        config = self._served.manifest.config
+        return await asyncio.to_thread(wire.tokenize, request, self._served.tokenizer, config)
 
     async def GetModel(self, request: pb.GetModelRequest, context: rpc.Context) -> pb.GetModelResponse:
         return wire.write_model(self._served.manifest)

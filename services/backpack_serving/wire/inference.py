@@ -110,7 +110,7 @@ def settle(request: Generation, order: Order) -> None:
 def read_prompt(field: str, prompt: pb.Prompt, tokenizer: Tokenizer, config: BackpackConfig) -> tuple[int, ...]:
     """Token ids of a prompt that fits the context. Raises InvalidRequest."""
     form = prompt.WhichOneof("form")
-    ids = tuple(prompt.tokens.ids) if form == "tokens" else tuple(tokenizer.encode(prompt.text))
+    ids = tuple(prompt.tokens.ids) if form == "tokens" else _encode(field, prompt.text, tokenizer, config)
     if not ids:
         raise InvalidRequest.at(field, "EMPTY", "no token; give a text or token ids")
     if len(ids) > config.n_positions:
@@ -121,6 +121,21 @@ def read_prompt(field: str, prompt: pb.Prompt, tokenizer: Tokenizer, config: Bac
                 f"{field}.tokens.ids[{at}]", "UNKNOWN_TOKEN", f"{token}; this model's are 0 to {config.tokens - 1}"
             )
     return ids
+
+
+def _encode(field: str, text: str, tokenizer: Tokenizer, config: BackpackConfig) -> tuple[int, ...]:
+    """Raises InvalidRequest, before any work, for a text that is longer than a whole context of longest tokens."""
+    size, most = len(text.encode()), config.n_positions * tokenizer.longest
+    if size > most:
+        limit = f"the context's {config.n_positions} tokens hold at most {most}"
+        raise InvalidRequest.at(field, "TOO_LONG", f"{size} bytes of text; {limit}")
+    return tuple(tokenizer.encode(text))
+
+
+def tokenize(request: pb.TokenizeRequest, tokenizer: Tokenizer, config: BackpackConfig) -> pb.TokenizeResponse:
+    """Blocks while it encodes. Raises InvalidRequest."""
+    ids = _encode("text", request.text, tokenizer, config)
+    return pb.TokenizeResponse(tokens=[write_token(i, tokenizer) for i in ids])
 
 
 def read_word(field: str, word: pb.Word, tokenizer: Tokenizer, config: BackpackConfig) -> int:
