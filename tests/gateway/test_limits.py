@@ -109,6 +109,29 @@ def test_a_tenant_of_the_file_has_limits_of_its_own_and_new_ones_hold_soon(clock
     _ask(limits, "vip")  # a file that can't be read changes nothing
 
 
+def test_a_request_that_was_charged_under_limits_of_before_gives_nothing_back_to_those_of_now(
+    clock: Clock, tmp_path: Path
+) -> None:
+    file = tmp_path / "limits.toml"
+    file.write_text("[t]\ntokens_per_minute = 100\n")
+    limits = Limits(Limit(), file, clock=clock)
+    with limits.request("t") as first, limits.request("t") as second, limits.request("t") as third:
+        first(50)
+        file.write_text("[t]\ntokens_per_minute = 90\n")
+        clock.now = 2.0
+        _ask(limits, tokens=1000)  # the bucket of 90 was full, and is in debt now
+        for amount in (-50, 0):
+            first(amount)
+            assert _refused(limits, tokens=1).retry_after == pytest.approx(911 / 1.5)
+        with pytest.raises(Exhausted, match="90 tokens a minute"):
+            second(1)  # that it began before helps it no more
+        file.write_text("")
+        clock.now = 4.0
+        third(1000)
+        third(-1000)
+        _ask(limits, tokens=1000)
+
+
 def test_processes_of_one_gateway_count_together(clock: Clock) -> None:
     limit = Limit(requests_per_minute=6, tokens_per_minute=60, concurrent=3)
     with shared(2) as file:

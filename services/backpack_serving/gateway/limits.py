@@ -51,11 +51,15 @@ class Bucket:
         self.capacity, self.rate = per_minute, per_minute / 60
         self._numbers = numbers
 
+    @property
+    def known(self) -> bool:
+        """Whether the numbers are those of a bucket of this capacity."""
+        return self._numbers[0] == self.capacity
+
     def wait(self, now: float) -> float:
         """Seconds until something may be taken; 0 if it may be now."""
-        capacity, level, at = self._numbers
-        known = capacity == self.capacity
-        level = min(capacity, level + (now - at) * self.rate) if known else self.capacity
+        _, level, at = self._numbers
+        level = min(self.capacity, level + (now - at) * self.rate) if self.known else self.capacity
         self._numbers[0], self._numbers[1], self._numbers[2] = self.capacity, level, now
         needed = min(1.0, self.capacity)
         return max(0.0, (needed - level) / self.rate)
@@ -105,11 +109,18 @@ class Limits:
                 requests.take(1)
             row.run(1)
 
+        charged = 0.0  # the capacity of the bucket that was
+
         def take(amount: int) -> None:
-            if not limit.tokens_per_minute:
+            nonlocal charged
+            if amount > 0:
+                charged = self._of(tenant).tokens_per_minute
+            if not charged:
                 return
             with self._levels.row(tenant) as row:
-                tokens = Bucket(limit.tokens_per_minute, row.tokens)
+                tokens = Bucket(charged, row.tokens)
+                if amount <= 0 and not tokens.known:
+                    return  # new limits hold since: their bucket was never charged for this
                 wait = tokens.wait(self._clock())
                 if amount > 0 and wait:
                     raise _exhausted(tenant, "TOKENS", f"{tokens.capacity:g} tokens a minute", wait)
