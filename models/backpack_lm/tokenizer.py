@@ -84,7 +84,8 @@ class Tokenizer:
         if len(ids) > 1:
             pieces = " + ".join(repr(self.piece(i)) for i in ids)
             raise WordError(
-                f"{word!r} is {len(ids)} tokens ({pieces}); ask for its first token or for all of them"
+                f"{word!r} is {len(ids)} tokens ({pieces}); choose another word, or, by the API or a word's "
+                "`policy` in a patch file, ask for its first token or for all of them"
             )
         return (ids[0],)
 

@@ -142,6 +142,12 @@ def test_a_patch_from_a_word_to_a_steered_answer_and_back(backpack: Any, tmp_pat
     (tmp_path / "edits.json").write_text(json.dumps(shown))
     revised = backpack("patch", "revise", "royal", str(tmp_path / "edits.json"), "--as", "lab")
     assert "royal/revisions/3" in revised
+    several = {"text": "kingdomless", "policy": "WORD_POLICY_ALL_TOKENS"}  # as a refusal advises
+    cells = [{"word": several, "senses": [0]}]
+    (tmp_path / "several.json").write_text(json.dumps([{"scale": {"cells": cells, "factor": 0}}]))
+    assert "would be" in backpack(
+        "patch", "revise", "royal", str(tmp_path / "several.json"), "--dry-run", "--as", "lab"
+    )
     assert "would be" in backpack(
         "patch", "revise", "royal", str(tmp_path / "edits.json"), "--dry-run", "--as", "lab"
     )
@@ -298,8 +304,8 @@ def test_a_key_is_one_line_however_narrow_the_terminal(backpack: Any, monkeypatc
         (("generate", "x", "--as", "nobody"), "nobody.key doesn't exist"),
         (("generate", "x", "--key", "bp_wrong"), "copy it whole"),
         (("generate", "x", "--channel", "beta"), "activate a release on it"),
-        (("compare", "x", "--target", "kingdomless"), "ask for its first token"),
-        (("patch", "scale", "p", "kingdomless", "--factor", "0"), "ask for its first token or for all"),
+        (("compare", "x", "--target", "kingdomless"), "choose another word"),
+        (("patch", "scale", "p", "kingdomless", "--factor", "0"), "choose another word, or, by the API"),
         (("release", "activate", "99"), "releases/99 doesn't exist"),
         (("release", "create", "royal"), "'royal'; write PATCH:NUMBER, such as debias:3"),
         (("model", "verify", "/nowhere"), "backpack model import"),

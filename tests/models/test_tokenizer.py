@@ -60,7 +60,7 @@ def test_words_are_looked_up_with_a_leading_space() -> None:
 
 
 def test_a_word_of_several_tokens_needs_a_policy() -> None:
-    with pytest.raises(WordError, match=r"'kingdomless' is \d tokens .*; ask for its first token or for all"):
+    with pytest.raises(WordError, match=r"'kingdomless' is \d tokens .*; choose another word, or"):
         OURS.word_ids("kingdomless")
     several = OURS.word_ids("kingdomless", WordPolicy.ALL)
     assert len(several) > 1
