@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -27,11 +28,13 @@ class Provider:
         self.keys = {"first": rsa.generate_private_key(65537, 2048)}
         self.asked = 0
         self.up = True
+        self.slow = 0.0
         provider = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 provider.asked += self.path == "/keys"
+                time.sleep(provider.slow)
                 body = {
                     "/.well-known/openid-configuration": {"jwks_uri": f"{provider.url}/keys"},
                     "/keys": provider.jwks,
@@ -170,6 +173,24 @@ async def test_new_keys_are_found_and_dropped_ones_are_forgotten(
     assert (await tokens.read(new)).tenant == "harbour"
     with pytest.raises(Unauthenticated, match="no key 'first'"):
         await tokens.read(old)
+
+
+async def test_who_comes_while_the_keys_are_read_waits_for_them(
+    provider: Provider, tokens: Tokens, clock: Clock
+) -> None:
+    provider.slow = 0.2
+    for asked, name in enumerate(("first", "second"), 1):  # with no keys at all, and with other ones
+        provider.keys = {name: rsa.generate_private_key(65537, 2048)}
+        token = provider.token(name)
+
+        async def later(token: str = token) -> Claims:
+            await asyncio.sleep(0.05)
+            return await tokens.read(token)
+
+        found = await asyncio.gather(tokens.read(token), tokens.read(token), later())
+        assert {claims.tenant for claims in found} == {"harbour"}
+        assert provider.asked == asked
+        clock.now += READ_AGAIN + 1
 
 
 async def test_dropped_keys_are_forgotten_without_new_ones(

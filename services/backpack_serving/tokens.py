@@ -116,9 +116,9 @@ class Tokens:
         return Claims(str(claims["sub"]), tenant, tuple(map(str, roles)))
 
     async def _key(self, name: str) -> jwt.PyJWK:
-        if self._wants(name):
-            async with self._reading:
-                if self._wants(name):  # nobody read them while we waited
+        if self._wants(name) or (name not in self._keys and self._reading.locked()):
+            async with self._reading:  # whoever reads them now may find it
+                if self._wants(name):
                     await self._read_keys()
         if found := self._keys.get(name):
             return found
