@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -76,6 +77,28 @@ async def test_what_a_tenant_may_ask_for(tmp_path: Path) -> None:
             raise AssertionError("the place of a cancelled request was never given back")
         await _connections_are_renewed(system, keys["concurrent"])
         await _large_messages_are_refused(system, keys["concurrent"])
+
+
+async def test_who_does_not_wait_for_an_answer_pays_for_what_was_ordered(tmp_path: Path) -> None:
+    """Else a short deadline, or a cancellation just before the end, would have tokens made for nothing."""
+    async with running(tmp_path, slots=1, limit_tokens=100) as system:
+
+        def generate(key: Metadata, timeout: float, samples: int = 16) -> Any:
+            sampling = pb.Sampling(max_tokens=480, samples=samples, ignore_end_of_text=True)
+            request = pb.GenerateRequest(prompt=pb.Prompt(text=PROMPT), sampling=sampling)
+            return system.inference.Generate(request, metadata=key, timeout=timeout)
+
+        late, leaves = await system.tenant(), await system.tenant()
+        calls = [generate(late, 1.5), generate(leaves, 60)]
+        assert await calls[0].code() is grpc.StatusCode.DEADLINE_EXCEEDED, (
+            "7,680 tokens were made in 1.5 s: order more"
+        )
+        assert calls[1].cancel()
+        await asyncio.sleep(1)  # what they didn't use would be given back now
+        for key in (late, leaves):
+            with pytest.raises(ServiceError) as refused, rpc.errors():
+                await generate(key, 60, samples=1)
+            assert (refused.value.code, refused.value.reason) == ("RESOURCE_EXHAUSTED", "TOKENS_LIMIT")
 
 
 async def _connections_are_renewed(system: System, key: Metadata) -> None:

@@ -18,7 +18,7 @@ class Meter:
         self._arrived = perf_counter()
         self._sent = self._first = self._latest = 0.0
         self._first_tokens = self._charged = self._prompt = 0
-        self._taken = False
+        self._taken = self._left = False
         self.made = 0
 
     def charge(self, prompt: int, new: int = 0) -> None:
@@ -45,9 +45,16 @@ class Meter:
             self._metrics.first_token.observe(self._latest - self._arrived)
         self.made += tokens
 
+    def left(self) -> None:
+        """Its caller didn't wait for the answer: all that was ordered may have been made meanwhile.
+
+        Whether a replica had it isn't known: of a unary call, gRPC tells that with the answer.
+        """
+        self._left = True
+
     def end(self) -> None:
         """Give back what was charged and not used, and tell the metrics."""
-        used = self._prompt + self.made if self._taken else 0
+        used = self._charged if self._left else self._prompt + self.made if self._taken else 0
         self._take(min(0, used - self._charged))
         self._metrics.tokens(self.tenant, self._prompt if self._taken else 0, self.made)
         if self._first and self.made > self._first_tokens:

@@ -15,7 +15,7 @@ from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
 
 from backpack_serving import rpc, tracing
-from backpack_serving.errors import RELEASE_UNREACHABLE, Internal, Unavailable
+from backpack_serving.errors import RELEASE_UNREACHABLE, Expired, Internal, Unavailable
 from backpack_serving.gateway.book import Pinned
 from backpack_serving.gateway.meter import Meter, Meters
 from backpack_serving.gateway.releases import Releases
@@ -225,6 +225,9 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                             response: R = await call
                         check(response)
                     return response
+                except (asyncio.CancelledError, Expired):
+                    meter.left()
+                    raise
                 except Unavailable as error:
                     if not self._again(tried, error):
                         raise
