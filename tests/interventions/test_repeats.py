@@ -169,7 +169,9 @@ class Machine(RuleBasedStateMachine):
             self.releases[tenant] += 1
         else:
             history = self.live[tenant]
-            history.append(sent.arguments[1] if sent.method == "activate" else history[-2])
+            now = sent.arguments[1] if sent.method == "activate" else history[-2]
+            if now != history[-1]:  # to be where it is already changes no channel's past
+                history.append(now)
             self.generation[tenant] += 1
 
     @precondition(lambda self: self.sent)
