@@ -90,7 +90,7 @@ def _seconds(processes: Iterable[psutil.Process]) -> float:
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
-async def _measure(way: Way, parts: Parts, streams: int, seed: int) -> Measured:
+async def _measure(way: Way, parts: Parts, streams: int, seed: str) -> Measured:
     """So many streams at once, from the first request to the last token."""
     draw = random.Random(seed)
     prompts = [[draw.randrange(1, 16000) for _ in range(PROMPT_TOKENS)] for _ in range(streams)]
@@ -202,7 +202,8 @@ async def main(plain: Processes, on_ray: Settings, small: bool) -> None:
             for name, way in ways.items():
                 if turn < 0 and streams > 32:
                     continue  # warm by now, and long
-                result = await _measure(way, parts[name], streams, turn)
+                # Prompts of its own: what another way asked of the same replica would be in its prefix cache.
+                result = await _measure(way, parts[name], streams, f"{name}, round {turn}")
                 if turn >= 0:
                     measured[name].append(result)
             console.print(f"{streams} streams, round {turn + 1} of {rounds}")
