@@ -298,3 +298,9 @@ async def test_on_disk_only_what_channels_need_outlasts_a_tidying(
     assert await again.stage((channel,)) == ()
     (refusal,) = await again.stage((_channel(other),))
     assert refusal.reason == "RELEASE_UNREACHABLE"
+
+
+async def test_what_cannot_be_removed_ends_no_tidying(make: Callable[..., Versions], tmp_path: Path) -> None:
+    (tmp_path / "blobs" / "lost+found").mkdir(parents=True)
+    await make().tidy()
+    assert (tmp_path / "blobs" / "lost+found").exists()

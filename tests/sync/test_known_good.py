@@ -34,6 +34,16 @@ def test_the_last_write_is_read_back_and_is_private(file: KnownGood) -> None:
     assert kept.fresh == 1e9
 
 
+def test_a_file_that_cannot_be_read_is_as_good_as_damaged(file: KnownGood) -> None:
+    file.write(b"one")
+    file.write(b"two")
+    file.path.unlink()
+    file.path.mkdir()
+    kept = file.read()
+    assert kept is not None
+    assert kept.payload == b"one"
+
+
 def _cut_after(steps: int, patch: pytest.MonkeyPatch) -> None:
     """Let so many system calls through; the one after them is never made."""
     left = iter(range(steps))

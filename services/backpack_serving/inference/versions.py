@@ -235,8 +235,11 @@ class Versions:
                         await self._get(channel.tenant, release.digest)
 
     async def tidy(self) -> None:
-        """Forget on disk what no channel needs."""
-        await asyncio.to_thread(self._blobs.forget_all_but, self._kept | frozenset(self._users))
+        """Forget on disk what no channel needs. What can't be removed stays until the next time."""
+        try:
+            await asyncio.to_thread(self._blobs.forget_all_but, self._kept | frozenset(self._users))
+        except OSError as error:
+            log.error("what no channel needs can't be removed", error=str(error))
 
 
 def _refusal(change: Steering, release: ReleaseRef, error: ServiceError | PatchError) -> Refusal:

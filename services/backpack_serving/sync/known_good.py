@@ -64,7 +64,7 @@ class KnownGood:
     def _payload(self, path: Path) -> bytes | None:
         try:
             data = path.read_bytes()
-        except FileNotFoundError:
+        except OSError:  # it isn't there, or can't be read, which is as good as damaged
             return None
         start = len(_MAGIC) + 32
         checksum, payload = data[len(_MAGIC) : start], data[start:]
