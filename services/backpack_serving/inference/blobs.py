@@ -5,11 +5,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-import structlog
-
 from backpack_serving.sync.known_good import Blobs
-
-log = structlog.get_logger(__name__)
 
 _COUNT = struct.Struct("<I")
 
@@ -24,10 +20,10 @@ class ReleaseBlobs:
         self._blobs = Blobs(folder)
 
     def has(self, digest: str) -> bool:
-        return self._packed(digest) is not None
+        return self._blobs.read(digest) is not None
 
     def read(self, digest: str) -> list[bytes] | None:
-        packed = self._packed(digest)
+        packed = self._blobs.read(digest)
         if packed is None:
             return None
         revisions, at = [], 0
@@ -40,13 +36,6 @@ class ReleaseBlobs:
 
     def write(self, digest: str, revisions: list[bytes]) -> None:
         self._blobs.write(digest, b"".join(_COUNT.pack(len(data)) + data for data in revisions))
-
-    def _packed(self, digest: str) -> bytes | None:
-        try:
-            return self._blobs.read(digest)
-        except OSError as error:
-            log.error("a release can't be read from disk", digest=digest, error=str(error))
-            return None
 
     def forget_all_but(self, digests: frozenset[str]) -> None:
         self._blobs.forget_all_but(digests)

@@ -57,19 +57,23 @@ class KnownGood:
             payload = self._payload(path)
             if payload is not None:
                 return Kept(payload, path.stat().st_mtime)
-            if path.exists():
-                log.error("a known-good file is damaged; using the one before it", file=str(path))
         return None
 
     def _payload(self, path: Path) -> bytes | None:
+        """What a file keeps; None if it isn't there, is damaged, or can't be read, which is as good as damaged."""
+        wrong = "its checksum doesn't fit"
         try:
             data = path.read_bytes()
-        except OSError:  # it isn't there, or can't be read, which is as good as damaged
+        except FileNotFoundError:
             return None
+        except OSError as error:
+            data, wrong = b"", str(error)
         start = len(_MAGIC) + 32
         checksum, payload = data[len(_MAGIC) : start], data[start:]
-        whole = data.startswith(_MAGIC) and hashlib.sha256(payload).digest() == checksum
-        return payload if whole else None
+        if data.startswith(_MAGIC) and hashlib.sha256(payload).digest() == checksum:
+            return payload
+        log.error("a known-good file is damaged; the one before it counts", file=str(path), wrong=wrong)
+        return None
 
 
 class Blobs:
