@@ -21,3 +21,17 @@ def _logs_of_this_test_only() -> Iterator[None]:
     """A command that a test runs in this process configures logging; what it logs to is closed after the test."""
     yield
     structlog.reset_defaults()
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()

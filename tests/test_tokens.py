@@ -18,6 +18,8 @@ from backpack_serving.tokens import KEEP, READ_AGAIN, Claims, Issuer, Tokens
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
+from tests.conftest import Clock
+
 AUDIENCE = "backpack"
 
 
@@ -84,18 +86,6 @@ def provider() -> Iterator[Provider]:
     provider = Provider()
     yield provider
     provider.close()
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -13,17 +13,7 @@ from backpack_serving.errors import Exhausted, Quota
 from backpack_serving.gateway.levels import Levels, shared
 from backpack_serving.gateway.limits import Limit, Limits
 
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+from tests.conftest import Clock
 
 
 def _ask(limits: Limits, tenant: str = "t", tokens: int = 0) -> None:

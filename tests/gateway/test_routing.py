@@ -7,6 +7,8 @@ from backpack_proto.v1.directory_pb2 import Replica
 from backpack_serving.errors import Unavailable
 from backpack_serving.gateway.routing import LOST_SECONDS, Router
 
+from tests.conftest import Clock
+
 MODEL = "ab" * 32
 
 
@@ -14,18 +16,6 @@ def _replica(name: str, load: int = 0, **more: object) -> Replica:
     return Replica(
         id=name, address=f"127.0.0.1:{name}", model_fingerprint=MODEL, slots=4, tokens_in_flight=load, **more
     )
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

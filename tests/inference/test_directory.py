@@ -7,12 +7,7 @@ import asyncio
 from backpack_proto.v1.directory_pb2 import Replica
 from backpack_serving.inference.directory import SILENCE, Directory
 
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.conftest import Clock
 
 
 def _ids(replicas: list[Replica]) -> list[str]:

@@ -11,14 +11,8 @@ from backpack_serving.sync.known import Kind, Position
 from backpack_serving.sync.messages import SILENCE, Hello, Report, Tally
 from backpack_serving.sync.session import Session
 
+from tests.conftest import Clock
 from tests.sync.simulator import MODEL, Dice, History
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def _hello(name: str) -> Hello:
