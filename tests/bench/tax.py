@@ -62,8 +62,8 @@ from tests.e2e.test_processes import Processes, _port
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
 PARTS = ("replica", "gateway", "client")
-ROUNDS = {1: 7, 32: 4, 256: 1}
-ROUNDS_SMALL = {1: 5, 32: 3}
+ROUNDS = {1: 40, 32: 8, 256: 1}
+ROUNDS_SMALL = {1: 15, 32: 3}
 """How often, for how many streams at once."""
 
 SMALL_VOCABULARY = 16384
