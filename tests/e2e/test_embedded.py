@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import threading
 import time
@@ -526,6 +527,10 @@ async def test_audit_names_who_did_what_and_the_chain_is_whole(system: System) -
     assert entries[0].principal.startswith("tenants/t")
     chain = await system.audit.VerifyChain(ipb.VerifyChainRequest(), metadata=key)
     assert chain.intact
+
+
+async def test_the_collector_leaves_alone_what_was_loaded(system: System) -> None:
+    assert len(gc.get_objects()) < gc.get_freeze_count()
 
 
 async def test_a_replica_serves_only_gateways(system: System) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -169,6 +170,10 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
         )
     )
     await _first_token(engine, served.table)
+    # What is here by now stays. Python's collector would go through it, and through all of torch, again and again:
+    # each time 0.2 s in which no stream moves.
+    gc.collect()
+    gc.freeze()
     key, folder = settings.key_for("replica"), settings.state / "known-good" / "replica"
     versions = Versions(
         served,
