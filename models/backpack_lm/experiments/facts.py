@@ -81,18 +81,22 @@ class FactsResult:
 
     def headline(self) -> Headline:
         plain, chosen, fitted = self.strengths[0], *self.strengths[-2:]
-        cost = chosen.cost
+
+        def told(strength: Strength) -> str:
+            cost = f" (loss after the words {strength.cost.after:+.2%})" if strength.cost else ""
+            return f"{strength.turned:.0%}{cost}"
+
         return Headline(
-            f"{plain.turned:.0%} of {len(plain.held)} facts that it held turn by a plain swap; "
-            f"{chosen.turned:.0%} with the strength chosen on the other facts, {fitted.turned:.0%} with that "
-            "fitted on the fact's other prompt" + (f", loss after the words {cost.after:+.2%}" if cost else ""),
+            f"{plain.turned:.0%} of {len(plain.held)} facts that it held turn by a plain swap; {told(fitted)} "
+            "with the strength fitted on the fact's other prompt, "
+            f"{told(chosen)} with one chosen on the other facts",
             "one example",
-            "over 80 %, neighbours' loss within 1 %",
-            chosen.turned > TURNED and cost is not None and cost.after <= 0.01,
+            "over 80 % as the lab fits swaps, on the fact's other prompt; neighbours' loss within 1 %",
+            fitted.turned > TURNED and fitted.cost is not None and fitted.cost.after <= 0.01,
         )
 
     def report(self) -> Report:
-        plain, chosen = self.strengths[0], self.strengths[-2]
+        plain, chosen, fitted = self.strengths[0], *self.strengths[-2:]
         rows = tuple(
             (
                 f"{fact.word}: {fact.old} → {fact.new}",
@@ -125,10 +129,11 @@ class FactsResult:
         if plain.held:
             lead = (
                 f"Of {len(plain.held)} prompts (of {len(plain.prompts)}) on which the model held the old fact, "
-                f"{plain.turned:.0%} hold the new one after a plain swap and {chosen.turned:.0%} after one whose "
+                f"{plain.turned:.0%} hold the new one after a plain swap, {fitted.turned:.0%} after one whose "
+                f"strength was fitted on the fact's other prompt, and {chosen.turned:.0%} after one whose "
                 "strength was chosen on the other facts. The old word's share of the two goes from "
-                f"{plain.mean('share_before'):.0%} to {plain.mean('share_after'):.0%} and "
-                f"{chosen.mean('share_after'):.0%}."
+                f"{plain.mean('share_before'):.0%} to {plain.mean('share_after'):.0%}, "
+                f"{fitted.mean('share_after'):.0%} and {chosen.mean('share_after'):.0%}."
             )
         columns = (
             "strength",

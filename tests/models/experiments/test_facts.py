@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from backpack_lm.experiments.facts import OTHER_FACTS, OTHER_PROMPT, FactsResult, KnowledgeEditing, _on_the_others
+from backpack_lm.experiments.facts import (
+    OTHER_FACTS,
+    OTHER_PROMPT,
+    Cost,
+    FactsResult,
+    KnowledgeEditing,
+    Strength,
+    _on_the_others,
+)
 from backpack_lm.experiments.known import FACTS, Fact
 from backpack_lm.lab.subject import Subject
 from backpack_lm.lab.swap import STRENGTHS, Swapped, SwappedFact, fit_strength, swap_edits, swap_fact
@@ -152,6 +160,19 @@ def test_facts_that_the_vocabulary_lacks_are_listed(subject: Subject, folder: Pa
     assert [fact.word for fact in result.facts] == ["ship"] or not result.facts
     assert "MacBook" in result.report().markdown()
     assert "turn by a plain swap" in result.headline().figures
+
+
+def test_the_aim_is_reached_by_swaps_as_the_lab_fits_them() -> None:
+    turned, held = Swapped("", 0.9, 0.2, 0.1, 0.8, 0.0), Swapped("", 0.9, 0.8, 0.1, 0.2, 0.0)
+    dear, cheap = Cost(0.0, 0.02, 0.0), Cost(0.0, 0.01, 0.0)
+
+    def reached(fitted: list[Swapped], cost: Cost) -> bool | None:
+        others = Strength("1", [held], cheap), Strength(OTHER_FACTS, [held], cheap)
+        return FactsResult([], [], [], [*others, Strength(OTHER_PROMPT, fitted, cost)]).headline().reached
+
+    assert reached([*[turned] * 5, held], cheap)
+    assert not reached([*[turned] * 5, held], dear), "neighbours lose more than a hundredth"
+    assert not reached([*[turned] * 4, held], cheap), "four of five aren't over 80 %"
 
 
 def test_every_prompt_names_its_word() -> None:
