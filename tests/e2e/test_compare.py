@@ -114,6 +114,26 @@ async def test_scores_under_many_releases_are_those_of_score(
     assert answer.releases[0].served.release_digest == alone.served.release_digest
 
 
+async def test_a_text_may_be_less_likely_than_its_perplexity_can_tell(system: System) -> None:
+    cells = [ipb.Cells(word=pb.Word(text="the"))]
+    key = await system.tenant(*[ipb.Edit(scale=ipb.ScaleEdit(cells=cells, factor=8))] * 5)
+    text = pb.Prompt(text="the king of the the the king")
+    alone = await system.inference.Score(pb.ScoreRequest(text=text), metadata=key)
+    request = pb.CompareRequest(prompt=text, releases=_releases("live"), mode=pb.COMPARE_MODE_SCORE)
+    beside = (await system.inference.Compare(request, metadata=key)).releases[0].score
+    for score in (alone, beside):
+        assert -math.inf < score.log_probability < -7 * 709, "more than that, and exp holds it"
+        assert score.perplexity == math.inf
+
+
+async def test_a_score_that_is_no_numbers_is_refused(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = await system.tenant()
+    monkeypatch.setattr(ServedModel, "score", lambda *_: [-1.0, math.nan])
+    with pytest.raises(ServiceError) as refused, rpc.errors():
+        await system.inference.Score(pb.ScoreRequest(text=pb.Prompt(text=PROMPT)), metadata=key)
+    assert (refused.value.code, refused.value.reason) == ("INTERNAL", "NON_FINITE")
+
+
 async def test_as_many_releases_as_may_be(system: System) -> None:
     """More than a replica reads together, most of them alike: each is answered in its place."""
     key = await system.tenant()

@@ -47,10 +47,11 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
                 raise InvalidRequest.at("text", "TOO_SHORT", "one token; a score needs at least two")
             async with self._reading:
                 logs = await asyncio.to_thread(self._served.score, ids, overlay)
+            _check_finite(logs)
             return pb.ScoreResponse(
                 tokens=[wire.write_token(i, tokenizer, p) for i, p in zip(ids, [None, *logs], strict=True)],
                 log_probability=math.fsum(logs),
-                perplexity=math.exp(-math.fsum(logs) / len(logs)),
+                perplexity=wire_compare.perplexity(logs),
                 served=wire.served(pin, overlay.digest, self._served.manifest),
             )
 

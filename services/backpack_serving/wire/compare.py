@@ -94,8 +94,15 @@ def read_pins(request: pb.CompareRequest) -> list[pb.Pin]:
 
 
 def write_score(logs: Sequence[float]) -> pb.TextScore:
-    total = math.fsum(logs)
-    return pb.TextScore(log_probabilities=logs, log_probability=total, perplexity=math.exp(-total / len(logs)))
+    return pb.TextScore(log_probabilities=logs, log_probability=math.fsum(logs), perplexity=perplexity(logs))
+
+
+def perplexity(logs: Sequence[float]) -> float:
+    """exp of the mean of −log p; infinite if that is more than a number can hold."""
+    try:
+        return math.exp(-math.fsum(logs) / len(logs))
+    except OverflowError:
+        return math.inf
 
 
 def write_next(
