@@ -99,6 +99,19 @@ async def test_readers_of_one_step_are_woken_together(
     assert made[3] < 30
 
 
+async def test_an_engine_whose_last_request_was_aborted_says_that_it_is_idle(
+    make_engine: MakeEngine, overlays: dict[str, Overlay]
+) -> None:
+    """No step comes after it; a load that was told until the next request would keep requests away for ever."""
+    async with _loop(make_engine(), lambda n: 0.02) as (loop, _):
+        stream = loop.generate(_request(overlays, 40))
+        await anext(stream)
+        await stream.aclose()
+        async with asyncio.timeout(5):
+            while loop.load.running or loop.load.tokens_in_flight:
+                await asyncio.sleep(0.01)
+
+
 async def test_a_step_that_fails_ends_every_stream(make_engine: MakeEngine, overlays: dict[str, Overlay]) -> None:
     def pace(step: int) -> float:
         if step == 5:

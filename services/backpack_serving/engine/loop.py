@@ -146,16 +146,16 @@ class EngineLoop:
 
     def _take_in(self) -> bool:
         """Carry out what was sent; wait for something if there is nothing to step. False: stop."""
-        block = not self._engine.busy
         while True:
+            if idle := not self._engine.busy:
+                self._weigh()  # what was left may have been aborted after the last step
             try:
-                command = self._inbox.get(block)
+                command = self._inbox.get(block=idle)
             except queue.Empty:
                 return True
             if command is None:
                 return False
             command()
-            block = not self._engine.busy
 
     def _weigh(self) -> None:
         """Bring `load` up to date, seldom: it goes through all that waits."""
