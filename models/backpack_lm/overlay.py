@@ -7,6 +7,7 @@ multiplier. Both are computed once per release and shared by every request of th
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -128,18 +129,16 @@ class Overlay:
     def __init__(
         self,
         digest: str,
-        cells: dict[Cell, Tensor],
+        cells: Collection[Cell],
+        rows: Tensor,
         topics: tuple[TopicMultipliers, ...],
         num_senses: int,
-        width: int,
     ) -> None:
-        self.digest, self.topics = digest, topics
-        self.tokens = torch.tensor(sorted({cell.token for cell in cells}), dtype=torch.long)
+        self.digest, self.rows, self.topics = digest, rows, topics
+        tokens, senses = _numbers(cells)
+        self.tokens, place = tokens.unique(return_inverse=True)
         self.index = torch.full((len(self.tokens), num_senses), -1, dtype=torch.long)
-        place = {token: at for at, token in enumerate(self.tokens.tolist())}
-        for row, cell in enumerate(cells):
-            self.index[place[cell.token], cell.sense] = row
-        self.rows = torch.stack(list(cells.values())) if cells else torch.empty(0, width)
+        self.index[place, senses] = torch.arange(len(rows))
 
     @classmethod
     def compile(cls, release: Release, table: SenseTable) -> Overlay:
@@ -147,14 +146,14 @@ class Overlay:
 
         Raises PatchError if a vector that comes out can't be stored in the table's dtype.
         """
-        cells: dict[Cell, Tensor] = {}
-        edits = release.edits
+        edits = [edit for edit in release.edits if not isinstance(edit, Topic)]
+        vectors = _Vectors((cell for edit in edits for cell in edit.cells), table)
         for edit in edits:
-            if not isinstance(edit, Topic):
-                _apply(edit, cells, table)
-        bound = torch.finfo(table.rows.dtype).max
-        for cell, row in cells.items():
-            if not bool(row.isfinite().all()) or float(row.abs().max()) > bound:
+            vectors.apply(edit)
+        # NaN compares with nothing.
+        wrong = ~(vectors.rows.abs() <= torch.finfo(table.rows.dtype).max).all(1)
+        for cell, bad in zip(vectors.places, wrong.tolist(), strict=True):
+            if bad:
                 raise PatchError(
                     Violation(
                         f"cell ({cell.token}, {cell.sense})",
@@ -162,8 +161,8 @@ class Overlay:
                         f"does not fit {table.rows.dtype} after the release's edits",
                     )
                 )
-        topics = tuple(TopicMultipliers.of(e, table) for e in edits if isinstance(e, Topic))
-        return cls(release.digest, cells, topics, *table.rows.shape[1:])
+        topics = tuple(TopicMultipliers.of(e, table) for e in release.edits if isinstance(e, Topic))
+        return cls(release.digest, vectors.places, vectors.rows, topics, table.rows.shape[1])
 
     @property
     def empty(self) -> bool:
@@ -210,37 +209,59 @@ class Overlay:
         return out
 
 
-def _apply(edit: Edit, cells: dict[Cell, Tensor], table: SenseTable) -> None:
-    """Change `cells` in place by one sparse edit; a cell not there yet starts as the model's vector."""
+class _Vectors:
+    """The cells that sparse edits change, by their row in `rows` [n, d] float32, which begin as the model's."""
 
-    def vector(cell: Cell) -> Tensor:
-        if cell not in cells:
-            return table.rows[cell.token, cell.sense].float()
-        return cells[cell]
+    def __init__(self, cells: Iterable[Cell], table: SenseTable) -> None:
+        self._table = table
+        self.places = {cell: row for row, cell in enumerate(dict.fromkeys(cells))}
+        self.rows = table.rows[_numbers(self.places)].float()
 
-    def given(packed: Vector) -> Tensor:
-        return torch.frombuffer(bytearray(packed), dtype=torch.float32)
+    def apply(self, edit: Edit) -> None:
+        """All of an edit's cells at once: they are read before any is written, and one that it names twice is
+        changed once."""
+        at = torch.tensor([self.places[cell] for cell in edit.cells])
+        v = self.rows[at]
+        match edit:
+            case Scale():
+                v = v * edit.factor
+            case Add():
+                v = v + _vector(edit.delta)
+            case Set():
+                v = _vector(edit.vector).expand_as(v)
+            case Copy():
+                v = self._now([edit.source_of(cell) for cell in edit.cells])
+            case ProjectOut():
+                r = self._direction(edit.direction)
+                v = v - _along(v, r) * r
+            case Swap():
+                r, a = self._direction(edit.old), self._direction(edit.new)
+                v = v + _along(v, r) * (a * (r @ r) / (a @ a) - r)
+            case Topic():
+                raise AssertionError("topics are compiled by TopicMultipliers")
+        self.rows[at] = v
 
-    def direction(token: int) -> Tensor:
-        return table.embedding[token].float()
+    def _now(self, cells: Sequence[Cell]) -> Tensor:
+        """Cells as the edits so far have left them, changed or not [m, d]."""
+        out = self._table.rows[_numbers(cells)].float()
+        changed = {n: row for n, cell in enumerate(cells) if (row := self.places.get(cell)) is not None}
+        out[list(changed)] = self.rows[list(changed.values())]
+        return out
 
-    # All targets are read before any is written: an edit naming a cell twice still applies once.
-    match edit:
-        case Scale():
-            changed = {cell: vector(cell) * edit.factor for cell in edit.cells}
-        case Add():
-            changed = {cell: vector(cell) + given(edit.delta) for cell in edit.cells}
-        case Set():
-            changed = dict.fromkeys(edit.cells, given(edit.vector))
-        case Copy():
-            changed = {cell: vector(edit.source_of(cell)) for cell in edit.cells}
-        case ProjectOut():
-            r = direction(edit.direction)
-            changed = {c: vector(c) - (vector(c) @ r) / (r @ r) * r for c in edit.cells}
-        case Swap():
-            r, a = direction(edit.old), direction(edit.new)
-            turn = a * (r @ r) / (a @ a) - r
-            changed = {c: vector(c) + (vector(c) @ r) / (r @ r) * turn for c in edit.cells}
-        case Topic():
-            raise AssertionError("topics are compiled by TopicMultipliers")
-    cells.update(changed)
+    def _direction(self, token: int) -> Tensor:
+        return self._table.embedding[token].float()
+
+
+def _along(v: Tensor, r: Tensor) -> Tensor:
+    """(v·r)/(r·r) of each of [n, d], as [n, 1]. Row by row: a matrix product may round by how many there are."""
+    return (v * r).sum(-1, keepdim=True) / (r @ r)
+
+
+def _numbers(cells: Collection[Cell]) -> tuple[Tensor, Tensor]:
+    """Their tokens and their senses, each [n]."""
+    pairs = torch.tensor([(cell.token, cell.sense) for cell in cells], dtype=torch.long).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _vector(packed: Vector) -> Tensor:
+    return torch.frombuffer(bytearray(packed), dtype=torch.float32)

@@ -35,7 +35,7 @@ WORD = 40
 @pytest.fixture(params=[float("nan"), float("inf")], ids=["NaN", "infinity"])
 def broken(request: pytest.FixtureRequest) -> Overlay:
     """Vectors that no revision may have, and that the memory of a replica may."""
-    return Overlay("broken", {Cell(WORD, 1): torch.full((D,), request.param)}, (), K, D)
+    return Overlay("broken", [Cell(WORD, 1)], torch.full((1, D), request.param), (), K)
 
 
 def _requests(broken: Overlay, overlays: dict[str, Overlay], sampling: Sampling) -> list[Request]:
