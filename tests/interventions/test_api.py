@@ -78,6 +78,24 @@ async def test_a_patch_is_described_deleted_and_its_releases_live_on(control: Co
     assert kept.revision.digest == revision.digest
 
 
+async def test_answers_about_a_patch_tell_its_newest_revision_also_when_it_is_deleted_by_then(
+    control: Control,
+) -> None:
+    _, key, _ = await control.tenant()
+    create = pb.CreatePatchRequest(patch_id="q", request_id=str(uuid.uuid4()))
+    await control.patches.CreatePatch(create, metadata=key)
+    await revise(control, key, scale("king"), patch="q")
+    again = await control.patches.CreatePatch(create, metadata=key)
+    assert again.patch.latest_revision == 1
+    described = pb.Patch(name="patches/q", description="new")
+    update = pb.UpdatePatchRequest(patch=described, request_id=str(uuid.uuid4()))
+    first = await control.patches.UpdatePatch(update, metadata=key)
+    deleted = await control.patches.DeletePatch(pb.DeletePatchRequest(name="patches/q"), metadata=key)
+    assert deleted.patch.latest_revision == 1
+    again = await control.patches.UpdatePatch(update, metadata=key)
+    assert (again.patch.latest_revision, again.position) == (1, first.position), "a repetition isn't refused"
+
+
 async def test_masks(control: Control) -> None:
     _, key, _ = await control.tenant()
     revision = await revise(control, key, scale("king"))

@@ -42,6 +42,11 @@ class PatchRules(Rules):
             record = find.patch(tx, who.tenant, name)
             return record, find.latest(tx, record)
 
+    def newest_revision(self, who: Principal, patch: Patch) -> int:
+        """The number of a patch's newest revision, 0 if there is none; also of a patch that is deleted by now."""
+        with self._read(who) as tx:
+            return find.latest(tx, patch)
+
     def patches(
         self, who: Principal, after: str | None, limit: int, deleted: bool = False
     ) -> list[tuple[Patch, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import interventions_pb2 as pb
@@ -14,10 +15,12 @@ from backpack_serving import rpc
 from backpack_serving.identity import Identities
 from backpack_serving.interventions.caller import Bell, Caller
 from backpack_serving.interventions.channel_servicer import ChannelMethods
+from backpack_serving.interventions.ledger import Written
+from backpack_serving.interventions.records import Patch
 from backpack_serving.interventions.rollouts import Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.sync_servicer import FleetServicer, SyncServicer
-from backpack_serving.keys import Role
+from backpack_serving.keys import Principal, Role
 from backpack_serving.wire import control as wire
 from backpack_serving.wire.patches import read_edits
 from backpack_serving.wire.uploads import Upload
@@ -106,9 +109,7 @@ class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
         written = await asyncio.to_thread(
             self.service.create_patch, who, request.patch_id, request.description, again
         )
-        return pb.CreatePatchResponse(
-            patch=wire.write_patch(written.record, 0), position=wire.write_position(written.position)
-        )
+        return pb.CreatePatchResponse(**await self._changed(who, written))
 
     async def GetPatch(self, request: pb.GetPatchRequest, context: rpc.Context) -> pb.GetPatchResponse:
         who = await self.who(context)
@@ -121,19 +122,22 @@ class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
         wire.check_mask("update_mask", request.update_mask, ["description"])
         again = wire.identify(request, request.request_id)
         written = await asyncio.to_thread(self.service.describe_patch, who, name, request.patch.description, again)
-        _, latest = await asyncio.to_thread(self.service.patch, who, name)
-        return pb.UpdatePatchResponse(
-            patch=wire.write_patch(written.record, latest), position=wire.write_position(written.position)
-        )
+        return pb.UpdatePatchResponse(**await self._changed(who, written))
 
     async def DeletePatch(self, request: pb.DeletePatchRequest, context: rpc.Context) -> pb.DeletePatchResponse:
         who = await self.who(context)
         (name,) = wire.parse_name("name", request.name, "patches/{}", who)
         again = wire.identify(request, request.request_id)
         written = await asyncio.to_thread(self.service.delete_patch, who, name, again)
-        return pb.DeletePatchResponse(
-            patch=wire.write_patch(written.record, 0), position=wire.write_position(written.position)
-        )
+        return pb.DeletePatchResponse(**await self._changed(who, written))
+
+    async def _changed(self, who: Principal, written: Written[Patch]) -> dict[str, Any]:
+        """The fields that every answer to a change of a patch has."""
+        newest = await asyncio.to_thread(self.service.newest_revision, who, written.record)
+        return {
+            "patch": wire.write_patch(written.record, newest),
+            "position": wire.write_position(written.position),
+        }
 
     async def ListPatches(self, request: pb.ListPatchesRequest, context: rpc.Context) -> pb.ListPatchesResponse:
         who = await self.who(context)
