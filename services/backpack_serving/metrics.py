@@ -135,7 +135,7 @@ class GatewayMetrics:
         )
         self.handoff = Histogram(
             "backpack_handoff_seconds",
-            "From choosing a replica until it has taken the request.",
+            "From choosing a replica until it has taken the stream.",
             registry=registry,
             buckets=_MILLISECONDS,
         )

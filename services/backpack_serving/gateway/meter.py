@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
+from backpack_serving.errors import Expired, ServiceError
 from backpack_serving.gateway.limits import Limits
 from backpack_serving.metrics import GatewayMetrics
 
@@ -16,9 +17,9 @@ class Meter:
     def __init__(self, metrics: GatewayMetrics, tenant: str, take: Callable[[int], None]) -> None:
         self._metrics, self.tenant, self._take = metrics, tenant, take
         self._arrived = perf_counter()
-        self._sent = self._first = self._latest = 0.0
+        self._sent = self._taken = self._first = self._latest = 0.0
         self._first_tokens = self._charged = self._prompt = 0
-        self._taken = self._left = False
+        self._runs = self._left = False
         self.made = 0
 
     def charge(self, prompt: int, new: int = 0) -> None:
@@ -28,20 +29,20 @@ class Meter:
 
     def send(self, tries: int) -> None:
         """A replica is about to be called."""
-        self._sent = perf_counter()
+        self._sent, self._runs = perf_counter(), True
         if tries:
             self._metrics.second_tries.inc()
 
     def taken(self) -> None:
-        """The replica has the request."""
-        self._taken = True
-        self._metrics.handoff.observe(perf_counter() - self._sent)
+        """The replica has the stream, if it gives an answer: of one that fails, gRPC tells the same."""
+        self._taken = perf_counter()
 
     def add(self, tokens: int) -> None:
         """A message of a stream came, with so many tokens."""
         self._latest = perf_counter()
         if not self.made:
             self._first, self._first_tokens = self._latest, tokens
+            self._metrics.handoff.observe(self._taken - self._sent)
             self._metrics.first_token.observe(self._latest - self._arrived)
         self.made += tokens
 
@@ -52,11 +53,15 @@ class Meter:
         """
         self._left = True
 
+    def refused(self) -> None:
+        """It ends with a refusal: nothing was used, but for what had come."""
+        self._runs = self.made > 0
+
     def end(self) -> None:
         """Give back what was charged and not used, and tell the metrics."""
-        used = self._charged if self._left else self._prompt + self.made if self._taken else 0
+        used = self._charged if self._left else self._prompt + self.made if self._runs else 0
         self._take(min(0, used - self._charged))
-        self._metrics.tokens(self.tenant, self._prompt if self._taken else 0, self.made)
+        self._metrics.tokens(self.tenant, self._prompt if self._runs else 0, self.made)
         if self._first and self.made > self._first_tokens:
             self._metrics.token.observe((self._latest - self._first) / (self.made - self._first_tokens))
 
@@ -75,5 +80,10 @@ class Meters:
             meter = Meter(self._metrics, tenant, take)
             try:
                 yield meter
+            except Expired:
+                raise
+            except ServiceError:
+                meter.refused()
+                raise
             finally:
                 meter.end()

@@ -220,8 +220,6 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                 try:
                     with count():
                         with rpc.errors():
-                            await call.initial_metadata()
-                            meter.taken()
                             response: R = await call
                         check(response)
                     return response

@@ -1,0 +1,165 @@
+"""What a gateway charges and counts, in front of a replica that answers as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from backpack_lm.manifest import Manifest
+from backpack_lm.tokenizer import Tokenizer
+from backpack_proto.v1 import directory_pb2, inference_pb2_grpc
+from backpack_proto.v1 import inference_pb2 as pb
+from backpack_serving import rpc
+from backpack_serving.client import AsyncClient, Sampling
+from backpack_serving.errors import Exhausted, Internal, ServiceError, Unavailable
+from backpack_serving.gateway.book import Pinned
+from backpack_serving.gateway.limits import Limit, Limits
+from backpack_serving.gateway.meter import Meters
+from backpack_serving.gateway.routing import Router
+from backpack_serving.gateway.servicer import GatewayServicer
+from backpack_serving.gateway.tallies import Tallies
+from backpack_serving.keys import Principal, Role
+from backpack_serving.metrics import Metrics
+from backpack_serving.settings import default_model
+
+MANIFEST, TOKENIZER = Manifest.read(default_model()), Tokenizer.read(default_model() / "tokenizer.json")
+PINNED = Pinned("t", "live", 1, "ab" * 32, 1, 1)
+SERVED = pb.Served(tenant="t", release=1, release_digest=PINNED.digest)
+PROMPT = [1, 2, 3, 4, 5, 6, 7]
+MINUTE = 1000.0
+"""Tokens that a tenant has."""
+
+Ask = Callable[[AsyncClient], Awaitable[object]]
+
+
+class Anybody:
+    """Knows every caller, and pins every request."""
+
+    async def who(self, context: rpc.Context) -> Principal:
+        return Principal("t", "k", frozenset([Role.CALLER]))
+
+    async def channel(self, *_: Any) -> Pinned:
+        return PINNED
+
+
+class Replica(inference_pb2_grpc.InferenceServiceServicer):
+    """Takes every request, and answers in a while, or refuses."""
+
+    refusal: ServiceError | None = None
+
+    async def Score(self, request: pb.ScoreRequest, context: rpc.Context) -> pb.ScoreResponse:
+        await self._work(context)
+        return pb.ScoreResponse(served=SERVED)
+
+    async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
+        await self._work(context)
+        usage = pb.Usage(generated_tokens=3)
+        return pb.GenerateResponse(served=SERVED, usage=usage, finish_reason=pb.FINISH_REASON_STOP)
+
+    async def GenerateStream(
+        self, request: pb.GenerateStreamRequest, context: rpc.Context
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        await self._work(context)
+        yield pb.GenerateStreamResponse(served=SERVED, tokens=[pb.Token()] * 3)
+
+    async def _work(self, context: rpc.Context) -> None:
+        await context.send_initial_metadata(())
+        await asyncio.sleep(0.05)
+        if self.refusal:
+            raise self.refusal
+
+
+@dataclass
+class Running:
+    gateway: str
+    replica: Replica
+    stop_replica: Callable[[], Awaitable[None]]
+    metrics: Metrics
+    left: Callable[[], float]
+
+    def told(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(f"backpack_{name}", labels) or 0.0
+
+
+@asynccontextmanager
+async def _running() -> AsyncIterator[Running]:
+    name, register = "backpack.v1.InferenceService", inference_pb2_grpc.add_InferenceServiceServicer_to_server
+    replica, router, metrics, anybody = Replica(), Router(MANIFEST.fingerprint), Metrics(), Anybody()
+    behind = await rpc.start([rpc.Service(name, register, replica)], "127.0.0.1:0")
+    fingerprint = MANIFEST.fingerprint
+    router.update([directory_pb2.Replica(id="r", address=behind.address, model_fingerprint=fingerprint, slots=1)])
+    # A clock that stands: nothing is refilled.
+    limits = Limits(Limit(tokens_per_minute=MINUTE), clock=lambda: 0.0)
+    meters = Meters(limits, metrics.gateway(lambda: 1, lambda: 0.0))
+    servicer: Any = GatewayServicer(
+        MANIFEST,
+        TOKENIZER,
+        anybody,
+        anybody,
+        meters,
+        router,
+        Tallies(),
+        "key",
+        False,  # type: ignore[arg-type]
+    )
+    front = await rpc.start([rpc.Service(name, register, servicer)], "127.0.0.1:0", metrics.calls("gateway"))
+
+    def left() -> float:
+        """Tokens that the tenant has left."""
+        with limits.request("t") as take:
+            take(1)
+            take(-1)
+        with limits._levels.row("t") as row:
+            return row.tokens[1]
+
+    try:
+        yield Running(front.address, replica, lambda: behind.stop(0), metrics, left)
+    finally:
+        await front.stop(0)
+        await behind.stop(0)
+
+
+async def _score(client: AsyncClient) -> object:
+    return await client.score(PROMPT)
+
+
+async def _generate(client: AsyncClient) -> object:
+    return await client.generate(PROMPT, Sampling(100))
+
+
+async def _stream(client: AsyncClient) -> object:
+    return [part async for part in client.stream(PROMPT, Sampling(100))]
+
+
+@pytest.mark.parametrize("ask", [_score, _generate, _stream])
+@pytest.mark.parametrize(
+    "refusal",
+    [None, Exhausted("QUEUE_FULL", "later"), Unavailable("DRAINING", "elsewhere"), Internal("NON_FINITE", "?")],
+    ids=["gone", "full", "draining", "failed"],
+)
+async def test_what_is_refused_costs_nothing(ask: Ask, refusal: ServiceError | None) -> None:
+    async with _running() as system, AsyncClient(system.gateway, attempts=1) as client:
+        system.replica.refusal = refusal
+        if refusal is None:
+            await system.stop_replica()
+        with pytest.raises(ServiceError):
+            await ask(client)
+        assert system.left() == MINUTE
+        for kind in ("prompt", "generated"):
+            assert system.told("tokens_total", tenant="t", kind=kind) == 0
+        assert system.told("handoff_seconds_count") == 0, "no replica has it"
+
+
+@pytest.mark.parametrize(("ask", "made"), [(_score, 0), (_generate, 3), (_stream, 3)])
+async def test_what_is_answered_costs_its_prompt_and_what_was_made(ask: Ask, made: int) -> None:
+    async with _running() as system, AsyncClient(system.gateway) as client:
+        await ask(client)
+        assert system.left() == MINUTE - len(PROMPT) - made
+        assert system.told("tokens_total", tenant="t", kind="prompt") == len(PROMPT)
+        assert system.told("tokens_total", tenant="t", kind="generated") == made
+        # Of an answer in one piece gRPC doesn't tell when the replica took the request.
+        assert system.told("handoff_seconds_count") == (ask is _stream)
