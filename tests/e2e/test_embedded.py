@@ -179,6 +179,26 @@ async def test_stop_strings_end_the_text_before_them(system: System) -> None:
     assert parts[-1].usage.generated_tokens < 30
 
 
+async def test_a_stop_string_ends_the_work_though_the_answer_comes_in_one_piece(system: System) -> None:
+    """The engine isn't asked for the other tokens."""
+    key = await system.tenant()
+    sampling = pb.Sampling(max_tokens=450, seed=2, ignore_end_of_text=True)
+    whole = await system.stream(key, PROMPT, max_tokens=30, seed=2, ignore_end_of_text=True)
+    sampling.stop.append("".join(p.text for p in whole)[20:26])
+
+    def made() -> float:
+        assert system.metrics is not None
+        kind = {"kind": "generated"}
+        return system.metrics.registry.get_sample_value("backpack_replica_tokens_total", kind) or 0.0
+
+    before = made()
+    request = pb.GenerateRequest(prompt=pb.Prompt(text=PROMPT), sampling=sampling)
+    answer = await system.inference.Generate(request, metadata=key)
+    assert answer.finish_reason == pb.FINISH_REASON_STOP
+    assert answer.usage.generated_tokens < 30
+    assert made() - before < 300
+
+
 async def test_an_activation_steers_the_next_request_and_not_the_one_that_runs(system: System) -> None:
     key = await system.tenant()
     request = pb.GenerateStreamRequest(

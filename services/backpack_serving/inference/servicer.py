@@ -49,7 +49,9 @@ class InferenceServicer(ReadingMethods):
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
         response = pb.GenerateResponse(more_samples=[pb.Sample() for _ in range(request.sampling.samples - 1)])
         samples: list[pb.GenerateResponse | pb.Sample] = [response, *response.more_samples]
-        async with aclosing(self._generate(request, context, coalesce=math.inf)) as parts:
+        # A stop string is found when the text comes: until the end, the engine would make tokens for nothing.
+        coalesce = wire.COALESCE if request.sampling.stop else math.inf
+        async with aclosing(self._generate(request, context, coalesce)) as parts:
             async for part in parts:
                 sample = samples[part.sample]
                 sample.text += part.text
