@@ -167,6 +167,19 @@ async def test_the_first_token_comes_alone_then_they_are_gathered(system: System
     assert [t.id for p in apart for t in p.tokens] == [t.id for p in gathered for t in p.tokens]
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-37, 1e-40, 1e-300])
+@pytest.mark.parametrize("others", [{}, {"top_k": 9, "top_p": 0.9}], ids=str)
+async def test_the_coldest_temperatures_are_greedy(
+    system: System, temperature: float, others: dict[str, float]
+) -> None:
+    key = await system.tenant()
+    made = [
+        [t.id for p in await system.stream(key, PROMPT, max_tokens=5, **how) for t in p.tokens]
+        for how in ({"temperature": 0.0}, {"temperature": temperature, "seed": 1, **others})
+    ]
+    assert made[0] == made[1]
+
+
 async def test_stop_strings_end_the_text_before_them(system: System) -> None:
     key = await system.tenant(*EDITS["copy"])
     whole = "".join(

@@ -30,6 +30,8 @@ LARGEST_STOP, MOST_STOPS, MOST_ALTERNATIVES, MOST_SAMPLES = 256, 16, 20, 16
 HIGHEST_PRIORITY = 100
 DEFAULT_EXPLAINED, MOST_EXPLAINED, MOST_IN_ONE_ANSWER = 8, 64, 40_000
 COALESCE, LONGEST_COALESCE = 0.03, 1.0
+GREEDY_BELOW = 1e-6
+"""A temperature that draws the likeliest token anyway. Logits that are divided by much less are beyond float32."""
 
 Generation = pb.GenerateRequest | pb.GenerateStreamRequest
 
@@ -83,9 +85,10 @@ def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackC
     if found:
         raise InvalidRequest.of(*found)
     s = request.sampling
+    temperature = s.temperature if s.HasField("temperature") else 1.0
     sampling = Sampling(
         max_tokens=max_tokens,
-        temperature=s.temperature if s.HasField("temperature") else 1.0,
+        temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
         top_k=s.top_k,
         top_p=s.top_p if s.HasField("top_p") else 1.0,
         seed=s.seed if s.HasField("seed") else secrets.randbits(64),
