@@ -71,7 +71,8 @@ def read_question(request: pb.CompareRequest, tokenizer: Tokenizer, config: Back
         raise InvalidRequest.at("mode", "UNKNOWN_VALUE", f"{request.mode} is no mode of comparing")
     score = request.mode == pb.COMPARE_MODE_SCORE
     reader = WordReader(tokenizer, config.num_senses)
-    targets = tuple(reader.token(f"targets[{at}]", word) for at, word in enumerate(request.targets))
+    some = request.targets[:MOST_TARGETS]
+    targets = tuple(reader.token(f"targets[{at}]", word) for at, word in enumerate(some))
     if score and len(ids) < 2:
         reader.refuse("prompt", "TOO_SHORT", "one token; a score needs at least two")
     if score and (request.top or targets):
@@ -79,8 +80,8 @@ def read_question(request: pb.CompareRequest, tokenizer: Tokenizer, config: Back
         reader.refuse(field, "NOT_IN_THIS_MODE", "for mode NEXT_TOKEN; leave it out to score a text")
     if not 0 <= request.top <= MOST_TOP:
         reader.refuse("top", "OUT_OF_RANGE", f"{request.top}; 1 to {MOST_TOP}, or 0 for {DEFAULT_TOP}")
-    if len(targets) > MOST_TARGETS:
-        reader.refuse("targets", "TOO_MANY", f"{len(targets)}; at most {MOST_TARGETS}")
+    if len(request.targets) > MOST_TARGETS:
+        reader.refuse("targets", "TOO_MANY", f"{len(request.targets)}; at most {MOST_TARGETS}")
     if reader.violations:
         raise InvalidRequest.of(*reader.violations)
     return Question(ids, score, min(request.top or DEFAULT_TOP, config.tokens), targets)

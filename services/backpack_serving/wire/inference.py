@@ -183,7 +183,7 @@ def _sampling_violations(s: pb.Sampling) -> Iterator[Violation]:
         yield Violation("sampling.samples", "OUT_OF_RANGE", f"{s.samples}; 1 to {MOST_SAMPLES}, or 0 for 1")
     if len(s.stop) > MOST_STOPS:
         yield Violation("sampling.stop", "TOO_MANY", f"{len(s.stop)}; at most {MOST_STOPS}")
-    for at, stop in enumerate(s.stop):
+    for at, stop in enumerate(s.stop[:MOST_STOPS]):
         if not 0 < len(stop) <= LARGEST_STOP:
             yield Violation(f"sampling.stop[{at}]", "OUT_OF_RANGE", f"{len(stop)} characters; 1 to {LARGEST_STOP}")
 

@@ -25,6 +25,9 @@ WORD_POLICIES = {
     inference_pb2.WORD_POLICY_ALL_TOKENS: WordPolicy.ALL,
 }
 
+LONGEST_WORD = 256
+"""Most bytes of a word that must be one token: reading a megabyte of it would keep a server's event loop busy."""
+
 _BYTES_OF = {interventions_pb2.DATA_TYPE_FLOAT32: 4, interventions_pb2.DATA_TYPE_FLOAT16: 2}
 
 
@@ -58,6 +61,9 @@ class WordReader:
 
     def token(self, field: str, word: inference_pb2.Word) -> int:
         """The one id of a word; 0, and a violation, if it has several."""
+        if not word.HasField("token") and (size := len(word.text.encode())) > LONGEST_WORD:
+            self.refuse(field, "TOO_LONG", f"a word of {size} bytes; at most {LONGEST_WORD}")
+            return 0
         found = self.tokens(field, word)
         if len(found) > 1:
             self.refuse(field, "NOT_ONE_TOKEN", f"{word.text!r} is {len(found)} tokens; here it must be one")

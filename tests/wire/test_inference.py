@@ -1,0 +1,72 @@
+"""Requests for text: what would keep an event loop busy is refused before it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from backpack_lm.manifest import Manifest
+from backpack_lm.tokenizer import Tokenizer
+from backpack_proto.v1 import inference_pb2 as pb
+from backpack_serving.errors import InvalidRequest
+from backpack_serving.settings import default_model
+from backpack_serving.wire.compare import read_question
+from backpack_serving.wire.inference import read_generation, read_word
+
+TOKENIZER = Tokenizer.read(default_model() / "tokenizer.json")
+CONFIG = Manifest.read(default_model()).config
+PROMPT = pb.Prompt(text="The king")
+LONG = "ab" * 500_000
+
+
+def _generate(*stop: str) -> object:
+    request = pb.GenerateRequest(prompt=PROMPT, sampling=pb.Sampling(stop=stop))
+    return read_generation(request, TOKENIZER, CONFIG)
+
+
+def _compare(*targets: pb.Word) -> object:
+    return read_question(pb.CompareRequest(prompt=PROMPT, targets=targets), TOKENIZER, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("read", "field", "reason", "says"),
+    [
+        (lambda: _generate(*[""] * 300_000), "sampling.stop", "TOO_MANY", "300000; at most 16"),
+        (lambda: _compare(*[pb.Word(text="king")] * 100_000), "targets", "TOO_MANY", "100000; at most 64"),
+        (lambda: _compare(pb.Word(text=LONG)), "targets[0]", "TOO_LONG", "1000000 bytes; at most 256"),
+        (
+            lambda: _compare(pb.Word(text=LONG, policy=pb.WORD_POLICY_FIRST_TOKEN)),
+            "targets[0]",
+            "TOO_LONG",
+            "1000000 bytes; at most 256",
+        ),
+        (
+            lambda: read_word("word", pb.Word(text="\N{WAVE DASH}" * 86), TOKENIZER, CONFIG),
+            "word",
+            "TOO_LONG",
+            "258 bytes; at most 256",
+        ),
+    ],
+    ids=["stops", "targets", "word", "first token", "characters"],
+)
+def test_what_is_too_much_is_refused_before_it_is_read(
+    read: Callable[[], object], field: str, reason: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, words = Tokenizer.encode, []
+
+    def watched(self: Tokenizer, text: str) -> list[int]:
+        words.append(text)
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", watched)
+    with pytest.raises(InvalidRequest) as refused:
+        read()
+    assert says in next(v.description for v in refused.value.violations if (v.field, v.reason) == (field, reason))
+    assert len(refused.value.violations) <= 17
+    assert len(words) <= 65
+    assert max(map(len, words), default=0) < 300
+
+
+def test_a_word_with_its_token_may_be_of_any_length() -> None:
+    """As answers give it: the token counts."""
+    assert read_word("word", pb.Word(text=LONG, token=5), TOKENIZER, CONFIG) == 5
