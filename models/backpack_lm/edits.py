@@ -1,8 +1,8 @@
 """The kinds of edit, and how a refusal is worded.
 
 An edit acts on selected cells of the sense table, a cell being one (token, sense) pair with its vector
-v = C(token)_sense of width d. What each kind does to v is its docstring (BACKPACK.md, section 2); `overlay.py`
-does it, `canonical.py` writes it down, `patch.py` says when it is allowed.
+v = C(token)_sense of width d. What each kind does to v is its docstring; `overlay.py` does it,
+`canonical.py` writes it down, `patch.py` says when it is allowed.
 """
 
 from __future__ import annotations

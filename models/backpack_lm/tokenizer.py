@@ -69,7 +69,7 @@ class Tokenizer:
         return self._bytes[token].decode("utf-8", "replace")
 
     def word_ids(self, word: str, policy: WordPolicy = WordPolicy.SINGLE) -> tuple[int, ...]:
-        """The ids that stand for a word, encoded with a leading space: " nurse" (BACKPACK.md, section 2).
+        """The ids that stand for a word, encoded with a leading space, as words stand in texts: " nurse".
 
         A token of the vocabulary spelled out with its own leading space is taken as it is. Raises
         WordError if the word is empty, or has several tokens and `policy` is SINGLE.
