@@ -12,7 +12,7 @@ import structlog
 
 from backpack_serving import rpc
 from backpack_serving.errors import Unauthenticated
-from backpack_serving.keys import PREFIX, SYSTEM, Holder, Principal, Role
+from backpack_serving.keys import PREFIX, SYSTEM, Holder, Principal, Role, misplaced
 from backpack_serving.tokens import Issuer, Tokens
 
 
@@ -68,9 +68,8 @@ def _principal(tenant: str, kind: str, name: str, roles: Sequence[str]) -> Princ
     Raises Unauthenticated if it would make an operator of a tenant, or the other way round.
     """
     known = frozenset(role for role in Role if role.value in roles)
-    operators = {Role.ADMIN, Role.REPLICA}
-    if wrong := [role for role in sorted(known) if (role in operators) != (tenant == SYSTEM)]:
+    if wrong := misplaced(sorted(known), tenant):
         raise Unauthenticated(
-            "BAD_ROLES", f"{wrong[0]} for tenants/{tenant}: admin and replica are roles of tenants/{SYSTEM} alone"
+            "BAD_ROLES", f"{wrong} for tenants/{tenant}: admin and replica are roles of tenants/{SYSTEM} alone"
         )
     return Principal(tenant, quote(name, safe=":@."), known, kind)

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -35,6 +36,15 @@ class Role(StrEnum):
     RELEASER = "releaser"
     CALLER = "caller"
     REPLICA = "replica"
+
+
+OPERATORS = frozenset({Role.ADMIN, Role.REPLICA})
+"""Roles of the tenant `system`, and of no other; it has no other roles."""
+
+
+def misplaced(roles: Iterable[Role], tenant: str) -> Role | None:
+    """The first of these roles that nobody of this tenant may have."""
+    return next((role for role in roles if (role in OPERATORS) != (tenant == SYSTEM)), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,10 @@ from backpack_lm.patch import Cell, ModelShape, Scale
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.journal import Journal
 from backpack_serving.interventions.ledger import Request
-from backpack_serving.interventions.service import LIVE, Interventions
+from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
 from backpack_serving.keys import SYSTEM, ApiKey, Principal, Role
+from backpack_serving.sync.known import LIVE
 from backpack_serving.sync.messages import Snapshot
 from backpack_serving.wire.sync import write_to_reader
 from rich.progress import track

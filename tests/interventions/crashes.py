@@ -22,8 +22,9 @@ from backpack_serving.errors import Unavailable
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import Request, Written, verify_chain
 from backpack_serving.interventions.records import Channel, Event, Patch, Release, Revision, Tenant
-from backpack_serving.interventions.service import LIVE, Interventions
+from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
+from backpack_serving.sync.known import LIVE
 
 from tests.interventions.conftest import ADMIN, SHAPE, releaser
 

@@ -18,8 +18,9 @@ from typing import Any
 from backpack_lm.patch import Cell, Scale
 from backpack_serving.errors import Conflict, Unavailable
 from backpack_serving.interventions.ledger import Request
-from backpack_serving.interventions.service import LIVE, Interventions
+from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
+from backpack_serving.sync.known import LIVE
 from detangle import lin
 
 from tests.interventions.conftest import ADMIN, SHAPE, releaser

@@ -20,12 +20,13 @@ from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import Request
 from backpack_serving.interventions.postgres import PostgresStore
 from backpack_serving.interventions.records import Event, Patch
-from backpack_serving.interventions.service import LIVE, Interventions
+from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.sql import SQLStore, Transaction
 from backpack_serving.interventions.sqlite import SQLiteStore
 from backpack_serving.interventions.store import Store
 from backpack_serving.interventions.tables import metadata
 from backpack_serving.keys import SYSTEM
+from backpack_serving.sync.known import LIVE
 from typer.testing import CliRunner
 
 from tests.interventions.conftest import ADMIN, HALVE, REPLICA, SHAPE, releaser

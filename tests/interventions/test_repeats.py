@@ -21,10 +21,10 @@ from backpack_serving.errors import Conflict, InvalidRequest
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import REPLIES_KEPT, Request, verify_chain
 from backpack_serving.interventions.records import Event, Reply
-from backpack_serving.interventions.rules import LIVE
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import MemoryStore, Store, Write
 from backpack_serving.keys import Principal, Role
+from backpack_serving.sync.known import LIVE
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (

@@ -20,9 +20,10 @@ from backpack_serving.errors import (
     Unauthenticated,
 )
 from backpack_serving.interventions.ledger import Request
-from backpack_serving.interventions.service import LIVE, Interventions
+from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Read, Store
 from backpack_serving.keys import SYSTEM, ApiKey, Principal, Role
+from backpack_serving.sync.known import LIVE
 
 from tests.interventions.conftest import ADMIN, HALVE, REMOVE, REPLICA, SHAPE, releaser
 

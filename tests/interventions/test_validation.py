@@ -17,10 +17,11 @@ from backpack_proto.v1.inference_pb2 import Word
 from backpack_serving.errors import InvalidRequest, PreconditionFailed, ServiceError
 from backpack_serving.interventions import bootstrap
 from backpack_serving.interventions.ledger import Request
-from backpack_serving.interventions.service import LIVE, Interventions
+from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import MemoryStore, Store
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings, default_model
+from backpack_serving.sync.known import LIVE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

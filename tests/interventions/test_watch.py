@@ -19,9 +19,9 @@ import pytest
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import Request, raise_epoch
 from backpack_serving.interventions.records import Event, Position, visible
-from backpack_serving.interventions.rules import LIVE
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
+from backpack_serving.sync.known import LIVE
 
 from tests.interventions.conftest import ADMIN, SHAPE, releaser
 from tests.interventions.crashes import patiently, request

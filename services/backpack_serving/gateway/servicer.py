@@ -23,7 +23,7 @@ from backpack_serving.gateway.routing import Router, Target
 from backpack_serving.gateway.tallies import Tallies
 from backpack_serving.identity import Identities
 from backpack_serving.keys import Principal, Role
-from backpack_serving.sync.known import Position
+from backpack_serving.sync.known import LIVE, Position
 from backpack_serving.wire import inference as wire
 from backpack_serving.wire.compare import read_choices, read_question
 from backpack_serving.wire.sync import read_position, write_pin
@@ -168,7 +168,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
 
     async def _pin(self, meter: Meter, request: Any) -> Pinned:
         """The release that the request has from here to its last token."""
-        channel = request.channel or wire.DEFAULT_CHANNEL
+        channel = request.channel or LIVE
         return await self._releases.channel(meter.tenant, channel, request.request_key, _since(request))
 
     def _how(self, context: rpc.Context, pinned: Pinned) -> dict[str, Any]:

@@ -15,9 +15,6 @@ from backpack_serving.interventions.records import Revision
 from backpack_serving.interventions.store import Read, Store
 from backpack_serving.keys import Principal
 
-LIVE = "live"
-"""The channel that every tenant has, and that a request gets which names none."""
-
 LONGEST_TEXT = 4096
 
 _ID = re.compile(r"[a-z][a-z0-9-]{0,62}")

@@ -15,12 +15,10 @@ from backpack_serving.interventions.integrity import check_release
 from backpack_serving.interventions.ledger import Request, Written, verify_pages
 from backpack_serving.interventions.patches import PatchRules
 from backpack_serving.interventions.records import Channel, Event, Key, Position, Record, Release, Tenant
-from backpack_serving.interventions.rules import LIVE, check_text
+from backpack_serving.interventions.rules import check_text
 from backpack_serving.interventions.store import Write
 from backpack_serving.interventions.tenants import TenantRules
 from backpack_serving.keys import Principal, Role
-
-__all__ = ["LIVE", "Interventions"]
 
 MOST_RESOLVED = 256
 """Releases that a gateway may ask for at once: as many as one comparison may have."""

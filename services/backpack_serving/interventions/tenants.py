@@ -13,9 +13,10 @@ from backpack_serving.errors import AlreadyExists, InvalidRequest, PreconditionF
 from backpack_serving.interventions import find
 from backpack_serving.interventions.ledger import Request, Written
 from backpack_serving.interventions.records import Channel, Key, Record, Release, Tenant
-from backpack_serving.interventions.rules import LIVE, Rules, check_id
+from backpack_serving.interventions.rules import Rules, check_id
 from backpack_serving.interventions.store import Write
-from backpack_serving.keys import SYSTEM, ApiKey, Principal, Role, Verifier
+from backpack_serving.keys import SYSTEM, ApiKey, Principal, Role, Verifier, misplaced
+from backpack_serving.sync.known import LIVE
 
 TOO_FEW_TO_ASK = 10
 """So many tenants may be suspended at once without force, however few there are."""
@@ -101,10 +102,9 @@ class TenantRules(Rules):
         who.require(Role.ADMIN)
         if not roles:
             raise InvalidRequest.at("roles", "EMPTY", "a key without roles may do nothing; give at least one")
-        operators = {Role.ADMIN, Role.REPLICA}
-        if wrong := [r for r in roles if (r in operators) != (tenant == SYSTEM)]:
+        if wrong := misplaced(roles, tenant):
             raise InvalidRequest.at(
-                "roles", "WRONG_TENANT", f"{wrong[0]}: admin and replica are roles of tenants/{SYSTEM} alone"
+                "roles", "WRONG_TENANT", f"{wrong}: admin and replica are roles of tenants/{SYSTEM} alone"
             )
         minted = ApiKey.mint()
 

@@ -9,6 +9,9 @@ from enum import StrEnum
 
 from backpack_serving.keys import Principal, Verifier
 
+LIVE = "live"
+"""The channel that every tenant has, and that a request gets which names none."""
+
 RESIDENT = 3
 """How many releases of a channel stay compiled in replicas: the one that it is at, and those before it."""
 

@@ -24,7 +24,6 @@ PIN = "backpack-pin-bin"
 MESSAGE_LIMIT = 2**20
 """Largest request for text that a server takes, in bytes: far more than any context holds."""
 
-DEFAULT_CHANNEL = "live"
 DEFAULT_TOKENS = 64
 LARGEST_STOP, MOST_STOPS, MOST_ALTERNATIVES, MOST_SAMPLES = 256, 16, 20, 16
 HIGHEST_PRIORITY = 100
