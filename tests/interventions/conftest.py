@@ -11,9 +11,10 @@ from backpack_lm.patch import Cell, ModelShape, Scale
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import Request
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.interventions.store import MemoryStore, Store
+from backpack_serving.interventions.store import Store
 from backpack_serving.keys import SYSTEM, ApiKey, Principal, Role
 
+from tests.interventions.memory import MemoryStore
 from tests.interventions.postgres import Postgres
 
 SHAPE = ModelShape("ab" * 32, vocab_size=50, num_senses=4, width=8, sense_rms=(1.0,) * 4)

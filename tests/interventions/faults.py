@@ -26,9 +26,10 @@ from backpack_serving.interventions.ledger import Ledger, Request, Written
 from backpack_serving.interventions.records import Blob, Event, Position, Reply, key_of
 from backpack_serving.interventions.sql import SQLStore, Transaction
 from backpack_serving.interventions.sqlite import SQLiteStore
-from backpack_serving.interventions.store import MemoryStore, _Tables
 from backpack_serving.interventions.tables import head
 from backpack_serving.keys import Principal
+
+from tests.interventions.memory import MemoryStore, Tables
 
 
 def relaxed_fsync(patch: pytest.MonkeyPatch) -> None:
@@ -189,7 +190,7 @@ def stale_reads(patch: pytest.MonkeyPatch) -> None:
 
     @contextmanager
     def late(self: MemoryStore, tenant: str | None = None) -> Iterator[Any]:
-        seen: _Tables = getattr(self, "_before", self._now)
+        seen: Tables = getattr(self, "_before", self._now)
         yield seen.seen_by(tenant)
 
     patch.setattr(MemoryStore, "write", remember)
@@ -240,7 +241,7 @@ def model_unchecked(patch: pytest.MonkeyPatch) -> None:
 
 def epoch_kept(patch: pytest.MonkeyPatch) -> None:
     """A restore from a backup goes on in the old epoch."""
-    for kind in (Transaction, _Tables):
+    for kind in (Transaction, Tables):
         patch.setattr(kind, "begin", lambda self, epoch: None)
 
 

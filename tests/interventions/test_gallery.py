@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from backpack_serving.interventions.database import open_store
-from backpack_serving.interventions.store import MemoryStore
 
 from tests.interventions import faults
 from tests.interventions.crashes import Fault, check_database_killed, check_service_killed
 from tests.interventions.histories import record
+from tests.interventions.memory import MemoryStore
 from tests.interventions.postgres import Postgres
 from tests.interventions.power import Disk, driver
 from tests.interventions.test_chain import check_flips

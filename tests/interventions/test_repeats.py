@@ -22,7 +22,7 @@ from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import REPLIES_KEPT, Request, verify_chain
 from backpack_serving.interventions.records import Event, Reply
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.interventions.store import MemoryStore, Store, Write
+from backpack_serving.interventions.store import Store, Write
 from backpack_serving.keys import Principal, Role
 from backpack_serving.sync.known import LIVE
 from hypothesis import HealthCheck, settings
@@ -37,6 +37,7 @@ from hypothesis.stateful import (
 )
 
 from tests.interventions.conftest import ADMIN, SHAPE
+from tests.interventions.memory import MemoryStore
 from tests.interventions.postgres import Postgres
 
 TENANTS = ("acme", "other")

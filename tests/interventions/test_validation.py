@@ -18,7 +18,7 @@ from backpack_serving.errors import InvalidRequest, PreconditionFailed, ServiceE
 from backpack_serving.interventions import bootstrap
 from backpack_serving.interventions.ledger import Request
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.interventions.store import MemoryStore, Store
+from backpack_serving.interventions.store import Store
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings, default_model
 from backpack_serving.sync.known import LIVE
@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 from tests.interventions.conftest import ADMIN, SHAPE, releaser
 from tests.interventions.control import Control
+from tests.interventions.memory import MemoryStore
 
 LIMITS = Limits(cells=16, blob_bytes=2000, revisions=2, topic_words=4)
 WIDTH = SHAPE.width
