@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import count
+
 import pytest
 from backpack_serving.engine.engine import Engine, QueueFull
 from backpack_serving.engine.sampling import Sampling
@@ -39,6 +42,27 @@ def test_a_flood_of_one_tenant_does_not_starve_another(make_engine, overlays) ->
         engine.add(ask(f"small {n}", overlays["none"], "small"))
     places = [n for n, name in enumerate(order_of_first_tokens(engine)) if name.startswith("small")]
     assert max(places) <= 12
+
+
+def test_a_tenant_that_always_runs_something_saves_nothing_up(make_engine, overlays) -> None:
+    """One keeps a single stream while another floods; then it floods, too, and they share from the first step."""
+    engine, made = make_engine(slots=4), Counter[str]()
+
+    def keep(tenant: str, many: int, new: int) -> None:
+        for _ in range(many - sum(s.request.tenant == tenant for s in engine._scheduler)):
+            engine.add(ask(f"{tenant} {next(numbers)}", overlays["none"], tenant, length=4, new=new))
+
+    numbers = count()
+    for step in range(600):
+        keep("flood", 12, new=10)
+        if step % 20 == 0:
+            keep("quiet", 2 if step else 1, new=24)  # beside the one before, which will soon end
+        engine.step()
+    for _ in range(100):
+        keep("flood", 12, new=10)
+        keep("quiet", 12, new=10)
+        made.update(o.request_id.split()[0] for o in engine.step())
+    assert made["flood"] > 130, "of 400"
 
 
 def test_a_long_prompt_never_stalls_a_running_stream(make_engine, overlays) -> None:

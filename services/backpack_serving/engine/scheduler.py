@@ -1,8 +1,8 @@
 """Who runs next: which sequences decode, which prompts are read, who waits. Arithmetic only.
 
 Tenants share by the virtual token counter (Sheng et al., OSDI 2024): each has a counter of the tokens it was
-served; the waiting tenant with the least goes first; one that was away is lifted to the least of those
-present, so that nobody saves up. Within a tenant, the higher priority goes first, then who came first.
+served; the waiting tenant with the least goes first; one that had nothing waiting is lifted to the least of those
+that wait, so that nobody saves up. Within a tenant, the higher priority goes first, then who came first.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Scheduler:
         self.step_tokens, self.queue = step_tokens, queue
         self.running: list[Sequence] = []
         self._tenants: dict[str, _Tenant] = {}
+        self._level = 0.0  # the counter of the tenant that was admitted last, as it was before
 
     @property
     def waiting(self) -> int:
@@ -78,11 +79,11 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn; ask `can_add` first."""
-        name = sequence.request.tenant
-        if name not in self._tenants:
-            present = [tenant.served for tenant in self._tenants.values()]
-            self._tenants[name] = _Tenant(served=min(present, default=0.0))
-        insort(self._tenants[name].waiting, sequence, key=lambda s: -s.request.priority)
+        tenant = self._tenants.setdefault(sequence.request.tenant, _Tenant())
+        if not tenant.waiting:
+            least = min((t.served for t in self._tenants.values() if t.waiting), default=self._level)
+            tenant.served = max(tenant.served, least)
+        insort(tenant.waiting, sequence, key=lambda s: -s.request.priority)
 
     def admit(self, start: Callable[[Sequence], bool]) -> None:
         """Start waiting sequences, fairest first, until `start` says that one can't be."""
@@ -92,6 +93,7 @@ class Scheduler:
                 return
             sequence = tenant.waiting.pop(0)
             tenant.running += 1
+            self._level = tenant.served
             # The prompt is charged when it is admitted: what matters is who gets the next slot. What is reused
             # of it costs nothing.
             tenant.served += len(sequence.request.prompt) - sequence.reused
