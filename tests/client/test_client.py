@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,9 +210,12 @@ class Script(inference_pb2_grpc.InferenceServiceServicer):
 
     def __init__(self) -> None:
         self.calls: list[list[str | ServiceError | None]] = []
+        self.seconds: list[float] = []
+        self.keys: list[str | None] = []
         self.left = asyncio.Event()
 
     async def GenerateStream(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateStreamResponse]:
+        self._note(context)
         for said in self.calls.pop(0):
             if isinstance(said, ServiceError):
                 raise said
@@ -223,10 +227,16 @@ class Script(inference_pb2_grpc.InferenceServiceServicer):
                 raise
 
     async def Generate(self, request: Any, context: Any) -> pb.GenerateResponse:
+        self._note(context)
         said = self.calls.pop(0)[0]
         if isinstance(said, ServiceError):
             raise said
         return pb.GenerateResponse(text=said or "", finish_reason=pb.FINISH_REASON_LENGTH)
+
+    def _note(self, context: Any) -> None:
+        """What each call came with: seconds that it has, and its key."""
+        self.seconds.append(context.time_remaining())
+        self.keys.append(rpc.bearer(context))
 
 
 def _away() -> Unavailable:
@@ -248,19 +258,20 @@ async def _scripted() -> AsyncIterator[tuple[Script, str]]:
     await server.stop()
 
 
+async def _ask_by(form: str, kind: str, address: str, **how: Any) -> str:
+    if form == "blocking":
+        return await asyncio.to_thread(_blocking, address, kind, how)
+    async with AsyncClient(address, **how) as client:
+        if kind == "generate":
+            return (await client.generate("x")).text
+        return "".join([part.text async for part in client.stream("x")])
+
+
 @pytest.mark.parametrize("kind", ["stream", "generate"])
 @pytest.mark.parametrize("form", ["async", "blocking"])
 async def test_what_has_not_begun_is_tried_again(kind: str, form: str) -> None:
     async with _scripted() as (script, address):
-
-        async def ask(**how: Any) -> str:
-            if form == "blocking":
-                return await asyncio.to_thread(_blocking, address, kind, how)
-            async with AsyncClient(address, **how) as client:
-                if kind == "generate":
-                    return (await client.generate("x")).text
-                return "".join([part.text async for part in client.stream("x")])
-
+        ask = partial(_ask_by, form, kind, address)
         script.calls = [[_away()], [_away()], ["fine"]]
         assert await ask() == "fine"
         script.calls = [[_away()], [_away()], ["too late"]]
@@ -276,6 +287,40 @@ async def test_what_has_not_begun_is_tried_again(kind: str, form: str) -> None:
             with pytest.raises(Unavailable):
                 await ask()
             assert len(script.calls) == 1, "half a text can't be taken back"
+
+
+@pytest.mark.parametrize("kind", ["stream", "generate"])
+@pytest.mark.parametrize("form", ["async", "blocking"])
+async def test_all_attempts_have_the_time_of_one_call(kind: str, form: str) -> None:
+    async with _scripted() as (script, address):
+        script.calls = [[Unavailable("STALE", "later", retry_after=1.0)], ["fine"]]
+        assert await _ask_by(form, kind, address, timeout=10.0) == "fine"
+        first, second = script.seconds
+        assert second < first - 0.5, "to within the 3 % that gRPC rounds up"
+        script.calls = [[Unavailable("STALE", "later", retry_after=60.0)], ["not asked for"]]
+        with pytest.raises(Unavailable) as refused:  # now: there is no time for another
+            await asyncio.wait_for(_ask_by(form, kind, address, timeout=30.0), 20)
+        assert (refused.value.retry_after, len(script.calls)) == (60.0, 1)
+
+
+@pytest.mark.parametrize("kind", ["stream", "generate"])
+@pytest.mark.parametrize("form", ["async", "blocking"])
+async def test_a_key_may_end_its_line_and_one_that_cant_be_sent_is_refused(kind: str, form: str) -> None:
+    async with _scripted() as (script, address):
+        script.calls = [["fine"], ["not asked for"]]
+        assert await _ask_by(form, kind, address, key="bp_key\n") == "fine"
+        assert script.keys == ["bp_key"]
+        for key in ("bp_clé", "bp_key\nbp_key", "bp_\0"):
+            with pytest.raises(Unauthenticated, match="one line of plain ASCII") as refused:
+                await _ask_by(form, kind, address, key=key)
+            assert refused.value.reason == "MALFORMED_KEY"
+            assert key not in str(refused.value)
+        assert len(script.calls) == 1
+
+
+def test_no_attempt_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="attempts=0; 1"):
+        Client("127.0.0.1:1", attempts=0)
 
 
 @pytest.mark.parametrize("form", ["async", "blocking"])

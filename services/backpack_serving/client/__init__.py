@@ -20,7 +20,7 @@
 
 They are given an address, host:port (or `dns:///name:port`, over all of whose addresses calls are spread), and a
 key: an API key, a token, or a function that gives one; none where a client certificate (`tls`) says who calls.
-`timeout` is in seconds, for a whole call; None: none.
+`timeout` is in seconds, for a whole call with all its attempts; None: none.
 
 **Text.** Calls take `channel` (default "live"), whose release steers them; `request_key`, which decides under a
 canary: the same key, the same release; and `since`, a position of the store: the call waits a moment until its

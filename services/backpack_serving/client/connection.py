@@ -8,6 +8,7 @@ result. `blocking` makes a method of one, with the types of its arguments and it
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 import uuid
@@ -107,6 +108,8 @@ class Connected:
         attempts: int = 4,
         transport: type[Transport] = OnLoop,
     ) -> None:
+        if attempts < 1:
+            raise ValueError(f"attempts={attempts}; 1 for no second one, or more")
         self._transport = transport(address, tls)
         self._key, self._timeout, self._attempts = key, timeout, attempts
 
@@ -121,21 +124,31 @@ class Connected:
     ) -> None:
         await self.close()
 
-    def _how(self, timeout: float | None) -> dict[str, Any]:
+    def _until(self, timeout: float | None) -> float:
+        """The moment by which a call that begins now must have ended, with all its attempts."""
+        seconds = self._timeout if timeout is None else timeout
+        return math.inf if seconds is None else time.monotonic() + seconds
+
+    def _how(self, until: float) -> dict[str, Any]:
         key = self._key if isinstance(self._key, str) else self._key()
-        return {"metadata": rpc.with_key(key), "timeout": self._timeout if timeout is None else timeout}
+        left = None if until == math.inf else max(0.0, until - time.monotonic())
+        return {"metadata": rpc.with_key(key), "timeout": left}
+
+    async def _once(self, method: Any, request: Any, until: float) -> Any:
+        with rpc.errors():
+            return await self._transport.unary(method, request, **self._how(until))
 
     async def _call(self, method: Any, request: Any, timeout: float | None = None) -> Any:
-        with rpc.errors():
-            return await self._transport.unary(method, request, **self._how(timeout))
+        return await self._once(method, request, self._until(timeout))
 
     async def _repeated(self, method: Any, request: Any, timeout: float | None = None) -> Any:
         """A call that may be made again, as often as `attempts` says, if nobody could be reached."""
+        until = self._until(timeout)
         for attempt in range(self._attempts):
             try:
-                return await self._call(method, request, timeout)
+                return await self._once(method, request, until)
             except ServiceError as error:
-                await self._pause(error, attempt)
+                await self._pause(error, attempt, until)
         raise AssertionError("_pause raises after the last attempt")
 
     async def _write(self, method: Any, request: Any, timeout: float | None = None) -> Any:
@@ -155,11 +168,14 @@ class Connected:
                 break
         return found
 
-    async def _pause(self, error: ServiceError, attempt: int) -> None:
-        """Wait for the attempt after this one, counted from 0. Raises the error if there is none."""
+    async def _pause(self, error: ServiceError, attempt: int, until: float) -> None:
+        """Wait for the attempt after this one, counted from 0. Raises the error if there is none, or no time."""
         if not isinstance(error, Unavailable) or attempt + 1 >= self._attempts:
             raise error
-        await self._transport.sleep((error.retry_after or 0.0) + random.uniform(0, 0.1 * 2**attempt))
+        seconds = (error.retry_after or 0.0) + random.uniform(0, 0.1 * 2**attempt)
+        if time.monotonic() + seconds >= until:
+            raise error
+        await self._transport.sleep(seconds)
 
 
 class Blocking(Generic[C_co]):

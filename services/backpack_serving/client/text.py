@@ -46,11 +46,12 @@ class AsyncClient(Connected):
         request = requests.stream(
             prompt, sampling, priority, explain, coalesce, Pinning(channel, request_key, since)
         )
+        until = self._until(timeout)
         for attempt in range(self._attempts):
             begun = False
             try:
                 with rpc.errors():
-                    how = self._how(timeout)
+                    how = self._how(until)
                     async with aclosing(
                         self._transport.stream(self._gateway.GenerateStream, request, **how)
                     ) as parts:
@@ -61,7 +62,7 @@ class AsyncClient(Connected):
             except ServiceError as error:
                 if begun:
                     raise
-                await self._pause(error, attempt)
+                await self._pause(error, attempt, until)
 
     async def generate(
         self,

@@ -59,5 +59,9 @@ def with_request_id() -> tuple[tuple[str, str], ...]:
 
 
 def with_key(key: str | None) -> tuple[tuple[str, str], ...]:
-    """The metadata that carries an API key."""
+    """The metadata that carries an API key, or a token. Raises Unauthenticated if no metadata can."""
+    key = (key or "").strip()  # of a file it may have the end of its line
+    if not (key.isascii() and key.isprintable()):
+        # Not repeated: the rest of it may be a secret.
+        raise Unauthenticated("MALFORMED_KEY", "a key or token is one line of plain ASCII; copy it whole")
     return (("authorization", f"Bearer {key}"),) if key else ()
