@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -109,21 +110,32 @@ class OverlayRows:
             held.users += 1
             self._ranges.move_to_end(digest)
             return held.start, False
-        while (start := self._find(rows, list(self._ranges.values()))) is None:
-            unused = next((d for d, r in self._ranges.items() if not r.users), None)
-            if unused is None:
-                raise MemoryError(f"{rows} overlay rows do not fit beside those in use")
-            del self._ranges[unused]
+        start = self._find(rows, list(self._ranges.values()))
+        if start is None:
+            start = self._make_room(rows)
         self._ranges[digest] = _Range(start, rows, 1)
         return start, True
 
     def release(self, digest: str) -> None:
-        """Give back one use. The rows stay until they are needed for another release."""
-        self._ranges[digest].users -= 1
+        """Give back one use. The rows, if there are any, stay until they are needed for another release."""
+        held = self._ranges[digest]
+        held.users -= 1
+        if not held.users and not held.size:
+            del self._ranges[digest]
 
-    @property
-    def resident(self) -> int:
-        return len(self._ranges)
+    def _make_room(self, rows: int) -> int:
+        """Forget releases until the rows fit; where that is. Raises MemoryError if they don't beside those in use.
+
+        All streams wait meanwhile: ranges are sorted once, so thousands of small ones take milliseconds.
+        """
+        taken = sorted((held for held in self._ranges.values() if held.size), key=lambda r: r.start)
+        for digest in [digest for digest, held in self._ranges.items() if not held.users]:
+            at = bisect_left(taken, self._ranges.pop(digest).start, key=lambda r: r.start)
+            del taken[at]
+            start = taken[at - 1].start + taken[at - 1].size if at else 0
+            if (taken[at].start if at < len(taken) else self.size) - start >= rows:
+                return start
+        raise MemoryError(f"{rows} overlay rows do not fit beside those in use")
 
     def _find(self, rows: int, taken: list[_Range]) -> int | None:
         """First fit: the start of the lowest gap of that size."""
