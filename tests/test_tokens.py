@@ -31,14 +31,20 @@ class Provider:
         self.asked = 0
         self.up = True
         self.slow = 0.0
+        self.garbled = False
+        self.host = "127.0.0.1"
         provider = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 provider.asked += self.path == "/keys"
                 time.sleep(provider.slow)
+                if provider.garbled:
+                    self.wfile.write(b"this is no HTTP\r\n\r\n")
+                    return
+                keys = f"http://{provider.host}:{provider._server.server_port}/keys"
                 body = {
-                    "/.well-known/openid-configuration": {"jwks_uri": f"{provider.url}/keys"},
+                    "/.well-known/openid-configuration": {"jwks_uri": keys},
                     "/keys": provider.jwks,
                 }.get(self.path)
                 self.send_response(200 if body and provider.up else 503)
@@ -183,6 +189,19 @@ async def test_who_comes_while_the_keys_are_read_waits_for_them(
         clock.now += READ_AGAIN + 1
 
 
+async def test_who_leaves_while_the_keys_are_read_takes_them_from_nobody(
+    provider: Provider, tokens: Tokens, clock: Clock
+) -> None:
+    provider.slow = 0.2
+    for name in ("first", "second"):  # with no keys at all, and with other ones
+        provider.keys = {name: rsa.generate_private_key(65537, 2048)}
+        leaves, stays = (asyncio.create_task(tokens.read(provider.token(name))) for _ in range(2))
+        await asyncio.sleep(0.05)
+        leaves.cancel()
+        assert (await stays).tenant == "harbour"
+        clock.now += READ_AGAIN + 1
+
+
 async def test_dropped_keys_are_forgotten_without_new_ones(
     provider: Provider, tokens: Tokens, clock: Clock
 ) -> None:
@@ -215,6 +234,15 @@ async def test_known_keys_stay_good_while_the_issuer_is_away(
     await tokens.read(provider.token())
     provider.up, clock.now = False, 10 * KEEP
     await tokens.read(provider.token())
+    provider.garbled, clock.now = True, 20 * KEEP
+    await tokens.read(provider.token())
+
+
+async def test_keys_that_could_be_forged_on_their_way_are_not_read(provider: Provider, tokens: Tokens) -> None:
+    provider.host = "0.0.0.0"  # another name of this machine, to those who don't know
+    with pytest.raises(Unavailable):
+        await tokens.read(provider.token())
+    assert provider.asked == 0
 
 
 @pytest.mark.parametrize(

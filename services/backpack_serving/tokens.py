@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -51,18 +52,15 @@ class Issuer:
         """Raise ValueError unless keys would be read over https, on this machine, or from a file."""
         if not self.audience:
             raise ValueError("BACKPACK_JWT_AUDIENCE isn't set: tokens made for other services would be taken")
-        where = self.keys or self.url
-        parts = urlsplit(where)
-        here = parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost")
-        file = bool(self.keys) and not parts.scheme
-        if not (parts.scheme == "https" or here or file):
-            raise ValueError(f"{where}: keys are read over https, or from a file (BACKPACK_JWT_KEYS)")
+        if not self.keys or urlsplit(self.keys).scheme:
+            _check_unforged(self.keys or self.url)
 
     def read(self) -> dict[str, jwt.PyJWK]:
-        """The keys by id. Blocks. Raises OSError or ValueError if they can't be had."""
+        """The keys by id. Blocks. Raises OSError, HTTPException or ValueError if they can't be had."""
         where = self.keys
         if not where:
             where = str(_get(self.url.rstrip("/") + "/.well-known/openid-configuration")["jwks_uri"])
+            _check_unforged(where)
         found = _get(where) if urlsplit(where).scheme else json.loads(Path(where).read_text())
         keys = (_key(values) for values in found["keys"] if values.get("use", "sig") == "sig")
         return {key.key_id: key for key in keys if key is not None and key.key_id}
@@ -85,7 +83,7 @@ class Tokens:
         self._issuer, self._clock = issuer, clock
         self._keys: Mapping[str, jwt.PyJWK] = {}
         self._tried = self._read = float("-inf")
-        self._reading = asyncio.Lock()
+        self._reading: asyncio.Task[None] | None = None
 
     async def read(self, token: str) -> Claims:
         """Raises Unauthenticated for a token that isn't good, Unavailable if the issuer's keys can't be had."""
@@ -116,10 +114,11 @@ class Tokens:
         return Claims(str(claims["sub"]), tenant, tuple(map(str, roles)))
 
     async def _key(self, name: str) -> jwt.PyJWK:
-        if self._wants(name) or (name not in self._keys and self._reading.locked()):
-            async with self._reading:  # whoever reads them now may find it
-                if self._wants(name):
-                    await self._read_keys()
+        if due := self._wants(name):
+            self._tried = self._clock()
+            self._reading = asyncio.create_task(self._read_keys())
+        if self._reading and (due or name not in self._keys):
+            await asyncio.wait([self._reading])  # if who began it leaves, all others have the keys nevertheless
         if found := self._keys.get(name):
             return found
         if not self._keys:
@@ -130,17 +129,26 @@ class Tokens:
 
     def _wants(self, name: str) -> bool:
         """Whether it is time to read the keys again."""
+        if self._reading and not self._reading.done():
+            return False
         now = self._clock()
         due = name not in self._keys or now - self._read > KEEP
         return due and now - self._tried > READ_AGAIN
 
     async def _read_keys(self) -> None:
-        self._tried = self._clock()
         try:
             self._keys = await asyncio.to_thread(self._issuer.read)
             self._read = self._clock()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
             log.error("the issuer's keys can't be read", issuer=self._issuer.url, reason=repr(error))
+
+
+def _check_unforged(url: str) -> None:
+    """Raise ValueError unless what is read from there is what the issuer wrote."""
+    parts = urlsplit(url)
+    here = parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost")
+    if not (parts.scheme == "https" or here):
+        raise ValueError(f"{url}: keys are read over https, or from a file (BACKPACK_JWT_KEYS)")
 
 
 def _get(url: str) -> Any:
