@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 from pathlib import Path
 
@@ -269,9 +270,18 @@ def test_two_sources_of_one_name_are_refused(tmp_path: Path, names: tuple[str, s
 
 
 def test_a_bad_record_is_named_by_its_line(tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"no": 1}\n')
-    with pytest.raises(DataError, match=r"bad\.jsonl:2"):
-        list(Source.parse(str(tmp_path / "bad.jsonl")).records())
+    for bad in ('{"no": 1}', '{"text": 5}', '{"text": "\\ud800"}', "3"):
+        (tmp_path / "bad.jsonl").write_text(f'{{"text": "a"}}\n{bad}\n')
+        with pytest.raises(DataError, match=r"bad\.jsonl:2"):
+            list(Source.parse(str(tmp_path / "bad.jsonl")).records())
     for share in ("x:nan", "x:-1", "x:y"):
         with pytest.raises(DataError):
             Source.parse(share)
+
+
+def test_a_file_that_is_cut_off_or_of_another_kind_is_named(tmp_path: Path) -> None:
+    whole = lzma.compress(b'{"text": "a"}\n' * 1000)
+    for name, content in (("a.jsonl.xz", whole[:-20]), ("b.jsonl.xz", b"no xz"), ("c.jsonl", b'{"text": "\xff"}')):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name} can't be read to its end"):
+            list(Source(tmp_path / name).records())

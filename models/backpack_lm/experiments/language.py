@@ -15,7 +15,7 @@ from torch import Tensor
 
 from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.lab.subject import Steered, Subject
-from backpack_lm.lab.text import held_out, stream
+from backpack_lm.lab.text import held_out, plain, stream
 from backpack_lm.lab.twin import read_twin
 from backpack_lm.lab.watch import Watch
 from backpack_lm.model import TransformerTwin
@@ -114,9 +114,7 @@ class LanguageModelling:
         contexts = [subject.config.n_positions, *([twin.config.n_positions] if twin else [])]
         length = min(contexts)  # a longer context would help one of them
         parts = [(f"{path.name}, held out", True, held_out(path)) for path in self.corpus]
-        parts += [
-            (f"{path.parent.name}/{path.name}", False, iter([path.read_text("utf-8")])) for path in self.texts
-        ]
+        parts += [("/".join(path.parts[-2:]), False, iter([plain(path)])) for path in self.texts]
         found = []
         for name, aside, records in watch(parts, "texts", len(parts)):
             ids = stream(subject, records, max(self.tokens, length) + 1, length + 1, name)

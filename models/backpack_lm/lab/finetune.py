@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backpack_lm.lab.subject import Prompts, Steered, Subject
+from backpack_lm.lab.text import plain
 from backpack_lm.lab.watch import Watch
 from backpack_lm.patch import Add, Cell, Edit, Limits, Vector
 from backpack_lm.reports.report import Report, Table
@@ -37,14 +38,17 @@ class Example:
 
     @classmethod
     def read(cls, file: Path) -> list[Example]:
-        """JSON lines with `prompt` and `target`. Raises ValueError naming the line that isn't one."""
+        """JSON lines with `prompt` and `target`. Raises ValueError naming the file or the line that isn't one."""
         found = []
-        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        for number, line in enumerate(plain(file).split("\n"), 1):
             if not line.strip():
                 continue
             try:
                 values = json.loads(line)
-                found.append(cls(str(values["prompt"]), str(values["target"])))
+                prompt, target = values["prompt"], values["target"]
+                if not (isinstance(prompt, str) and isinstance(target, str)):
+                    raise TypeError("both must be text")
+                found.append(cls(prompt, target))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f'{file}:{number}: not an example like {{"prompt": "The sea is", "target": "deep"}}: {error!r}'

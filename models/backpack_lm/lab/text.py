@@ -24,11 +24,19 @@ def background(path: Path) -> Iterator[str]:
     return _part(path, False)
 
 
+def plain(path: Path) -> str:
+    """All of a text file. Raises ValueError naming it if it isn't UTF-8."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} isn't UTF-8 text: {error}") from None
+
+
 def _part(path: Path, wanted: bool) -> Iterator[str]:
     if ".jsonl" in path.suffixes:
         yield from (text for text, kept in Source(path).records() if kept is wanted)
         return
-    text = path.read_text("utf-8")
+    text = plain(path)
     end = int((1 - HELD_OUT) * len(text))
     cut = text.rfind("\n", 0, end) + 1 or text.rfind(" ", 0, end) + 1 or end  # at a line, at a word
     yield text[cut:] if wanted else text[:cut]

@@ -59,16 +59,22 @@ class Source:
         return self.path.name.split(".")[0]
 
     def records(self) -> Iterator[tuple[str, bool]]:
-        """Each record's text, and whether it is held out. Raises DataError naming the bad line."""
+        """Each record's text, and whether it is held out. Raises DataError naming the file or the bad line."""
         opener = lzma.open if self.path.suffix == ".xz" else Path.open
         with opener(self.path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(f"{self.path}:{number}: not a record with a text: {error!r}") from None
-                digest = hashlib.sha256(text.encode()).digest()
-                yield text, int.from_bytes(digest[:4], "little") % 1000 < HELD_OUT_PER_MILLE
+            try:
+                for number, line in enumerate(lines, 1):
+                    yield self._record(number, line)
+            except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
+                raise DataError(f"{self.path} can't be read to its end: {error}") from None
+
+    def _record(self, number: int, line: str) -> tuple[str, bool]:
+        try:
+            text = json.loads(line)["text"]
+            digest = hashlib.sha256(text.encode()).digest()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{self.path}:{number}: not a record with a text: {error!r}") from None
+        return text, int.from_bytes(digest[:4], "little") % 1000 < HELD_OUT_PER_MILLE
 
 
 def parse_sources(arguments: Sequence[str]) -> list[Source]:

@@ -30,7 +30,9 @@ def test_an_experiment_writes_json_markdown_and_a_page(folder: Path, tmp_path: P
     assert (tmp_path / "out" / "lexical.html").read_text() == first, "the same command, the same page"
 
 
-def test_language_reads_held_out_records_and_plain_text(folder: Path, tmp_path: Path) -> None:
+def test_language_reads_held_out_records_and_plain_text(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = tmp_path / "plain.txt"
     plain.write_text("The king said that the ship is on the sea.\n" * 200)
     corpus = str(folder / "corpus.jsonl")
@@ -38,6 +40,11 @@ def test_language_reads_held_out_records_and_plain_text(folder: Path, tmp_path: 
     assert "No twin was given" in _call(*words, "--out", str(tmp_path / "out"))
     texts = json.loads((tmp_path / "out" / "language.json").read_text())["result"]["texts"]
     assert [text["tokens"] for text in texts] == [256, 256]
+    monkeypatch.chdir(tmp_path)
+    relative = ("language", "--text", "plain.txt", "--tokens", "64", "--model", str(folder), "--out", "out")
+    assert " plain.txt 64 " in _call(*relative)
+    plain.write_bytes(b"\xff")
+    assert "plain.txt isn't UTF-8 text" in _call(*relative, code=1)
     assert all(text["perplexity"] > 10 for text in texts)
 
 

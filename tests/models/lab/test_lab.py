@@ -229,8 +229,14 @@ def test_examples_that_are_none_are_refused(tmp_path: Path) -> None:
     file.write_text('{"prompt": "The sea is", "target": "deep"}\n\n{"prompt": 3}\n')
     with pytest.raises(ValueError, match=r"examples.jsonl:3: not an example like"):
         Example.read(file)
+    file.write_text('{"prompt": null, "target": "deep"}\n')
+    with pytest.raises(ValueError, match=r"examples.jsonl:1: not an example like"):
+        Example.read(file)
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no examples"):
+        Example.read(file)
+    file.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"examples.jsonl isn't UTF-8 text"):
         Example.read(file)
 
 
