@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,6 +178,19 @@ async def test_p14_what_was_stored_wrongly_is_refused_again_where_it_is_applied(
                 pass
     assert versions.fetched == 1, "what is wrong stays wrong: it isn't fetched again"
     assert versions.count == 0
+
+
+async def test_a_refusal_that_is_told_again_and_again_keeps_nothing_of_whom_it_was_told(
+    served: ServedModel, shelf: Shelf, make: Callable[..., Versions]
+) -> None:
+    versions, digest = make(), shelf.put(served, (Scale((Cell(5, 0),), 1.0),))
+    depths = []
+    for _ in range(20):
+        with pytest.raises(PatchError) as refused:
+            async with versions.use("acme", digest):
+                pass
+        depths.append(len(list(traceback.walk_tb(refused.value.__traceback__))))
+    assert depths[-1] == depths[1]
 
 
 async def test_p14_a_patch_of_another_model_is_refused(

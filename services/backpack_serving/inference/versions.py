@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 
 import structlog
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Limits, PatchError, Release, Revision, release_digest
+from backpack_lm.patch import Limits, PatchError, Release, Revision, Violation, release_digest
 
 from backpack_serving.errors import (
     RELEASE_UNREACHABLE,
@@ -58,7 +58,7 @@ class Versions:
         self._capacity, self._tenant_bytes, self._limits = capacity, tenant_bytes, limits
         self._compiled: OrderedDict[str, Overlay] = OrderedDict()  # least recently used first
         self._making: dict[str, asyncio.Task[Overlay]] = {}
-        self._refused: OrderedDict[str, PatchError] = OrderedDict()
+        self._refused: OrderedDict[str, tuple[Violation, ...]] = OrderedDict()
         self._users: Counter[str] = Counter()
         self._kept: frozenset[str] = frozenset()
         self._staged: dict[tuple[str, str], frozenset[str]] = {}  # ready for a view that doesn't hold yet
@@ -91,7 +91,7 @@ class Versions:
             self._compiled.move_to_end(digest)
             return found
         if refused := self._refused.get(digest):
-            raise refused
+            raise PatchError(*refused)  # a new one: those that are raised gather where they came by, and keep it
         if digest not in self._making:
             task = self._making[digest] = asyncio.create_task(self._make(tenant, digest))
             task.add_done_callback(lambda _: self._making.pop(digest, None))
@@ -125,7 +125,7 @@ class Versions:
         try:
             overlay = await asyncio.to_thread(self._compile, revisions, digest)
         except PatchError as error:
-            self._refused[digest] = error
+            self._refused[digest] = error.violations
             while len(self._refused) > MOST_REFUSED:
                 self._refused.popitem(last=False)
             raise
