@@ -314,6 +314,19 @@ async def test_on_disk_only_what_channels_need_outlasts_a_tidying(
     assert refusal.reason == "RELEASE_UNREACHABLE"
 
 
+async def test_a_tidying_leaves_what_a_view_needs_that_is_about_to_hold(
+    served: ServedModel, shelf: Shelf, make: Callable[..., Versions]
+) -> None:
+    channel, versions = _channel(shelf.put(served, _scale(5))), make()
+    assert await versions.stage((channel,)) == ()
+    await versions.tidy()
+    versions.swapped(View().changed(Position(1, 1), [channel]))
+    shelf.blobs.clear()
+    again = make()
+    await again.restore(View().changed(Position(1, 1), [channel]))
+    assert again.resident() == versions.resident()
+
+
 async def test_what_cannot_be_removed_ends_no_tidying(make: Callable[..., Versions], tmp_path: Path) -> None:
     (tmp_path / "blobs" / "lost+found").mkdir(parents=True)
     await make().tidy()

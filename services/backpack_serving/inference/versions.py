@@ -152,9 +152,14 @@ class Versions:
         self._served.try_out(overlay)
         return overlay
 
+    @property
+    def _needed(self) -> frozenset[str]:
+        """What channels need, now or once their view holds, and what requests use."""
+        return self._kept.union(self._users, *self._staged.values())
+
     def _evict(self) -> None:
         """Drop what is neither kept nor used beyond the capacity, the least recently used first."""
-        needed = self._kept.union(self._users, *self._staged.values())
+        needed = self._needed
         idle = [digest for digest in self._compiled if digest not in needed]
         for digest in idle[: max(0, len(idle) - self._capacity)]:
             del self._compiled[digest]
@@ -237,7 +242,7 @@ class Versions:
     async def tidy(self) -> None:
         """Forget on disk what no channel needs. What can't be removed stays until the next time."""
         try:
-            await asyncio.to_thread(self._blobs.forget_all_but, self._kept | frozenset(self._users))
+            await asyncio.to_thread(self._blobs.forget_all_but, self._needed)
         except OSError as error:
             log.error("what no channel needs can't be removed", error=str(error))
 
