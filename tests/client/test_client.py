@@ -222,7 +222,7 @@ class Script(inference_pb2_grpc.InferenceServiceServicer):
             try:
                 yield pb.GenerateStreamResponse(text=said or "")
                 await asyncio.sleep(0 if said else 600)
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, GeneratorExit):  # the latter while the server still writes
                 self.left.set()
                 raise
 
