@@ -73,9 +73,9 @@ def _context(tls: Tls) -> ssl.SSLContext:
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     made.minimum_version = ssl.TLSVersion.TLSv1_2
     made.load_cert_chain(tls.certificate, tls.key)
-    if authorities := tls.clients():
+    if tls.clients():
         made.verify_mode = ssl.CERT_REQUIRED
-        made.load_verify_locations(cadata=authorities.decode())
+        made.load_verify_locations(tls.client_authorities)
     return made
 
 

@@ -118,6 +118,17 @@ async def test_clients_without_a_certificate_are_turned_away(tmp_path: Path, aut
     await server.stop()
 
 
+async def test_authorities_may_be_described_in_any_language(tmp_path: Path, authority: Authority) -> None:
+    certificate, key = authority.issue()
+    authority.file.write_text(f"Autorité\n{authority.file.read_text()}", "utf-8")
+    settings = _settings(tmp_path, tls_certificate=certificate, tls_key=key, tls_client_ca=authority.file)
+    server = await directory.serve(settings, Metrics())
+    metrics = exposition.listen(Metrics().registry, "127.0.0.1:0", settings.tls)
+    await _report(server.address, Tls(certificate, key, authorities=authority.file, name=NAME))
+    assert await _served(metrics, authority, (certificate, key))
+    await server.stop()
+
+
 async def test_new_certificates_need_no_restart_and_bad_ones_do_no_harm(
     tmp_path: Path, authority: Authority
 ) -> None:
