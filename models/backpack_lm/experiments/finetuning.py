@@ -14,7 +14,8 @@ import torch
 
 from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.experiments.tasks import TASKS
-from backpack_lm.lab.finetune import Example, Finetuner, Finetuning
+from backpack_lm.lab.examples import Example
+from backpack_lm.lab.finetune import Finetuner, Finetuning
 from backpack_lm.lab.subject import Prompts, Subject
 from backpack_lm.lab.text import both_parts
 from backpack_lm.lab.watch import Watch

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from backpack_lm.lab.finetune import Example
+from backpack_lm.lab.examples import Example
 
 
 @dataclass(frozen=True, slots=True)

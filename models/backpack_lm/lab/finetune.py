@@ -4,8 +4,7 @@ For each example the cells are chosen that its targets attend to most and ordina
 cell in the union is learnt, everything else is frozen: loss on the examples, plus the divergence from the model as
 it was on background text, within a loss budget on held-out text.
 
-The trunk and α don't depend on the deltas. So each position is one row of a matrix A (how much α it gives each
-chosen cell) and its unedited output o, and training is logits = (o + A·δ) Eᵀ. Positions with A = 0 can't change.
+Training is logits = (o + A·δ) Eᵀ over the positions that the cells reach (`reach.py`): the trunk runs once.
 """
 
 from __future__ import annotations
@@ -20,42 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backpack_lm.lab.examples import Example
+from backpack_lm.lab.reach import Positions, choose_cells, positions_of
 from backpack_lm.lab.subject import Prompts, Steered, Subject
-from backpack_lm.lab.text import plain
 from backpack_lm.lab.watch import Watch
 from backpack_lm.patch import Add, Cell, Edit, Limits, Vector
 from backpack_lm.reports.report import Report, Table
 
 SHORTENINGS = 8  # halvings that find how long deltas may be within a budget
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """Text, and what should come after it."""
-
-    prompt: str
-    target: str
-
-    @classmethod
-    def read(cls, file: Path) -> list[Example]:
-        """JSON lines with `prompt` and `target`. Raises ValueError naming the file or the line that isn't one."""
-        found = []
-        for number, line in enumerate(plain(file).split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-                prompt, target = values["prompt"], values["target"]
-                if not (isinstance(prompt, str) and isinstance(target, str)):
-                    raise TypeError("both must be text")
-                found.append(cls(prompt, target))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f'{file}:{number}: not an example like {{"prompt": "The sea is", "target": "deep"}}: {error!r}'
-                ) from None
-        if not found:
-            raise ValueError(f"{file} holds no examples")
-        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,28 +42,6 @@ class Finetuning:
     check_every: int = 10
     batch: int = 512  # background positions a step
     seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Positions:
-    """Positions that chosen cells reach: weights A [N, cells], outputs o [N, d], next tokens [N].
-
-    `total` positions were read; the others can't change.
-    """
-
-    weights: Tensor
-    outputs: Tensor
-    targets: Tensor
-    total: int
-
-    def loss(self, head: Tensor, deltas: Tensor) -> float:
-        """Summed cross-entropy, in nats, in chunks."""
-        loss = 0.0
-        for at in range(0, len(self.targets), 512):
-            part = slice(at, at + 512)
-            logits = (self.outputs[part] + self.weights[part] @ deltas) @ head.t()
-            loss += float(F.cross_entropy(logits, self.targets[part], reduction="sum"))
-        return loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,64 +88,6 @@ class Finetuned:
         )
 
 
-@torch.inference_mode()
-def choose_cells(
-    subject: Subject, examples: Sequence[Example], background: Tensor, plan: Finetuning
-) -> list[Cell]:
-    """For each example the cells with the largest Σα on its targets minus λ times the cell's mean Σα at a position
-    of background rows [N, T + 1]; their union, in order."""
-    ordinary = torch.zeros(subject.config.vocab_size, subject.config.num_senses)
-    for row in background[:, :-1]:
-        alpha = subject.model.sense_weights(row[None])[0].sum(1).t()  # [T, k]: over all predictions
-        ordinary.index_add_(0, row, alpha)
-    ordinary /= background[:, :-1].numel()
-    chosen: set[Cell] = set()
-    for example in examples:
-        ids, first = _ids(subject, example)
-        alpha = subject.model.sense_weights(torch.tensor([ids[:-1]]))[0][:, first - 1 :].sum(1).t()  # [T, k]
-        score = torch.zeros_like(ordinary).index_add_(0, torch.tensor(ids[:-1]), alpha)
-        present = torch.zeros(len(score), dtype=torch.bool)
-        present[ids[:-1]] = True
-        score = (score - plan.penalty * ordinary).masked_fill(~present[:, None], float("-inf"))
-        best = score.flatten().topk(min(plan.cells, int(present.sum()) * score.shape[1])).indices.tolist()
-        chosen.update(Cell(*divmod(at, score.shape[1])) for at in best)
-    return sorted(chosen)
-
-
-@torch.no_grad()
-def positions_of(
-    subject: Subject, rows: Sequence[Tensor], firsts: Sequence[int], cells: Sequence[Cell]
-) -> Positions:
-    """What the chosen cells reach of rows of ids; of each row, the predictions from index `first` on."""
-    tokens = sorted({cell.token for cell in cells})
-    column = {cell: at for at, cell in enumerate(cells)}
-    model, weights, outputs, targets, total = Steered(subject, subject.overlay()), [], [], [], 0
-    for row, first in zip(rows, firsts, strict=True):
-        ids = row[:-1]
-        total += len(ids) - first
-        here = [token for token in tokens if bool((ids == token).any())]
-        if not here:
-            continue
-        alpha = subject.model.sense_weights(ids[None])[0]  # [k, T, T]
-        reach = torch.zeros(len(ids), len(cells))
-        for token in here:
-            given = alpha[:, :, ids == token].sum(-1)  # [k, T]
-            for sense in range(len(given)):
-                if (at := column.get(Cell(token, sense))) is not None:
-                    reach[:, at] = given[sense]
-        kept = reach.any(1)
-        kept[:first] = False
-        weights.append(reach[kept])
-        outputs.append(model.mix(ids[None])[0, kept])
-        targets.append(row[1:][kept])
-    if not weights:
-        width = subject.config.n_embd
-        return Positions(
-            torch.empty(0, len(cells)), torch.empty(0, width), torch.empty(0, dtype=torch.long), total
-        )
-    return Positions(torch.cat(weights), torch.cat(outputs), torch.cat(targets), total)
-
-
 class Finetuner:
     """A run: learns deltas, checks them against the budget, and keeps its state in `file` so that it can go on."""
 
@@ -210,8 +101,8 @@ class Finetuner:
         file: Path | None = None,
     ) -> None:
         self.subject, self.plan, self.file = subject, plan, file
-        self.cells = choose_cells(subject, examples, background, plan)
-        rows, firsts = zip(*(_ids(subject, example) for example in examples), strict=True)
+        self.cells = choose_cells(subject, examples, background, plan.cells, plan.penalty)
+        rows, firsts = zip(*(example.ids(subject) for example in examples), strict=True)
         self._read = _digest(rows, firsts, background.tolist(), held_out.tolist())
         shifted = [first - 1 for first in firsts]
         self.examples = positions_of(subject, [torch.tensor(row) for row in rows], shifted, self.cells)
@@ -342,10 +233,3 @@ def _total_loss(subject: Subject, rows: Tensor) -> float:
     for row in rows:
         loss += float(F.cross_entropy(model.mix(row[None, :-1])[0] @ subject.head.t(), row[1:], reduction="sum"))
     return loss
-
-
-def _ids(subject: Subject, example: Example) -> tuple[list[int], int]:
-    """Ids of prompt and target, and the index of the first of the target."""
-    prompt, target = subject.ids(example.prompt), list(subject.word_ids(example.target))
-    ids = (prompt + target)[-subject.config.n_positions :]
-    return ids, len(ids) - len(target)

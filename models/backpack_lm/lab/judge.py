@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backpack_lm.lab.finetune import Example
+from backpack_lm.lab.examples import Example
 from backpack_lm.lab.subject import Prompts, Steered, Subject
 from backpack_lm.overlay import Overlay
 from backpack_lm.patch import Edit

@@ -16,7 +16,7 @@ from backpack_serving.cli.experiment import Model, Shown, Threads, command, read
 from backpack_serving.cli.patch_file import PatchFile
 
 if TYPE_CHECKING:
-    from backpack_lm.lab.finetune import Example
+    from backpack_lm.lab.examples import Example
     from backpack_lm.lab.subject import Subject
     from backpack_lm.patch import Edit
     from backpack_lm.reports.report import Report
@@ -207,7 +207,8 @@ def finetune(
 ) -> None:
     """Teach canonical examples by a few deltas of sense vectors, within a loss budget (arXiv 2402.06155)."""
     with exits():
-        from backpack_lm.lab.finetune import Example, Finetuner, Finetuning
+        from backpack_lm.lab.examples import Example
+        from backpack_lm.lab.finetune import Finetuner, Finetuning
         from backpack_lm.lab.text import both_parts
 
         subject, taught = read_subject(model, threads), Example.read(examples)
@@ -241,7 +242,7 @@ def judge(
 ) -> None:
     """What a patch would do to held-out loss, to prompts, and to the neighbours of the words it edits."""
     with exits():
-        from backpack_lm.lab.finetune import Example
+        from backpack_lm.lab.examples import Example
         from backpack_lm.lab.judge import judge as lab
         from backpack_lm.lab.text import held_out, stream
 

@@ -10,7 +10,8 @@ import torch
 from backpack_lm.experiments import finetuning
 from backpack_lm.experiments.finetuning import FinetuningResult, SenseFinetuning, score
 from backpack_lm.experiments.tasks import TASKS, Task
-from backpack_lm.lab.finetune import Example, Finetuning
+from backpack_lm.lab.examples import Example
+from backpack_lm.lab.finetune import Finetuning
 from backpack_lm.lab.subject import Subject
 from backpack_lm.lab.watch import unwatched
 

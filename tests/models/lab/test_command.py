@@ -29,10 +29,12 @@ def test_find_sense_and_debias(folder: Path, subject: Subject, tmp_path: Path) -
     file = tmp_path / "patches" / "fair.json"
     out = ("--model", folder, "--out", file)
     shown = _call("debias", "nurse", "lawyer", "--sense", 2, "--contrast", "king", "ship", *prompts, *out)
-    if "nothing to patch" not in shown:
-        read = PatchFile.read(file)
-        assert "“king” and “ship” after 2 nouns" in read.description
-        assert all(isinstance(edit, Scale) and edit.cells[0].sense == 2 for edit in read.edits_for(subject))
+    assert "nothing to patch" not in shown
+    read = PatchFile.read(file)
+    assert "“king” and “ship” after 2 nouns" in read.description
+    edits = read.edits_for(subject)
+    assert edits
+    assert all(isinstance(edit, Scale) and edit.cells[0].sense == 2 for edit in edits)
     assert not list(file.parent.glob("*.partial*")), "what was kept for going on is gone"
 
 

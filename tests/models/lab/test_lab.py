@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from backpack_lm.lab.contrast import Contrast, Noun, find_sense
 from backpack_lm.lab.debias import debias, fit_scale
-from backpack_lm.lab.finetune import Example, Finetuner, Finetuning, choose_cells
+from backpack_lm.lab.examples import Example
+from backpack_lm.lab.finetune import Finetuner, Finetuning
 from backpack_lm.lab.judge import judge, neighbours_of
 from backpack_lm.lab.lean import CELLS, Frequent, lean_edits
 from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
+from backpack_lm.lab.reach import choose_cells
 from backpack_lm.lab.subject import Subject
 from backpack_lm.lab.text import rows
 from backpack_lm.lab.topic import By, choose_topic
@@ -208,8 +210,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_never_was(subject: Subject, texts:
 
 
 def test_cells_are_those_that_targets_attend_to_and_ordinary_text_does_not(subject: Subject, texts: Any) -> None:
-    plan = replace(PLAN, cells=3, penalty=0.0)
-    cells = choose_cells(subject, EXAMPLES[:1], texts[0], plan)
+    cells = choose_cells(subject, EXAMPLES[:1], texts[0], count=3, penalty=0.0)
     ids = subject.ids(EXAMPLES[0].prompt)
     alpha = subject.model.sense_weights(torch.tensor([ids]))[0, :, -1]  # [k, T]
     scores = {
@@ -217,11 +218,11 @@ def test_cells_are_those_that_targets_attend_to_and_ordinary_text_does_not(subje
         for token in ids
         for sense in range(4)
     }
-    if len(subject.word_ids(EXAMPLES[0].target)) == 1:
-        assert set(cells) == set(sorted(scores, key=scores.__getitem__)[-3:])
+    assert len(subject.word_ids(EXAMPLES[0].target)) == 1, "so the prompt's last position is all that predicts it"
+    assert set(cells) == set(sorted(scores, key=scores.__getitem__)[-3:])
     everywhere = texts[0].clone()
     everywhere[:, 1:] = cells[0].token  # now ordinary text is full of the word
-    assert cells[0] not in choose_cells(subject, EXAMPLES[:1], everywhere, replace(plan, penalty=1000.0))
+    assert cells[0] not in choose_cells(subject, EXAMPLES[:1], everywhere, count=3, penalty=1000.0)
 
 
 def test_examples_that_are_none_are_refused(tmp_path: Path) -> None:
