@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import ClassVar
 
 import torch
@@ -150,7 +151,7 @@ def null_space(subject: Subject, twin: TransformerTwin, nouns: Sequence[str], wa
                 ids = torch.tensor([subject.ids(template.replace("{}", noun))[-twin.config.n_positions :]])
                 logits = twin.mix(ids)[0, -1] @ twin.embedding[[he, she]].t()
                 ratios.append(float((logits[0] - logits[1]).double().abs().exp()))
-        return sum(ratios) / len(ratios)
+        return fmean(ratios)
 
     found: list[tuple[float, float, float]] = []
     with torch.inference_mode():
@@ -158,7 +159,7 @@ def null_space(subject: Subject, twin: TransformerTwin, nouns: Sequence[str], wa
             fitted = least(partial(bias, noun, ESTIMATION), PENALTY)
             one, none, best = (bias(noun, EVALUATION, keep) for keep in (1.0, 0.0, fitted))
             found.append((one, none, best))
-    return NullSpace(*(sum(column) / len(found) for column in zip(*found, strict=True)))
+    return NullSpace(*map(fmean, zip(*found, strict=True)))
 
 
 @contextmanager

@@ -48,9 +48,8 @@ class LanguageResult:
     context: int
 
     def headline(self) -> Headline:
-        aside = [
-            m for m in self.texts if m.held_out
-        ] or self.texts  # the others are of another kind than was learnt
+        # The other texts are of another kind than was learnt.
+        aside = [m for m in self.texts if m.held_out] or self.texts
         ratios = [m.ratio for m in aside if m.ratio is not None]
         figures = "held-out perplexity " + ", ".join(f"{m.perplexity:.1f}" for m in aside)
         if ratios:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import ClassVar
 
 import torch
@@ -139,9 +140,9 @@ def _judge(
     return Way(
         way[0],
         way[1],
-        _mean(list(success.values())),
+        fmean(success.values()),
         _perplexity(quality, prompt, distinct_texts),
-        100 * _mean([distinct_pairs(subject.tokenizer.decode(ids)) for ids in distinct_texts]),
+        100 * fmean(distinct_pairs(subject.tokenizer.decode(ids)) for ids in distinct_texts),
         success,
         " ".join(example.split()) + " …",
     )
@@ -163,7 +164,3 @@ def _perplexity(model: LanguageModel, prompt: list[int], texts: Sequence[Sequenc
         logs = (model.mix(part[:, :-1])[:, len(prompt) - 1 :] @ model.embedding.t()).log_softmax(-1)
         total -= float(logs.gather(2, part[:, len(prompt) :, None]).double().sum())
     return math.exp(total / ids.numel())
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 
@@ -117,14 +118,10 @@ def find_sense(
     for sense in watch(range(subject.config.num_senses), "senses", subject.config.num_senses):
         left = [noun.bias(*noun.scaled(sense, 0.0)) for noun in nouns]
         effects.append(
-            SenseEffect(sense, _mean(left), float(says[:, sense].mean()), float(says[:, sense].abs().mean()))
+            SenseEffect(sense, fmean(left), float(says[:, sense].mean()), float(says[:, sense].abs().mean()))
         )
     unknown = [word for word in words if not subject.known([word])]
-    return SenseSearch(one, other, known, unknown, _mean([noun.bias() for noun in nouns]), effects)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return SenseSearch(one, other, known, unknown, fmean(noun.bias() for noun in nouns), effects)
 
 
 def _unknown(words: Sequence[str]) -> tuple[str, ...]:

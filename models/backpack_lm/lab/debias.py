@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from backpack_lm.lab.contrast import Contrast, Noun, SenseSearch, find_sense
@@ -37,7 +38,7 @@ class Debiased:
     nouns: list[DebiasedNoun]
 
     def mean(self, what: Callable[[DebiasedNoun], float]) -> float:
-        return sum(map(what, self.nouns)) / len(self.nouns)
+        return fmean(map(what, self.nouns))
 
     @property
     def unmodified(self) -> float:

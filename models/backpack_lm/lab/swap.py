@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class SwappedFact:
     prompts: list[Swapped]
 
     def mean(self, name: str) -> float:
-        return sum(float(getattr(prompt, name)) for prompt in self.prompts) / len(self.prompts)
+        return fmean(getattr(prompt, name) for prompt in self.prompts)
 
     def edits(self, subject: Subject) -> list[Edit]:
         return swap_edits(subject, self.word, self.old, self.new, self.senses, self.strength)

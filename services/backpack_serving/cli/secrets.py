@@ -42,9 +42,8 @@ def write(
     """
     with exits():
         folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(
-            0o700
-        )  # nobody passes; the files are mounted one by one, and read by whoever a container runs as
+        # Nobody passes; the files are mounted one by one, and read by whoever a container runs as.
+        folder.chmod(0o700)
         made = make(database)
         there = [name for name in made if (folder / name).exists()]
         if there and len(there) < len(made):
