@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import math
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TypeVar
 
 import structlog
 from backpack_lm.attribution import Term
@@ -17,7 +18,7 @@ from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
 
-from backpack_serving import rpc
+from backpack_serving import rpc, tasks
 from backpack_serving.errors import Internal, InvalidRequest, PreconditionFailed, ServiceError, Unavailable
 from backpack_serving.inference.served import ServedModel
 from backpack_serving.inference.versions import Versions
@@ -26,6 +27,8 @@ from backpack_serving.wire import compare as wire_compare
 from backpack_serving.wire import inference as wire
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 TOGETHER = 16
 """Releases of a comparison that are held compiled at once, and read before anybody else may read."""
@@ -45,8 +48,7 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
             ids = wire.read_prompt("text", request.text, tokenizer, self._served.manifest.config)
             if len(ids) < 2:
                 raise InvalidRequest.at("text", "TOO_SHORT", "one token; a score needs at least two")
-            async with self._reading:
-                logs = await asyncio.to_thread(self._served.score, ids, overlay)
+            logs = await self._read(self._served.score, ids, overlay)
             _check_finite(logs)
             return pb.ScoreResponse(
                 tokens=[wire.write_token(i, tokenizer, p) for i, p in zip(ids, [None, *logs], strict=True)],
@@ -63,8 +65,7 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
             target = None
             if request.HasField("target"):
                 target = wire.read_word("target", request.target, tokenizer, config)
-            async with self._reading:
-                found = await asyncio.to_thread(self._served.explain, ids, overlay, target)
+            found = await self._read(self._served.explain, ids, overlay, target)
             terms, unlisted = found.largest(limit)
             return pb.ExplainResponse(
                 target=wire.write_token(found.target, tokenizer, found.log_probability),
@@ -94,14 +95,12 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
         tokenizer, manifest = self._served.tokenizer, self._served.manifest
         question = wire_compare.read_question(request, tokenizer, manifest.config)
         await context.send_initial_metadata(())
-        async with self._reading:
-            text = await asyncio.to_thread(self._served.compare, question)
+        text = await self._read(self._served.compare, question)
         distinct = list({pin.release_digest: pin for pin in pins}.values())
         results: dict[str, pb.ComparedRelease] = {}
         for at in range(0, len(distinct), TOGETHER):
             async with self._overlays(distinct[at : at + TOGETHER]) as overlays:
-                async with self._reading:
-                    found = await asyncio.to_thread(text.read, overlays)
+                found = await self._read(text.read, overlays)
                 for overlay, read in zip(overlays, found, strict=True):
                     results[overlay.digest] = _compared(read, tokenizer)
         response = pb.CompareResponse(tokens=[wire.write_token(i, tokenizer) for i in question.ids])
@@ -117,8 +116,7 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
             token = wire.read_word("word", request.word, tokenizer, config)
             limit = min(wire.read_limit(request.limit, default=10, largest=100), config.tokens)
             near = min(wire.read_limit(request.neighbours, 0, 100, "neighbours"), config.tokens - 1)
-            async with self._reading:
-                found = await asyncio.to_thread(self._served.senses, token, overlay, limit, near)
+            found = await self._read(self._served.senses, token, overlay, limit, near)
 
             def scored(some: Sequence[tuple[int, float]]) -> list[pb.ScoredToken]:
                 return [pb.ScoredToken(token=wire.write_token(y, tokenizer), score=value) for y, value in some]
@@ -145,6 +143,12 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: rpc.Context) -> pb.GetModelResponse:
         return wire.write_model(self._served.manifest)
+
+    async def _read(self, work: Callable[..., T], *arguments: object) -> T:
+        """Have the model read something, in a thread. Nobody else's turn comes before that is over, though whoever
+        asked has left: a thread can't be stopped, and several would take the engine's cores."""
+        async with self._reading:
+            return await tasks.finish(asyncio.to_thread(work, *arguments))
 
     # ---- the release
 

@@ -139,8 +139,7 @@ class InferenceServicer(ReadingMethods):
         self, tokens: MutableSequence[pb.Token], ids: list[int], overlay: Overlay, limit: int
     ) -> None:
         """Add to the newest tokens of ids what made each likely. Tokens that come meanwhile are explained next."""
-        async with self._reading:
-            found = await asyncio.to_thread(self._served.explain_text, ids, overlay, len(ids) - len(tokens))
+        found = await self._read(self._served.explain_text, ids, overlay, len(ids) - len(tokens))
         for token, terms in zip(tokens, found, strict=True):
             listed, unlisted = terms.largest(limit)
             token.explanation.logit, token.explanation.unlisted = terms.logit, unlisted
