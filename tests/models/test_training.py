@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,55 @@ def test_a_loss_that_is_no_number_is_one_line(corpus: Path, tmp_path: Path) -> N
     assert "lower the learning rates" in " ".join(result.output.split())
 
 
+def test_what_a_run_cannot_be_is_refused_before_any_work(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(code: int, *options: str) -> str:
+        words = ["train", str(corpus), "--out", str(tmp_path / "run"), "--steps", "2", *options]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == code, result.output
+        assert not (tmp_path / "run").exists(), options
+        return " ".join(result.output.split())
+
+    for option in ("--tokens-per-step=0", "--vocabulary=-5", "--vocabulary=65537", "--threads=-1", "--lr=nan"):
+        assert f"'{option.partition('=')[0]}'" in refused(2, option)
+    assert "n_embd 192 does not divide into n_head 5 heads" in refused(1, "--heads", "5")
+    assert "'x' is not a valid Precision" in refused(1, "--precision", "x")
+    monkeypatch.delitem(sys.modules, "backpack_lm.training.curve", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "this needs matplotlib.figure: pip install 'backpack-serving[train]'" in refused(1)
+
+
+def test_a_source_that_fills_no_row_is_named_before_any_step(rows: Rows, tmp_path: Path) -> None:
+    short = Rows([rows.streams[0], rows.streams[1][:32]], [1, 1], 0, names=["long", "short"])
+    with pytest.raises(DataError, match="short has 32 tokens to train on; a row takes 33"):
+        Trainer(CONFIG, RECIPE, short, tmp_path, False)
+
+
+def test_a_run_does_not_go_on_with_another_file_of_the_same_name(corpus: Path, tmp_path: Path) -> None:
+    sizes = "--layers 1 --heads 2 --width 16 --senses 2 --context 32 --vocabulary 300 --tokens-per-step 64".split()
+    command = ["train", str(corpus), "--out", str(tmp_path / "run"), "--steps", "2", *sizes]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    text = corpus.read_text()
+    corpus.write_text(text.replace("Story", "Tales"))
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "holds the tokens of a tales.jsonl with other content" in " ".join(result.output.split())
+    corpus.write_text(text)
+    assert CliRunner().invoke(app, command).exit_code == 0
+    corpus.write_text("")
+    (tmp_path / "run" / "data" / "tales.sha256").unlink()  # as an earlier version left it
+    assert CliRunner().invoke(app, command).exit_code == 0
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_damaged_checkpoint_is_named(rows: Rows, tmp_path: Path, left: int) -> None:
+    next(Trainer(CONFIG, RECIPE, rows, tmp_path, False).run(save_every=1))
+    (tmp_path / "checkpoint.pt").write_bytes((tmp_path / "checkpoint.pt").read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged"):
+        Trainer(CONFIG, RECIPE, rows, tmp_path, False)
+
+
 @pytest.mark.parametrize("held", [0, 1])
 def test_a_corpus_too_small_to_be_judged_on_is_trained(tmp_path: Path, held: int) -> None:
     path, out = tmp_path / "few.jsonl", tmp_path / "run"
@@ -257,7 +307,7 @@ def test_long_texts_are_parted_into_passages_between_paragraphs(tmp_path: Path) 
     found = Rows([ids], [1], 0, end).at(0, 400, 16)[:, 0] == end
     assert 60 < found.sum() < 160  # a quarter of the rows
     with pytest.raises(DataError, match="a row takes 100001"):
-        Rows([ids], [1], 0, end).at(0, 1, 100_000)
+        Rows([ids], [1], 0, end).check(100_000)
 
 
 @pytest.mark.parametrize("names", [("a/notes.jsonl", "b/notes.jsonl:2"), ("books.v1.jsonl", "books.v2.jsonl.xz")])

@@ -11,7 +11,7 @@ import torch
 
 from backpack_lm.lab.subject import Subject
 from backpack_lm.reports.report import Entry, Table
-from backpack_lm.training.trainer import CHECKPOINT
+from backpack_lm.training.trainer import CHECKPOINT, read_checkpoint
 
 WORDS = ("court", "ship", "nurse", "king", "money")
 _PART = "<!-- {} -->\n"
@@ -60,7 +60,7 @@ def fill(card: str, parts: Mapping[str, str]) -> str:
 
 
 def _run(folder: Path) -> dict[str, str]:
-    state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
+    state = read_checkpoint(folder / CHECKPOINT)
     made_by: dict[str, Any] = json.loads(state["made_by"])
     config, parts = made_by["config"], [(state["step"], made_by["recipe"]["tokens_per_step"])]
     if not (measured := folder / "perplexity.json").exists():

@@ -25,6 +25,7 @@ from backpack_lm.lab.subject import Prompts, Steered, Subject
 from backpack_lm.lab.watch import Watch
 from backpack_lm.patch import Add, Cell, Edit, Limits, Vector
 from backpack_lm.reports.report import Report, Table
+from backpack_lm.training.trainer import read_checkpoint
 
 SHORTENINGS = 8  # halvings that find how long deltas may be within a budget
 
@@ -210,7 +211,7 @@ class Finetuner:
         partial.rename(self.file)
 
     def _resume(self, file: Path) -> None:
-        state = torch.load(file, weights_only=True)
+        state = read_checkpoint(file)
         if state["made_by"] != self._made_by():
             raise ValueError(f"{file} holds a run with other settings; give the same to go on, or remove it")
         self.step = state["step"]

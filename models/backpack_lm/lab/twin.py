@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from backpack_lm.checkpoint import CONFIG, WEIGHTS
 from backpack_lm.config import BackpackConfig
 from backpack_lm.layouts import CheckpointError
 from backpack_lm.model import TransformerTwin
-from backpack_lm.training.trainer import CHECKPOINT
+from backpack_lm.training.trainer import CHECKPOINT, read_checkpoint
 
 _ALIASES = ("lm_head.weight",)
 
@@ -40,7 +39,7 @@ def read_twin(folder: Path, subject: BackpackConfig) -> TransformerTwin:
 
 
 def _from_run(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
+    state = read_checkpoint(folder / CHECKPOINT)
     made_by = json.loads(state["made_by"])
     if not made_by["twin"]:
         raise ValueError("it is the run of a Backpack; give the one made with --twin")

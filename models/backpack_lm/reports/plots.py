@@ -6,6 +6,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
+from matplotlib.figure import Figure as Canvas
+
 from backpack_lm.reports.report import Figure
 
 PALETTE = ("#0f8276", "#3556a8", "#c77d1e", "#b4432f", "#7a5aa6", "#6b7480")
@@ -38,15 +41,11 @@ def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], xlabe
 
 
 def _axes(width: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure as Canvas
-
     figure = Canvas(figsize=(min(width, 14.0), 3.8), layout="constrained")
     return figure, figure.subplots()
 
 
 def _drawn(figure: Any, axes: Any, title: str, legend: bool) -> Figure:
-    import matplotlib
-
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -58,6 +58,11 @@ class Source:
     def name(self) -> str:
         return self.path.name.split(".")[0]
 
+    def digest(self) -> str:
+        """SHA-256 of the file, in hex."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     def records(self) -> Iterator[tuple[str, bool]]:
         """Each record's text, and whether it is held out. Raises DataError naming the file or the bad line."""
         opener = lzma.open if self.path.suffix == ".xz" else Path.open
@@ -107,8 +112,26 @@ def train_tokenizer(sources: Sequence[Source], vocab_size: int, out: Path) -> To
     return Tokenizer.read(out)
 
 
+def is_encoded(source: Source, folder: Path) -> bool:
+    """Whether a source's streams are there. Raises DataError if they were made from a file with other content."""
+    if not (folder / f"{source.name}.heldout.bin").exists():
+        return False
+    made_from = _made_from(source, folder)  # earlier versions wrote none
+    if made_from.exists() and made_from.read_text("utf-8") != source.digest():
+        raise DataError(
+            f"{folder} holds the tokens of a {source.path.name} with other content; give another --out, or the "
+            "file as it was"
+        )
+    return True
+
+
+def _made_from(source: Source, folder: Path) -> Path:
+    return folder / f"{source.name}.sha256"
+
+
 def encode(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterator[float]:
-    """Write `<name>.train.bin` and `<name>.heldout.bin`: passages, each after an end-of-text token.
+    """Write `<name>.train.bin` and `<name>.heldout.bin`: passages, each after an end-of-text token; and before
+    them `<name>.sha256`, which says of what file.
 
     A passage is a record or, of a long one, whole paragraphs of at least PASSAGE tokens. A book has one
     beginning in a hundred thousand tokens: from that alone, a model never learns how a text starts.
@@ -117,6 +140,7 @@ def encode(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterator[float
     """
     if tokenizer.end_of_text is None:
         raise DataError(f"the tokenizer has no {END_OF_TEXT} token to part records with")
+    _made_from(source, folder).write_text(source.digest(), "utf-8")
     records = list(source.records())
     paths = [folder / f"{source.name}.{part}.bin" for part in ("train", "heldout")]
     partial = [path.with_suffix(".partial") for path in paths]
@@ -174,6 +198,12 @@ class Rows:
         sources = zip(self.names, self.shares.tolist(), self.streams, strict=True)
         return [[name, share, len(ids)] for name, share, ids in sources]
 
+    def check(self, length: int) -> None:
+        """Raises DataError for a source that doesn't fill a row of `length` inputs."""
+        for name, ids in zip(self.names, self.streams, strict=True):
+            if len(ids) <= length:
+                raise DataError(f"{name} has {len(ids)} tokens to train on; a row takes {length + 1}")
+
     def at(self, step: int, count: int, length: int) -> npt.NDArray[np.int64]:
         """Rows [count, length + 1] of step `step`: each row's inputs and, one further, its targets."""
         random = np.random.default_rng([self.seed, step])
@@ -182,8 +212,6 @@ class Rows:
         for row, source in zip(rows, chosen, strict=True):
             ids, starts = self.streams[source], self.starts[source]
             last = len(ids) - length - 1
-            if last < 0:
-                raise DataError(f"a source has {len(ids)} tokens to train on; a row takes {length + 1}")
             starts = starts[: np.searchsorted(starts, last, side="right")]
             from_start = len(starts) > 0 and random.random() < FROM_START
             start = int(random.choice(starts) if from_start else random.integers(last + 1))

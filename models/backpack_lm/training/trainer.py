@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,8 +70,8 @@ class Trainer:
     """Trains a Backpack, or its Transformer twin, in `folder`; goes on from the checkpoint found there.
 
     A run `after` another, that run's folder, begins with its weights: a recipe in two parts. Raises ValueError
-    if a checkpoint was made by another recipe, config or kind of model or from other text, or the run before
-    isn't finished.
+    if a source is too short for a row, a checkpoint was made by another recipe, config or kind of model or from
+    other text, or the run before isn't finished.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Trainer:
         twin: bool,
         after: Path | None = None,
     ) -> None:
+        rows.check(config.n_positions)  # the last steps' rows fill the context
         self.recipe, self.rows, self.folder = recipe, rows, folder
         self.made_by: dict[str, Any] = {
             "config": config.to_json(),
@@ -155,7 +156,7 @@ class Trainer:
     def _begin(self, after: Path) -> None:
         if not (after / CHECKPOINT).exists():
             raise ValueError(f"{after} holds no {CHECKPOINT} to begin after")
-        state: dict[str, Any] = torch.load(after / CHECKPOINT, weights_only=True)
+        state = read_checkpoint(after / CHECKPOINT)
         before = json.loads(state["made_by"])
         for what in ("config", "twin"):
             if before[what] != self.made_by[what]:
@@ -170,7 +171,7 @@ class Trainer:
         self.made_by["after"] = before
 
     def _resume(self) -> None:
-        state: dict[str, Any] = torch.load(self.checkpoint, weights_only=True)
+        state = read_checkpoint(self.checkpoint)
         before, now = json.loads(state["made_by"]), json.loads(json.dumps(self.made_by))
         if "text" not in before:  # checkpoints of earlier versions don't tell
             del now["text"]
@@ -183,6 +184,17 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """The state of a run, as it was saved. Raises ValueError naming the file if it is damaged."""
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # torch raises many kinds, and tells of its insides
+        raise ValueError(f"{file} is damaged, or no state of a run; remove it, and the run begins anew") from None
+    return state
 
 
 def _optimizers(model: Backpack | TransformerTwin, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -235,26 +247,3 @@ def held_out(
         for name, ids in streams.items()
         if len(ids) > model.config.n_positions
     }
-
-
-def plot(runs: Mapping[str, Sequence[Path]], out: Path, smooth: float = 0.95) -> None:
-    """Draw the loss curves of runs into one picture: name → folders, each trained after the one before it."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, folders in runs.items():
-        seen, curve, mean = 0, [], None
-        for folder in folders:
-            lines = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
-            steps = {line["step"]: line for line in lines}  # a resumed run may log a step twice
-            for step in sorted(steps):
-                seen += steps[step]["tokens"]
-                loss = steps[step]["loss"]
-                mean = loss if mean is None else smooth * mean + (1 - smooth) * loss
-                curve.append((seen / 1e6, mean))
-        axes.plot(*zip(*curve, strict=True), label=name)
-    axes.set(xlabel="training tokens (millions)", ylabel="loss (nats per token, smoothed)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(out)

@@ -119,8 +119,11 @@ def _kept_key(settings: Settings, tenant: str) -> str:
 
 
 @contextmanager
-def exits() -> Iterator[None]:
-    """A refusal is one line on stderr and exit status 1; a traceback is for our own mistakes."""
+def exits(extra: str = "") -> Iterator[None]:
+    """A refusal is one line on stderr and exit status 1; a traceback is for our own mistakes.
+
+    `extra` brings all that the command may miss; without it, each library's own is named.
+    """
     try:
         yield
     except ServiceError as error:
@@ -133,8 +136,9 @@ def exits() -> Iterator[None]:
             )
         _refuse(f"{error.reason}: {error.message}")
     except ModuleNotFoundError as error:
-        if (extra := EXTRAS.get(str(error.name).partition(".")[0])) is None:
+        if (brings := EXTRAS.get(str(error.name).partition(".")[0])) is None:
             raise
+        extra = extra or brings
         more = "; for the lab and the experiments, 'backpack-serving[lab]'" if extra == "engine" else ""
         _refuse(f"this needs {error.name}: pip install 'backpack-serving[{extra}]'{more}")
     except ValidationError as error:

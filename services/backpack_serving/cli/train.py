@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile
 from typing import Annotated
@@ -16,7 +17,7 @@ from backpack_serving.cli.client import exits
 console = Console(stderr=True)
 
 
-@exits()
+@exits("train")
 def train(
     sources: Annotated[
         list[str],
@@ -25,15 +26,19 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the run; the same folder again goes on.")],
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)],
     twin: Annotated[bool, typer.Option(help="Train the Transformer of the same trunk instead.")] = False,
-    layers: Annotated[int, typer.Option(help="Trunk layers L.")] = 6,
-    heads: Annotated[int, typer.Option(help="Trunk heads H.")] = 6,
-    width: Annotated[int, typer.Option(help="Width d.")] = 192,
-    senses: Annotated[int, typer.Option(help="Senses k of each word.")] = 16,
-    context: Annotated[int, typer.Option(help="Context T in tokens.")] = 512,
-    vocabulary: Annotated[int, typer.Option(help="Size of the byte-level BPE learnt first.")] = 16384,
-    tokens_per_step: Annotated[int, typer.Option(help="Tokens of one optimiser step.")] = 2048,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 3e-3,
-    matrix_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon (matrices of layers).")] = 6e-3,
+    layers: Annotated[int, typer.Option(help="Trunk layers L.", min=1)] = 6,
+    heads: Annotated[int, typer.Option(help="Trunk heads H.", min=1)] = 6,
+    width: Annotated[int, typer.Option(help="Width d.", min=1)] = 192,
+    senses: Annotated[int, typer.Option(help="Senses k of each word.", min=1)] = 16,
+    context: Annotated[int, typer.Option(help="Context T in tokens.", min=1)] = 512,
+    vocabulary: Annotated[
+        int, typer.Option(help="Size of the byte-level BPE learnt first.", min=1, max=2**16)
+    ] = 16384,
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens of one optimiser step.", min=1)] = 2048,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.", min=0)] = 3e-3,
+    matrix_lr: Annotated[
+        float, typer.Option(help="Peak learning rate of Muon (matrices of layers).", min=0)
+    ] = 6e-3,
     decay: Annotated[
         float,
         typer.Option(help="Share of the steps, the last, over which learning rates fall to zero.", min=0, max=1),
@@ -45,8 +50,8 @@ def train(
     precision: Annotated[
         str, typer.Option(help="Of products: auto, float32 or bfloat16; weights are float32.")
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
-    threads: Annotated[int, typer.Option(help="Threads; 0 for torch's choice.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data order.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0 for torch's choice.", min=0)] = 0,
 ) -> None:
     """Train a Backpack (or its Transformer twin) from text.
 
@@ -62,11 +67,23 @@ def train(
     from backpack_lm.model import Backpack
     from backpack_lm.tokenizer import Tokenizer
     from backpack_lm.training import data
-    from backpack_lm.training.trainer import Recipe, Trainer, held_out, plot
+    from backpack_lm.training.curve import plot
+    from backpack_lm.training.trainer import Recipe, Trainer, held_out
 
     if threads:
         torch.set_num_threads(threads)
     corpus = data.parse_sources(sources)
+    config = BackpackConfig(vocabulary, context, width, layers, heads, num_senses=senses)
+    recipe = Recipe(
+        steps,
+        seed=seed,
+        tokens_per_step=tokens_per_step,
+        lr=lr,
+        matrix_lr=matrix_lr,
+        decay=decay,
+        short_row=short_row,
+        precision=Precision.BFLOAT16 if Precision(precision).dtype() == torch.bfloat16 else Precision.FLOAT32,
+    )
     folder = out / "data"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_file = folder / "tokenizer.json"
@@ -85,29 +102,11 @@ def train(
     )
     with Progress(*columns, console=console) as progress:
         for source in corpus:
-            if not (folder / f"{source.name}.heldout.bin").exists():
+            if not data.is_encoded(source, folder):
                 task = progress.add_task(f"tokenise {source.name}", total=100, note="")
                 for done in data.encode(source, tokenizer, folder):
                     progress.update(task, completed=100 * done)
-        config = BackpackConfig(
-            vocab_size=tokenizer.vocab_size,
-            n_positions=context,
-            n_embd=width,
-            n_layer=layers,
-            n_head=heads,
-            num_senses=senses,
-            eos_token_id=tokenizer.end_of_text,
-        )
-        recipe = Recipe(
-            steps,
-            seed=seed,
-            tokens_per_step=tokens_per_step,
-            lr=lr,
-            matrix_lr=matrix_lr,
-            decay=decay,
-            short_row=short_row,
-            precision=Precision.BFLOAT16 if Precision(precision).dtype() == torch.bfloat16 else Precision.FLOAT32,
-        )
+        config = replace(config, vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.end_of_text)
         name = "twin" if twin else "backpack"
         run, rows = out / name, data.Rows.open(corpus, folder, seed, tokenizer.end_of_text)
         trainer = Trainer(config, recipe, rows, run, twin, after / name if after else None)

@@ -89,6 +89,11 @@ def test_what_the_extra_brings_is_named_where_it_is_missing(
     data = str(_write(tmp_path))
     words = ("lexical", "--data", data, "--model", str(folder), "--out", str(tmp_path))
     assert "this needs scipy.stats: pip install 'backpack-serving[lab]'" in _call(*words, code=1)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for module in ("backpack_lm.experiments.bias", "backpack_lm.reports.plots"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    output = _call("bias", "--model", "/nowhere", code=1)
+    assert "this needs matplotlib: pip install 'backpack-serving[lab]'" in output, "before any work"
     monkeypatch.setitem(sys.modules, "torch", None)
     output = _call(*words, code=1)
     assert "this needs torch: pip install 'backpack-serving[engine]'; for the lab and the experiments" in output
