@@ -50,6 +50,8 @@ class Replica(inference_pb2_grpc.InferenceServiceServicer):
     """Takes every request, and answers in a while, or refuses."""
 
     refusal: ServiceError | None = None
+    takes = True
+    asked = 0
 
     async def Score(self, request: pb.ScoreRequest, context: rpc.Context) -> pb.ScoreResponse:
         await self._work(context)
@@ -67,7 +69,9 @@ class Replica(inference_pb2_grpc.InferenceServiceServicer):
         yield pb.GenerateStreamResponse(served=SERVED, tokens=[pb.Token()] * 3)
 
     async def _work(self, context: rpc.Context) -> None:
-        await context.send_initial_metadata(())
+        self.asked += 1
+        if self.takes:
+            await context.send_initial_metadata(())
         await asyncio.sleep(0.05)
         if self.refusal:
             raise self.refusal
@@ -88,12 +92,13 @@ class Running:
 @asynccontextmanager
 async def _running() -> AsyncIterator[Running]:
     name, register = "backpack.v1.InferenceService", inference_pb2_grpc.add_InferenceServiceServicer_to_server
-    replica, router, metrics, anybody = Replica(), Router(MANIFEST.fingerprint), Metrics(), Anybody()
+    replica, metrics, anybody = Replica(), Metrics(), Anybody()
     behind = await rpc.start([rpc.Service(name, register, replica)], "127.0.0.1:0")
     fingerprint = MANIFEST.fingerprint
-    router.update([directory_pb2.Replica(id="r", address=behind.address, model_fingerprint=fingerprint, slots=1)])
-    # A clock that stands: nothing is refilled.
+    # A clock that stands: who is lost stays lost, and nothing is refilled.
+    router = Router(fingerprint, clock=lambda: 0.0)
     limits = Limits(Limit(tokens_per_minute=MINUTE), clock=lambda: 0.0)
+    router.update([directory_pb2.Replica(id="r", address=behind.address, model_fingerprint=fingerprint, slots=1)])
     meters = Meters(limits, metrics.gateway(lambda: 1, lambda: 0.0))
     servicer: Any = GatewayServicer(
         MANIFEST,
@@ -152,6 +157,16 @@ async def test_what_is_refused_costs_nothing(ask: Ask, refusal: ServiceError | N
         for kind in ("prompt", "generated"):
             assert system.told("tokens_total", tenant="t", kind=kind) == 0
         assert system.told("handoff_seconds_count") == 0, "no replica has it"
+
+
+@pytest.mark.parametrize("ask", [_score, _generate, _stream])
+async def test_a_replica_that_is_unavailable_is_asked_once(ask: Ask) -> None:
+    """gRPC's own retries would ask it three times more, for most of a second, before another one is tried."""
+    async with _running() as system, AsyncClient(system.gateway, attempts=1) as client:
+        system.replica.refusal, system.replica.takes = Unavailable("NOT_A_GATEWAY", "elsewhere"), False
+        with pytest.raises(Unavailable, match="no replica"):
+            await ask(client)
+        assert system.replica.asked == 1
 
 
 @pytest.mark.parametrize(("ask", "made"), [(_score, 0), (_generate, 3), (_stream, 3)])

@@ -63,7 +63,8 @@ class Router:
                     target.lost_until = float("-inf")
                 target.replica = replica
             else:
-                channel = rpc.channel(replica.address, self._tls)
+                # Nothing is repeated there: another replica is asked instead, and at once.
+                channel = rpc.channel(replica.address, self._tls, repeats=False)
                 self._targets[name] = Target(replica, channel, inference_pb2_grpc.InferenceServiceStub(channel))
 
     @contextmanager

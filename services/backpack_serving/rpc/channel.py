@@ -66,29 +66,32 @@ _CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.service_config", SERVICE_CONFIG),
     # Two parts of one process must not share a connection pool: a test may restart a server on its port.
     ("grpc.use_local_subchannel_pool", 1),
 )
 
 
-def channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
+def channel(address: str, tls: Tls | None = None, *, repeats: bool = True) -> grpc.aio.Channel:
     """A channel to one of our servers, with retries of reads and keepalive; with TLS if there are authorities.
 
+    Without `repeats` the library repeats nothing: who calls would rather ask somebody else.
     Raises ValueError if the certificates are no good.
     """
+    options = _options(tls, repeats)
     if tls is None or tls.authorities is None:
-        return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
-    return grpc.aio.secure_channel(address, channel_credentials(tls), options=_options(tls))
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, channel_credentials(tls), options=options)
 
 
 def sync_channel(address: str, tls: Tls | None = None) -> grpc.Channel:
     """The same for a caller without an event loop."""
+    options = _options(tls)
     if tls is None or tls.authorities is None:
-        return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
-    return grpc.secure_channel(address, channel_credentials(tls), options=_options(tls))
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, channel_credentials(tls), options=options)
 
 
-def _options(tls: Tls) -> Sequence[tuple[str, Any]]:
-    named = [("grpc.ssl_target_name_override", tls.name)] if tls.name else []
-    return [*_CHANNEL_OPTIONS, *named]
+def _options(tls: Tls | None, repeats: bool = True) -> Sequence[tuple[str, Any]]:
+    config = [("grpc.service_config", SERVICE_CONFIG)] if repeats else []
+    named = [("grpc.ssl_target_name_override", tls.name)] if tls and tls.authorities and tls.name else []
+    return [*_CHANNEL_OPTIONS, *config, *named]
