@@ -43,11 +43,13 @@ _PREFIX = "backpack."
 def load(folder: Path) -> Backpack:
     """The Backpack in a folder with a config.json and weights in any layout of `layouts.py`, in float32.
 
-    Weights are *.safetensors (several shards if need be), else pytorch_model.bin, else one *.ckpt. Raises
+    Weights are model.safetensors, else *.safetensors (shards), else pytorch_model.bin, else the one *.ckpt. Raises
     CheckpointError, naming every missing, unknown, misshapen or non-finite tensor, and ConfigError.
     """
     try:
         values = json.loads((folder / CONFIG).read_text("utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it isn't an object")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / CONFIG} can't be read: {error}") from None
     return from_tensors(_read(folder), values)
@@ -84,12 +86,15 @@ def save(model: Backpack, tokenizer: Path, folder: Path) -> Manifest:
 
 def load_table(folder: Path, model: Backpack, rows: Tensor | None = None) -> SenseTable:
     """The model's sense table, computed unless its rows [V, k, d] are given; with the denominators that are kept
-    beside it, if they are this model's."""
+    beside it, if they are this model's. Raises CheckpointError if those can't be read."""
     table = model.sense_table() if rows is None else model.table_of(rows)
     if (folder / TOPICS).exists():
-        with safe_open(folder / TOPICS, framework="pt") as file:
-            if file.metadata().get("fingerprint") == Manifest.read(folder).fingerprint:
-                table.peaks = file.get_tensor("peaks")
+        try:
+            with safe_open(folder / TOPICS, framework="pt") as file:
+                if (file.metadata() or {}).get("fingerprint") == Manifest.read(folder).fingerprint:
+                    table.peaks = file.get_tensor("peaks")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder / TOPICS} can't be read: {error}; import the model again") from None
     return table
 
 
@@ -126,18 +131,34 @@ def verify(folder: Path) -> Manifest:
 
 def _read(folder: Path) -> Tensors:
     try:
+        if (folder / WEIGHTS).exists():  # and no other: the fingerprint is of this one
+            return load_file(folder / WEIGHTS)
         if shards := sorted(p for p in folder.glob("*.safetensors") if p.name != TOPICS):
             return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
-        pickled = [p for p in (folder / "pytorch_model.bin", *sorted(folder.glob("*.ckpt"))) if p.exists()]
-        if not pickled:
-            raise CheckpointError(f"{folder} has no *.safetensors, pytorch_model.bin or *.ckpt")
-        values: dict[str, Any] = torch.load(pickled[0], map_location="cpu", weights_only=True)
-        tensors: Tensors = values.get("state_dict", values)
-        return tensors
+        pickled = folder / "pytorch_model.bin"
+        if not pickled.exists():
+            found = sorted(folder.glob("*.ckpt"))
+            if len(found) > 1:
+                raise CheckpointError(
+                    f"{folder} has {', '.join(p.name for p in found)}; leave the one that is meant"
+                )
+            if not found:
+                raise CheckpointError(f"{folder} has no *.safetensors, pytorch_model.bin or *.ckpt")
+            (pickled,) = found
+        values: dict[str, Any] = torch.load(pickled, map_location="cpu", weights_only=True)
+        return {name: _tensor(name, tensor) for name, tensor in values.get("state_dict", values).items()}
     except CheckpointError:
         raise
     except Exception as error:  # torch and safetensors raise many kinds for a damaged or hostile file
         raise CheckpointError(f"{folder}: weights can't be read: {error}") from None
+
+
+def _tensor(name: Any, value: Any) -> Tensor:
+    """What a pickle, which may hold anything, has under a name. Raises CheckpointError if that is no weight."""
+    if isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided:
+        return value
+    kind = value.layout if isinstance(value, Tensor) else type(value).__name__
+    raise CheckpointError(f"not this Backpack:\n  {name!r} holds {kind}; weights are dense tensors by name")
 
 
 def _inner_widths(tensors: Tensors) -> dict[str, Any]:
@@ -167,4 +188,4 @@ def _check(found: Tensors, wanted: Tensors) -> None:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
+    return bool(tensor.float().isfinite().all())  # as it is served: a float64 may be beyond float32

@@ -37,8 +37,13 @@ class BackpackConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "num_senses"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
+        for name, last in (("num_tokens", self.vocab_size), ("eos_token_id", self.vocab_size - 1)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and 0 <= value <= last):
+                raise ConfigError(f"{name} is {value!r}; with vocab_size {self.vocab_size} it is at most {last}")
         if self.n_embd % self.n_head:
             raise ConfigError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads")
         if self.n_embd < self.num_senses:

@@ -168,9 +168,10 @@ def _two_missing(state: State) -> None:
         (lambda s: s.update({MLP: torch.ones(24, 95)}), ["shape of gpt2_model.h.1.mlp.c_fc.weight: [24, 95]"]),
         (lambda s: s[MLP][0].fill_(float("nan")), ["not finite: gpt2_model.h.1.mlp.c_fc.weight"]),
         (lambda s: s.update({MLP: s[MLP].to(torch.int64)}), ["type of gpt2_model.h.1.mlp.c_fc.weight"]),
+        (lambda s: s.update({MLP: s[MLP].double() * 1e300}), ["not finite: gpt2_model.h.1.mlp.c_fc.weight"]),
         (lambda s: s.update({"lm_head.weight": s[WTE] + 1}), ["lm_head.weight should be the same tensor"]),
     ],
-    ids=["missing", "unknown", "shape", "nan", "integer", "untied"],
+    ids=["missing", "unknown", "shape", "nan", "integer", "beyond float32", "untied"],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(state: State, damage: Damage, complaints: list[str]) -> None:
     damage(state)
@@ -188,6 +189,44 @@ def test_nanobackpack_and_gpt2_are_refused_with_the_reason(state: State) -> None
         from_tensors(gpt2, TINY.to_json())
     with pytest.raises(ConfigError, match="not a Backpack"):
         from_tensors(state, {k: v for k, v in TINY.to_json().items() if k != "num_senses"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n_embd", "24"), ("n_head", 4.0), ("n_layer", None), ("num_tokens", 65), ("eos_token_id", 64)],
+)
+def test_a_config_that_no_model_can_have_is_refused_by_name(state: State, field: str, value: object) -> None:
+    """Ids beyond the vocabulary would be looked up beyond the embedding."""
+    with pytest.raises(ConfigError, match=f"{field} is {value!r}"):
+        from_tensors(state, {**TINY.to_json(), field: value})
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{MLP: 3}, {3: torch.ones(1)}, {MLP: torch.ones(24, 96).to_sparse()}],
+    ids=["number", "nameless", "sparse"],
+)
+def test_a_pickle_of_other_things_than_tensors_is_refused(
+    state: State, odd: dict[object, object], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_json()))
+    torch.save({**state, **odd}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="dense tensors by name"):
+        load(tmp_path)
+
+
+def test_which_of_several_checkpoints_is_meant_is_not_guessed(state: State, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_json()))
+    for name in ("step-100.ckpt", "step-99.ckpt"):
+        torch.save({"state_dict": state}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"step-100\.ckpt, step-99\.ckpt"):
+        load(tmp_path)
+
+
+def test_a_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="isn't an object"):
+        load(tmp_path)
 
 
 def test_nothing_in_a_pickle_is_executed(tmp_path: Path) -> None:
@@ -236,6 +275,21 @@ def test_the_fingerprint_covers_config_tokenizer_and_every_weight(folder: Path) 
     assert len(fingerprints) == 4
     with pytest.raises(CheckpointError, match="changed or damaged"):
         verify(folder)
+
+
+def test_what_is_served_are_the_weights_of_the_fingerprint(folder: Path) -> None:
+    """Whatever other safetensors somebody keeps there."""
+    before = load(folder).embedding
+    save_file({WTE: before + 1}, folder / "zeroed.safetensors")
+    assert torch.equal(load(folder).embedding, before)
+
+
+def test_damaged_denominators_are_refused_and_those_of_nobody_not_used(folder: Path) -> None:
+    save_file({"peaks": torch.ones(1)}, folder / checkpoint.TOPICS)
+    assert "peaks" not in load_table(folder, load(folder)).__dict__
+    (folder / checkpoint.TOPICS).write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="import the model again"):
+        load_table(folder, load(folder))
 
 
 def test_denominators_of_another_model_are_not_used(folder: Path) -> None:
