@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
 import pytest
 from backpack_proto.v1.directory_pb2 import Replica
 from backpack_serving.errors import Unavailable
@@ -76,3 +81,37 @@ async def test_no_replica_is_said_with_when_to_retry(router: Router) -> None:
     with pytest.raises(Unavailable, match="try again shortly") as refused:
         _pick(router)
     assert refused.value.retry_after == 1.0
+
+
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+async def test_replicas_are_counted_while_they_come_and_go(router: Router, hasty: None) -> None:
+    """A scrape does that, from a thread of its own."""
+    many = [_replica(str(number)) for number in range(1, 100)]
+    counted: set[int] = set()
+    over = threading.Event()
+
+    def scrape() -> None:
+        try:
+            while not over.is_set():
+                counted.add(router.size)
+        except RuntimeError:
+            counted.add(-1)
+
+    scrapes = threading.Thread(target=scrape)
+    scrapes.start()
+    until = time.monotonic() + 1
+    while time.monotonic() < until and -1 not in counted:
+        router.update(many)
+        router.update(many[:-1])
+    over.set()
+    scrapes.join()
+    assert counted
+    assert -1 not in counted

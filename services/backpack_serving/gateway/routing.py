@@ -86,6 +86,6 @@ class Router:
 
     def _usable(self, without: Iterable[Target]) -> Iterator[Target]:
         excluded, now = list(without), self._clock()
-        for target in self._targets.values():
+        for target in tuple(self._targets.values()):  # a scrape asks from its own thread
             if not target.replica.draining and target.lost_until <= now and target not in excluded:
                 yield target
