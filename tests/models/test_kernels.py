@@ -256,6 +256,15 @@ def test_drawing_is_one_function_of_seed_position_and_token(config: BackpackConf
     assert len(set(drawn.tolist())) > 30
 
 
+@pytest.mark.parametrize("left", [b"", b"\x7fELF\x02\x01\x01 cut off"], ids=["empty", "cut off"])
+def test_a_damaged_library_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, left: bytes) -> None:
+    whole = Path(build.library()._name).read_bytes()
+    monkeypatch.setattr(build, "folder", lambda name: tmp_path)
+    monkeypatch.setattr(build, "_compile", lambda file: file.write_bytes(whole))
+    build._path().write_bytes(left)
+    assert build.library.__wrapped__().draw_float32
+
+
 def test_without_a_compiler_the_plain_kernels_do_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build, "folder", lambda name: tmp_path)
     monkeypatch.setattr(build.shutil, "which", lambda name: None)

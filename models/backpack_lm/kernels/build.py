@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -37,9 +39,12 @@ def library() -> ctypes.CDLL:
     """The compiled library. Raises NotBuilt if it can't be had."""
     try:
         file = _path()
-        if not file.exists():
-            _compile(file)
-        return ctypes.CDLL(str(file))  # shares torch's OpenMP threads: its libgomp is loaded already
+        # Loaded, it shares torch's OpenMP threads: its libgomp is here already.
+        if file.exists():
+            with suppress(OSError):  # damaged: it is made anew
+                return ctypes.CDLL(str(file))
+        _compile(file)
+        return ctypes.CDLL(str(file))
     except OSError as error:
         raise NotBuilt(f"the library can't be kept or loaded: {error}") from None
 
@@ -71,4 +76,6 @@ def _compile(file: Path) -> None:
         )
         if done.returncode:
             raise NotBuilt(f"{compiler} failed: {done.stderr.strip()[-2000:]}")
+        with made.open("rb") as written:
+            os.fsync(written.fileno())  # or a power cut may leave the name with nothing behind it
         made.replace(file)  # at once whole: another process may be looking
