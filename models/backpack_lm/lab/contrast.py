@@ -32,7 +32,10 @@ class Contrast:
 
 
 class Noun:
-    """A word in the prompts that it is judged by: `{}` in the templates stands for it."""
+    """A word in the prompts that it is judged by: `{}` in the templates stands for it.
+
+    Raises ValueError for a template without `{}`, or where the word isn't the token whose senses are meant.
+    """
 
     def __init__(self, subject: Subject, word: str, templates: Sequence[str], contrast: Contrast) -> None:
         for template in templates:
@@ -40,7 +43,10 @@ class Noun:
                 raise ValueError(f"prompt {template!r} has no {{}} to put {word!r} in")
         self.subject, self.word, self.contrast = subject, word, contrast
         self.token = subject.token(word)
-        self.prompts = Prompts(subject, [template.replace("{}", word) for template in templates])
+        prompts = [template.replace("{}", word) for template in templates]
+        for prompt in prompts:
+            subject.check_names(prompt, word)
+        self.prompts = Prompts(subject, prompts)
 
     def bias(self, *edits: Edit) -> float:
         """Mean over prompts of max(p(one)/p(other), p(other)/p(one)) under these edits: 1 is none."""

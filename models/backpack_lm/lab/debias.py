@@ -67,12 +67,15 @@ class Debiased:
         return Table("Every noun", ("noun", "scale", "unmodified", "removed", "fitted"), rows, digits=2)
 
     def report(self) -> Report:
+        guilty = self.search.guilty
+        told = f"Sense {guilty} tells them apart the most" + (
+            "." if self.sense == guilty else f"; sense {self.sense} was asked for."
+        )
         return Report(
             f"“{self.one}” and “{self.other}” after {len(self.nouns)} nouns",
-            f"Sense {self.sense} tells them apart the most. Mean ratio of the two on prompts that nothing "
-            f"was fitted on: {self.unmodified:.2f} unmodified, {self.removed:.2f} with the sense removed, "
-            f"{self.fitted:.2f} with one scale a noun: {self.share_removed(self.fitted):.0%} of the excess over "
-            "1 is gone.",
+            f"{told} Mean ratio of the two on prompts that nothing was fitted on: {self.unmodified:.2f} "
+            f"unmodified, {self.removed:.2f} with the sense removed, {self.fitted:.2f} with one scale a noun: "
+            f"{self.share_removed(self.fitted):.0%} of the excess over 1 is gone.",
             (self.table(), *self.search.report().tables),
             notes=self.search.report().notes,
         )

@@ -56,6 +56,13 @@ class Subject:
         """All ids of " word"."""
         return self.tokenizer.word_ids(word, WordPolicy.ALL)
 
+    def check_names(self, prompt: str, word: str) -> None:
+        """Raises ValueError for a prompt without the word's token: an edit of its senses would change nothing."""
+        if (token := self.token(word)) not in self.ids(prompt):
+            raise ValueError(
+                f"prompt {prompt!r} doesn't hold {word!r} as the token {self.tokenizer.piece(token)!r}"
+            )
+
     def known(self, words: Iterable[str]) -> list[str]:
         """Those of the words that are one token: only they have sense vectors of their own."""
         return [word for word in words if self._is_token(word)]

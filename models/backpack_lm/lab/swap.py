@@ -142,12 +142,9 @@ def swap_fact(
 
     Raises as `swap_edits`, and ValueError for a prompt without the word: nothing would change.
     """
-    token, ids = subject.token(word), (subject.token(old), subject.token(new))
+    ids = subject.token(old), subject.token(new)
     for prompt in prompts:
-        if token not in subject.ids(prompt):
-            raise ValueError(
-                f"prompt {prompt!r} doesn't hold {word!r} as the token {subject.tokenizer.piece(token)!r}"
-            )
+        subject.check_names(prompt, word)
     chosen = list(senses) or list(range(subject.config.num_senses))
     asked = Prompts(subject, prompts)
     edits = swap_edits(subject, word, old, new, chosen, strength)

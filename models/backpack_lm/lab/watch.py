@@ -25,17 +25,16 @@ class Journal:
     """Results of finished pieces of work, one JSON line each, so that a stopped run goes on where it was.
 
     `made_by` is everything that decides the results; a journal of something else is refused with ValueError.
-    Without a file nothing is kept.
+    Without a file nothing is kept. There is none before the first result: work that is refused leaves nothing.
     """
 
     def __init__(self, file: Path | None, made_by: dict[str, Any]) -> None:
         self.file = file
         self._done: dict[str, Any] = {}
-        if file is None:
+        self._head = head = json.dumps({"made_by": made_by}, sort_keys=True)
+        if file is None or not file.exists():
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        head = json.dumps({"made_by": made_by}, sort_keys=True)
-        first, *lines = (file.read_text("utf-8") if file.exists() else "").split("\n")
+        first, *lines = file.read_text("utf-8").split("\n")
         if not head.startswith(first):
             raise ValueError(
                 f"{file} holds the work of other settings: {first}; give the same to go on, or remove it"
@@ -52,8 +51,10 @@ class Journal:
             value = work()
             self._done[key] = json.loads(json.dumps(value))
             if self.file is not None:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
                 with self.file.open("a", encoding="utf-8") as out:
-                    out.write(json.dumps([key, value]) + "\n")
+                    line = json.dumps([key, value])
+                    out.write(f"{line}\n" if out.tell() else f"{self._head}\n{line}\n")
         found: T = self._done[key]
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -36,9 +37,20 @@ Key = Annotated[str, typer.Option(envvar="BACKPACK_KEY", help="API key, instead 
 
 def in_a_folder(file: Path | None) -> Path | None:
     """What a command writes last is refused first."""
-    if file is not None and not file.parent.is_dir():
+    if file is None:
+        return None
+    if not file.parent.is_dir():
         raise typer.BadParameter(f"{file.parent} is no folder; make it first")
+    can_be_made(file.parent)
     return file
+
+
+def can_be_made(folder: Path) -> Path:
+    """The same for a folder that a command makes if it isn't there."""
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise typer.BadParameter(f"{there} is no folder that can be written to")
+    return folder
 
 
 Page = Annotated[

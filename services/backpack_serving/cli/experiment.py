@@ -13,7 +13,7 @@ import typer
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from backpack_serving.cli.client import err, exits, out
+from backpack_serving.cli.client import can_be_made, err, exits, out
 from backpack_serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[Path | None, typer.Option(help="Model folder; the one that is served if none.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the results.", callback=can_be_made)]
 Twin = Annotated[
     Path | None,
     typer.Option(help="Transformer to compare with: OUT/twin of `backpack train --twin`, or a GPT-2 folder."),

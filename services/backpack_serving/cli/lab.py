@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.markdown import Markdown
 
-from backpack_serving.cli.client import Page, err, exits, out
+from backpack_serving.cli.client import Page, can_be_made, err, exits, out
 from backpack_serving.cli.control import Senses, sense_numbers
 from backpack_serving.cli.experiment import Model, Shown, Threads, command, read_subject
 from backpack_serving.cli.patch_file import PatchFile
@@ -35,6 +35,7 @@ def _beside_its_report(file: Path) -> Path:
     """The report has the patch's name, and would overwrite it."""
     if file.suffix == ".html":
         raise typer.BadParameter(f"{file} is where the report goes; name the patch {file.with_suffix('.json')}")
+    can_be_made(file.parent)
     return file
 
 

@@ -82,6 +82,12 @@ def test_a_refusal_is_one_line(folder: Path, words: tuple[str, ...], says: str, 
     assert "Traceback" not in output
 
 
+def test_a_folder_that_cannot_be_made_is_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("")
+    output = _call("bias", "--model", "/nowhere", "--out", str(tmp_path / "notes" / "out"), code=2)
+    assert "is no folder that can be written to" in output.replace("│ ", "")
+
+
 def test_what_the_extra_brings_is_named_where_it_is_missing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,11 @@ def test_find_sense_and_debias(folder: Path, subject: Subject, tmp_path: Path) -
     assert "Which sense tells “he” from “she”" in shown
     assert "bias without it" in shown
     file = tmp_path / "patches" / "fair.json"
+    guilty = int(shown.partition("Without sense ")[2].partition(",")[0])
     out = ("--model", folder, "--out", file)
+    other = (guilty + 1) % subject.config.num_senses
+    shown = _call("debias", "nurse", "lawyer", "--sense", other, *prompts, *out)
+    assert f"Sense {guilty} tells them apart the most; sense {other} was asked for." in shown
     shown = _call("debias", "nurse", "lawyer", "--sense", 2, "--contrast", "king", "ship", *prompts, *out)
     assert "nothing to patch" not in shown
     read = PatchFile.read(file)
@@ -87,6 +91,7 @@ def test_finetune_then_judge(folder: Path, subject: Subject, tmp_path: Path) -> 
     ("words", "says"),
     [
         (("find-sense", "hairdresser"), "none of hairdresser is one token"),
+        (("find-sense", "nurse", "--prompt", "{} said that"), "prompt 'nurse said that' doesn't hold 'nurse' as"),
         (("debias", "nurse", "--sense", "9"), "sense 9; this model's are 0 to 3"),
         (("debias", "nurse", "--prompt", "A {} is", "--show", "A {} is"), "what is fitted on shows nothing"),
         (("swap-fact", "ship", "--old", "sea", "--new", "land", "--prompt", "The king"), "doesn't hold 'ship'"),
@@ -101,8 +106,20 @@ def test_a_refusal_is_one_line(folder: Path, tmp_path: Path, words: tuple[str, .
 
 
 def test_a_patch_file_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
-    for file, says in ((tmp_path / "sea.html", "is where the report goes"), (tmp_path, "is a directory")):
+    (tmp_path / "notes").write_text("")
+    for file, says in (
+        (tmp_path / "sea.html", "is where the report goes"),
+        (tmp_path, "is a directory"),
+        (tmp_path / "notes" / "new" / "sea.json", "is no folder that can be written to"),
+    ):
         assert says in _call("topic", "sea", "--model", "/nowhere", "--out", file, code=2).replace("│ ", "")
+
+
+def test_what_was_refused_is_given_again_otherwise(folder: Path, tmp_path: Path) -> None:
+    words = ("debias", "nurse", "--prompt", "The {} said", "--model", folder, "--out", tmp_path / "fair.json")
+    assert "has no {} to put 'nurse' in" in _call(*words, "--show", "The nurse said that", code=1)
+    assert not list(tmp_path.iterdir())
+    _call(*words, "--show", "The {} said that")
 
 
 def test_a_patch_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
