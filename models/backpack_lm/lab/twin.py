@@ -50,7 +50,8 @@ def _from_gpt2(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     values = json.loads((folder / CONFIG).read_text("utf-8"))
     if "num_senses" in values:
         raise ValueError("it is a Backpack")
-    values = {"scale_attn_by_inverse_layer_idx": False, **values, "num_senses": 1}  # a twin has none; 1 is unused
+    # A twin has no senses: 1 is unused. So is the end of text, which Hugging Face's default puts at 50256.
+    values = {"scale_attn_by_inverse_layer_idx": False, **values, "num_senses": 1, "eos_token_id": None}
     tensors = {
         "gpt2_model." + name.removeprefix("transformer."): tensor.float()
         for name, tensor in load_file(folder / WEIGHTS).items()
