@@ -15,9 +15,10 @@ from backpack_lm.checkpoint import load, verify
 from backpack_lm.config import BackpackConfig
 from backpack_lm.model import Backpack, TransformerTwin
 from backpack_lm.training.data import DataError, Rows, Source, encode, stream, train_tokenizer
+from backpack_lm.training.evaluation import perplexity
 from backpack_lm.training.loss import head_loss
 from backpack_lm.training.muon import BlockMuon, matrices
-from backpack_lm.training.trainer import Recipe, Trainer, perplexity
+from backpack_lm.training.trainer import Recipe, Trainer
 from backpack_serving.cli.main import app
 from typer.testing import CliRunner
 

@@ -20,7 +20,7 @@ from backpack_lm.lab.twin import read_twin
 from backpack_lm.lab.watch import Watch
 from backpack_lm.model import TransformerTwin
 from backpack_lm.reports.report import Report, Table
-from backpack_lm.training.trainer import perplexity
+from backpack_lm.training.evaluation import perplexity
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from backpack_lm.lab.topic import STRENGTHS, By
 from backpack_lm.lab.twin import read_twin
 from backpack_lm.lab.watch import Journal, Watch
 from backpack_lm.patch import Topic
-from backpack_lm.training.trainer import LanguageModel
+from backpack_lm.training.evaluation import LanguageModel
 
 BIASES = (2.0, 4.0, 5.0, 6.0, 8.0)
 """Added to the logits of the topic's words: the baseline that any model allows."""

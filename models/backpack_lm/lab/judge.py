@@ -14,7 +14,7 @@ from backpack_lm.lab.subject import Prompts, Steered, Subject
 from backpack_lm.overlay import Overlay
 from backpack_lm.patch import Edit
 from backpack_lm.reports.report import Report, Table
-from backpack_lm.training.trainer import perplexity
+from backpack_lm.training.evaluation import perplexity
 
 NEIGHBOURS = 3
 MOST_WORDS = 12  # edited words whose neighbours are looked at

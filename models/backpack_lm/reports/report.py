@@ -1,4 +1,4 @@
-"""A report: a lead, tables, figures and notes, as Markdown, as a page of HTML, or as plain text."""
+"""A report: a lead, tables, figures and notes, as Markdown or as a page of HTML."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The recipe of the default model: data, loss, trainer."""
+"""The recipe of the default model: data, loss, trainer, evaluation."""

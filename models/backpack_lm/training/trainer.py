@@ -1,22 +1,22 @@
-"""The training loop: seeded, resumable to the bit, with a log, a progress line and a loss plot."""
+"""The training loop: seeded, resumable to the bit, with a log."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from backpack_lm.config import BackpackConfig
 from backpack_lm.kernels import Precision
 from backpack_lm.model import Backpack, TransformerTwin
-from backpack_lm.training.data import Rows, Source, stream
+from backpack_lm.training.data import Rows
 from backpack_lm.training.loss import head_loss
 from backpack_lm.training.muon import BlockMuon, matrices
 
@@ -207,43 +207,3 @@ def _optimizers(model: Backpack | TransformerTwin, recipe: Recipe) -> list[torch
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return [muon, adamw]
-
-
-class LanguageModel(Protocol):
-    """Whatever gives an output [B, T, d] and the embedding [V, d] that scores it: a Backpack or a twin."""
-
-    @property
-    def config(self) -> BackpackConfig: ...
-
-    @property
-    def embedding(self) -> Tensor: ...
-
-    def mix(self, ids: Tensor) -> Tensor: ...
-
-
-@torch.no_grad()
-def perplexity(model: LanguageModel, ids: Tensor, batch: int = 8, length: int | None = None) -> float:
-    """Perplexity of a stream of ids [N], in rows of `length` tokens, by default the context; each row's first
-    token is free."""
-    length = length or model.config.n_positions
-    if len(ids) <= length:
-        raise ValueError(f"{len(ids)} tokens of held-out text; at least {length + 1} are needed")
-    rows = ids[: (len(ids) - 1) // length * length + 1].unfold(0, length + 1, length)
-    total = 0.0
-    for part in rows.split(batch):
-        loss = head_loss(model.mix(part[:, :-1]).flatten(0, 1), model.embedding, part[:, 1:].flatten())
-        total += loss.item() * len(part)
-    return math.exp(total / len(rows))
-
-
-def held_out(
-    model: LanguageModel, sources: Sequence[Source], folder: Path, limit: int = 200_000
-) -> dict[str, float]:
-    """Perplexity on each source's held-out stream, at most `limit` tokens of each; none of a stream that doesn't
-    fill a row."""
-    streams = {source.name: stream(source, folder, "heldout")[:limit] for source in sources}
-    return {
-        name: perplexity(model, torch.from_numpy(ids.astype("int64")))
-        for name, ids in streams.items()
-        if len(ids) > model.config.n_positions
-    }

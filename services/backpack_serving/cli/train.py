@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,7 +15,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from backpack_serving.cli.client import exits
 
+if TYPE_CHECKING:
+    from backpack_lm.tokenizer import Tokenizer
+    from backpack_lm.training.data import Source
+    from backpack_lm.training.trainer import Trainer
+
 console = Console(stderr=True)
+
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[note]}"),
+)
 
 
 @exits("train")
@@ -61,14 +75,14 @@ def train(
     on, or on other text, begin another one after it: --after RUN --seed 1 --out RUN2.
     """
     import torch
-    from backpack_lm.checkpoint import save
+    from backpack_lm.checkpoint import TOKENIZER, save
     from backpack_lm.config import BackpackConfig
     from backpack_lm.kernels import Precision
     from backpack_lm.model import Backpack
-    from backpack_lm.tokenizer import Tokenizer
     from backpack_lm.training import data
     from backpack_lm.training.curve import plot
-    from backpack_lm.training.trainer import Recipe, Trainer, held_out
+    from backpack_lm.training.evaluation import held_out
+    from backpack_lm.training.trainer import Recipe, Trainer
 
     if threads:
         torch.set_num_threads(threads)
@@ -85,41 +99,17 @@ def train(
         precision=Precision.BFLOAT16 if Precision(precision).dtype() == torch.bfloat16 else Precision.FLOAT32,
     )
     folder = out / "data"
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer_file = folder / "tokenizer.json"
-    if after is not None:
-        _same_tokenizer(after / "data" / "tokenizer.json", tokenizer_file)
-    elif not tokenizer_file.exists():
-        console.print(f"Learning a tokenizer of {vocabulary} tokens")
-        data.train_tokenizer(corpus, vocabulary, tokenizer_file)
-    tokenizer = Tokenizer.read(tokenizer_file)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        for source in corpus:
-            if not data.is_encoded(source, folder):
-                task = progress.add_task(f"tokenise {source.name}", total=100, note="")
-                for done in data.encode(source, tokenizer, folder):
-                    progress.update(task, completed=100 * done)
+    tokenizer = _tokenizer(corpus, folder, vocabulary, after)
+    with Progress(*COLUMNS, console=console) as progress:
+        _tokenise(corpus, tokenizer, folder, progress)
         config = replace(config, vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.end_of_text)
         name = "twin" if twin else "backpack"
         run, rows = out / name, data.Rows.open(corpus, folder, seed, tokenizer.end_of_text)
         trainer = Trainer(config, recipe, rows, run, twin, after / name if after else None)
-        task = progress.add_task("train", total=steps, completed=trainer.step, note="")
-        for step in trainer.run():
-            progress.update(
-                task,
-                completed=step.step,
-                note=f"loss {step.loss:.3f}, {step.tokens / step.seconds:.0f} tokens/s",
-            )
+        _follow(trainer, progress)
         if not twin:
             assert isinstance(trainer.model, Backpack)
-            save(trainer.model, tokenizer_file, out / "model")
+            save(trainer.model, folder / TOKENIZER, out / "model")
         note = progress.add_task("evaluate", total=None, note="")
         perplexities = held_out(trainer.model, corpus, folder)
         progress.remove_task(note)
@@ -135,6 +125,22 @@ def train(
         console.print(f"wrote {out / 'model'}; serve it with BACKPACK_MODEL={out / 'model'} backpack run")
 
 
+def _tokenizer(corpus: Sequence[Source], folder: Path, vocabulary: int, after: Path | None) -> Tokenizer:
+    """The run's tokenizer: the one in its folder, that of the run before, or one that is learnt now."""
+    from backpack_lm.checkpoint import TOKENIZER
+    from backpack_lm.tokenizer import Tokenizer
+    from backpack_lm.training import data
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / TOKENIZER
+    if after is not None:
+        _same_tokenizer(after / folder.name / TOKENIZER, file)
+    elif not file.exists():
+        console.print(f"Learning a tokenizer of {vocabulary} tokens")
+        data.train_tokenizer(corpus, vocabulary, file)
+    return Tokenizer.read(file)
+
+
 def _same_tokenizer(before: Path, here: Path) -> None:
     """Take over the tokenizer of the run before. Raises ValueError if another one is here already."""
     if not before.exists():
@@ -145,3 +151,22 @@ def _same_tokenizer(before: Path, here: Path) -> None:
         raise ValueError(
             f"{here} isn't the tokenizer of {before.parent.parent}: give another --out, or no --after"
         )
+
+
+def _tokenise(corpus: Sequence[Source], tokenizer: Tokenizer, folder: Path, progress: Progress) -> None:
+    """Write the token streams that aren't there yet."""
+    from backpack_lm.training import data
+
+    for source in corpus:
+        if not data.is_encoded(source, folder):
+            task = progress.add_task(f"tokenise {source.name}", total=100, note="")
+            for done in data.encode(source, tokenizer, folder):
+                progress.update(task, completed=100 * done)
+
+
+def _follow(trainer: Trainer, progress: Progress) -> None:
+    """Take the steps that are left."""
+    task = progress.add_task("train", total=trainer.recipe.steps, completed=trainer.step, note="")
+    for step in trainer.run():
+        speed = step.tokens / step.seconds
+        progress.update(task, completed=step.step, note=f"loss {step.loss:.3f}, {speed:.0f} tokens/s")

@@ -19,7 +19,8 @@ from backpack_lm.layouts import CheckpointError
 from backpack_lm.model import TransformerTwin
 from backpack_lm.patch import Cell, Edit, PatchError, Scale, Swap, Topic
 from backpack_lm.training.data import Rows
-from backpack_lm.training.trainer import Recipe, Trainer, perplexity
+from backpack_lm.training.evaluation import perplexity
+from backpack_lm.training.trainer import Recipe, Trainer
 
 TEXTS = ("The king said that", "The nurse", "When the captain of the ship looked over the sea, he")
 
