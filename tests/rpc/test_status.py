@@ -10,7 +10,8 @@ from backpack_lm.patch import Violation
 from backpack_proto.v1 import directory_pb2 as pb
 from backpack_proto.v1 import directory_pb2_grpc
 from backpack_serving import rpc
-from backpack_serving.errors import InvalidRequest, NotFound, Quota, ServiceError
+from backpack_serving.client import AsyncClient
+from backpack_serving.errors import InvalidRequest, NotFound, PreconditionFailed, Quota, ServiceError
 from google.rpc import code_pb2, status_pb2
 
 
@@ -69,6 +70,18 @@ async def test_a_refusal_of_any_size_arrives_in_what_clients_take(letter: str, c
     assert (told.violations[-1].reason == "MORE") == (count > 1)
     size = len(rpc.to_status(sent).SerializeToString()) * 4 / 3 + 3 * len(told.message.encode())
     assert size < 8000, "gRPC's own limit for clients, which isn't hard, is 8192"
+
+
+async def test_who_calls_another_server_is_told_which_one_to_call() -> None:
+    add, servicer = directory_pb2_grpc.add_DirectoryServiceServicer_to_server, Refusing(None)
+    server = await rpc.start([rpc.Service("backpack.v1.DirectoryService", add, servicer)], "127.0.0.1:0")
+    try:
+        async with AsyncClient(server.address) as client:
+            with pytest.raises(PreconditionFailed, match="text is a gateway's") as refused:
+                await client.model()
+        assert refused.value.reason == "WRONG_SERVER"
+    finally:
+        await server.stop(0)
 
 
 async def test_details_of_another_error_than_the_one_that_came_are_left_out() -> None:

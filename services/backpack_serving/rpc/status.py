@@ -12,7 +12,7 @@ from google.protobuf.any_pb2 import Any as PackedAny
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from backpack_serving.errors import BY_CODE, DOMAIN, Internal, Quota, ServiceError, Unavailable
+from backpack_serving.errors import BY_CODE, DOMAIN, Internal, PreconditionFailed, Quota, ServiceError, Unavailable
 
 MESSAGE_BYTES, VALUE_BYTES, VIOLATIONS_BYTES = 768, 512, 2048
 """Most of a message, of a value that is told beside it, and of violations before the last one, in UTF-8.
@@ -20,6 +20,11 @@ MESSAGE_BYTES, VALUE_BYTES, VIOLATIONS_BYTES = 768, 512, 2048
 A status travels in trailers: the message percent-encoded, and again with all details in base64. gRPC's clients
 may refuse trailers of more than 8 KB, and then tell RESOURCE_EXHAUSTED instead of what was sent.
 """
+
+_WRONG_SERVER = (
+    "The server at this address is another one, or of another version: "
+    "text is a gateway's, patches, releases, tenants and readers are the intervention service's."
+)
 
 
 def to_status(error: ServiceError) -> status_pb2.Status:
@@ -74,6 +79,8 @@ def error_from(error: grpc.RpcError) -> ServiceError:
         # A server that stops ends so what reached it and no handler yet (github.com/grpc/grpc/issues/41785). A
         # call that we cancel ourselves raises CancelledError instead.
         return Unavailable("TRANSPORT", "the server stopped before it took the call", retry_after=0.1)
+    if status is None and code == "UNIMPLEMENTED":
+        return PreconditionFailed("WRONG_SERVER", f"{call.details()} {_WRONG_SERVER}")
     if status is None:
         return kind("TRANSPORT", call.details() or code)
     reason, values, retry_after = code, {}, None
