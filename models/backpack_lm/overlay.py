@@ -168,7 +168,7 @@ class Overlay:
     def empty(self) -> bool:
         return not len(self.rows) and not self.topics
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return self.rows.nbytes + self.index.nbytes + sum(t.levels.nbytes for t in self.topics)
 

@@ -286,6 +286,40 @@ async def test_a_tenant_that_needs_too_much_is_refused_and_keeps_what_fits(
     assert str(size + size // 2) in refusal.message
 
 
+async def test_channels_that_come_together_are_bounded_as_those_that_come_one_by_one(
+    served: ServedModel, shelf: Shelf, make: Callable[..., Versions]
+) -> None:
+    """A replica that starts gets all of a tenant's at once."""
+    digests = [shelf.put(served, (Topic((7, n), 2),)) for n in (8, 9, 10)]
+    probe = make()
+    async with probe.use("acme", digests[0]) as overlay:
+        size = overlay.nbytes
+    versions = make(capacity=1, tenant_bytes=2 * size)
+    channels = [_channel(digest, name=f"c{n}") for n, digest in enumerate(digests)]
+    (refusal,) = await versions.stage(tuple(channels))
+    assert refusal.reason == "TENANT_TOO_LARGE"
+    accepted = [c for c in channels if c.serving[0].digest != refusal.digest]
+    versions.swapped(View().changed(Position(1, 1), accepted))
+    assert await versions.stage(tuple(accepted)) == (), "what holds isn't counted twice"
+
+
+async def test_a_tenants_requests_keep_no_more_than_its_bytes(
+    served: ServedModel, shelf: Shelf, make: Callable[..., Versions]
+) -> None:
+    """However many releases it names: a few bytes of a patch become a row for each of thousands of cells."""
+    topics = [shelf.put(served, (Topic((7, n), 2),)) for n in range(8, 16)]
+    other = shelf.put(served, _scale(5))
+    probe = make()
+    async with probe.use("acme", topics[0]) as overlay:
+        size = overlay.nbytes
+    versions = make(capacity=100, tenant_bytes=3 * size)
+    for tenant, digests in (("globex", [other]), ("acme", topics)):
+        for digest in digests:
+            async with versions.use(tenant, digest) as overlay:
+                assert overlay.digest == digest
+    assert versions.resident() == {other, *topics[-3:]}
+
+
 async def test_several_requests_for_a_new_release_share_the_work(
     served: ServedModel, shelf: Shelf, make: Callable[..., Versions]
 ) -> None:

@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 
 import structlog
 from backpack_lm.overlay import Overlay
@@ -37,12 +38,20 @@ AT_ONCE = 4
 MOST_REFUSED = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A release, and the tenant that it was compiled for."""
+
+    overlay: Overlay
+    tenant: str
+
+
 class Versions:
     """The compiled releases of a replica, and the owner of its reader.
 
     A digest names its content, so nothing here is ever stale. What a channel is at, its canary, and what it was at
-    before stay as long as they fit `tenant_bytes`; of the others, the `capacity` used last. What a request uses is
-    never dropped under it.
+    before stay as long as they fit `tenant_bytes`; of the others, the `capacity` used last, as far as those of one
+    tenant fit as many. What a request uses is never dropped under it.
     """
 
     def __init__(
@@ -56,12 +65,12 @@ class Versions:
     ) -> None:
         self._served, self._fetch, self._blobs = served, fetch, blobs
         self._capacity, self._tenant_bytes, self._limits = capacity, tenant_bytes, limits
-        self._compiled: OrderedDict[str, Overlay] = OrderedDict()  # least recently used first
+        self._compiled: OrderedDict[str, _Compiled] = OrderedDict()  # least recently used first
         self._making: dict[str, asyncio.Task[Overlay]] = {}
         self._refused: OrderedDict[str, tuple[Violation, ...]] = OrderedDict()
         self._users: Counter[str] = Counter()
         self._kept: frozenset[str] = frozenset()
-        self._staged: dict[tuple[str, str], frozenset[str]] = {}  # ready for a view that doesn't hold yet
+        self._staged: dict[tuple[str, str], Steering] = {}  # ready for a view that doesn't hold yet
         self._view = View()
         self._slots = asyncio.Semaphore(AT_ONCE)
         self.fetched = 0
@@ -89,7 +98,7 @@ class Versions:
         """Requests for a release that is still being made share the work."""
         if found := self._compiled.get(digest):
             self._compiled.move_to_end(digest)
-            return found
+            return found.overlay
         if refused := self._refused.get(digest):
             raise PatchError(*refused)  # a new one: those that are raised gather where they came by, and keep it
         if digest not in self._making:
@@ -107,7 +116,7 @@ class Versions:
         except Exception:  # one release must not keep those beside it from being made ready
             log.exception("a release can't be made ready", tenant=tenant, digest=digest)
             raise Internal("INTERNAL", "an internal error; the replica's log has more") from None
-        self._compiled[digest] = overlay
+        self._compiled[digest] = _Compiled(overlay, tenant)
         self._evict()
         return overlay
 
@@ -154,15 +163,19 @@ class Versions:
 
     @property
     def _needed(self) -> frozenset[str]:
-        """What channels need, now or once their view holds, and what requests use."""
-        return self._kept.union(self._users, *self._staged.values())
+        """What channels need, and what requests and staged changes use."""
+        return self._kept.union(self._users)
 
     def _evict(self) -> None:
-        """Drop what is neither kept nor used beyond the capacity, the least recently used first."""
-        needed = self._needed
-        idle = [digest for digest in self._compiled if digest not in needed]
-        for digest in idle[: max(0, len(idle) - self._capacity)]:
-            del self._compiled[digest]
+        """Of what isn't needed, drop what was used least recently: beyond the capacity, or its tenant's bytes."""
+        needed, sizes = self._needed, Counter[str]()
+        idle = [digest for digest in reversed(self._compiled) if digest not in needed]
+        for place, digest in enumerate(idle):
+            held = self._compiled[digest]
+            sizes[held.tenant] += held.overlay.nbytes
+            if place >= self._capacity or sizes[held.tenant] > self._tenant_bytes:
+                sizes[held.tenant] -= held.overlay.nbytes
+                del self._compiled[digest]
 
     # ---- backpack_serving.sync.link.Owner
 
@@ -172,20 +185,38 @@ class Versions:
         return tuple(refusal for refusal in found if refusal)
 
     async def _stage(self, change: Steering) -> Refusal | None:
-        earlier = change.earlier if isinstance(change, KnownChannel) else ()
-        self._staged[change.key] = frozenset(release.digest for release in (*change.serving, *earlier))
+        if before := self._staged.get(change.key):
+            self._unstage(before)
+        self._staged[change.key] = change
+        self._users.update(_digests(change))
+        refusal = await self._get_ready(change)
+        if refusal and self._staged.get(change.key) is change:
+            self._unstage(change)
+            self._evict()
+        elif not refusal:
+            for release in _earlier(change):
+                with suppress(ServiceError, PatchError):
+                    await self._get(change.tenant, release.digest)
+        return refusal
+
+    def _unstage(self, *changes: Steering) -> None:
+        """These hold now, or never will."""
+        for change in changes:
+            del self._staged[change.key]
+            self._users.subtract(_digests(change))
+        self._users = +self._users  # without those that nobody uses
+
+    async def _get_ready(self, change: Steering) -> Refusal | None:
+        """What a change serves, if it fits beside what else its tenant's channels are at or are about to be."""
         for release in change.serving:
             try:
                 await self._get(change.tenant, release.digest)
             except (ServiceError, PatchError) as error:
                 return _refusal(change, release, error)
-        size = sum(self._sizes(self._serving(change.tenant, change)))
+        size = sum(self._sizes(self._serving(change.tenant)))
         if size > self._tenant_bytes:
             message = f"{size} bytes of releases for tenants/{change.tenant}, at most {self._tenant_bytes}"
             return Refusal(*change.key, change.serving[0].digest, "TENANT_TOO_LARGE", message)
-        for release in earlier:
-            with suppress(ServiceError, PatchError):
-                await self._get(change.tenant, release.digest)
         return None
 
     def swapped(self, view: View) -> None:
@@ -193,7 +224,7 @@ class Versions:
         if view.channels is self._view.channels and view.fresh is self._view.fresh:
             return
         self._view = view
-        self._staged.clear()
+        self._unstage(*self._staged.values())
         kept: set[str] = set()
         for tenant in {channel.tenant for channel in view.channels.values()}:
             kept |= self._worth_keeping(tenant)
@@ -215,15 +246,15 @@ class Versions:
                 room -= size
         return kept
 
-    def _serving(self, tenant: str, change: Steering | None = None) -> set[str]:
-        """Digests of what a tenant's channels are at, once this change holds."""
-        channels = {key: c for key, c in self._view.channels.items() if c.tenant == tenant}
-        if isinstance(change, KnownChannel):
-            channels[change.key] = change
+    def _serving(self, tenant: str) -> set[str]:
+        """Digests of what a tenant's channels are at, once what is staged holds."""
+        channels: dict[tuple[str, str], Steering] = {}
+        for known in (self._view.channels, self._staged):
+            channels |= {k: c for k, c in known.items() if c.tenant == tenant and isinstance(c, KnownChannel)}
         return {release.digest for channel in channels.values() for release in channel.serving}
 
     def _sizes(self, digests: Iterable[str]) -> list[int]:
-        return [self._compiled[d].nbytes if d in self._compiled else 0 for d in digests]
+        return [self._compiled[d].overlay.nbytes if d in self._compiled else 0 for d in digests]
 
     def resident(self) -> frozenset[str]:
         return frozenset(self._compiled)
@@ -245,6 +276,14 @@ class Versions:
             await asyncio.to_thread(self._blobs.forget_all_but, self._needed)
         except OSError as error:
             log.error("what no channel needs can't be removed", error=str(error))
+
+
+def _earlier(change: Steering) -> tuple[ReleaseRef, ...]:
+    return change.earlier if isinstance(change, KnownChannel) else ()
+
+
+def _digests(change: Steering) -> frozenset[str]:
+    return frozenset(release.digest for release in (*change.serving, *_earlier(change)))
 
 
 def _refusal(change: Steering, release: ReleaseRef, error: ServiceError | PatchError) -> Refusal:
