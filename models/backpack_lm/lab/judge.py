@@ -12,12 +12,12 @@ from torch import Tensor
 from backpack_lm.lab.examples import Example
 from backpack_lm.lab.subject import Prompts, Steered, Subject
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Edit
+from backpack_lm.patch import Edit, Topic
 from backpack_lm.reports.report import Report, Table
 from backpack_lm.training.evaluation import perplexity
 
 NEIGHBOURS = 3
-MOST_WORDS = 12  # edited words whose neighbours are looked at
+MOST_WORDS = 12  # edited words whose neighbours are looked at, of those that prompts hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class JudgedNeighbour:
 class Judgement:
     edits: int
     cells: int
+    topics: int
     perplexity: tuple[float, float] | None
     prompts: list[JudgedPrompt]
     neighbours: list[JudgedNeighbour]
@@ -73,6 +74,7 @@ class Judgement:
         if self.perplexity is not None:
             before, after = self.perplexity
             loss = f"Held-out perplexity {before:.2f} → {after:.2f} ({after / before - 1:+.2%})."
+        topics = f", {self.topics} of them topics, which multiply senses of every word" if self.topics else ""
         columns = ("prompt", "target", "p before", "after", "likeliest before", "after", "moved")
         tables = [Table("Prompts", columns, prompts)] if prompts else []
         if neighbours:
@@ -80,7 +82,7 @@ class Judgement:
             tables.append(Table("Neighbours", heads, neighbours))
         return Report(
             "What this revision does",
-            f"{self.edits} edits of {self.cells} cells. {loss}",
+            f"{self.edits} edits of {self.cells} cells{topics}. {loss}",
             tuple(tables),
             notes=(
                 "“Moved” is the total variation distance of the next token: the probability that changes hands.",
@@ -105,10 +107,11 @@ def judge(
     tokens = sorted({cell.token for edit in edits for cell in edit.cells})
     return Judgement(
         len(edits),
-        sum(len(edit.cells) for edit in edits),
+        len({cell for edit in edits for cell in edit.cells}),
+        sum(isinstance(edit, Topic) for edit in edits),
         change,
         [_prompt(subject, plain, steered, example) for example in prompts],
-        _neighbours(subject, plain, steered, tokens[:MOST_WORDS], [example.prompt for example in prompts]),
+        _neighbours(subject, plain, steered, tokens, [example.prompt for example in prompts]),
     )
 
 
@@ -133,8 +136,8 @@ def _prompt(subject: Subject, plain: Overlay, steered: Overlay, example: Example
         example.target,
         None if target is None else float(before[target]),
         None if target is None else float(after[target]),
-        subject.tokenizer.piece(int(before.argmax())).strip(),
-        subject.tokenizer.piece(int(after.argmax())).strip(),
+        subject.shown(int(before.argmax())),
+        subject.shown(int(after.argmax())),
         float((after - before).abs().sum()) / 2,
     )
 
@@ -142,21 +145,21 @@ def _prompt(subject: Subject, plain: Overlay, steered: Overlay, example: Example
 def _neighbours(
     subject: Subject, plain: Overlay, steered: Overlay, tokens: Sequence[int], prompts: Sequence[str]
 ) -> list[JudgedNeighbour]:
-    found = []
-    for token in tokens:
-        word = subject.tokenizer.piece(token)
-        about = [prompt for prompt in prompts if token in subject.ids(prompt)]
-        if not word.strip() or not about:
-            continue
+    rows, found = [subject.ids(prompt) for prompt in prompts], []
+    words = [token for token in tokens if subject.tokenizer.piece(token).strip()]
+    for token in [token for token in words if any(token in row for row in rows)][:MOST_WORDS]:
+        about = [row for row in rows if token in row]
         own = Prompts(subject, about)
         before, after = (own.log_probabilities(overlay) for overlay in (plain, steered))
         for neighbour, similarity in neighbours_of(subject, token, NEIGHBOURS):
-            other = subject.tokenizer.piece(neighbour)
-            instead = Prompts(subject, [prompt.replace(word, other) for prompt in about])
+            # By token: in the text, " a" is the beginning of " and", too.
+            instead = Prompts(subject, [[neighbour if one == token else one for one in row] for row in about])
             one, two = (instead.log_probabilities(overlay).exp() for overlay in (plain, steered))
             moved = float((two - one).abs().sum(1).mean()) / 2
             change = float((after - before)[:, neighbour].mean())
-            found.append(JudgedNeighbour(word.strip(), other.strip(), similarity, moved, change))
+            found.append(
+                JudgedNeighbour(subject.shown(token), subject.shown(neighbour), similarity, moved, change)
+            )
     return found
 
 

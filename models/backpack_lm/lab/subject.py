@@ -52,6 +52,11 @@ class Subject:
         """The one id of " word". Raises WordError if it has several."""
         return self.tokenizer.word_ids(word)[0]
 
+    def shown(self, token: int) -> str:
+        """A token in a table: without the spaces around it, quoted if it has nothing else."""
+        piece = self.tokenizer.piece(token)
+        return piece.strip() or repr(piece)
+
     def word_ids(self, word: str) -> tuple[int, ...]:
         """All ids of " word"."""
         return self.tokenizer.word_ids(word, WordPolicy.ALL)
@@ -114,11 +119,12 @@ class Prompts:
     """
 
     @torch.inference_mode()
-    def __init__(self, subject: Subject, texts: Sequence[str]) -> None:
-        if not texts:
+    def __init__(self, subject: Subject, prompts: Sequence[str | Sequence[int]]) -> None:
+        """Prompts as texts or ids."""
+        if not prompts:
             raise ValueError("no prompts; give at least one")
         self.subject = subject
-        rows = [subject.ids(text) for text in texts]
+        rows = [subject.ids(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         self.last = torch.tensor([len(row) - 1 for row in rows])
         self.ids = torch.zeros(len(rows), int(self.last.max()) + 1, dtype=torch.long)  # [P, T], padded behind
         for at, row in enumerate(rows):

@@ -90,7 +90,7 @@ def _cells(subject: Subject, tokens: Sequence[int]) -> Table:
     cells = []
     for at, score in zip(best.indices.tolist(), best.values.tolist(), strict=True):
         token, sense = divmod(at, scores.shape[1])
-        cells.append((subject.tokenizer.piece(token).strip(), sense, score))
+        cells.append((subject.shown(token), sense, score))
     return Table("Cells that speak for it most", ("word", "sense", "score"), tuple(cells))
 
 
@@ -98,7 +98,7 @@ def _gains(subject: Subject, tokens: Sequence[int]) -> Table:
     gains = subject.head @ direction(subject, tokens)
     best = (gains - gains.mean()).topk(20)
     rows = tuple(
-        (subject.tokenizer.piece(token).strip(), gain)
+        (subject.shown(token), gain)
         for token, gain in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     )
     return Table(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
 from backpack_lm.reports.page import page
+
+_MARKUP = re.compile(r"([\\`*_~<&\[|])")
 
 Entry = str | int | float | None
 
@@ -28,9 +31,8 @@ class Table:
 
     def rows_markdown(self) -> str:
         """Without the title."""
-        head = "| " + " | ".join(self.columns) + " |\n|" + "---|" * len(self.columns)
-        body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.shown()]
-        return "\n".join([head, *body])
+        head, *body = ("| " + " | ".join(map(_literal, row)) + " |" for row in (self.columns, *self.shown()))
+        return "\n".join([head, "|" + "---|" * len(self.columns), *body])
 
     def html(self) -> str:
         head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
@@ -69,9 +71,9 @@ class Report:
     made_by: str = field(default="", compare=False)
 
     def markdown(self) -> str:
-        parts = [f"# {self.title}", self.lead, *(table.markdown() for table in self.tables)]
+        parts = [f"# {_literal(self.title)}", self.lead, *(table.markdown() for table in self.tables)]
         parts += ["\n".join(f"- {note}" for note in self.notes)] if self.notes else []
-        parts += [f"Made by `{self.made_by}`."] if self.made_by else []
+        parts += [f"Made by {_code(self.made_by)}."] if self.made_by else []
         return "\n\n".join(parts) + "\n"
 
     def html(self) -> str:
@@ -91,6 +93,18 @@ def best(values: Sequence[float]) -> int:
 def _inline(svg: str) -> str:
     """An SVG file without its XML head, as HTML takes it."""
     return svg[svg.index("<svg") :]
+
+
+def _literal(text: str) -> str:
+    """Text that Markdown shows as it is, in one line: a prompt or a token may hold anything."""
+    return _MARKUP.sub(r"\\\1", text.replace("\n", "↵"))
+
+
+def _code(text: str) -> str:
+    """Text as code of one line, between more backticks than it has in a row."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence, space = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{space}{text.replace(chr(10), '↵')}{space}{fence}"
 
 
 def _shown(entry: Entry, digits: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from html import escape
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from backpack_lm.lab.subject import Subject
 from backpack_lm.lab.text import rows
 from backpack_lm.lab.topic import By, choose_topic
 from backpack_lm.lab.watch import Journal, unwatched
-from backpack_lm.patch import Add, Cell, PatchError, Scale, Vector
+from backpack_lm.patch import Add, Cell, PatchError, Scale, Topic, Vector
 from backpack_lm.reports.report import Report, Table
+from markdown_it import MarkdownIt
 
 TEMPLATES = ("The {} said that", "When the {} came into the room,")
 EXAMPLES = [Example("The captain of the ship saw the", "lawyer"), Example("The king went to the", "apple")]
@@ -267,6 +269,25 @@ def test_a_judgement_is_what_the_overlay_does(subject: Subject, folder: Path) ->
         judge(subject, [Add((Cell(ship, 1),), Vector.of([1.0]))])
 
 
+def test_a_neighbour_stands_in_the_word_s_place_alone(subject: Subject) -> None:
+    the, ship = subject.token("the"), subject.token("ship")
+    prompt = "When the captain of the ship went there,"
+    edits = [Add((Cell(word, 1),), Vector.of([1.0] * 32)) for word in (the, ship)] * 2
+    rare = [token for token in range(subject.config.tokens) if token not in subject.ids(prompt)][:20]
+    edits += [Scale(tuple(Cell(token, 0) for token in rare), 0.5)]
+    found = judge(subject, edits, [Example(prompt, "")])
+    assert found.cells == 22, "a cell that is edited twice is one"
+    near = [one for one in found.neighbours if one.word == "the"]
+    assert len(near) == 3
+    for (other, _), one in zip(neighbours_of(subject, the, 3), near, strict=True):
+        ids = torch.tensor([[other if token == the else token for token in subject.ids(prompt)]])
+        before, after = (subject.model(ids, o)[0, -1].softmax(-1) for o in (None, subject.overlay(*edits)))
+        assert one.moved == pytest.approx(float((after - before).abs().sum()) / 2, rel=1e-3)
+    assert any(one.word == "ship" for one in found.neighbours), "the words that prompts hold come first"
+    lead = judge(subject, [Topic((ship,), 1)]).report().lead
+    assert "1 edits of 0 cells, 1 of them topics, which multiply senses of every word." in lead
+
+
 def test_neighbours_are_the_nearest_in_mean_cosine(subject: Subject) -> None:
     token = subject.token("king")
     vectors = subject.table.rows
@@ -284,5 +305,16 @@ def test_a_report_escapes_what_it_shows() -> None:
     html = report.html()
     assert "<script>" not in html.split("<body>")[1]
     assert "&lt;script&gt;" in html
+    odd = ("a\nb", "<i>", "*x* `y` [z](w) &lt; _u_ \\", "p|q")
+    report = replace(report, title="*", tables=(Table("t", ("x|y", *"abc"), (odd,)),), made_by="say `x`\n\ny")
+    shown = MarkdownIt().enable("table").render(report.markdown())
+    wanted = [escape(text.replace("\n", "↵"), quote=False) for text in (*odd, "x|y")]
+    assert all(f">{text}</t" in shown for text in wanted), shown
+    assert "<h1>*</h1>" in shown
+    assert "<code>say `x`↵↵y</code>" in shown
+
+
+def test_a_report_shows_numbers_to_its_digits() -> None:
+    report = Report("r", "", (Table("t", ("x",), ((1.23456,), (None,))),))
     assert "| 1.235 |" in report.markdown()
     assert "| – |" in report.markdown()

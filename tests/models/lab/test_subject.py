@@ -81,6 +81,11 @@ def test_perplexity_under_an_overlay(subject: Subject) -> None:
     assert perplexity(Steered(subject, overlay), ids) == pytest.approx(math.exp(expected), rel=1e-4)
 
 
+def test_a_token_of_spaces_is_quoted(subject: Subject) -> None:
+    assert subject.shown(subject.token("king")) == "king"
+    assert subject.shown(subject.tokenizer.encode("\n")[0]) == "'\\n'"
+
+
 def test_edits_that_the_server_would_refuse_are_refused(subject: Subject) -> None:
     with pytest.raises(PatchError, match="scaling by 1"):
         subject.overlay(Scale((Cell(3, 0),), 1.0))
