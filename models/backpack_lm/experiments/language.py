@@ -44,6 +44,8 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class LanguageResult:
+    """Each text, in rows of `context` tokens."""
+
     texts: list[Measured]
     context: int
 

@@ -30,6 +30,8 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class TopicsResult:
+    """All ways in all their strengths, the unsteered first; the words of each topic; who read for perplexity."""
+
     ways: list[Way]
     words: dict[str, list[str]]
     samples: int

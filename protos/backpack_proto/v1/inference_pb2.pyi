@@ -1165,7 +1165,7 @@ class Served(_message.Message):
     tenant: _builtins.str
     channel: _builtins.str
     release: _builtins.int
-    """Number of the release, counted per tenant; 0 is the empty release that every channel starts with."""
+    """Number of the release, counted per tenant; 0 is the empty release: the model unpatched."""
     release_digest: _builtins.str
     """SHA-256 of the release, hex."""
     epoch: _builtins.int

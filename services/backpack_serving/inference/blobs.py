@@ -23,6 +23,7 @@ class ReleaseBlobs:
         return self._blobs.read(digest) is not None
 
     def read(self, digest: str) -> list[bytes] | None:
+        """The canonical bytes of its revisions, in their order; None if it isn't there."""
         packed = self._blobs.read(digest)
         if packed is None:
             return None

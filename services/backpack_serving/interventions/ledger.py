@@ -68,6 +68,11 @@ class Ledger:
         self._store, self._on_write, self._now = store, on_write, now
 
     def write(self, who: Principal, method: str, request: Request, act: Act[R]) -> Written[R]:
+        """Carry a write out, once for each (principal, method, request id); a repetition gets what the first made.
+
+        Raises what `act` does, InvalidRequest for an id that is no UUID4 or was another request's, and Unavailable
+        as the store does.
+        """
         _check_request_id(request.id)
         now = self._now()
         if request.id and (old := self._replay(who, method, request)):

@@ -22,6 +22,7 @@ class PatchRules(Rules):
     """Named patches and their immutable revisions, of the calling tenant."""
 
     def create_patch(self, who: Principal, name: str, description: str, request: Request) -> Written[Patch]:
+        """Raises AlreadyExists for a name that is taken, by a deleted patch too."""
         who.require(Role.AUTHOR)
         check_id("patch_id", name)
         check_text("description", description)
@@ -82,7 +83,7 @@ class PatchRules(Rules):
         return self._ledger.write(who, "DeletePatch", request, act)
 
     def draft_revision(self, who: Principal, name: str, edits: Sequence[Edit]) -> Revision:
-        """What `create_revision` would store, after all its checks. Stores nothing."""
+        """What `create_revision` would store, after all its checks. Stores nothing. Raises as that does."""
         who.require(Role.AUTHOR)
         blob = self._blob(who, edits)
         with self._read(who) as tx:
@@ -91,6 +92,11 @@ class PatchRules(Rules):
     def create_revision(
         self, who: Principal, name: str, edits: Sequence[Edit], request: Request
     ) -> Written[Revision]:
+        """The next revision of a patch.
+
+        Raises InvalidRequest, with everything that is wrong, for edits that this model can't have, and NotFound if
+        there is no such patch.
+        """
         who.require(Role.AUTHOR)
         blob = self._blob(who, edits)
 

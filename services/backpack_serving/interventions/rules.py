@@ -49,12 +49,13 @@ class Rules:
 
 
 def check_id(field: str, value: str) -> None:
+    """Raise InvalidRequest unless this may be the name of a tenant, a patch or a channel."""
     if not _ID.fullmatch(value):
         raise InvalidRequest.at(field, "BAD_NAME", f"{value!r}; 1 to 63 of a-z, 0-9 and -, starting with a letter")
 
 
 def check_text(field: str, value: str) -> None:
-    """Text that people write. NUL has no place in a database's text."""
+    """Raise InvalidRequest for text of people's that is too long, or has NUL, which no database's text has."""
     if len(value) > LONGEST_TEXT:
         raise InvalidRequest.at(field, "TOO_LONG", f"{len(value)} characters, at most {LONGEST_TEXT}")
     if "\0" in value:

@@ -70,6 +70,8 @@ class Write(Read, Protocol):
 
 
 class Store(Protocol):
+    """Transactions, and news of other processes with the same store. Raises Unavailable while it can't be used."""
+
     def read(self, tenant: str | None = None) -> AbstractContextManager[Read]:
         """See one state of the store: a tenant's records, or everybody's."""
 

@@ -75,6 +75,10 @@ class TenantRules(Rules):
             self._ledger.write(Principal(SYSTEM, "bootstrap", frozenset()), "Bootstrap", Request(), act)
 
     def create_tenant(self, who: Principal, tenant: str, request: Request) -> Written[Tenant]:
+        """A tenant, whose channel `live` is at its release 0: the model unpatched.
+
+        Raises AlreadyExists, or InvalidRequest for a name that none may have.
+        """
         who.require(Role.ADMIN)
         check_id("tenant_id", tenant)
 
@@ -144,6 +148,7 @@ class TenantRules(Rules):
             return tx.list(Key, tenant, after=after, limit=limit)
 
     def revoke_key(self, who: Principal, tenant: str, key: str, request: Request) -> Written[Key]:
+        """End a key for ever. Raises NotFound if there is none such."""
         who.require(Role.ADMIN)
 
         def act(tx: Write, now: datetime) -> tuple[Key, list[Record]]:

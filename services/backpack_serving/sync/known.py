@@ -66,6 +66,8 @@ class KnownTenant:
 
 @dataclass(frozen=True, slots=True)
 class KnownKey:
+    """An API key: whose it is, and what recognises its secret."""
+
     principal: Principal
     verifier: Verifier
     revoked: bool

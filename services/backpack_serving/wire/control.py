@@ -68,13 +68,14 @@ def parse_name(field: str, name: str, pattern: str, who: Principal) -> tuple[str
 
 
 def parse_number(field: str, text: str) -> int:
+    """The number in a resource name. Raises InvalidRequest."""
     if not re.fullmatch("[0-9]{1,18}", text):
         raise InvalidRequest.at(field, "BAD_NAME", f"{text!r} is no number")
     return int(text)
 
 
 def parse_key(field: str, name: str) -> tuple[str, str]:
-    """(tenant, key) of a key's name. Operators name keys of every tenant."""
+    """(tenant, key) of a key's name. Operators name keys of every tenant. Raises InvalidRequest."""
     match = re.fullmatch("tenants/([^/\\0]+)/keys/([^/\\0]+)", name)
     if not match:
         raise InvalidRequest.at(field, "BAD_NAME", f"{name!r}; write tenants/…/keys/…")
@@ -88,6 +89,7 @@ def check_mask(field: str, mask: FieldMask, allowed: Iterable[str]) -> None:
 
 
 def parse_tenant(field: str, name: str) -> str:
+    """The tenant of a tenant's name. Raises InvalidRequest."""
     match = re.fullmatch(r"tenants/([^/\0]+)", name)
     if not match:
         raise InvalidRequest.at(field, "BAD_NAME", f"{name!r}; write tenants/…")
@@ -95,6 +97,7 @@ def parse_tenant(field: str, name: str) -> str:
 
 
 def read_roles(numbers: Sequence[int]) -> list[Role]:
+    """Raises InvalidRequest for a number that is no role's."""
     if unknown := [n for n in numbers if n not in ROLES]:
         raise InvalidRequest.at("roles", "UNKNOWN_VALUE", f"{unknown[0]} is no role")
     return [ROLES[n] for n in numbers]  # type: ignore[index]

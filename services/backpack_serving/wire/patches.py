@@ -82,12 +82,14 @@ class WordReader:
         return tuple(Cell(t, s) for t, s in product(tokens, senses))
 
     def all_cells(self, field: str, messages: Sequence[interventions_pb2.Cells]) -> tuple[Cell, ...]:
+        """The cells of an edit; a violation if it names none. Raises as `cells`."""
         if not messages:
             self.refuse(field, "EMPTY", "names no word; give at least one")
         parts = (self.cells(f"{field}[{at}]", message) for at, message in enumerate(messages))
         return tuple(cell for part in parts for cell in part)
 
     def vector(self, field: str, message: interventions_pb2.Vector) -> Vector:
+        """The numbers of a vector; none, and a violation, if they aren't of its type and shape."""
         size = _BYTES_OF.get(message.dtype)
         if size is None:
             self.refuse(f"{field}.dtype", "UNKNOWN_VALUE", f"{message.dtype}; use FLOAT32 or FLOAT16")
