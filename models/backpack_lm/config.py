@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,15 @@ class BackpackConfig:
     def sense_mlp_widths(self) -> tuple[int, int]:
         """Inner widths of the sense network's block MLP and final MLP."""
         return self.sense_inner or (4 * self.n_embd, self.sense_intermediate_scale * self.n_embd)
+
+    def with_tokens(self, count: int) -> BackpackConfig:
+        """The same beside a tokenizer of so many tokens: ids that it hasn't are padding of the embedding.
+
+        Raises ConfigError if it has more than the model.
+        """
+        if count > self.tokens:
+            raise ConfigError(f"the tokenizer has {count} tokens, the model {self.tokens}: give the model's own")
+        return self if count == self.tokens else replace(self, num_tokens=count)
 
     def to_json(self) -> dict[str, Any]:
         """The config as `config.json` holds it, readable by the published Hugging Face class."""

@@ -33,10 +33,12 @@ def import_(
     """Make a servable folder from a checkpoint: safetensors, tokenizer, topic denominators, manifest."""
     with exits(), out.status("reading the checkpoint") as status:
         from backpack_lm import checkpoint as reader
+        from backpack_lm.tokenizer import Tokenizer
 
-        model = reader.load(checkpoint)
+        model, tokenizer = reader.load(checkpoint), tokenizer or checkpoint / reader.TOKENIZER
+        model.config = model.config.with_tokens(Tokenizer.read(tokenizer).vocab_size)
         status.update("computing the sense table and the denominators of topic scores")
-        manifest = reader.save(model, tokenizer or checkpoint / reader.TOKENIZER, folder)
+        manifest = reader.save(model, tokenizer, folder)
     out.print(f"{folder}: fingerprint {manifest.fingerprint}")
     out.print(f"[dim]serve it: BACKPACK_MODEL={folder} backpack run[/]")
 

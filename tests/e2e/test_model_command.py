@@ -1,0 +1,42 @@
+"""`backpack model import`: from a checkpoint to a folder that is served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from backpack_lm.config import BackpackConfig
+from backpack_lm.model import Backpack
+from backpack_lm.tokenizer import Tokenizer
+from backpack_serving.cli.main import app
+from backpack_serving.inference.served import ServedModel
+from backpack_serving.settings import default_model
+from click.testing import Result
+from typer.testing import CliRunner
+
+TOKENIZER = default_model() / "tokenizer.json"
+TOKENS = Tokenizer.read(TOKENIZER).vocab_size
+
+
+def _import(folder: Path, vocabulary: int) -> Result:
+    torch.manual_seed(0)
+    model = Backpack(BackpackConfig(vocabulary, 16, 8, n_layer=1, n_head=1, num_senses=2))
+    (folder / "config.json").write_text(json.dumps(model.config.to_json()))
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    command = ["model", "import", str(folder), str(folder / "served"), "--tokenizer", str(TOKENIZER)]
+    return CliRunner().invoke(app, command)
+
+
+def test_what_the_tokenizer_has_not_is_padding(tmp_path: Path) -> None:
+    """It is never sampled: nothing could be said of it."""
+    assert _import(tmp_path, TOKENS + 48).exit_code == 0
+    served = ServedModel.read(tmp_path / "served")
+    assert served.manifest.config.tokens == served.tokenizer.vocab_size == TOKENS
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    """No text that it reads could be served."""
+    result = _import(tmp_path, TOKENS - 1)
+    assert result.exit_code == 1
+    assert f"the tokenizer has {TOKENS} tokens, the model {TOKENS - 1}" in result.output
