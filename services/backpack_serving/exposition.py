@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
@@ -10,7 +11,7 @@ import structlog
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
-from backpack_serving.tls import ReloadedContext, Tls
+from backpack_serving.tls import Reloaded, Tls, listener_context
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +28,7 @@ class _Handler(WSGIRequestHandler):
 class _Server(ThreadingWSGIServer):
     """Wraps connections with the certificates as they are then: new ones need no restart."""
 
-    context: ReloadedContext | None = None
+    context: Reloaded[ssl.SSLContext] | None = None
 
     def get_request(self) -> Any:
         connection, peer = super().get_request()
@@ -44,7 +45,7 @@ def listen(registry: CollectorRegistry, address: str, tls: Tls | None = None) ->
     A port that is taken gives way to the next free one of sixteen: processes of one machine share a setting.
     Raises OSError if all are taken, ValueError if the certificates are no good.
     """
-    context = ReloadedContext(tls) if tls and tls.certificate else None
+    context = Reloaded(tls, listener_context) if tls and tls.certificate else None
     host, _, text = address.rpartition(":")
     for port in range(int(text), int(text) + PORTS):
         try:

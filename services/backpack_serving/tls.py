@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import structlog
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +52,29 @@ class Tls:
         return tuple(_changed(self.certificate, self.key, self.client_authorities))
 
 
-class ReloadedContext:
-    """A listener's context for what isn't gRPC, made anew when its files change.
+class Reloaded(Generic[T]):
+    """What a listener makes of its files, made anew when they change.
 
-    Raises ValueError if the files aren't good now; later that is logged, and the context before serves on.
+    Raises what `make` does if the files aren't good now; later that is logged, and what was made before serves on.
     """
 
-    def __init__(self, tls: Tls) -> None:
-        self._tls, self._stamp, self._context = tls, tls.stamp(), _context(tls)
+    def __init__(self, tls: Tls, make: Callable[[Tls], T]) -> None:
+        self._tls, self._make = tls, make
+        self._stamp, self._made = tls.stamp(), make(tls)
 
-    def now(self) -> ssl.SSLContext:
+    def now(self) -> T:
+        """What the files give now: the same object as before, unless they have changed."""
         if (stamp := self._tls.stamp()) != self._stamp:
             try:
-                self._context, self._stamp = _context(self._tls), stamp
+                self._made, self._stamp = self._make(self._tls), stamp
+                log.info("certificates read again", certificate=str(self._tls.certificate))
             except (OSError, ValueError) as error:
                 log.error("certificates not read; the ones before serve on", reason=str(error))
-        return self._context
+        return self._made
 
 
-def _context(tls: Tls) -> ssl.SSLContext:
+def listener_context(tls: Tls) -> ssl.SSLContext:
+    """The context of a listener that isn't gRPC's. Raises ValueError if the files aren't good."""
     assert tls.certificate, "asked for by listeners only"
     tls.identity()
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import grpc
-import structlog
 
-from backpack_serving.tls import Tls
-
-log = structlog.get_logger(__name__)
+from backpack_serving.tls import Reloaded, Tls
 
 
 def server_credentials(tls: Tls) -> grpc.ServerCredentials:
@@ -15,29 +12,23 @@ def server_credentials(tls: Tls) -> grpc.ServerCredentials:
 
     Files that are no good later are logged, and what was read before serves on.
     """
-    known = [tls.stamp()]
-
-    def read() -> grpc.ServerCertificateConfiguration:
-        identity = tls.identity()
-        assert identity, "a listener without a certificate has no credentials"
-        return grpc.ssl_server_certificate_configuration([identity], tls.clients())
+    held = Reloaded(tls, _configuration)
+    first = known = held.now()
 
     def again() -> grpc.ServerCertificateConfiguration | None:
-        stamp = tls.stamp()
-        if stamp == known[0]:
-            return None
-        try:
-            found = read()
-        except (OSError, ValueError) as error:
-            log.error("certificates not read; the ones before serve on", reason=str(error))
-            return None
-        known[0] = stamp
-        log.info("certificates read again", certificate=str(tls.certificate))
-        return found
+        nonlocal known
+        before, known = known, held.now()
+        return None if known is before else known
 
     return grpc.dynamic_ssl_server_credentials(
-        read(), again, require_client_authentication=tls.client_authorities is not None
+        first, again, require_client_authentication=tls.client_authorities is not None
     )
+
+
+def _configuration(tls: Tls) -> grpc.ServerCertificateConfiguration:
+    identity = tls.identity()
+    assert identity, "a listener without a certificate has no credentials"
+    return grpc.ssl_server_certificate_configuration([identity], tls.clients())
 
 
 def channel_credentials(tls: Tls) -> grpc.ChannelCredentials:
