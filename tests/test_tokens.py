@@ -238,6 +238,17 @@ async def test_known_keys_stay_good_while_the_issuer_is_away(
     await tokens.read(provider.token())
 
 
+async def test_known_keys_dont_wait_long_for_an_issuer_that_says_nothing(
+    provider: Provider, tokens: Tokens, clock: Clock
+) -> None:
+    await tokens.read(provider.token())
+    provider.slow, clock.now = 3.0, KEEP + 1
+    began = time.monotonic()
+    assert (await tokens.read(provider.token())).tenant == "harbour"
+    assert time.monotonic() - began < 3
+    provider.slow = 0
+
+
 async def test_keys_that_could_be_forged_on_their_way_are_not_read(provider: Provider, tokens: Tokens) -> None:
     provider.host = "0.0.0.0"  # another name of this machine, to those who don't know
     with pytest.raises(Unavailable):

@@ -34,6 +34,9 @@ LEEWAY = 30
 READ_AGAIN, KEEP = 5.0, 600.0
 """Seconds after which an unknown key makes us read the keys again, and after which they are read again anyway."""
 
+PATIENCE = 1.0
+"""Seconds that a token of a known key waits, at most, while the keys are read again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Issuer:
@@ -118,7 +121,8 @@ class Tokens:
             self._tried = self._clock()
             self._reading = asyncio.create_task(self._read_keys())
         if self._reading and (due or name not in self._keys):
-            await asyncio.wait([self._reading])  # if who began it leaves, all others have the keys nevertheless
+            # If who began it leaves, all others have the keys nevertheless.
+            await asyncio.wait([self._reading], timeout=PATIENCE if name in self._keys else None)
         if found := self._keys.get(name):
             return found
         if not self._keys:
