@@ -64,5 +64,9 @@ def mapped(path: Path, model: Backpack, dtype: torch.dtype, room: int) -> Tensor
     if path.stat().st_size < wanted:
         raise ValueError(f"{path} has {path.stat().st_size} bytes of {wanted}; delete it, it is made anew")
     if path.stat().st_size < (whole := math.prod(shape) * dtype.itemsize):
-        os.truncate(path, whole)  # a hole: it takes no space on disk
+        with path.open("r+b") as file:
+            # A hole takes no space on disk. Not truncated to this length: a replica with more room may have mapped
+            # it since, and would be killed where it writes.
+            file.seek(whole - 1)
+            file.write(b"\0")
     return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=dtype).view(shape)

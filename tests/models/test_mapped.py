@@ -44,6 +44,21 @@ def test_what_one_replica_writes_another_never_sees(model: Backpack) -> None:
     assert path.read_bytes()[: 150 * 12 * 4] == before
 
 
+def test_one_with_less_room_never_shortens_what_another_has_mapped(
+    model: Backpack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it looked at the file before the other made it longer."""
+    path = mapped.prepare(model, "ab" * 32, torch.float32)
+    as_seen = path.stat()
+    one = mapped.mapped(path, model, torch.float32, room=9)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "stat", lambda *_, **__: as_seen)
+        other = mapped.mapped(path, model, torch.float32, room=4)
+    assert path.stat().st_size >= one.nbytes, "writing behind the table would be a bus error"
+    one[150:] = 1.0
+    assert not other[150:].any()
+
+
 def test_it_is_computed_once(model: Backpack) -> None:
     path = mapped.prepare(model, "ab" * 32, torch.float32)
     written = path.stat().st_mtime_ns
