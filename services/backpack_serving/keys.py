@@ -123,6 +123,17 @@ class ApiKey:
         return f"ApiKey({self.id}, …)"
 
 
+def unknown_key() -> Unauthenticated:
+    """The refusal of a key that nobody has, or has any more."""
+    return Unauthenticated("UNKNOWN_KEY", "this API key is unknown or revoked")
+
+
+def suspended(tenant: str) -> Unauthenticated:
+    """The refusal of whoever belongs to a suspended tenant."""
+    text = f"tenants/{tenant} is suspended; ask who operates this service"
+    return Unauthenticated("TENANT_SUSPENDED", text, tenant=tenant)
+
+
 def keep(key: str, file: Path) -> None:
     """Write a key into a file that only its owner can read; whoever reads it finds the whole key or no file."""
     file.parent.mkdir(parents=True, exist_ok=True)

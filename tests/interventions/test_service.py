@@ -179,11 +179,13 @@ def test_a_secret_is_shown_once(service: Interventions, acme: Principal) -> None
 def test_a_key_that_is_wrong_or_revoked_is_nobody(service: Interventions, acme: Principal) -> None:
     written, key = service.create_key(ADMIN, "acme", [Role.CALLER], Request())
     assert key is not None
-    assert service.authenticate(str(ApiKey(key.id, "0" * 64))) is None
+    with pytest.raises(Unauthenticated, match="unknown or revoked"):
+        service.authenticate(str(ApiKey(key.id, "0" * 64)))
     with pytest.raises(Unauthenticated, match="wrong or missing"):
         service.authenticate(str(key)[:-1])
     service.revoke_key(ADMIN, "acme", written.record.key, Request())
-    assert service.authenticate(str(key)) is None
+    with pytest.raises(Unauthenticated, match="unknown or revoked"):
+        service.authenticate(str(key))
 
 
 def check_force(store: Store) -> None:

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 
-from backpack_serving.errors import NotFound, Unauthenticated, Unavailable
-from backpack_serving.keys import ApiKey, Principal
+from backpack_serving.errors import NotFound, Unavailable
+from backpack_serving.keys import ApiKey, Principal, suspended, unknown_key
 from backpack_serving.sync.known import Position, ReleaseRef, View
 from backpack_serving.sync.reader import Reader
 
@@ -70,7 +70,7 @@ class Book:
         key = ApiKey.parse(presented)
         known = self._reader.view.keys.get(key.id)
         if known is None or known.revoked or not known.verifier.accepts(key.secret):
-            raise Unauthenticated("UNKNOWN_KEY", "this API key is unknown or revoked")
+            raise unknown_key()
         self.check(known.principal.tenant)
         return known.principal
 
@@ -79,9 +79,7 @@ class Book:
         self._check_started()
         age, owner = self.age, self._reader.view.tenants.get(tenant)
         if owner and owner.suspended:
-            raise Unauthenticated(
-                "TENANT_SUSPENDED", f"tenants/{tenant} is suspended; ask who operates this service"
-            )
+            raise suspended(tenant)
         if age > self._expires and not self._serve_expired & {tenant, "*"}:
             raise Unavailable(
                 "STALE",

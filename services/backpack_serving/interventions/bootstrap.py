@@ -12,7 +12,7 @@ from backpack_lm.tokenizer import Tokenizer
 from google.protobuf.message import DecodeError
 
 from backpack_serving import rpc, tasks
-from backpack_serving.errors import ServiceError, Unauthenticated
+from backpack_serving.errors import ServiceError
 from backpack_serving.identity import Identities
 from backpack_serving.interventions.caller import Bell
 from backpack_serving.interventions.database import open_store
@@ -83,9 +83,7 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
         await asyncio.to_thread(service.bootstrap, replica, [Role.REPLICA])
 
         async def by_key(presented: str) -> Principal:
-            if who := await asyncio.to_thread(service.authenticate, presented):
-                return who
-            raise Unauthenticated("UNKNOWN_KEY", "this API key is unknown or revoked")
+            return await asyncio.to_thread(service.authenticate, presented)
 
         async def known(who: Principal) -> None:
             await asyncio.to_thread(service.check_tenant, who)

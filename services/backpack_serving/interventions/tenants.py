@@ -15,7 +15,16 @@ from backpack_serving.interventions.ledger import Request, Written
 from backpack_serving.interventions.records import Channel, Key, Record, Release, Tenant
 from backpack_serving.interventions.rules import Rules, check_id
 from backpack_serving.interventions.store import Write
-from backpack_serving.keys import SYSTEM, ApiKey, Principal, Role, Verifier, misplaced
+from backpack_serving.keys import (
+    SYSTEM,
+    ApiKey,
+    Principal,
+    Role,
+    Verifier,
+    misplaced,
+    suspended,
+    unknown_key,
+)
 from backpack_serving.sync.known import LIVE
 
 TOO_FEW_TO_ASK = 10
@@ -25,21 +34,16 @@ TOO_FEW_TO_ASK = 10
 class TenantRules(Rules):
     """Who there is, and which keys open what. For admins."""
 
-    def authenticate(self, presented: str) -> Principal | None:
-        """Who presents this key; None if nobody does, or does any more.
-
-        Raises Unauthenticated if it is malformed, or its tenant suspended.
-        """
+    def authenticate(self, presented: str) -> Principal:
+        """Who presents this key. Raises Unauthenticated if nobody may, or may any more."""
         key = ApiKey.parse(presented)
         with self._store.read() as tx:
             record = tx.find(Key, key=key.id)
             owner = tx.get(Tenant, record.tenant) if record else None
-        if record is None or record.revoked:
-            return None
-        if not Verifier(record.salt, record.verifier).accepts(key.secret):
-            return None
+        if record is None or record.revoked or not Verifier(record.salt, record.verifier).accepts(key.secret):
+            raise unknown_key()
         if owner is not None and owner.suspended:
-            raise Unauthenticated("TENANT_SUSPENDED", f"{owner.name} is suspended; ask who operates this service")
+            raise suspended(owner.tenant)
         return Principal(record.tenant, record.key, frozenset(map(Role, record.roles.split())))
 
     def check_tenant(self, who: Principal) -> None:
@@ -49,7 +53,7 @@ class TenantRules(Rules):
         if tenant is None:
             raise Unauthenticated("UNKNOWN_TENANT", f"tenants/{who.tenant} doesn't exist", tenant=who.tenant)
         if tenant.suspended:
-            raise Unauthenticated("TENANT_SUSPENDED", f"tenants/{who.tenant} is suspended", tenant=who.tenant)
+            raise suspended(who.tenant)
 
     def bootstrap(self, make: ApiKey, roles: Iterable[Role]) -> None:
         """Give the system tenant a key that was made outside. Only for whoever holds the database itself."""
