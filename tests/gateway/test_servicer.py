@@ -67,6 +67,9 @@ class Replica(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         await self._work(context)
         yield pb.GenerateStreamResponse(served=SERVED, tokens=[pb.Token()] * 3)
+        if request.sampling.samples > 1:
+            other = pb.Served(tenant="t", release=2, release_digest="cd" * 32)
+            yield pb.GenerateStreamResponse(sample=1, served=other, tokens=[pb.Token()])
 
     async def _work(self, context: rpc.Context) -> None:
         self.asked += 1
@@ -178,3 +181,12 @@ async def test_what_is_answered_costs_its_prompt_and_what_was_made(ask: Ask, mad
         assert system.told("tokens_total", tenant="t", kind="generated") == made
         # Of an answer in one piece gRPC doesn't tell when the replica took the request.
         assert system.told("handoff_seconds_count") == (ask is _stream)
+
+
+async def test_every_sample_of_a_stream_must_be_of_the_pinned_release() -> None:
+    async with _running() as system, AsyncClient(system.gateway) as client:
+        parts = client.stream(PROMPT, Sampling(100, samples=2))
+        assert (await anext(parts)).served is not None
+        with pytest.raises(ServiceError, match=f"answered with {'cd' * 32}") as refused:
+            await anext(parts)
+        assert (refused.value.code, refused.value.reason) == ("INTERNAL", "WRONG_RELEASE")

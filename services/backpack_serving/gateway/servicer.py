@@ -87,7 +87,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                             await call.initial_metadata()
                             meter.taken()
                             async for response in call:
-                                if not meter.made:
+                                if not meter.made or response.HasField("served"):  # each sample's first has it
                                     _check(response.served, pinned)
                                 meter.add(len(response.tokens))
                                 yield response
