@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from backpack_lm.config import BackpackConfig
 from backpack_lm.model import Backpack
+from backpack_lm.overlay import Overlay
+from backpack_lm.patch import Cell, Release, Revision, Scale
 from backpack_lm.tokenizer import Tokenizer
 from backpack_serving.cli.main import app
 from backpack_serving.inference.served import ServedModel
@@ -33,6 +35,14 @@ def test_what_the_tokenizer_has_not_is_padding(tmp_path: Path) -> None:
     assert _import(tmp_path, TOKENS + 48).exit_code == 0
     served = ServedModel.read(tmp_path / "served")
     assert served.manifest.config.tokens == served.tokenizer.vocab_size == TOKENS
+
+
+def test_a_release_is_tried_out_on_no_more_words_than_a_text_has(tmp_path: Path) -> None:
+    _import(tmp_path, TOKENS)
+    served = ServedModel.read(tmp_path / "served")
+    edits = Scale(tuple(Cell(token, 0) for token in range(1, 40)), 0.5)
+    release = Release((Revision(served.manifest.fingerprint, (edits,)),))
+    served.try_out(Overlay.compile(release, served.table))
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:

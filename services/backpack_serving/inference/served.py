@@ -33,7 +33,7 @@ from backpack_serving.wire.compare import Question
 log = structlog.get_logger(__name__)
 
 TRIED = 64
-"""Words that a release is tried out on."""
+"""Words that a release is tried out on, where the context has room for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,8 @@ class ServedModel:
         if not len(overlay.rows):
             return
         norms = torch.cat([overlay.rows.float().norm(dim=1), torch.zeros(1)])  # the last: of what isn't replaced
-        largest = norms[overlay.index].amax(1).topk(min(TRIED, len(overlay.tokens))).indices
+        count = min(TRIED, len(overlay.tokens), self.model.config.n_positions)
+        largest = norms[overlay.index].amax(1).topk(count).indices
         with torch.inference_mode():
             logits = self.model(overlay.tokens[largest][None], overlay)
         if not bool(logits.isfinite().all()):
