@@ -57,8 +57,9 @@ from backpack_serving.settings import Settings, default_model
 from ray import serve
 
 from tests.bench.report import console, spread, write
+from tests.conftest import free_port
 from tests.e2e.conftest import System
-from tests.e2e.test_processes import Processes, _port
+from tests.e2e.test_processes import Processes
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
 PARTS = ("replica", "gateway", "client")
@@ -259,7 +260,7 @@ if __name__ == "__main__":
     interventions.mint_key(state / interventions.REPLICA_KEY)
     processes = Processes(state, slots=32)
     ray_settings = processes.settings.model_copy(
-        update={"directory_address": f"127.0.0.1:{_port()}", "gateway_address": f"127.0.0.1:{_port()}"}
+        update={"directory_address": f"127.0.0.1:{free_port()}", "gateway_address": f"127.0.0.1:{free_port()}"}
     )
     try:
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)

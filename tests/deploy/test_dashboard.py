@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import shutil
-import socket
 import subprocess
 import urllib.parse
 import urllib.request
@@ -20,6 +19,7 @@ import pytest
 import yaml
 from backpack_serving import exposition, metrics
 
+from tests.conftest import free_port
 from tests.e2e.conftest import copy, running
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -100,12 +100,6 @@ def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
     assert tested == {name for name, _ in _alerts()}, "every alert has a test"
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 async def _ask(port: int, expression: str) -> list[Any]:
     def get() -> Any:
         query = urllib.parse.urlencode({"query": expression})
@@ -125,7 +119,7 @@ async def test_every_panel_shows_something_of_a_loaded_system(tmp_path: Path) ->
         scraped = {"job_name": "backpack", "static_configs": [{"targets": [address]}]}
         config = tmp_path / "prometheus.yml"
         config.write_text(yaml.safe_dump({"global": {"scrape_interval": "1s"}, "scrape_configs": [scraped]}))
-        port = _free_port()
+        port = free_port()
         prometheus = await asyncio.create_subprocess_exec(
             "prometheus", f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'tsdb'}",
             f"--web.listen-address=127.0.0.1:{port}", "--log.level=error",

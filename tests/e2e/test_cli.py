@@ -18,7 +18,7 @@ from backpack_serving.settings import default_model
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from tests.e2e.test_processes import _port
+from tests.conftest import free_port
 
 RUN = [sys.executable, "-m", "backpack_serving.cli.main", "run"]
 
@@ -29,8 +29,8 @@ def environment(tmp_path_factory: Any) -> Iterator[dict[str, str]]:
     state = tmp_path_factory.mktemp("state")
     environment = {
         "BACKPACK_STATE": str(state),
-        "BACKPACK_GATEWAY_ADDRESS": f"127.0.0.1:{_port()}",
-        "BACKPACK_INTERVENTIONS_ADDRESS": f"127.0.0.1:{_port()}",
+        "BACKPACK_GATEWAY_ADDRESS": f"127.0.0.1:{free_port()}",
+        "BACKPACK_INTERVENTIONS_ADDRESS": f"127.0.0.1:{free_port()}",
         "BACKPACK_DIRECTORY_ADDRESS": "127.0.0.1:0",
         "NO_COLOR": "1",
         "COLUMNS": "200",

@@ -20,8 +20,9 @@ from backpack_serving import embedded, rpc
 from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.settings import Settings
 
+from tests.conftest import free_port
 from tests.e2e.conftest import ANYWHERE, Metadata, System, copy
-from tests.e2e.test_processes import Processes, _port
+from tests.e2e.test_processes import Processes
 
 PROMPT = "The story of the king and the"
 LONG = pb.Sampling(max_tokens=480, seed=1, ignore_end_of_text=True)
@@ -130,7 +131,7 @@ class Load:
 async def two_of_each(tmp_path: Path) -> AsyncIterator[tuple[Processes, list[dict[str, str]]]]:
     processes = Processes(tmp_path)
     drain = {"BACKPACK_DRAIN": "2"}
-    gateways = [{"BACKPACK_GATEWAY_ADDRESS": f"127.0.0.1:{_port()}", **drain} for _ in range(2)]
+    gateways = [{"BACKPACK_GATEWAY_ADDRESS": f"127.0.0.1:{free_port()}", **drain} for _ in range(2)]
     try:
         for part in ("interventions", "directory"):
             await asyncio.to_thread(processes.start, part)

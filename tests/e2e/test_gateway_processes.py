@@ -20,9 +20,10 @@ from backpack_serving import rpc
 from backpack_serving.cli import processes as gateway_processes
 from backpack_serving.errors import ServiceError, Unavailable
 
+from tests.conftest import free_port
 from tests.e2e.conftest import Metadata, System
 from tests.e2e.test_metrics import _scrape
-from tests.e2e.test_processes import PROMPT, Processes, _port
+from tests.e2e.test_processes import PROMPT, Processes
 
 NAMES = itertools.count()
 TWO = {"BACKPACK_GATEWAY_PROCESSES": "2"}
@@ -71,7 +72,7 @@ async def _ask(processes: Processes, key: Metadata) -> None:
 
 
 async def test_two_processes_behind_one_port(parts: Processes) -> None:
-    metrics = f"127.0.0.1:{_port()}"
+    metrics = f"127.0.0.1:{free_port()}"
     limits = parts.settings.state / "limits.toml"
     limits.write_text("")
     environment = {"BACKPACK_METRICS_ADDRESS": metrics, "BACKPACK_LIMITS_FILE": str(limits), **TWO}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,15 +18,10 @@ from backpack_serving import rpc
 from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.settings import Settings
 
+from tests.conftest import free_port
 from tests.e2e.conftest import Metadata, System, copy
 
 PROMPT = "The story of the king and the"
-
-
-def _port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 class Processes:
@@ -39,7 +33,9 @@ class Processes:
             state=state,
             threads=1,
             slots=slots,
-            **{f"{part}_address": f"127.0.0.1:{_port()}" for part in ("gateway", "interventions", "directory")},
+            **{
+                f"{part}_address": f"127.0.0.1:{free_port()}" for part in ("gateway", "interventions", "directory")
+            },
         )
         names = ("state", "threads", "slots", "gateway_address", "interventions_address", "directory_address")
         self._environment = {f"BACKPACK_{n.upper()}": str(getattr(self.settings, n)) for n in names}

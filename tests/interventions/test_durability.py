@@ -26,7 +26,7 @@ from backpack_serving.interventions.store import Store
 from backpack_serving.settings import Settings
 from typer.testing import CliRunner
 
-from tests.e2e.test_processes import _port
+from tests.conftest import free_port
 from tests.interventions.conftest import ADMIN, SHAPE, releaser
 from tests.interventions.crashes import (
     Acknowledged,
@@ -150,7 +150,7 @@ def test_p1_the_process_ends_so_that_it_is_started_again(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`backpack serve interventions` with a disk that stops syncing: the write is refused, exit status 1."""
-    state = {"STATE": tmp_path, "INTERVENTIONS_ADDRESS": f"127.0.0.1:{_port()}", "METRICS_ADDRESS": ""}
+    state = {"STATE": tmp_path, "INTERVENTIONS_ADDRESS": f"127.0.0.1:{free_port()}", "METRICS_ADDRESS": ""}
     for name, value in state.items():
         monkeypatch.setenv(f"BACKPACK_{name}", str(value))
     refused: list[ServiceError] = []

@@ -20,8 +20,8 @@ from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
 from backpack_serving.sync.known import Kind, Position, View
 
+from tests.conftest import free_port
 from tests.e2e.conftest import System, copy
-from tests.e2e.test_processes import _port
 from tests.promises.conftest import eventually
 from tests.promises.follower import Follower
 from tests.promises.proxy import FaultProxy
@@ -91,7 +91,7 @@ async def _writes(settings: Settings, count: int, draw: random.Random) -> None:
 
 
 async def _story(tmp_path: Path, writes: int) -> list[int]:
-    settings = Settings(state=tmp_path, drain=0.2, interventions_address=f"127.0.0.1:{_port()}")
+    settings = Settings(state=tmp_path, drain=0.2, interventions_address=f"127.0.0.1:{free_port()}")
     control = await interventions.start(settings, Metrics())
     proxies = [await FaultProxy(settings.interventions_address).start() for _ in range(4)]
     fingerprint, key = Manifest.read(settings.model).fingerprint, settings.key_for("replica")
