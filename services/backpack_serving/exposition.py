@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 import ssl
 import threading
 from typing import Any
@@ -16,6 +18,7 @@ from backpack_serving.tls import Reloaded, Tls, listener_context
 log = structlog.get_logger(__name__)
 
 PORTS = 16
+ALL_PORTS = 65_536
 
 
 class _Handler(WSGIRequestHandler):
@@ -39,19 +42,29 @@ class _Server(ThreadingWSGIServer):
         return context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False), peer
 
 
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
 def listen(registry: CollectorRegistry, address: str, tls: Tls | None = None) -> str:
     """Serve /metrics from a thread, for as long as the process lives; the address that it got.
 
     A port that is taken gives way to the next free one of sixteen: processes of one machine share a setting.
-    Raises OSError if all are taken, ValueError if the certificates are no good.
+    Raises OSError if all are taken or there is no such host here, ValueError if the address is none or the
+    certificates are no good.
     """
     context = Reloaded(tls, listener_context) if tls and tls.certificate else None
-    host, _, text = address.rpartition(":")
-    for port in range(int(text), int(text) + PORTS):
+    host, _, first = address.rpartition(":")
+    if not first.isdecimal() or int(first) >= ALL_PORTS:
+        raise ValueError(f"can't serve metrics on {address!r}: give host:port, as in 127.0.0.1:9100 or [::]:9100")
+    kind = _Server6 if host.startswith("[") else _Server
+    for port in range(int(first), min(int(first) + PORTS, ALL_PORTS)):
         try:
-            server = make_server(host, port, make_wsgi_app(registry), _Server, _Handler)
-        except OSError:
-            continue
+            server = make_server(host.strip("[]"), port, make_wsgi_app(registry), kind, _Handler)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                continue
+            raise OSError(f"can't serve metrics on {address}: {error.strerror}") from None
         server.context = context
         threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
         bound = f"{host}:{server.server_port}"

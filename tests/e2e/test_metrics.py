@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import urllib.request
 from collections.abc import Mapping
 from typing import Any
@@ -121,6 +122,29 @@ async def test_a_port_that_is_taken_gives_way_to_the_next(address: str) -> None:
     host, _, port = address.rpartition(":")
     assert other.startswith(f"{host}:")
     assert 0 < int(other.rpartition(":")[2]) - int(port) < 16
+
+
+async def test_metrics_are_told_over_ipv6() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    address = exposition.listen(metrics.Metrics().registry, "[::1]:0")
+    assert address.startswith("[::1]:")
+    assert await _scrape(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("localhost", "give host:port"),
+        ("127.0.0.1:99999", "give host:port"),
+        ("203.0.113.5:9100", "203.0.113.5:9100: Cannot assign"),
+    ],
+)
+async def test_an_address_that_nobody_can_listen_on_is_refused_with_the_reason(address: str, says: str) -> None:
+    with pytest.raises((ValueError, OSError), match=says):
+        exposition.listen(metrics.Metrics().registry, address)
 
 
 async def test_names_are_for_ever() -> None:
