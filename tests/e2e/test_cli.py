@@ -195,6 +195,20 @@ def test_a_finetuned_patch_is_uploaded_described_and_deleted(backpack: Any, tmp_
     assert "from a run" not in backpack("patch", "list", "--as", "tuner")
     for way in (("--dry-run",), ()):
         assert "PATCH_DELETED" in backpack("patch", "upload", "tuned", file, *way, "--as", "tuner", code=1)
+        edits = str(tmp_path / "edits.json")
+        word = {"word": {"text": "king"}}
+        Path(edits).write_text(json.dumps({"edits": [{"scale": {"cells": [word], "factor": 0}}], "model": None}))
+        assert "PATCH_DELETED" in backpack("patch", "revise", "tuned", edits, *way, "--as", "tuner", code=1)
+    assert "revisions/1" in backpack("patch", "revise", "undescribed", edits, "--as", "tuner")
+
+
+@pytest.mark.parametrize("name", ["admin", "replica", "harbour"])
+def test_a_new_tenant_takes_nobodys_key_away(backpack: Any, environment: dict[str, str], name: str) -> None:
+    file = Path(environment["BACKPACK_STATE"]) / f"{name}.key"
+    before = file.read_text()
+    assert "its key would be lost" in backpack("tenant", "create", name, code=1)
+    assert file.read_text() == before
+    assert f"tenants/{name}  " not in backpack("tenant", "list").replace("tenants/harbour", "")
 
 
 def test_an_operators_machine_needs_no_state_folder(
@@ -264,9 +278,9 @@ def test_a_canary_is_started_watched_promoted_and_rolled_back(backpack: Any) -> 
     backpack("patch", "copy", "royal", "king", "--from", "court", "--as", "trial")
     backpack("release", "create", "royal:1", "--as", "trial")
     started = backpack(
-        "canary", "start", "1", "--permille", "400", "--salt", "s", "--wait", "all", "--as", "trial"
+        "canary", "start", "1", "--permille", "400", "--salt", "s[/b]", "--wait", "all", "--as", "trial"
     )
-    assert "canary: release 1 for 400 in a thousand request keys, salt s" in started
+    assert "canary: release 1 for 400 in a thousand request keys, salt s[/b]" in started
     assert "held by 1 of 1 replicas, 1 of 1 gateways" in started
     status = backpack("release", "status", "--wait", "all", "--as", "trial")
     assert status.count("acked") == 4, "a replica and a gateway, the release and the canary"
@@ -320,6 +334,7 @@ def test_a_refusal_is_one_line(backpack: Any, words: tuple[str, ...], says: str)
     ("text", "says"),
     [
         ("{", "Expecting property name"),
+        pytest.param("[" * 100_000, "maximum recursion depth", id="deep"),
         ("[]", "EMPTY: edits: a revision needs at least one edit"),
         ('{"edits": "x"}', "no list of edits"),
         ('[{"scale": {"factr": 0}}]', 'no field named "factr"'),
@@ -342,6 +357,7 @@ def test_a_bad_patch_file_is_one_line_and_makes_no_patch(
     ("words", "says"),
     [
         (("patch", "scale", "p", "king", "--factor", "0", "--senses", "5-1"), "'5-1' names no sense"),
+        (("patch", "scale", "p", "king", "--factor", "0", "--senses", "²"), "'²' names no sense"),
         (("compare", "x", "--release", ""), "write a number"),
         (("explain", "x", "--html", "/nowhere/x.html"), "/nowhere is no folder"),
         (("tenant", "key", "harbour", "--role", "king"), "'author', 'releaser', 'caller'"),

@@ -167,7 +167,7 @@ def sense_numbers(senses: str) -> list[int]:
     numbers: list[int] = []
     for part in filter(None, senses.split(",")):
         first, _, last = part.partition("-")
-        if not (first.isdigit() and (last or first).isdigit()) or int(last or first) < int(first):
+        if not (first.isdecimal() and (last or first).isdecimal()) or int(last or first) < int(first):
             raise typer.BadParameter(f"{part!r} names no sense; write 3 or 8,12-14", param_hint="--senses")
         numbers.extend(range(int(first), int(last or first) + 1))
     return numbers
@@ -189,7 +189,9 @@ def _revise(
     with as_releaser(tenant, key) as steering:
         try:
             draft = steering.create_revision(patch, edits, dry_run=True)
-        except NotFound:  # the service looks for the patch when the edits are good
+        except NotFound as error:  # the service looks for the patch when the edits are good
+            if error.reason != "NO_SUCH_PATCH":
+                raise
             if dry_run:
                 later = "; that it is for this model is checked then" if file.model else ""
                 out.print(f"would be the first revision of a new patch, {patch}{later}")

@@ -41,10 +41,11 @@ class PatchFile:
             if not (isinstance(values, dict) and isinstance(values.get("edits"), list)):
                 raise ValueError('no list of edits, nor an object with one as "edits"')
             edits = tuple(json_format.ParseDict(edit, pb.Edit()) for edit in values["edits"])
-            return cls(edits, str(values.get("description", "")), str(values.get("model", "")))
+            description, model = (str(values.get(name) or "") for name in ("description", "model"))
+            return cls(edits, description, model)
         except UnicodeDecodeError:
             why = "it isn't UTF-8 text"
-        except (ValueError, TypeError, AttributeError, json_format.ParseError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError, json_format.ParseError) as error:
             why = str(error)
         raise ValueError(f"{file} is not a patch file: {why}; `backpack patch show` and `backpack lab` make them")
 

@@ -219,7 +219,8 @@ def _line(channel: client.Channel) -> None:
     before = "" if channel.previous is None else f" (before: {channel.previous})"
     out.print(f"{channel.name} is at release {channel.release}{before}  [dim]{channel.digest[:12]}[/]")
     if c := channel.canary:
-        out.print(f"canary: release {c.release} for {c.permille} in a thousand request keys, salt {c.salt}")
+        share = f"release {c.release} for {c.permille} in a thousand request keys"
+        out.print(f"canary: {share}, salt {c.salt}", markup=False)
     if channel.canary_ended:
         out.print("the last canary was ended by the service: ", end="")
         out.print(channel.canary_ended, markup=False)

@@ -23,6 +23,8 @@ def create_tenant(name: Annotated[str, typer.Argument(help="a-z, 0-9 and -")]) -
     """Make a tenant, with a key that may release and call, kept in the state folder for --as."""
     with as_admin() as operator:
         file = tenant_key_file(Settings(), name)
+        if file.exists():  # a tenant's that was called so before, or the admin's and the replicas' own
+            raise FileExistsError(f"{file} exists, and its key would be lost; move it away, or take another name")
         file.parent.mkdir(parents=True, exist_ok=True)  # before there is a secret that would be lost
         made = operator.create_tenant(name)
         keep(operator.create_key(name, [Role.RELEASER, Role.CALLER]).secret, file)
