@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from backpack_lm.overlay import Overlay
-from backpack_serving.engine.engine import Engine
+from backpack_serving.engine.engine import Engine, QueueFull
 from backpack_serving.engine.loop import EngineLoop, EngineStopped
 from backpack_serving.engine.sampling import Sampling
 from backpack_serving.engine.sequence import Output, Request
@@ -110,6 +111,27 @@ async def test_an_engine_whose_last_request_was_aborted_says_that_it_is_idle(
         async with asyncio.timeout(5):
             while loop.load.running or loop.load.tokens_in_flight:
                 await asyncio.sleep(0.01)
+
+
+async def test_a_request_that_is_crowded_out_is_told_so(
+    make_engine: MakeEngine, overlays: dict[str, Overlay]
+) -> None:
+    async with _loop(make_engine(slots=1, queue=2), lambda n: 0.01) as (loop, _):
+
+        async def ask(tenant: str, name: str) -> str:
+            request = replace(_request(overlays, 20, name), tenant=tenant)
+            try:
+                async for _ in loop.generate(request):
+                    pass
+            except QueueFull:
+                return "refused"
+            return "made"
+
+        async with asyncio.TaskGroup() as together:
+            flood = [together.create_task(ask("flood", f"flood {n}")) for n in range(3)]
+            await asyncio.sleep(0)  # they have asked
+            small = together.create_task(ask("small", "small"))
+    assert [task.result() for task in (*flood, small)] == ["made", "made", "refused", "made"]
 
 
 async def test_a_step_that_fails_ends_every_stream(make_engine: MakeEngine, overlays: dict[str, Overlay]) -> None:

@@ -44,6 +44,22 @@ def test_a_flood_of_one_tenant_does_not_starve_another(make_engine, overlays) ->
     assert max(places) <= 12
 
 
+def test_a_full_queue_makes_room_for_who_has_less_in_it(make_engine, overlays) -> None:
+    """Who fills it gives up what it asked for last, until both have as much; then both are refused."""
+    engine = make_engine(slots=1, queue=6)
+    for n in range(7):
+        engine.add(ask(f"flood {n}", overlays["none"], "flood"))
+    engine.step()
+    gone = [engine.add(ask(f"small {n}", overlays["none"], "small")) for n in range(3)]
+    assert gone == ["flood 6", "flood 5", "flood 4"]
+    for tenant in ("flood", "small"):
+        with pytest.raises(QueueFull):
+            engine.add(ask("one too many", overlays["none"], tenant))
+    assert set(order_of_first_tokens(engine)) == {
+        f"{t} {n}" for t, most in (("flood", 4), ("small", 3)) for n in range(most)
+    }
+
+
 def test_a_tenant_that_always_runs_something_saves_nothing_up(make_engine, overlays) -> None:
     """One keeps a single stream while another floods; then it floods, too, and they share from the first step."""
     engine, made = make_engine(slots=4), Counter[str]()

@@ -51,8 +51,11 @@ def test_nothing_is_left_behind(count: int, make_engine, table) -> None:
         tenant, priority = f"t{draw.randrange(20)}", draw.randint(-3, 3)
         request = Request(f"r{n}", tenant, ids, sampling, _release(n, table), priority)
         try:
-            engine.add(request)
+            crowded_out = engine.add(request)
             alive.add(request.id)
+            if crowded_out:
+                alive.remove(crowded_out)
+                refused += 1
         except QueueFull:
             refused += 1
         if draw.random() < 0.1 and alive:

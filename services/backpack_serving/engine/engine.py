@@ -76,21 +76,29 @@ class Engine:
             prefix_hits=self.prefix_hits,
         )
 
-    def add(self, request: Request) -> None:
-        """Take a request in. Raises QueueFull, or TooManyRows if its release could never be loaded."""
-        if not self._scheduler.can_add(self._slots.free):
-            raise QueueFull(f"{self._scheduler.waiting} requests are waiting")
+    def add(self, request: Request) -> str | None:
+        """Take a request in. If the queue is full, one of the tenant that fills it has to go: its id.
+
+        Raises QueueFull if none has, or TooManyRows if its release could never be loaded.
+        """
         if len(request.overlay.rows) > self._rows.size:
             raise TooManyRows(
                 f"release {request.overlay.digest[:12]} replaces {len(request.overlay.rows)} senses; "
                 f"this replica has space for {self._rows.size}"
             )
+        crowding = None
+        if not self._scheduler.can_add(self._slots.free):
+            crowding = self._scheduler.crowding(request.tenant)
+            if crowding is None:
+                raise QueueFull(f"{self._scheduler.waiting} requests are waiting")
+            self._end(crowding)
         assert request.id not in self._sequences, f"request {request.id} is here already"
         context = self._runner.config.n_positions
         assert 0 < len(request.prompt) <= context - request.sampling.max_tokens, "validated at admission"
         sequence = Sequence(request)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
+        return crowding.request.id if crowding else None
 
     def abort(self, request_id: str) -> None:
         """Drop a request; its slot is free at once. One that has ended, or never was, is no error."""

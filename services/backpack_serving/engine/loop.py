@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 
 import structlog
 
-from backpack_serving.engine.engine import Engine, Load
+from backpack_serving.engine.engine import Engine, Load, QueueFull
 from backpack_serving.engine.sequence import Finish, Output, Request
 
 LOAD_AGE = 0.05
@@ -165,9 +165,13 @@ class EngineLoop:
 
     def _add(self, request: Request) -> None:
         try:
-            self._engine.add(request)
+            crowded_out = self._engine.add(request)
         except Exception as error:
             self._post(self._refuse, request.id, error)
+        else:
+            if crowded_out:
+                why = QueueFull("more of this tenant's requests were waiting than of any other's")
+                self._post(self._refuse, crowded_out, why)
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:
         try:

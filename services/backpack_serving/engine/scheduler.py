@@ -77,6 +77,12 @@ class Scheduler:
         """Whether one more may wait, beside those that a free slot awaits."""
         return self.waiting < self.queue + free_slots
 
+    def crowding(self, tenant: str) -> Sequence | None:
+        """Who waits in a tenant's way: the last of whoever has the most waiting, if that is more than its own."""
+        own = len(self._tenants[tenant].waiting) if tenant in self._tenants else 0
+        most = max((other.waiting for other in self._tenants.values()), key=len, default=[])
+        return most[-1] if len(most) > own + 1 else None
+
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn; ask `can_add` first."""
         tenant = self._tenants.setdefault(sequence.request.tenant, _Tenant())
