@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
@@ -16,6 +18,7 @@ from alembic.migration import MigrationContext
 from backpack_serving.cli.main import app
 from backpack_serving.errors import DataLoss, InvalidRequest, Unavailable
 from backpack_serving.interventions import database
+from backpack_serving.interventions import postgres as postgres_store
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import Request
 from backpack_serving.interventions.postgres import PostgresStore
@@ -103,6 +106,22 @@ def test_migrating_again_and_by_several_at_once_changes_nothing(postgres: Postgr
         service = Interventions(store, SHAPE)
         assert service.verify_chain(ADMIN) == (5, None)
         store.close()
+
+
+def test_a_migration_waits_for_another_however_long_that_takes(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seconds in ("'10s'", "'30s'"):
+        assert seconds in postgres_store._SESSION
+        monkeypatch.setattr(postgres_store, "_SESSION", postgres_store._SESSION.replace(seconds, "'200ms'"))
+    url = postgres.empty()
+    with psycopg.connect(url) as other:
+        other.execute("SELECT pg_advisory_xact_lock(%s)", (postgres_store._MIGRATING,))
+        done = threading.Timer(0.6, other.rollback)
+        done.start()
+        database.migrate(url)
+        done.join()
+    open_store(url).close()
 
 
 def test_revisions_of_the_first_schema_keep_their_bytes(postgres: Postgres, tmp_path: Path) -> None:
@@ -366,6 +385,20 @@ def test_commits_wait_for_the_disk_whatever_the_default_is(postgres: Postgres, p
         assert connection.scalar(sa.text("SHOW synchronous_commit")) == "on"
     store.close()
     postgres.sql(f"ALTER DATABASE {name} RESET synchronous_commit")
+
+
+def test_writes_wait_for_each_other_whatever_the_default_isolation_is(
+    postgres: Postgres, postgres_url: str
+) -> None:
+    name = sa.make_url(postgres_url).database
+    postgres.sql(f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'")
+    store = open_store(postgres_url)
+    service = Interventions(store, SHAPE)
+    with ThreadPoolExecutor(4) as pool:
+        for made in [pool.submit(service.create_tenant, ADMIN, f"t{n}", Request()) for n in range(40)]:
+            made.result()
+    store.close()
+    postgres.sql(f"ALTER DATABASE {name} RESET default_transaction_isolation")
 
 
 def test_a_lost_database_is_unavailable_until_it_is_back(postgres: Postgres) -> None:

@@ -148,7 +148,12 @@ def migrate(url: sa.URL, role: str = "") -> None:
     engine = _engine(url)
     try:
         with engine.begin() as connection:
+            # Whatever long tables and others that migrate them take. Only for a table that is used nobody waits
+            # long: behind who does, all its users wait.
+            connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
+            connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATING)))
+            connection.execute(sa.text("SET LOCAL lock_timeout = '10s'"))
             connection.execute(sa.select(sa.func.set_config("backpack.tenant", EVERYBODY, True)))
             schema.migrate(connection)
             if role:
@@ -182,6 +187,8 @@ def _engine(url: sa.URL) -> sa.Engine:
         pool_timeout=10,
         pool_pre_ping=True,  # connections of a database that was restarted are replaced, not used
         connect_args=_CONNECT,
+        # Of writes, whatever the database's default is: who waited for the head row must see what was written.
+        isolation_level="READ COMMITTED",
     )
     sa.event.listen(engine, "connect", _configure)
     return engine
