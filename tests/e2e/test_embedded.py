@@ -340,10 +340,14 @@ async def test_a_replica_serves_only_gateways(system: System) -> None:
     channel = rpc.channel(address)
     stub, key = inference_pb2_grpc.InferenceServiceStub(channel), await system.tenant()
     request = pb.GenerateRequest(prompt=pb.Prompt(text=PROMPT))
+    endless = pb.GenerateRequest(prompt=request.prompt, sampling=pb.Sampling(samples=3_000_000))
     for metadata, reason in ((key, "NOT_A_GATEWAY"), (system.replica, "NO_PIN")):
-        with pytest.raises(ServiceError) as refused, rpc.errors():
-            await stub.Generate(request, metadata=metadata)
-        assert refused.value.reason == reason
+        for asked in (request, endless):
+            started = time.monotonic()
+            with pytest.raises(ServiceError) as refused, rpc.errors():
+                await stub.Generate(asked, metadata=metadata)
+            assert refused.value.reason == reason
+            assert time.monotonic() - started < 2, "nothing is done for a stranger"
     pin = pb.Pin(tenant="t0", channel="live", release=1, release_digest="00" * 32)
     metadata = (*system.replica, ("backpack-pin-bin", pin.SerializeToString()))
     with pytest.raises(ServiceError) as refused, rpc.errors():

@@ -47,12 +47,14 @@ class InferenceServicer(ReadingMethods):
         self._generated = metrics.tokens.labels("generated")
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
-        response = pb.GenerateResponse(more_samples=[pb.Sample() for _ in range(request.sampling.samples - 1)])
-        samples: list[pb.GenerateResponse | pb.Sample] = [response, *response.more_samples]
+        response = pb.GenerateResponse()
+        samples: list[pb.GenerateResponse | pb.Sample] = [response]
         # A stop string is found when the text comes: until the end, the engine would make tokens for nothing.
         coalesce = wire.COALESCE if request.sampling.stop else math.inf
         async with aclosing(self._generate(request, context, coalesce)) as parts:
             async for part in parts:
+                while part.sample >= len(samples):  # not as many as were asked for: nobody has checked that
+                    samples.append(response.more_samples.add())
                 sample = samples[part.sample]
                 sample.text += part.text
                 sample.tokens.extend(part.tokens)
