@@ -52,7 +52,8 @@ def verify() -> None:
 def restored() -> None:
     """Begin a new epoch: once after a restore from a backup, before the service is started.
 
-    Gateways and replicas may know of changes that the backup doesn't have. In a new epoch they drop them.
+    Gateways and replicas may know of changes that the backup doesn't have. In a new epoch they take everything
+    anew: what was changed is as in the backup again. What was made since stays with those that know it.
     """
     from backpack_serving.interventions import database
 
