@@ -8,6 +8,7 @@ import grpc
 import pytest
 from backpack_lm import mapped
 from backpack_lm.kernels import Precision
+from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving.inference.served import ServedModel
 from backpack_serving.settings import default_model
 
@@ -31,5 +32,7 @@ async def test_a_damaged_word_ends_its_requests_with_internal(
             await system.stream(key, "The king", max_tokens=4)
         assert error.value.code() is grpc.StatusCode.INTERNAL
         assert "no numbers" in error.value.details()
+        with pytest.raises(grpc.aio.AioRpcError, match="no numbers"):
+            await system.inference.Explain(pb.ExplainRequest(prompt=pb.Prompt(text="The king")), metadata=key)
         parts = await system.stream(key, "The ship", max_tokens=4, temperature=0, ignore_end_of_text=True)
         assert sum(len(part.tokens) for part in parts) == 4

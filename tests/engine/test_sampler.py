@@ -100,3 +100,4 @@ def test_log_probabilities_are_at_temperature_one() -> None:
     found = log_probability(LOGITS, 3, alternatives=2)
     assert found.chosen == pytest.approx(float(logs[3]))
     assert [token for token, _ in found.alternatives] == [0, 1]
+    assert len(log_probability(LOGITS, 3, alternatives=20).alternatives) == len(LOGITS)

@@ -78,5 +78,5 @@ def _seed(sampling: Sampling) -> int:
 def log_probability(logits: Tensor, token: int, alternatives: int) -> LogProbability:
     """Natural log-probability of a token under logits [V] at temperature 1, with the top alternatives."""
     logs = logits.double().log_softmax(-1)
-    top = logs.topk(alternatives)
+    top = logs.topk(min(alternatives, len(logs)))
     return LogProbability(float(logs[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))

@@ -66,6 +66,7 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
             if request.HasField("target"):
                 target = wire.read_word("target", request.target, tokenizer, config)
             found = await self._read(self._served.explain, ids, overlay, target)
+            _check_finite([found.logit, found.log_probability])
             terms, unlisted = found.largest(limit)
             return pb.ExplainResponse(
                 target=wire.write_token(found.target, tokenizer, found.log_probability),
