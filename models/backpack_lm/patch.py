@@ -81,13 +81,17 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds on one revision or release. The defaults are the service's defaults."""
+    """Bounds on one revision or release. The defaults are the service's defaults.
+
+    `topics` are bounded by themselves: a few bytes of one are a byte for every cell of the model in each replica.
+    """
 
     cells: int = 4096
     blob_bytes: int = 16 * 2**20
     revisions: int = 8
     norm_factor: float = 8.0
     topic_words: int = 256
+    topics: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +170,9 @@ def _violations(revision: Revision, model: ModelShape, limits: Limits) -> Iterat
     cells = sum(len(edit.cells) for edit in revision.edits)
     if cells > limits.cells:
         yield Violation("edits", "TOO_MANY_CELLS", f"{cells} cells, at most {limits.cells}")
+    topics = sum(isinstance(edit, Topic) for edit in revision.edits)
+    if topics > limits.topics:
+        yield Violation("edits", "TOO_MANY_TOPICS", f"{topics} topics, at most {limits.topics} go into a revision")
     size = len(revision.to_bytes())
     if size > limits.blob_bytes:
         yield Violation("edits", "TOO_LARGE", f"{size} bytes, at most {limits.blob_bytes}")

@@ -103,6 +103,9 @@ def test_limits() -> None:
     assert _refusal(many, limits=Limits(cells=8)).violations[0].reason == "TOO_MANY_CELLS"
     assert _refusal(many, limits=Limits(blob_bytes=64)).violations[0].reason == "TOO_LARGE"
     assert _refusal(Topic((1, 2, 3), 1), limits=Limits(topic_words=2)).violations[0].reason == "TOO_MANY_WORDS"
+    topics = [Topic((token,), 1) for token in range(17)]
+    assert [v.reason for v in _refusal(*topics).violations] == ["TOO_MANY_TOPICS"]
+    Revision(SHAPE.fingerprint, tuple(topics[:16])).validate(SHAPE)
     nine = Release(tuple(Revision(SHAPE.fingerprint, (Scale(CELL, 0.5),)) for _ in range(9)))
     with pytest.raises(PatchError, match="9 revisions, at most 8"):
         nine.validate(SHAPE)
