@@ -80,6 +80,37 @@ def test_run_shows_both_tenants_and_how_to_call(environment: dict[str, str]) -> 
         assert way in shown
 
 
+def test_a_model_that_the_examples_are_not_for_is_served(tmp_path: Path, environment: dict[str, str]) -> None:
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"alpha {n} beta"}) + "\n" for n in range(400))
+    )
+    sizes = "--layers 1 --heads 2 --width 16 --senses 2 --context 32 --vocabulary 300 --tokens-per-step 64".split()
+    words = ["train", str(tmp_path / "text.jsonl"), "--out", str(tmp_path), "--steps", "1", *sizes]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    own = {
+        "BACKPACK_STATE": str(tmp_path / "state"),
+        "BACKPACK_MODEL": str(tmp_path / "model"),
+        "BACKPACK_GATEWAY_ADDRESS": f"127.0.0.1:{free_port()}",
+        "BACKPACK_INTERVENTIONS_ADDRESS": f"127.0.0.1:{free_port()}",
+    }
+    with subprocess.Popen(
+        RUN,
+        env={**os.environ, **environment, **own, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        shown = ""
+        for line in process.stdout:
+            if line.startswith("Serving until"):
+                break
+            shown += line
+        process.terminate()
+        assert "Finishing" in process.stdout.read()
+    assert "The examples aren't for this model: edits[0].copy.source: 'nurse' is" in shown
+    assert process.returncode == 0
+
+
 def _python_example(shown: str) -> str:
     code = shown.split("From Python:")[1].split("With grpcurl:")[0]
     return "\n".join(line[4:] for line in code.splitlines())
@@ -392,6 +423,14 @@ def test_settings_that_do_not_fit_are_named(backpack: Any, monkeypatch: pytest.M
 def test_training_on_a_file_that_is_not_there(backpack: Any, tmp_path: Path) -> None:
     output = backpack("train", "/nowhere", "--out", str(tmp_path / "run"), "--steps", "1", code=1)
     assert output.splitlines()[-1] == "error: /nowhere: No such file or directory"
+
+
+def test_a_replica_without_torch_says_what_is_missing() -> None:
+    code = "import sys; sys.modules['torch'] = None; from backpack_serving.cli.main import app; app()"
+    words, path = [sys.executable, "-c", code, "serve", "inference"], {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(words, env={**os.environ, **path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: this needs torch: pip install 'backpack-serving[engine]'")
 
 
 def test_the_version_is_told(backpack: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from backpack_serving.cli.client import exits, out
+from backpack_serving.errors import InvalidRequest
 from backpack_serving.settings import Settings
 
 
@@ -48,11 +49,17 @@ async def _run(settings: Settings, examples: bool, once: bool) -> None:
             f"state in [bold]{settings.state}/[/] [dim]({time.monotonic() - started:.1f} s)[/]\n"
         )
         if examples:
-            await demo.provide(serving)
-            # The gateway hears of the new tenants by its watch, within milliseconds.
-            await asyncio.sleep(0.2)
-            await demo.side_by_side(serving)
-            out.print(_usage(serving.gateway, settings), markup=False, soft_wrap=True)
+            try:
+                await demo.provide(serving)
+                # The gateway hears of the new tenants by its watch, within milliseconds.
+                await asyncio.sleep(0.2)
+                await demo.side_by_side(serving)
+                out.print(_usage(serving.gateway, settings), markup=False, soft_wrap=True)
+            except InvalidRequest as error:  # a model of other words, or of a short context
+                if once:
+                    raise
+                out.print(f"The examples aren't for this model: {error.message}", markup=False)
+                out.print("Make a tenant of your own: `backpack tenant create NAME` in another terminal.\n")
         if not once:
             out.print("Serving until you press Ctrl-C.")
             await stopped.wait()

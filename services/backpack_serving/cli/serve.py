@@ -96,7 +96,9 @@ def directory() -> None:
 def inference() -> None:
     """A replica, where there is no Ray. Under Ray Serve, deploy/ray/serve.yaml takes its place."""
     from backpack_serving import rpc
-    from backpack_serving.inference import replica
+
+    with exits():
+        from backpack_serving.inference import replica
 
     async def start(settings: Settings, metrics: Metrics) -> replica.Replica:
         return await replica.start(
