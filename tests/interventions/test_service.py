@@ -245,6 +245,8 @@ def test_tenants_do_not_see_each_other(service: Interventions, two_releases: Pri
 def test_bad_names(service: Interventions, acme: Principal, name: str) -> None:
     with pytest.raises(InvalidRequest, match="a-z"):
         service.create_patch(acme, name, "", Request())
+    with pytest.raises(InvalidRequest, match="a-z"):
+        service.draft_revision(acme, name, [HALVE])
 
 
 def test_what_exists_is_not_made_again(service: Interventions, acme: Principal) -> None:

@@ -245,7 +245,19 @@ async def test_uploads_that_do_not_begin_or_go_on_as_they_should(control: Contro
     header.validate_only = True  # of a patch that may be made when the content is good
     assert (await refused(NotFound, upload(control, key, header, content))).reason == "NO_SUCH_PATCH"
     assert (await refused(InvalidRequest, upload(control, key, header, content[:-4]))).reason == "INCOMPLETE"
+    header.parent = "patches/Nothing"  # which none may be called
+    assert (await refused(InvalidRequest, upload(control, key, header, content))).reason == "BAD_NAME"
     header.validate_only = False
     _, stranger, _ = await control.tenant((pb.ROLE_RELEASER,))
     header.parent = "patches/p"
     await upload(control, stranger, header, content)
+
+
+async def test_an_upload_that_is_repeated_has_its_answer_when_its_patch_is_deleted(control: Control) -> None:
+    _, key, _ = await control.tenant()
+    header, content = packed(request_id=str(uuid.uuid4()))
+    first = await upload(control, key, header, content)
+    await control.patches.DeletePatch(pb.DeletePatchRequest(name="patches/p"), metadata=key)
+    assert await upload(control, key, header, content) == first
+    header.request_id = str(uuid.uuid4())
+    assert (await refused(NotFound, upload(control, key, header, content))).reason == "PATCH_DELETED"

@@ -19,10 +19,10 @@ def key(tx: Read, tenant: str, name: str) -> Key:
     raise NotFound("NO_SUCH_KEY", f"tenants/{tenant}/keys/{name} doesn't exist")
 
 
-def patch(tx: Read, tenant: str, name: str) -> Patch:
-    """One that isn't deleted."""
+def patch(tx: Read, tenant: str, name: str, deleted: bool = False) -> Patch:
+    """One that isn't deleted, unless those count, too."""
     found = tx.get(Patch, tenant, name)
-    if found and not found.deleted:
+    if found and (deleted or not found.deleted):
         return found
     if found:
         raise NotFound("PATCH_DELETED", f"{found.name} is deleted; its name is never used again: take another one")

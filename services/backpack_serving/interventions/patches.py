@@ -36,11 +36,11 @@ class PatchRules(Rules):
 
         return self._ledger.write(who, "CreatePatch", request, act)
 
-    def patch(self, who: Principal, name: str) -> tuple[Patch, int]:
-        """A patch with the number of its newest revision."""
+    def patch(self, who: Principal, name: str, deleted: bool = False) -> tuple[Patch, int]:
+        """A patch with the number of its newest revision; a deleted one if asked for."""
         who.require(Role.AUTHOR)
         with self._read(who) as tx:
-            record = find.patch(tx, who.tenant, name)
+            record = find.patch(tx, who.tenant, name, deleted)
             return record, find.latest(tx, record)
 
     def newest_revision(self, who: Principal, patch: Patch) -> int:
@@ -83,8 +83,11 @@ class PatchRules(Rules):
         return self._ledger.write(who, "DeletePatch", request, act)
 
     def draft_revision(self, who: Principal, name: str, edits: Sequence[Edit]) -> Revision:
-        """What `create_revision` would store, after all its checks. Stores nothing. Raises as that does."""
+        """What `create_revision` would store, after all its checks. Stores nothing. Raises as that does, and
+        InvalidRequest for a name that no patch may be made with.
+        """
         who.require(Role.AUTHOR)
+        check_id("parent", name)
         blob = self._blob(who, edits)
         with self._read(who) as tx:
             return self._revision(tx, name, blob, self._now())

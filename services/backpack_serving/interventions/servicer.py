@@ -176,7 +176,8 @@ class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
         (patch,) = wire.parse_name("header.parent", upload.header.parent, "patches/{}", who)
         who.require(Role.AUTHOR)  # before the work of reading
         if not upload.header.validate_only:  # a draft's content is checked first, as CreateRevision does
-            await asyncio.to_thread(self.service.patch, who, patch)
+            # Of a deleted one, an upload that is repeated is answered as before.
+            await asyncio.to_thread(self.service.patch, who, patch, True)
         async for message in messages:
             upload.take(message)
         edits = await asyncio.to_thread(upload.edits)
