@@ -6,6 +6,7 @@ A word gets a leading space; one of several tokens is the mean of their vectors;
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.text import plain
 from backpack_lm.lab.twin import read_twin
 from backpack_lm.lab.watch import Watch
 from backpack_lm.reports.plots import bars
@@ -41,13 +43,17 @@ class DataSet:
             raise ValueError(
                 f"{path} doesn't exist; --data is the folder that holds {self.file} as it is published"
             )
-        rows = list(csv.reader(path.read_text("utf-8").splitlines(), delimiter=self.delimiter))
+        rows = list(csv.reader(plain(path).splitlines(), delimiter=self.delimiter))
         pairs = []
         for number, row in enumerate(rows[self.header :], 1 + self.header):
             try:
                 pairs.append((row[0].strip(), row[1].strip(), float(row[self.column])))
+                if math.isnan(pairs[-1][2]):
+                    raise ValueError("it ranks nothing")
             except (IndexError, ValueError):
                 raise ValueError(f"{path}:{number}: {row} is not two words and a rating") from None
+        if not pairs:
+            raise ValueError(f"{path} holds no pairs of words")
         return pairs
 
 

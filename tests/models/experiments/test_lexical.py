@@ -54,9 +54,14 @@ def test_the_numbers_are_those_of_a_naive_computation(subject: Subject, tmp_path
 def test_data_that_isnt_there_or_isnt_pairs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"SimLex-999.txt doesn't exist; --data is the folder"):
         DATA_SETS[0].read(tmp_path)
-    (tmp_path / "RG65.csv").write_text("cord;smile;0.02\nrooster;voyage\n")
-    with pytest.raises(ValueError, match=r"RG65.csv:2: .*'rooster'.* is not two words and a rating"):
-        DATA_SETS[2].read(tmp_path)
+    for bad in ("rooster;voyage", "rooster;voyage;nan"):
+        (tmp_path / "RG65.csv").write_text(f"cord;smile;0.02\n{bad}\n")
+        with pytest.raises(ValueError, match=r"RG65.csv:2: .*'rooster'.* is not two words and a rating"):
+            DATA_SETS[2].read(tmp_path)
+    for content, says in ((b"", "holds no pairs of words"), (b"\xff;a;1", "isn't UTF-8 text")):
+        (tmp_path / "RG65.csv").write_bytes(content)
+        with pytest.raises(ValueError, match=f"RG65.csv {says}"):
+            DATA_SETS[2].read(tmp_path)
 
 
 def test_the_published_lists_are_read_whole() -> None:
