@@ -87,8 +87,8 @@ class FactsResult:
             return f"{strength.turned:.0%}{cost}"
 
         return Headline(
-            f"{plain.turned:.0%} of {len(plain.held)} facts that it held turn by a plain swap; {told(fitted)} "
-            "with the strength fitted on the fact's other prompt, "
+            f"{plain.turned:.0%} of {len(plain.held)} prompts on which it held the fact turn by a plain swap; "
+            f"{told(fitted)} with the strength fitted on the fact's other prompt, "
             f"{told(chosen)} with one chosen on the other facts",
             "one example",
             "over 80 % as the lab fits swaps, on the fact's other prompt; neighbours' loss within 1 %",
