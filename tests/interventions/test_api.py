@@ -123,6 +123,13 @@ async def test_edits_are_read_for_authors_alone_and_no_further_than_the_limit_of
     assert (error.code, error.reason) == ("PERMISSION_DENIED", "MISSING_ROLE")
 
 
+async def test_names_of_more_revisions_than_a_release_has_are_not_read(control: Control) -> None:
+    """A million of them kept the service's event loop, and all readers, waiting for three seconds."""
+    _, key, _ = await control.tenant()
+    call = control.releases.CreateRelease(pb.CreateReleaseRequest(revisions=["x"] * 9), metadata=key)
+    assert (await refused(InvalidRequest, call)).message == "revisions: 9, at most 8"
+
+
 async def test_a_release_is_read_by_its_number(control: Control) -> None:
     tenant, key, _ = await control.tenant()
     empty = await control.releases.GetRelease(pb.GetReleaseRequest(name="releases/0"), metadata=key)

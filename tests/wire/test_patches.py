@@ -179,3 +179,19 @@ def test_cells_of_all_edits_count_together_up_to_the_limit() -> None:
     assert len(read_edits(edits, TOKENIZER, SENSES, patch.Limits(cells=4 * SENSES))) == 2
     with pytest.raises(InvalidRequest, match=r"64 cells by edits\[1\]\.scale\.cells\[1\], at most 63"):
         read_edits(edits, TOKENIZER, SENSES, patch.Limits(cells=4 * SENSES - 1))
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [pb.Edit()] * 4113,
+        [pb.Edit()] * 2000,
+        [pb.Edit(scale=pb.ScaleEdit(cells=[pb.Cells()] * 100_000))],
+        [pb.Edit(topic=pb.TopicEdit(words=[inference_pb2.Word()] * 100_000))],
+    ],
+    ids=["edits", "kinds", "cells", "words"],
+)
+def test_reading_ends_where_there_are_more_mistakes_than_anybody_reads(edits: list[pb.Edit]) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        read_edits(edits, TOKENIZER, SENSES)
+    assert len(refused.value.violations) <= 1000

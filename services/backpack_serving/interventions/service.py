@@ -35,10 +35,7 @@ class Interventions(TenantRules, PatchRules, ChannelRules):
         """A release of these (patch, revision number) pairs, in the order in which they apply."""
         who.require(Role.AUTHOR)
         check_text("notes", notes)
-        if len(parts) > self.limits.revisions:
-            raise InvalidRequest.at(
-                "revisions", "TOO_MANY_REVISIONS", f"{len(parts)}, at most {self.limits.revisions}"
-            )
+        self.check_parts(parts)
 
         def act(tx: Write, now: datetime) -> tuple[Release, list[Record]]:
             for name, _ in parts:
@@ -54,6 +51,13 @@ class Interventions(TenantRules, PatchRules, ChannelRules):
             return made, [made]
 
         return self._ledger.write(who, "CreateRelease", request, act)
+
+    def check_parts(self, parts: Sequence[object]) -> None:
+        """Raises InvalidRequest for more revisions than go into a release, whatever they are."""
+        if len(parts) > self.limits.revisions:
+            raise InvalidRequest.at(
+                "revisions", "TOO_MANY_REVISIONS", f"{len(parts)}, at most {self.limits.revisions}"
+            )
 
     def release(self, who: Principal, number: int) -> Release:
         who.require(Role.AUTHOR)

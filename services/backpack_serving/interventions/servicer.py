@@ -222,6 +222,7 @@ class ReleaseServicer(ChannelMethods, grpc_v1.ReleaseServiceServicer):
         self, request: pb.CreateReleaseRequest, context: rpc.Context
     ) -> pb.CreateReleaseResponse:
         who = await self.who(context)
+        self.service.check_parts(request.revisions)  # before the work of reading: a message holds a million names
         parts = []
         for at, name in enumerate(request.revisions):
             field = f"revisions[{at}]"

@@ -1,13 +1,13 @@
 """Edits on the wire ↔ edits of `backpack_lm.patch`: words become token ids here, cells are spelled out.
 
 Everything that is wrong with a list of edits is reported at once, each with the path of its field; but where
-there are more cells than a revision may have, reading ends.
+there are more cells than a revision may have, or MOST_WRONG mistakes, reading ends.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -28,6 +28,9 @@ WORD_POLICIES = {
 LONGEST_WORD = 256
 """Most bytes of a word that must be one token: reading a megabyte of it would keep a server's event loop busy."""
 
+MOST_WRONG = 1000
+"""Mistakes that are looked for: a megabyte may hold half a million, each of which would take 400 bytes."""
+
 _BYTES_OF = {interventions_pb2.DATA_TYPE_FLOAT32: 4, interventions_pb2.DATA_TYPE_FLOAT16: 2}
 
 
@@ -40,7 +43,10 @@ class WordReader:
         self.violations: list[Violation] = []
 
     def refuse(self, field: str, reason: str, description: str) -> None:
+        """Note a mistake. Raises InvalidRequest with all of them when there are too many to go on."""
         self.violations.append(Violation(field, reason, description))
+        if len(self.violations) == MOST_WRONG:
+            raise InvalidRequest.of(*self.violations)
 
     def tokens(self, field: str, word: inference_pb2.Word) -> tuple[int, ...]:
         """The ids of a word; none, and a violation, if there are none."""
@@ -106,9 +112,11 @@ class WordReader:
 
 
 def read_edits(
-    messages: Iterable[interventions_pb2.Edit], tokenizer: Tokenizer, num_senses: int, limits: Limits = Limits()
+    messages: Sequence[interventions_pb2.Edit], tokenizer: Tokenizer, num_senses: int, limits: Limits = Limits()
 ) -> list[patch.Edit]:
     """Edits of a request. Raises InvalidRequest with everything that is wrong with them."""
+    if len(messages) > (most := limits.cells + limits.topics):  # each has a cell, or is a topic
+        raise InvalidRequest.at("edits", "TOO_MANY_EDITS", f"{len(messages)}, at most {most}")
     reader = WordReader(tokenizer, num_senses, limits)
     edits: list[patch.Edit] = []
     for at, message in enumerate(messages):
