@@ -164,6 +164,18 @@ def test_processes_that_start_at_once_on_an_empty_store_add_their_key_once(
     assert one.verify_chain(ADMIN) == (1, None)
 
 
+def test_an_operators_key_that_is_somebody_elses_is_refused(service: Interventions, acme: Principal) -> None:
+    _, tenants = service.create_key(ADMIN, "acme", [Role.CALLER], Request())
+    assert tenants
+    with pytest.raises(PreconditionFailed, match=r"shall be admin is tenants/acme/keys/\w+ \(caller\) already"):
+        service.bootstrap(tenants, [Role.ADMIN])
+    both = ApiKey.mint()
+    for _ in range(2):
+        service.bootstrap(both, [Role.ADMIN])
+    with pytest.raises(PreconditionFailed, match=r"shall be replica is tenants/system/keys/\w+ \(admin\) already"):
+        service.bootstrap(both, [Role.REPLICA])
+
+
 def test_a_secret_is_shown_once(service: Interventions, acme: Principal) -> None:
     request = Request(str(uuid.uuid4()), "body")
     written, key = service.create_key(ADMIN, "acme", [Role.CALLER], request)

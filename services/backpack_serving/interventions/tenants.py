@@ -56,10 +56,21 @@ class TenantRules(Rules):
             raise suspended(who.tenant)
 
     def bootstrap(self, make: ApiKey, roles: Iterable[Role]) -> None:
-        """Give the system tenant a key that was made outside. Only for whoever holds the database itself."""
+        """Give the system tenant a key that was made outside. Only for whoever holds the database itself.
+
+        Raises PreconditionFailed for a key that is there for something else.
+        """
+        roles = list(roles)
         with self._store.read() as tx:
-            if tx.get(Key, SYSTEM, make.id):
-                return
+            found = tx.find(Key, key=make.id)
+        if found:
+            if found.tenant != SYSTEM or not set(roles) <= set(found.roles.split()):
+                raise PreconditionFailed(
+                    "KEY_TAKEN",
+                    f"the key that shall be {' and '.join(roles)} is {found.name} ({found.roles}) already; give "
+                    "another one",
+                )
+            return
 
         def act(tx: Write, now: datetime) -> tuple[Key, list[Record]]:
             if tx.get(Key, SYSTEM, make.id):
