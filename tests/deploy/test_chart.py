@@ -201,6 +201,8 @@ def test_replicas_share_pods_as_ray_counts() -> None:
 def test_a_release_has_a_name_that_kuberay_takes() -> None:
     assert helm("template", "r" * 37, str(CHART)).returncode == 0
     assert "KubeRay takes 37 characters" in helm("template", "r" * 38, str(CHART)).stderr
+    for name in ("1prod", "a.b"):  # helm takes them; a Service and a RayService can't be called so
+        assert "must begin with a letter" in helm("template", name, str(CHART)).stderr
 
 
 def test_the_schema_knows_our_settings_and_arguments() -> None:
