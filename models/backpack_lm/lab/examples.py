@@ -40,7 +40,12 @@ class Example:
 
     def ids(self, subject: Subject) -> tuple[list[int], int]:
         """Ids of prompt and target, their last ones if they are more than the context holds, and the index of the
-        first of the target."""
+        first of the target. Raises ValueError for a target that leaves the prompt no room."""
         prompt, target = subject.ids(self.prompt), list(subject.word_ids(self.target))
+        if len(target) >= subject.config.n_positions:
+            raise ValueError(
+                f"the target of {self.prompt!r} has {len(target)} tokens; the context holds "
+                f"{subject.config.n_positions}, the prompt among them"
+            )
         ids = (prompt + target)[-subject.config.n_positions :]
         return ids, len(ids) - len(target)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from backpack_serving.cli.client import can_be_made, err, exits, out
 from backpack_serving.settings import Settings
@@ -76,7 +77,7 @@ def every(
                 err.print(f"{name}: {seconds:.0f} s")
         (folder / "topics.partial.jsonl").unlink(missing_ok=True)
         out.print(Markdown((folder / FILE).read_text("utf-8")), soft_wrap=False)
-        err.print(f"[dim]{folder / FILE}[/]")
+        err.print(Text(str(folder / FILE), "dim"))
 
 
 @app.command("lexical")
@@ -218,7 +219,7 @@ def _run(experiment: Experiment, model: Path | None, folder: Path, threads: int,
         result = experiment.run(subject, watch)
     written = write(experiment, subject, result, folder, command())
     out.print(Markdown(written.report.markdown()), soft_wrap=False)
-    err.print(f"[dim]{written.json}, {written.markdown}, {written.html}[/]")
+    err.print(Text(f"{written.json}, {written.markdown}, {written.html}", "dim"))
 
 
 def read_subject(model: Path | None, threads: int) -> Subject:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markdown import Markdown
+from rich.text import Text
 
 from backpack_serving.cli.client import Page, can_be_made, err, exits, out
 from backpack_serving.cli.control import Senses, sense_numbers
@@ -269,6 +270,7 @@ def _keep(subject: Subject, edits: Sequence[Edit], report: Report, file: Path) -
         err.print("[yellow]nothing to patch[/]: no edit was better than the model as it is")
         return
     PatchFile.of(subject, edits, report.markdown()[:DESCRIPTION]).write(file)
-    file.with_suffix(".html").write_text(report.html(), "utf-8")
-    out.print(f"{file}: {len(edits)} edits; the report is {file.with_suffix('.html')}")
-    out.print(f"[dim]upload it: backpack patch revise {file.stem} {file}[/]")
+    page = file.with_suffix(".html")
+    page.write_text(report.html(), "utf-8")
+    out.print(f"{file}: {len(edits)} edits; the report is {page}", markup=False)  # a name may have brackets
+    out.print(Text(f"upload it: backpack patch revise {file.stem} {file}", "dim"))

@@ -39,8 +39,8 @@ def import_(
         model.config = model.config.with_tokens(Tokenizer.read(tokenizer).vocab_size)
         status.update("computing the sense table and the denominators of topic scores")
         manifest = reader.save(model, tokenizer, folder)
-    out.print(f"{folder}: fingerprint {manifest.fingerprint}")
-    out.print(f"[dim]serve it: BACKPACK_MODEL={folder} backpack run[/]")
+    out.print(f"{folder}: fingerprint {manifest.fingerprint}", markup=False)
+    out.print(Text(f"serve it: BACKPACK_MODEL={folder} backpack run", "dim"))
 
 
 @app.command("verify")

@@ -117,12 +117,13 @@ def train(
     for source in corpus:
         value = perplexities.get(source.name)
         told = f"none, fewer than {context + 1} tokens are held out" if value is None else f"{value:.2f}"
-        console.print(f"held-out perplexity, {source.name}: {told}")
+        console.print(f"held-out perplexity, {source.name}: {told}", markup=False)
     parts = [after, out] if after else [out]
     made = [name for name in ("backpack", "twin") if (out / name / "log.jsonl").exists()]
     plot({name: [part / name for part in parts] for name in made}, out / "loss.svg")
     if not twin:
-        console.print(f"wrote {out / 'model'}; serve it with BACKPACK_MODEL={out / 'model'} backpack run")
+        model = out / "model"
+        console.print(f"wrote {model}; serve it with BACKPACK_MODEL={model} backpack run", markup=False)
 
 
 def _tokenizer(corpus: Sequence[Source], folder: Path, vocabulary: int, after: Path | None) -> Tokenizer:

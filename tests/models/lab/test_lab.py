@@ -243,6 +243,14 @@ def test_examples_that_are_none_are_refused(tmp_path: Path) -> None:
         Example.read(file)
 
 
+def test_a_target_leaves_its_prompt_room(subject: Subject) -> None:
+    word = "king "
+    ids, first = Example("The ship", word * 63).ids(subject)
+    assert (len(ids), first) == (64, 1)
+    with pytest.raises(ValueError, match="the target of 'The ship' has 64 tokens; the context holds 64"):
+        Example("The ship", word * 64).ids(subject)
+
+
 # ---- judging
 
 
