@@ -57,6 +57,14 @@ def test_ports_of_ray_and_of_engines_stay_inside() -> None:
     ), "KubeRay makes the only service: the directory's"
 
 
+def test_nobody_listed_is_nobody_let_in() -> None:
+    for values in ("{network: {monitoring: [], kuberay: []}}", "{network: {monitoring: null, kuberay: null}}"):
+        for part in ("gateway", "interventions", "inference"):
+            for rule in one(values, "NetworkPolicy", f"r-{part}")["spec"]["ingress"]:
+                assert rule.get("from") or _ports(rule) == {8470}, "a rule without peers lets everybody in"
+                assert "other" not in _peers(rule, "from") or part == "interventions"
+
+
 def test_engines_listen_on_ports_that_gateways_may_call() -> None:
     from backpack_serving.inference import app
 
