@@ -20,6 +20,7 @@ class Tallies:
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str, str], Tally] = {}
+        self._canaries: frozenset[tuple[str, str, str]] = frozenset()
 
     @contextmanager
     def request(self, pinned: Pinned) -> Iterator[None]:
@@ -39,6 +40,8 @@ class Tallies:
 
     def _count(self, pinned: Pinned, error: ServiceError | None) -> None:
         key = pinned.tenant, pinned.channel, pinned.digest
+        if key not in self._canaries:
+            return  # its canary ended while it ran: it would count against a later one of the same release
         old = self._counts.get(key) or Tally(*key, 0, 0)
         not_numbers = error is not None and error.reason == "NON_FINITE"
         self._counts[key] = replace(
@@ -54,8 +57,9 @@ class Tallies:
         return ()
 
     def swapped(self, view: View) -> None:
-        canaries = {(*c.key, c.canary.release.digest) for c in view.channels.values() if c.canary}
-        self._counts = {key: tally for key, tally in self._counts.items() if key in canaries}
+        canaries = ((*c.key, c.canary.release.digest) for c in view.channels.values() if c.canary)
+        self._canaries = frozenset(canaries)
+        self._counts = {key: tally for key, tally in self._counts.items() if key in self._canaries}
 
     def resident(self) -> frozenset[str]:
         return frozenset()
