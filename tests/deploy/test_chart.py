@@ -170,6 +170,10 @@ def test_the_validation_finds_mistakes() -> None:
         ("{gateway: {autoscaling: {min: 9}}}", "gateway.autoscaling: min (9) is more than max (8)"),
         ("{inference: {arguments: {cpu: 1}}}", "cpu"),
         ("{inference: {arguments: {autoscaling: {min_replicas: 1}}}}", "max_replicas"),
+        (
+            "{inference: {arguments: {autoscaling: {min_replicas: 3, max_replicas: 2}}}}",
+            "inference.arguments.autoscaling: min_replicas (3) is more than max_replicas (2)",
+        ),
         ("{inference: {workers: {min: 5}}}", "inference.workers: min (5) is more than max (4)"),
         # What Ray would wait for without a word.
         ("{inference: {arguments: {cpus: 3}}}", "(arguments: cpus 3, gpus 0) doesn't fit into a pod"),

@@ -20,7 +20,12 @@ Ray counts a pod's CPUs and GPUs by its limits, and rounds them up.
 {{- fail (printf "inference: a replica (arguments: cpus %v, gpus %v) doesn't fit into a pod (workers.resources.limits: %v CPUs, %v GPUs)" $each.cpus $each.gpus $cpus $gpus) }}
 {{- end }}
 {{- $wanted := $each.count }}
-{{- with $each.autoscaling }}{{ $wanted = .max_replicas }}{{ end }}
+{{- with $each.autoscaling }}
+{{- $wanted = .max_replicas }}
+{{- if gt (int .min_replicas) (int .max_replicas) }}
+{{- fail (printf "inference.arguments.autoscaling: min_replicas (%v) is more than max_replicas (%v)" .min_replicas .max_replicas) }}
+{{- end }}
+{{- end }}
 {{- $room := mulf $fit $workers.max }}
 {{- if gt (float64 $wanted) (float64 $room) }}
 {{- fail (printf "inference: %v replicas don't fit into workers.max (%v) pods, which hold %v each" $wanted $workers.max $fit) }}
