@@ -418,6 +418,9 @@ def test_settings_that_do_not_fit_are_named(backpack: Any, monkeypatch: pytest.M
     assert "secret@" not in shown
     monkeypatch.setenv("BACKPACK_SLOTS", "many")
     assert "BACKPACK_SLOTS=many: Input should be a valid integer" in backpack("patch", "list", code=1)
+    monkeypatch.delenv("BACKPACK_SLOTS")
+    monkeypatch.setenv("BACKPACK_CERTIFICATES", '{"a.example": {"tenant": "clinic"}}')
+    assert "BACKPACK_CERTIFICATES, a.example, roles=" in backpack("patch", "list", code=1)
 
 
 def test_training_on_a_file_that_is_not_there(backpack: Any, tmp_path: Path) -> None:

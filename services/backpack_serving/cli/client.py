@@ -163,7 +163,11 @@ def exits(extra: str = "") -> Iterator[None]:
 
 def _unfit(error: ValidationError) -> str:
     """Settings that don't fit, by the variables that people set."""
-    wrong = [f"BACKPACK_{'_'.join(map(str, e['loc'])).upper()}={e['input']}: {e['msg']}" for e in error.errors()]
+    wrong = []
+    for e in error.errors():
+        place = [str(part) for part in e["loc"]]
+        variable = "_".join(place[:1]).upper()  # the rest is inside a value that is JSON
+        wrong.append(f"{', '.join([f'BACKPACK_{variable}', *place[1:]])}={e['input']}: {e['msg']}")
     return f"{'; '.join(wrong)}. `backpack settings` says what each is for"
 
 
