@@ -87,7 +87,7 @@ async def test_a_running_stream_shows_in_slots_and_caches(system: System, addres
     key = await system.tenant()
     request = pb.GenerateStreamRequest(
         prompt=pb.Prompt(text=PROMPT),
-        sampling=pb.Sampling(max_tokens=490, seed=1, samples=2, ignore_end_of_text=True),
+        sampling=pb.Sampling(max_tokens=490, seed=1, samples=4, ignore_end_of_text=True),
     )
     call = system.inference.GenerateStream(request, metadata=key)
     await call.read()
@@ -97,7 +97,7 @@ async def test_a_running_stream_shows_in_slots_and_caches(system: System, addres
         if _of(samples, "backpack_replica_running") > 0:
             break
         await asyncio.sleep(0.01)
-    assert _of(samples, "backpack_replica_running") in (1, 2)
+    assert 1 <= _of(samples, "backpack_replica_running") <= 4
     assert _of(samples, "backpack_replica_tokens_in_flight") > 100
     assert _of(samples, "backpack_replica_cache_tokens") > 0
     assert _of(samples, "backpack_calls_running", part="gateway", method="GenerateStream") == 1
