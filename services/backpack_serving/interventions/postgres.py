@@ -195,9 +195,13 @@ def _engine(url: sa.URL) -> sa.Engine:
 
 
 def _configure(connection: Any, _: object) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute(_SESSION)
-    connection.commit()
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(_SESSION)
+        connection.commit()
+    except BaseException:
+        connection.close()  # the pool forgets one that it couldn't prepare, and leaves it open
+        raise
 
 
 def _check_server(connection: sa.Connection) -> None:
