@@ -152,15 +152,15 @@ class Overlay:
             vectors.apply(edit)
         # NaN compares with nothing.
         wrong = ~(vectors.rows.abs() <= torch.finfo(table.rows.dtype).max).all(1)
-        for cell, bad in zip(vectors.places, wrong.tolist(), strict=True):
-            if bad:
-                raise PatchError(
-                    Violation(
-                        f"cell ({cell.token}, {cell.sense})",
-                        "OVERFLOW",
-                        f"does not fit {table.rows.dtype} after the release's edits",
-                    )
+        if bool(wrong.any()):
+            cell = list(vectors.places)[int(wrong.int().argmax())]
+            raise PatchError(
+                Violation(
+                    f"cell ({cell.token}, {cell.sense})",
+                    "OVERFLOW",
+                    f"does not fit {table.rows.dtype} after the release's edits",
                 )
+            )
         topics = tuple(TopicMultipliers.of(e, table) for e in release.edits if isinstance(e, Topic))
         return cls(release.digest, vectors.places, vectors.rows, topics, table.rows.shape[1])
 
