@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,13 @@ REMOVE = Scale((Cell(3, 1), Cell(4, 0)), 0.0)
 
 def releaser(tenant: str) -> Principal:
     return Principal(tenant, "key", frozenset({Role.RELEASER}))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_open() -> Iterator[None]:
+    """What a file's tests leave open fails there, not in whichever test the collector comes to run."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

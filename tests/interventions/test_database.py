@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -435,3 +436,12 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         done = CliRunner().invoke(app, ["database", *words.split()])
         assert says in " ".join(done.output.split())
         assert done.exit_code == ("role" in words or "there is no" in says)
+
+
+def test_a_connection_in_use_while_its_store_is_closed_is_closed_after_it(postgres_url: str) -> None:
+    store = open_store(postgres_url)
+    with store.read() as tx:
+        store.close()
+        assert tx.list(Patch) == []
+    del store, tx
+    gc.collect()  # one that is open is warned of, and that fails this test

@@ -60,6 +60,7 @@ class PostgresStore(SQLStore):
         self._readers = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         self._closed, self._name = threading.Event(), secrets.token_hex(4)
         self._listener: threading.Thread | None = None
+        sa.event.listen(engine, "checkin", self._returned)
 
     @classmethod
     def open(cls, url: sa.URL) -> PostgresStore:
@@ -93,6 +94,11 @@ class PostgresStore(SQLStore):
         if self._listener:
             self._listener.join()
         super().close()
+
+    def _returned(self, _: object, connection: Any) -> None:
+        """Close what was in use while the store was closed: the pool that it goes back to is nobody's any more."""
+        if self._closed.is_set():
+            connection.invalidate()
 
     def _hear(self, heard: Callable[[], None], told: Callable[[str], None]) -> None:
         dsn = self.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
@@ -195,13 +201,9 @@ def _engine(url: sa.URL) -> sa.Engine:
 
 
 def _configure(connection: Any, _: object) -> None:
-    try:
-        with connection.cursor() as cursor:
-            cursor.execute(_SESSION)
-        connection.commit()
-    except BaseException:
-        connection.close()  # the pool forgets one that it couldn't prepare, and leaves it open
-        raise
+    with connection.cursor() as cursor:
+        cursor.execute(_SESSION)
+    connection.commit()
 
 
 def _check_server(connection: sa.Connection) -> None:
