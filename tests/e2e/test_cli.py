@@ -389,6 +389,7 @@ def test_a_bad_patch_file_is_one_line_and_makes_no_patch(
     [
         (("patch", "scale", "p", "king", "--factor", "0", "--senses", "5-1"), "'5-1' names no sense"),
         (("patch", "scale", "p", "king", "--factor", "0", "--senses", "²"), "'²' names no sense"),
+        (("patch", "scale", "p", "king", "--factor", "0", "--senses", "0-99999"), "'0-99999' names no sense"),
         (("compare", "x", "--release", ""), "write a number"),
         (("explain", "x", "--html", "/nowhere/x.html"), "/nowhere is no folder"),
         (("tenant", "key", "harbour", "--role", "king"), "'author', 'releaser', 'caller'"),

@@ -105,15 +105,14 @@ class BiasResult:
             ),
             *report.notes,
         )
+        numbers = [str(sense) for sense in range(len(removed))]
         return replace(
             report,
             title="Gender bias",
             tables=(Table("Bias ratio", columns, tuple(rows), digits=2), *report.tables),
             figures=(
-                bars("Bias of each noun", names, series, "ratio"),
-                bars(
-                    "Bias with each sense removed", [str(s) for s in range(len(removed))], {"": removed}, "ratio"
-                ),
+                bars("Bias of each noun", names, series, "noun", "ratio"),
+                bars("Bias with each sense removed", numbers, {"": removed}, "sense", "ratio"),
             ),
             notes=notes,
         )

@@ -115,7 +115,7 @@ class LexicalResult:
                 Table("In short", ("vectors", *(f"{n} ({self.pairs[n]})" for n in names)), tuple(rows)),
                 Table("Every sense", ("vectors", *names), every),
             ),
-            (bars("Spearman's ρ of each sense", labels, self.senses, "ρ"),),
+            (bars("Spearman's ρ of each sense", labels, self.senses, "sense", "ρ"),),
             (
                 f"A word is {self.tokens_per_word:.2f} tokens on average; of several, the mean of their vectors.",
                 "The best sense is picked on the data that it is scored on, as in the paper's table 3; "

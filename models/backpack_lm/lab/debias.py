@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -97,8 +98,10 @@ def debias(
     """Fit one scale for each noun that is a single token, on the estimation prompts; `penalty` holds it near 1.
 
     The sense is found there, too, unless it is given, or a `search` of the same nouns and prompts that was made
-    before. Raises ValueError if the model knows none of the nouns or has no such sense.
+    before. Raises ValueError if the model knows none of the nouns, has no such sense, or the penalty is no number.
     """
+    if not math.isfinite(penalty):
+        raise ValueError(f"penalty {penalty}; write a number, 0 or more")
     if sense is not None and not 0 <= sense < subject.config.num_senses:
         raise ValueError(f"sense {sense}; this model's are 0 to {subject.config.num_senses - 1}")
     contrast = Contrast.of(subject, one, other)

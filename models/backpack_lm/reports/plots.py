@@ -15,7 +15,9 @@ PALETTE = ("#0f8276", "#3556a8", "#c77d1e", "#b4432f", "#7a5aa6", "#6b7480")
 CROWDED = 8  # labels beside each other that still fit unturned
 
 
-def bars(title: str, labels: Sequence[str], series: Mapping[str, Sequence[float]], ylabel: str) -> Figure:
+def bars(
+    title: str, labels: Sequence[str], series: Mapping[str, Sequence[float]], xlabel: str, ylabel: str
+) -> Figure:
     """Groups of bars: one group a label, one colour a series."""
     figure, axes = _axes(max(6.0, 0.3 * len(labels) * len(series)))
     width = 0.8 / len(series)
@@ -24,6 +26,7 @@ def bars(title: str, labels: Sequence[str], series: Mapping[str, Sequence[float]
         axes.bar(places, values, width * 0.94, label=name, color=PALETTE[n % len(PALETTE)])
     turned = {"rotation": 40, "ha": "right"} if len(labels) > CROWDED else {}
     axes.set_xticks(range(len(labels)), labels, **turned)
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     return _drawn(figure, axes, title, legend=len(series) > 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -166,10 +167,10 @@ def sense_numbers(senses: str) -> list[int]:
     """The numbers of 3 or 8,12-14; none for all."""
     numbers: list[int] = []
     for part in filter(None, senses.split(",")):
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()) or int(last or first) < int(first):
+        written = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        if not written or int(written[2] or written[1]) < int(written[1]):
             raise typer.BadParameter(f"{part!r} names no sense; write 3 or 8,12-14", param_hint="--senses")
-        numbers.extend(range(int(first), int(last or first) + 1))
+        numbers.extend(range(int(written[1]), int(written[2] or written[1]) + 1))
     return numbers
 
 

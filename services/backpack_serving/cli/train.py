@@ -139,7 +139,10 @@ def _tokenizer(corpus: Sequence[Source], folder: Path, vocabulary: int, after: P
     elif not file.exists():
         console.print(f"Learning a tokenizer of {vocabulary} tokens")
         data.train_tokenizer(corpus, vocabulary, file)
-    return Tokenizer.read(file)
+    tokenizer = Tokenizer.read(file)
+    if tokenizer.vocab_size != vocabulary:  # learnt before, or from a text too short for more
+        console.print(f"{file} has {tokenizer.vocab_size} tokens, not {vocabulary}", markup=False)
+    return tokenizer
 
 
 def _same_tokenizer(before: Path, here: Path) -> None:

@@ -95,6 +95,7 @@ def test_finetune_then_judge(folder: Path, subject: Subject, tmp_path: Path) -> 
         (("find-sense", "hairdresser"), "none of hairdresser is one token"),
         (("find-sense", "nurse", "--prompt", "{} said that"), "prompt 'nurse said that' doesn't hold 'nurse' as"),
         (("debias", "nurse", "--sense", "9"), "sense 9; this model's are 0 to 3"),
+        (("debias", "nurse", "--penalty", "inf"), "penalty inf; write a number"),
         (("debias", "nurse", "--prompt", "A {} is", "--show", "A {} is"), "what is fitted on shows nothing"),
         (("swap-fact", "ship", "--old", "sea", "--new", "land", "--prompt", "The king"), "doesn't hold 'ship'"),
         (("swap-fact", "ship", "--old", "sea", "--new", "seafarer", "--prompt", "The ship"), "tokens"),
