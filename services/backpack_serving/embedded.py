@@ -36,6 +36,8 @@ async def run(settings: Settings) -> AsyncIterator[Embedded]:
         if tls.certificate and not tls.authorities:
             raise ValueError("BACKPACK_TLS_CA isn't set: in one process, too, the parts call each other by TLS")
         metrics = Metrics(settings.metrics_tenants)
+        if settings.metrics_address:
+            exposition.listen(metrics.registry, settings.metrics_address, tls)
         control = await interventions.start(settings, metrics)
         stack.push_async_callback(control.stop)
         # Port 0 means any: from here on, everyone has to know which it was.
@@ -56,6 +58,4 @@ async def run(settings: Settings) -> AsyncIterator[Embedded]:
         front = await gateway.start(settings, metrics)
         stack.push_async_callback(front.stop)
         await front.ready()
-        if settings.metrics_address:
-            exposition.listen(metrics.registry, settings.metrics_address, settings.tls)
         yield Embedded(front.address, control.address, metrics, settings)

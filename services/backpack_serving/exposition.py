@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import ssl
+import sys
 import threading
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
@@ -41,6 +42,12 @@ class _Server(ThreadingWSGIServer):
         context = self.context.now()
         return context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False), peer
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever speaks no TLS, distrusts us or hangs up is no news; a traceback is for our own mistakes."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            log.error("a scrape failed", peer=str(client_address), exc_info=error)
+
 
 class _Server6(_Server):
     address_family = socket.AF_INET6
@@ -64,10 +71,15 @@ def listen(registry: CollectorRegistry, address: str, tls: Tls | None = None) ->
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 continue
-            raise OSError(f"can't serve metrics on {address}: {error.strerror}") from None
+            raise OSError(
+                f"can't serve metrics on {address} (BACKPACK_METRICS_ADDRESS): {error.strerror}"
+            ) from None
         server.context = context
         threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
         bound = f"{host}:{server.server_port}"
         log.info("metrics", address=f"{'https' if context else 'http'}://{bound}/metrics")
         return bound
-    raise OSError(f"can't serve metrics on {address}, nor on the {PORTS - 1} ports after it: all are taken")
+    raise OSError(
+        f"can't serve metrics on {address} (BACKPACK_METRICS_ADDRESS), nor on the {PORTS - 1} ports after it: all "
+        "are taken"
+    )

@@ -6,12 +6,16 @@ The only file that reads the environment. `backpack settings` prints this table 
 
 from __future__ import annotations
 
+import json
+import re
 from functools import cached_property
 from importlib.resources import files
+from ipaddress import IPv6Address
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from backpack_serving.keys import Holder
 from backpack_serving.tls import Tls
@@ -28,6 +32,70 @@ def default_model() -> Path:
     return Path(str(files("backpack_lm"))).parent / "weights" / "default"
 
 
+def _address(text: str) -> str:
+    """gRPC would take a port beyond 65535 for another one, and says of no other mistake what it is."""
+    host, _, port = text.rpartition(":")
+    known = host and port.isascii() and port.isdecimal() and int(port) <= LAST_PORT and not _is_ipv6(host)
+    if not known and not text.startswith("unix:"):
+        raise ValueError("write host:port, as in 127.0.0.1:8470 or [::]:8470")
+    return text
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return bool(IPv6Address(host))
+    except ValueError:
+        return False
+
+
+def _metrics_address(text: str) -> str:
+    return text and _address(text)
+
+
+def _database(text: str) -> str:
+    if text and not _DATABASE.fullmatch(text):
+        raise ValueError(
+            "write sqlite:///PATH or postgresql://USER:PASSWORD@HOST:PORT/NAME; an @ in a password is %40"
+        )
+    return text
+
+
+def _json(example: str) -> BeforeValidator:
+    """What isn't JSON is refused as every other value is, with its variable and the reason."""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"no JSON ({error}); write it as in {example}") from None
+
+    return BeforeValidator(read)
+
+
+def _or_none(value: Any) -> Any:
+    """An empty variable names no file; as a path it would be the working directory."""
+    return value or None
+
+
+def secretless(text: str) -> str:
+    """A setting's value without the passwords of its URLs, as people may see it."""
+    return _PASSWORD_OF_QUERY.sub(r"\1***", _PASSWORD.sub(r"\1***@", text))
+
+
+LAST_PORT = 65_535
+
+_DATABASE = re.compile(
+    r"sqlite(\+\w+)?:///.+|postgresql(\+\w+)?://([^@]*@)?(\[[^]@]*\]|[^]\[@/?:]*)(:\d{0,5})?(/[^?@]*)?(\?.*)?"
+)
+_PASSWORD = re.compile(r"(://[^:/@]*:).*@")
+_PASSWORD_OF_QUERY = re.compile(r"([?&]\w*password=)[^&]*")
+
+Address = Annotated[str, AfterValidator(_address)]
+OptionalPath = Annotated[Path | None, BeforeValidator(_or_none)]
+
+
 class Settings(BaseSettings):
     """What an operator may choose."""
 
@@ -37,31 +105,35 @@ class Settings(BaseSettings):
         secrets_dir=SECRETS if SECRETS.is_dir() else None,
         frozen=True,
         extra="ignore",
+        allow_inf_nan=False,
     )
 
     state: Path = Field(Path("var"), description="Folder of the database, keys and caches.")
     model: Path = Field(default_factory=default_model, description="Folder of the model to serve.")
-    database: str = Field("", description="Database URL. Default: SQLite in the state folder.")
+    database: Annotated[str, AfterValidator(_database)] = Field(
+        "", description="Database URL. Default: SQLite in the state folder."
+    )
     force_model: str = Field(
         "",
+        pattern="^([0-9a-f]{12,64})?$",
         description="First 12 digits, or more, of the fingerprint of a model that the intervention service shall "
         "serve although channels are at releases for another.",
     )
 
-    gateway_address: str = Field("127.0.0.1:8470", description="Where the gateway listens.")
+    gateway_address: Address = Field("127.0.0.1:8470", description="Where the gateway listens.")
     gateway_processes: int = Field(
-        0, ge=0, description="Processes of `serve gateway` behind its one port; 0: one for each core."
+        0, ge=0, le=1024, description="Processes of `serve gateway` behind its one port; 0: one for each core."
     )
-    interventions_address: str = Field(
+    interventions_address: Address = Field(
         "127.0.0.1:8471", description="Where the intervention service listens, and is called."
     )
-    directory_address: str = Field(
+    directory_address: Address = Field(
         "127.0.0.1:8472", description="Where the directory of replicas listens, and is called."
     )
     directory_application: str = Field(
         "", description="Ray Serve application that the directory is, if it is called through Serve's proxy."
     )
-    inference_address: str = Field(
+    inference_address: Address = Field(
         "127.0.0.1:0",
         description="Where a replica listens; port 0 takes a free one. Under Ray Serve the host is the node's, "
         "and replicas take the next free of 16 ports.",
@@ -104,7 +176,7 @@ class Settings(BaseSettings):
         "multiplies it. In either, a request gets the same tokens in any company, on a CPU; between them they may "
         "differ.",
     )
-    threads: int = Field(0, ge=0, description="Threads of a replica's arithmetic; 0 for torch's choice.")
+    threads: int = Field(0, ge=0, le=1024, description="Threads of a replica's arithmetic; 0 for torch's choice.")
 
     stale_after: float = Field(
         10.0,
@@ -115,16 +187,16 @@ class Settings(BaseSettings):
     expired_after: float = Field(
         86_400.0, gt=0, description="Seconds without news after which requests are refused."
     )
-    tls_certificate: Path | None = Field(
+    tls_certificate: OptionalPath = Field(
         None,
         description="Certificate chain (PEM) of every listener; with it they use TLS. Read again when it changes.",
     )
-    tls_key: Path | None = Field(None, description="Private key (PEM) of the certificate.")
-    tls_client_ca: Path | None = Field(
+    tls_key: OptionalPath = Field(None, description="Private key (PEM) of the certificate.")
+    tls_client_ca: OptionalPath = Field(
         None,
         description="Authorities (PEM) of client certificates; with it, listeners take no client without one.",
     )
-    tls_ca: Path | None = Field(
+    tls_ca: OptionalPath = Field(
         None, description="Authorities (PEM) of the servers that are called; with it, calls use TLS."
     )
     tls_name: str = Field(
@@ -139,7 +211,9 @@ class Settings(BaseSettings):
     )
     jwt_tenant_claim: str = Field("tenant", description="Claim of a token that names the tenant.")
     jwt_roles_claim: str = Field("roles", description="Claim of a token that lists roles.")
-    certificates: dict[str, Holder] = Field(
+    certificates: Annotated[
+        dict[str, Holder], NoDecode, _json('{"gateway.example": {"tenant": "harbour", "roles": ["caller"]}}')
+    ] = Field(
         {},
         description="Client certificates that are credentials: JSON, an alternative name of the certificate to "
         '{"tenant": …, "roles": […]}.',
@@ -153,24 +227,28 @@ class Settings(BaseSettings):
     limit_concurrent: int = Field(
         0, ge=0, description="Requests that a tenant may run at once on a gateway; 0: any."
     )
-    limits_file: Path | None = Field(
+    limits_file: OptionalPath = Field(
         None, description="TOML file of tenants with limits of their own; it is read again when it changes."
     )
     connection_age: float = Field(
-        1800.0, gt=0, description="Seconds after which clients are asked to connect anew, so that load spreads."
+        1800.0,
+        ge=0.001,
+        le=2_000_000,  # gRPC counts milliseconds in 31 bits
+        description="Seconds after which clients are asked to connect anew, so that load spreads.",
     )
     drain: float = Field(
         30.0,
         ge=0,
+        le=86_400,
         description="Seconds that calls in progress may go on after SIGTERM; then they are told to retry.",
     )
-    metrics_address: str = Field(
+    metrics_address: Annotated[str, AfterValidator(_metrics_address)] = Field(
         "", description="Where Prometheus finds /metrics, host:port; the next free of 16 ports if it is taken."
     )
     metrics_tenants: int = Field(
         20, ge=0, description="Tenants with a label of their own in metrics; others are one."
     )
-    serve_expired: frozenset[str] = Field(
+    serve_expired: Annotated[frozenset[str], NoDecode, _json('["acme"]')] = Field(
         frozenset(),
         description='Tenants that are served after that as well, with what is known: a list such as ["acme"], '
         'or ["*"] for all.',
@@ -193,9 +271,12 @@ class Settings(BaseSettings):
     )
     otel_endpoint: str = Field(
         "",
+        pattern=r"^(https?://[^/\s]+\S*)?$",
         description="OTLP collector (gRPC) that gets spans, http://host:port; needs the extra `otel`.",
     )
-    log_level: str = Field("info", description="debug, info, warning or error.")
+    log_level: str = Field(
+        "info", pattern="^(?i:debug|info|warning|error|critical)$", description="debug, info, warning or error."
+    )
 
     def key_for(self, role: str) -> str:
         """The key that this process presents as `admin` or `replica`: the setting, else the state folder's file.

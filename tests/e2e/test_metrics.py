@@ -139,7 +139,7 @@ async def test_metrics_are_told_over_ipv6() -> None:
     [
         ("localhost", "give host:port"),
         ("127.0.0.1:99999", "give host:port"),
-        ("203.0.113.5:9100", "203.0.113.5:9100: Cannot assign"),
+        ("203.0.113.5:9100", r"203.0.113.5:9100 \(BACKPACK_METRICS_ADDRESS\): Cannot assign"),
     ],
 )
 async def test_an_address_that_nobody_can_listen_on_is_refused_with_the_reason(address: str, says: str) -> None:

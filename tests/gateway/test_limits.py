@@ -184,7 +184,7 @@ def test_processes_that_ask_at_the_same_time_lose_nothing() -> None:
         ("[vip]\nrequests = 3", r"\[vip\] has 'requests'; there are concurrent, requests_per_minute"),
         ("[vip]\nconcurrent = -1", "concurrent = -1; a number, 0 for none"),
         ('[vip]\nconcurrent = "many"', "concurrent = 'many'"),
-        ("[vip", "Expected"),
+        ("[vip", "BACKPACK_LIMITS_FILE=.*: no TOML: Expected"),
     ],
 )
 def test_a_file_that_cant_be_understood_is_refused(tmp_path: Path, text: str, says: str) -> None:
@@ -195,5 +195,5 @@ def test_a_file_that_cant_be_understood_is_refused(tmp_path: Path, text: str, sa
 
 
 def test_a_file_that_isnt_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"BACKPACK_LIMITS_FILE=.*none.toml: No such file"):
         Limits(Limit(), tmp_path / "none.toml")

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from backpack_serving.client import Client, Operator, Served, Steering, Token
 from backpack_serving.errors import ServiceError, Unavailable
-from backpack_serving.settings import Settings
+from backpack_serving.settings import Settings, secretless
 
 EXTRAS = {"torch": "engine", "numpy": "engine", "scipy": "lab", "matplotlib": "lab", "transformers": "lab"}
 """What a command may miss, and the extra that brings it."""
@@ -162,13 +162,14 @@ def exits(extra: str = "") -> Iterator[None]:
 
 
 def _unfit(error: ValidationError) -> str:
-    """Settings that don't fit, by the variables that people set."""
+    """Settings that don't fit, by the variables that people set, and what each is for."""
     wrong = []
     for e in error.errors():
-        place = [str(part) for part in e["loc"]]
-        variable = "_".join(place[:1]).upper()  # the rest is inside a value that is JSON
-        wrong.append(f"{', '.join([f'BACKPACK_{variable}', *place[1:]])}={e['input']}: {e['msg']}")
-    return f"{'; '.join(wrong)}. `backpack settings` says what each is for"
+        name, *inside = map(str, e["loc"])  # what is inside is of a value that is JSON
+        what, value = ", ".join([f"BACKPACK_{name.upper()}", *inside]), secretless(str(e["input"]))
+        why, purpose = e["msg"].removeprefix("Value error, "), Settings.model_fields[name].description
+        wrong.append(f"{what}={value}: {why} ({purpose})")
+    return "; ".join(wrong)
 
 
 def _refuse(text: str) -> NoReturn:

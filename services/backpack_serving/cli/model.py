@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +11,7 @@ from rich.progress import Progress
 from rich.text import Text
 
 from backpack_serving.cli.client import exits, out, table
-from backpack_serving.settings import Settings
-
-PASSWORD = re.compile(r"(://[^:/@]*:)[^@]*@")
-"""That of a database's URL."""
+from backpack_serving.settings import Settings, secretless
 
 app = typer.Typer(no_args_is_help=True, help="Model folders.")
 
@@ -116,12 +112,30 @@ def card(
 
 
 def settings() -> None:
-    """Every setting, what it is for, and what holds now."""
+    """Every setting, what it is for, and what holds now; an error if a file that it names is no good here."""
     with exits():
         now = Settings()
     shown = table("variable", "value", "what for")
     shown.columns[0].no_wrap = True
     for name, field in Settings.model_fields.items():
-        value = PASSWORD.sub(r"\1***@", str(getattr(now, name)))
+        value = secretless(str(getattr(now, name)))
         shown.add_row(f"BACKPACK_{name.upper()}", Text(value), Text(field.description or ""))
     out.print(shown)
+    with exits():
+        _check_files(now)
+
+
+def _check_files(now: Settings) -> None:
+    """What processes look at when they start. Raises ValueError."""
+    tls = now.tls
+    tls.identity(), tls.clients(), tls.servers()
+    if now.issuer:
+        now.issuer.check()
+    if now.limits_file:
+        from backpack_serving.gateway.limits import UNLIMITED, read_limits
+
+        read_limits(now.limits_file, UNLIMITED)
+    if "model" in now.model_fields_set:
+        from backpack_lm.manifest import Manifest
+
+        Manifest.read(now.model)

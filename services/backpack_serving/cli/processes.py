@@ -57,6 +57,8 @@ def reserve(address: str) -> tuple[socket.socket, str]:
 
     Raises OSError if a server is there already, even one that would share the port: it is another one's.
     """
+    if address.startswith("unix:"):
+        raise OSError(f"can't share {address} between processes: set BACKPACK_GATEWAY_PROCESSES=1, or host:port")
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     where = host.strip("[]"), int(port)
@@ -70,7 +72,9 @@ def reserve(address: str) -> tuple[socket.socket, str]:
         held.bind(where)
     except OSError as error:
         held.close()
-        raise OSError(f"can't listen on {address}: {error.strerror}; is another server there?") from None
+        raise OSError(
+            f"can't listen on {address} (BACKPACK_GATEWAY_ADDRESS): {error.strerror}; is another server there?"
+        ) from None
     return held, f"{host}:{held.getsockname()[1]}"
 
 

@@ -56,12 +56,12 @@ def gateway() -> None:
         with held, shared(count) as levels, out.status(f"starting {count} processes of a gateway") as status:
             each = settings.model_copy(update={"gateway_address": address, "metrics_address": ""})
             together = processes.Processes(partial(_one_gateway, count, levels), each, count)
+            if settings.metrics_address:
+                registry = CollectorRegistry()
+                registry.register(together)
+                exposition.listen(registry, settings.metrics_address, settings.tls)
 
             def serving() -> None:
-                if settings.metrics_address:
-                    registry = CollectorRegistry()
-                    registry.register(together)
-                    exposition.listen(registry, settings.metrics_address, settings.tls)
                 status.stop()
                 out.print(f"gateway serves on [bold]{address}[/], {count} processes; Ctrl-C stops it")
 
@@ -132,9 +132,9 @@ def _serve(
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
         with console.status(f"starting {name}"):
             metrics = Metrics(settings.metrics_tenants)
-            running = await start(settings, metrics)
-            if settings.metrics_address:
+            if settings.metrics_address:  # first: what is wrong with it is told before anything runs
                 exposition.listen(metrics.registry, settings.metrics_address, settings.tls)
+            running = await start(settings, metrics)
         console.print(f"{name} serves on [bold]{running.address}[/]; Ctrl-C stops it")
         failed = failure(running)
         ends = [asyncio.ensure_future(event.wait()) for event in (stopped, failed)]

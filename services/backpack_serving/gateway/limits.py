@@ -72,8 +72,8 @@ class Bucket:
 class Limits:
     """The limits of all tenants: `default`, and those of a file that is read again when it changes.
 
-    The file is TOML, a table for each tenant: `[harbour]`, then any of Limit's names. Raises OSError or ValueError
-    if it can't be read at first; a later mistake in it is logged, and what held before holds on.
+    The file is TOML, a table for each tenant: `[harbour]`, then any of Limit's names. Raises ValueError if it
+    can't be read at first; a later mistake in it is logged, and what held before holds on.
     `levels` is what tenants have left of them.
     """
 
@@ -145,15 +145,21 @@ class Limits:
             try:
                 self._own = read_limits(self._file, self._default)
                 log.info("limits read", file=str(self._file), tenants=len(self._own))
-            except (OSError, ValueError) as error:
+            except ValueError as error:
                 log.error("limits not read; the ones before hold on", file=str(self._file), reason=str(error))
 
 
 def read_limits(file: Path, default: Limit) -> dict[str, Limit]:
-    """A file's limits by tenant; what a table doesn't say is as in `default`. Raises OSError or ValueError."""
+    """A file's limits by tenant; what a table doesn't say is as in `default`. Raises ValueError."""
     names = {f.name for f in fields(Limit)}
     found = {}
-    for tenant, values in tomllib.loads(file.read_text("utf-8")).items():
+    try:
+        tables = tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"BACKPACK_LIMITS_FILE={file}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"BACKPACK_LIMITS_FILE={file}: no TOML: {error}") from None
+    for tenant, values in tables.items():
         if not isinstance(values, dict):
             raise ValueError(f"{file}: {tenant!r} is no table; write [{tenant}], and the limits under it")
         for name, value in values.items():

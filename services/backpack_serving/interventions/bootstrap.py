@@ -10,9 +10,10 @@ import structlog
 from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
 from google.protobuf.message import DecodeError
+from pydantic import SecretStr
 
 from backpack_serving import rpc, tasks
-from backpack_serving.errors import ServiceError
+from backpack_serving.errors import ServiceError, Unauthenticated
 from backpack_serving.identity import Identities
 from backpack_serving.interventions.caller import Bell
 from backpack_serving.interventions.database import open_store
@@ -77,8 +78,8 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
 
         store.listen(bell.ring, fail, told)
         await asyncio.to_thread(service.check_model, settings.force_model)
-        admin = _key(settings.admin_key.get_secret_value(), settings.state / ADMIN_KEY)
-        replica = _key(settings.service_key.get_secret_value(), settings.state / REPLICA_KEY)
+        admin = _key("BACKPACK_ADMIN_KEY", settings.admin_key, settings.state / ADMIN_KEY)
+        replica = _key("BACKPACK_SERVICE_KEY", settings.service_key, settings.state / REPLICA_KEY)
         await asyncio.to_thread(service.bootstrap, admin, [Role.ADMIN])
         await asyncio.to_thread(service.bootstrap, replica, [Role.REPLICA])
 
@@ -103,9 +104,17 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
     return InterventionService(server, store, settings.drain, failed, asyncio.create_task(others))
 
 
-def _key(given: str, file: Path) -> ApiKey:
-    """The key that the operator chose, else the one in the state folder, made on the first start."""
-    return ApiKey.parse(given or mint_key(file))
+def _key(variable: str, given: SecretStr, file: Path) -> ApiKey:
+    """The key that the operator chose, else the one in the state folder, made on the first start.
+
+    Raises ValueError, saying where it is, if it isn't a whole key.
+    """
+    chosen = given.get_secret_value()
+    try:
+        return ApiKey.parse(chosen or mint_key(file))
+    except Unauthenticated as error:
+        fix = "`backpack secrets` makes one" if chosen else "remove the file for a new one"
+        raise ValueError(f"{variable if chosen else file}: {error.message}; or {fix}") from None
 
 
 def mint_key(file: Path) -> str:

@@ -245,7 +245,10 @@ async def start(
         else:
             port = server.add_secure_port(address, server_credentials(tls))
     except RuntimeError:
-        raise OSError(f"can't listen on {address}: is another server there?") from None
+        raise OSError(
+            f"can't listen on {address}: is another server there, or is it no address of this machine? "
+            "`backpack settings` lists who listens where"
+        ) from None
     await server.start()
     bound = address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
     started = Server(server, bound, checks, calls)

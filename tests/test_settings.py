@@ -1,0 +1,135 @@
+"""What an operator may choose: what can't be is told in one line, by the variable that people set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backpack_serving.cli.main import app
+from backpack_serving.settings import Settings
+from typer.testing import CliRunner
+
+
+@pytest.fixture
+def backpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("BACKPACK_STATE", str(tmp_path))
+
+    def call(*words: str, code: int = 0) -> str:
+        result = CliRunner().invoke(app, list(words))
+        assert result.exit_code == code, result.output
+        return result.output
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        (
+            "certificates",
+            '{"a":',
+            '={"a":: no JSON (Expecting value: line 1 column 6 (char 5)); write it as in {"',
+        ),
+        (
+            "serve_expired",
+            "acme",
+            '=acme: no JSON (Expecting value: line 1 column 1 (char 0)); write it as in ["acme"]',
+        ),
+        ("drain", "inf", "=inf: Input should be a finite number (Seconds that calls in progress may go on"),
+        ("connection_age", "1e12", "=1e12: Input should be less than or equal to 2000000"),
+        ("metrics_address", "9100", "=9100: write host:port, as in 127.0.0.1:8470"),
+        ("gateway_address", "localhost:99999", "=localhost:99999: write host:port"),
+        ("interventions_address", "::1:8471", "=::1:8471: write host:port, as in 127.0.0.1:8470 or [::]:8470"),
+        ("log_level", "loud", "=loud: String should match"),
+        ("otel_endpoint", "collector:4317", "=collector:4317: String should match"),
+        ("force_model", "newest", "=newest: String should match"),
+        ("database", "mysql://me:secret@host/name", "=mysql://me:***@host/name: write sqlite:///PATH or"),
+        ("database", "postgresql://me:a@secret@host/name", "=postgresql://me:***@host/name: write sqlite:///"),
+        ("database", "postgresql://me@host:port/n?password=secret", "=postgresql://me@host:port/n?password=***: "),
+    ],
+)
+def test_a_setting_that_no_process_could_use_is_one_line(
+    backpack: Any, monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(f"BACKPACK_{name.upper()}", value)
+    for words in (("settings",), ("serve", "interventions")):
+        output = backpack(*words, code=1)
+        assert output.startswith(f"error: BACKPACK_{name.upper()}{says}")
+        assert output.count("\n") == 1
+        assert "secret" not in output
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:////srv/x.db",
+        "postgresql://me@host/name",
+        "postgresql:///name?host=/run/postgresql",
+        "postgresql+psycopg://me:a%40b/c@[::1]:5432/name?sslmode=require",
+    ],
+)
+def test_a_database_that_can_be_used_is_no_mistake(url: str) -> None:
+    assert Settings(database=url).database == url
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "says"),
+    [
+        ("limits_file", "none", "BACKPACK_LIMITS_FILE=none: No such file"),
+        ("tls_ca", "none", "none has no authorities: [Errno 2] No such file"),
+        ("tls_client_ca", "none", "BACKPACK_TLS_CLIENT_CA needs BACKPACK_TLS_CERTIFICATE"),
+        ("jwt_issuer", "https://issuer.example", "BACKPACK_JWT_AUDIENCE isn't set"),
+        ("model", "/", "/ has no manifest.json"),
+    ],
+)
+def test_settings_looks_at_files_that_are_named(
+    backpack: Any, monkeypatch: pytest.MonkeyPatch, name: str, file: str, says: str
+) -> None:
+    monkeypatch.setenv(f"BACKPACK_{name.upper()}", file)
+    output = backpack("settings", code=1)
+    assert "BACKPACK_GATEWAY_ADDRESS" in output
+    assert says in output.splitlines()[-1]
+
+
+def test_a_file_that_is_named_by_nothing_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BACKPACK_TLS_CERTIFICATE", "")
+    monkeypatch.setenv("BACKPACK_LIMITS_FILE", "")
+    assert (Settings().tls_certificate, Settings().limits_file) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        (
+            "METRICS_ADDRESS",
+            "203.0.113.5:9100",
+            "can't serve metrics on 203.0.113.5:9100 (BACKPACK_METRICS_ADDRESS)",
+        ),
+        ("ADMIN_KEY", "bp_secret", "BACKPACK_ADMIN_KEY: not an API key of ours"),
+    ],
+)
+def test_what_is_wrong_only_here_is_one_line_and_nothing_after_it(
+    tmp_path: Path, name: str, value: str, says: str
+) -> None:
+    """A server that was up already left two tracebacks of its own behind the error."""
+    where = {
+        "BACKPACK_STATE": str(tmp_path),
+        "BACKPACK_INTERVENTIONS_ADDRESS": "127.0.0.1:0",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "backpack_serving.cli.main", "serve", "interventions"],
+        env={**os.environ, **where, f"BACKPACK_{name}": value},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {says}")
+    assert "bp_secret" not in line
