@@ -34,10 +34,17 @@ class Tls:
         if self.certificate is None or self.key is None:
             return None
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key)
-        except (OSError, ssl.SSLError) as error:
-            raise ValueError(f"TLS: {self.certificate} and {self.key}: {error}") from None
-        return self.key.read_bytes(), self.certificate.read_bytes()
+            found = self.key.read_bytes(), self.certificate.read_bytes()  # of what isn't there, ssl tells no name
+            # With no passphrase given, ssl would ask whoever has the terminal, and everybody would wait.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key, password="")
+        except ssl.SSLError as error:
+            raise ValueError(
+                f"TLS: {self.certificate} and {self.key}: {error}; they must be PEM, belong together, and the key "
+                "be without a passphrase"
+            ) from None
+        except OSError as error:
+            raise ValueError(f"TLS: {error.filename}: {error.strerror}") from None
+        return found
 
     def clients(self) -> bytes | None:
         """The authorities of clients as PEM. Raises ValueError if the file can't be read."""
@@ -61,6 +68,7 @@ class Reloaded(Generic[T]):
     def __init__(self, tls: Tls, make: Callable[[Tls], T]) -> None:
         self._tls, self._make = tls, make
         self._stamp, self._made = tls.stamp(), make(tls)
+        self._refused: tuple[int, ...] = ()
 
     def now(self) -> T:
         """What the files give now: the same object as before, unless they have changed."""
@@ -69,7 +77,9 @@ class Reloaded(Generic[T]):
                 self._made, self._stamp = self._make(self._tls), stamp
                 log.info("certificates read again", certificate=str(self._tls.certificate))
             except (OSError, ValueError) as error:
-                log.error("certificates not read; the ones before serve on", reason=str(error))
+                if stamp != self._refused:  # once: every handshake looks
+                    log.error("certificates not read; the ones before serve on", reason=str(error))
+                self._refused = stamp
         return self._made
 
 
@@ -92,7 +102,7 @@ def _authorities(file: Path | None) -> bytes | None:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
     except (OSError, ssl.SSLError) as error:
-        raise ValueError(f"TLS: {file}: {error}") from None
+        raise ValueError(f"TLS: {file} has no authorities: {error}") from None
     return file.read_bytes()
 
 

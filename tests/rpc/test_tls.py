@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import socket
 import ssl
+import subprocess
+import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +24,8 @@ from backpack_serving.inference import directory
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
 from backpack_serving.tls import Tls
+from cryptography.hazmat.primitives import serialization
+from structlog.testing import capture_logs
 
 from tests.e2e.conftest import ANYWHERE, System
 
@@ -148,11 +156,62 @@ async def test_new_certificates_need_no_restart_and_bad_ones_do_no_harm(
     await stub.Report(pb.ReportRequest())  # on the connection from before
 
     certificate.write_text("not a certificate")
-    assert [await _served(address, authority) for address in (server.address, metrics)] == after
+    with capture_logs() as logs:
+        for _ in range(3):
+            assert [await _served(address, authority) for address in (server.address, metrics)] == after
+    assert [entry["log_level"] for entry in logs] == ["error"] * 2, "each listener says it once"
+    key.unlink()
+    assert await _served(server.address, authority) == after[0]
     authority.issue()
     assert await _served(server.address, authority) not in (before[0], after[0])
     await channel.close()
     await server.stop()
+
+
+async def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked_for_it(
+    tmp_path: Path, authority: Authority
+) -> None:
+    """Where there was a terminal, a server waited there, at each handshake after its files had changed."""
+    certificate, key = authority.issue()
+    secret = serialization.BestAvailableEncryption(b"secret")
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    locked = serialization.load_pem_private_key(key.read_bytes(), None).private_bytes(*form, secret)
+    key.write_bytes(locked)
+    master, terminal = os.openpty()
+    code = "import sys; from backpack_serving.tls import Tls; from pathlib import Path; P = Path\n"
+    code += "try: Tls(P(sys.argv[1]), P(sys.argv[2])).identity()\nexcept ValueError as error: print(error)"
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", code, str(certificate), str(key)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=terminal,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(terminal)
+    os.set_blocking(master, False)
+    asked = b""
+    with suppress(OSError):  # there is nothing to read
+        asked = os.read(master, 100)
+    os.close(master)
+    assert not asked
+    assert "the key be without a passphrase" in done.stdout
+
+
+async def test_strangers_at_the_metrics_leave_no_traceback(
+    tmp_path: Path, authority: Authority, capfd: pytest.CaptureFixture[str]
+) -> None:
+    certificate, key = authority.issue()
+    metrics = exposition.listen(Metrics().registry, "127.0.0.1:0", Tls(certificate, key))
+    assert not await asyncio.to_thread(_answers_in_clear, metrics)
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await _served(metrics, Authority(tmp_path, "theirs"))
+    assert await _served(metrics, authority)
+    await asyncio.sleep(0.2)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 async def test_every_listener_of_a_system_with_mutual_tls(tmp_path: Path, authority: Authority) -> None:
