@@ -51,6 +51,7 @@ class Replica(inference_pb2_grpc.InferenceServiceServicer):
 
     refusal: ServiceError | None = None
     takes = True
+    seconds = 0.05
     asked = 0
 
     async def Score(self, request: pb.ScoreRequest, context: rpc.Context) -> pb.ScoreResponse:
@@ -75,7 +76,7 @@ class Replica(inference_pb2_grpc.InferenceServiceServicer):
         self.asked += 1
         if self.takes:
             await context.send_initial_metadata(())
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(self.seconds)
         if self.refusal:
             raise self.refusal
 
@@ -87,6 +88,7 @@ class Running:
     stop_replica: Callable[[], Awaitable[None]]
     metrics: Metrics
     left: Callable[[], float]
+    drain: Callable[[], Awaitable[None]]
 
     def told(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(f"backpack_{name}", labels) or 0.0
@@ -125,7 +127,7 @@ async def _running() -> AsyncIterator[Running]:
             return row.tokens[1]
 
     try:
-        yield Running(front.address, replica, lambda: behind.stop(0), metrics, left)
+        yield Running(front.address, replica, lambda: behind.stop(0), metrics, left, lambda: front.stop(0))
     finally:
         await front.stop(0)
         await behind.stop(0)
@@ -160,6 +162,21 @@ async def test_what_is_refused_costs_nothing(ask: Ask, refusal: ServiceError | N
         for kind in ("prompt", "generated"):
             assert system.told("tokens_total", tenant="t", kind=kind) == 0
         assert system.told("handoff_seconds_count") == 0, "no replica has it"
+
+
+@pytest.mark.parametrize("ask", [_score, _generate, _stream])
+async def test_what_the_gateways_own_drain_ends_costs_nothing(ask: Ask) -> None:
+    """One process of several may stop while what tenants have left is kept by the others."""
+    async with _running() as system, AsyncClient(system.gateway, attempts=1) as client:
+        system.replica.seconds = 30
+        asking = asyncio.create_task(ask(client))
+        while not system.replica.asked:
+            await asyncio.sleep(0.01)
+        await system.drain()
+        with pytest.raises(Unavailable):
+            await asking
+        assert system.left() == MINUTE
+        assert system.told("tokens_total", tenant="t", kind="prompt") == 0
 
 
 @pytest.mark.parametrize("ask", [_score, _generate, _stream])

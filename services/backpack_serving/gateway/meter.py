@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
-from backpack_serving.errors import Expired, ServiceError
+from backpack_serving import rpc
+from backpack_serving.errors import Expired
 from backpack_serving.gateway.limits import Limits
 from backpack_serving.metrics import GatewayMetrics
 
@@ -55,7 +57,7 @@ class Meter:
 
     def refused(self) -> None:
         """It ends with a refusal: nothing was used, but for what had come."""
-        self._runs = self.made > 0
+        self._runs, self._left = self.made > 0, False
 
     def end(self) -> None:
         """Give back what was charged and not used, and tell the metrics."""
@@ -82,8 +84,12 @@ class Meters:
                 yield meter
             except Expired:
                 raise
-            except ServiceError:
+            except Exception:  # a mistake of ours, too
                 meter.refused()
+                raise
+            except asyncio.CancelledError:
+                if rpc.drained():  # its caller would have waited
+                    meter.refused()
                 raise
             finally:
                 meter.end()

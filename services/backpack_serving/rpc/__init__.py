@@ -2,7 +2,7 @@
 
 from backpack_serving.rpc.channel import SERVICE_CONFIG, channel, sync_channel
 from backpack_serving.rpc.metadata import Context, bearer, certificate_names, metadata, with_key, with_request_id
-from backpack_serving.rpc.server import Server, Service, Watcher, start
+from backpack_serving.rpc.server import Server, Service, Watcher, drained, start
 from backpack_serving.rpc.status import error_from, errors, to_status
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "bearer",
     "certificate_names",
     "channel",
+    "drained",
     "error_from",
     "errors",
     "metadata",

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
 from contextlib import aclosing, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,6 +41,9 @@ _OPTIONS: Sequence[tuple[str, Any]] = (
 )
 
 _ENDLESS = {"/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"}
+
+_ended: ContextVar[Set[asyncio.Task[Any]]] = ContextVar("ended", default=frozenset())
+"""The calls that a drain has ended, of the server that runs this one."""
 
 _ENDING = 5.0
 """Seconds that calls have to say that they were ended, once the grace period is over."""
@@ -125,6 +129,7 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         assert task is not None, "grpc runs every call in a task"
         started, code, reason = time.perf_counter(), "OK", ""
         self._running[task] = method in self._endless
+        _ended.set(self._ended)
         self._idle.clear()
         if watcher:
             watcher.began(method)
@@ -169,6 +174,11 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
+
+
+def drained() -> bool:
+    """Whether the call that is cancelled here is one that our own drain ends, and not who called."""
+    return asyncio.current_task() in _ended.get()
 
 
 def _draining() -> ServiceError:
