@@ -49,7 +49,7 @@ class Tokenizer:
             raise ValueError(f"{path} is not a tokenizer: {error}") from None
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        (ids,) = self.encode_batch([text])  # a single text's `encode` keeps all other threads waiting meanwhile
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from backpack_proto.v1 import directory_pb2, inference_pb2_grpc
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving import rpc
 from backpack_serving.client import AsyncClient, Sampling
-from backpack_serving.errors import Exhausted, Internal, ServiceError, Unavailable
+from backpack_serving.errors import Exhausted, Internal, InvalidRequest, ServiceError, Unavailable
 from backpack_serving.gateway.book import Pinned
 from backpack_serving.gateway.limits import Limit, Limits
 from backpack_serving.gateway.meter import Meters
@@ -198,6 +199,24 @@ async def test_what_is_answered_costs_its_prompt_and_what_was_made(ask: Ask, mad
         assert system.told("tokens_total", tenant="t", kind="generated") == made
         # Of an answer in one piece gRPC doesn't tell when the replica took the request.
         assert system.told("handoff_seconds_count") == (ask is _stream)
+
+
+async def test_no_stream_waits_while_a_long_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TOKENIZER, "longest", 4000)  # then the context holds, perhaps, two million bytes
+    text = "king " * 400_000
+    started = time.perf_counter()
+    TOKENIZER.encode(text)
+    alone, longest = time.perf_counter() - started, 0.0
+    async with _running() as system, AsyncClient(system.gateway, attempts=1) as client:
+        for ask in (client.generate, client.score, client.explain):
+            asking = asyncio.ensure_future(ask(text))  # type: ignore[operator]
+            while not asking.done():
+                started = time.perf_counter()
+                await asyncio.sleep(0.001)
+                longest = max(longest, time.perf_counter() - started)
+            with pytest.raises(InvalidRequest, match="400001 tokens; the context holds 512"):
+                await asking
+    assert longest < alone / 2
 
 
 async def test_every_sample_of_a_stream_must_be_of_the_pinned_release() -> None:

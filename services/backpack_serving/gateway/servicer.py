@@ -30,6 +30,11 @@ from backpack_serving.wire.sync import read_position, write_pin
 
 log = structlog.get_logger(__name__)
 
+LONG_TEXT = 4096
+"""Characters of a text that are encoded in about a millisecond. Of a model whose longest token has 128 bytes, as
+GPT-2's, a text may have 131,072, which take 50, also if only to be refused for their tokens.
+"""
+
 R = TypeVar(
     "R", pb.GenerateResponse, pb.ScoreResponse, pb.ExplainResponse, pb.CompareResponse, pb.ListSensesResponse
 )
@@ -58,6 +63,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
         with self._meter(await self._caller(context)) as meter:
             pinned = await self._pin(meter, request)
+            await self._read_long("prompt", request.prompt)
             order = wire.read_generation(request, self._tokenizer, self._manifest.config)
             wire.settle(request, order)
             meter.charge(len(order.prompt), order.tokens - len(order.prompt))
@@ -71,6 +77,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         with self._meter(await self._caller(context)) as meter:
             pinned = await self._pin(meter, request)
+            await self._read_long("prompt", request.prompt)
             order = wire.read_generation(request, self._tokenizer, self._manifest.config)
             wire.read_coalesce(request)
             wire.settle(request, order)
@@ -108,6 +115,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: rpc.Context) -> pb.ScoreResponse:
         with self._meter(await self._caller(context)) as meter:
             pinned = await self._pin(meter, request)
+            await self._read_long("text", request.text)
             ids = wire.read_prompt("text", request.text, self._tokenizer, self._manifest.config)
             request.text.tokens.ids[:] = ids
             meter.charge(len(ids))
@@ -116,6 +124,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
     async def Explain(self, request: pb.ExplainRequest, context: rpc.Context) -> pb.ExplainResponse:
         with self._meter(await self._caller(context)) as meter:
             pinned = await self._pin(meter, request)
+            await self._read_long("prompt", request.prompt)
             ids = wire.read_prompt("prompt", request.prompt, self._tokenizer, self._manifest.config)
             request.prompt.tokens.ids[:] = ids
             meter.charge(len(ids))
@@ -124,6 +133,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
     async def Compare(self, request: pb.CompareRequest, context: rpc.Context) -> pb.CompareResponse:
         with self._meter(await self._caller(context)) as meter:
             choices = read_choices(request)
+            await self._read_long("prompt", request.prompt)
             question = read_question(request, self._tokenizer, self._manifest.config)
             pins = await self._releases.pin(meter.tenant, choices, request.request_key, _since(request))
             request.prompt.tokens.ids[:] = question.ids
@@ -157,6 +167,12 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         who = await self._identities.who(context)
         who.require(Role.CALLER)
         return who
+
+    async def _read_long(self, field: str, prompt: pb.Prompt) -> None:
+        """Encode a long text beside the loop, where all streams would wait for it. Raises InvalidRequest."""
+        if len(prompt.text) > LONG_TEXT:
+            how = self._tokenizer, self._manifest.config
+            prompt.tokens.ids[:] = await asyncio.to_thread(wire.read_prompt, field, prompt, *how)
 
     def _note(self, prompt: pb.Prompt) -> None:
         """Add a prompt to what the log says of this call, if the operator wants that."""
