@@ -6,17 +6,19 @@ import asyncio
 import socket
 import urllib.request
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
 from backpack_proto.v1 import inference_pb2 as pb
+from backpack_proto.v1 import sync_pb2 as spb
 from backpack_serving import exposition, metrics
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.conftest import System, copy
+from tests.e2e.conftest import System, copy, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -181,3 +183,27 @@ async def test_names_are_for_ever() -> None:
         "backpack_time_per_output_token_seconds",
         "backpack_time_to_first_token_seconds",
     }
+
+
+async def test_releases_that_a_replica_dropped_are_not_listed(tmp_path: Path) -> None:
+    """What was told counted for as long as the stream lived, and what requests brought not at all."""
+    async with running(tmp_path, slots=4, releases=1) as system:
+        key = await system.tenant()
+        for source in ("ship", "nurse", "sea", "war", "law"):
+            await system.activate(key, await system.release(key, copy("king", source)))
+            await system.known(key)
+        assert system.metrics is not None
+
+        async def listed() -> tuple[int, float]:
+            readers = await system.fleet.ListReaders(spb.ListReadersRequest(), metadata=system.admin)
+            (told,) = [r.releases for r in readers.readers if r.kind == spb.READER_KIND_REPLICA]
+            return told, _of(
+                _samples(generate_latest(system.metrics.registry).decode()), "backpack_replica_releases"
+            )
+
+        for _ in range(100):
+            told, held = await listed()
+            if told == held:
+                break
+            await asyncio.sleep(0.1)
+        assert told == held

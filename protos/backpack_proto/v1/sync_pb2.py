@@ -28,17 +28,17 @@ from backpack_proto.v1 import interventions_pb2 as backpack__proto_dot_v1_dot_in
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62\x61\x63kpack_proto/v1/sync.proto\x12\x0b\x62\x61\x63kpack.v1\x1a!backpack_proto/v1/inference.proto\x1a%backpack_proto/v1/interventions.proto\x1a\x1egoogle/protobuf/duration.proto\"\xa8\x01\n\x0bSyncRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.backpack.v1.HelloH\x00\x12\x1f\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x10.backpack.v1.AckH\x00\x12!\n\x04nack\x18\x03 \x01(\x0b\x32\x11.backpack.v1.NackH\x00\x12%\n\x06report\x18\x04 \x01(\x0b\x32\x13.backpack.v1.ReportH\x00\x42\t\n\x07message\"\xcc\x01\n\x0cSyncResponse\x12)\n\x08snapshot\x18\x01 \x01(\x0b\x32\x15.backpack.v1.SnapshotH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.backpack.v1.DeltaH\x00\x12)\n\x08\x62ookmark\x18\x03 \x01(\x0b\x32\x15.backpack.v1.BookmarkH\x00\x12\x36\n\x0fresync_required\x18\x04 \x01(\x0b\x32\x1b.backpack.v1.ResyncRequiredH\x00\x42\t\n\x07message\"\xdd\x01\n\x05Hello\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.backpack.v1.ReaderKind\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\'\n\x08position\x18\x05 \x01(\x0b\x32\x15.backpack.v1.Position\x12\r\n\x05whole\x18\x06 \x01(\x08\x12\x0f\n\x07\x64igests\x18\x07 \x03(\x0c\x12&\n\x08refusals\x18\x08 \x03(\x0b\x32\x14.backpack.v1.Refusal\"\x14\n\x03\x41\x63k\x12\r\n\x05nonce\x18\x01 \x01(\x04\"=\n\x04Nack\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12&\n\x08refusals\x18\x02 \x03(\x0b\x32\x14.backpack.v1.Refusal\"U\n\x06Report\x12&\n\x08refusals\x18\x01 \x03(\x0b\x32\x14.backpack.v1.Refusal\x12#\n\x07tallies\x18\x02 \x03(\x0b\x32\x12.backpack.v1.Tally\"r\n\x07Refusal\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07\x63hannel\x18\x02 \x01(\t\x12\x16\n\x0erelease_digest\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\r\n\x05\x66inal\x18\x06 \x01(\x08\"v\n\x05Tally\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07\x63hannel\x18\x02 \x01(\t\x12\x16\n\x0erelease_digest\x18\x03 \x01(\t\x12\x10\n\x08requests\x18\x04 \x01(\x03\x12\x0e\n\x06\x65rrors\x18\x05 \x01(\x03\x12\x12\n\nnon_finite\x18\x06 \x01(\x03\"v\n\x08Snapshot\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.backpack.v1.Position\x12$\n\x07\x63hanges\x18\x03 \x03(\x0b\x32\x13.backpack.v1.Change\x12\x0c\n\x04more\x18\x04 \x01(\x08\"\x8a\x01\n\x05\x44\x65lta\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12#\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x15.backpack.v1.Position\x12\'\n\x08position\x18\x03 \x01(\x0b\x32\x15.backpack.v1.Position\x12$\n\x07\x63hanges\x18\x04 \x03(\x0b\x32\x13.backpack.v1.Change\"3\n\x08\x42ookmark\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.backpack.v1.Position\" \n\x0eResyncRequired\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xc2\x01\n\x06\x43hange\x12+\n\x06tenant\x18\x01 \x01(\x0b\x32\x19.backpack.v1.TenantChangeH\x00\x12%\n\x03key\x18\x02 \x01(\x0b\x32\x16.backpack.v1.KeyChangeH\x00\x12-\n\x07\x63hannel\x18\x03 \x01(\x0b\x32\x1a.backpack.v1.ChannelChangeH\x00\x12-\n\x07release\x18\x04 \x01(\x0b\x32\x1a.backpack.v1.ReleaseChangeH\x00\x42\x06\n\x04kind\"1\n\x0cTenantChange\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tsuspended\x18\x02 \x01(\x08\"{\n\tKeyChange\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12 \n\x05roles\x18\x03 \x03(\x0e\x32\x11.backpack.v1.Role\x12\x0c\n\x04salt\x18\x04 \x01(\x0c\x12\x10\n\x08verifier\x18\x05 \x01(\x0c\x12\x0f\n\x07revoked\x18\x06 \x01(\x08\"\xda\x01\n\rChannelChange\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07\x63hannel\x18\x02 \x01(\t\x12\'\n\x06stable\x18\x03 \x01(\x0b\x32\x17.backpack.v1.ReleaseRef\x12\'\n\x06\x63\x61nary\x18\x04 \x01(\x0b\x32\x17.backpack.v1.ReleaseRef\x12\x17\n\x0f\x63\x61nary_permille\x18\x05 \x01(\x05\x12\x13\n\x0b\x63\x61nary_salt\x18\x06 \x01(\t\x12(\n\x07\x65\x61rlier\x18\x07 \x03(\x0b\x32\x17.backpack.v1.ReleaseRef\"I\n\rReleaseChange\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12(\n\x07release\x18\x02 \x01(\x0b\x32\x17.backpack.v1.ReleaseRef\",\n\nReleaseRef\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"5\n\x13\x46\x65tchReleaseRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"6\n\x14\x46\x65tchReleaseResponse\x12\x10\n\x08revision\x18\x01 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"9\n\x16ResolveReleasesRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07numbers\x18\x02 \x03(\x03\"m\n\x17ResolveReleasesResponse\x12)\n\x08releases\x18\x01 \x03(\x0b\x32\x17.backpack.v1.ReleaseRef\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.backpack.v1.Position\"\x8f\x02\n\x04Hold\x12\x0e\n\x06reader\x18\x01 \x01(\t\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.backpack.v1.ReaderKind\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0f\n\x07release\x18\x04 \x01(\x03\x12\x16\n\x0erelease_digest\x18\x05 \x01(\t\x12\x0e\n\x06\x63\x61nary\x18\x06 \x01(\x08\x12%\n\x05state\x18\x07 \x01(\x0e\x32\x16.backpack.v1.HoldState\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x0f\n\x07message\x18\t \x01(\t\x12\'\n\x08position\x18\n \x01(\x0b\x32\x15.backpack.v1.Position\x12\x11\n\tconnected\x18\x0b \x01(\x08\"$\n\x11GetRolloutRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\"\x81\x01\n\x12GetRolloutResponse\x12%\n\x07\x63hannel\x18\x01 \x01(\x0b\x32\x14.backpack.v1.Channel\x12 \n\x05holds\x18\x02 \x03(\x0b\x32\x11.backpack.v1.Hold\x12\"\n\x06\x63\x61nary\x18\x03 \x01(\x0b\x32\x12.backpack.v1.Tally\"\x14\n\x12ListReadersRequest\"j\n\x13ListReadersResponse\x12*\n\x07readers\x18\x01 \x03(\x0b\x32\x19.backpack.v1.ReaderStatus\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.backpack.v1.Position\"\xfc\x01\n\x0cReaderStatus\x12\x0e\n\x06reader\x18\x01 \x01(\t\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.backpack.v1.ReaderKind\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x11\n\tconnected\x18\x04 \x01(\x08\x12\'\n\x08position\x18\x05 \x01(\x0b\x32\x15.backpack.v1.Position\x12*\n\x07silence\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08releases\x18\x07 \x01(\x05\x12&\n\x08refusals\x18\x08 \x03(\x0b\x32\x14.backpack.v1.Refusal*[\n\nReaderKind\x12\x1b\n\x17READER_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13READER_KIND_GATEWAY\x10\x01\x12\x17\n\x13READER_KIND_REPLICA\x10\x02*\x81\x01\n\tHoldState\x12\x1a\n\x16HOLD_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11HOLD_STATE_STAGED\x10\x01\x12\x14\n\x10HOLD_STATE_ACKED\x10\x02\x12\x15\n\x11HOLD_STATE_NACKED\x10\x03\x12\x14\n\x10HOLD_STATE_STALE\x10\x04\x32\x83\x02\n\x0bSyncService\x12?\n\x04Sync\x12\x18.backpack.v1.SyncRequest\x1a\x19.backpack.v1.SyncResponse(\x01\x30\x01\x12U\n\x0c\x46\x65tchRelease\x12 .backpack.v1.FetchReleaseRequest\x1a!.backpack.v1.FetchReleaseResponse0\x01\x12\\\n\x0fResolveReleases\x12#.backpack.v1.ResolveReleasesRequest\x1a$.backpack.v1.ResolveReleasesResponse2\xaf\x01\n\x0c\x46leetService\x12M\n\nGetRollout\x12\x1e.backpack.v1.GetRolloutRequest\x1a\x1f.backpack.v1.GetRolloutResponse\x12P\n\x0bListReaders\x12\x1f.backpack.v1.ListReadersRequest\x1a .backpack.v1.ListReadersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62\x61\x63kpack_proto/v1/sync.proto\x12\x0b\x62\x61\x63kpack.v1\x1a!backpack_proto/v1/inference.proto\x1a%backpack_proto/v1/interventions.proto\x1a\x1egoogle/protobuf/duration.proto\"\xa8\x01\n\x0bSyncRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.backpack.v1.HelloH\x00\x12\x1f\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x10.backpack.v1.AckH\x00\x12!\n\x04nack\x18\x03 \x01(\x0b\x32\x11.backpack.v1.NackH\x00\x12%\n\x06report\x18\x04 \x01(\x0b\x32\x13.backpack.v1.ReportH\x00\x42\t\n\x07message\"\xcc\x01\n\x0cSyncResponse\x12)\n\x08snapshot\x18\x01 \x01(\x0b\x32\x15.backpack.v1.SnapshotH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.backpack.v1.DeltaH\x00\x12)\n\x08\x62ookmark\x18\x03 \x01(\x0b\x32\x15.backpack.v1.BookmarkH\x00\x12\x36\n\x0fresync_required\x18\x04 \x01(\x0b\x32\x1b.backpack.v1.ResyncRequiredH\x00\x42\t\n\x07message\"\xdd\x01\n\x05Hello\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.backpack.v1.ReaderKind\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\'\n\x08position\x18\x05 \x01(\x0b\x32\x15.backpack.v1.Position\x12\r\n\x05whole\x18\x06 \x01(\x08\x12\x0f\n\x07\x64igests\x18\x07 \x03(\x0c\x12&\n\x08refusals\x18\x08 \x03(\x0b\x32\x14.backpack.v1.Refusal\"\x14\n\x03\x41\x63k\x12\r\n\x05nonce\x18\x01 \x01(\x04\"=\n\x04Nack\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12&\n\x08refusals\x18\x02 \x03(\x0b\x32\x14.backpack.v1.Refusal\"g\n\x06Report\x12&\n\x08refusals\x18\x01 \x03(\x0b\x32\x14.backpack.v1.Refusal\x12#\n\x07tallies\x18\x02 \x03(\x0b\x32\x12.backpack.v1.Tally\x12\x10\n\x08releases\x18\x03 \x01(\x05\"r\n\x07Refusal\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07\x63hannel\x18\x02 \x01(\t\x12\x16\n\x0erelease_digest\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\r\n\x05\x66inal\x18\x06 \x01(\x08\"v\n\x05Tally\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07\x63hannel\x18\x02 \x01(\t\x12\x16\n\x0erelease_digest\x18\x03 \x01(\t\x12\x10\n\x08requests\x18\x04 \x01(\x03\x12\x0e\n\x06\x65rrors\x18\x05 \x01(\x03\x12\x12\n\nnon_finite\x18\x06 \x01(\x03\"v\n\x08Snapshot\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.backpack.v1.Position\x12$\n\x07\x63hanges\x18\x03 \x03(\x0b\x32\x13.backpack.v1.Change\x12\x0c\n\x04more\x18\x04 \x01(\x08\"\x8a\x01\n\x05\x44\x65lta\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12#\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x15.backpack.v1.Position\x12\'\n\x08position\x18\x03 \x01(\x0b\x32\x15.backpack.v1.Position\x12$\n\x07\x63hanges\x18\x04 \x03(\x0b\x32\x13.backpack.v1.Change\"3\n\x08\x42ookmark\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.backpack.v1.Position\" \n\x0eResyncRequired\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xc2\x01\n\x06\x43hange\x12+\n\x06tenant\x18\x01 \x01(\x0b\x32\x19.backpack.v1.TenantChangeH\x00\x12%\n\x03key\x18\x02 \x01(\x0b\x32\x16.backpack.v1.KeyChangeH\x00\x12-\n\x07\x63hannel\x18\x03 \x01(\x0b\x32\x1a.backpack.v1.ChannelChangeH\x00\x12-\n\x07release\x18\x04 \x01(\x0b\x32\x1a.backpack.v1.ReleaseChangeH\x00\x42\x06\n\x04kind\"1\n\x0cTenantChange\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tsuspended\x18\x02 \x01(\x08\"{\n\tKeyChange\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12 \n\x05roles\x18\x03 \x03(\x0e\x32\x11.backpack.v1.Role\x12\x0c\n\x04salt\x18\x04 \x01(\x0c\x12\x10\n\x08verifier\x18\x05 \x01(\x0c\x12\x0f\n\x07revoked\x18\x06 \x01(\x08\"\xda\x01\n\rChannelChange\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07\x63hannel\x18\x02 \x01(\t\x12\'\n\x06stable\x18\x03 \x01(\x0b\x32\x17.backpack.v1.ReleaseRef\x12\'\n\x06\x63\x61nary\x18\x04 \x01(\x0b\x32\x17.backpack.v1.ReleaseRef\x12\x17\n\x0f\x63\x61nary_permille\x18\x05 \x01(\x05\x12\x13\n\x0b\x63\x61nary_salt\x18\x06 \x01(\t\x12(\n\x07\x65\x61rlier\x18\x07 \x03(\x0b\x32\x17.backpack.v1.ReleaseRef\"I\n\rReleaseChange\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12(\n\x07release\x18\x02 \x01(\x0b\x32\x17.backpack.v1.ReleaseRef\",\n\nReleaseRef\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"5\n\x13\x46\x65tchReleaseRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"6\n\x14\x46\x65tchReleaseResponse\x12\x10\n\x08revision\x18\x01 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"9\n\x16ResolveReleasesRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07numbers\x18\x02 \x03(\x03\"m\n\x17ResolveReleasesResponse\x12)\n\x08releases\x18\x01 \x03(\x0b\x32\x17.backpack.v1.ReleaseRef\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.backpack.v1.Position\"\x8f\x02\n\x04Hold\x12\x0e\n\x06reader\x18\x01 \x01(\t\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.backpack.v1.ReaderKind\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0f\n\x07release\x18\x04 \x01(\x03\x12\x16\n\x0erelease_digest\x18\x05 \x01(\t\x12\x0e\n\x06\x63\x61nary\x18\x06 \x01(\x08\x12%\n\x05state\x18\x07 \x01(\x0e\x32\x16.backpack.v1.HoldState\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x0f\n\x07message\x18\t \x01(\t\x12\'\n\x08position\x18\n \x01(\x0b\x32\x15.backpack.v1.Position\x12\x11\n\tconnected\x18\x0b \x01(\x08\"$\n\x11GetRolloutRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\"\x81\x01\n\x12GetRolloutResponse\x12%\n\x07\x63hannel\x18\x01 \x01(\x0b\x32\x14.backpack.v1.Channel\x12 \n\x05holds\x18\x02 \x03(\x0b\x32\x11.backpack.v1.Hold\x12\"\n\x06\x63\x61nary\x18\x03 \x01(\x0b\x32\x12.backpack.v1.Tally\"\x14\n\x12ListReadersRequest\"j\n\x13ListReadersResponse\x12*\n\x07readers\x18\x01 \x03(\x0b\x32\x19.backpack.v1.ReaderStatus\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.backpack.v1.Position\"\xfc\x01\n\x0cReaderStatus\x12\x0e\n\x06reader\x18\x01 \x01(\t\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.backpack.v1.ReaderKind\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x11\n\tconnected\x18\x04 \x01(\x08\x12\'\n\x08position\x18\x05 \x01(\x0b\x32\x15.backpack.v1.Position\x12*\n\x07silence\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08releases\x18\x07 \x01(\x05\x12&\n\x08refusals\x18\x08 \x03(\x0b\x32\x14.backpack.v1.Refusal*[\n\nReaderKind\x12\x1b\n\x17READER_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13READER_KIND_GATEWAY\x10\x01\x12\x17\n\x13READER_KIND_REPLICA\x10\x02*\x81\x01\n\tHoldState\x12\x1a\n\x16HOLD_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11HOLD_STATE_STAGED\x10\x01\x12\x14\n\x10HOLD_STATE_ACKED\x10\x02\x12\x15\n\x11HOLD_STATE_NACKED\x10\x03\x12\x14\n\x10HOLD_STATE_STALE\x10\x04\x32\x83\x02\n\x0bSyncService\x12?\n\x04Sync\x12\x18.backpack.v1.SyncRequest\x1a\x19.backpack.v1.SyncResponse(\x01\x30\x01\x12U\n\x0c\x46\x65tchRelease\x12 .backpack.v1.FetchReleaseRequest\x1a!.backpack.v1.FetchReleaseResponse0\x01\x12\\\n\x0fResolveReleases\x12#.backpack.v1.ResolveReleasesRequest\x1a$.backpack.v1.ResolveReleasesResponse2\xaf\x01\n\x0c\x46leetService\x12M\n\nGetRollout\x12\x1e.backpack.v1.GetRolloutRequest\x1a\x1f.backpack.v1.GetRolloutResponse\x12P\n\x0bListReaders\x12\x1f.backpack.v1.ListReadersRequest\x1a .backpack.v1.ListReadersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'backpack_proto.v1.sync_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_READERKIND']._serialized_start=3334
-  _globals['_READERKIND']._serialized_end=3425
-  _globals['_HOLDSTATE']._serialized_start=3428
-  _globals['_HOLDSTATE']._serialized_end=3557
+  _globals['_READERKIND']._serialized_start=3352
+  _globals['_READERKIND']._serialized_end=3443
+  _globals['_HOLDSTATE']._serialized_start=3446
+  _globals['_HOLDSTATE']._serialized_end=3575
   _globals['_SYNCREQUEST']._serialized_start=152
   _globals['_SYNCREQUEST']._serialized_end=320
   _globals['_SYNCRESPONSE']._serialized_start=323
@@ -50,53 +50,53 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NACK']._serialized_start=775
   _globals['_NACK']._serialized_end=836
   _globals['_REPORT']._serialized_start=838
-  _globals['_REPORT']._serialized_end=923
-  _globals['_REFUSAL']._serialized_start=925
-  _globals['_REFUSAL']._serialized_end=1039
-  _globals['_TALLY']._serialized_start=1041
-  _globals['_TALLY']._serialized_end=1159
-  _globals['_SNAPSHOT']._serialized_start=1161
-  _globals['_SNAPSHOT']._serialized_end=1279
-  _globals['_DELTA']._serialized_start=1282
-  _globals['_DELTA']._serialized_end=1420
-  _globals['_BOOKMARK']._serialized_start=1422
-  _globals['_BOOKMARK']._serialized_end=1473
-  _globals['_RESYNCREQUIRED']._serialized_start=1475
-  _globals['_RESYNCREQUIRED']._serialized_end=1507
-  _globals['_CHANGE']._serialized_start=1510
-  _globals['_CHANGE']._serialized_end=1704
-  _globals['_TENANTCHANGE']._serialized_start=1706
-  _globals['_TENANTCHANGE']._serialized_end=1755
-  _globals['_KEYCHANGE']._serialized_start=1757
-  _globals['_KEYCHANGE']._serialized_end=1880
-  _globals['_CHANNELCHANGE']._serialized_start=1883
-  _globals['_CHANNELCHANGE']._serialized_end=2101
-  _globals['_RELEASECHANGE']._serialized_start=2103
-  _globals['_RELEASECHANGE']._serialized_end=2176
-  _globals['_RELEASEREF']._serialized_start=2178
-  _globals['_RELEASEREF']._serialized_end=2222
-  _globals['_FETCHRELEASEREQUEST']._serialized_start=2224
-  _globals['_FETCHRELEASEREQUEST']._serialized_end=2277
-  _globals['_FETCHRELEASERESPONSE']._serialized_start=2279
-  _globals['_FETCHRELEASERESPONSE']._serialized_end=2333
-  _globals['_RESOLVERELEASESREQUEST']._serialized_start=2335
-  _globals['_RESOLVERELEASESREQUEST']._serialized_end=2392
-  _globals['_RESOLVERELEASESRESPONSE']._serialized_start=2394
-  _globals['_RESOLVERELEASESRESPONSE']._serialized_end=2503
-  _globals['_HOLD']._serialized_start=2506
-  _globals['_HOLD']._serialized_end=2777
-  _globals['_GETROLLOUTREQUEST']._serialized_start=2779
-  _globals['_GETROLLOUTREQUEST']._serialized_end=2815
-  _globals['_GETROLLOUTRESPONSE']._serialized_start=2818
-  _globals['_GETROLLOUTRESPONSE']._serialized_end=2947
-  _globals['_LISTREADERSREQUEST']._serialized_start=2949
-  _globals['_LISTREADERSREQUEST']._serialized_end=2969
-  _globals['_LISTREADERSRESPONSE']._serialized_start=2971
-  _globals['_LISTREADERSRESPONSE']._serialized_end=3077
-  _globals['_READERSTATUS']._serialized_start=3080
-  _globals['_READERSTATUS']._serialized_end=3332
-  _globals['_SYNCSERVICE']._serialized_start=3560
-  _globals['_SYNCSERVICE']._serialized_end=3819
-  _globals['_FLEETSERVICE']._serialized_start=3822
-  _globals['_FLEETSERVICE']._serialized_end=3997
+  _globals['_REPORT']._serialized_end=941
+  _globals['_REFUSAL']._serialized_start=943
+  _globals['_REFUSAL']._serialized_end=1057
+  _globals['_TALLY']._serialized_start=1059
+  _globals['_TALLY']._serialized_end=1177
+  _globals['_SNAPSHOT']._serialized_start=1179
+  _globals['_SNAPSHOT']._serialized_end=1297
+  _globals['_DELTA']._serialized_start=1300
+  _globals['_DELTA']._serialized_end=1438
+  _globals['_BOOKMARK']._serialized_start=1440
+  _globals['_BOOKMARK']._serialized_end=1491
+  _globals['_RESYNCREQUIRED']._serialized_start=1493
+  _globals['_RESYNCREQUIRED']._serialized_end=1525
+  _globals['_CHANGE']._serialized_start=1528
+  _globals['_CHANGE']._serialized_end=1722
+  _globals['_TENANTCHANGE']._serialized_start=1724
+  _globals['_TENANTCHANGE']._serialized_end=1773
+  _globals['_KEYCHANGE']._serialized_start=1775
+  _globals['_KEYCHANGE']._serialized_end=1898
+  _globals['_CHANNELCHANGE']._serialized_start=1901
+  _globals['_CHANNELCHANGE']._serialized_end=2119
+  _globals['_RELEASECHANGE']._serialized_start=2121
+  _globals['_RELEASECHANGE']._serialized_end=2194
+  _globals['_RELEASEREF']._serialized_start=2196
+  _globals['_RELEASEREF']._serialized_end=2240
+  _globals['_FETCHRELEASEREQUEST']._serialized_start=2242
+  _globals['_FETCHRELEASEREQUEST']._serialized_end=2295
+  _globals['_FETCHRELEASERESPONSE']._serialized_start=2297
+  _globals['_FETCHRELEASERESPONSE']._serialized_end=2351
+  _globals['_RESOLVERELEASESREQUEST']._serialized_start=2353
+  _globals['_RESOLVERELEASESREQUEST']._serialized_end=2410
+  _globals['_RESOLVERELEASESRESPONSE']._serialized_start=2412
+  _globals['_RESOLVERELEASESRESPONSE']._serialized_end=2521
+  _globals['_HOLD']._serialized_start=2524
+  _globals['_HOLD']._serialized_end=2795
+  _globals['_GETROLLOUTREQUEST']._serialized_start=2797
+  _globals['_GETROLLOUTREQUEST']._serialized_end=2833
+  _globals['_GETROLLOUTRESPONSE']._serialized_start=2836
+  _globals['_GETROLLOUTRESPONSE']._serialized_end=2965
+  _globals['_LISTREADERSREQUEST']._serialized_start=2967
+  _globals['_LISTREADERSREQUEST']._serialized_end=2987
+  _globals['_LISTREADERSRESPONSE']._serialized_start=2989
+  _globals['_LISTREADERSRESPONSE']._serialized_end=3095
+  _globals['_READERSTATUS']._serialized_start=3098
+  _globals['_READERSTATUS']._serialized_end=3350
+  _globals['_SYNCSERVICE']._serialized_start=3578
+  _globals['_SYNCSERVICE']._serialized_end=3837
+  _globals['_FLEETSERVICE']._serialized_start=3840
+  _globals['_FLEETSERVICE']._serialized_end=4015
 # @@protoc_insertion_point(module_scope)

@@ -240,6 +240,9 @@ class Report(_message.Message):
 
     REFUSALS_FIELD_NUMBER: _builtins.int
     TALLIES_FIELD_NUMBER: _builtins.int
+    RELEASES_FIELD_NUMBER: _builtins.int
+    releases: _builtins.int
+    """How many releases are ready to be served."""
     @_builtins.property
     def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Refusal]:
         """All that stand now."""
@@ -253,10 +256,11 @@ class Report(_message.Message):
         *,
         refusals: _abc.Iterable[Global___Refusal] | None = ...,
         tallies: _abc.Iterable[Global___Tally] | None = ...,
+        releases: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["refusals", b"refusals", "tallies", b"tallies"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refusals", b"refusals", "releases", b"releases", "tallies", b"tallies"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -880,6 +884,7 @@ class ReaderStatus(_message.Message):
     incarnation: _builtins.str
     connected: _builtins.bool
     releases: _builtins.int
+    """How many releases are ready to be served there, as it reported last."""
     @_builtins.property
     def position(self) -> _inference_pb2.Position: ...
     @_builtins.property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from backpack_serving.interventions.records import Channel, Position
@@ -85,7 +85,12 @@ class Seen:
     session: Session | Elsewhere
     heard: float
     connected: bool = True
-    tallies: tuple[Tally, ...] = ()
+    report: Report = field(default_factory=Report)
+
+    @property
+    def releases(self) -> int:
+        """How many it has ready; as its stream's Hello said until it reports."""
+        return self.report.releases or len(self.session.digests)
 
 
 class Fleet:
@@ -105,7 +110,7 @@ class Fleet:
             self._seen[session.hello.incarnation] = seen = Seen(session, self._clock())
         seen.heard, seen.connected = self._clock(), True
         if report:
-            seen.tallies = report.tallies
+            seen.report = report
 
     def elsewhere(self, hello: Hello, report: Report) -> None:
         """Another process of the service tells where a reader stands: it holds all up to `hello.position`."""
@@ -121,7 +126,7 @@ class Fleet:
             if seen.connected and isinstance(seen.session, Session):
                 refusals = tuple(seen.session.refusals.values())
                 hello = replace(_of(seen), position=seen.session.acked, refusals=refusals, digests=frozenset())
-                found.append((hello, Report(tallies=seen.tallies)))
+                found.append((hello, Report(tallies=seen.report.tallies, releases=seen.releases)))
         return found
 
     def left(self, session: Session) -> None:
@@ -198,7 +203,7 @@ class Fleet:
             tally
             for seen, silence in self.readers()
             if seen.connected and silence <= SILENCE
-            for tally in seen.tallies
+            for tally in seen.report.tallies
             if (tally.tenant, tally.channel, tally.digest) == (tenant, channel, digest)
         ]
         return Tally(

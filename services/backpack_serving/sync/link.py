@@ -152,7 +152,7 @@ class Link:
         """A sign of life each second; and on disk, that what is there is all there is."""
         while True:
             await asyncio.sleep(REPORT_SECONDS)
-            outbox.put_nowait(self.reader.report(self._owner.tallies()))
+            outbox.put_nowait(self.reader.report(self._owner.tallies(), len(self._owner.resident())))
             await self._hold()  # in case the disk was full
             age = self.reader.age(time.monotonic())
             if age < SILENCE and self._written is self.reader.view:

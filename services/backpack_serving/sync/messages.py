@@ -81,10 +81,13 @@ class Nack:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A sign of life. `refusals` are all that stand now, `tallies` those of channels with a canary."""
+    """A sign of life. `refusals` are all that stand now, `tallies` those of channels with a canary, `releases` how
+    many are ready to be served.
+    """
 
     refusals: tuple[Refusal, ...] = ()
     tallies: tuple[Tally, ...] = ()
+    releases: int = 0
 
 
 @dataclass(frozen=True, slots=True)

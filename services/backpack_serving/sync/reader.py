@@ -144,8 +144,8 @@ class Reader:
         del self._parked[change.key]
         self.known = self.known.changed(self.known.position, [change])
 
-    def report(self, tallies: tuple[Tally, ...] = ()) -> Report:
-        return Report(self.refusals, tallies)
+    def report(self, tallies: tuple[Tally, ...] = (), releases: int = 0) -> Report:
+        return Report(self.refusals, tallies, releases)
 
     def _take(self, nonce: int, position: Position, changes: tuple[Known, ...]) -> tuple[FromReader, ...]:
         at = self.known.position

@@ -67,7 +67,7 @@ def write_standing(hello: Hello, report: Report) -> str:
         return text
     if report.tallies:  # they are judged where the reader is connected; a wait needs its position everywhere
         return write_standing(hello, replace(report, tallies=report.tallies[: len(report.tallies) // 2]))
-    return write_standing(replace(hello, position=Position(), refusals=()), Report())
+    return write_standing(replace(hello, position=Position(), refusals=()), Report(releases=report.releases))
 
 
 def read_standing(text: str) -> tuple[Hello, Report]:
@@ -105,7 +105,7 @@ def write_reader(seen: Seen, silence: float) -> sync_pb2.ReaderStatus:
         incarnation=hello.incarnation,
         connected=seen.connected,
         position=write_position(seen.session.acked),
-        releases=len(seen.session.digests),
+        releases=seen.releases,
         refusals=map(write_refusal, seen.session.refusals.values()),
     )
     status.silence.FromMicroseconds(round(silence * 1e6))

@@ -62,7 +62,9 @@ def write_from_reader(message: m.FromReader) -> pb.SyncRequest:
         case m.Report():
             return pb.SyncRequest(
                 report=pb.Report(
-                    refusals=map(write_refusal, message.refusals), tallies=map(write_tally, message.tallies)
+                    refusals=map(write_refusal, message.refusals),
+                    tallies=map(write_tally, message.tallies),
+                    releases=message.releases,
                 )
             )
 
@@ -93,7 +95,7 @@ def read_from_reader(message: pb.SyncRequest) -> m.FromReader:
                 m.Tally(t.tenant, t.channel, t.release_digest, t.requests, t.errors, t.non_finite)
                 for t in message.report.tallies
             )
-            return m.Report(_refusals(message.report.refusals), tuple(tallies))
+            return m.Report(_refusals(message.report.refusals), tuple(tallies), message.report.releases)
         case _:
             raise InvalidRequest.at("message", "UNKNOWN_KIND", "no message that this service knows")
 
