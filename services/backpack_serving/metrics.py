@@ -56,6 +56,9 @@ def names() -> set[str]:
 
 class _Calls:
     def __init__(self, registry: CollectorRegistry) -> None:
+        # First, and counted last when a call ends: a scrape, in its own thread, then finds in the others what it
+        # doesn't find here any more.
+        self.running = Gauge("backpack_calls_running", "Calls in progress.", ["part", "method"], registry=registry)
         self.total = Counter(
             "backpack_calls", "Calls answered, by status code.", ["part", "method", "code"], registry=registry
         )
@@ -69,7 +72,6 @@ class _Calls:
             registry=registry,
             buckets=_SECONDS,
         )
-        self.running = Gauge("backpack_calls_running", "Calls in progress.", ["part", "method"], registry=registry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +86,11 @@ class PartCalls:
 
     def ended(self, method: str, code: str, reason: str, seconds: float) -> None:
         method = _short(method)
-        self.of.running.labels(self.part, method).dec()
         self.of.total.labels(self.part, method, code).inc()
         self.of.seconds.labels(self.part, method).observe(seconds)
         if reason:
             self.of.errors.labels(self.part, reason).inc()
+        self.of.running.labels(self.part, method).dec()
 
 
 def _short(method: str) -> str:
