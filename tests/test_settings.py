@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -116,20 +117,32 @@ def test_what_is_wrong_only_here_is_one_line_and_nothing_after_it(
     tmp_path: Path, name: str, value: str, says: str
 ) -> None:
     """A server that was up already left two tracebacks of its own behind the error."""
-    where = {
-        "BACKPACK_STATE": str(tmp_path),
-        "BACKPACK_INTERVENTIONS_ADDRESS": "127.0.0.1:0",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "backpack_serving.cli.main", "serve", "interventions"],
-        env={**os.environ, **where, f"BACKPACK_{name}": value},
+    done = _serve("interventions", tmp_path, **{name: value})
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {says}")
+    assert "bp_secret" not in line
+
+
+def test_a_gateway_whose_port_is_taken_says_no_more_than_that(tmp_path: Path) -> None:
+    """It warned of coroutines that nobody had awaited."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = _serve("gateway", tmp_path, GATEWAY_PROCESSES="1", SERVICE_KEY="k", GATEWAY_ADDRESS=address)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: can't listen on {address}: is another server there")
+    assert "Warning" not in done.stderr
+
+
+def _serve(part: str, state: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    """A process that ends by itself, because its settings are no good here."""
+    where = {"STATE": str(state), "INTERVENTIONS_ADDRESS": "127.0.0.1:0", **settings}
+    variables = {f"BACKPACK_{name}": value for name, value in where.items()}
+    return subprocess.run(
+        [sys.executable, "-m", "backpack_serving.cli.main", "serve", part],
+        env={**os.environ, **variables, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {says}")
-    assert "bp_secret" not in line

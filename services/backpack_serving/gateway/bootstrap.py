@@ -8,6 +8,7 @@ import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
     manifest = Manifest.read(settings.model)
     tokenizer = Tokenizer.read(settings.model / "tokenizer.json")
     key = settings.key_for("replica")
-    tls = settings.tls
+    tls, directory_tls = settings.tls, settings.directory_tls
     reader = Reader(Kind.GATEWAY, uuid.uuid4().hex, _name(settings.gateway_address), manifest.fingerprint)
     book = Book(reader, settings.expired_after, settings.serve_expired)
     router = Router(manifest.fingerprint, tls)
@@ -119,12 +120,12 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
     )
     service = rpc.Service(SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer)
     following = (
-        link.run(),
-        follow_directory(settings.directory_address, settings.directory_metadata, router, settings.directory_tls),
+        link.run,
+        partial(follow_directory, settings.directory_address, settings.directory_metadata, router, directory_tls),
     )
     running: list[asyncio.Task[None]] = []
     if one is not None:
-        running = [asyncio.create_task(each) for each in following]
+        running = [asyncio.create_task(each()) for each in following]
         with suppress(TimeoutError):  # then it says what it lacks, as a gateway alone does from its start
             async with asyncio.timeout(FIRST_NEWS):
                 await _heard(book, router)
@@ -138,7 +139,7 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
         share_port=one is not None,
     )
     reader.name = _name(server.address)
-    running = running or [asyncio.create_task(each) for each in following]
+    running = running or [asyncio.create_task(each()) for each in following]
     running.append(asyncio.create_task(_tell_health(server, book, router, settings.stale_after)))
     return Gateway(server, book, router, tuple(running), settings.drain, control)
 
