@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import grpc
 import pytest
 import structlog
 from backpack_proto.v1 import inference_pb2 as pb
+from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_serving import telemetry, tracing
 from backpack_serving.settings import Settings
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -62,6 +65,22 @@ async def test_logs_tell_who_and_which_and_the_prompt_only_if_asked(
     assert ("secret queen" in text) is log_prompts
     assert key[0][1].split("_")[2] not in text, "nor a key's secret"
     assert "/Report" not in text
+
+
+async def test_what_the_database_refuses_is_logged_without_what_was_written(
+    tmp_path: Path, logged: Callable[[], list[dict[str, Any]]]
+) -> None:
+    async with running(tmp_path, slots=4) as system:
+        key = await system.tenant()
+        with contextlib.closing(sqlite3.connect(tmp_path / "interventions.db")) as database:
+            database.execute("CREATE TRIGGER t BEFORE INSERT ON patches BEGIN SELECT RAISE(ABORT, 'no more'); END")
+        request = ipb.CreatePatchRequest(patch_id="q", description=SECRET)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await system.patches.CreatePatch(request, metadata=key)
+    assert refused.value.details() == "an internal error; the server's log has more"
+    (line,) = (line for line in logged() if line["event"] == "handler failed")
+    assert "the database refuses what the rules allowed: no more" in line["exception"]
+    assert "secret queen" not in line["exception"]
 
 
 @pytest.fixture

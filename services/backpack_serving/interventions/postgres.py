@@ -193,6 +193,7 @@ def _engine(url: sa.URL) -> sa.Engine:
         pool_timeout=10,
         pool_pre_ping=True,  # connections of a database that was restarted are replaced, not used
         connect_args=_CONNECT,
+        hide_parameters=True,  # what tenants write doesn't belong into a log
         # Of writes, whatever the database's default is: who waited for the head row must see what was written.
         isolation_level="READ COMMITTED",
     )

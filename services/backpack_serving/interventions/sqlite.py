@@ -53,7 +53,11 @@ class SQLiteStore(SQLStore):
         if lock is None:
             raise Unavailable("LOCKED", f"another service is using {path}; stop it first")
         engine = sa.create_engine(
-            url, module=pysqlite3.dbapi2, poolclass=StaticPool, connect_args={"check_same_thread": False}
+            url,
+            module=pysqlite3.dbapi2,
+            poolclass=StaticPool,
+            connect_args={"check_same_thread": False},
+            hide_parameters=True,  # what tenants write doesn't belong into a log
         )
         sa.event.listen(engine, "connect", _configure)
         sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
