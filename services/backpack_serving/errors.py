@@ -38,7 +38,8 @@ class Quota(NamedTuple):
 class ServiceError(Exception):
     """A refusal: `reason` is a stable word for programs, the message is for people and says the fix.
 
-    `code` is the canonical status name (google.rpc.Code). `metadata` holds the offending values.
+    `code` is the canonical status name (google.rpc.Code). `metadata` holds the offending values. `why` is for who
+    operates the service: it is logged, and shown by commands, and never sent to a caller.
     """
 
     code: ClassVar[str] = "UNKNOWN"
@@ -51,12 +52,13 @@ class ServiceError(Exception):
         violations: Iterable[Violation] = (),
         quotas: Iterable[Quota] = (),
         retry_after: float | None = None,
+        why: str = "",
         **metadata: object,
     ) -> None:
         super().__init__(message)
         self.reason, self.message = reason, message
         self.violations, self.quotas = tuple(violations), tuple(quotas)
-        self.retry_after = retry_after
+        self.retry_after, self.why = retry_after, why
         self.metadata: Mapping[str, str] = {name: str(value) for name, value in metadata.items()}
 
 

@@ -83,6 +83,21 @@ async def test_what_the_database_refuses_is_logged_without_what_was_written(
     assert "secret queen" not in line["exception"]
 
 
+async def test_why_the_database_fails_is_for_the_log_and_not_for_callers(
+    tmp_path: Path, logged: Callable[[], list[dict[str, Any]]]
+) -> None:
+    """Of PostgreSQL it is where it listens, and as which role it is called; strangers were told."""
+    async with running(tmp_path, slots=4) as system:
+        key = await system.tenant()
+        with contextlib.closing(sqlite3.connect(tmp_path / "interventions.db")) as database:
+            database.execute("ALTER TABLE patches RENAME TO others")
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await system.patches.ListPatches(ipb.ListPatchesRequest(), metadata=key)
+    assert (failed.value.code().name, failed.value.details()) == ("UNAVAILABLE", "the database failed")
+    why = {line["why"] for line in logged() if line["event"] == "call refused"}
+    assert why == {"no such table: patches"}
+
+
 @pytest.fixture
 def spans() -> Iterator[InMemorySpanExporter]:
     kept, provider = InMemorySpanExporter(), TracerProvider()

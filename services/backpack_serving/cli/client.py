@@ -146,7 +146,7 @@ def exits(extra: str = "") -> Iterator[None]:
                 f"intervention service at {settings.interventions_address}? `backpack run` starts both, "
                 "BACKPACK_GATEWAY_ADDRESS and BACKPACK_INTERVENTIONS_ADDRESS say where they are"
             )
-        _refuse(f"{error.reason}: {error.message}")
+        _refuse(f"{error.reason}: {error.message}{': ' if error.why else ''}{error.why}")
     except ModuleNotFoundError as error:
         if (brings := EXTRAS.get(str(error.name).partition(".")[0])) is None:
             raise

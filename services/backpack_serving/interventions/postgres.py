@@ -139,9 +139,10 @@ class PostgresStore(SQLStore):
         except sa.exc.DBAPIError as error:
             raise Unavailable(
                 "OUTCOME_UNKNOWN",
-                f"the database was lost while it committed ({error.orig}): the write may have happened. Repeat it "
-                "with the same request_id, or look",
+                "the database was lost while it committed: the write may have happened. Repeat it with the same "
+                "request_id, or look",
                 retry_after=1.0,
+                why=str(error.orig),
             ) from error
 
 

@@ -140,7 +140,13 @@ class Rollouts:
         try:
             ended = await asyncio.to_thread(self._service.end_bad_canary, tenant, channel, digest, why)
         except ServiceError as error:  # the database is away: the next report brings it up again
-            log.error("a canary should have ended", tenant=tenant, channel=channel, why=why, error=error.message)
+            log.error(
+                "a canary should have ended",
+                tenant=tenant,
+                channel=channel,
+                why=why,
+                error=error.why or error.message,
+            )
             return
         if ended:
             log.warning("a canary was ended", tenant=tenant, channel=channel, digest=digest, why=why)

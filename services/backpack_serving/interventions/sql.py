@@ -154,5 +154,5 @@ class SQLStore(ABC):
             # No retry will help: the schema, or a right that the role lacks, refuses what the rules let through.
             raise AssertionError(f"the database refuses what the rules allowed: {error.orig}") from error
         except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
-            reason = getattr(error, "orig", None) or error
-            raise Unavailable("DATABASE", f"the database failed: {reason}", retry_after=1.0) from error
+            reason = str(getattr(error, "orig", None) or error)  # where it is, and as whom we call it
+            raise Unavailable("DATABASE", "the database failed", retry_after=1.0, why=reason) from error

@@ -190,6 +190,8 @@ def _refusal(error: Exception, method: str) -> ServiceError:
         error = from_patch_error(error)
     if isinstance(error, grpc.RpcError):
         error = error_from(error)
+    if isinstance(error, ServiceError) and error.why:
+        log.error("call refused", method=method, reason=error.reason, why=error.why)
     if not isinstance(error, ServiceError):
         log.error("handler failed", method=method, exc_info=error)
         error = Internal("INTERNAL", "an internal error; the server's log has more")
