@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import re
 import sqlite3
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,6 +99,32 @@ async def test_why_the_database_fails_is_for_the_log_and_not_for_callers(
     assert (failed.value.code().name, failed.value.details()) == ("UNAVAILABLE", "the database failed")
     why = {line["why"] for line in logged() if line["event"] == "call refused"}
     assert why == {"no such table: patches"}
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_what_libraries_log_has_the_form_that_was_chosen(form: str) -> None:
+    """Their tracebacks were lines of text between those of JSON."""
+    code = f"""
+import logging
+from backpack_serving import telemetry
+from backpack_serving.settings import Settings
+telemetry.configure(Settings(log_format={form!r}), "test")
+try:
+    1 / 0
+except ZeroDivisionError:
+    logging.getLogger("asyncio").exception("task %s failed", 7)
+logging.getLogger("asyncio").debug("not asked for")
+"""
+    path = os.pathsep.join(sys.path)
+    words, env = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": path, "NO_COLOR": "1"}
+    said = subprocess.run(words, env=env, capture_output=True, text=True, check=True).stderr
+    if form == "json":
+        line = json.loads(said)
+        assert (line["event"], line["level"]) == ("task 7 failed", "error")
+        assert line["exception"].endswith("ZeroDivisionError: division by zero")
+    else:
+        assert re.match(r"\d\d:\d\d:\d\d \[error    \] task 7 failed", said)
+    assert "not asked for" not in said
 
 
 @pytest.fixture
