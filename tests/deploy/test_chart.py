@@ -163,10 +163,14 @@ def test_the_validation_finds_mistakes() -> None:
         ("{secret: ''}", "/secret"),
         ("{settings: {service_key: bp_1}}", "service_key"),
         ("{settings: {slotz: 3}}", "slotz"),
+        ("{settings: {slots: many}}", "/settings/slots"),
+        ("{settings: {log_format: yaml}}", "/settings/log_format"),
+        ("{inference: {arguments: {settings: {precision: float16}}}}", "/precision"),
         ("{settings: {drain: 3}}", "drain"),
         ("{tls: {clientCertificates: [everybody]}}", "/tls/clientCertificates/0"),
         ("{gateway: {limits: {acme: {requests: 3}}}}", "requests"),
         ("{gateway: {resources: {limits: {memory: much}}}}", "/gateway/resources/limits/memory"),
+        ("{gateway: {resources: {requests: {cpu: null}}}}", "gateway.resources.requests.cpu is needed"),
         ("{gateway: {autoscaling: {min: 9}}}", "gateway.autoscaling: min (9) is more than max (8)"),
         ("{inference: {arguments: {cpu: 1}}}", "cpu"),
         ("{inference: {arguments: {autoscaling: {min_replicas: 1}}}}", "max_replicas"),
@@ -217,7 +221,11 @@ def test_the_schema_knows_our_settings_and_arguments() -> None:
     decided |= {"admin_key", "service_key", "database", "model"}  # secrets, and what has values of its own
     decided |= {"state", "gateway_address", "metrics_address"}  # by the images
     decided -= {*yaml.safe_load(EVERYTHING)["settings"], "gateway_processes"}  # what operators may decide instead
-    assert set(schema["settings"]["propertyNames"]["enum"]) == Settings.model_fields.keys() - decided
+    settings, told = schema["settings"]["properties"], Settings.model_json_schema()["properties"]
+    assert settings.keys() == told.keys() - decided
+    bounds = {"type", "pattern", "minimum", "exclusiveMinimum", "maximum", "uniqueItems"}
+    for name, setting in settings.items():
+        assert {b: setting.get(b) for b in bounds} == {b: told[name].get(b) for b in bounds}, name
     app = pytest.importorskip("backpack_serving.inference.app", reason="Ray isn't installed")
     arguments = schema["inference"]["properties"]["arguments"]["properties"]
     assert arguments.keys() == app.Arguments.model_fields.keys()
@@ -238,8 +246,8 @@ def test_every_value_is_in_the_schema_and_explained() -> None:
         assert values.keys() == schema["properties"].keys() - {"global"}, path
         for name, value in values.items():
             inner = schema["properties"][name]
-            # Of Ray Serve's arguments, the values choose some.
-            if isinstance(value, dict) and "properties" in inner and name != "arguments":
+            # Of settings and of Ray Serve's arguments, the values choose some.
+            if isinstance(value, dict) and "properties" in inner and name not in ("settings", "arguments"):
                 compare(value, inner, f"{path}.{name}")
 
     compare(yaml.safe_load("\n".join(lines)), schema, "values")

@@ -20,7 +20,7 @@ from backpack_serving.cli import secrets
 from backpack_serving.keys import ApiKey
 from backpack_serving.settings import Settings
 from packaging.requirements import Requirement
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -191,15 +191,19 @@ def test_grafana_and_prometheus_find_each_other_and_the_processes(compose: dict[
 # ---- backpack secrets
 
 
-def test_secrets_are_made_once(tmp_path: Path) -> None:
+def _make_secrets(folder: Path, *options: str) -> Result:
     from backpack_serving.cli.main import app
 
+    return CliRunner().invoke(app, ["secrets", str(folder), *options])
+
+
+def test_secrets_are_made_once(tmp_path: Path) -> None:
     folder = tmp_path / "secrets"
-    made = CliRunner().invoke(app, ["secrets", str(folder)])
+    made = _make_secrets(folder)
     assert (made.exit_code, f"made {len(secrets.make(DATABASE))} secrets" in made.output) == (0, True), made.output
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     before = {file.name: file.read_text() for file in folder.iterdir()}
-    again = CliRunner().invoke(app, ["secrets", str(folder)])
+    again = _make_secrets(folder)
     assert (again.exit_code, "found" in again.output) == (0, True)
     assert {file.name: file.read_text() for file in folder.iterdir()} == before
 
@@ -212,12 +216,27 @@ def test_secrets_are_made_once(tmp_path: Path) -> None:
     assert before["database_owner_password"] in before["owner_database"]
 
 
-def test_half_of_the_secrets_are_not_completed_in_silence(tmp_path: Path) -> None:
-    from backpack_serving.cli.main import app
+@pytest.mark.parametrize(
+    "place", ["db example/backpack", "db.example", "me@db/backpack", "postgresql://db/backpack"]
+)
+def test_secrets_of_a_database_that_can_not_be_are_refused(tmp_path: Path, place: str) -> None:
+    refused = _make_secrets(tmp_path / "s", "--database", place)
+    assert (refused.exit_code, "HOST:PORT/NAME" in refused.output) == (1, True), refused.output
+    assert not (tmp_path / "s").exists()
 
-    CliRunner().invoke(app, ["secrets", str(tmp_path)])
+
+def test_secrets_of_another_database_are_not_taken_for_those_asked_for(tmp_path: Path) -> None:
+    for _ in range(2):
+        made = _make_secrets(tmp_path, "--database", "[fd00::1]:5432/backpack?sslmode=require")
+        assert made.exit_code == 0, made.output
+    refused = _make_secrets(tmp_path, "--database", "db.example/backpack")
+    assert (refused.exit_code, "another database than" in refused.output) == (1, True), refused.output
+
+
+def test_half_of_the_secrets_are_not_completed_in_silence(tmp_path: Path) -> None:
+    _make_secrets(tmp_path)
     (tmp_path / "backpack_database").unlink()
-    refused = CliRunner().invoke(app, ["secrets", str(tmp_path)])
+    refused = _make_secrets(tmp_path)
     assert refused.exit_code == 1
     assert "only some of the secrets; bring back backpack_database, or empty it" in " ".join(
         refused.output.split()

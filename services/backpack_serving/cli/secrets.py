@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,12 @@ from backpack_serving.keys import ApiKey
 
 OWNER, SERVICE = "backpack_owner", "backpack"
 """Roles of the database: who owns the schema and migrates it, and who the intervention service is."""
+
+COMPOSE = "postgres:5432/backpack"
+"""Where docker-compose.yml has PostgreSQL."""
+
+PLACE = re.compile(r"(\[[\da-fA-F:]+\]|[^\s/@:?#\[\]]+)(:\d{1,5})?/[^\s/@?#]+(\?[^\s#]+)?")
+"""Of a database: host, port, name, and options such as ?sslmode=require."""
 
 
 def make(database: str) -> dict[str, str]:
@@ -33,23 +40,29 @@ def write(
     folder: Annotated[Path, typer.Argument(file_okay=False, help="Where to put them, one in a file.")],
     database: Annotated[
         str,
-        typer.Option(metavar="HOST:PORT/NAME", help="Where PostgreSQL is; by default, as in docker-compose.yml."),
-    ] = "postgres:5432/backpack",
+        typer.Option(
+            metavar="HOST:PORT/NAME", help=f"Where PostgreSQL is; {COMPOSE}, the one of compose, if none."
+        ),
+    ] = "",
 ) -> None:
     """Make the secrets of a deployment, each in a file, unless they are there. docker-compose.yml mounts them.
 
     On Kubernetes: kubectl create secret generic backpack --from-file=FOLDER
     """
     with exits():
+        if database and not PLACE.fullmatch(database):
+            raise ValueError(f"--database {database!r}: write HOST:PORT/NAME, such as db.example:5432/backpack")
         folder.mkdir(parents=True, exist_ok=True)
         # Nobody passes; the files are mounted one by one, and read by whoever a container runs as.
         folder.chmod(0o700)
-        made = make(database)
+        made = make(database or COMPOSE)
         there = [name for name in made if (folder / name).exists()]
         if there and len(there) < len(made):
             # Some are parts of others: a new password beside an old URL would be a riddle.
             missing = ", ".join(sorted(made.keys() - set(there)))
             raise FileExistsError(f"{folder} has only some of the secrets; bring back {missing}, or empty it")
+        if there and database and not (folder / "backpack_database").read_text().endswith(f"@{database}"):
+            raise FileExistsError(f"{folder} has secrets of another database than {database}; empty it")
         if not there:
             for name, value in made.items():
                 (folder / name).write_text(value)
