@@ -96,6 +96,13 @@ def test_settings_looks_at_files_that_are_named(
     assert says in output.splitlines()[-1]
 
 
+def test_settings_names_variables_that_nothing_reads(backpack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLOT", "KEY", "LIMITS_TOKENS"):
+        monkeypatch.setenv(f"BACKPACK_{name}", "8")
+    said = backpack("settings").splitlines()[-1]
+    assert said == "nothing reads BACKPACK_LIMITS_TOKENS, BACKPACK_SLOT: there is no such setting"
+
+
 def test_a_file_that_is_named_by_nothing_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BACKPACK_TLS_CERTIFICATE", "")
     monkeypatch.setenv("BACKPACK_LIMITS_FILE", "")

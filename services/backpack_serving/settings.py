@@ -7,6 +7,7 @@ The only file that reads the environment. `backpack settings` prints this table 
 from __future__ import annotations
 
 import json
+import os
 import re
 from functools import cached_property
 from importlib.resources import files
@@ -82,6 +83,12 @@ def _or_none(value: Any) -> Any:
 def secretless(text: str) -> str:
     """A setting's value without the passwords of its URLs, as people may see it."""
     return _PASSWORD_OF_QUERY.sub(r"\1***", _PASSWORD.sub(r"\1***@", text))
+
+
+def unread() -> list[str]:
+    """Variables that are called like ours and that nothing reads: misspelt, perhaps."""
+    ours = {f"BACKPACK_{name.upper()}" for name in Settings.model_fields} | {"BACKPACK_KEY"}  # a command's --key
+    return sorted(name for name in os.environ if name.startswith("BACKPACK_") and name not in ours)
 
 
 LAST_PORT = 65_535

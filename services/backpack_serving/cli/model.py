@@ -10,8 +10,8 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 from rich.text import Text
 
-from backpack_serving.cli.client import exits, out, table
-from backpack_serving.settings import Settings, secretless
+from backpack_serving.cli.client import err, exits, out, table
+from backpack_serving.settings import Settings, secretless, unread
 
 app = typer.Typer(no_args_is_help=True, help="Model folders.")
 
@@ -112,7 +112,10 @@ def card(
 
 
 def settings() -> None:
-    """Every setting, what it is for, and what holds now; an error if a file that it names is no good here."""
+    """Every setting, what it is for, and what holds now; an error if a file that it names is no good here.
+
+    Variables that are called like a setting and are none are named, too.
+    """
     with exits():
         now = Settings()
     shown = table("variable", "value", "what for")
@@ -121,6 +124,8 @@ def settings() -> None:
         value = secretless(str(getattr(now, name)))
         shown.add_row(f"BACKPACK_{name.upper()}", Text(value), Text(field.description or ""))
     out.print(shown)
+    if names := unread():
+        err.print(f"nothing reads {', '.join(names)}: there is no such setting", markup=False)
     with exits():
         _check_files(now)
 
