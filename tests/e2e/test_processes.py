@@ -179,3 +179,45 @@ async def _the_story(processes: Processes, system: System) -> None:
     await _eventually(steered)
     assert processes.kill("inference", signal.SIGTERM) == 0
     assert "Traceback" not in processes.log
+
+
+BREAKS = """
+from backpack_serving.cli.main import app
+from backpack_serving.engine.engine import Engine
+from backpack_serving.engine.loop import EngineStopped
+from backpack_serving.inference import replica
+
+class Broken(Exception): ...
+
+def broken(engine):
+    raise Broken
+
+first = replica._first_token
+
+async def then_break(engine, table):
+    await first(engine, table)
+    Engine.step = broken
+    try:
+        await first(engine, table)
+    except EngineStopped:
+        print("broken", flush=True)
+
+replica._first_token = then_break
+app()
+"""
+
+
+def test_a_replica_whose_engine_failed_ends_so_that_it_is_started_again(tmp_path: Path) -> None:
+    """Where there is no Ray, it lived on without taking a request."""
+    where = {f"BACKPACK_{part}_ADDRESS": "127.0.0.1:0" for part in ("INFERENCE", "INTERVENTIONS", "DIRECTORY")}
+    where |= {"BACKPACK_STATE": str(tmp_path), "BACKPACK_SERVICE_KEY": "k", "BACKPACK_DRAIN": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", BREAKS, "serve", "inference"],
+        env={**os.environ, **where, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.startswith("broken\ninference serves on")
+    assert done.returncode == 1

@@ -110,7 +110,7 @@ def inference() -> None:
             metrics,
         )
 
-    _serve("inference", start)
+    _serve("inference", start, lambda running: running.failed)
 
 
 def _serve(

@@ -70,6 +70,8 @@ class Replica:
         self._served, self._engine, self._server = served, engine, server
         self._tell, self._metrics, self._drain = report, metrics, drain
         self._draining = False
+        self.failed = asyncio.Event()
+        """Set when the engine will make nothing more: the process must be started again."""
         self._tasks = [
             asyncio.create_task(self._keep_reporting()),
             asyncio.create_task(self._keep_in_step()),
@@ -145,6 +147,8 @@ class Replica:
                 if heard:
                     log.warning("the directory doesn't answer", reason=error.reason, message=error.message)
                 heard = False
+            if not self.healthy:
+                self.failed.set()
             await asyncio.sleep(REPORT_SECONDS)
 
 
