@@ -128,13 +128,15 @@ async def test_two_processes_behind_one_port(parts: Processes) -> None:
     limits.write_text("")
     await asyncio.sleep(1.1)
 
-    # Told to stop, both finish what they carry.
+    # Told to stop, both finish what they carry; also if it is said twice.
     async with contextlib.AsyncExitStack() as stack:
         streams: list[asyncio.Task[int]] = []
         for _ in range(8):
             system = await stack.enter_async_context(_connected(parts))
             streams.append(await _stream(system, key))
         last = _listeners(parts)
+        os.kill(parts.pid("gateway"), signal.SIGTERM)
+        await asyncio.sleep(0.1)
         assert await asyncio.to_thread(parts.kill, "gateway", signal.SIGTERM) == 0
         assert await asyncio.gather(*streams) == [200] * 8
     assert not _listeners(parts)

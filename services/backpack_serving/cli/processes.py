@@ -111,9 +111,9 @@ class Processes:
             wake.send(None)
 
         with ExitStack() as ending:
-            ending.callback(self._end)
             for name in (signal.SIGINT, signal.SIGTERM):
                 ending.callback(signal.signal, name, signal.signal(name, stop))
+            ending.callback(self._end)  # before that: a second signal must not cut the drain off
             for number in range(self._count):
                 self._start(number)
             told = False
