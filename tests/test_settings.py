@@ -141,6 +141,16 @@ def test_a_gateway_whose_port_is_taken_says_no_more_than_that(tmp_path: Path) ->
     assert "Warning" not in done.stderr
 
 
+@pytest.mark.parametrize(("name", "value"), [("SLOTS", 10**9), ("OVERLAY_ROWS", 10**13)])
+def test_a_replica_for_which_there_is_no_memory_names_what_to_lower(tmp_path: Path, name: str, value: int) -> None:
+    where = {"SERVICE_KEY": "k", "INFERENCE_ADDRESS": "127.0.0.1:0", "DIRECTORY_ADDRESS": "127.0.0.1:0"}
+    done = _serve("inference", tmp_path, **where, **{name: str(value)})
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: no memory for BACKPACK_SLOTS=")
+    assert f"BACKPACK_{name}={value} " in line
+
+
 def _serve(part: str, state: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     """A process that ends by itself, because its settings are no good here."""
     where = {"STATE": str(state), "INTERVENTIONS_ADDRESS": "127.0.0.1:0", **settings}

@@ -6,8 +6,8 @@ import asyncio
 import gc
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import structlog
@@ -157,16 +157,18 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
 
     `control` is a channel to the intervention service. If that is away, what is in the state folder is served.
 
-    Raises ManifestError or CheckpointError for the model, EngineStopped if the first token can't be made, OSError
-    for the address.
+    Raises ManifestError or CheckpointError for the model, ValueError if there isn't the memory for these settings,
+    EngineStopped if the first token can't be made, OSError for the address.
     """
     device, precision, room = Device(settings.device).torch(), Precision(settings.precision), settings.overlay_rows
     if settings.threads:  # before a worker thread computes anything: it would keep the number that held then
         torch.set_num_threads(settings.threads)
-    served = await asyncio.to_thread(ServedModel.read, settings.model, precision, room, device)
+    with _enough_memory(settings):
+        served = await asyncio.to_thread(ServedModel.read, settings.model, precision, room, device)
+        runner = Runner(served.model, served.storage, settings.slots)
     engine = EngineLoop(
         Engine(
-            Runner(served.model, served.storage, settings.slots),
+            runner,
             Slots(settings.slots),
             OverlayRows(settings.overlay_rows),
             Scheduler(settings.step_tokens, settings.queue),
@@ -206,6 +208,20 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
     replica = Replica(served, engine, server, report, measured, settings.drain, link, versions)
     log.info("replica serves", address=server.address, slots=settings.slots, model=str(settings.model))
     return replica
+
+
+@contextmanager
+def _enough_memory(settings: Settings) -> Iterator[None]:
+    """Raises ValueError, saying which settings to lower, where torch tells that there is no memory."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if "memory" not in str(error).lower():
+            raise
+        raise ValueError(
+            f"no memory for BACKPACK_SLOTS={settings.slots} and BACKPACK_OVERLAY_ROWS={settings.overlay_rows} of "
+            f"the model in {settings.model}; lower them: {error}"
+        ) from None
 
 
 async def _first_token(engine: EngineLoop, table: SenseTable) -> None:
