@@ -6,11 +6,12 @@ loopback: there is one code path for what a request means. Only their addresses 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from backpack_serving import exposition, rpc
+from backpack_serving import exposition, rpc, tasks
 from backpack_serving.gateway import bootstrap as gateway
 from backpack_serving.inference import directory, replica
 from backpack_serving.interventions import bootstrap as interventions
@@ -20,17 +21,18 @@ from backpack_serving.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """The addresses that clients call."""
+    """The addresses that clients call; `failed`: set if a part can't go on until it is started again."""
 
     gateway: str
     interventions: str
     metrics: Metrics
     settings: Settings
+    failed: tuple[asyncio.Event, ...]
 
 
 @asynccontextmanager
 async def run(settings: Settings) -> AsyncIterator[Embedded]:
-    """Serve until the block ends. It begins when the first request can be served."""
+    """Serve until the block ends. It begins when the first request can be served, or a part has failed."""
     async with AsyncExitStack() as stack:
         tls = settings.tls
         if tls.certificate and not tls.authorities:
@@ -57,5 +59,6 @@ async def run(settings: Settings) -> AsyncIterator[Embedded]:
         stack.push_async_callback(serving.stop)
         front = await gateway.start(settings, metrics)
         stack.push_async_callback(front.stop)
-        await front.ready()
-        yield Embedded(front.address, control.address, metrics, settings)
+        failed = (control.failed, serving.failed)
+        await tasks.first(front.ready(), *(part.wait() for part in failed))
+        yield Embedded(front.address, control.address, metrics, settings, failed)

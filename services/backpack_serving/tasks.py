@@ -1,4 +1,4 @@
-"""Ending tasks, surely; and not ending them half-way."""
+"""Ending tasks, surely; not ending them half-way; waiting for what comes first."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
             task.cancel()
         await asyncio.wait(waiting, timeout=1)
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def first(*waits: Coroutine[Any, Any, Any]) -> None:
+    """Wait until one of these has ended, and end the others. Raises what it raised."""
+    running = [asyncio.create_task(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        await end(*running)
 
 
 async def finish(work: Coroutine[Any, Any, T]) -> T:

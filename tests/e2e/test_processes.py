@@ -16,6 +16,7 @@ import pytest
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving import rpc
 from backpack_serving.errors import ServiceError, Unavailable
+from backpack_serving.keys import ApiKey
 from backpack_serving.settings import Settings
 
 from tests.conftest import free_port
@@ -207,17 +208,19 @@ app()
 """
 
 
-def test_a_replica_whose_engine_failed_ends_so_that_it_is_started_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [("serve", "inference"), ("run", "--no-examples")], ids=" ".join)
+def test_whose_engine_failed_ends_so_that_it_is_started_again(tmp_path: Path, words: tuple[str, ...]) -> None:
     """Where there is no Ray, it lived on without taking a request."""
-    where = {f"BACKPACK_{part}_ADDRESS": "127.0.0.1:0" for part in ("INFERENCE", "INTERVENTIONS", "DIRECTORY")}
-    where |= {"BACKPACK_STATE": str(tmp_path), "BACKPACK_SERVICE_KEY": "k", "BACKPACK_DRAIN": "1"}
+    parts = ("INFERENCE", "INTERVENTIONS", "DIRECTORY", "GATEWAY")
+    where = {f"BACKPACK_{part}_ADDRESS": "127.0.0.1:0" for part in parts}
+    where |= {"BACKPACK_STATE": str(tmp_path), "BACKPACK_SERVICE_KEY": str(ApiKey.mint()), "BACKPACK_DRAIN": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", BREAKS, "serve", "inference"],
+        [sys.executable, "-c", BREAKS, *words],
         env={**os.environ, **where, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert done.stdout.startswith("broken\ninference serves on")
+    assert done.stdout.startswith(("broken\ninference serves on", "broken\ngateway ")), done.stdout
     assert done.returncode == 1

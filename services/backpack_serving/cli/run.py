@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from backpack_serving import tasks
 from backpack_serving.cli.client import exits, out
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.settings import Settings
@@ -62,10 +63,12 @@ async def _run(settings: Settings, examples: bool, once: bool) -> None:
                 out.print("Make a tenant of your own: `backpack tenant create NAME` in another terminal.\n")
         if not once:
             out.print("Serving until you press Ctrl-C.")
-            await stopped.wait()
+            await tasks.first(stopped.wait(), *(part.wait() for part in serving.failed))
             out.print("Finishing what runs, then stopping.")
     finally:
         await stack.__aexit__(None, None, None)
+    if any(part.is_set() for part in serving.failed):
+        raise typer.Exit(1)  # so that whoever supervises this process starts it again
 
 
 def _usage(gateway: str, settings: Settings) -> str:

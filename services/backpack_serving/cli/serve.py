@@ -15,6 +15,7 @@ import typer
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 
+from backpack_serving import tasks
 from backpack_serving.cli import processes
 from backpack_serving.cli.client import exits, out
 from backpack_serving.metrics import Metrics
@@ -137,10 +138,7 @@ def _serve(
             running = await start(settings, metrics)
         console.print(f"{name} serves on [bold]{running.address}[/]; Ctrl-C stops it")
         failed = failure(running)
-        ends = [asyncio.ensure_future(event.wait()) for event in (stopped, failed)]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for end in ends:
-            end.cancel()
+        await tasks.first(stopped.wait(), failed.wait())
         await running.stop()
         return failed.is_set()
 
