@@ -126,7 +126,7 @@ def test_the_python_that_run_prints_works(environment: dict[str, str]) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout) > 20
+    assert done.stdout, "of no seed: it may end soon, but hardly at once"
 
 
 def test_the_readme_shows_the_same_python(environment: dict[str, str]) -> None:
