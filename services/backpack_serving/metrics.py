@@ -19,6 +19,8 @@ from prometheus_client.registry import Collector
 from backpack_serving.tenant_labels import TenantLabels
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+DAMAGE = ("WRONG_RELEASE", "WRONG_DIGEST", "CORRUPT")
+"""Reasons of which a single error is an alert. Prometheus sees no increase in a series that begins at 1."""
 _MILLISECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 
 
@@ -33,6 +35,8 @@ class Metrics:
 
     def calls(self, part: str) -> PartCalls:
         """Counts the calls that a part's server answers."""
+        for reason in DAMAGE:
+            self._calls.errors.labels(part, reason)
         return PartCalls(part, self._calls)
 
     def gateway(self, replicas: Callable[[], int], staleness: Callable[[], float]) -> GatewayMetrics:

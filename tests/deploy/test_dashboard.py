@@ -67,6 +67,17 @@ def test_every_metric_of_ours_is_on_the_dashboard() -> None:
     assert {base(name) for name in metrics.names() if name.startswith("backpack_")} <= shown
 
 
+def test_a_single_error_that_is_an_alert_is_counted_from_zero() -> None:
+    """Of a series that begins at 1, `increase` is 0: the first damage, often the only one, told nobody."""
+    asked = re.search('reason=~"(.*?)"', dict(_alerts())["BackpackDamage"])
+    assert asked
+    told = metrics.Metrics()
+    told.calls("gateway")
+    for reason in asked[1].split("|"):
+        labels = {"part": "gateway", "reason": reason}
+        assert told.registry.get_sample_value("backpack_errors_total", labels) == 0, reason
+
+
 def test_panels_lie_side_by_side() -> None:
     panels = json.loads(DASHBOARD.read_text())["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)

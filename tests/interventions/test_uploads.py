@@ -163,6 +163,7 @@ BAD: dict[str, tuple[Callable[[], tuple[pb.UploadHeader, bytes]], str, str]] = {
         "edits[0].cells",
     ),
     "no safetensors": (lambda: (tensors()[0], b"x" * tensors()[0].size), "HEADER_TOO_LARGE", "content"),
+    "a broken header": (lambda: (tensors()[0], bytes(tensors()[0].size)), "NOT_SAFETENSORS", "content"),
     "long header": (_long_header, "HEADER_TOO_LARGE", "content"),
     "a tensor less": (lambda: tensors(senses=None), "WRONG_TENSORS", "content"),
     "dtype": (lambda: tensors(tokens=np.zeros(3, np.float32)), "WRONG_SHAPE", "content.tokens"),

@@ -117,7 +117,7 @@ class Upload:
         try:
             read = safetensors.deserialize(bytes(self._content))  # type: ignore[no-untyped-call]
         except safetensors.SafetensorError as error:
-            raise InvalidRequest.at("content", "CORRUPT", f"not a safetensors file: {error}") from None
+            raise InvalidRequest.at("content", "NOT_SAFETENSORS", f"not a safetensors file: {error}") from None
         found = {name: (tensor["dtype"], list(tensor["shape"]), bytes(tensor["data"])) for name, tensor in read}
         if found.keys() != {"tokens", "senses", "vectors"}:
             raise InvalidRequest.at(
