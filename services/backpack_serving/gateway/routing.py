@@ -55,8 +55,7 @@ class Router:
     def update(self, replicas: Iterable[directory_pb2.Replica]) -> None:
         """Take in what the directory says. A lost replica that has something new to report is back."""
         seen = {replica.id: replica for replica in replicas if replica.model_fingerprint == self._fingerprint}
-        for gone in self._targets.keys() - seen.keys():
-            del self._targets[gone]  # calls in progress keep its channel until they end
+        targets: dict[str, Target] = {}
         for name, replica in seen.items():
             if target := self._targets.get(name):
                 if target.replica != replica:
@@ -65,7 +64,10 @@ class Router:
             else:
                 # Nothing is repeated there: another replica is asked instead, and at once.
                 channel = rpc.channel(replica.address, self._tls, repeats=False)
-                self._targets[name] = Target(replica, channel, inference_pb2_grpc.InferenceServiceStub(channel))
+                target = Target(replica, channel, inference_pb2_grpc.InferenceServiceStub(channel))
+            targets[name] = target
+        # At once: a scrape counts them from its own thread. Calls in progress keep the channel of one that went.
+        self._targets = targets
 
     @contextmanager
     def lease(self, tokens: int, without: Iterable[Target] = ()) -> Iterator[Target]:
@@ -86,6 +88,6 @@ class Router:
 
     def _usable(self, without: Iterable[Target]) -> Iterator[Target]:
         excluded, now = list(without), self._clock()
-        for target in tuple(self._targets.values()):  # a scrape asks from its own thread
+        for target in self._targets.values():
             if not target.replica.draining and target.lost_until <= now and target not in excluded:
                 yield target
