@@ -260,7 +260,9 @@ async def test_who_waits_for_a_refused_release_is_told(calls: Calls) -> None:
     with pytest.raises(PreconditionFailed, match=r"live, release 1 is refused .*; roll back") as refused:
         await steering.until_held()
     assert refused.value.reason == "REFUSED"
-    assert [hold.state for hold in (await steering.status()).holds] == ["nacked", "acked"]
+    async with asyncio.timeout(60):  # the refusal ends the wait; the gateway may answer later
+        while [hold.state for hold in (await steering.status()).holds] != ["nacked", "acked"]:
+            await asyncio.sleep(0.02)
     await steering.rollback()
     assert (await steering.until_held(wait="quorum", seconds=30)).channel.release == 0
 
