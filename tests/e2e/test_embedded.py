@@ -353,6 +353,9 @@ async def test_a_replica_serves_only_gateways(system: System) -> None:
     with pytest.raises(ServiceError) as refused, rpc.errors():
         await stub.Generate(request, metadata=metadata)
     assert refused.value.reason == "NO_SUCH_RELEASE", "an unknown release must never be served as another"
+    with pytest.raises(ServiceError) as refused, rpc.errors():
+        await stub.Generate(request, metadata=(*system.replica, ("backpack-pin-bin", b"\xff")))
+    assert (refused.value.code, refused.value.reason) == ("INVALID_ARGUMENT", "NOT_A_MESSAGE")
     await channel.close()
 
 

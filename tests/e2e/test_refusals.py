@@ -197,6 +197,52 @@ async def _watch(system: System, fingerprint: str) -> None:
         return
 
 
+@pytest.mark.parametrize("data", [b"\xff\xff", b"\x0a\x02\xff\xff"], ids=["no fields", "no UTF-8"])
+async def test_bytes_that_are_no_message_are_the_callers_mistake(
+    system: System, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a stream, after its beginning as well: what reads on has to end with it."""
+    hello = spb.Hello(
+        kind=spb.READER_KIND_GATEWAY, incarnation="x", model_fingerprint=(await _model(system)).fingerprint
+    )
+    header = ipb.UploadHeader(parent="patches/p", kind=ipb.EDIT_KIND_ADD, size=8)
+    header.safetensors.SetInParent()
+    streams = {
+        "PatchService/UploadRevision": ("stream_unary", ipb.UploadRevisionRequest(header=header)),
+        "SyncService/Sync": ("stream_stream", spb.SyncRequest(hello=hello)),
+    }
+    key = await _some_tenant(system)
+    gateway, control = rpc.channel(system.gateway), rpc.channel(system.interventions)
+    calls: list[Any] = [
+        gateway.unary_unary("/backpack.v1.InferenceService/Generate")(data, metadata=key),
+        gateway.unary_stream("/backpack.v1.InferenceService/GenerateStream")(data, metadata=key),
+        gateway.unary_unary("/grpc.health.v1.Health/Check")(data),
+        control.unary_unary("/backpack.v1.ReleaseService/Activate")(data, metadata=key),
+    ]
+    for method, (kind, begins) in streams.items():
+        who = system.replica if "Sync" in method else key
+        sent = begins.SerializeToString()
+        for messages in ([data], [sent, data]):
+            calls.append(
+                getattr(control, kind)(f"/backpack.v1.{method}")(iter(messages), metadata=who, timeout=60)
+            )
+    for call in calls:
+        with pytest.raises(ServiceError) as refused, rpc.errors():
+            if hasattr(call, "__aiter__"):
+                _ = [part async for part in call]
+            else:
+                await call
+        assert (refused.value.code, refused.value.reason) == ("INVALID_ARGUMENT", "NOT_A_MESSAGE")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    await gateway.close()
+    await control.close()
+
+
+async def _model(system: System) -> pb.GetModelResponse:
+    key = await _some_tenant(system)
+    return await system.inference.GetModel(pb.GetModelRequest(), metadata=key)
+
+
 async def test_several_mistakes_are_told_at_once(system: System) -> None:
     key = await _some_tenant(system)
     with pytest.raises(ServiceError) as refused, rpc.errors():

@@ -18,12 +18,13 @@ from typing import Any, Protocol
 import grpc
 import structlog
 from backpack_lm.patch import PatchError
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
 from backpack_serving import tracing
-from backpack_serving.errors import Internal, ServiceError, Unavailable, from_patch_error
+from backpack_serving.errors import Internal, InvalidRequest, ServiceError, Unavailable, from_patch_error
 from backpack_serving.rpc.channel import MESSAGE_LIMIT
 from backpack_serving.rpc.credentials import server_credentials
 from backpack_serving.rpc.metadata import identify, metadata, with_request_id
@@ -98,18 +99,23 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         )
         behaviour = getattr(handler, kind)
         guarded = self._stream(behaviour, details.method) if handler.response_streaming else behaviour
+        read = _reading(handler.request_deserializer)
+
+        async def whole(request: Any, context: Any) -> Any:
+            return await guarded(request if handler.request_streaming else read(request), context)
 
         async def call(request: Any, context: Any) -> Any:
             if not details.method.startswith("/backpack."):
-                return await self._run(guarded, request, context, details.method, None)
+                return await self._run(whole, request, context, details.method, None)
             known = metadata(context)
             structlog.contextvars.bind_contextvars(request_id=identify(known))
             context.set_trailing_metadata(with_request_id())
             with tracing.served(details.method, known):
-                return await self._run(guarded, request, context, details.method, self._watcher)
+                return await self._run(whole, request, context, details.method, self._watcher)
 
         make = getattr(grpc, f"{kind}_rpc_method_handler")
-        return make(call, handler.request_deserializer, handler.response_serializer)
+        # A single request is read within the call: outside, gRPC would tell UNKNOWN of bytes that are no message.
+        return make(call, read if handler.request_streaming else None, handler.response_serializer)
 
     @staticmethod
     def _stream(behaviour: Any, method: str) -> Any:
@@ -174,6 +180,18 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
+
+
+def _reading(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """The same, with a refusal for what isn't a message of this kind."""
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            raise InvalidRequest("NOT_A_MESSAGE", f"what was sent isn't this method's message: {error}") from None
+
+    return read
 
 
 def drained() -> bool:

@@ -12,6 +12,7 @@ from backpack_lm.manifest import Manifest
 from backpack_lm.patch import Violation
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
+from google.protobuf.message import DecodeError
 
 from backpack_serving import rpc
 from backpack_serving.engine.sampling import Sampling
@@ -191,11 +192,16 @@ def _sampling_violations(s: pb.Sampling) -> Iterator[Violation]:
 
 
 def read_pin(context: rpc.Context) -> pb.Pin:
-    """What the gateway decided. Raises PreconditionFailed for a caller that is no gateway."""
+    """What the gateway decided. Raises PreconditionFailed for a caller that is no gateway, InvalidRequest for what
+    is no pin.
+    """
     packed = rpc.metadata(context).get(PIN)
     if not isinstance(packed, bytes):
         raise PreconditionFailed("NO_PIN", "this is a replica; call the gateway")
-    return pb.Pin.FromString(packed)
+    try:
+        return pb.Pin.FromString(packed)
+    except DecodeError as error:
+        raise InvalidRequest("NOT_A_MESSAGE", f"{PIN}: {error}") from None
 
 
 def served(pin: pb.Pin, digest: str, manifest: Manifest) -> pb.Served:
