@@ -14,13 +14,14 @@ import pytest_asyncio
 from backpack_lm.manifest import Manifest
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_serving import rpc, tasks
-from backpack_serving.errors import Unavailable
+from backpack_serving.errors import PreconditionFailed, Unavailable
 from backpack_serving.interventions import bootstrap as interventions
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
 from backpack_serving.sync.known import Kind, Steering
 from backpack_serving.sync.link import for_ever
 from backpack_serving.sync.messages import Refusal, Tally
+from structlog.testing import capture_logs
 
 from tests.e2e.conftest import System
 from tests.promises.conftest import eventually
@@ -193,6 +194,31 @@ async def test_whatever_ends_a_stream_another_one_follows() -> None:
         await again.wait()
     await tasks.end(task)
     assert task.cancelled()
+
+
+async def test_why_a_stream_does_not_come_back_is_told_after_why_it_was_lost() -> None:
+    """What a restored store or a new key refuses came after "this server is stopping", and was never told."""
+    why = [
+        Unavailable("DRAINING", "stopping"),
+        Unavailable("TRANSPORT", "refused"),
+        Unavailable("TRANSPORT", "refused by another"),
+        PreconditionFailed("STORE_WENT_BACK", "raise the epoch"),
+        Unavailable("TRANSPORT", "refused"),
+    ]
+    again = asyncio.Event()
+
+    async def once() -> None:
+        if why:
+            raise why.pop(0)
+        again.set()
+        await asyncio.sleep(60)
+
+    with capture_logs() as logs:
+        task = asyncio.create_task(for_ever(once, "test"))
+        async with asyncio.timeout(60):
+            await again.wait()
+        await tasks.end(task)
+    assert [entry["reason"] for entry in logs] == ["stopping", "refused", "raise the epoch"]
 
 
 async def test_a_cancellation_is_not_lost_to_an_error_that_comes_with_it() -> None:

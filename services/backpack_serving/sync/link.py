@@ -222,29 +222,36 @@ async def _goes_on(loop: Callable[[], Awaitable[None]]) -> None:
 
 
 async def for_ever(once: Callable[[], Awaitable[None]], peer: str) -> None:
-    """Run `once` again and again, with full jitter (exponential, at most LONGEST_PAUSE) between failures."""
-    failures, told, task = 0, False, asyncio.current_task()
+    """Run `once` again and again, with full jitter (exponential, at most LONGEST_PAUSE) between failures.
+
+    Each reason is told once until a stream has lived: what a new server refuses isn't why the last one was lost.
+    """
+    failures, task = 0, asyncio.current_task()
+    told: set[str] = set()
     assert task is not None
     while True:
         started = asyncio.get_running_loop().time()
         try:
             with rpc.errors():
                 await once()
-            reason = "the stream ended"
-        except (ServiceError, TimeoutError) as error:
-            reason = str(error) or "silence"
+            kind = reason = "the stream ended"
+        except ServiceError as error:
+            kind, reason = error.reason, error.message
+        except TimeoutError:
+            kind = reason = "silence"
         except Exception as error:  # a mistake of ours must not be the end: nobody would be told anything any more
             log.exception("a stream ended by a mistake of ours", peer=peer)
-            reason = repr(error)
+            kind = reason = repr(error)
         except asyncio.CancelledError:  # gRPC tells so that it gave a call up; or somebody ends us
-            reason = "the call was cancelled"
+            kind = reason = "the call was cancelled"
         # Not what was raised decides: gRPC may also answer a cancellation with the call's own error.
         if task.cancelling():
             raise asyncio.CancelledError
         if asyncio.get_running_loop().time() - started > SILENCE:
-            failures, told = 0, False
-        if not told:
+            failures = 0
+            told.clear()
+        if kind not in told:
             log.warning("lost a stream; trying again until it is back", peer=peer, reason=reason)
-            told = True
+            told.add(kind)
         failures += 1
         await asyncio.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.1 * 2**failures)))
