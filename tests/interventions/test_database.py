@@ -365,6 +365,19 @@ def test_roles_are_checked(postgres: Postgres, sqlite_url: str) -> None:
         database.migrate(sqlite_url, ROLE)
 
 
+def test_a_role_that_migrations_were_not_told_is_refused(postgres: Postgres) -> None:
+    owner = postgres.empty()
+    service = owner.replace(str(sa.make_url(owner).username), ROLE, 1)
+    database.migrate(owner)
+    with pytest.raises(Unavailable, match=rf"{ROLE} may not read alembic_version, .* migrate --role {ROLE}"):
+        open_store(service)
+    database.migrate(owner, ROLE)
+    open_store(service).close()
+    postgres.sql(f"REVOKE ALL ON blobs FROM {ROLE}", str(sa.make_url(owner).database))
+    with pytest.raises(Unavailable, match="may not read blobs:"):  # as a later version's table would be
+        open_store(service)
+
+
 def test_a_postgres_that_does_not_keep_its_word_is_refused(postgres: Postgres, postgres_url: str) -> None:
     postgres.sql("ALTER SYSTEM SET fsync = off")
     postgres.sql("SELECT pg_reload_conf()")

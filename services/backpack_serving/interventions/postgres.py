@@ -70,6 +70,7 @@ class PostgresStore(SQLStore):
         store = cls(_engine(url))
         try:
             with store._errors(), store._reading(None) as connection:
+                _check_rights(connection)
                 schema.check(connection)
                 _check_server(connection)
         except BaseException:
@@ -206,6 +207,22 @@ def _configure(connection: Any, _: object) -> None:
     with connection.cursor() as cursor:
         cursor.execute(_SESSION)
     connection.commit()
+
+
+def _check_rights(connection: sa.Connection) -> None:
+    """Of tables that there are. Migrations that weren't told the role leave it without those that they make."""
+    names = ["alembic_version", head.name, *(table.name for table in tables.values())]
+    closed = sa.text(
+        "SELECT name FROM unnest(CAST(:names AS text[])) AS name "
+        "WHERE NOT has_table_privilege(to_regclass(name), 'SELECT') ORDER BY name"
+    )
+    if found := connection.scalars(closed, {"names": names}).all():
+        role = connection.scalar(sa.text("SELECT current_user"))
+        raise Unavailable(
+            "NO_RIGHTS",
+            f"the role {role} may not read {', '.join(found)}: as the schema's owner, run `backpack database "
+            f"migrate --role {role}`",
+        )
 
 
 def _check_server(connection: sa.Connection) -> None:
