@@ -11,7 +11,7 @@ from backpack_proto.v1 import directory_pb2 as pb
 from backpack_proto.v1 import directory_pb2_grpc
 from backpack_serving import rpc
 from backpack_serving.client import AsyncClient
-from backpack_serving.errors import InvalidRequest, NotFound, PreconditionFailed, Quota, ServiceError
+from backpack_serving.errors import InvalidRequest, NotFound, PreconditionFailed, Quota, ServiceError, Unavailable
 from google.rpc import code_pb2, status_pb2
 
 
@@ -82,6 +82,15 @@ async def test_who_calls_another_server_is_told_which_one_to_call() -> None:
         assert refused.value.reason == "WRONG_SERVER"
     finally:
         await server.stop(0)
+
+
+async def test_a_status_that_asyncios_grpc_lost_may_be_asked_for_again() -> None:
+    """In a race with a server of another process, which no test can win: this is what comes of it."""
+    nothing = grpc.aio.Metadata()
+    lost = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, nothing, nothing, details="Internal error from Core")
+    with pytest.raises(Unavailable, match="before all of it was sent") as told, rpc.errors():
+        raise lost
+    assert told.value.retry_after == 0
 
 
 async def test_details_of_another_error_than_the_one_that_came_are_left_out() -> None:

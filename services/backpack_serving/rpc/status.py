@@ -79,6 +79,11 @@ def error_from(error: grpc.RpcError) -> ServiceError:
         # A server that stops ends so what reached it and no handler yet (github.com/grpc/grpc/issues/41785). A
         # call that we cancel ourselves raises CancelledError instead.
         return Unavailable("TRANSPORT", "the server stopped before it took the call", retry_after=0.1)
+    if status is None and call.details() == "Internal error from Core":
+        # A server ended what asyncio's client was still writing to, which lost its status
+        # (github.com/grpc/grpc/issues/36066).
+        message = "the server ended the call before all of it was sent, and gRPC lost why; try again"
+        return Unavailable("TRANSPORT", message, retry_after=0.0)
     if status is None and code == "UNIMPLEMENTED":
         return PreconditionFailed("WRONG_SERVER", f"{call.details()} {_WRONG_SERVER}")
     if status is None:
