@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import struct
 import traceback
@@ -331,6 +332,35 @@ async def test_several_requests_for_a_new_release_share_the_work(
 
     assert set(await asyncio.gather(*(one() for _ in range(20)))) == {digest}
     assert versions.fetched == 1
+
+
+async def test_a_release_that_cant_be_had_when_all_who_asked_have_left_is_no_error(
+    shelf: Shelf, make: Callable[..., Versions], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = asyncio.Event()
+
+    async def fetch(tenant: str, digest: str) -> list[bytes]:
+        await left.wait()
+        raise Unavailable("TRANSPORT", "no answer")
+
+    monkeypatch.setattr(shelf, "fetch", fetch)
+    versions = make()
+
+    async def ask() -> None:
+        async with versions.use("acme", "ab" * 32):
+            pass
+
+    before = asyncio.all_tasks()
+    asked = asyncio.create_task(ask())
+    while not versions.fetched:
+        await asyncio.sleep(0.001)
+    asked.cancel()
+    await asyncio.wait([asked])
+    left.set()
+    await asyncio.wait(asyncio.all_tasks() - before)
+    del asked  # with it, what it waited for
+    gc.collect()
+    assert not caplog.records
 
 
 async def test_on_disk_only_what_channels_need_outlasts_a_tidying(

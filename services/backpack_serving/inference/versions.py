@@ -8,6 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 from backpack_lm.overlay import Overlay
@@ -103,9 +104,14 @@ class Versions:
             raise PatchError(*refused)  # a new one: those that are raised gather where they came by, and keep it
         if digest not in self._making:
             task = self._making[digest] = asyncio.create_task(self._make(tenant, digest))
-            task.add_done_callback(lambda _: self._making.pop(digest, None))
+            task.add_done_callback(partial(self._made, digest))
         # One caller going away must not cancel the work that others wait for.
         return await asyncio.shield(self._making[digest])
+
+    def _made(self, digest: str, task: asyncio.Task[Overlay]) -> None:
+        self._making.pop(digest, None)
+        if not task.cancelled():
+            task.exception()  # or asyncio logs it, when all who asked have left
 
     async def _make(self, tenant: str, digest: str) -> Overlay:
         try:
