@@ -356,6 +356,14 @@ async def test_a_replica_serves_only_gateways(system: System) -> None:
     with pytest.raises(ServiceError) as refused, rpc.errors():
         await stub.Generate(request, metadata=(*system.replica, ("backpack-pin-bin", b"\xff")))
     assert (refused.value.code, refused.value.reason) == ("INVALID_ARGUMENT", "NOT_A_MESSAGE")
+    for digest in ("", "\0", "../view"):
+        pin = pb.Pin(tenant="t0", release_digest=digest)
+        compare = pb.CompareRequest(prompt=request.prompt, releases=[pb.ReleaseChoice(number=1)], pins=[pin])
+        pinned = (*system.replica, ("backpack-pin-bin", pin.SerializeToString()))
+        for call in (stub.Generate(request, metadata=pinned), stub.Compare(compare, metadata=system.replica)):
+            with pytest.raises(ServiceError) as refused, rpc.errors():
+                await call
+            assert (refused.value.code, refused.value.reason) == ("INVALID_ARGUMENT", "BAD_DIGEST")
     await channel.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import uuid
 from collections.abc import Iterator
@@ -251,6 +252,12 @@ def test_tenants_do_not_see_each_other(service: Interventions, two_releases: Pri
     with pytest.raises(NotFound):
         service.fetch_release(REPLICA, "other", service.releases(two_releases, None, 1)[0].digest)
     assert {e.tenant for e in service.audit(other, None, 100)} == {"other"}
+
+
+def test_a_salt_that_is_refused_is_told(service: Interventions, two_releases: Principal) -> None:
+    for salt in ("\n", "s" * 65):
+        with pytest.raises(InvalidRequest, match=re.escape(f"salt: {salt!r}; at most 64 printable")):
+            service.start_canary(two_releases, LIVE, 1, 10, salt, "", Request())
 
 
 @pytest.mark.parametrize("name", ["", "Upper", "1st", "a" * 64, "with space", "ü", "a/b"])

@@ -112,7 +112,7 @@ class ChannelRules(Rules):
         if not 1 <= permille <= 999:
             raise InvalidRequest.at("permille", "OUT_OF_RANGE", f"{permille}; 1 to 999 in a thousand")
         if len(salt) > LONGEST_SALT or not salt.isprintable():
-            raise InvalidRequest.at("salt", "BAD_SALT", f"at most {LONGEST_SALT} printable characters")
+            raise InvalidRequest.at("salt", "BAD_SALT", f"{salt!r}; at most {LONGEST_SALT} printable characters")
 
         def move(tx: Write, old: Channel) -> Channel:
             wanted = self._release(tx, who.tenant, release)

@@ -12,7 +12,7 @@ from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
 
 from backpack_serving.errors import InvalidRequest, PreconditionFailed
-from backpack_serving.wire.inference import read_prompt, write_token
+from backpack_serving.wire.inference import check_pin, read_prompt, write_token
 from backpack_serving.wire.patches import WordReader
 
 MOST_RELEASES, MOST_TOP, DEFAULT_TOP, MOST_TARGETS = 256, 100, 10, 64
@@ -88,10 +88,10 @@ def read_question(request: pb.CompareRequest, tokenizer: Tokenizer, config: Back
 
 
 def read_pins(request: pb.CompareRequest) -> list[pb.Pin]:
-    """What the gateway decided. Raises PreconditionFailed for a caller that is no gateway."""
+    """What the gateway decided. Raises PreconditionFailed for a caller that is no gateway, and as `check_pin`."""
     if len(request.pins) != len(request.releases) or not request.pins:
         raise PreconditionFailed("NO_PIN", "this is a replica; call the gateway")
-    return list(request.pins)
+    return list(map(check_pin, request.pins))
 
 
 def write_score(logs: Sequence[float]) -> pb.TextScore:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -199,9 +200,16 @@ def read_pin(context: rpc.Context) -> pb.Pin:
     if not isinstance(packed, bytes):
         raise PreconditionFailed("NO_PIN", "this is a replica; call the gateway")
     try:
-        return pb.Pin.FromString(packed)
+        return check_pin(pb.Pin.FromString(packed))
     except DecodeError as error:
         raise InvalidRequest("NOT_A_MESSAGE", f"{PIN}: {error}") from None
+
+
+def check_pin(pin: pb.Pin) -> pb.Pin:
+    """Raises InvalidRequest for what can't be a digest: a replica's files are called by it."""
+    if not re.fullmatch("[0-9a-f]{64}", pin.release_digest):
+        raise InvalidRequest.at("pin.release_digest", "BAD_DIGEST", f"{pin.release_digest!r} is no SHA-256 in hex")
+    return pin
 
 
 def served(pin: pb.Pin, digest: str, manifest: Manifest) -> pb.Served:
