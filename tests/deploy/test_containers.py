@@ -170,7 +170,7 @@ async def test_the_database_is_restored_as_the_guide_says(stack: Stack, system: 
     dump = stack.output("exec", "--no-TTY", "postgres", "pg_dump", *owner, "--format", "custom", "backpack")
     await system.activate(key, await system.release(key, copy("king", "nurse")))
     stack.compose("stop", "interventions")
-    how = ("--clean", "--if-exists", "--exit-on-error", "--dbname", "backpack")
+    how = ("--clean", "--if-exists", "--single-transaction", "--dbname", "backpack")
     stack.output("exec", "--no-TTY", "postgres", "pg_restore", *owner, *how, stdin=dump)
     assert "begins at revision" in stack.compose(
         "run", "--rm", "interventions", "backpack", "database", "restored"

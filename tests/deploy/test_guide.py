@@ -47,14 +47,19 @@ def postgres() -> Iterator[Postgres]:
     server.remove()
 
 
+def _secret(postgres: Postgres, folder: Path) -> tuple[str, str]:
+    """A database of an owner who is in the secrets: its URL, and that of the service."""
+    owner = postgres.empty()
+    database.migrate(owner, ROLE)
+    (folder / "secrets").mkdir()
+    (folder / "secrets" / "owner_database").write_text(owner)
+    return owner, owner.replace(str(sa.make_url(owner).username), ROLE, 1)
+
+
 def test_postgresql_is_backed_up_and_restored_by_the_owner_of_the_schema(
     postgres: Postgres, tmp_path: Path
 ) -> None:
-    owner = postgres.empty()
-    database.migrate(owner, ROLE)
-    service = owner.replace(str(sa.make_url(owner).username), ROLE, 1)
-    (tmp_path / "secrets").mkdir()
-    (tmp_path / "secrets" / "owner_database").write_text(owner)
+    _, service = _secret(postgres, tmp_path)
     store = open_store(service)
     filled = fill(store)
     (dump,) = _commands("pg_dump", "owner_database")
@@ -75,6 +80,34 @@ def test_postgresql_is_backed_up_and_restored_by_the_owner_of_the_schema(
         assert database.verify(service) == before, "what came later is gone, and nothing else"
         epochs.append(database.raise_epoch(service).epoch)
         assert epochs == sorted(set(epochs)), "as often as one backup is restored"
+
+
+def test_a_restore_that_fails_changes_nothing_and_a_newer_schema_is_emptied_before(
+    postgres: Postgres, tmp_path: Path
+) -> None:
+    owner, service = _secret(postgres, tmp_path)
+    store = open_store(service)
+    fill(store)
+    store.close()
+    (dump,), (restore,) = _commands("pg_dump", "owner_database"), _commands("pg_restore", "owner_database")
+    (empty,) = _commands("DROP SCHEMA")
+    assert _run(dump, tmp_path, postgres.programs).returncode == 0
+    before, file = database.verify(service), tmp_path / "backpack.dump"
+    whole = file.read_bytes()
+
+    for kept in range(80, 100, 2):  # per cent: it breaks off in other places
+        file.write_bytes(whole[: len(whole) * kept // 100])
+        assert _run(restore, tmp_path, postgres.programs).returncode != 0
+        assert database.verify(service) == before
+
+    file.write_bytes(whole)
+    newer = "CREATE TABLE newer (tenant text REFERENCES tenants (tenant))"
+    postgres.sql(newer, str(sa.make_url(owner).database))
+    assert "other objects depend on it" in _run(restore, tmp_path, postgres.programs).stderr
+    for command in (empty, restore):
+        done = _run(command, tmp_path, postgres.programs)
+        assert done.returncode == 0, done.stderr
+    assert database.verify(service) == before
 
 
 @pytest.mark.skipif(not shutil.which("sqlite3"), reason="no sqlite3: apt install sqlite3")
