@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import structlog
 import torch
+import uvloop
 
 # Compared token by token with the reference model, which is float32; what bfloat16 does has tests of its own.
 os.environ.setdefault("BACKPACK_PRECISION", "float32")
@@ -22,6 +24,11 @@ def _logs_of_this_test_only() -> Iterator[None]:
     """A command that a test runs in this process configures logging; what it logs to is closed after the test."""
     yield
     structlog.reset_defaults()
+
+
+def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The event loop that servers have."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 class Clock:

@@ -8,6 +8,7 @@ import time
 from typing import Annotated
 
 import typer
+import uvloop
 
 from backpack_serving import tasks
 from backpack_serving.cli.client import exits, out
@@ -30,7 +31,7 @@ def run(
         if "log_level" not in settings.model_fields_set:
             settings = settings.model_copy(update={"log_level": "warning"})
         configure(settings, "run")
-        asyncio.run(_run(settings, examples, once))
+        uvloop.run(_run(settings, examples, once))
 
 
 async def _run(settings: Settings, examples: bool, once: bool) -> None:

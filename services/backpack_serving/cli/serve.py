@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+import uvloop
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 
@@ -145,5 +146,5 @@ def _serve(
     with exits():
         settings = given or Settings()
         configure(settings, name)
-        if asyncio.run(serve()):
+        if uvloop.run(serve()):
             raise typer.Exit(1)
