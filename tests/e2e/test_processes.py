@@ -15,6 +15,7 @@ import grpc
 import pytest
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving import rpc
+from backpack_serving.client import Client, Sampling
 from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.keys import ApiKey
 from backpack_serving.settings import Settings
@@ -224,3 +225,40 @@ def test_whose_engine_failed_ends_so_that_it_is_started_again(tmp_path: Path, wo
     )
     assert done.stdout.startswith(("broken\ninference serves on", "broken\ngateway ")), done.stdout
     assert done.returncode == 1
+
+
+SLOW = """
+import time
+from backpack_serving.cli.main import app
+from backpack_serving.engine.engine import Engine
+
+step = Engine.step
+Engine.step = lambda engine: time.sleep(0.05) or step(engine)
+app()
+"""
+
+
+def test_a_second_ctrl_c_ends_what_still_runs(tmp_path: Path) -> None:
+    """The first waits for a text of half a minute."""
+    address = f"127.0.0.1:{free_port()}"
+    where = {f"BACKPACK_{part}_ADDRESS": "127.0.0.1:0" for part in ("INTERVENTIONS", "DIRECTORY")}
+    where |= {"BACKPACK_STATE": str(tmp_path), "BACKPACK_GATEWAY_ADDRESS": address}
+    running = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "run"],
+        env={**os.environ, **where, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stdout is not None
+    with running:
+        while not (line := running.stdout.readline()).startswith("Serving until"):
+            assert line, "it ended"
+        with Client(address, (tmp_path / "clinic.key").read_text().strip()) as client:
+            parts = client.stream(PROMPT, Sampling(max_tokens=500, ignore_end_of_text=True))
+            assert next(parts).text
+            running.send_signal(signal.SIGINT)
+            assert running.stdout.readline().startswith("Finishing what runs")
+            running.send_signal(signal.SIGINT)
+            assert running.wait(60) == 130
+            with pytest.raises(Unavailable):
+                list(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from typing import Annotated
@@ -65,7 +66,8 @@ async def _run(settings: Settings, examples: bool, once: bool) -> None:
         if not once:
             out.print("Serving until you press Ctrl-C.")
             await tasks.first(stopped.wait(), *(part.wait() for part in serving.failed))
-            out.print("Finishing what runs, then stopping.")
+            out.print("Finishing what runs, then stopping; Ctrl-C again stops at once.")
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, os._exit, 128 + signal.SIGINT)
     finally:
         await stack.__aexit__(None, None, None)
     if any(part.is_set() for part in serving.failed):
