@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.deploy.chart import BARE, DEFAULT, EVERYTHING, environment, needs_helm, one, pods, render
@@ -154,6 +158,28 @@ def test_monitors_find_every_port_of_metrics() -> None:
     assert monitor["spec"]["selector"]["matchLabels"].items() <= workers["metadata"]["labels"].items()
     named = {p["name"]: p["containerPort"] for p in workers["spec"]["containers"][0]["ports"]}
     assert [named[e["port"]] for e in monitor["spec"]["podMetricsEndpoints"]] == [9464, 9465, 9466, 9467]
+
+
+def test_what_is_scraped_is_told_from_other_installations() -> None:
+    """By a label that alerts and dashboard ask for: names of releases come again in other namespaces."""
+    services = one(DEFAULT, "ServiceMonitor", "r-services")["spec"]["endpoints"]
+    for endpoint in (*services, *one(DEFAULT, "PodMonitor", "r-replicas")["spec"]["podMetricsEndpoints"]):
+        assert endpoint["relabelings"] == [{"targetLabel": "installation", "replacement": "backpack/r"}]
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool isn't installed: apt install prometheus")
+def test_gateways_of_another_installation_do_not_hide_that_there_is_none_here(tmp_path: Path) -> None:
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(one(DEFAULT, "PrometheusRule", "r-alerts")["spec"]))
+    told = {"exp_labels": {"severity": "page", "installation": "backpack/r"}}
+    alert = {"eval_time": "5m", "alertname": "BackpackNoGateway", "exp_alerts": [told]}
+    told["exp_annotations"] = {"summary": "No gateway tells anything."}
+    other = {"series": 'backpack_replicas{installation="trial/r"}', "values": "2x10"}
+    test = {"interval": "1m", "input_series": [other], "alert_rule_test": [alert]}
+    (tmp_path / "test.yml").write_text(yaml.safe_dump({"rule_files": ["rules.yml"], "tests": [test]}))
+    done = subprocess.run(
+        ["promtool", "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_scrapes_use_tls_where_the_parts_do() -> None:

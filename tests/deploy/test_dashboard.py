@@ -30,7 +30,8 @@ RULES = DEPLOY / "prometheus" / "rules.yml"
 def _panels() -> Iterator[tuple[str, str]]:
     for panel in json.loads(DASHBOARD.read_text())["panels"]:
         for target in panel.get("targets", []):
-            yield panel["title"], target["expr"].replace("$__rate_interval", "5s")
+            expression = target["expr"].replace("$__rate_interval", "5s").replace("$installation", ".+")
+            yield panel["title"], expression
 
 
 def _alerts() -> Iterator[tuple[str, str]]:
@@ -76,6 +77,14 @@ def test_a_single_error_that_is_an_alert_is_counted_from_zero() -> None:
     for reason in asked[1].split("|"):
         labels = {"part": "gateway", "reason": reason}
         assert told.registry.get_sample_value("backpack_errors_total", labels) == 0, reason
+
+
+def test_every_panel_is_of_the_chosen_installations_alone() -> None:
+    """A cluster's Prometheus has the processes of all that runs there."""
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        for target in panel.get("targets", []):
+            series = re.findall(r"(?:backpack|process)_\w+(.{0,14})", target["expr"])
+            assert set(series) == {"{installation="}, target["expr"]
 
 
 def test_panels_lie_side_by_side() -> None:
@@ -127,7 +136,8 @@ async def test_every_panel_shows_something_of_a_loaded_system(tmp_path: Path) ->
     async with running(tmp_path / "state", slots=4) as system:
         assert system.metrics is not None
         address = exposition.listen(system.metrics.registry, "127.0.0.1:0")
-        scraped = {"job_name": "backpack", "static_configs": [{"targets": [address]}]}
+        targets = {"targets": [address], "labels": {"installation": "here"}}
+        scraped = {"job_name": "backpack", "static_configs": [targets]}
         config = tmp_path / "prometheus.yml"
         config.write_text(yaml.safe_dump({"global": {"scrape_interval": "1s"}, "scrape_configs": [scraped]}))
         port = free_port()

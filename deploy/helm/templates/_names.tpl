@@ -14,6 +14,9 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end }}
 
+{{- /* How dashboard and alerts tell this one from others that the same Prometheus watches. */ -}}
+{{- define "backpack.installation" -}}{{ .Release.Namespace }}/{{ .Release.Name }}{{- end }}
+
 {{- define "backpack.image" -}}
 {{ .root.Values.image.registry }}backpack-{{ .part }}:{{ .root.Values.image.tag | default .root.Chart.AppVersion }}
 {{- end }}
