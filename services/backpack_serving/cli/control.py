@@ -282,7 +282,7 @@ def delete(
 
 
 def audit(
-    limit: Annotated[int, typer.Option(help="How many entries.", min=1, max=1000)] = 20,
+    limit: Annotated[int, typer.Option(help="How many entries.", min=1)] = 20,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
