@@ -143,6 +143,11 @@ def test_our_processes_have_no_privileges(compose: dict[str, Any]) -> None:
         assert service.get("read_only", False) == (name != "inference"), name
 
 
+def test_no_log_fills_the_disk(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        assert service["logging"]["options"].keys() == {"max-size", "max-file"}, name
+
+
 def test_images_of_others_have_versions(compose: dict[str, Any]) -> None:
     others = [s["image"] for s in compose["services"].values() if "build" not in s]
     assert len(others) == 3
