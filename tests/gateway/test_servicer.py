@@ -96,7 +96,8 @@ class Running:
 
 
 @asynccontextmanager
-async def _running() -> AsyncIterator[Running]:
+async def _running(listed: int = 1) -> AsyncIterator[Running]:
+    """A gateway, and a replica that the directory lists so many times."""
     name, register = "backpack.v1.InferenceService", inference_pb2_grpc.add_InferenceServiceServicer_to_server
     replica, metrics, anybody = Replica(), Metrics(), Anybody()
     behind = await rpc.start([rpc.Service(name, register, replica)], "127.0.0.1:0")
@@ -104,7 +105,8 @@ async def _running() -> AsyncIterator[Running]:
     # A clock that stands: who is lost stays lost, and nothing is refilled.
     router = Router(fingerprint, clock=lambda: 0.0)
     limits = Limits(Limit(tokens_per_minute=MINUTE), clock=lambda: 0.0)
-    router.update([directory_pb2.Replica(id="r", address=behind.address, model_fingerprint=fingerprint, slots=1)])
+    how = {"address": behind.address, "model_fingerprint": fingerprint, "slots": 1}
+    router.update([directory_pb2.Replica(id=f"r{number}", **how) for number in range(listed)])
     meters = Meters(limits, metrics.gateway(lambda: 1, lambda: 0.0))
     servicer: Any = GatewayServicer(
         MANIFEST,
@@ -188,6 +190,15 @@ async def test_a_replica_that_is_unavailable_is_asked_once(ask: Ask) -> None:
         with pytest.raises(Unavailable, match="no replica"):
             await ask(client)
         assert system.replica.asked == 1
+
+
+@pytest.mark.parametrize("ask", [_score, _generate, _stream])
+async def test_where_replicas_were_that_are_gone_is_not_told(ask: Ask) -> None:
+    async with _running(listed=2) as system, AsyncClient(system.gateway, attempts=1) as client:
+        await system.stop_replica()
+        with pytest.raises(Unavailable, match="try again shortly") as refused:
+            await ask(client)
+        assert (refused.value.reason, refused.value.retry_after) == ("NO_REPLICA", 1.0)
 
 
 @pytest.mark.parametrize(("ask", "made"), [(_score, 0), (_generate, 3), (_stream, 3)])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from backpack_lm.patch import Cell, PatchError, Release, Revision, Scale, Set, Topic, Vector, release_digest
-from backpack_serving.errors import DataLoss, Expired, ServiceError, Unavailable
+from backpack_serving.errors import DataLoss, Expired, ServiceError, Unauthenticated, Unavailable
 from backpack_serving.inference.blobs import ReleaseBlobs
 from backpack_serving.inference.served import ServedModel
 from backpack_serving.inference.versions import Versions
@@ -209,11 +209,11 @@ async def test_what_cant_be_had_now_may_be_had_later(
 ) -> None:
     digest = shelf.put(served, _scale(5))
     away, versions = shelf.blobs.pop(digest), make()
-    for kind in (Unavailable, Expired):
+    for kind in (Unavailable, Expired, Unauthenticated):
         shelf.away = kind
         (refusal,) = await versions.stage((_channel(digest),))
         assert (refusal.reason, refusal.final) == ("RELEASE_UNREACHABLE", False)
-        with pytest.raises(Unavailable, match=f"can't fetch release {digest} now: no answer"):
+        with pytest.raises(Unavailable, match=f"can't fetch release {digest} now$"):
             async with versions.use("acme", digest):
                 pass
     shelf.blobs[digest] = away

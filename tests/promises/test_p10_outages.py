@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from backpack_proto.v1 import inference_pb2 as pb
+from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_serving import rpc
 from backpack_serving.errors import ServiceError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -131,6 +132,36 @@ async def test_p10_cold_start_with_the_service_away_and_damaged_files(tmp_path: 
         # The service is back: so is everything.
         parts.proxy.heal()
         assert [await eventually(lambda key=key: _text(system, key)) for key in keys] == before  # type: ignore[misc]
+
+
+async def test_a_tenant_is_told_nothing_of_what_is_wrong_between_parts(tmp_path: Path) -> None:
+    """Of a release that no channel is at: neither where the service is, nor that a gateway's key isn't good."""
+    async with apart(tmp_path) as parts:
+        system = parts.system()
+        key = await system.tenant(copy("king", "ship"))
+        numbers = [await system.release(key, copy("king", word)) for word in ("sea", "nurse", "doctor", "land")]
+
+        async def compare(number: int) -> bool:
+            choice, prompt = pb.ReleaseChoice(number=number), pb.Prompt(text=PROMPT)
+            with rpc.errors():
+                await system.inference.Compare(pb.CompareRequest(prompt=prompt, releases=[choice]), metadata=key)
+            return True
+
+        await compare(numbers[0])
+        parts.proxy.refuse()
+        with pytest.raises(ServiceError) as refused:
+            await compare(numbers[1])
+        assert (refused.value.code, refused.value.reason) == ("UNAVAILABLE", "NOT_RESOLVED")
+        assert parts.proxy.address not in refused.value.message
+        parts.proxy.heal()
+        await eventually(lambda: compare(numbers[1]))
+
+        ours = parts.settings.key_for("replica").split("_")[1]
+        revoke = ipb.RevokeApiKeyRequest(name=f"tenants/system/keys/{ours}")
+        await system.tenants.RevokeApiKey(revoke, metadata=system.admin)
+        with pytest.raises(ServiceError) as refused:
+            await compare(numbers[2])
+        assert (refused.value.code, refused.value.reason) == ("UNAVAILABLE", "NOT_RESOLVED")
 
 
 async def test_p10_past_the_hard_bound_a_tenant_fails_or_is_served_as_the_operator_said(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                                 retry_after=0.1,
                             ) from None
                         if not again:
-                            raise
+                            raise _told(error) from None
                     finally:
                         call.cancel()
 
@@ -244,7 +244,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                     raise
                 except Unavailable as error:
                     if not self._again(tried, error):
-                        raise
+                        raise _told(error) from None
                 finally:
                     call.cancel()
 
@@ -255,6 +255,13 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             return len(tried) == 1 and self._router.size > 1
         self._router.lost(tried[-1])
         return len(tried) == 1
+
+
+def _told(error: Unavailable) -> Unavailable:
+    """What a client is told of a replica that can't be used. Where it is, and what the network said, isn't."""
+    if error.reason != "TRANSPORT":
+        return error
+    return Unavailable("NO_REPLICA", "the replicas that were asked are gone; try again shortly", retry_after=1.0)
 
 
 def _since(request: Any) -> Position | None:

@@ -18,8 +18,10 @@ from backpack_serving.errors import (
     RELEASE_UNREACHABLE,
     DataLoss,
     Expired,
+    Forbidden,
     Internal,
     ServiceError,
+    Unauthenticated,
     Unavailable,
     from_patch_error,
 )
@@ -134,8 +136,10 @@ class Versions:
             self.fetched += 1
             try:
                 revisions = await self._fetch(tenant, digest)
-            except (Unavailable, Expired) as error:  # a caller must not take it for ours: we are here
-                message = f"this replica can't fetch release {digest} now: {error.message}"
+            except (Unavailable, Expired, Unauthenticated, Forbidden) as error:
+                # A caller must not take it for ours, we are here, nor for its own.
+                message = f"this replica can't fetch release {digest} now"
+                log.warning("a release can't be fetched", tenant=tenant, digest=digest, error=error.message)
                 raise Unavailable(RELEASE_UNREACHABLE, message, retry_after=1.0) from None
         try:
             overlay = await asyncio.to_thread(self._compile, revisions, digest)
