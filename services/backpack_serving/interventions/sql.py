@@ -35,6 +35,8 @@ class Transaction:
         return self.find(kind, **dict(zip(kind.KEY, key, strict=True)))  # type: ignore[attr-defined]
 
     def find(self, kind: type[R], **equal: Any) -> R | None:
+        if any(isinstance(value, str) and "\0" in value for value in equal.values()):
+            return None  # no record's text has NUL, and PostgreSQL would refuse to look for it
         table = tables[kind]
         query = self._select(table).where(*(table.c[name] == value for name, value in equal.items()))
         row = self._connection.execute(query.order_by(*table.primary_key).limit(1)).first()
