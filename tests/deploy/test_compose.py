@@ -146,6 +146,7 @@ def test_our_processes_have_no_privileges(compose: dict[str, Any]) -> None:
 def test_no_log_fills_the_disk(compose: dict[str, Any]) -> None:
     for name, service in compose["services"].items():
         assert service["logging"]["options"].keys() == {"max-size", "max-file"}, name
+    assert re.search(r"^ENV .*RAY_ROTATION_MAX_BYTES=\d+ ", DOCKERFILE.read_text(), re.M), "replicas' in Ray's"
 
 
 def test_images_of_others_have_versions(compose: dict[str, Any]) -> None:
