@@ -163,3 +163,19 @@ def _serve(part: str, state: Path, **settings: str) -> subprocess.CompletedProce
         timeout=60,
         check=False,
     )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_pipe_gets_a_line_for_each_setting_in_whatever_encoding(tmp_path: Path, encoding: str) -> None:
+    state, env = str(tmp_path / ("long" * 30)), {**os.environ}
+    env.pop("COLUMNS", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "backpack_serving.cli.main", "settings"],
+        env=env | {"PYTHONIOENCODING": encoding, "BACKPACK_STATE": state, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        encoding=encoding,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1 + len(Settings.model_fields)
+    assert state in lines[1]

@@ -207,7 +207,7 @@ def test_a_finetuned_patch_is_uploaded_described_and_deleted(backpack: Any, tmp_
     )
     file = str(tmp_path / "tuned.safetensors")
     tried = backpack("patch", "upload", "tuned", file, "--dry-run", "--as", "tuner")
-    assert "would be the first revision of a new patch, tuned" in tried
+    assert tried == "would be the first revision of a new patch, tuned\n", "and no bar where there is no terminal"
     bad = str(tmp_path / "bad.safetensors")
     save_file({"tokens": np.array([99999]), "senses": np.array([0]), "vectors": vectors[:1]}, bad)
     for way in (("--dry-run",), ()):
@@ -221,7 +221,8 @@ def test_a_finetuned_patch_is_uploaded_described_and_deleted(backpack: Any, tmp_
     listed = backpack("patch", "list", "--as", "tuner")
     assert " from a run of finetuning" in listed
     assert "care" not in listed, "the first line is enough for a list"
-    assert "with care" in backpack("patch", "describe", "tuned", "--as", "tuner")
+    described = backpack("patch", "describe", "tuned", "--as", "tuner")
+    assert described == "# from a run of finetuning\n\nwith *care*\n", "a pipe gets what was written"
     assert "is deleted" in backpack("patch", "delete", "tuned", "--as", "tuner")
     assert "from a run" not in backpack("patch", "list", "--as", "tuner")
     for way in (("--dry-run",), ()):

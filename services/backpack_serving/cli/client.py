@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -25,6 +28,10 @@ EXTRAS = {"torch": "engine", "numpy": "engine", "scipy": "lab", "matplotlib": "l
 
 out = Console(highlight=False, soft_wrap=True)  # keys and names are copied: no line is broken
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+if not out.is_terminal and "COLUMNS" not in os.environ:
+    out.width = 10_000  # what reads a pipe or a file looks for whole names: no column is folded either
+if isinstance(sys.stdout, TextIOWrapper):
+    sys.stdout.reconfigure(errors="replace")  # of a character that a terminal lacks, it shows a question mark
 
 AsTenant = Annotated[
     str,
@@ -62,6 +69,14 @@ Channel = Annotated[str, typer.Option(help="Which of the tenant's channels steer
 def table(*names: str) -> Table:
     """Columns without lines. What is too wide is folded, never cut: names are there to be copied."""
     return Table(*(Column(name, overflow="fold") for name in names), box=None)
+
+
+def show_markdown(text: str) -> None:
+    """Laid out for a terminal; a pipe or a file gets the Markdown itself."""
+    if out.is_terminal:
+        out.print(Markdown(text), soft_wrap=False)
+    else:
+        out.print(text.rstrip("\n"), markup=False)
 
 
 def percent(token: Token) -> str:

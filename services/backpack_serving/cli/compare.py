@@ -84,7 +84,7 @@ def _beside(found: Sequence[Prediction], scores: Mapping[int, Score]) -> Table:
             _name(prediction.served),
             *_likelihood(scores.get(prediction.served.release)),
             *map(percent, prediction.targets),
-            Columns(likeliest, padding=(0, 2)),
+            Columns(likeliest, padding=(0, 2)) if out.is_terminal else Text("  ").join(likeliest),
         )
     return table
 

@@ -12,11 +12,10 @@ from typing import Annotated
 import typer
 from backpack_proto.v1 import interventions_pb2 as pb
 from google.protobuf import json_format
-from rich.markdown import Markdown
 from rich.progress import DownloadColumn, Progress
 from rich.text import Text
 
-from backpack_serving.cli.client import AsTenant, Key, as_releaser, exits, out, table, when
+from backpack_serving.cli.client import AsTenant, Key, as_releaser, err, exits, out, show_markdown, table, when
 from backpack_serving.cli.patch_file import PatchFile
 from backpack_serving.client import Cells, Copy, Edit, NotFound, ProjectOut, Revision, Scale, Swap, Topic
 
@@ -228,7 +227,8 @@ def upload(
 ) -> None:
     """Make a revision that gives each of many cells a vector of its own, such as finetuning learns."""
     with as_releaser(tenant, key) as steering:
-        with Progress(*Progress.get_default_columns(), DownloadColumn(), console=out, transient=True) as progress:
+        columns = (*Progress.get_default_columns(), DownloadColumn())
+        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
             bar = progress.add_task(file.name, total=file.stat().st_size)
 
             def show(sent: int) -> None:
@@ -262,7 +262,7 @@ def describe(
     """Show a patch's description, or change it."""
     with as_releaser(tenant, key) as steering:
         if text is None:
-            out.print(Markdown(steering.patch(patch).description), soft_wrap=False)
+            show_markdown(steering.patch(patch).description)
         else:
             out.print(steering.describe_patch(patch, text).name)
 

@@ -85,7 +85,8 @@ async def side_by_side(serving: Embedded) -> None:
 
 
 def _table(columns: Sequence[_Column]) -> Table:
-    table = Table(title=f"One prompt, one batch, two tenants: “{PROMPT}…”", title_justify="left", expand=True)
+    table = Table(title=f"One prompt, one batch, two tenants: “{PROMPT}…”", title_justify="left")
+    table.width = min(out.width, 120)  # readable in a log, too
     for column in columns:
         served = column.served
         steered = f"release {served.release}, {served.digest[:12]}" if served else "…"

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from backpack_serving.cli.client import can_be_made, err, exits, out
+from backpack_serving.cli.client import can_be_made, err, exits, show_markdown
 from backpack_serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def every(
             for name, seconds in run_all(experiments, subject, watch, folder, command()):
                 err.print(f"{name}: {seconds:.0f} s")
         (folder / "topics.partial.jsonl").unlink(missing_ok=True)
-        out.print(Markdown((folder / FILE).read_text("utf-8")), soft_wrap=False)
+        show_markdown((folder / FILE).read_text("utf-8"))
         err.print(Text(str(folder / FILE), "dim"))
 
 
@@ -218,7 +217,7 @@ def _run(experiment: Experiment, model: Path | None, folder: Path, threads: int,
     with Shown(goes_on) as watch:
         result = experiment.run(subject, watch)
     written = write(experiment, subject, result, folder, command())
-    out.print(Markdown(written.report.markdown()), soft_wrap=False)
+    show_markdown(written.report.markdown())
     err.print(Text(f"{written.json}, {written.markdown}, {written.html}", "dim"))
 
 
@@ -245,7 +244,7 @@ class Shown:
     def __init__(self, goes_on: bool = False) -> None:
         self._goes_on = goes_on
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=err, transient=True)
+        self._progress = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
     def __call__(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
         task = self._progress.add_task(what, total=total or length_hint(items) or None)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.markdown import Markdown
 from rich.text import Text
 
-from backpack_serving.cli.client import Page, can_be_made, err, exits, out
+from backpack_serving.cli.client import Page, can_be_made, err, exits, out, show_markdown
 from backpack_serving.cli.control import Senses, sense_numbers
 from backpack_serving.cli.experiment import Model, Shown, Threads, command, read_subject
 from backpack_serving.cli.patch_file import PatchFile
@@ -70,7 +69,7 @@ def find_sense(
         subject = read_subject(model, threads)
         with Shown() as watch:
             found = finder.find_sense(subject, words or NOUNS, *contrast, prompts or ESTIMATION, watch)
-        out.print(Markdown(found.report().markdown()), soft_wrap=False)
+        show_markdown(found.report().markdown())
 
 
 @app.command("debias")
@@ -256,7 +255,7 @@ def judge(
             least = subject.config.n_positions + 1
             ids = stream(subject, held_out(text), max(tokens, least), least) if text else None
             report = replace(lab(subject, edits, asked, ids).report(), made_by=command())
-        out.print(Markdown(report.markdown()), soft_wrap=False)
+        show_markdown(report.markdown())
         if page is not None:
             page.parent.mkdir(parents=True, exist_ok=True)
             page.write_text(report.html(), "utf-8")
@@ -265,7 +264,7 @@ def judge(
 def _keep(subject: Subject, edits: Sequence[Edit], report: Report, file: Path) -> None:
     """Write the patch with its report, and say how it is uploaded."""
     report = replace(report, made_by=command())
-    out.print(Markdown(report.markdown()), soft_wrap=False)
+    show_markdown(report.markdown())
     if not edits:
         err.print("[yellow]nothing to patch[/]: no edit was better than the model as it is")
         return

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markdown import Markdown
 from rich.progress import Progress
 from rich.text import Text
 
-from backpack_serving.cli.client import err, exits, out, table
+from backpack_serving.cli.client import err, exits, out, show_markdown, table
 from backpack_serving.settings import Settings, secretless, unread
 
 app = typer.Typer(no_args_is_help=True, help="Model folders.")
@@ -72,7 +71,7 @@ def prepare(
         except NotBuilt as error:
             out.print(f"[yellow]no fast kernels:[/] {error}")
         manifest, model = Manifest.read(folder), reader.load(folder)
-        with Progress(console=out, transient=True) as bar:
+        with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
             task = bar.add_task("sense vectors, by token", total=model.config.vocab_size)
             path = write(
                 model, manifest.fingerprint, dtype, lambda done, of: bar.update(task, completed=done, total=of)
@@ -104,7 +103,7 @@ def card(
         parts = {"run": run_table(run), "senses": senses_table(Subject.read(folder), words or WORDS)}
         shown = {name: table.rows_markdown() for name, table in parts.items()}
         for text in shown.values():
-            out.print(Markdown(text), soft_wrap=False)
+            show_markdown(text)
         readme = folder / "README.md"
         if readme.exists():
             readme.write_text(fill(readme.read_text("utf-8"), shown), "utf-8")

@@ -42,7 +42,7 @@ def test_language_reads_held_out_records_and_plain_text(
     assert [text["tokens"] for text in texts] == [256, 256]
     monkeypatch.chdir(tmp_path)
     relative = ("language", "--text", "plain.txt", "--tokens", "64", "--model", str(folder), "--out", "out")
-    assert " plain.txt 64 " in _call(*relative)
+    assert " plain.txt | 64 " in _call(*relative)
     plain.write_bytes(b"\xff")
     assert "plain.txt isn't UTF-8 text" in _call(*relative, code=1)
     assert all(text["perplexity"] > 10 for text in texts)
