@@ -75,6 +75,7 @@ def test_a_setting_that_no_process_could_use_is_one_line(
 )
 def test_a_database_that_can_be_used_is_no_mistake(url: str) -> None:
     assert Settings(database=url).database == url
+    assert Settings(database=f"{url}\n").database == url, "of a Secret made from a file that was edited"
 
 
 @pytest.mark.parametrize(

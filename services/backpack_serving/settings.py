@@ -113,6 +113,7 @@ class Settings(BaseSettings):
         frozen=True,
         extra="ignore",
         allow_inf_nan=False,
+        str_strip_whitespace=True,  # the line end of a file that a Secret was made from, such as a database's URL
     )
 
     state: Path = Field(Path("var"), description="Folder of the database, keys and caches.")
