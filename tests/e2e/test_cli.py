@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backpack_serving.cli.main import app
+from backpack_serving.client import Scale, Steering
 from backpack_serving.settings import default_model
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
@@ -393,6 +394,7 @@ def test_a_bad_patch_file_is_one_line_and_makes_no_patch(
         (("patch", "scale", "p", "king", "--factor", "0", "--senses", "0-99999"), "'0-99999' names no sense"),
         (("compare", "x", "--release", ""), "write a number"),
         (("explain", "x", "--html", "/nowhere/x.html"), "/nowhere is no folder"),
+        (("explain", "x", "--html", "/tmp"), "'/tmp' is a directory"),
         (("tenant", "key", "harbour", "--role", "king"), "'author', 'releaser', 'caller'"),
         (("patch", "revise", "p", "/nowhere.json"), "does not exist"),
         (("release", "rollback", "--wait", "some"), "'none', 'quorum', 'all'"),
@@ -462,6 +464,24 @@ def test_help_teaches(backpack: Any) -> None:
         "experiment",
     ):
         assert command in shown
+    assert "between <!-- run --> and <!-- /run -->, <!-- senses --> and" in backpack("model", "card", "--help")
+
+
+def test_a_topic_word_of_several_tokens_is_told(backpack: Any) -> None:
+    said = backpack("patch", "topic", "nautical", "sea", "kingdomless", " ship", "sea")
+    assert "several tokens in this model: kingdomless; the topic steers towards the first of each" in said
+    assert "several" not in backpack("patch", "topic", "nautical", "sea", " ship", "sea")
+
+
+def test_releases_are_listed_to_the_first(backpack: Any, environment: dict[str, str]) -> None:
+    backpack("tenant", "create", "busy")
+    key = (Path(environment["BACKPACK_STATE"]) / "busy.key").read_text()
+    with Steering(environment["BACKPACK_INTERVENTIONS_ADDRESS"], key) as steering:
+        steering.create_patch("p")
+        revision = steering.create_revision("p", [Scale("king", 0.5)])
+        for _ in range(101):
+            steering.create_release([revision])
+    assert len(re.findall(r"^ \d+ ", backpack("release", "list", "--as", "busy"), re.M)) == 102
 
 
 def test_a_patch_from_the_lab_is_uploaded_with_its_report_and_steers(backpack: Any, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from backpack_serving.cli.client import AsTenant, Key, as_releaser, err, exits, out, show_markdown, table, when
 from backpack_serving.cli.patch_file import PatchFile
-from backpack_serving.client import Cells, Copy, Edit, NotFound, ProjectOut, Revision, Scale, Swap, Topic
+from backpack_serving.client import Cells, Copy, Edit, NotFound, ProjectOut, Revision, Scale, Swap, Token, Topic
 
 patch_app = typer.Typer(no_args_is_help=True, help="Patches: named, versioned lists of edits to sense vectors.")
 
@@ -200,7 +200,21 @@ def _revise(
             draft = steering.create_revision(patch, edits, dry_run=True)
         file.check(draft.model)
         revision = draft if dry_run else steering.create_revision(patch, edits)
+    for given, edit in zip(edits, revision.edits, strict=True):
+        if isinstance(given, Topic) and isinstance(edit, Topic):
+            _tell_first_tokens(given, edit)
     _show(revision, dry_run)
+
+
+def _tell_first_tokens(given: Topic, made: Topic) -> None:
+    """A topic takes the first token of a word, which may be anything: a space, a letter."""
+    whole = {token.text.strip() for token in made.words if isinstance(token, Token)}
+    if parted := [word for word in map(str, given.words) if word.strip() not in whole]:
+        err.print(
+            f"several tokens in this model: {', '.join(parted)}; the topic steers towards the first of each alone "
+            "(backpack patch show), and whatever else begins with it. Leave out what isn't meant.",
+            markup=False,
+        )
 
 
 def _show(revision: Revision, dry_run: bool) -> None:

@@ -92,8 +92,8 @@ def card(
 ) -> None:
     """Measure again what a model's card tells: the run beside its twin, and a few senses.
 
-    The tables go between <!-- run --> and <!-- /run -->, <!-- senses --> and <!-- /senses --> of the folder's
-    README.md; they are printed, too.
+    The tables go between `<!-- run -->` and `<!-- /run -->`, `<!-- senses -->` and `<!-- /senses -->` of the
+    folder's README.md; they are printed, too.
     """
     with exits():
         from backpack_lm.lab.card import WORDS, fill, run_table, senses_table

@@ -30,7 +30,7 @@ Timeout = Annotated[float, typer.Option(help="Seconds to wait at most.", min=0.0
 def list_releases(tenant: AsTenant = "harbour", key: Key = "") -> None:
     """The tenant's releases, newest first, and which channel points where."""
     with as_releaser(tenant, key) as steering:
-        releases, channels = steering.releases(limit=100), steering.channels()
+        releases, channels = steering.releases(), steering.channels()
     shown = table("release", "digest", "made", "revisions", "notes", "channels")
     for release in releases:
         here = " ".join(channel.id for channel in channels if channel.release == release.number)

@@ -56,6 +56,7 @@ def explain(
             "--html",
             help="Go on from the prompt, and write a page that explains every token.",
             callback=in_a_folder,
+            dir_okay=False,
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="With --html: how many tokens.", min=1)] = 24,
