@@ -348,7 +348,7 @@ def test_a_key_is_one_line_however_narrow_the_terminal(backpack: Any, monkeypatc
         (("generate", ""), "give a text or token ids"),
         (("generate", "king " * 600), "601 tokens; the context holds 512"),
         (("generate", "x", "--samples", "2", "--max-tokens", "600"), "together at most 512"),
-        (("generate", "x", "--as", "nobody"), "nobody.key doesn't exist"),
+        (("generate", "x", "--as", "nobody"), "or make this one: backpack tenant create nobody"),
         (("generate", "x", "--key", "bp_wrong"), "copy it whole"),
         (("generate", "x", "--channel", "beta"), "activate a release on it"),
         (("compare", "x", "--target", "kingdomless"), "choose another word"),

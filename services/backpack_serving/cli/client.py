@@ -140,7 +140,8 @@ def _kept_key(settings: Settings, tenant: str) -> str:
     file = tenant_key_file(settings, tenant)
     if not file.exists():
         raise FileNotFoundError(
-            f"no API key: {file} doesn't exist; give --key, set BACKPACK_KEY, or name a tenant with --as"
+            f"no API key: {file} doesn't exist; give --key, set BACKPACK_KEY, name another tenant with --as, or "
+            f"make this one: backpack tenant create {tenant}"
         )
     return file.read_text().strip()
 
