@@ -353,6 +353,7 @@ def test_a_key_is_one_line_however_narrow_the_terminal(backpack: Any, monkeypatc
         (("generate", "x", "--channel", "beta"), "activate a release on it"),
         (("compare", "x", "--target", "kingdomless"), "choose another word"),
         (("patch", "scale", "p", "kingdomless", "--factor", "0"), "choose another word, or, by the API"),
+        (("patch", "upload", "p", __file__), "no safetensors file, or one with a header of"),
         (("release", "activate", "99"), "releases/99 doesn't exist"),
         (("release", "create", "royal"), "'royal'; write PATCH:NUMBER, such as debias:3"),
         (("model", "verify", "/nowhere"), "backpack model import"),

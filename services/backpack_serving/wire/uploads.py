@@ -66,7 +66,7 @@ class Upload:
                 raise InvalidRequest.at(
                     "content",
                     "HEADER_TOO_LARGE",
-                    f"a safetensors header of {size} bytes; at most {LONGEST_HEADER}",
+                    f"no safetensors file, or one with a header of {size} bytes; at most {LONGEST_HEADER}",
                 )
 
     def edits(self) -> list[Edit]:
