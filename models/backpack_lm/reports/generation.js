@@ -59,7 +59,8 @@ function choose(number) {
     facts.append(pair);
   }
   const table = document.createElement("table");
-  row(table, ["word", "at", "sense", "α", "× topic", "gives", ""].map((name) => cellOf("th", name)));
+  row(table, ["word", "at", "sense", "α", "× topic", "gives", ""].map(
+    (name, at) => cellOf("th", name, at >= 1 && at <= 5 ? "number" : "")));
   const top = step.terms.slice(0, ROWS), largest = Math.abs(top.length ? top[0].contribution : 1) || 1;
   let listed = 0;
   for (const term of top) {

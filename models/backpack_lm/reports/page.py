@@ -22,7 +22,7 @@ h2 { font-size: 1.05rem; margin: 2.2rem 0 .7rem; }
 table { border-collapse: collapse; width: 100%; background: var(--card); font-size: .92rem; }
 th, td { text-align: left; padding: .42rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; font-size: .82rem; white-space: nowrap; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 0; padding: .5rem; overflow-x: auto; } figure svg { max-width: 100%; height: auto; }
 .notes { color: var(--soft); font-size: .92rem; margin-top: 2rem; padding-left: 1.1rem; }
 footer { margin-top: 2.5rem; color: var(--soft); font-size: .85rem; }

@@ -11,6 +11,9 @@ from backpack_lm.reports.page import page
 
 _MARKUP = re.compile(r"([\\`*_~<&\[|])")
 
+_NUMBER = re.compile(r"[-+−]?[\d,]+(\.\d+)? ?%?|–")
+"""What stands right in its column, under a heading that does, too: a figure, or none."""
+
 Entry = str | int | float | None
 
 
@@ -35,19 +38,17 @@ class Table:
         return "\n".join([head, "|" + "---|" * len(self.columns), *body])
 
     def html(self) -> str:
-        head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
-        body = []
-        for row, shown in zip(self.rows, self.shown(), strict=True):
-            cells = [
-                f"<td class=number>{escape(text)}</td>"
-                if isinstance(entry, int | float)
-                else f"<td>{escape(text)}</td>"
-                for entry, text in zip(row, shown, strict=True)
-            ]
-            body.append(f"<tr>{''.join(cells)}</tr>")
+        shown = self.shown()
+        numbers = [all(map(_NUMBER.fullmatch, column)) for column in zip(*shown, strict=True)]
+        kinds = [" class=number" * number for number in numbers] or [""] * len(self.columns)
+
+        def line(cell: str, texts: Sequence[str]) -> str:
+            pairs = zip(kinds, texts, strict=True)
+            return f"<tr>{''.join(f'<{cell}{kind}>{escape(text)}</{cell}>' for kind, text in pairs)}</tr>"
+
         return (
-            f"<h2>{escape(self.title)}</h2><div class=scroll><table><thead><tr>{head}</tr></thead>"
-            f"<tbody>{''.join(body)}</tbody></table></div>"
+            f"<h2>{escape(self.title)}</h2><div class=scroll><table><thead>{line('th', self.columns)}</thead>"
+            f"<tbody>{''.join(line('td', row) for row in shown)}</tbody></table></div>"
         )
 
 

@@ -26,7 +26,7 @@ from backpack_lm.lab.text import rows
 from backpack_lm.lab.topic import By, choose_topic
 from backpack_lm.lab.watch import Journal, unwatched
 from backpack_lm.patch import Add, Cell, PatchError, Scale, Topic, Vector
-from backpack_lm.reports.report import Report, Table
+from backpack_lm.reports.report import Entry, Report, Table
 from markdown_it import MarkdownIt
 
 TEMPLATES = ("The {} said that", "When the {} came into the room,")
@@ -326,3 +326,11 @@ def test_a_report_shows_numbers_to_its_digits() -> None:
     report = Report("r", "", (Table("t", ("x",), ((1.23456,), (None,))),))
     assert "| 1.235 |" in report.markdown()
     assert "| – |" in report.markdown()
+
+
+def test_a_column_of_numbers_stands_right_with_its_heading() -> None:
+    rows: tuple[tuple[Entry, ...], ...] = (("a", 3, "0.5%", "1%"), ("b", None, "12.25%", "none"))
+    html = Report("r", "", (Table("t", ("word", "n", "share", "mixed"), rows),)).html()
+    assert "<tr><th>word</th><th class=number>n</th><th class=number>share</th><th>mixed</th></tr>" in html
+    assert "<tr><td>b</td><td class=number>–</td><td class=number>12.25%</td><td>none</td></tr>" in html
+    assert "<th>word</th></tr></thead><tbody></tbody>" in Table("t", ("word",), ()).html()
