@@ -47,5 +47,15 @@ def configure(settings: Settings, service: str) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
         )
     )
+    handler.addFilter(_is_ours)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether it isn't what gRPC logs, as errors with tracebacks, of what callers do.
+
+    Metadata that are no UTF-8 it shows in full, a key that is wrong in one character among them; nothing can be
+    sent to who leaves in that moment.
+    """
+    return not str(record.msg).startswith(("Invalid encoding on ", "ExecuteBatchError raised in core "))

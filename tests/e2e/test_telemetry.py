@@ -127,6 +127,50 @@ logging.getLogger("asyncio").debug("not asked for")
     assert "not asked for" not in said
 
 
+def test_what_callers_do_leaves_no_traceback_and_no_key_in_the_log() -> None:
+    """gRPC's clients don't send such metadata; curl does."""
+    code = """
+import asyncio, logging
+from backpack_serving import telemetry
+from backpack_serving.inference import directory
+from backpack_serving.metrics import Metrics
+from backpack_serving.settings import Settings
+
+METADATA = {
+    b":method": b"POST", b":scheme": b"http", b":authority": b"x",
+    b":path": b"/backpack.v1.DirectoryService/Report",
+    b"content-type": b"application/grpc", b"te": b"trailers", b"authorization": b"Bearer queen\\xff",
+}
+
+def frame(kind, flags, stream, payload):
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+async def main():
+    telemetry.configure(Settings(log_format="json"), "test")
+    server = await directory.serve(Settings(directory_address="127.0.0.1:0"), Metrics())
+    host, port = server.address.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = b"".join(bytes([0, len(k)]) + k + bytes([len(v)]) + v for k, v in METADATA.items())
+    writer.write(b"PRI * HTTP/2.0\\r\\n\\r\\nSM\\r\\n\\r\\n" + frame(4, 0, 0, b""))
+    writer.write(frame(1, 4, 1, head) + frame(0, 1, 1, bytes(5)))
+    while True:
+        size, kind, flags = int.from_bytes(await reader.readexactly(3), "big"), *await reader.readexactly(2)
+        await reader.readexactly(4 + size)
+        if kind == 1 and flags & 1:  # the trailers
+            break
+    logging.getLogger("grpc._cython.cygrpc").error("ExecuteBatchError raised in core by servicer method [/x]")
+    writer.close()
+    await server.stop(0)
+
+asyncio.run(main())
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert said.stderr == ""
+
+
 @pytest.fixture
 def spans() -> Iterator[InMemorySpanExporter]:
     kept, provider = InMemorySpanExporter(), TracerProvider()
