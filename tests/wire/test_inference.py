@@ -70,3 +70,9 @@ def test_what_is_too_much_is_refused_before_it_is_read(
 def test_a_word_with_its_token_may_be_of_any_length() -> None:
     """As answers give it: the token counts."""
     assert read_word("word", pb.Word(text=LONG, token=5), TOKENIZER, CONFIG) == 5
+
+
+@pytest.mark.parametrize(("given", "meant"), [(1e308, 1e30), (1.5, 1.5), (1e-7, 0.0), (5e-324, 0.0), (-0.0, 0.0)])
+def test_a_temperature_is_one_that_float32_can_hold(given: float, meant: float) -> None:
+    request = pb.GenerateRequest(prompt=PROMPT, sampling=pb.Sampling(temperature=given))
+    assert read_generation(request, TOKENIZER, CONFIG).sampling.temperature == meant

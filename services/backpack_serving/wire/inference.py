@@ -34,6 +34,9 @@ COALESCE, LONGEST_COALESCE = 0.03, 1.0
 GREEDY_BELOW = 1e-6
 """A temperature that draws the likeliest token anyway. Logits that are divided by much less are beyond float32."""
 
+HOTTEST = 1e30
+"""A temperature at which any token is as likely as any other. Much more is beyond float32."""
+
 Generation = pb.GenerateRequest | pb.GenerateStreamRequest
 
 
@@ -89,7 +92,7 @@ def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackC
     temperature = s.temperature if s.HasField("temperature") else 1.0
     sampling = Sampling(
         max_tokens=max_tokens,
-        temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
+        temperature=min(temperature, HOTTEST) if temperature >= GREEDY_BELOW else 0.0,
         top_k=s.top_k,
         top_p=s.top_p if s.HasField("top_p") else 1.0,
         seed=s.seed if s.HasField("seed") else secrets.randbits(64),
