@@ -367,12 +367,16 @@ async def test_a_replica_serves_only_gateways(system: System) -> None:
     await channel.close()
 
 
-async def test_health_and_reflection(system: System) -> None:
+async def test_health_and_reflection(system: System, caplog: pytest.LogCaptureFixture) -> None:
     channel = rpc.channel(system.gateway)
     stub = health_pb2_grpc.HealthStub(channel)
     for service in ("", "backpack.v1.InferenceService"):
         answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stub.List(health_pb2.HealthListRequest())
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
     await channel.close()
 
     def services() -> set[str]:

@@ -149,14 +149,20 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                     raise
                 task.uncancel()
                 refusal: ServiceError = _draining()
-            except grpc.aio.AbortError:
+            except (grpc.aio.AbortError, grpc.aio.InternalError):
                 raise  # grpc's own servicers refuse so
+            except NotImplementedError:  # and this is how they say that they have no such method
+                code = reason = "UNIMPLEMENTED"
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} isn't served here")
             except Exception as error:
                 refusal = _refusal(error, method)
             code, reason = refusal.code, refusal.reason
             status = rpc_status.to_status(to_status(refusal))
             told = (*status.trailing_metadata, *with_request_id())
             await context.abort_with_status(status._replace(trailing_metadata=told))
+        except grpc.aio.InternalError:  # nothing can be sent any more: whoever called leaves in this moment
+            code = reason = "CANCELLED"
+            raise asyncio.CancelledError from None
         finally:
             del self._running[task]
             self._ended.discard(task)
