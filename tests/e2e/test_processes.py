@@ -262,3 +262,27 @@ def test_a_second_ctrl_c_ends_what_still_runs(tmp_path: Path) -> None:
             assert running.wait(60) == 130
             with pytest.raises(Unavailable):
                 list(parts)
+
+
+def test_examples_whose_key_is_of_another_store_keep_nobody_from_being_served(tmp_path: Path) -> None:
+    """It ended there, at every start, and named neither the file nor what to do."""
+    where = {f"BACKPACK_{part}_ADDRESS": "127.0.0.1:0" for part in ("GATEWAY", "INTERVENTIONS", "DIRECTORY")}
+    (tmp_path / "harbour.key").write_text(str(ApiKey.mint()))
+    words = [sys.executable, "-m", "backpack_serving.cli.main", "run"]
+    environment = {**os.environ, **where, "BACKPACK_STATE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    told = "harbour.key: this API key is unknown or revoked; if its store is another one, remove it for a new key"
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        shown = ""
+        while not (line := running.stdout.readline()).startswith("Serving until"):
+            assert line, "it ended"
+            shown += line
+        running.send_signal(signal.SIGINT)
+        assert running.stdout.read().startswith("Finishing what runs")
+    assert told in shown
+    assert running.returncode == 0
+    once = subprocess.run([*words, "--once"], env=environment, capture_output=True, text=True, check=False)
+    assert told in once.stderr
+    assert once.returncode == 1
+    (tmp_path / "harbour.key").unlink()
+    subprocess.run([*words, "--once"], env=environment, capture_output=True, check=True)

@@ -14,7 +14,7 @@ from rich.text import Text
 from backpack_serving.cli.client import out, tenant_key_file
 from backpack_serving.client import AsyncClient, AsyncOperator, AsyncSteering, Copy, Role, Sampling, Served
 from backpack_serving.embedded import Embedded
-from backpack_serving.errors import AlreadyExists
+from backpack_serving.errors import AlreadyExists, Unauthenticated
 from backpack_serving.keys import keep
 
 PROMPT = "The story of the king and the"
@@ -74,12 +74,16 @@ async def side_by_side(serving: Embedded) -> None:
     with Live(_table(columns), console=out, refresh_per_second=20) as live:
 
         async def follow(column: _Column) -> None:
-            key = tenant_key_file(serving.settings, column.example.tenant).read_text().strip()
-            async with AsyncClient(serving.gateway, key, tls=serving.settings.tls) as client:
-                async for part in client.stream(PROMPT, SAMPLING):
-                    column.served = column.served or part.served
-                    column.text += part.text
-                    live.update(_table(columns))
+            file = tenant_key_file(serving.settings, column.example.tenant)
+            async with AsyncClient(serving.gateway, file.read_text().strip(), tls=serving.settings.tls) as client:
+                try:
+                    async for part in client.stream(PROMPT, SAMPLING):
+                        column.served = column.served or part.served
+                        column.text += part.text
+                        live.update(_table(columns))
+                except Unauthenticated as error:
+                    text = f"{file}: {error.message}; if its store is another one, remove it for a new key"
+                    raise Unauthenticated(error.reason, text) from None
 
         await asyncio.gather(*map(follow, columns))
 

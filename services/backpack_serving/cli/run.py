@@ -13,7 +13,7 @@ import uvloop
 
 from backpack_serving import tasks
 from backpack_serving.cli.client import exits, out
-from backpack_serving.errors import InvalidRequest
+from backpack_serving.errors import InvalidRequest, Unauthenticated
 from backpack_serving.settings import Settings
 
 
@@ -63,6 +63,10 @@ async def _run(settings: Settings, examples: bool, once: bool) -> None:
                     raise
                 out.print(f"The examples aren't for this model: {error.message}", markup=False)
                 out.print("Make a tenant of your own: `backpack tenant create NAME` in another terminal.\n")
+            except Unauthenticated as error:  # a key of another store, or revoked; a suspended tenant
+                if once:
+                    raise
+                out.print(f"\nThe examples can't be shown: {error.message}\n", markup=False)
         if not once:
             out.print("Serving until you press Ctrl-C.")
             await tasks.first(stopped.wait(), *(part.wait() for part in serving.failed))
