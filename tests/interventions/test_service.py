@@ -254,6 +254,15 @@ def test_tenants_do_not_see_each_other(service: Interventions, two_releases: Pri
     assert {e.tenant for e in service.audit(other, None, 100)} == {"other"}
 
 
+def test_a_request_id_is_a_uuid4_and_nothing_more(service: Interventions, acme: Principal) -> None:
+    drawn = uuid.uuid4()
+    for number, good in enumerate((str(drawn), drawn.hex.upper(), drawn.urn, f"{{{drawn}}}")):
+        service.create_patch(acme, f"p{number}", "", Request(good))
+    for bad in ("x", str(uuid.uuid1()), f"{drawn}\0", "-" * 900_000 + drawn.hex):
+        with pytest.raises(InvalidRequest, match="is not a UUID4"):
+            service.create_patch(acme, "q", "", Request(bad))
+
+
 def test_a_salt_that_is_refused_is_told(service: Interventions, two_releases: Principal) -> None:
     for salt in ("\n", "s" * 65):
         with pytest.raises(InvalidRequest, match=re.escape(f"salt: {salt!r}; at most 64 printable")):
