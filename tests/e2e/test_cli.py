@@ -399,6 +399,8 @@ def test_a_bad_patch_file_is_one_line_and_makes_no_patch(
         (("tenant", "key", "harbour", "--role", "king"), "'author', 'releaser', 'caller'"),
         (("patch", "revise", "p", "/nowhere.json"), "does not exist"),
         (("release", "rollback", "--wait", "some"), "'none', 'quorum', 'all'"),
+        (("train", "x", "--out", "/tmp/x", "--steps", "1", "--precision", "half"), "'float32', 'bfloat16'"),
+        (("model", "prepare", "--precision", "half"), "'float32', 'bfloat16'"),
     ],
 )
 def test_wrong_use_names_the_value_and_the_fix(backpack: Any, words: tuple[str, ...], says: str) -> None:

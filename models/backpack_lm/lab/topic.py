@@ -46,7 +46,9 @@ class TopicChosen:
         rows = tuple((prompt, *(f"{p:.1%}" for p in masses)) for prompt, masses in self.mass.items())
         return Report(
             f"Topic of {', '.join(self.words)}, strength {self.strength}, by {self.by}",
-            "Probability that the next token is one of the words, unsteered and by strength.",
+            "Probability that the next token is one of the words, unsteered and by strength."
+            if rows
+            else "No prompt was given, so what it does to the next token isn't known.",
             (
                 *([Table("After prompts", ("prompt", "0", "1", "2", "3"), rows)] if rows else []),
                 self.speakers,

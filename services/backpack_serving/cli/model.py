@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.progress import Progress
@@ -53,7 +53,9 @@ def verify(
 @app.command("prepare")
 def prepare(
     folder: Annotated[Path | None, typer.Argument(help="Model folder; the one that is served if none.")] = None,
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16; the setting's if none.")] = "",
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"] | None, typer.Option(help="The setting's if none.")
+    ] = None,
 ) -> None:
     """Do once what replicas need on this host: compile the kernels, compute the sense table that they map."""
     with exits():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -62,7 +62,7 @@ def train(
         Path | None, typer.Option(help="Begin with the weights and the tokenizer of this run: its --out.")
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="Of products: auto, float32 or bfloat16; weights are float32.")
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="Of products; weights are float32.")
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="Threads; 0 for torch's choice.", min=0)] = 0,

@@ -61,6 +61,7 @@ def test_a_topic_word_of_several_tokens_is_told(folder: Path, subject: Subject, 
     first = subject.tokenizer.piece(subject.word_ids("hairdresser")[0])
     shown = _call("topic", "sea", "hairdresser", "--model", folder, "--out", tmp_path / "t.json")
     assert f"“hairdresser” is several tokens in this model; it steers towards the first alone, “{first}”" in shown
+    assert "No prompt was given, so what it does to the next token isn't known." in shown
 
 
 def test_swap_fact_fits_its_strength(folder: Path, subject: Subject, tmp_path: Path) -> None:
