@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import grpc
@@ -70,6 +72,33 @@ async def test_a_refusal_of_any_size_arrives_in_what_clients_take(letter: str, c
     assert (told.violations[-1].reason == "MORE") == (count > 1)
     size = len(rpc.to_status(sent).SerializeToString()) * 4 / 3 + 3 * len(told.message.encode())
     assert size < 8000, "gRPC's own limit for clients, which isn't hard, is 8192"
+
+
+class Sent:
+    """What a message is made of, as the collector sees it: one object, whatever its size."""
+
+
+async def test_what_was_sent_with_a_refused_call_goes_with_it() -> None:
+    kept: list[weakref.ref[Sent]] = []
+
+    class Keeping(directory_pb2_grpc.DirectoryServiceServicer):
+        async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportResponse:
+            sent = Sent()
+            kept.append(weakref.ref(sent))
+            raise NotFound("REASON", "message")
+
+    add = directory_pb2_grpc.add_DirectoryServiceServicer_to_server
+    server = await rpc.start([rpc.Service("backpack.v1.DirectoryService", add, Keeping())], "127.0.0.1:0")
+    gc.disable()
+    try:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            with pytest.raises(grpc.RpcError):
+                await directory_pb2_grpc.DirectoryServiceStub(channel).Report(pb.ReportRequest(), timeout=30)
+        await server.stop(0)
+        assert [one() for one in kept] == [None]
+    finally:
+        gc.enable()
+        await server.stop(0)
 
 
 async def test_who_calls_another_server_is_told_which_one_to_call() -> None:

@@ -156,6 +156,8 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} isn't served here")
             except Exception as error:
                 refusal = _refusal(error, method)
+                # It leads here, and so to itself: what was sent would stay until the collector comes by.
+                refusal.__traceback__ = None
             code, reason = refusal.code, refusal.reason
             status = rpc_status.to_status(to_status(refusal))
             told = (*status.trailing_metadata, *with_request_id())
