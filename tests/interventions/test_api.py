@@ -225,6 +225,18 @@ async def test_a_refusal_of_something_long_says_how_it_begins(control: Control, 
     assert error.violations[0].description.startswith(repr(name)[:100])
 
 
+async def test_a_message_is_no_larger_than_its_method_needs(control: Control) -> None:
+    """Others were looked through first, on the loop that everybody's calls wait for."""
+    _, key, _ = await control.tenant()
+    for size, reason in ((2**20 - 4, "BAD_NAME"), (2**20, "TOO_LARGE")):
+        call = control.patches.GetPatch(pb.GetPatchRequest(name="x" * size), metadata=key)
+        assert (await refused(InvalidRequest, call)).reason == reason
+    parent = "patches/" + "x" * 2**21
+    call = control.patches.CreateRevision(pb.CreateRevisionRequest(parent=parent), metadata=key)
+    error = await refused(InvalidRequest, call)
+    assert error.message.endswith(f"x'… has {len(parent)} characters; at most 10000")
+
+
 async def test_p15_ending_the_service_of_many_needs_force(control: Control) -> None:
     """More than the larger of 10 and a tenth: asked for with `force`, or not done at all."""
     made = [await control.tenant() for _ in range(12)]

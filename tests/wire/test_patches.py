@@ -174,6 +174,20 @@ def test_a_short_message_that_stands_for_very_many_cells_is_refused_before_they_
     assert peak < 2**20, "bytes; one cell is 56 of them"
 
 
+@pytest.mark.parametrize(("word", "reason"), [("king", "TOO_MANY_CELLS"), ("", "EMPTY")])
+def test_of_very_many_senses_no_list_is_made(word: str, reason: str) -> None:
+    edits = [pb.Edit(scale=pb.ScaleEdit(cells=[_cells(word, *[0] * 1_000_000)]))]
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest) as refused:
+            read_edits(edits, TOKENIZER, SENSES)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert refused.value.reason == reason
+    assert peak < 2**20
+
+
 def test_cells_of_all_edits_count_together_up_to_the_limit() -> None:
     edits = [pb.Edit(scale=pb.ScaleEdit(cells=[_cells("king"), _cells("ship")], factor=0.5))] * 2
     assert len(read_edits(edits, TOKENIZER, SENSES, patch.Limits(cells=4 * SENSES))) == 2

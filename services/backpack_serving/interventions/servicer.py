@@ -159,7 +159,7 @@ class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
         if request.validate_only:
             draft = await asyncio.to_thread(self.service.draft_revision, who, patch, edits)
             return pb.CreateRevisionResponse(revision=wire.write_revision(draft, edits, self.tokenizer))
-        again = wire.identify(request, request.request_id)
+        again = await asyncio.to_thread(wire.identify, request, request.request_id)
         written = await asyncio.to_thread(self.service.create_revision, who, patch, edits, again)
         return pb.CreateRevisionResponse(
             revision=wire.write_revision(written.record, edits, self.tokenizer),
@@ -281,7 +281,5 @@ def services(
         "SyncService": (sync_v1.add_SyncServiceServicer_to_server, SyncServicer(*common, bell, rollouts)),
         "FleetService": (sync_v1.add_FleetServiceServicer_to_server, FleetServicer(*common, rollouts)),
     }
-    endless = frozenset({"Sync"})
-    return [
-        rpc.Service(f"backpack.v1.{name}", adder, servicer, endless) for name, (adder, servicer) in add.items()
-    ]
+    how = {"endless": frozenset({"Sync"}), "large": frozenset({"CreateRevision"})}
+    return [rpc.Service(f"backpack.v1.{name}", adder, servicer, **how) for name, (adder, servicer) in add.items()]

@@ -41,6 +41,9 @@ _OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_connection_age_grace_ms", 300_000),
 )
 
+SMALL = 2**20
+"""Bytes of a single request. To look through one of 20 MiB and refuse it took a server's event loop seconds."""
+
 _ENDLESS = {"/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"}
 
 _ended: ContextVar[Set[asyncio.Task[Any]]] = ContextVar("ended", default=frozenset())
@@ -62,7 +65,7 @@ class Service:
     """A servicer and what registers it: the generated `add_…_to_server` and the service's full name.
 
     `endless` are methods whose streams end only with the server: a drain doesn't wait for them. Calls of `quiet`
-    ones aren't logged when they succeed.
+    ones aren't logged when they succeed. Single requests of `large` ones may be as large as the server takes.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Service:
     servicer: object
     endless: frozenset[str] = frozenset()
     quiet: frozenset[str] = frozenset()
+    large: frozenset[str] = frozenset()
 
 
 class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -80,6 +84,7 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return {f"/{service.name}/{method}" for service in services for method in methods(service)}
 
         self._endless, self._quiet = named(lambda s: s.endless) | _ENDLESS, named(lambda s: s.quiet)
+        self._large = named(lambda s: s.large)
         self._watcher = watcher
         self._running: dict[asyncio.Task[Any], bool] = {}
         self._ended: set[asyncio.Task[Any]] = set()
@@ -102,7 +107,11 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         read = _reading(handler.request_deserializer)
 
         async def whole(request: Any, context: Any) -> Any:
-            return await guarded(request if handler.request_streaming else read(request), context)
+            if not handler.request_streaming:
+                if len(request) > SMALL and details.method not in self._large:
+                    raise InvalidRequest("TOO_LARGE", f"a message of {len(request)} bytes; at most {SMALL}")
+                request = read(request)
+            return await guarded(request, context)
 
         async def call(request: Any, context: Any) -> Any:
             if not details.method.startswith("/backpack."):

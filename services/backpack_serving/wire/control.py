@@ -45,6 +45,8 @@ ROLE_NUMBERS = {role: number for number, role in ROLES.items()}
 
 PAGE, LARGEST_PAGE = 50, 1000
 
+LONGEST_NAME = 10_000
+
 T = TypeVar("T")
 
 
@@ -56,6 +58,10 @@ def parse_name(field: str, name: str, pattern: str, who: Principal) -> tuple[str
 
     Raises InvalidRequest for another form, NotFound for another tenant's: whether it exists is not told.
     """
+    if len(name) > LONGEST_NAME:  # of which a megabyte isn't looked through
+        raise InvalidRequest.at(
+            field, "BAD_NAME", f"{name[:256]!r}… has {len(name)} characters; at most {LONGEST_NAME}"
+        )
     form = re.escape(pattern).replace(r"\{\}", r"([^/\0]+)")  # NUL is in no name, and in no database
     match = re.fullmatch(rf"(?:tenants/([^/\0]+)/)?{form}", name)
     if not match:

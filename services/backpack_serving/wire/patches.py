@@ -79,12 +79,14 @@ class WordReader:
         """The cells that a word and senses stand for. Raises InvalidRequest for too many before they are made:
         a short message may stand for more than memory holds.
         """
-        senses = list(message.senses) or range(self._num_senses)
         tokens = self.tokens(f"{field}.word", message.word)
-        self._count += len(tokens) * len(senses)
+        if not tokens:
+            return ()
+        self._count += len(tokens) * (len(message.senses) or self._num_senses)
         if self._count > self._limits.cells:
             self.refuse("edits", "TOO_MANY_CELLS", f"{self._count} cells by {field}, at most {self._limits.cells}")
             raise InvalidRequest.of(*self.violations)
+        senses = list(message.senses) or range(self._num_senses)
         return tuple(Cell(t, s) for t, s in product(tokens, senses))
 
     def all_cells(self, field: str, messages: Sequence[interventions_pb2.Cells]) -> tuple[Cell, ...]:
