@@ -399,7 +399,6 @@ def test_a_bad_patch_file_is_one_line_and_makes_no_patch(
         (("tenant", "key", "harbour", "--role", "king"), "'author', 'releaser', 'caller'"),
         (("patch", "revise", "p", "/nowhere.json"), "does not exist"),
         (("release", "rollback", "--wait", "some"), "'none', 'quorum', 'all'"),
-        (("train", "x", "--out", "/tmp/x", "--steps", "1", "--precision", "half"), "'float32', 'bfloat16'"),
         (("model", "prepare", "--precision", "half"), "'float32', 'bfloat16'"),
     ],
 )

@@ -228,7 +228,7 @@ def test_what_a_run_cannot_be_is_refused_before_any_work(
     for option in ("--tokens-per-step=0", "--vocabulary=-5", "--vocabulary=65537", "--threads=-1", "--lr=nan"):
         assert f"'{option.partition('=')[0]}'" in refused(2, option)
     assert "n_embd 192 does not divide into n_head 5 heads" in refused(1, "--heads", "5")
-    assert "'x' is not a valid Precision" in refused(1, "--precision", "x")
+    assert "'x' is not one of 'auto'" in refused(2, "--precision", "x")
     monkeypatch.delitem(sys.modules, "backpack_lm.training.curve", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "this needs matplotlib.figure: pip install 'backpack-serving[train]'" in refused(1)
