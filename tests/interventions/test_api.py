@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import struct
 import uuid
 from typing import Any
 
 import pytest
+from backpack_lm.manifest import Manifest
 from backpack_proto.v1 import interventions_pb2 as pb
 from backpack_proto.v1.inference_pb2 import WORD_POLICY_ALL_TOKENS, Word
 from backpack_serving import rpc
@@ -18,6 +20,8 @@ from backpack_serving.errors import (
     ServiceError,
     Unauthenticated,
 )
+from backpack_serving.keys import ApiKey
+from backpack_serving.settings import default_model
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from tests.interventions.control import Control, control, refused
@@ -270,3 +274,33 @@ async def test_p15_ending_the_service_of_many_needs_force(control: Control) -> N
     await control.tenants.ResumeTenants(pb.ResumeTenantsRequest(names=names), metadata=control.admin)
     for some, kind in (([], InvalidRequest), (["tenants/system"], InvalidRequest), (["tenants/none"], NotFound)):
         await refused(kind, suspend(some, force=True))
+
+
+async def test_a_large_message_is_read_for_who_may_send_it(control: Control) -> None:
+    """This one is no message, and only who may send one is told so."""
+    tenant, author, _ = await control.tenant()
+    request = pb.CreateApiKeyRequest(parent=tenant, roles=[pb.ROLE_CALLER])
+    caller = rpc.with_key((await control.tenants.CreateApiKey(request, metadata=control.admin)).secret)
+
+    def send(method: str, key: Any) -> Any:
+        return control.channel.unary_unary(f"/backpack.v1.{method}")(b"\xff" * (rpc.SMALL + 1), metadata=key)
+
+    await refused(Unauthenticated, send("PatchService/CreateRevision", ()))
+    await refused(Unauthenticated, send("PatchService/CreateRevision", rpc.with_key(str(ApiKey.mint()))))
+    await refused(Forbidden, send("PatchService/CreateRevision", caller))
+    told = await refused(InvalidRequest, send("PatchService/CreateRevision", author))
+    assert told.reason == "NOT_A_MESSAGE"
+
+
+async def test_a_revision_may_be_a_large_message(control: Control) -> None:
+    _, key, _ = await control.tenant()
+    width = Manifest.read(default_model()).shape.width
+    vector = pb.Vector(data=struct.pack("<f", 0.01) * width, dtype=pb.DATA_TYPE_FLOAT32, shape=[width])
+    edits = [
+        pb.Edit(set=pb.SetEdit(cells=[pb.Cells(word=Word(token=token), senses=[1])], vector=vector))
+        for token in range(1, 1500)
+    ]
+    request = pb.CreateRevisionRequest(parent="patches/p", edits=edits)
+    assert request.ByteSize() > rpc.SMALL
+    made = await control.patches.CreateRevision(request, metadata=key)
+    assert len(made.revision.edits) == len(edits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
 from typing import Any
@@ -99,6 +100,32 @@ async def test_what_was_sent_with_a_refused_call_goes_with_it() -> None:
     finally:
         gc.enable()
         await server.stop(0)
+
+
+async def test_of_large_messages_one_is_read_at_a_time() -> None:
+    running, most = 0, 0
+
+    class Slow(directory_pb2_grpc.DirectoryServiceServicer):
+        async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportResponse:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.05)
+            running -= 1
+            return pb.ReportResponse()
+
+    async def anybody(context: rpc.Context) -> None:
+        pass
+
+    add = directory_pb2_grpc.add_DirectoryServiceServicer_to_server
+    service = rpc.Service("backpack.v1.DirectoryService", add, Slow(), large={"Report": anybody})
+    server = await rpc.start([service], "127.0.0.1:0")
+    request = pb.ReportRequest(replica=pb.Replica(address="a" * rpc.SMALL))
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = directory_pb2_grpc.DirectoryServiceStub(channel)
+        await asyncio.gather(*(stub.Report(request, timeout=60) for _ in range(3)))
+    assert most == 1
+    await server.stop(0)
 
 
 async def test_who_calls_another_server_is_told_which_one_to_call() -> None:

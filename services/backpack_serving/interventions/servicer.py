@@ -148,6 +148,9 @@ class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
             next_page_token=wire.page_token(found, limit, found[-1][0].patch if found else None),
         )
 
+    async def check_author(self, context: rpc.Context) -> None:
+        (await self.who(context)).require(Role.AUTHOR)
+
     async def CreateRevision(
         self, request: pb.CreateRevisionRequest, context: rpc.Context
     ) -> pb.CreateRevisionResponse:
@@ -273,13 +276,17 @@ def services(
 ) -> list[rpc.Service]:
     """All six, ready to be served."""
     common = service, tokenizer, identities
+    patches = PatchServicer(*common)
     add: dict[str, tuple[Callable[..., None], object]] = {
         "TenantService": (grpc_v1.add_TenantServiceServicer_to_server, TenantServicer(*common)),
-        "PatchService": (grpc_v1.add_PatchServiceServicer_to_server, PatchServicer(*common)),
+        "PatchService": (grpc_v1.add_PatchServiceServicer_to_server, patches),
         "ReleaseService": (grpc_v1.add_ReleaseServiceServicer_to_server, ReleaseServicer(*common, rollouts)),
         "AuditService": (grpc_v1.add_AuditServiceServicer_to_server, AuditServicer(*common)),
         "SyncService": (sync_v1.add_SyncServiceServicer_to_server, SyncServicer(*common, bell, rollouts)),
         "FleetService": (sync_v1.add_FleetServiceServicer_to_server, FleetServicer(*common, rollouts)),
     }
-    how = {"endless": frozenset({"Sync"}), "large": frozenset({"CreateRevision"})}
-    return [rpc.Service(f"backpack.v1.{name}", adder, servicer, **how) for name, (adder, servicer) in add.items()]
+    endless, large = frozenset({"Sync"}), {"CreateRevision": patches.check_author}
+    return [
+        rpc.Service(f"backpack.v1.{name}", adder, servicer, endless, large=large)
+        for name, (adder, servicer) in add.items()
+    ]

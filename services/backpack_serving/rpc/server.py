@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
@@ -27,7 +27,7 @@ from backpack_serving import tracing
 from backpack_serving.errors import Internal, InvalidRequest, ServiceError, Unavailable, from_patch_error
 from backpack_serving.rpc.channel import MESSAGE_LIMIT
 from backpack_serving.rpc.credentials import server_credentials
-from backpack_serving.rpc.metadata import identify, metadata, with_request_id
+from backpack_serving.rpc.metadata import Context, identify, metadata, with_request_id
 from backpack_serving.rpc.status import error_from, to_status
 from backpack_serving.tls import Tls
 
@@ -42,7 +42,9 @@ _OPTIONS: Sequence[tuple[str, Any]] = (
 )
 
 SMALL = 2**20
-"""Bytes of a single request. To look through one of 20 MiB and refuse it took a server's event loop seconds."""
+"""Bytes of a single request. To look through one of 20 MiB and refuse it took a server's event loop seconds; in
+memory a message may be 25 times as large.
+"""
 
 _ENDLESS = {"/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"}
 
@@ -65,7 +67,8 @@ class Service:
     """A servicer and what registers it: the generated `add_…_to_server` and the service's full name.
 
     `endless` are methods whose streams end only with the server: a drain doesn't wait for them. Calls of `quiet`
-    ones aren't logged when they succeed. Single requests of `large` ones may be as large as the server takes.
+    ones aren't logged when they succeed. `large` are those whose single message may have more than SMALL bytes,
+    with what refuses who may not send such: it is asked before one is read, and one is read at a time.
     """
 
     name: str
@@ -73,7 +76,7 @@ class Service:
     servicer: object
     endless: frozenset[str] = frozenset()
     quiet: frozenset[str] = frozenset()
-    large: frozenset[str] = frozenset()
+    large: Mapping[str, Callable[[Context], Awaitable[None]]] = field(default_factory=dict)
 
 
 class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -84,7 +87,8 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return {f"/{service.name}/{method}" for service in services for method in methods(service)}
 
         self._endless, self._quiet = named(lambda s: s.endless) | _ENDLESS, named(lambda s: s.quiet)
-        self._large = named(lambda s: s.large)
+        self._large = {f"/{s.name}/{method}": admit for s in services for method, admit in s.large.items()}
+        self._turn = asyncio.Lock()
         self._watcher = watcher
         self._running: dict[asyncio.Task[Any], bool] = {}
         self._ended: set[asyncio.Task[Any]] = set()
@@ -107,11 +111,15 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         read = _reading(handler.request_deserializer)
 
         async def whole(request: Any, context: Any) -> Any:
-            if not handler.request_streaming:
-                if len(request) > SMALL and details.method not in self._large:
-                    raise InvalidRequest("TOO_LARGE", f"a message of {len(request)} bytes; at most {SMALL}")
-                request = read(request)
-            return await guarded(request, context)
+            if handler.request_streaming:
+                return await guarded(request, context)
+            if len(request) <= SMALL:
+                return await guarded(read(request), context)
+            if not (admit := self._large.get(details.method)):
+                raise InvalidRequest("TOO_LARGE", f"a message of {len(request)} bytes; at most {SMALL}")
+            await admit(context)
+            async with self._turn:
+                return await guarded(read(request), context)
 
         async def call(request: Any, context: Any) -> Any:
             if not details.method.startswith("/backpack."):
