@@ -174,6 +174,51 @@ def test_a_short_message_that_stands_for_very_many_cells_is_refused_before_they_
     assert peak < 2**20, "bytes; one cell is 56 of them"
 
 
+def _first(text: str) -> inference_pb2.Word:
+    return inference_pb2.Word(text=text, policy=inference_pb2.WORD_POLICY_FIRST_TOKEN)
+
+
+def _whole(text: str) -> inference_pb2.Word:
+    return inference_pb2.Word(text=text, policy=inference_pb2.WORD_POLICY_ALL_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("edit", "field", "says"),
+    [
+        (
+            pb.Edit(scale=pb.ScaleEdit(cells=[pb.Cells(word=_first("ab " * 100))])),
+            "edits[0].scale.cells[0].word",
+            "a word of 300 bytes; at most 256",
+        ),
+        (
+            pb.Edit(topic=pb.TopicEdit(words=[_word("ab " * 100)], strength=1)),
+            "edits[0].topic.words[0]",
+            "a word of 300 bytes; at most 256",
+        ),
+        (
+            pb.Edit(scale=pb.ScaleEdit(cells=[pb.Cells(word=_whole("ab " * 1_000_000))])),
+            "edits[0].scale.cells[0].word",
+            f"a word of 3000000 bytes; at most {4096 * TOKENIZER.longest}",
+        ),
+        (
+            pb.Edit(topic=pb.TopicEdit(words=[_word("king")] * 5000, strength=1)),
+            "edits[0].topic.words",
+            "5000, at most 4096",
+        ),
+        (
+            pb.Edit(add=pb.AddEdit(cells=[_cells("king")], delta=pb.Vector(dtype=1, shape=[1] * 1_000_000))),
+            "edits[0].add.delta",
+            "shape [1, 1, 1, 1, 1, 1, 1, 1]… of 1000000 sizes of 4-byte numbers, but 0 bytes of data",
+        ),
+    ],
+    ids=["first token", "topic", "all tokens", "words", "shape"],
+)
+def test_what_would_be_read_for_seconds_is_refused_before(edit: pb.Edit, field: str, says: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        read_edits([edit], TOKENIZER, SENSES)
+    assert (field, says) in [(v.field, v.description) for v in refused.value.violations]
+
+
 @pytest.mark.parametrize(("word", "reason"), [("king", "TOO_MANY_CELLS"), ("", "EMPTY")])
 def test_of_very_many_senses_no_list_is_made(word: str, reason: str) -> None:
     edits = [pb.Edit(scale=pb.ScaleEdit(cells=[_cells(word, *[0] * 1_000_000)]))]

@@ -26,10 +26,13 @@ WORD_POLICIES = {
 }
 
 LONGEST_WORD = 256
-"""Most bytes of a word that must be one token: reading a megabyte of it would keep a server's event loop busy."""
+"""Most bytes of a word that stands for one token: reading a megabyte would keep a server's event loop busy."""
 
 MOST_WRONG = 1000
 """Mistakes that are looked for: a megabyte may hold half a million, each of which would take 400 bytes."""
+
+MOST_WORDS = 4096
+"""Words of a topic that are looked at; they may be more than its tokens, because some begin alike."""
 
 _BYTES_OF = {interventions_pb2.DATA_TYPE_FLOAT32: 4, interventions_pb2.DATA_TYPE_FLOAT16: 2}
 
@@ -59,8 +62,14 @@ class WordReader:
         if word.policy not in WORD_POLICIES:
             self.refuse(f"{field}.policy", "UNKNOWN_VALUE", f"{word.policy} is no word policy")
             return ()
+        policy = WORD_POLICIES[word.policy]
+        # Megabytes would be encoded for ten seconds, and their tokens be more than a revision may name.
+        most = self._limits.cells * self._tokenizer.longest if policy is WordPolicy.ALL else LONGEST_WORD
+        if (size := len(word.text.encode())) > most:
+            self.refuse(field, "TOO_LONG", f"a word of {size} bytes; at most {most}")
+            return ()
         try:
-            return self._tokenizer.word_ids(word.text, WORD_POLICIES[word.policy])
+            return self._tokenizer.word_ids(word.text, policy)
         except WordError as error:
             self.refuse(field, "NOT_ONE_TOKEN" if word.text.strip() else "EMPTY", str(error))
             return ()
@@ -106,11 +115,16 @@ class WordReader:
             self.refuse(
                 field,
                 "WRONG_SHAPE",
-                f"shape {list(message.shape)} of {size}-byte numbers, but {len(message.data)} bytes of data",
+                f"shape {_shown(message.shape)} of {size}-byte numbers, but {len(message.data)} bytes of data",
             )
             return Vector()
         form = "f" if size == 4 else "e"
         return Vector.of(struct.unpack(f"<{message.shape[0]}{form}", message.data))
+
+
+def _shown(shape: Sequence[int]) -> str:
+    """As people read it; of a bad one, which may have millions of sizes, how it begins."""
+    return str(list(shape)) if len(shape) <= 8 else f"{list(shape[:8])}… of {len(shape)} sizes"
 
 
 def read_edits(
@@ -164,7 +178,9 @@ def _swap(read: WordReader, at: str, message: interventions_pb2.SwapEdit) -> pat
 
 def _topic(read: WordReader, at: str, message: interventions_pb2.TopicEdit) -> patch.Edit:
     tokens: dict[int, None] = {}  # a set that keeps the order
-    for number, word in enumerate(message.words):
+    if len(message.words) > MOST_WORDS:
+        read.refuse(f"{at}.words", "TOO_MANY_WORDS", f"{len(message.words)}, at most {MOST_WORDS}")
+    for number, word in enumerate(message.words[:MOST_WORDS]):
         first = inference_pb2.Word(text=word.text, policy=inference_pb2.WORD_POLICY_FIRST_TOKEN)
         tokens.update(
             dict.fromkeys(read.tokens(f"{at}.words[{number}]", word if word.HasField("token") else first))
