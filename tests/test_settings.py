@@ -97,11 +97,16 @@ def test_settings_looks_at_files_that_are_named(
     assert says in output.splitlines()[-1]
 
 
-def test_settings_names_variables_that_nothing_reads(backpack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_names_variables_that_nothing_reads(
+    backpack: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for name in ("SLOT", "KEY", "LIMITS_TOKENS"):
         monkeypatch.setenv(f"BACKPACK_{name}", "8")
-    said = backpack("settings").splitlines()[-1]
-    assert said == "nothing reads BACKPACK_LIMITS_TOKENS, BACKPACK_SLOT: there is no such setting"
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text("BACKPACK_QUEUE=8\nbackpack_queues=8\nANOTHER=8\n")
+    *_, said = backpack("settings").splitlines()
+    wrong = "BACKPACK_LIMITS_TOKENS, BACKPACK_QUEUES, BACKPACK_SLOT"
+    assert said == f"nothing reads {wrong}: there is no such setting"
 
 
 def test_a_file_that_is_named_by_nothing_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

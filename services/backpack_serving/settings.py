@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
 from backpack_serving.keys import Holder
 from backpack_serving.tls import Tls
@@ -86,9 +86,10 @@ def secretless(text: str) -> str:
 
 
 def unread() -> list[str]:
-    """Variables that are called like ours and that nothing reads: misspelt, perhaps."""
+    """Variables and lines of `.env` that are called like ours and that nothing reads: misspelt, perhaps."""
     ours = {f"BACKPACK_{name.upper()}" for name in Settings.model_fields} | {"BACKPACK_KEY"}  # a command's --key
-    return sorted(name for name in os.environ if name.startswith("BACKPACK_") and name not in ours)
+    named = {*os.environ, *map(str.upper, DotEnvSettingsSource(Settings).env_vars)}
+    return sorted(name for name in named if name.startswith("BACKPACK_") and name not in ours)
 
 
 LAST_PORT = 65_535
@@ -195,6 +196,11 @@ class Settings(BaseSettings):
     expired_after: float = Field(
         86_400.0, gt=0, description="Seconds without news after which requests are refused."
     )
+    serve_expired: Annotated[frozenset[str], NoDecode, _json('["acme"]')] = Field(
+        frozenset(),
+        description='Tenants that are served after that as well, with what is known: a list such as ["acme"], '
+        'or ["*"] for all.',
+    )
     tls_certificate: OptionalPath = Field(
         None,
         description="Certificate chain (PEM) of every listener; with it they use TLS. Read again when it changes.",
@@ -255,11 +261,6 @@ class Settings(BaseSettings):
     )
     metrics_tenants: int = Field(
         20, ge=0, description="Tenants with a label of their own in metrics; others are one."
-    )
-    serve_expired: Annotated[frozenset[str], NoDecode, _json('["acme"]')] = Field(
-        frozenset(),
-        description='Tenants that are served after that as well, with what is known: a list such as ["acme"], '
-        'or ["*"] for all.',
     )
     catch_up: float = Field(
         2.0, ge=0, description="Seconds that a request with min_revision waits for its gateway to get there."
