@@ -396,6 +396,7 @@ def test_a_bad_patch_file_is_one_line_and_makes_no_patch(
         (("compare", "x", "--release", ""), "write a number"),
         (("explain", "x", "--html", "/nowhere/x.html"), "/nowhere is no folder"),
         (("explain", "x", "--html", "/tmp"), "'/tmp' is a directory"),
+        (("explain", "x", "--html", "x.html", "--target", "sea"), "--target: a page explains each token of a"),
         (("tenant", "key", "harbour", "--role", "king"), "'author', 'releaser', 'caller'"),
         (("patch", "revise", "p", "/nowhere.json"), "does not exist"),
         (("release", "rollback", "--wait", "some"), "'none', 'quorum', 'all'"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -272,4 +274,5 @@ def _keep(subject: Subject, edits: Sequence[Edit], report: Report, file: Path) -
     page = file.with_suffix(".html")
     page.write_text(report.html(), "utf-8")
     out.print(f"{file}: {len(edits)} edits; the report is {page}", markup=False)  # a name may have brackets
-    out.print(Text(f"upload it: backpack patch revise {file.stem} {file}", "dim"))
+    named = re.sub("[^a-z0-9]+", "-", file.stem.lower()).lstrip("-0123456789").rstrip("-")[:63]
+    out.print(Text(f"upload it: backpack patch revise {named or 'patch'} {shlex.quote(str(file))}", "dim"))

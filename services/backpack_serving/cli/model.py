@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,7 +36,7 @@ def import_(
         status.update("computing the sense table and the denominators of topic scores")
         manifest = reader.save(model, tokenizer, folder)
     out.print(f"{folder}: fingerprint {manifest.fingerprint}", markup=False)
-    out.print(Text(f"serve it: BACKPACK_MODEL={folder} backpack run", "dim"))
+    out.print(Text(f"serve it: BACKPACK_MODEL={shlex.quote(str(folder))} backpack run", "dim"))
 
 
 @app.command("verify")

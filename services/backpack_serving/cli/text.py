@@ -74,6 +74,8 @@ def explain(
     As a page, for each token of a generation: `backpack explain "The story of the king" --html king.html`
     """
     if page is not None:
+        if target:
+            raise typer.BadParameter("a page explains each token of a text, not one", param_hint="--target")
         sampling = Sampling(max_tokens, temperature, top_k, seed=seed)
         with as_caller(tenant, key) as client:
             made = write_generation(client, prompt, channel, sampling, page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -123,7 +124,8 @@ def train(
     plot({name: [part / name for part in parts] for name in made}, out / "loss.svg")
     if not twin:
         model = out / "model"
-        console.print(f"wrote {model}; serve it with BACKPACK_MODEL={model} backpack run", markup=False)
+        serve = f"BACKPACK_MODEL={shlex.quote(str(model))} backpack run"
+        console.print(f"wrote {model}; serve it with {serve}", markup=False)
 
 
 def _tokenizer(corpus: Sequence[Source], folder: Path, vocabulary: int, after: Path | None) -> Tokenizer:

@@ -43,7 +43,7 @@ def test_find_sense_and_debias(folder: Path, subject: Subject, tmp_path: Path) -
 
 
 def test_topic_and_its_page(folder: Path, subject: Subject, tmp_path: Path) -> None:
-    file = tmp_path / "sea[red].json"
+    file = tmp_path / "2 Seas[red].json"
     words = ("topic", "sea", "ship", "--strength", 2, "--prompt", "The king", "--model", folder, "--out", file)
     shown = _call(*words, "--by", "multipliers")
     assert "is several tokens" not in shown
@@ -52,7 +52,7 @@ def test_topic_and_its_page(folder: Path, subject: Subject, tmp_path: Path) -> N
     assert "Cells that speak for it most" in file.with_suffix(".html").read_text()
     shown = _call(*words)
     assert "strength 2, by lean" in shown
-    assert "backpack patch revise sea[red] " in shown
+    assert f"backpack patch revise seas-red '{file}'" in shown, "a command that works as it stands"
     assert PatchFile.read(file).edits_for(subject) == lean_edits(subject, topic, 2, Frequent.of(subject))
     assert "Words that gain most" in file.with_suffix(".html").read_text()
 
