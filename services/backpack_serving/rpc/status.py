@@ -84,6 +84,8 @@ def error_from(error: grpc.RpcError) -> ServiceError:
         # (github.com/grpc/grpc/issues/36066).
         message = "the server ended the call before all of it was sent, and gRPC lost why; try again"
         return Unavailable("TRANSPORT", message, retry_after=0.0)
+    if status is None and (call.details() or "").startswith("Failed to create channel"):
+        return Unavailable("TRANSPORT", call.details())  # to what is no address; of others gRPC says so itself
     if status is None and code == "UNIMPLEMENTED":
         return PreconditionFailed("WRONG_SERVER", f"{call.details()} {_WRONG_SERVER}")
     if status is None:
