@@ -284,6 +284,15 @@ def test_p8_the_role_of_the_service_sees_one_tenant_at_a_time(postgres_url: str)
     store.close()
 
 
+def test_nobody_else_on_the_machine_reads_what_tenants_wrote(sqlite_url: str) -> None:
+    store = open_store(sqlite_url)
+    fill(store)
+    files = list(Path(sa.make_url(sqlite_url).database or "").parent.glob("*.db*"))
+    assert len(files) == 3, "with the log and its index"
+    assert [file.name for file in files if file.stat().st_mode & 0o077] == []
+    store.close()
+
+
 def test_a_second_service_on_the_same_file_is_refused(sqlite_url: str) -> None:
     store = open_store(sqlite_url)
     with pytest.raises(Unavailable, match="another service"):

@@ -52,6 +52,8 @@ class SQLiteStore(SQLStore):
         lock = _take(path.with_suffix(".lock"), wait)
         if lock is None:
             raise Unavailable("LOCKED", f"another service is using {path}; stop it first")
+        if not path.exists():
+            path.touch(mode=0o600)  # what tenants write; the files that SQLite puts beside it get the same rights
         engine = sa.create_engine(
             url,
             module=pysqlite3.dbapi2,
