@@ -348,6 +348,10 @@ async def test_a_replica_serves_only_gateways(system: System) -> None:
                 await stub.Generate(asked, metadata=metadata)
             assert refused.value.reason == reason
             assert time.monotonic() - started < 2, "nothing is done for a stranger"
+    for call in (stub.Tokenize(pb.TokenizeRequest(text=PROMPT)), stub.GetModel(pb.GetModelRequest())):
+        with pytest.raises(ServiceError) as refused, rpc.errors():
+            await call
+        assert refused.value.reason == "NOT_A_GATEWAY"
     pin = pb.Pin(tenant="t0", channel="live", release=1, release_digest="00" * 32)
     metadata = (*system.replica, ("backpack-pin-bin", pin.SerializeToString()))
     with pytest.raises(ServiceError) as refused, rpc.errors():

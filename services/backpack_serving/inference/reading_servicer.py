@@ -139,10 +139,12 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
             )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
+        self._check_gateway(context)
         config = self._served.manifest.config
         return await asyncio.to_thread(wire.tokenize, request, self._served.tokenizer, config)
 
     async def GetModel(self, request: pb.GetModelRequest, context: rpc.Context) -> pb.GetModelResponse:
+        self._check_gateway(context)
         return wire.write_model(self._served.manifest)
 
     async def _read(self, work: Callable[..., T], *arguments: object) -> T:
