@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from io import TextIOWrapper
@@ -14,8 +14,9 @@ from typing import Annotated, NoReturn
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markdown import Markdown
+from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -26,8 +27,22 @@ from backpack_serving.settings import Settings, secretless
 EXTRAS = {"torch": "engine", "numpy": "engine", "scipy": "lab", "matplotlib": "lab", "transformers": "lab"}
 """What a command may miss, and the extra that brings it."""
 
-out = Console(highlight=False, soft_wrap=True)  # keys and names are copied: no line is broken
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+_COMMANDING = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*map(ord, "\t\n")})
+
+
+class Screen(Console):
+    """A console whose terminal shows texts and doesn't obey them: descriptions, notes and what a model writes come
+    from others, and may hold what moves the cursor or fills the clipboard. A pipe or a file gets them as they are.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            ours = segment.control or not self.is_terminal
+            yield segment if ours else segment._replace(text=segment.text.translate(_COMMANDING))
+
+
+out = Screen(highlight=False, soft_wrap=True)  # keys and names are copied: no line is broken
+err = Screen(stderr=True, highlight=False, soft_wrap=True)
 if not out.is_terminal and "COLUMNS" not in os.environ:
     out.width = 10_000  # what reads a pipe or a file looks for whole names: no column is folded either
 if isinstance(sys.stdout, TextIOWrapper):

@@ -1,0 +1,30 @@
+"""What commands show on a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from backpack_serving.cli.client import Screen
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.table import Table
+from rich.text import Text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_what_others_wrote_and_does_not_obey_it(terminal: bool) -> None:
+    shown = io.StringIO()
+    console = Screen(file=shown, force_terminal=terminal, color_system=None, width=80)
+    table = Table("description", box=None)
+    evil = "a\x1b]52;c;cm0=\x1b\\b\x9b2J\x7fc\td\ne"
+    table.add_row(Text(evil))
+    console.print(table)
+    console.print(Text(evil))
+    console.print(Markdown(evil))
+    with Live(Text(evil), console=console, auto_refresh=False):
+        pass
+    commands = re.sub(r"\x1b\[[?\d]*[hlAK]", "", shown.getvalue())  # Live's own
+    assert ("\x1b" in commands or "\x9b" in commands or "\x7f" in commands) is not terminal
+    assert "a]52;c;cm0=" in commands or not terminal
