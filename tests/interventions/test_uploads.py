@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import struct
 import uuid
@@ -14,7 +15,9 @@ from backpack_lm.manifest import Manifest
 from backpack_lm.patch import Add, Cell, Limits, ModelShape, Revision, Set, Vector
 from backpack_proto.v1 import interventions_pb2 as pb
 from backpack_proto.v1.inference_pb2 import Word
-from backpack_serving.errors import InvalidRequest, NotFound
+from backpack_serving import rpc
+from backpack_serving.errors import Exhausted, InvalidRequest, NotFound
+from backpack_serving.interventions.servicer import UPLOADS
 from backpack_serving.settings import default_model
 from backpack_serving.wire.uploads import CHUNK, LONGEST_HEADER, Upload
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -252,6 +255,32 @@ async def test_uploads_that_do_not_begin_or_go_on_as_they_should(control: Contro
     _, stranger, _ = await control.tenant((pb.ROLE_RELEASER,))
     header.parent = "patches/p"
     await upload(control, stranger, header, content)
+
+
+async def test_a_tenant_fills_no_memory_with_uploads_that_it_does_not_finish(control: Control) -> None:
+    _, key, _ = await control.tenant()
+    _, other, _ = await control.tenant()
+    header, content = packed()
+
+    async def until(end: asyncio.Event) -> AsyncIterator[pb.UploadRevisionRequest]:
+        yield pb.UploadRevisionRequest(header=header)
+        await end.wait()
+        yield pb.UploadRevisionRequest(chunk=content)
+
+    end = asyncio.Event()
+    running = [asyncio.create_task(_made(control, key, until(end))) for _ in range(UPLOADS + 1)]
+    (done,), _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    with pytest.raises(Exhausted) as too_many, rpc.errors():
+        await done
+    assert too_many.value.reason == "UPLOADS_LIMIT"
+    await upload(control, other, header, content)
+    end.set()
+    await asyncio.gather(*(one for one in running if one is not done))
+    await upload(control, key, header, content)
+
+
+async def _made(control: Control, key: Any, parts: AsyncIterator[pb.UploadRevisionRequest]) -> None:
+    await control.patches.UploadRevision(parts, metadata=key)
 
 
 async def test_an_upload_that_is_repeated_has_its_answer_when_its_patch_is_deleted(control: Control) -> None:

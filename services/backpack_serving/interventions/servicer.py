@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from backpack_lm.tokenizer import Tokenizer
@@ -12,6 +14,7 @@ from backpack_proto.v1 import interventions_pb2_grpc as grpc_v1
 from backpack_proto.v1 import sync_pb2_grpc as sync_v1
 
 from backpack_serving import rpc
+from backpack_serving.errors import Exhausted
 from backpack_serving.identity import Identities
 from backpack_serving.interventions.caller import Bell, Caller
 from backpack_serving.interventions.channel_servicer import ChannelMethods
@@ -24,6 +27,9 @@ from backpack_serving.keys import Principal, Role
 from backpack_serving.wire import control as wire
 from backpack_serving.wire.patches import read_edits
 from backpack_serving.wire.uploads import Upload
+
+UPLOADS = 8
+"""Uploads of a tenant that may run at once: each keeps what has come, and whoever sends it says when it ends."""
 
 
 class TenantServicer(Caller, grpc_v1.TenantServiceServicer):
@@ -103,6 +109,10 @@ class TenantServicer(Caller, grpc_v1.TenantServiceServicer):
 
 
 class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
+    def __init__(self, service: Interventions, tokenizer: Tokenizer, identities: Identities) -> None:
+        super().__init__(service, tokenizer, identities)
+        self._uploads: Counter[str] = Counter()
+
     async def CreatePatch(self, request: pb.CreatePatchRequest, context: rpc.Context) -> pb.CreatePatchResponse:
         who = await self.who(context)
         again = wire.identify(request, request.request_id)
@@ -173,11 +183,28 @@ class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
         self, requests: AsyncIterator[pb.UploadRevisionRequest], context: rpc.Context
     ) -> pb.UploadRevisionResponse:
         who = await self.who(context)
+        who.require(Role.AUTHOR)  # before the work of reading
+        with self._uploading(who.tenant):
+            return await self._upload(who, aiter(requests))
+
+    @contextmanager
+    def _uploading(self, tenant: str) -> Iterator[None]:
+        """Raises Exhausted for one upload too many."""
+        if self._uploads[tenant] >= UPLOADS:
+            text = f"tenants/{tenant} has {UPLOADS} uploads that aren't finished; finish one, then try again"
+            raise Exhausted("UPLOADS_LIMIT", text, retry_after=1.0)
+        self._uploads[tenant] += 1
+        try:
+            yield
+        finally:
+            self._uploads[tenant] -= 1
+
+    async def _upload(
+        self, who: Principal, messages: AsyncIterator[pb.UploadRevisionRequest]
+    ) -> pb.UploadRevisionResponse:
         upload = Upload(self.service.shape, self.service.limits)
-        messages = aiter(requests)
         upload.begin(await anext(messages, pb.UploadRevisionRequest()))
         (patch,) = wire.parse_name("header.parent", upload.header.parent, "patches/{}", who)
-        who.require(Role.AUTHOR)  # before the work of reading
         if not upload.header.validate_only:  # a draft's content is checked first, as CreateRevision does
             # Of a deleted one, an upload that is repeated is answered as before.
             await asyncio.to_thread(self.service.patch, who, patch, True)
