@@ -57,6 +57,12 @@ async def test_logs_tell_who_and_which_and_the_prompt_only_if_asked(
             await call.read()
             await call.read()
         made_up = dict(await call.trailing_metadata())["x-request-id"]
+        asked, unpatched = pb.Prompt(text=SECRET), pb.ReleaseChoice(number=0)
+        sampling = pb.Sampling(max_tokens=1)
+        await system.inference.Generate(pb.GenerateRequest(prompt=asked, sampling=sampling), metadata=key)
+        await system.inference.Score(pb.ScoreRequest(text=asked), metadata=key)
+        await system.inference.Explain(pb.ExplainRequest(prompt=asked), metadata=key)
+        await system.inference.Compare(pb.CompareRequest(prompt=asked, releases=[unpatched]), metadata=key)
     lines = logged()
     calls = [line for line in lines if line["event"] == "call" and line["method"].endswith("/GenerateStream")]
     ours = [line for line in calls if line["request_id"] == "ticket-7"]
@@ -66,6 +72,9 @@ async def test_logs_tell_who_and_which_and_the_prompt_only_if_asked(
     assert (refused["code"], refused["reason"], refused["tenant"]) == ("INVALID_ARGUMENT", "TOO_LONG", tenant)
     text = json.dumps(lines)
     assert ("secret queen" in text) is log_prompts
+    told = {line["method"].rpartition("/")[2] for line in lines if line.get("prompt") == SECRET}
+    everyone = {"GenerateStream", "Generate", "Score", "Explain", "Compare"}
+    assert told == (everyone if log_prompts else set())
     assert key[0][1].split("_")[2] not in text, "nor a key's secret"
     assert "/Report" not in text
 

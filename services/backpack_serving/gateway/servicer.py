@@ -119,6 +119,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             ids = wire.read_prompt("text", request.text, self._tokenizer, self._manifest.config)
             request.text.tokens.ids[:] = ids
             meter.charge(len(ids))
+            self._note(request.text)
             return await self._unary(lambda stub: stub.Score, request, context, pinned, meter, len(ids))
 
     async def Explain(self, request: pb.ExplainRequest, context: rpc.Context) -> pb.ExplainResponse:
@@ -128,6 +129,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             ids = wire.read_prompt("prompt", request.prompt, self._tokenizer, self._manifest.config)
             request.prompt.tokens.ids[:] = ids
             meter.charge(len(ids))
+            self._note(request.prompt)
             return await self._unary(lambda stub: stub.Explain, request, context, pinned, meter, len(ids))
 
     async def Compare(self, request: pb.CompareRequest, context: rpc.Context) -> pb.CompareResponse:
