@@ -32,12 +32,12 @@ class Provider:
         self.up = True
         self.slow = 0.0
         self.garbled = False
-        self.host = "127.0.0.1"
+        self.host, self.moved = "127.0.0.1", ""
         provider = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                provider.asked += self.path == "/keys"
+                provider.asked += self.path in ("/keys", "/moved")
                 time.sleep(provider.slow)
                 if provider.garbled:
                     self.wfile.write(b"this is no HTTP\r\n\r\n")
@@ -46,8 +46,11 @@ class Provider:
                 body = {
                     "/.well-known/openid-configuration": {"jwks_uri": keys},
                     "/keys": provider.jwks,
+                    "/moved": provider.jwks,
                 }.get(self.path)
-                self.send_response(200 if body and provider.up else 503)
+                moved = provider.moved if self.path == "/keys" else ""
+                self.send_response(302 if moved else 200 if body and provider.up else 503)
+                self.send_header("Location", f"http://{moved}:{provider._server.server_port}/moved")
                 self.end_headers()
                 self.wfile.write(json.dumps(body).encode())
 
@@ -115,6 +118,17 @@ async def test_claims_may_have_other_names_and_keys_lie_in_a_file(provider: Prov
     more = {"https://acme.example/org": "clinic", "groups": ["author"]}
     assert await Tokens(issuer).read(provider.token(**more)) == Claims("someone", "clinic", ("author",))
     assert provider.asked == 0
+
+
+async def test_keys_that_have_moved_to_where_they_could_be_forged_are_not_read(
+    provider: Provider, tokens: Tokens, clock: Clock
+) -> None:
+    provider.moved = "0.0.0.0"
+    with pytest.raises(Unavailable):
+        await tokens.read(provider.token())
+    assert provider.asked == 1
+    provider.moved, clock.now = "localhost", READ_AGAIN + 1
+    assert (await tokens.read(provider.token())).tenant == "harbour"
 
 
 @pytest.mark.parametrize(

@@ -155,8 +155,14 @@ def _check_unforged(url: str) -> None:
         raise ValueError(f"{url}: keys are read over https, or from a file (BACKPACK_JWT_KEYS)")
 
 
+class _Unforged(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *moved: Any) -> urllib.request.Request | None:
+        _check_unforged(moved[-1])
+        return super().redirect_request(*moved)
+
+
 def _get(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=5) as answer:
+    with urllib.request.build_opener(_Unforged).open(url, timeout=5) as answer:
         return json.loads(answer.read(2**20))
 
 
