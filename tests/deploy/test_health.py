@@ -33,8 +33,7 @@ async def test_a_probe_says_whether_a_server_serves(tmp_path: Path) -> None:
             _health("127.0.0.1:1", "--replicas", "1", "--timeout", "1"),
         )
     assert answers[:2] == [(0, f"{gateway} SERVING")] * 2
-    assert answers[2][0] == 1
-    assert "NOT_FOUND" in answers[2][1]
+    assert answers[2] == (1, f"{gateway} NOT_FOUND it has no backpack.v1.Nothing")
     assert answers[3:5] == [
         (0, f"{directory} replicas that take requests: 1"),
         (1, f"{directory} replicas that take requests: 1"),

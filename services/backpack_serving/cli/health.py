@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from backpack_serving.cli.client import exits, out
-from backpack_serving.errors import ServiceError
+from backpack_serving.errors import NotFound, ServiceError
 from backpack_serving.rpc import probe
 from backpack_serving.settings import Settings
 
@@ -31,7 +31,8 @@ def health(
             said = probe.health(address, service, timeout, settings.tls)
             healthy = said == "SERVING"
     except ServiceError as error:
-        healthy, said = False, f"{error.code} {error.message}"
+        unknown = service and isinstance(error, NotFound)  # of which grpc's own server says no more
+        healthy, said = False, f"{error.code} {f'it has no {service}' if unknown else error.message}"
     out.print(f"{address} {said}", markup=False)
     if not healthy:
         raise typer.Exit(1)
