@@ -134,6 +134,19 @@ def budget(bench: Bench) -> None:
     bench.compare(what, throughput(small), throughput(large), "tokens/s", "")
 
 
+def drawing(bench: Bench) -> None:
+    """What it costs to draw tokens, of all or of the likeliest, instead of taking the greatest logit."""
+    engine = bench.engine(32)
+
+    def run(**sampling: float) -> Timed:
+        return lambda: bench.generate(engine, [bench.request(bench.prompt(64), **sampling) for _ in range(32)])
+
+    ways = {"temperature 1": {}, "top_k 40": {"top_k": 40}, "top_p 0.9": {"top_p": 0.9}}
+    for name, way in ways.items():
+        what = f"tokens drawn with {name}, against greedy, batch 32"
+        bench.compare(what, run(temperature=1.0, **way), run(), "tokens/s", "0.8")
+
+
 def loop(bench: Bench) -> None:
     direct = bench.engine(32)
 

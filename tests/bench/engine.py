@@ -1,6 +1,7 @@
 """The engine against its peers and against itself: every ratio from rounds taken side by side in one run.
 
-Prompts are windows of this project's own texts, so that words repeat as they do; new tokens are greedy.
+Prompts are windows of this project's own texts, so that words repeat as they do; new tokens are greedy,
+unless a line says how they are drawn.
 All of it in the precision that the processor is fastest in, unless a line says float32.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from tests.bench import side_by_side
-from tests.bench.against_itself import budget, distinct_releases, loop, mix, prefix
+from tests.bench.against_itself import budget, distinct_releases, drawing, loop, mix, prefix
 from tests.bench.against_peers import hugging_face, published_class, vllm
 from tests.bench.report import write
 from tests.bench.side_by_side import FAST, Bench
@@ -40,6 +41,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "releases": distinct_releases,
     "prefix": prefix,
     "budget": budget,
+    "drawing": drawing,
     "loop": loop,
 }
 MODELS = {"default": side_by_side.default, "Small": side_by_side.small}

@@ -65,11 +65,16 @@ class Bench:
         start = self.draw.randrange(len(self.text) - length)
         return tuple(self.text[start : start + length])
 
-    def request(self, prompt: tuple[int, ...], overlay: Overlay | None = None, new: int = NEW) -> Request:
-        """Of a tenant of its own: nothing is shared between requests unless the engine shares among all."""
-        sampling = Sampling(max_tokens=new, temperature=0.0, ignore_end_of_text=True)
-        name = f"r{next(self.names)}"
-        return Request(name, name, prompt, sampling, overlay or self.empty)
+    def request(
+        self, prompt: tuple[int, ...], overlay: Overlay | None = None, new: int = NEW, **sampling: float
+    ) -> Request:
+        """Of a tenant of its own: nothing is shared between requests unless the engine shares among all. Greedy
+        unless `sampling` says how tokens are drawn.
+        """
+        number = next(self.names)
+        how = {"temperature": 0.0, "seed": number, **sampling}
+        chosen, name = Sampling(max_tokens=new, ignore_end_of_text=True, **how), f"r{number}"  # type: ignore[arg-type]
+        return Request(name, name, prompt, chosen, overlay or self.empty)
 
     def generate(self, engine: Engine, requests: list[Request]) -> float:
         """Tokens per second of all requests at once, their prompts' time included."""

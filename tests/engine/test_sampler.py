@@ -83,6 +83,28 @@ def test_a_batch_draws_what_each_row_draws_alone(
         assert choose_all(logits, chosen, places, draw) == alone
 
 
+@pytest.mark.parametrize("tie", [False, True], ids=["", "with ties"])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+def test_of_a_large_vocabulary_the_same_tokens_may_be_drawn(spread: float, tie: bool, draws: list[Draw]) -> None:
+    """At the size that counts, where few tokens have most of the probability, and where all have some."""
+    logits = spread * torch.randn(4100, generator=torch.Generator().manual_seed(1))
+    logits[7:2000:9] = float("-inf")
+    if tie:
+        logits = logits.bfloat16().float()
+    counts, shares = (0, 1, 40, 1000, 4000, 5000), (1.0, 1 - 1e-9, 0.999, 0.9, 0.3, 1e-9)
+    chosen = [
+        Sampling(temperature=heat, top_k=count, top_p=share, seed=3)
+        for heat in (0.2, 1.0, 3.0)
+        for count in counts
+        for share in shares
+        for _ in range(4)
+    ]
+    rows, places = logits.expand(len(chosen), -1), range(len(chosen))
+    alone = [choose(logits, sampling, place) for sampling, place in zip(chosen, places, strict=True)]
+    for draw in draws:
+        assert choose_all(rows, chosen, places, draw) == alone
+
+
 def test_neighbouring_seeds_of_64_bits_draw_differently() -> None:
     logits = torch.zeros(1000)
     for seed in (0, 2**63, 2**64 - 10):

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 import torch
 from backpack_lm.config import BackpackConfig
-from backpack_lm.kernels import Caches, Kernels, New, Prediction, Run, build, pages
+from backpack_lm.kernels import Caches, Drawing, Kernels, New, Prediction, Run, build, pages
 from backpack_lm.kernels.caches import untiled
 from backpack_lm.kernels.native import NativeKernels
 from backpack_lm.kernels.native_trunk import NativeTrunk
@@ -249,10 +249,18 @@ def test_drawing_is_one_function_of_seed_position_and_token(config: BackpackConf
     native, plain = _both(config, torch.float32)
     logits = torch.randn(40, 1000)
     draw = Random(1)
-    seeds, places = [draw.getrandbits(64) for _ in range(40)], [draw.randrange(512) for _ in range(40)]
-    temperatures = [0.0 if n % 5 == 0 else draw.random() + 0.1 for n in range(40)]
-    drawn = native.draw(logits, temperatures, seeds, places)
-    assert torch.equal(drawn.long(), plain.draw(logits, temperatures, seeds, places))
+    how = [
+        Drawing(
+            0.0 if n % 5 == 0 else draw.random() + 0.1,
+            draw.getrandbits(64),
+            draw.randrange(512),
+            draw.choice((0, 0, 200)),
+            draw.choice((1.0, 0.95)),
+        )
+        for n in range(40)
+    ]
+    drawn = native.draw(logits, how)
+    assert torch.equal(drawn.long(), plain.draw(logits, how))
     assert len(set(drawn.tolist())) > 30
 
 

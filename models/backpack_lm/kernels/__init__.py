@@ -4,8 +4,8 @@
 `cuda` on a CUDA device with Triton. All of them work on the same `Caches`, and tests hold them equal.
 """
 
-from backpack_lm.kernels.caches import Caches, New, Prediction, Run
+from backpack_lm.kernels.caches import Caches, Drawing, New, Prediction, Run
 from backpack_lm.kernels.choice import Device, Precision, choose
 from backpack_lm.kernels.seam import Compute, Kernels
 
-__all__ = ["Caches", "Compute", "Device", "Kernels", "New", "Precision", "Prediction", "Run", "choose"]
+__all__ = ["Caches", "Compute", "Device", "Drawing", "Kernels", "New", "Precision", "Prediction", "Run", "choose"]

@@ -50,6 +50,19 @@ class Prediction(NamedTuple):
     topics: tuple[TopicMultipliers, ...] = ()
 
 
+class Drawing(NamedTuple):
+    """How a token is chosen: the greatest logit at `temperature` 0, else drawn with the noise of `seed` and
+    `position`: of the `top_k` likeliest (0: of all) the smallest set that has at least `top_p` of their
+    probability. Of equal ones the first in the vocabulary is the likelier.
+    """
+
+    temperature: float
+    seed: int
+    position: int
+    top_k: int = 0
+    top_p: float = 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class Caches:
     """Tensors of S slots with T positions (the context, rounded up to a multiple of 16):

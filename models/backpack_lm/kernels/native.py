@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from backpack_lm.kernels.build import NotBuilt, library
-from backpack_lm.kernels.caches import LANES, Caches, New, Prediction, Run
+from backpack_lm.kernels.caches import LANES, Caches, Drawing, New, Prediction, Run
 from backpack_lm.kernels.native_trunk import NativeTrunk
 from backpack_lm.kernels.products import Product, at, name
 from backpack_lm.kernels.seam import Linear
@@ -29,6 +29,12 @@ __all__ = ["NativeKernels", "NotBuilt"]
 
 GROUPS = 32
 """Of tokens, of which each is a unit of work of the mix, as in cpp/words.h."""
+
+
+_DRAWING = np.dtype(
+    [("seed", "u8"), ("top_p", "f8"), ("position", "i4"), ("top_k", "i4"), ("temperature", "f4")], align=True
+)
+"""A `Drawing` as cpp/draw.h reads it."""
 
 
 class _Lists(ctypes.Structure):
@@ -147,15 +153,10 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
-    def draw(
-        self, logits: Tensor, temperatures: Sequence[float], seeds: Sequence[int], positions: Sequence[int]
-    ) -> Tensor:
-        drawn = torch.empty(len(logits), dtype=torch.int32)
-        how = (np.array(temperatures, np.float32), np.array(seeds, np.uint64), np.array(positions, np.int32))
-        logits = logits.contiguous()
-        self._library.draw_float32(
-            at(logits), *logits.shape, *(part.ctypes.data_as(ctypes.c_void_p) for part in how), at(drawn)
-        )
+    def draw(self, logits: Tensor, how: Sequence[Drawing]) -> Tensor:
+        drawn, logits = torch.empty(len(logits), dtype=torch.int32), logits.contiguous()
+        rows = np.array([(d.seed, d.top_p, d.position, d.top_k, d.temperature) for d in how], _DRAWING)
+        self._library.draw_float32(at(logits), *logits.shape, rows.ctypes.data_as(ctypes.c_void_p), at(drawn))
         return drawn
 
     def satisfy(self, prediction: Prediction, start: int) -> None:

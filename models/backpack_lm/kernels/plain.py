@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpack_lm.kernels.caches import LANES, Caches, New, Prediction, Run, untiled
+from backpack_lm.kernels.caches import LANES, Caches, Drawing, New, Prediction, Run, untiled
 from backpack_lm.kernels.noise import log_exponentials
 from backpack_lm.kernels.seam import Linear
 from backpack_lm.kernels.trunk import Trunk
@@ -105,14 +105,15 @@ class PlainKernels:
             rows.flatten(1), caches.table, per_sample_weights=alpha.flatten(1).to(caches.table.dtype), mode="sum"
         ).float()
 
-    def draw(
-        self, logits: Tensor, temperatures: Sequence[float], seeds: Sequence[int], positions: Sequence[int]
-    ) -> Tensor:
+    def draw(self, logits: Tensor, how: Sequence[Drawing]) -> Tensor:
         values = logits
-        if any(temperatures):
-            noise = log_exponentials(seeds, positions, torch.arange(logits.shape[1], device=logits.device))
-            heat = torch.tensor(temperatures, device=logits.device)[:, None]
+        heat = torch.tensor([d.temperature for d in how], device=logits.device)[:, None]
+        if any(d.temperature for d in how):
+            tokens = torch.arange(logits.shape[1], device=logits.device)
+            noise = log_exponentials([d.seed for d in how], [d.position for d in how], tokens)
             values = torch.where(heat > 0, logits / heat - noise, logits)
+        if any(d.top_k or d.top_p < 1 for d in how):
+            values = values.masked_fill(~_kept(logits, heat, how), float("-inf"))
         best, chosen = values.max(-1)
         return chosen.masked_fill((best == float("-inf")) | ~(logits < float("inf")).all(-1), -1)
 
@@ -138,3 +139,17 @@ class PlainKernels:
 
         satisfied[:start] += sums(slice(start), slice(start, length))
         satisfied[start:length] = sums(slice(start, length), slice(length))
+
+
+def _kept(logits: Tensor, heat: Tensor, how: Sequence[Drawing]) -> Tensor:
+    """Whether a token may be drawn, [G, V]; `heat` [G, 1] are the temperatures."""
+    count, device = logits.shape[1], logits.device
+    limit = torch.tensor([d.top_k or count for d in how], device=device)[:, None]
+    share = torch.tensor([d.top_p for d in how], dtype=torch.float64, device=device)[:, None]
+    ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
+    inside = torch.arange(count, device=device) < limit
+    scaled = ordered.double() / torch.where(heat > 0, heat, 1.0)
+    mass = scaled.masked_fill(~inside, float("-inf")).softmax(-1)
+    # Those before a token that is kept have less than its share: at least one always is.
+    inside &= (share >= 1) | (mass.cumsum(-1) - mass < share)
+    return torch.zeros_like(inside).scatter(-1, tokens, inside)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from backpack_lm.kernels.caches import Caches, New, Prediction, Run
+from backpack_lm.kernels.caches import Caches, Drawing, New, Prediction, Run
 from backpack_lm.model import Backpack
 
 
@@ -50,11 +50,10 @@ class Kernels(Protocol):
     def mix(self, queries: Tensor, predictions: Sequence[Prediction]) -> Tensor:
         """o [B, d] float32 = Σ_j Σ_l α[l,j] m[l,j] C(x_j)_l for queries [B, k, d/k], α a softmax over the slot."""
 
-    def draw(
-        self, logits: Tensor, temperatures: Sequence[float], seeds: Sequence[int], positions: Sequence[int]
-    ) -> Tensor:
-        """argmax_y (logit_y / temperature − log e_y) for each row of logits [G, V], e from `noise.py`; argmax_y
-        logit_y at temperature 0. −1 for a row with NaN or +∞, or with nothing else than −∞."""
+    def draw(self, logits: Tensor, how: Sequence[Drawing]) -> Tensor:
+        """argmax_y (logit_y / temperature − log e_y) for each row of logits [G, V], e from `noise.py`, over the
+        tokens that may be drawn; argmax_y logit_y at temperature 0. −1 for a row with NaN or +∞, or with nothing
+        else than −∞."""
 
     def satisfy(self, prediction: Prediction, start: int) -> None:
         """Count the tokens from `start` to `prediction.length` in the slot's annealing."""

@@ -1,5 +1,5 @@
-// Choosing a token in one pass over its logits: the greatest, or by Gumbel's trick argmax_y (logit_y / temperature −
-// log e_y), e_y exponential.
+// Choosing a token of a row of logits: the greatest, or by Gumbel's trick argmax_y (logit_y / temperature − log e_y),
+// e_y exponential, of all tokens or of the likeliest.
 #pragma once
 
 #include "vectors.h"
@@ -7,6 +7,23 @@
 namespace {
 
 typedef uint64_t Longs __attribute__((vector_size(8 * LANES), aligned(8)));
+typedef double Doubles __attribute__((vector_size(8 * LANES), aligned(8)));
+
+// As in native.py. Temperature 0 is greedy, top_k 0 and top_p 1 leave the whole vocabulary.
+struct Drawing {
+    uint64_t seed;
+    double top_p;
+    int32_t position, top_k;
+    float temperature;
+};
+
+struct Candidate {
+    float logit;
+    int32_t token;
+};
+
+// Of equal ones the first in the vocabulary.
+inline bool likelier(Candidate a, Candidate b) { return a.logit > b.logit || (a.logit == b.logit && a.token < b.token); }
 
 // Philox4x32-10 (Salmon et al., SC 2011) for 16 counters (block, position, 0, 0) under one key.
 inline void philox(uint64_t seed, uint32_t position, Words block, Words* out) {
@@ -35,33 +52,160 @@ inline Floats log_exponential(Words x) {
     return logarithm(v < 0.03125f ? series : direct);
 }
 
-// The chosen token; −1 where a logit is NaN or +∞, or all are −∞. DRAWN: at a temperature, else the greatest.
-template <bool DRAWN>
-int32_t choose(const float* logits, int vocabulary, float temperature, uint64_t seed, uint32_t position) {
-    Floats best = Floats{} - INFINITY;
-    Ints where{}, lane, numbers = Ints{} - 1;
+// The greatest of values that come 16 at a time, and whose it is.
+struct Greatest {
+    Floats value = Floats{} - INFINITY;
+    Ints token{};
+
+    void take(Floats values, Ints tokens, Ints valid) {
+        Ints better = (values > value) & valid;
+        value = better ? values : value;
+        token = better ? tokens : token;
+    }
+    // Of equal ones the first in the vocabulary; −1 if there is none above −∞.
+    int32_t winner() const {
+        Candidate best{-INFINITY, -1};
+        for (int n = 0; n < LANES; n++)
+            if (value[n] > -INFINITY && likelier({value[n], token[n]}, best)) best = {value[n], token[n]};
+        return best.token;
+    }
+};
+
+inline Ints lanes() {
+    Ints lane;
     for (int n = 0; n < LANES; n++) lane[n] = n;
+    return lane;
+}
+
+inline bool any(Ints mask) {
+    uint64_t bits[LANES / 2], all = 0;
+    std::memcpy(bits, &mask, sizeof mask);
+    for (uint64_t part : bits) all |= part;
+    return all;
+}
+
+constexpr Candidate NONE{-INFINITY, INT32_MAX};  // which all are at least as likely as
+
+// The token, of those that are no less likely than `least`. −1 where a logit is NaN or +∞, or all are −∞. DRAWN: at a
+// temperature, else the greatest.
+template <bool DRAWN>
+int32_t choose(const float* logits, int vocabulary, const Drawing& how, Candidate least = NONE) {
+    Greatest greatest;
+    Ints lane = lanes(), numbers = Ints{} - 1;
     for (int group = 0; group < vocabulary; group += 4 * LANES) {
-        Words words[4];
-        if (DRAWN) philox(seed, position, (Words)(lane + group / 4), words);
+        Floats logit[4];
+        Ints may[4], some{};
         for (int i = 0; i < 4; i++) {
-            int first = group + i * LANES, count = std::min(LANES, vocabulary - first);
-            if (count <= 0) break;
-            Floats logit = count == LANES ? load(logits + first) : load_some(logits + first, count), value = logit;
-            if (DRAWN) value = logit / temperature - log_exponential(words[i]);
-            numbers &= logit < INFINITY;
-            Ints better = (value > best) & (lane < count);
-            best = better ? value : best;
-            where = better ? lane + first : where;
+            int first = group + i * LANES, count = std::clamp(vocabulary - first, 0, LANES);
+            logit[i] = count == LANES ? load(logits + first) : load_some(logits + first, count);
+            numbers &= logit[i] < INFINITY;
+            may[i] = ((logit[i] > least.logit) | ((logit[i] == least.logit) & (lane + first <= least.token))) & (lane < count);
+            some |= may[i];
         }
+        if (!any(some)) continue;
+        Words words[4];
+        if (DRAWN) philox(how.seed, uint32_t(how.position), (Words)(lane + group / 4), words);
+        for (int i = 0; i < 4; i++)
+            greatest.take(DRAWN ? logit[i] / how.temperature - log_exponential(words[i]) : logit[i],
+                          lane + group + i * LANES, may[i]);
     }
-    int winner = 0;
-    bool good = numbers[0];
-    for (int n = 1; n < LANES; n++) {
-        if (best[n] > best[winner] || (best[n] == best[winner] && where[n] < where[winner])) winner = n;
-        good = good && numbers[n];
+    for (int n = 0; n < LANES; n++)
+        if (!numbers[n]) return -1;
+    return greatest.winner();
+}
+
+// What all of the `count` likeliest reach: the count-th of the maxima of several times as many parts of the row.
+inline float reached(const float* logits, int vocabulary, int count) {
+    int parts = (4 * count + LANES - 1) / LANES * LANES;
+    if (2 * parts > vocabulary) return -INFINITY;
+    std::vector<float> maxima(parts, -INFINITY);
+    for (int first = 0, part = 0; first + LANES <= vocabulary; first += LANES, part = (part + LANES) % parts) {
+        Floats old = load(&maxima[part]), logit = load(logits + first);
+        store(&maxima[part], logit > old ? logit : old);
     }
-    return good && best[winner] > -INFINITY ? where[winner] : -1;
+    std::nth_element(maxima.begin(), maxima.begin() + count - 1, maxima.end(), std::greater<float>());
+    return maxima[count - 1];
+}
+
+// The last of the likeliest that has less than `goal` before it.
+inline Candidate last_within(std::vector<Candidate>& some, float peak, float temperature, double goal) {
+    std::sort(some.begin(), some.end(), likelier);
+    size_t last = 0;
+    double before = 0;
+    for (; last + 1 < some.size(); last++) {
+        before += std::exp(double(some[last].logit - peak) / temperature);
+        if (before >= goal) break;
+    }
+    return some[last];
+}
+
+// The last of the top_k likeliest, or of those the last of the smallest set of mass top_p.
+inline Candidate last_of_count(const float* logits, int vocabulary, const Drawing& how, float peak) {
+    static thread_local std::vector<Candidate> some;
+    float least = reached(logits, vocabulary, how.top_k);
+    some.clear();
+    for (int first = 0; first < vocabulary; first += LANES) {
+        int count = std::min(LANES, vocabulary - first);
+        if (count == LANES && !any(load(logits + first) >= least)) continue;
+        for (int n = first; n < first + count; n++)
+            if (logits[n] >= least) some.push_back({logits[n], n});
+    }
+    auto last = some.begin() + how.top_k - 1;
+    std::nth_element(some.begin(), last, some.end(), likelier);
+    if (how.top_p >= 1) return *last;
+    some.resize(how.top_k);
+    double total = 0;
+    for (Candidate c : some) total += std::exp(double(c.logit - peak) / how.temperature);
+    return last_within(some, peak, how.temperature, how.top_p * total);
+}
+
+// The last of the smallest set of mass top_p: buckets of like tokens are weighed, and only those of one bucket sorted.
+// Tokens of less than (1 − top_p) / V have less than 1 − top_p together, so none of them is needed.
+inline Candidate last_of_mass(const float* logits, int vocabulary, const Drawing& how, float peak) {
+    constexpr int BUCKETS = 1024;
+    static thread_local std::vector<Candidate> some;
+    static thread_local std::vector<double> sums;
+    double depth = std::log(vocabulary / (1 - how.top_p)) + 1e-3, total = 0;
+    float heat = how.temperature, scale = float(BUCKETS / depth);
+    auto distance = [&](int first) {
+        int count = std::min(LANES, vocabulary - first);
+        Floats logit = count == LANES ? load(logits + first) : load_some(logits + first, count);
+        return lanes() < count ? (peak - logit) / heat : Floats{} + INFINITY;
+    };
+    auto bucket = [&](Floats far) {
+        Floats place = far * scale;
+        return __builtin_convertvector(place < BUCKETS ? place : Floats{} + BUCKETS, Ints);
+    };
+    sums.assign(BUCKETS + 1, 0);
+    for (int first = 0; first < vocabulary; first += LANES) {
+        Floats far = distance(first), weights = exponential(-far);
+        Ints where = bucket(far);
+        for (int n = 0; n < LANES; n++) sums[where[n]] += weights[n];
+    }
+    for (double sum : sums) total += sum;
+    double goal = how.top_p * total, before = 0;
+    int border = 0;
+    while (border < BUCKETS && before + sums[border] < goal) before += sums[border++];
+    if (border == BUCKETS) return NONE;
+    some.clear();
+    for (int first = 0; first < vocabulary; first += LANES) {
+        Ints where = bucket(distance(first));
+        if (!any(where == border)) continue;
+        for (int n = 0; n < LANES; n++)
+            if (where[n] == border) some.push_back({logits[first + n], first + n});
+    }
+    return last_within(some, peak, heat, goal - before);
+}
+
+// One row's token; −1 where a logit is NaN or +∞, or all are −∞.
+inline int32_t draw(const float* logits, int vocabulary, const Drawing& how) {
+    if (how.temperature <= 0) return choose<false>(logits, vocabulary, how);
+    bool few = how.top_k > 0 && how.top_k < vocabulary;
+    if (!few && how.top_p >= 1) return choose<true>(logits, vocabulary, how);
+    int32_t likeliest = choose<false>(logits, vocabulary, how);
+    if (likeliest < 0) return -1;
+    auto last = few ? last_of_count : last_of_mass;
+    return choose<true>(logits, vocabulary, how, last(logits, vocabulary, how, logits[likeliest]));
 }
 
 }  // namespace

@@ -35,12 +35,9 @@ extern "C" {
 EXPORTS(float32, float)
 EXPORTS(bfloat16, bf16)
 
-void draw_float32(const float* logits, int count, int vocabulary, const float* temperatures, const uint64_t* seeds,
-                  const int32_t* positions, int32_t* out) {
+void draw_float32(const float* logits, int count, int vocabulary, const Drawing* how, int32_t* out) {
 #pragma omp parallel for schedule(dynamic, 1)
-    for (int n = 0; n < count; n++)
-        out[n] = (temperatures[n] > 0 ? choose<true> : choose<false>)(
-            logits + size_t(n) * vocabulary, vocabulary, temperatures[n], seeds[n], uint32_t(positions[n]));
+    for (int n = 0; n < count; n++) out[n] = draw(logits + size_t(n) * vocabulary, vocabulary, how[n]);
 }
 
 void note_int32(const Notes* to, const Run* runs, int count, const int64_t* tokens, const int32_t* rows) {
