@@ -78,8 +78,15 @@ class Debiased:
             f"unmodified, {self.removed:.2f} with the sense removed, {self.fitted:.2f} with one scale a noun: "
             f"{self.share_removed(self.fitted):.0%} of the excess over 1 is gone.",
             (self.table(), *self.search.report().tables),
-            notes=self.search.report().notes,
+            notes=(*self._bounded(), *self.search.report().notes),
         )
+
+    def _bounded(self) -> tuple[str, ...]:
+        """Whose fit ended where a patch may scale no further."""
+        bound = Limits().norm_factor
+        if not (nouns := [n.noun for n in self.nouns if abs(n.scale) > 0.999 * bound]):
+            return ()
+        return (f"At ±{bound:g}, the most that a patch may scale by: {', '.join(nouns)}.",)
 
 
 def debias(

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from backpack_lm.lab.contrast import Contrast, Noun, find_sense
-from backpack_lm.lab.debias import debias, fit_scale
+from backpack_lm.lab.contrast import Contrast, Noun, SenseEffect, SenseSearch, find_sense
+from backpack_lm.lab.debias import Debiased, DebiasedNoun, debias, fit_scale
 from backpack_lm.lab.examples import Example
 from backpack_lm.lab.finetune import Finetuner, Finetuning
 from backpack_lm.lab.judge import judge, neighbours_of
@@ -69,6 +69,16 @@ def test_a_fitted_scale_is_the_least_cost_of_a_grid(biased: Subject) -> None:
         assert cost <= min(costs.values()) + 1e-3
         gains.append(costs[1.0] - cost)
     assert max(gains) > 0.1, "something was fitted"
+
+
+def test_a_scale_that_a_patch_bounds_is_named() -> None:
+    nouns = [
+        DebiasedNoun(noun, scale, 2.0, 1.5, 1.2) for noun, scale in (("cook", 8.0), ("king", 7.9), ("ox", -8.0))
+    ]
+    search = SenseSearch("he", "she", ["cook", "king", "ox"], [], 2.0, [SenseEffect(0, 1.5, 1.0, 1.0)])
+    found = Debiased("he", "she", 0, search, nouns)
+    assert found.report().notes == ("At ±8, the most that a patch may scale by: cook, ox.",)
+    assert replace(found, nouns=nouns[1:2]).report().notes == ()
 
 
 def test_debias_goes_on_where_it_was_stopped(biased: Subject, tmp_path: Path) -> None:
