@@ -21,6 +21,7 @@ from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
 from backpack_serving import rpc, tasks
 from backpack_serving.errors import Internal, InvalidRequest, PreconditionFailed, ServiceError, Unavailable
 from backpack_serving.inference.served import ServedModel
+from backpack_serving.inference.turns import Turns
 from backpack_serving.inference.versions import Versions
 from backpack_serving.metrics import ReplicaMetrics
 from backpack_serving.wire import compare as wire_compare
@@ -40,7 +41,7 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
     def __init__(self, served: ServedModel, versions: Versions, service_key: str, metrics: ReplicaMetrics) -> None:
         self._served, self._versions = served, versions
         self._service_key, self._metrics = service_key, metrics
-        self._reading = asyncio.Lock()  # one forward pass beside the engine at a time
+        self._turns = Turns()  # one forward pass beside the engine at a time
 
     async def Score(self, request: pb.ScoreRequest, context: rpc.Context) -> pb.ScoreResponse:
         async with self._release(context) as (pin, overlay):
@@ -48,7 +49,7 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
             ids = wire.read_prompt("text", request.text, tokenizer, self._served.manifest.config)
             if len(ids) < 2:
                 raise InvalidRequest.at("text", "TOO_SHORT", "one token; a score needs at least two")
-            logs = await self._read(self._served.score, ids, overlay)
+            logs = await self._read(pin.tenant, self._served.score, ids, overlay)
             _check_finite(logs)
             return pb.ScoreResponse(
                 tokens=[wire.write_token(i, tokenizer, p) for i, p in zip(ids, [None, *logs], strict=True)],
@@ -65,7 +66,7 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
             target = None
             if request.HasField("target"):
                 target = wire.read_word("target", request.target, tokenizer, config)
-            found = await self._read(self._served.explain, ids, overlay, target)
+            found = await self._read(pin.tenant, self._served.explain, ids, overlay, target)
             _check_finite([found.logit, found.log_probability])
             terms, unlisted = found.largest(limit)
             return pb.ExplainResponse(
@@ -96,12 +97,12 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
         tokenizer, manifest = self._served.tokenizer, self._served.manifest
         question = wire_compare.read_question(request, tokenizer, manifest.config)
         await context.send_initial_metadata(())
-        text = await self._read(self._served.compare, question)
+        text = await self._read(pins[0].tenant, self._served.compare, question)
         distinct = list({pin.release_digest: pin for pin in pins}.values())
         results: dict[str, pb.ComparedRelease] = {}
         for at in range(0, len(distinct), TOGETHER):
             async with self._overlays(distinct[at : at + TOGETHER]) as overlays:
-                found = await self._read(text.read, overlays)
+                found = await self._read(pins[0].tenant, text.read, overlays)
                 for overlay, read in zip(overlays, found, strict=True):
                     results[overlay.digest] = _compared(read, tokenizer)
         response = pb.CompareResponse(tokens=[wire.write_token(i, tokenizer) for i in question.ids])
@@ -117,7 +118,7 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
             token = wire.read_word("word", request.word, tokenizer, config)
             limit = min(wire.read_limit(request.limit, default=10, largest=100), config.tokens)
             near = min(wire.read_limit(request.neighbours, 0, 100, "neighbours"), config.tokens - 1)
-            found = await self._read(self._served.senses, token, overlay, limit, near)
+            found = await self._read(pin.tenant, self._served.senses, token, overlay, limit, near)
 
             def scored(some: Sequence[tuple[int, float]]) -> list[pb.ScoredToken]:
                 return [pb.ScoredToken(token=wire.write_token(y, tokenizer), score=value) for y, value in some]
@@ -147,10 +148,10 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
         self._check_gateway(context)
         return wire.write_model(self._served.manifest)
 
-    async def _read(self, work: Callable[..., T], *arguments: object) -> T:
+    async def _read(self, tenant: str, work: Callable[..., T], *arguments: object) -> T:
         """Have the model read something, in a thread. Nobody else's turn comes before that is over, though whoever
         asked has left: a thread can't be stopped, and several would take the engine's cores."""
-        async with self._reading:
+        async with self._turns.turn(tenant):
             return await tasks.finish(asyncio.to_thread(work, *arguments))
 
     # ---- the release

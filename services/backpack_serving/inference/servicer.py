@@ -126,7 +126,7 @@ class InferenceServicer(ReadingMethods):
                         finish = Finish.STOP if text.stopped else output.finish
                         break
                 if order.explain is not None:
-                    await self._explain(part.tokens, ids, overlay, order.explain)
+                    await self._explain(pin.tenant, part.tokens, ids, overlay, order.explain)
                 if first:
                     part.served.CopyFrom(wire.served(pin, outputs[0].digest, self._served.manifest))
                     first = False
@@ -138,10 +138,10 @@ class InferenceServicer(ReadingMethods):
                     return
 
     async def _explain(
-        self, tokens: MutableSequence[pb.Token], ids: list[int], overlay: Overlay, limit: int
+        self, tenant: str, tokens: MutableSequence[pb.Token], ids: list[int], overlay: Overlay, limit: int
     ) -> None:
         """Add to the newest tokens of ids what made each likely. Tokens that come meanwhile are explained next."""
-        found = await self._read(self._served.explain_text, ids, overlay, len(ids) - len(tokens))
+        found = await self._read(tenant, self._served.explain_text, ids, overlay, len(ids) - len(tokens))
         for token, terms in zip(tokens, found, strict=True):
             listed, unlisted = terms.largest(limit)
             token.explanation.logit, token.explanation.unlisted = terms.logit, unlisted
