@@ -7,11 +7,12 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from backpack_lm.config import BackpackConfig
-from backpack_lm.kernels import Caches, Kernels, Prediction, Run
+from backpack_lm.kernels import Caches, Drawing, Kernels, Prediction, Run
 from backpack_lm.kernels.build import NotBuilt
 from backpack_lm.kernels.caches import untiled
 from backpack_lm.kernels.cuda import CudaKernels
@@ -103,6 +104,27 @@ def test_the_same_bits_alone_and_in_company(config: BackpackConfig, dtype: torch
         assert torch.equal(apart.mix(queries[n : n + 1], [prediction])[0], mixed[n])
 
 
+def test_drawing_is_the_same_function() -> None:
+    """Of all tokens and of the likeliest, in a vocabulary that is no whole number of a program's steps."""
+    triton, plain = _both(SMALL["odd"], torch.float32)
+    logits = 3 * torch.randn(48, 2500, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    logits[:, 60:900:7] = float("-inf")
+    logits[5] = logits[6, 2499] = float("nan")
+    logits[7, 0], logits[8] = float("inf"), float("-inf")
+    logits[9, 40] = logits[9, 77] = 100.0
+    draw = Random(1)
+    ways = ((0, 1.0), (40, 1.0), (0, 0.9), (300, 0.5))
+    how = [
+        Drawing((0.0, 0.3, 1.0, 4.0)[n // 4 % 4], draw.getrandbits(64), draw.randrange(512), *ways[n % 4])
+        for n in range(48)
+    ]
+    for rows in ([n for n in range(48) if n % 4 == 0], list(range(48))):  # no row truncates; three in four do
+        some, ways_of_some = logits[rows], [how[n] for n in rows]
+        drawn = triton.draw(some, ways_of_some)
+        assert torch.equal(drawn, plain.draw(some, ways_of_some))
+        assert len(set(drawn.tolist())) > len(rows) * 2 / 3
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="compiled kernels do reach this device")
 def test_without_the_interpreter_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
@@ -124,5 +146,5 @@ def test_kernels_compile_for_gpus_that_this_machine_lacks() -> None:
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     built = done.stdout.splitlines()
-    assert len(built) == 4 * 2 * 2, done.stdout
+    assert len(built) == 5 * 2 * 2, done.stdout
     assert all("spills 0" in line for line in built), done.stdout

@@ -13,7 +13,7 @@ from typing import Any
 
 import triton
 from backpack_lm.config import SMALL
-from backpack_lm.kernels import triton_attention, triton_mix
+from backpack_lm.kernels import triton_attention, triton_draw, triton_mix
 from backpack_lm.kernels.caches import LANES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -29,6 +29,9 @@ CONSTANTS = {
     "BLOCK": triton_mix.BLOCK,
     "AT_ONCE": triton_mix.AT_ONCE,
     "SPAN": triton_mix.SPAN,
+    "COUNT": SMALL.tokens,
+    "TRUNCATED": True,
+    "COUNTERS": triton_draw.COUNTERS,
 }
 OF_THE_MIX = {"WIDTH": SMALL.n_embd, "WIDTH_UP": triton.next_power_of_2(SMALL.n_embd)}
 OF_ATTENTION = {"WIDTH": SMALL.n_embd // SMALL.n_head, "WIDTH_UP": SMALL.n_embd // SMALL.n_head}
@@ -36,6 +39,9 @@ TYPES = {
     **dict.fromkeys(("ids", "rows"), "*i32"),
     **dict.fromkeys(("predictions", "runs"), "*i64"),
     **dict.fromkeys(("satisfied", "scores", "norms", "parts"), "*fp32"),
+    **dict.fromkeys(("logits", "heats"), "*fp32"),
+    **dict.fromkeys(("seeds", "positions", "chosen"), "*i64"),
+    "kept": "*i1",
     "scale": "fp32",
 }
 KERNELS: list[tuple[Any, dict[str, int], str, int]] = [
@@ -43,6 +49,7 @@ KERNELS: list[tuple[Any, dict[str, int], str, int]] = [
     (triton_mix.weigh, OF_THE_MIX, "", 4),
     (triton_mix.mix, OF_THE_MIX, "", triton_mix.warps(SMALL.n_embd)),
     (triton_mix.total, OF_THE_MIX, "*fp32", 4),
+    (triton_draw.choose, {}, "", 8),
 ]
 
 

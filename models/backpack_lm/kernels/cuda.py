@@ -1,4 +1,4 @@
-"""The operations on a CUDA device: Triton for the sense mix and for single tokens' attention, torch for the rest.
+"""The operations on a CUDA device: Triton for mix, single tokens' attention and drawing, torch for the rest.
 
 What a launch works on is described in buffers that stay where they are: with `describe`, the launches of one step
 can be captured and played again for another.
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from backpack_lm.kernels.build import NotBuilt
-from backpack_lm.kernels.caches import Caches, Prediction, Run
-from backpack_lm.kernels.plain import PlainKernels
+from backpack_lm.kernels.caches import Caches, Drawing, Prediction, Run
+from backpack_lm.kernels.plain import PlainKernels, kept
 from backpack_lm.kernels.topics import describe
 from backpack_lm.overlay import TopicMultipliers
 
@@ -31,6 +31,7 @@ class CudaKernels(PlainKernels):
             import triton
 
             from backpack_lm.kernels.triton_attention import attend_single
+            from backpack_lm.kernels.triton_draw import draw
             from backpack_lm.kernels.triton_mix import FIELDS, Mix
         except ImportError as error:
             raise NotBuilt(f"Triton is missing: {error}; install triton for the fast CUDA kernels") from None
@@ -39,7 +40,7 @@ class CudaKernels(PlainKernels):
             raise NotBuilt(f"the caches are on {self._device}")
         self.name = f"triton {str(caches.table.dtype).removeprefix('torch.')}"
         slots = len(caches.ids)
-        self._attend_single, self._mix = attend_single, Mix(caches)
+        self._attend_single, self._draw, self._mix = attend_single, draw, Mix(caches)
         self._singles = torch.zeros(slots, 3, dtype=torch.int64, device=self._device)
         self._predictions = torch.zeros(slots, FIELDS, dtype=torch.int64, device=self._device)
         self._runs: Sequence[Run] = ()
@@ -65,6 +66,11 @@ class CudaKernels(PlainKernels):
         if predictions is not self._predicted:
             self._describe_predictions(predictions)
         return self._mix(queries, self._predictions[: len(predictions)])
+
+    def draw(self, logits: Tensor, how: Sequence[Drawing]) -> Tensor:
+        bits = torch.tensor([(d.seed - (d.seed >> 63 << 64), d.position) for d in how]).to(logits.device)
+        heats = torch.tensor([d.temperature for d in how], device=logits.device)
+        return self._draw(logits, kept(logits, how), bits[:, 0].contiguous(), bits[:, 1].contiguous(), heats)
 
     @property
     def _width(self) -> int:

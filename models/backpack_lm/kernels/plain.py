@@ -107,13 +107,13 @@ class PlainKernels:
 
     def draw(self, logits: Tensor, how: Sequence[Drawing]) -> Tensor:
         values = logits
-        heat = torch.tensor([d.temperature for d in how], device=logits.device)[:, None]
         if any(d.temperature for d in how):
+            heat = torch.tensor([d.temperature for d in how], device=logits.device)[:, None]
             tokens = torch.arange(logits.shape[1], device=logits.device)
             noise = log_exponentials([d.seed for d in how], [d.position for d in how], tokens)
             values = torch.where(heat > 0, logits / heat - noise, logits)
-        if any(d.top_k or d.top_p < 1 for d in how):
-            values = values.masked_fill(~_kept(logits, heat, how), float("-inf"))
+        if (likely := kept(logits, how)) is not None:
+            values = values.masked_fill(~likely, float("-inf"))
         best, chosen = values.max(-1)
         return chosen.masked_fill((best == float("-inf")) | ~(logits < float("inf")).all(-1), -1)
 
@@ -141,15 +141,17 @@ class PlainKernels:
         satisfied[start:length] = sums(slice(start, length), slice(length))
 
 
-def _kept(logits: Tensor, heat: Tensor, how: Sequence[Drawing]) -> Tensor:
-    """Whether a token may be drawn, [G, V]; `heat` [G, 1] are the temperatures."""
+def kept(logits: Tensor, how: Sequence[Drawing]) -> Tensor | None:
+    """Whether each token may be drawn, bool [G, V] for logits [G, V]; None if all may, in all rows."""
+    if not any(d.top_k or d.top_p < 1 for d in how):
+        return None
     count, device = logits.shape[1], logits.device
     limit = torch.tensor([d.top_k or count for d in how], device=device)[:, None]
     share = torch.tensor([d.top_p for d in how], dtype=torch.float64, device=device)[:, None]
+    heat = torch.tensor([d.temperature or 1.0 for d in how], dtype=torch.float64, device=device)[:, None]
     ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
     inside = torch.arange(count, device=device) < limit
-    scaled = ordered.double() / torch.where(heat > 0, heat, 1.0)
-    mass = scaled.masked_fill(~inside, float("-inf")).softmax(-1)
+    mass = (ordered.double() / heat).masked_fill(~inside, float("-inf")).softmax(-1)
     # Those before a token that is kept have less than its share: at least one always is.
     inside &= (share >= 1) | (mass.cumsum(-1) - mass < share)
     return torch.zeros_like(inside).scatter(-1, tokens, inside)
