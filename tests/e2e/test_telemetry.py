@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -77,6 +78,18 @@ async def test_logs_tell_who_and_which_and_the_prompt_only_if_asked(
     assert told == (everyone if log_prompts else set())
     assert key[0][1].split("_")[2] not in text, "nor a key's secret"
     assert "/Report" not in text
+
+
+async def test_a_connection_that_is_made_anew_for_its_age_is_no_warning(
+    tmp_path: Path, logged: Callable[[], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every reader's is, each half hour."""
+    monkeypatch.setattr("backpack_serving.rpc.server._OPTIONS", (("grpc.max_connection_age_grace_ms", 500),))
+    async with running(tmp_path, slots=4, connection_age=0.5):
+        async with asyncio.timeout(30):
+            while not (lost := [line for line in logged() if line.get("reason") == "max connection age"]):
+                await asyncio.sleep(0.1)
+    assert {line["level"] for line in lost} == {"info"}
 
 
 async def test_what_the_database_refuses_is_logged_without_what_was_written(

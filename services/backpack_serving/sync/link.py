@@ -251,7 +251,8 @@ async def for_ever(once: Callable[[], Awaitable[None]], peer: str) -> None:
             failures = 0
             told.clear()
         if kind not in told:
-            log.warning("lost a stream; trying again until it is back", peer=peer, reason=reason)
+            tell = log.info if reason == "max connection age" else log.warning  # our servers end them, on purpose
+            tell("lost a stream; trying again until it is back", peer=peer, reason=reason)
             told.add(kind)
         failures += 1
         await asyncio.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.1 * 2**failures)))
