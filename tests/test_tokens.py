@@ -22,6 +22,8 @@ from tests.conftest import Clock
 
 AUDIENCE = "backpack"
 
+DEEP = jwt.utils.base64url_encode(b"[" * 5000).decode() + ".e30.e30"
+
 
 class Provider:
     """An identity provider: a discovery document, keys, and tokens."""
@@ -139,6 +141,8 @@ async def test_keys_that_have_moved_to_where_they_could_be_forged_are_not_read(
         ({"aud": "another"}, "BAD_TOKEN", "[Aa]udience"),
         ({"aud": None}, "BAD_TOKEN", "aud"),
         ({"iss": "https://elsewhere.example"}, "BAD_TOKEN", "[Ii]ssuer"),
+        ({"iss": "http://127"}, "BAD_TOKEN", "[Ii]ssuer"),
+        ({"exp": float("inf")}, "BAD_TOKEN", "exp"),
         ({"sub": None}, "BAD_TOKEN", "sub"),
         ({"nbf": time.time() + 3600}, "BAD_TOKEN", "not yet valid"),
         ({"key": rsa.generate_private_key(65537, 2048)}, "BAD_TOKEN", "Signature"),
@@ -158,7 +162,7 @@ async def test_a_bad_token_is_refused(
     assert refused.value.reason == reason
 
 
-@pytest.mark.parametrize("text", ["", "x", "a.b.c", "eyJhbGciOiJub25lIn0.e30."])
+@pytest.mark.parametrize("text", ["", "x", "a.b.c", "eyJhbGciOiJub25lIn0.e30.", DEEP])
 async def test_what_is_no_token_is_refused(tokens: Tokens, text: str) -> None:
     with pytest.raises(Unauthenticated):
         await tokens.read(text)
