@@ -51,6 +51,8 @@ def backpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ("database", "mysql://me:secret@host/name", "=mysql://me:***@host/name: write sqlite:///PATH or"),
         ("database", "postgresql://me:a@secret@host/name", "=postgresql://me:***@host/name: write sqlite:///"),
         ("database", "postgresql://me@host:port/n?password=secret", "=postgresql://me@host:port/n?password=***: "),
+        ("database", "host=h password=a&secret dbname=n", "=host=h password=***"),
+        ("database", "host=h password = 'a secret' dbname=n", "=host=h password = *** dbname=n: "),
     ],
 )
 def test_a_setting_that_no_process_could_use_is_one_line(

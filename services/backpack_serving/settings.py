@@ -82,7 +82,7 @@ def _or_none(value: Any) -> Any:
 
 def secretless(text: str) -> str:
     """A setting's value without the passwords of its URLs, as people may see it."""
-    return _PASSWORD_OF_QUERY.sub(r"\1***", _PASSWORD.sub(r"\1***@", text))
+    return _PASSWORD_NAMED.sub(r"\1***", _PASSWORD.sub(r"\1***@", text))
 
 
 def unread() -> list[str]:
@@ -98,7 +98,7 @@ _DATABASE = re.compile(
     r"sqlite(\+\w+)?:///.+|postgresql(\+\w+)?://([^@]*@)?(\[[^]@]*\]|[^]\[@/?:]*)(:\d{0,5})?(/[^?@]*)?(\?.*)?"
 )
 _PASSWORD = re.compile(r"(://[^:/@]*:).*@")
-_PASSWORD_OF_QUERY = re.compile(r"([?&]\w*password=)[^&]*")
+_PASSWORD_NAMED = re.compile(r"(\b\w*password\s*=\s*)('[^']*'?|\S*)")  # in a query, or as libpq takes them
 
 Address = Annotated[str, AfterValidator(_address)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_or_none)]
