@@ -222,6 +222,16 @@ def test_secrets_are_made_once(tmp_path: Path) -> None:
     assert before["database_owner_password"] in before["owner_database"]
 
 
+def test_secrets_have_a_folder_of_their_own(tmp_path: Path) -> None:
+    """A folder with other files was closed to everybody else, and all of it went into the Secret."""
+    tmp_path.chmod(0o755)
+    (tmp_path / "notes.txt").write_text("mine")
+    refused = _make_secrets(tmp_path)
+    assert (refused.exit_code, "notes.txt, which is no secret" in " ".join(refused.output.split())) == (1, True)
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
 @pytest.mark.parametrize(
     "place", ["db example/backpack", "db.example", "me@db/backpack", "postgresql://db/backpack"]
 )

@@ -66,7 +66,8 @@ def create_release(
     if activate:
         activate_release(release.number, channel, wait, timeout, tenant, key)
     else:
-        out.print(f"[dim]let it steer: backpack release activate {release.number}[/]")
+        where = "" if channel == "live" else f" --channel {channel}"
+        out.print(f"[dim]let it steer: backpack release activate {release.number}{where}[/]")
 
 
 @app.command("activate")

@@ -53,9 +53,12 @@ def write(
         if database and not PLACE.fullmatch(database):
             raise ValueError(f"--database {database!r}: write HOST:PORT/NAME, such as db.example:5432/backpack")
         folder.mkdir(parents=True, exist_ok=True)
+        made = make(database or COMPOSE)
+        if others := sorted({file.name for file in folder.iterdir()} - made.keys()):
+            # It is closed to everybody, and all of it may become a Secret.
+            raise FileExistsError(f"{folder} holds {others[0]}, which is no secret; name a folder for them")
         # Nobody passes; the files are mounted one by one, and read by whoever a container runs as.
         folder.chmod(0o700)
-        made = make(database or COMPOSE)
         there = [name for name in made if (folder / name).exists()]
         if there and len(there) < len(made):
             # Some are parts of others: a new password beside an old URL would be a riddle.
