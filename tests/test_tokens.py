@@ -144,6 +144,8 @@ async def test_keys_that_have_moved_to_where_they_could_be_forged_are_not_read(
         ({"iss": "http://127"}, "BAD_TOKEN", "[Ii]ssuer"),
         ({"exp": float("inf")}, "BAD_TOKEN", "exp"),
         ({"sub": None}, "BAD_TOKEN", "sub"),
+        ({"sub": "\ud800"}, "BAD_TOKEN", "half a character"),
+        ({"tenant": "\ud800"}, "BAD_TOKEN", "half a character"),
         ({"nbf": time.time() + 3600}, "BAD_TOKEN", "not yet valid"),
         ({"key": rsa.generate_private_key(65537, 2048)}, "BAD_TOKEN", "Signature"),
         ({"kid": "shared", "key": "secret" * 6, "algorithm": "HS256"}, "BAD_TOKEN", "no key 'shared'"),

@@ -114,7 +114,12 @@ class Tokens:
             roles = roles.split()
         if not isinstance(roles, (list, tuple)):
             raise Unauthenticated("BAD_ROLES", f"the token's claim {issuer.roles_claim!r} is no list of roles")
-        return Claims(str(claims["sub"]), tenant, tuple(map(str, roles)))
+        subject = str(claims["sub"])
+        try:
+            (tenant + subject).encode()  # JSON may hold half a character, and nothing that tells of it can
+        except UnicodeEncodeError:
+            raise Unauthenticated("BAD_TOKEN", "the token isn't good here: half a character in a name") from None
+        return Claims(subject, tenant, tuple(map(str, roles)))
 
     async def _key(self, name: str) -> jwt.PyJWK:
         if due := self._wants(name):
