@@ -63,7 +63,7 @@ from tests.e2e.test_processes import Processes
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
 PARTS = ("replica", "gateway", "client")
-ROUNDS = {1: 40, 32: 8, 256: 1}
+ROUNDS = {1: 60, 32: 24, 256: 2}
 ROUNDS_SMALL = {1: 15, 32: 3}
 """How often, for how many streams at once."""
 

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
+import torch
+from backpack_lm.kernels.build import library
 from backpack_lm.overlay import Overlay
 from backpack_serving.engine.engine import Engine, QueueFull
 from backpack_serving.engine.loop import EngineLoop, EngineStopped
@@ -146,3 +148,25 @@ async def test_a_step_that_fails_ends_every_stream(make_engine: MakeEngine, over
                 async for _ in loop.generate(_request(overlays, 30), gather):
                     pass
         assert not loop.healthy
+
+
+async def test_the_librarys_threads_are_as_many_as_torchs(
+    make_engine: MakeEngine, overlays: dict[str, Overlay]
+) -> None:
+    """The engine had all cores, whatever `BACKPACK_THREADS` said, until something of torch needed several."""
+    before, engine = torch.get_num_threads(), make_engine()
+    step, threads = engine.step, set()
+
+    def counted() -> list[Output]:
+        threads.add(library().omp_get_max_threads())
+        return step()
+
+    engine.step = counted  # type: ignore[method-assign]
+    torch.set_num_threads(before + 2)
+    try:
+        loop = EngineLoop(engine)
+        assert [outputs async for outputs in loop.generate(_request(overlays, 2))]
+        await loop.stop()
+    finally:
+        torch.set_num_threads(before)
+    assert threads == {before + 2}

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 
 import structlog
+import torch
 
 from backpack_serving.engine.engine import Engine, Load, QueueFull
 from backpack_serving.engine.sequence import Finish, Output, Request
@@ -135,6 +136,7 @@ class EngineLoop:
     # ---- in the engine's thread
 
     def _run(self) -> None:
+        torch.get_num_threads()  # gives this thread that many, of our library's as well: OpenMP counts by thread
         try:
             while self._take_in():
                 self._post(self._deliver, self._engine.step())
