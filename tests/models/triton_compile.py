@@ -40,7 +40,7 @@ TYPES = {
     **dict.fromkeys(("predictions", "runs"), "*i64"),
     **dict.fromkeys(("satisfied", "scores", "norms", "parts"), "*fp32"),
     **dict.fromkeys(("logits", "heats"), "*fp32"),
-    **dict.fromkeys(("seeds", "positions", "chosen"), "*i64"),
+    **dict.fromkeys(("noise_keys", "chosen"), "*i64"),
     "kept": "*i1",
     "scale": "fp32",
 }

@@ -68,9 +68,10 @@ class CudaKernels(PlainKernels):
         return self._mix(queries, self._predictions[: len(predictions)])
 
     def draw(self, logits: Tensor, how: Sequence[Drawing]) -> Tensor:
-        bits = torch.tensor([(d.seed - (d.seed >> 63 << 64), d.position) for d in how]).to(logits.device)
+        # The bits of a seed of 64, as a number with a sign.
+        keys = torch.tensor([(d.seed - (d.seed >> 63 << 64), d.position) for d in how], device=logits.device)
         heats = torch.tensor([d.temperature for d in how], device=logits.device)
-        return self._draw(logits, kept(logits, how), bits[:, 0].contiguous(), bits[:, 1].contiguous(), heats)
+        return self._draw(logits, kept(logits, how), keys, heats)
 
     @property
     def _width(self) -> int:

@@ -15,14 +15,14 @@ COUNTERS = 256
 """Blocks of noise that a program makes at once: four tokens each."""
 
 
-def draw(logits: Tensor, kept: Tensor | None, seeds: Tensor, positions: Tensor, heats: Tensor) -> Tensor:
+def draw(logits: Tensor, kept: Tensor | None, noise_keys: Tensor, heats: Tensor) -> Tensor:
     """Tokens [G] int64, as `Kernels.draw` says, of logits [G, V], and of those that are `kept` [G, V] alone.
 
-    `seeds` are the bits of 64 as int64, `positions` int64, `heats` float32: all [G].
+    `noise_keys` [G, 2] int64 are seeds, the 64 bits of each, and positions; `heats` [G] float32 temperatures.
     """
-    logits, chosen = logits.contiguous(), seeds.new_empty(len(seeds))
-    choose[(len(seeds),)](
-        logits, logits if kept is None else kept, seeds, positions, heats, chosen,
+    logits, chosen = logits.contiguous(), noise_keys.new_empty(len(noise_keys))
+    choose[(len(noise_keys),)](
+        logits, logits if kept is None else kept, noise_keys, heats, chosen,
         logits.shape[1], kept is not None, COUNTERS, num_warps=8,
     )  # fmt: skip
     return chosen
@@ -53,15 +53,15 @@ def take(best, token, wrong, row, may, y, word, heat, COUNT: tl.constexpr, TRUNC
 
 @triton.jit
 def choose(
-    logits, kept, seeds, positions, heats, chosen,
+    logits, kept, noise_keys, heats, chosen,
     COUNT: tl.constexpr, TRUNCATED: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     row, may, heat = logits + b * COUNT, kept + b * COUNT, tl.load(heats + b)
-    seed = tl.load(seeds + b).to(tl.uint64)
+    seed = tl.load(noise_keys + 2 * b).to(tl.uint64)
     zero = tl.zeros([COUNTERS], tl.uint32)
     low, high = zero + (seed & 0xFFFFFFFF).to(tl.uint32), zero + (seed >> 32).to(tl.uint32)
-    position = zero + tl.load(positions + b).to(tl.uint32)
+    position = zero + tl.load(noise_keys + 2 * b + 1).to(tl.uint32)
     best = tl.full([COUNTERS], -float("inf"), tl.float32)
     token, wrong = tl.full([COUNTERS], COUNT, tl.int32), tl.zeros([COUNTERS], tl.int32)
     for start in range(0, COUNT, 4 * COUNTERS):

@@ -71,10 +71,10 @@ struct Greatest {
     }
 };
 
-inline Ints lanes() {
-    Ints lane;
-    for (int n = 0; n < LANES; n++) lane[n] = n;
-    return lane;
+// 16 logits of a row, from the first-th on; those beyond its end are 0.
+inline Floats load(const float* logits, int vocabulary, int first) {
+    int count = std::max(0, std::min(LANES, vocabulary - first));
+    return count == LANES ? load(logits + first) : load_some(logits + first, count);
 }
 
 inline bool any(Ints mask) {
@@ -96,10 +96,10 @@ int32_t choose(const float* logits, int vocabulary, const Drawing& how, Candidat
         Floats logit[4];
         Ints may[4], some{};
         for (int i = 0; i < 4; i++) {
-            int first = group + i * LANES, count = std::clamp(vocabulary - first, 0, LANES);
-            logit[i] = count == LANES ? load(logits + first) : load_some(logits + first, count);
+            Ints token = lane + group + i * LANES;
+            logit[i] = load(logits, vocabulary, group + i * LANES);
             numbers &= logit[i] < INFINITY;
-            may[i] = ((logit[i] > least.logit) | ((logit[i] == least.logit) & (lane + first <= least.token))) & (lane < count);
+            may[i] = ((logit[i] > least.logit) | ((logit[i] == least.logit) & (token <= least.token))) & (token < vocabulary);
             some |= may[i];
         }
         if (!any(some)) continue;
@@ -168,9 +168,7 @@ inline Candidate last_of_mass(const float* logits, int vocabulary, const Drawing
     double depth = std::log(vocabulary / (1 - how.top_p)) + 1e-3, total = 0;
     float heat = how.temperature, scale = float(BUCKETS / depth);
     auto distance = [&](int first) {
-        int count = std::min(LANES, vocabulary - first);
-        Floats logit = count == LANES ? load(logits + first) : load_some(logits + first, count);
-        return lanes() < count ? (peak - logit) / heat : Floats{} + INFINITY;
+        return lanes() + first < vocabulary ? (peak - load(logits, vocabulary, first)) / heat : Floats{} + INFINITY;
     };
     auto bucket = [&](Floats far) {
         Floats place = far * scale;

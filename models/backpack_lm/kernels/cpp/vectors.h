@@ -144,10 +144,16 @@ inline Floats horizontal(Floats a, Floats b, Floats c, Floats d) {
 }
 inline float horizontal(Floats a) { return horizontal(a, Floats{}, Floats{}, Floats{})[0]; }
 
-// 16 vectors as the rows of a matrix, transposed.
-inline void transpose(Floats* rows) {
+// 0, 1, … 15.
+inline Ints lanes() {
     Ints lane;
     for (int n = 0; n < LANES; n++) lane[n] = n;
+    return lane;
+}
+
+// 16 vectors as the rows of a matrix, transposed.
+inline void transpose(Floats* rows) {
+    Ints lane = lanes();
     for (int step = 1; step < LANES; step *= 2) {
         Ints low = (lane & step) != 0 ? lane - step + LANES : lane, high = (lane & step) != 0 ? lane + LANES : lane + step;
         for (int n = 0; n < LANES; n++)
