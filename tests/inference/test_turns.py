@@ -7,17 +7,16 @@ import asyncio
 from backpack_serving.inference.turns import Turns
 
 
+async def _work(turns: Turns, ran: list[str], tenant: str) -> None:
+    async with turns.turn(tenant):
+        ran.append(tenant)
+        await asyncio.sleep(0)
+
+
 async def test_who_has_much_waiting_keeps_nobody_else_waiting() -> None:
-    turns, ran = Turns(), ""
-
-    async def work(tenant: str) -> None:
-        nonlocal ran
-        async with turns.turn(tenant):
-            ran += tenant
-            await asyncio.sleep(0)
-
-    await asyncio.gather(*map(work, "aaaaaabbc"))
-    assert ran == "aabcabaaa"
+    turns, ran = Turns(), list[str]()
+    await asyncio.gather(*(_work(turns, ran, tenant) for tenant in "aaaaaabbc"))
+    assert "".join(ran) == "aabcabaaa"
 
 
 async def test_one_has_its_turn_at_a_time_and_who_leaves_passes_it_on() -> None:
@@ -48,13 +47,10 @@ async def test_one_has_its_turn_at_a_time_and_who_leaves_passes_it_on() -> None:
 
 
 async def test_a_turn_that_is_given_to_who_is_cancelled_in_that_moment_goes_on() -> None:
-    turns, ran = Turns(), ""
+    turns, ran = Turns(), list[str]()
 
     async def work(tenant: str) -> None:
-        nonlocal ran
-        async with turns.turn(tenant):
-            ran += tenant
-            await asyncio.sleep(0)
+        await _work(turns, ran, tenant)
         if tenant == "a":
             second.cancel()  # it has been given its turn, and hasn't run since
 
@@ -62,4 +58,4 @@ async def test_a_turn_that_is_given_to_who_is_cancelled_in_that_moment_goes_on()
     await asyncio.wait([first, second, third], timeout=60)
     assert third.done()
     assert second.cancelled()
-    assert ran == "ac"
+    assert ran == ["a", "c"]

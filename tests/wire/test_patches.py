@@ -157,20 +157,25 @@ def test_all_tokens_of_a_word_when_asked_for() -> None:
     assert edit.cells == tuple(Cell(token, 7) for token in TOKENIZER.encode(" kingdomless"))
 
 
+def _refused(edits: list[pb.Edit]) -> tuple[InvalidRequest, int]:
+    """Why edits are refused, and the most bytes that it took to find out."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest) as refused:
+            read_edits(edits, TOKENIZER, SENSES)
+        return refused.value, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_short_message_that_stands_for_very_many_cells_is_refused_before_they_are_made() -> None:
     word = inference_pb2.Word(text="q z " * 750, policy=inference_pb2.WORD_POLICY_ALL_TOKENS)
     bomb = pb.Cells(word=word, senses=[0] * 300)
     edits = [pb.Edit(scale=pb.ScaleEdit(cells=[_cells("king"), bomb, bomb]))]
     TOKENIZER.word_ids(word.text, WordPolicy.ALL)  # what the tokenizer remembers isn't measured
-    tracemalloc.start()
-    try:
-        with pytest.raises(InvalidRequest) as refused:
-            read_edits(edits, TOKENIZER, SENSES)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert [(v.field, v.reason) for v in refused.value.violations] == [("edits", "TOO_MANY_CELLS")]
-    assert "by edits[0].scale.cells[1], at most 4096" in refused.value.message
+    refused, peak = _refused(edits)
+    assert [(v.field, v.reason) for v in refused.violations] == [("edits", "TOO_MANY_CELLS")]
+    assert "by edits[0].scale.cells[1], at most 4096" in refused.message
     assert peak < 2**20, "bytes; one cell is 56 of them"
 
 
@@ -222,14 +227,8 @@ def test_what_would_be_read_for_seconds_is_refused_before(edit: pb.Edit, field: 
 @pytest.mark.parametrize(("word", "reason"), [("king", "TOO_MANY_CELLS"), ("", "EMPTY")])
 def test_of_very_many_senses_no_list_is_made(word: str, reason: str) -> None:
     edits = [pb.Edit(scale=pb.ScaleEdit(cells=[_cells(word, *[0] * 1_000_000)]))]
-    tracemalloc.start()
-    try:
-        with pytest.raises(InvalidRequest) as refused:
-            read_edits(edits, TOKENIZER, SENSES)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert refused.value.reason == reason
+    refused, peak = _refused(edits)
+    assert refused.reason == reason
     assert peak < 2**20
 
 

@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markdown import Markdown
+from rich.progress import Progress, ProgressColumn
 from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
@@ -84,6 +85,15 @@ Channel = Annotated[str, typer.Option(help="Which of the tenant's channels steer
 def table(*names: str) -> Table:
     """Columns without lines. What is too wide is folded, never cut: names are there to be copied."""
     return Table(*(Column(name, overflow="fold") for name in names), box=None)
+
+
+PrecisionName = Literal["auto", "float32", "bfloat16"]
+"""`backpack_lm.kernels.Precision`, of which help is shown without loading torch."""
+
+
+def progress(*columns: ProgressColumn) -> Progress:
+    """Shown on stderr while it lasts, if somebody looks."""
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
 
 def show_markdown(text: str) -> None:

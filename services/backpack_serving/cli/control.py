@@ -15,7 +15,18 @@ from google.protobuf import json_format
 from rich.progress import DownloadColumn, Progress
 from rich.text import Text
 
-from backpack_serving.cli.client import AsTenant, Key, as_releaser, err, exits, out, show_markdown, table, when
+from backpack_serving.cli.client import (
+    AsTenant,
+    Key,
+    as_releaser,
+    err,
+    exits,
+    out,
+    progress,
+    show_markdown,
+    table,
+    when,
+)
 from backpack_serving.cli.patch_file import PatchFile
 from backpack_serving.client import Cells, Copy, Edit, NotFound, ProjectOut, Revision, Scale, Swap, Token, Topic
 
@@ -242,11 +253,11 @@ def upload(
     """Make a revision that gives each of many cells a vector of its own, such as finetuning learns."""
     with as_releaser(tenant, key) as steering:
         columns = (*Progress.get_default_columns(), DownloadColumn())
-        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-            bar = progress.add_task(file.name, total=file.stat().st_size)
+        with progress(*columns) as shown:
+            bar = shown.add_task(file.name, total=file.stat().st_size)
 
             def show(sent: int) -> None:
-                progress.update(bar, completed=sent)
+                shown.update(bar, completed=sent)
 
             def send(dry_run: bool) -> Revision:
                 return steering.upload_revision(patch, file, replace=replace, dry_run=dry_run, sent=show)

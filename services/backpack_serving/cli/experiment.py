@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from backpack_serving.cli.client import can_be_made, err, exits, show_markdown
+from backpack_serving.cli.client import can_be_made, err, exits, progress, show_markdown
 from backpack_serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ class Shown:
     def __init__(self, goes_on: bool = False) -> None:
         self._goes_on = goes_on
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+        self._progress = progress(*columns)
 
     def __call__(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
         task = self._progress.add_task(what, total=total or length_hint(items) or None)

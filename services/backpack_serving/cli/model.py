@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
-from rich.progress import Progress
 from rich.text import Text
 
-from backpack_serving.cli.client import err, exits, out, show_markdown, table
+from backpack_serving.cli.client import PrecisionName, err, exits, out, progress, show_markdown, table
 from backpack_serving.settings import Settings, secretless, unread
 
 app = typer.Typer(no_args_is_help=True, help="Model folders.")
@@ -54,9 +53,7 @@ def verify(
 @app.command("prepare")
 def prepare(
     folder: Annotated[Path | None, typer.Argument(help="Model folder; the one that is served if none.")] = None,
-    precision: Annotated[
-        Literal["auto", "float32", "bfloat16"] | None, typer.Option(help="The setting's if none.")
-    ] = None,
+    precision: Annotated[PrecisionName | None, typer.Option(help="The setting's if none.")] = None,
 ) -> None:
     """Do once what replicas need on this host: compile the kernels, compute the sense table that they map."""
     with exits():
@@ -74,7 +71,7 @@ def prepare(
         except NotBuilt as error:
             out.print(f"[yellow]no fast kernels:[/] {error}")
         manifest, model = Manifest.read(folder), reader.load(folder)
-        with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        with progress() as bar:
             task = bar.add_task("sense vectors, by token", total=model.config.vocab_size)
             path = write(
                 model, manifest.fingerprint, dtype, lambda done, of: bar.update(task, completed=done, total=of)

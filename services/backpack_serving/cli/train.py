@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from backpack_serving.cli.client import exits
+from backpack_serving.cli.client import PrecisionName, exits
 
 if TYPE_CHECKING:
     from backpack_lm.tokenizer import Tokenizer
@@ -62,9 +62,7 @@ def train(
     after: Annotated[
         Path | None, typer.Option(help="Begin with the weights and the tokenizer of this run: its --out.")
     ] = None,
-    precision: Annotated[
-        Literal["auto", "float32", "bfloat16"], typer.Option(help="Of products; weights are float32.")
-    ] = "auto",
+    precision: Annotated[PrecisionName, typer.Option(help="Of products; weights are float32.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="Threads; 0 for torch's choice.", min=0)] = 0,
 ) -> None:

@@ -33,7 +33,6 @@ from backpack_serving.settings import Settings
 from backpack_serving.sync.known import Kind
 from backpack_serving.sync.link import Link
 from backpack_serving.sync.reader import Reader
-from backpack_serving.wire import inference as wire
 
 SERVICE = "backpack.v1.InferenceService"
 READER = "backpack.v1.SyncService"
@@ -135,7 +134,7 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
         metrics.calls("gateway"),
         tls=tls,
         connection_age=settings.connection_age,
-        message_limit=wire.MESSAGE_LIMIT,
+        message_limit=rpc.SMALL,
         share_port=one is not None,
     )
     reader.name = _name(server.address)

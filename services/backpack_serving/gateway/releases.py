@@ -10,7 +10,7 @@ from typing import Any
 from backpack_proto.v1 import sync_pb2, sync_pb2_grpc
 
 from backpack_serving import rpc
-from backpack_serving.errors import Expired, Forbidden, Unauthenticated, Unavailable
+from backpack_serving.errors import NOT_THE_CALLERS, Unavailable
 from backpack_serving.gateway.book import Book, Page, Pinned
 from backpack_serving.sync.known import Position, ReleaseRef
 from backpack_serving.wire import sync as wire
@@ -106,7 +106,7 @@ def resolve_from(control: Any, key: str) -> Resolve:
         try:
             with rpc.errors():
                 answer = await stub.ResolveReleases(request, metadata=rpc.with_key(key), timeout=RESOLVE_SECONDS)
-        except (Unavailable, Expired, Unauthenticated, Forbidden) as error:  # of our call, not of the client's
+        except NOT_THE_CALLERS as error:
             message = "releases of other numbers than channels are at can't be asked for now; try again shortly"
             raise Unavailable("NOT_RESOLVED", message, retry_after=1.0, why=error.message) from None
         return wire.read_resolved(answer)

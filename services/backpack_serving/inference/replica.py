@@ -37,7 +37,6 @@ from backpack_serving.sync.known import Kind, Position
 from backpack_serving.sync.link import Link
 from backpack_serving.sync.messages import SILENCE
 from backpack_serving.sync.reader import Reader
-from backpack_serving.wire import inference as wire
 
 log = structlog.get_logger(__name__)
 
@@ -201,7 +200,7 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
         metrics.calls("inference"),
         tls=settings.tls,
         connection_age=settings.connection_age,
-        message_limit=wire.MESSAGE_LIMIT,
+        message_limit=rpc.SMALL,
     )
     reader = Reader(Kind.REPLICA, uuid.uuid4().hex, server.address, served.manifest.fingerprint)
     link = Link(control, key, reader, versions, folder / "view")

@@ -15,13 +15,11 @@ from backpack_lm.overlay import Overlay
 from backpack_lm.patch import Limits, PatchError, Release, Revision, Violation, release_digest
 
 from backpack_serving.errors import (
+    NOT_THE_CALLERS,
     RELEASE_UNREACHABLE,
     DataLoss,
-    Expired,
-    Forbidden,
     Internal,
     ServiceError,
-    Unauthenticated,
     Unavailable,
     from_patch_error,
 )
@@ -136,8 +134,7 @@ class Versions:
             self.fetched += 1
             try:
                 revisions = await self._fetch(tenant, digest)
-            except (Unavailable, Expired, Unauthenticated, Forbidden) as error:
-                # A caller must not take it for ours, we are here, nor for its own.
+            except NOT_THE_CALLERS as error:  # nor must a gateway take it for ours: we are here
                 message = f"this replica can't fetch release {digest} now"
                 log.warning("a release can't be fetched", tenant=tenant, digest=digest, error=error.message)
                 raise Unavailable(RELEASE_UNREACHABLE, message, retry_after=1.0) from None

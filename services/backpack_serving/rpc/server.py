@@ -42,8 +42,8 @@ _OPTIONS: Sequence[tuple[str, Any]] = (
 )
 
 SMALL = 2**20
-"""Bytes of a single request. To look through one of 20 MiB and refuse it took a server's event loop seconds; in
-memory a message may be 25 times as large.
+"""Bytes of a single request, far more than a text of any context has. To look through one of 20 MiB and refuse it
+took a server's event loop seconds; in memory a message may be 25 times as large.
 """
 
 _ENDLESS = {"/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"}

@@ -23,9 +23,6 @@ from backpack_serving.wire.patches import WordReader
 PIN = "backpack-pin-bin"
 """Metadata of a gateway's call to a replica: a serialized Pin."""
 
-MESSAGE_LIMIT = 2**20
-"""Largest request for text that a server takes, in bytes: far more than any context holds."""
-
 DEFAULT_TOKENS = 64
 LARGEST_STOP, MOST_STOPS, MOST_ALTERNATIVES, MOST_SAMPLES = 256, 16, 20, 16
 HIGHEST_PRIORITY = 100
