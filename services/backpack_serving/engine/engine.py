@@ -172,7 +172,8 @@ class Engine:
             log_probabilities = log_probability(logits, token, alternatives)
         if finish:
             self._end(sequence)
-        return Output(request.id, token, digest, log_probabilities, finish)
+        first = len(sequence.tokens) == len(request.prompt) + 1
+        return Output(request.id, token, digest, log_probabilities, finish, first)
 
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request.id]

@@ -24,6 +24,10 @@ SWITCH_INTERVAL = 1e-4
 several times a step and wants back in each time: behind an event loop that is writing messages it would wait
 Python's own 5 ms, as long as a step."""
 
+HAND_OVER = 1e-3
+"""Seconds that the engine waits, at most, until a first token is on its way to whoever waits for it. An event
+loop that takes turns in Python with the engine's next step sends it a millisecond later."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -39,7 +43,7 @@ class _Stream:
     """One request's tokens on their way to its reader: the first goes at once, then those of `gather` seconds."""
 
     def __init__(self, gather: float) -> None:
-        self._gather, self._begun = gather, False
+        self._gather = gather
         self._ready: list[Output] = []
         self._failure: Exception | None = None
         self._bell = asyncio.Event()
@@ -47,8 +51,8 @@ class _Stream:
         """When the reader is to have what there is."""
 
     def add(self, output: Output, now: float) -> None:
-        if not self._begun or output.finish:
-            self.due, self._begun = now, True
+        if output.first or output.finish:
+            self.due = now
         elif not self._ready:
             self.due = now + self._gather
         self._ready.append(output)
@@ -84,6 +88,7 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._delivered = 0.0
+        self._sent = threading.Event()  # what was delivered last, if it had a first token
         self._timer: asyncio.TimerHandle | None = None
         self._failure: Exception | None = None
         self.load: Load = engine.load  # at most `LOAD_AGE` old
@@ -139,7 +144,12 @@ class EngineLoop:
         torch.get_num_threads()  # gives this thread that many, of our library's as well: OpenMP counts by thread
         try:
             while self._take_in():
-                self._post(self._deliver, self._engine.step())
+                outputs = self._engine.step()
+                begins = any(output.first for output in outputs)
+                self._sent.clear()
+                self._post(self._deliver, outputs, begins)
+                if begins:
+                    self._sent.wait(HAND_OVER)
                 self._weigh()
         except Exception as error:
             log.exception("the engine failed")
@@ -183,7 +193,7 @@ class EngineLoop:
 
     # ---- in the event loop
 
-    def _deliver(self, outputs: list[Output]) -> None:
+    def _deliver(self, outputs: list[Output], begins: bool) -> None:
         now = self._loop.time()
         for output in outputs:
             if stream := self._streams.get(output.request_id):
@@ -191,6 +201,8 @@ class EngineLoop:
         # Whoever would be late after one more step is woken now: readers go by steps, together, not by timers.
         self._give(now + (now - self._delivered))
         self._delivered = now
+        if begins:
+            self._loop.call_soon(self._sent.set)  # behind the readers that were woken
 
     def _give(self, until: float) -> None:
         """Give readers what is due until then; look again when more is, should the next step not come before."""

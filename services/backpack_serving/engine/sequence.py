@@ -45,7 +45,7 @@ class LogProbability:
 class Output:
     """One new token of one request, or that there is none: logits that aren't numbers end it, and `token` is −1.
 
-    `digest` is read from the slot that the token was computed in.
+    `digest` is read from the slot that the token was computed in. `first`: of its request.
     """
 
     request_id: str
@@ -53,6 +53,7 @@ class Output:
     digest: str
     log_probability: LogProbability | None = None
     finish: Finish | None = None
+    first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
