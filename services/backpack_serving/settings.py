@@ -13,14 +13,16 @@ from functools import cached_property
 from importlib.resources import files
 from ipaddress import IPv6Address
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
 from backpack_serving.keys import Holder
 from backpack_serving.tls import Tls
-from backpack_serving.tokens import Issuer
+
+if TYPE_CHECKING:
+    from backpack_serving.tokens import Issuer
 
 SECRETS = Path("/run/secrets")
 
@@ -315,6 +317,8 @@ class Settings(BaseSettings):
     @property
     def issuer(self) -> Issuer | None:
         """Whose tokens are credentials."""
+        from backpack_serving.tokens import Issuer
+
         if not self.jwt_issuer:
             return None
         claims = self.jwt_tenant_claim, self.jwt_roles_claim

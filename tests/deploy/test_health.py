@@ -42,3 +42,22 @@ async def test_a_probe_says_whether_a_server_serves(tmp_path: Path) -> None:
         assert code == 1
         assert "UNAVAILABLE" in said
         assert "Traceback" not in said
+
+
+async def test_a_probe_loads_nothing_that_only_other_commands_need() -> None:
+    """Containers ask every few seconds: with all that the command line may load, it took half as long again."""
+    heavy = ["backpack_serving.client", "backpack_serving.cli.run", "jwt", "rich.markdown", "rich.progress"]
+    program = (
+        "import sys; sys.argv = ['backpack', 'health', '127.0.0.1:1', '--timeout', '1']\n"
+        "from backpack_serving.cli.main import app\n"
+        "try: app()\n"
+        f"finally: print([name for name in {heavy} if name in sys.modules])"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    output, _ = await process.communicate()
+    answer, loaded = output.decode().splitlines()
+    assert answer.startswith("127.0.0.1:1 UNAVAILABLE")
+    assert loaded == "[]"

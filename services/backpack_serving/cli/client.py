@@ -10,20 +10,22 @@ from contextlib import contextmanager
 from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.markdown import Markdown
-from rich.progress import Progress, ProgressColumn
 from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
-from backpack_serving.client import Client, Operator, Served, Steering, Token
 from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.settings import Settings, secretless
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
+    from backpack_serving.client import Client, Operator, Served, Steering, Token
 
 EXTRAS = {"torch": "engine", "numpy": "engine", "scipy": "lab", "matplotlib": "lab", "transformers": "lab"}
 """What a command may miss, and the extra that brings it."""
@@ -93,11 +95,15 @@ PrecisionName = Literal["auto", "float32", "bfloat16"]
 
 def progress(*columns: ProgressColumn) -> Progress:
     """Shown on stderr while it lasts, if somebody looks."""
+    from rich.progress import Progress
+
     return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
 
 def show_markdown(text: str) -> None:
     """Laid out for a terminal; a pipe or a file gets the Markdown itself."""
+    from rich.markdown import Markdown
+
     if out.is_terminal:
         out.print(Markdown(text), soft_wrap=False)
     else:
@@ -134,6 +140,8 @@ def tenant_key_file(settings: Settings, tenant: str) -> Path:
 @contextmanager
 def as_caller(tenant: str, key: str) -> Iterator[Client]:
     """The gateway, with the given key, or the tenant's from the state folder."""
+    from backpack_serving.client import Client
+
     with exits():
         settings = Settings()
         key = key or _kept_key(settings, tenant)
@@ -145,6 +153,8 @@ def as_caller(tenant: str, key: str) -> Iterator[Client]:
 @contextmanager
 def as_releaser(tenant: str, key: str) -> Iterator[Steering]:
     """The intervention service, with the same keys."""
+    from backpack_serving.client import Steering
+
     with exits():
         settings = Settings()
         key = key or _kept_key(settings, tenant)
@@ -154,6 +164,8 @@ def as_releaser(tenant: str, key: str) -> Iterator[Steering]:
 
 @contextmanager
 def as_admin() -> Iterator[Operator]:
+    from backpack_serving.client import Operator
+
     with exits():
         settings = Settings()
         key = settings.key_for("admin")

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata
 from typing import Annotated
 
 import typer
 
-from backpack_serving.cli import control, database, experiment, lab, model, releases, serve, tenants, text
 from backpack_serving.cli.client import out
-from backpack_serving.cli.compare import compare
-from backpack_serving.cli.generate import generate
 from backpack_serving.cli.health import health
-from backpack_serving.cli.run import run
-from backpack_serving.cli.secrets import write
-from backpack_serving.cli.train import train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,24 +38,38 @@ def main(
     pass
 
 
-app.command(rich_help_panel="Serving")(run)
-app.add_typer(serve.app, name="serve", rich_help_panel="Serving")
-app.command(rich_help_panel="Serving")(model.settings)
-app.command(rich_help_panel="Serving")(health)
-app.command("secrets", rich_help_panel="Serving")(write)
-app.add_typer(database.app, name="database", rich_help_panel="Serving")
-for command in (generate, text.score, text.explain, compare, text.senses):
-    app.command(rich_help_panel="Calling")(command)
-app.add_typer(tenants.app, name="tenant", rich_help_panel="Steering")
-app.add_typer(control.patch_app, name="patch", rich_help_panel="Steering")
-app.add_typer(lab.app, name="lab", rich_help_panel="Steering")
-app.add_typer(releases.app, name="release", rich_help_panel="Steering")
-app.add_typer(releases.canary_app, name="canary", rich_help_panel="Steering")
-app.command(rich_help_panel="Steering")(releases.fleet)
-app.command(rich_help_panel="Steering")(control.audit)
-app.command(rich_help_panel="Models")(train)
-app.add_typer(model.app, name="model", rich_help_panel="Models")
-app.add_typer(experiment.app, name="experiment", rich_help_panel="Models")
+def _add_commands() -> None:
+    from backpack_serving.cli import control, database, experiment, lab, model, releases, serve, tenants, text
+    from backpack_serving.cli.compare import compare
+    from backpack_serving.cli.generate import generate
+    from backpack_serving.cli.run import run
+    from backpack_serving.cli.secrets import write
+    from backpack_serving.cli.train import train
+
+    app.command(rich_help_panel="Serving")(run)
+    app.add_typer(serve.app, name="serve", rich_help_panel="Serving")
+    app.command(rich_help_panel="Serving")(model.settings)
+    app.command(rich_help_panel="Serving")(health)
+    app.command("secrets", rich_help_panel="Serving")(write)
+    app.add_typer(database.app, name="database", rich_help_panel="Serving")
+    for command in (generate, text.score, text.explain, compare, text.senses):
+        app.command(rich_help_panel="Calling")(command)
+    app.add_typer(tenants.app, name="tenant", rich_help_panel="Steering")
+    app.add_typer(control.patch_app, name="patch", rich_help_panel="Steering")
+    app.add_typer(lab.app, name="lab", rich_help_panel="Steering")
+    app.add_typer(releases.app, name="release", rich_help_panel="Steering")
+    app.add_typer(releases.canary_app, name="canary", rich_help_panel="Steering")
+    app.command(rich_help_panel="Steering")(releases.fleet)
+    app.command(rich_help_panel="Steering")(control.audit)
+    app.command(rich_help_panel="Models")(train)
+    app.add_typer(model.app, name="model", rich_help_panel="Models")
+    app.add_typer(experiment.app, name="experiment", rich_help_panel="Models")
+
+
+if sys.argv[1:2] == ["health"]:  # containers ask every few seconds, and need nothing that only others load
+    app.command()(health)
+else:
+    _add_commands()
 
 if __name__ == "__main__":
     app()
