@@ -50,6 +50,7 @@ def test_hadolint_has_nothing_to_say() -> None:
 def test_every_process_is_a_target_and_runs_as_nobody_special() -> None:
     stages = re.split(r"^FROM ", DOCKERFILE.read_text(), flags=re.M)[1:]
     by_name = {m[1]: stage for stage in stages if (m := re.match(r"\S+ AS (\S+)", stage))}
+    assert "compileall" in by_name["python"], "or every health check compiles what it loads of Python's library"
     assert by_name.keys() >= PROCESSES
     for name in PROCESSES:
         base = "process" if name == "inference" else "service"
