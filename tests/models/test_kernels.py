@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -264,13 +265,17 @@ def test_drawing_is_one_function_of_seed_position_and_token(config: BackpackConf
     assert len(set(drawn.tolist())) > 30
 
 
-@pytest.mark.parametrize("left", [b"", b"\x7fELF\x02\x01\x01 cut off"], ids=["empty", "cut off"])
-def test_a_damaged_library_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, left: bytes) -> None:
+@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:1024] + bytes(len(whole) - 1024)])
+def test_a_damaged_library_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    """And isn't loaded: that would end the process, as would one that is cut off."""
     whole = Path(build.library()._name).read_bytes()
     monkeypatch.setattr(build, "folder", lambda name: tmp_path)
     monkeypatch.setattr(build, "_compile", lambda file: file.write_bytes(whole))
-    build._path().write_bytes(left)
+    build._path().write_bytes(damage(whole))
     assert build.library.__wrapped__().draw_float32
+    assert build._path().read_bytes() == whole
 
 
 def test_without_a_compiler_the_plain_kernels_do_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

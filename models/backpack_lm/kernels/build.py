@@ -28,6 +28,8 @@ OPTIONS = (
     "-fno-math-errno",
     "-fno-trapping-math",
 )
+_CHECKSUM = hashlib.sha256().digest_size
+"""Bytes at the end of a library's file."""
 
 
 class NotBuilt(Exception):
@@ -39,11 +41,9 @@ def library() -> ctypes.CDLL:
     """The compiled library. Raises NotBuilt if it can't be had."""
     try:
         file = _path()
+        if not _whole(file):
+            _compile(file)
         # Loaded, it shares torch's OpenMP threads: its libgomp is here already.
-        if file.exists():
-            with suppress(OSError):  # damaged: it is made anew
-                return ctypes.CDLL(str(file))
-        _compile(file)
         return ctypes.CDLL(str(file))
     except OSError as error:
         raise NotBuilt(f"the library can't be kept or loaded: {error}") from None
@@ -55,6 +55,18 @@ def _path() -> Path:
     made_from = [*sources, *OPTIONS, platform.machine(), _processor(), torch.__version__]
     digest = hashlib.sha256("\0".join(made_from).encode()).hexdigest()
     return folder("kernels") / f"native-{digest[:16]}.so"
+
+
+def _whole(file: Path) -> bool:
+    """Whether it is there as `_compile` left it. Loading a damaged one isn't refused: it may kill the process."""
+    with suppress(FileNotFoundError):
+        data = file.read_bytes()
+        return _checksum(data[:-_CHECKSUM]) == data[-_CHECKSUM:]
+    return False
+
+
+def _checksum(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def _processor() -> str:
@@ -76,6 +88,8 @@ def _compile(file: Path) -> None:
         )
         if done.returncode:
             raise NotBuilt(f"{compiler} failed: {done.stderr.strip()[-2000:]}")
-        with made.open("rb") as written:
+        with made.open("rb+") as written:
+            written.write(_checksum(written.read()))  # behind all that is loaded
+            written.flush()
             os.fsync(written.fileno())  # or a power cut may leave the name with nothing behind it
         made.replace(file)  # at once whole: another process may be looking
