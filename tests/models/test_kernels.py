@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -238,6 +242,24 @@ def test_memory_in_huge_pages_is_memory() -> None:
     assert not made.any()
     made[2] = 1
     assert made.sum(1).tolist() == [0, 0, pages.HUGE]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells")
+def test_memory_in_huge_pages_is_private() -> None:
+    """Of shared memory, Linux makes them only where somebody has switched that on."""
+    made = pages.zeros(3, pages.HUGE, dtype=torch.bfloat16)
+    areas = re.findall("^([0-9a-f]+)-([0-9a-f]+) (....)", Path("/proc/self/maps").read_text(), re.M)
+    holding = [access for start, end, access in areas if int(start, 16) <= made.data_ptr() < int(end, 16)]
+    assert holding == ["rw-p"]
+
+
+def test_a_kernel_without_huge_pages_gives_memory_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    assert not pages.zeros(3, pages.HUGE, dtype=torch.bfloat16).any()
 
 
 def test_noise_is_philox() -> None:
