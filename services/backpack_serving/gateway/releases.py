@@ -19,7 +19,9 @@ Resolve = Callable[[str, Sequence[int]], Awaitable[tuple[Position, list[ReleaseR
 """(tenant, numbers) → the releases of these numbers, and where the store stood. Raises ServiceError."""
 
 Reached = Callable[[Position], Awaitable[None]]
-"""Waits a moment until a position of the store is known here. Raises Unavailable if it isn't by then."""
+"""Waits a moment until a position of the store is known here. Raises Unavailable if it isn't by then, or
+PreconditionFailed if the store isn't there either.
+"""
 
 REMEMBERED = 65_536
 RESOLVE_SECONDS = 5.0
@@ -39,7 +41,7 @@ class Releases:
     async def channel(
         self, tenant: str, channel: str, request_key: str = "", since: Position | None = None
     ) -> Pinned:
-        """What a channel points at. Raises NotFound if there is no such channel, Unavailable as `Reached` does."""
+        """What a channel points at. Raises NotFound if there is no such channel, and as `Reached` does."""
         if since:
             await self._reached(since)
         return self._book.pin(tenant, channel, request_key)
@@ -49,8 +51,8 @@ class Releases:
     ) -> list[Pinned]:
         """The releases of these numbers and channels, in their order.
 
-        Raises NotFound for what isn't there, Unavailable as `Reached` does, or if a number isn't known here and
-        the service is away.
+        Raises NotFound for what isn't there, Unavailable if a number isn't known here and the service is away, and
+        as `Reached` does.
         """
         if since:
             await self._reached(since)

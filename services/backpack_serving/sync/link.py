@@ -13,7 +13,7 @@ import structlog
 from backpack_proto.v1 import sync_pb2, sync_pb2_grpc
 
 from backpack_serving import rpc, tasks
-from backpack_serving.errors import ServiceError, Unavailable
+from backpack_serving.errors import PreconditionFailed, ServiceError, Unavailable
 from backpack_serving.sync.known import Position, Steering, View
 from backpack_serving.sync.known_good import KnownGood
 from backpack_serving.sync.messages import REPORT_SECONDS, SILENCE, FromReader, Refusal, Tally
@@ -82,7 +82,9 @@ class Link:
             await tasks.end(*beside)
 
     async def reached(self, position: Position, seconds: float) -> None:
-        """Wait until all up to this position holds. Raises Unavailable if it doesn't within so many seconds."""
+        """Wait until all up to this position holds. If it doesn't within so many seconds, raises Unavailable, or
+        PreconditionFailed if the service was heard meanwhile: the store isn't there either.
+        """
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
         while self.reader.view.position < position:
@@ -92,6 +94,9 @@ class Link:
                     await moved.wait()
             except TimeoutError:
                 at = self.reader.view.position
+                if self.reader.age(time.monotonic()) < seconds:
+                    message = f"asked for {position}, but the store is at {at}: nobody has written that yet"
+                    raise PreconditionFailed("NOT_WRITTEN", message) from None
                 raise Unavailable(
                     "BEHIND", f"asked for {position}, but this gateway knows the store up to {at}", retry_after=0.5
                 ) from None
