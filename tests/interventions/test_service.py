@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 import uuid
@@ -20,11 +21,14 @@ from backpack_serving.errors import (
     ServiceError,
     Unauthenticated,
 )
+from backpack_serving.interventions.journal import Journal
 from backpack_serving.interventions.ledger import Request
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Read, Store
 from backpack_serving.keys import SYSTEM, ApiKey, Principal, Role
-from backpack_serving.sync.known import LIVE
+from backpack_serving.sync.known import LIVE, Kind, View
+from backpack_serving.sync.messages import Delta, Hello
+from backpack_serving.sync.session import Session
 
 from tests.interventions.conftest import ADMIN, HALVE, REMOVE, REPLICA, SHAPE, releaser
 
@@ -199,6 +203,22 @@ def test_a_key_that_is_wrong_or_revoked_is_nobody(service: Interventions, acme: 
     service.revoke_key(ADMIN, "acme", written.record.key, Request())
     with pytest.raises(Unauthenticated, match="unknown or revoked"):
         service.authenticate(str(key))
+
+
+@pytest.mark.parametrize("suspended", [True, False])
+def test_who_was_away_learns_how_a_tenant_is_now(service: Interventions, acme: Principal, suspended: bool) -> None:
+    """P6: a tenant may be suspended and resumed several times between two messages to a gateway."""
+    before, _ = service.snapshot()
+    for _ in range(2):
+        service.suspend(ADMIN, ["acme"], False, Request())
+        service.resume(ADMIN, ["acme"], Request())
+    if suspended:
+        service.suspend(ADMIN, ["acme"], False, Request())
+    gateway = Session(Journal(service), itertools.count())
+    gateway.receive(Hello(Kind.GATEWAY, "incarnation", "name", SHAPE.fingerprint, before), 0.0)
+    (told,) = gateway.pump(0.0)
+    assert isinstance(told, Delta)
+    assert View().changed(told.position, told.changes).tenants["acme"].suspended == suspended
 
 
 def check_force(store: Store) -> None:

@@ -27,6 +27,7 @@ from backpack_serving.sync.known import (
     Known,
     KnownChannel,
     KnownKey,
+    KnownTenant,
     Position,
     ReleaseRef,
     Steering,
@@ -85,12 +86,14 @@ class History:
         return Page(self.head, Position(self.head.epoch, max(upto, revision)), tuple(self._log[revision:upto]))
 
     def write(self) -> None:
-        """One more revision: a key, or a channel that moves."""
+        """One more revision: a key, a tenant that is suspended or resumed, or a channel that moves."""
         tenant, draw = self._draw.choice(TENANTS), self._draw
         change: Known
         if draw.random() < 0.2:
             who = Principal(tenant, f"key-{tenant}-{draw.randint(0, 2)}", frozenset({Role.CALLER}))
             change = KnownKey(who, Verifier(b"", b""), revoked=draw.random() < 0.3)
+        elif draw.random() < 0.3:  # always the same one: what one message tells has several of its changes
+            change = KnownTenant(TENANTS[0], suspended=draw.random() < 0.5)
         else:
             change = self._channel(tenant, draw.choice(["live", "beta"]))
         self.head = Position(self.head.epoch, self.head.revision + 1)
@@ -136,9 +139,8 @@ class History:
         return ReleaseRef(number, digest)
 
     def _remember(self, change: Known) -> None:
-        key = change.principal.key if isinstance(change, KnownKey) else change.key  # type: ignore[union-attr]
-        self.state = {**self.state, key: change}
-        self.ever.setdefault(key, set()).add(change)
+        self.state = {**self.state, change.key: change}
+        self.ever.setdefault(change.key, set()).add(change)
         if isinstance(change, KnownChannel):
             for release in change.serving:
                 self.writes[change.tenant, change.channel, release.digest] += 1
@@ -468,8 +470,9 @@ class Node:
             if isinstance(known, KnownChannel):
                 assert key in view.channels or key in refused, f"{self.name} at {view.position} lacks {key}"
             elif self.kind is Kind.GATEWAY:
-                assert view.keys.get(str(key)) == known, f"{self.name} at {view.position} lacks {key}"
-        assert self.kind is Kind.GATEWAY or not view.keys, "a replica has no use for keys"
+                told = view.tenants if isinstance(known, KnownTenant) else view.keys
+                assert told.get(str(key)) == known, f"{self.name} at {view.position} lacks {key}"
+        assert self.kind is Kind.GATEWAY or not (view.keys or view.tenants), "a replica has no use for them"
         assert self.kind is Kind.GATEWAY or self._can_serve(view), "a view with a release that isn't ready"
         for where, count in self.attempts.items():
             assert count <= history.writes[where], f"{where} was tried {count} times"

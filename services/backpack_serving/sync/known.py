@@ -63,6 +63,10 @@ class KnownTenant:
     tenant: str
     suspended: bool = False
 
+    @property
+    def key(self) -> str:
+        return self.tenant
+
 
 @dataclass(frozen=True, slots=True)
 class KnownKey:
@@ -71,6 +75,10 @@ class KnownKey:
     principal: Principal
     verifier: Verifier
     revoked: bool
+
+    @property
+    def key(self) -> str:
+        return self.principal.key
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +129,14 @@ class Unknown:
 
     kind: str
 
+    @property
+    def key(self) -> tuple[str, str]:
+        return "", self.kind
+
 
 Known = KnownTenant | KnownKey | KnownChannel | KnownRelease | Unknown
+"""One thing that readers know. `key` says which, among those of its kind: the newest of a key is what holds."""
+
 Steering = KnownChannel | KnownRelease
 """What has releases that a replica must be able to serve."""
 
@@ -144,9 +158,9 @@ class View:
         for change in changes:
             match change:
                 case KnownTenant():
-                    tenants[change.tenant] = change
+                    tenants[change.key] = change
                 case KnownKey():
-                    keys[change.principal.key] = change
+                    keys[change.key] = change
                 case KnownChannel():
                     channels[change.key] = change
                 case KnownRelease():

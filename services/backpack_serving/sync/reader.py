@@ -125,10 +125,9 @@ class Reader:
         refusals = self._refusals(pending, refused)
         for change in pending.changes:
             if isinstance(change, Steering | Unknown):
-                key = ("", change.kind) if isinstance(change, Unknown) else change.key
-                self._parked.pop(key, None)
-                if refusal := refusals.get(key):
-                    self._parked[key] = _Parked(change, refusal)
+                self._parked.pop(change.key, None)
+                if refusal := refusals.get(change.key):
+                    self._parked[change.key] = _Parked(change, refusal)
         self.known = self.known.changed(pending.position, _but(pending.changes, refusals))  # all of it or nothing
         self.pending, self._whole, self.known_at = None, False, now
         return Nack(nonce, tuple(refusals.values())) if refusals else Ack(nonce)
@@ -163,7 +162,7 @@ class Reader:
         for change in pending.changes:
             if isinstance(change, Unknown):
                 text = f"unknown kind of change: {change.kind}; upgrade this {self.kind}"
-                refusals["", change.kind] = Refusal("", change.kind, "", "UNKNOWN_CHANGE", text)
+                refusals[change.key] = Refusal(*change.key, "", "UNKNOWN_CHANGE", text)
             elif isinstance(change, Steering) and (before := self._refused(change)):
                 refusals[change.key] = before
         return refusals

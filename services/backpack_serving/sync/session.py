@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from backpack_serving.errors import InvalidRequest, PreconditionFailed, Unavailable
-from backpack_serving.sync.known import Kind, Known, KnownKey, Position, Steering
+from backpack_serving.sync.known import Kind, Known, Position, Steering
 from backpack_serving.sync.messages import (
     BOOKMARK_SECONDS,
     SILENCE,
@@ -163,11 +163,6 @@ def _for(kind: Kind, changes: Iterable[Known]) -> tuple[Known, ...]:
     """What such a reader is told; of several changes of one thing, the last."""
     latest: dict[object, Known] = {}
     for change in changes:
-        if isinstance(change, KnownKey):
-            if kind is Kind.GATEWAY:
-                latest[KnownKey, change.principal.key] = change
-        elif isinstance(change, Steering):
-            latest[type(change), *change.key] = change
-        elif kind is Kind.GATEWAY:
-            latest[change] = change
+        if kind is Kind.GATEWAY or isinstance(change, Steering):
+            latest[type(change), change.key] = change
     return tuple(latest.values())
