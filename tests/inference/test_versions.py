@@ -18,6 +18,7 @@ from backpack_serving.inference.served import ServedModel
 from backpack_serving.inference.versions import Versions
 from backpack_serving.settings import default_model
 from backpack_serving.sync.known import KnownChannel, Position, ReleaseRef, View
+from backpack_serving.sync.known_good import KnownGood
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +247,25 @@ async def test_a_disk_that_takes_and_gives_nothing_keeps_no_release_from_being_s
     async with versions.use("acme", digest) as overlay:
         assert overlay.digest == digest
     assert versions.fetched == 1
+
+
+@pytest.mark.parametrize(
+    "payload", [None, b"", b"\x05", b"\xff\xff\xff\xffcut"], ids=["another's", "none", "odd", "cut"]
+)
+async def test_a_file_that_holds_another_release_counts_as_missing(
+    served: ServedModel, shelf: Shelf, make: Callable[..., Versions], tmp_path: Path, payload: bytes | None
+) -> None:
+    """Its checksum fits: the file was swapped, or isn't of a release."""
+    digest, other, folder = shelf.put(served, _scale(5)), shelf.put(served, _scale(6)), tmp_path / "blobs"
+    ReleaseBlobs(folder).write(other, shelf.blobs[other])
+    KnownGood(folder / digest).write(KnownGood(folder / other).read().payload if payload is None else payload)
+    versions = make()
+    await versions.restore(View().changed(Position(1, 1), [_channel(digest)]))
+    assert versions.fetched == 0, "at the start nobody is asked"
+    async with versions.use("acme", digest) as overlay:
+        assert overlay.digest == digest
+    assert versions.fetched == 1
+    assert ReleaseBlobs(folder).read(digest) == shelf.blobs[digest], "it is right from now on"
 
 
 async def test_what_channels_need_stays_and_of_the_rest_what_was_used_last(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
@@ -12,7 +11,7 @@ from functools import partial
 
 import structlog
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Limits, PatchError, Release, Revision, Violation, release_digest
+from backpack_lm.patch import Limits, PatchError, Release, Revision, Violation
 
 from backpack_serving.errors import (
     NOT_THE_CALLERS,
@@ -23,7 +22,7 @@ from backpack_serving.errors import (
     Unavailable,
     from_patch_error,
 )
-from backpack_serving.inference.blobs import ReleaseBlobs
+from backpack_serving.inference.blobs import ReleaseBlobs, digest_of
 from backpack_serving.inference.served import ServedModel
 from backpack_serving.sync.known import KnownChannel, ReleaseRef, Steering, View
 from backpack_serving.sync.messages import Refusal, Tally
@@ -154,7 +153,7 @@ class Versions:
 
     def _compile(self, revisions: list[bytes], digest: str) -> Overlay:
         """Verify every byte, validate again, compile, and try out."""
-        found = release_digest([hashlib.sha256(data).hexdigest() for data in revisions])
+        found = digest_of(revisions)
         if found != digest:
             raise DataLoss(
                 "WRONG_DIGEST",
