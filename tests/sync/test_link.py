@@ -19,6 +19,7 @@ from backpack_serving.interventions import bootstrap as interventions
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
 from backpack_serving.sync.known import Kind, Steering
+from backpack_serving.sync.known_good import KnownGood
 from backpack_serving.sync.link import for_ever
 from backpack_serving.sync.messages import Refusal, Tally
 from structlog.testing import capture_logs
@@ -78,6 +79,17 @@ async def test_p6_a_position_that_moves_alone_is_on_disk_before_it_holds(system:
     assert not follower.early
     positions = [view.position for view in follower.seen]
     assert positions == sorted(positions)
+
+
+async def test_a_whole_file_that_is_no_view_is_as_good_as_none(system: System) -> None:
+    follower = _follower(system, Kind.GATEWAY)
+    KnownGood(follower.file).write(b"\x04\0\0\0of a release")
+    with capture_logs() as logs:
+        await follower.start()
+    assert str(follower.file) in [line.get("file") for line in logs]
+    await _reached(follower, await _tenant(system, "acme"))
+    assert follower.on_disk.position == follower.reader.view.position
+    await follower.stop()
 
 
 async def test_p6_views_are_written_to_disk_one_after_the_other(

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 from backpack_proto.v1 import sync_pb2, sync_pb2_grpc
+from google.protobuf.message import DecodeError
 
 from backpack_serving import rpc, tasks
 from backpack_serving.errors import PreconditionFailed, ServiceError, Unavailable
@@ -67,7 +68,12 @@ class Link:
         kept = self._file.read()
         if kept is None:
             return False
-        view = self._written = wire.read_view(kept.payload)
+        try:
+            view = wire.read_view(kept.payload)
+        except DecodeError as error:  # somebody put another file there: to end here would be to end at every start
+            log.error("what was kept isn't what a reader knows", file=str(self._file.path), error=str(error))
+            return False
+        self._written = view
         self.reader.restore(view, time.monotonic() - max(0.0, time.time() - kept.fresh))
         self._owner.swapped(view)
         log.info("took up what was known last", position=str(view.position), file=str(self._file.path))
