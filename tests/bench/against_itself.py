@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from typing import Any
 
 import torch
 from backpack_lm.kernels import Prediction
@@ -138,13 +139,15 @@ def drawing(bench: Bench) -> None:
     """What it costs to draw tokens, of all or of the likeliest, instead of taking the greatest logit."""
     engine = bench.engine(32)
 
-    def run(**sampling: float) -> Timed:
+    def run(**sampling: Any) -> Timed:
         return lambda: bench.generate(engine, [bench.request(bench.prompt(64), **sampling) for _ in range(32)])
 
     ways = {"temperature 1": {}, "top_k 40": {"top_k": 40}, "top_p 0.9": {"top_p": 0.9}}
     for name, way in ways.items():
         what = f"tokens drawn with {name}, against greedy, batch 32"
         bench.compare(what, run(temperature=1.0, **way), run(), "tokens/s", "0.75")
+    what = "tokens with log-probabilities and 5 alternatives, against without, batch 32"
+    bench.compare(what, run(log_probabilities=5), run(), "tokens/s", "0.9")
 
 
 def loop(bench: Bench) -> None:

@@ -6,13 +6,14 @@ from collections import Counter
 
 import pytest
 import torch
-from backpack_lm.kernels import Caches
+from backpack_lm.kernels import Caches, Kernels
 from backpack_lm.kernels.native import NativeKernels
 from backpack_lm.kernels.plain import PlainKernels
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import SenseTable
-from backpack_serving.engine.sampler import Draw, choose, choose_all, log_probability
+from backpack_serving.engine.sampler import choose, choose_all, log_probabilities, log_probability
 from backpack_serving.engine.sampling import Sampling
+from backpack_serving.engine.sequence import LogProbability
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,26 +67,26 @@ samplings = st.builds(
 
 
 @pytest.fixture(scope="session")
-def draws(model: Backpack, table: SenseTable) -> list[Draw]:
-    """`Kernels.draw` of the compiled library and of torch."""
+def both(model: Backpack, table: SenseTable) -> list[Kernels]:
+    """The compiled library, and torch."""
     caches = Caches.empty(model.config, 1, table.with_room(0), model.embedding.detach())
-    return [NativeKernels(caches).draw, PlainKernels(caches).draw]
+    return [NativeKernels(caches), PlainKernels(caches)]
 
 
 @given(rows=st.lists(st.tuples(samplings, st.integers(0, 511)), min_size=1, max_size=8), seed=st.integers(0, 1000))
 def test_a_batch_draws_what_each_row_draws_alone(
-    rows: list[tuple[Sampling, int]], seed: int, draws: list[Draw]
+    rows: list[tuple[Sampling, int]], seed: int, both: list[Kernels]
 ) -> None:
     logits = 3 * torch.randn(len(rows), 300, generator=torch.Generator().manual_seed(seed))
     chosen, places = [s for s, _ in rows], [p for _, p in rows]
     alone = [choose(row, s, p) for row, s, p in zip(logits, chosen, places, strict=True)]
-    for draw in draws:
-        assert choose_all(logits, chosen, places, draw) == alone
+    for kernels in both:
+        assert choose_all(logits, chosen, places, kernels.draw) == alone
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["", "with ties"])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
-def test_of_a_large_vocabulary_the_same_tokens_may_be_drawn(spread: float, tie: bool, draws: list[Draw]) -> None:
+def test_of_a_large_vocabulary_the_same_tokens_may_be_drawn(spread: float, tie: bool, both: list[Kernels]) -> None:
     """At the size that counts, where few tokens have most of the probability, and where all have some."""
     logits = spread * torch.randn(4100, generator=torch.Generator().manual_seed(1))
     logits[7:2000:9] = float("-inf")
@@ -101,8 +102,8 @@ def test_of_a_large_vocabulary_the_same_tokens_may_be_drawn(spread: float, tie: 
     ]
     rows, places = logits.expand(len(chosen), -1), range(len(chosen))
     alone = [choose(logits, sampling, place) for sampling, place in zip(chosen, places, strict=True)]
-    for draw in draws:
-        assert choose_all(rows, chosen, places, draw) == alone
+    for kernels in both:
+        assert choose_all(rows, chosen, places, kernels.draw) == alone
 
 
 def test_neighbouring_seeds_of_64_bits_draw_differently() -> None:
@@ -123,3 +124,52 @@ def test_log_probabilities_are_at_temperature_one() -> None:
     assert found.chosen == pytest.approx(float(logs[3]))
     assert [token for token, _ in found.alternatives] == [0, 1]
     assert len(log_probability(LOGITS, 3, alternatives=20).alternatives) == len(LOGITS)
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.none() | st.integers(0, 299), st.sampled_from([None, 0, 1, 5, 20])), min_size=1, max_size=8
+    ),
+    seed=st.integers(0, 1000),
+)
+def test_a_batch_has_the_log_probabilities_of_each_row_alone(
+    rows: list[tuple[int | None, int | None]], seed: int, both: list[Kernels]
+) -> None:
+    """Also where there is no token, and where nothing was asked for."""
+    logits = 3 * torch.randn(len(rows), 300, generator=torch.Generator().manual_seed(seed))
+    tokens, counts = [token for token, _ in rows], [count for _, count in rows]
+    for kernels in both:
+        samplings = [Sampling(log_probabilities=count) for count in counts]
+        found = log_probabilities(logits, tokens, samplings, kernels.log_probabilities)
+        for row, token, count, one in zip(logits, tokens, counts, found, strict=True):
+            if token is None or count is None:
+                assert one is None
+            else:
+                assert one is not None
+                _same(one, log_probability(row, token, count))
+
+
+@pytest.mark.parametrize("size", [3, 16, 4100, 50257])
+def test_log_probabilities_are_exact_at_any_size(size: int, both: list[Kernels]) -> None:
+    """For likely tokens, unlikely and impossible ones, with large logits, and asked for more than there are."""
+    logits = 100 + 5 * torch.randn(4, size, generator=torch.Generator().manual_seed(2))
+    logits[1] *= 30
+    logits[2, ::2] = float("-inf")
+    tokens, how = [size - 1, int(logits[1].argmin()), 0, size // 2], [Sampling(log_probabilities=20)] * 4
+    for kernels in both:
+        for row, token, one in zip(
+            logits, tokens, log_probabilities(logits, tokens, how, kernels.log_probabilities), strict=True
+        ):
+            assert one is not None
+            _same(one, log_probability(row, token, 20))
+
+
+def _same(found: LogProbability, expected: LogProbability) -> None:
+    assert found.chosen == pytest.approx(expected.chosen, abs=1e-6)
+    assert [log for _, log in found.alternatives] == pytest.approx(
+        [log for _, log in expected.alternatives], abs=1e-6
+    )
+    possible = sum(log > float("-inf") for _, log in expected.alternatives)
+    assert [token for token, _ in found.alternatives[:possible]] == [
+        token for token, _ in expected.alternatives[:possible]
+    ]

@@ -159,6 +159,18 @@ class NativeKernels:
         self._library.draw_float32(at(logits), *logits.shape, rows.ctypes.data_as(ctypes.c_void_p), at(drawn))
         return drawn
 
+    def log_probabilities(
+        self, logits: Tensor, chosen: Sequence[int], count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        own, logits = torch.empty(len(logits), dtype=torch.float64), logits.contiguous()
+        tokens = torch.empty(len(logits), count, dtype=torch.int32)
+        logs = torch.empty(len(logits), count, dtype=torch.float64)
+        choice = torch.tensor(chosen, dtype=torch.int32)
+        self._library.log_probabilities_float32(
+            at(logits), *logits.shape, at(choice), count, at(own), at(tokens), at(logs)
+        )
+        return own, tokens, logs
+
     def satisfy(self, prediction: Prediction, start: int) -> None:
         rows, topics = self._describe([prediction])
         self._satisfy(self._with(topics), rows.ctypes.data_as(ctypes.c_void_p), start)

@@ -117,6 +117,14 @@ class PlainKernels:
         best, chosen = values.max(-1)
         return chosen.masked_fill((best == float("-inf")) | ~(logits < float("inf")).all(-1), -1)
 
+    def log_probabilities(
+        self, logits: Tensor, chosen: Sequence[int], count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logs = logits.double().log_softmax(-1)
+        likeliest = logs.topk(count)
+        own = logs.gather(1, torch.tensor(chosen, device=logs.device)[:, None])
+        return own[:, 0], likeliest.indices, likeliest.values
+
     def multipliers(self, prediction: Prediction) -> Tensor:
         """Effective multiplier of each cell of a slot, [length, k]."""
         caches, length = self.caches, prediction.length

@@ -55,5 +55,11 @@ class Kernels(Protocol):
         tokens that may be drawn; argmax_y logit_y at temperature 0. −1 for a row with NaN or +∞, or with nothing
         else than −∞."""
 
+    def log_probabilities(
+        self, logits: Tensor, chosen: Sequence[int], count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """log softmax of logits [G, V] that are numbers, in float64: of a chosen token of each row [G], and the
+        `count` likeliest tokens with theirs, the likeliest first [G, count]."""
+
     def satisfy(self, prediction: Prediction, start: int) -> None:
         """Count the tokens from `start` to `prediction.length` in the slot's annealing."""

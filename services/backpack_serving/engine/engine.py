@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from backpack_serving.engine.runner import Runner
-from backpack_serving.engine.sampler import choose_all, log_probability
+from backpack_serving.engine.sampler import choose_all, log_probabilities
 from backpack_serving.engine.scheduler import Scheduler
-from backpack_serving.engine.sequence import Finish, Output, Request, Sequence
+from backpack_serving.engine.sequence import Finish, LogProbability, Output, Request, Sequence
 from backpack_serving.engine.slots import OverlayRows, Slots
 
 
@@ -120,10 +118,10 @@ class Engine:
             chunk.sequence.computed = chunk.end
         sampled = batch.sampled
         samplings, positions = [s.request.sampling for s in sampled], [len(s.tokens) for s in sampled]
-        tokens = choose_all(logits, samplings, positions, self._runner.kernels.draw)
-        return [
-            self._settle(s, token, logits[n]) for n, (s, token) in enumerate(zip(sampled, tokens, strict=True))
-        ]
+        kernels = self._runner.kernels
+        tokens = choose_all(logits, samplings, positions, kernels.draw)
+        logs = log_probabilities(logits, tokens, samplings, kernels.log_probabilities)
+        return [self._settle(*made) for made in zip(sampled, tokens, logs, strict=True)]
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a slot and its release's rows, if there are any to give."""
@@ -158,22 +156,20 @@ class Engine:
         """Whose prefixes a sequence may use."""
         return "" if self._share_prefixes else sequence.request.tenant
 
-    def _settle(self, sequence: Sequence, token: int | None, logits: Tensor) -> Output:
+    def _settle(self, sequence: Sequence, token: int | None, logs: LogProbability | None) -> Output:
         request, slot = sequence.request, sequence.slot
         assert slot is not None
-        digest, log_probabilities = self._runner.digest(slot), None
+        digest = self._runner.digest(slot)
         if token is None:
             self._end(sequence)
             return Output(request.id, -1, digest, None, Finish.NOT_NUMBERS)
         sequence.tokens.append(token)
         self._scheduler.charge(sequence)
         finish = sequence.finish_after(token, self._end_of_text)
-        if (alternatives := request.sampling.log_probabilities) is not None:
-            log_probabilities = log_probability(logits, token, alternatives)
         if finish:
             self._end(sequence)
         first = len(sequence.tokens) == len(request.prompt) + 1
-        return Output(request.id, token, digest, log_probabilities, finish, first)
+        return Output(request.id, token, digest, logs, finish, first)
 
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request.id]

@@ -14,6 +14,9 @@ from backpack_serving.engine.sequence import LogProbability
 Draw = Callable[[Tensor, Sequence[Drawing]], Tensor]
 """`Kernels.draw`."""
 
+Logs = Callable[[Tensor, Sequence[int], int], tuple[Tensor, Tensor, Tensor]]
+"""`Kernels.log_probabilities`."""
+
 
 def choose(logits: Tensor, sampling: Sampling, position: int) -> int:
     """One token from logits [V], drawn as argmax_y (logit_y/temperature − log e_y), e_y exponential.
@@ -58,7 +61,30 @@ def _seed(sampling: Sampling) -> int:
 
 
 def log_probability(logits: Tensor, token: int, alternatives: int) -> LogProbability:
-    """Natural log-probability of a token under logits [V] at temperature 1, with the top alternatives."""
+    """Natural log-probability of a token under logits [V] at temperature 1, with the top alternatives.
+
+    This is the definition; the engine has a batch's by `log_probabilities`.
+    """
     logs = logits.double().log_softmax(-1)
     top = logs.topk(min(alternatives, len(logs)))
     return LogProbability(float(logs[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+
+
+def log_probabilities(
+    logits: Tensor, tokens: Sequence[int | None], samplings: Sequence[Sampling], logs: Logs
+) -> list[LogProbability | None]:
+    """`log_probability` for each row of logits [B, V] at once. None: it wasn't asked for, or there is no token."""
+    found: list[LogProbability | None] = [None] * len(logits)
+    asked = [
+        (n, token, sampling.log_probabilities)
+        for n, (token, sampling) in enumerate(zip(tokens, samplings, strict=True))
+        if token is not None and sampling.log_probabilities is not None
+    ]
+    if not asked:
+        return found
+    rows, chosen, counts = zip(*asked, strict=True)
+    most = min(max(counts), logits.shape[1])
+    parts = logs(logits if len(rows) == len(logits) else logits[list(rows)], chosen, most)
+    for n, count, own, likeliest, theirs in zip(rows, counts, *(part.tolist() for part in parts), strict=True):
+        found[n] = LogProbability(own, tuple(zip(likeliest[:count], theirs[:count], strict=True)))
+    return found

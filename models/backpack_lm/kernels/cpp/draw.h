@@ -1,5 +1,5 @@
 // Choosing a token of a row of logits: the greatest, or by Gumbel's trick argmax_y (logit_y / temperature − log e_y),
-// e_y exponential, of all tokens or of the likeliest.
+// e_y exponential, of all tokens or of the likeliest. And how likely it was.
 #pragma once
 
 #include "vectors.h"
@@ -139,17 +139,23 @@ inline Candidate last_within(std::vector<Candidate>& some, float peak, float tem
     return some[last];
 }
 
-// The last of the top_k likeliest, or of those the last of the smallest set of mass top_p.
-inline Candidate last_of_count(const float* logits, int vocabulary, const Drawing& how, float peak) {
+// The `count` likeliest of a row, and some others that may be as likely as the last of them, in no order.
+inline std::vector<Candidate>& likeliest(const float* logits, int vocabulary, int count) {
     static thread_local std::vector<Candidate> some;
-    float least = reached(logits, vocabulary, how.top_k);
+    float least = reached(logits, vocabulary, count);
     some.clear();
     for (int first = 0; first < vocabulary; first += LANES) {
-        int count = std::min(LANES, vocabulary - first);
-        if (count == LANES && !any(load(logits + first) >= least)) continue;
-        for (int n = first; n < first + count; n++)
+        int size = std::min(LANES, vocabulary - first);
+        if (size == LANES && !any(load(logits + first) >= least)) continue;
+        for (int n = first; n < first + size; n++)
             if (logits[n] >= least) some.push_back({logits[n], n});
     }
+    return some;
+}
+
+// The last of the top_k likeliest, or of those the last of the smallest set of mass top_p.
+inline Candidate last_of_count(const float* logits, int vocabulary, const Drawing& how, float peak) {
+    std::vector<Candidate>& some = likeliest(logits, vocabulary, how.top_k);
     auto last = some.begin() + how.top_k - 1;
     std::nth_element(some.begin(), last, some.end(), likelier);
     if (how.top_p >= 1) return *last;
@@ -204,6 +210,26 @@ inline int32_t draw(const float* logits, int vocabulary, const Drawing& how) {
     if (likeliest < 0) return -1;
     auto last = few ? last_of_count : last_of_mass;
     return choose<true>(logits, vocabulary, how, last(logits, vocabulary, how, logits[likeliest]));
+}
+
+// Natural log-probabilities, at temperature 1, of a token of a row of numbers and of the `count` likeliest, in order.
+inline void log_probabilities(const float* logits, int vocabulary, int32_t chosen, int count, double* own,
+                              int32_t* tokens, double* logs) {
+    float peak = logits[choose<false>(logits, vocabulary, {})];
+    Doubles sums{};
+    for (int first = 0; first < vocabulary; first += LANES) {
+        Floats under = load(logits, vocabulary, first) - peak;
+        sums += __builtin_convertvector(
+            exponential(lanes() + first < vocabulary ? under : Floats{} - INFINITY), Doubles);
+    }
+    double sum = 0;
+    for (int n = 0; n < LANES; n++) sum += sums[n];
+    double whole = peak + std::log(sum);
+    *own = logits[chosen] - whole;
+    if (count == 0) return;
+    std::vector<Candidate>& some = likeliest(logits, vocabulary, count);
+    std::partial_sort(some.begin(), some.begin() + count, some.end(), likelier);
+    for (int n = 0; n < count; n++) tokens[n] = some[n].token, logs[n] = some[n].logit - whole;
 }
 
 }  // namespace
