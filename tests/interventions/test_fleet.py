@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 import random
+from datetime import UTC, datetime
 
 from backpack_serving.interventions.fleet import FORGOTTEN, Fleet
+from backpack_serving.interventions.records import Channel
 from backpack_serving.interventions.rollouts import ErrorGate
 from backpack_serving.sync.known import Kind, Position
-from backpack_serving.sync.messages import SILENCE, Hello, Report, Tally
+from backpack_serving.sync.messages import SILENCE, Hello, Report, ResyncRequired, Tally
 from backpack_serving.sync.session import Session
+from backpack_serving.wire.rollout import write_reader
 
 from tests.conftest import Clock
 from tests.sync.simulator import MODEL, Dice, History
+
+_CHANNEL = Channel("acme", "live", 0, "d", None, 1, datetime.now(UTC))
 
 
 def _hello(name: str) -> Hello:
@@ -60,6 +65,20 @@ def test_p12_gateways_count_together_wherever_they_are_connected_until_they_are_
     assert _counted(fleet) == (0, 0)
     fleet.heard(_stream("here"), _report(14, 2))
     assert _counted(fleet) == (14, 2), "one that comes again reports all that it has counted"
+
+
+def test_a_reader_that_has_to_say_hello_again_is_listed_meanwhile() -> None:
+    """As when an epoch begins while its stream is open."""
+    fleet, history = Fleet(Clock()), History(random.Random(0), Dice())
+    stream = Session(history, itertools.count(1))
+    stream.receive(_hello("gateway"), 0.0)
+    stream.pump(0.0)
+    fleet.heard(stream, _report(1, 0))
+    history.restore()
+    assert [type(message) for message in stream.pump(1.0)] == [ResyncRequired]
+    assert [hello.name for hello, _ in fleet.here()] == ["gateway"]
+    assert [write_reader(*seen).reader for seen in fleet.readers()] == ["gateway"]
+    assert fleet.rollout(_CHANNEL, history.head).gateways.total == 1
 
 
 def test_readers_that_are_gone_are_forgotten_although_nobody_asks_for_them() -> None:

@@ -80,9 +80,10 @@ class Elsewhere:
 
 @dataclass(slots=True)
 class Seen:
-    """One reader process: its newest stream, and when it was heard last."""
+    """One reader process: its newest stream, what it said Hello with there, and when it was heard last."""
 
     session: Session | Elsewhere
+    hello: Hello
     heard: float
     connected: bool = True
     report: Report = field(default_factory=Report)
@@ -102,13 +103,14 @@ class Fleet:
 
     def heard(self, session: Session | Elsewhere, report: Report | None = None) -> None:
         """A stream has said something. A newer stream of the same process takes the place of an older one."""
-        assert session.hello is not None, "nothing is heard before Hello"
-        seen = self._seen.get(session.hello.incarnation)
+        hello = session.hello
+        assert hello is not None, "nothing is heard before Hello"
+        seen = self._seen.get(hello.incarnation)
         if seen is None:
             self._forget()  # or those that come and go would pile up while nobody asks for readers
         if seen is None or seen.session is not session:
-            self._seen[session.hello.incarnation] = seen = Seen(session, self._clock())
-        seen.heard, seen.connected = self._clock(), True
+            self._seen[hello.incarnation] = seen = Seen(session, hello, self._clock())
+        seen.hello, seen.heard, seen.connected = hello, self._clock(), True
         if report:
             seen.report = report
 
@@ -125,7 +127,7 @@ class Fleet:
         for seen in self._seen.values():
             if seen.connected and isinstance(seen.session, Session):
                 refusals = tuple(seen.session.refusals.values())
-                hello = replace(_of(seen), position=seen.session.acked, refusals=refusals, digests=frozenset())
+                hello = replace(seen.hello, position=seen.session.acked, refusals=refusals, digests=frozenset())
                 found.append((hello, Report(tallies=seen.report.tallies, releases=seen.releases)))
         return found
 
@@ -138,7 +140,7 @@ class Fleet:
     def readers(self) -> list[tuple[Seen, float]]:
         """Those seen lately, replicas first, with the seconds since they were heard."""
         now = self._forget()
-        ordered = sorted(self._seen.values(), key=lambda s: (_of(s).kind is Kind.GATEWAY, _of(s).name))
+        ordered = sorted(self._seen.values(), key=lambda s: (s.hello.kind is Kind.GATEWAY, s.hello.name))
         return [(seen, now - seen.heard) for seen in ordered]
 
     def holds(self, channel: Channel, position: Position) -> Iterator[Hold]:
@@ -148,7 +150,7 @@ class Fleet:
         if channel.canary is not None:
             releases.append((ReleaseRef(channel.canary, channel.canary_digest), True))
         for seen, silence in self.readers():
-            session, hello = seen.session, _of(seen)
+            session, hello = seen.session, seen.hello
             connected = seen.connected and silence <= SILENCE
             for release, canary in releases:
                 refusal = session.refusals.get((channel.tenant, channel.channel))
@@ -179,18 +181,17 @@ class Fleet:
         """How many of the connected readers have taken the write at this position, which moved the channel."""
         refusals, counts = [], {}
         for kind in Kind:
-            sessions = [s.session for s, _ in self.readers() if s.connected and _of(s).kind is kind]
+            connected = [s for s, _ in self.readers() if s.connected and s.hello.kind is kind]
             acked = nacked = 0
-            for session in sessions:
-                refusal = session.refusals.get((channel.tenant, channel.channel))
-                if session.acked < position:
+            for seen in connected:
+                if seen.session.acked < position:
                     continue
-                if refusal:
+                if refusal := seen.session.refusals.get((channel.tenant, channel.channel)):
                     nacked += 1
-                    refusals.append((session.hello.name if session.hello else "", refusal))
+                    refusals.append((seen.hello.name, refusal))
                 else:
                     acked += 1
-            counts[kind] = Count(len(sessions), acked, nacked)
+            counts[kind] = Count(len(connected), acked, nacked)
         return Rollout(counts[Kind.REPLICA], counts[Kind.GATEWAY], tuple(refusals))
 
     def tally(self, tenant: str, channel: str, digest: str) -> Tally:
@@ -225,9 +226,3 @@ class Fleet:
             name: seen for name, seen in self._seen.items() if seen.connected or now - seen.heard < FORGOTTEN
         }
         return now
-
-
-def _of(seen: Seen) -> Hello:
-    hello = seen.session.hello
-    assert hello is not None, "Hello is the first thing that is heard"
-    return hello

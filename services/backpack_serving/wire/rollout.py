@@ -97,12 +97,10 @@ def write_hold(hold: Hold) -> sync_pb2.Hold:
 
 
 def write_reader(seen: Seen, silence: float) -> sync_pb2.ReaderStatus:
-    hello = seen.session.hello
-    assert hello is not None, "Hello is the first thing that is heard"
     status = sync_pb2.ReaderStatus(
-        reader=hello.name,
-        kind=KIND_NUMBERS[hello.kind],
-        incarnation=hello.incarnation,
+        reader=seen.hello.name,
+        kind=KIND_NUMBERS[seen.hello.kind],
+        incarnation=seen.hello.incarnation,
         connected=seen.connected,
         position=write_position(seen.session.acked),
         releases=seen.releases,
