@@ -34,6 +34,9 @@ class Tokenizer:
         self._tokenizer = tokenizer
         # A client that writes "<|endoftext|>" gets those thirteen characters, not the token.
         self._tokenizer.encode_special_tokens = True
+        # Files may ask for either, as training with them did: texts would be cut off, or go on, without a word.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.end_of_text: int | None = tokenizer.token_to_id(END_OF_TEXT)
         self._bytes = [_bytes_of(tokenizer, token) for token in range(self.vocab_size)]

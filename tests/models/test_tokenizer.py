@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from backpack_lm.tokenizer import Detokenizer, Tokenizer, WordError, WordPolicy
+from backpack_lm.tokenizer import END_OF_TEXT, Detokenizer, Tokenizer, WordError, WordPolicy
 from backpack_serving.settings import default_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +27,18 @@ def test_gpt2s_published_ids() -> None:
 @given(st.text())
 def test_any_text_comes_back(text: str) -> None:
     assert OURS.decode(OURS.encode(text)) == text
+
+
+def test_a_file_that_asks_for_cutting_and_filling_up_gets_neither(tmp_path: Path) -> None:
+    values = json.loads((default_model() / "tokenizer.json").read_text("utf-8"))
+    values["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    values["padding"] = {
+        **{"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None},
+        **{"pad_id": 0, "pad_type_id": 0, "pad_token": END_OF_TEXT},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values), "utf-8")
+    text = "The story of the king"
+    assert Tokenizer.read(tmp_path / "tokenizer.json").encode(text) == OURS.encode(text)
 
 
 def _grow(ids: list[int], step: int) -> list[str]:
