@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,16 @@ def load(folder: Path) -> Backpack:
         values = json.loads((folder / CONFIG).read_text("utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it isn't an object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG} can't be read: {error}") from None
     return from_tensors(_read(folder), values)
 
 
 def from_tensors(tensors: Tensors, config: dict[str, Any]) -> Backpack:
     """The Backpack with these tensors, in any layout, and this `config.json`. Raises as `load` does."""
-    levanter = config.get("model_type") == "backpack-gpt2"
-    renamed = to_hugging_face(tensors, config.get("num_senses") if levanter else None)
-    shape = BackpackConfig.from_json({**config, **_inner_widths(renamed)})
+    shape, levanter = BackpackConfig.from_json(config), config.get("model_type") == "backpack-gpt2"
+    renamed = to_hugging_face(tensors, shape.num_senses if levanter else None)
+    shape = replace(shape, **_inner_widths(renamed))
     with torch.device("meta"):  # shapes without memory: every weight comes from the checkpoint
         model = Backpack(shape)
     _check(renamed, model.state_dict())
@@ -86,14 +87,17 @@ def save(model: Backpack, tokenizer: Path, folder: Path) -> Manifest:
 
 def load_table(folder: Path, model: Backpack, rows: Tensor | None = None) -> SenseTable:
     """The model's sense table, computed unless its rows [V, k, d] are given; with the denominators that are kept
-    beside it, if they are this model's. Raises CheckpointError if those can't be read."""
+    beside it, if they are this model's. Raises CheckpointError if those can't be read or used."""
     table = model.sense_table() if rows is None else model.table_of(rows)
     if (folder / TOPICS).exists():
         try:
             with safe_open(folder / TOPICS, framework="pt") as file:
                 if (file.metadata() or {}).get("fingerprint") == Manifest.read(folder).fingerprint:
-                    table.peaks = file.get_tensor("peaks")
-        except (OSError, SafetensorError) as error:
+                    peaks = file.get_tensor("peaks")
+                    if peaks.shape != table.rows.shape[:2] or not peaks.is_floating_point() or not _finite(peaks):
+                        raise ValueError(f"not a number for each of {list(table.rows.shape[:2])} cells")
+                    table.peaks = peaks
+        except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{folder / TOPICS} can't be read: {error}; import the model again") from None
     return table
 
@@ -115,16 +119,23 @@ def fingerprint(folder: Path) -> str:
 
 
 def verify(folder: Path) -> Manifest:
-    """The folder's manifest, once its fingerprint is seen to be that of the files. Raises CheckpointError."""
+    """The folder's manifest, once it is seen to tell of these files.
+
+    Raises ManifestError if there is none, CheckpointError if it tells of others.
+    """
     manifest = Manifest.read(folder)
     try:
-        found = fingerprint(folder)
+        found, config = fingerprint(folder), BackpackConfig.read(folder / CONFIG)
     except (OSError, SafetensorError, ConfigError) as error:
-        raise CheckpointError(f"{folder}: {error}") from None
+        raise CheckpointError(f"{folder}: {error}; import the model again") from None
     if found != manifest.fingerprint:
         raise CheckpointError(
             f"the files in {folder} have fingerprint {found[:12]}…, its manifest says "
             f"{manifest.fingerprint[:12]}…: a file was changed or damaged; import the model again"
+        )
+    if config != manifest.config:
+        raise CheckpointError(
+            f"{folder / CONFIG} says {config}, the manifest {manifest.config}; import the model again"
         )
     return manifest
 

@@ -12,6 +12,18 @@ class ConfigError(ValueError):
     """A config that doesn't describe a Backpack, with the offending value and the fix."""
 
 
+_MOST = {
+    "vocab_size": 2**24,
+    "n_positions": 2**24,
+    "n_embd": 2**20,
+    "n_layer": 2**10,
+    "n_head": 2**10,
+    "num_senses": 2**10,
+    "sense_intermediate_scale": 2**10,
+}
+"""Far beyond any model: a file that says more is damaged, and to make such a shape would never end."""
+
+
 @dataclass(frozen=True, slots=True)
 class BackpackConfig:
     """Shape of a Backpack LM, in the field names of Hugging Face's `config.json`.
@@ -36,10 +48,17 @@ class BackpackConfig:
     num_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "num_senses"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
+        for name, most in _MOST.items():
+            if not _is_size(getattr(self, name), most):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be an integer from 1 to {most}")
+        inner, epsilon, scaled = self.sense_inner, self.layer_norm_epsilon, self.scale_attn_by_inverse_layer_idx
+        two = isinstance(inner, tuple) and len(inner) == 2
+        if inner is not None and not (two and all(_is_size(width, 2**24) for width in inner)):
+            raise ConfigError(f"sense_inner is {inner!r}; it must be two widths, as integers")
+        if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+            raise ConfigError(f"layer_norm_epsilon is {epsilon!r}; it must be a number between 0 and 1")
+        if not isinstance(scaled, bool):
+            raise ConfigError(f"scale_attn_by_inverse_layer_idx is {scaled!r}; it must be true or false")
         for name, last in (("num_tokens", self.vocab_size), ("eos_token_id", self.vocab_size - 1)):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and 0 <= value <= last):
@@ -104,7 +123,7 @@ class BackpackConfig:
             values.setdefault("num_tokens", 50257)
             values.setdefault("eos_token_id", 50256)
         kept = {name: value for name, value in values.items() if name in known}
-        if kept.get("sense_inner") is not None:
+        if isinstance(kept.get("sense_inner"), list):
             kept["sense_inner"] = tuple(kept["sense_inner"])
         return cls(**kept)
 
@@ -113,9 +132,15 @@ class BackpackConfig:
         """Read a `config.json` file. Raises ConfigError if it isn't one."""
         try:
             values = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            if not isinstance(values, dict):
+                raise ValueError("it isn't an object")
+            return cls.from_json(values)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"{path}: {error}") from None
-        return cls.from_json(values)
+
+
+def _is_size(value: object, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
 def _published(layers: int, heads: int, width: int) -> BackpackConfig:

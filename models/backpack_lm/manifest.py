@@ -6,10 +6,11 @@ The intervention service checks patches against it, gateways tokenise by it; nei
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from backpack_lm.config import BackpackConfig, ConfigError
+from backpack_lm.config import BackpackConfig
 from backpack_lm.patch import ModelShape
 
 NAME = "manifest.json"
@@ -40,12 +41,15 @@ class Manifest:
         try:
             values = json.loads(path.read_text("utf-8"))
             config = BackpackConfig.from_json(values["config"])
-            return cls(str(values["fingerprint"]), config, tuple(map(float, values["sense_rms"])))
+            norms = tuple(map(float, values["sense_rms"]))
+            if len(norms) != config.num_senses or not all(0 <= norm < math.inf for norm in norms):
+                raise ValueError(f"sense_rms is {norms}: not the norms of {config.num_senses} senses")
+            return cls(str(values["fingerprint"]), config, norms)
         except FileNotFoundError:
             raise ManifestError(
                 f"{folder} has no {NAME}; `backpack model import` makes a servable folder from a checkpoint"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ManifestError(f"{path} is not a model's manifest: {error!r}") from None
 
     def write(self, folder: Path) -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from backpack_lm import checkpoint
+from backpack_lm import checkpoint, mapped
 from backpack_lm.checkpoint import CheckpointError, from_tensors, load, load_table, save, verify
 from backpack_lm.config import MICRO, MINI, SMALL, BackpackConfig, ConfigError
 from backpack_lm.manifest import Manifest, ManifestError
 from backpack_lm.model import Backpack
+from backpack_serving.cli.main import app
+from backpack_serving.inference.served import ServedModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 TINY = BackpackConfig(vocab_size=64, n_positions=24, n_embd=24, n_layer=3, n_head=4, num_senses=5)
 
@@ -277,6 +281,70 @@ def test_the_fingerprint_covers_config_tokenizer_and_every_weight(folder: Path) 
         verify(folder)
 
 
+def test_a_replica_serves_no_other_weights_than_those_of_the_fingerprint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And leaves no table of them under that name, which all others would map, after the repair too."""
+    monkeypatch.setattr(mapped, "folder", lambda name: tmp_path)
+    file = folder / checkpoint.WEIGHTS
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="changed or damaged"):
+        ServedModel.read(folder)
+    result = CliRunner().invoke(app, ["model", "prepare", str(folder), "--precision", "float32"])
+    assert result.exit_code == 1
+    assert "changed or damaged" in result.stderr
+    assert not list(tmp_path.glob("*.float32"))
+
+
+def test_a_manifest_that_tells_of_another_shape_is_no_manifest_of_these_files(folder: Path) -> None:
+    """Gateways would take texts for it that replicas can't read."""
+    manifest = Manifest.read(folder)
+    Manifest(manifest.fingerprint, replace(manifest.config, n_positions=512), manifest.sense_rms).write(folder)
+    with pytest.raises(CheckpointError, match=r"config\.json says .*n_positions=24,.*n_positions=512"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("norms", [[1.0], [float("nan")] * 5, [-1.0] * 5], ids=str)
+def test_norms_that_are_none_are_refused(folder: Path, norms: list[float]) -> None:
+    values = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**values, "sense_rms": norms}))
+    with pytest.raises(ManifestError, match="not the norms of 5 senses"):
+        Manifest.read(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "manifest.json"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", '{"config": 5}'], ids=["deep", "list", "odd"])
+def test_a_json_file_of_another_kind_is_named(folder: Path, file: str, text: str) -> None:
+    (folder / file).write_text(text)
+    with pytest.raises((CheckpointError, ManifestError), match=file.replace(".", r"\.")):
+        verify(folder)
+    if file == "config.json":
+        with pytest.raises((CheckpointError, ConfigError)):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vocab_size", 2**62),
+        ("n_layer", 10**9),
+        ("n_head", True),
+        ("sense_intermediate_scale", -1),
+        ("sense_inner", [1]),
+        ("sense_inner", 5),
+        ("layer_norm_epsilon", "small"),
+        ("layer_norm_epsilon", float("nan")),
+        ("scale_attn_by_inverse_layer_idx", "no"),
+    ],
+)
+def test_a_value_that_no_backpack_has_is_named(folder: Path, name: str, value: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, name: value}))
+    with pytest.raises(ConfigError, match=f"{name} is "):
+        load(folder)
+
+
 def test_what_is_served_are_the_weights_of_the_fingerprint(folder: Path) -> None:
     """Whatever other safetensors somebody keeps there."""
     before = load(folder).embedding
@@ -289,6 +357,16 @@ def test_damaged_denominators_are_refused_and_those_of_nobody_not_used(folder: P
     assert "peaks" not in load_table(folder, load(folder)).__dict__
     (folder / checkpoint.TOPICS).write_bytes(b"cut off")
     with pytest.raises(CheckpointError, match="import the model again"):
+        load_table(folder, load(folder))
+
+
+@pytest.mark.parametrize(
+    "peaks", [torch.ones(3, 2), torch.ones(64, 5, dtype=torch.int64), torch.full((64, 5), float("nan"))], ids=str
+)
+def test_denominators_that_are_none_are_refused(folder: Path, peaks: Tensor) -> None:
+    metadata = {"fingerprint": Manifest.read(folder).fingerprint}
+    save_file({"peaks": peaks}, folder / checkpoint.TOPICS, metadata=metadata)
+    with pytest.raises(CheckpointError, match=r"not a number for each of \[64, 5\] cells; import the model again"):
         load_table(folder, load(folder))
 
 

@@ -60,7 +60,6 @@ def prepare(
         from backpack_lm import checkpoint as reader
         from backpack_lm.kernels import Precision
         from backpack_lm.kernels.build import NotBuilt, library
-        from backpack_lm.manifest import Manifest
         from backpack_lm.mapped import prepare as write
 
         settings = Settings()
@@ -70,7 +69,7 @@ def prepare(
                 out.print(f"kernels: {library()._name}")
         except NotBuilt as error:
             out.print(f"[yellow]no fast kernels:[/] {error}")
-        manifest, model = Manifest.read(folder), reader.load(folder)
+        manifest, model = reader.verify(folder), reader.load(folder)
         with progress() as bar:
             task = bar.add_task("sense vectors, by token", total=model.config.vocab_size)
             path = write(

@@ -17,7 +17,7 @@ from backpack_lm.attribution import (
     read_senses,
     token_log_probabilities,
 )
-from backpack_lm.checkpoint import TOKENIZER, load, load_table
+from backpack_lm.checkpoint import TOKENIZER, load, load_table, verify
 from backpack_lm.compare import Comparison, Distribution, Predicting, Scoring
 from backpack_lm.kernels import Precision
 from backpack_lm.manifest import Manifest
@@ -58,9 +58,11 @@ class ServedModel:
 
         All else stays on the CPU: releases are compiled there, and texts scored and explained.
 
-        Raises ManifestError, CheckpointError or ValueError if there is no servable model in the folder.
+        Raises ManifestError, CheckpointError or ValueError if there is no servable model in the folder, or it is
+        another than its fingerprint says.
         """
-        manifest, model = Manifest.read(folder), load(folder)
+        # What isn't the model that it is called is never served, nor made a table of that every replica would map.
+        manifest, model = verify(folder), load(folder)
         dtype = precision.dtype(device.type)
         try:
             storage = mapped(prepare(model, manifest.fingerprint, dtype), model, dtype, room)
