@@ -111,6 +111,15 @@ def test_settings_names_variables_that_nothing_reads(
     assert said == f"nothing reads {wrong}: there is no such setting"
 
 
+def test_lines_that_are_no_text_are_told_with_their_file(
+    backpack: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_bytes("# caf\u00e9\n".encode("latin-1"))
+    (said,) = backpack("settings", code=1).splitlines()
+    assert said.startswith(f"error: {tmp_path}/.env ")
+
+
 def test_a_file_that_is_named_by_nothing_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BACKPACK_TLS_CERTIFICATE", "")
     monkeypatch.setenv("BACKPACK_LIMITS_FILE", "")

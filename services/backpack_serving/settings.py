@@ -289,6 +289,14 @@ class Settings(BaseSettings):
         "info", pattern="^(?i:debug|info|warning|error|critical)$", description="debug, info, warning or error."
     )
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{Path('.env').resolve()} or a file in {SECRETS} isn't UTF-8 text: {error}"
+            ) from None
+
     def key_for(self, role: str) -> str:
         """The key that this process presents as `admin` or `replica`: the setting, else the state folder's file.
 
