@@ -196,3 +196,14 @@ def test_a_pipe_gets_a_line_for_each_setting_in_whatever_encoding(tmp_path: Path
     lines = done.stdout.splitlines()
     assert len(lines) == 1 + len(Settings.model_fields)
     assert state in lines[1]
+
+
+def test_a_disk_that_is_full_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "backpack_serving.cli.main", "settings"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "error: what this command says can't be written: No space left on device\n"

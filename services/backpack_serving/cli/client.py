@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -37,6 +37,14 @@ class Screen(Console):
     """A console whose terminal shows texts and doesn't obey them: descriptions, notes and what a model writes come
     from others, and may hold what moves the cursor or fills the clipboard. A pipe or a file gets them as they are.
     """
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        try:
+            super().print(*objects, **how)
+        except OSError as error:
+            if self.stderr:
+                raise
+            _refuse(f"what this command says can't be written: {error.strerror}")
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
