@@ -367,6 +367,22 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
         open_store(f"sqlite:///{tmp_path}/i.db")
 
 
+def test_a_file_that_was_damaged_is_named(sqlite_url: str) -> None:
+    store = open_store(sqlite_url)
+    fill(store)
+    with store.engine.connect() as connection:
+        page = connection.scalar(sa.text("SELECT rootpage FROM sqlite_master WHERE name = 'events'"))
+        size = connection.scalar(sa.text("PRAGMA page_size"))
+    store.close()
+    file = Path(sa.make_url(sqlite_url).database or "")
+    with file.open("r+b") as damaged:
+        damaged.seek((page - 1) * size)
+        damaged.write(b"\xff" * size)
+    with pytest.raises(Unavailable) as told:
+        database.verify(sqlite_url)
+    assert told.value.why == f"{file}: database disk image is malformed"
+
+
 def test_roles_are_checked(postgres: Postgres, sqlite_url: str) -> None:
     with pytest.raises(InvalidRequest, match="CREATE ROLE ghost"):
         database.migrate(postgres.owner_url, "ghost")

@@ -156,5 +156,7 @@ class SQLStore(ABC):
             # No retry will help: the schema, or a right that the role lacks, refuses what the rules let through.
             raise AssertionError(f"the database refuses what the rules allowed: {error.orig}") from error
         except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
-            reason = str(getattr(error, "orig", None) or error)  # where it is, and as whom we call it
-            raise Unavailable("DATABASE", "the database failed", retry_after=1.0, why=reason) from error
+            why = (
+                f"{self.engine.url.database}: {getattr(error, 'orig', None) or error}"  # where it is, and as whom
+            )
+            raise Unavailable("DATABASE", "the database failed", retry_after=1.0, why=why) from error
