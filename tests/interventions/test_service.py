@@ -21,13 +21,14 @@ from backpack_serving.errors import (
     ServiceError,
     Unauthenticated,
 )
+from backpack_serving.interventions.fleet import Fleet, HoldState
 from backpack_serving.interventions.journal import Journal
 from backpack_serving.interventions.ledger import Request
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Read, Store
 from backpack_serving.keys import SYSTEM, ApiKey, Principal, Role
 from backpack_serving.sync.known import LIVE, Kind, View
-from backpack_serving.sync.messages import Delta, Hello
+from backpack_serving.sync.messages import Ack, Delta, Hello
 from backpack_serving.sync.session import Session
 
 from tests.interventions.conftest import ADMIN, HALVE, REMOVE, REPLICA, SHAPE, releaser
@@ -219,6 +220,20 @@ def test_who_was_away_learns_how_a_tenant_is_now(service: Interventions, acme: P
     (told,) = gateway.pump(0.0)
     assert isinstance(told, Delta)
     assert View().changed(told.position, told.changes).tenants["acme"].suspended == suspended
+
+
+def test_p11_a_new_tenants_channel_is_held_by_who_was_told_of_it(service: Interventions) -> None:
+    before, _ = service.snapshot()
+    gateway, fleet = Session(Journal(service), itertools.count()), Fleet()
+    gateway.receive(Hello(Kind.GATEWAY, "incarnation", "name", SHAPE.fingerprint, before), 0.0)
+    fleet.heard(gateway)
+    service.create_tenant(ADMIN, "acme", Request())
+    position, live = service.channel_now(releaser("acme"), LIVE)
+    assert [hold.state for hold in fleet.holds(live, position)] == [HoldState.STALE]
+    (told,) = gateway.pump(0.0)
+    assert isinstance(told, Delta)
+    gateway.receive(Ack(told.nonce), 0.0)
+    assert [hold.state for hold in fleet.holds(live, position)] == [HoldState.ACKED]
 
 
 def check_force(store: Store) -> None:

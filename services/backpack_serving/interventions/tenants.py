@@ -102,7 +102,7 @@ class TenantRules(Rules):
                 raise AlreadyExists("TENANT_EXISTS", f"tenants/{tenant} exists already", tenant=tenant)
             made = Tenant(tenant, now)
             empty = Release(tenant, 0, patch.release_digest([]), "[]", "the model unpatched", now)
-            live = Channel(tenant, LIVE, 0, empty.digest, None, 1, now)
+            live = Channel(tenant, LIVE, 0, empty.digest, None, 1, now, moved=tx.position.revision)
             for record in (made, empty, live):
                 tx.add(record)
             return made, [made, live]
