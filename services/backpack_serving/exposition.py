@@ -14,12 +14,12 @@ import structlog
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
+from backpack_serving.settings import LAST_PORT
 from backpack_serving.tls import Reloaded, Tls, listener_context
 
 log = structlog.get_logger(__name__)
 
 PORTS = 16
-ALL_PORTS = 65_536
 
 
 class _Handler(WSGIRequestHandler):
@@ -62,10 +62,10 @@ def listen(registry: CollectorRegistry, address: str, tls: Tls | None = None) ->
     """
     context = Reloaded(tls, listener_context) if tls and tls.certificate else None
     host, _, first = address.rpartition(":")
-    if not first.isdecimal() or int(first) >= ALL_PORTS:
+    if not first.isdecimal() or int(first) > LAST_PORT:
         raise ValueError(f"can't serve metrics on {address!r}: give host:port, as in 127.0.0.1:9100 or [::]:9100")
     kind = _Server6 if host.startswith("[") else _Server
-    for port in range(int(first), min(int(first) + PORTS, ALL_PORTS)):
+    for port in range(int(first), min(int(first) + PORTS, LAST_PORT + 1)):
         try:
             server = make_server(host.strip("[]"), port, make_wsgi_app(registry), kind, _Handler)
         except OSError as error:

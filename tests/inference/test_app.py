@@ -82,6 +82,8 @@ def test_replicas_of_one_node_take_one_port_after_the_other() -> None:
     assert app._listen_address("127.0.0.1", "0.0.0.0:0") == "127.0.0.1:0"
     with pytest.raises(OSError, match=r"no free port .*: 7000 and the 15 after it"):
         app._listen_address("192.0.2.1", "0.0.0.0:7000")  # an address that no machine has
+    with pytest.raises(OSError, match=r"no free port .*: 65535 and"):
+        app._listen_address("192.0.2.1", "0.0.0.0:65535")
 
 
 @pytest.mark.parametrize(
