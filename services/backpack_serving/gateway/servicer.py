@@ -144,13 +144,12 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             request.pins.extend(map(write_pin, pins))
             tokens = question.tokens(len(pins))
             meter.charge(tokens)
-            how = {"metadata": self._mine(), "timeout": context.time_remaining()}
 
             def check(response: pb.CompareResponse) -> None:
                 for compared, pinned in zip(response.releases, pins, strict=True):
                     _check(compared.served, pinned)
 
-            return await self._send(lambda stub: stub.Compare, request, how, meter, tokens, check)
+            return await self._send(lambda stub: stub.Compare, request, self._how(context), meter, tokens, check)
 
     async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
         with self._meter(await self._caller(context)) as meter:
@@ -189,14 +188,13 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         channel = request.channel or LIVE
         return await self._releases.channel(meter.tenant, channel, request.request_key, _since(request))
 
-    def _how(self, context: rpc.Context, pinned: Pinned) -> dict[str, Any]:
-        """Metadata and deadline of a call to a replica."""
-        metadata = (*self._mine(), (wire.PIN, write_pin(pinned).SerializeToString()))
-        return {"metadata": metadata, "timeout": context.time_remaining()}
-
-    def _mine(self) -> tuple[tuple[str, str], ...]:
-        """Metadata that says who this is, and for which request it calls."""
-        return (*rpc.with_key(self._service_key), *rpc.with_request_id(), *tracing.headers())
+    def _how(self, context: rpc.Context, pinned: Pinned | None = None) -> dict[str, Any]:
+        """Metadata and deadline of a call to a replica: who this is, for which request it calls, and its release
+        (a comparison's are in the request).
+        """
+        metadata = (*rpc.with_key(self._service_key), *rpc.with_request_id(), *tracing.headers())
+        pin = ((wire.PIN, write_pin(pinned).SerializeToString()),) if pinned else ()
+        return {"metadata": (*metadata, *pin), "timeout": context.time_remaining()}
 
     async def _unary(
         self,
