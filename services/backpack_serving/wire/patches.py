@@ -34,7 +34,8 @@ MOST_WRONG = 1000
 MOST_WORDS = 4096
 """Words of a topic that are looked at; they may be more than its tokens, because some begin alike."""
 
-_BYTES_OF = {interventions_pb2.DATA_TYPE_FLOAT32: 4, interventions_pb2.DATA_TYPE_FLOAT16: 2}
+FORMS = {interventions_pb2.DATA_TYPE_FLOAT32: "f", interventions_pb2.DATA_TYPE_FLOAT16: "e"}
+"""Types of packed numbers, as `struct` calls them."""
 
 
 class WordReader:
@@ -107,10 +108,10 @@ class WordReader:
 
     def vector(self, field: str, message: interventions_pb2.Vector) -> Vector:
         """The numbers of a vector; none, and a violation, if they aren't of its type and shape."""
-        size = _BYTES_OF.get(message.dtype)
-        if size is None:
+        if (form := FORMS.get(message.dtype)) is None:
             self.refuse(f"{field}.dtype", "UNKNOWN_VALUE", f"{message.dtype}; use FLOAT32 or FLOAT16")
             return Vector()
+        size = struct.calcsize(form)
         if len(message.shape) != 1 or message.shape[0] * size != len(message.data):
             self.refuse(
                 field,
@@ -118,7 +119,6 @@ class WordReader:
                 f"shape {_shown(message.shape)} of {size}-byte numbers, but {len(message.data)} bytes of data",
             )
             return Vector()
-        form = "f" if size == 4 else "e"
         return Vector.of(struct.unpack(f"<{message.shape[0]}{form}", message.data))
 
 

@@ -14,6 +14,7 @@ from backpack_proto.v1 import interventions_pb2 as pb
 
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.interventions.ledger import Request
+from backpack_serving.wire.patches import FORMS
 
 CHUNK = 2**20
 """Most bytes of content in a message."""
@@ -22,7 +23,6 @@ LONGEST_HEADER = 64 * 1024
 """Most bytes of a safetensors file's own header. The library would take a hundred megabytes."""
 
 _KINDS = (pb.EDIT_KIND_ADD, pb.EDIT_KIND_SET)
-_PACKED = {pb.DATA_TYPE_FLOAT32: "f", pb.DATA_TYPE_FLOAT16: "e"}
 _TENSORS = {"F32": "f", "F16": "e", "I32": "i", "I64": "q"}
 
 
@@ -78,7 +78,7 @@ class Upload:
         if self.header.WhichOneof("format") == "packed":
             packed = self.header.packed
             cells: Iterator[Cell] = map(Cell, packed.tokens, packed.senses)
-            rows = self._rows(bytes(self._content), _PACKED[packed.dtype])
+            rows = self._rows(bytes(self._content), FORMS[packed.dtype])
         else:
             cells, rows = self._tensors()
         pairs = zip(cells, map(Vector.of, rows), strict=True)
@@ -92,7 +92,7 @@ class Upload:
         return Request(self.header.request_id, body.hexdigest())
 
     def _check_packed(self, packed: pb.PackedFormat) -> None:
-        if packed.dtype not in _PACKED:
+        if packed.dtype not in FORMS:
             raise InvalidRequest.at(
                 "header.packed.dtype", "UNKNOWN_VALUE", f"{packed.dtype}; use FLOAT32 or FLOAT16"
             )
@@ -101,7 +101,7 @@ class Upload:
                 "header.packed", "WRONG_SHAPE", f"{len(packed.tokens)} tokens, but {len(packed.senses)} senses"
             )
         self._check_count("header.packed.tokens", len(packed.tokens))
-        expected = len(packed.tokens) * self._shape.width * struct.calcsize(_PACKED[packed.dtype])
+        expected = len(packed.tokens) * self._shape.width * struct.calcsize(FORMS[packed.dtype])
         if self.header.size != expected:
             raise InvalidRequest.at(
                 "header.size",
