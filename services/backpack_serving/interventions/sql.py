@@ -156,7 +156,6 @@ class SQLStore(ABC):
             # No retry will help: the schema, or a right that the role lacks, refuses what the rules let through.
             raise AssertionError(f"the database refuses what the rules allowed: {error.orig}") from error
         except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
-            why = (
-                f"{self.engine.url.database}: {getattr(error, 'orig', None) or error}"  # where it is, and as whom
-            )
+            reason = getattr(error, "orig", None) or error  # where it is, and as whom we call it
+            why = f"{self.engine.url.database}: {reason}"
             raise Unavailable("DATABASE", "the database failed", retry_after=1.0, why=why) from error
