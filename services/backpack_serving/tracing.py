@@ -11,6 +11,9 @@ from typing import Any
 
 _tracer: Any = None
 
+EXPORT_SECONDS = 2.0
+"""Most for a batch of spans with all attempts at it: a process whose collector is away ends that much later."""
+
 
 def configure(endpoint: str, service: str) -> None:
     """Send spans to an OTLP collector (gRPC), http://host:port or https://…, as `backpack-<service>`.
@@ -25,7 +28,7 @@ def configure(endpoint: str, service: str) -> None:
     except ImportError as error:
         raise ValueError(f"BACKPACK_OTEL_ENDPOINT needs `pip install backpack-serving[otel]`: {error}") from None
     provider = TracerProvider(resource=Resource.create({"service.name": f"backpack-{service}"}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_SECONDS)))
     use(provider)
 
 

@@ -22,6 +22,7 @@ from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_serving import telemetry, tracing
 from backpack_serving.settings import Settings
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -230,3 +231,27 @@ async def test_spans_lead_from_the_gateway_to_the_engine(tmp_path: Path, spans: 
 def test_spans_are_off_by_default() -> None:
     assert Settings().otel_endpoint == ""
     assert tracing.headers() == ()
+
+
+async def test_a_collector_that_is_away_is_not_waited_for_at_the_end() -> None:
+    """Each attempt at the last spans waits twice as long as the one before: a process ended ten seconds later."""
+    attempts = []
+
+    class Away(trace_service_pb2_grpc.TraceServiceServicer):
+        async def Export(self, request: Any, context: Any) -> None:
+            attempts.append(request)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+
+    server = grpc.aio.server()
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Away(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    program = (
+        f"from backpack_serving import tracing; tracing.configure('http://127.0.0.1:{port}', 'test')\n"
+        "with tracing.span('last'): pass"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, env=environment)
+    assert await process.wait() == 0
+    await server.stop(None)
+    assert 1 <= len(attempts) <= 2
