@@ -73,7 +73,7 @@ def rotate_key(name: Name, key: KeyId) -> None:
 
 @app.command("revoke")
 def revoke_key(name: Name, key: KeyId) -> None:
-    """Revoke a key, for ever. Gateways hear of it within a second."""
+    """Revoke a key, for ever. Gateways hear of it within a second; streams that it began have their tokens."""
     with as_admin() as operator:
         operator.revoke_key(name, key)
     out.print(f"tenants/{name}/keys/{key} is revoked")
