@@ -121,7 +121,7 @@ async def test_why_the_database_fails_is_for_the_log_and_not_for_callers(
             await system.patches.ListPatches(ipb.ListPatchesRequest(), metadata=key)
     assert (failed.value.code().name, failed.value.details()) == ("UNAVAILABLE", "the database failed")
     why = {line["why"] for line in logged() if line["event"] == "call refused"}
-    assert why == {"no such table: patches"}
+    assert why == {f"{tmp_path}/interventions.db: no such table: patches"}
 
 
 @pytest.mark.parametrize("form", ["json", "console"])
