@@ -61,7 +61,7 @@ void note_int32(const Notes* to, const Run* runs, int count, const int64_t* toke
 #define PRODUCT(NAME, Value, Out)                                                                                    \
     void product_##NAME(const Value* x, int count, const Value* weights, const float* bias, int inner, int outer,    \
                         int gelu, Out* out) {                                                                        \
-        product(Product<Value, Out>{x, weights, bias, inner, outer, gelu, out}, count);                              \
+        product(Product<Value, Value, Out>{x, weights, bias, inner, outer, gelu, out}, count);                       \
     }
 
 #ifdef __AVX512F__

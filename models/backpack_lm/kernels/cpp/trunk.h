@@ -61,7 +61,7 @@ void trunk(const Trunk<Value>& t, const New& in, int count, const Run* runs, int
         last = now;
     };
     auto multiply = [&](const Value* from, const Matrix<Value>& by, int inner, int outer, Value* to, Part part) {
-        product(Product<Value, Value>{from, by.weights, by.bias, inner, outer, part == FC, to}, count);
+        product(Product<Value, Value, Value>{from, by.weights, by.bias, inner, outer, part == FC, to}, count);
         done(part);
     };
     auto add_and_norm = [&](const Value* more, const Norm& norm) {
