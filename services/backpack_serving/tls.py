@@ -101,7 +101,7 @@ def _authorities(file: Path | None) -> bytes | None:
         return None
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
-    except (OSError, ssl.SSLError) as error:
+    except OSError as error:  # of ssl, too
         raise ValueError(f"TLS: {file} has no authorities: {error}") from None
     return file.read_bytes()
 

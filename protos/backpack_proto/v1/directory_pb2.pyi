@@ -37,7 +37,7 @@ class Replica(_message.Message):
     model_fingerprint: _builtins.str
     slots: _builtins.int
     tokens_in_flight: _builtins.int
-    """Tokens still to be made for the requests that it has, queued ones included."""
+    """Tokens still to be read or made for the requests that it has, queued ones included."""
     running: _builtins.int
     queued: _builtins.int
     draining: _builtins.bool

@@ -27,9 +27,9 @@ if _version_not_supported:
 
 
 class InferenceServiceStub:
-    """Steered generation with a Backpack language model. Clients call it on the gateway, with an API key in
-    the `authorization` metadata ("Bearer bp_…"); the key says which tenant is calling. Gateways call the
-    same service on the replicas, with the request's `Pin` in the `backpack-pin-bin` metadata.
+    """Steered generation with a Backpack language model. Clients call it on the gateway, with an API key or a token
+    in the `authorization` metadata ("Bearer …"), or with a client certificate: that says which tenant is calling.
+    Gateways call the same service on the replicas, with the request's `Pin` in the `backpack-pin-bin` metadata.
     """
 
     def __init__(self, channel):
@@ -81,9 +81,9 @@ class InferenceServiceStub:
 
 
 class InferenceServiceServicer:
-    """Steered generation with a Backpack language model. Clients call it on the gateway, with an API key in
-    the `authorization` metadata ("Bearer bp_…"); the key says which tenant is calling. Gateways call the
-    same service on the replicas, with the request's `Pin` in the `backpack-pin-bin` metadata.
+    """Steered generation with a Backpack language model. Clients call it on the gateway, with an API key or a token
+    in the `authorization` metadata ("Bearer …"), or with a client certificate: that says which tenant is calling.
+    Gateways call the same service on the replicas, with the request's `Pin` in the `backpack-pin-bin` metadata.
     """
 
     def Generate(self, request, context):
@@ -194,9 +194,9 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
-    """Steered generation with a Backpack language model. Clients call it on the gateway, with an API key in
-    the `authorization` metadata ("Bearer bp_…"); the key says which tenant is calling. Gateways call the
-    same service on the replicas, with the request's `Pin` in the `backpack-pin-bin` metadata.
+    """Steered generation with a Backpack language model. Clients call it on the gateway, with an API key or a token
+    in the `authorization` metadata ("Bearer …"), or with a client certificate: that says which tenant is calling.
+    Gateways call the same service on the replicas, with the request's `Pin` in the `backpack-pin-bin` metadata.
     """
 
     @staticmethod

@@ -28,9 +28,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class InferenceServiceStub:
-    """Steered generation with a Backpack language model. Clients call it on the gateway, with an API key in
-    the `authorization` metadata ("Bearer bp_…"); the key says which tenant is calling. Gateways call the
-    same service on the replicas, with the request's `Pin` in the `backpack-pin-bin` metadata.
+    """Steered generation with a Backpack language model. Clients call it on the gateway, with an API key or a token
+    in the `authorization` metadata ("Bearer …"), or with a client certificate: that says which tenant is calling.
+    Gateways call the same service on the replicas, with the request's `Pin` in the `backpack-pin-bin` metadata.
     """
 
     @_typing.overload
@@ -56,9 +56,9 @@ class InferenceServiceStub:
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
-    """Steered generation with a Backpack language model. Clients call it on the gateway, with an API key in
-    the `authorization` metadata ("Bearer bp_…"); the key says which tenant is calling. Gateways call the
-    same service on the replicas, with the request's `Pin` in the `backpack-pin-bin` metadata.
+    """Steered generation with a Backpack language model. Clients call it on the gateway, with an API key or a token
+    in the `authorization` metadata ("Bearer …"), or with a client certificate: that says which tenant is calling.
+    Gateways call the same service on the replicas, with the request's `Pin` in the `backpack-pin-bin` metadata.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -80,9 +80,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """The model that is served."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Steered generation with a Backpack language model. Clients call it on the gateway, with an API key in
-    the `authorization` metadata ("Bearer bp_…"); the key says which tenant is calling. Gateways call the
-    same service on the replicas, with the request's `Pin` in the `backpack-pin-bin` metadata.
+    """Steered generation with a Backpack language model. Clients call it on the gateway, with an API key or a token
+    in the `authorization` metadata ("Bearer …"), or with a client certificate: that says which tenant is calling.
+    Gateways call the same service on the replicas, with the request's `Pin` in the `backpack-pin-bin` metadata.
     """
 
     @_abc_1.abstractmethod

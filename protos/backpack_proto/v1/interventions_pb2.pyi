@@ -2173,7 +2173,7 @@ class AuditEntry(_message.Message):
     revision: _builtins.int
     """Position of the store that the change made."""
     principal: _builtins.str
-    """Name of the key that did it."""
+    """Who did it: tenants/{tenant}/keys/{key}, or …/subjects/{subject} of a token, or …/certificates/{name}."""
     tenant: _builtins.str
     """tenants/{tenant}"""
     method: _builtins.str

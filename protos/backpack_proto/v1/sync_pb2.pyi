@@ -249,7 +249,7 @@ class Report(_message.Message):
 
     @_builtins.property
     def tallies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tally]:
-        """Of requests under canaries, since the reader's process started."""
+        """Of requests under the canaries that there are, since each became one."""
 
     def __init__(
         self,

@@ -87,8 +87,8 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
     """Serve on `settings.gateway_address`. One of several processes shares the port, and listens only when it can
     answer: nobody asks it in particular whether it is ready.
 
-    Raises OSError if the address is taken, ManifestError if there is no model, ValueError if certificates, limits
-    or the issuer of tokens are no good.
+    Raises OSError if the address is taken or there is no key, ManifestError if there is no model, ValueError if
+    certificates, limits or the issuer of tokens are no good.
     """
     manifest = Manifest.read(settings.model)
     tokenizer = Tokenizer.read(settings.model / "tokenizer.json")

@@ -156,8 +156,8 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
 
     `control` is a channel to the intervention service. If that is away, what is in the state folder is served.
 
-    Raises ManifestError or CheckpointError for the model, ValueError if there isn't the memory for these settings,
-    EngineStopped if the first token can't be made, OSError for the address.
+    Raises ManifestError or CheckpointError for the model, ValueError if there isn't the memory for these settings
+    or certificates are no good, EngineStopped if the first token can't be made, OSError for the address or a key.
     """
     device, precision, room = Device(settings.device).torch(), Precision(settings.precision), settings.overlay_rows
     if settings.threads:  # before a worker thread computes anything: it would keep the number that held then

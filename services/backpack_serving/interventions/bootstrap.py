@@ -53,8 +53,11 @@ class InterventionService:
 
 
 async def start(settings: Settings, metrics: Metrics) -> InterventionService:
-    """Serve on `settings.interventions_address`. Raises ServiceError if the database can't be used, or not for
-    this model, OSError if the address is taken, ManifestError if there is no model.
+    """Serve on `settings.interventions_address`.
+
+    Raises ServiceError if the database can't be used, or not for this model, OSError if the address is taken or
+    the state folder can't be written to, ManifestError if there is no model, ValueError if a key, certificates or
+    the issuer of tokens are no good.
     """
     manifest = Manifest.read(settings.model)
     tokenizer = Tokenizer.read(settings.model / "tokenizer.json")

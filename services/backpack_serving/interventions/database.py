@@ -16,9 +16,10 @@ from backpack_serving.interventions.sqlite import SQLiteStore
 
 
 def open_store(url: str) -> SQLStore:
-    """The store at `sqlite:///PATH` or `postgresql://…`. Raises Unavailable if it can't be used.
+    """The store at `sqlite:///PATH` or `postgresql://…`.
 
-    SQLite is migrated by opening it; PostgreSQL, which others may be using, by `migrate` only.
+    SQLite is migrated by opening it; PostgreSQL, which others may be using, by `migrate` only. Raises Unavailable
+    if it can't be used, OSError if SQLite's folder can't be.
     """
     parsed = _parse(url)
     if parsed.get_backend_name() == "sqlite":

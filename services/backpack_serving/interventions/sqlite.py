@@ -43,7 +43,7 @@ class SQLiteStore(SQLStore):
     def open(cls, url: sa.URL, wait: float = 0.0) -> SQLiteStore:
         """Open and migrate a database, waiting at most `wait` seconds for another process that has it.
 
-        Raises Unavailable if another one still has it, or it can't be used.
+        Raises Unavailable if another one still has it, or it can't be used, OSError if its folder can't be.
         """
         path = Path(url.database or "")
         if not path.name:

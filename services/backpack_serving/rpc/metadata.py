@@ -1,4 +1,4 @@
-"""What travels beside a message: who calls."""
+"""What travels beside a message: who calls, and for which request."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,7 +109,7 @@ def error_from(error: grpc.RpcError) -> ServiceError:
 
 
 @contextmanager
-def errors() -> Any:
+def errors() -> Iterator[None]:
     """Calls made inside raise `ServiceError` instead of grpc's own error."""
     try:
         yield

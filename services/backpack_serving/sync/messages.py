@@ -42,7 +42,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How a gateway's requests under one release of a channel went, since the gateway started."""
+    """How a gateway's requests under a canary went, since it knows of it."""
 
     tenant: str
     channel: str

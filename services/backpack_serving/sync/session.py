@@ -70,7 +70,10 @@ class Session:
         self.digests: set[str] = set()
 
     def receive(self, message: FromReader, now: float) -> None:
-        """Take in what the reader says. Raises PreconditionFailed for a reader of another model."""
+        """Take in what the reader says.
+
+        Raises PreconditionFailed for a reader of another model, InvalidRequest for one without an incarnation.
+        """
         self._heard = now
         match message:
             case Hello():

@@ -67,10 +67,10 @@ def read_choices(request: pb.CompareRequest) -> tuple[int | str, ...]:
 def read_question(request: pb.CompareRequest, tokenizer: Tokenizer, config: BackpackConfig) -> Question:
     """Raises InvalidRequest with everything that is wrong beside the prompt."""
     ids = read_prompt("prompt", request.prompt, tokenizer, config)
-    if request.mode not in pb.CompareMode.values():
-        raise InvalidRequest.at("mode", "UNKNOWN_VALUE", f"{request.mode} is no mode of comparing")
     score = request.mode == pb.COMPARE_MODE_SCORE
     reader = WordReader(tokenizer, config.num_senses)
+    if request.mode not in pb.CompareMode.values():
+        reader.refuse("mode", "UNKNOWN_VALUE", f"{request.mode} is no mode of comparing")
     some = request.targets[:MOST_TARGETS]
     targets = tuple(reader.token(f"targets[{at}]", word) for at, word in enumerate(some))
     if score and len(ids) < 2:

@@ -59,7 +59,7 @@ class Order:
 
 
 def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackConfig) -> Order:
-    """Raises InvalidRequest with everything that is wrong with the request."""
+    """Raises InvalidRequest with everything that is wrong beside the prompt."""
     found: list[Violation] = []
     prompt = read_prompt("prompt", request.prompt, tokenizer, config)
     found += _sampling_violations(request.sampling)
@@ -152,16 +152,17 @@ def read_word(field: str, word: pb.Word, tokenizer: Tokenizer, config: BackpackC
 
 
 def read_limit(limit: int, default: int, largest: int, field: str = "limit") -> int:
+    """How many to list. Raises InvalidRequest."""
     if not 0 <= limit <= largest:
         raise InvalidRequest.at(field, "OUT_OF_RANGE", f"{limit}; 1 to {largest}, or 0 for {default}")
     return limit or default
 
 
 def read_coalesce(request: pb.GenerateStreamRequest) -> float:
-    """Seconds for which tokens are gathered into one message."""
+    """Seconds for which tokens are gathered into one message. Raises InvalidRequest."""
     if not request.HasField("coalesce"):
         return COALESCE
-    seconds = request.coalesce.seconds + request.coalesce.nanos / 1e9
+    seconds = request.coalesce.ToNanoseconds() / 1e9
     if not 0 <= seconds <= LONGEST_COALESCE:
         raise InvalidRequest.at("coalesce", "OUT_OF_RANGE", f"{seconds:g} s; 0 to {LONGEST_COALESCE:g} s")
     return seconds

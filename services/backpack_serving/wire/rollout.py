@@ -71,7 +71,7 @@ def write_standing(hello: Hello, report: Report) -> str:
 
 
 def read_standing(text: str) -> tuple[Hello, Report]:
-    """Raises ValueError or InvalidRequest for what this version doesn't know."""
+    """Raises ValueError, DecodeError or InvalidRequest for what this version doesn't know."""
     hello, report = (
         read_from_reader(sync_pb2.SyncRequest.FromString(base64.b64decode(part))) for part in text.split(" ")
     )
