@@ -297,6 +297,10 @@ class Settings(BaseSettings):
                 f"{Path('.env').resolve()} or a file in {SECRETS} isn't UTF-8 text: {error}"
             ) from None
 
+    def key_file(self, whose: str) -> Path:
+        """Where the state folder keeps a key: of the role `admin` or `replica`, or, for commands, of a tenant."""
+        return self.state / f"{whose}.key"
+
     def key_for(self, role: str) -> str:
         """The key that this process presents as `admin` or `replica`: the setting, else the state folder's file.
 
@@ -305,7 +309,7 @@ class Settings(BaseSettings):
         given = (self.admin_key if role == "admin" else self.service_key).get_secret_value()
         if given:
             return given
-        file = self.state / f"{role}.key"
+        file = self.key_file(role)
         if not file.exists():
             raise FileNotFoundError(
                 f"no {role} key: {file.resolve()} doesn't exist. The intervention service makes it with its first "

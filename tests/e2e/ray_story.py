@@ -131,7 +131,7 @@ if __name__ == "__main__":
         interventions_address="127.0.0.1:18471",
         directory_address=f"127.0.0.1:{grpc_port}",
         directory_application=app.DIRECTORY,
-        service_key=interventions.mint_key(state / interventions.REPLICA_KEY),
+        service_key=interventions.mint_key(state / "replica.key"),
     )
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:

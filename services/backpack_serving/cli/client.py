@@ -141,10 +141,6 @@ def when(moment: datetime) -> str:
     return f"{moment:%Y-%m-%d %H:%M:%S}"
 
 
-def tenant_key_file(settings: Settings, tenant: str) -> Path:
-    return settings.state / f"{tenant}.key"
-
-
 @contextmanager
 def as_caller(tenant: str, key: str) -> Iterator[Client]:
     """The gateway, with the given key, or the tenant's from the state folder."""
@@ -182,7 +178,7 @@ def as_admin() -> Iterator[Operator]:
 
 
 def _kept_key(settings: Settings, tenant: str) -> str:
-    file = tenant_key_file(settings, tenant)
+    file = settings.key_file(tenant)
     if not file.exists():
         raise FileNotFoundError(
             f"no API key: {file} doesn't exist; give --key, set BACKPACK_KEY, name another tenant with --as, or "

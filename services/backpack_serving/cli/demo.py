@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from backpack_serving.cli.client import out, tenant_key_file
+from backpack_serving.cli.client import out
 from backpack_serving.client import AsyncClient, AsyncOperator, AsyncSteering, Copy, Role, Sampling, Served
 from backpack_serving.embedded import Embedded
 from backpack_serving.errors import AlreadyExists, Unauthenticated
@@ -43,7 +43,7 @@ EXAMPLES = (Example("clinic", "king", "nurse"), Example("harbour", "king", "ship
 async def provide(serving: Embedded) -> None:
     """Make the example tenants, with a key file each, a patch, a release, and that release live."""
     for example in EXAMPLES:
-        if not tenant_key_file(serving.settings, example.tenant).exists():
+        if not serving.settings.key_file(example.tenant).exists():
             await _provide(serving, example)
 
 
@@ -58,7 +58,7 @@ async def _provide(serving: Embedded, example: Example) -> None:
         revision = await steering.create_revision(example.patch, [Copy(example.word, example.source)])
         release = await steering.create_release([revision], str(example))
         await steering.activate(release.number)
-    keep(made.secret, tenant_key_file(serving.settings, example.tenant))
+    keep(made.secret, serving.settings.key_file(example.tenant))
 
 
 @dataclass(slots=True)
@@ -74,7 +74,7 @@ async def side_by_side(serving: Embedded) -> None:
     with Live(_table(columns), console=out, refresh_per_second=20) as live:
 
         async def follow(column: _Column) -> None:
-            file = tenant_key_file(serving.settings, column.example.tenant)
+            file = serving.settings.key_file(column.example.tenant)
             async with AsyncClient(serving.gateway, file.read_text().strip(), tls=serving.settings.tls) as client:
                 try:
                     async for part in client.stream(PROMPT, SAMPLING):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from backpack_serving.cli.client import as_admin, out, table, tenant_key_file, when
+from backpack_serving.cli.client import as_admin, out, table, when
 from backpack_serving.client import Role
 from backpack_serving.keys import keep
 from backpack_serving.settings import Settings
@@ -22,7 +22,7 @@ KeyId = Annotated[str, typer.Argument(help="The key's id, as `backpack tenant ke
 def create_tenant(name: Annotated[str, typer.Argument(help="a-z, 0-9 and -")]) -> None:
     """Make a tenant, with a key that may release and call, kept in the state folder for --as."""
     with as_admin() as operator:
-        file = tenant_key_file(Settings(), name)
+        file = Settings().key_file(name)
         if file.exists():  # a tenant's that was called so before, or the admin's and the replicas' own
             raise FileExistsError(f"{file} exists, and its key would be lost; move it away, or take another name")
         file.parent.mkdir(parents=True, exist_ok=True)  # before there is a secret that would be lost

@@ -28,8 +28,6 @@ from backpack_serving.wire.rollout import read_standing, write_standing
 
 log = structlog.get_logger(__name__)
 
-ADMIN_KEY, REPLICA_KEY = "admin.key", "replica.key"
-
 
 @dataclass(frozen=True, slots=True)
 class InterventionService:
@@ -81,8 +79,8 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
 
         store.listen(bell.ring, fail, told)
         await asyncio.to_thread(service.check_model, settings.force_model)
-        admin = _key("BACKPACK_ADMIN_KEY", settings.admin_key, settings.state / ADMIN_KEY)
-        replica = _key("BACKPACK_SERVICE_KEY", settings.service_key, settings.state / REPLICA_KEY)
+        admin = _key("BACKPACK_ADMIN_KEY", settings.admin_key, settings.key_file("admin"))
+        replica = _key("BACKPACK_SERVICE_KEY", settings.service_key, settings.key_file("replica"))
         await asyncio.to_thread(service.bootstrap, admin, [Role.ADMIN])
         await asyncio.to_thread(service.bootstrap, replica, [Role.REPLICA])
 
