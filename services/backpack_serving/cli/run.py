@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from contextlib import AsyncExitStack
 from typing import Annotated
 
 import typer
@@ -43,10 +44,9 @@ async def _run(settings: Settings, examples: bool, once: bool) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    with out.status(f"loading {settings.model.name} and starting the servers"):
-        stack = embedded.run(settings)
-        serving = await stack.__aenter__()
-    try:
+    async with AsyncExitStack() as stack:
+        with out.status(f"loading {settings.model.name} and starting the servers"):
+            serving = await stack.enter_async_context(embedded.run(settings))
         out.print(
             f"gateway [bold]{serving.gateway}[/], interventions [bold]{serving.interventions}[/], "
             f"state in [bold]{settings.state}/[/] [dim]({time.monotonic() - started:.1f} s)[/]\n"
@@ -72,14 +72,12 @@ async def _run(settings: Settings, examples: bool, once: bool) -> None:
             await tasks.first(stopped.wait(), *(part.wait() for part in serving.failed))
             out.print("Finishing what runs, then stopping; Ctrl-C again stops at once.")
             asyncio.get_running_loop().add_signal_handler(signal.SIGINT, os._exit, 128 + signal.SIGINT)
-    finally:
-        await stack.__aexit__(None, None, None)
     if any(part.is_set() for part in serving.failed):
         raise typer.Exit(1)  # so that whoever supervises this process starts it again
 
 
 def _usage(gateway: str, settings: Settings) -> str:
-    key = settings.state / "harbour.key"
+    key = settings.key_file("harbour")
     return f"""
 From the command line (in another terminal, here):
 
