@@ -170,6 +170,7 @@ def test_a_patch_from_a_word_to_a_steered_answer_and_back(backpack: Any, tmp_pat
     backpack("patch", "topic", "royal", "court", "law", "--as", "lab")
     assert "topic" in json.loads(backpack("patch", "show", "royal", "--as", "lab"))[0], "the newest revision"
     shown = json.loads(backpack("patch", "show", "royal", "1", "--as", "lab"))
+    assert json.loads(backpack("patch", "show", "royal:1", "--as", "lab")) == shown
     assert shown[0]["copy"]["cells"][0]["senses"] == [0, 3, 4, 5]
     (tmp_path / "edits.json").write_text(json.dumps(shown))
     revised = backpack("patch", "revise", "royal", str(tmp_path / "edits.json"), "--as", "lab")

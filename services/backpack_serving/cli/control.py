@@ -54,7 +54,7 @@ def list_patches(tenant: AsTenant = "harbour", key: Key = "") -> None:
 
 @patch_app.command("show")
 def show_revision(
-    patch: Annotated[str, typer.Argument(help="Name of the patch.")],
+    patch: Annotated[str, typer.Argument(help="Name of the patch, or PATCH:NUMBER.")],
     number: Annotated[
         int | None, typer.Argument(help="Number of the revision; the newest if none.", min=1)
     ] = None,
@@ -62,6 +62,8 @@ def show_revision(
     key: Key = "",
 ) -> None:
     """A revision's edits, as the JSON that `patch revise` reads."""
+    if number is None and (named := re.fullmatch(r"(.+):(\d{1,9})", patch)):
+        patch, number = named[1], int(named[2])
     with as_releaser(tenant, key) as steering:
         revision = steering.revision(patch, number)
     out.print_json(json.dumps([json_format.MessageToDict(edit.message()) for edit in revision.edits]))
