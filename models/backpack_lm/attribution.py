@@ -68,10 +68,10 @@ def attribute(
     read = TrunkPass(model, table, ids, start=len(ids) - 1)
     weights, multipliers = read.alpha[0], read.multipliers(overlay)[0]  # [T, k]
     mixed = (weights * multipliers).double()[..., None] * read.replaced(overlay)  # [T, k, d]
-    head = model.embedding[: model.config.tokens].double()
-    logits = head @ mixed.sum((0, 1))
-    target = int(logits.argmax()) if target is None else target
-    return Attribution(weights, multipliers, mixed @ head[target], target, float(logits.log_softmax(-1)[target]))
+    head = model.embedding[: model.config.tokens]
+    logs = (head @ mixed.sum((0, 1)).float()).log_softmax(-1)
+    target = int(logs.argmax()) if target is None else target
+    return Attribution(weights, multipliers, mixed @ head[target].double(), target, float(logs[target]))
 
 
 @torch.inference_mode()
