@@ -15,7 +15,7 @@ from backpack_serving.interventions.caller import Bell, wait
 from backpack_serving.interventions.fleet import Fleet, Rollout
 from backpack_serving.interventions.records import Channel, Position
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.sync.messages import Ack, FromReader, Hello, Refusal, Report, Tally
+from backpack_serving.sync.messages import FromReader, Hello, Nack, Refusal, Report, Tally
 from backpack_serving.sync.session import Session
 
 log = structlog.get_logger(__name__)
@@ -76,6 +76,7 @@ class Rollouts:
         self._service, self._gate = service, gate
         self.fleet = Fleet()
         self._bell, self._changed = Bell(), Bell()
+        self._settled: dict[Session, set[Refusal]] = {}  # of what stands, what was looked into
 
     async def heard(self, session: Session, message: FromReader) -> None:
         """A reader has spoken, and the session has taken it in."""
@@ -85,13 +86,16 @@ class Rollouts:
         self.fleet.heard(session, report)
         for tally in report.tallies if report else ():
             await self._judge(tally)
-        if not isinstance(message, Ack):
-            for refusal in tuple(session.refusals.values()):
-                await self._refused(refusal)
+        settled = self._settled.get(session, set())
+        if isinstance(message, Hello | Nack):  # told anew: since it was told before, a canary may have begun
+            settled = settled.difference(message.refusals)
+        standing = tuple(session.refusals.values())
+        self._settled[session] = {r for r in standing if r in settled or await self._refused(r)}
         self._ring()
 
     def left(self, session: Session) -> None:
         self.fleet.left(session)
+        self._settled.pop(session, None)
         self._ring()
 
     def told(self, hello: Hello, report: Report) -> None:
@@ -131,12 +135,15 @@ class Rollouts:
         if why := self._gate.verdict(together):
             await self._end(tally.tenant, tally.channel, tally.digest, why)
 
-    async def _refused(self, refusal: Refusal) -> None:
-        if refusal.final and refusal.channel:
-            why = f"NACK: a reader refuses it: {refusal.reason}: {refusal.message}"
-            await self._end(refusal.tenant, refusal.channel, refusal.digest, why)
+    async def _refused(self, refusal: Refusal) -> bool:
+        """End the canary that is refused, if it is one. Whether that is settled."""
+        if not (refusal.final and refusal.channel):
+            return True
+        why = f"NACK: a reader refuses it: {refusal.reason}: {refusal.message}"
+        return await self._end(refusal.tenant, refusal.channel, refusal.digest, why)
 
-    async def _end(self, tenant: str, channel: str, digest: str, why: str) -> None:
+    async def _end(self, tenant: str, channel: str, digest: str, why: str) -> bool:
+        """End a canary, if this is one. False if that can't be done now."""
         try:
             ended = await asyncio.to_thread(self._service.end_bad_canary, tenant, channel, digest, why)
         except ServiceError as error:  # the database is away: the next report brings it up again
@@ -147,6 +154,7 @@ class Rollouts:
                 why=why,
                 error=error.why or error.message,
             )
-            return
+            return False
         if ended:
             log.warning("a canary was ended", tenant=tenant, channel=channel, digest=digest, why=why)
+        return True
