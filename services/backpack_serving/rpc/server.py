@@ -33,7 +33,12 @@ from backpack_serving.tls import Tls
 
 log = structlog.get_logger(__name__)
 
+STREAMS = 1000
+"""Calls of one connection at once; more wait in the client. One that was reset counts until its turn has come."""
+
 _OPTIONS: Sequence[tuple[str, Any]] = (
+    # When so many of all clients together wait for their turn, gRPC begins to refuse them, whoever's they are.
+    ("grpc.max_concurrent_streams", STREAMS),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -1,0 +1,54 @@
+"""Who speaks HTTP/2 as no client of ours does."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from pathlib import Path
+
+from backpack_serving.inference import directory
+from backpack_serving.metrics import Metrics
+from backpack_serving.rpc.server import STREAMS
+from backpack_serving.settings import Settings
+
+HEADERS, RESET, REFUSED = 1, 3, 7
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+
+def _call(stream: int, path: str) -> bytes:
+    """The beginning of a call, with nothing in it that needs a table."""
+    fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
+    fields["content-type"] = "application/grpc"
+    block = b"".join(
+        b"\0" + bytes([len(n)]) + n.encode() + bytes([len(v)]) + v.encode() for n, v in fields.items()
+    )
+    return _frame(HEADERS, 4, stream, block)
+
+
+def _resets(connection: socket.socket, until: int) -> list[int]:
+    """Why streams were reset, as far as the answer to a ping or so many of them."""
+    found, data = [], b""
+    with connection.makefile("rb") as answers:
+        while len(found) < until and (data := answers.read(9)):
+            payload = answers.read(int.from_bytes(data[:3], "big"))
+            if data[3] == RESET:
+                found.append(int.from_bytes(payload, "big"))
+    return found
+
+
+async def test_a_connection_has_no_more_calls_than_leave_room_for_others(tmp_path: Path) -> None:
+    """Beyond a thousand that wait, gRPC refuses anybody's: one who opened and reset calls kept all others out."""
+    server = await directory.serve(Settings(state=tmp_path, directory_address="127.0.0.1:0"), Metrics())
+    host, _, port = server.address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=30) as stranger:
+            path = "/backpack.v1.DirectoryService/Report"
+            calls = b"".join(_call(2 * n + 1, path) for n in range(STREAMS + 10))
+            stranger.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0) + _frame(4, 1, 0) + calls)
+            assert await asyncio.to_thread(_resets, stranger, 10) == [REFUSED] * 10
+    finally:
+        await server.stop()
