@@ -143,5 +143,10 @@ def keep(key: str, file: Path) -> None:
     partial.replace(file)
 
 
+def kept(file: Path) -> str:
+    """The key in a file. Bytes that are no text make it a malformed one, which is told like any other."""
+    return file.read_text("utf-8", "replace").strip()
+
+
 def _check(key: str, secret: str) -> str:
     return f"{zlib.crc32(f'{key}_{secret}'.encode()):08x}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
-from backpack_serving.keys import Holder
+from backpack_serving.keys import Holder, kept
 from backpack_serving.tls import Tls
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ class Settings(BaseSettings):
                 f"no {role} key: {file.resolve()} doesn't exist. The intervention service makes it with its first "
                 f"start; elsewhere set BACKPACK_{'ADMIN' if role == 'admin' else 'SERVICE'}_KEY"
             )
-        return file.read_text().strip()
+        return kept(file)
 
     @property
     def tls(self) -> Tls:

@@ -20,6 +20,7 @@ from backpack_serving.cli.main import app
 from backpack_serving.errors import DataLoss, InvalidRequest, Unavailable
 from backpack_serving.interventions import database
 from backpack_serving.interventions import postgres as postgres_store
+from backpack_serving.interventions.bootstrap import start
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import Request
 from backpack_serving.interventions.postgres import PostgresStore
@@ -30,6 +31,8 @@ from backpack_serving.interventions.sqlite import SQLiteStore
 from backpack_serving.interventions.store import Store
 from backpack_serving.interventions.tables import metadata
 from backpack_serving.keys import SYSTEM
+from backpack_serving.metrics import Metrics
+from backpack_serving.settings import Settings
 from backpack_serving.sync.known import LIVE
 from typer.testing import CliRunner
 
@@ -290,6 +293,24 @@ def test_nobody_else_on_the_machine_reads_what_tenants_wrote(sqlite_url: str) ->
     files = list(Path(sa.make_url(sqlite_url).database or "").parent.glob("*.db*"))
     assert len(files) == 3, "with the log and its index"
     assert [file.name for file in files if file.stat().st_mode & 0o077] == []
+    store.close()
+
+
+async def test_a_key_file_that_is_no_text_is_named_with_the_fix(tmp_path: Path) -> None:
+    settings = Settings(state=tmp_path, interventions_address="127.0.0.1:0")
+    settings.key_file("admin").write_bytes(b"\xff\xfeb\0p\0")
+    with pytest.raises(ValueError, match=r"admin\.key: .* remove the file for a new one"):
+        await start(settings, Metrics())
+
+
+def test_a_database_that_was_for_everybody_is_so_no_more(sqlite_url: str) -> None:
+    """As a copy is that was put back from a backup; a group may be meant."""
+    file = Path(sa.make_url(sqlite_url).database or "")
+    open_store(sqlite_url).close()
+    file.chmod(0o664)
+    store = open_store(sqlite_url)
+    fill(store)
+    assert {path.stat().st_mode & 0o777 for path in file.parent.glob("*.db*")} == {0o660}
     store.close()
 
 

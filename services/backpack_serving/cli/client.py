@@ -20,6 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from backpack_serving.errors import ServiceError, Unavailable
+from backpack_serving.keys import kept
 from backpack_serving.settings import Settings, secretless
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def _kept_key(settings: Settings, tenant: str) -> str:
             f"no API key: {file} doesn't exist; give --key, set BACKPACK_KEY, name another tenant with --as, or "
             f"make this one: backpack tenant create {tenant}"
         )
-    return file.read_text().strip()
+    return kept(file)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from backpack_serving.cli.client import out
 from backpack_serving.client import AsyncClient, AsyncOperator, AsyncSteering, Copy, Role, Sampling, Served
 from backpack_serving.embedded import Embedded
 from backpack_serving.errors import AlreadyExists, Unauthenticated
-from backpack_serving.keys import keep
+from backpack_serving.keys import keep, kept
 
 PROMPT = "The story of the king and the"
 SAMPLING = Sampling(max_tokens=36, temperature=0.7, top_k=30, seed=29)
@@ -75,7 +75,7 @@ async def side_by_side(serving: Embedded) -> None:
 
         async def follow(column: _Column) -> None:
             file = serving.settings.key_file(column.example.tenant)
-            async with AsyncClient(serving.gateway, file.read_text().strip(), tls=serving.settings.tls) as client:
+            async with AsyncClient(serving.gateway, kept(file), tls=serving.settings.tls) as client:
                 try:
                     async for part in client.stream(PROMPT, SAMPLING):
                         column.served = column.served or part.served

@@ -21,7 +21,7 @@ from backpack_serving.interventions.rollouts import ErrorGate, Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.servicer import services
 from backpack_serving.interventions.store import Store
-from backpack_serving.keys import ApiKey, Principal, Role, keep
+from backpack_serving.keys import ApiKey, Principal, Role, keep, kept
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
 from backpack_serving.wire.rollout import read_standing, write_standing
@@ -122,4 +122,4 @@ def mint_key(file: Path) -> str:
     """The key in a file that only its owner can read; a new one if there is no such file."""
     if not file.exists():
         keep(str(ApiKey.mint()), file)
-    return file.read_text().strip()
+    return kept(file)

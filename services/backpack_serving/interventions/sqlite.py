@@ -8,10 +8,11 @@ here and not by SQLite, which keeps their errors to itself: a kernel reports a f
 from __future__ import annotations
 
 import fcntl
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,6 +55,8 @@ class SQLiteStore(SQLStore):
             raise Unavailable("LOCKED", f"another service is using {path}; stop it first")
         if not path.exists():
             path.touch(mode=0o600)  # what tenants write; the files that SQLite puts beside it get the same rights
+        for file in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
+            _not_for_everybody(file)
         engine = sa.create_engine(
             url,
             module=pysqlite3.dbapi2,
@@ -146,6 +149,14 @@ def _take(path: Path, wait: float) -> IO[str] | None:
             time.sleep(0.05)
         else:
             return lock
+
+
+def _not_for_everybody(file: Path) -> None:
+    """Take all others' rights to a file, which an earlier version made, or which was copied back from a backup."""
+    with suppress(OSError):  # it isn't there, or not ours
+        mode = file.stat().st_mode
+        if mode & stat.S_IRWXO:
+            file.chmod(stat.S_IMODE(mode) & ~stat.S_IRWXO)
 
 
 def _configure(connection: Any, _: object) -> None:
