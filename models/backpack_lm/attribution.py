@@ -90,16 +90,6 @@ def attribute_text(model: Backpack, table: SenseTable, ids: Tensor, overlay: Ove
     ]
 
 
-@torch.inference_mode()
-def token_log_probabilities(model: Backpack, ids: Tensor, overlay: Overlay) -> Tensor:
-    """log p(x_i | x_<i) for i ≥ 1 of ids [T]: [T − 1], natural logarithm."""
-    if len(ids) < 2:
-        return torch.empty(0)
-    logits = model(ids[None, :-1], overlay)[0, :, : model.config.tokens]
-    logs: Tensor = logits.double().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-    return logs
-
-
 @dataclass(frozen=True, slots=True)
 class SenseReading:
     """What one sense of a word predicts: tokens whose logit it raises most and lowers most, with E[y]·C(x)_l; and

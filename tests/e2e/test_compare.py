@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
-from backpack_lm.attribution import token_log_probabilities
 from backpack_lm.overlay import Overlay
 from backpack_lm.patch import Release, Revision
 from backpack_proto.v1 import inference_pb2 as pb
@@ -22,6 +21,7 @@ from backpack_serving.inference.served import ServedModel
 from backpack_serving.settings import default_model
 
 from tests.e2e.conftest import Metadata, System, copy, topic
+from tests.models.conftest import scores
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -106,7 +106,7 @@ async def test_scores_under_many_releases_are_those_of_score(
     answer = await system.inference.Compare(request, metadata=tenant)
     overlays, ids = await _overlays(system, tenant, served), torch.tensor(served.tokenizer.encode(PROMPT))
     for compared in answer.releases:
-        expected = token_log_probabilities(served.model, ids, overlays[compared.served.release_digest]).tolist()
+        expected = scores(served.model, ids, overlays[compared.served.release_digest])
         assert list(compared.score.log_probabilities) == pytest.approx(expected, abs=TOLERANCE)
         assert compared.score.log_probability == pytest.approx(math.fsum(expected), abs=10 * TOLERANCE)
     alone = await system.inference.Score(pb.ScoreRequest(text=pb.Prompt(text=PROMPT)), metadata=tenant)

@@ -6,11 +6,9 @@ import asyncio
 import time
 
 import pytest
-import torch
-from backpack_lm.attribution import token_log_probabilities
-from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay
 from backpack_proto.v1 import inference_pb2 as pb
+from backpack_serving.inference.served import ServedModel
 
 from tests.e2e.conftest import System
 
@@ -23,15 +21,16 @@ async def test_one_text_is_read_at_a_time_though_who_asked_has_left(
     running: list[Overlay] = []
     most = 0
 
-    def slow(model: Backpack, ids: torch.Tensor, overlay: Overlay) -> torch.Tensor:
+    def slow(served: ServedModel, ids: tuple[int, ...], overlay: Overlay) -> list[float]:
         nonlocal most
         running.append(overlay)
         most = max(most, len(running))
         time.sleep(0.3)
         running.pop()
-        return token_log_probabilities(model, ids, overlay)
+        return score(served, ids, overlay)
 
-    monkeypatch.setattr("backpack_serving.inference.served.token_log_probabilities", slow)
+    score = ServedModel.score
+    monkeypatch.setattr(ServedModel, "score", slow)
     key, request = await system.tenant(), pb.ScoreRequest(text=pb.Prompt(text="The story of the king"))
     for _ in range(3):
         call = system.inference.Score(request, metadata=key)

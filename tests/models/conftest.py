@@ -6,11 +6,19 @@ import pytest
 import torch
 from backpack_lm.config import BackpackConfig
 from backpack_lm.model import Backpack
-from backpack_lm.overlay import SenseTable
+from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import ModelShape
+from torch import Tensor
 
 V, REAL, T, D, K = 61, 57, 20, 16, 4
 EOS = 0
+
+
+def scores(model: Backpack, ids: Tensor, overlay: Overlay) -> list[float]:
+    """log p of each of ids [T] but the first, by the model's own forward pass."""
+    logs = model(ids[None, :-1], overlay)[0, :, : model.config.tokens].double().log_softmax(-1)
+    found: list[float] = logs.gather(1, ids[1:, None])[:, 0].tolist()
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backpack_lm.attribution import attribute, read_senses, token_log_probabilities
+from backpack_lm.attribution import attribute, read_senses
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import Cell, Edit, Release, Revision, Scale, Topic
@@ -41,13 +41,6 @@ def test_the_release_never_changes_the_weights(model: Backpack, table: SenseTabl
     plain = attribute(model, table, IDS, Overlay.compile(Release(), table))
     torch.testing.assert_close(attribute(model, table, IDS, overlay).weights, plain.weights)
     torch.testing.assert_close(plain.weights.sum(0), torch.ones(K))
-
-
-def test_scores_are_the_models_probabilities(model: Backpack, overlay: Overlay) -> None:
-    logs = model(IDS[None], overlay)[0, :, :REAL].log_softmax(-1)
-    expected = [float(logs[i, IDS[i + 1]]) for i in range(T - 1)]
-    assert token_log_probabilities(model, IDS, overlay).tolist() == pytest.approx(expected, abs=1e-4)
-    assert token_log_probabilities(model, IDS[:1], overlay).tolist() == []
 
 
 def test_a_sense_reads_as_its_extreme_projections(model: Backpack, table: SenseTable) -> None:

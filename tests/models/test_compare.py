@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from backpack_lm import compare
-from backpack_lm.attribution import attribute_text, token_log_probabilities
+from backpack_lm.attribution import attribute_text
 from backpack_lm.compare import Predicting, Scoring
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.models.conftest import REAL, D, K, T
+from tests.models.conftest import REAL, D, K, T, scores
 
 TOLERANCE = 1e-4
 """Of a log-probability or logit in float32, against the forward pass."""
@@ -68,7 +68,7 @@ def test_scores_are_those_of_the_forward_pass(
 ) -> None:
     overlays = _compiled(releases, table)
     for overlay, found in zip(overlays, Scoring(model, table, ids).read(overlays), strict=True):
-        assert found == pytest.approx(token_log_probabilities(model, ids, overlay).tolist(), abs=TOLERANCE)
+        assert found == pytest.approx(scores(model, ids, overlay), abs=TOLERANCE)
 
 
 @checked

@@ -15,7 +15,6 @@ from backpack_lm.attribution import (
     attribute,
     attribute_text,
     read_senses,
-    token_log_probabilities,
 )
 from backpack_lm.checkpoint import TOKENIZER, load, load_table, verify
 from backpack_lm.compare import Comparison, Distribution, Predicting, Scoring
@@ -92,9 +91,9 @@ class ServedModel:
             )
 
     def score(self, ids: tuple[int, ...], overlay: Overlay) -> list[float]:
-        """log p of each token but the first."""
-        values: list[float] = token_log_probabilities(self.model, torch.tensor(ids), overlay).tolist()
-        return values
+        """log p of each token but the first, of two at least."""
+        (logs,) = Scoring(self.model, self.table, torch.tensor(ids)).read([overlay])
+        return logs
 
     def explain(self, ids: tuple[int, ...], overlay: Overlay, target: int | None) -> Attribution:
         return attribute(self.model, self.table, torch.tensor(ids), overlay, target)
