@@ -25,14 +25,27 @@ struct Candidate {
 // Of equal ones the first in the vocabulary.
 inline bool likelier(Candidate a, Candidate b) { return a.logit > b.logit || (a.logit == b.logit && a.token < b.token); }
 
+// The lower and the upper halves of 16 products.
+inline void multiply(Words a, uint32_t b, Words& low, Words& high) {
+#ifdef __AVX512F__
+    __m512i factor = _mm512_set1_epi32(b), even = _mm512_mul_epu32((__m512i)a, factor);
+    __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
+    low = (Words)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+    high = (Words)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+#else
+    Longs product = __builtin_convertvector(a, Longs) * b;
+    low = __builtin_convertvector(product, Words), high = __builtin_convertvector(product >> 32, Words);
+#endif
+}
+
 // Philox4x32-10 (Salmon et al., SC 2011) for 16 counters (block, position, 0, 0) under one key.
 inline void philox(uint64_t seed, uint32_t position, Words block, Words* out) {
     Words c0 = block, c1 = Words{} + position, c2{}, c3{};
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
     for (int round = 0; round < 10; round++) {
-        Longs a = __builtin_convertvector(c0, Longs) * 0xD2511F53ull, b = __builtin_convertvector(c2, Longs) * 0xCD9E8D57ull;
-        Words low_a = __builtin_convertvector(a, Words), low_b = __builtin_convertvector(b, Words);
-        Words high_a = __builtin_convertvector(a >> 32, Words), high_b = __builtin_convertvector(b >> 32, Words);
+        Words low_a, low_b, high_a, high_b;
+        multiply(c0, 0xD2511F53u, low_a, high_a);
+        multiply(c2, 0xCD9E8D57u, low_b, high_b);
         c0 = high_b ^ c1 ^ k0;
         c1 = low_b;
         c2 = high_a ^ c3 ^ k1;
@@ -52,6 +65,12 @@ inline Floats log_exponential(Words x) {
     return logarithm(v < 0.03125f ? series : direct);
 }
 
+// No less than −log_exponential(x), as was checked for all 2³²: e ≥ v, and v is at least the power of two that it begins with.
+inline Floats at_most(Words x) {
+    Floats v = (__builtin_convertvector(x, Floats) + 0.5f) * 0x1p-32f;
+    return __builtin_convertvector(127 - ((Ints)v >> 23), Floats) * 0.6932f;
+}
+
 // The greatest of values that come 16 at a time, and whose it is.
 struct Greatest {
     Floats value = Floats{} - INFINITY;
@@ -61,6 +80,11 @@ struct Greatest {
         Ints better = (values > value) & valid;
         value = better ? values : value;
         token = better ? tokens : token;
+    }
+    float most() const {
+        float all = value[0];
+        for (int n = 1; n < LANES; n++) all = std::max(all, value[n]);
+        return all;
     }
     // Of equal ones the first in the vocabulary; −1 if there is none above −∞.
     int32_t winner() const {
@@ -92,6 +116,7 @@ template <bool DRAWN>
 int32_t choose(const float* logits, int vocabulary, const Drawing& how, Candidate least = NONE) {
     Greatest greatest;
     Ints lane = lanes(), numbers = Ints{} - 1;
+    float best = -INFINITY;
     for (int group = 0; group < vocabulary; group += 4 * LANES) {
         Floats logit[4];
         Ints may[4], some{};
@@ -105,9 +130,17 @@ int32_t choose(const float* logits, int vocabulary, const Drawing& how, Candidat
         if (!any(some)) continue;
         Words words[4];
         if (DRAWN) philox(how.seed, uint32_t(how.position), (Words)(lane + group / 4), words);
-        for (int i = 0; i < 4; i++)
-            greatest.take(DRAWN ? logit[i] / how.temperature - log_exponential(words[i]) : logit[i],
-                          lane + group + i * LANES, may[i]);
+        for (int i = 0; i < 4; i++) {
+            Ints token = lane + group + i * LANES;
+            if (!DRAWN) {
+                greatest.take(logit[i], token, may[i]);
+                continue;
+            }
+            Floats heated = logit[i] / how.temperature;
+            if (!any((heated + at_most(words[i]) >= best) & may[i])) continue;  // none can be the greatest
+            greatest.take(heated - log_exponential(words[i]), token, may[i]);
+            best = greatest.most();
+        }
     }
     for (int n = 0; n < LANES; n++)
         if (!numbers[n]) return -1;
@@ -201,6 +234,26 @@ inline Candidate last_of_mass(const float* logits, int vocabulary, const Drawing
     return last_within(some, peak, heat, goal - before);
 }
 
+inline double sum(Doubles lanes) {
+    double all = 0;
+    for (int n = 0; n < LANES; n++) all += lanes[n];
+    return all;
+}
+
+// Whether a token is in the smallest set of mass top_p, as those before it have less; not sure near the border.
+inline bool surely_within(const float* logits, int vocabulary, const Drawing& how, float peak, int32_t token) {
+    Doubles before{}, all{};
+    for (int first = 0; first < vocabulary; first += LANES) {
+        Ints others = lanes() + first;
+        Floats logit = load(logits, vocabulary, first), weights = exponential((logit - peak) / how.temperature);
+        weights = others < vocabulary ? weights : Floats{};
+        Ints likelier = (logit > logits[token]) | ((logit == logits[token]) & (others < token));
+        all += __builtin_convertvector(weights, Doubles);
+        before += __builtin_convertvector(likelier ? weights : Floats{}, Doubles);
+    }
+    return sum(before) < (how.top_p - 1e-5) * sum(all);
+}
+
 // One row's token; −1 where a logit is NaN or +∞, or all are −∞.
 inline int32_t draw(const float* logits, int vocabulary, const Drawing& how) {
     if (how.temperature <= 0) return choose<false>(logits, vocabulary, how);
@@ -208,6 +261,10 @@ inline int32_t draw(const float* logits, int vocabulary, const Drawing& how) {
     if (!few && how.top_p >= 1) return choose<true>(logits, vocabulary, how);
     int32_t likeliest = choose<false>(logits, vocabulary, how);
     if (likeliest < 0) return -1;
+    if (!few && how.top_p > 0.5) {  // mostly, what is drawn of all is one of them
+        int32_t token = choose<true>(logits, vocabulary, how);
+        if (surely_within(logits, vocabulary, how, logits[likeliest], token)) return token;
+    }
     auto last = few ? last_of_count : last_of_mass;
     return choose<true>(logits, vocabulary, how, last(logits, vocabulary, how, logits[likeliest]));
 }
@@ -222,9 +279,7 @@ inline void log_probabilities(const float* logits, int vocabulary, int32_t chose
         sums += __builtin_convertvector(
             exponential(lanes() + first < vocabulary ? under : Floats{} - INFINITY), Doubles);
     }
-    double sum = 0;
-    for (int n = 0; n < LANES; n++) sum += sums[n];
-    double whole = peak + std::log(sum);
+    double whole = peak + std::log(sum(sums));
     *own = logits[chosen] - whole;
     if (count == 0) return;
     std::vector<Candidate>& some = likeliest(logits, vocabulary, count);
