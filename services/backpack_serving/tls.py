@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -30,7 +31,8 @@ class Tls:
     name: str = ""
 
     def identity(self) -> tuple[bytes, bytes] | None:
-        """(key, certificate chain) as PEM, or None. Raises ValueError if they can't be read or don't fit."""
+        """(key, certificate chain) as PEM, or None. Raises ValueError if they can't be read, don't fit or have
+        expired: nobody would take them."""
         if self.certificate is None or self.key is None:
             return None
         try:
@@ -44,6 +46,13 @@ class Tls:
             ) from None
         except OSError as error:
             raise ValueError(f"TLS: {error.filename}: {error.strerror}") from None
+        from cryptography import x509  # clients without TLS don't wait for it
+
+        until = x509.load_pem_x509_certificate(found[1]).not_valid_after_utc
+        if until < datetime.now(UTC):
+            raise ValueError(
+                f"TLS: {self.certificate} expired on {until:%Y-%m-%d at %H:%M} UTC; put a new one there"
+            )
         return found
 
     def clients(self) -> bytes | None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ class Authority:
         self.file = folder / f"{name}-ca.pem"
         self._ca.cert_pem.write_to_path(self.file)
 
-    def issue(self, name: str = NAME) -> tuple[Path, Path]:
+    def issue(self, name: str = NAME, until: datetime | None = None) -> tuple[Path, Path]:
         """(certificate, key); the same files each time."""
-        issued = self._ca.issue_cert(name)
+        since = until and until - timedelta(days=30)
+        issued = self._ca.issue_cert(name, not_before=since, not_after=until)
         certificate, key = (self._folder / f"{self._name}-{part}.pem" for part in ("certificate", "key"))
         issued.private_key_pem.write_to_path(key)
         certificate.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
@@ -166,6 +168,20 @@ async def test_new_certificates_need_no_restart_and_bad_ones_do_no_harm(
     assert await _served(server.address, authority) not in (before[0], after[0])
     await channel.close()
     await server.stop()
+
+
+async def test_a_certificate_that_has_expired_takes_no_good_ones_place(
+    tmp_path: Path, authority: Authority
+) -> None:
+    certificate, key = authority.issue()
+    settings = _settings(tmp_path, tls_certificate=certificate, tls_key=key)
+    server = await directory.serve(settings, Metrics())
+    before = await _served(server.address, authority)
+    authority.issue(until=datetime(2026, 3, 4, 5, 6, tzinfo=UTC))
+    assert await _served(server.address, authority) == before
+    await server.stop()
+    with pytest.raises(ValueError, match=r"certificate\.pem expired on 2026-03-04 at 05:06 UTC; put a new one"):
+        await directory.serve(settings, Metrics())
 
 
 async def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked_for_it(
