@@ -6,7 +6,6 @@ from random import Random
 
 import pytest
 import torch
-from backpack_lm.kernels.plain import PlainKernels
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_serving.engine.engine import Engine
@@ -17,7 +16,7 @@ from backpack_serving.engine.sequence import Request
 from backpack_serving.engine.slots import OverlayRows, Slots
 
 from tests.engine.conftest import K, V
-from tests.engine.test_oracle import GREEDY, oracle, prompt, run
+from tests.engine.test_oracle import GREEDY, prompt, run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -104,14 +103,3 @@ def test_bfloat16_stays_close_to_the_oracle(
                 worst, total, count = max(worst, off), total + off, count + 1
     assert worst < 0.15
     assert total / count < 0.02
-
-
-def test_the_plain_kernels_give_the_oracles_tokens(
-    model: Backpack, table: SenseTable, overlays: dict[str, Overlay]
-) -> None:
-    engine = engine_in(torch.float32, model, table, slots=5, kernels=PlainKernels)
-    requests = [
-        Request(name, "t", prompt(n, 5 + 2 * n), GREEDY, overlay)
-        for n, (name, overlay) in enumerate(overlays.items())
-    ]
-    assert run(engine, requests) == {r.id: oracle(model, r) for r in requests}
