@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from itertools import count
 
 import pytest
+from backpack_lm.overlay import Overlay
+from backpack_lm.patch import Cell, Release, Revision, Scale
 from backpack_serving.engine.engine import Engine, QueueFull
 from backpack_serving.engine.sampling import Sampling
 from backpack_serving.engine.sequence import Request
@@ -135,3 +139,18 @@ def test_the_queue_is_bounded(make_engine, overlays) -> None:
     with pytest.raises(QueueFull):
         engine.add(ask("one too many", overlays["none"]))
     assert len(order_of_first_tokens(engine)) == 3
+
+
+def test_a_free_slot_keeps_the_tokens_of_a_prompt_and_nothing_of_its_release(make_engine, table) -> None:
+    """Releases are kept within bounds, by others; the slots' last ones would come on top of them."""
+    engine = make_engine()
+    overlay = Overlay.compile(Release((Revision("00" * 32, (Scale((Cell(5, 1),), 0.5),)),)), table)
+    kept = weakref.ref(overlay)
+    engine.add(ask("steered", overlay, length=20))
+    order_of_first_tokens(engine)
+    del overlay
+    gc.collect()
+    assert kept() is None
+    engine.add(ask("steered", Overlay.compile(Release(), table), length=20))
+    order_of_first_tokens(engine)
+    assert engine.prefix_hits == 1

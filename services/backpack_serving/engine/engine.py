@@ -179,6 +179,7 @@ class Engine:
             self._slots.release(sequence.slot)
             self._rows.release(sequence.request.overlay.digest)
             sequence.slot = None
+            del sequence.request  # the slot keeps its tokens for who begins alike, but no release in memory
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a slot, an overlay range or a sequence is lost, shared or left behind."""

@@ -71,7 +71,8 @@ class Prefix:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request in progress. `computed` of its `tokens` are in the slot's cache.
+    """A request in progress; once it has ended, what its slot still holds. `computed` of its `tokens` are in the
+    slot's cache.
 
     `awaits`: the beginning that another sequence is about to compute, and that this one will copy.
     """
