@@ -92,7 +92,7 @@ class Versions:
             self._users[digest] -= 1
             if not self._users[digest]:
                 del self._users[digest]
-            self._evict()
+                self._evict()
 
     async def _get(self, tenant: str, digest: str) -> Overlay:
         """Requests for a release that is still being made share the work."""
