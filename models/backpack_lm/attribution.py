@@ -1,6 +1,6 @@
 """Why a token is predicted, and what a sense means: exact readings of a Backpack's linear output.
 
-The logit of word y at position i is Σ_{j,l} α[l,i,j] · m[i,j,l] · (E[y]·C(x_j)_l) (paper, section 2.2), with m
+The logit of word y at position i is Σ_{j,l} α[l,i,j] · m[i,j,l] · (E[y]·C(x_j)_l) (paper, section 2), with m
 the multipliers of an overlay's topics. Every term below is one of that sum, none is estimated.
 """
 
@@ -106,7 +106,7 @@ class SenseReading:
 def read_senses(
     model: Backpack, table: SenseTable, token: int, overlay: Overlay, limit: int, neighbours: int = 0
 ) -> list[SenseReading]:
-    """Every sense of a token as it stands under an overlay (paper, section 3.3 and table 2)."""
+    """Every sense of a token as it stands under an overlay (paper, section 5 and table 2)."""
     ids = torch.tensor([token])
     vectors = overlay.replace(ids, table.rows[ids].float())[0]  # [k, d]
     edited = (overlay.row_index(ids)[0] >= 0).tolist()

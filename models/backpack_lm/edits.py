@@ -132,7 +132,7 @@ class Topic:
     `tokens` are the first tokens of the topic's words; `strength` is 1, 2 or 3. The score of a cell
     is (E C)·b / max_y (E C)_y with b the many-hot vector of `tokens`; its quantile over all cells picks
     the multiplier (`TOPIC_MULTIPLIERS`). With `annealed`, a multiplier fades as the text comes to
-    satisfy its cell (paper, section 5.1 and appendix).
+    satisfy its cell (paper, section 6 and appendix).
     """
 
     tokens: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Gender bias (paper, section 6.1): which sense tells “he” from “she” after a role noun, and removing it."""
+"""Gender bias (paper, section 6): which sense tells “he” from “she” after a role noun, and removing it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knowledge editing (paper, section 6.2), made quantitative: does a swap turn a fact, and what else moves?"""
+"""Knowledge editing (paper, section 6), made quantitative: does a swap turn a fact, and what else moves?"""
 
 from __future__ import annotations
 

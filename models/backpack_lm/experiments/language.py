@@ -1,4 +1,4 @@
-"""Language modelling (paper, section 4.2): perplexity of a Backpack and of its Transformer twin, on the same text.
+"""Language modelling (paper, section 4): perplexity of a Backpack and of its Transformer twin, on the same text.
 
 Perplexities are per token of the model's own vocabulary. Bits per byte compare models of different vocabularies.
 """

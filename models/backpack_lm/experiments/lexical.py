@@ -1,4 +1,4 @@
-"""Lexical similarity (paper, section 4.3): do cosines of sense vectors rank word pairs as people do?
+"""Lexical similarity (paper, section 5): do cosines of sense vectors rank word pairs as people do?
 
 A word gets a leading space; one of several tokens is the mean of their vectors; no pair is dropped.
 """

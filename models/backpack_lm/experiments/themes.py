@@ -1,4 +1,4 @@
-"""The 17 topics of the paper's section 6.3, and the words that each is steered by.
+"""The 17 topics of the paper's section 6, and the words that each is steered by.
 
 The paper steers by the words of a topic's name alone, the first token of each. Of a small vocabulary those pieces
 are other words (“tv” begins with “t”, “gaming” with “g”), and a topic named by one word leaves only that. So each

@@ -1,4 +1,4 @@
-"""Topic control (paper, section 6.3): samples from the end-of-text token, steered to a topic at four strengths.
+"""Topic control (paper, section 6): samples from the end-of-text token, steered to a topic at four strengths.
 
 Two ways of steering by senses stand beside a logit bias: the paper's multipliers, and the lab's frequent words
 that lean to the topic (`lab/lean.py`).

@@ -1,4 +1,4 @@
-"""Take a bias out of words by scaling the one sense that carries it (paper, section 6.1)."""
+"""Take a bias out of words by scaling the one sense that carries it (paper, section 6)."""
 
 from __future__ import annotations
 

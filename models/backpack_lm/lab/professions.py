@@ -1,4 +1,4 @@
-"""Role nouns and prompts of the paper's section 6.1 and appendix D.2 (tables 14 and 15), as its code has them.
+"""Role nouns and prompts of the paper's section 6 and appendix D.2 (tables 14 and 15), as its code has them.
 
 The nouns are those of WinoBias (Zhao et al. 2018). `{}` stands for the noun. The oddities are the authors'; they
 stay, so that figures can be compared.

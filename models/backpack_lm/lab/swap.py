@@ -1,4 +1,4 @@
-"""Change what a word says: of one word it said before, it says now of another (paper, section 6.2)."""
+"""Change what a word says: of one word it said before, it says now of another (paper, section 6)."""
 
 from __future__ import annotations
 

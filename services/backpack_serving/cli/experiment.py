@@ -90,7 +90,7 @@ def lexical(
     folder: Out = RESULTS,
     threads: Threads = 0,
 ) -> None:
-    """Lexical similarity: which sense ranks word pairs as people do (paper, section 4.3)."""
+    """Lexical similarity: which sense ranks word pairs as people do (paper, section 5)."""
     with exits():
         from backpack_lm.experiments.lexical import LexicalSimilarity
 
@@ -112,7 +112,7 @@ def language(
     folder: Out = RESULTS,
     threads: Threads = 0,
 ) -> None:
-    """Language modelling: perplexity, beside that of the Transformer twin (paper, section 4.2)."""
+    """Language modelling: perplexity, beside that of the Transformer twin (paper, section 4)."""
     with exits():
         from backpack_lm.experiments.language import LanguageModelling
 
@@ -129,7 +129,7 @@ def bias(
     folder: Out = RESULTS,
     threads: Threads = 0,
 ) -> None:
-    """Gender bias after role nouns: which sense carries it, removing it, fitting it (paper, section 6.1)."""
+    """Gender bias after role nouns: which sense carries it, removing it, fitting it (paper, section 6)."""
     with exits():
         from backpack_lm.experiments.bias import GenderBias
 
@@ -150,7 +150,7 @@ def facts(
     folder: Out = RESULTS,
     threads: Threads = 0,
 ) -> None:
-    """Knowledge editing: do swaps turn facts, and what else do they move (paper, section 6.2)."""
+    """Knowledge editing: do swaps turn facts, and what else do they move (paper, section 6)."""
     with exits():
         from backpack_lm.experiments.facts import KnowledgeEditing
 
@@ -173,7 +173,7 @@ def topics(
     folder: Out = RESULTS,
     threads: Threads = 0,
 ) -> None:
-    """Topic control by the paper's multipliers and by `lab topic`, beside a logit bias (section 6.3).
+    """Topic control by the paper's multipliers and by `lab topic`, beside a logit bias (section 6).
 
     A stopped run goes on.
     """

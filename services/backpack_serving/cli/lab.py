@@ -99,7 +99,7 @@ def debias(
     model: Model = None,
     threads: Threads = 0,
 ) -> None:
-    """Fit one scale of a sense for each word, so that two words come out alike after it (paper, section 6.1)."""
+    """Fit one scale of a sense for each word, so that two words come out alike after it (paper, section 6)."""
     with exits():
         from backpack_lm.lab import debias as lab
         from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
@@ -174,7 +174,7 @@ def swap_fact(
     model: Model = None,
     threads: Threads = 0,
 ) -> None:
-    """Let a word say one thing instead of another (paper, section 6.2); shows what else moves."""
+    """Let a word say one thing instead of another (paper, section 6); shows what else moves."""
     with exits():
         from backpack_lm.lab import swap as lab
 
