@@ -113,6 +113,8 @@ class BackpackConfig:
             values.setdefault("num_senses", values["num_content_vectors"])
         if values.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
             raise ConfigError(f"activation_function {values['activation_function']!r}; a Backpack uses 'gelu_new'")
+        if (scaled := values.get("scale_attn_weights", True)) is not True:
+            raise ConfigError(f"scale_attn_weights is {scaled!r}; a Backpack's attention is scaled by 1/√(d/H)")
         known = {f.name for f in fields(cls)}
         required = {"vocab_size", "n_positions", "n_embd", "n_layer", "n_head"}
         if missing := sorted(required - values.keys()):

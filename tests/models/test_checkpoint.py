@@ -197,7 +197,14 @@ def test_nanobackpack_and_gpt2_are_refused_with_the_reason(state: State) -> None
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("n_embd", "24"), ("n_head", 4.0), ("n_layer", None), ("num_tokens", 65), ("eos_token_id", 64)],
+    [
+        ("n_embd", "24"),
+        ("n_head", 4.0),
+        ("n_layer", None),
+        ("num_tokens", 65),
+        ("eos_token_id", 64),
+        ("scale_attn_weights", False),
+    ],
 )
 def test_a_config_that_no_model_can_have_is_refused_by_name(state: State, field: str, value: object) -> None:
     """Ids beyond the vocabulary would be looked up beyond the embedding."""
