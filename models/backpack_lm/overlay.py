@@ -38,17 +38,9 @@ class SenseTable:
     `unscored` [V] marks ids that no topic may touch: end of text and the padding of the vocabulary.
     """
 
-    def __init__(
-        self,
-        rows: Tensor,
-        embedding: Tensor,
-        unscored: Tensor | None = None,
-        peaks: Tensor | None = None,
-    ) -> None:
+    def __init__(self, rows: Tensor, embedding: Tensor, unscored: Tensor | None = None) -> None:
         self.rows, self.embedding = rows, embedding
         self.unscored = torch.zeros(len(rows), dtype=torch.bool) if unscored is None else unscored
-        if peaks is not None:
-            self.__dict__["peaks"] = peaks
 
     @cached_property
     def peaks(self) -> Tensor:

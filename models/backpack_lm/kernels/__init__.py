@@ -6,6 +6,6 @@
 
 from backpack_lm.kernels.caches import Caches, Drawing, New, Prediction, Run
 from backpack_lm.kernels.choice import Device, Precision, choose
-from backpack_lm.kernels.seam import Compute, Kernels
+from backpack_lm.kernels.seam import Kernels
 
-__all__ = ["Caches", "Compute", "Device", "Drawing", "Kernels", "New", "Precision", "Prediction", "Run", "choose"]
+__all__ = ["Caches", "Device", "Drawing", "Kernels", "New", "Precision", "Prediction", "Run", "choose"]
