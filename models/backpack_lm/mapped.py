@@ -5,10 +5,12 @@ The mapping is private and longer than the table: what a replica writes behind i
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,45 +26,54 @@ Progress = Callable[[int, int], None]
 """Called with how many tokens of how many are done."""
 
 
-def file_of(fingerprint: str, dtype: torch.dtype) -> Path:
-    """Where the table of a model is kept: named by what it was computed from, so it is never stale."""
-    return folder("tables") / f"{fingerprint[:32]}.{str(dtype).removeprefix('torch.')}"
-
-
 @torch.inference_mode()
 def prepare(
     model: Backpack, fingerprint: str, dtype: torch.dtype, progress: Progress = lambda done, of: None
 ) -> Path:
-    """Write the table, whole or not at all, unless it is there; its file. Raises OSError if it can't be."""
-    path = file_of(fingerprint, dtype)
-    if path.exists():
-        return path
-    embedding = model.embedding.detach()
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as scratch:
+    """The file of a model's table, named by what it was computed from and by its checksum.
+
+    If there is none, or it is damaged, it is written, whole or not at all. Raises OSError if it can't be.
+    """
+    embedding, there = model.embedding.detach(), folder("tables")
+    start = f"{fingerprint[:32]}.{str(dtype).removeprefix('torch.')}"
+    size = _rows(model) * model.config.n_embd * dtype.itemsize
+    for path in there.glob(f"{start}*"):
+        with suppress(FileNotFoundError):  # another replica removes it, too
+            if path.suffix[1:] == _checksum(path, size):
+                return path
+            path.unlink()  # who has mapped it keeps what it has
+    with tempfile.NamedTemporaryFile(dir=there, delete=False) as scratch:
         try:
-            for start in range(0, len(embedding), CHUNK):
-                senses = model.sense_network(embedding[start : start + CHUNK]).to(dtype)
+            for at in range(0, len(embedding), CHUNK):
+                senses = model.sense_network(embedding[at : at + CHUNK]).to(dtype)
                 scratch.write(senses.contiguous().view(torch.uint8).numpy().data)
-                progress(min(start + CHUNK, len(embedding)), len(embedding))
+                progress(min(at + CHUNK, len(embedding)), len(embedding))
             scratch.flush()
             os.fsync(scratch.fileno())
-            Path(scratch.name).replace(path)
+            made = Path(scratch.name)
+            return made.replace(there / f"{start}.{_checksum(made, size)}")
         except BaseException:
             Path(scratch.name).unlink(missing_ok=True)
             raise
-    return path
+
+
+def _checksum(path: Path, size: int) -> str:
+    """Of so many bytes of a file, those of the table: what is behind them, if anything, is a hole."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while size and (part := file.read(min(size, 2**20))):
+            digest.update(part)
+            size -= len(part)
+    return digest.hexdigest()[:16]
+
+
+def _rows(model: Backpack) -> int:
+    return model.config.vocab_size * model.config.num_senses
 
 
 def mapped(path: Path, model: Backpack, dtype: torch.dtype, room: int) -> Tensor:
-    """The table in a file of `prepare`, [V·k + room, d], with `room` rows of zeros behind the model's own.
-
-    Raises ValueError if the file is shorter than the model's table: it was damaged, and may be deleted.
-    """
-    config = model.config
-    rows = config.vocab_size * config.num_senses
-    shape, wanted = (rows + room, config.n_embd), rows * config.n_embd * dtype.itemsize
-    if path.stat().st_size < wanted:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes of {wanted}; delete it, it is made anew")
+    """The table in a file of `prepare`, [V·k + room, d], with `room` rows of zeros behind the model's own."""
+    shape = (_rows(model) + room, model.config.n_embd)
     if path.stat().st_size < (whole := math.prod(shape) * dtype.itemsize):
         with path.open("r+b") as file:
             # A hole takes no space on disk. Not truncated to this length: a replica with more room may have mapped

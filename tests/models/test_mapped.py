@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,11 +77,22 @@ def test_an_interrupted_preparation_leaves_nothing(model: Backpack, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_file_is_refused_with_the_fix(model: Backpack) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: whole[:1000],
+        lambda whole: whole[:3000] + bytes(100) + whole[3100:],
+        lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
+    ],
+    ids=["cut off", "hole", "bit"],
+)
+def test_a_damaged_file_is_made_anew(model: Backpack, damage: Callable[[bytes], bytes]) -> None:
     path = mapped.prepare(model, "ab" * 32, torch.float32)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="1000 bytes of 7200; delete it"):
-        mapped.mapped(path, model, torch.float32, 0)
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert mapped.prepare(model, "ab" * 32, torch.float32) == path
+    assert path.read_bytes() == whole
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_replica_that_can_write_no_cache_keeps_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
