@@ -11,17 +11,14 @@ from shutil import copyfile
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from backpack_serving.cli.client import PrecisionName, exits
+from backpack_serving.cli.client import PrecisionName, err, exits
 
 if TYPE_CHECKING:
     from backpack_lm.tokenizer import Tokenizer
     from backpack_lm.training.data import Source
     from backpack_lm.training.trainer import Trainer
-
-console = Console(stderr=True)
 
 COLUMNS = (
     TextColumn("{task.description}"),
@@ -99,7 +96,7 @@ def train(
     )
     folder = out / "data"
     tokenizer = _tokenizer(corpus, folder, vocabulary, after)
-    with Progress(*COLUMNS, console=console) as progress:
+    with Progress(*COLUMNS, console=err) as progress:
         _tokenise(corpus, tokenizer, folder, progress)
         config = replace(config, vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.end_of_text)
         name = "twin" if twin else "backpack"
@@ -116,14 +113,14 @@ def train(
     for source in corpus:
         value = perplexities.get(source.name)
         told = f"none, fewer than {context + 1} tokens are held out" if value is None else f"{value:.2f}"
-        console.print(f"held-out perplexity, {source.name}: {told}", markup=False)
+        err.print(f"held-out perplexity, {source.name}: {told}", markup=False)
     parts = [after, out] if after else [out]
     made = [name for name in ("backpack", "twin") if (out / name / "log.jsonl").exists()]
     plot({name: [part / name for part in parts] for name in made}, out / "loss.svg")
     if not twin:
         model = out / "model"
         serve = f"BACKPACK_MODEL={shlex.quote(str(model))} backpack run"
-        console.print(f"wrote {model}; serve it with {serve}", markup=False)
+        err.print(f"wrote {model}; serve it with {serve}", markup=False)
 
 
 def _tokenizer(corpus: Sequence[Source], folder: Path, vocabulary: int, after: Path | None) -> Tokenizer:
@@ -137,11 +134,11 @@ def _tokenizer(corpus: Sequence[Source], folder: Path, vocabulary: int, after: P
     if after is not None:
         _same_tokenizer(after / folder.name / TOKENIZER, file)
     elif not file.exists():
-        console.print(f"Learning a tokenizer of {vocabulary} tokens")
+        err.print(f"Learning a tokenizer of {vocabulary} tokens")
         data.train_tokenizer(corpus, vocabulary, file)
     tokenizer = Tokenizer.read(file)
     if tokenizer.vocab_size != vocabulary:  # learnt before, or from a text too short for more
-        console.print(f"{file} has {tokenizer.vocab_size} tokens, not {vocabulary}", markup=False)
+        err.print(f"{file} has {tokenizer.vocab_size} tokens, not {vocabulary}", markup=False)
     return tokenizer
 
 
