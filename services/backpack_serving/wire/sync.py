@@ -228,7 +228,8 @@ def _known(change: pb.Change) -> Known:
             return KnownTenant(change.tenant.tenant, change.tenant.suspended)
         case "key":
             key = change.key
-            principal = Principal(key.tenant, key.key, frozenset(ROLES[role] for role in key.roles))
+            roles = frozenset(ROLES[role] for role in key.roles if role in ROLES)  # others are a newer version's
+            principal = Principal(key.tenant, key.key, roles)
             return KnownKey(principal, Verifier(key.salt, key.verifier), key.revoked)
         case "channel":
             c = change.channel
