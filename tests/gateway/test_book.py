@@ -41,10 +41,8 @@ class Told:
         self.book = Book(self.reader, self.expires, self.serve_expired, lambda: self.now)
 
     def hear(self, position: tuple[int, int], *changes: Known, whole: bool = False) -> None:
-        at = Position(*position)
-        message = (
-            Snapshot(at.revision, at, changes) if whole else Delta(at.revision, self.book.position, at, changes)
-        )
+        before, at = self.reader.view.position, Position(*position)
+        message = Snapshot(at.revision, at, changes) if whole else Delta(at.revision, before, at, changes)
         self.reader.receive(message, self.now)
         self.reader.settle(at.revision, (), self.now)
         self.reader.hold(self.reader.known, self.reader.known_at)
@@ -79,7 +77,7 @@ def test_a_change_replaces_and_moves_the_position(told: Told) -> None:
 
 def test_absence_is_never_deletion(told: Told) -> None:
     told.hear((2, 1), whole=True)
-    assert told.book.position == Position(2, 1)
+    assert told.reader.view.position == Position(2, 1)
     assert told.book.authenticate(str(KEY)) == WHO
     assert told.book.pin("acme", "live").digest == STABLE.digest
 
@@ -159,4 +157,4 @@ def test_news_of_another_epoch_or_beyond_a_gap_moves_nothing(told: Told) -> None
     for base, at in ((Position(1, 8), Position(1, 9)), (Position(0, 7), Position(0, 8))):
         told.reader.receive(Delta(99, base, at, (KnownChannel("acme", "live", OTHER),)), 0.0)
         assert told.reader.pending is None
-    assert told.book.position == Position(1, 7)
+    assert told.reader.view.position == Position(1, 7)

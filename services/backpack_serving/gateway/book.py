@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from backpack_serving.errors import NotFound, Unavailable
 from backpack_serving.keys import ApiKey, Principal, suspended, unknown_key
-from backpack_serving.sync.known import Position, ReleaseRef, View
+from backpack_serving.sync.known import ReleaseRef, View
 from backpack_serving.sync.reader import Reader
 
 
@@ -48,11 +48,6 @@ class Book:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._reader, self._expires, self._serve_expired, self._clock = reader, expires, serve_expired, clock
-
-    @property
-    def position(self) -> Position:
-        """Up to which nothing is missing."""
-        return self._reader.view.position
 
     @property
     def age(self) -> float:
