@@ -81,6 +81,8 @@ def save(model: Backpack, tokenizer: Path, folder: Path) -> Manifest:
     manifest = Manifest(fingerprint(folder), model.config, table.sense_rms)
     metadata = {"fingerprint": manifest.fingerprint}
     save_file({"peaks": table.peaks.contiguous()}, folder / TOPICS, metadata=metadata)
+    for name in (WEIGHTS, TOPICS):  # safetensors makes them for their owner alone, who needn't be who serves them
+        (folder / name).chmod((folder / CONFIG).stat().st_mode)
     manifest.write(folder)
     return manifest
 

@@ -272,6 +272,10 @@ def test_a_saved_model_is_in_the_hugging_face_layout_and_comes_back(folder: Path
     torch.testing.assert_close(table.peaks, model.sense_table().peaks)
 
 
+def test_all_files_of_a_saved_model_are_for_the_same_people(folder: Path) -> None:
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
 def test_the_fingerprint_covers_config_tokenizer_and_every_weight(folder: Path) -> None:
     fingerprints = {verify(folder).fingerprint}
     config = json.loads((folder / "config.json").read_text())
