@@ -201,6 +201,7 @@ async def test_min_revision_is_waited_for_and_refused_clearly(tmp_path: Path) ->
         told = await _refused(system, request, key)
         assert (told.code, told.reason) == ("FAILED_PRECONDITION", "NOT_WRITTEN"), "whoever asks so is to blame"
         parts.proxy.half_open()  # now it may have been written, for all that the gateway knows
+        await asyncio.sleep(0.2)  # for what is under way
         told = await _refused(system, request, key)
         assert (told.code, told.reason, told.retry_after) == ("UNAVAILABLE", "BEHIND", 0.5)
 
