@@ -125,7 +125,7 @@ class ChannelRules(Rules):
                     "CANARY_RUNNING",
                     f"{old.name} has release {old.canary} as its canary; promote or abort it first",
                 )
-            drawn = salt or old.salt if old.canary is not None else salt or secrets.token_hex(8)
+            drawn = salt or old.salt or secrets.token_hex(8)  # a channel has one as long as it has a canary
             return replace(
                 old, canary=release, canary_digest=wanted.digest, permille=permille, salt=drawn, aborted=""
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any, TypeVar
@@ -134,11 +134,11 @@ class SQLStore(ABC):
         self.engine.dispose()
 
     @abstractmethod
-    def _reading(self, tenant: str | None) -> Any:
+    def _reading(self, tenant: str | None) -> AbstractContextManager[sa.Connection]:
         """A connection in a transaction that sees one state of the database."""
 
     @abstractmethod
-    def _writing(self, tenant: str | None) -> Any:
+    def _writing(self, tenant: str | None) -> AbstractContextManager[sa.Connection]:
         """A connection for a transaction that writes."""
 
     def _enter(self, connection: sa.Connection, tenant: str | None) -> None:  # noqa: B027

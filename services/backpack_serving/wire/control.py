@@ -82,7 +82,7 @@ def parse_number(field: str, text: str) -> int:
 
 def parse_key(field: str, name: str) -> tuple[str, str]:
     """(tenant, key) of a key's name. Operators name keys of every tenant. Raises InvalidRequest."""
-    match = re.fullmatch("tenants/([^/\\0]+)/keys/([^/\\0]+)", name)
+    match = re.fullmatch(r"tenants/([^/\0]+)/keys/([^/\0]+)", name)
     if not match:
         raise InvalidRequest.at(field, "BAD_NAME", f"{name!r}; write tenants/…/keys/…")
     return match[1], match[2]
