@@ -13,8 +13,9 @@ import pytest
 import pytest_asyncio
 from backpack_lm.manifest import Manifest
 from backpack_proto.v1 import interventions_pb2 as ipb
+from backpack_proto.v1 import sync_pb2 as spb
 from backpack_serving import rpc, tasks
-from backpack_serving.errors import PreconditionFailed, Unavailable
+from backpack_serving.errors import InvalidRequest, PreconditionFailed, Unavailable
 from backpack_serving.interventions import bootstrap as interventions
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import Settings
@@ -122,6 +123,23 @@ async def test_p6_views_are_written_to_disk_one_after_the_other(
     assert not together
     assert not follower.early
     assert follower.on_disk == follower.seen[-1], "what was written last is what holds"
+
+
+@pytest.mark.parametrize("counts", [(20, 20, -1), (-5, -5, -5), (1, 2, 0), (2**53 + 1, 0, 0)])
+async def test_counts_that_no_gateway_can_have_are_refused(system: System, counts: tuple[int, int, int]) -> None:
+    """A negative number of answers ended a canary; enormous ones made a tenant's question an internal error."""
+    requests, errors, non_finite = counts
+    tally = spb.Tally(tenant="acme", channel="live", requests=requests, errors=errors, non_finite=non_finite)
+    hello = spb.Hello(
+        kind=spb.READER_KIND_GATEWAY,
+        incarnation="x",
+        model_fingerprint=Manifest.read(system.settings.model).fingerprint,
+        whole=True,
+    )
+    said = [spb.SyncRequest(hello=hello), spb.SyncRequest(report=spb.Report(tallies=[tally]))]
+    with pytest.raises(InvalidRequest, match=r"report\.tallies"), rpc.errors():
+        async for _ in system.sync.Sync(iter(said), metadata=system.replica):
+            pass
 
 
 async def test_a_link_goes_on_after_a_message_that_can_not_be_sent(

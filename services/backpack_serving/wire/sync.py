@@ -32,6 +32,9 @@ KIND_NUMBERS = {kind: number for number, kind in KINDS.items()}
 CHANGES = 5_000
 """How many changes of a snapshot travel in one message: about a megabyte."""
 
+MOST_REQUESTS = 2**53
+"""Of one tally. What all readers counted together has to fit into a message as well."""
+
 
 def read_position(message: inference_pb2.Position) -> Position:
     return Position(message.epoch, message.revision)
@@ -91,11 +94,8 @@ def read_from_reader(message: pb.SyncRequest) -> m.FromReader:
         case "nack":
             return m.Nack(message.nack.nonce, _refusals(message.nack.refusals))
         case "report":
-            tallies = (
-                m.Tally(t.tenant, t.channel, t.release_digest, t.requests, t.errors, t.non_finite)
-                for t in message.report.tallies
-            )
-            return m.Report(_refusals(message.report.refusals), tuple(tallies), message.report.releases)
+            tallies = tuple(map(_tally, message.report.tallies))
+            return m.Report(_refusals(message.report.refusals), tallies, message.report.releases)
         case _:
             raise InvalidRequest.at("message", "UNKNOWN_KIND", "no message that this service knows")
 
@@ -113,6 +113,15 @@ def write_refusal(refusal: m.Refusal) -> pb.Refusal:
 
 def _refusals(refusals: Iterable[pb.Refusal]) -> tuple[m.Refusal, ...]:
     return tuple(m.Refusal(r.tenant, r.channel, r.release_digest, r.reason, r.message, r.final) for r in refusals)
+
+
+def _tally(tally: pb.Tally) -> m.Tally:
+    """Raises InvalidRequest for counts that no gateway can have."""
+    counts = tally.requests, tally.errors, tally.non_finite
+    if not MOST_REQUESTS >= counts[0] >= counts[1] >= counts[2] >= 0:
+        text = "{} requests, {} failed, {} not numbers; each 0 to the one before it".format(*counts)
+        raise InvalidRequest.at("report.tallies", "OUT_OF_RANGE", text)
+    return m.Tally(tally.tenant, tally.channel, tally.release_digest, *counts)
 
 
 def write_tally(tally: m.Tally) -> pb.Tally:
