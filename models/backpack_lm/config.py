@@ -59,10 +59,11 @@ class BackpackConfig:
             raise ConfigError(f"layer_norm_epsilon is {epsilon!r}; it must be a number between 0 and 1")
         if not isinstance(scaled, bool):
             raise ConfigError(f"scale_attn_by_inverse_layer_idx is {scaled!r}; it must be true or false")
-        for name, last in (("num_tokens", self.vocab_size), ("eos_token_id", self.vocab_size - 1)):
+        V = self.vocab_size
+        for name, first, last in (("num_tokens", 1, V), ("eos_token_id", 0, V - 1)):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and 0 <= value <= last):
-                raise ConfigError(f"{name} is {value!r}; with vocab_size {self.vocab_size} it is at most {last}")
+            if value is not None and not (isinstance(value, int) and first <= value <= last):
+                raise ConfigError(f"{name} is {value!r}; with vocab_size {V} it is {first} to {last}")
         if self.n_embd % self.n_head:
             raise ConfigError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads")
         if self.n_embd < self.num_senses:

@@ -202,6 +202,7 @@ def test_nanobackpack_and_gpt2_are_refused_with_the_reason(state: State) -> None
         ("n_head", 4.0),
         ("n_layer", None),
         ("num_tokens", 65),
+        ("num_tokens", 0),
         ("eos_token_id", 64),
         ("scale_attn_weights", False),
     ],
