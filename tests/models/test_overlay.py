@@ -21,9 +21,12 @@ from backpack_lm.patch import (
     Topic,
     Vector,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.models.conftest import EOS, REAL, D, K, T, V
+from tests.models.test_compare import edits
 
 IDS = torch.randint(1, REAL, (2, T), generator=torch.Generator().manual_seed(3))
 EVERY = tuple(Cell(t, s) for t in range(REAL) for s in range(K))
@@ -140,6 +143,43 @@ def test_a_copy_reads_its_source_before_anything_of_it_is_written(model: Backpac
     cells = tuple(Cell(t, s) for t in (a, b) for s in range(K))
     overlay = Overlay.compile(_release(Copy(cells, b)), table)
     torch.testing.assert_close(model(IDS, overlay), _dense(model, senses, IDS), atol=1e-5, rtol=1e-5)
+
+
+def _one_cell(edit: Edit, v: Tensor, cell: Cell, senses: Tensor, e: Tensor) -> Tensor:
+    """What an edit makes of one vector, from its definition in `edits.py`."""
+    match edit:
+        case Scale(factor=s):
+            return v * s
+        case Add(delta=delta):
+            return v + torch.tensor(delta.values().tolist())
+        case Set(vector=vector):
+            return torch.tensor(vector.values().tolist()).double()
+        case Copy():
+            return senses[edit.source, cell.sense if edit.source_sense is None else edit.source_sense]
+        case ProjectOut(direction=r):
+            return v - (v @ e[r]) / (e[r] @ e[r]) * e[r]
+        case Swap(old=r, new=a):
+            c = (v @ e[r]) / (e[r] @ e[r])
+            return v - c * e[r] + c * e[a] * (e[r] @ e[r]) / (e[a] @ e[a])
+    return v  # a topic leaves vectors alone
+
+
+@settings(max_examples=100, deadline=None)
+@given(revisions=st.lists(st.lists(edits, max_size=6).map(tuple), min_size=1, max_size=4))
+def test_any_edits_are_what_they_make_of_one_cell_after_another(
+    table: SenseTable, revisions: list[tuple[Edit, ...]]
+) -> None:
+    senses, embedding = table.rows.double(), table.embedding.double()
+    for edit in (edit for revision in revisions for edit in revision):
+        before = senses.clone()
+        for cell in edit.cells:
+            senses[cell.token, cell.sense] = _one_cell(
+                edit, before[cell.token, cell.sense], cell, before, embedding
+            )
+    overlay = Overlay.compile(Release(tuple(Revision("ab" * 32, revision) for revision in revisions)), table)
+    ids = torch.arange(V)[None]
+    found = overlay.replace(ids, table.rows[ids])[0].double()
+    torch.testing.assert_close(found, senses, rtol=1e-5, atol=1e-5)
 
 
 # ---- topics
