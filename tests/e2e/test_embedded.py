@@ -200,9 +200,10 @@ async def test_an_activation_steers_the_next_request_and_not_the_one_that_runs(s
 
 async def test_a_channel_of_ones_own(system: System) -> None:
     key = await system.tenant()
-    await system.activate(key, await system.release(key, *EDITS["copy"]), channel="beta")
+    moved = await system.activate(key, await system.release(key, *EDITS["copy"]), channel="beta")
     await system.known(key)
     request = pb.GenerateRequest(prompt=pb.Prompt(text=PROMPT), sampling=pb.Sampling(max_tokens=1), channel="beta")
+    request.min_revision.CopyFrom(moved.position)
     answer = await system.inference.Generate(request, metadata=key)
     assert (answer.served.channel, answer.served.release) == ("beta", 1)
 
