@@ -7,6 +7,7 @@ import socket
 import ssl
 import sys
 import threading
+import time
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
@@ -20,6 +21,9 @@ from backpack_serving.tls import Reloaded, Tls, listener_context
 log = structlog.get_logger(__name__)
 
 PORTS = 16
+
+PAUSE = 0.1
+"""Seconds before another connection is asked for when one couldn't be taken."""
 
 
 class _Handler(WSGIRequestHandler):
@@ -35,7 +39,11 @@ class _Server(ThreadingWSGIServer):
     context: Reloaded[ssl.SSLContext] | None = None
 
     def get_request(self) -> Any:
-        connection, peer = super().get_request()
+        try:
+            connection, peer = super().get_request()
+        except OSError:  # no descriptor is left: the connection waits, and to ask again at once takes a core
+            time.sleep(PAUSE)
+            raise
         if self.context is None:
             return connection, peer
         # Without the handshake, which the connection's own thread does: nobody waits for a slow client.

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import queue
 import socket
+import socketserver
+import threading
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -124,6 +129,27 @@ async def test_a_port_that_is_taken_gives_way_to_the_next(address: str) -> None:
     host, _, port = address.rpartition(":")
     assert other.startswith(f"{host}:")
     assert 0 < int(other.rpartition(":")[2]) - int(port) < 16
+
+
+async def test_a_listener_without_descriptors_waits_between_its_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asked again and again, for as long as clients held them all: a core, of those that compute."""
+    short, accept, steps = threading.Event(), socketserver.TCPServer.get_request, queue.SimpleQueue[str]()
+
+    def get_request(server: socketserver.TCPServer) -> Any:
+        if short.is_set():
+            steps.put("try")
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(server)
+
+    monkeypatch.setattr(socketserver.TCPServer, "get_request", get_request)
+    monkeypatch.setattr(exposition, "time", SimpleNamespace(sleep=lambda _: steps.put("pause")))
+    short.set()
+    address = exposition.listen(metrics.Metrics().registry, "127.0.0.1:0")
+    scrape = asyncio.create_task(_scrape(address))
+    seen = [await asyncio.to_thread(steps.get, timeout=30) for _ in range(6)]
+    assert seen == ["try", "pause"] * 3
+    short.clear()
+    assert await scrape
 
 
 async def test_metrics_are_told_over_ipv6() -> None:
