@@ -5,6 +5,7 @@ The mapping is private and longer than the table: what a replica writes behind i
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import math
 import os
@@ -21,6 +22,9 @@ from backpack_lm.model import Backpack
 
 CHUNK = 1024
 """Tokens whose senses are computed at a time."""
+
+PARTIAL = ".partial"
+"""How the name of a file ends that isn't whole yet."""
 
 Progress = Callable[[int, int], None]
 """Called with how many tokens of how many are done."""
@@ -42,8 +46,10 @@ def prepare(
             if path.suffix[1:] == _checksum(path, size):
                 return path
             path.unlink()  # who has mapped it keeps what it has
-    with tempfile.NamedTemporaryFile(dir=there, delete=False) as scratch:
+    _tidy(there)
+    with tempfile.NamedTemporaryFile(dir=there, suffix=PARTIAL, delete=False) as scratch:
         try:
+            fcntl.flock(scratch, fcntl.LOCK_EX)
             for at in range(0, len(embedding), CHUNK):
                 senses = model.sense_network(embedding[at : at + CHUNK]).to(dtype)
                 scratch.write(senses.contiguous().view(torch.uint8).numpy().data)
@@ -55,6 +61,14 @@ def prepare(
         except BaseException:
             Path(scratch.name).unlink(missing_ok=True)
             raise
+
+
+def _tidy(there: Path) -> None:
+    """Remove what processes left that were killed while they wrote. Who still writes has a lock on it."""
+    for left in there.glob(f"*{PARTIAL}"):
+        with suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 def _checksum(path: Path, size: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +76,17 @@ def test_an_interrupted_preparation_leaves_nothing(model: Backpack, tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         mapped.prepare(model, "ab" * 32, torch.float32, stop)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_being_written_is_not(
+    model: Backpack, tmp_path: Path
+) -> None:
+    left, held = (tmp_path / f"{n}{mapped.PARTIAL}" for n in range(2))
+    left.write_bytes(b"half")
+    with held.open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        path = mapped.prepare(model, "ab" * 32, torch.float32)
+    assert sorted(tmp_path.iterdir()) == sorted([held, path])
 
 
 @pytest.mark.parametrize(
