@@ -27,6 +27,8 @@ from backpack_serving.keys import Principal, Role
 from backpack_serving.metrics import Metrics
 from backpack_serving.settings import default_model
 
+from tests.rpc.test_strangers import DATA, LAST, answered, begin, frame
+
 MANIFEST, TOKENIZER = Manifest.read(default_model()), Tokenizer.read(default_model() / "tokenizer.json")
 PINNED = Pinned("t", "live", 1, "ab" * 32, 1, 1)
 SERVED = pb.Served(tenant="t", release=1, release_digest=PINNED.digest)
@@ -245,3 +247,14 @@ async def test_every_sample_of_a_stream_must_be_of_the_pinned_release() -> None:
         with pytest.raises(ServiceError, match=f"answered with {'cd' * 32}") as refused:
             await anext(parts)
         assert (refused.value.code, refused.value.reason) == ("INTERNAL", "WRONG_RELEASE")
+
+
+async def test_a_deadline_that_means_none_reaches_a_replica_as_one_that_can_be_counted() -> None:
+    """Go and Java send the largest that they have, 292 years; added to now, gRPC took it for the past."""
+    prompt = pb.Prompt(tokens=pb.TokenIds(ids=PROMPT))
+    message = pb.GenerateRequest(prompt=prompt, sampling=pb.Sampling(max_tokens=1)).SerializeToString()
+    path = "/backpack.v1.InferenceService/Generate"
+    call = begin(1, path, **{"grpc-timeout": "2562047H"})
+    call += frame(DATA, LAST, 1, b"\0" + len(message).to_bytes(4, "big") + message)
+    async with _running() as running:
+        assert await asyncio.to_thread(answered, running.gateway, call)

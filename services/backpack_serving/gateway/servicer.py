@@ -35,6 +35,11 @@ LONG_TEXT = 4096
 GPT-2's, a text may have 131,072, which take 50, also if only to be refused for their tokens.
 """
 
+LONGEST = 86_400.0
+"""Seconds that a replica has for a call at most. Go's and Java's largest deadline, 292 years, is more than gRPC's
+Python can add to the time, which it then takes for the past.
+"""
+
 R = TypeVar(
     "R", pb.GenerateResponse, pb.ScoreResponse, pb.ExplainResponse, pb.CompareResponse, pb.ListSensesResponse
 )
@@ -194,7 +199,8 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         """
         metadata = (*rpc.with_key(self._service_key), *rpc.with_request_id(), *tracing.headers())
         pin = ((wire.PIN, write_pin(pinned).SerializeToString()),) if pinned else ()
-        return {"metadata": (*metadata, *pin), "timeout": context.time_remaining()}
+        left = context.time_remaining()
+        return {"metadata": (*metadata, *pin), "timeout": None if left is None else min(left, LONGEST)}
 
     async def _unary(
         self,
