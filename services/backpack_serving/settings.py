@@ -187,12 +187,7 @@ class Settings(BaseSettings):
         "multiplies it. In either, a request gets the same tokens in any company, on a CPU; between them they may "
         "differ.",
     )
-    threads: int = Field(
-        0,
-        ge=0,
-        le=1024,
-        description="Threads of a replica's arithmetic; 0 for all cores but one, which its messages need.",
-    )
+    threads: int = Field(0, ge=0, le=1024, description="Threads of a replica's arithmetic; 0 for torch's choice.")
 
     stale_after: float = Field(
         10.0,

@@ -43,9 +43,6 @@ log = structlog.get_logger(__name__)
 Report = Callable[[directory_pb2.Replica], Awaitable[None]]
 """How a replica tells the directory about itself."""
 
-CORES = torch.get_num_threads()
-"""That this process may use, or, as Ray tells its workers, those that OMP_NUM_THREADS says."""
-
 FETCH_SECONDS = 30.0
 TIDY_SECONDS = 600.0
 
@@ -163,8 +160,8 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
     or certificates are no good, EngineStopped if the first token can't be made, OSError for the address or a key.
     """
     device, precision, room = Device(settings.device).torch(), Precision(settings.precision), settings.overlay_rows
-    # Before a worker thread computes anything: it would keep the number that held then.
-    torch.set_num_threads(settings.threads or max(1, CORES - 1))
+    if settings.threads:  # before a worker thread computes anything: it would keep the number that held then
+        torch.set_num_threads(settings.threads)
     with _enough_memory(settings):
         served = await asyncio.to_thread(ServedModel.read, settings.model, precision, room, device)
         runner = Runner(served.model, served.storage, settings.slots)

@@ -36,13 +36,13 @@ EXPORTS(float32, float)
 EXPORTS(bfloat16, bf16)
 
 void draw_float32(const float* logits, int count, int vocabulary, const Drawing* how, int32_t* out) {
-#pragma omp parallel for schedule(dynamic, 1)
+#pragma omp parallel for schedule(dynamic, 1) if (count > 1)
     for (int n = 0; n < count; n++) out[n] = draw(logits + size_t(n) * vocabulary, vocabulary, how[n]);
 }
 
 void log_probabilities_float32(const float* logits, int count, int vocabulary, const int32_t* chosen, int top,
                                double* own, int32_t* tokens, double* logs) {
-#pragma omp parallel for schedule(dynamic, 1)
+#pragma omp parallel for schedule(dynamic, 1) if (count > 1)
     for (int n = 0; n < count; n++)
         log_probabilities(logits + size_t(n) * vocabulary, vocabulary, chosen[n], top, own + n, tokens + n * top,
                           logs + n * top);
