@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+import psutil
 import pytest
 import torch
 from backpack_lm.config import BackpackConfig
@@ -242,6 +243,13 @@ def test_memory_in_huge_pages_is_memory() -> None:
     assert not made.any()
     made[2] = 1
     assert made.sum(1).tolist() == [0, 0, pages.HUGE]
+
+
+def test_memory_in_huge_pages_is_there_before_it_is_used() -> None:
+    """Made when a slot is used first, they kept its first token waiting for 0.15 s."""
+    before = psutil.Process().memory_info().rss
+    made = pages.zeros(64, pages.HUGE, dtype=torch.uint8)
+    assert psutil.Process().memory_info().rss - before > 0.9 * made.numel()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells")
