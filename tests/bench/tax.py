@@ -228,9 +228,11 @@ async def main(plain: Processes, on_ray: Settings, small: bool) -> None:
         for name, f in figures.items()
     ]
     described = "Backpack-Small" if small else Settings().model.name + " model"
+    precision = str(Precision.AUTO.dtype()).removeprefix("torch.")
     write(
         "tax_small" if small else "tax",
-        f"What the ways to the engine cost ({described}, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, one thread)",
+        f"What the ways to the engine cost ({described}, {precision}, "
+        f"{PROMPT_TOKENS} + {NEW_TOKENS} tokens, one thread)",
         " ".join(["python -m tests.bench.tax", *sys.argv[1:]]),
         [
             "way",
@@ -253,6 +255,7 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
+    os.environ["BACKPACK_PRECISION"] = "auto"  # as served; tests have float32
     state = Path(tempfile.mkdtemp())
     small = sys.argv[1:] == ["small"]
     if small:
