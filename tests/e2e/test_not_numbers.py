@@ -22,11 +22,11 @@ async def test_a_damaged_word_ends_its_requests_with_internal(
     served = ServedModel.read(default_model(), Precision.FLOAT32)
     (king,) = served.tokenizer.word_ids("king")
     row = served.manifest.config.num_senses * served.manifest.config.n_embd * 4
-    (file,) = tmp_path.glob("*.float32")
-    with file.open("r+b") as table:
-        table.seek(king * row)
-        table.write(b"\xff" * row)  # NaN
+    (file,) = tmp_path.glob("*.float32.*")
     async with running(tmp_path / "state", slots=2) as system:
+        with file.open("r+b") as table:
+            table.seek(king * row)
+            table.write(b"\xff" * row)  # NaN
         key = await system.tenant()
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await system.stream(key, "The king", max_tokens=4)
