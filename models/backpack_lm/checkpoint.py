@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from backpack_lm.config import BackpackConfig, ConfigError
+from backpack_lm.config import BackpackConfig, ConfigError, read_object
 from backpack_lm.layouts import CheckpointError, Tensors, to_hugging_face
 from backpack_lm.manifest import Manifest
 from backpack_lm.model import Backpack
@@ -48,9 +48,7 @@ def load(folder: Path) -> Backpack:
     CheckpointError, naming every missing, unknown, misshapen or non-finite tensor, and ConfigError.
     """
     try:
-        values = json.loads((folder / CONFIG).read_text("utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it isn't an object")
+        values = read_object(folder / CONFIG)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG} can't be read: {error}") from None
     return from_tensors(_read(folder), values)

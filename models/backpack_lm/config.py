@@ -134,12 +134,17 @@ class BackpackConfig:
     def read(cls, path: Path) -> BackpackConfig:
         """Read a `config.json` file. Raises ConfigError if it isn't one."""
         try:
-            values = json.loads(path.read_text("utf-8"))
-            if not isinstance(values, dict):
-                raise ValueError("it isn't an object")
-            return cls.from_json(values)
+            return cls.from_json(read_object(path))
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"{path}: {error}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises OSError, and ValueError or RecursionError if it holds none."""
+    values = json.loads(path.read_text("utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError("it isn't an object")
+    return values
 
 
 def _is_size(value: object, most: int) -> bool:

@@ -15,12 +15,10 @@ import structlog
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
-from backpack_serving.settings import LAST_PORT
+from backpack_serving.settings import LAST_PORT, PORTS, ports_from
 from backpack_serving.tls import Reloaded, Tls, listener_context
 
 log = structlog.get_logger(__name__)
-
-PORTS = 16
 
 PAUSE = 0.1
 """Seconds before another connection is asked for when one couldn't be taken."""
@@ -73,7 +71,7 @@ def listen(registry: CollectorRegistry, address: str, tls: Tls | None = None) ->
     if not first.isdecimal() or int(first) > LAST_PORT:
         raise ValueError(f"can't serve metrics on {address!r}: give host:port, as in 127.0.0.1:9100 or [::]:9100")
     kind = _Server6 if host.startswith("[") else _Server
-    for port in range(int(first), min(int(first) + PORTS, LAST_PORT + 1)):
+    for port in ports_from(int(first)):
         try:
             server = make_server(host.strip("[]"), port, make_wsgi_app(registry), kind, _Handler)
         except OSError as error:

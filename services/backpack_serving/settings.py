@@ -96,6 +96,15 @@ def unread() -> list[str]:
 
 LAST_PORT = 65_535
 
+PORTS = 16
+"""How many ports, from the one of a setting on, processes of a machine that share it try in turn."""
+
+
+def ports_from(first: int) -> range:
+    """Those ports, as far as there are any."""
+    return range(first, min(first + PORTS, LAST_PORT + 1))
+
+
 _DATABASE = re.compile(
     r"sqlite(\+\w+)?:///.+|postgresql(\+\w+)?://([^@]*@)?(\[[^]@]*\]|[^]\[@/?:]*)(:\d{0,5})?(/[^?@]*)?(\?.*)?"
 )

@@ -149,7 +149,7 @@ async def main(processes: Processes, endless: multiprocessing.Process, address: 
 
 if __name__ == "__main__":
     state = Path(tempfile.mkdtemp())
-    interventions.mint_key(state / "replica.key")
+    interventions.mint_key(Settings(state=state).key_file("replica"))
     processes = Processes(state)
     context = multiprocessing.get_context("spawn")
     heard, told = context.Pipe(duplex=False)

@@ -260,7 +260,7 @@ if __name__ == "__main__":
     small = sys.argv[1:] == ["small"]
     if small:
         os.environ["BACKPACK_MODEL"] = str(_small(state / "model"))
-    interventions.mint_key(state / "replica.key")
+    interventions.mint_key(Settings(state=state).key_file("replica"))
     processes = Processes(state, slots=32)
     ray_settings = processes.settings.model_copy(
         update={"directory_address": f"127.0.0.1:{free_port()}", "gateway_address": f"127.0.0.1:{free_port()}"}

@@ -208,7 +208,7 @@ if __name__ == "__main__":
         interventions_address="127.0.0.1:18471",
         directory_address=f"127.0.0.1:{GRPC_PORT}",
         directory_application=app.DIRECTORY,
-        service_key=interventions.mint_key(state / "replica.key"),
+        service_key=interventions.mint_key(Settings(state=state).key_file("replica")),
     )
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
     try:

@@ -131,7 +131,7 @@ if __name__ == "__main__":
         interventions_address="127.0.0.1:18471",
         directory_address=f"127.0.0.1:{grpc_port}",
         directory_application=app.DIRECTORY,
-        service_key=interventions.mint_key(state / "replica.key"),
+        service_key=interventions.mint_key(Settings(state=state).key_file("replica")),
     )
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:

@@ -28,16 +28,13 @@ from backpack_serving.inference import replica
 from backpack_serving.inference.autoscaling import METRIC, Autoscaling, TokensInFlight
 from backpack_serving.inference.directory import Directory
 from backpack_serving.metrics import Metrics
-from backpack_serving.settings import LAST_PORT, Settings
+from backpack_serving.settings import PORTS, Settings, ports_from
 from backpack_serving.telemetry import configure
 
 DIRECTORY, REPLICAS = "directory", "replicas"
 """Names of the applications. Gateways set BACKPACK_DIRECTORY_APPLICATION to the first."""
 
 GRPC_SERVICERS = ["backpack_proto.v1.directory_pb2_grpc.add_DirectoryServiceServicer_to_server"]
-
-PORTS = 16
-"""Replicas of one node share `inference_address`: each has the first port from there that is free."""
 
 NOT_NICE = {"RAY_worker_niceness": "0"}
 """Ray's workers are 15 nicer than whatever else runs on their node: made for batches, ruinous where tokens are
@@ -213,7 +210,7 @@ def _listen_address(host: str, chosen: str) -> str:
     first = int(chosen.rpartition(":")[2])
     if first == 0:
         return f"{host}:0"
-    for port in range(first, min(first + PORTS, LAST_PORT + 1)):
+    for port in ports_from(first):
         with socket.socket() as trial, suppress(OSError):
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind((host, port))

@@ -25,6 +25,11 @@ struct Candidate {
 // Of equal ones the first in the vocabulary.
 inline bool likelier(Candidate a, Candidate b) { return a.logit > b.logit || (a.logit == b.logit && a.token < b.token); }
 
+// Which of 16 are no less likely than one.
+inline Ints up_to(Candidate last, Floats logits, Ints tokens) {
+    return (logits > last.logit) | ((logits == last.logit) & (tokens <= last.token));
+}
+
 // The lower and the upper halves of 16 products.
 inline void multiply(Words a, uint32_t b, Words& low, Words& high) {
 #ifdef __AVX512F__
@@ -124,7 +129,7 @@ int32_t choose(const float* logits, int vocabulary, const Drawing& how, Candidat
             Ints token = lane + group + i * LANES;
             logit[i] = load(logits, vocabulary, group + i * LANES);
             numbers &= logit[i] < INFINITY;
-            may[i] = ((logit[i] > least.logit) | ((logit[i] == least.logit) & (token <= least.token))) & (token < vocabulary);
+            may[i] = up_to(least, logit[i], token) & (token < vocabulary);
             some |= may[i];
         }
         if (!any(some)) continue;
@@ -234,6 +239,12 @@ inline Candidate last_of_mass(const float* logits, int vocabulary, const Drawing
     return last_within(some, peak, heat, goal - before);
 }
 
+// What 16 tokens from the first-th on weigh beside one of the logit `peak`, the greatest; beyond the row's end, nothing.
+inline Floats weights(const float* logits, int vocabulary, int first, float peak, float temperature) {
+    Floats under = (load(logits, vocabulary, first) - peak) / temperature;
+    return exponential(lanes() + first < vocabulary ? under : Floats{} - INFINITY);
+}
+
 inline double sum(Doubles lanes) {
     double all = 0;
     for (int n = 0; n < LANES; n++) all += lanes[n];
@@ -242,14 +253,14 @@ inline double sum(Doubles lanes) {
 
 // Whether a token is in the smallest set of mass top_p, as those before it have less; not sure near the border.
 inline bool surely_within(const float* logits, int vocabulary, const Drawing& how, float peak, int32_t token) {
+    Candidate last{logits[token], token};
     Doubles before{}, all{};
     for (int first = 0; first < vocabulary; first += LANES) {
         Ints others = lanes() + first;
-        Floats logit = load(logits, vocabulary, first), weights = exponential((logit - peak) / how.temperature);
-        weights = others < vocabulary ? weights : Floats{};
-        Ints likelier = (logit > logits[token]) | ((logit == logits[token]) & (others < token));
-        all += __builtin_convertvector(weights, Doubles);
-        before += __builtin_convertvector(likelier ? weights : Floats{}, Doubles);
+        Floats weight = weights(logits, vocabulary, first, peak, how.temperature);
+        Ints earlier = up_to(last, load(logits, vocabulary, first), others) & (others != token);
+        all += __builtin_convertvector(weight, Doubles);
+        before += __builtin_convertvector(earlier ? weight : Floats{}, Doubles);
     }
     return sum(before) < (how.top_p - 1e-5) * sum(all);
 }
@@ -274,11 +285,8 @@ inline void log_probabilities(const float* logits, int vocabulary, int32_t chose
                               int32_t* tokens, double* logs) {
     float peak = logits[choose<false>(logits, vocabulary, {})];
     Doubles sums{};
-    for (int first = 0; first < vocabulary; first += LANES) {
-        Floats under = load(logits, vocabulary, first) - peak;
-        sums += __builtin_convertvector(
-            exponential(lanes() + first < vocabulary ? under : Floats{} - INFINITY), Doubles);
-    }
+    for (int first = 0; first < vocabulary; first += LANES)
+        sums += __builtin_convertvector(weights(logits, vocabulary, first, peak, 1), Doubles);
     double whole = peak + std::log(sum(sums));
     *own = logits[chosen] - whole;
     if (count == 0) return;
