@@ -32,6 +32,7 @@ VARIANTS = {
         secretVersion: "3"
         drainSeconds: 100
         tls: {secret: certificates, name: parts.example, clientCertificates: [interventions, inference]}
+        database: {authorities: postgres-authorities}
         model: {claim: models, path: large}
         gateway:
           service: {type: LoadBalancer, annotations: {a/b: c}}

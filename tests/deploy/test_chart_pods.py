@@ -217,3 +217,22 @@ def test_migrations_run_before_new_processes_and_as_the_owner_of_the_schema() ->
     assert environment(pods(DEFAULT)["Job r-migrations"]) == {
         "BACKPACK_DATABASE": {"secretKeyRef": {"name": "backpack", "key": "owner_database"}}
     }
+
+
+def test_who_calls_the_database_and_nobody_else_has_its_authorities() -> None:
+    assert not any("database" in _mounted(template) for template in pods(DEFAULT).values())
+    found = {name: _mounted(template) for name, template in pods(EVERYTHING).items()}
+    assert {name for name, each in found.items() if "database" in each} == {
+        "Deployment r-interventions",
+        "Job r-migrations",
+    }
+    for name in ("Deployment r-interventions", "Job r-migrations"):
+        assert found[name]["database"] == ("/database", {"name": "postgres-authorities"})
+
+
+def _mounted(template: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Where the pod's first container has each of its ConfigMaps."""
+    spec = template["spec"]
+    maps = {v["name"]: v["configMap"] for v in spec.get("volumes", ()) if "configMap" in v}
+    mounts = spec["containers"][0].get("volumeMounts", ())
+    return {m["name"]: (m["mountPath"], maps[m["name"]]) for m in mounts if m["name"] in maps}

@@ -86,6 +86,20 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- end }}
 
+{{- /* What calls PostgreSQL has its authorities, if they are given. */ -}}
+{{- define "backpack.databaseMounts" -}}
+{{- if .root.Values.database.authorities }}
+- {name: database, mountPath: /database, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "backpack.databaseVolumes" -}}
+{{- with .root.Values.database.authorities }}
+- name: database
+  configMap: {name: {{ . }}}
+{{- end }}
+{{- end }}
+
 {{- define "backpack.placement" -}}
 {{- with .nodeSelector }}
 nodeSelector: {{ toJson . }}
