@@ -3,9 +3,9 @@
 Five ways to the same engine, measured in turn, round by round, in one run:
 
     engine           its asyncio loop, in this process
-    replica          a replica process, called directly
+    replica          a replica process, called as gateways do: all streams in one call
     gateway          … through a gateway process
-    ray              a replica under Ray Serve, called directly
+    ray              a replica under Ray Serve, called so
     ray + gateway    … through a gateway process
 
 The cores that each part used are told with it: the replica (with Ray's own processes; for `engine` this process),
@@ -135,8 +135,8 @@ def _engine() -> tuple[Way, EngineLoop]:
     return way, loop
 
 
-def _grpc(address: str, metadata: Any) -> Way:
-    stub = inference_pb2_grpc.InferenceServiceStub(rpc.channel(address))
+def _grpc(channel: Any, metadata: Any) -> Way:
+    stub = inference_pb2_grpc.InferenceServiceStub(channel)
 
     async def way(prompt: list[int], seed: int) -> AsyncIterator[int]:
         request = pb.GenerateStreamRequest(
@@ -149,7 +149,7 @@ def _grpc(address: str, metadata: Any) -> Way:
     return way
 
 
-async def _replica_address(directory: str, metadata: Any) -> str:
+async def _to_replica(directory: str, metadata: Any) -> rpc.Tunnel:
     channel = rpc.channel(directory)
     call = directory_pb2_grpc.DirectoryServiceStub(channel).WatchReplicas(
         directory_pb2.WatchReplicasRequest(), metadata=metadata
@@ -158,7 +158,7 @@ async def _replica_address(directory: str, metadata: Any) -> str:
         pass
     call.cancel()
     await channel.close()
-    return str(message.replicas[0].address)
+    return rpc.Tunnel(rpc.channel(message.replicas[0].address))
 
 
 def _small(folder: Path) -> Path:
@@ -179,10 +179,10 @@ async def main(plain: Processes, on_ray: Settings, small: bool) -> None:
     application = (("application", app.DIRECTORY),)
     ways: dict[str, Way] = {
         "engine": engine,
-        "replica": _grpc(await _replica_address(plain.settings.directory_address, ()), pinned),
-        "gateway": _grpc(plain.settings.gateway_address, key),
-        "ray": _grpc(await _replica_address(on_ray.directory_address, application), pinned),
-        "ray + gateway": _grpc(on_ray.gateway_address, key),
+        "replica": _grpc(await _to_replica(plain.settings.directory_address, ()), pinned),
+        "gateway": _grpc(rpc.channel(plain.settings.gateway_address), key),
+        "ray": _grpc(await _to_replica(on_ray.directory_address, application), pinned),
+        "ray + gateway": _grpc(rpc.channel(on_ray.gateway_address), key),
     }
     me = psutil.Process()
     plain_replica, plain_gateway, ray_gateway = (

@@ -65,6 +65,7 @@ class Gateway:
     async def stop(self) -> None:
         await self.server.stop(self.drain)
         await tasks.end(*self.tasks)
+        await self.router.close()
         await self.control.close()
 
 

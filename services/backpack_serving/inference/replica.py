@@ -201,6 +201,7 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
         tls=settings.tls,
         connection_age=settings.connection_age,
         message_limit=rpc.SMALL,
+        tunnel=True,
     )
     reader = Reader(Kind.REPLICA, uuid.uuid4().hex, server.address, served.manifest.fingerprint)
     link = Link(control, key, reader, versions, folder / "view")

@@ -14,6 +14,11 @@ from backpack_serving.tls import Tls
 MESSAGE_LIMIT = 20 * 2**20
 """Largest message that a server takes: a revision at the limits of its size, and some room."""
 
+SMALL = 2**20
+"""Bytes of a single request, far more than a text of any context has. To look through one of 20 MiB and refuse it
+took a server's event loop seconds; in memory a message may be 25 times as large.
+"""
+
 # Only reads may be repeated by the library: a second Generate would be charged and sampled twice, and of a write
 # the library can't tell whether it has an id. CANCELLED is what a stopping server may say (see `rpc.status`).
 SERVICE_CONFIG = json.dumps(

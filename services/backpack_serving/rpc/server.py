@@ -9,32 +9,32 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
 import structlog
 from backpack_lm.patch import PatchError
+from backpack_proto.v1 import tunnel_pb2_grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
 from backpack_serving import tracing
-from backpack_serving.errors import Internal, InvalidRequest, ServiceError, Unavailable, from_patch_error
-from backpack_serving.rpc.channel import MESSAGE_LIMIT
+from backpack_serving.errors import Internal, InvalidRequest, ServiceError, from_patch_error
+from backpack_serving.rpc.carrier import Carrier, Method
+from backpack_serving.rpc.channel import MESSAGE_LIMIT, SMALL
 from backpack_serving.rpc.credentials import server_credentials
+from backpack_serving.rpc.drain import draining, ended
 from backpack_serving.rpc.metadata import Context, identify, metadata, with_request_id
 from backpack_serving.rpc.status import error_from, to_status
+from backpack_serving.rpc.tunnel import BATCH, STREAMS
 from backpack_serving.tls import Tls
 
 log = structlog.get_logger(__name__)
-
-STREAMS = 1000
-"""Calls of one connection at once; more wait in the client. One that was reset counts until its turn has come."""
 
 _OPTIONS: Sequence[tuple[str, Any]] = (
     # When so many of all clients together wait for their turn, gRPC begins to refuse them, whoever's they are.
@@ -46,15 +46,7 @@ _OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_connection_age_grace_ms", 300_000),
 )
 
-SMALL = 2**20
-"""Bytes of a single request, far more than a text of any context has. To look through one of 20 MiB and refuse it
-took a server's event loop seconds; in memory a message may be 25 times as large.
-"""
-
 _ENDLESS = {"/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"}
-
-_ended: ContextVar[Set[asyncio.Task[Any]]] = ContextVar("ended", default=frozenset())
-"""The calls that a drain has ended, of the server that runs this one."""
 
 _ENDING = 5.0
 """Seconds that calls have to say that they were ended, once the grace period is over."""
@@ -87,7 +79,7 @@ class Service:
 class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """The calls that run: each is watched, gets a status for what it raises, and can be ended by a drain."""
 
-    def __init__(self, services: Iterable[Service], watcher: Watcher | None) -> None:
+    def __init__(self, services: Iterable[Service], watcher: Watcher | None, closing: asyncio.Event) -> None:
         def named(methods: Callable[[Service], Iterable[str]]) -> set[str]:
             return {f"/{service.name}/{method}" for service in services for method in methods(service)}
 
@@ -95,6 +87,7 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._large = {f"/{s.name}/{method}": admit for s in services for method, admit in s.large.items()}
         self._turn = asyncio.Lock()
         self._watcher = watcher
+        self._closing = closing
         self._running: dict[asyncio.Task[Any], bool] = {}
         self._ended: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
@@ -106,13 +99,15 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(details)
-        if handler is None:
-            return None
+        return handler and self.guard(handler, details.method)
+
+    def guard(self, handler: grpc.RpcMethodHandler, name: str) -> grpc.RpcMethodHandler:
+        """A method's handler with all that is done around its calls."""
         kind = ("stream" if handler.request_streaming else "unary") + (
             "_stream" if handler.response_streaming else "_unary"
         )
         behaviour = getattr(handler, kind)
-        guarded = self._stream(behaviour, details.method) if handler.response_streaming else behaviour
+        guarded = self._stream(behaviour, name) if handler.response_streaming else behaviour
         read = _reading(handler.request_deserializer)
 
         async def whole(request: Any, context: Any) -> Any:
@@ -120,22 +115,22 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 return await guarded(request, context)
             if len(request) <= SMALL:
                 return await guarded(read(request), context)
-            if not (admit := self._large.get(details.method)):
+            if not (admit := self._large.get(name)):
                 raise InvalidRequest("TOO_LARGE", f"a message of {len(request)} bytes; at most {SMALL}")
             await admit(context)
             async with self._turn:
                 return await guarded(read(request), context)
 
         async def call(request: Any, context: Any) -> Any:
-            if not details.method.startswith("/backpack."):
-                return await self._run(whole, request, context, details.method, None)
+            if not name.startswith("/backpack."):
+                return await self._run(whole, request, context, name, None)
             known = metadata(context)
             structlog.contextvars.bind_contextvars(request_id=identify(known))
             context.set_trailing_metadata(with_request_id())
-            with tracing.served(details.method, known):
-                return await self._run(whole, request, context, details.method, self._watcher)
+            with tracing.served(name, known):
+                return await self._run(whole, request, context, name, self._watcher)
 
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        make: Callable[..., grpc.RpcMethodHandler] = getattr(grpc, f"{kind}_rpc_method_handler")
         # A single request is read within the call: outside, gRPC would tell UNKNOWN of bytes that are no message.
         return make(call, read if handler.request_streaming else None, handler.response_serializer)
 
@@ -157,7 +152,7 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         assert task is not None, "grpc runs every call in a task"
         started, code, reason = time.perf_counter(), "OK", ""
         self._running[task] = method in self._endless
-        _ended.set(self._ended)
+        ended.set(self._ended)
         self._idle.clear()
         if watcher:
             watcher.began(method)
@@ -170,7 +165,7 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                     code = reason = "CANCELLED" if left is None or left > 0 else "DEADLINE_EXCEEDED"
                     raise
                 task.uncancel()
-                refusal: ServiceError = _draining()
+                refusal: ServiceError = draining()
             except (grpc.aio.AbortError, grpc.aio.InternalError):
                 raise  # grpc's own servicers refuse so
             except NotImplementedError:  # and this is how they say that they have no such method
@@ -198,12 +193,19 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 if reason or method not in self._quiet:
                     log.info("call", method=method, code=code, reason=reason, seconds=round(seconds, 4))
 
-    def end(self, *, endless_only: bool = False) -> None:
+    def close(self) -> None:
+        """A drain begins: end what is endless, and have calls that carry others take no more."""
+        self._closing.set()
+        self._end(task for task, endless in self._running.items() if endless)
+
+    def end(self) -> None:
         """End what runs, with a status that says that another try may succeed."""
-        for task, endless in self._running.items():
-            if endless or not endless_only:
-                self._ended.add(task)
-                task.cancel()
+        self._end(self._running)
+
+    def _end(self, calls: Iterable[asyncio.Task[Any]]) -> None:
+        for task in calls:
+            self._ended.add(task)
+            task.cancel()
 
     async def idle(self, seconds: float) -> None:
         """Wait until nothing runs, at most so long."""
@@ -224,15 +226,6 @@ def _reading(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return read
 
 
-def drained() -> bool:
-    """Whether the call that is cancelled here is one that our own drain ends, and not who called."""
-    return asyncio.current_task() in _ended.get()
-
-
-def _draining() -> ServiceError:
-    return Unavailable("DRAINING", "this server is stopping; another one will answer", retry_after=0.1)
-
-
 def _refusal(error: Exception, method: str) -> ServiceError:
     if isinstance(error, PatchError):
         error = from_patch_error(error)
@@ -244,6 +237,22 @@ def _refusal(error: Exception, method: str) -> ServiceError:
         log.error("handler failed", method=method, exc_info=error)
         error = Internal("INTERNAL", "an internal error; the server's log has more")
     return error
+
+
+class _Registry:
+    """Where generated code registers methods, for the sake of those that can be carried."""
+
+    def __init__(self, calls: _Calls, carried: dict[str, Method]) -> None:
+        self._calls, self._carried = calls, carried
+
+    def add_generic_rpc_handlers(self, _: object) -> None: ...
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler]) -> None:
+        for method, handler in handlers.items():
+            if handler.response_streaming and not handler.request_streaming:
+                name = f"/{service}/{method}"
+                guarded = self._calls.guard(handler, name)
+                self._carried[name] = Method(guarded.unary_stream, guarded.response_serializer)
 
 
 class Server:
@@ -261,7 +270,7 @@ class Server:
     async def stop(self, grace: float = 5.0) -> None:
         """Drain: nothing new from now on; what runs has `grace` seconds, then it is told to retry."""
         await self._health.enter_graceful_shutdown()
-        self._calls.end(endless_only=True)
+        self._calls.close()
         stopping = asyncio.create_task(self._server.stop(grace + _ENDING))
         await self._calls.idle(grace)
         self._calls.end()
@@ -277,15 +286,22 @@ async def start(
     connection_age: float = 1800.0,
     message_limit: int = MESSAGE_LIMIT,
     share_port: bool = False,
+    tunnel: bool = False,
 ) -> Server:
     """Serve on host:port (port 0: a free one) or unix:path, with TLS if there is a certificate.
 
-    With `share_port`, other processes may listen on the same port; each gets some of the connections.
+    With `share_port`, other processes may listen on the same port; each gets some of the connections. With
+    `tunnel`, the services' streams may be called through a `Tunnel`, too.
 
     Raises OSError if the address is taken, ValueError if the certificates are no good.
     """
-    services = list(services)
-    calls = _Calls(services, watcher)
+    services, closing = list(services), asyncio.Event()
+    carried: dict[str, Method] = {}
+    if tunnel:
+        add, carrier = tunnel_pb2_grpc.add_TunnelServiceServicer_to_server, Carrier(carried, closing)
+        services.append(Service("backpack.v1.TunnelService", add, carrier, quiet=frozenset({"Open"})))
+        message_limit += BATCH  # for what goes together with one that is as large as may be
+    calls = _Calls(services, watcher, closing)
     options = [
         *_OPTIONS,
         ("grpc.max_receive_message_length", message_limit),
@@ -297,6 +313,7 @@ async def start(
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     for service in services:
         service.add(service.servicer, server)
+        service.add(service.servicer, _Registry(calls, carried))
     names = [*(s.name for s in services), health.SERVICE_NAME, reflection.SERVICE_NAME]
     reflection.enable_server_reflection(names, server)
     try:

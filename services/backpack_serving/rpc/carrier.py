@@ -1,0 +1,184 @@
+"""Streams from a caller, all in one call: the end that answers (see `tunnel`)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from contextvars import Context
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+from backpack_proto.v1 import tunnel_pb2 as pb
+from backpack_proto.v1 import tunnel_pb2_grpc
+from google.rpc import status_pb2
+from grpc_status import rpc_status
+
+from backpack_serving import tasks
+from backpack_serving.errors import Exhausted, Expired, InvalidRequest, PreconditionFailed, ServiceError
+from backpack_serving.rpc.drain import drained, draining
+from backpack_serving.rpc.status import to_status
+from backpack_serving.rpc.tunnel import STREAMS, WINDOW, Outbox
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method with one request and a stream of responses. `answer` writes to what it is given as context."""
+
+    answer: Callable[[bytes, Any], Awaitable[None]]
+    serialize: Callable[[Any], bytes]
+
+
+class Carrier(tunnel_pb2_grpc.TunnelServiceServicer):
+    """Carries calls of these methods, by their full names, until the server drains."""
+
+    def __init__(self, methods: Mapping[str, Method], closing: asyncio.Event) -> None:
+        self._methods, self._closing = methods, closing
+
+    async def Open(self, requests: AsyncIterator[pb.OpenRequest], context: Any) -> None:  # type: ignore[override]
+        await _Passage(self._methods, self._closing, context).run(requests)
+
+
+class _Passage:
+    """One call, with the streams that began in it."""
+
+    def __init__(self, methods: Mapping[str, Method], closing: asyncio.Event, context: Any) -> None:
+        self._methods, self._closing, self._context = methods, closing, context
+        self._outbox = Outbox(pb.OpenResponse)
+        self._streams: dict[int, tuple[_Stream, asyncio.Task[None]]] = {}
+
+    async def run(self, requests: AsyncIterator[pb.OpenRequest]) -> None:
+        reading, watching = asyncio.create_task(self._read(requests)), asyncio.create_task(self._watch())
+        reading.add_done_callback(lambda _: self._outbox.ring())
+
+        def last() -> bool:
+            return not self._streams and (reading.done() or self._closing.is_set())
+
+        try:
+            await self._outbox.empty(self._context.write, last)
+            if reading.done():
+                reading.result()
+        except asyncio.CancelledError:
+            if drained():  # with all its streams, which say so now
+                await asyncio.gather(*self._running(), return_exceptions=True)
+                with suppress(grpc.aio.InternalError):
+                    await self._outbox.empty(self._context.write, lambda: True)
+            raise
+        finally:
+            await tasks.end(reading, watching, *self._running())
+
+    def _running(self) -> list[asyncio.Task[None]]:
+        return [task for _, task in self._streams.values()]
+
+    async def _watch(self) -> None:
+        await self._closing.wait()
+        self._outbox.message().draining = True
+
+    async def _read(self, requests: AsyncIterator[pb.OpenRequest]) -> None:
+        async for request in requests:
+            for begin in request.begin:
+                self._begin(begin)
+            for read in request.read:
+                if read.stream in self._streams:
+                    self._streams[read.stream][0].was_read(read.bytes)
+            for number in request.cancelled:
+                if number in self._streams:
+                    self._streams[number][1].cancel()
+
+    def _begin(self, begin: pb.StreamBegin) -> None:
+        number = begin.stream
+        if number in self._streams:
+            raise InvalidRequest("STREAM_TAKEN", f"stream {number} began before, and hasn't ended")
+        stream = _Stream(begin, self._outbox, self._context)
+        if self._closing.is_set():
+            stream.refuse(draining())
+        elif len(self._streams) >= STREAMS:
+            stream.refuse(Exhausted("TOO_MANY_STREAMS", f"{STREAMS} streams at most in one call"))
+        elif not (method := self._methods.get(begin.method)):
+            stream.refuse(PreconditionFailed("WRONG_SERVER", f"no streams of {begin.method} here"))
+        else:
+            # With a context of its own: what its call binds there is nobody else's.
+            task = asyncio.create_task(stream.run(method, begin.request), context=Context())
+            self._streams[number] = stream, task
+            task.add_done_callback(lambda _: self._over(number))
+
+    def _over(self, number: int) -> None:
+        del self._streams[number]
+        self._outbox.ring()
+
+
+class _Stream:
+    """A stream as its servicer and the server's interceptor know calls: what they use of grpc's context."""
+
+    def __init__(self, begin: pb.StreamBegin, outbox: Outbox[pb.OpenResponse], opened: Any) -> None:
+        self._number, self._outbox, self._opened = begin.stream, outbox, opened
+        self._metadata = [
+            (each.name, each.value if each.name.endswith("-bin") else each.value.decode(errors="replace"))
+            for each in begin.metadata
+        ]
+        limited = begin.HasField("timeout")
+        self._limit = asyncio.timeout(begin.timeout.ToNanoseconds() / 1e9 if limited else None)
+        self._serialize: Callable[[Any], bytes]
+        self._ahead = 0
+        self._room = asyncio.Event()
+
+    async def run(self, method: Method, request: bytes) -> None:
+        self._serialize = method.serialize
+        try:
+            async with self._limit:
+                await method.answer(request, self)
+        except TimeoutError:
+            self.refuse(Expired("DEADLINE_EXCEEDED", "the deadline passed before the stream had ended"))
+        except grpc.aio.AbortError:
+            pass  # it was told
+        else:
+            self._end(status_pb2.Status())
+
+    def refuse(self, error: ServiceError) -> None:
+        self._end(to_status(error))
+
+    def was_read(self, size: int) -> None:
+        """Its caller has read so many bytes more."""
+        self._ahead -= size
+        self._room.set()
+
+    async def write(self, response: Any) -> None:
+        data = self._serialize(response)
+        while self._ahead > WINDOW:
+            self._room.clear()
+            await self._room.wait()
+        self._ahead += len(data)
+        self._outbox.message(len(data)).parts.add(stream=self._number, response=data)
+
+    def _end(self, status: status_pb2.Status) -> None:
+        self._outbox.message().parts.add(stream=self._number, end=status)
+
+    # ---- of grpc's context
+
+    def invocation_metadata(self) -> list[tuple[str, str | bytes]]:
+        return self._metadata
+
+    def auth_context(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self._opened.auth_context()
+        return found
+
+    def time_remaining(self) -> float | None:
+        if self._limit.expired():
+            return 0.0  # by its own clock, which may be some microseconds ahead of the loop's
+        end = self._limit.when()
+        return None if end is None else end - asyncio.get_running_loop().time()
+
+    async def send_initial_metadata(self, _: Any) -> None:
+        self._outbox.message().parts.add(stream=self._number, taken=True)
+
+    def set_trailing_metadata(self, _: Any) -> None: ...
+
+    async def abort(self, code: grpc.StatusCode, details: str = "") -> NoReturn:
+        self._end(status_pb2.Status(code=code.value[0], message=details))
+        raise grpc.aio.AbortError
+
+    async def abort_with_status(self, status: Any) -> NoReturn:
+        packed = dict(status.trailing_metadata)[rpc_status.GRPC_DETAILS_METADATA_KEY]
+        self._end(status_pb2.Status.FromString(packed))
+        raise grpc.aio.AbortError
