@@ -288,6 +288,13 @@ async def test_the_largest_request_goes_and_what_is_larger_hurts_nobody() -> Non
         assert [part.text async for part in stays] == ["there"]
 
 
+async def test_what_goes_beside_many_requests_hurts_nobody() -> None:
+    async with _running() as here:
+        metadata = (("baggage", "x" * 8000),)
+        found = await asyncio.gather(*(here.texts("count 1", metadata=metadata) for _ in range(300)))
+        assert found == [["0"]] * 300
+
+
 async def test_new_streams_go_in_a_new_call_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tunnel, "RENEW", 0.0)
     async with _running() as here:

@@ -230,7 +230,7 @@ class _Passage:
     def begin(self, begin: pb.StreamBegin, deserialize: Callable[[bytes], R], timeout: float | None) -> Stream[R]:
         self._count += 1
         begin.stream = self._count
-        self._outbox.message(len(begin.request)).begin.append(begin)
+        self._outbox.message(begin.ByteSize()).begin.append(begin)
         stream = self._streams[begin.stream] = Stream(self, begin.stream, deserialize, timeout)
         return stream
 
