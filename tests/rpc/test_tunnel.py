@@ -333,6 +333,19 @@ async def test_a_call_has_so_many_streams_and_no_more(monkeypatch: pytest.Monkey
             await anext(crowded)
 
 
+async def test_who_comes_finds_the_place_of_who_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tunnel, "STREAMS", 2)
+    monkeypatch.setattr(carrier, "STREAMS", 2)
+    async with _running() as here:
+        for _ in range(10):
+            streams = [here.stream("wait") for _ in range(2)]
+            for stream in streams:
+                assert await _first(stream) == "here"
+            for stream in streams:
+                stream.cancel()
+        await _until(lambda: not here.tunnel._open[0]._streams)
+
+
 async def test_a_tunnel_that_is_retired_ends_with_its_streams() -> None:
     async with _running() as here:
         runs = here.stream("wait")

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import grpc
 from backpack_proto.v1 import tunnel_pb2 as pb
 from backpack_proto.v1 import tunnel_pb2_grpc
-from google.rpc import status_pb2
+from google.rpc import code_pb2, status_pb2
 from grpc_status import rpc_status
 
 from backpack_serving import tasks
@@ -104,7 +104,9 @@ class _Passage:
             task.add_done_callback(lambda _: self._over(number))
 
     def _over(self, number: int) -> None:
-        del self._streams[number]
+        stream, task = self._streams.pop(number)
+        if task.cancelled():
+            stream.leave()
         self._outbox.ring()
 
 
@@ -137,6 +139,10 @@ class _Stream:
 
     def refuse(self, error: ServiceError) -> None:
         self._end(to_status(error))
+
+    def leave(self) -> None:
+        """Its caller has left, and counts it until it has ended."""
+        self._end(status_pb2.Status(code=code_pb2.CANCELLED))
 
     def was_read(self, size: int) -> None:
         """Its caller has read so many bytes more."""

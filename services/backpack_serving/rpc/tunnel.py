@@ -177,15 +177,17 @@ class Stream(Generic[R]):
         kind = part.WhichOneof("part")
         if kind == "end":
             self.end(from_status(part.end) if part.end.code else None)
-            return True
-        self._taken = True
-        if kind == "response":
-            self._responses.append(part.response)
-        self._bell.set()
-        return False
+        elif not self._ended:
+            self._taken = True
+            if kind == "response":
+                self._responses.append(part.response)
+            self._bell.set()
+        return kind == "end"
 
     def end(self, failure: ServiceError | None) -> None:
-        """Nothing more comes."""
+        """Nothing more is to come; what ended it first counts."""
+        if self._ended:
+            return
         self._ended, self._failure = True, failure
         if self._timer:
             self._timer.cancel()
@@ -194,7 +196,6 @@ class Stream(Generic[R]):
     def _expire(self) -> None:
         """The deadline passed, as it does over there."""
         self.end(Expired("DEADLINE_EXCEEDED", "the deadline passed before the stream had ended"))
-        self._passage.forget(self._number)
 
     async def _ring(self) -> None:
         self._bell.clear()
@@ -238,14 +239,8 @@ class _Passage:
         self._outbox.message().read.add(stream=number, bytes=size)
 
     def leave(self, number: int) -> None:
-        """Have a stream end over there."""
-        self.forget(number)
+        """Have a stream end over there. Until it has, it counts as one."""
         self._outbox.message().cancelled.append(number)
-
-    def forget(self, number: int) -> None:
-        """A stream has ended here."""
-        self._streams.pop(number, None)
-        self._outbox.ring()
 
     async def _write(self) -> None:
         """Send what there is, until no stream begins any more and all have ended."""
