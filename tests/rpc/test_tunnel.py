@@ -248,6 +248,26 @@ async def test_what_a_drain_ends_is_told_to_retry() -> None:
         assert here.watcher.told.count(("GenerateStream", "UNAVAILABLE")) == 3
 
 
+async def test_what_a_drain_ends_is_told_so_behind_all_that_waits() -> None:
+    async with _running() as here:
+        channel = rpc.channel(here.server.address)
+        call: Any = tunnel_pb2_grpc.TunnelServiceStub(channel).Open()
+        request = _request("large it").SerializeToString()
+        begins = [tunnel_pb2.StreamBegin(stream=n, method=METHOD, request=request) for n in range(100)]
+        await call.write(tunnel_pb2.OpenRequest(begin=begins))
+        # They send what they may, and nobody reads.
+        await _until(lambda: here.servicer.sent.get("it", 0) * 30_000 > tunnel.WINDOW)
+        stopping = asyncio.create_task(here.server.stop(0.5))
+        await _until(lambda: here.watcher.told.count(("GenerateStream", "UNAVAILABLE")) == 100)
+        ends = []
+        with pytest.raises(Unavailable, match="is stopping"), rpc.errors():
+            async for message in call:
+                ends += [part.end.code for part in message.parts if part.HasField("end")]
+        assert ends == [14] * 100
+        await stopping
+        await channel.close()
+
+
 async def test_a_server_that_is_gone_is_told_of_each_stream_and_found_again() -> None:
     async with _running() as here:
         streams = [here.stream("wait"), here.stream("wait")]

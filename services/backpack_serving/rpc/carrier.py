@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -55,21 +54,18 @@ class _Passage:
         def last() -> bool:
             return not self._streams and (reading.done() or self._closing.is_set())
 
+        # In a task of its own: gRPC can't go on with a message whose writing was cancelled.
+        writing = asyncio.create_task(self._outbox.empty(self._context.write, last))
         try:
-            await self._outbox.empty(self._context.write, last)
+            await asyncio.shield(writing)
             if reading.done():
                 reading.result()
         except asyncio.CancelledError:
             if drained():  # with all its streams, which say so now
-                await asyncio.gather(*self._running(), return_exceptions=True)
-                with suppress(grpc.aio.InternalError):
-                    await self._outbox.empty(self._context.write, lambda: True)
+                await asyncio.wait([writing])
             raise
         finally:
-            await tasks.end(reading, watching, *self._running())
-
-    def _running(self) -> list[asyncio.Task[None]]:
-        return [task for _, task in self._streams.values()]
+            await tasks.end(reading, watching, writing, *(task for _, task in self._streams.values()))
 
     async def _watch(self) -> None:
         await self._closing.wait()
