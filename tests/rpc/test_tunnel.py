@@ -42,6 +42,8 @@ class Servicer(inference_pb2_grpc.InferenceServiceServicer):
         what, _, argument = request.prompt.text.partition(" ")
         if what == "refuse":
             raise InvalidRequest.at("prompt", "REFUSED", argument)
+        if what == "unspeakable":
+            raise InvalidRequest("REFUSED", "\udc80")
         if what == "fail":
             raise ZeroDivisionError
         await context.send_initial_metadata(())
@@ -167,6 +169,12 @@ async def test_a_refusal_arrives_with_all_it_says(caplog: pytest.LogCaptureFixtu
             await here.texts("fail")
         assert here.watcher.told == [("GenerateStream", "INVALID_ARGUMENT"), ("GenerateStream", "INTERNAL")]
         assert await here.texts("count 2") == ["0", "1"]
+
+
+async def test_a_refusal_that_cant_be_told_is_an_internal_error() -> None:
+    async with _running() as here:
+        with pytest.raises(Internal, match="the server's log has more"):
+            await here.texts("unspeakable")
 
 
 async def test_what_isnt_served_is_refused_and_nothing_else() -> None:

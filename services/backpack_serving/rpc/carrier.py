@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
+import structlog
 from backpack_proto.v1 import tunnel_pb2 as pb
 from backpack_proto.v1 import tunnel_pb2_grpc
 from google.rpc import code_pb2, status_pb2
 from grpc_status import rpc_status
 
 from backpack_serving import tasks
-from backpack_serving.errors import Exhausted, Expired, InvalidRequest, PreconditionFailed, ServiceError
+from backpack_serving.errors import Exhausted, Expired, Internal, InvalidRequest, PreconditionFailed, ServiceError
 from backpack_serving.rpc.drain import drained, draining
 from backpack_serving.rpc.status import to_status
 from backpack_serving.rpc.tunnel import STREAMS, WINDOW, Outbox
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,9 @@ class _Stream:
             self.refuse(Expired("DEADLINE_EXCEEDED", "the deadline passed before the stream had ended"))
         except grpc.aio.AbortError:
             pass  # it was told
+        except Exception as error:  # of what is around every call: its caller would wait for ever
+            log.error("stream failed", exc_info=error)
+            self.refuse(Internal("INTERNAL", "an internal error; the server's log has more"))
         else:
             self._end(status_pb2.Status())
 
