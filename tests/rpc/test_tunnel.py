@@ -13,7 +13,7 @@ import pytest
 from backpack_lm.patch import Violation
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc, tunnel_pb2, tunnel_pb2_grpc
-from backpack_serving import rpc
+from backpack_serving import rpc, tasks
 from backpack_serving.errors import (
     Exhausted,
     Expired,
@@ -356,9 +356,39 @@ async def test_a_call_has_so_many_streams_and_no_more(monkeypatch: pytest.Monkey
         for stream in streams:
             assert await _first(stream) == "here"
         assert here.watcher.running.count("Open") == 3
-        crowded = here.tunnel._open[0].begin(tunnel_pb2.StreamBegin(method=METHOD), bytes, None)
-        with pytest.raises(Exhausted, match="2 streams at most"):
-            await anext(crowded)
+        channel = rpc.channel(here.server.address)
+        call: Any = tunnel_pb2_grpc.TunnelServiceStub(channel).Open()
+        begins = [tunnel_pb2.StreamBegin(stream=n, method=METHOD) for n in range(3)]
+        await call.write(tunnel_pb2.OpenRequest(begin=begins))
+        with pytest.raises(Exhausted, match="2 streams at most"), rpc.errors():
+            assert [message async for message in call] == []
+        await channel.close()
+
+
+async def test_who_reads_nothing_is_told_only_so_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, refuse = [], carrier._Stream.refuse
+
+    def count(*how: Any) -> None:
+        told.append(how)
+        refuse(*how)
+
+    monkeypatch.setattr(carrier._Stream, "refuse", count)
+    async with _running() as here:
+        channel = rpc.channel(here.server.address)
+        call: Any = tunnel_pb2_grpc.TunnelServiceStub(channel).Open()
+        begins = [tunnel_pb2.StreamBegin(stream=n, method="/x" * 300) for n in range(tunnel.STREAMS)]
+
+        async def begin() -> None:
+            for _ in range(100):
+                await call.write(tunnel_pb2.OpenRequest(begin=begins))
+
+        beginning, before = asyncio.create_task(begin()), -1
+        while not beginning.done() and (before < len(told) or not told):
+            before = len(told)
+            await asyncio.sleep(0.5)
+        assert len(told) < 50 * tunnel.STREAMS
+        await tasks.end(beginning)
+        await channel.close()
 
 
 async def test_who_comes_finds_the_place_of_who_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,9 @@ class _Passage:
 
     async def _read(self, requests: AsyncIterator[pb.OpenRequest]) -> None:
         async for request in requests:
+            await self._outbox.room()
+            if len(self._streams) + len(request.begin) > STREAMS:
+                raise Exhausted("TOO_MANY_STREAMS", f"{STREAMS} streams at most in one call")
             for begin in request.begin:
                 self._begin(begin)
             for read in request.read:
@@ -92,8 +95,6 @@ class _Passage:
         stream = _Stream(begin, self._outbox, self._context)
         if self._closing.is_set():
             stream.refuse(draining())
-        elif len(self._streams) >= STREAMS:
-            stream.refuse(Exhausted("TOO_MANY_STREAMS", f"{STREAMS} streams at most in one call"))
         elif not (method := self._methods.get(begin.method)):
             stream.refuse(PreconditionFailed("WRONG_SERVER", f"no streams of {begin.method} here"))
         else:
@@ -160,7 +161,7 @@ class _Stream:
         self._outbox.message(len(data)).parts.add(stream=self._number, response=data)
 
     def _end(self, status: status_pb2.Status) -> None:
-        self._outbox.message().parts.add(stream=self._number, end=status)
+        self._outbox.message(status.ByteSize()).parts.add(stream=self._number, end=status)
 
     # ---- of grpc's context
 

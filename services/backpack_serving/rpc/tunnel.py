@@ -27,6 +27,11 @@ many streams go in one call, and more in another.
 BATCH = 2**18
 """Bytes after which what waits for its way goes in another message."""
 
+LONG = 8
+"""Messages waiting for their way, behind which a server reads nothing more: who doesn't read what it is told could
+fill the memory with refusals.
+"""
+
 WINDOW = 2**18
 """Bytes of a stream that may be on their way and not read yet. A slow reader holds up nobody else, nor fills the
 memory: its servicer waits.
@@ -48,7 +53,7 @@ class Outbox(Generic[M]):
         self._make = make
         self._waiting: deque[M] = deque()
         self._size = 0
-        self._bell = asyncio.Event()
+        self._bell, self._sent = asyncio.Event(), asyncio.Event()
 
     def message(self, size: int = 0) -> M:
         """That which something of so many bytes goes in."""
@@ -63,11 +68,18 @@ class Outbox(Generic[M]):
         """Have whoever empties it look whether that was the last."""
         self._bell.set()
 
+    async def room(self) -> None:
+        """Wait until no more than LONG messages wait."""
+        while len(self._waiting) > LONG:
+            self._sent.clear()
+            await self._sent.wait()
+
     async def empty(self, write: Callable[[M], Awaitable[None]], last: Callable[[], bool]) -> None:
         """Send what there is and what comes, until it was the last."""
         while True:
             while self._waiting:
                 await write(self._waiting.popleft())
+                self._sent.set()
             if last():
                 return
             await self._bell.wait()
