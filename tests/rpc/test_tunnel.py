@@ -223,6 +223,31 @@ async def test_a_deadline_ends_both_ends() -> None:
         assert await here.texts("wait early", timeout=30) == ["here", "there"]
 
 
+class Late(tunnel_pb2_grpc.TunnelServiceServicer):
+    """Takes notice of deadlines by its caller alone."""
+
+    def __init__(self) -> None:
+        self.cancelled: list[int] = []
+
+    async def Open(self, requests: AsyncIterator[tunnel_pb2.OpenRequest], context: Any) -> None:  # type: ignore[override]
+        async for request in requests:
+            self.cancelled += request.cancelled
+
+
+async def test_a_server_that_is_late_is_told_of_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tunnel, "LATE", 0.1)
+    late = Late()
+    service = rpc.Service("backpack.v1.TunnelService", tunnel_pb2_grpc.add_TunnelServiceServicer_to_server, late)
+    server = await rpc.start([service], "127.0.0.1:0")
+    through = rpc.Tunnel(rpc.channel(server.address, repeats=False))
+    with pytest.raises(Expired):
+        await anext(through.unary_stream(METHOD, bytes, bytes)(b"", timeout=0.1))
+    async with asyncio.timeout(30):
+        await _until(lambda: late.cancelled == [1])
+    await through.close()
+    await server.stop(0)
+
+
 async def test_a_drain_lets_streams_end_and_begins_none() -> None:
     async with _running() as here:
         runs = here.stream("wait")

@@ -37,6 +37,9 @@ WINDOW = 2**18
 memory: its servicer waits.
 """
 
+LATE = 1.0
+"""Seconds after a stream's deadline in which the server ends it by itself, unless it stood still when it began."""
+
 RENEW = 30.0
 """Seconds after which new streams go in a new call. A server lets no call outlive its connection for long; so it
 has to outlive it by these and the length of a stream.
@@ -208,6 +211,7 @@ class Stream(Generic[R]):
     def _expire(self) -> None:
         """The deadline passed, as it does over there."""
         self.end(Expired("DEADLINE_EXCEEDED", "the deadline passed before the stream had ended"))
+        asyncio.get_running_loop().call_later(LATE, self._passage.leave, self._number)
 
     async def _ring(self) -> None:
         self._bell.clear()
@@ -252,7 +256,8 @@ class _Passage:
 
     def leave(self, number: int) -> None:
         """Have a stream end over there. Until it has, it counts as one."""
-        self._outbox.message().cancelled.append(number)
+        if number in self._streams:
+            self._outbox.message().cancelled.append(number)
 
     async def _write(self) -> None:
         """Send what there is, until no stream begins any more and all have ended."""
