@@ -449,6 +449,14 @@ async def test_a_callers_end_that_breaks_off_ends_all_its_streams() -> None:
         assert sorted(here.watcher.told) == [("GenerateStream", "CANCELLED")] * 2 + [("Open", "CANCELLED")]
 
 
+async def test_what_began_when_a_tunnel_is_closed_ends() -> None:
+    async with _running() as here:
+        stream = here.stream("wait")
+        await here.tunnel.close()
+        with pytest.raises(Unavailable):
+            await anext(stream)
+
+
 async def test_a_caller_that_counts_wrongly_is_told() -> None:
     async with _running() as here:
         channel = rpc.channel(here.server.address)

@@ -243,6 +243,7 @@ class _Passage:
     async def close(self) -> None:
         """End at once."""
         await tasks.end(*self._tasks)
+        self._lose("this stream's caller has ended")  # its reader may never have begun
 
     def begin(self, begin: pb.StreamBegin, deserialize: Callable[[bytes], R], timeout: float | None) -> Stream[R]:
         self._count += 1
@@ -279,8 +280,11 @@ class _Passage:
         except grpc.RpcError as error:
             message = error_from(error).message
         finally:
-            self._retired = self.over = True
-            for stream in self._streams.values():
-                stream.end(Unavailable("TRANSPORT", message, retry_after=0.1))
-            self._streams.clear()
-            self._outbox.ring()
+            self._lose(message)
+
+    def _lose(self, message: str) -> None:
+        self._retired = self.over = True
+        for stream in self._streams.values():
+            stream.end(Unavailable("TRANSPORT", message, retry_after=0.1))
+        self._streams.clear()
+        self._outbox.ring()
