@@ -253,9 +253,9 @@ async def test_a_drain_lets_streams_end_and_begins_none() -> None:
         runs = here.stream("wait")
         assert await _first(runs) == "here"
         stopping = asyncio.create_task(here.server.stop(30))
-        await _until(lambda: not here.tunnel._open[0].takes())
+        await _until(lambda: not here.tunnel._calls[0].has_room())
         # Who hasn't heard of it is told to ask another.
-        late = here.tunnel._open[0].begin(
+        late = here.tunnel._calls[0].begin(
             tunnel_pb2.StreamBegin(method=METHOD), pb.GenerateStreamResponse.FromString, None
         )
         with pytest.raises(Unavailable) as refused:
@@ -426,7 +426,7 @@ async def test_who_comes_finds_the_place_of_who_left(monkeypatch: pytest.MonkeyP
                 assert await _first(stream) == "here"
             for stream in streams:
                 stream.cancel()
-        await _until(lambda: not here.tunnel._open[0]._streams)
+        await _until(lambda: not here.tunnel._calls[0]._streams)
 
 
 async def test_a_tunnel_that_is_retired_ends_with_its_streams() -> None:

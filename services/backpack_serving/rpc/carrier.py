@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextvars import Context
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
@@ -24,28 +23,22 @@ from backpack_serving.rpc.tunnel import STREAMS, WINDOW, Outbox
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A method with one request and a stream of responses. `answer` writes to what it is given as context."""
-
-    answer: Callable[[bytes, Any], Awaitable[None]]
-    serialize: Callable[[Any], bytes]
-
-
 class Carrier(tunnel_pb2_grpc.TunnelServiceServicer):
-    """Carries calls of these methods, by their full names, until the server drains."""
+    """Carries calls of these methods until the server drains: by their full names, those with one request and a
+    stream of responses. Handlers are the interceptor's: they read bytes, and write for themselves.
+    """
 
-    def __init__(self, methods: Mapping[str, Method], closing: asyncio.Event) -> None:
+    def __init__(self, methods: Mapping[str, grpc.RpcMethodHandler], closing: asyncio.Event) -> None:
         self._methods, self._closing = methods, closing
 
     async def Open(self, requests: AsyncIterator[pb.OpenRequest], context: Any) -> None:  # type: ignore[override]
-        await _Passage(self._methods, self._closing, context).run(requests)
+        await _Call(self._methods, self._closing, context).run(requests)
 
 
-class _Passage:
+class _Call:
     """One call, with the streams that began in it."""
 
-    def __init__(self, methods: Mapping[str, Method], closing: asyncio.Event, context: Any) -> None:
+    def __init__(self, methods: Mapping[str, grpc.RpcMethodHandler], closing: asyncio.Event, context: Any) -> None:
         self._methods, self._closing, self._context = methods, closing, context
         self._outbox = Outbox(pb.OpenResponse)
         self._streams: dict[int, tuple[_Stream, asyncio.Task[None]]] = {}
@@ -58,7 +51,7 @@ class _Passage:
             return not self._streams and (reading.done() or self._closing.is_set())
 
         # In a task of its own: gRPC can't go on with a message whose writing was cancelled.
-        writing = asyncio.create_task(self._outbox.empty(self._context.write, last))
+        writing = asyncio.create_task(self._outbox.send_all(self._context.write, last))
         try:
             await asyncio.shield(writing)
             if reading.done():
@@ -106,15 +99,15 @@ class _Passage:
     def _over(self, number: int) -> None:
         stream, task = self._streams.pop(number)
         if task.cancelled():
-            stream.leave()
+            stream.cancelled()
         self._outbox.ring()
 
 
 class _Stream:
     """A stream as its servicer and the server's interceptor know calls: what they use of grpc's context."""
 
-    def __init__(self, begin: pb.StreamBegin, outbox: Outbox[pb.OpenResponse], opened: Any) -> None:
-        self._number, self._outbox, self._opened = begin.stream, outbox, opened
+    def __init__(self, begin: pb.StreamBegin, outbox: Outbox[pb.OpenResponse], context: Any) -> None:
+        self._number, self._outbox, self._context = begin.stream, outbox, context
         self._metadata = [
             (each.name, each.value if each.name.endswith("-bin") else each.value.decode(errors="replace"))
             for each in begin.metadata
@@ -125,11 +118,11 @@ class _Stream:
         self._ahead = 0
         self._room = asyncio.Event()
 
-    async def run(self, method: Method, request: bytes) -> None:
-        self._serialize = method.serialize
+    async def run(self, method: grpc.RpcMethodHandler, request: bytes) -> None:
+        self._serialize = method.response_serializer
         try:
             async with self._limit:
-                await method.answer(request, self)
+                await method.unary_stream(request, self)
         except TimeoutError:
             self.refuse(Expired("DEADLINE_EXCEEDED", "the deadline passed before the stream had ended"))
         except grpc.aio.AbortError:
@@ -143,7 +136,7 @@ class _Stream:
     def refuse(self, error: ServiceError) -> None:
         self._end(to_status(error))
 
-    def leave(self) -> None:
+    def cancelled(self) -> None:
         """Its caller has left, and counts it until it has ended."""
         self._end(status_pb2.Status(code=code_pb2.CANCELLED))
 
@@ -169,7 +162,7 @@ class _Stream:
         return self._metadata
 
     def auth_context(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self._opened.auth_context()
+        found: Mapping[str, Any] = self._context.auth_context()
         return found
 
     def time_remaining(self) -> float | None:

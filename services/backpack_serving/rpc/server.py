@@ -25,7 +25,7 @@ from grpc_status import rpc_status
 
 from backpack_serving import tracing
 from backpack_serving.errors import Internal, InvalidRequest, ServiceError, from_patch_error
-from backpack_serving.rpc.carrier import Carrier, Method
+from backpack_serving.rpc.carrier import Carrier
 from backpack_serving.rpc.channel import MESSAGE_LIMIT, SMALL
 from backpack_serving.rpc.credentials import server_credentials
 from backpack_serving.rpc.drain import draining, ended
@@ -242,7 +242,7 @@ def _refusal(error: Exception, method: str) -> ServiceError:
 class _Registry:
     """Where generated code registers methods, for the sake of those that can be carried."""
 
-    def __init__(self, calls: _Calls, carried: dict[str, Method]) -> None:
+    def __init__(self, calls: _Calls, carried: dict[str, grpc.RpcMethodHandler]) -> None:
         self._calls, self._carried = calls, carried
 
     def add_generic_rpc_handlers(self, _: object) -> None: ...
@@ -251,8 +251,7 @@ class _Registry:
         for method, handler in handlers.items():
             if handler.response_streaming and not handler.request_streaming:
                 name = f"/{service}/{method}"
-                guarded = self._calls.guard(handler, name)
-                self._carried[name] = Method(guarded.unary_stream, guarded.response_serializer)
+                self._carried[name] = self._calls.guard(handler, name)
 
 
 class Server:
@@ -296,7 +295,7 @@ async def start(
     Raises OSError if the address is taken, ValueError if the certificates are no good.
     """
     services, closing = list(services), asyncio.Event()
-    carried: dict[str, Method] = {}
+    carried: dict[str, grpc.RpcMethodHandler] = {}
     if tunnel:
         add, carrier = tunnel_pb2_grpc.add_TunnelServiceServicer_to_server, Carrier(carried, closing)
         services.append(Service("backpack.v1.TunnelService", add, carrier, quiet=frozenset({"Open"})))
@@ -313,7 +312,8 @@ async def start(
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     for service in services:
         service.add(service.servicer, server)
-        service.add(service.servicer, _Registry(calls, carried))
+        if tunnel:
+            service.add(service.servicer, _Registry(calls, carried))
     names = [*(s.name for s in services), health.SERVICE_NAME, reflection.SERVICE_NAME]
     reflection.enable_server_reflection(names, server)
     try:

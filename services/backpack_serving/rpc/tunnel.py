@@ -68,7 +68,7 @@ class Outbox(Generic[M]):
         return self._waiting[-1]
 
     def ring(self) -> None:
-        """Have whoever empties it look whether that was the last."""
+        """Have whoever sends look whether that was the last."""
         self._bell.set()
 
     async def room(self) -> None:
@@ -77,7 +77,7 @@ class Outbox(Generic[M]):
             self._sent.clear()
             await self._sent.wait()
 
-    async def empty(self, write: Callable[[M], Awaitable[None]], last: Callable[[], bool]) -> None:
+    async def send_all(self, write: Callable[[M], Awaitable[None]], last: Callable[[], bool]) -> None:
         """Send what there is and what comes, until it was the last."""
         while True:
             while self._waiting:
@@ -98,7 +98,7 @@ class Tunnel:
 
     def __init__(self, channel: Any) -> None:
         self._channel = channel
-        self._open: list[_Passage] = []
+        self._calls: list[_Call] = []
 
     def unary_unary(self, *how: Any, **named: Any) -> Any:
         return self._channel.unary_unary(*how, **named)
@@ -117,39 +117,37 @@ class Tunnel:
                 begin.metadata.add(name=name, value=value.encode() if isinstance(value, str) else value)
             if timeout is not None:
                 begin.timeout.FromNanoseconds(int(timeout * 1e9))
-            return self._passage().begin(begin, response_deserializer, timeout)
+            return self._call().begin(begin, response_deserializer, timeout)
 
         return call
 
     def retire(self) -> None:
         """No streams begin any more; the calls end with those that run."""
-        for passage in self._open:
-            passage.retire()
+        for call in self._calls:
+            call.retire()
 
     async def close(self) -> None:
         """End all calls, with the streams that run, and the channel."""
-        for passage in self._open:
-            await passage.close()
+        for call in self._calls:
+            await call.close()
         await self._channel.close()
 
-    def _passage(self) -> _Passage:
+    def _call(self) -> _Call:
         """The call in which a stream begins now."""
-        self._open = [passage for passage in self._open if not passage.over]
-        for passage in self._open:
-            if passage.takes():
-                return passage
+        self._calls = [call for call in self._calls if not call.over]
+        for call in self._calls:
+            if call.has_room():
+                return call
         self.retire()  # those that are full have streams, and so go on
-        self._open.append(passage := _Passage(self._channel))
-        return passage
+        self._calls.append(call := _Call(self._channel))
+        return call
 
 
 class Stream(Generic[R]):
     """One stream's responses. Iterate once, and cancel at the end, whatever came."""
 
-    def __init__(
-        self, passage: _Passage, number: int, deserialize: Callable[[bytes], R], timeout: float | None
-    ) -> None:
-        self._passage, self._number, self._deserialize = passage, number, deserialize
+    def __init__(self, call: _Call, number: int, deserialize: Callable[[bytes], R], timeout: float | None) -> None:
+        self._call, self._number, self._deserialize = call, number, deserialize
         self._responses: deque[bytes] = deque()
         self._bell = asyncio.Event()
         self._taken = self._ended = False
@@ -162,7 +160,7 @@ class Stream(Generic[R]):
     async def initial_metadata(self) -> None:
         """Wait until the method has taken the request; or the stream has failed, which iterating tells."""
         while not (self._taken or self._ended):
-            await self._ring()
+            await self._wait()
 
     def __aiter__(self) -> Stream[R]:
         return self
@@ -173,11 +171,11 @@ class Stream(Generic[R]):
                 raise self._failure
             if self._ended:
                 raise StopAsyncIteration
-            await self._ring()
+            await self._wait()
         data = self._responses.popleft()
         self._read += len(data)
         if self._read > WINDOW // 2 and not self._ended:
-            self._passage.read(self._number, self._read)
+            self._call.read(self._number, self._read)
             self._read = 0
         return self._deserialize(data)
 
@@ -185,9 +183,9 @@ class Stream(Generic[R]):
         """Have it end, if it hasn't."""
         if not self._ended:
             self.end(None)
-            self._passage.leave(self._number)
+            self._call.cancel(self._number)
 
-    def take(self, part: pb.StreamPart) -> bool:
+    def add(self, part: pb.StreamPart) -> bool:
         """A part came. Whether it was the last."""
         kind = part.WhichOneof("part")
         if kind == "end":
@@ -211,18 +209,18 @@ class Stream(Generic[R]):
     def _expire(self) -> None:
         """The deadline passed, as it does over there."""
         self.end(Expired("DEADLINE_EXCEEDED", "the deadline passed before the stream had ended"))
-        asyncio.get_running_loop().call_later(LATE, self._passage.leave, self._number)
+        asyncio.get_running_loop().call_later(LATE, self._call.cancel, self._number)
 
-    async def _ring(self) -> None:
+    async def _wait(self) -> None:
         self._bell.clear()
         await self._bell.wait()
 
 
-class _Passage:
+class _Call:
     """One call, with the streams that began in it."""
 
     def __init__(self, channel: Any) -> None:
-        self._call: Any = tunnel_pb2_grpc.TunnelServiceStub(channel).Open()
+        self._grpc: Any = tunnel_pb2_grpc.TunnelServiceStub(channel).Open()
         self._streams: dict[int, Stream[Any]] = {}
         self._count = 0
         self._retired = self.over = False
@@ -230,7 +228,7 @@ class _Passage:
         self._outbox = Outbox(pb.OpenRequest)
         self._tasks = asyncio.create_task(self._write()), asyncio.create_task(self._read())
 
-    def takes(self) -> bool:
+    def has_room(self) -> bool:
         """Whether another stream may begin here."""
         young = asyncio.get_running_loop().time() < self._renew
         return young and not self._retired and len(self._streams) < STREAMS
@@ -255,7 +253,7 @@ class _Passage:
     def read(self, number: int, size: int) -> None:
         self._outbox.message().read.add(stream=number, bytes=size)
 
-    def leave(self, number: int) -> None:
+    def cancel(self, number: int) -> None:
         """Have a stream end over there. Until it has, it counts as one."""
         if number in self._streams:
             self._outbox.message().cancelled.append(number)
@@ -263,16 +261,16 @@ class _Passage:
     async def _write(self) -> None:
         """Send what there is, until no stream begins any more and all have ended."""
         with suppress(grpc.RpcError, asyncio.InvalidStateError):  # the call has ended, which its reader finds, too
-            await self._outbox.empty(self._call.write, lambda: self._retired and not self._streams)
-            await self._call.done_writing()
+            await self._outbox.send_all(self._grpc.write, lambda: self._retired and not self._streams)
+            await self._grpc.done_writing()
 
     async def _read(self) -> None:
         """Give streams what comes. Those that are left when the call ends may be tried again."""
         message = "the server ended the call that carried this stream"
         try:
-            async for response in self._call:
+            async for response in self._grpc:
                 for part in response.parts:
-                    if (stream := self._streams.get(part.stream)) and stream.take(part):
+                    if (stream := self._streams.get(part.stream)) and stream.add(part):
                         del self._streams[part.stream]
                 self._retired |= response.draining
                 if self._retired:
