@@ -1,14 +1,16 @@
 """What gRPC, the gateway and Ray Serve add to the engine: time to first token, and tokens per second.
 
-Five ways to the same engine, measured in turn, round by round, in one run:
+Ways to the same engine, those of a system without Ray and then those of one with it, each three in turn, round by
+round:
 
-    engine           its asyncio loop, in this process
-    replica          a replica process, called as gateways do: all streams in one call
-    gateway          … through a gateway process
-    ray              a replica under Ray Serve, called so
-    ray + gateway    … through a gateway process
+    engine               its asyncio loop, in this process
+    replica              a replica process, called as gateways do: all streams in one call
+    gateway              … through a gateway process
+    engine, Ray beside   Ray's own processes are never quite idle
+    ray                  a replica under Ray Serve, called so
+    ray + gateway        … through a gateway process
 
-The cores that each part used are told with it: the replica (with Ray's own processes; for `engine` this process),
+The cores that each part used are told with it: the replica (with Ray's own processes; for an engine this process),
 the gateway, and the client, which is this process and shares the machine with them. One connection for all streams
 of a way; the engine has 32 slots, so of 256 streams most wait.
 
@@ -22,6 +24,7 @@ message; what share of the engine's speed that is depends on how long the model'
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import sys
 import tempfile
@@ -63,7 +66,7 @@ from tests.e2e.test_processes import Processes
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
 PARTS = ("replica", "gateway", "client")
-ROUNDS = {1: 60, 32: 24, 256: 2}
+ROUNDS = {1: 60, 32: 24, 256: 3}
 ROUNDS_SMALL = {1: 15, 32: 3}
 """How often, for how many streams at once."""
 
@@ -169,57 +172,57 @@ def _small(folder: Path) -> Path:
     return folder
 
 
-async def main(plain: Processes, on_ray: Settings, small: bool) -> None:
-    system = System(plain.settings.gateway_address, plain.settings.interventions_address, plain.settings)
+async def measure(
+    ways: Sequence[str], settings: Settings, directory: Any, servers: Parts, small: bool
+) -> dict[str, dict[str, Any]]:
+    """Figures of a bare engine, a replica and a gateway, called so, by name and number of streams."""
+    names = itertools.count(time.time_ns())  # of tenants: another round's are there already
+    system = System(settings.gateway_address, settings.interventions_address, settings, _names=names)
     key = await system.tenant()
     live = (await system.releases.GetChannel(ipb.GetChannelRequest(name="channels/live"), metadata=key)).channel
     pin = pb.Pin(tenant=live.name.split("/")[1], channel="live", release_digest=live.release_digest)
     pinned = (*system.replica, ("backpack-pin-bin", pin.SerializeToString()))
     engine, loop = _engine()
-    application = (("application", app.DIRECTORY),)
-    ways: dict[str, Way] = {
-        "engine": engine,
-        "replica": _grpc(await _to_replica(plain.settings.directory_address, ()), pinned),
-        "gateway": _grpc(rpc.channel(plain.settings.gateway_address), key),
-        "ray": _grpc(await _to_replica(on_ray.directory_address, application), pinned),
-        "ray + gateway": _grpc(rpc.channel(on_ray.gateway_address), key),
-    }
-    me = psutil.Process()
-    plain_replica, plain_gateway, ray_gateway = (
-        psutil.Process(plain.pid(name)) for name in ("inference", "gateway", "ray gateway")
-    )
-    rays = [p for p in me.children(recursive=True) if p.pid not in plain.pids()]
-    parts: dict[str, Parts] = {
-        "engine": {"replica": [me]},
-        "replica": {"replica": [plain_replica], "client": [me]},
-        "gateway": {"replica": [plain_replica], "gateway": [plain_gateway], "client": [me]},
-        "ray": {"replica": rays, "client": [me]},
-        "ray + gateway": {"replica": rays, "gateway": [ray_gateway], "client": [me]},
-    }
+    behind = _grpc(await _to_replica(settings.directory_address, directory), pinned)
+    calls = dict(zip(ways, [engine, behind, _grpc(rpc.channel(settings.gateway_address), key)], strict=True))
+    client = [psutil.Process()]
+    parts: Sequence[Parts] = [
+        {"replica": client},
+        {"replica": servers["replica"], "client": client},
+        {**servers, "client": client},
+    ]
     figures: dict[str, dict[str, Any]] = {}
     for streams, rounds in (ROUNDS_SMALL if small else ROUNDS).items():
         measured: dict[str, list[Measured]] = {name: [] for name in ways}
         for turn in range(-1, rounds):  # the first is a warm-up
-            for name, way in ways.items():
+            for (name, way), part in zip(calls.items(), parts, strict=True):
                 if turn < 0 and streams > 32:
                     continue  # warm by now, and long
-                # Prompts of its own: what another way asked of the same replica would be in its prefix cache.
-                result = await _measure(way, parts[name], streams, f"{name}, round {turn}")
+                # A stream before, as another way's model is in the processor's caches. Prompts of its own: what
+                # another way asked of the same replica would be in its prefix cache.
+                await _measure(way, part, 1, f"{name}, before round {turn} of {streams}")
+                result = await _measure(way, part, streams, f"{name}, round {turn}")
                 if turn >= 0:
                     measured[name].append(result)
             console.print(f"{streams} streams, round {turn + 1} of {rounds}")
-        for name, results in measured.items():
-            ratio = [a.rate / b.rate for a, b in zip(results, measured["engine"], strict=True)]
-            figures[f"{name}, {streams}"] = {
+        for (name, results), part in zip(measured.items(), parts, strict=True):
+            ratio = [a.rate / b.rate for a, b in zip(results, measured[ways[0]], strict=True)]
+            figures[f"{name}; {streams}"] = {
                 "first_ms": spread([m.first for m in results]),
                 "tokens_per_second": spread([m.rate for m in results]),
                 "of_engine": spread(ratio),
-                "cores": {part: spread([m.cores[part] for m in results]) for part in parts[name]},
+                "cores": {of: spread([m.cores[of] for m in results]) for of in part},
             }
+    await loop.stop()
+    await system.close()
+    return figures
+
+
+def tell(figures: dict[str, dict[str, Any]], small: bool) -> None:
+    """Write the table."""
     rows = [
         [
-            name.split(",")[0],
-            name.split(", ")[1],
+            *name.split("; "),
             f"{f['first_ms']['median']:.1f} ({f['first_ms']['q1']:.1f}–{f['first_ms']['q3']:.1f})",
             f"{f['tokens_per_second']['median']:.0f}",
             f"{f['of_engine']['median']:.2f} ({f['of_engine']['q1']:.2f}–{f['of_engine']['q3']:.2f})",
@@ -245,8 +248,6 @@ async def main(plain: Processes, on_ray: Settings, small: bool) -> None:
         rows,
         figures,
     )
-    await loop.stop()
-    await system.close()
 
 
 if __name__ == "__main__":
@@ -262,25 +263,38 @@ if __name__ == "__main__":
         os.environ["BACKPACK_MODEL"] = str(_small(state / "model"))
     interventions.mint_key(Settings(state=state).key_file("replica"))
     processes = Processes(state, slots=32)
-    ray_settings = processes.settings.model_copy(
+    on_ray = processes.settings.model_copy(
         update={"directory_address": f"127.0.0.1:{free_port()}", "gateway_address": f"127.0.0.1:{free_port()}"}
     )
+    me = psutil.Process()
     try:
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-        processes.start("interventions")
-        app.start(ray_settings, int(ray_settings.directory_address.rpartition(":")[2]))
-        for part in ("directory", "inference", "gateway"):
+        for part in ("interventions", "directory", "inference", "gateway"):
             processes.start(part)
+        servers = {
+            "replica": [psutil.Process(processes.pid("inference"))],
+            "gateway": [psutil.Process(processes.pid("gateway"))],
+        }
+        without = ("engine", "replica", "gateway")
+        figures = asyncio.run(measure(without, processes.settings, (), servers, small))
+        for part in ("gateway", "inference", "directory"):
+            processes.kill(part)
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+        app.start(on_ray, int(on_ray.directory_address.rpartition(":")[2]))
+        rays = [process for process in me.children(recursive=True) if process.pid not in processes.pids()]
         processes.start(
             "gateway",
-            name="ray gateway",
-            BACKPACK_GATEWAY_ADDRESS=ray_settings.gateway_address,
-            BACKPACK_DIRECTORY_ADDRESS=ray_settings.directory_address,
+            BACKPACK_GATEWAY_ADDRESS=on_ray.gateway_address,
+            BACKPACK_DIRECTORY_ADDRESS=on_ray.directory_address,
             BACKPACK_DIRECTORY_APPLICATION=app.DIRECTORY,
         )
-        asyncio.run(main(processes, ray_settings, small))
+        servers = {"replica": rays, "gateway": [psutil.Process(processes.pid("gateway"))]}
+        beside = ("engine, Ray beside", "ray", "ray + gateway")
+        application = (("application", app.DIRECTORY),)
+        figures |= asyncio.run(measure(beside, on_ray, application, servers, small))
+        tell(figures, small)
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
         processes.stop()
     os._exit(0)  # grpc's threads of this process must not outlive Ray's
