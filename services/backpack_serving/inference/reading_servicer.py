@@ -179,7 +179,8 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
                     return error
 
             with self._metrics.release_seconds.time():
-                found = await asyncio.gather(*map(get, pins))
+                # One alone without a task: if it is compiled, the engine has its request before all else.
+                found = await asyncio.gather(*map(get, pins)) if len(pins) > 1 else [await get(pins[0])]
             overlays: list[Overlay] = []
             for pin, one in zip(pins, found, strict=True):
                 if isinstance(one, PatchError):
