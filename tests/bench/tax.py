@@ -1,14 +1,14 @@
 """What gRPC, the gateway and Ray Serve add to the engine: time to first token, and tokens per second.
 
-Ways to the same engine, those of a system without Ray and then those of one with it, each three in turn, round by
-round:
+Ways to the same engine, those of a system without Ray and then those of one with it, in turn, round by round:
 
-    engine               its asyncio loop, in this process
-    replica              a replica process, called as gateways do: all streams in one call
-    gateway              … through a gateway process
-    engine, Ray beside   Ray's own processes are never quite idle
-    ray                  a replica under Ray Serve, called so
-    ray + gateway        … through a gateway process
+    engine                 its asyncio loop, in this process
+    replica, a call each   a replica process, where each stream is a call of its own
+    replica                … called as gateways do: all streams in one call
+    gateway                … through a gateway process
+    engine, Ray beside     Ray's own processes are never quite idle
+    ray                    a replica under Ray Serve, called as gateways do
+    ray + gateway          … through a gateway process
 
 The cores that each part used are told with it: the replica (with Ray's own processes; for an engine this process),
 the gateway, and the client, which is this process and shares the machine with them. One connection for all streams
@@ -152,7 +152,8 @@ def _grpc(channel: Any, metadata: Any) -> Way:
     return way
 
 
-async def _to_replica(directory: str, metadata: Any) -> rpc.Tunnel:
+async def _replica(directory: str, metadata: Any) -> str:
+    """Its address."""
     channel = rpc.channel(directory)
     call = directory_pb2_grpc.DirectoryServiceStub(channel).WatchReplicas(
         directory_pb2.WatchReplicasRequest(), metadata=metadata
@@ -161,7 +162,7 @@ async def _to_replica(directory: str, metadata: Any) -> rpc.Tunnel:
         pass
     call.cancel()
     await channel.close()
-    return rpc.Tunnel(rpc.channel(message.replicas[0].address))
+    return str(message.replicas[0].address)
 
 
 def _small(folder: Path) -> Path:
@@ -173,9 +174,9 @@ def _small(folder: Path) -> Path:
 
 
 async def measure(
-    ways: Sequence[str], settings: Settings, directory: Any, servers: Parts, small: bool
+    settings: Settings, servers: Parts, small: bool, under_ray: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Figures of a bare engine, a replica and a gateway, called so, by name and number of streams."""
+    """Figures of the ways without Ray, or of those with it, by name and number of streams."""
     names = itertools.count(time.time_ns())  # of tenants: another round's are there already
     system = System(settings.gateway_address, settings.interventions_address, settings, _names=names)
     key = await system.tenant()
@@ -183,35 +184,37 @@ async def measure(
     pin = pb.Pin(tenant=live.name.split("/")[1], channel="live", release_digest=live.release_digest)
     pinned = (*system.replica, ("backpack-pin-bin", pin.SerializeToString()))
     engine, loop = _engine()
-    behind = _grpc(await _to_replica(settings.directory_address, directory), pinned)
-    calls = dict(zip(ways, [engine, behind, _grpc(rpc.channel(settings.gateway_address), key)], strict=True))
-    client = [psutil.Process()]
-    parts: Sequence[Parts] = [
-        {"replica": client},
-        {"replica": servers["replica"], "client": client},
-        {**servers, "client": client},
-    ]
+    application = (("application", app.DIRECTORY),) if under_ray else ()
+    address, client = await _replica(settings.directory_address, application), [psutil.Process()]
+    behind = {"replica": servers["replica"], "client": client}
+    bare = "engine, Ray beside" if under_ray else "engine"
+    ways: dict[str, tuple[Way, Parts]] = {bare: (engine, {"replica": client})}
+    if not under_ray:
+        ways["replica, a call each"] = _grpc(rpc.channel(address), pinned), behind
+    ways["ray" if under_ray else "replica"] = _grpc(rpc.Tunnel(rpc.channel(address)), pinned), behind
+    gateway = _grpc(rpc.channel(settings.gateway_address), key)
+    ways["ray + gateway" if under_ray else "gateway"] = gateway, {**servers, "client": client}
     figures: dict[str, dict[str, Any]] = {}
     for streams, rounds in (ROUNDS_SMALL if small else ROUNDS).items():
         measured: dict[str, list[Measured]] = {name: [] for name in ways}
         for turn in range(-1, rounds):  # the first is a warm-up
-            for (name, way), part in zip(calls.items(), parts, strict=True):
+            for name, (way, parts) in ways.items():
                 if turn < 0 and streams > 32:
                     continue  # warm by now, and long
                 # A stream before, as another way's model is in the processor's caches. Prompts of its own: what
                 # another way asked of the same replica would be in its prefix cache.
-                await _measure(way, part, 1, f"{name}, before round {turn} of {streams}")
-                result = await _measure(way, part, streams, f"{name}, round {turn}")
+                await _measure(way, parts, 1, f"{name}, before round {turn} of {streams}")
+                result = await _measure(way, parts, streams, f"{name}, round {turn}")
                 if turn >= 0:
                     measured[name].append(result)
             console.print(f"{streams} streams, round {turn + 1} of {rounds}")
-        for (name, results), part in zip(measured.items(), parts, strict=True):
-            ratio = [a.rate / b.rate for a, b in zip(results, measured[ways[0]], strict=True)]
+        for name, results in measured.items():
+            ratio = [a.rate / b.rate for a, b in zip(results, measured[bare], strict=True)]
             figures[f"{name}; {streams}"] = {
                 "first_ms": spread([m.first for m in results]),
                 "tokens_per_second": spread([m.rate for m in results]),
                 "of_engine": spread(ratio),
-                "cores": {of: spread([m.cores[of] for m in results]) for of in part},
+                "cores": {of: spread([m.cores[of] for m in results]) for of in ways[name][1]},
             }
     await loop.stop()
     await system.close()
@@ -274,8 +277,7 @@ if __name__ == "__main__":
             "replica": [psutil.Process(processes.pid("inference"))],
             "gateway": [psutil.Process(processes.pid("gateway"))],
         }
-        without = ("engine", "replica", "gateway")
-        figures = asyncio.run(measure(without, processes.settings, (), servers, small))
+        figures = asyncio.run(measure(processes.settings, servers, small))
         for part in ("gateway", "inference", "directory"):
             processes.kill(part)
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
@@ -288,9 +290,7 @@ if __name__ == "__main__":
             BACKPACK_DIRECTORY_APPLICATION=app.DIRECTORY,
         )
         servers = {"replica": rays, "gateway": [psutil.Process(processes.pid("gateway"))]}
-        beside = ("engine, Ray beside", "ray", "ray + gateway")
-        application = (("application", app.DIRECTORY),)
-        figures |= asyncio.run(measure(beside, on_ray, application, servers, small))
+        figures |= asyncio.run(measure(on_ray, servers, small, under_ray=True))
         tell(figures, small)
     finally:
         if ray.is_initialized():
