@@ -49,7 +49,7 @@ MODELS = {"default": side_by_side.default, "Small": side_by_side.small}
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.engine", description=__doc__)
-    parser.add_argument("--model", choices=MODELS, action="append", help="one alone (both: a quarter of an hour)")
+    parser.add_argument("--model", choices=MODELS, action="append", help="one alone (both: some twenty minutes)")
     parser.add_argument(
         "--part", choices=PARTS, action="append", help="one alone, or some; nothing is written then"
     )
