@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from backpack_lm.config import BackpackConfig
-from backpack_lm.kernels import Caches, Device, choose, native
+from backpack_lm.kernels import Caches, Device, Precision, choose, native
 from backpack_lm.kernels.native import NativeKernels, NotBuilt
 from backpack_lm.kernels.plain import PlainKernels
 
@@ -27,6 +29,17 @@ def test_cpu_is_cpu_and_auto_takes_a_gpu_where_there_is_one() -> None:
 def test_a_gpu_that_is_not_there_is_an_error_that_says_so() -> None:
     with pytest.raises(ValueError, match=r"device is cuda, but torch .* finds no CUDA device; use cpu or auto"):
         Device("cuda").torch()
+
+
+@pytest.mark.parametrize(("generation", "dtype"), [(7, torch.float32), (8, torch.bfloat16)])
+def test_auto_is_bfloat16_on_a_gpu_that_multiplies_it_itself(
+    generation: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=generation))
+    assert Precision.AUTO.dtype("cuda") is dtype
+    assert Precision.BFLOAT16.dtype("cuda") is torch.bfloat16
 
 
 def test_a_cpu_gets_the_compiled_kernels_or_without_a_compiler_the_plain_ones(

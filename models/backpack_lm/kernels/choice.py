@@ -43,10 +43,13 @@ class Precision(StrEnum):
 
     def dtype(self, device: str = "cpu") -> torch.dtype:
         """What it means on a device: `auto` is bfloat16 where the processor multiplies it."""
-        if self is Precision.AUTO:
-            fast = device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-            return torch.bfloat16 if fast else torch.float32
-        return torch.bfloat16 if self is Precision.BFLOAT16 else torch.float32
+        if self is not Precision.AUTO:
+            return torch.bfloat16 if self is Precision.BFLOAT16 else torch.float32
+        if device == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)  # from Ampere on
+        else:
+            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
 
 
 def choose(caches: Caches) -> Kernels:
