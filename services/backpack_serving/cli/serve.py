@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import signal
 import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 import uvloop
@@ -26,6 +27,12 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Run one part as a process of its own. Where it listens and whom it calls: `backpack settings`.",
 )
+
+
+HUNG = 60.0
+"""Seconds without a turn of the event loop after which a process that serves says where it hangs, and ends."""
+
+WATCH = 1.0
 
 
 @app.command()
@@ -139,8 +146,10 @@ def _serve(
             running = await start(settings, metrics)
         console.print(f"{name} serves on [bold]{running.address}[/]; Ctrl-C stops it")
         failed = failure(running)
+        watching = asyncio.create_task(_end_if_it_hangs())
         await tasks.first(stopped.wait(), failed.wait())
         await running.stop()
+        await tasks.end(watching)
         return failed.is_set()
 
     with exits():
@@ -148,3 +157,17 @@ def _serve(
         configure(settings, name)
         if uvloop.run(serve()):
             raise typer.Exit(1)
+
+
+async def _end_if_it_hangs() -> NoReturn:
+    """End this process, with exit status 1 and all its stacks on stderr, should its loop stand still for long.
+
+    Its port would go on taking connections, which is all that whoever supervises it may see. The thread that
+    watches is C's, and needs nobody's lock.
+    """
+    try:
+        while True:
+            faulthandler.dump_traceback_later(HUNG, exit=True)
+            await asyncio.sleep(WATCH)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
