@@ -126,7 +126,8 @@ async def test_a_refusal_to_one_process_ends_a_wait_at_another(tmp_path: Path, p
         key, release, followers = await _three(one, other, Refusing)
         await eventually(lambda: _all_of(one, 3))
         rollout, seconds = await _activate(one, key, release)
-        assert (rollout.complete, rollout.replicas, rollout.replicas_acked) == (False, 2, 1)
+        assert (rollout.complete, rollout.replicas) == (False, 2)
+        assert rollout.replicas_acked < 2, "one refuses; the other may not have answered yet"
         assert "NON_FINITE" in rollout.refusals[0]
         assert seconds < 30, "it can't become complete any more, so nobody waits for it"
         for follower in followers:
