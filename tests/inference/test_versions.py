@@ -8,7 +8,9 @@ import random
 import struct
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from backpack_lm.patch import Cell, PatchError, Release, Revision, Scale, Set, Topic, Vector, release_digest
@@ -322,6 +324,23 @@ async def test_channels_that_come_together_are_bounded_as_those_that_come_one_by
     accepted = [c for c in channels if c.serving[0].digest != refusal.digest]
     versions.swapped(View().changed(Position(1, 1), accepted))
     assert await versions.stage(tuple(accepted)) == (), "what holds isn't counted twice"
+
+
+async def test_a_view_of_many_tenants_is_looked_through_once(make: Callable[..., Versions]) -> None:
+    class Counted(dict[tuple[str, str], KnownChannel]):
+        looked = 0
+
+        def values(self) -> Any:
+            self.looked += 1
+            return super().values()
+
+        def items(self) -> Any:
+            self.looked += 1
+            return super().items()
+
+    channels = Counted({(f"t{n}", "live"): replace(_channel("a"), tenant=f"t{n}") for n in range(50)})
+    make().swapped(View(Position(1, 1), channels=channels))
+    assert channels.looked == 1  # for each tenant anew, 4,000 tenants took the loop 0.7 s whenever a channel moved
 
 
 async def test_a_tenants_requests_keep_no_more_than_its_bytes(

@@ -72,6 +72,7 @@ class Versions:
         self._kept: frozenset[str] = frozenset()
         self._staged: dict[tuple[str, str], Steering] = {}  # ready for a view that doesn't hold yet
         self._view = View()
+        self._channels: dict[str, list[KnownChannel]] = {}  # the view's, by tenant
         self._slots = asyncio.Semaphore(AT_ONCE)
         self.fetched = 0
 
@@ -231,8 +232,11 @@ class Versions:
             return
         self._view = view
         self._unstage(*self._staged.values())
+        self._channels = {}
+        for channel in view.channels.values():
+            self._channels.setdefault(channel.tenant, []).append(channel)
         kept: set[str] = set()
-        for tenant in {channel.tenant for channel in view.channels.values()}:
+        for tenant in self._channels:
             kept |= self._worth_keeping(tenant)
         self._kept = frozenset(kept)
         self._evict()
@@ -241,8 +245,7 @@ class Versions:
         """What is served, then what was served before or will be soon, as far as it fits."""
         kept = set(self._serving(tenant))
         room = self._tenant_bytes - sum(self._sizes(kept))
-        channels = [c for c in self._view.channels.values() if c.tenant == tenant]
-        more = [release for channel in channels for release in channel.earlier]
+        more = [release for channel in self._channels[tenant] for release in channel.earlier]
         if fresh := self._view.fresh.get(tenant):
             more.append(fresh.release)
         for release in more:
@@ -254,9 +257,9 @@ class Versions:
 
     def _serving(self, tenant: str) -> set[str]:
         """Digests of what a tenant's channels are at, once what is staged holds."""
-        channels: dict[tuple[str, str], Steering] = {}
-        for known in (self._view.channels, self._staged):
-            channels |= {k: c for k, c in known.items() if c.tenant == tenant and isinstance(c, KnownChannel)}
+        channels = {channel.key: channel for channel in self._channels.get(tenant, ())}
+        staged = (c for c in self._staged.values() if c.tenant == tenant and isinstance(c, KnownChannel))
+        channels |= {channel.key: channel for channel in staged}
         return {release.digest for channel in channels.values() for release in channel.serving}
 
     def _sizes(self, digests: Iterable[str]) -> list[int]:
