@@ -139,7 +139,7 @@ Global___StreamMetadata: _TypeAlias = StreamMetadata  # noqa: Y015
 
 @_typing.final
 class StreamRead(_message.Message):
-    """So many more bytes of a stream's responses were read. A server doesn't send more than 256 KiB ahead."""
+    """So many more bytes of a stream's responses were read. While more than 256 KiB are unread, a server sends nothing."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -50,7 +50,7 @@ class TunnelServiceServicer:
     """
 
     def Open(self, request_iterator, context):
-        """Ends when who called sends no more and all streams have ended.
+        """Ends when all streams have ended, and who called sends no more or the server is stopping.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

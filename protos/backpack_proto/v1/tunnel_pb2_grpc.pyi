@@ -37,7 +37,7 @@ class TunnelServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TunnelServiceAsyncStub: ...
     Open: _grpc.StreamStreamMultiCallable[_tunnel_pb2.OpenRequest, _tunnel_pb2.OpenResponse]
-    """Ends when who called sends no more and all streams have ended."""
+    """Ends when all streams have ended, and who called sends no more or the server is stopping."""
 
 @_typing.type_check_only
 class TunnelServiceAsyncStub(TunnelServiceStub):
@@ -47,7 +47,7 @@ class TunnelServiceAsyncStub(TunnelServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Open: _aio.StreamStreamMultiCallable[_tunnel_pb2.OpenRequest, _tunnel_pb2.OpenResponse]  # type: ignore[assignment]
-    """Ends when who called sends no more and all streams have ended."""
+    """Ends when all streams have ended, and who called sends no more or the server is stopping."""
 
 class TunnelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Many streams in one call, between parts of a system: what gRPC spends on a message is spent once for all that
@@ -60,6 +60,6 @@ class TunnelServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_tunnel_pb2.OpenRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_tunnel_pb2.OpenResponse], _abc.AsyncIterator[_tunnel_pb2.OpenResponse]]:
-        """Ends when who called sends no more and all streams have ended."""
+        """Ends when all streams have ended, and who called sends no more or the server is stopping."""
 
 def add_TunnelServiceServicer_to_server(servicer: TunnelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

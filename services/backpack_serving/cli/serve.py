@@ -33,6 +33,7 @@ HUNG = 60.0
 """Seconds without a turn of the event loop after which a process that serves says where it hangs, and ends."""
 
 WATCH = 1.0
+"""Seconds between two looks at whether the loop has its turns."""
 
 
 @app.command()

@@ -71,7 +71,7 @@ class _Call:
         async for request in requests:
             await self._outbox.room()
             if len(self._streams) + len(request.begin) > STREAMS:
-                raise Exhausted("TOO_MANY_STREAMS", f"{STREAMS} streams at most in one call")
+                raise Exhausted("TOO_MANY_STREAMS", f"{STREAMS} streams at most in one call; open another")
             for begin in request.begin:
                 self._begin(begin)
             for read in request.read:
@@ -84,7 +84,7 @@ class _Call:
     def _begin(self, begin: pb.StreamBegin) -> None:
         number = begin.stream
         if number in self._streams:
-            raise InvalidRequest("STREAM_TAKEN", f"stream {number} began before, and hasn't ended")
+            raise InvalidRequest("STREAM_TAKEN", f"stream {number} began before, and hasn't ended; count up")
         stream = _Stream(begin, self._outbox, self._context)
         if self._closing.is_set():
             stream.refuse(draining())

@@ -299,7 +299,7 @@ async def start(
     if tunnel:
         add, carrier = tunnel_pb2_grpc.add_TunnelServiceServicer_to_server, Carrier(carried, closing)
         services.append(Service("backpack.v1.TunnelService", add, carrier, quiet=frozenset({"Open"})))
-        message_limit += BATCH  # for what goes together with one that is as large as may be
+        message_limit += BATCH  # for the metadata beside a request that is as large as may be
     calls = _Calls(services, watcher, closing)
     options = [
         *_OPTIONS,

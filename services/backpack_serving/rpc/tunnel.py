@@ -33,8 +33,8 @@ fill the memory with refusals.
 """
 
 WINDOW = 2**18
-"""Bytes of a stream that may be on their way and not read yet. A slow reader holds up nobody else, nor fills the
-memory: its servicer waits.
+"""Bytes of a stream on their way and not read yet, beyond which no more are sent. A slow reader holds up nobody
+else, nor fills the memory: its servicer waits.
 """
 
 LATE = 1.0
