@@ -502,7 +502,7 @@ def test_a_patch_from_the_lab_is_uploaded_with_its_report_and_steers(backpack: A
     assert "ships" not in backpack("patch", "list", "--as", "lab-user")
     assert "ships/revisions/1" in backpack("patch", "revise", "ships", str(file), "--as", "lab-user")
     assert "“ship” says “land”" in backpack("patch", "list", "--as", "lab-user")
-    backpack("release", "create", "ships:1", "--activate", "--as", "lab-user")
+    backpack("release", "create", "ships:1", "--activate", "--wait", "all", "--as", "lab-user")
     assert "edited" in backpack("senses", "ship", "--as", "lab-user")
     judged = backpack("lab", "judge", str(file), "--prompt", prompt, "--html", str(tmp_path / "judged.html"))
     assert "1 edits of 8 cells" in judged
