@@ -8,19 +8,16 @@ from contextvars import Context
 from typing import Any, NoReturn
 
 import grpc
-import structlog
 from backpack_proto.v1 import tunnel_pb2 as pb
 from backpack_proto.v1 import tunnel_pb2_grpc
 from google.rpc import code_pb2, status_pb2
 from grpc_status import rpc_status
 
 from backpack_serving import tasks
-from backpack_serving.errors import Exhausted, Expired, Internal, InvalidRequest, PreconditionFailed, ServiceError
+from backpack_serving.errors import Exhausted, InvalidRequest, PreconditionFailed, ServiceError
 from backpack_serving.rpc.drain import drained, draining
-from backpack_serving.rpc.status import to_status
-from backpack_serving.rpc.tunnel import STREAMS, WINDOW, Outbox
-
-log = structlog.get_logger(__name__)
+from backpack_serving.rpc.status import WRONG_SERVER, refusal_of, to_status
+from backpack_serving.rpc.tunnel import STREAMS, WINDOW, Outbox, expired
 
 
 class Carrier(tunnel_pb2_grpc.TunnelServiceServicer):
@@ -89,7 +86,7 @@ class _Call:
         if self._closing.is_set():
             stream.refuse(draining())
         elif not (method := self._methods.get(begin.method)):
-            stream.refuse(PreconditionFailed("WRONG_SERVER", f"no streams of {begin.method} here"))
+            stream.refuse(PreconditionFailed("WRONG_SERVER", f"no streams of {begin.method} here. {WRONG_SERVER}"))
         else:
             # With a context of its own: what its call binds there is nobody else's.
             task = asyncio.create_task(stream.run(method, begin.request), context=Context())
@@ -107,7 +104,7 @@ class _Stream:
     """A stream as its servicer and the server's interceptor know calls: what they use of grpc's context."""
 
     def __init__(self, begin: pb.StreamBegin, outbox: Outbox[pb.OpenResponse], context: Any) -> None:
-        self._number, self._outbox, self._context = begin.stream, outbox, context
+        self._number, self._method, self._outbox, self._context = begin.stream, begin.method, outbox, context
         self._metadata = [
             (each.name, each.value if each.name.endswith("-bin") else each.value.decode(errors="replace"))
             for each in begin.metadata
@@ -124,12 +121,11 @@ class _Stream:
             async with self._limit:
                 await method.unary_stream(request, self)
         except TimeoutError:
-            self.refuse(Expired("DEADLINE_EXCEEDED", "the deadline passed before the stream had ended"))
+            self.refuse(expired())
         except grpc.aio.AbortError:
             pass  # it was told
         except Exception as error:  # of what is around every call: its caller would wait for ever
-            log.error("stream failed", exc_info=error)
-            self.refuse(Internal("INTERNAL", "an internal error; the server's log has more"))
+            self.refuse(refusal_of(error, self._method))
         else:
             self._end(status_pb2.Status())
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from backpack_serving.errors import InvalidRequest
 from backpack_serving.rpc.credentials import channel_credentials
 from backpack_serving.tls import Tls
 
@@ -18,6 +19,12 @@ SMALL = 2**20
 """Bytes of a single request, far more than a text of any context has. To look through one of 20 MiB and refuse it
 took a server's event loop seconds; in memory a message may be 25 times as large.
 """
+
+
+def too_large(size: int) -> InvalidRequest:
+    """The refusal of a request of so many bytes."""
+    return InvalidRequest("TOO_LARGE", f"a message of {size} bytes; at most {SMALL}")
+
 
 # Only reads may be repeated by the library: a second Generate would be charged and sampled twice, and of a write
 # the library can't tell whether it has an id. CANCELLED is what a stopping server may say (see `rpc.status`).

@@ -19,4 +19,5 @@ def drained() -> bool:
 
 
 def draining() -> ServiceError:
+    """What is told to who calls a server that stops."""
     return Unavailable("DRAINING", "this server is stopping; another one will answer", retry_after=0.1)

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import grpc
 import structlog
-from backpack_lm.patch import PatchError
 from backpack_proto.v1 import tunnel_pb2_grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -24,13 +23,13 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
 from backpack_serving import tracing
-from backpack_serving.errors import Internal, InvalidRequest, ServiceError, from_patch_error
+from backpack_serving.errors import InvalidRequest, ServiceError
 from backpack_serving.rpc.carrier import Carrier
-from backpack_serving.rpc.channel import MESSAGE_LIMIT, SMALL
+from backpack_serving.rpc.channel import MESSAGE_LIMIT, SMALL, too_large
 from backpack_serving.rpc.credentials import server_credentials
 from backpack_serving.rpc.drain import draining, ended
 from backpack_serving.rpc.metadata import Context, identify, metadata, with_request_id
-from backpack_serving.rpc.status import error_from, to_status
+from backpack_serving.rpc.status import refusal_of, to_status
 from backpack_serving.rpc.tunnel import BATCH, STREAMS
 from backpack_serving.tls import Tls
 
@@ -107,7 +106,7 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             "_stream" if handler.response_streaming else "_unary"
         )
         behaviour = getattr(handler, kind)
-        guarded = self._stream(behaviour, name) if handler.response_streaming else behaviour
+        guarded = self._stream(behaviour) if handler.response_streaming else behaviour
         read = _reading(handler.request_deserializer)
 
         async def whole(request: Any, context: Any) -> Any:
@@ -116,7 +115,7 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             if len(request) <= SMALL:
                 return await guarded(read(request), context)
             if not (admit := self._large.get(name)):
-                raise InvalidRequest("TOO_LARGE", f"a message of {len(request)} bytes; at most {SMALL}")
+                raise too_large(len(request))
             await admit(context)
             async with self._turn:
                 return await guarded(read(request), context)
@@ -135,7 +134,7 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return make(call, read if handler.request_streaming else None, handler.response_serializer)
 
     @staticmethod
-    def _stream(behaviour: Any, method: str) -> Any:
+    def _stream(behaviour: Any) -> Any:
         async def write(request: Any, context: Any) -> None:
             responses = behaviour(request, context)
             if inspect.isawaitable(responses):
@@ -172,7 +171,7 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 code = reason = "UNIMPLEMENTED"
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} isn't served here")
             except Exception as error:
-                refusal = _refusal(error, method)
+                refusal = refusal_of(error, method)
                 # It leads here, and so to itself: what was sent would stay until the collector comes by.
                 refusal.__traceback__ = None
             code, reason = refusal.code, refusal.reason
@@ -224,19 +223,6 @@ def _reading(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             raise InvalidRequest("NOT_A_MESSAGE", f"what was sent isn't this method's message: {error}") from None
 
     return read
-
-
-def _refusal(error: Exception, method: str) -> ServiceError:
-    if isinstance(error, PatchError):
-        error = from_patch_error(error)
-    if isinstance(error, grpc.RpcError):
-        error = error_from(error)
-    if isinstance(error, ServiceError) and error.why:
-        log.error("call refused", method=method, reason=error.reason, why=error.why)
-    if not isinstance(error, ServiceError):
-        log.error("handler failed", method=method, exc_info=error)
-        error = Internal("INTERNAL", "an internal error; the server's log has more")
-    return error
 
 
 class _Registry:

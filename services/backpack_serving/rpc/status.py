@@ -7,12 +7,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
-from backpack_lm.patch import Violation
+import structlog
+from backpack_lm.patch import PatchError, Violation
 from google.protobuf.any_pb2 import Any as PackedAny
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from backpack_serving.errors import BY_CODE, DOMAIN, Internal, PreconditionFailed, Quota, ServiceError, Unavailable
+from backpack_serving.errors import (
+    BY_CODE,
+    DOMAIN,
+    Internal,
+    PreconditionFailed,
+    Quota,
+    ServiceError,
+    Unavailable,
+    from_patch_error,
+)
+
+log = structlog.get_logger(__name__)
 
 MESSAGE_BYTES, VALUE_BYTES, VIOLATIONS_BYTES = 768, 512, 2048
 """Most of a message, of a value that is told beside it, and of violations before the last one, in UTF-8.
@@ -21,7 +33,7 @@ A status travels in trailers: the message percent-encoded, and again with all de
 may refuse trailers of more than 8 KB, and then tell RESOURCE_EXHAUSTED instead of what was sent.
 """
 
-_WRONG_SERVER = (
+WRONG_SERVER = (
     "The server at this address is another one, or of another version: "
     "text is a gateway's, patches, releases, tenants and readers are the intervention service's."
 )
@@ -87,7 +99,7 @@ def error_from(error: grpc.RpcError) -> ServiceError:
     if status is None and (call.details() or "").startswith("Failed to create channel"):
         return Unavailable("TRANSPORT", call.details())  # to what is no address; of others gRPC says so itself
     if status is None and code == "UNIMPLEMENTED":
-        return PreconditionFailed("WRONG_SERVER", f"{call.details()} {_WRONG_SERVER}")
+        return PreconditionFailed("WRONG_SERVER", f"{call.details()} {WRONG_SERVER}")
     if status is None:
         return kind("TRANSPORT", call.details() or code)
     return from_status(status)
@@ -113,6 +125,20 @@ def from_status(status: status_pb2.Status) -> ServiceError:
     rebuilt = kind(reason, status.message, violations=violations, quotas=quotas, retry_after=retry_after)
     rebuilt.metadata = values
     return rebuilt
+
+
+def refusal_of(error: Exception, method: str) -> ServiceError:
+    """The refusal that what a method raised amounts to. What isn't for the caller is logged here."""
+    if isinstance(error, PatchError):
+        error = from_patch_error(error)
+    if isinstance(error, grpc.RpcError):
+        error = error_from(error)
+    if isinstance(error, ServiceError) and error.why:
+        log.error("call refused", method=method, reason=error.reason, why=error.why)
+    if not isinstance(error, ServiceError):
+        log.error("handler failed", method=method, exc_info=error)
+        error = Internal("INTERNAL", "an internal error; the server's log has more")
+    return error
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from backpack_proto.v1 import tunnel_pb2 as pb
 from backpack_proto.v1 import tunnel_pb2_grpc
 
 from backpack_serving import tasks
-from backpack_serving.errors import Expired, InvalidRequest, ServiceError, Unavailable
-from backpack_serving.rpc.channel import SMALL
+from backpack_serving.errors import Expired, ServiceError, Unavailable
+from backpack_serving.rpc.channel import SMALL, too_large
 from backpack_serving.rpc.status import error_from, from_status
 
 STREAMS = 1000
@@ -47,6 +47,11 @@ has to outlive it by these and the length of a stream.
 
 R = TypeVar("R")
 M = TypeVar("M")
+
+
+def expired() -> Expired:
+    """What a deadline ends a stream with, at either end."""
+    return Expired("DEADLINE_EXCEEDED", "the deadline passed before the stream had ended")
 
 
 class Outbox(Generic[M]):
@@ -111,7 +116,7 @@ class Tunnel:
         ) -> Stream[Any]:
             data = request_serializer(request)
             if len(data) > SMALL:
-                raise InvalidRequest("TOO_LARGE", f"a message of {len(data)} bytes; at most {SMALL}")
+                raise too_large(len(data))
             begin = pb.StreamBegin(method=method, request=data)
             for name, value in metadata:
                 begin.metadata.add(name=name, value=value.encode() if isinstance(value, str) else value)
@@ -208,7 +213,7 @@ class Stream(Generic[R]):
 
     def _expire(self) -> None:
         """The deadline passed, as it does over there."""
-        self.end(Expired("DEADLINE_EXCEEDED", "the deadline passed before the stream had ended"))
+        self.end(expired())
         asyncio.get_running_loop().call_later(LATE, self._call.cancel, self._number)
 
     async def _wait(self) -> None:
@@ -223,10 +228,15 @@ class _Call:
         self._grpc: Any = tunnel_pb2_grpc.TunnelServiceStub(channel).Open()
         self._streams: dict[int, Stream[Any]] = {}
         self._count = 0
-        self._retired = self.over = False
+        self._retired = False
         self._renew = asyncio.get_running_loop().time() + RENEW
         self._outbox = Outbox(pb.OpenRequest)
-        self._tasks = asyncio.create_task(self._write()), asyncio.create_task(self._read())
+        self._writing, self._reading = asyncio.create_task(self._write()), asyncio.create_task(self._read())
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return self._reading.done()
 
     def has_room(self) -> bool:
         """Whether another stream may begin here."""
@@ -240,7 +250,7 @@ class _Call:
 
     async def close(self) -> None:
         """End at once."""
-        await tasks.end(*self._tasks)
+        await tasks.end(self._writing, self._reading)
         self._lose("this stream's caller has ended")  # its reader may never have begun
 
     def begin(self, begin: pb.StreamBegin, deserialize: Callable[[bytes], R], timeout: float | None) -> Stream[R]:
@@ -281,7 +291,7 @@ class _Call:
             self._lose(message)
 
     def _lose(self, message: str) -> None:
-        self._retired = self.over = True
+        self._retired = True
         for stream in self._streams.values():
             stream.end(Unavailable("TRANSPORT", message, retry_after=0.1))
         self._streams.clear()
