@@ -462,9 +462,9 @@ async def test_a_caller_that_counts_wrongly_is_told() -> None:
         call: Any = tunnel_pb2_grpc.TunnelServiceStub(channel).Open()
         begin = tunnel_pb2.StreamBegin(stream=1, method=METHOD, request=_request("wait").SerializeToString())
         nobody = tunnel_pb2.StreamRead(stream=7, bytes=2**40)
-        await call.write(tunnel_pb2.OpenRequest(read=[nobody], cancelled=[nobody.stream], begin=[begin]))
+        await call.write(tunnel_pb2.OpenRequest(read=[nobody], cancelled=[nobody.stream]))
+        await call.write(tunnel_pb2.OpenRequest(begin=[begin, begin]))
         await _until(lambda: "GenerateStream" in here.watcher.running)
-        await call.write(tunnel_pb2.OpenRequest(begin=[begin]))
         here.servicer.go.set()
         with pytest.raises(InvalidRequest, match="stream 1 began before"), rpc.errors():
             texts = [part.response for message in [m async for m in call] for part in message.parts]
