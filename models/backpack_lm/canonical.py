@@ -10,16 +10,16 @@ import struct
 from collections.abc import Iterator, Sequence
 
 from backpack_lm.edits import (
-    Add,
+    AddEdit,
     Cell,
-    Copy,
+    CopyEdit,
     Edit,
     PatchError,
-    ProjectOut,
-    Scale,
-    Set,
-    Swap,
-    Topic,
+    ProjectOutEdit,
+    ScaleEdit,
+    SetEdit,
+    SwapEdit,
+    TopicEdit,
     Vector,
     Violation,
 )
@@ -44,22 +44,22 @@ def encode(fingerprint: str, edits: Sequence[Edit]) -> bytes:
 
 
 def _encode_edit(edit: Edit) -> Iterator[bytes]:
-    if isinstance(edit, Topic):
+    if isinstance(edit, TopicEdit):
         yield struct.pack("<B?I", edit.strength, edit.annealed, len(edit.tokens))
         yield struct.pack(f"<{len(edit.tokens)}I", *edit.tokens)
         return
     yield _COUNT.pack(len(edit.cells))
     for cell in edit.cells:
         yield _CELL.pack(cell.token, cell.sense)
-    if isinstance(edit, Scale):
+    if isinstance(edit, ScaleEdit):
         yield struct.pack("<d", edit.factor + 0.0)
-    elif isinstance(edit, Add | Set):
-        vector = edit.delta if isinstance(edit, Add) else edit.vector
+    elif isinstance(edit, AddEdit | SetEdit):
+        vector = edit.delta if isinstance(edit, AddEdit) else edit.vector
         yield _COUNT.pack(len(vector))
         yield bytes(vector)
-    elif isinstance(edit, Copy):
+    elif isinstance(edit, CopyEdit):
         yield struct.pack("<Ii", edit.source, -1 if edit.source_sense is None else edit.source_sense)
-    elif isinstance(edit, ProjectOut):
+    elif isinstance(edit, ProjectOutEdit):
         yield _COUNT.pack(edit.direction)
     else:
         yield _CELL.pack(edit.old, edit.new)
@@ -101,27 +101,27 @@ def decode(data: bytes) -> tuple[str, tuple[Edit, ...]]:
 
 def _decode_edit(reader: _Reader) -> Edit:
     (kind,) = reader.take(1)
-    if kind == Topic.KIND:
+    if kind == TopicEdit.KIND:
         strength, annealed, count = reader.unpack("<BBI")
         if annealed > 1:
             raise PatchError(Violation("blob", "CORRUPT", f"a flag is {annealed}, neither 0 nor 1"))
         tokens = struct.unpack(f"<{int(count)}I", reader.take(4 * int(count)))
-        return Topic(tokens, int(strength), bool(annealed))
+        return TopicEdit(tokens, int(strength), bool(annealed))
     cells = tuple(reader.cell() for _ in range(reader.count()))
     match kind:
-        case Scale.KIND:
-            return Scale(cells, float(reader.unpack("<d")[0]))
-        case Add.KIND:
-            return Add(cells, Vector(reader.take(reader.count())))
-        case Set.KIND:
-            return Set(cells, Vector(reader.take(reader.count())))
-        case Copy.KIND:
+        case ScaleEdit.KIND:
+            return ScaleEdit(cells, float(reader.unpack("<d")[0]))
+        case AddEdit.KIND:
+            return AddEdit(cells, Vector(reader.take(reader.count())))
+        case SetEdit.KIND:
+            return SetEdit(cells, Vector(reader.take(reader.count())))
+        case CopyEdit.KIND:
             source, sense = map(int, reader.unpack("<Ii"))
             if sense < -1:
                 raise PatchError(Violation("blob", "CORRUPT", f"sense {sense}"))
-            return Copy(cells, source, None if sense < 0 else sense)
-        case ProjectOut.KIND:
-            return ProjectOut(cells, reader.count())
-        case Swap.KIND:
-            return Swap(cells, reader.count(), reader.count())
+            return CopyEdit(cells, source, None if sense < 0 else sense)
+        case ProjectOutEdit.KIND:
+            return ProjectOutEdit(cells, reader.count())
+        case SwapEdit.KIND:
+            return SwapEdit(cells, reader.count(), reader.count())
     raise PatchError(Violation("blob", "UNKNOWN_KIND", f"edit kind {kind}"))

@@ -51,7 +51,7 @@ def load(folder: Path) -> Backpack:
         values = read_object(folder / CONFIG)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG} can't be read: {error}") from None
-    return from_tensors(_read(folder), values)
+    return from_tensors(_read_tensors(folder), values)
 
 
 def from_tensors(tensors: Tensors, config: dict[str, Any]) -> Backpack:
@@ -61,7 +61,7 @@ def from_tensors(tensors: Tensors, config: dict[str, Any]) -> Backpack:
     shape = replace(shape, **_inner_widths(renamed))
     with torch.device("meta"):  # shapes without memory: every weight comes from the checkpoint
         model = Backpack(shape)
-    _check(renamed, model.state_dict())
+    _check_names_and_shapes(renamed, model.state_dict())
     state = {name: tensor.float().contiguous() for name, tensor in renamed.items()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
@@ -140,7 +140,7 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
-def _read(folder: Path) -> Tensors:
+def _read_tensors(folder: Path) -> Tensors:
     try:
         if (folder / WEIGHTS).exists():  # and no other: the fingerprint is of this one
             return load_file(folder / WEIGHTS)
@@ -150,9 +150,7 @@ def _read(folder: Path) -> Tensors:
         if not pickled.exists():
             found = sorted(folder.glob("*.ckpt"))
             if len(found) > 1:
-                raise CheckpointError(
-                    f"{folder} has {', '.join(p.name for p in found)}; leave the one that is meant"
-                )
+                raise CheckpointError(f"{folder} has {', '.join(p.name for p in found)}; leave the one that is meant")
             if not found:
                 raise CheckpointError(f"{folder} has no *.safetensors, pytorch_model.bin or *.ckpt")
             (pickled,) = found
@@ -177,13 +175,13 @@ def _inner_widths(tensors: Tensors) -> dict[str, Any]:
     block = tensors.get("sense_network.block.mlp.c_fc.weight")
     final = tensors.get("sense_network.final_mlp.c_fc.weight")
     if block is None or final is None or block.ndim != 2 or final.ndim != 2:
-        return {}  # reported as missing or misshapen by _check
+        return {}  # reported as missing or misshapen by _check_names_and_shapes
     if block.shape[1] == final.shape[1] == 4 * block.shape[0]:
         return {}
     return {"sense_inner": (block.shape[1], final.shape[1])}
 
 
-def _check(found: Tensors, wanted: Tensors) -> None:
+def _check_names_and_shapes(found: Tensors, wanted: Tensors) -> None:
     faults = [f"missing: {name}" for name in wanted if name not in found]
     faults += [f"unknown: {name}" for name in found if name not in wanted]
     for name in found.keys() & wanted.keys():

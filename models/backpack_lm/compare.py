@@ -67,7 +67,7 @@ class Scoring:
     def _logs(self, outputs: Tensor, tokens: Tensor) -> Tensor:
         """log p of one token for each output [N, d]: [N]."""
         logs = [torch.empty(0)]
-        for at, logits in _logits(outputs, self._head):
+        for at, logits in _logits_in_pieces(outputs, self._head):
             chosen = logits.gather(1, tokens[at : at + len(logits), None])[:, 0]
             logs.append(chosen - logits.logsumexp(1))
         return torch.cat(logs)
@@ -76,9 +76,7 @@ class Scoring:
 class Predicting:
     """The next token after ids [T], under any releases: the `top` likeliest, and `targets`."""
 
-    def __init__(
-        self, model: Backpack, table: SenseTable, ids: Tensor, top: int, targets: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, model: Backpack, table: SenseTable, ids: Tensor, top: int, targets: Sequence[int] = ()) -> None:
         self._head = model.embedding.detach()[: model.config.tokens]
         self._top, self._targets = top, torch.tensor(targets, dtype=torch.long)
         self._pass = TrunkPass(model, table, ids, start=len(ids) - 1)
@@ -94,7 +92,7 @@ class Predicting:
                 outputs.append(changed)
         found = [
             distribution
-            for _, logits in _logits(torch.cat(outputs), self._head)
+            for _, logits in _logits_in_pieces(torch.cat(outputs), self._head)
             for distribution in self._distributions(logits)
         ]
         return [found[row] for row in rows]
@@ -104,14 +102,12 @@ class Predicting:
         values, tokens = (part.tolist() for part in logs.topk(self._top))
         wanted, names = logs[:, self._targets].tolist(), self._targets.tolist()
         return [
-            Distribution(
-                tuple(zip(tokens[row], values[row], strict=True)), tuple(zip(names, wanted[row], strict=True))
-            )
+            Distribution(tuple(zip(tokens[row], values[row], strict=True)), tuple(zip(names, wanted[row], strict=True)))
             for row in range(len(logits))
         ]
 
 
-def _logits(outputs: Tensor, head: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _logits_in_pieces(outputs: Tensor, head: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Logits [·, V] of outputs [N, d] under E [V, d], in pieces, each with the row that it begins at."""
     rows = max(1, HEAD_BYTES // (4 * len(head)))
     for at in range(0, len(outputs), rows):

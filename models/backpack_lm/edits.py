@@ -67,7 +67,7 @@ class Vector(bytes):
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class ScaleEdit:
     """v ← factor · v. Factor 0 removes the sense."""
 
     cells: tuple[Cell, ...]
@@ -76,7 +76,7 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
-class Add:
+class AddEdit:
     """v ← v + delta: what sense finetuning learns (arXiv 2402.06155)."""
 
     cells: tuple[Cell, ...]
@@ -85,7 +85,7 @@ class Add:
 
 
 @dataclass(frozen=True, slots=True)
-class Set:
+class SetEdit:
     """v ← vector."""
 
     cells: tuple[Cell, ...]
@@ -94,7 +94,7 @@ class Set:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class CopyEdit:
     """v ← the same sense of `source`, or its `source_sense`, as the edits before this one left it."""
 
     cells: tuple[Cell, ...]
@@ -107,7 +107,7 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
-class ProjectOut:
+class ProjectOutEdit:
     """v ← v − c·r with r = wte[direction] and c = (v·r)/(r·r)."""
 
     cells: tuple[Cell, ...]
@@ -116,7 +116,7 @@ class ProjectOut:
 
 
 @dataclass(frozen=True, slots=True)
-class Swap:
+class SwapEdit:
     """v ← v − c·r + c·a·(r·r)/(a·a) with r = wte[old], a = wte[new] and c = (v·r)/(r·r)."""
 
     cells: tuple[Cell, ...]
@@ -126,7 +126,7 @@ class Swap:
 
 
 @dataclass(frozen=True, slots=True)
-class Topic:
+class TopicEdit:
     """Multiply every cell by the multiplier of its topic score, annealed while generating.
 
     `tokens` are the first tokens of the topic's words; `strength` is 1, 2 or 3. The score of a cell
@@ -154,4 +154,4 @@ class Topic:
         return max(self.multipliers) / 7.5
 
 
-Edit = Scale | Add | Set | Copy | ProjectOut | Swap | Topic
+Edit = ScaleEdit | AddEdit | SetEdit | CopyEdit | ProjectOutEdit | SwapEdit | TopicEdit

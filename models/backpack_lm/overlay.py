@@ -16,17 +16,17 @@ from torch import Tensor
 
 from backpack_lm.patch import (
     TOPIC_QUANTILES,
-    Add,
+    AddEdit,
     Cell,
-    Copy,
+    CopyEdit,
     Edit,
     PatchError,
-    ProjectOut,
-    Release,
-    Scale,
-    Set,
-    Swap,
-    Topic,
+    ProjectOutEdit,
+    ReleaseContent,
+    ScaleEdit,
+    SetEdit,
+    SwapEdit,
+    TopicEdit,
     Vector,
     Violation,
 )
@@ -83,7 +83,7 @@ class TopicMultipliers:
     annealed: bool
 
     @classmethod
-    def of(cls, topic: Topic, table: SenseTable) -> TopicMultipliers:
+    def of(cls, topic: TopicEdit, table: SenseTable) -> TopicMultipliers:
         scores = table.topic_scores(topic.tokens)
         thresholds = torch.quantile(scores.flatten(), torch.tensor(TOPIC_QUANTILES))
         # Level 0 is above the highest quantile; a score equal to a quantile is not above it.
@@ -100,14 +100,14 @@ class TopicMultipliers:
             return self
         return replace(self, levels=self.levels.to(device), multipliers=self.multipliers.to(device))
 
-    def anneal(self, targets: Tensor, satisfied: Tensor, positions: Tensor) -> Tensor:
+    def anneal(self, targets: Tensor, annealed_sum: Tensor, positions: Tensor) -> Tensor:
         """b·δ + (1 − b) with b = sigmoid(−f·a + 6)·(1 + j/100).
 
-        `satisfied` is a = Σ_i relu(E[x_i]·C(x_j)_l), `positions` j; both broadcast against δ.
+        `annealed_sum` is a = Σ_i relu(E[x_i]·C(x_j)_l), `positions` j; both broadcast against δ.
         """
         if not self.annealed:
             return targets
-        keep = torch.sigmoid(6 - self.scale * satisfied) * (1 + positions / 100)
+        keep = torch.sigmoid(6 - self.scale * annealed_sum) * (1 + positions / 100)
         return keep * targets + (1 - keep)
 
 
@@ -127,18 +127,18 @@ class Overlay:
         num_senses: int,
     ) -> None:
         self.digest, self.rows, self.topics = digest, rows, topics
-        tokens, senses = _numbers(cells)
+        tokens, senses = _cell_indices(cells)
         self.tokens, place = tokens.unique(return_inverse=True)
         self.index = torch.full((len(self.tokens), num_senses), -1, dtype=torch.long)
         self.index[place, senses] = torch.arange(len(rows))
 
     @classmethod
-    def compile(cls, release: Release, table: SenseTable) -> Overlay:
+    def compile(cls, release: ReleaseContent, table: SenseTable) -> Overlay:
         """Apply a release's edits in order, each to what the one before it left.
 
         Raises PatchError if a vector that comes out can't be stored in the table's dtype.
         """
-        edits = [edit for edit in release.edits if not isinstance(edit, Topic)]
+        edits = [edit for edit in release.edits if not isinstance(edit, TopicEdit)]
         vectors = _Vectors((cell for edit in edits for cell in edit.cells), table)
         for edit in edits:
             vectors.apply(edit)
@@ -153,7 +153,7 @@ class Overlay:
                     f"does not fit {table.rows.dtype} after the release's edits",
                 )
             )
-        topics = tuple(TopicMultipliers.of(e, table) for e in release.edits if isinstance(e, Topic))
+        topics = tuple(TopicMultipliers.of(e, table) for e in release.edits if isinstance(e, TopicEdit))
         return cls(release.digest, vectors.places, vectors.rows, topics, table.rows.shape[1])
 
     @property
@@ -189,15 +189,15 @@ class Overlay:
         dots = torch.einsum("bid,bjld->bijl", embedding[ids], senses)
         return self.annealed(ids, dots.relu().cumsum(1))
 
-    def annealed(self, ids: Tensor, satisfied: Tensor) -> Tensor:
+    def annealed(self, ids: Tensor, annealed_sum: Tensor) -> Tensor:
         """The topics' multipliers together, [..., I, T, k], of the cells of ids [..., T].
 
-        `satisfied` [..., I, T, k] is a = Σ relu(E[x]·C(x_j)_l) over the tokens x up to each of I predictions.
+        `annealed_sum` [..., I, T, k] is a = Σ relu(E[x]·C(x_j)_l) over the tokens x up to each of I predictions.
         """
         positions = torch.arange(ids.shape[-1])[:, None]
         out = torch.ones(())
         for topic in self.topics:
-            out = out * topic.anneal(topic.targets(ids)[..., None, :, :], satisfied, positions)
+            out = out * topic.anneal(topic.targets(ids)[..., None, :, :], annealed_sum, positions)
         return out
 
 
@@ -207,7 +207,7 @@ class _Vectors:
     def __init__(self, cells: Iterable[Cell], table: SenseTable) -> None:
         self._table = table
         self.places = {cell: row for row, cell in enumerate(dict.fromkeys(cells))}
-        self.rows = table.rows[_numbers(self.places)].float()
+        self.rows = table.rows[_cell_indices(self.places)].float()
 
     def apply(self, edit: Edit) -> None:
         """All of an edit's cells at once: they are read before any is written, and one that it names twice is
@@ -215,27 +215,27 @@ class _Vectors:
         at = torch.tensor([self.places[cell] for cell in edit.cells])
         v = self.rows[at]
         match edit:
-            case Scale():
+            case ScaleEdit():
                 v = v * edit.factor
-            case Add():
-                v = v + _vector(edit.delta)
-            case Set():
-                v = _vector(edit.vector).expand_as(v)
-            case Copy():
+            case AddEdit():
+                v = v + _unpacked(edit.delta)
+            case SetEdit():
+                v = _unpacked(edit.vector).expand_as(v)
+            case CopyEdit():
                 v = self._now([edit.source_of(cell) for cell in edit.cells])
-            case ProjectOut():
+            case ProjectOutEdit():
                 r = self._direction(edit.direction)
                 v = v - _along(v, r) * r
-            case Swap():
+            case SwapEdit():
                 r, a = self._direction(edit.old), self._direction(edit.new)
                 v = v + _along(v, r) * (a * (r @ r) / (a @ a) - r)
-            case Topic():
+            case TopicEdit():
                 raise AssertionError("topics are compiled by TopicMultipliers")
         self.rows[at] = v
 
     def _now(self, cells: Sequence[Cell]) -> Tensor:
         """Cells as the edits so far have left them, changed or not [m, d]."""
-        out = self._table.rows[_numbers(cells)].float()
+        out = self._table.rows[_cell_indices(cells)].float()
         changed = {n: row for n, cell in enumerate(cells) if (row := self.places.get(cell)) is not None}
         out[list(changed)] = self.rows[list(changed.values())]
         return out
@@ -249,11 +249,11 @@ def _along(v: Tensor, r: Tensor) -> Tensor:
     return (v * r).sum(-1, keepdim=True) / (r @ r)
 
 
-def _numbers(cells: Collection[Cell]) -> tuple[Tensor, Tensor]:
+def _cell_indices(cells: Collection[Cell]) -> tuple[Tensor, Tensor]:
     """Their tokens and their senses, each [n]."""
     pairs = torch.tensor([(cell.token, cell.sense) for cell in cells], dtype=torch.long).reshape(-1, 2)
     return pairs[:, 0], pairs[:, 1]
 
 
-def _vector(packed: Vector) -> Tensor:
+def _unpacked(packed: Vector) -> Tensor:
     return torch.frombuffer(bytearray(packed), dtype=torch.float32)

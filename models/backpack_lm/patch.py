@@ -1,7 +1,9 @@
 """What a patch to the sense vectors means: revisions, releases, their digests, and when they are allowed.
 
-A `Revision` is an immutable ordered list of edits bound to one model; a `Release` is an immutable ordered list of
-revisions. Edits apply in order, each to what the one before it left. Topic edits are the exception: they multiply
+A `RevisionContent` is an immutable ordered list of edits bound to one model; a `ReleaseContent` is an immutable
+ordered list of revisions.
+
+Edits apply in order, each to what the one before it left. Topic edits are the exception: they multiply
 whatever vector the other edits leave in a cell, because their multipliers come from the unedited model.
 
 Everything here is standard library: the intervention service reads it without torch.
@@ -21,16 +23,16 @@ from backpack_lm.canonical import decode, encode
 from backpack_lm.edits import (
     TOPIC_MULTIPLIERS,
     TOPIC_QUANTILES,
-    Add,
+    AddEdit,
     Cell,
-    Copy,
+    CopyEdit,
     Edit,
     PatchError,
-    ProjectOut,
-    Scale,
-    Set,
-    Swap,
-    Topic,
+    ProjectOutEdit,
+    ScaleEdit,
+    SetEdit,
+    SwapEdit,
+    TopicEdit,
     Vector,
     Violation,
 )
@@ -39,20 +41,20 @@ __all__ = [
     "COMPOSITION_VERSION",
     "TOPIC_MULTIPLIERS",
     "TOPIC_QUANTILES",
-    "Add",
+    "AddEdit",
     "Cell",
-    "Copy",
+    "CopyEdit",
     "Edit",
-    "Limits",
     "ModelShape",
     "PatchError",
-    "ProjectOut",
-    "Release",
-    "Revision",
-    "Scale",
-    "Set",
-    "Swap",
-    "Topic",
+    "PatchLimits",
+    "ProjectOutEdit",
+    "ReleaseContent",
+    "RevisionContent",
+    "ScaleEdit",
+    "SetEdit",
+    "SwapEdit",
+    "TopicEdit",
     "Vector",
     "Violation",
     "release_digest",
@@ -80,7 +82,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class PatchLimits:
     """Bounds on one revision or release. The defaults are the service's defaults.
 
     `topics` are bounded by themselves: a few bytes of one are a byte for every cell of the model in each replica.
@@ -95,7 +97,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Revision:
+class RevisionContent:
     """An immutable ordered list of edits, bound to the model with `fingerprint` (SHA-256, hex)."""
 
     fingerprint: str
@@ -110,11 +112,11 @@ class Revision:
         return encode(self.fingerprint, self.edits)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Revision:
+    def from_bytes(cls, data: bytes) -> RevisionContent:
         """The revision whose canonical bytes are `data`. Raises PatchError if they are not that."""
         return cls(*decode(data))
 
-    def validate(self, model: ModelShape, limits: Limits = Limits()) -> None:
+    def validate(self, model: ModelShape, limits: PatchLimits = PatchLimits()) -> None:
         """Raise PatchError, listing every violation, unless this can be applied to `model`."""
         found = tuple(_violations(self, model, limits))
         if found:
@@ -122,10 +124,10 @@ class Revision:
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class ReleaseContent:
     """An immutable ordered list of one tenant's revisions. No revisions is an explicit, empty release."""
 
-    revisions: tuple[Revision, ...] = ()
+    revisions: tuple[RevisionContent, ...] = ()
     digest: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -135,7 +137,7 @@ class Release:
     def edits(self) -> tuple[Edit, ...]:
         return tuple(edit for revision in self.revisions for edit in revision.edits)
 
-    def validate(self, model: ModelShape, limits: Limits = Limits()) -> None:
+    def validate(self, model: ModelShape, limits: PatchLimits = PatchLimits()) -> None:
         """Raise PatchError unless every revision can be applied to `model`."""
         if len(self.revisions) > limits.revisions:
             raise PatchError(
@@ -156,7 +158,7 @@ def release_digest(revision_digests: Sequence[str]) -> str:
     return hashlib.sha256(b"backpack.release.v1\n" + head + body).hexdigest()
 
 
-def _violations(revision: Revision, model: ModelShape, limits: Limits) -> Iterator[Violation]:
+def _violations(revision: RevisionContent, model: ModelShape, limits: PatchLimits) -> Iterator[Violation]:
     if revision.fingerprint != model.fingerprint:
         yield Violation(
             "fingerprint",
@@ -170,7 +172,7 @@ def _violations(revision: Revision, model: ModelShape, limits: Limits) -> Iterat
     cells = sum(len(edit.cells) for edit in revision.edits)
     if cells > limits.cells:
         yield Violation("edits", "TOO_MANY_CELLS", f"{cells} cells, at most {limits.cells}")
-    topics = sum(isinstance(edit, Topic) for edit in revision.edits)
+    topics = sum(isinstance(edit, TopicEdit) for edit in revision.edits)
     if topics > limits.topics:
         yield Violation("edits", "TOO_MANY_TOPICS", f"{topics} topics, at most {limits.topics} go into a revision")
     size = len(revision.to_bytes())
@@ -180,12 +182,12 @@ def _violations(revision: Revision, model: ModelShape, limits: Limits) -> Iterat
         yield from _edit_violations(f"edits[{index}]", edit, model, limits)
 
 
-def _edit_violations(at: str, edit: Edit, model: ModelShape, limits: Limits) -> Iterator[Violation]:
-    if isinstance(edit, Topic):
+def _edit_violations(at: str, edit: Edit, model: ModelShape, limits: PatchLimits) -> Iterator[Violation]:
+    if isinstance(edit, TopicEdit):
         yield from _topic_violations(at, edit, model, limits)
     elif not edit.cells:
         yield Violation(f"{at}.cells", "EMPTY", "names no cell; give a word and its senses")
-    cells = list(edit.cells) + ([*map(edit.source_of, edit.cells)] if isinstance(edit, Copy) else [])
+    cells = list(edit.cells) + ([*map(edit.source_of, edit.cells)] if isinstance(edit, CopyEdit) else [])
     for cell in cells:
         yield from _token_violations(f"{at}.cells", cell.token, model)
         if not 0 <= cell.sense < model.num_senses:
@@ -194,27 +196,27 @@ def _edit_violations(at: str, edit: Edit, model: ModelShape, limits: Limits) -> 
                 "BAD_SENSE_INDEX",
                 f"sense {cell.sense} of token {cell.token}; senses are 0 to {model.num_senses - 1}",
             )
-    if isinstance(edit, Scale):
+    if isinstance(edit, ScaleEdit):
         yield from _factor_violations(f"{at}.factor", edit.factor, limits)
-    elif isinstance(edit, Add):
+    elif isinstance(edit, AddEdit):
         yield from _vector_violations(f"{at}.delta", edit.delta, edit.cells, model, limits)
         if not any(edit.delta):
             yield Violation(f"{at}.delta", "ZERO_EFFECT", "adding zeros changes nothing")
-    elif isinstance(edit, Set):
+    elif isinstance(edit, SetEdit):
         yield from _vector_violations(f"{at}.vector", edit.vector, edit.cells, model, limits)
-    elif isinstance(edit, Copy):
+    elif isinstance(edit, CopyEdit):
         if all(edit.source_of(cell) == cell for cell in edit.cells):
             yield Violation(f"{at}.source", "ZERO_EFFECT", "copies cells onto themselves")
-    elif isinstance(edit, ProjectOut):
+    elif isinstance(edit, ProjectOutEdit):
         yield from _token_violations(f"{at}.direction", edit.direction, model)
-    elif isinstance(edit, Swap):
+    elif isinstance(edit, SwapEdit):
         yield from _token_violations(f"{at}.old", edit.old, model)
         yield from _token_violations(f"{at}.new", edit.new, model)
         if edit.old == edit.new:
             yield Violation(f"{at}.new", "ZERO_EFFECT", "swaps a word with itself")
 
 
-def _topic_violations(at: str, edit: Topic, model: ModelShape, limits: Limits) -> Iterator[Violation]:
+def _topic_violations(at: str, edit: TopicEdit, model: ModelShape, limits: PatchLimits) -> Iterator[Violation]:
     if edit.strength == 0:
         yield Violation(f"{at}.strength", "ZERO_EFFECT", "strength 0 multiplies by 1; use 1, 2 or 3")
     elif edit.strength not in TOPIC_MULTIPLIERS:
@@ -232,7 +234,7 @@ def _token_violations(at: str, token: int, model: ModelShape) -> Iterator[Violat
         yield Violation(at, "UNKNOWN_TOKEN", f"token {token}; this model's are 0 to {model.vocab_size - 1}")
 
 
-def _factor_violations(at: str, factor: float, limits: Limits) -> Iterator[Violation]:
+def _factor_violations(at: str, factor: float, limits: PatchLimits) -> Iterator[Violation]:
     if not math.isfinite(factor):
         yield Violation(at, "NON_FINITE", f"{factor} is not a number a vector can be scaled by")
     elif factor == 1.0:
@@ -242,7 +244,7 @@ def _factor_violations(at: str, factor: float, limits: Limits) -> Iterator[Viola
 
 
 def _vector_violations(
-    at: str, vector: Vector, cells: Sequence[Cell], model: ModelShape, limits: Limits
+    at: str, vector: Vector, cells: Sequence[Cell], model: ModelShape, limits: PatchLimits
 ) -> Iterator[Violation]:
     if len(vector) != 4 * model.width:
         yield Violation(at, "WRONG_WIDTH", f"{len(vector) / 4:g} numbers; this model's vectors have {model.width}")

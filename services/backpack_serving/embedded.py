@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from backpack_serving import exposition, rpc, tasks
+from backpack_serving import rpc, tasks
 from backpack_serving.gateway import bootstrap as gateway
 from backpack_serving.inference import directory, replica
 from backpack_serving.interventions import bootstrap as interventions
-from backpack_serving.metrics import Metrics
+from backpack_serving.observability import exposition
+from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
 
 

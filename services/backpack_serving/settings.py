@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
-from backpack_serving.keys import Holder, kept
-from backpack_serving.tls import Tls
+from backpack_serving.auth.keys import Holder, read_key_file
+from backpack_serving.auth.tls import Tls
 
 if TYPE_CHECKING:
-    from backpack_serving.tokens import Issuer
+    from backpack_serving.auth.oidc import Issuer
 
 SECRETS = Path("/run/secrets")
 
@@ -35,7 +35,7 @@ def default_model() -> Path:
     return Path(str(files("backpack_lm"))).parent / "weights" / "default"
 
 
-def _address(text: str) -> str:
+def _check_address(text: str) -> str:
     """gRPC would take a port beyond 65535 for another one, and says of no other mistake what it is."""
     host, _, port = text.rpartition(":")
     known = host and port.isascii() and port.isdecimal() and int(port) <= LAST_PORT and not _is_ipv6(host)
@@ -52,14 +52,12 @@ def _is_ipv6(host: str) -> bool:
 
 
 def _metrics_address(text: str) -> str:
-    return text and _address(text)
+    return text and _check_address(text)
 
 
 def _database(text: str) -> str:
     if text and not _DATABASE.fullmatch(text):
-        raise ValueError(
-            "write sqlite:///PATH or postgresql://USER:PASSWORD@HOST:PORT/NAME; an @ in a password is %40"
-        )
+        raise ValueError("write sqlite:///PATH or postgresql://USER:PASSWORD@HOST:PORT/NAME; an @ in a password is %40")
     return text
 
 
@@ -111,7 +109,7 @@ _DATABASE = re.compile(
 _PASSWORD = re.compile(r"(://[^:/@]*:).*@")
 _PASSWORD_NAMED = re.compile(r"(\b\w*password\s*=\s*)('[^']*'?|\S*)")  # in a query, or as libpq takes them
 
-Address = Annotated[str, AfterValidator(_address)]
+Address = Annotated[str, AfterValidator(_check_address)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_or_none)]
 
 
@@ -204,9 +202,7 @@ class Settings(BaseSettings):
         description="Seconds without news from interventions after which a gateway's health as a reader "
         "(backpack.v1.SyncService) says so.",
     )
-    expired_after: float = Field(
-        86_400.0, gt=0, description="Seconds without news after which requests are refused."
-    )
+    expired_after: float = Field(86_400.0, gt=0, description="Seconds without news after which requests are refused.")
     serve_expired: Annotated[frozenset[str], NoDecode, _json('["acme"]')] = Field(
         frozenset(),
         description='Tenants that are served after that as well, with what is known: a list such as ["acme"], '
@@ -243,15 +239,11 @@ class Settings(BaseSettings):
         description="Client certificates that are credentials: JSON, an alternative name of the certificate to "
         '{"tenant": …, "roles": […]}.',
     )
-    limit_requests: float = Field(
-        0, ge=0, description="Requests a minute that a tenant may make of a gateway; 0: any."
-    )
+    limit_requests: float = Field(0, ge=0, description="Requests a minute that a tenant may make of a gateway; 0: any.")
     limit_tokens: float = Field(
         0, ge=0, description="Tokens a minute, prompt and generated, that a tenant may use of a gateway; 0: any."
     )
-    limit_concurrent: int = Field(
-        0, ge=0, description="Requests that a tenant may run at once on a gateway; 0: any."
-    )
+    limit_concurrent: int = Field(0, ge=0, description="Requests that a tenant may run at once on a gateway; 0: any.")
     limits_file: OptionalPath = Field(
         None, description="TOML file of tenants with limits of their own; it is read again when it changes."
     )
@@ -270,9 +262,7 @@ class Settings(BaseSettings):
     metrics_address: Annotated[str, AfterValidator(_metrics_address)] = Field(
         "", description="Where Prometheus finds /metrics, host:port; the next free of 16 ports if it is taken."
     )
-    metrics_tenants: int = Field(
-        20, ge=0, description="Tenants with a label of their own in metrics; others are one."
-    )
+    metrics_tenants: int = Field(20, ge=0, description="Tenants with a label of their own in metrics; others are one.")
     catch_up: float = Field(
         2.0, ge=0, description="Seconds that a request with min_revision waits for its gateway to get there."
     )
@@ -286,9 +276,7 @@ class Settings(BaseSettings):
         64 * 2**20, ge=1, description="Bytes of compiled releases that a replica keeps for one tenant."
     )
     log_format: str = Field("console", pattern="^(console|json)$", description="console or json.")
-    log_prompts: bool = Field(
-        False, description="Write clients' prompts into the log. They are the tenants' data."
-    )
+    log_prompts: bool = Field(False, description="Write clients' prompts into the log. They are the tenants' data.")
     otel_endpoint: str = Field(
         "",
         pattern=r"^(https?://[^/\s]+\S*)?$",
@@ -302,9 +290,7 @@ class Settings(BaseSettings):
         try:
             super().__init__(**values)
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{Path('.env').resolve()} or a file in {SECRETS} isn't UTF-8 text: {error}"
-            ) from None
+            raise ValueError(f"{Path('.env').resolve()} or a file in {SECRETS} isn't UTF-8 text: {error}") from None
 
     def key_file(self, whose: str) -> Path:
         """Where the state folder keeps a key: of the role `admin` or `replica`, or, for commands, of a tenant."""
@@ -324,7 +310,7 @@ class Settings(BaseSettings):
                 f"no {role} key: {file.resolve()} doesn't exist. The intervention service makes it with its first "
                 f"start; elsewhere set BACKPACK_{'ADMIN' if role == 'admin' else 'SERVICE'}_KEY"
             )
-        return kept(file)
+        return read_key_file(file)
 
     @property
     def tls(self) -> Tls:
@@ -338,7 +324,7 @@ class Settings(BaseSettings):
     @property
     def issuer(self) -> Issuer | None:
         """Whose tokens are credentials."""
-        from backpack_serving.tokens import Issuer
+        from backpack_serving.auth.oidc import Issuer
 
         if not self.jwt_issuer:
             return None

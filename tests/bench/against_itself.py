@@ -8,12 +8,12 @@ import time
 from typing import Any
 
 import torch
-from backpack_lm.kernels import Prediction
+from backpack_lm.kernels import MixSpan
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Add, Cell, Edit, Release, Revision, Swap, Topic, Vector
+from backpack_lm.patch import AddEdit, Cell, Edit, ReleaseContent, RevisionContent, SwapEdit, TopicEdit, Vector
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.loop import EngineLoop
-from backpack_serving.engine.sequence import Request
+from backpack_serving.engine.sequence import GenerationRequest
 from backpack_serving.wire.inference import COALESCE
 from torch import Tensor
 
@@ -27,7 +27,7 @@ def mix(bench: Bench, batch: int, length: int) -> None:
     whole = kernels.mix
     nothing = torch.zeros(batch, bench.model.config.n_embd)
 
-    def no_mix(queries: Tensor, predictions: list[Prediction]) -> Tensor:
+    def no_mix(queries: Tensor, predictions: list[MixSpan]) -> Tensor:
         return nothing[: len(predictions)]
 
     for _ in range(batch):
@@ -43,7 +43,7 @@ def mix(bench: Bench, batch: int, length: int) -> None:
         times[mixed].append(time.perf_counter() - started)
     what = f"a decode step with the sense mix, against without, context {length}, batch {batch}"
     ratios = [a / b for a, b in zip(times[True], times[False], strict=True)]
-    bench.note(what, times[True], times[False], ratios, "s", "at most 1.15")
+    bench.append_tokens(what, times[True], times[False], ratios, "s", "at most 1.15")
 
 
 def releases(bench: Bench) -> list[Overlay]:
@@ -57,12 +57,12 @@ def releases(bench: Bench) -> list[Overlay]:
         draw = random.Random(n)
         tokens = [draw.randrange(1, vocabulary) for _ in range(12)]
         cells = tuple(Cell(t, s) for t in tokens for s in range(senses))
-        edits: list[Edit] = [Swap(cells, draw.randrange(vocabulary), draw.randrange(vocabulary))]
+        edits: list[Edit] = [SwapEdit(cells, draw.randrange(vocabulary), draw.randrange(vocabulary))]
         if n % 3 == 1:
-            edits = [Add(cells, Vector.of([draw.gauss(0, 0.1) for _ in range(width)]))]
+            edits = [AddEdit(cells, Vector.of([draw.gauss(0, 0.1) for _ in range(width)]))]
         if n % 3 == 2:
-            edits.append(Topic(tuple(tokens), 1 + n % 2))
-        compiled.append(Overlay.compile(Release((Revision("00" * 32, tuple(edits)),)), bench.table))
+            edits.append(TopicEdit(tuple(tokens), 1 + n % 2))
+        compiled.append(Overlay.compile(ReleaseContent((RevisionContent("00" * 32, tuple(edits)),)), bench.table))
     return compiled
 
 
@@ -84,7 +84,7 @@ def prefix(bench: Bench) -> None:
     """Time to the first token of a 448-token prompt whose first 400 another tenant has asked for."""
     overlays = releases(bench)[:8]
 
-    def first_token(engine: Engine, request: Request) -> float:
+    def first_token(engine: Engine, request: GenerationRequest) -> float:
         started = time.perf_counter()
         engine.add(request)
         while not engine.step():
@@ -153,8 +153,8 @@ def drawing(bench: Bench) -> None:
 def loop(bench: Bench) -> None:
     direct = bench.engine(32)
 
-    async def through(loop: EngineLoop, requests: list[Request], gather: float) -> float:
-        async def one(request: Request) -> int:
+    async def through(loop: EngineLoop, requests: list[GenerationRequest], gather: float) -> float:
+        async def one(request: GenerationRequest) -> int:
             return sum([len(outputs) async for outputs in loop.generate(request, gather)])
 
         started = time.perf_counter()
@@ -168,7 +168,7 @@ def loop(bench: Bench) -> None:
 
     engine_loop = runner.run(make())
 
-    def some() -> list[Request]:
+    def some() -> list[GenerationRequest]:
         return [bench.request(bench.prompt(64)) for _ in range(32)]
 
     for gather, how in ((0.0, "each token"), (COALESCE, f"those of {COALESCE * 1e3:.0f} ms together, as served")):

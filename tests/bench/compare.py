@@ -21,8 +21,8 @@ from backpack_lm.compare import Predicting, Scoring
 from backpack_lm.config import SMALL
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
-from backpack_lm.patch import Cell, Edit, Release, Revision, Scale, Topic
-from backpack_serving.inference.served import ServedModel
+from backpack_lm.patch import Cell, Edit, ReleaseContent, RevisionContent, ScaleEdit, TopicEdit
+from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.settings import default_model
 from torch import Tensor
 
@@ -33,11 +33,11 @@ ROUNDS = 3
 
 
 def sparse(draw: random.Random, words: Sequence[int], senses: int) -> tuple[Edit, ...]:
-    return (Scale(tuple(Cell(draw.choice(words), s) for s in range(senses)), draw.uniform(-1, 0.9)),)
+    return (ScaleEdit(tuple(Cell(draw.choice(words), s) for s in range(senses)), draw.uniform(-1, 0.9)),)
 
 
 def topic(draw: random.Random, words: Sequence[int], senses: int) -> tuple[Edit, ...]:
-    return (Topic(tuple(draw.sample(words, 3)), draw.choice((1, 2, 3))),)
+    return (TopicEdit(tuple(draw.sample(words, 3)), draw.choice((1, 2, 3))),)
 
 
 KINDS: dict[str, Callable[..., tuple[Edit, ...]]] = {"sparse": sparse, "topic": topic}
@@ -56,7 +56,8 @@ class Bench:
         config = self.model.config
         overlays = [
             Overlay.compile(
-                Release((Revision("00" * 32, KINDS[kind](self.draw, self.words, config.num_senses)),)), self.table
+                ReleaseContent((RevisionContent("00" * 32, KINDS[kind](self.draw, self.words, config.num_senses)),)),
+                self.table,
             )
             for _ in range(count)
         ]

@@ -60,9 +60,7 @@ def profile(bench: Bench, batch: int, length: int) -> dict[str, float]:
         engine.step()
         whole.append(time.perf_counter() - started)
     parts = _parts(engine)
-    return {"step": spread(whole)["median"] * 1e3} | {
-        name: 1e3 * seconds / STEPS for name, seconds in parts.items()
-    }
+    return {"step": spread(whole)["median"] * 1e3} | {name: 1e3 * seconds / STEPS for name, seconds in parts.items()}
 
 
 def _parts(engine: Engine) -> dict[str, float]:
@@ -77,7 +75,7 @@ def _parts(engine: Engine) -> dict[str, float]:
         (runner, "_head", "head"),
         (engine_module, "choose_all", "choose tokens"),
         (engine._scheduler, "plan", "schedule"),
-        (engine, "_settle", "settle"),
+        (engine, "_commit_token", "settle"),
     )
     originals = [getattr(owner, name) for owner, name, _ in clocked]
     for (owner, name, called), original in zip(clocked, originals, strict=True):

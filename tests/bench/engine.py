@@ -50,9 +50,7 @@ MODELS = {"default": side_by_side.default, "Small": side_by_side.small}
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.engine", description=__doc__)
     parser.add_argument("--model", choices=MODELS, action="append", help="one alone (both: some twenty minutes)")
-    parser.add_argument(
-        "--part", choices=PARTS, action="append", help="one alone, or some; nothing is written then"
-    )
+    parser.add_argument("--part", choices=PARTS, action="append", help="one alone, or some; nothing is written then")
     chosen = parser.parse_args()
     models, parts = chosen.model or list(MODELS), chosen.part or list(PARTS)
     benches = [MODELS[name]() for name in models]
@@ -64,9 +62,7 @@ def main() -> None:
         return
     write(
         "engine",
-        f"The engine against its peers and itself ({FAST}, {torch.get_num_threads()} threads)".replace(
-            "torch.", ""
-        ),
+        f"The engine against its peers and itself ({FAST}, {torch.get_num_threads()} threads)".replace("torch.", ""),
         "python -m tests.bench.engine",
         ["model", "ours against", "ours", "theirs", "ratio (q1–q3)", "target"],
         [row for bench in benches for row in bench.rows],

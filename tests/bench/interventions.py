@@ -21,15 +21,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import psutil
-from backpack_lm.patch import Cell, ModelShape, Scale
+from backpack_lm.patch import Cell, ModelShape, ScaleEdit
+from backpack_serving.auth.keys import SYSTEM, ApiKeySecret, Principal, Role
 from backpack_serving.interventions.database import open_store
-from backpack_serving.interventions.journal import Journal
-from backpack_serving.interventions.ledger import Request
+from backpack_serving.interventions.event_history import EventHistory
+from backpack_serving.interventions.ledger import IdempotencyKey
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
-from backpack_serving.keys import SYSTEM, ApiKey, Principal, Role
-from backpack_serving.sync.known import LIVE
 from backpack_serving.sync.messages import Snapshot
+from backpack_serving.sync.state import LIVE
 from backpack_serving.wire.sync import write_to_reader
 from rich.progress import track
 
@@ -81,13 +81,13 @@ def writes(url: str, threads: int, seconds: float) -> dict[str, float]:
             etag = service.channel(who, LIVE).etag
             while time.perf_counter() < end[0]:
                 begun = time.perf_counter()
-                request = Request(str(uuid.uuid4()), "body")
+                request = IdempotencyKey(str(uuid.uuid4()), "body")
                 etag = service.activate(who, LIVE, 0, etag, request).record.etag
                 took.append(time.perf_counter() - begun)
 
         names = [f"t{threads}-{n}" for n in range(threads)]
         for name in names:
-            service.create_tenant(ADMIN, name, Request())
+            service.create_tenant(ADMIN, name, IdempotencyKey())
         running = [threading.Thread(target=work, args=(name,)) for name in names]
         begun = time.perf_counter()
         end[0] = begun + seconds
@@ -113,14 +113,14 @@ def fill(url: str, tenants: int, revisions: int, name: str) -> float:
         for number in track(range(tenants), f"filling {name}", console=console, transient=True):
             tenant = f"t{number}"
             who = releaser(tenant)
-            service.create_tenant(ADMIN, tenant, Request())
-            service.create_key(ADMIN, tenant, [Role.CALLER], Request())
-            service.create_patch(who, "p", "", Request())
+            service.create_tenant(ADMIN, tenant, IdempotencyKey())
+            service.create_key(ADMIN, tenant, [Role.CALLER], IdempotencyKey())
+            service.create_patch(who, "p", "", IdempotencyKey())
             for revision in range(revisions):
-                edit = Scale((Cell(revision % 50, 1), Cell(number % 50, 2)), 0.5)
-                service.create_revision(who, "p", [edit], Request())
-            release = service.create_release(who, [("p", revisions)], "", Request()).record
-            service.activate(who, LIVE, release.number, service.channel(who, LIVE).etag, Request())
+                edit = ScaleEdit((Cell(revision % 50, 1), Cell(number % 50, 2)), 0.5)
+                service.create_revision(who, "p", [edit], IdempotencyKey())
+            release = service.create_release(who, [("p", revisions)], "", IdempotencyKey()).record
+            service.activate(who, LIVE, release.number, service.channel(who, LIVE).etag, IdempotencyKey())
     return time.perf_counter() - begun
 
 
@@ -132,10 +132,10 @@ def large(url: str, told: Any) -> None:
     with opened(url) as store:
         service = Interventions(store, SHAPE)
         service.check_model("")
-        service.bootstrap(ApiKey.mint(), [Role.ADMIN])
+        service.bootstrap(ApiKeySecret.mint(), [Role.ADMIN])
         started = time.perf_counter() - begun
         begun = time.perf_counter()
-        page = Journal(service).snapshot()
+        page = EventHistory(service).snapshot()
         messages = write_to_reader(Snapshot(1, page.position, page.changes))
         size = sum(message.ByteSize() for message in messages)
         snapshot = time.perf_counter() - begun

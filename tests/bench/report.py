@@ -20,11 +20,7 @@ console = Console(stderr=True, highlight=False)
 
 def machine() -> dict[str, Any]:
     model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
     return {

@@ -14,15 +14,15 @@ from backpack_lm.config import SMALL
 from backpack_lm.kernels import Precision
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
-from backpack_lm.patch import Release
+from backpack_lm.patch import ReleaseContent
 from backpack_lm.tokenizer import Tokenizer
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.runner import Runner
-from backpack_serving.engine.sampling import Sampling
 from backpack_serving.engine.scheduler import Scheduler
-from backpack_serving.engine.sequence import Request
+from backpack_serving.engine.sequence import GenerationRequest
 from backpack_serving.engine.slots import OverlayRows, Slots
-from backpack_serving.inference.served import ServedModel
+from backpack_serving.inference.served_model import ServedModel
+from backpack_serving.sampling import SamplingParams
 from backpack_serving.settings import Settings, default_model
 from torch import Tensor
 
@@ -33,9 +33,7 @@ NEW = 64
 ROOM = 65_536
 STEP_TOKENS = Settings().step_tokens
 FAST = Precision.AUTO.dtype()
-TEXTS = [
-    Path(__file__).parents[2] / name for name in ("ARCHITECTURE.md", "README.md", "CONTRIBUTING.md", "LICENSE")
-]
+TEXTS = [Path(__file__).parents[2] / name for name in ("ARCHITECTURE.md", "README.md", "CONTRIBUTING.md", "LICENSE")]
 
 Timed = Callable[[], float]
 """Does something once; tokens per second, or seconds."""
@@ -44,12 +42,10 @@ Timed = Callable[[], float]
 class Bench:
     """Measurements of one model."""
 
-    def __init__(
-        self, name: str, model: Backpack, table: SenseTable, text: list[int], rounds: int = ROUNDS
-    ) -> None:
+    def __init__(self, name: str, model: Backpack, table: SenseTable, text: list[int], rounds: int = ROUNDS) -> None:
         self.name, self.model, self.table, self.text, self.rounds = name, model, table, text, rounds
         self.storage = table.with_room(ROOM, FAST)
-        self.empty = Overlay.compile(Release(), table)
+        self.empty = Overlay.compile(ReleaseContent(), table)
         self.rows: list[list[str]] = []
         self.data: dict[str, Any] = {}
         self.draw = random.Random(0)
@@ -67,16 +63,16 @@ class Bench:
 
     def request(
         self, prompt: tuple[int, ...], overlay: Overlay | None = None, new: int = NEW, **sampling: float
-    ) -> Request:
+    ) -> GenerationRequest:
         """Of a tenant of its own: nothing is shared between requests unless the engine shares among all. Greedy
         unless `sampling` says how tokens are drawn.
         """
         number = next(self.names)
         how = {"temperature": 0.0, "seed": number, **sampling}
-        chosen, name = Sampling(max_tokens=new, ignore_end_of_text=True, **how), f"r{number}"  # type: ignore[arg-type]
-        return Request(name, name, prompt, chosen, overlay or self.empty)
+        chosen, name = SamplingParams(max_tokens=new, ignore_end_of_text=True, **how), f"r{number}"  # type: ignore[arg-type]
+        return GenerationRequest(name, name, prompt, chosen, overlay or self.empty)
 
-    def generate(self, engine: Engine, requests: list[Request]) -> float:
+    def generate(self, engine: Engine, requests: list[GenerationRequest]) -> float:
         """Tokens per second of all requests at once, their prompts' time included."""
         started, tokens = time.perf_counter(), 0
         for request in requests:
@@ -103,7 +99,7 @@ class Bench:
             b.append(theirs())
         faster = unit == "tokens/s"
         ratios = [x / y if faster or not higher else y / x for x, y in zip(a, b, strict=True)]
-        self.note(what, a, b, ratios, unit, target)
+        self.append_tokens(what, a, b, ratios, unit, target)
 
     def note(self, what: str, a: list[float], b: list[float], ratios: list[float], unit: str, target: str) -> None:
         self.data[what] = {"ours": spread(a), "theirs": spread(b), "ratio": spread(ratios), "unit": unit}

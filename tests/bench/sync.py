@@ -24,7 +24,7 @@ from backpack_proto.v1 import sync_pb2 as spb
 from backpack_serving import rpc
 from backpack_serving.gateway import bootstrap as gateway
 from backpack_serving.inference import replica
-from backpack_serving.metrics import Metrics
+from backpack_serving.observability.metrics import Metrics
 from pydantic import SecretStr
 from rich.progress import track
 
@@ -114,18 +114,13 @@ async def main(processes: Processes, rounds: int) -> None:
         "ready": "Activate a release that is ready",
         "rollback": "Rollback",
     }
-    figures = {
-        name: {**spread(values), "p99": _p99(values), "worst": max(values)} for name, values in found.items()
-    }
+    figures = {name: {**spread(values), "p99": _p99(values), "worst": max(values)} for name, values in found.items()}
     write(
         "sync",
         f"Until the last of {REPLICAS} connected replicas holds a change ({rounds} times each, default model)",
         "python -m tests.bench.sync",
         ["change", "p50, ms", "p99, ms", "worst, ms"],
-        [
-            [titles[name], f"{f['median']:.0f}", f"{f['p99']:.0f}", f"{f['worst']:.0f}"]
-            for name, f in figures.items()
-        ],
+        [[titles[name], f"{f['median']:.0f}", f"{f['p99']:.0f}", f"{f['worst']:.0f}"] for name, f in figures.items()],
         figures,
     )
     await system.close()

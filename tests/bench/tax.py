@@ -41,7 +41,7 @@ from backpack_lm.config import SMALL
 from backpack_lm.kernels import Precision
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Release
+from backpack_lm.patch import ReleaseContent
 from backpack_proto.v1 import directory_pb2, directory_pb2_grpc, inference_pb2_grpc
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import interventions_pb2 as ipb
@@ -49,13 +49,13 @@ from backpack_serving import rpc
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.loop import EngineLoop
 from backpack_serving.engine.runner import Runner
-from backpack_serving.engine.sampling import Sampling
 from backpack_serving.engine.scheduler import Scheduler
-from backpack_serving.engine.sequence import Request
+from backpack_serving.engine.sequence import GenerationRequest
 from backpack_serving.engine.slots import OverlayRows, Slots
 from backpack_serving.inference import app
-from backpack_serving.inference.served import ServedModel
+from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.interventions import bootstrap as interventions
+from backpack_serving.sampling import SamplingParams
 from backpack_serving.settings import Settings, default_model
 from ray import serve
 
@@ -126,12 +126,12 @@ def _engine() -> tuple[Way, EngineLoop]:
             Scheduler(Settings().step_tokens, 256),
         )
     )
-    overlay = Overlay.compile(Release(), served.table)
+    overlay = Overlay.compile(ReleaseContent(), served.table)
 
     async def way(prompt: list[int], seed: int) -> AsyncIterator[int]:
-        sampling = Sampling(max_tokens=NEW_TOKENS, seed=seed, ignore_end_of_text=True)
+        sampling = SamplingParams(max_tokens=NEW_TOKENS, seed=seed, ignore_end_of_text=True)
         async for outputs in loop.generate(
-            Request(f"{time.time_ns()}-{seed}", "t", tuple(prompt), sampling, overlay)
+            GenerationRequest(f"{time.time_ns()}-{seed}", "t", tuple(prompt), sampling, overlay)
         ):
             yield len(outputs)
 

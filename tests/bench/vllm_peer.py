@@ -138,9 +138,7 @@ class Peer:
         from vllm.sampling_params import RequestOutputKind
 
         if not (1 <= batch <= self.sizes.batch and prompt >= 1 and new >= 1):
-            raise ValueError(
-                f"batch {batch}, prompt {prompt}, new {new}: 1 to {self.sizes.batch}, 1 and 1 at least"
-            )
+            raise ValueError(f"batch {batch}, prompt {prompt}, new {new}: 1 to {self.sizes.batch}, 1 and 1 at least")
         if prompt + new > self.sizes.positions:
             raise ValueError(f"prompt {prompt} + new {new} is more than {self.sizes.positions}; raise --positions")
         sampling = SamplingParams(

@@ -156,9 +156,7 @@ async def _compared(client: AsyncClient, answers: dict[str, Any]) -> None:
         [t.log_probability for t in alone.tokens[1:]], abs=1e-4
     )
     assert scores[0].perplexity == pytest.approx(alone.perplexity, rel=1e-4)
-    assert [p.served.release for p in await client.compare(PROMPT)] == [0, 1], (
-        "unpatched and live, if none is named"
-    )
+    assert [p.served.release for p in await client.compare(PROMPT)] == [0, 1], "unpatched and live, if none is named"
 
 
 async def _not_before_a_write(client: AsyncClient, served: Served) -> None:

@@ -224,9 +224,7 @@ async def test_a_canary_is_started_watched_and_decided(calls: Calls) -> None:
     canary = started.channel.canary
     assert canary is not None
     assert (canary.release, canary.permille, canary.salt, started.channel.release) == (1, 500, "s", 0)
-    served = [
-        (await text.generate("x", Sampling(1), request_key=str(n), since=started.at)).served for n in range(12)
-    ]
+    served = [(await text.generate("x", Sampling(1), request_key=str(n), since=started.at)).served for n in range(12)]
     assert {(one.release, one.canary) for one in served} == {(0, False), (1, True)}
     status = await steering.status()
     assert status.channel == started.channel

@@ -105,9 +105,7 @@ class Stack:
 
     def up(self, *services: str) -> None:
         """Start what isn't running, and wait until all of it is healthy."""
-        self.compose(
-            "up", "--detach", "--no-build", "--wait", "--wait-timeout", "900", *(services or self.services)
-        )
+        self.compose("up", "--detach", "--no-build", "--wait", "--wait-timeout", "900", *(services or self.services))
 
     def kill(self, part: str) -> None:
         print(f"killing {part}", flush=True)
@@ -171,9 +169,7 @@ async def while_streaming(
         await asyncio.sleep(2)
         done = await asyncio.to_thread(what)
         ended = await asyncio.wait_for(asyncio.gather(*streams), 120)
-        print(
-            *(f"a stream ended after {tokens} tokens: {error.reason} {error}" for tokens, error in ended), sep="\n"
-        )
+        print(*(f"a stream ended after {tokens} tokens: {error.reason} {error}" for tokens, error in ended), sep="\n")
         return done, ended
     finally:
         for stream in streams:

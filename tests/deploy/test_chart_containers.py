@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import trustme
 import yaml
-from backpack_serving.tls import Tls
+from backpack_serving.auth.tls import Tls
 
 from tests.deploy.chart import needs_helm, one, pods
 from tests.deploy.stack import (
@@ -219,9 +219,7 @@ def test_nothing_was_killed_for_its_memory_or_writes_where_it_may_not(running: P
             running.inside(name, "touch", "/opt/backpack/x")
 
 
-async def test_a_pod_that_is_stopped_lets_its_streams_finish_or_be_tried_again(
-    running: Pods, system: System
-) -> None:
+async def test_a_pod_that_is_stopped_lets_its_streams_finish_or_be_tried_again(running: Pods, system: System) -> None:
     """As the kubelet does: the hook first, then SIGTERM, then the grace period."""
     key = await system.tenant(copy("king", "ship"))
     code, ended = await while_streaming(system, key, lambda: _stop(running, "Deployment r-gateway", "r-gateway"))

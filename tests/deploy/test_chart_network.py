@@ -21,16 +21,12 @@ pytestmark = needs_helm
 
 
 def _ports(rule: dict[str, Any]) -> set[int]:
-    return {
-        p for entry in rule.get("ports", []) for p in range(entry["port"], entry.get("endPort", entry["port"]) + 1)
-    }
+    return {p for entry in rule.get("ports", []) for p in range(entry["port"], entry.get("endPort", entry["port"]) + 1)}
 
 
 def _peers(rule: dict[str, Any], side: str) -> list[str]:
     component = "app.kubernetes.io/component"
-    return [
-        peer.get("podSelector", {}).get("matchLabels", {}).get(component, "other") for peer in rule.get(side, [])
-    ]
+    return [peer.get("podSelector", {}).get("matchLabels", {}).get(component, "other") for peer in rule.get(side, [])]
 
 
 def test_every_pod_has_a_policy_for_both_directions() -> None:
@@ -96,8 +92,7 @@ def test_issuers_and_collectors_can_be_let_out_to() -> None:
 def test_every_call_between_parts_is_let_out_and_in() -> None:
     """Every address that a part is given, and Ray among its own pods; both ends' policies."""
     rules = {
-        part: one(DEFAULT, "NetworkPolicy", f"r-{part}")["spec"]
-        for part in ("gateway", "interventions", "inference")
+        part: one(DEFAULT, "NetworkPolicy", f"r-{part}")["spec"] for part in ("gateway", "interventions", "inference")
     }
     calls = {("inference", "inference", 6379), ("gateway", "inference", 8480)}
     where = {"r-interventions": "interventions", "r-directory": "inference"}

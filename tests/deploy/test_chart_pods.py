@@ -63,9 +63,9 @@ def test_settings_of_the_operator_reach_every_process() -> None:
             assert (found["BACKPACK_SLOTS"], found["BACKPACK_SHARE_PREFIXES"]) == ("64", "true"), name
             assert found["BACKPACK_TENANT_BYTES"] == "67108864", "not 6.7e+07, which is no whole number to us"
             assert found["BACKPACK_MODEL"] == "/models/large", name
-            assert {"name": "model", "mountPath": "/models", "readOnly": True} in template["spec"]["containers"][
-                0
-            ]["volumeMounts"]
+            assert {"name": "model", "mountPath": "/models", "readOnly": True} in template["spec"]["containers"][0][
+                "volumeMounts"
+            ]
         assert template["spec"]["containers"][0]["image"].startswith("registry.example/backpack-"), name
         assert template["spec"]["imagePullSecrets"] == [{"name": "one"}, {"name": "two"}], name
 
@@ -89,9 +89,9 @@ def test_pods_keep_to_the_restricted_standard(values: str) -> None:
         }  # fmt: skip
         for container in spec["containers"]:
             _restricted(container["securityContext"], name)
-            assert container["securityContext"].get("readOnlyRootFilesystem", False) == (
-                not name.startswith("Ray")
-            ), name
+            assert container["securityContext"].get("readOnlyRootFilesystem", False) == (not name.startswith("Ray")), (
+                name
+            )
     cluster = one(values, "RayService", "r-inference")["spec"]["rayClusterConfig"]
     _restricted(cluster["autoscalerOptions"]["securityContext"], "autoscaler")
 
@@ -206,9 +206,7 @@ def test_limits_of_tenants_are_a_file_that_gateways_read(tmp_path: Path) -> None
     assert environment(template)["BACKPACK_LIMITS_FILE"] == "/etc/backpack/limits.toml"
     assert {"name": "limits", "configMap": {"name": "r-limits"}} in template["spec"]["volumes"]
     mounts = template["spec"]["containers"][0]["volumeMounts"]
-    assert {"name": "limits", "mountPath": "/etc/backpack", "readOnly": True} in mounts, (
-        "a file alone isn't renewed"
-    )
+    assert {"name": "limits", "mountPath": "/etc/backpack", "readOnly": True} in mounts, "a file alone isn't renewed"
 
 
 def test_migrations_run_before_new_processes_and_as_the_owner_of_the_schema() -> None:

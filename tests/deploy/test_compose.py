@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import yaml
+from backpack_serving.auth.keys import ApiKeySecret
 from backpack_serving.cli import secrets
-from backpack_serving.keys import ApiKey
 from backpack_serving.settings import Settings
 from packaging.requirements import Requirement
 from typer.testing import CliRunner, Result
@@ -75,9 +75,7 @@ def test_what_the_small_images_run_is_installed_there(module: str) -> None:
     assert {"torch", "ray", "numpy"} <= missing
     program = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); import backpack_serving.{module}"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -217,7 +215,7 @@ def test_secrets_are_made_once(tmp_path: Path) -> None:
     # They are settings where they are mounted, and keys of ours.
     settings = Settings(_secrets_dir=folder)
     assert settings.database == before["backpack_database"]
-    assert str(ApiKey.parse(settings.key_for("admin"))) == before["backpack_admin_key"]
+    assert str(ApiKeySecret.parse(settings.key_for("admin"))) == before["backpack_admin_key"]
     assert settings.key_for("replica") == before["backpack_service_key"]
     assert before["database_service_password"] in settings.database
     assert before["database_owner_password"] in before["owner_database"]
@@ -233,9 +231,7 @@ def test_secrets_have_a_folder_of_their_own(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize(
-    "place", ["db example/backpack", "db.example", "me@db/backpack", "postgresql://db/backpack"]
-)
+@pytest.mark.parametrize("place", ["db example/backpack", "db.example", "me@db/backpack", "postgresql://db/backpack"])
 def test_secrets_of_a_database_that_can_not_be_are_refused(tmp_path: Path, place: str) -> None:
     refused = _make_secrets(tmp_path / "s", "--database", place)
     assert (refused.exit_code, "HOST:PORT/NAME" in refused.output) == (1, True), refused.output
@@ -255,9 +251,7 @@ def test_half_of_the_secrets_are_not_completed_in_silence(tmp_path: Path) -> Non
     (tmp_path / "backpack_database").unlink()
     refused = _make_secrets(tmp_path)
     assert refused.exit_code == 1
-    assert "only some of the secrets; bring back backpack_database, or empty it" in " ".join(
-        refused.output.split()
-    )
+    assert "only some of the secrets; bring back backpack_database, or empty it" in " ".join(refused.output.split())
     assert not (tmp_path / "backpack_database").exists()
 
 

@@ -15,8 +15,8 @@ import pytest
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_proto.v1 import sync_pb2
 from backpack_serving import rpc
+from backpack_serving.auth.keys import ApiKeySecret
 from backpack_serving.errors import Unauthenticated, Unavailable
-from backpack_serving.keys import ApiKey
 
 from tests.deploy.stack import (
     GATEWAY,
@@ -172,9 +172,7 @@ async def test_the_database_is_restored_as_the_guide_says(stack: Stack, system: 
     stack.compose("stop", "interventions")
     how = ("--clean", "--if-exists", "--single-transaction", "--dbname", "backpack")
     stack.output("exec", "--no-TTY", "postgres", "pg_restore", *owner, *how, stdin=dump)
-    assert "begins at revision" in stack.compose(
-        "run", "--rm", "interventions", "backpack", "database", "restored"
-    )
+    assert "begins at revision" in stack.compose("run", "--rm", "interventions", "backpack", "database", "restored")
     assert "intact: " in stack.compose("run", "--rm", "interventions", "backpack", "database", "verify")
     stack.up()
     await again(lambda: system.known(key))
@@ -184,8 +182,8 @@ async def test_the_database_is_restored_as_the_guide_says(stack: Stack, system: 
 async def test_the_service_key_is_replaced_as_the_guide_says(stack: Stack, system: System) -> None:
     key = await system.tenant(copy("king", "ship"))
     before = await text(system, key)
-    leaked = ApiKey.parse(system.settings.key_for("replica")).id
-    (stack.secrets / "backpack_service_key").write_text(str(ApiKey.mint()))
+    leaked = ApiKeySecret.parse(system.settings.key_for("replica")).id
+    (stack.secrets / "backpack_service_key").write_text(str(ApiKeySecret.mint()))
     recreate = ("up", "--detach", "--no-build", "--wait", "--wait-timeout", "900", "--force-recreate")
     stack.compose(*recreate, "interventions", "inference", "gateway")
     assert await again(lambda: text(system, key)) == before

@@ -17,7 +17,7 @@ import grpc
 import promql_parser
 import pytest
 import yaml
-from backpack_serving import exposition, metrics
+from backpack_serving.observability import exposition, metrics
 
 from tests.conftest import free_port
 from tests.e2e.conftest import copy, running
@@ -108,9 +108,7 @@ def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
     shutil.copy(Path(__file__).parent / "rules_test.yml", tmp_path)
     shutil.copy(DEPLOY / "prometheus" / "prometheus.yml", tmp_path)
     for command in ("check config prometheus.yml", "test rules rules_test.yml"):
-        done = subprocess.run(
-            ["promtool", *command.split()], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(["promtool", *command.split()], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     tested = {
         t["alertname"]
@@ -149,9 +147,7 @@ async def test_every_panel_shows_something_of_a_loaded_system(tmp_path: Path) ->
             key = await system.tenant(copy("king", "ship"))
             empty: list[str] = []
             for _ in range(60):  # under load until every panel has something, or for a minute
-                await asyncio.gather(
-                    *(system.stream(key, "The story of the king", max_tokens=8) for _ in range(4))
-                )
+                await asyncio.gather(*(system.stream(key, "The story of the king", max_tokens=8) for _ in range(4)))
                 with pytest.raises(grpc.aio.AioRpcError):
                     await system.stream(key, "", max_tokens=8)
                 await asyncio.sleep(0.5)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from backpack_serving.auth.keys import ApiKeySecret, Role
 from backpack_serving.interventions import database
 from backpack_serving.interventions.database import open_store
-from backpack_serving.interventions.ledger import Request
-from backpack_serving.keys import ApiKey, Role
+from backpack_serving.interventions.ledger import IdempotencyKey
 
 from tests.interventions.conftest import releaser
 from tests.interventions.postgres import ROLE, Postgres
@@ -57,13 +57,11 @@ def _secret(postgres: Postgres, folder: Path) -> tuple[str, str]:
     return owner, owner.replace(str(sa.make_url(owner).username), ROLE, 1)
 
 
-def test_postgresql_is_backed_up_and_restored_by_the_owner_of_the_schema(
-    postgres: Postgres, tmp_path: Path
-) -> None:
+def test_postgresql_is_backed_up_and_restored_by_the_owner_of_the_schema(postgres: Postgres, tmp_path: Path) -> None:
     _, service = _secret(postgres, tmp_path)
     store = open_store(service)
     filled = fill(store)
-    filled.bootstrap(ApiKey.mint(), [Role.ADMIN])  # as the service does when it starts
+    filled.bootstrap(ApiKeySecret.mint(), [Role.ADMIN])  # as the service does when it starts
     (dump,), (restore,) = _commands("pg_dump", "owner_database"), _commands("pg_restore", "owner_database")
     (whole,) = _commands("pg_restore", "grep")
 
@@ -74,7 +72,7 @@ def test_postgresql_is_backed_up_and_restored_by_the_owner_of_the_schema(
         assert done.returncode == 0, done.stderr
         assert (_run(whole, tmp_path, postgres.programs).returncode == 0) is complete
     before = database.verify(service)
-    filled.create_patch(releaser("acme"), "later", "", Request())
+    filled.create_patch(releaser("acme"), "later", "", IdempotencyKey())
     store.close()
 
     epochs = [before.position.epoch]

@@ -15,9 +15,9 @@ import pytest_asyncio
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc, interventions_pb2, interventions_pb2_grpc, sync_pb2_grpc
 from backpack_serving import embedded, rpc
-from backpack_serving.metrics import Metrics
+from backpack_serving.auth.tls import Tls
+from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
-from backpack_serving.tls import Tls
 
 ipb = interventions_pb2
 Metadata = tuple[tuple[str, str], ...]

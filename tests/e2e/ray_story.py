@@ -19,7 +19,7 @@ from backpack_serving.errors import ServiceError
 from backpack_serving.gateway import bootstrap as gateway
 from backpack_serving.inference import app
 from backpack_serving.interventions import bootstrap as interventions
-from backpack_serving.metrics import Metrics
+from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
 from ray import serve
 

@@ -82,9 +82,7 @@ def test_run_shows_both_tenants_and_how_to_call(environment: dict[str, str]) -> 
 
 
 def test_a_model_that_the_examples_are_not_for_is_served(tmp_path: Path, environment: dict[str, str]) -> None:
-    (tmp_path / "text.jsonl").write_text(
-        "".join(json.dumps({"text": f"alpha {n} beta"}) + "\n" for n in range(400))
-    )
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"alpha {n} beta"}) + "\n" for n in range(400)))
     sizes = "--layers 1 --heads 2 --width 16 --senses 2 --context 32 --vocabulary 300 --tokens-per-step 64".split()
     words = ["train", str(tmp_path / "text.jsonl"), "--out", str(tmp_path), "--steps", "1", *sizes]
     assert CliRunner().invoke(app, words).exit_code == 0
@@ -181,9 +179,7 @@ def test_a_patch_from_a_word_to_a_steered_answer_and_back(backpack: Any, tmp_pat
     assert "would be" in backpack(
         "patch", "revise", "royal", str(tmp_path / "several.json"), "--dry-run", "--as", "lab"
     )
-    assert "would be" in backpack(
-        "patch", "revise", "royal", str(tmp_path / "edits.json"), "--dry-run", "--as", "lab"
-    )
+    assert "would be" in backpack("patch", "revise", "royal", str(tmp_path / "edits.json"), "--dry-run", "--as", "lab")
     for edit in (
         ("scale", "royal", "king", "--factor", "0"),
         ("swap", "royal", "king", "--old", "king", "--new", "court"),
@@ -248,9 +244,7 @@ def test_a_new_tenant_takes_nobodys_key_away(backpack: Any, environment: dict[st
 def test_an_operators_machine_needs_no_state_folder(
     backpack: Any, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(
-        "BACKPACK_ADMIN_KEY", (Path(environment["BACKPACK_STATE"]) / "admin.key").read_text().strip()
-    )
+    monkeypatch.setenv("BACKPACK_ADMIN_KEY", (Path(environment["BACKPACK_STATE"]) / "admin.key").read_text().strip())
     monkeypatch.setenv("BACKPACK_STATE", str(tmp_path / "not" / "yet"))
     assert "its key is in" in backpack("tenant", "create", "laptop")
     assert "release" in backpack("release", "list", "--as", "laptop")
@@ -311,16 +305,13 @@ def test_a_canary_is_started_watched_promoted_and_rolled_back(backpack: Any) -> 
     backpack("tenant", "create", "trial")
     backpack("patch", "copy", "royal", "king", "--from", "court", "--as", "trial")
     backpack("release", "create", "royal:1", "--as", "trial")
-    started = backpack(
-        "canary", "start", "1", "--permille", "400", "--salt", "s[/b]", "--wait", "all", "--as", "trial"
-    )
+    started = backpack("canary", "start", "1", "--permille", "400", "--salt", "s[/b]", "--wait", "all", "--as", "trial")
     assert "canary: release 1 for 400 in a thousand request keys, salt s[/b]" in started
     assert "held by 1 of 1 replicas, 1 of 1 gateways" in started
     status = backpack("release", "status", "--wait", "all", "--as", "trial")
     assert status.count("acked") == 4, "a replica and a gateway, the release and the canary"
     under = [
-        "the canary"
-        in backpack("generate", "The king", "--max-tokens", "1", "--request-key", key, "--as", "trial")
+        "the canary" in backpack("generate", "The king", "--max-tokens", "1", "--request-key", key, "--as", "trial")
         for key in ("a", "b", "c", "d", "e", "f")
     ]
     assert set(under) == {True, False}
@@ -376,9 +367,7 @@ def test_a_refusal_is_one_line(backpack: Any, words: tuple[str, ...], says: str)
         ('[{"scale": {"cells": [{"word": {"text": "king"}, "senses": [99]}]}}]', "senses are 0 to 7"),
     ],
 )
-def test_a_bad_patch_file_is_one_line_and_makes_no_patch(
-    backpack: Any, tmp_path: Path, text: str, says: str
-) -> None:
+def test_a_bad_patch_file_is_one_line_and_makes_no_patch(backpack: Any, tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "patch.json"
     file.write_text(text)
     output = backpack("patch", "revise", "mistake", str(file), code=1)

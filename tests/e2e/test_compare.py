@@ -10,14 +10,14 @@ import pytest
 import pytest_asyncio
 import torch
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Release, Revision
+from backpack_lm.patch import ReleaseContent, RevisionContent
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_proto.v1 import sync_pb2 as spb
 from backpack_serving import rpc
 from backpack_serving.errors import ServiceError
-from backpack_serving.inference.served import ServedModel
+from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.settings import default_model
 
 from tests.e2e.conftest import Metadata, System, copy, topic
@@ -54,7 +54,9 @@ async def _overlays(system: System, key: Metadata, served: ServedModel) -> dict[
     for release in listed:
         request = spb.FetchReleaseRequest(tenant=release.name.split("/")[1], digest=release.digest)
         blobs = [piece.data async for piece in system.sync.FetchRelease(request, metadata=system.replica)]
-        overlays[release.digest] = Overlay.compile(Release(tuple(map(Revision.from_bytes, blobs))), served.table)
+        overlays[release.digest] = Overlay.compile(
+            ReleaseContent(tuple(map(RevisionContent.from_bytes, blobs))), served.table
+        )
     return overlays
 
 
@@ -85,9 +87,7 @@ async def test_next_tokens_under_many_releases_are_the_models(
         overlay = overlays[compared.served.release_digest]
         logs = served.model(ids[None], overlay)[0, -1, : served.manifest.config.tokens].log_softmax(-1)
         found = [*compared.next.top, *compared.next.targets]
-        assert [t.log_probability for t in found] == pytest.approx(
-            [float(logs[t.id]) for t in found], abs=TOLERANCE
-        )
+        assert [t.log_probability for t in found] == pytest.approx([float(logs[t.id]) for t in found], abs=TOLERANCE)
         assert [t.log_probability for t in compared.next.top] == pytest.approx(
             logs.topk(5).values.tolist(), abs=TOLERANCE
         )
@@ -232,7 +232,7 @@ async def test_a_replica_compares_for_gateways_only_and_never_without_the_releas
     channel = rpc.channel(address)
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     unknown = _request(0, 1)
-    unknown.pins.add(tenant="t0", release_digest=Release().digest)
+    unknown.pins.add(tenant="t0", release_digest=ReleaseContent().digest)
     unknown.pins.add(tenant="t0", release=1, release_digest="00" * 32)
     for request, metadata, reason in (
         (unknown, rpc.with_key("bp_wrong"), "NOT_A_GATEWAY"),
@@ -273,9 +273,7 @@ async def test_every_generated_token_comes_with_what_made_it_likely(system: Syst
         assert len(listed) == 5
         assert listed == sorted(listed, key=abs, reverse=True)
         assert math.fsum(listed) + found.unlisted == pytest.approx(found.logit, abs=1e-9)
-        near = TOLERANCE + 1e-5 * abs(
-            found.logit
-        )  # float32's rounding grows with the logit, and topics make it large
+        near = TOLERANCE + 1e-5 * abs(found.logit)  # float32's rounding grows with the logit, and topics make it large
         assert found.logit == pytest.approx(float(logits[token.id]), abs=near)
         others = logits[: served.manifest.config.tokens].logsumexp(0)
         assert found.logit - float(others) == pytest.approx(token.log_probability, abs=near)

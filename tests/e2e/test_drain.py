@@ -97,9 +97,7 @@ class Load:
         while not self.stopped:
             request = pb.GenerateStreamRequest(
                 prompt=pb.Prompt(text=PROMPT),
-                sampling=pb.Sampling(
-                    max_tokens=480 if number % 4 == 0 else 40, seed=number, ignore_end_of_text=True
-                ),
+                sampling=pb.Sampling(max_tokens=480 if number % 4 == 0 else 40, seed=number, ignore_end_of_text=True),
             )
             while not await self._try(request, key):
                 await asyncio.sleep(0.1)
@@ -137,10 +135,7 @@ async def two_of_each(tmp_path: Path) -> AsyncIterator[tuple[Processes, list[dic
             await asyncio.to_thread(processes.start, part)
         await asyncio.gather(
             *(asyncio.to_thread(processes.start, "gateway", f"gateway {n}", **gateways[n]) for n in range(2)),
-            *(
-                asyncio.to_thread(processes.start, "inference", f"inference {n}", BACKPACK_DRAIN="2")
-                for n in range(2)
-            ),
+            *(asyncio.to_thread(processes.start, "inference", f"inference {n}", BACKPACK_DRAIN="2") for n in range(2)),
         )
         yield processes, gateways
     finally:
@@ -175,9 +170,7 @@ async def test_a_rolling_restart_under_load_loses_nothing(
     load.stopped = True
     await asyncio.gather(*clients)
     await load.close()
-    print(
-        f"{load.finished} streams finished, {dict(load.retried)} were told to retry, {dict(load.lost)} were lost"
-    )
+    print(f"{load.finished} streams finished, {dict(load.retried)} were told to retry, {dict(load.lost)} were lost")
     assert codes == [0] * 4
     assert not load.lost, load.lost
     assert load.finished >= 24

@@ -13,15 +13,15 @@ import pytest
 import torch
 from backpack_lm.attribution import attribute
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Release, Revision
+from backpack_lm.patch import ReleaseContent, RevisionContent
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_proto.v1 import sync_pb2 as spb
 from backpack_serving import rpc
 from backpack_serving.engine.sampler import choose
-from backpack_serving.engine.sampling import Sampling
 from backpack_serving.errors import ServiceError
-from backpack_serving.inference.served import ServedModel
+from backpack_serving.inference.served_model import ServedModel
+from backpack_serving.sampling import SamplingParams
 from backpack_serving.settings import default_model
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
@@ -50,10 +50,10 @@ async def _overlay(system: System, key: Metadata, served: ServedModel) -> Overla
     request = spb.FetchReleaseRequest(tenant=live.name.split("/")[1], digest=live.release_digest)
     pieces = [piece async for piece in system.sync.FetchRelease(request, metadata=system.replica)]
     blobs = [piece.data for piece in pieces]  # each is small enough to be one piece
-    return Overlay.compile(Release(tuple(map(Revision.from_bytes, blobs))), served.table)
+    return Overlay.compile(ReleaseContent(tuple(map(RevisionContent.from_bytes, blobs))), served.table)
 
 
-def _oracle(served: ServedModel, overlay: Overlay, ids: list[int], sampling: Sampling) -> list[int]:
+def _oracle(served: ServedModel, overlay: Overlay, ids: list[int], sampling: SamplingParams) -> list[int]:
     made: list[int] = []
     vocabulary = served.manifest.config.tokens
 
@@ -74,7 +74,7 @@ async def test_tenants_in_one_batch_get_what_the_oracle_says_under_their_release
     streams = await asyncio.gather(
         *(system.stream(key, PROMPT, max_tokens=24, seed=2, temperature=0.7, top_k=30) for key in keys.values())
     )
-    sampling = Sampling(max_tokens=24, temperature=0.7, top_k=30, seed=2)
+    sampling = SamplingParams(max_tokens=24, temperature=0.7, top_k=30, seed=2)
     ids, digests = served.tokenizer.encode(PROMPT), set()
     for key, stream in zip(keys.values(), streams, strict=True):
         overlay = await _overlay(system, key, served)
@@ -147,9 +147,7 @@ async def test_the_coldest_temperatures_are_greedy(
 
 async def test_stop_strings_end_the_text_before_them(system: System) -> None:
     key = await system.tenant(*EDITS["copy"])
-    whole = "".join(
-        p.text for p in await system.stream(key, PROMPT, max_tokens=30, seed=2, temperature=0.7, top_k=30)
-    )
+    whole = "".join(p.text for p in await system.stream(key, PROMPT, max_tokens=30, seed=2, temperature=0.7, top_k=30))
     stop = whole[20:26]
     parts = await system.stream(key, PROMPT, max_tokens=30, seed=2, temperature=0.7, top_k=30, stop=[stop])
     assert "".join(p.text for p in parts) == whole[: whole.find(stop)]
@@ -219,9 +217,7 @@ async def test_explanations_add_up_and_are_the_models(system: System, served: Se
     overlay = await _overlay(system, key, served)
     ids = torch.tensor(served.tokenizer.encode(PROMPT))
     expected = attribute(served.model, served.table, ids, overlay, answer.target.id)
-    assert answer.logit == pytest.approx(
-        float(served.model(ids[None], overlay)[0, -1, answer.target.id]), abs=1e-4
-    )
+    assert answer.logit == pytest.approx(float(served.model(ids[None], overlay)[0, -1, answer.target.id]), abs=1e-4)
     top = answer.contributions[0]
     assert top.contribution == pytest.approx(float(expected.contributions[top.position, top.sense]))
     assert top.multiplier != 1.0
@@ -273,9 +269,7 @@ async def test_a_dropped_stream_frees_its_slot(system: System, how: str) -> None
 
 async def test_a_repeated_write_has_one_effect(system: System) -> None:
     key = await system.tenant()
-    request = ipb.CreateRevisionRequest(
-        parent="patches/p", edits=[copy("king", "ship")], request_id=str(uuid.uuid4())
-    )
+    request = ipb.CreateRevisionRequest(parent="patches/p", edits=[copy("king", "ship")], request_id=str(uuid.uuid4()))
     answers = [await system.patches.CreateRevision(request, metadata=key) for _ in range(3)]
     assert len({a.revision.name for a in answers}) == 1
     assert len({a.position.revision for a in answers}) == 1

@@ -88,9 +88,7 @@ async def test_two_processes_behind_one_port(parts: Processes) -> None:
         """Streams, by who carried them."""
         samples = await _scrape(metrics)
         calls = {"part": "gateway", "method": "GenerateStream", "code": "OK"}
-        return {
-            w: samples.get(("backpack_calls_total", frozenset({*calls.items(), ("worker", w)})), 0) for w in "01"
-        }
+        return {w: samples.get(("backpack_calls_total", frozenset({*calls.items(), ("worker", w)})), 0) for w in "01"}
 
     # A connection is one process's, and both get some: that 16 went to one happens once in 32,768 times.
     for _ in range(16):

@@ -9,13 +9,13 @@ import pytest
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_serving import rpc
+from backpack_serving.auth.keys import Holder, Role
+from backpack_serving.auth.tls import Tls
 from backpack_serving.errors import ServiceError
-from backpack_serving.keys import Holder, Role
-from backpack_serving.tls import Tls
 
+from tests.auth.test_oidc import AUDIENCE, Provider
+from tests.auth.test_tls import NAME, Authority
 from tests.e2e.conftest import Metadata, System, running
-from tests.rpc.test_tls import NAME, Authority
-from tests.test_tokens import AUDIENCE, Provider
 
 PROMPT = "The king"
 CLIENT = "clinic.acme.example"

@@ -90,9 +90,7 @@ async def test_who_does_not_wait_for_an_answer_pays_for_what_was_ordered(tmp_pat
 
         late, leaves = await system.tenant(), await system.tenant()
         calls = [generate(late, 1.5), generate(leaves, 60)]
-        assert await calls[0].code() is grpc.StatusCode.DEADLINE_EXCEEDED, (
-            "7,680 tokens were made in 1.5 s: order more"
-        )
+        assert await calls[0].code() is grpc.StatusCode.DEADLINE_EXCEEDED, "7,680 tokens were made in 1.5 s: order more"
         assert calls[1].cancel()
         await asyncio.sleep(1)  # what they didn't use would be given back now
         for key in (late, leaves):

@@ -19,7 +19,7 @@ import pytest
 import pytest_asyncio
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import sync_pb2 as spb
-from backpack_serving import exposition, metrics
+from backpack_serving.observability import exposition, metrics
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -223,9 +223,7 @@ async def test_releases_that_a_replica_dropped_are_not_listed(tmp_path: Path) ->
         async def listed() -> tuple[int, float]:
             readers = await system.fleet.ListReaders(spb.ListReadersRequest(), metadata=system.admin)
             (told,) = [r.releases for r in readers.readers if r.kind == spb.READER_KIND_REPLICA]
-            return told, _of(
-                _samples(generate_latest(system.metrics.registry).decode()), "backpack_replica_releases"
-            )
+            return told, _of(_samples(generate_latest(system.metrics.registry).decode()), "backpack_replica_releases")
 
         for _ in range(100):
             told, held = await listed()

@@ -9,10 +9,10 @@ import torch
 from backpack_lm.config import BackpackConfig
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Cell, Release, Revision, Scale
+from backpack_lm.patch import Cell, ReleaseContent, RevisionContent, ScaleEdit
 from backpack_lm.tokenizer import Tokenizer
 from backpack_serving.cli.main import app
-from backpack_serving.inference.served import ServedModel
+from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.settings import default_model
 from click.testing import Result
 from typer.testing import CliRunner
@@ -40,8 +40,8 @@ def test_what_the_tokenizer_has_not_is_padding(tmp_path: Path) -> None:
 def test_a_release_is_tried_out_on_no_more_words_than_a_text_has(tmp_path: Path) -> None:
     _import(tmp_path, TOKENS)
     served = ServedModel.read(tmp_path / "served")
-    edits = Scale(tuple(Cell(token, 0) for token in range(1, 40)), 0.5)
-    release = Release((Revision(served.manifest.fingerprint, (edits,)),))
+    edits = ScaleEdit(tuple(Cell(token, 0) for token in range(1, 40)), 0.5)
+    release = ReleaseContent((RevisionContent(served.manifest.fingerprint, (edits,)),))
     served.try_out(Overlay.compile(release, served.table))
 
 

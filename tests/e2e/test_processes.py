@@ -15,9 +15,9 @@ import grpc
 import pytest
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving import rpc
+from backpack_serving.auth.keys import ApiKeySecret
 from backpack_serving.client import Client, Sampling
 from backpack_serving.errors import ServiceError, Unavailable
-from backpack_serving.keys import ApiKey
 from backpack_serving.settings import Settings
 
 from tests.conftest import free_port
@@ -35,9 +35,7 @@ class Processes:
             state=state,
             threads=1,
             slots=slots,
-            **{
-                f"{part}_address": f"127.0.0.1:{free_port()}" for part in ("gateway", "interventions", "directory")
-            },
+            **{f"{part}_address": f"127.0.0.1:{free_port()}" for part in ("gateway", "interventions", "directory")},
         )
         names = ("state", "threads", "slots", "gateway_address", "interventions_address", "directory_address")
         self._environment = {f"BACKPACK_{n.upper()}": str(getattr(self.settings, n)) for n in names}
@@ -214,7 +212,7 @@ def test_whose_engine_failed_ends_so_that_it_is_started_again(tmp_path: Path, wo
     """Where there is no Ray, it lived on without taking a request."""
     parts = ("INFERENCE", "INTERVENTIONS", "DIRECTORY", "GATEWAY")
     where = {f"BACKPACK_{part}_ADDRESS": "127.0.0.1:0" for part in parts}
-    where |= {"BACKPACK_STATE": str(tmp_path), "BACKPACK_SERVICE_KEY": str(ApiKey.mint()), "BACKPACK_DRAIN": "1"}
+    where |= {"BACKPACK_STATE": str(tmp_path), "BACKPACK_SERVICE_KEY": str(ApiKeySecret.mint()), "BACKPACK_DRAIN": "1"}
     done = subprocess.run(
         [sys.executable, "-c", BREAKS, *words],
         env={**os.environ, **where, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -267,7 +265,7 @@ def test_a_second_ctrl_c_ends_what_still_runs(tmp_path: Path) -> None:
 def test_examples_whose_key_is_of_another_store_keep_nobody_from_being_served(tmp_path: Path) -> None:
     """It ended there, at every start, and named neither the file nor what to do."""
     where = {f"BACKPACK_{part}_ADDRESS": "127.0.0.1:0" for part in ("GATEWAY", "INTERVENTIONS", "DIRECTORY")}
-    (tmp_path / "harbour.key").write_text(str(ApiKey.mint()))
+    (tmp_path / "harbour.key").write_text(str(ApiKeySecret.mint()))
     words = [sys.executable, "-m", "backpack_serving.cli.main", "run"]
     environment = {**os.environ, **where, "BACKPACK_STATE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     told = "harbour.key: this API key is unknown or revoked; if its store is another one, remove it for a new key"

@@ -8,7 +8,7 @@ import time
 import pytest
 from backpack_lm.overlay import Overlay
 from backpack_proto.v1 import inference_pb2 as pb
-from backpack_serving.inference.served import ServedModel
+from backpack_serving.inference.served_model import ServedModel
 
 from tests.e2e.conftest import System
 

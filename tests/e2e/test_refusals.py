@@ -155,9 +155,7 @@ def _ids(*ids: int) -> pb.Prompt:
             "Read it again",
         ),
         (
-            lambda system, key: system.releases.ListReleases(
-                ipb.ListReleasesRequest(page_token="!"), metadata=key
-            ),
+            lambda system, key: system.releases.ListReleases(ipb.ListReleasesRequest(page_token="!"), metadata=key),
             "INVALID_ARGUMENT",
             "BAD_PAGE_TOKEN",
             "not from a page",
@@ -223,9 +221,7 @@ async def test_bytes_that_are_no_message_are_the_callers_mistake(
         who = system.replica if "Sync" in method else key
         sent = begins.SerializeToString()
         for messages in ([data], [sent, data]):
-            calls.append(
-                getattr(control, kind)(f"/backpack.v1.{method}")(iter(messages), metadata=who, timeout=60)
-            )
+            calls.append(getattr(control, kind)(f"/backpack.v1.{method}")(iter(messages), metadata=who, timeout=60))
     for call in calls:
         with pytest.raises(ServiceError) as refused, rpc.errors():
             if hasattr(call, "__aiter__"):
@@ -276,9 +272,7 @@ async def test_a_text_that_no_context_holds_is_refused_before_it_is_read(
                 refused.value
             )
     assert not [text for text, _ in read if len(text) > 100]
-    longest = next(
-        token for token in range(tokenizer.vocab_size) if len(tokenizer.token_bytes(token)) == most // 512
-    )
+    longest = next(token for token in range(tokenizer.vocab_size) if len(tokenizer.token_bytes(token)) == most // 512)
     text = tokenizer.piece(longest) * 512
     answer = await _tokenize(text)(system, key)
     assert "".join(token.text for token in answer.tokens) == text

@@ -20,7 +20,7 @@ import pytest
 import structlog
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import interventions_pb2 as ipb
-from backpack_serving import telemetry, tracing
+from backpack_serving.observability import telemetry, tracing
 from backpack_serving.settings import Settings
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -156,7 +156,7 @@ def test_what_callers_do_leaves_no_traceback_and_no_key_in_the_log() -> None:
 import asyncio, logging
 from backpack_serving import telemetry
 from backpack_serving.inference import directory
-from backpack_serving.metrics import Metrics
+from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
 
 METADATA = {
@@ -188,9 +188,7 @@ async def main():
 asyncio.run(main())
 """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    said = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60
-    )
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60)
     assert said.stderr == ""
 
 

@@ -9,7 +9,20 @@ import torch
 from backpack_lm.config import BackpackConfig
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
-from backpack_lm.patch import Add, Cell, Copy, Edit, ProjectOut, Release, Revision, Scale, Set, Swap, Topic, Vector
+from backpack_lm.patch import (
+    AddEdit,
+    Cell,
+    CopyEdit,
+    Edit,
+    ProjectOutEdit,
+    ReleaseContent,
+    RevisionContent,
+    ScaleEdit,
+    SetEdit,
+    SwapEdit,
+    TopicEdit,
+    Vector,
+)
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.runner import Runner
 from backpack_serving.engine.scheduler import Scheduler
@@ -26,9 +39,7 @@ def model() -> Backpack:
     model = Backpack(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.25) if parameter.ndim > 1 else parameter.add_(
-                torch.randn_like(parameter) * 0.1
-            )
+            parameter.normal_(std=0.25) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) * 0.1)
         # Small dots E·C, so that annealing is halfway rather than over at once.
         model.sense_network.final_mlp.c_proj.weight *= 0.1
         model.sense_network.final_mlp.c_proj.bias *= 0.1
@@ -46,17 +57,17 @@ def _vector(seed: int) -> Vector:
 
 EDITS: dict[str, tuple[Edit, ...]] = {
     "none": (),
-    "scale": tuple(Scale((Cell(t, 1), Cell(t, 2)), -2.0) for t in range(5, 60)),
-    "add": tuple(Add((Cell(t, t % K),), _vector(t)) for t in range(1, 80)),
-    "set": tuple(Set((Cell(t, 0),), _vector(7)) for t in range(30, 93)),
-    "copy": tuple(Copy((Cell(t, 3),), 9, 0) for t in range(10, 90)),
-    "project out": (ProjectOut(tuple(Cell(t, s) for t in range(93) for s in range(K)), 17),),
-    "swap": (Swap(tuple(Cell(t, s) for t in range(93) for s in range(K)), 17, 18),),
-    "topic": (Topic((11, 12, 13), 3),),
+    "scale": tuple(ScaleEdit((Cell(t, 1), Cell(t, 2)), -2.0) for t in range(5, 60)),
+    "add": tuple(AddEdit((Cell(t, t % K),), _vector(t)) for t in range(1, 80)),
+    "set": tuple(SetEdit((Cell(t, 0),), _vector(7)) for t in range(30, 93)),
+    "copy": tuple(CopyEdit((Cell(t, 3),), 9, 0) for t in range(10, 90)),
+    "project out": (ProjectOutEdit(tuple(Cell(t, s) for t in range(93) for s in range(K)), 17),),
+    "swap": (SwapEdit(tuple(Cell(t, s) for t in range(93) for s in range(K)), 17, 18),),
+    "topic": (TopicEdit((11, 12, 13), 3),),
     "two topics, one constant, on edited rows": (
-        *(Add((Cell(t, t % K),), _vector(t)) for t in range(1, 80)),
-        Topic((21, 22), 2),
-        Topic((40, 41, 42), 3, annealed=False),
+        *(AddEdit((Cell(t, t % K),), _vector(t)) for t in range(1, 80)),
+        TopicEdit((21, 22), 2),
+        TopicEdit((40, 41, 42), 3, annealed=False),
     ),
 }
 
@@ -64,7 +75,7 @@ EDITS: dict[str, tuple[Edit, ...]] = {
 @pytest.fixture(scope="session")
 def overlays(table: SenseTable) -> dict[str, Overlay]:
     return {
-        name: Overlay.compile(Release((Revision("00" * 32, edits),) if edits else ()), table)
+        name: Overlay.compile(ReleaseContent((RevisionContent("00" * 32, edits),) if edits else ()), table)
         for name, edits in EDITS.items()
     }
 

@@ -10,10 +10,10 @@ from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.runner import Runner
-from backpack_serving.engine.sampling import Sampling
 from backpack_serving.engine.scheduler import Scheduler
-from backpack_serving.engine.sequence import Request
+from backpack_serving.engine.sequence import GenerationRequest
 from backpack_serving.engine.slots import OverlayRows, Slots
+from backpack_serving.sampling import SamplingParams
 
 from tests.engine.conftest import K, V
 from tests.engine.test_oracle import GREEDY, prompt, run
@@ -40,10 +40,10 @@ def test_log_probabilities_are_the_same_bits_in_any_company(
 ) -> None:
     """Alone in one slot, its prompt cut into chunks of 3; and among others, in chunks of what is left of 16."""
     draw = Random(seed)
-    sampling = Sampling(max_tokens=12, temperature=1.0, seed=seed, log_probabilities=3, ignore_end_of_text=True)
-    asked = Request("asked", "t", prompt(seed, 20), sampling, overlays[draw.choice(list(overlays))])
+    sampling = SamplingParams(max_tokens=12, temperature=1.0, seed=seed, log_probabilities=3, ignore_end_of_text=True)
+    asked = GenerationRequest("asked", "t", prompt(seed, 20), sampling, overlays[draw.choice(list(overlays))])
     others = [
-        Request(f"o{n}", "u", prompt(n, draw.randint(1, 28)), GREEDY, overlays[draw.choice(list(overlays))])
+        GenerationRequest(f"o{n}", "u", prompt(n, draw.randint(1, 28)), GREEDY, overlays[draw.choice(list(overlays))])
         for n in range(6)
     ]
     results = []
@@ -65,13 +65,15 @@ def test_a_warm_prefix_gives_the_same_bits_as_a_cold_one(
     dtype: str, model: Backpack, table: SenseTable, overlays: dict[str, Overlay]
 ) -> None:
     """The prefix was made by another release, as a prompt or word by word."""
-    sampling = Sampling(max_tokens=10, temperature=0.0, log_probabilities=2, ignore_end_of_text=True)
+    sampling = SamplingParams(max_tokens=10, temperature=0.0, log_probabilities=2, ignore_end_of_text=True)
     cold, warm = (engine_in(DTYPES[dtype], model, table) for _ in range(2))
-    first = Request("first", "t", prompt(1, 9), Sampling(max_tokens=16, temperature=0.0), overlays["swap"])
+    first = GenerationRequest(
+        "first", "t", prompt(1, 9), SamplingParams(max_tokens=16, temperature=0.0), overlays["swap"]
+    )
     beginning = [*first.prompt, *run(warm, [first])["first"]]
 
     def ask(engine: Engine) -> list[object]:
-        engine.add(Request("x", "t", (*beginning, 5, 6), sampling, overlays["topic"]))
+        engine.add(GenerationRequest("x", "t", (*beginning, 5, 6), sampling, overlays["topic"]))
         made: list[object] = []
         while engine.busy:
             made += [(o.token, o.log_probability) for o in engine.step()]
@@ -81,17 +83,15 @@ def test_a_warm_prefix_gives_the_same_bits_as_a_cold_one(
     assert warm.reused_tokens >= len(beginning) - 1
 
 
-def test_bfloat16_stays_close_to_the_oracle(
-    model: Backpack, table: SenseTable, overlays: dict[str, Overlay]
-) -> None:
+def test_bfloat16_stays_close_to_the_oracle(model: Backpack, table: SenseTable, overlays: dict[str, Overlay]) -> None:
     """Of the same text, under every release: log-probabilities within 0.15 of float32's, 0.02 on average."""
     worst, total, count = 0.0, 0.0, 0
-    sampling = Sampling(max_tokens=1, temperature=0.0, log_probabilities=20)
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, log_probabilities=20)
     for name, overlay in overlays.items():
         for length in (1, 7, 30):
             ids = prompt(2, length)
             engine = engine_in(torch.bfloat16, model, table)
-            engine.add(Request(name, "t", ids, sampling, overlay))
+            engine.add(GenerationRequest(name, "t", ids, sampling, overlay))
             outputs = []
             while not outputs:
                 outputs = engine.step()

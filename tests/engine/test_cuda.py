@@ -14,7 +14,7 @@ from backpack_lm.overlay import Overlay, SenseTable
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.runner import Runner
 from backpack_serving.engine.scheduler import Batch, Chunk, Scheduler
-from backpack_serving.engine.sequence import Request, Sequence
+from backpack_serving.engine.sequence import GenerationRequest, Sequence
 from backpack_serving.engine.slots import OverlayRows, Slots
 
 from tests.engine.conftest import K, V
@@ -39,7 +39,7 @@ def _engine(runner: Runner, slots: int) -> Engine:
 @pytest.mark.parametrize("kernels", [choose, CudaKernels, PlainKernels])
 def test_the_oracles_tokens(model, table, overlays, kernels) -> None:
     requests = [
-        Request(f"{name} {n}", name, prompt(n, 5 + 3 * n), GREEDY, overlay)
+        GenerationRequest(f"{name} {n}", name, prompt(n, 5 + 3 * n), GREEDY, overlay)
         for n in range(3)
         for name, overlay in overlays.items()
     ]
@@ -53,7 +53,7 @@ def _decoded(runner: Runner, overlays: dict[str, Overlay], steps: int = 4) -> to
     """Logits [steps, B, tokens] of forced tokens, one sequence for each release."""
     sequences = []
     for slot, (name, overlay) in enumerate(overlays.items()):
-        sequence = Sequence(Request(name, "t", prompt(slot, 9 + slot), GREEDY, overlay))
+        sequence = Sequence(GenerationRequest(name, "t", prompt(slot, 9 + slot), GREEDY, overlay))
         sequence.slot = slot
         first_row = sum(len(other.rows) for other in list(overlays.values())[:slot])
         runner.load(overlay, first_row)

@@ -15,16 +15,16 @@ from backpack_lm.overlay import Overlay, SenseTable
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.graphs import Record
 from backpack_serving.engine.runner import Runner
-from backpack_serving.engine.sampling import Sampling
 from backpack_serving.engine.scheduler import Scheduler
-from backpack_serving.engine.sequence import Request
+from backpack_serving.engine.sequence import GenerationRequest
 from backpack_serving.engine.slots import OverlayRows, Slots
+from backpack_serving.sampling import SamplingParams
 
 from tests.engine.conftest import K, V
 from tests.engine.test_oracle import GREEDY, oracle, prompt, run
 
 Make = Callable[[Caches], Kernels]
-SAMPLED = Sampling(max_tokens=6, temperature=0.8, seed=3, ignore_end_of_text=True)
+SAMPLED = SamplingParams(max_tokens=6, temperature=0.8, seed=3, ignore_end_of_text=True)
 
 
 @pytest.fixture
@@ -37,18 +37,18 @@ def make_engine_on(model: Backpack, table: SenseTable) -> Callable[..., Engine]:
     return make
 
 
-def _requests(overlays: dict[str, Overlay], each: int) -> list[Request]:
+def _requests(overlays: dict[str, Overlay], each: int) -> list[GenerationRequest]:
     """Prompts of different lengths, many beginning alike, that end at different steps: so batches shrink."""
     cases = [(n, name) for n in range(each) for name in overlays]
     return [
-        Request(
+        GenerationRequest(
             f"{name} {n}", name, prompt(n, 4 + 3 * n), replace(GREEDY, max_tokens=2 + 2 * at % 14), overlays[name]
         )
         for at, (n, name) in enumerate(cases)
     ]
 
 
-def _check(engine: Engine, model: Backpack, requests: list[Request]) -> None:
+def _check(engine: Engine, model: Backpack, requests: list[GenerationRequest]) -> None:
     tokens = run(engine, requests)
     for request in requests:
         assert tokens[request.id] == oracle(model, request), request.id
@@ -57,7 +57,7 @@ def _check(engine: Engine, model: Backpack, requests: list[Request]) -> None:
 def test_the_plain_kernels(make_engine_on, model, overlays) -> None:
     engine: Engine = make_engine_on(PlainKernels, 5)
     _check(engine, model, _requests(overlays, 3))
-    _check(engine, model, [Request("sampled", "t", prompt(5, 9), SAMPLED, overlays["topic"])])
+    _check(engine, model, [GenerationRequest("sampled", "t", prompt(5, 9), SAMPLED, overlays["topic"])])
     assert engine.prefix_hits
 
 

@@ -14,8 +14,8 @@ from backpack_lm.kernels.build import library
 from backpack_lm.overlay import Overlay
 from backpack_serving.engine.engine import Engine, QueueFull
 from backpack_serving.engine.loop import EngineLoop, EngineStopped
-from backpack_serving.engine.sampling import Sampling
-from backpack_serving.engine.sequence import Output, Request
+from backpack_serving.engine.sequence import GenerationRequest, Output
+from backpack_serving.sampling import SamplingParams
 
 from tests.engine.conftest import MakeEngine
 
@@ -39,9 +39,9 @@ async def _loop(engine: Engine, pace: Callable[[int], float]) -> AsyncIterator[t
         await loop.stop()
 
 
-def _request(overlays: dict[str, Overlay], tokens: int, name: str = "r") -> Request:
-    sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_end_of_text=True)
-    return Request(name, "t", (1, 2, 3), sampling, overlays["none"])
+def _request(overlays: dict[str, Overlay], tokens: int, name: str = "r") -> GenerationRequest:
+    sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_end_of_text=True)
+    return GenerationRequest(name, "t", (1, 2, 3), sampling, overlays["none"])
 
 
 async def test_tokens_are_gathered_between_the_first_and_the_last(
@@ -107,9 +107,7 @@ async def test_a_step_that_takes_unexpectedly_long_holds_nobody_up(
     assert max(count for at, count in came if at < stall_over) == 6
 
 
-async def test_readers_of_one_step_are_woken_together(
-    make_engine: MakeEngine, overlays: dict[str, Overlay]
-) -> None:
+async def test_readers_of_one_step_are_woken_together(make_engine: MakeEngine, overlays: dict[str, Overlay]) -> None:
     """Whatever they ask for, and although one leaves early."""
     async with _loop(make_engine(), lambda n: 0.002) as (loop, _):
 
@@ -141,9 +139,7 @@ async def test_an_engine_whose_last_request_was_aborted_says_that_it_is_idle(
                 await asyncio.sleep(0.01)
 
 
-async def test_a_request_that_is_crowded_out_is_told_so(
-    make_engine: MakeEngine, overlays: dict[str, Overlay]
-) -> None:
+async def test_a_request_that_is_crowded_out_is_told_so(make_engine: MakeEngine, overlays: dict[str, Overlay]) -> None:
     async with _loop(make_engine(slots=1, queue=2), lambda n: 0.01) as (loop, _):
 
         async def ask(tenant: str, name: str) -> str:

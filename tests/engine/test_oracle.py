@@ -10,15 +10,15 @@ from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.sampler import choose
-from backpack_serving.engine.sampling import Sampling
-from backpack_serving.engine.sequence import Request
+from backpack_serving.engine.sequence import GenerationRequest
+from backpack_serving.sampling import SamplingParams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-GREEDY = Sampling(max_tokens=20, temperature=0.0, ignore_end_of_text=True)
+GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_end_of_text=True)
 
 
-def run(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
+def run(engine: Engine, requests: list[GenerationRequest]) -> dict[str, list[int]]:
     """Add all requests, step until nothing is left, and gather their tokens."""
     for request in requests:
         engine.add(request)
@@ -32,7 +32,7 @@ def run(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
     return tokens
 
 
-def oracle(model: Backpack, request: Request) -> list[int]:
+def oracle(model: Backpack, request: GenerationRequest) -> list[int]:
     """The same request on the reference model, without any cache."""
     made: list[int] = []
     tokens = model.config.tokens
@@ -51,7 +51,7 @@ def prompt(seed: int, length: int) -> tuple[int, ...]:
 
 def test_a_different_patch_on_every_row_of_one_batch(make_engine, model, overlays) -> None:
     requests = [
-        Request(name, "t", prompt(n, 5 + 2 * n), GREEDY, overlay)
+        GenerationRequest(name, "t", prompt(n, 5 + 2 * n), GREEDY, overlay)
         for n, (name, overlay) in enumerate(overlays.items())
     ]
     tokens = run(make_engine(slots=len(requests)), requests)
@@ -62,7 +62,7 @@ def test_a_different_patch_on_every_row_of_one_batch(make_engine, model, overlay
 def test_every_patch_changes_what_is_generated(make_engine, overlays) -> None:
     """Of one text or another."""
     cases = [(n, name) for n in range(3) for name in overlays]
-    requests = [Request(f"{name} {n}", "t", prompt(n, 9), GREEDY, overlays[name]) for n, name in cases]
+    requests = [GenerationRequest(f"{name} {n}", "t", prompt(n, 9), GREEDY, overlays[name]) for n, name in cases]
     tokens = run(make_engine(slots=len(overlays)), requests)
     changed = {name for n, name in cases if tokens[f"{name} {n}"] != tokens[f"none {n}"]}
     assert changed == set(overlays) - {"none"}
@@ -71,14 +71,14 @@ def test_every_patch_changes_what_is_generated(make_engine, overlays) -> None:
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(max_tokens=25, temperature=1.0, seed=5, ignore_end_of_text=True),
-        Sampling(max_tokens=25, temperature=0.7, top_k=9, seed=6, ignore_end_of_text=True),
-        Sampling(max_tokens=25, temperature=1.3, top_p=0.8, seed=7, ignore_end_of_text=True),
+        SamplingParams(max_tokens=25, temperature=1.0, seed=5, ignore_end_of_text=True),
+        SamplingParams(max_tokens=25, temperature=0.7, top_k=9, seed=6, ignore_end_of_text=True),
+        SamplingParams(max_tokens=25, temperature=1.3, top_p=0.8, seed=7, ignore_end_of_text=True),
     ],
 )
 def test_sampled_tokens_are_the_oracles(make_engine, model, overlays, sampling) -> None:
     requests = [
-        Request(name, name, prompt(n, 4 + n), sampling, overlay)
+        GenerationRequest(name, name, prompt(n, 4 + n), sampling, overlay)
         for n, (name, overlay) in enumerate(overlays.items())
     ]
     tokens = run(make_engine(slots=3), requests)
@@ -94,11 +94,11 @@ def test_any_mix_of_requests_and_aborts_gives_each_its_own_tokens(seed, make_eng
         slots=draw.randint(1, 5), step_tokens=draw.choice([1, 3, 16, 64]), share_prefixes=draw.random() < 0.5
     )
     waiting = [
-        Request(
+        GenerationRequest(
             f"r{n}",
             draw.choice("ab"),
             prompt(draw.randint(0, 2), draw.randint(1, 30)),  # many begin alike
-            Sampling(max_tokens=draw.randint(1, 12), temperature=0.0),
+            SamplingParams(max_tokens=draw.randint(1, 12), temperature=0.0),
             overlays[draw.choice(list(overlays))],
         )
         for n in range(draw.randint(1, 7))
@@ -145,13 +145,13 @@ def make_engine_anew(model, table):
 def test_an_overlay_of_another_request_never_leaks(make_engine, overlays) -> None:
     """The same request alone and among others, in slots that others have used before."""
     engine = make_engine(slots=2)
-    alone = run(make_engine(slots=1), [Request("x", "t", prompt(1, 8), GREEDY, overlays["none"])])["x"]
+    alone = run(make_engine(slots=1), [GenerationRequest("x", "t", prompt(1, 8), GREEDY, overlays["none"])])["x"]
     for name, overlay in overlays.items():
         tokens = run(
             engine,
             [
-                Request("other", "u", prompt(2, 11), GREEDY, overlay),
-                Request("x", "t", prompt(1, 8), GREEDY, overlays["none"]),
+                GenerationRequest("other", "u", prompt(2, 11), GREEDY, overlay),
+                GenerationRequest("x", "t", prompt(1, 8), GREEDY, overlays["none"]),
             ],
         )
         assert tokens["x"] == alone, name
@@ -166,13 +166,11 @@ def test_empty_release_is_the_model_itself(model, overlays) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_prefix_is_reused_whatever_the_patches_and_within_its_scope(
-    make_engine, model, overlays, shared
-) -> None:
+def test_a_prefix_is_reused_whatever_the_patches_and_within_its_scope(make_engine, model, overlays, shared) -> None:
     """One prompt after another, each under another release, for two tenants in turn; then all at once."""
     engine: Engine = make_engine(slots=12, share_prefixes=shared)
     requests = [
-        Request(f"{name} {n}", "ab"[n % 2], prompt(1, 24) + prompt(n, 3), GREEDY, overlay)
+        GenerationRequest(f"{name} {n}", "ab"[n % 2], prompt(1, 24) + prompt(n, 3), GREEDY, overlay)
         for n, (name, overlay) in enumerate(overlays.items())
     ]
     cold = engine.reused_tokens
@@ -181,7 +179,7 @@ def test_a_prefix_is_reused_whatever_the_patches_and_within_its_scope(
     reused = engine.reused_tokens - cold
     assert reused >= 24 * (len(requests) - (1 if shared else 2))
     together = run(
-        engine, [Request(r.id, "ab"[n % 2], r.prompt, GREEDY, r.overlay) for n, r in enumerate(requests)]
+        engine, [GenerationRequest(r.id, "ab"[n % 2], r.prompt, GREEDY, r.overlay) for n, r in enumerate(requests)]
     )
     assert together == {r.id: oracle(model, r) for r in requests}
 
@@ -189,7 +187,7 @@ def test_a_prefix_is_reused_whatever_the_patches_and_within_its_scope(
 def test_another_tenants_prefix_is_not_reused(make_engine, overlays) -> None:
     engine: Engine = make_engine(slots=4)
     for tenant in "abc":
-        run(engine, [Request(tenant, tenant, prompt(1, 24), GREEDY, overlays["none"])])
+        run(engine, [GenerationRequest(tenant, tenant, prompt(1, 24), GREEDY, overlays["none"])])
     assert engine.reused_tokens == 0
-    run(engine, [Request("again", "a", prompt(1, 24), GREEDY, overlays["topic"])])
+    run(engine, [GenerationRequest("again", "a", prompt(1, 24), GREEDY, overlays["topic"])])
     assert engine.reused_tokens == 23

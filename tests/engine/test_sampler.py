@@ -12,15 +12,15 @@ from backpack_lm.kernels.plain import PlainKernels
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import SenseTable
 from backpack_serving.engine.sampler import choose, choose_all, log_probabilities, log_probability
-from backpack_serving.engine.sampling import Sampling
 from backpack_serving.engine.sequence import LogProbability
+from backpack_serving.sampling import SamplingParams
 from hypothesis import given
 from hypothesis import strategies as st
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -9.0])
 
 
-def _expected(sampling: Sampling) -> torch.Tensor:
+def _expected(sampling: SamplingParams) -> torch.Tensor:
     """From the definition: scale, keep the k likeliest, of those the smallest set of mass top_p, renormalise."""
     probabilities = (LOGITS.double() / sampling.temperature).softmax(-1)
     order = probabilities.argsort(descending=True).tolist()
@@ -39,18 +39,18 @@ def _expected(sampling: Sampling) -> torch.Tensor:
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(),
-        Sampling(temperature=0.5),
-        Sampling(temperature=2.0),
-        Sampling(top_k=3),
-        Sampling(top_p=0.7),
-        Sampling(top_k=4, top_p=0.8, temperature=1.5),
+        SamplingParams(),
+        SamplingParams(temperature=0.5),
+        SamplingParams(temperature=2.0),
+        SamplingParams(top_k=3),
+        SamplingParams(top_p=0.7),
+        SamplingParams(top_k=4, top_p=0.8, temperature=1.5),
     ],
     ids=str,
 )
-def test_frequencies_are_the_distribution(sampling: Sampling) -> None:
+def test_frequencies_are_the_distribution(sampling: SamplingParams) -> None:
     draws, expected = 4000, _expected(sampling)
-    seeded = Sampling(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=7)
+    seeded = SamplingParams(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=7)
     counts = Counter(choose(LOGITS, seeded, position) for position in range(draws))
     for token, probability in enumerate(expected.tolist()):
         sigma = (draws * probability * (1 - probability)) ** 0.5
@@ -58,7 +58,7 @@ def test_frequencies_are_the_distribution(sampling: Sampling) -> None:
 
 
 samplings = st.builds(
-    Sampling,
+    SamplingParams,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
     top_k=st.sampled_from([0, 1, 5]),
     top_p=st.sampled_from([1.0, 0.5, 0.01]),
@@ -75,7 +75,7 @@ def both(model: Backpack, table: SenseTable) -> list[Kernels]:
 
 @given(rows=st.lists(st.tuples(samplings, st.integers(0, 511)), min_size=1, max_size=8), seed=st.integers(0, 1000))
 def test_a_batch_draws_what_each_row_draws_alone(
-    rows: list[tuple[Sampling, int]], seed: int, both: list[Kernels]
+    rows: list[tuple[SamplingParams, int]], seed: int, both: list[Kernels]
 ) -> None:
     logits = 3 * torch.randn(len(rows), 300, generator=torch.Generator().manual_seed(seed))
     chosen, places = [s for s, _ in rows], [p for _, p in rows]
@@ -94,7 +94,7 @@ def test_of_a_large_vocabulary_the_same_tokens_may_be_drawn(spread: float, tie: 
         logits = logits.bfloat16().float()
     counts, shares = (0, 1, 40, 1000, 4000, 5000), (1.0, 1 - 1e-9, 0.999, 0.9, 0.3, 1e-9)
     chosen = [
-        Sampling(temperature=heat, top_k=count, top_p=share, seed=3)
+        SamplingParams(temperature=heat, top_k=count, top_p=share, seed=3)
         for heat in (0.2, 1.0, 3.0)
         for count in counts
         for share in shares
@@ -109,12 +109,12 @@ def test_of_a_large_vocabulary_the_same_tokens_may_be_drawn(spread: float, tie: 
 def test_neighbouring_seeds_of_64_bits_draw_differently() -> None:
     logits = torch.zeros(1000)
     for seed in (0, 2**63, 2**64 - 10):
-        assert len({choose(logits, Sampling(seed=seed + n), 0) for n in range(10)}) > 7
+        assert len({choose(logits, SamplingParams(seed=seed + n), 0) for n in range(10)}) > 7
 
 
 def test_an_impossible_token_is_never_drawn() -> None:
     logits = torch.tensor([0.0, float("-inf"), 0.0, float("-inf")])
-    drawn = {choose(logits, Sampling(seed=1), position) for position in range(200)}
+    drawn = {choose(logits, SamplingParams(seed=1), position) for position in range(200)}
     assert drawn == {0, 2}
 
 
@@ -139,7 +139,7 @@ def test_a_batch_has_the_log_probabilities_of_each_row_alone(
     logits = 3 * torch.randn(len(rows), 300, generator=torch.Generator().manual_seed(seed))
     tokens, counts = [token for token, _ in rows], [count for _, count in rows]
     for kernels in both:
-        samplings = [Sampling(log_probabilities=count) for count in counts]
+        samplings = [SamplingParams(log_probabilities=count) for count in counts]
         found = log_probabilities(logits, tokens, samplings, kernels.log_probabilities)
         for row, token, count, one in zip(logits, tokens, counts, found, strict=True):
             if token is None or count is None:
@@ -155,7 +155,7 @@ def test_log_probabilities_are_exact_at_any_size(size: int, both: list[Kernels])
     logits = 100 + 5 * torch.randn(4, size, generator=torch.Generator().manual_seed(2))
     logits[1] *= 30
     logits[2, ::2] = float("-inf")
-    tokens, how = [size - 1, int(logits[1].argmin()), 0, size // 2], [Sampling(log_probabilities=20)] * 4
+    tokens, how = [size - 1, int(logits[1].argmin()), 0, size // 2], [SamplingParams(log_probabilities=20)] * 4
     for kernels in both:
         for row, token, one in zip(
             logits, tokens, log_probabilities(logits, tokens, how, kernels.log_probabilities), strict=True
@@ -166,9 +166,7 @@ def test_log_probabilities_are_exact_at_any_size(size: int, both: list[Kernels])
 
 def _same(found: LogProbability, expected: LogProbability) -> None:
     assert found.chosen == pytest.approx(expected.chosen, abs=1e-6)
-    assert [log for _, log in found.alternatives] == pytest.approx(
-        [log for _, log in expected.alternatives], abs=1e-6
-    )
+    assert [log for _, log in found.alternatives] == pytest.approx([log for _, log in expected.alternatives], abs=1e-6)
     possible = sum(log > float("-inf") for _, log in expected.alternatives)
     assert [token for token, _ in found.alternatives[:possible]] == [
         token for token, _ in expected.alternatives[:possible]

@@ -9,17 +9,17 @@ from itertools import count
 
 import pytest
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Cell, Release, Revision, Scale
+from backpack_lm.patch import Cell, ReleaseContent, RevisionContent, ScaleEdit
 from backpack_serving.engine.engine import Engine, QueueFull
-from backpack_serving.engine.sampling import Sampling
-from backpack_serving.engine.sequence import Request
+from backpack_serving.engine.sequence import GenerationRequest
+from backpack_serving.sampling import SamplingParams
 
 from tests.engine.test_oracle import GREEDY, oracle, prompt, run
 
 
-def ask(name: str, overlay, tenant: str = "t", length: int = 8, new: int = 6, priority: int = 0) -> Request:
-    sampling = Sampling(max_tokens=new, temperature=0.0, ignore_end_of_text=True)
-    return Request(name, tenant, prompt(hash(name) % 7, length), sampling, overlay, priority)
+def ask(name: str, overlay, tenant: str = "t", length: int = 8, new: int = 6, priority: int = 0) -> GenerationRequest:
+    sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_end_of_text=True)
+    return GenerationRequest(name, tenant, prompt(hash(name) % 7, length), sampling, overlay, priority)
 
 
 def order_of_first_tokens(engine: Engine) -> list[str]:
@@ -98,7 +98,7 @@ def test_samples_of_one_prompt_compute_it_once(make_engine, model, overlays) -> 
     """Four at once, before any of it is there: three wait for the first and copy; all get the oracle's tokens."""
     engine = make_engine(slots=4, step_tokens=10)
     requests = [
-        Request(f"s{n}", "t", prompt(1, 28), GREEDY, overlays[name])
+        GenerationRequest(f"s{n}", "t", prompt(1, 28), GREEDY, overlays[name])
         for n, name in enumerate(("none", "swap", "topic", "none"))
     ]
     assert run(engine, requests) == {r.id: oracle(model, r) for r in requests}
@@ -107,7 +107,7 @@ def test_samples_of_one_prompt_compute_it_once(make_engine, model, overlays) -> 
 
 def test_a_sequence_whose_prefix_is_aborted_goes_on_alone(make_engine, model, overlays) -> None:
     engine = make_engine(slots=3, step_tokens=10)
-    requests = [Request(f"s{n}", "t", prompt(1, 28), GREEDY, overlays["none"]) for n in range(3)]
+    requests = [GenerationRequest(f"s{n}", "t", prompt(1, 28), GREEDY, overlays["none"]) for n in range(3)]
     for request in requests:
         engine.add(request)
     engine.step()  # ten tokens of the first
@@ -144,13 +144,13 @@ def test_the_queue_is_bounded(make_engine, overlays) -> None:
 def test_a_free_slot_keeps_the_tokens_of_a_prompt_and_nothing_of_its_release(make_engine, table) -> None:
     """Releases are kept within bounds, by others; the slots' last ones would come on top of them."""
     engine = make_engine()
-    overlay = Overlay.compile(Release((Revision("00" * 32, (Scale((Cell(5, 1),), 0.5),)),)), table)
+    overlay = Overlay.compile(ReleaseContent((RevisionContent("00" * 32, (ScaleEdit((Cell(5, 1),), 0.5),)),)), table)
     kept = weakref.ref(overlay)
     engine.add(ask("steered", overlay, length=20))
     order_of_first_tokens(engine)
     del overlay
     gc.collect()
     assert kept() is None
-    engine.add(ask("steered", Overlay.compile(Release(), table), length=20))
+    engine.add(ask("steered", Overlay.compile(ReleaseContent(), table), length=20))
     order_of_first_tokens(engine)
     assert engine.prefix_hits == 1

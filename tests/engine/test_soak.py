@@ -9,10 +9,10 @@ from random import Random
 import psutil
 import pytest
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Add, Cell, Release, Revision, Topic
+from backpack_lm.patch import AddEdit, Cell, ReleaseContent, RevisionContent, TopicEdit
 from backpack_serving.engine.engine import QueueFull
-from backpack_serving.engine.sampling import Sampling
-from backpack_serving.engine.sequence import Request
+from backpack_serving.engine.sequence import GenerationRequest
+from backpack_serving.sampling import SamplingParams
 
 from tests.engine.conftest import K, _vector
 
@@ -20,8 +20,8 @@ MIB = 2**20
 
 
 def _release(n: int, table) -> Overlay:  # type: ignore[no-untyped-def]
-    edits = (Add((Cell(1 + n % 80, n % K),), _vector(n)), *((Topic((n % 90, 7), 1),) if n % 3 == 0 else ()))
-    return Overlay.compile(Release((Revision("00" * 32, edits),)), table)
+    edits = (AddEdit((Cell(1 + n % 80, n % K),), _vector(n)), *((TopicEdit((n % 90, 7), 1),) if n % 3 == 0 else ()))
+    return Overlay.compile(ReleaseContent((RevisionContent("00" * 32, edits),)), table)
 
 
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -44,12 +44,12 @@ def test_nothing_is_left_behind(count: int, make_engine, table) -> None:
         if n == count // 4:  # everything that grows to a bound has grown to it
             gc.collect()
             memory = process.memory_info().rss
-        sampling = Sampling(
+        sampling = SamplingParams(
             max_tokens=draw.randint(1, 6), temperature=draw.choice([0.0, 1.0]), seed=n, ignore_end_of_text=True
         )
         ids = tuple(draw.randrange(1, 93) for _ in range(draw.randint(1, 12)))
         tenant, priority = f"t{draw.randrange(20)}", draw.randint(-3, 3)
-        request = Request(f"r{n}", tenant, ids, sampling, _release(n, table), priority)
+        request = GenerationRequest(f"r{n}", tenant, ids, sampling, _release(n, table), priority)
         try:
             crowded_out = engine.add(request)
             alive.add(request.id)

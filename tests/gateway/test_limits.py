@@ -10,31 +10,31 @@ from typing import Any
 
 import pytest
 from backpack_serving.errors import Exhausted, Quota
-from backpack_serving.gateway.levels import Levels, shared
-from backpack_serving.gateway.limits import Limit, Limits
+from backpack_serving.gateway.limits import Limit, TenantLimits
+from backpack_serving.gateway.shared_buckets import SharedBuckets, shared
 
 from tests.conftest import Clock
 
 
-def _ask(limits: Limits, tenant: str = "t", tokens: int = 0) -> None:
+def _ask(limits: TenantLimits, tenant: str = "t", tokens: int = 0) -> None:
     with limits.request(tenant) as take:
         take(tokens)
 
 
-def _refused(limits: Limits, **how: Any) -> Exhausted:
+def _refused(limits: TenantLimits, **how: Any) -> Exhausted:
     with pytest.raises(Exhausted) as refused:
         _ask(limits, **how)
     return refused.value
 
 
 def test_without_limits_everything_goes(clock: Clock) -> None:
-    limits = Limits(Limit(), clock=clock)
+    limits = TenantLimits(Limit(), clock=clock)
     for _ in range(1000):
         _ask(limits, tokens=1000)
 
 
 def test_a_minute_holds_so_many_requests_and_the_next_is_told_when(clock: Clock) -> None:
-    limits = Limits(Limit(requests_per_minute=6), clock=clock)
+    limits = TenantLimits(Limit(requests_per_minute=6), clock=clock)
     for _ in range(6):
         _ask(limits)
     refused = _refused(limits)
@@ -53,7 +53,7 @@ def test_a_minute_holds_so_many_requests_and_the_next_is_told_when(clock: Clock)
 
 
 def test_tokens_may_be_overdrawn_once_and_are_paid_back(clock: Clock) -> None:
-    limits = Limits(Limit(tokens_per_minute=60), clock=clock)
+    limits = TenantLimits(Limit(tokens_per_minute=60), clock=clock)
     _ask(limits, tokens=100)  # more than a minute holds: no request is too large for ever
     refused = _refused(limits, tokens=1)
     assert (refused.reason, refused.retry_after) == ("TOKENS_LIMIT", 41.0)
@@ -62,7 +62,7 @@ def test_tokens_may_be_overdrawn_once_and_are_paid_back(clock: Clock) -> None:
 
 
 def test_what_wasnt_used_is_given_back(clock: Clock) -> None:
-    limits = Limits(Limit(tokens_per_minute=60), clock=clock)
+    limits = TenantLimits(Limit(tokens_per_minute=60), clock=clock)
     with limits.request("t") as take:
         take(60)
         assert _refused(limits, tokens=1).reason == "TOKENS_LIMIT"
@@ -72,7 +72,7 @@ def test_what_wasnt_used_is_given_back(clock: Clock) -> None:
 
 
 def test_so_many_at_once(clock: Clock) -> None:
-    limits = Limits(Limit(concurrent=2), clock=clock)
+    limits = TenantLimits(Limit(concurrent=2), clock=clock)
     with limits.request("t"), limits.request("t"):
         refused = _refused(limits)
         assert (refused.reason, refused.retry_after) == ("CONCURRENCY_LIMIT", 1.0)
@@ -83,7 +83,7 @@ def test_so_many_at_once(clock: Clock) -> None:
 def test_a_tenant_of_the_file_has_limits_of_its_own_and_new_ones_hold_soon(clock: Clock, tmp_path: Path) -> None:
     file = tmp_path / "limits.toml"
     file.write_text("[vip]\nrequests_per_minute = 2\n")
-    limits = Limits(Limit(requests_per_minute=1, concurrent=1), file, clock=clock)
+    limits = TenantLimits(Limit(requests_per_minute=1, concurrent=1), file, clock=clock)
     _ask(limits, "vip")
     _ask(limits, "vip")
     assert _refused(limits, tenant="vip").reason == "REQUESTS_LIMIT"
@@ -104,7 +104,7 @@ def test_a_request_that_was_charged_under_limits_of_before_gives_nothing_back_to
 ) -> None:
     file = tmp_path / "limits.toml"
     file.write_text("[t]\ntokens_per_minute = 100\n")
-    limits = Limits(Limit(), file, clock=clock)
+    limits = TenantLimits(Limit(), file, clock=clock)
     with limits.request("t") as first, limits.request("t") as second, limits.request("t") as third:
         first(50)
         file.write_text("[t]\ntokens_per_minute = 90\n")
@@ -125,7 +125,7 @@ def test_a_request_that_was_charged_under_limits_of_before_gives_nothing_back_to
 def test_processes_of_one_gateway_count_together(clock: Clock) -> None:
     limit = Limit(requests_per_minute=6, tokens_per_minute=60, concurrent=3)
     with shared(2) as file:
-        one, two = (Limits(limit, levels=Levels(file, number, 2), clock=clock) for number in range(2))
+        one, two = (TenantLimits(limit, levels=SharedBuckets(file, number, 2), clock=clock) for number in range(2))
         _ask(one, "another")
         with one.request("t") as take, two.request("t"), two.request("t"):
             take(70)
@@ -143,12 +143,12 @@ def test_processes_of_one_gateway_count_together(clock: Clock) -> None:
 def test_requests_of_a_process_that_was_killed_run_no_more(clock: Clock) -> None:
     limit = Limit(concurrent=2)
     with shared(2) as file:
-        one, two = (Limits(limit, levels=Levels(file, number, 2), clock=clock) for number in range(2))
+        one, two = (TenantLimits(limit, levels=SharedBuckets(file, number, 2), clock=clock) for number in range(2))
         with two.request("t"):
             lost = one.request("t")
             lost.__enter__()
             _refused(two)
-            one = Limits(limit, levels=Levels(file, 0, 2), clock=clock)  # another takes its place
+            one = TenantLimits(limit, levels=SharedBuckets(file, 0, 2), clock=clock)  # another takes its place
             with one.request("t"):
                 assert _refused(two).reason == "CONCURRENCY_LIMIT"
 
@@ -156,7 +156,7 @@ def test_requests_of_a_process_that_was_killed_run_no_more(clock: Clock) -> None
 _TAKES = """
 import sys
 from pathlib import Path
-from backpack_serving.gateway.levels import Levels
+from backpack_serving.gateway.shared_buckets import Levels
 
 levels = Levels(Path(sys.argv[1]), int(sys.argv[2]), 2)
 for _ in range(20_000):
@@ -173,7 +173,7 @@ def test_processes_that_ask_at_the_same_time_lose_nothing() -> None:
             for number in range(2)
         ]
         assert [process.wait(120) for process in both] == [0, 0]
-        with Levels(file, 0, 2).row("t") as row:
+        with SharedBuckets(file, 0, 2).row("t") as row:
             assert row.tokens[1] == -40_000
 
 
@@ -191,9 +191,9 @@ def test_a_file_that_cant_be_understood_is_refused(tmp_path: Path, text: str, sa
     file = tmp_path / "limits.toml"
     file.write_text(text)
     with pytest.raises(ValueError, match=says):
-        Limits(Limit(), file)
+        TenantLimits(Limit(), file)
 
 
 def test_a_file_that_isnt_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"BACKPACK_LIMITS_FILE=.*none.toml: No such file"):
-        Limits(Limit(), tmp_path / "none.toml")
+        TenantLimits(Limit(), tmp_path / "none.toml")

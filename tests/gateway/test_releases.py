@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 from backpack_serving.errors import NotFound, Unavailable
-from backpack_serving.gateway.releases import Releases
-from backpack_serving.sync.known import KnownRelease, KnownTenant, Position, ReleaseRef
+from backpack_serving.gateway.releases import ReleaseResolver
+from backpack_serving.sync.state import Position, RecentRelease, ReleaseRef, TenantState
 
-from tests.gateway.test_book import KNOWN, LIVE, OTHER, STABLE, Told
+from tests.gateway.test_registry import KNOWN, LIVE, OTHER, STABLE, Told
 
 EARLIER, FRESH = ReleaseRef(2, "12" * 32), ReleaseRef(9, "90" * 32)
 CHANNEL = replace(LIVE, earlier=(EARLIER,))
@@ -41,7 +41,7 @@ class Service:
 @pytest.fixture
 def told() -> Told:
     told = Told()
-    told.hear((1, 7), KnownTenant("acme"), KNOWN, CHANNEL, KnownRelease("acme", FRESH), whole=True)
+    told.hear((1, 7), TenantState("acme"), KNOWN, CHANNEL, RecentRelease("acme", FRESH), whole=True)
     return told
 
 
@@ -51,11 +51,11 @@ def service() -> Service:
 
 
 @pytest.fixture
-def releases(told: Told, service: Service) -> Releases:
-    return Releases(told.book, service.resolve, service.reached)
+def releases(told: Told, service: Service) -> ReleaseResolver:
+    return ReleaseResolver(told.book, service.resolve, service.reached)
 
 
-async def test_what_the_book_has_anyway_is_not_asked_for(releases: Releases, service: Service) -> None:
+async def test_what_the_book_has_anyway_is_not_asked_for(releases: ReleaseResolver, service: Service) -> None:
     pins = await releases.pin("acme", (9, "live", 2, 3))
     assert [(p.release, p.digest, p.channel) for p in pins] == [
         (9, FRESH.digest, ""),
@@ -67,13 +67,13 @@ async def test_what_the_book_has_anyway_is_not_asked_for(releases: Releases, ser
     assert service.asked == []
 
 
-async def test_the_rest_is_asked_for_once(releases: Releases, service: Service) -> None:
+async def test_the_rest_is_asked_for_once(releases: ReleaseResolver, service: Service) -> None:
     for _ in range(2):
         assert [p.digest for p in await releases.pin("acme", (8, 3, 7))] == ["88" * 32, STABLE.digest, "77" * 32]
     assert service.asked == [("acme", (8, 7))]
 
 
-async def test_a_tenant_is_not_answered_with_anothers(releases: Releases, service: Service) -> None:
+async def test_a_tenant_is_not_answered_with_anothers(releases: ReleaseResolver, service: Service) -> None:
     await releases.pin("acme", (7,))
     service.has[7] = "70" * 32
     assert (await releases.pin("other", (7,)))[0].digest == "70" * 32
@@ -83,16 +83,18 @@ async def test_a_tenant_is_not_answered_with_anothers(releases: Releases, servic
 
 
 async def test_after_a_restore_numbers_are_asked_for_again(
-    told: Told, releases: Releases, service: Service
+    told: Told, releases: ReleaseResolver, service: Service
 ) -> None:
     await releases.pin("acme", (7,))
     service.has[7] = "70" * 32
     service.position = Position(2, 1)
-    told.hear((2, 1), KnownTenant("acme"), CHANNEL, whole=True)
+    told.hear((2, 1), TenantState("acme"), CHANNEL, whole=True)
     assert (await releases.pin("acme", (7,)))[0].digest == "70" * 32
 
 
-async def test_an_answer_of_another_epoch_than_the_books_is_not_used(releases: Releases, service: Service) -> None:
+async def test_an_answer_of_another_epoch_than_the_books_is_not_used(
+    releases: ReleaseResolver, service: Service
+) -> None:
     service.position = Position(2, 1)
     with pytest.raises(Unavailable, match=r"the store is at 2\.1"):
         await releases.pin("acme", (7,))
@@ -102,7 +104,7 @@ async def test_an_answer_of_another_epoch_than_the_books_is_not_used(releases: R
     assert len(service.asked) == 2, "nothing of it was kept"
 
 
-async def test_all_are_pinned_from_one_page(told: Told, releases: Releases, service: Service) -> None:
+async def test_all_are_pinned_from_one_page(told: Told, releases: ReleaseResolver, service: Service) -> None:
     """The channel moves while a number is asked for: what was pinned is what held at first."""
     service.meanwhile = lambda: told.hear((1, 8), replace(CHANNEL, stable=OTHER))
     pins = await releases.pin("acme", (7, "live"))
@@ -110,7 +112,7 @@ async def test_all_are_pinned_from_one_page(told: Told, releases: Releases, serv
     assert (await releases.pin("acme", ("live",)))[0].digest == OTHER.digest
 
 
-async def test_a_write_that_is_asked_for_is_waited_for(told: Told, releases: Releases, service: Service) -> None:
+async def test_a_write_that_is_asked_for_is_waited_for(told: Told, releases: ReleaseResolver, service: Service) -> None:
     service.meanwhile = lambda: told.hear((1, 8), replace(CHANNEL, stable=OTHER))
     assert (await releases.channel("acme", "live")).digest == STABLE.digest
     assert (await releases.channel("acme", "live", since=Position(1, 7))).digest == OTHER.digest
@@ -123,7 +125,7 @@ async def test_a_write_that_is_asked_for_is_waited_for(told: Told, releases: Rel
             await refused
 
 
-async def test_what_is_not_there_is_refused(releases: Releases) -> None:
+async def test_what_is_not_there_is_refused(releases: ReleaseResolver) -> None:
     with pytest.raises(NotFound, match="releases/99"):
         await releases.pin("acme", (3, 99))
     with pytest.raises(NotFound, match="channels/nowhere"):
@@ -131,7 +133,7 @@ async def test_what_is_not_there_is_refused(releases: Releases) -> None:
 
 
 async def test_only_so_many_are_remembered(told: Told, service: Service) -> None:
-    releases = Releases(told.book, service.resolve, service.reached, remembered=1)
+    releases = ReleaseResolver(told.book, service.resolve, service.reached, remembered=1)
     for number in (7, 8, 7):
         await releases.pin("acme", (number,))
     assert len(service.asked) == 3

@@ -15,22 +15,22 @@ from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import directory_pb2, inference_pb2_grpc
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving import rpc
+from backpack_serving.auth.keys import Principal, Role
 from backpack_serving.client import AsyncClient, Sampling
 from backpack_serving.errors import Exhausted, Internal, InvalidRequest, ServiceError, Unavailable
-from backpack_serving.gateway.book import Pinned
-from backpack_serving.gateway.limits import Limit, Limits
-from backpack_serving.gateway.meter import Meters
+from backpack_serving.gateway.canary_stats import CanaryStats
+from backpack_serving.gateway.limits import Limit, TenantLimits
+from backpack_serving.gateway.registry import Pin
 from backpack_serving.gateway.routing import Router
 from backpack_serving.gateway.servicer import GatewayServicer
-from backpack_serving.gateway.tallies import Tallies
-from backpack_serving.keys import Principal, Role
-from backpack_serving.metrics import Metrics
+from backpack_serving.gateway.usage import UsageMeter
+from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import default_model
 
 from tests.rpc.test_strangers import DATA, LAST, answered, begin, frame
 
 MANIFEST, TOKENIZER = Manifest.read(default_model()), Tokenizer.read(default_model() / "tokenizer.json")
-PINNED = Pinned("t", "live", 1, "ab" * 32, 1, 1)
+PINNED = Pin("t", "live", 1, "ab" * 32, 1, 1)
 SERVED = pb.Served(tenant="t", release=1, release_digest=PINNED.digest)
 PROMPT = [1, 2, 3, 4, 5, 6, 7]
 MINUTE = 1000.0
@@ -45,7 +45,7 @@ class Anybody:
     async def who(self, context: rpc.Context) -> Principal:
         return Principal("t", "k", frozenset([Role.CALLER]))
 
-    async def channel(self, *_: Any) -> Pinned:
+    async def channel(self, *_: Any) -> Pin:
         return PINNED
 
 
@@ -106,11 +106,11 @@ async def _running(listed: int = 1, also: str | None = None) -> AsyncIterator[Ru
     fingerprint = MANIFEST.fingerprint
     # A clock that stands: who is lost stays lost, and nothing is refilled.
     router = Router(fingerprint, clock=lambda: 0.0)
-    limits = Limits(Limit(tokens_per_minute=MINUTE), clock=lambda: 0.0)
+    limits = TenantLimits(Limit(tokens_per_minute=MINUTE), clock=lambda: 0.0)
     addresses = [behind.address] * listed + ([] if also is None else [also])
     how = {"model_fingerprint": fingerprint, "slots": 1}
     router.update([directory_pb2.Replica(id=f"r{n}", address=at, **how) for n, at in enumerate(addresses)])
-    meters = Meters(limits, metrics.gateway(lambda: 1, lambda: 0.0))
+    meters = UsageMeter(limits, metrics.gateway(lambda: 1, lambda: 0.0))
     servicer: Any = GatewayServicer(
         MANIFEST,
         TOKENIZER,
@@ -118,7 +118,7 @@ async def _running(listed: int = 1, also: str | None = None) -> AsyncIterator[Ru
         anybody,
         meters,
         router,
-        Tallies(),
+        CanaryStats(),
         "key",
         False,  # type: ignore[arg-type]
     )

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from backpack_lm.patch import Cell, ModelShape, Scale
+from backpack_lm.patch import Cell, ModelShape, ScaleEdit
+from backpack_serving.auth.keys import SYSTEM, ApiKeySecret, Principal, Role
 from backpack_serving.interventions.database import open_store
-from backpack_serving.interventions.ledger import Request
+from backpack_serving.interventions.ledger import IdempotencyKey
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
-from backpack_serving.keys import SYSTEM, ApiKey, Principal, Role
 
 from tests.interventions.memory import MemoryStore
 from tests.interventions.postgres import Postgres
@@ -21,8 +21,8 @@ from tests.interventions.postgres import Postgres
 SHAPE = ModelShape("ab" * 32, vocab_size=50, num_senses=4, width=8, sense_rms=(1.0,) * 4)
 ADMIN = Principal(SYSTEM, "root", frozenset({Role.ADMIN}))
 REPLICA = Principal(SYSTEM, "replica", frozenset({Role.REPLICA}))
-HALVE = Scale((Cell(3, 1),), 0.5)
-REMOVE = Scale((Cell(3, 1), Cell(4, 0)), 0.0)
+HALVE = ScaleEdit((Cell(3, 1),), 0.5)
+REMOVE = ScaleEdit((Cell(3, 1), Cell(4, 0)), 0.0)
 
 
 def releaser(tenant: str) -> Principal:
@@ -80,12 +80,12 @@ def store(request: pytest.FixtureRequest) -> Iterator[Store]:
 @pytest.fixture
 def service(store: Store) -> Interventions:
     service = Interventions(store, SHAPE)
-    service.bootstrap(ApiKey.mint(), [Role.ADMIN])
+    service.bootstrap(ApiKeySecret.mint(), [Role.ADMIN])
     return service
 
 
 @pytest.fixture
 def acme(service: Interventions) -> Principal:
-    service.create_tenant(ADMIN, "acme", Request())
-    service.create_patch(releaser("acme"), "debias", "", Request())
+    service.create_tenant(ADMIN, "acme", IdempotencyKey())
+    service.create_patch(releaser("acme"), "debias", "", IdempotencyKey())
     return releaser("acme")

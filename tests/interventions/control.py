@@ -14,7 +14,7 @@ from backpack_proto.v1 import interventions_pb2_grpc as v1
 from backpack_serving import rpc
 from backpack_serving.errors import ServiceError
 from backpack_serving.interventions import bootstrap
-from backpack_serving.metrics import Metrics
+from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
 
 

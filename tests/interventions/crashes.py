@@ -17,14 +17,21 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
-from backpack_lm.patch import Cell, Scale
+from backpack_lm.patch import Cell, ScaleEdit
 from backpack_serving.errors import Unavailable
 from backpack_serving.interventions.database import open_store
-from backpack_serving.interventions.ledger import Request, Written, verify_chain
-from backpack_serving.interventions.records import Channel, Event, Patch, Release, Revision, Tenant
+from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult, verify_chain
+from backpack_serving.interventions.records import (
+    ChannelRecord,
+    EventRecord,
+    PatchRecord,
+    ReleaseRecord,
+    RevisionRecord,
+    TenantRecord,
+)
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
-from backpack_serving.sync.known import LIVE
+from backpack_serving.sync.state import LIVE
 
 from tests.interventions.conftest import ADMIN, SHAPE, releaser
 
@@ -105,14 +112,12 @@ def _write(url: str, name: str, told: Connection, stop: Any, fault: Fault | None
     service = Interventions(store, SHAPE)
     lock = threading.Lock()
 
-    def tell(method: str, written: Written[Any], became: str) -> None:
+    def tell(method: str, written: WriteResult[Any], became: str) -> None:
         entry = [method, written.record.name, became, written.position.revision]
         with lock:
             told.send_bytes(json.dumps(entry).encode())
 
-    threads = [
-        threading.Thread(target=_one_tenant, args=(service, f"t{name}-{n}", tell, stop)) for n in range(THREADS)
-    ]
+    threads = [threading.Thread(target=_one_tenant, args=(service, f"t{name}-{n}", tell, stop)) for n in range(THREADS)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -134,15 +139,15 @@ def _one_tenant(service: Interventions, tenant: str, tell: Callable[..., None], 
     do("create_patch", "patch", who, "p", "")
     etag = patiently(lambda: service.channel(who, LIVE)).etag
     while not stop.is_set():
-        edit = Scale((Cell(chance.randrange(50), 1),), chance.uniform(2, 8))
+        edit = ScaleEdit((Cell(chance.randrange(50), 1),), chance.uniform(2, 8))
         revision = do("create_revision", "digest", who, "p", [edit])
         release = do("create_release", "digest", who, [("p", revision.number)], "")
         etag = do("activate", "etag", who, LIVE, release.number, etag).etag
 
 
-def request() -> Request:
+def request() -> IdempotencyKey:
     """One that may be repeated."""
-    return Request(str(uuid.uuid4()), "body")
+    return IdempotencyKey(str(uuid.uuid4()), "body")
 
 
 def patiently(act: Callable[[], Any]) -> Any:
@@ -164,9 +169,13 @@ def check_kept(store: Store, acknowledged: list[Acknowledged], in_doubt: int) ->
         "create_release": "CreateRelease",
         "activate": "Activate",
     }
-    made: dict[type[Any], str] = {Tenant: "CreateTenant", Patch: "CreatePatch", Revision: "CreateRevision"}
+    made: dict[type[Any], str] = {
+        TenantRecord: "CreateTenant",
+        PatchRecord: "CreatePatch",
+        RevisionRecord: "CreateRevision",
+    }
     with store.read() as tx:
-        events = {event.revision: event for event in tx.list(Event)}
+        events = {event.revision: event for event in tx.list(EventRecord)}
         for kind, method in made.items():
             told = [event.resource for event in events.values() if event.method == method]
             assert sorted(record.name for record in tx.list(kind)) == sorted(told), f"{method}s and their entries"
@@ -179,15 +188,15 @@ def check_kept(store: Store, acknowledged: list[Acknowledged], in_doubt: int) ->
             assert (event.method, event.resource) == (names[method], resource), f"{at} became another write"
             _, tenant, *rest = resource.split("/")
             if method == "create_revision":
-                kept = tx.get(Revision, tenant, rest[1], int(rest[3]))
+                kept = tx.get(RevisionRecord, tenant, rest[1], int(rest[3]))
                 assert kept is not None, f"{resource} is lost"
                 assert kept.digest == became
             elif method == "create_release":
-                release = tx.get(Release, tenant, int(rest[1]))
+                release = tx.get(ReleaseRecord, tenant, int(rest[1]))
                 assert release is not None, f"{resource} is lost"
                 assert release.digest == became
             elif method == "activate":
-                channel = tx.get(Channel, tenant, rest[1])
+                channel = tx.get(ChannelRecord, tenant, rest[1])
                 assert channel is not None, f"{resource} is lost"
                 assert channel.generation >= int(became.split("-")[0]), f"{resource} went back"
     positions = [at for *_, at in acknowledged]

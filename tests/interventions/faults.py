@@ -21,26 +21,26 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from backpack_lm import patch as patches
+from backpack_serving.auth.keys import Principal
 from backpack_serving.interventions import channels, postgres, service, sqlite, tenants
-from backpack_serving.interventions.ledger import Ledger, Request, Written
-from backpack_serving.interventions.records import Blob, Event, Position, Reply, key_of
+from backpack_serving.interventions.ledger import IdempotencyKey, Ledger, WriteResult
+from backpack_serving.interventions.records import BlobRecord, EventRecord, Position, ReplyRecord, key_of, kind_name
 from backpack_serving.interventions.sql import SQLStore, Transaction
 from backpack_serving.interventions.sqlite import SQLiteStore
 from backpack_serving.interventions.tables import head
-from backpack_serving.keys import Principal
 
 from tests.interventions.memory import MemoryStore, Tables
 
 
 def relaxed_fsync(patch: pytest.MonkeyPatch) -> None:
     """SQLite with synchronous=NORMAL, as most advice on the web says."""
-    configure = sqlite._configure
+    configure = sqlite._set_pragmas
 
     def relaxed(connection: Any, record: object) -> None:
         configure(connection, record)
         connection.execute("PRAGMA synchronous=NORMAL")
 
-    patch.setattr(sqlite, "_configure", relaxed)
+    patch.setattr(sqlite, "_set_pragmas", relaxed)
 
 
 def relaxed_commit(patch: pytest.MonkeyPatch) -> None:
@@ -50,13 +50,13 @@ def relaxed_commit(patch: pytest.MonkeyPatch) -> None:
 
 def checkpoints_of_sqlite(patch: pytest.MonkeyPatch) -> None:
     """SQLite's own checkpoints, which don't tell that one has failed."""
-    configure = sqlite._configure
+    configure = sqlite._set_pragmas
 
     def automatic(connection: Any, record: object) -> None:
         configure(connection, record)
         connection.execute("PRAGMA wal_autocheckpoint=10")
 
-    patch.setattr(sqlite, "_configure", automatic)
+    patch.setattr(sqlite, "_set_pragmas", automatic)
     patch.setattr(sqlite, "CHECKPOINT_WRITES", 10**9)
 
 
@@ -69,12 +69,12 @@ def acknowledged_before_commit(patch: pytest.MonkeyPatch) -> None:
     """The answer leaves when the work is done, while the commit is on its way."""
     write, commit = Ledger.write, SQLiteStore._commit
 
-    def early(self: Ledger, who: Principal, method: str, request: Request, act: Any) -> Any:
+    def early(self: Ledger, who: Principal, method: str, request: IdempotencyKey, act: Any) -> Any:
         answers: queue.Queue[Any] = queue.Queue()
 
         def act_and_answer(tx: Any, now: datetime) -> Any:
             record, changed = act(tx, now)
-            answers.put(Written(record, tx.position))
+            answers.put(WriteResult(record, tx.position))
             return record, changed
 
         def run() -> None:
@@ -101,7 +101,7 @@ def event_apart(patch: pytest.MonkeyPatch) -> None:
     """The records in one transaction, their event in the next."""
     log = Transaction.log
 
-    def apart(self: Transaction, event: Event) -> None:
+    def apart(self: Transaction, event: EventRecord) -> None:
         self._connection.exec_driver_sql("COMMIT")
         time.sleep(0.002)
         self._connection.exec_driver_sql("BEGIN")
@@ -114,13 +114,13 @@ def reply_apart(patch: pytest.MonkeyPatch) -> None:
     """The reply that makes a repetition harmless is stored after the write, and after its answer."""
     write = Ledger.write
 
-    def apart(self: Ledger, who: Principal, method: str, request: Request, act: Any) -> Any:
+    def apart(self: Ledger, who: Principal, method: str, request: IdempotencyKey, act: Any) -> Any:
         if request.id and (old := self._replay(who, method, request)):
             return old
-        written = write(self, who, method, Request(), act)
-        at = json.dumps([type(written.record).__name__, *key_of(written.record)])
-        reply = Reply(who.name, method, request.id, request.body, at, written.position.revision, self._now())
-        self._store._now.tables[Reply][who.name, method, request.id] = reply  # type: ignore[attr-defined]
+        written = write(self, who, method, IdempotencyKey(), act)
+        at = json.dumps([kind_name(type(written.record)), *key_of(written.record)])
+        reply = ReplyRecord(who.name, method, request.id, request.body, at, written.position.revision, self._now())
+        self._store._now.tables[ReplyRecord][who.name, method, request.id] = reply  # type: ignore[attr-defined]
         return written
 
     patch.setattr(Ledger, "write", apart)
@@ -164,7 +164,7 @@ def serial_ids(patch: pytest.MonkeyPatch) -> None:
             sequence.append(itertools.count(revision + 1))
         return next(sequence[0])
 
-    def log_without_lock(self: Transaction, event: Event) -> None:
+    def log_without_lock(self: Transaction, event: EventRecord) -> None:
         event = replace(event, revision=self.position.revision)
         self.add(replace(event, hash="unchained"))
 
@@ -204,8 +204,8 @@ def etag_unchecked(patch: pytest.MonkeyPatch) -> None:
 
 def chain_without_changes(patch: pytest.MonkeyPatch) -> None:
     """The chain covers who did what, but not what became of it."""
-    chained = Event.chained
-    patch.setattr(Event, "chained", lambda self, before: chained(replace(self, changes=""), before))
+    chained = EventRecord.chained
+    patch.setattr(EventRecord, "chained", lambda self, before: chained(replace(self, changes=""), before))
 
 
 def no_tenant_filter(patch: pytest.MonkeyPatch) -> None:
@@ -221,12 +221,12 @@ def row_level_security_lifted(patch: pytest.MonkeyPatch) -> None:
 
 def digests_unchecked(patch: pytest.MonkeyPatch) -> None:
     """What the disk says is believed."""
-    patch.setattr(Blob, "intact", property(lambda self: True))
+    patch.setattr(BlobRecord, "intact", property(lambda self: True))
 
 
 def edits_unchecked(patch: pytest.MonkeyPatch) -> None:
     """Numbers that are none, and too many of them, are taken in."""
-    patch.setattr(patches.Revision, "validate", lambda self, shape, limits=None: None)
+    patch.setattr(patches.RevisionContent, "validate", lambda self, shape, limits=None: None)
 
 
 def force_unchecked(patch: pytest.MonkeyPatch) -> None:
@@ -255,7 +255,7 @@ def events_from_before(patch: pytest.MonkeyPatch) -> None:
     """A watch that is resumed begins with the last event it had."""
     events_after = service.Interventions.events_after
 
-    def inclusive(self: Any, revision: int, limit: int = 1000) -> tuple[Position, list[Event]]:
+    def inclusive(self: Any, revision: int, limit: int = 1000) -> tuple[Position, list[EventRecord]]:
         return events_after(self, max(0, revision - 1), limit)
 
     patch.setattr(service.Interventions, "events_after", inclusive)

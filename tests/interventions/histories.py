@@ -15,12 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from backpack_lm.patch import Cell, Scale
+from backpack_lm.patch import Cell, ScaleEdit
 from backpack_serving.errors import Conflict, Unavailable
-from backpack_serving.interventions.ledger import Request
+from backpack_serving.interventions.ledger import IdempotencyKey
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
-from backpack_serving.sync.known import LIVE
+from backpack_serving.sync.state import LIVE
 from detangle import lin
 
 from tests.interventions.conftest import ADMIN, SHAPE, releaser
@@ -147,7 +147,9 @@ def _client(service: Interventions, tenant: str, recorder: Recorder, number: int
             release, known = chance.randrange(RELEASES), channel
             done = recorder.call(
                 number,
-                lambda known=known, release=release: service.activate(acme, LIVE, release, known.etag, Request()),
+                lambda known=known, release=release: service.activate(
+                    acme, LIVE, release, known.etag, IdempotencyKey()
+                ),
                 ("positions", "write", None, at),
                 (
                     "pointer",
@@ -158,10 +160,10 @@ def _client(service: Interventions, tenant: str, recorder: Recorder, number: int
             )
             channel = None if done is None or isinstance(done, Conflict) else done.record
         elif kind == "revise":
-            edit = Scale((Cell(chance.randrange(50), 1),), chance.uniform(2, 8))
+            edit = ScaleEdit((Cell(chance.randrange(50), 1),), chance.uniform(2, 8))
             recorder.call(
                 number,
-                lambda edit=edit: service.create_revision(acme, "p", [edit], Request()),
+                lambda edit=edit: service.create_revision(acme, "p", [edit], IdempotencyKey()),
                 ("positions", "write", None, at),
                 ("numbers", "add", None, lambda w: w.record.number),
             )
@@ -189,10 +191,10 @@ def record(
 ) -> Histories:
     """Let clients loose on services that share what they write; `meanwhile` something else happens."""
     first, tenant = Interventions(stores[0], SHAPE), f"t{seed}"
-    first.create_tenant(ADMIN, tenant, Request())
-    first.create_patch(releaser(tenant), "p", "", Request())
+    first.create_tenant(ADMIN, tenant, IdempotencyKey())
+    first.create_patch(releaser(tenant), "p", "", IdempotencyKey())
     for _ in range(RELEASES):
-        first.create_release(releaser(tenant), [], "", Request())
+        first.create_release(releaser(tenant), [], "", IdempotencyKey())
     histories = Histories(first.snapshot()[0].revision)
     services = [Interventions(store, SHAPE, on_write=Loser(seed + n, lost)) for n, store in enumerate(stores)]
     recorder = Recorder(histories)

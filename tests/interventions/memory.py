@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, TypeVar
 
-from backpack_serving.interventions.records import IMMUTABLE, KINDS, Event, Position, Record, Reply, key_of
+from backpack_serving.interventions.records import IMMUTABLE, KINDS, EventRecord, Position, Record, ReplyRecord, key_of
 from backpack_serving.interventions.store import Read, Write, ignored
 
 R = TypeVar("R")
@@ -44,10 +44,9 @@ class Tables:
         keys = sorted(key for key in seen if key[:size] == prefix)
         if after is not None:
             places = [key[size] for key in keys]
-            if descending:
-                keys = keys[: bisect.bisect_left(places, after)]
-            else:
-                keys = keys[bisect.bisect_right(places, after) :]
+            keys = (
+                keys[: bisect.bisect_left(places, after)] if descending else keys[bisect.bisect_right(places, after) :]
+            )
         if descending:
             keys.reverse()
         return [seen[key] for key in keys[:limit]]
@@ -70,14 +69,14 @@ class Tables:
         assert type(record) not in IMMUTABLE or key_of(record) not in self.tables[type(record)], "it never changes"
         self.tables[type(record)][key_of(record)] = record
 
-    def log(self, event: Event) -> None:
+    def log(self, event: EventRecord) -> None:
         event = replace(event, revision=self.position.revision)
         self.hash = event.chained(self.hash)
         self.add(replace(event, hash=self.hash))
 
     def forget_replies(self, before: datetime) -> None:
-        kept = {key: reply for key, reply in self.tables[Reply].items() if reply.created >= before}
-        self.tables[Reply] = kept
+        kept = {key: reply for key, reply in self.tables[ReplyRecord].items() if reply.created >= before}
+        self.tables[ReplyRecord] = kept
 
     def begin(self, epoch: int) -> None:
         self.position = replace(self.position, epoch=epoch)

@@ -113,9 +113,7 @@ def driver(disk: Disk) -> Any:
     system = _FileSystem(disk)
     real = pysqlite3.dbapi2
     names = "Error DatabaseError OperationalError IntegrityError ProgrammingError DataError InterfaceError"
-    errors = {
-        name: getattr(real, name) for name in [*names.split(), "NotSupportedError", "InternalError", "Warning"]
-    }
+    errors = {name: getattr(real, name) for name in [*names.split(), "NotSupportedError", "InternalError", "Warning"]}
     return SimpleNamespace(
         **errors,
         paramstyle="qmark",

@@ -12,6 +12,7 @@ from backpack_lm.manifest import Manifest
 from backpack_proto.v1 import interventions_pb2 as pb
 from backpack_proto.v1.inference_pb2 import WORD_POLICY_ALL_TOKENS, Word
 from backpack_serving import rpc
+from backpack_serving.auth.keys import ApiKeySecret
 from backpack_serving.errors import (
     Forbidden,
     InvalidRequest,
@@ -20,7 +21,6 @@ from backpack_serving.errors import (
     ServiceError,
     Unauthenticated,
 )
-from backpack_serving.keys import ApiKey
 from backpack_serving.settings import default_model
 from google.protobuf.field_mask_pb2 import FieldMask
 
@@ -43,9 +43,7 @@ async def revise(control: Control, key: Any, *edits: pb.Edit, patch: str = "p") 
 async def test_a_patch_is_described_deleted_and_its_releases_live_on(control: Control) -> None:
     tenant, key, _ = await control.tenant()
     revision = await revise(control, key, scale("king"))
-    release = await control.releases.CreateRelease(
-        pb.CreateReleaseRequest(revisions=[revision.name]), metadata=key
-    )
+    release = await control.releases.CreateRelease(pb.CreateReleaseRequest(revisions=[revision.name]), metadata=key)
     update = pb.UpdatePatchRequest(
         patch=pb.Patch(name="patches/p", description="new"), update_mask=FieldMask(paths=["description"])
     )
@@ -70,9 +68,7 @@ async def test_a_patch_is_described_deleted_and_its_releases_live_on(control: Co
         control.releases.CreateRelease(pb.CreateReleaseRequest(revisions=[revision.name]), metadata=key),
     ):
         assert (await refused(NotFound, call)).reason == "PATCH_DELETED"
-    again = await refused(
-        ServiceError, control.patches.CreatePatch(pb.CreatePatchRequest(patch_id="p"), metadata=key)
-    )
+    again = await refused(ServiceError, control.patches.CreatePatch(pb.CreatePatchRequest(patch_id="p"), metadata=key))
     assert again.reason == "PATCH_EXISTS", "numbers and names are never used again"
 
     live = (await control.releases.GetChannel(pb.GetChannelRequest(name="channels/live"), metadata=key)).channel
@@ -174,9 +170,7 @@ async def test_keys_are_listed_in_pages_rotated_and_revoked(control: Control) ->
         control.patches.ListPatches(pb.ListPatchesRequest(), metadata=rpc.with_key(answer.secret)),
     )
     for name, kind in ((f"{tenant}/keys/nothing", NotFound), ("nonsense", InvalidRequest)):
-        await refused(
-            kind, control.tenants.RevokeApiKey(pb.RevokeApiKeyRequest(name=name), metadata=control.admin)
-        )
+        await refused(kind, control.tenants.RevokeApiKey(pb.RevokeApiKeyRequest(name=name), metadata=control.admin))
 
 
 @pytest.mark.parametrize(
@@ -247,13 +241,9 @@ async def test_p15_ending_the_service_of_many_needs_force(control: Control) -> N
     names = [name for name, _, _ in made]
 
     def suspend(some: list[str], force: bool = False) -> Any:
-        return control.tenants.SuspendTenants(
-            pb.SuspendTenantsRequest(names=some, force=force), metadata=control.admin
-        )
+        return control.tenants.SuspendTenants(pb.SuspendTenantsRequest(names=some, force=force), metadata=control.admin)
 
-    listed = (
-        await control.tenants.ListTenants(pb.ListTenantsRequest(page_size=1000), metadata=control.admin)
-    ).tenants
+    listed = (await control.tenants.ListTenants(pb.ListTenantsRequest(page_size=1000), metadata=control.admin)).tenants
     active = sum(not t.suspended for t in listed) - 1
     assert active < 110, "else a tenth of them is more than ten"
     error = await refused(PreconditionFailed, suspend(names[:11]))
@@ -286,7 +276,7 @@ async def test_a_large_message_is_read_for_who_may_send_it(control: Control) -> 
         return control.channel.unary_unary(f"/backpack.v1.{method}")(b"\xff" * (rpc.SMALL + 1), metadata=key)
 
     await refused(Unauthenticated, send("PatchService/CreateRevision", ()))
-    await refused(Unauthenticated, send("PatchService/CreateRevision", rpc.with_key(str(ApiKey.mint()))))
+    await refused(Unauthenticated, send("PatchService/CreateRevision", rpc.with_key(str(ApiKeySecret.mint()))))
     await refused(Forbidden, send("PatchService/CreateRevision", caller))
     told = await refused(InvalidRequest, send("PatchService/CreateRevision", author))
     assert told.reason == "NOT_A_MESSAGE"

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from backpack_serving.errors import ServiceError
 from backpack_serving.interventions import ledger
 from backpack_serving.interventions.database import open_store
-from backpack_serving.interventions.ledger import Request
+from backpack_serving.interventions.ledger import IdempotencyKey
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.sql import SQLStore
 from backpack_serving.interventions.store import Read, Store
@@ -74,9 +74,7 @@ def test_p13_any_flipped_byte_is_found(url: str, postgres: Postgres, flips: int)
     ],
     ids=["removed", "tail removed", "tail and head", "renumbered", "forged", "swapped", "head"],
 )  # fmt: skip
-def test_p13_entries_that_go_come_or_move_are_found(
-    url: str, postgres: Postgres, change: str, broken: int
-) -> None:
+def test_p13_entries_that_go_come_or_move_are_found(url: str, postgres: Postgres, change: str, broken: int) -> None:
     with closing(open_store(url)) as store:
         service = fill(store)
         with unguarded(store, postgres) as connection:
@@ -98,7 +96,7 @@ def test_p13_the_service_reads_and_writes_while_the_chain_is_verified(
             yield tx
         between += 1
         if between == 1:  # whoever waited for a store's one lock has it now
-            service.create_patch(releaser("acme"), "meanwhile", "", Request())
+            service.create_patch(releaser("acme"), "meanwhile", "", IdempotencyKey())
 
     monkeypatch.setattr(ledger, "PAGE", page)
     monkeypatch.setattr(store, "read", watched)
@@ -124,10 +122,10 @@ def test_p13_a_refused_write_has_no_entry(url: str) -> None:
     with closing(open_store(url)) as store:
         service, acme = fill(store), releaser("acme")
         for refused in (
-            lambda: service.create_patch(acme, "p", "", Request()),
-            lambda: service.create_release(acme, [("p", 9)], "", Request()),
-            lambda: service.activate(acme, "live", 1, "stale", Request()),
-            lambda: service.create_revision(acme, "nothing", [HALVE], Request()),
+            lambda: service.create_patch(acme, "p", "", IdempotencyKey()),
+            lambda: service.create_release(acme, [("p", 9)], "", IdempotencyKey()),
+            lambda: service.activate(acme, "live", 1, "stale", IdempotencyKey()),
+            lambda: service.create_revision(acme, "nothing", [HALVE], IdempotencyKey()),
         ):
             with pytest.raises(ServiceError):
                 refused()

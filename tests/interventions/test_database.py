@@ -16,24 +16,24 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from backpack_serving.auth.keys import SYSTEM
 from backpack_serving.cli.main import app
 from backpack_serving.errors import DataLoss, InvalidRequest, Unavailable
 from backpack_serving.interventions import database
 from backpack_serving.interventions import postgres as postgres_store
 from backpack_serving.interventions.bootstrap import start
 from backpack_serving.interventions.database import open_store
-from backpack_serving.interventions.ledger import Request
+from backpack_serving.interventions.ledger import IdempotencyKey
 from backpack_serving.interventions.postgres import PostgresStore
-from backpack_serving.interventions.records import Event, Patch
+from backpack_serving.interventions.records import EventRecord, PatchRecord
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.sql import SQLStore, Transaction
 from backpack_serving.interventions.sqlite import SQLiteStore
 from backpack_serving.interventions.store import Store
 from backpack_serving.interventions.tables import metadata
-from backpack_serving.keys import SYSTEM
-from backpack_serving.metrics import Metrics
+from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
-from backpack_serving.sync.known import LIVE
+from backpack_serving.sync.state import LIVE
 from typer.testing import CliRunner
 
 from tests.interventions.conftest import ADMIN, HALVE, REPLICA, SHAPE, releaser
@@ -43,12 +43,12 @@ from tests.interventions.postgres import ROLE, Postgres
 def fill(store: Store) -> Interventions:
     """A tenant with a patch, a revision, a release, and that release live: five writes."""
     service = Interventions(store, SHAPE)
-    service.create_tenant(ADMIN, "acme", Request())
+    service.create_tenant(ADMIN, "acme", IdempotencyKey())
     acme = releaser("acme")
-    service.create_patch(acme, "p", "", Request())
-    service.create_revision(acme, "p", [HALVE], Request())
-    service.create_release(acme, [("p", 1)], "", Request())
-    service.activate(acme, LIVE, 1, service.channel(acme, LIVE).etag, Request())
+    service.create_patch(acme, "p", "", IdempotencyKey())
+    service.create_revision(acme, "p", [HALVE], IdempotencyKey())
+    service.create_release(acme, [("p", 1)], "", IdempotencyKey())
+    service.activate(acme, LIVE, 1, service.channel(acme, LIVE).etag, IdempotencyKey())
     return service
 
 
@@ -232,7 +232,7 @@ def test_p5_a_release_that_became_another_is_told(url: str, postgres: Postgres) 
 
 def test_verify_and_a_new_epoch_after_a_restore(url: str) -> None:
     store = open_store(url)
-    Interventions(store, SHAPE).create_tenant(ADMIN, SYSTEM, Request())
+    Interventions(store, SHAPE).create_tenant(ADMIN, SYSTEM, IdempotencyKey())
     fill(store)
     store.close()
     found = database.verify(url)
@@ -263,8 +263,8 @@ def check_row_level_security(store: SQLStore) -> None:
     """Under every query, even one without a WHERE: a tenant's transaction has that tenant's rows alone."""
     fill(store)
     with store.write() as tx:
-        tx.add(Patch("other", "mine", "", tx.list(Patch)[0].created))
-        tx.log(tx.list(Event)[0])
+        tx.add(PatchRecord("other", "mine", "", tx.list(PatchRecord)[0].created))
+        tx.log(tx.list(EventRecord)[0])
     everything = sa.text("SELECT tenant FROM patches")
     for tenant, rows in (("acme", ["acme"]), ("other", ["other"]), ("nobody", []), (None, ["acme", "other"])):
         with store.read(tenant) as tx:
@@ -333,8 +333,8 @@ def test_a_file_is_closed_after_the_write_that_still_runs_and_not_written_again(
         with store.write() as tx:
             begun.set()
             assert go_on.wait(30)
-            tx.replace(Patch("acme", "late", "", datetime.now(UTC)))
-            tx.log(Event(0, "acme", "x", "CreatePatch", "x", "[]", datetime.now(UTC)))
+            tx.replace(PatchRecord("acme", "late", "", datetime.now(UTC)))
+            tx.log(EventRecord(0, "acme", "x", "CreatePatch", "x", "[]", datetime.now(UTC)))
 
     writing, closing_it = threading.Thread(target=late_write), threading.Thread(target=store.close)
     writing.start()
@@ -345,12 +345,12 @@ def test_a_file_is_closed_after_the_write_that_still_runs_and_not_written_again(
     go_on.set()
     writing.join()
     closing_it.join()
-    for use in (service.snapshot, lambda: service.create_tenant(ADMIN, "beside", Request())):
+    for use in (service.snapshot, lambda: service.create_tenant(ADMIN, "beside", IdempotencyKey())):
         with pytest.raises(Unavailable) as refused:
             use()
         assert refused.value.reason == "STOPPING"
     with closing(open_store(sqlite_url)) as again, again.read() as tx:
-        assert tx.get(Patch, "acme", "late") is not None
+        assert tx.get(PatchRecord, "acme", "late") is not None
 
 
 def test_two_services_share_a_postgres_and_wake_each_other(postgres_url: str) -> None:
@@ -447,15 +447,13 @@ def test_commits_wait_for_the_disk_whatever_the_default_is(postgres: Postgres, p
     postgres.sql(f"ALTER DATABASE {name} RESET synchronous_commit")
 
 
-def test_writes_wait_for_each_other_whatever_the_default_isolation_is(
-    postgres: Postgres, postgres_url: str
-) -> None:
+def test_writes_wait_for_each_other_whatever_the_default_isolation_is(postgres: Postgres, postgres_url: str) -> None:
     name = sa.make_url(postgres_url).database
     postgres.sql(f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'")
     store = open_store(postgres_url)
     service = Interventions(store, SHAPE)
     with ThreadPoolExecutor(4) as pool:
-        for made in [pool.submit(service.create_tenant, ADMIN, f"t{n}", Request()) for n in range(40)]:
+        for made in [pool.submit(service.create_tenant, ADMIN, f"t{n}", IdempotencyKey()) for n in range(40)]:
             made.result()
     store.close()
     postgres.sql(f"ALTER DATABASE {name} RESET default_transaction_isolation")
@@ -470,13 +468,13 @@ def test_a_lost_database_is_unavailable_until_it_is_back(postgres: Postgres) -> 
         _is_unavailable(service)
     finally:
         postgres.start()
-    service.create_tenant(ADMIN, "late", Request())
+    service.create_tenant(ADMIN, "late", IdempotencyKey())
     assert service.verify_chain(ADMIN) == (6, None)
     store.close()
 
 
 def _is_unavailable(service: Interventions) -> None:
-    for use in (service.snapshot, lambda: service.create_tenant(ADMIN, "late", Request())):
+    for use in (service.snapshot, lambda: service.create_tenant(ADMIN, "late", IdempotencyKey())):
         with pytest.raises(Unavailable) as lost:
             use()
         assert lost.value.retry_after == 1.0
@@ -501,6 +499,6 @@ def test_a_connection_in_use_while_its_store_is_closed_is_closed_after_it(postgr
     store = open_store(postgres_url)
     with store.read() as tx:
         store.close()
-        assert tx.list(Patch) == []
+        assert tx.list(PatchRecord) == []
     del store, tx
     gc.collect()  # one that is open is warned of, and that fails this test

@@ -6,41 +6,41 @@ import itertools
 import random
 from datetime import UTC, datetime
 
-from backpack_serving.interventions.fleet import FORGOTTEN, Fleet
-from backpack_serving.interventions.records import Channel
+from backpack_serving.interventions.fleet import FORGOTTEN, ReaderTracker
+from backpack_serving.interventions.records import ChannelRecord
 from backpack_serving.interventions.rollouts import ErrorGate
-from backpack_serving.sync.known import Kind, Position
-from backpack_serving.sync.messages import SILENCE, Hello, Report, ResyncRequired, Tally
-from backpack_serving.sync.session import Session
+from backpack_serving.sync.messages import SILENCE, CanaryTally, Hello, ReaderReport, ResyncRequired
+from backpack_serving.sync.server import SyncServer
+from backpack_serving.sync.state import Position, ReaderKind
 from backpack_serving.wire.rollout import write_reader
 
 from tests.conftest import Clock
 from tests.sync.simulator import MODEL, Dice, History
 
-_CHANNEL = Channel("acme", "live", 0, "d", None, 1, datetime.now(UTC))
+_CHANNEL = ChannelRecord("acme", "live", 0, "d", None, 1, datetime.now(UTC))
 
 
 def _hello(name: str) -> Hello:
-    return Hello(Kind.GATEWAY, name, name, MODEL, Position(1, 0))
+    return Hello(ReaderKind.GATEWAY, name, name, MODEL, Position(1, 0))
 
 
-def _stream(name: str) -> Session:
-    session = Session(History(random.Random(0), Dice()), itertools.count(1))
+def _stream(name: str) -> SyncServer:
+    session = SyncServer(History(random.Random(0), Dice()), itertools.count(1))
     session.receive(_hello(name), 0.0)
     return session
 
 
-def _report(requests: int, errors: int) -> Report:
-    return Report(tallies=(Tally("acme", "live", "d", requests, errors),))
+def _report(requests: int, errors: int) -> ReaderReport:
+    return ReaderReport(tallies=(CanaryTally("acme", "live", "d", requests, errors),))
 
 
-def _counted(fleet: Fleet) -> tuple[int, int]:
+def _counted(fleet: ReaderTracker) -> tuple[int, int]:
     together = fleet.tally("acme", "live", "d")
     return together.requests, together.errors
 
 
 def test_p12_what_a_gateway_counted_that_is_gone_ends_no_later_canary_of_the_release() -> None:
-    fleet = Fleet(Clock())
+    fleet = ReaderTracker(Clock())
     gone = _stream("gone")
     fleet.heard(gone, _report(20, 20))
     assert "20 of 20" in ErrorGate().verdict(fleet.tally("acme", "live", "d"))
@@ -52,7 +52,7 @@ def test_p12_what_a_gateway_counted_that_is_gone_ends_no_later_canary_of_the_rel
 
 def test_p12_gateways_count_together_wherever_they_are_connected_until_they_are_silent() -> None:
     clock = Clock()
-    fleet = Fleet(clock)
+    fleet = ReaderTracker(clock)
     here = _stream("here")
     fleet.heard(here, _report(12, 1))
     fleet.elsewhere(_hello("there"), _report(12, 3))
@@ -69,8 +69,8 @@ def test_p12_gateways_count_together_wherever_they_are_connected_until_they_are_
 
 def test_a_reader_that_has_to_say_hello_again_is_listed_meanwhile() -> None:
     """As when an epoch begins while its stream is open."""
-    fleet, history = Fleet(Clock()), History(random.Random(0), Dice())
-    stream = Session(history, itertools.count(1))
+    fleet, history = ReaderTracker(Clock()), History(random.Random(0), Dice())
+    stream = SyncServer(history, itertools.count(1))
     stream.receive(_hello("gateway"), 0.0)
     stream.pump(0.0)
     fleet.heard(stream, _report(1, 0))
@@ -83,7 +83,7 @@ def test_a_reader_that_has_to_say_hello_again_is_listed_meanwhile() -> None:
 
 def test_readers_that_are_gone_are_forgotten_although_nobody_asks_for_them() -> None:
     clock = Clock()
-    fleet = Fleet(clock)
+    fleet = ReaderTracker(clock)
     for number in range(100):
         stream = _stream(f"r{number}")
         fleet.heard(stream, _report(1, 0))

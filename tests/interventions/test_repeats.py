@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from backpack_lm.patch import Cell, Scale
+from backpack_lm.patch import Cell, ScaleEdit
+from backpack_serving.auth.keys import Principal, Role
 from backpack_serving.errors import Conflict, InvalidRequest
 from backpack_serving.interventions.database import open_store
-from backpack_serving.interventions.ledger import REPLIES_KEPT, Request, verify_chain
-from backpack_serving.interventions.records import Event, Reply
+from backpack_serving.interventions.ledger import REPLIES_KEPT, IdempotencyKey, verify_chain
+from backpack_serving.interventions.records import EventRecord, ReplyRecord
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store, Write
-from backpack_serving.keys import Principal, Role
-from backpack_serving.sync.known import LIVE
+from backpack_serving.sync.state import LIVE
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -55,7 +55,7 @@ class Sent:
     who: Principal
     method: str
     arguments: tuple[Any, ...]
-    request: Request
+    request: IdempotencyKey
     time: datetime
     effect: tuple[str, str, int] | None = None
 
@@ -89,7 +89,7 @@ class Machine(RuleBasedStateMachine):
     def begin(self) -> None:
         self._serve()
         for tenant in TENANTS:
-            self.service.create_tenant(ADMIN, tenant, Request())
+            self.service.create_tenant(ADMIN, tenant, IdempotencyKey())
         self.effects = len(TENANTS)
 
     def teardown(self) -> None:
@@ -119,7 +119,7 @@ class Machine(RuleBasedStateMachine):
         if arguments is None:
             return
         self.ids += 1
-        request = Request(f"00000000-0000-4000-8000-{self.ids:012}", f"{method}{arguments}")
+        request = IdempotencyKey(f"00000000-0000-4000-8000-{self.ids:012}", f"{method}{arguments}")
         sent = Sent(who, method, arguments, request, self.now)
         self.losing = losing
         with suppress(Lost):
@@ -138,7 +138,7 @@ class Machine(RuleBasedStateMachine):
             case "create_patch":
                 return (f"p{len(patches)}", "text")
             case "create_revision":
-                return (patches[number % len(patches)], (Scale((Cell(number, 1),), 0.5),)) if patches else None
+                return (patches[number % len(patches)], (ScaleEdit((Cell(number, 1),), 0.5),)) if patches else None
             case "create_release":
                 made = [(p, self.revisions[tenant, p]) for p in patches if self.revisions[tenant, p]]
                 return (tuple(made[:number]), "notes")
@@ -198,14 +198,14 @@ class Machine(RuleBasedStateMachine):
             return
         if part == "body":
             with pytest.raises(InvalidRequest, match="used for another request"):
-                self._do(Sent(sent.who, sent.method, sent.arguments, Request(sent.request.id, "x"), self.now))
+                self._do(Sent(sent.who, sent.method, sent.arguments, IdempotencyKey(sent.request.id, "x"), self.now))
             return
         tenant = sent.who.tenant if part != "tenant" else next(t for t in TENANTS if t != sent.who.tenant)
         who = Principal(tenant, "c" if part == "key" else sent.who.key, frozenset({Role.RELEASER}))
         if part == "method" and sent.method == "create_patch":
             return  # what follows is a CreatePatch
         name = f"p{len(self.patches[tenant])}"
-        other = Sent(who, "create_patch", (name, "text"), Request(sent.request.id, "another"), self.now)
+        other = Sent(who, "create_patch", (name, "text"), IdempotencyKey(sent.request.id, "another"), self.now)
         if any((o.who, o.method, o.request.id) == (who, "create_patch", sent.request.id) for o in self.sent):
             return
         if part == "tenant" and sent.method != "create_patch":
@@ -226,7 +226,7 @@ class Machine(RuleBasedStateMachine):
         etag = f"{max(1, self.generation[tenant] - back)}-" + self._etag(tenant).split("-")[1]
         who = Principal(tenant, "a", frozenset({Role.RELEASER}))
         with pytest.raises(Conflict):
-            self.service.activate(who, LIVE, 0, etag, Request())
+            self.service.activate(who, LIVE, 0, etag, IdempotencyKey())
 
     @rule(hours=st.sampled_from([1, 7, 23, 25]))
     def wait(self, hours: int) -> None:
@@ -242,7 +242,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def the_store_is_as_expected(self) -> None:
         with self.store.read() as tx:
-            assert tx.position.revision == self.effects == len(tx.list(Event)), "one effect for each request"
+            assert tx.position.revision == self.effects == len(tx.list(EventRecord)), "one effect for each request"
             assert verify_chain(tx) == (self.effects, None)
         for tenant in TENANTS:
             who = Principal(tenant, "a", frozenset({Role.AUTHOR}))
@@ -255,8 +255,8 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def replies_are_forgotten(self) -> None:
         with self.store.read() as tx:
-            last = max((r.created for r in tx.list(Reply)), default=self.now)
-            assert all(r.created >= last - REPLIES_KEPT for r in tx.list(Reply))
+            last = max((r.created for r in tx.list(ReplyRecord)), default=self.now)
+            assert all(r.created >= last - REPLIES_KEPT for r in tx.list(ReplyRecord))
 
 
 def _effect(written: Any) -> tuple[str, str, int]:

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import pytest
+from backpack_serving.auth.keys import Principal
 from backpack_serving.errors import Unavailable
-from backpack_serving.interventions.journal import Journal
-from backpack_serving.interventions.ledger import Request
+from backpack_serving.interventions.event_history import EventHistory
+from backpack_serving.interventions.ledger import IdempotencyKey
 from backpack_serving.interventions.rollouts import ErrorGate, Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Read, Store
-from backpack_serving.keys import Principal
-from backpack_serving.sync.known import LIVE, Kind
-from backpack_serving.sync.messages import Ack, FromReader, Hello, Nack, Refusal, Report
-from backpack_serving.sync.session import Session
+from backpack_serving.sync.messages import Ack, FromReader, Hello, Nack, ReaderReport, Refusal
+from backpack_serving.sync.server import SyncServer
+from backpack_serving.sync.state import LIVE, ReaderKind
 
 from tests.interventions.conftest import HALVE, SHAPE
 
@@ -41,7 +41,7 @@ class Stream:
     """A replica's, to a service; what it says is taken in as from a stream."""
 
     def __init__(self, service: Interventions) -> None:
-        self.session = Session(Journal(service), itertools.count(1))
+        self.session = SyncServer(EventHistory(service), itertools.count(1))
         self._rollouts = Rollouts(service, ErrorGate())
 
     async def say(self, message: FromReader) -> None:
@@ -50,7 +50,7 @@ class Stream:
 
     async def hello(self, service: Interventions, *refusals: Refusal) -> None:
         at, _ = service.snapshot()
-        await self.say(Hello(Kind.REPLICA, "i", "r", SHAPE.fingerprint, at, refusals=refusals))
+        await self.say(Hello(ReaderKind.REPLICA, "i", "r", SHAPE.fingerprint, at, refusals=refusals))
 
 
 async def test_p12_what_a_replica_refuses_is_looked_into_once(
@@ -62,31 +62,33 @@ async def test_p12_what_a_replica_refuses_is_looked_into_once(
     await stream.hello(service, *refusals)
     reads = Reads(store, monkeypatch)
     for _ in range(3):
-        await stream.say(Report(refusals))
+        await stream.say(ReaderReport(refusals))
     assert reads.count == 0
     more = Refusal("acme", "more", "ab" * 32, "WRONG_MODEL", "of another model")
     for _ in range(3):
-        await stream.say(Report((*refusals, more)))
+        await stream.say(ReaderReport((*refusals, more)))
     assert reads.count == 1
 
 
 async def test_p12_a_canary_that_was_refused_before_ends_when_it_is_refused_again(
     store: Store, service: Interventions, acme: Principal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service.create_revision(acme, "debias", [HALVE], Request())
-    release = service.create_release(acme, [("debias", 1)], "", Request()).record
+    service.create_revision(acme, "debias", [HALVE], IdempotencyKey())
+    release = service.create_release(acme, [("debias", 1)], "", IdempotencyKey()).record
     refusal = Refusal("acme", LIVE, release.digest, "NON_FINITE", "no numbers")
     stream = Stream(service)
     await stream.hello(service, refusal)
     for away in (False, True):
         etag = service.channel(acme, LIVE).etag
-        service.start_canary(acme, LIVE, release.number, 500, "", etag, Request())
+        service.start_canary(acme, LIVE, release.number, 500, "", etag, IdempotencyKey())
         (delta,) = stream.session.pump(0.0)
         reads = Reads(store, monkeypatch)
         reads.away = away
         await stream.say(Nack(delta.nonce, (refusal,)))  # type: ignore[union-attr]
         reads.away = False
-        await stream.say(Report((refusal,)))  # of which the service knows that it must look, if it couldn't before
+        await stream.say(
+            ReaderReport((refusal,))
+        )  # of which the service knows that it must look, if it couldn't before
         assert "NON_FINITE" in service.channel(acme, LIVE).aborted
         (delta,) = stream.session.pump(0.0)
         await stream.say(Ack(delta.nonce))  # type: ignore[union-attr]

@@ -15,10 +15,10 @@ from backpack_proto.v1 import sync_pb2 as spb
 from backpack_serving.interventions import bootstrap
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.store import MOST_TOLD
-from backpack_serving.metrics import Metrics
+from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
-from backpack_serving.sync.known import Kind, Position, Steering
-from backpack_serving.sync.messages import Hello, Refusal, Report, Tally
+from backpack_serving.sync.messages import CanaryTally, Hello, ReaderReport, Refusal
+from backpack_serving.sync.state import Position, ReaderKind, Stageable
 from backpack_serving.wire.rollout import read_standing, write_standing
 
 from tests.e2e.conftest import System, copy
@@ -29,7 +29,7 @@ from tests.promises.follower import Follower
 class Refusing(Follower):
     """A reader that refuses every release but those without patches."""
 
-    async def stage(self, work: tuple[Steering, ...]) -> tuple[Refusal, ...]:
+    async def stage(self, work: tuple[Stageable, ...]) -> tuple[Refusal, ...]:
         return tuple(
             Refusal(*change.key, change.serving[0].digest, "NON_FINITE", "no numbers")
             for change in work
@@ -49,7 +49,7 @@ async def two(state: Path, database: str) -> AsyncIterator[tuple[Settings, list[
         await one.stop()
 
 
-def _follow(kind: type[Follower], what: Kind, system: System, name: str) -> Follower:
+def _follow(kind: type[Follower], what: ReaderKind, system: System, name: str) -> Follower:
     settings = system.settings
     fingerprint = Manifest.read(settings.model).fingerprint
     file = settings.state / name / "view"
@@ -70,9 +70,9 @@ async def _three(one: System, other: System, third: type[Follower]) -> tuple[Any
     key = await _tenant(one)
     release = await one.release(key, copy("king", "ship"))
     followers = [
-        _follow(Follower, Kind.GATEWAY, one, "gateway"),
-        _follow(Follower, Kind.REPLICA, one, "here"),
-        _follow(third, Kind.REPLICA, other, "there"),
+        _follow(Follower, ReaderKind.GATEWAY, one, "gateway"),
+        _follow(Follower, ReaderKind.REPLICA, one, "here"),
+        _follow(third, ReaderKind.REPLICA, other, "there"),
     ]
     for follower in followers:
         await follower.start()
@@ -87,9 +87,7 @@ async def _connected(system: System) -> int:
 async def _activate(system: System, key: Any, release: int) -> tuple[ipb.Rollout, float]:
     """Through one process, waiting for all readers; how far it came, and the seconds it took."""
     now = await system.releases.GetChannel(ipb.GetChannelRequest(name="channels/live"), metadata=key)
-    request = ipb.ActivateRequest(
-        channel="channels/live", release=release, etag=now.channel.etag, wait=ipb.WAIT_ALL
-    )
+    request = ipb.ActivateRequest(channel="channels/live", release=release, etag=now.channel.etag, wait=ipb.WAIT_ALL)
     request.wait_timeout.FromSeconds(40)
     started = time.monotonic()
     answer = await system.releases.Activate(request, metadata=key)
@@ -136,21 +134,21 @@ async def test_a_refusal_to_one_process_ends_a_wait_at_another(tmp_path: Path, p
 
 async def test_where_a_reader_stands_is_read_as_it_was_written_and_fits_a_notice() -> None:
     refusals = [Refusal("acme", f"c{n}", "ab" * 32, "NON_FINITE", "no numbers" * 10) for n in range(60)]
-    tallies = (Tally("acme", "live", "cd" * 32, 7, 2, 1),)
-    hello = Hello(Kind.REPLICA, "i1", "r", "ef" * 32, Position(2, 9), refusals=tuple(refusals[:2]))
-    assert read_standing(write_standing(hello, Report(tallies=tallies))) == (hello, Report(tallies=tallies))
-    many = Hello(Kind.REPLICA, "i1", "r", "ef" * 32, Position(2, 9), refusals=tuple(refusals))
-    text = write_standing(many, Report(tallies=tallies))
+    tallies = (CanaryTally("acme", "live", "cd" * 32, 7, 2, 1),)
+    hello = Hello(ReaderKind.REPLICA, "i1", "r", "ef" * 32, Position(2, 9), refusals=tuple(refusals[:2]))
+    assert read_standing(write_standing(hello, ReaderReport(tallies=tallies))) == (hello, ReaderReport(tallies=tallies))
+    many = Hello(ReaderKind.REPLICA, "i1", "r", "ef" * 32, Position(2, 9), refusals=tuple(refusals))
+    text = write_standing(many, ReaderReport(tallies=tallies))
     assert len(text) < MOST_TOLD
     told, _ = read_standing(text)
     assert (told.position, told.incarnation) == (Position(), "i1"), "who can't be told of in full holds nothing"
 
 
 async def test_a_gateway_under_more_canaries_than_a_notice_holds_is_told_of_with_fewer_counts() -> None:
-    hello = Hello(Kind.GATEWAY, "ab" * 16, "gateway-7f9c-abcde:8470", "ef" * 32, Position(2, 9))
+    hello = Hello(ReaderKind.GATEWAY, "ab" * 16, "gateway-7f9c-abcde:8470", "ef" * 32, Position(2, 9))
     for number in (60, 70, 1000):
-        tallies = tuple(Tally(f"tenant-{n}", "live", "cd" * 32, 1000, 3) for n in range(number))
-        text = write_standing(hello, Report(tallies=tallies))
+        tallies = tuple(CanaryTally(f"tenant-{n}", "live", "cd" * 32, 1000, 3) for n in range(number))
+        text = write_standing(hello, ReaderReport(tallies=tallies))
         assert len(text) < MOST_TOLD
         told, report = read_standing(text)
         assert told == hello

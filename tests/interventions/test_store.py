@@ -13,32 +13,32 @@ from typing import Any
 import pytest
 from backpack_serving.interventions.ledger import raise_epoch, verify_chain
 from backpack_serving.interventions.records import (
-    Blob,
-    Channel,
-    Event,
-    Key,
-    Patch,
+    BlobRecord,
+    ChannelRecord,
+    EventRecord,
+    KeyRecord,
+    PatchRecord,
     Position,
     Record,
-    Release,
-    Reply,
-    Revision,
-    Tenant,
+    ReleaseRecord,
+    ReplyRecord,
+    RevisionRecord,
+    TenantRecord,
     key_of,
 )
 from backpack_serving.interventions.store import Store, Write
 
 NOW = datetime(2026, 11, 24, 7, 30, 0, 123_456, tzinfo=UTC)
-EVENT = Event(0, "acme", "tenants/acme/keys/k", "Test", "tenants/acme", "[]", NOW)
+EVENT = EventRecord(0, "acme", "tenants/acme/keys/k", "Test", "tenants/acme", "[]", NOW)
 ONE_OF_EACH: tuple[Record, ...] = (
-    Tenant("acme", NOW),
-    Key("acme", "k", "caller releaser", b"\x00salt", b"\xffverifier", NOW),
-    Patch("acme", "p", "text with “quotes”, ü and a line\nbreak", NOW),
-    Blob("acme", "ab" * 32, bytes(range(256))),
-    Revision("acme", "p", 1, "ab" * 32, "cd" * 32, NOW),
-    Release("acme", 2**53 + 1, "ef" * 32, '[["p", 1]]', "", NOW),
-    Channel("acme", "live", 1, "ef" * 32, None, 1, NOW),
-    Reply("tenants/acme/keys/k", "Test", "id", "body", '["Tenant", "acme"]', 1, NOW),
+    TenantRecord("acme", NOW),
+    KeyRecord("acme", "k", "caller releaser", b"\x00salt", b"\xffverifier", NOW),
+    PatchRecord("acme", "p", "text with “quotes”, ü and a line\nbreak", NOW),
+    BlobRecord("acme", "ab" * 32, bytes(range(256))),
+    RevisionRecord("acme", "p", 1, "ab" * 32, "cd" * 32, NOW),
+    ReleaseRecord("acme", 2**53 + 1, "ef" * 32, '[["p", 1]]', "", NOW),
+    ChannelRecord("acme", "live", 1, "ef" * 32, None, 1, NOW),
+    ReplyRecord("tenants/acme/keys/k", "Test", "id", "body", '["Tenant", "acme"]', 1, NOW),
 )
 
 
@@ -67,7 +67,7 @@ def test_a_write_moves_the_head_by_one_and_is_chained(store: Store) -> None:
             tx.log(EVENT)
     with store.read() as tx:
         assert tx.position == Position(1, 3)
-        assert [e.revision for e in tx.list(Event)] == [1, 2, 3]
+        assert [e.revision for e in tx.list(EventRecord)] == [1, 2, 3]
         assert verify_chain(tx) == (3, None)
 
 
@@ -78,15 +78,15 @@ class Broken(Exception):
 def test_a_write_that_raises_leaves_nothing(store: Store) -> None:
     put(store, ONE_OF_EACH[0])
     with pytest.raises(Broken), store.write() as tx:
-        tx.add(Tenant("other", NOW))
+        tx.add(TenantRecord("other", NOW))
         tx.replace(replace(ONE_OF_EACH[0], suspended=True))  # type: ignore[type-var]
         tx.log(EVENT)
         raise Broken
     with store.read() as tx:
         assert tx.position == Position(1, 1)
-        assert tx.list(Tenant) == [ONE_OF_EACH[0]]
-        assert len(tx.list(Event)) == 1
-    put(store, Tenant("other", NOW))
+        assert tx.list(TenantRecord) == [ONE_OF_EACH[0]]
+        assert len(tx.list(EventRecord)) == 1
+    put(store, TenantRecord("other", NOW))
     with store.read() as tx:
         assert tx.position == Position(1, 2)
         assert verify_chain(tx) == (2, None)
@@ -106,44 +106,44 @@ def test_what_never_changes_is_not_replaced(store: Store, record: Record) -> Non
         tx.replace(record)
         tx.log(EVENT)
     with pytest.raises(AssertionError), store.write() as tx:
-        tx.replace(replace(tx.list(Event)[0], method="Forged"))
+        tx.replace(replace(tx.list(EventRecord)[0], method="Forged"))
         tx.log(EVENT)
 
 
 def test_the_other_kinds_are_replaced_whole(store: Store) -> None:
     put(store, *ONE_OF_EACH)
-    moved = Channel("acme", "live", 7, "00" * 32, 1, 2, NOW + timedelta(seconds=1))
+    moved = ChannelRecord("acme", "live", 7, "00" * 32, 1, 2, NOW + timedelta(seconds=1))
     beta = replace(moved, channel="beta")
     with store.write() as tx:
         tx.replace(moved)
         tx.replace(beta)
-        assert tx.get(Channel, "acme", "live") == moved, "a transaction sees what it did"
+        assert tx.get(ChannelRecord, "acme", "live") == moved, "a transaction sees what it did"
         tx.log(EVENT)
     with store.read() as tx:
-        assert tx.list(Channel, "acme") == [beta, moved]
+        assert tx.list(ChannelRecord, "acme") == [beta, moved]
 
 
 def test_pages_are_in_the_order_of_code_points_and_numbers(store: Store) -> None:
     names = ["a", "a-", "a-b", "a0", "aa", "b", "b-1", "b10", "b2"]
-    put(store, *(Patch("acme", name, "", NOW) for name in reversed(names)), Patch("zeta", "a", "", NOW))
-    put(store, *(Revision("acme", "a", n, "", "", NOW) for n in (10, 9, 1, 2, 100)))
+    put(store, *(PatchRecord("acme", name, "", NOW) for name in reversed(names)), PatchRecord("zeta", "a", "", NOW))
+    put(store, *(RevisionRecord("acme", "a", n, "", "", NOW) for n in (10, 9, 1, 2, 100)))
     with store.read() as tx:
-        assert [p.patch for p in tx.list(Patch, "acme")] == names == sorted(names)
-        assert [p.patch for p in tx.list(Patch, "acme", after="a-b", limit=3)] == ["a0", "aa", "b"]
-        assert [p.patch for p in tx.list(Patch, "acme", after="a-b", descending=True)] == ["a-", "a"]
-        assert [p.patch for p in tx.list(Patch, "acme", after="a-bb", limit=1)] == ["a0"]
-        assert [r.number for r in tx.list(Revision, "acme", "a", after=2)] == [9, 10, 100]
-        assert [r.number for r in tx.list(Revision, "acme", "a", descending=True, limit=2)] == [100, 10]
-        assert tx.list(Patch, "acme", after="z") == []
-        assert [p.tenant for p in tx.list(Patch)] == ["acme"] * 9 + ["zeta"]
+        assert [p.patch for p in tx.list(PatchRecord, "acme")] == names == sorted(names)
+        assert [p.patch for p in tx.list(PatchRecord, "acme", after="a-b", limit=3)] == ["a0", "aa", "b"]
+        assert [p.patch for p in tx.list(PatchRecord, "acme", after="a-b", descending=True)] == ["a-", "a"]
+        assert [p.patch for p in tx.list(PatchRecord, "acme", after="a-bb", limit=1)] == ["a0"]
+        assert [r.number for r in tx.list(RevisionRecord, "acme", "a", after=2)] == [9, 10, 100]
+        assert [r.number for r in tx.list(RevisionRecord, "acme", "a", descending=True, limit=2)] == [100, 10]
+        assert tx.list(PatchRecord, "acme", after="z") == []
+        assert [p.tenant for p in tx.list(PatchRecord)] == ["acme"] * 9 + ["zeta"]
 
 
 def test_find_takes_the_first_that_fits(store: Store) -> None:
-    same = [Release("acme", n, "ab", "[]", "", NOW) for n in (3, 1, 2)]
-    put(store, *same, Release("other", 1, "ab", "[]", "", NOW))
+    same = [ReleaseRecord("acme", n, "ab", "[]", "", NOW) for n in (3, 1, 2)]
+    put(store, *same, ReleaseRecord("other", 1, "ab", "[]", "", NOW))
     with store.read() as tx:
-        assert tx.find(Release, tenant="acme", digest="ab") == same[1]
-        assert tx.find(Release, digest="cd") is None
+        assert tx.find(ReleaseRecord, tenant="acme", digest="ab") == same[1]
+        assert tx.find(ReleaseRecord, digest="cd") is None
 
 
 def test_p8_a_tenants_transaction_sees_and_touches_its_own_alone(store: Store) -> None:
@@ -153,34 +153,43 @@ def test_p8_a_tenants_transaction_sees_and_touches_its_own_alone(store: Store) -
 def check_tenants_apart(store: Store) -> None:
     """P8, where it begins: whatever a rule forgets to ask for, another tenant's records aren't there."""
     put(store, *ONE_OF_EACH)
-    mine = Patch("other", "mine", "", NOW)
-    put(store, Tenant("other", NOW), mine)
+    mine = PatchRecord("other", "mine", "", NOW)
+    put(store, TenantRecord("other", NOW), mine)
     for look in (store.read, store.write):
         with suppress(Broken), look("other") as tx:
-            for kind in (Tenant, Key, Patch, Blob, Revision, Release, Channel, Event):
+            for kind in (
+                TenantRecord,
+                KeyRecord,
+                PatchRecord,
+                BlobRecord,
+                RevisionRecord,
+                ReleaseRecord,
+                ChannelRecord,
+                EventRecord,
+            ):
                 assert {r.tenant for r in tx.list(kind)} <= {"other"}
-            assert tx.list(Patch) == [mine]
+            assert tx.list(PatchRecord) == [mine]
             assert [tx.get(type(r), *key_of(r)) for r in ONE_OF_EACH[:-1]] == [None] * 7
-            assert tx.find(Key, key="k") is None
+            assert tx.find(KeyRecord, key="k") is None
             raise Broken
     with pytest.raises(AssertionError):
-        put(store, Patch("acme", "theirs", "", NOW), tenant="other")
+        put(store, PatchRecord("acme", "theirs", "", NOW), tenant="other")
     with pytest.raises(AssertionError), store.write("other") as tx:
-        tx.replace(Channel("acme", "live", 9, "", None, 9, NOW))
+        tx.replace(ChannelRecord("acme", "live", 9, "", None, 9, NOW))
         tx.log(replace(EVENT, tenant="other"))
     with store.read() as tx:
-        assert tx.list(Patch, "acme") == [ONE_OF_EACH[2]]
-        assert tx.list(Channel) == [ONE_OF_EACH[6]]
+        assert tx.list(PatchRecord, "acme") == [ONE_OF_EACH[2]]
+        assert tx.list(ChannelRecord) == [ONE_OF_EACH[6]]
 
 
 def test_replies_are_forgotten_by_age(store: Store) -> None:
-    ages = [Reply("who", "m", str(n), "", "", 1, NOW + timedelta(microseconds=n)) for n in range(4)]
+    ages = [ReplyRecord("who", "m", str(n), "", "", 1, NOW + timedelta(microseconds=n)) for n in range(4)]
     put(store, *ages)
     with store.write() as tx:
         tx.forget_replies(ages[2].created)
         tx.log(EVENT)
     with store.read() as tx:
-        assert tx.list(Reply) == ages[2:]
+        assert tx.list(ReplyRecord) == ages[2:]
 
 
 def test_a_new_epoch_begins_with_its_write(store: Store) -> None:
@@ -213,13 +222,13 @@ def _together(*acts: Callable[[], Any]) -> None:
 
 def test_writes_run_one_at_a_time_and_readers_see_whole_ones(store: Store) -> None:
     """Eight writers append to a number that each has read; a reader never sees half of a write."""
-    put(store, Channel("acme", "live", 0, "", None, 0, NOW), Channel("acme", "twin", 0, "", None, 0, NOW))
+    put(store, ChannelRecord("acme", "live", 0, "", None, 0, NOW), ChannelRecord("acme", "twin", 0, "", None, 0, NOW))
     torn: list[tuple[int, ...]] = []
     done = threading.Event()
 
     def raise_both(tx: Write) -> None:
         for name in ("live", "twin"):
-            now = tx.get(Channel, "acme", name)
+            now = tx.get(ChannelRecord, "acme", name)
             assert now is not None
             tx.replace(replace(now, generation=now.generation + 1))
             time.sleep(0.001)
@@ -233,9 +242,9 @@ def test_writes_run_one_at_a_time_and_readers_see_whole_ones(store: Store) -> No
     def look() -> None:
         while not done.is_set():
             with store.read() as tx:
-                first = tx.position.revision, *(c.generation + 1 for c in tx.list(Channel))
+                first = tx.position.revision, *(c.generation + 1 for c in tx.list(ChannelRecord))
                 time.sleep(0.002)
-                again = len(tx.list(Event)), *(c.generation + 1 for c in tx.list(Channel))
+                again = len(tx.list(EventRecord)), *(c.generation + 1 for c in tx.list(ChannelRecord))
                 if len({*first, *again}) > 1:
                     torn.append(first + again)
 
@@ -246,5 +255,5 @@ def test_writes_run_one_at_a_time_and_readers_see_whole_ones(store: Store) -> No
     reader.join()
     assert torn == []
     with store.read() as tx:
-        assert [c.generation for c in tx.list(Channel)] == [40, 40]
+        assert [c.generation for c in tx.list(ChannelRecord)] == [40, 40]
         assert verify_chain(tx) == (41, None)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backpack_lm.manifest import Manifest
-from backpack_lm.patch import Add, Cell, Limits, ModelShape, Revision, Set, Vector
+from backpack_lm.patch import AddEdit, Cell, ModelShape, PatchLimits, RevisionContent, SetEdit, Vector
 from backpack_proto.v1 import interventions_pb2 as pb
 from backpack_proto.v1.inference_pb2 import Word
 from backpack_serving import rpc
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 VECTORS = [[float(n + 1) / 64 for _ in range(WIDTH)] for n in range(3)]
 CELLS = [(7, 0), (8, 3), (7, 5)]
-EDITS = tuple(Add((Cell(t, s),), Vector.of(v)) for (t, s), v in zip(CELLS, VECTORS, strict=True))
+EDITS = tuple(AddEdit((Cell(t, s),), Vector.of(v)) for (t, s), v in zip(CELLS, VECTORS, strict=True))
 
 
 def packed(
@@ -77,7 +77,7 @@ async def upload(control: Control, key: Any, header: pb.UploadHeader, content: b
     [
         (packed, EDITS),
         (lambda: packed(form="e"), EDITS),
-        (lambda: packed(pb.EDIT_KIND_SET), tuple(Set(e.cells, e.delta) for e in EDITS)),
+        (lambda: packed(pb.EDIT_KIND_SET), tuple(SetEdit(e.cells, e.delta) for e in EDITS)),
         (tensors, EDITS),
     ],
     ids=["packed", "float16", "set", "safetensors"],
@@ -89,7 +89,7 @@ async def test_an_upload_is_a_revision_like_another(control: Control, form: Any,
     draft = (await upload(control, key, header, content)).revision
     header.validate_only, header.request_id = False, str(uuid.uuid4())
     made = await upload(control, key, header, content)
-    assert draft.digest == made.revision.digest == Revision(SHAPE.fingerprint, edits).digest
+    assert draft.digest == made.revision.digest == RevisionContent(SHAPE.fingerprint, edits).digest
     assert made.revision.name.endswith("/patches/p/revisions/1")
     again = await upload(control, key, header, content, chunk=77)
     assert (again.revision, again.position) == (made.revision, made.position)
@@ -120,15 +120,15 @@ async def test_the_largest_upload_of_a_wide_model() -> None:
     row = struct.pack("<768f", *[0.01] * 768)
     cells = pb.PackedFormat(tokens=range(4096), senses=[0] * 4096, dtype=pb.DATA_TYPE_FLOAT32)
     header = pb.UploadHeader(parent="patches/p", kind=pb.EDIT_KIND_SET, packed=cells, size=4096 * len(row))
-    upload = Upload(shape, Limits())
+    upload = Upload(shape, PatchLimits())
     upload.begin(pb.UploadRevisionRequest(header=header))
     content = memoryview(row * 4096)
     for at in range(0, len(content), CHUNK):
         upload.take(pb.UploadRevisionRequest(chunk=bytes(content[at : at + CHUNK])))
-    revision = Revision(shape.fingerprint, tuple(upload.edits()))
+    revision = RevisionContent(shape.fingerprint, tuple(upload.edits()))
     revision.validate(shape)
     assert len(revision.edits) == 4096
-    assert 4 * 2**20 < len(revision.to_bytes()) < Limits().blob_bytes
+    assert 4 * 2**20 < len(revision.to_bytes()) < PatchLimits().blob_bytes
 
 
 def _long_header() -> tuple[pb.UploadHeader, bytes]:
@@ -187,7 +187,7 @@ async def test_a_bad_upload_is_refused_with_its_place(control: Control, name: st
     assert list(listed.revisions) == []
 
 
-NOT_NUMBERS: dict[str, Callable[[float], tuple[pb.UploadHeader, bytes]]] = {
+NON_FINITE: dict[str, Callable[[float], tuple[pb.UploadHeader, bytes]]] = {
     "packed": lambda value: packed(vectors=[*VECTORS[:2], [value, *VECTORS[2][1:]]]),
     "packed, set": lambda value: packed(pb.EDIT_KIND_SET, vectors=[*VECTORS[:2], [value, *VECTORS[2][1:]]]),
     "packed float16": lambda value: packed(form="e", vectors=[*VECTORS[:2], [*VECTORS[2][:-1], value]]),
@@ -197,14 +197,14 @@ NOT_NUMBERS: dict[str, Callable[[float], tuple[pb.UploadHeader, bytes]]] = {
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("way", NOT_NUMBERS)
+@pytest.mark.parametrize("way", NON_FINITE)
 @pytest.mark.parametrize("chunk", [1000, 7])
 async def test_p14_what_is_not_a_number_is_refused_in_every_way_to_upload_it(
     control: Control, way: str, value: float, chunk: int
 ) -> None:
     """Chunks of 7 bytes cut every number in two."""
     _, key, _ = await control.tenant()
-    header, content = NOT_NUMBERS[way](value)
+    header, content = NON_FINITE[way](value)
     for header.validate_only in (True, False):
         error = await refused(InvalidRequest, upload(control, key, header, content, chunk))
         (violation,) = error.violations

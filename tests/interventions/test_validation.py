@@ -11,17 +11,29 @@ from typing import Any
 
 import pytest
 from backpack_lm import patch
-from backpack_lm.patch import Add, Cell, Copy, Limits, ModelShape, ProjectOut, Scale, Set, Swap, Topic, Vector
+from backpack_lm.patch import (
+    AddEdit,
+    Cell,
+    CopyEdit,
+    ModelShape,
+    PatchLimits,
+    ProjectOutEdit,
+    ScaleEdit,
+    SetEdit,
+    SwapEdit,
+    TopicEdit,
+    Vector,
+)
 from backpack_proto.v1 import interventions_pb2 as pb
 from backpack_proto.v1.inference_pb2 import Word
 from backpack_serving.errors import InvalidRequest, PreconditionFailed, ServiceError
 from backpack_serving.interventions import bootstrap
-from backpack_serving.interventions.ledger import Request
+from backpack_serving.interventions.ledger import IdempotencyKey
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
-from backpack_serving.metrics import Metrics
+from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings, default_model
-from backpack_serving.sync.known import LIVE
+from backpack_serving.sync.state import LIVE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +41,7 @@ from tests.interventions.conftest import ADMIN, SHAPE, releaser
 from tests.interventions.control import Control
 from tests.interventions.memory import MemoryStore
 
-LIMITS = Limits(cells=16, blob_bytes=2000, revisions=2, topic_words=4)
+LIMITS = PatchLimits(cells=16, blob_bytes=2000, revisions=2, topic_words=4)
 WIDTH = SHAPE.width
 
 tokens = st.integers(0, SHAPE.vocab_size - 1)
@@ -44,15 +56,15 @@ def _raw(values: list[float]) -> Vector:
 
 
 good = st.one_of(
-    st.builds(Scale, cells, st.floats(-8, 8).filter(lambda x: x != 1)),
-    st.builds(Add, cells, vector),
-    st.builds(Set, cells, vector),
-    st.builds(ProjectOut, cells, tokens),
-    st.tuples(cells, st.permutations(range(9))).map(lambda t: Swap(t[0], t[1][0], t[1][1])),
+    st.builds(ScaleEdit, cells, st.floats(-8, 8).filter(lambda x: x != 1)),
+    st.builds(AddEdit, cells, vector),
+    st.builds(SetEdit, cells, vector),
+    st.builds(ProjectOutEdit, cells, tokens),
+    st.tuples(cells, st.permutations(range(9))).map(lambda t: SwapEdit(t[0], t[1][0], t[1][1])),
     st.tuples(cells, st.integers(40, 49)).map(
-        lambda t: Copy(tuple(Cell(c.token % 40, c.sense) for c in t[0]), t[1])
+        lambda t: CopyEdit(tuple(Cell(c.token % 40, c.sense) for c in t[0]), t[1])
     ),
-    st.builds(Topic, st.lists(tokens, min_size=1, max_size=4).map(tuple), st.integers(1, 3), st.booleans()),
+    st.builds(TopicEdit, st.lists(tokens, min_size=1, max_size=4).map(tuple), st.integers(1, 3), st.booleans()),
 )
 
 not_finite = st.sampled_from([math.nan, math.inf, -math.inf])
@@ -72,26 +84,26 @@ bad_vector = st.one_of(
     st.binary(min_size=1, max_size=40).filter(lambda b: len(b) != 4 * WIDTH).map(Vector),
 )
 bad = st.one_of(
-    st.builds(Scale, cells, st.one_of(not_finite, st.just(1.0), st.floats(8.01, 1e300), st.floats(-1e300, -8.01))),
-    st.builds(Add, cells, st.one_of(bad_vector, st.just(_raw([0.0] * WIDTH)))),
-    st.builds(Set, cells, bad_vector),
-    st.builds(Scale, st.just(()), st.just(0.5)),
-    st.builds(Scale, st.builds(Cell, st.integers(50, 2**32 - 1), st.just(0)).map(lambda c: (c,)), st.just(0.5)),
-    st.builds(Scale, st.builds(Cell, tokens, st.integers(4, 2**32 - 1)).map(lambda c: (c,)), st.just(0.5)),
-    st.builds(Scale, st.lists(cell, min_size=17, max_size=20).map(tuple), st.just(0.5)),
-    cell.map(lambda c: Copy((c,), c.token)),
-    st.builds(ProjectOut, cells, st.integers(50, 2**31)),
-    st.tuples(cells, tokens).map(lambda t: Swap(t[0], t[1], t[1])),
-    st.builds(Topic, st.just(()), st.just(1)),
-    st.builds(Topic, st.lists(tokens, min_size=5, max_size=9).map(tuple), st.just(1)),
-    st.builds(Topic, st.just((1,)), st.sampled_from([0, 4, 255])),
+    st.builds(ScaleEdit, cells, st.one_of(not_finite, st.just(1.0), st.floats(8.01, 1e300), st.floats(-1e300, -8.01))),
+    st.builds(AddEdit, cells, st.one_of(bad_vector, st.just(_raw([0.0] * WIDTH)))),
+    st.builds(SetEdit, cells, bad_vector),
+    st.builds(ScaleEdit, st.just(()), st.just(0.5)),
+    st.builds(ScaleEdit, st.builds(Cell, st.integers(50, 2**32 - 1), st.just(0)).map(lambda c: (c,)), st.just(0.5)),
+    st.builds(ScaleEdit, st.builds(Cell, tokens, st.integers(4, 2**32 - 1)).map(lambda c: (c,)), st.just(0.5)),
+    st.builds(ScaleEdit, st.lists(cell, min_size=17, max_size=20).map(tuple), st.just(0.5)),
+    cell.map(lambda c: CopyEdit((c,), c.token)),
+    st.builds(ProjectOutEdit, cells, st.integers(50, 2**31)),
+    st.tuples(cells, tokens).map(lambda t: SwapEdit(t[0], t[1], t[1])),
+    st.builds(TopicEdit, st.just(()), st.just(1)),
+    st.builds(TopicEdit, st.lists(tokens, min_size=5, max_size=9).map(tuple), st.just(1)),
+    st.builds(TopicEdit, st.just((1,)), st.sampled_from([0, 4, 255])),
 )
 
 
 def _service(store: Store) -> Interventions:
     service = Interventions(store, SHAPE, LIMITS)
-    service.create_tenant(ADMIN, "acme", Request())
-    service.create_patch(releaser("acme"), "p", "", Request())
+    service.create_tenant(ADMIN, "acme", IdempotencyKey())
+    service.create_patch(releaser("acme"), "p", "", IdempotencyKey())
     return service
 
 
@@ -110,7 +122,7 @@ def check_bad_edits(store: Store, examples: int) -> None:
     @given(st.lists(good, max_size=2), bad, st.lists(good, max_size=1))
     def refused(first: list[Any], wrong: Any, last: list[Any]) -> None:
         for use in (
-            lambda: service.create_revision(acme, "p", [*first, wrong, *last], Request()),
+            lambda: service.create_revision(acme, "p", [*first, wrong, *last], IdempotencyKey()),
             lambda: service.draft_revision(acme, "p", [*first, wrong, *last]),
         ):
             try:
@@ -136,26 +148,26 @@ def test_p14_what_can_is_stored_and_read_as_it_was(store: Store) -> None:
     @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(good, min_size=1, max_size=3))
     def stored(edits: list[Any]) -> None:
-        written = service.create_revision(acme, "p", edits, Request()).record
+        written = service.create_revision(acme, "p", edits, IdempotencyKey()).record
         record, read = service.revision(acme, "p", written.number)
         assert record == written
         assert list(read) == edits
-        assert record.digest == patch.Revision(SHAPE.fingerprint, tuple(edits)).digest
+        assert record.digest == patch.RevisionContent(SHAPE.fingerprint, tuple(edits)).digest
 
     stored()
 
 
 def test_p14_another_models_revision_goes_into_no_release_and_no_channel(store: Store) -> None:
     service, acme = _service(store), releaser("acme")
-    service.create_revision(acme, "p", [Scale((Cell(1, 1),), 0.5)], Request())
-    service.create_release(acme, [("p", 1)], "", Request())
+    service.create_revision(acme, "p", [ScaleEdit((Cell(1, 1),), 0.5)], IdempotencyKey())
+    service.create_release(acme, [("p", 1)], "", IdempotencyKey())
     other = Interventions(store, ModelShape("cd" * 32, 50, 4, 8, (1.0,) * 4), LIMITS)
     with pytest.raises(PreconditionFailed, match="create the revision again"):
-        other.create_release(acme, [("p", 1)], "", Request())
+        other.create_release(acme, [("p", 1)], "", IdempotencyKey())
     with pytest.raises(PreconditionFailed, match="create the revision again"):
-        other.activate(acme, LIVE, 1, other.channel(acme, LIVE).etag, Request())
+        other.activate(acme, LIVE, 1, other.channel(acme, LIVE).etag, IdempotencyKey())
     with pytest.raises(InvalidRequest, match="at most 2"):
-        service.create_release(acme, [("p", 1)] * 3, "", Request())
+        service.create_release(acme, [("p", 1)] * 3, "", IdempotencyKey())
 
 
 def test_p15_a_model_under_which_tenants_would_lose_their_releases_needs_force(store: Store) -> None:
@@ -167,10 +179,10 @@ def check_model(store: Store) -> None:
     service, acme = _service(store), releaser("acme")
     other = Interventions(store, ModelShape("cd" * 32, 50, 4, 8, (1.0,) * 4), LIMITS)
     other.check_model("")  # nobody has released a patch: the empty release is for every model
-    service.create_revision(acme, "p", [Scale((Cell(1, 1),), 0.5)], Request())
-    service.create_release(acme, [("p", 1)], "", Request())
+    service.create_revision(acme, "p", [ScaleEdit((Cell(1, 1),), 0.5)], IdempotencyKey())
+    service.create_release(acme, [("p", 1)], "", IdempotencyKey())
     other.check_model("")  # it is served to nobody
-    service.activate(acme, LIVE, 1, service.channel(acme, LIVE).etag, Request())
+    service.activate(acme, LIVE, 1, service.channel(acme, LIVE).etag, IdempotencyKey())
     service.check_model("")
     for forced in ("", "cd" * 5, "ab" * 6, "cd" * 33):
         with pytest.raises(PreconditionFailed) as refused:
@@ -187,11 +199,11 @@ def check_model(store: Store) -> None:
     other.check_model("cd" * 6)
     other.check_model("cd" * 32)
     # Back to the empty release, which is for every model; but not forward again.
-    etag = other.activate(acme, LIVE, 0, other.channel(acme, LIVE).etag, Request()).record.etag
+    etag = other.activate(acme, LIVE, 0, other.channel(acme, LIVE).etag, IdempotencyKey()).record.etag
     other.check_model("")
     with pytest.raises(PreconditionFailed, match="create the revision again"):
-        other.rollback(acme, LIVE, etag, Request())
-    etag = service.start_canary(acme, LIVE, 1, 10, "", etag, Request()).record.etag
+        other.rollback(acme, LIVE, etag, IdempotencyKey())
+    etag = service.start_canary(acme, LIVE, 1, 10, "", etag, IdempotencyKey()).record.etag
     with pytest.raises(PreconditionFailed, match="BACKPACK_FORCE_MODEL"):
         other.check_model("")
 

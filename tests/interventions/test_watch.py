@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 from backpack_serving.interventions.database import open_store
-from backpack_serving.interventions.ledger import Request, raise_epoch
-from backpack_serving.interventions.records import Event, Position, visible
+from backpack_serving.interventions.ledger import IdempotencyKey, raise_epoch
+from backpack_serving.interventions.records import EventRecord, Position, visible
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
-from backpack_serving.sync.known import LIVE
+from backpack_serving.sync.state import LIVE
 
 from tests.interventions.conftest import ADMIN, SHAPE, releaser
 from tests.interventions.crashes import patiently, request
@@ -36,7 +36,7 @@ class Follower:
         self._services, self._chance, self._pause = services, random.Random(seed), pause
         self.at = Position(0, 0)
         self.known: dict[tuple[str, ...], dict[str, Any]] = {}
-        self.seen: list[Event] = []
+        self.seen: list[EventRecord] = []
         self.resets = 0
 
     def step(self) -> bool:
@@ -91,7 +91,7 @@ def check_watch(stores: Sequence[Store], writes: int) -> int:
             failures.append(error)
 
     for number in range(WRITERS):
-        services[0].create_tenant(ADMIN, f"t{number}", Request())
+        services[0].create_tenant(ADMIN, f"t{number}", IdempotencyKey())
     for phase in range(2):
         done.clear()
         readers = [threading.Thread(target=follow, args=(follower,)) for follower in followers]
@@ -106,7 +106,7 @@ def check_watch(stores: Sequence[Store], writes: int) -> int:
         if failures:
             raise AssertionError(f"{type(failures[0]).__name__}: {failures[0]}") from failures[0]
         with stores[0].read() as tx:
-            table = {event.revision: event for event in tx.list(Event)}
+            table = {event.revision: event for event in tx.list(EventRecord)}
             end = tx.position
         assert end.revision == len(table) == WRITERS + (phase + 1) * WRITERS * writes * 2 + phase
         position, records = services[0].snapshot()
@@ -137,7 +137,7 @@ def test_p6_a_follower_goes_on_where_it_was_after_a_restart(url: str) -> None:
     follower = Follower([service], 1, 0)
     for round_ in range(5):
         for n in range(round_ + 1):
-            service.create_tenant(ADMIN, f"t{round_}-{n}", Request())
+            service.create_tenant(ADMIN, f"t{round_}-{n}", IdempotencyKey())
         if round_ % 2:
             follower.step()
         store.close()

@@ -7,22 +7,22 @@ import torch
 from backpack_lm.attribution import attribute, read_senses
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
-from backpack_lm.patch import Cell, Edit, Release, Revision, Scale, Topic
+from backpack_lm.patch import Cell, Edit, ReleaseContent, RevisionContent, ScaleEdit, TopicEdit
 
 from tests.models.conftest import REAL, K, T
 
 IDS = torch.randint(1, REAL, (T,), generator=torch.Generator().manual_seed(5))
 RELEASES: dict[str, tuple[Edit, ...]] = {
     "none": (),
-    "edited rows": (Scale(tuple(Cell(int(t), 1) for t in set(IDS.tolist())), -2.0),),
-    "topic": (Topic((7, 8, 30), 3),),
+    "edited rows": (ScaleEdit(tuple(Cell(int(t), 1) for t in set(IDS.tolist())), -2.0),),
+    "topic": (TopicEdit((7, 8, 30), 3),),
 }
 
 
 @pytest.fixture(params=RELEASES)
 def overlay(request: pytest.FixtureRequest, table: SenseTable) -> Overlay:
     edits = RELEASES[request.param]
-    return Overlay.compile(Release((Revision("ab" * 32, edits),)) if edits else Release(), table)
+    return Overlay.compile(ReleaseContent((RevisionContent("ab" * 32, edits),)) if edits else ReleaseContent(), table)
 
 
 @pytest.mark.parametrize("target", [None, 11])
@@ -38,15 +38,15 @@ def test_contributions_add_up_to_the_logit(
 
 
 def test_the_release_never_changes_the_weights(model: Backpack, table: SenseTable, overlay: Overlay) -> None:
-    plain = attribute(model, table, IDS, Overlay.compile(Release(), table))
+    plain = attribute(model, table, IDS, Overlay.compile(ReleaseContent(), table))
     torch.testing.assert_close(attribute(model, table, IDS, overlay).weights, plain.weights)
     torch.testing.assert_close(plain.weights.sum(0), torch.ones(K))
 
 
 def test_a_sense_reads_as_its_extreme_projections(model: Backpack, table: SenseTable) -> None:
-    edit = Scale((Cell(9, 2),), -1.0)
-    overlay = Overlay.compile(Release((Revision("ab" * 32, (edit,)),)), table)
-    plain = read_senses(model, table, 9, Overlay.compile(Release(), table), 5)
+    edit = ScaleEdit((Cell(9, 2),), -1.0)
+    overlay = Overlay.compile(ReleaseContent((RevisionContent("ab" * 32, (edit,)),)), table)
+    plain = read_senses(model, table, 9, Overlay.compile(ReleaseContent(), table), 5)
     edited = read_senses(model, table, 9, overlay, 5)
     scores = model.embedding[:REAL] @ table.rows[9, 2]
     assert [t for t, _ in plain[2].positive] == scores.topk(5).indices.tolist()
@@ -56,13 +56,11 @@ def test_a_sense_reads_as_its_extreme_projections(model: Backpack, table: SenseT
 
 
 def test_neighbours_are_the_words_whose_same_sense_is_nearest(model: Backpack, table: SenseTable) -> None:
-    overlay = Overlay.compile(Release((Revision("ab" * 32, (Scale((Cell(9, 2),), -1.0),)),)), table)
+    overlay = Overlay.compile(ReleaseContent((RevisionContent("ab" * 32, (ScaleEdit((Cell(9, 2),), -1.0),)),)), table)
     found = read_senses(model, table, 9, overlay, 1, neighbours=4)
     for sense in range(K):
         own = -table.rows[9, sense] if sense == 2 else table.rows[9, sense]
-        cosines = {
-            y: float(torch.cosine_similarity(own, table.rows[y, sense], dim=0)) for y in range(REAL) if y != 9
-        }
+        cosines = {y: float(torch.cosine_similarity(own, table.rows[y, sense], dim=0)) for y in range(REAL) if y != 9}
         nearest = sorted(cosines, key=cosines.__getitem__, reverse=True)[:4]
         assert [y for y, _ in found[sense].neighbours] == nearest
         assert [c for _, c in found[sense].neighbours] == pytest.approx([cosines[y] for y in nearest], abs=1e-5)

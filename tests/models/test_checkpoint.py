@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from backpack_lm import checkpoint, mapped
+from backpack_lm import checkpoint, mapped_table
 from backpack_lm.checkpoint import CheckpointError, from_tensors, load, load_table, save, verify
 from backpack_lm.config import MICRO, MINI, SMALL, BackpackConfig, ConfigError
 from backpack_lm.manifest import Manifest, ManifestError
 from backpack_lm.model import Backpack
 from backpack_serving.cli.main import app
-from backpack_serving.inference.served import ServedModel
+from backpack_serving.inference.served_model import ServedModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -121,16 +121,12 @@ def test_logits_equal_the_independent_implementation(
         expected = theirs(ids, position_ids=position_ids).logits * factor
         got = ours(ids)
     difference = float((got - expected).abs().max())
-    print(
-        f"{layout}, d = {config.n_embd}: largest difference {difference:.2e} of {float(expected.abs().max()):.3g}"
-    )
+    print(f"{layout}, d = {config.n_embd}: largest difference {difference:.2e} of {float(expected.abs().max()):.3g}")
     assert expected.std() > 0.1, "a test on logits that are all alike would prove nothing"
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("config", "parameters"), [(MICRO, 41_659_776), (MINI, 103_856_000), (SMALL, 170_083_584)]
-)
+@pytest.mark.parametrize(("config", "parameters"), [(MICRO, 41_659_776), (MINI, 103_856_000), (SMALL, 170_083_584)])
 def test_published_parameter_counts(config: BackpackConfig, parameters: int) -> None:
     with torch.device("meta"):
         model = Backpack(config)
@@ -297,7 +293,7 @@ def test_a_replica_serves_no_other_weights_than_those_of_the_fingerprint(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """And leaves no table of them under that name, which all others would map, after the repair too."""
-    monkeypatch.setattr(mapped, "folder", lambda name: tmp_path)
+    monkeypatch.setattr(mapped_table, "folder", lambda name: tmp_path)
     file = folder / checkpoint.WEIGHTS
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))

@@ -12,7 +12,20 @@ from backpack_lm.attribution import attribute_text
 from backpack_lm.compare import Predicting, Scoring
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
-from backpack_lm.patch import Add, Cell, Copy, Edit, ProjectOut, Release, Revision, Scale, Set, Swap, Topic, Vector
+from backpack_lm.patch import (
+    AddEdit,
+    Cell,
+    CopyEdit,
+    Edit,
+    ProjectOutEdit,
+    ReleaseContent,
+    RevisionContent,
+    ScaleEdit,
+    SetEdit,
+    SwapEdit,
+    TopicEdit,
+    Vector,
+)
 from backpack_lm.trunk_pass import TrunkPass
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -29,13 +42,13 @@ vectors = st.integers(0, 99).map(
     lambda seed: Vector.of(torch.randn(D, generator=torch.Generator().manual_seed(seed)).tolist())
 )
 edits = st.one_of(
-    st.builds(Scale, cells, st.floats(-4, 4, width=32)),
-    st.builds(Add, cells, vectors),
-    st.builds(Set, cells, vectors),
-    st.builds(Copy, cells, tokens, st.none() | st.integers(0, K - 1)),
-    st.builds(ProjectOut, cells, tokens),
-    st.builds(Swap, cells, tokens, tokens),
-    st.builds(Topic, st.lists(tokens, min_size=1, max_size=4).map(tuple), st.integers(1, 3), st.booleans()),
+    st.builds(ScaleEdit, cells, st.floats(-4, 4, width=32)),
+    st.builds(AddEdit, cells, vectors),
+    st.builds(SetEdit, cells, vectors),
+    st.builds(CopyEdit, cells, tokens, st.none() | st.integers(0, K - 1)),
+    st.builds(ProjectOutEdit, cells, tokens),
+    st.builds(SwapEdit, cells, tokens, tokens),
+    st.builds(TopicEdit, st.lists(tokens, min_size=1, max_size=4).map(tuple), st.integers(1, 3), st.booleans()),
 )
 releases = st.lists(st.lists(edits, max_size=5).map(tuple), min_size=1, max_size=5)
 texts = st.lists(tokens, min_size=2, max_size=T).map(torch.tensor)
@@ -43,7 +56,7 @@ checked = settings(max_examples=60, deadline=None, suppress_health_check=[Health
 
 
 def _compile(edits: tuple[Edit, ...], table: SenseTable) -> Overlay:
-    return Overlay.compile(Release((Revision("ab" * 32, edits),) if edits else ()), table)
+    return Overlay.compile(ReleaseContent((RevisionContent("ab" * 32, edits),) if edits else ()), table)
 
 
 def _compiled(releases: list[tuple[Edit, ...]], table: SenseTable) -> list[Overlay]:
@@ -109,10 +122,10 @@ ABSENT = next(token for token in range(1, REAL) if token not in IDS)
 LATE = int(IDS[12])
 MANY: list[tuple[Edit, ...]] = [
     (),
-    (Scale((Cell(LATE, 1), Cell(LATE, 2)), -2.0),),
-    (Topic((7, 8, 30), 3),),
-    (Scale((Cell(ABSENT, 1),), 0.0),),
-    (Scale((Cell(LATE, 1),), 3.0), Topic((7, 8), 2), Topic((9, 10), 1, annealed=False)),
+    (ScaleEdit((Cell(LATE, 1), Cell(LATE, 2)), -2.0),),
+    (TopicEdit((7, 8, 30), 3),),
+    (ScaleEdit((Cell(ABSENT, 1),), 0.0),),
+    (ScaleEdit((Cell(LATE, 1),), 3.0), TopicEdit((7, 8), 2), TopicEdit((9, 10), 1, annealed=False)),
 ]
 
 

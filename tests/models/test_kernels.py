@@ -14,13 +14,13 @@ import psutil
 import pytest
 import torch
 from backpack_lm.config import BackpackConfig
-from backpack_lm.kernels import Caches, Drawing, Kernels, New, Prediction, Run, build, pages
+from backpack_lm.kernels import Caches, DrawParams, Kernels, MixSpan, StepInput, TokenSpan, build, pages
 from backpack_lm.kernels.caches import untiled
 from backpack_lm.kernels.native import NativeKernels
 from backpack_lm.kernels.native_trunk import NativeTrunk
 from backpack_lm.kernels.noise import philox
 from backpack_lm.kernels.plain import PlainKernels
-from backpack_lm.kernels.trunk import Trunk
+from backpack_lm.kernels.trunk import CachedTrunk
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import TopicMultipliers
 from torch import nn
@@ -87,7 +87,7 @@ def _close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=TOLERANCE[dtype] * scale)
 
 
-RUNS = (Run(0, 0, 40, 1), Run(1, 3, 0, 1), Run(2, 1, 16, 21), Run(23, 2, 69, 1))
+RUNS = (TokenSpan(0, 0, 40, 1), TokenSpan(1, 3, 0, 1), TokenSpan(2, 1, 16, 21), TokenSpan(23, 2, 69, 1))
 
 
 def test_attention(config: BackpackConfig, dtype: torch.dtype) -> None:
@@ -99,23 +99,23 @@ def test_attention(config: BackpackConfig, dtype: torch.dtype) -> None:
     assert torch.equal(untiled(native.caches.keys), untiled(plain.caches.keys))
 
 
-def _predictions(config: BackpackConfig) -> list[Prediction]:
+def _predictions(config: BackpackConfig) -> list[MixSpan]:
     topics = _topics(config)
     return [
-        Prediction(0, 1, True),
-        Prediction(1, 65, True, topics[:1]),
-        Prediction(2, 67, False, topics),
-        Prediction(3, 37, True, topics[1:]),
+        MixSpan(0, 1, True),
+        MixSpan(1, 65, True, topics[:1]),
+        MixSpan(2, 67, False, topics),
+        MixSpan(3, 37, True, topics[1:]),
     ]
 
 
-def _counted(config: BackpackConfig, *kernels: Kernels) -> list[Prediction]:
+def _counted(config: BackpackConfig, *kernels: Kernels) -> list[MixSpan]:
     """Predictions whose tokens, but for a fresh one, are counted in the caches."""
     predictions = _predictions(config)
     for prediction in predictions:
         before = prediction._replace(length=prediction.length - prediction.fresh, fresh=False)
         for each in kernels:
-            each.satisfy(before, 0)
+            each.update_annealing(before, 0)
     return predictions
 
 
@@ -132,9 +132,9 @@ def test_counting_a_chunk_for_annealing(config: BackpackConfig, dtype: torch.dty
     """Cells whose multiplier can no longer change are left uncounted, so multipliers are compared."""
     native, plain = _both(config, dtype)
     for start, length in ((0, 20), (20, 60)):
-        prediction = Prediction(1, length, False, _topics(config))
+        prediction = MixSpan(1, length, False, _topics(config))
         for kernels in (native, plain):
-            kernels.satisfy(prediction, start)
+            kernels.update_annealing(prediction, start)
         found, wanted = PlainKernels(native.caches).multipliers(prediction), plain.multipliers(prediction)
         first = native.caches.previous[1, :length] < 0
         torch.testing.assert_close(found[first], wanted[first], rtol=1e-4, atol=1e-4)
@@ -161,9 +161,7 @@ def test_matrix_products_and_head(config: BackpackConfig, dtype: torch.dtype) ->
     weight, bias = torch.randn(33, config.n_embd), torch.randn(33)
     x = torch.randn(11, config.n_embd)
     for gelu in (False, True):
-        _close(
-            native.linear(weight, bias, gelu)(x.to(dtype)), plain.linear(weight, bias, gelu)(x.to(dtype)), dtype
-        )
+        _close(native.linear(weight, bias, gelu)(x.to(dtype)), plain.linear(weight, bias, gelu)(x.to(dtype)), dtype)
     for rows in (1, 5, 8, 11):
         logits = native.head(weight)(x[:rows])
         assert logits.dtype is torch.float32
@@ -177,7 +175,7 @@ def test_the_same_bits_alone_and_in_any_company(config: BackpackConfig, dtype: t
     whole = together.attend(qkv, 0, RUNS, 0.2)
     for run in RUNS:
         for n in range(run.size):
-            one = apart.attend(qkv[run.token + n][None], 0, [Run(0, run.slot, run.position + n, 1)], 0.2)
+            one = apart.attend(qkv[run.token + n][None], 0, [TokenSpan(0, run.slot, run.position + n, 1)], 0.2)
             assert torch.equal(one[0], whole[run.token + n])
     queries = torch.randn(4, config.num_senses, config.sense_head_width).to(dtype)
     predictions = _counted(config, together, apart)
@@ -196,12 +194,12 @@ def test_new_tokens_are_noted_and_linked(config: BackpackConfig) -> None:
     """A text in two parts over another one, as slots are used again."""
     native, plain = _both(config, torch.float32)
     ids = torch.arange(37) ** 2 % 11
-    for run in (Run(0, 1, 0, 20), Run(0, 1, 20, 17)):
+    for run in (TokenSpan(0, 1, 0, 20), TokenSpan(0, 1, 20, 17)):
         positions = torch.arange(run.position, run.position + run.size)
         tokens = ids[positions]
         rows = (tokens[:, None] * config.num_senses + torch.arange(config.num_senses)).int()
         for kernels in (native, plain):
-            kernels.note(New(tokens, torch.ones_like(tokens), positions, rows), [run])
+            kernels.append_tokens(StepInput(tokens, torch.ones_like(tokens), positions, rows), [run])
     assert torch.equal(native.caches.ids, plain.caches.ids)
     assert torch.equal(native.caches.rows, plain.caches.rows)
     text = ids.tolist()
@@ -216,13 +214,13 @@ def test_the_trunk_in_one_call_is_its_operations(config: BackpackConfig, dtype: 
     torch.manual_seed(4)
     model = Backpack(config).eval().requires_grad_(False)
     one, other = NativeKernels(_filled(config, dtype)), NativeKernels(_filled(config, dtype))
-    whole, steps = one.trunk(model), Trunk(other, model)
+    whole, steps = one.trunk(model), CachedTrunk(other, model)
     if not isinstance(whole, NativeTrunk):
         pytest.skip("this processor's products aren't the library's")
     slots = torch.tensor([run.slot for run in RUNS for _ in range(run.size)])
     positions = torch.cat([torch.arange(run.position, run.position + run.size) for run in RUNS])
     tokens = torch.randint(0, config.vocab_size, slots.shape)
-    new = New(tokens, slots, positions, torch.empty(0))
+    new = StepInput(tokens, slots, positions, torch.empty(0))
     assert torch.equal(whole(new, RUNS), steps(new, RUNS))
     for tensor in ("keys", "values", "sense_keys"):
         assert torch.equal(getattr(one.caches, tensor), getattr(other.caches, tensor))
@@ -281,7 +279,7 @@ def test_drawing_is_one_function_of_seed_position_and_token(config: BackpackConf
     logits = torch.randn(40, 1000)
     draw = Random(1)
     how = [
-        Drawing(
+        DrawParams(
             0.0 if n % 5 == 0 else draw.random() + 0.1,
             draw.getrandbits(64),
             draw.randrange(512),
@@ -302,7 +300,7 @@ def test_a_damaged_library_is_made_anew(
     """And isn't loaded: that would end the process, as would one that is cut off."""
     whole = Path(build.library()._name).read_bytes()
     monkeypatch.setattr(build, "folder", lambda name: tmp_path)
-    monkeypatch.setattr(build, "_compile", lambda file: file.write_bytes(whole))
+    monkeypatch.setattr(build, "_compile_library", lambda file: file.write_bytes(whole))
     build._path().write_bytes(damage(whole))
     assert build.library.__wrapped__().draw_float32
     assert build._path().read_bytes() == whole

@@ -7,18 +7,18 @@ import torch
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import (
-    Add,
+    AddEdit,
     Cell,
-    Copy,
+    CopyEdit,
     Edit,
     PatchError,
-    ProjectOut,
-    Release,
-    Revision,
-    Scale,
-    Set,
-    Swap,
-    Topic,
+    ProjectOutEdit,
+    ReleaseContent,
+    RevisionContent,
+    ScaleEdit,
+    SetEdit,
+    SwapEdit,
+    TopicEdit,
     Vector,
 )
 from hypothesis import given, settings
@@ -32,8 +32,8 @@ IDS = torch.randint(1, REAL, (2, T), generator=torch.Generator().manual_seed(3))
 EVERY = tuple(Cell(t, s) for t in range(REAL) for s in range(K))
 
 
-def _release(*edits: Edit) -> Release:
-    return Release((Revision("ab" * 32, edits),)) if edits else Release()
+def _release(*edits: Edit) -> ReleaseContent:
+    return ReleaseContent((RevisionContent("ab" * 32, edits),)) if edits else ReleaseContent()
 
 
 def _dense(model: Backpack, senses: Tensor, ids: Tensor, multipliers: Tensor | None = None) -> Tensor:
@@ -68,32 +68,32 @@ def test_scale(model: Backpack, table: SenseTable) -> None:
     senses[USED, 1] *= -1.5
     senses[USED, 2] *= 0
     cells = lambda sense: tuple(Cell(t, sense) for t in USED)  # noqa: E731
-    _check(model, table, senses, Scale(cells(1), -1.5), Scale(cells(2), 0.0))
+    _check(model, table, senses, ScaleEdit(cells(1), -1.5), ScaleEdit(cells(2), 0.0))
 
 
 def test_add(model: Backpack, table: SenseTable) -> None:
     senses = table.rows.clone()
     senses[USED, 3] += _vector(1)
-    _check(model, table, senses, Add(tuple(Cell(t, 3) for t in USED), _packed(_vector(1))))
+    _check(model, table, senses, AddEdit(tuple(Cell(t, 3) for t in USED), _packed(_vector(1))))
 
 
 def test_set(model: Backpack, table: SenseTable) -> None:
     senses = table.rows.clone()
     senses[USED, 0] = _vector(2)
-    _check(model, table, senses, Set(tuple(Cell(t, 0) for t in USED), _packed(_vector(2))))
+    _check(model, table, senses, SetEdit(tuple(Cell(t, 0) for t in USED), _packed(_vector(2))))
 
 
 def test_copy_of_the_same_senses(model: Backpack, table: SenseTable) -> None:
     senses = table.rows.clone()
     for t in USED:
         senses[t, 1:3] = table.rows[5, 1:3]
-    _check(model, table, senses, Copy(tuple(Cell(t, s) for t in USED for s in (1, 2)), 5))
+    _check(model, table, senses, CopyEdit(tuple(Cell(t, s) for t in USED for s in (1, 2)), 5))
 
 
 def test_copy_of_one_sense(model: Backpack, table: SenseTable) -> None:
     senses = table.rows.clone()
     senses[USED, 1] = table.rows[5, 3]
-    _check(model, table, senses, Copy(tuple(Cell(t, 1) for t in USED), 5, source_sense=3))
+    _check(model, table, senses, CopyEdit(tuple(Cell(t, 1) for t in USED), 5, source_sense=3))
 
 
 def test_project_out(model: Backpack, table: SenseTable) -> None:
@@ -103,7 +103,7 @@ def test_project_out(model: Backpack, table: SenseTable) -> None:
         for s in range(K):
             v = senses[t, s]
             senses[t, s] = v - torch.dot(v, r) / torch.dot(r, r) * r
-    _check(model, table, senses, ProjectOut(EVERY, 9))
+    _check(model, table, senses, ProjectOutEdit(EVERY, 9))
     assert (senses[:REAL] @ r).abs().max() < 1e-4
 
 
@@ -115,7 +115,7 @@ def test_swap(model: Backpack, table: SenseTable) -> None:
             v = senses[t, s]
             c = torch.dot(v, r) / torch.dot(r, r)
             senses[t, s] = v - c * r + c * a * torch.dot(r, r) / torch.dot(a, a)
-    _check(model, table, senses, Swap(EVERY, 9, 12))
+    _check(model, table, senses, SwapEdit(EVERY, 9, 12))
 
 
 def test_edits_apply_in_order_each_to_what_the_one_before_left(model: Backpack, table: SenseTable) -> None:
@@ -124,13 +124,15 @@ def test_edits_apply_in_order_each_to_what_the_one_before_left(model: Backpack, 
     senses[USED, 1] = (senses[USED, 1] + _vector(4)) * 2.0
     senses[USED, 0] = senses[USED[0], 1]
     edits = (
-        Add(cells, _packed(_vector(4))),
-        Scale(cells, 2.0),
-        Copy(tuple(Cell(t, 0) for t in USED), USED[0], 1),
+        AddEdit(cells, _packed(_vector(4))),
+        ScaleEdit(cells, 2.0),
+        CopyEdit(tuple(Cell(t, 0) for t in USED), USED[0], 1),
     )
     _check(model, table, senses, *edits)
     one = Overlay.compile(_release(*edits), table)
-    two = Overlay.compile(Release((Revision("ab" * 32, edits[:1]), Revision("ab" * 32, edits[1:]))), table)
+    two = Overlay.compile(
+        ReleaseContent((RevisionContent("ab" * 32, edits[:1]), RevisionContent("ab" * 32, edits[1:]))), table
+    )
     torch.testing.assert_close(one.rows, two.rows)
     assert one.digest != two.digest
 
@@ -141,24 +143,24 @@ def test_a_copy_reads_its_source_before_anything_of_it_is_written(model: Backpac
     senses[a] = table.rows[b]
     senses[b] = table.rows[b]
     cells = tuple(Cell(t, s) for t in (a, b) for s in range(K))
-    overlay = Overlay.compile(_release(Copy(cells, b)), table)
+    overlay = Overlay.compile(_release(CopyEdit(cells, b)), table)
     torch.testing.assert_close(model(IDS, overlay), _dense(model, senses, IDS), atol=1e-5, rtol=1e-5)
 
 
 def _one_cell(edit: Edit, v: Tensor, cell: Cell, senses: Tensor, e: Tensor) -> Tensor:
     """What an edit makes of one vector, from its definition in `edits.py`."""
     match edit:
-        case Scale(factor=s):
+        case ScaleEdit(factor=s):
             return v * s
-        case Add(delta=delta):
+        case AddEdit(delta=delta):
             return v + torch.tensor(delta.values().tolist())
-        case Set(vector=vector):
+        case SetEdit(vector=vector):
             return torch.tensor(vector.values().tolist()).double()
-        case Copy():
+        case CopyEdit():
             return senses[edit.source, cell.sense if edit.source_sense is None else edit.source_sense]
-        case ProjectOut(direction=r):
+        case ProjectOutEdit(direction=r):
             return v - (v @ e[r]) / (e[r] @ e[r]) * e[r]
-        case Swap(old=r, new=a):
+        case SwapEdit(old=r, new=a):
             c = (v @ e[r]) / (e[r] @ e[r])
             return v - c * e[r] + c * e[a] * (e[r] @ e[r]) / (e[a] @ e[a])
     return v  # a topic leaves vectors alone
@@ -173,10 +175,10 @@ def test_any_edits_are_what_they_make_of_one_cell_after_another(
     for edit in (edit for revision in revisions for edit in revision):
         before = senses.clone()
         for cell in edit.cells:
-            senses[cell.token, cell.sense] = _one_cell(
-                edit, before[cell.token, cell.sense], cell, before, embedding
-            )
-    overlay = Overlay.compile(Release(tuple(Revision("ab" * 32, revision) for revision in revisions)), table)
+            senses[cell.token, cell.sense] = _one_cell(edit, before[cell.token, cell.sense], cell, before, embedding)
+    overlay = Overlay.compile(
+        ReleaseContent(tuple(RevisionContent("ab" * 32, revision) for revision in revisions)), table
+    )
     ids = torch.arange(V)[None]
     found = overlay.replace(ids, table.rows[ids])[0].double()
     torch.testing.assert_close(found, senses, rtol=1e-5, atol=1e-5)
@@ -225,7 +227,7 @@ STRENGTHS = {1: (1.5, 1.5, 1.3, 1.0), 2: (2.2, 2.2, 1.5, 1.0), 3: (3.3, 3.3, 3.0
 @pytest.mark.parametrize("strength", [1, 2, 3])
 def test_a_constant_topic(model: Backpack, table: SenseTable, strength: int) -> None:
     delta = _levels(model, table.rows, (7, 8, 30), STRENGTHS[strength])
-    overlay = Overlay.compile(_release(Topic((7, 8, 30), strength, annealed=False)), table)
+    overlay = Overlay.compile(_release(TopicEdit((7, 8, 30), strength, annealed=False)), table)
     multipliers = delta[IDS].permute(0, 2, 1)[:, :, None, :]  # [B, k, 1, T]
     expected = _dense(model, table.rows, IDS, multipliers)
     torch.testing.assert_close(model(IDS, overlay), expected, atol=1e-4, rtol=1e-4)
@@ -234,18 +236,18 @@ def test_a_constant_topic(model: Backpack, table: SenseTable, strength: int) -> 
 
 @pytest.mark.parametrize("edited", [False, True])
 def test_an_annealed_topic_token_by_token(model: Backpack, table: SenseTable, edited: bool) -> None:
-    """With edited rows below it: scores come from the model, what is satisfied from the rows as they stand."""
+    """With edited rows below it: scores come from the model, what is annealed_sum from the rows as they stand."""
     senses = table.rows.clone()
-    edits: tuple[Edit, ...] = (Topic((7, 8, 30), 3),)
+    edits: tuple[Edit, ...] = (TopicEdit((7, 8, 30), 3),)
     if edited:
         senses[USED, 1] += _vector(5)
-        edits = (Add(tuple(Cell(t, 1) for t in USED), _packed(_vector(5))), *edits)
+        edits = (AddEdit(tuple(Cell(t, 1) for t in USED), _packed(_vector(5))), *edits)
     delta = _levels(model, table.rows, (7, 8, 30), STRENGTHS[3])
     multipliers = torch.stack([_annealed(model, senses, ids, delta, STRENGTHS[3]) for ids in IDS])
     expected = _dense(model, senses, IDS, multipliers)
     overlay = Overlay.compile(_release(*edits), table)
     torch.testing.assert_close(model(IDS, overlay), expected, atol=1e-4, rtol=1e-4)
-    constant = Overlay.compile(_release(*edits[:-1], Topic((7, 8, 30), 3, annealed=False)), table)
+    constant = Overlay.compile(_release(*edits[:-1], TopicEdit((7, 8, 30), 3, annealed=False)), table)
     assert (model(IDS, constant) - expected).abs().max() > 1e-2, "annealing changed nothing"
 
 
@@ -253,13 +255,13 @@ def test_two_topics_multiply(model: Backpack, table: SenseTable) -> None:
     words = ((7, 8, 30), (20, 21))
     deltas = [_levels(model, table.rows, w, STRENGTHS[2]) for w in words]
     parts = [torch.stack([_annealed(model, table.rows, i, d, STRENGTHS[2]) for i in IDS]) for d in deltas]
-    overlay = Overlay.compile(_release(*(Topic(w, 2) for w in words)), table)
+    overlay = Overlay.compile(_release(*(TopicEdit(w, 2) for w in words)), table)
     expected = _dense(model, table.rows, IDS, parts[0] * parts[1])
     torch.testing.assert_close(model(IDS, overlay), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_release_without_edits_is_the_model(model: Backpack, table: SenseTable) -> None:
-    overlay = Overlay.compile(Release(), table)
+    overlay = Overlay.compile(ReleaseContent(), table)
     assert overlay.empty
     assert torch.equal(model(IDS, overlay), model(IDS))
 
@@ -267,6 +269,6 @@ def test_a_release_without_edits_is_the_model(model: Backpack, table: SenseTable
 def test_what_the_edits_add_up_to_must_fit_the_table(table: SenseTable) -> None:
     small = SenseTable(table.rows.half(), table.embedding.half())
     cells = (Cell(3, 0),)
-    grow = tuple(Scale(cells, 8.0) for _ in range(12))
+    grow = tuple(ScaleEdit(cells, 8.0) for _ in range(12))
     with pytest.raises(PatchError, match=r"cell \(3, 0\)"):
-        Overlay.compile(_release(Set(cells, _packed(torch.ones(D))), *grow), small)
+        Overlay.compile(_release(SetEdit(cells, _packed(torch.ones(D))), *grow), small)

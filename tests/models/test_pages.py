@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from backpack_lm.reports.generation import GenerationPage, Step, Term
+from backpack_lm.reports.generation import GenerationPage, TermRow, TokenStep
 from backpack_lm.reports.word import SensePage, WordPage
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\u2028"
@@ -35,8 +35,8 @@ def test_a_word_shows_every_sense() -> None:
 
 
 def test_a_generation_holds_its_terms_and_they_add_up() -> None:
-    terms = (Term(0, 1, 0.75, 1.0, 1.25), Term(1, 0, 0.5, 2.2, -0.5))
-    page = GenerationPage(("The", HOSTILE), (Step(" ship", 0.25, 0.85, 0.1, terms),), senses=2, note="release 1")
+    terms = (TermRow(0, 1, 0.75, 1.0, 1.25), TermRow(1, 0, 0.5, 2.2, -0.5))
+    page = GenerationPage(("The", HOSTILE), (TokenStep(" ship", 0.25, 0.85, 0.1, terms),), senses=2, note="release 1")
     html = page.html()
     data = _data(html)
     assert data["prompt"] == ["The", HOSTILE]

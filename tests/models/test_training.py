@@ -178,9 +178,7 @@ def corpus(tmp_path: Path) -> Path:
 
 def test_the_command_trains_a_model_that_can_be_served(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    sizes = (
-        "--layers 2 --heads 2 --width 32 --senses 4 --context 32 --vocabulary 300 --tokens-per-step 256".split()
-    )
+    sizes = "--layers 2 --heads 2 --width 32 --senses 4 --context 32 --vocabulary 300 --tokens-per-step 256".split()
     command = ["train", str(corpus), "--out", str(out), "--steps", "4", *sizes]
     for _ in range(2):  # the second finds everything done
         result = CliRunner().invoke(app, command)

@@ -12,7 +12,7 @@ from random import Random
 import pytest
 import torch
 from backpack_lm.config import BackpackConfig
-from backpack_lm.kernels import Caches, Drawing, Kernels, Prediction, Run
+from backpack_lm.kernels import Caches, DrawParams, Kernels, MixSpan, TokenSpan
 from backpack_lm.kernels.build import NotBuilt
 from backpack_lm.kernels.caches import untiled
 from backpack_lm.kernels.cuda import CudaKernels
@@ -49,12 +49,12 @@ def _both(config: BackpackConfig, dtype: torch.dtype) -> tuple[CudaKernels, Plai
     return CudaKernels(_caches(config, dtype)), PlainKernels(_caches(config, dtype))
 
 
-def _steered(config: BackpackConfig, *kernels: Kernels) -> list[Prediction]:
+def _steered(config: BackpackConfig, *kernels: Kernels) -> list[MixSpan]:
     """With no topic, one, three, two, of lengths from 1 on; all tokens but fresh ones are counted already."""
     predictions = [p._replace(topics=tuple(t.to(DEVICE) for t in p.topics)) for p in _predictions(config)]
     for p in predictions:
         for each in kernels:
-            each.satisfy(p._replace(length=p.length - p.fresh, fresh=False), 0)
+            each.update_annealing(p._replace(length=p.length - p.fresh, fresh=False), 0)
     return predictions
 
 
@@ -96,7 +96,7 @@ def test_the_same_bits_alone_and_in_company(config: BackpackConfig, dtype: torch
     qkv = torch.randn(24, 3 * config.n_embd).to(DEVICE, dtype)
     whole = together.attend(qkv, 0, RUNS, 0.2)
     for run in (run for run in RUNS if run.size == 1):
-        alone = apart.attend(qkv[run.token][None], 0, [Run(0, run.slot, run.position, 1)], 0.2)
+        alone = apart.attend(qkv[run.token][None], 0, [TokenSpan(0, run.slot, run.position, 1)], 0.2)
         assert torch.equal(alone[0], whole[run.token])
     queries, steered = _queries(config, dtype), _steered(config, together, apart)
     mixed = together.mix(queries, steered)
@@ -115,7 +115,7 @@ def test_drawing_is_the_same_function() -> None:
     draw = Random(1)
     ways = ((0, 1.0), (40, 1.0), (0, 0.9), (300, 0.5))
     how = [
-        Drawing((0.0, 0.3, 1.0, 4.0)[n // 4 % 4], draw.getrandbits(64), draw.randrange(512), *ways[n % 4])
+        DrawParams((0.0, 0.3, 1.0, 4.0)[n // 4 % 4], draw.getrandbits(64), draw.randrange(512), *ways[n % 4])
         for n in range(48)
     ]
     for rows in ([n for n in range(48) if n % 4 == 0], list(range(48))):  # no row truncates; three in four do

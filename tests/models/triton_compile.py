@@ -38,8 +38,8 @@ OF_ATTENTION = {"WIDTH": SMALL.n_embd // SMALL.n_head, "WIDTH_UP": SMALL.n_embd 
 TYPES = {
     **dict.fromkeys(("ids", "rows"), "*i32"),
     **dict.fromkeys(("predictions", "runs"), "*i64"),
-    **dict.fromkeys(("satisfied", "scores", "norms", "parts"), "*fp32"),
-    **dict.fromkeys(("logits", "heats"), "*fp32"),
+    **dict.fromkeys(("annealed_sum", "scores", "norms", "parts"), "*fp32"),
+    **dict.fromkeys(("logits", "temperatures"), "*fp32"),
     **dict.fromkeys(("noise_keys", "chosen"), "*i64"),
     "kept": "*i1",
     "scale": "fp32",

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from backpack_serving import rpc, tasks
-from backpack_serving.sync.known import Kind, Position, Steering, View
-from backpack_serving.sync.known_good import KnownGood
-from backpack_serving.sync.link import Link
-from backpack_serving.sync.messages import Refusal, Tally
-from backpack_serving.sync.reader import Reader
+from backpack_serving.sync.client import SyncClient
+from backpack_serving.sync.messages import CanaryTally, Refusal
+from backpack_serving.sync.snapshot_file import SnapshotFile
+from backpack_serving.sync.state import Position, ReaderKind, Stageable, StateView
+from backpack_serving.sync.transport import SyncTransport
 from backpack_serving.wire import sync as wire
 
 
@@ -23,19 +23,19 @@ class Follower:
     `slow` is its staging, in seconds.
     """
 
-    kind: Kind
+    kind: ReaderKind
     address: str
     key: str
     file: Path
     fingerprint: str
     slow: float = 0.0
-    seen: list[View] = field(default_factory=list)
+    seen: list[StateView] = field(default_factory=list)
     early: list[Position] = field(default_factory=list)
 
     async def start(self) -> None:
         self._channel = rpc.channel(self.address)
-        self.reader = Reader(self.kind, f"{random.getrandbits(64):x}", "follower", self.fingerprint)
-        self.link = Link(self._channel, self.key, self.reader, self, self.file)
+        self.reader = SyncClient(self.kind, f"{random.getrandbits(64):x}", "follower", self.fingerprint)
+        self.link = SyncTransport(self._channel, self.key, self.reader, self, self.file)
         self.link.restore()
         self._task = asyncio.create_task(self.link.run())
 
@@ -44,15 +44,15 @@ class Follower:
         await self._channel.close()
 
     @property
-    def on_disk(self) -> View:
-        kept = KnownGood(self.file).read()
-        return wire.read_view(kept.payload) if kept else View()
+    def on_disk(self) -> StateView:
+        kept = SnapshotFile(self.file).read()
+        return wire.read_view(kept.payload) if kept else StateView()
 
-    async def stage(self, work: tuple[Steering, ...]) -> tuple[Refusal, ...]:
+    async def stage(self, work: tuple[Stageable, ...]) -> tuple[Refusal, ...]:
         await asyncio.sleep(self.slow)
         return ()
 
-    def swapped(self, view: View) -> None:
+    def swapped(self, view: StateView) -> None:
         self.seen.append(view)
         if self.on_disk.position < view.position:
             self.early.append(view.position)
@@ -60,5 +60,5 @@ class Follower:
     def resident(self) -> frozenset[str]:
         return frozenset()
 
-    def tallies(self) -> tuple[Tally, ...]:
+    def tallies(self) -> tuple[CanaryTally, ...]:
         return ()

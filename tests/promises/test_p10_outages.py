@@ -39,9 +39,7 @@ async def _health(parts: Apart, service: str) -> int:
 
 
 @pytest.mark.parametrize("fault", ["reset", "refuse", "half_open"])
-async def test_p10_traffic_cut_is_served_from_what_was_known_and_its_age_is_told(
-    tmp_path: Path, fault: str
-) -> None:
+async def test_p10_traffic_cut_is_served_from_what_was_known_and_its_age_is_told(tmp_path: Path, fault: str) -> None:
     async with apart(tmp_path, stale_after=2.0) as parts:
         system = parts.system()
         key = await system.tenant(copy("king", "ship"))

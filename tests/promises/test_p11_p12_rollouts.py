@@ -15,11 +15,11 @@ from backpack_proto.v1 import sync_pb2 as spb
 from backpack_serving import rpc
 from backpack_serving.client import AsyncSteering
 from backpack_serving.errors import Expired, ServiceError
-from backpack_serving.inference.served import ServedModel
+from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.settings import default_model
 
 from tests.e2e.conftest import Metadata, System, copy
-from tests.inference.test_versions import hidden_overflow
+from tests.inference.test_release_cache import hidden_overflow
 from tests.promises.conftest import Apart, apart, eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -216,9 +216,7 @@ async def test_fleet_says_who_holds_what_and_who_refuses(parts: Apart, system: S
         return {state for _, state in await states()} == {spb.HOLD_STATE_STALE}
 
     await eventually(stale)
-    waited = ipb.ActivateRequest(
-        channel=LIVE, release=0, etag=(await _channel(system, key)).etag, wait=ipb.WAIT_ALL
-    )
+    waited = ipb.ActivateRequest(channel=LIVE, release=0, etag=(await _channel(system, key)).etag, wait=ipb.WAIT_ALL)
     waited.wait_timeout.FromMilliseconds(300)
     told = await system.releases.Activate(waited, metadata=key)
     assert (told.channel.release, told.rollout.complete) == (0, False), "the change is made, and not held yet"

@@ -14,11 +14,11 @@ from backpack_serving import rpc
 from backpack_serving.errors import ServiceError
 from backpack_serving.interventions import bootstrap as interventions
 from backpack_serving.interventions.database import open_store
-from backpack_serving.interventions.journal import Journal
+from backpack_serving.interventions.event_history import EventHistory
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.metrics import Metrics
+from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
-from backpack_serving.sync.known import Kind, Position, View
+from backpack_serving.sync.state import Position, ReaderKind, StateView
 
 from tests.conftest import free_port
 from tests.e2e.conftest import System, copy
@@ -27,12 +27,12 @@ from tests.promises.follower import Follower
 from tests.promises.proxy import FaultProxy
 
 
-def _states(settings: Settings) -> dict[Position, View]:
+def _states(settings: Settings) -> dict[Position, StateView]:
     """What the event table amounts to after each of its events."""
     store = open_store(settings.database_url)
     try:
-        journal = Journal(Interventions(store, Manifest.read(settings.model).shape), page=1)
-        view, states = View(), {}
+        journal = EventHistory(Interventions(store, Manifest.read(settings.model).shape), page=1)
+        view, states = StateView(), {}
         while (page := journal.since(view.position.revision)) is not None and page.position > view.position:
             view = view.changed(page.position, page.changes)
             states[page.position] = view
@@ -41,7 +41,7 @@ def _states(settings: Settings) -> dict[Position, View]:
         store.close()
 
 
-def _validate(follower: Follower, states: dict[Position, View]) -> int:
+def _validate(follower: Follower, states: dict[Position, StateView]) -> int:
     """Every view is the event table's at its position, and none is older than the one before it."""
     assert not follower.early, f"held before they were on disk: {follower.early}"
     at = Position()
@@ -52,7 +52,7 @@ def _validate(follower: Follower, states: dict[Position, View]) -> int:
             continue
         expected = states[at]
         assert view.channels == expected.channels, f"{follower.kind} at {at}"
-        if follower.kind is Kind.GATEWAY:
+        if follower.kind is ReaderKind.GATEWAY:
             assert (view.keys, view.tenants) == (expected.keys, expected.tenants)
         else:
             assert not view.keys
@@ -95,7 +95,7 @@ async def _story(tmp_path: Path, writes: int) -> list[int]:
     control = await interventions.start(settings, Metrics())
     proxies = [await FaultProxy(settings.interventions_address).start() for _ in range(4)]
     fingerprint, key = Manifest.read(settings.model).fingerprint, settings.key_for("replica")
-    kinds = [Kind.GATEWAY, Kind.REPLICA, Kind.GATEWAY, Kind.REPLICA]
+    kinds = [ReaderKind.GATEWAY, ReaderKind.REPLICA, ReaderKind.GATEWAY, ReaderKind.REPLICA]
     followers = [
         Follower(kind, proxy.address, key, tmp_path / f"reader-{n}", fingerprint, slow=0.3 if n == 3 else 0.0)
         for n, (kind, proxy) in enumerate(zip(kinds, proxies, strict=True))

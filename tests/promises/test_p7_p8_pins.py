@@ -12,13 +12,13 @@ import pytest
 import pytest_asyncio
 import torch
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Release, Revision
+from backpack_lm.patch import ReleaseContent, RevisionContent
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_proto.v1 import sync_pb2 as spb
 from backpack_serving.engine.sampler import choose
-from backpack_serving.engine.sampling import Sampling
-from backpack_serving.inference.served import ServedModel
+from backpack_serving.inference.served_model import ServedModel
+from backpack_serving.sampling import SamplingParams
 from backpack_serving.settings import default_model
 
 from tests.e2e.conftest import Metadata, System, copy, running, topic
@@ -47,7 +47,9 @@ async def _overlays(system: System, key: Metadata, served: ServedModel) -> dict[
     for release in listed.releases:
         request = spb.FetchReleaseRequest(tenant=release.name.split("/")[1], digest=release.digest)
         pieces = [p.data async for p in system.sync.FetchRelease(request, metadata=system.replica)]
-        found[release.digest] = Overlay.compile(Release(tuple(map(Revision.from_bytes, pieces))), served.table)
+        found[release.digest] = Overlay.compile(
+            ReleaseContent(tuple(map(RevisionContent.from_bytes, pieces))), served.table
+        )
     return found
 
 
@@ -78,11 +80,9 @@ async def _activations_while_streaming(
 
     async def one(seed: int) -> str:
         await asyncio.sleep(random.Random(seed).random() * streams * 0.05)
-        parts = await system.stream(
-            key, PROMPT, max_tokens=16, seed=seed, temperature=0.9, ignore_end_of_text=True
-        )
+        parts = await system.stream(key, PROMPT, max_tokens=16, seed=seed, temperature=0.9, ignore_end_of_text=True)
         digest = parts[0].served.release_digest
-        sampling = Sampling(max_tokens=16, temperature=0.9, seed=seed, ignore_end_of_text=True)
+        sampling = SamplingParams(max_tokens=16, temperature=0.9, seed=seed, ignore_end_of_text=True)
         tokens = [t.id for part in parts for t in part.tokens]
         ids = served.tokenizer.encode(PROMPT)
         oracle = loop.run_in_executor(threads, _unstopped, served, overlays[digest], ids, sampling)
@@ -102,7 +102,7 @@ async def _activations_while_streaming(
     return len(digests), len(set(digests)), moves
 
 
-def _unstopped(served: ServedModel, overlay: Overlay, ids: list[int], sampling: Sampling) -> list[int]:
+def _unstopped(served: ServedModel, overlay: Overlay, ids: list[int], sampling: SamplingParams) -> list[int]:
     made: list[int] = []
     vocabulary = served.manifest.config.tokens
     for token in served.model.generate(

@@ -14,7 +14,7 @@ from backpack_proto.v1 import directory_pb2_grpc
 from backpack_serving import rpc
 from backpack_serving.errors import Unavailable
 from backpack_serving.inference import directory
-from backpack_serving.metrics import Metrics
+from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
 
 CALLS = 40

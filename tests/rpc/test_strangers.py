@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 
 from backpack_serving.inference import directory
-from backpack_serving.metrics import Metrics
+from backpack_serving.observability.metrics import Metrics
 from backpack_serving.rpc.server import STREAMS
 from backpack_serving.settings import Settings
 
@@ -24,9 +24,7 @@ def begin(stream: int, path: str, **more: str) -> bytes:
     """The beginning of a call, with nothing in it that needs a table."""
     fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
     fields |= {"content-type": "application/grpc"} | more
-    block = b"".join(
-        b"\0" + bytes([len(n)]) + n.encode() + bytes([len(v)]) + v.encode() for n, v in fields.items()
-    )
+    block = b"".join(b"\0" + bytes([len(n)]) + n.encode() + bytes([len(v)]) + v.encode() for n, v in fields.items())
     return frame(HEADERS, 4, stream, block)
 
 

@@ -17,24 +17,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from backpack_serving.auth.keys import Principal, Role, Verifier
 from backpack_serving.errors import ServiceError
-from backpack_serving.keys import Principal, Role, Verifier
-from backpack_serving.sync import reader as reader_room
-from backpack_serving.sync import session as session_room
-from backpack_serving.sync.known import (
-    Canary,
-    Kind,
-    Known,
-    KnownChannel,
-    KnownKey,
-    KnownTenant,
-    Position,
-    ReleaseRef,
-    Steering,
-    View,
-)
+from backpack_serving.sync import client as reader_room
+from backpack_serving.sync import server as session_room
 from backpack_serving.sync.messages import SILENCE, FromReader, Refusal, ToReader
-from backpack_serving.sync.session import Page
+from backpack_serving.sync.server import HistoryPage
+from backpack_serving.sync.state import (
+    CanarySplit,
+    ChannelState,
+    KeyState,
+    Position,
+    ReaderKind,
+    ReleaseRef,
+    Stageable,
+    StateEntry,
+    StateView,
+    TenantState,
+)
 
 MODEL = "ab" * 32
 TENANTS = [f"t{n}" for n in range(5)]
@@ -65,10 +65,10 @@ class History:
         self._draw, self._dice = draw, dice
         self.head = Position(1, 0)
         self._kept = 0
-        self._log: list[Known] = []
-        self.state: dict[Any, Known] = {}
-        self.states: dict[Position, dict[Any, Known]] = {self.head: {}}
-        self.ever: dict[Any, set[Known]] = {}
+        self._log: list[StateEntry] = []
+        self.state: dict[Any, StateEntry] = {}
+        self.states: dict[Position, dict[Any, StateEntry]] = {self.head: {}}
+        self.ever: dict[Any, set[StateEntry]] = {}
         self.bad: set[str] = set()
         self.writes: Counter[tuple[str, str, str]] = Counter()
 
@@ -76,24 +76,24 @@ class History:
     def fingerprint(self) -> str:
         return MODEL
 
-    def snapshot(self) -> Page:
-        return Page(self.head, self.head, tuple(self.state.values()))
+    def snapshot(self) -> HistoryPage:
+        return HistoryPage(self.head, self.head, tuple(self.state.values()))
 
-    def since(self, revision: int) -> Page | None:
+    def since(self, revision: int) -> HistoryPage | None:
         if revision < self._kept:
             return None
         upto = min(self.head.revision, revision + self._draw.randint(1, 5))
-        return Page(self.head, Position(self.head.epoch, max(upto, revision)), tuple(self._log[revision:upto]))
+        return HistoryPage(self.head, Position(self.head.epoch, max(upto, revision)), tuple(self._log[revision:upto]))
 
     def write(self) -> None:
         """One more revision: a key, a tenant that is suspended or resumed, or a channel that moves."""
         tenant, draw = self._draw.choice(TENANTS), self._draw
-        change: Known
+        change: StateEntry
         if draw.random() < 0.2:
             who = Principal(tenant, f"key-{tenant}-{draw.randint(0, 2)}", frozenset({Role.CALLER}))
-            change = KnownKey(who, Verifier(b"", b""), revoked=draw.random() < 0.3)
+            change = KeyState(who, Verifier(b"", b""), revoked=draw.random() < 0.3)
         elif draw.random() < 0.3:  # always the same one: what one message tells has several of its changes
-            change = KnownTenant(TENANTS[0], suspended=draw.random() < 0.5)
+            change = TenantState(TENANTS[0], suspended=draw.random() < 0.5)
         else:
             change = self._channel(tenant, draw.choice(["live", "beta"]))
         self.head = Position(self.head.epoch, self.head.revision + 1)
@@ -116,32 +116,28 @@ class History:
         for at in range(revision + 1):  # of the new epoch only what comes is known; what was is the snapshot's
             self.states.setdefault(Position(self.head.epoch, at), self.state)
 
-    def _channel(self, tenant: str, name: str) -> KnownChannel:
+    def _channel(self, tenant: str, name: str) -> ChannelState:
         release = self._release(tenant)
         old = self.state.get((tenant, name))
-        canary = Canary(self._release(tenant), 100, "salt") if self._draw.random() < 0.2 else None
-        if isinstance(old, KnownChannel):
+        canary = CanarySplit(self._release(tenant), 100, "salt") if self._draw.random() < 0.2 else None
+        if isinstance(old, ChannelState):
             if canary:
                 return replace(old, canary=canary)
-            return KnownChannel(tenant, name, release, None, (old.stable, *old.earlier)[:2])
-        return KnownChannel(tenant, name, release)
+            return ChannelState(tenant, name, release, None, (old.stable, *old.earlier)[:2])
+        return ChannelState(tenant, name, release)
 
     def _release(self, tenant: str) -> ReleaseRef:
         number = self._draw.randint(0, 40)
         digest = f"{tenant}-{number}"
-        if (
-            number
-            and self._draw.random() < self._dice.bad_release
-            and digest not in self.ever.get("digests", set())
-        ):
+        if number and self._draw.random() < self._dice.bad_release and digest not in self.ever.get("digests", set()):
             self.bad.add(digest)
         self.ever.setdefault("digests", set()).add(digest)  # type: ignore[arg-type]
         return ReleaseRef(number, digest)
 
-    def _remember(self, change: Known) -> None:
+    def _remember(self, change: StateEntry) -> None:
         self.state = {**self.state, change.key: change}
         self.ever.setdefault(change.key, set()).add(change)
-        if isinstance(change, KnownChannel):
+        if isinstance(change, ChannelState):
             for release in change.serving:
                 self.writes[change.tenant, change.channel, release.digest] += 1
 
@@ -158,7 +154,7 @@ class World:
         self._order = itertools.count()
         self.history = History(self.draw, self.dice)
         self.service = Service(self)
-        kinds = [Kind.GATEWAY if n % 2 else Kind.REPLICA for n in range(readers)]
+        kinds = [ReaderKind.GATEWAY if n % 2 else ReaderKind.REPLICA for n in range(readers)]
         self.readers = [Node(self, f"r{n}", kind) for n, kind in enumerate(kinds)]
         self.counts: Counter[str] = Counter()
 
@@ -217,7 +213,7 @@ class Wire:
 
     def __init__(self, world: World, node: Node) -> None:
         self.world, self.node = world, node
-        self.session: session_room.Session | None = world.service.accept(self)
+        self.session: session_room.SyncServer | None = world.service.accept(self)
         self.open_for_node = self.open_for_service = True
         self._clear = {"up": 0.0, "down": 0.0}
 
@@ -255,12 +251,12 @@ class Service:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.sessions: dict[Wire, session_room.Session] = {}
+        self.sessions: dict[Wire, session_room.SyncServer] = {}
         self.sent = 0
         self._nonces = itertools.count(world.draw.getrandbits(40))
 
-    def accept(self, wire: Wire) -> session_room.Session:
-        session = session_room.Session(self.world.history, self._nonces)
+    def accept(self, wire: Wire) -> session_room.SyncServer:
+        session = session_room.SyncServer(self.world.history, self._nonces)
         self.sessions[wire] = session
         self._wake(wire)
         return session
@@ -303,15 +299,15 @@ class Node:
 
     world: World
     name: str
-    kind: Kind
-    disk: View = field(default_factory=View)
+    kind: ReaderKind
+    disk: StateView = field(default_factory=StateView)
     staged: set[str] = field(default_factory=set)
     attempts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     seen: Position = field(default_factory=Position)
     known: set[tuple[str, str]] = field(default_factory=set)
     refused: set[tuple[str, str]] = field(default_factory=set)
     lacking: set[tuple[str, str]] = field(default_factory=set)
-    writing: tuple[View, set[tuple[str, str]]] | None = None
+    writing: tuple[StateView, set[tuple[str, str]]] | None = None
     waiting: list[Callable[[], None]] = field(default_factory=list)
     wire: Wire | None = None
     lives: int = 0
@@ -322,7 +318,7 @@ class Node:
     def _start(self) -> None:
         self.lives += 1
         self.attempts.clear()
-        self.reader = reader_room.Reader(self.kind, f"{self.name}-{self.lives}", self.name, MODEL, self.disk)
+        self.reader = reader_room.SyncClient(self.kind, f"{self.name}-{self.lives}", self.name, MODEL, self.disk)
         self.heard = self.world.now
         self._connect(self.lives)
         self._beat(self.lives)
@@ -340,7 +336,7 @@ class Node:
         self.lacking |= self.refused
         self.refused = set()
         if self.world.chance(self.world.dice.lose_disk):
-            self.disk, self.seen = View(), Position()
+            self.disk, self.seen = StateView(), Position()
             self.known.clear()
         else:
             self.staged = {r.digest for c in self.disk.channels.values() for r in c.serving}
@@ -380,10 +376,10 @@ class Node:
             self.wire.up(self.reader.report())
         self.world.after(1.0, lambda: self._beat(life))
 
-    def _stage(self, wire: Wire, pending: reader_room.Pending) -> None:
+    def _stage(self, wire: Wire, pending: reader_room.PendingDelta) -> None:
         """Takes a while, if it is a replica's; then the answer goes out on the stream that it came from."""
         life = self.lives
-        seconds = self.world.draw.random() if self.kind is Kind.REPLICA and pending.work else 0.0
+        seconds = self.world.draw.random() if self.kind is ReaderKind.REPLICA and pending.work else 0.0
 
         def done() -> None:
             if life != self.lives:
@@ -424,8 +420,8 @@ class Node:
 
         self.world.after(self.world.draw.random() * 0.1, written)
 
-    def _refusal(self, change: Steering) -> Refusal | None:
-        if self.kind is Kind.GATEWAY:
+    def _refusal(self, change: Stageable) -> Refusal | None:
+        if self.kind is ReaderKind.GATEWAY:
             return None
         for release in change.serving:
             where = (change.tenant, change.key[1], release.digest)
@@ -449,7 +445,7 @@ class Node:
         self.seen = view.position
         for session in self.world.service.sessions.values():
             if (
-                self.kind is Kind.GATEWAY
+                self.kind is ReaderKind.GATEWAY
                 and session.hello
                 and session.hello.incarnation == self.reader.incarnation
             ):
@@ -467,28 +463,26 @@ class Node:
                 assert channel == expected[key], f"{self.name} at {view.position}: {channel}, not {expected[key]}"
             assert channel in history.ever[key], "a channel that never was so"
         for key, known in expected.items():
-            if isinstance(known, KnownChannel):
+            if isinstance(known, ChannelState):
                 assert key in view.channels or key in refused, f"{self.name} at {view.position} lacks {key}"
-            elif self.kind is Kind.GATEWAY:
-                told = view.tenants if isinstance(known, KnownTenant) else view.keys
+            elif self.kind is ReaderKind.GATEWAY:
+                told = view.tenants if isinstance(known, TenantState) else view.keys
                 assert told.get(str(key)) == known, f"{self.name} at {view.position} lacks {key}"
-        assert self.kind is Kind.GATEWAY or not (view.keys or view.tenants), "a replica has no use for them"
-        assert self.kind is Kind.GATEWAY or self._can_serve(view), "a view with a release that isn't ready"
+        assert self.kind is ReaderKind.GATEWAY or not (view.keys or view.tenants), "a replica has no use for them"
+        assert self.kind is ReaderKind.GATEWAY or self._can_serve(view), "a view with a release that isn't ready"
         for where, count in self.attempts.items():
             assert count <= history.writes[where], f"{where} was tried {count} times"
 
     def check_caught_up(self) -> None:
         history = self.world.history
-        assert self.reader.view.position == history.head, (
-            f"{self.name}: {self.reader.view.position}, {history.head}"
-        )
+        assert self.reader.view.position == history.head, f"{self.name}: {self.reader.view.position}, {history.head}"
         assert self.reader.age(self.world.now) < 2.5
         assert all(refusal.final and refusal.digest in history.bad for refusal in self.reader.refusals)
         (session,) = [s for w, s in self.world.service.sessions.items() if w is self.wire]
         assert session.acked == history.head
         assert set(session.refusals.values()) == set(self.reader.refusals), "the service knows what was refused"
 
-    def _can_serve(self, view: View) -> bool:
+    def _can_serve(self, view: StateView) -> bool:
         return (
             all(
                 r.digest in self.staged and r.digest not in self.world.history.bad

@@ -11,21 +11,21 @@ from typing import Any
 
 import pytest
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Cell, Release, Revision, Scale
-from backpack_serving.gateway.book import Book, Pinned
-from backpack_serving.inference.blobs import ReleaseBlobs
-from backpack_serving.inference.served import ServedModel
-from backpack_serving.inference.versions import Versions
+from backpack_lm.patch import Cell, ReleaseContent, RevisionContent, ScaleEdit
+from backpack_serving.gateway.registry import Pin, TenantRegistry
+from backpack_serving.inference.release_cache import ReleaseCache
+from backpack_serving.inference.release_files import ReleaseFiles
+from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.settings import default_model
-from backpack_serving.sync.known import Canary, Position, Steering, View
-from backpack_serving.sync.known_good import KnownGood
+from backpack_serving.sync.client import SyncClient
 from backpack_serving.sync.messages import Bookmark, Nack
-from backpack_serving.sync.reader import Reader
-from backpack_serving.sync.session import Session
+from backpack_serving.sync.server import SyncServer
+from backpack_serving.sync.snapshot_file import SnapshotFile
+from backpack_serving.sync.state import CanarySplit, Position, Stageable, StateView
 
-from tests.gateway import test_book
-from tests.inference import test_versions
-from tests.sync import test_known_good
+from tests.gateway import test_registry
+from tests.inference import test_release_cache
+from tests.sync import test_snapshot_file
 from tests.sync.test_schedules import run
 
 Patch = pytest.MonkeyPatch
@@ -33,143 +33,143 @@ Patch = pytest.MonkeyPatch
 
 def _nack_loop(patch: Patch) -> None:
     """One refused channel keeps a delta from being applied, and it is sent again at once."""
-    take, settle = Session.receive, Reader.settle
+    take, settle = SyncServer.receive, SyncClient.settle
 
-    def receive(self: Session, message: Any, now: float) -> None:
+    def receive(self: SyncServer, message: Any, now: float) -> None:
         if isinstance(message, Nack):
             self._flight = None
         take(self, message, now)
 
-    def all_or_nothing(self: Reader, nonce: int, refused: Iterable[Any], now: float) -> Any:
+    def all_or_nothing(self: SyncClient, nonce: int, refused: Iterable[Any], now: float) -> Any:
         refused = list(refused)
         if refused and self.pending and self.pending.nonce == nonce:
             self.pending = None
             return Nack(nonce, tuple(refused))
         return settle(self, nonce, refused, now)
 
-    patch.setattr(Session, "receive", receive)
-    patch.setattr(Reader, "settle", all_or_nothing)
+    patch.setattr(SyncServer, "receive", receive)
+    patch.setattr(SyncClient, "settle", all_or_nothing)
 
 
 def _any_nonce(patch: Patch) -> None:
     """An answer to an earlier delta counts for the one that is under way."""
-    land = Session._land
+    land = SyncServer._receive_ack
 
-    def any_nonce(self: Session, nonce: int, refused: Iterable[Any]) -> None:
+    def any_nonce(self: SyncServer, nonce: int, refused: Iterable[Any]) -> None:
         land(self, self._flight.nonce if self._flight else nonce, refused)
 
-    patch.setattr(Session, "_land", any_nonce)
+    patch.setattr(SyncServer, "_receive_ack", any_nonce)
 
 
 def _swap_in_two_steps(patch: Patch) -> None:
     """The position moves at once, the second half of the changes with the next message."""
-    changed, rest = View.changed, []
+    changed, rest = StateView.changed, []
 
-    def halves(self: View, position: Position, changes: Iterable[Any]) -> View:
+    def halves(self: StateView, position: Position, changes: Iterable[Any]) -> StateView:
         now = [*rest, *changes]
         rest[:] = now[len(now) // 2 + 1 :]
         return changed(self, position, now[: len(now) // 2 + 1])
 
-    patch.setattr(View, "changed", halves)
+    patch.setattr(StateView, "changed", halves)
 
 
 def _swap_before_staging(patch: Patch) -> None:
     """What arrives holds before it is ready."""
-    take = Reader._take
+    take = SyncClient._receive_changes
 
-    def early(self: Reader, nonce: int, position: Position, changes: Any) -> Any:
+    def early(self: SyncClient, nonce: int, position: Position, changes: Any) -> Any:
         answers = take(self, nonce, position, changes)
         if self.pending:
             self.view = self.view.changed(position, changes)
         return answers
 
-    patch.setattr(Reader, "_take", early)
+    patch.setattr(SyncClient, "_receive_changes", early)
 
 
 def _refused_holds_all_the_same(patch: Patch) -> None:
     """A Nack is sent, but the refused release is put in place."""
-    patch.setattr("backpack_serving.sync.reader._but", lambda changes, refusals: list(changes))
+    patch.setattr("backpack_serving.sync.client._but", lambda changes, refusals: list(changes))
 
 
 def _goes_back(patch: Patch) -> None:
     """An older snapshot or delta is applied as well."""
 
-    def take(self: Reader, nonce: int, position: Position, changes: Any) -> Any:
-        work = tuple(c for c in changes if isinstance(c, Steering))
-        from backpack_serving.sync.reader import Pending
+    def take(self: SyncClient, nonce: int, position: Position, changes: Any) -> Any:
+        work = tuple(c for c in changes if isinstance(c, Stageable))
+        from backpack_serving.sync.client import PendingDelta
 
-        self.pending = Pending(nonce, position, changes, work)
+        self.pending = PendingDelta(nonce, position, changes, work)
         return ()
 
-    patch.setattr(Reader, "_take", take)
+    patch.setattr(SyncClient, "_receive_changes", take)
 
 
 def _gap_is_overlooked(patch: Patch) -> None:
     """A delta is applied whatever it builds on."""
-    receive = Reader.receive
+    receive = SyncClient.receive
 
-    def careless(self: Reader, message: Any, now: float) -> Any:
+    def careless(self: SyncClient, message: Any, now: float) -> Any:
         if hasattr(message, "base") and message.position > self.known.position:
-            return self._take(message.nonce, message.position, message.changes)
+            return self._receive_changes(message.nonce, message.position, message.changes)
         return receive(self, message, now)
 
-    patch.setattr(Reader, "receive", careless)
+    patch.setattr(SyncClient, "receive", careless)
 
 
 def _absence_is_deletion(patch: Patch) -> None:
     """A snapshot replaces everything."""
-    receive = Reader.receive
+    receive = SyncClient.receive
 
-    def forget(self: Reader, message: Any, now: float) -> Any:
+    def forget(self: SyncClient, message: Any, now: float) -> Any:
         if type(message).__name__ == "Snapshot" and message.position > self.known.position:
-            self.known = View(self.known.position)
+            self.known = StateView(self.known.position)
         return receive(self, message, now)
 
-    patch.setattr(Reader, "receive", forget)
+    patch.setattr(SyncClient, "receive", forget)
 
 
 def _bookmark_of_the_head(patch: Patch) -> None:
     """A bookmark promises what is still under way."""
-    pump = Session.pump
+    pump = SyncServer.pump
 
-    def hasty(self: Session, now: float) -> Any:
+    def hasty(self: SyncServer, now: float) -> Any:
         head = self._log.snapshot().head
         return [Bookmark(head) if isinstance(m, Bookmark) else m for m in pump(self, now)]
 
-    patch.setattr(Session, "pump", hasty)
+    patch.setattr(SyncServer, "pump", hasty)
 
 
 def _half_open_for_ever(patch: Patch) -> None:
     """The service waits for a reader that it can't hear."""
-    patch.setattr("backpack_serving.sync.session.SILENCE", float("inf"))
+    patch.setattr("backpack_serving.sync.server.SILENCE", float("inf"))
 
 
 def _asks_for_little_after_a_start(patch: Patch) -> None:
     """A reader that has forgotten what it refused asks only for what came later."""
-    make = Reader.__init__
+    make = SyncClient.__init__
 
-    def unaware(self: Reader, *args: Any, **more: Any) -> None:
+    def unaware(self: SyncClient, *args: Any, **more: Any) -> None:
         make(self, *args, **more)
-        self._whole = False
+        self._needs_snapshot = False
 
-    patch.setattr(Reader, "__init__", unaware)
+    patch.setattr(SyncClient, "__init__", unaware)
 
 
 def _bookmark_holds_before_it_is_on_disk(patch: Patch) -> None:
     """A position that moves alone holds at once, and is written some time later."""
-    mark = Reader._mark
+    mark = SyncClient._apply_bookmark
 
-    def at_once(self: Reader, position: Position, now: float) -> None:
+    def at_once(self: SyncClient, position: Position, now: float) -> None:
         mark(self, position, now)
         self.view = replace(self.view, position=self.known.position)
 
-    patch.setattr(Reader, "_mark", at_once)
+    patch.setattr(SyncClient, "_apply_bookmark", at_once)
 
 
 def _truncating_write(patch: Patch) -> None:
     """The file on disk is written in place."""
 
-    def write(self: KnownGood, payload: bytes) -> None:
+    def write(self: SnapshotFile, payload: bytes) -> None:
         import hashlib
         import os
 
@@ -179,56 +179,56 @@ def _truncating_write(patch: Patch) -> None:
             file.flush()
             os.fsync(file.fileno())
 
-    patch.setattr(KnownGood, "write", write)
+    patch.setattr(SnapshotFile, "write", write)
 
 
 def _checksum_is_not_looked_at(patch: Patch) -> None:
     """A damaged file is taken for a whole one."""
 
-    def payload(self: KnownGood, path: Path) -> bytes | None:
+    def payload(self: SnapshotFile, path: Path) -> bytes | None:
         return path.read_bytes()[55:] if path.exists() else None
 
-    patch.setattr(KnownGood, "_payload", payload)
+    patch.setattr(SnapshotFile, "_payload", payload)
 
 
 def _canary_is_drawn_each_time(patch: Patch) -> None:
     """A canary doesn't stick to its request keys."""
-    patch.setattr(Canary, "takes", lambda self, key: random.random() * 1000 < self.permille)
+    patch.setattr(CanarySplit, "takes", lambda self, key: random.random() * 1000 < self.permille)
 
 
 def _missing_tenant_filter(patch: Patch) -> None:
     """A channel is found by its name alone."""
-    pin = Book.pin
+    pin = TenantRegistry.pin
 
-    def any_tenant(self: Book, tenant: str, channel: str, request_key: str = "") -> Pinned:
+    def any_tenant(self: TenantRegistry, tenant: str, channel: str, request_key: str = "") -> Pin:
         owner = next(t for t, c in self._reader.view.channels if c == channel)
         return pin(self, owner, channel, request_key)
 
-    patch.setattr(Book, "pin", any_tenant)
+    patch.setattr(TenantRegistry, "pin", any_tenant)
 
 
 def _eviction_of_what_is_in_use(patch: Patch) -> None:
     """The least recently used release goes, though a request runs under it."""
 
-    def evict(self: Versions) -> None:
+    def evict(self: ReleaseCache) -> None:
         while len(self._compiled) > self._capacity + len(self._kept):
             self._compiled.popitem(last=False)
 
-    patch.setattr(Versions, "_evict", evict)
+    patch.setattr(ReleaseCache, "_evict", evict)
 
 
 def _digest_is_not_verified(patch: Patch) -> None:
     """Whatever was fetched is compiled."""
 
-    def compile(self: Versions, revisions: list[bytes], digest: str) -> Overlay:
-        return Overlay.compile(Release(tuple(map(Revision.from_bytes, revisions))), self._served.table)
+    def compile(self: ReleaseCache, revisions: list[bytes], digest: str) -> Overlay:
+        return Overlay.compile(ReleaseContent(tuple(map(RevisionContent.from_bytes, revisions))), self._served.table)
 
-    patch.setattr(Versions, "_compile", compile)
+    patch.setattr(ReleaseCache, "_compile_release", compile)
 
 
 def _not_validated_again(patch: Patch) -> None:
     """What the store says is right is taken for right."""
-    patch.setattr(Release, "validate", lambda self, *_: None)
+    patch.setattr(ReleaseContent, "validate", lambda self, *_: None)
 
 
 def _not_tried_out(patch: Patch) -> None:
@@ -242,38 +242,38 @@ def _schedules(_: Path) -> None:
 
 
 def _cut_writes(folder: Path) -> None:
-    test_known_good.test_a_write_cut_off_anywhere_leaves_the_old_or_the_new(folder)
+    test_snapshot_file.test_a_write_cut_off_anywhere_leaves_the_old_or_the_new(folder)
 
 
 def _damaged(folder: Path) -> None:
-    test_known_good.test_a_damaged_file_is_never_used_the_one_before_it_is(KnownGood(folder / "cache" / "book"))
+    test_snapshot_file.test_a_damaged_file_is_never_used_the_one_before_it_is(SnapshotFile(folder / "cache" / "book"))
 
 
-def _told() -> test_book.Told:
-    told = test_book.Told()
-    told.hear((1, 7), test_book.KNOWN, test_book.LIVE, whole=True)
+def _told() -> test_registry.Told:
+    told = test_registry.Told()
+    told.hear((1, 7), test_registry.KNOWN, test_registry.LIVE, whole=True)
     return told
 
 
 def _versions(folder: Path, check: Callable[..., Any], *more: object) -> None:
-    served, shelf = ServedModel.read(default_model()), test_versions.Shelf()
+    served, shelf = ServedModel.read(default_model()), test_release_cache.Shelf()
 
-    def make(capacity: int = 2, tenant_bytes: int = 2**26) -> Versions:
-        return Versions(served, shelf.fetch, ReleaseBlobs(folder / "blobs"), capacity, tenant_bytes)
+    def make(capacity: int = 2, tenant_bytes: int = 2**26) -> ReleaseCache:
+        return ReleaseCache(served, shelf.fetch, ReleaseFiles(folder / "blobs"), capacity, tenant_bytes)
 
     asyncio.run(check(served, shelf, make, *more))
 
 
 def _residents(folder: Path) -> None:
-    _versions(folder, test_versions.test_what_channels_need_stays_and_of_the_rest_what_was_used_last)
+    _versions(folder, test_release_cache.test_what_channels_need_stays_and_of_the_rest_what_was_used_last)
 
 
 def _fuzz(folder: Path) -> None:
-    _versions(folder, test_versions.test_p9_fuzzed_bytes_are_never_served)
+    _versions(folder, test_release_cache.test_p9_fuzzed_bytes_are_never_served)
 
 
 def _applied_again(edits: Callable[..., Any], reason: str) -> Callable[[Path], None]:
-    check = test_versions.test_p14_what_was_stored_wrongly_is_refused_again_where_it_is_applied
+    check = test_release_cache.test_p14_what_was_stored_wrongly_is_refused_again_where_it_is_applied
     return lambda folder: _versions(folder, check, edits, reason)
 
 
@@ -293,13 +293,13 @@ GALLERY: dict[Callable[[Patch], None], Callable[[Path], None]] = {
     _truncating_write: _cut_writes,
     _checksum_is_not_looked_at: _damaged,
     _canary_is_drawn_each_time: lambda _: (
-        test_book.test_a_canary_takes_its_share_of_the_keys_and_the_same_ones_always(_told())
+        test_registry.test_a_canary_takes_its_share_of_the_keys_and_the_same_ones_always(_told())
     ),
     _eviction_of_what_is_in_use: _residents,
     _digest_is_not_verified: _fuzz,
-    _not_validated_again: _applied_again(lambda s: (Scale((Cell(5, 0),), 1.0),), "ZERO_EFFECT"),
-    _not_tried_out: _applied_again(lambda s: test_versions.hidden_overflow(s, 5, 3e38), "NON_FINITE"),
-    _missing_tenant_filter: lambda _: test_book.test_a_channel_of_another_tenant_is_not_there(_told().book),
+    _not_validated_again: _applied_again(lambda s: (ScaleEdit((Cell(5, 0),), 1.0),), "ZERO_EFFECT"),
+    _not_tried_out: _applied_again(lambda s: test_release_cache.hidden_overflow(s, 5, 3e38), "NON_FINITE"),
+    _missing_tenant_filter: lambda _: test_registry.test_a_channel_of_another_tenant_is_not_there(_told().book),
 }
 
 

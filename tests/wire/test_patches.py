@@ -42,39 +42,39 @@ def _all(token: int) -> tuple[Cell, ...]:
     [
         (
             pb.Edit(scale=pb.ScaleEdit(cells=[_cells("king", 3, 5), _cells("ship", 1)], factor=0.5)),
-            patch.Scale((Cell(KING, 3), Cell(KING, 5), Cell(SHIP, 1)), 0.5),
+            patch.ScaleEdit((Cell(KING, 3), Cell(KING, 5), Cell(SHIP, 1)), 0.5),
         ),
         (
             pb.Edit(add=pb.AddEdit(cells=[_cells("king", 3)], delta=_vector(1, -0.0, 2.5))),
-            patch.Add((Cell(KING, 3),), patch.Vector.of([1, 0, 2.5])),
+            patch.AddEdit((Cell(KING, 3),), patch.Vector.of([1, 0, 2.5])),
         ),
         (
             pb.Edit(set=pb.SetEdit(cells=[_cells("king", 3)], vector=_vector(1, 2.5, form="e"))),
-            patch.Set((Cell(KING, 3),), patch.Vector.of([1, 2.5])),
+            patch.SetEdit((Cell(KING, 3),), patch.Vector.of([1, 2.5])),
         ),
         (
             pb.Edit(copy=pb.CopyEdit(cells=[_cells("king")], source=_word("ship"))),
-            patch.Copy(_all(KING), SHIP),
+            patch.CopyEdit(_all(KING), SHIP),
         ),
         (
             pb.Edit(copy=pb.CopyEdit(cells=[_cells("king", 2)], source=_word("ship"), source_sense=0)),
-            patch.Copy((Cell(KING, 2),), SHIP, 0),
+            patch.CopyEdit((Cell(KING, 2),), SHIP, 0),
         ),
         (
             pb.Edit(project_out=pb.ProjectOutEdit(cells=[_cells("king")], direction=_word("ship"))),
-            patch.ProjectOut(_all(KING), SHIP),
+            patch.ProjectOutEdit(_all(KING), SHIP),
         ),
         (
             pb.Edit(swap=pb.SwapEdit(cells=[_cells("king", 0)], old=_word("king"), new=_word("ship"))),
-            patch.Swap((Cell(KING, 0),), KING, SHIP),
+            patch.SwapEdit((Cell(KING, 0),), KING, SHIP),
         ),
         (
             pb.Edit(topic=pb.TopicEdit(words=[_word("ship"), _word("king"), _word("ship")], strength=2)),
-            patch.Topic((SHIP, KING), 2),
+            patch.TopicEdit((SHIP, KING), 2),
         ),
         (
             pb.Edit(topic=pb.TopicEdit(words=[_word("ship")], strength=3, constant=True)),
-            patch.Topic((SHIP,), 3, annealed=False),
+            patch.TopicEdit((SHIP,), 3, annealed=False),
         ),
     ],
     ids=lambda value: value.WhichOneof("kind") if isinstance(value, pb.Edit) else "",
@@ -88,10 +88,8 @@ def test_every_kind_is_read_and_comes_back(message: pb.Edit, edit: patch.Edit) -
 
 def test_a_topic_takes_the_first_token_of_each_word() -> None:
     several = TOKENIZER.encode(" kingdomless")
-    (edit,) = read_edits(
-        [pb.Edit(topic=pb.TopicEdit(words=[_word("kingdomless")], strength=1))], TOKENIZER, SENSES
-    )
-    assert isinstance(edit, patch.Topic)
+    (edit,) = read_edits([pb.Edit(topic=pb.TopicEdit(words=[_word("kingdomless")], strength=1))], TOKENIZER, SENSES)
+    assert isinstance(edit, patch.TopicEdit)
     assert edit.tokens == (several[0],)
 
 
@@ -234,9 +232,9 @@ def test_of_very_many_senses_no_list_is_made(word: str, reason: str) -> None:
 
 def test_cells_of_all_edits_count_together_up_to_the_limit() -> None:
     edits = [pb.Edit(scale=pb.ScaleEdit(cells=[_cells("king"), _cells("ship")], factor=0.5))] * 2
-    assert len(read_edits(edits, TOKENIZER, SENSES, patch.Limits(cells=4 * SENSES))) == 2
+    assert len(read_edits(edits, TOKENIZER, SENSES, patch.PatchLimits(cells=4 * SENSES))) == 2
     with pytest.raises(InvalidRequest, match=r"64 cells by edits\[1\]\.scale\.cells\[1\], at most 63"):
-        read_edits(edits, TOKENIZER, SENSES, patch.Limits(cells=4 * SENSES - 1))
+        read_edits(edits, TOKENIZER, SENSES, patch.PatchLimits(cells=4 * SENSES - 1))
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from torch import Tensor
 from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.lab.contrast import find_sense
 from backpack_lm.lab.debias import Debiased, debias, least
+from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
-from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.progress import ResumeJournal, Watch
 from backpack_lm.lab.twin import read_twin
-from backpack_lm.lab.watch import Journal, Watch
 from backpack_lm.model import TransformerTwin
 from backpack_lm.reports.plots import bars
 from backpack_lm.reports.report import Report, Table
@@ -98,11 +98,7 @@ class BiasResult:
                 if found.fitted < found.removed < found.unmodified
                 else ("The paper's order, optimise below remove below unmodified, does not show on this model.",)
             ),
-            *(
-                ("No twin was given, so there is no null-space baseline; --twin takes one.",)
-                if not self.twin
-                else ()
-            ),
+            *(("No twin was given, so there is no null-space baseline; --twin takes one.",) if not self.twin else ()),
             *report.notes,
         )
         numbers = [str(sense) for sense in range(len(removed))]
@@ -126,18 +122,18 @@ class GenderBias:
     sense: int | None = None
     NAME: ClassVar[str] = "bias"
 
-    def run(self, subject: Subject, watch: Watch) -> Result:
+    def run(self, subject: LabModel, watch: Watch) -> Result:
         twin = read_twin(self.twin, subject.config) if self.twin else None
         search = find_sense(subject, NOUNS, "he", "she", ESTIMATION, watch)
         found, free = (
-            debias(subject, NOUNS, watch, Journal(None, {}), sense=self.sense, penalty=penalty, search=search)
+            debias(subject, NOUNS, watch, ResumeJournal(None, {}), sense=self.sense, penalty=penalty, search=search)
             for penalty in (PENALTY, 0.0)
         )
         baseline = null_space(subject, twin, found.search.words, watch) if twin else None
         return BiasResult(found, free, baseline)
 
 
-def null_space(subject: Subject, twin: TransformerTwin, nouns: Sequence[str], watch: Watch) -> NullSpace:
+def null_space(subject: LabModel, twin: TransformerTwin, nouns: Sequence[str], watch: Watch) -> NullSpace:
     """The baseline of the paper's table 6: remove, or scale by a fitted amount, what a noun's input embedding has
     of the direction from “he” to “she”; the output embedding stays as it is."""
     she, he = subject.token("she"), subject.token("he")

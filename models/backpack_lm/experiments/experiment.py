@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from backpack_lm.lab.subject import Subject
-from backpack_lm.lab.watch import Watch
+from backpack_lm.lab.lab_model import LabModel
+from backpack_lm.lab.progress import Watch
 from backpack_lm.reports.report import Report
 
 
@@ -36,11 +36,11 @@ class Experiment(Protocol):
 
     NAME: ClassVar[str]
 
-    def run(self, subject: Subject, watch: Watch) -> Result: ...
+    def run(self, subject: LabModel, watch: Watch) -> Result: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenFiles:
     """The files of a finished experiment."""
 
     report: Report
@@ -49,7 +49,7 @@ class Written:
     html: Path
 
 
-def write(experiment: Experiment, subject: Subject, result: Result, folder: Path, command: str) -> Written:
+def write(experiment: Experiment, subject: LabModel, result: Result, folder: Path, command: str) -> WrittenFiles:
     """Keep a result as JSON, Markdown and a page of HTML in `folder`, each named after the experiment."""
     folder.mkdir(parents=True, exist_ok=True)
     report = replace(result.report(), made_by=command)
@@ -65,7 +65,7 @@ def write(experiment: Experiment, subject: Subject, result: Result, folder: Path
     files[0].write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
     files[1].write_text(report.markdown(), "utf-8")
     files[2].write_text(report.html(), "utf-8")
-    return Written(report, *files)
+    return WrittenFiles(report, *files)
 
 
 def _plain(value: object) -> Any:

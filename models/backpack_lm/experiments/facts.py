@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backpack_lm.experiments.experiment import Headline, Result
-from backpack_lm.experiments.known import FACTS, Fact
-from backpack_lm.lab.subject import Steered, Subject
+from backpack_lm.experiments.fact_lists import FACTS, Fact
+from backpack_lm.lab.lab_model import LabModel, SteeredModel
+from backpack_lm.lab.progress import Watch
 from backpack_lm.lab.swap import FITTED, STRENGTHS, Swapped, SwappedFact, fit_strength, swap_fact
 from backpack_lm.lab.text import held_out, rows
-from backpack_lm.lab.watch import Watch
 from backpack_lm.overlay import Overlay
 from backpack_lm.reports.report import Report, Table
 
@@ -166,7 +166,7 @@ class KnowledgeEditing:
     tokens: int = 20_000
     NAME: ClassVar[str] = "facts"
 
-    def run(self, subject: Subject, watch: Watch) -> Result:
+    def run(self, subject: LabModel, watch: Watch) -> Result:
         known = [f for f in FACTS if len(subject.known((f.word, f.old, f.new))) == 3]
         by_strength: dict[float, list[SwappedFact]] = {strength: [] for strength in STRENGTHS}
         others: list[Swapped] = []
@@ -188,7 +188,7 @@ class KnowledgeEditing:
         return FactsResult(by_strength[1.0], [fact.strength for fact in fitted], unknown, strengths)
 
     @torch.inference_mode()
-    def _costs(self, subject: Subject, swaps: Sequence[list[SwappedFact]], watch: Watch) -> Sequence[Cost | None]:
+    def _costs(self, subject: LabModel, swaps: Sequence[list[SwappedFact]], watch: Watch) -> Sequence[Cost | None]:
         if not self.texts:
             return [None] * len(swaps)
         length, each = subject.config.n_positions, self.tokens // len(self.texts)
@@ -201,9 +201,7 @@ class KnowledgeEditing:
         for facts in watch(swaps, "held-out text", len(swaps)):
             overlay = subject.overlay(*(edit for fact in facts for edit in fact.edits(subject)))
             more = _losses(subject, overlay, text) - before
-            costs.append(
-                Cost(*(float(more[part].sum() / before[part].sum()) if part.any() else 0.0 for part in parts))
-            )
+            costs.append(Cost(*(float(more[part].sum() / before[part].sum()) if part.any() else 0.0 for part in parts)))
         return costs
 
 
@@ -217,9 +215,9 @@ def _on_the_others(by_strength: dict[float, list[SwappedFact]], left_out: int) -
     return max(by_strength)
 
 
-def _losses(subject: Subject, overlay: Overlay, text: Tensor) -> Tensor:
+def _losses(subject: LabModel, overlay: Overlay, text: Tensor) -> Tensor:
     """Cross-entropy of each token of rows [N, T + 1]: [N, T]."""
-    model, found = Steered(subject, overlay), []
+    model, found = SteeredModel(subject, overlay), []
     for row in text:
         logits = model.mix(row[None, :-1])[0] @ subject.head.t()
         found.append(F.cross_entropy(logits, row[1:], reduction="none").double())
@@ -230,7 +228,7 @@ def _prompts(facts: Sequence[SwappedFact]) -> list[Swapped]:
     return [prompt for fact in facts for prompt in fact.prompts]
 
 
-def _naming(subject: Subject, fact: Fact) -> list[str]:
+def _naming(subject: LabModel, fact: Fact) -> list[str]:
     """A word at the very start of a prompt is another token, without its space; such prompts get a beginning."""
     token = subject.token(fact.word)
     return [p if token in subject.ids(p) else f"They say that {p}" for p in fact.prompts]

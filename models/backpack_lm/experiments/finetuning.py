@@ -14,18 +14,18 @@ import torch
 
 from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.experiments.tasks import TASKS
-from backpack_lm.lab.examples import Example
+from backpack_lm.lab.examples import CanonicalExample
 from backpack_lm.lab.finetune import Finetuner, Finetuning
-from backpack_lm.lab.subject import Prompts, Subject
+from backpack_lm.lab.lab_model import LabModel, Prompts
+from backpack_lm.lab.progress import Watch
 from backpack_lm.lab.text import both_parts
-from backpack_lm.lab.watch import Watch
 from backpack_lm.overlay import Overlay
 from backpack_lm.reports.plots import lines
 from backpack_lm.reports.report import Report, Table
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class AnswerScore:
     """Share of questions answered right, and mean log p of the right answer."""
 
     success: float
@@ -41,8 +41,8 @@ class Taught:
     cells: int
     step: int
     loss_change: float
-    taught: Score
-    asked: Score
+    taught: AnswerScore
+    asked: AnswerScore
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class FinetuningResult:
     """Scores by task before, as taught and as asked otherwise; each task at each budget; how many answers a task
     has; (held-out loss change in ‰, loss on the examples) of each check of a task's run."""
 
-    before: dict[str, tuple[Score, Score]]
+    before: dict[str, tuple[AnswerScore, AnswerScore]]
     tasks: list[Taught]
     answers: dict[str, int]
     curves: dict[str, list[tuple[float, float]]]
@@ -78,7 +78,7 @@ class FinetuningResult:
     def report(self) -> Report:
         rows: list[tuple[str | int | float | None, ...]] = []
         for task, (taught, asked) in self.before.items():
-            rows.append((task, "unmodified", None, None, *_shown(taught), *_shown(asked)))
+            rows.append((task, "unmodified", None, None, *_answer_row(taught), *_answer_row(asked)))
             for t in (t for t in self.tasks if t.task == task):
                 rows.append(
                     (
@@ -86,8 +86,8 @@ class FinetuningResult:
                         f"{t.budget:.0e}",
                         t.cells,
                         f"{t.loss_change:+.1e}",
-                        *_shown(t.taught),
-                        *_shown(t.asked),
+                        *_answer_row(t.taught),
+                        *_answer_row(t.asked),
                     )
                 )
         columns = ("task", "budget", "cells", "held-out loss", "taught %", "log p", "asked otherwise %", "log p")
@@ -127,7 +127,7 @@ class SenseFinetuning:
     plan: Finetuning = field(default_factory=Finetuning)
     NAME: ClassVar[str] = "finetuning"
 
-    def run(self, subject: Subject, watch: Watch) -> Result:
+    def run(self, subject: LabModel, watch: Watch) -> Result:
         near, judged = both_parts(subject, self.text, self.tokens)
         before, tasks, answers, curves = {}, [], {}, {}
         for task in TASKS:
@@ -136,11 +136,11 @@ class SenseFinetuning:
             if len(known) < 2:
                 continue
             answers[task.name] = len(known)
-            before[task.name] = _scores(subject, subject.overlay(), examples, questions)
+            before[task.name] = _score_tasks(subject, subject.overlay(), examples, questions)
             run = Finetuner(subject, examples, near, judged, self.plan)
             for budget, found in run.run(watch, self.budgets).items():
                 overlay = subject.overlay(*found.edits())
-                scores = _scores(subject, overlay, examples, questions)
+                scores = _score_tasks(subject, overlay, examples, questions)
                 best = found.best
                 tasks.append(Taught(task.name, budget, len(found.edits()), best.step, best.change, *scores))
             curves[task.name] = [(1000 * check.change, check.loss) for check in run.checks]
@@ -149,20 +149,20 @@ class SenseFinetuning:
         return FinetuningResult(before, tasks, answers, curves)
 
 
-def _scores(
-    subject: Subject, overlay: Overlay, examples: Sequence[Example], questions: Sequence[Example]
-) -> tuple[Score, Score]:
+def _score_tasks(
+    subject: LabModel, overlay: Overlay, examples: Sequence[CanonicalExample], questions: Sequence[CanonicalExample]
+) -> tuple[AnswerScore, AnswerScore]:
     return score(subject, overlay, examples), score(subject, overlay, questions)
 
 
-def score(subject: Subject, overlay: Overlay, questions: Sequence[Example]) -> Score:
+def score(subject: LabModel, overlay: Overlay, questions: Sequence[CanonicalExample]) -> AnswerScore:
     """Of the answers that occur, is each question's own the likeliest?"""
     answers = sorted({subject.token(question.target) for question in questions})
     right = torch.tensor([answers.index(subject.token(question.target)) for question in questions])
     logs = Prompts(subject, [question.prompt for question in questions]).log_probabilities(overlay)[:, answers]
     hits = (logs.argmax(1) == right).double().mean()
-    return Score(float(hits), float(logs.gather(1, right[:, None]).mean()))
+    return AnswerScore(float(hits), float(logs.gather(1, right[:, None]).mean()))
 
 
-def _shown(found: Score) -> tuple[float, float]:
+def _answer_row(found: AnswerScore) -> tuple[float, float]:
     return 100 * found.success, found.log_probability

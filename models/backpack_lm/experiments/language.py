@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from backpack_lm.experiments.experiment import Headline, Result
-from backpack_lm.lab.subject import Steered, Subject
+from backpack_lm.lab.lab_model import LabModel, SteeredModel
+from backpack_lm.lab.progress import Watch
 from backpack_lm.lab.text import held_out, plain, stream
 from backpack_lm.lab.twin import read_twin
-from backpack_lm.lab.watch import Watch
 from backpack_lm.model import TransformerTwin
 from backpack_lm.reports.report import Report, Table
 from backpack_lm.training.evaluation import perplexity
@@ -107,11 +107,11 @@ class LanguageModelling:
     tokens: int = 50_000
     NAME: ClassVar[str] = "language"
 
-    def run(self, subject: Subject, watch: Watch) -> Result:
+    def run(self, subject: LabModel, watch: Watch) -> Result:
         if not self.corpus and not self.texts:
             raise ValueError("no text; give a JSON-lines file with --corpus or a plain one with --text")
         twin = read_twin(self.twin, subject.config) if self.twin else None
-        model = Steered(subject, subject.overlay())
+        model = SteeredModel(subject, subject.overlay())
         contexts = [subject.config.n_positions, *([twin.config.n_positions] if twin else [])]
         length = min(contexts)  # a longer context would help one of them
         parts = [(f"{path.name}, held out", True, held_out(path)) for path in self.corpus]
@@ -127,8 +127,8 @@ class LanguageModelling:
 def _measure(
     name: str,
     aside: bool,
-    subject: Subject,
-    model: Steered,
+    subject: LabModel,
+    model: SteeredModel,
     twin: TransformerTwin | None,
     ids: Tensor,
     length: int,

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from backpack_lm.experiments.experiment import Headline, Result
-from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.lab_model import LabModel
+from backpack_lm.lab.progress import Watch
 from backpack_lm.lab.text import plain
 from backpack_lm.lab.twin import read_twin
-from backpack_lm.lab.watch import Watch
 from backpack_lm.reports.plots import bars
 from backpack_lm.reports.report import Entry, Report, Table, best
 
@@ -40,9 +40,7 @@ class DataSet:
         """Raises ValueError naming the file, and the line that isn't a rated pair."""
         path = folder / self.file
         if not path.exists():
-            raise ValueError(
-                f"{path} doesn't exist; --data is the folder that holds {self.file} as it is published"
-            )
+            raise ValueError(f"{path} doesn't exist; --data is the folder that holds {self.file} as it is published")
         rows = list(csv.reader(plain(path).splitlines(), delimiter=self.delimiter))
         pairs = []
         for number, row in enumerate(rows[self.header :], 1 + self.header):
@@ -79,9 +77,7 @@ class LexicalResult:
     def headline(self) -> Headline:
         against, whose = (self.embedding, "its own") if self.twin is None else (self.twin, "the twin's")
         names = list(self.senses)[:2]
-        figures = "; ".join(
-            f"{n}: {max(self.senses[n]):.3f} / {self.minimum[n]:.3f} / {against[n]:.3f}" for n in names
-        )
+        figures = "; ".join(f"{n}: {max(self.senses[n]):.3f} / {self.minimum[n]:.3f} / {against[n]:.3f}" for n in names)
         above = all(max(*self.senses[n], self.minimum[n]) > against[n] for n in names)
         return Headline(
             f"best sense / minimum / {whose} embeddings, {figures}",
@@ -99,9 +95,7 @@ class LexicalResult:
         rows.append(("embeddings", *(self.embedding[n] for n in names)))
         rows.append(("minimum over senses", *(self.minimum[n] for n in names)))
         rows.append((f"sense {one}, the best on all together", *(self.senses[n][one] for n in names)))
-        rows.append(
-            ("best sense of each", *(f"{max(self.senses[n]):.3f} ({best(self.senses[n])})" for n in names))
-        )
+        rows.append(("best sense of each", *(f"{max(self.senses[n]):.3f} ({best(self.senses[n])})" for n in names)))
         every: tuple[tuple[Entry, ...], ...] = tuple(
             (f"sense {s}", *(self.senses[n][s] for n in names)) for s in range(len(self.senses[names[0]]))
         )
@@ -137,7 +131,7 @@ class LexicalSimilarity:
     twin: Path | None = None
     NAME: ClassVar[str] = "lexical"
 
-    def run(self, subject: Subject, watch: Watch) -> Result:
+    def run(self, subject: LabModel, watch: Watch) -> Result:
         lists = {data_set.name: data_set.read(self.data) for data_set in DATA_SETS}
         twin = read_twin(self.twin, subject.config).embedding if self.twin else None
         words = sorted({word for pairs in lists.values() for one, two, _ in pairs for word in (one, two)})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from backpack_lm.lab.examples import Example
+from backpack_lm.lab.examples import CanonicalExample
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +19,12 @@ class Task:
     asked: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...]
 
-    def examples(self, known: set[str]) -> list[Example]:
-        return [Example(self.taught.format(one), other) for one, other in self._pairs(known)]
+    def examples(self, known: set[str]) -> list[CanonicalExample]:
+        return [CanonicalExample(self.taught.format(one), other) for one, other in self._pairs(known)]
 
-    def questions(self, known: set[str]) -> list[Example]:
+    def questions(self, known: set[str]) -> list[CanonicalExample]:
         """Every pair in every other wording."""
-        return [Example(asked.format(one), other) for one, other in self._pairs(known) for asked in self.asked]
+        return [CanonicalExample(asked.format(one), other) for one, other in self._pairs(known) for asked in self.asked]
 
     def _pairs(self, known: set[str]) -> list[tuple[str, str]]:
         return [(one, other) for one, other in self.pairs if other in known]

@@ -1,7 +1,7 @@
 """Topic control (paper, section 6): samples from the end-of-text token, steered to a topic at four strengths.
 
 Two ways of steering by senses stand beside a logit bias: the paper's multipliers, and the lab's frequent words
-that lean to the topic (`lab/lean.py`).
+that lean to the topic (`lab/topic_vector.py`).
 
 Success: of the 17 topics, the judge finds the text nearest to the one that was asked for. There is no threshold to
 choose, chance is 1 in 17, and unsteered text scores exactly that when each of it is judged for every topic.
@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 from backpack_lm.experiments.experiment import Result
-from backpack_lm.experiments.reader import Reader, default_reader
-from backpack_lm.experiments.themes import THEMES
-from backpack_lm.experiments.ways import LOGIT_BIAS, UNSTEERED, TopicsResult, Way
-from backpack_lm.lab.lean import Frequent, lean_edits
-from backpack_lm.lab.lockstep import sample
-from backpack_lm.lab.subject import Steered, Subject
+from backpack_lm.experiments.topic_judge import TopicJudge, default_judge
+from backpack_lm.experiments.topic_methods import LOGIT_BIAS, UNSTEERED, TopicMethod, TopicsResult
+from backpack_lm.experiments.topic_words import THEMES
+from backpack_lm.lab.batch_sampler import sample
+from backpack_lm.lab.lab_model import LabModel, SteeredModel
+from backpack_lm.lab.progress import ResumeJournal, Watch
 from backpack_lm.lab.topic import STRENGTHS, By
+from backpack_lm.lab.topic_vector import FrequentWords, topic_vector_edits
 from backpack_lm.lab.twin import read_twin
-from backpack_lm.lab.watch import Journal, Watch
-from backpack_lm.patch import Topic
+from backpack_lm.patch import TopicEdit
 from backpack_lm.training.evaluation import LanguageModel
 
 BIASES = (2.0, 4.0, 5.0, 6.0, 8.0)
@@ -57,14 +57,14 @@ class TopicControl:
     work: Path | None = None
     NAME: ClassVar[str] = "topics"
 
-    def run(self, subject: Subject, watch: Watch) -> Result:
+    def run(self, subject: LabModel, watch: Watch) -> Result:
         if subject.config.eos_token_id is None:
             raise ValueError("this model has no end-of-text token to start a text with")
-        reader = Reader(self.judge or default_reader())
+        reader = TopicJudge(self.judge or default_judge())
         twin = read_twin(self.twin, subject.config) if self.twin else None
-        if twin and len(self._prompt(subject)) + self.length > twin.config.n_positions:
+        if twin and len(self._start_prompt(subject)) + self.length > twin.config.n_positions:
             raise ValueError(f"the twin reads {twin.config.n_positions} tokens; make the texts shorter")
-        quality = twin or Steered(subject, subject.overlay())
+        quality = twin or SteeredModel(subject, subject.overlay())
         piece = subject.tokenizer.piece
         words = {theme: [piece(token).strip() for token in _tokens(subject, theme)] for theme in THEMES}
         themes = reader.embed(list(THEMES))
@@ -74,12 +74,12 @@ class TopicControl:
             "length": self.length,
             "prompt": self.prompt,
         }
-        journal = Journal(self.work, {**made_by, "seed": self.seed})
+        journal = ResumeJournal(self.work, {**made_by, "seed": self.seed})
         plan: list[tuple[str, float]] = [(UNSTEERED, 0.0)]
         plan += [(by, float(s)) for by in (By.MULTIPLIERS, By.LEAN) for s in STRENGTHS]
         plan += [(LOGIT_BIAS, bias) for bias in BIASES]
         parts = [(way, theme) for way in plan for theme in (list(THEMES) if way[1] else [UNSTEERED])]
-        frequent = Frequent.of(subject)
+        frequent = FrequentWords.of(subject)
         texts: dict[tuple[tuple[str, float], str], list[list[int]]] = {}
         for way, theme in watch(parts, "topics × ways", len(parts)):
             key = f"{way[0]} {way[1]:g}, {theme}"
@@ -87,32 +87,32 @@ class TopicControl:
         ways = []
         for way in watch(plan, "judging", len(plan)):
             judged = {t: texts[way, t if way[1] else UNSTEERED] for t in THEMES}
-            ways.append(_judge(subject, reader, quality, themes, way, judged, self._prompt(subject)))
+            ways.append(_judge_texts(subject, reader, quality, themes, way, judged, self._start_prompt(subject)))
         name = "the twin" if twin else "the model, unsteered"
         return TopicsResult(ways, words, self.samples, self.length, self.prompt, name)
 
-    def _prompt(self, subject: Subject) -> list[int]:
+    def _start_prompt(self, subject: LabModel) -> list[int]:
         assert subject.config.eos_token_id is not None
         return [subject.config.eos_token_id, *subject.tokenizer.encode(self.prompt)]
 
-    def _texts(self, subject: Subject, frequent: Frequent, way: tuple[str, float], theme: str) -> list[list[int]]:
+    def _texts(self, subject: LabModel, frequent: FrequentWords, way: tuple[str, float], theme: str) -> list[list[int]]:
         tokens, (name, strength) = _tokens(subject, theme) if theme in THEMES else (), way
         overlay, bias = subject.overlay(), None
         if name == By.MULTIPLIERS:
-            overlay = subject.overlay(Topic(tokens, int(strength)))
+            overlay = subject.overlay(TopicEdit(tokens, int(strength)))
         elif name == By.LEAN:
-            overlay = subject.overlay(*lean_edits(subject, tokens, int(strength), frequent))
+            overlay = subject.overlay(*topic_vector_edits(subject, tokens, int(strength), frequent))
         elif name == LOGIT_BIAS:
             bias = torch.zeros(subject.config.tokens)
             bias[list(tokens)] = strength
         seed = self.seed + 1000 * (list(THEMES).index(theme) + 1 if tokens else 0)
         ids: list[list[int]] = sample(
-            subject, overlay, self._prompt(subject), self.samples, self.length, seed, bias
+            subject, overlay, self._start_prompt(subject), self.samples, self.length, seed, bias
         ).tolist()
         return ids
 
 
-def _tokens(subject: Subject, theme: str) -> tuple[int, ...]:
+def _tokens(subject: LabModel, theme: str) -> tuple[int, ...]:
     """A topic's words that are one token; if there is none, the first token of each word, as the paper's code has
     it."""
     words = subject.known(THEMES[theme])
@@ -120,15 +120,15 @@ def _tokens(subject: Subject, theme: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _judge(
-    subject: Subject,
-    reader: Reader,
+def _judge_texts(
+    subject: LabModel,
+    reader: TopicJudge,
     quality: LanguageModel,
     themes: Tensor,
     way: tuple[str, float],
     judged: dict[str, list[list[int]]],
     prompt: list[int],
-) -> Way:
+) -> TopicMethod:
     success: dict[str, float] = {}
     flat = [ids for texts in judged.values() for ids in texts]
     distinct_texts = [list(t) for t in dict.fromkeys(map(tuple, flat))]
@@ -137,7 +137,7 @@ def _judge(
     for number, (theme, texts) in enumerate(judged.items()):
         success[theme] = 100 * sum(nearest[tuple(ids)] == number for ids in texts) / len(texts)
     example = subject.tokenizer.decode(judged["food and dining"][0][:60])
-    return Way(
+    return TopicMethod(
         way[0],
         way[1],
         fmean(success.values()),

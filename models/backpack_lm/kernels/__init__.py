@@ -4,8 +4,8 @@
 `cuda` on a CUDA device with Triton. All of them work on the same `Caches`, and tests hold them equal.
 """
 
-from backpack_lm.kernels.caches import Caches, Drawing, New, Prediction, Run
+from backpack_lm.kernels.caches import Caches, DrawParams, MixSpan, StepInput, TokenSpan
 from backpack_lm.kernels.choice import Device, Precision, choose
-from backpack_lm.kernels.seam import Kernels
+from backpack_lm.kernels.interface import Kernels
 
-__all__ = ["Caches", "Device", "Drawing", "Kernels", "New", "Precision", "Prediction", "Run", "choose"]
+__all__ = ["Caches", "Device", "DrawParams", "Kernels", "MixSpan", "Precision", "StepInput", "TokenSpan", "choose"]

@@ -42,7 +42,7 @@ def library() -> ctypes.CDLL:
     try:
         file = _path()
         if not _whole(file):
-            _compile(file)
+            _compile_library(file)
         # Loaded, it shares torch's OpenMP threads: its libgomp is here already.
         return ctypes.CDLL(str(file))
     except OSError as error:
@@ -58,14 +58,14 @@ def _path() -> Path:
 
 
 def _whole(file: Path) -> bool:
-    """Whether it is there as `_compile` left it. Loading a damaged one isn't refused: it may kill the process."""
+    """Whether it is there as `_compile_library` left it. Loading a damaged one may kill the process."""
     with suppress(FileNotFoundError):
         data = file.read_bytes()
-        return _checksum(data[:-_CHECKSUM]) == data[-_CHECKSUM:]
+        return _source_digest(data[:-_CHECKSUM]) == data[-_CHECKSUM:]
     return False
 
 
-def _checksum(data: bytes) -> bytes:
+def _source_digest(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
@@ -77,7 +77,7 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _compile(file: Path) -> None:
+def _compile_library(file: Path) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         raise NotBuilt("no C++ compiler; install g++ for the fast CPU kernels")
@@ -89,7 +89,7 @@ def _compile(file: Path) -> None:
         if done.returncode:
             raise NotBuilt(f"{compiler} failed: {done.stderr.strip()[-2000:]}")
         with made.open("rb+") as written:
-            written.write(_checksum(written.read()))  # behind all that is loaded
+            written.write(_source_digest(written.read()))  # behind all that is loaded
             written.flush()
             os.fsync(written.fileno())  # or a power cut may leave the name with nothing behind it
         made.replace(file)  # at once whole: another process may be looking

@@ -16,7 +16,7 @@ LANES = 16
 """The context of a cache is a multiple of this: kernels read whole vectors."""
 
 
-class New(NamedTuple):
+class StepInput(NamedTuple):
     """A step's new tokens: ids, slots and positions [N], and the table rows that are their senses [N, k] int32."""
 
     tokens: Tensor
@@ -24,11 +24,11 @@ class New(NamedTuple):
     positions: Tensor
     rows: Tensor
 
-    def to(self, device: torch.device) -> New:
-        return self if device.type == "cpu" else New._make(part.to(device, non_blocking=True) for part in self)
+    def to(self, device: torch.device) -> StepInput:
+        return self if device.type == "cpu" else StepInput._make(part.to(device, non_blocking=True) for part in self)
 
 
-class Run(NamedTuple):
+class TokenSpan(NamedTuple):
     """Consecutive new tokens of one sequence: `size` of them, from `token` in the step's tokens [N], at the
     positions from `position` on of a slot."""
 
@@ -38,7 +38,7 @@ class Run(NamedTuple):
     size: int
 
 
-class Prediction(NamedTuple):
+class MixSpan(NamedTuple):
     """The next token of a slot that holds `length` tokens, steered by topics.
 
     `fresh`: the newest token has still to be counted in the slot's annealing.
@@ -50,7 +50,7 @@ class Prediction(NamedTuple):
     topics: tuple[TopicMultipliers, ...] = ()
 
 
-class Drawing(NamedTuple):
+class DrawParams(NamedTuple):
     """How a token is chosen: the greatest logit at `temperature` 0, else drawn with the noise of `seed` and
     `position`: of the `top_k` likeliest (0: of all) the smallest set that has at least `top_p` of their
     probability. Of equal ones the first in the vocabulary is the likelier.
@@ -74,11 +74,11 @@ class Caches:
     rows        [S, T, k] int32    row of `table` for each sense of each position
     previous    [S, T] int32       where the same token stood last before, −1 if nowhere
     following   [S, T] int32       where it stands next, 0 if nowhere: a repeated token is mixed in once
-    satisfied   [S, T, k] float32  a = Σ_i relu(E[x_i]·C(x_j)_l), where a topic is annealed
+    annealed_sum   [S, T, k] float32  a = Σ_i relu(E[x_i]·C(x_j)_l), where a topic is annealed
     table       [V·k + R, d]       sense vectors; R rows of releases behind the model's own
     embedding   [V, d]             E
 
-    Of all these, only `rows` and `satisfied` depend on a patch, and they follow from `ids`.
+    Of all these, only `rows` and `annealed_sum` depend on a patch, and they follow from `ids`.
     """
 
     keys: Tensor
@@ -88,7 +88,7 @@ class Caches:
     rows: Tensor
     previous: Tensor
     following: Tensor
-    satisfied: Tensor
+    annealed_sum: Tensor
     table: Tensor
     embedding: Tensor
 

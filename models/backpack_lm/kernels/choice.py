@@ -9,8 +9,8 @@ import torch
 
 from backpack_lm.kernels.build import NotBuilt
 from backpack_lm.kernels.caches import Caches
+from backpack_lm.kernels.interface import Kernels
 from backpack_lm.kernels.plain import PlainKernels
-from backpack_lm.kernels.seam import Kernels
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from backpack_lm.kernels.build import NotBuilt
-from backpack_lm.kernels.caches import Caches, Drawing, Prediction, Run
+from backpack_lm.kernels.caches import Caches, DrawParams, MixSpan, TokenSpan
 from backpack_lm.kernels.plain import PlainKernels, kept
 from backpack_lm.kernels.topics import describe
 from backpack_lm.overlay import TopicMultipliers
@@ -43,16 +43,16 @@ class CudaKernels(PlainKernels):
         self._attend_single, self._draw, self._mix = attend_single, draw, Mix(caches)
         self._singles = torch.zeros(slots, 3, dtype=torch.int64, device=self._device)
         self._predictions = torch.zeros(slots, FIELDS, dtype=torch.int64, device=self._device)
-        self._runs: Sequence[Run] = ()
-        self._predicted: Sequence[Prediction] = ()
+        self._runs: Sequence[TokenSpan] = ()
+        self._predicted: Sequence[MixSpan] = ()
         self._topics: dict[int, tuple[Topics, Tensor]] = {}
 
-    def describe(self, runs: Sequence[Run], predictions: Sequence[Prediction]) -> None:
+    def describe(self, runs: Sequence[TokenSpan], predictions: Sequence[MixSpan]) -> None:
         """Say what the next step works on. `attend` and `mix` know these lists again by their identity."""
         self._describe_runs(runs)
         self._describe_predictions(predictions)
 
-    def attend(self, qkv: Tensor, layer: int, runs: Sequence[Run], scale: float) -> Tensor:
+    def attend(self, qkv: Tensor, layer: int, runs: Sequence[TokenSpan], scale: float) -> Tensor:
         if runs is not self._runs:
             self._describe_runs(runs)
         chunks = [run for run in runs if run.size > 1]
@@ -62,41 +62,41 @@ class CudaKernels(PlainKernels):
             self._attend_single(qkv, caches.keys[layer], caches.values[layer], self._singles[:singles], scale, out)
         return out
 
-    def mix(self, queries: Tensor, predictions: Sequence[Prediction]) -> Tensor:
+    def mix(self, queries: Tensor, predictions: Sequence[MixSpan]) -> Tensor:
         if predictions is not self._predicted:
             self._describe_predictions(predictions)
         return self._mix(queries, self._predictions[: len(predictions)])
 
-    def draw(self, logits: Tensor, how: Sequence[Drawing]) -> Tensor:
+    def draw(self, logits: Tensor, how: Sequence[DrawParams]) -> Tensor:
         # The bits of a seed of 64, as a number with a sign.
         keys = torch.tensor([(d.seed - (d.seed >> 63 << 64), d.position) for d in how], device=logits.device)
-        heats = torch.tensor([d.temperature for d in how], device=logits.device)
-        return self._draw(logits, kept(logits, how), keys, heats)
+        temperatures = torch.tensor([d.temperature for d in how], device=logits.device)
+        return self._draw(logits, kept(logits, how), keys, temperatures)
 
     @property
     def _width(self) -> int:
         return self.caches.table.shape[1]
 
-    def _describe_runs(self, runs: Sequence[Run]) -> None:
+    def _describe_runs(self, runs: Sequence[TokenSpan]) -> None:
         self._runs = runs
-        self._upload(self._singles, [(r.token, r.slot, r.position) for r in runs if r.size == 1])
+        self._to_device(self._singles, [(r.token, r.slot, r.position) for r in runs if r.size == 1])
 
-    def _describe_predictions(self, predictions: Sequence[Prediction]) -> None:
+    def _describe_predictions(self, predictions: Sequence[MixSpan]) -> None:
         self._predicted = predictions
-        self._topics = {id(p.topics): self._described(p.topics) for p in predictions if p.topics}
-        rows = [(p.slot, p.length, p.fresh, len(p.topics), self._address(p.topics)) for p in predictions]
-        self._upload(self._predictions, rows)
+        self._topics = {id(p.topics): self._launch_table(p.topics) for p in predictions if p.topics}
+        rows = [(p.slot, p.length, p.fresh, len(p.topics), self._device_address(p.topics)) for p in predictions]
+        self._to_device(self._predictions, rows)
 
-    def _described(self, topics: Topics) -> tuple[Topics, Tensor]:
+    def _launch_table(self, topics: Topics) -> tuple[Topics, Tensor]:
         """Topics and their description on the device, which the last step may have left there."""
         if held := self._topics.get(id(topics)):
             return held
         records = bytearray(b"".join(map(describe, topics)))
         return topics, torch.frombuffer(records, dtype=torch.uint8).to(self._device)
 
-    def _address(self, topics: Topics) -> int:
+    def _device_address(self, topics: Topics) -> int:
         return self._topics[id(topics)][1].data_ptr() if topics else 0
 
-    def _upload(self, buffer: Tensor, rows: Sequence[tuple[int, ...]]) -> None:
+    def _to_device(self, buffer: Tensor, rows: Sequence[tuple[int, ...]]) -> None:
         if rows:
             buffer[: len(rows)].copy_(torch.tensor(rows), non_blocking=True)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from backpack_lm.kernels.build import NotBuilt, library
-from backpack_lm.kernels.caches import LANES, Caches, Drawing, New, Prediction, Run
+from backpack_lm.kernels.caches import LANES, Caches, DrawParams, MixSpan, StepInput, TokenSpan
+from backpack_lm.kernels.interface import Linear
 from backpack_lm.kernels.native_trunk import NativeTrunk
 from backpack_lm.kernels.products import Product, at, name
-from backpack_lm.kernels.seam import Linear
 from backpack_lm.kernels.topics import describe
-from backpack_lm.kernels.trunk import Trunk
+from backpack_lm.kernels.trunk import CachedTrunk
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import TopicMultipliers
 
@@ -34,7 +34,7 @@ GROUPS = 32
 _DRAWING = np.dtype(
     [("seed", "u8"), ("top_p", "f8"), ("position", "i4"), ("top_k", "i4"), ("temperature", "f4")], align=True
 )
-"""A `Drawing` as cpp/draw.h reads it."""
+"""A `DrawParams` as cpp/draw.h reads it."""
 
 
 class _Lists(ctypes.Structure):
@@ -49,7 +49,7 @@ class _Mix(ctypes.Structure):
         *(
             (field, ctypes.c_void_p)
             for field in (
-                *("table", "embedding", "rows", "ids", "previous", "following", "satisfied"),
+                *("table", "embedding", "rows", "ids", "previous", "following", "annealed_sum"),
                 *("alpha", "parts"),
             )
         ),
@@ -59,7 +59,7 @@ class _Mix(ctypes.Structure):
     )
 
 
-class _Notes(ctypes.Structure):
+class _AppendTargets(ctypes.Structure):
     _fields_ = (
         *((field, ctypes.c_void_p) for field in ("ids", "rows", "previous", "following")),
         *((field, ctypes.c_int) for field in ("senses", "context")),
@@ -77,17 +77,17 @@ class NativeKernels:
         self._dtype = caches.table.dtype
         kind = name(self._dtype)
         self.name = f"native {kind}"
-        self._attend, self._mix, self._satisfy, self._residual_norm = (
+        self._attend, self._mix, self._update_annealing, self._residual_norm = (
             getattr(self._library, f"{what}_{kind}") for what in ("attend", "mix", "satisfy", "residual_norm")
         )
         self._state, self._buffers = self._mixing()
         noted = (at(tensor) for tensor in (caches.ids, caches.rows, caches.previous, caches.following))
-        self._notes = _Notes(*noted, caches.rows.shape[2], caches.rows.shape[1])
+        self._append_targets = _AppendTargets(*noted, caches.rows.shape[2], caches.rows.shape[1])
         self._topics: WeakKeyDictionary[TopicMultipliers, bytes] = WeakKeyDictionary()
-        self._runs: tuple[Sequence[Run], np.ndarray] = (), np.empty(0)
+        self._runs: tuple[Sequence[TokenSpan], np.ndarray] = (), np.empty(0)
 
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
-        if own := self._product(weight, bias, gelu, self._dtype):
+        if own := self._library_product(weight, bias, gelu, self._dtype):
             return own
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous(), 32)
         bias = bias.detach().to(self._dtype)
@@ -97,12 +97,12 @@ class NativeKernels:
 
     def head(self, embedding: Tensor) -> Linear:
         none = torch.zeros(len(embedding))
-        if own := self._product(embedding, none, False, torch.float32):
+        if own := self._library_product(embedding, none, False, torch.float32):
             return own
         linear = self.linear(embedding, none)
         return lambda o: linear(o.to(self._dtype)).float()
 
-    def _product(self, weight: Tensor, bias: Tensor, gelu: bool, result: torch.dtype) -> Product | None:
+    def _library_product(self, weight: Tensor, bias: Tensor, gelu: bool, result: torch.dtype) -> Product | None:
         """A layer by cpp/product.h; None where oneDNN is faster, or alone can do it."""
         if self._dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
             return None
@@ -110,14 +110,14 @@ class NativeKernels:
             return Product(self._library, weight, bias, gelu, self._dtype, result)
         return None
 
-    def trunk(self, model: Backpack) -> Trunk:
+    def trunk(self, model: Backpack) -> CachedTrunk:
         with suppress(AttributeError, TypeError):
             return NativeTrunk(self, model)
-        return Trunk(self, model)
+        return CachedTrunk(self, model)
 
-    def note(self, new: New, runs: Sequence[Run]) -> None:
-        self._library.note_int32(
-            ctypes.byref(self._notes), self.described(runs), len(runs), at(new.tokens), at(new.rows)
+    def append_tokens(self, new: StepInput, runs: Sequence[TokenSpan]) -> None:
+        self._library.append_tokens_int32(
+            ctypes.byref(self._append_targets), self.described(runs), len(runs), at(new.tokens), at(new.rows)
         )
 
     def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
@@ -127,7 +127,7 @@ class NativeKernels:
         self._residual_norm(at(x), old, at(norm.weight), at(norm.bias), epsilon, *x.shape, at(out))
         return out
 
-    def attend(self, qkv: Tensor, layer: int, runs: Sequence[Run], scale: float) -> Tensor:
+    def attend(self, qkv: Tensor, layer: int, runs: Sequence[TokenSpan], scale: float) -> Tensor:
         keys, values = self.caches.keys[layer], self.caches.values[layer]
         _, heads, context, width = values.shape
         out = torch.empty(len(qkv), heads * width, dtype=self._dtype)
@@ -137,13 +137,13 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
-    def described(self, runs: Sequence[Run]) -> ctypes.c_void_p:
+    def described(self, runs: Sequence[TokenSpan]) -> ctypes.c_void_p:
         """Runs as the library reads them; known again by their identity, as in all layers of a step."""
         if runs is not self._runs[0]:
             self._runs = runs, np.array(runs, dtype=np.int32)
         return self._runs[1].ctypes.data_as(ctypes.c_void_p)
 
-    def mix(self, queries: Tensor, predictions: Sequence[Prediction]) -> Tensor:
+    def mix(self, queries: Tensor, predictions: Sequence[MixSpan]) -> Tensor:
         rows, topics = self._describe(predictions)
         out = torch.empty(len(predictions), self.caches.table.shape[1])
         queries = queries.contiguous()
@@ -153,15 +153,13 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
-    def draw(self, logits: Tensor, how: Sequence[Drawing]) -> Tensor:
+    def draw(self, logits: Tensor, how: Sequence[DrawParams]) -> Tensor:
         drawn, logits = torch.empty(len(logits), dtype=torch.int32), logits.contiguous()
         rows = np.array([(d.seed, d.top_p, d.position, d.top_k, d.temperature) for d in how], _DRAWING)
         self._library.draw_float32(at(logits), *logits.shape, rows.ctypes.data_as(ctypes.c_void_p), at(drawn))
         return drawn
 
-    def log_probabilities(
-        self, logits: Tensor, chosen: Sequence[int], count: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def log_probabilities(self, logits: Tensor, chosen: Sequence[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
         own, logits = torch.empty(len(logits), dtype=torch.float64), logits.contiguous()
         tokens = torch.empty(len(logits), count, dtype=torch.int32)
         logs = torch.empty(len(logits), count, dtype=torch.float64)
@@ -171,9 +169,9 @@ class NativeKernels:
         )
         return own, tokens, logs
 
-    def satisfy(self, prediction: Prediction, start: int) -> None:
+    def update_annealing(self, prediction: MixSpan, start: int) -> None:
         rows, topics = self._describe([prediction])
-        self._satisfy(self._with(topics), rows.ctypes.data_as(ctypes.c_void_p), start)
+        self._update_annealing(self._with(topics), rows.ctypes.data_as(ctypes.c_void_p), start)
 
     def _mixing(self) -> tuple[_Mix, tuple[Tensor, ...]]:
         """What the mix works on but for topics, and the buffers in it."""
@@ -182,7 +180,7 @@ class NativeKernels:
         alpha = torch.empty(slots, context, -(-senses // LANES) * LANES)
         parts = torch.empty(GROUPS, slots, width)
         starts, words = (torch.empty(slots, n, dtype=torch.int32) for n in (GROUPS + 1, 2 * context))
-        tensors = (c.table, c.embedding, c.rows, c.ids, c.previous, c.following, c.satisfied, alpha, parts)
+        tensors = (c.table, c.embedding, c.rows, c.ids, c.previous, c.following, c.annealed_sum, alpha, parts)
         lists = _Lists(at(starts), at(words), context, len(c.embedding))
         state = _Mix(*(at(tensor) for tensor in tensors), lists, None, senses, width, context, slots)
         return state, (alpha, parts, starts, words)
@@ -191,7 +189,7 @@ class NativeKernels:
         self._state.topics = ctypes.cast(ctypes.c_char_p(topics), ctypes.c_void_p)
         return ctypes.byref(self._state)
 
-    def _describe(self, predictions: Sequence[Prediction]) -> tuple[np.ndarray, bytes]:
+    def _describe(self, predictions: Sequence[MixSpan]) -> tuple[np.ndarray, bytes]:
         """Predictions [B, 5] and their topics, as cpp/mix.h's `Row` and `Topic`."""
         rows: list[tuple[int, ...]] = []
         topics: list[bytes] = []

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from backpack_lm.kernels.build import library
-from backpack_lm.kernels.caches import New, Run
+from backpack_lm.kernels.caches import StepInput, TokenSpan
+from backpack_lm.kernels.interface import Linear
 from backpack_lm.kernels.products import Product, name
-from backpack_lm.kernels.seam import Linear
-from backpack_lm.kernels.trunk import Layer, Trunk
+from backpack_lm.kernels.trunk import CachedTrunk, Layer
 from backpack_lm.model import Backpack
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class _New(ctypes.Structure):
     _fields_ = tuple((field, ctypes.c_void_p) for field in ("tokens", "slots", "positions"))
 
 
-class NativeTrunk(Trunk):
+class NativeTrunk(CachedTrunk):
     """For kernels whose products are all the library's own."""
 
     kernels: NativeKernels
@@ -64,17 +64,17 @@ class NativeTrunk(Trunk):
         self.seconds = torch.zeros(len(PARTS), dtype=torch.float64)
         """What each of `PARTS` has taken so far."""
         self._layers = (_Layer * len(self.layers))(
-            *(self._described(n, layer) for n, layer in enumerate(self.layers))
+            *(self._layer_table(n, layer) for n, layer in enumerate(self.layers))
         )
         self._state = _Trunk(
-            self._layers, _product(self.sense_weights), _norm(self.first),
+            self._layers, _packed_product(self.sense_weights), _norm_pointers(self.first),
             self.tokens.data_ptr(), self.positions.data_ptr(), caches.sense_keys.data_ptr(),
             self.seconds.data_ptr(),
             len(self.layers), config.n_embd, config.n_head, config.num_senses, caches.ids.shape[1],
             self.first.eps,
         )  # fmt: skip
 
-    def __call__(self, new: New, runs: Sequence[Run]) -> Tensor:
+    def __call__(self, new: StepInput, runs: Sequence[TokenSpan]) -> Tensor:
         config, count = self.config, len(new.tokens)
         places = _New(new.tokens.data_ptr(), new.slots.data_ptr(), new.positions.data_ptr())
         scratch = torch.empty(count, 7 * config.n_embd)
@@ -85,18 +85,18 @@ class NativeTrunk(Trunk):
         )  # fmt: skip
         return queries
 
-    def _described(self, n: int, layer: Layer) -> _Layer:
-        products = (_product(p) for p in (layer.qkv, layer.proj, layer.fc, layer.out))
+    def _layer_table(self, n: int, layer: Layer) -> _Layer:
+        products = (_packed_product(p) for p in (layer.qkv, layer.proj, layer.fc, layer.out))
         keys, values = self.kernels.caches.keys[n], self.kernels.caches.values[n]
-        norms = (_norm(layer.middle), _norm(layer.after))
+        norms = (_norm_pointers(layer.middle), _norm_pointers(layer.after))
         return _Layer(*products, *norms, keys.data_ptr(), values.data_ptr(), layer.scale)
 
 
-def _product(linear: Linear) -> _Pair:
+def _packed_product(linear: Linear) -> _Pair:
     if not isinstance(linear, Product):
         raise TypeError(f"{linear} isn't the library's")
     return _Pair(linear.packed.data_ptr(), linear.bias.data_ptr())
 
 
-def _norm(norm: nn.LayerNorm) -> _Pair:
+def _norm_pointers(norm: nn.LayerNorm) -> _Pair:
     return _Pair(norm.weight.data_ptr(), norm.bias.data_ptr())

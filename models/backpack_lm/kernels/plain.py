@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpack_lm.kernels.caches import LANES, Caches, Drawing, New, Prediction, Run, untiled
+from backpack_lm.kernels.caches import LANES, Caches, DrawParams, MixSpan, StepInput, TokenSpan, untiled
+from backpack_lm.kernels.interface import Linear
 from backpack_lm.kernels.noise import log_exponentials
-from backpack_lm.kernels.seam import Linear
-from backpack_lm.kernels.trunk import Trunk
+from backpack_lm.kernels.trunk import CachedTrunk
 from backpack_lm.model import Backpack
 
 
@@ -26,8 +26,8 @@ class PlainKernels:
         self._device = caches.table.device
         self._places = torch.arange(caches.ids.shape[1], device=self._device)
 
-    def trunk(self, model: Backpack) -> Trunk:
-        return Trunk(self, model)
+    def trunk(self, model: Backpack) -> CachedTrunk:
+        return CachedTrunk(self, model)
 
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
         like = self.caches.table
@@ -43,7 +43,7 @@ class PlainKernels:
         weight = embedding.detach().to(self.caches.table)
         return lambda o: F.linear(o.to(weight.dtype), weight).float()
 
-    def note(self, new: New, runs: Sequence[Run]) -> None:
+    def append_tokens(self, new: StepInput, runs: Sequence[TokenSpan]) -> None:
         self.caches.rows[new.slots, new.positions] = new.rows
         self.caches.ids[new.slots, new.positions] = new.tokens.int()
 
@@ -53,7 +53,7 @@ class PlainKernels:
         y: Tensor = norm(x)
         return y.to(self.caches.table.dtype)
 
-    def attend(self, qkv: Tensor, layer: int, runs: Sequence[Run], scale: float) -> Tensor:
+    def attend(self, qkv: Tensor, layer: int, runs: Sequence[TokenSpan], scale: float) -> Tensor:
         caches = self.caches
         keys, values = caches.keys[layer], caches.values[layer]  # [S, H, T/16, w, 16], [S, H, T, w]
         q, k, v = qkv.view(len(qkv), 3, keys.shape[1], -1).unbind(1)  # [N, H, w]
@@ -83,21 +83,19 @@ class PlainKernels:
             mixed[at] = (scores.softmax(-1).to(values.dtype) @ values[slots, :, :length])[:, :, 0]
         return mixed.flatten(1)
 
-    def mix(self, queries: Tensor, predictions: Sequence[Prediction]) -> Tensor:
+    def mix(self, queries: Tensor, predictions: Sequence[MixSpan]) -> Tensor:
         caches = self.caches
         slots = torch.tensor([p.slot for p in predictions], device=self._device)
         last = torch.tensor([p.length - 1 for p in predictions], device=self._device)
         length = max(p.length for p in predictions)
         future = self._places[:length] > last[:, None]  # [B, T]
-        scores = (queries[:, :, None] @ untiled(caches.sense_keys[slots])[..., :length])[
-            :, :, 0
-        ].float()  # [B, k, T]
+        scores = (queries[:, :, None] @ untiled(caches.sense_keys[slots])[..., :length])[:, :, 0].float()  # [B, k, T]
         scores /= math.sqrt(queries.shape[-1])
         alpha = scores.masked_fill_(future[:, None], float("-inf")).softmax(-1).transpose(1, 2)  # [B, T, k]
         for n, prediction in enumerate(predictions):
             if prediction.topics:
                 if prediction.fresh:
-                    self.satisfy(prediction, prediction.length - 1)
+                    self.update_annealing(prediction, prediction.length - 1)
                 alpha[n, : prediction.length] *= self.multipliers(prediction)
         # Places beyond a sequence have weight zero; row 0 stands in for whatever the slot held there before.
         rows = caches.rows[slots, :length].masked_fill_(future[..., None], 0)
@@ -105,7 +103,7 @@ class PlainKernels:
             rows.flatten(1), caches.table, per_sample_weights=alpha.flatten(1).to(caches.table.dtype), mode="sum"
         ).float()
 
-    def draw(self, logits: Tensor, how: Sequence[Drawing]) -> Tensor:
+    def draw(self, logits: Tensor, how: Sequence[DrawParams]) -> Tensor:
         values = logits
         if any(d.temperature for d in how):
             heat = torch.tensor([d.temperature for d in how], device=logits.device)[:, None]
@@ -117,39 +115,37 @@ class PlainKernels:
         best, chosen = values.max(-1)
         return chosen.masked_fill((best == float("-inf")) | ~(logits < float("inf")).all(-1), -1)
 
-    def log_probabilities(
-        self, logits: Tensor, chosen: Sequence[int], count: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def log_probabilities(self, logits: Tensor, chosen: Sequence[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
         logs = logits.double().log_softmax(-1)
         likeliest = logs.topk(count)
         own = logs.gather(1, torch.tensor(chosen, device=logs.device)[:, None])
         return own[:, 0], likeliest.indices, likeliest.values
 
-    def multipliers(self, prediction: Prediction) -> Tensor:
+    def multipliers(self, prediction: MixSpan) -> Tensor:
         """Effective multiplier of each cell of a slot, [length, k]."""
         caches, length = self.caches, prediction.length
-        out = torch.ones_like(caches.satisfied[prediction.slot, :length])
+        out = torch.ones_like(caches.annealed_sum[prediction.slot, :length])
         ids, places = caches.ids[prediction.slot, :length].long(), self._places[:length, None]
         for topic in prediction.topics:
-            out *= topic.anneal(topic.targets(ids), caches.satisfied[prediction.slot, :length], places)
+            out *= topic.anneal(topic.targets(ids), caches.annealed_sum[prediction.slot, :length], places)
         return out
 
-    def satisfy(self, prediction: Prediction, start: int) -> None:
+    def update_annealing(self, prediction: MixSpan, start: int) -> None:
         if not any(topic.annealed for topic in prediction.topics):
             return
         caches, slot, length = self.caches, prediction.slot, prediction.length
-        satisfied, rows, ids = caches.satisfied[slot], caches.rows[slot], caches.ids[slot].long()
+        annealed_sum, rows, ids = caches.annealed_sum[slot], caches.rows[slot], caches.ids[slot].long()
 
         def sums(cells: slice, tokens: slice) -> Tensor:
             """Σ over some tokens of relu(E[x]·C) for each cell: [·, k]."""
             vectors = caches.table[rows[cells].long()].float()
             return (vectors @ caches.embedding[ids[tokens]].float().t()).relu().sum(-1)
 
-        satisfied[:start] += sums(slice(start), slice(start, length))
-        satisfied[start:length] = sums(slice(start, length), slice(length))
+        annealed_sum[:start] += sums(slice(start), slice(start, length))
+        annealed_sum[start:length] = sums(slice(start, length), slice(length))
 
 
-def kept(logits: Tensor, how: Sequence[Drawing]) -> Tensor | None:
+def kept(logits: Tensor, how: Sequence[DrawParams]) -> Tensor | None:
     """Whether each token may be drawn, bool [G, V] for logits [G, V]; None if all may, in all rows."""
     if not any(d.top_k or d.top_p < 1 for d in how):
         return None

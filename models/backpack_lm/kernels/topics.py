@@ -12,6 +12,4 @@ TOPIC = np.dtype([("levels", "u8"), ("multipliers", "f4", 4), ("scale", "f4"), (
 
 def describe(topic: TopicMultipliers) -> bytes:
     """A topic as `TOPIC`. It has to outlive its description, which holds an address."""
-    return np.array(
-        (topic.levels.data_ptr(), topic.multipliers.tolist(), topic.scale, topic.annealed), TOPIC
-    ).tobytes()
+    return np.array((topic.levels.data_ptr(), topic.multipliers.tolist(), topic.scale, topic.annealed), TOPIC).tobytes()

@@ -15,14 +15,14 @@ COUNTERS = 256
 """Blocks of noise that a program makes at once: four tokens each."""
 
 
-def draw(logits: Tensor, kept: Tensor | None, noise_keys: Tensor, heats: Tensor) -> Tensor:
+def draw(logits: Tensor, kept: Tensor | None, noise_keys: Tensor, temperatures: Tensor) -> Tensor:
     """Tokens [G] int64, as `Kernels.draw` says, of logits [G, V], and of those that are `kept` [G, V] alone.
 
-    `noise_keys` [G, 2] int64 are seeds, the 64 bits of each, and positions; `heats` [G] float32 temperatures.
+    `noise_keys` [G, 2] int64 are seeds, the 64 bits of each, and positions; `temperatures` [G] float32 temperatures.
     """
     logits, chosen = logits.contiguous(), noise_keys.new_empty(len(noise_keys))
     choose[(len(noise_keys),)](
-        logits, logits if kept is None else kept, noise_keys, heats, chosen,
+        logits, logits if kept is None else kept, noise_keys, temperatures, chosen,
         logits.shape[1], kept is not None, COUNTERS, num_warps=8,
     )  # fmt: skip
     return chosen
@@ -39,12 +39,14 @@ def log_exponential(word):
 
 
 @triton.jit
-def take(best, token, wrong, row, may, y, word, heat, COUNT: tl.constexpr, TRUNCATED: tl.constexpr):
+def take(best, token, wrong, row, may, y, word, temperature, COUNT: tl.constexpr, TRUNCATED: tl.constexpr):
     """The better of what was best and tokens y; how many of their logits are no numbers is added up."""
     inside = y < COUNT
     logit = tl.load(row + y, mask=inside, other=-float("inf")).to(tl.float32)
     wrong += tl.where(logit < float("inf"), 0, 1)
-    value = tl.where(heat > 0, logit / tl.where(heat > 0, heat, 1.0) - log_exponential(word), logit)
+    value = tl.where(
+        temperature > 0, logit / tl.where(temperature > 0, temperature, 1.0) - log_exponential(word), logit
+    )
     if TRUNCATED:
         value = tl.where(tl.load(may + y, mask=inside, other=0) != 0, value, -float("inf"))
     better = value > best
@@ -53,11 +55,11 @@ def take(best, token, wrong, row, may, y, word, heat, COUNT: tl.constexpr, TRUNC
 
 @triton.jit
 def choose(
-    logits, kept, noise_keys, heats, chosen,
+    logits, kept, noise_keys, temperatures, chosen,
     COUNT: tl.constexpr, TRUNCATED: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    row, may, heat = logits + b * COUNT, kept + b * COUNT, tl.load(heats + b)
+    row, may, temperature = logits + b * COUNT, kept + b * COUNT, tl.load(temperatures + b)
     seed = tl.load(noise_keys + 2 * b).to(tl.uint64)
     zero = tl.zeros([COUNTERS], tl.uint32)
     low, high = zero + (seed & 0xFFFFFFFF).to(tl.uint32), zero + (seed >> 32).to(tl.uint32)
@@ -68,10 +70,10 @@ def choose(
         counter = start // 4 + tl.arange(0, COUNTERS)
         y = counter // 16 * 64 + counter % 16
         w0, w1, w2, w3 = tl.philox_impl(counter.to(tl.uint32), position, zero, zero, low, high)
-        best, token, wrong = take(best, token, wrong, row, may, y, w0, heat, COUNT, TRUNCATED)
-        best, token, wrong = take(best, token, wrong, row, may, y + 16, w1, heat, COUNT, TRUNCATED)
-        best, token, wrong = take(best, token, wrong, row, may, y + 32, w2, heat, COUNT, TRUNCATED)
-        best, token, wrong = take(best, token, wrong, row, may, y + 48, w3, heat, COUNT, TRUNCATED)
+        best, token, wrong = take(best, token, wrong, row, may, y, w0, temperature, COUNT, TRUNCATED)
+        best, token, wrong = take(best, token, wrong, row, may, y + 16, w1, temperature, COUNT, TRUNCATED)
+        best, token, wrong = take(best, token, wrong, row, may, y + 32, w2, temperature, COUNT, TRUNCATED)
+        best, token, wrong = take(best, token, wrong, row, may, y + 48, w3, temperature, COUNT, TRUNCATED)
     first = tl.min(tl.where(best == tl.max(best, 0), token, COUNT), 0)  # of equal ones
     nothing = (tl.sum(wrong, 0) > 0) | (tl.max(best, 0) == -float("inf"))
     tl.store(chosen + b, tl.where(nothing, -1, first).to(tl.int64))

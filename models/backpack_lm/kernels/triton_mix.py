@@ -1,7 +1,7 @@
 """The sense mix in Triton, with releases' topics and their annealing.
 
     weigh   for a prediction and a sense: the scores of all positions, their peak and Σ exp(score − peak); and how
-            far the newest token's own cell has been satisfied
+            far the newest token's own cell has been annealed_sum
     mix     for a prediction and 16 positions: gather the senses by their row numbers, bring their annealing up to
             date, weighted sum with α times the multipliers
     total   the sums of a prediction's positions, in their order
@@ -55,12 +55,12 @@ class Mix:
         queries = queries.contiguous()
         out = torch.empty(count, self._width, dtype=torch.float32, device=queries.device)
         weigh[(count, self._senses)](
-            queries, c.sense_keys, c.table, c.embedding, c.ids, c.rows, c.satisfied, predictions,
+            queries, c.sense_keys, c.table, c.embedding, c.ids, c.rows, c.annealed_sum, predictions,
             self._scores, self._norms, 1 / math.sqrt(head),
             self._context, self._senses, head, triton.next_power_of_2(head), self._width, self._whole, LANES,
         )  # fmt: skip
         mix[(count, self._context // BLOCK)](
-            c.table, c.embedding, c.ids, c.rows, c.satisfied, predictions, self._scores, self._norms, self._parts,
+            c.table, c.embedding, c.ids, c.rows, c.annealed_sum, predictions, self._scores, self._norms, self._parts,
             self._context, self._senses, self._width, self._whole, BLOCK, AT_ONCE, num_warps=warps(self._width),
         )  # fmt: skip
         total[(count, triton.cdiv(self._width, SPAN))](
@@ -86,7 +86,7 @@ def topic(address, n, tokens, sense, SENSES: tl.constexpr):
 
 @triton.jit
 def weigh(
-    queries, sense_keys, table, embedding, ids, rows, satisfied, predictions, scores, norms, scale,
+    queries, sense_keys, table, embedding, ids, rows, annealed_sum, predictions, scores, norms, scale,
     CONTEXT: tl.constexpr, SENSES: tl.constexpr, HEAD: tl.constexpr, HEAD_UP: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_UP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -115,11 +115,11 @@ def weigh(
     if (fresh != 0) & (topics > 0):
         first = slot * CONTEXT
         cell = (first + length - 1) * SENSES + sense
-        changeable = 0  # a multiplier of 1 stays 1, however much the cell is satisfied
+        changeable = 0  # a multiplier of 1 stays 1, however much the cell is annealed_sum
         for n in range(topics):
             aim, _, annealed = topic(address, n, tl.load(ids + first + length - 1), sense, SENSES)
             changeable += (annealed & (aim != 1.0)).to(tl.int32)
-        satisfying = 0.0
+        dot_sum = 0.0
         if changeable > 0:
             d = tl.arange(0, WIDTH_UP)
             row = tl.load(rows + cell).to(tl.int64)
@@ -129,13 +129,13 @@ def weigh(
                 tokens = tl.load(ids + first + t, mask=t < length, other=0).to(tl.int64)
                 inside = (t < length)[:, None] & (d < WIDTH)[None, :]
                 e = tl.load(embedding + tokens[:, None] * WIDTH + d[None, :], mask=inside, other=0.0)
-                satisfying += tl.sum(tl.maximum(tl.sum(e.to(tl.float32) * vector[None, :], 1), 0.0), 0)
-        tl.store(satisfied + cell, satisfying)
+                dot_sum += tl.sum(tl.maximum(tl.sum(e.to(tl.float32) * vector[None, :], 1), 0.0), 0)
+        tl.store(annealed_sum + cell, dot_sum)
 
 
 @triton.jit
 def mix(
-    table, embedding, ids, rows, satisfied, predictions, scores, norms, parts,
+    table, embedding, ids, rows, annealed_sum, predictions, scores, norms, parts,
     CONTEXT: tl.constexpr, SENSES: tl.constexpr, WIDTH: tl.constexpr, WIDTH_UP: tl.constexpr,
     BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -161,14 +161,14 @@ def mix(
                 row = tl.load(rows + places * SENSES + sense, mask=valid, other=0).to(tl.int64)
                 vector = tl.load(table + row[:, None] * WIDTH + d[None, :], mask=some, other=0.0).to(tl.float32)
                 if topics > 0:
-                    cells = satisfied + places * SENSES + sense
-                    satisfying = tl.load(cells, mask=valid, other=0.0)
+                    cells = annealed_sum + places * SENSES + sense
+                    dot_sum = tl.load(cells, mask=valid, other=0.0)
                     if fresh != 0:
-                        satisfying += tl.where(older, tl.maximum(tl.sum(vector * e[None, :], 1), 0.0), 0.0)
-                        tl.store(cells, satisfying, mask=older)
+                        dot_sum += tl.where(older, tl.maximum(tl.sum(vector * e[None, :], 1), 0.0), 0.0)
+                        tl.store(cells, dot_sum, mask=older)
                     for n in range(topics):
                         aim, scale, annealed = topic(address, n, tokens, sense, SENSES)
-                        keep = tl.sigmoid(6.0 - scale * satisfying) * (1.0 + t / 100.0)
+                        keep = tl.sigmoid(6.0 - scale * dot_sum) * (1.0 + t / 100.0)
                         weight *= tl.where(annealed, keep * aim + (1.0 - keep), aim)
                 sums += vector * weight[:, None]
         part = parts + (b * (CONTEXT // BLOCK) + block) * WIDTH
@@ -176,9 +176,7 @@ def mix(
 
 
 @triton.jit
-def total(
-    predictions, parts, out, CONTEXT: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr
-):
+def total(predictions, parts, out, CONTEXT: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr):
     b, d = tl.program_id(0), tl.program_id(1) * SPAN + tl.arange(0, SPAN)
     sums = tl.zeros([SPAN], tl.float32)
     for block in range((tl.load(predictions + b * 5 + 1) + BLOCK - 1) // BLOCK):

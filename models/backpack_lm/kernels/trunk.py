@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from backpack_lm.kernels.caches import New, Run
-from backpack_lm.kernels.seam import Kernels, Linear
+from backpack_lm.kernels.caches import StepInput, TokenSpan
+from backpack_lm.kernels.interface import Kernels, Linear
 from backpack_lm.model import Backpack, Block
 
 
@@ -26,7 +26,7 @@ class Layer:
     scale: float
 
 
-class Trunk:
+class CachedTrunk:
     """The weights, on the kernels' device and in their dtype, and one operation after another."""
 
     def __init__(self, kernels: Kernels, model: Backpack) -> None:
@@ -34,13 +34,13 @@ class Trunk:
         self._device, trunk = kernels.caches.table.device, model.gpt2_model
         self.tokens, self.positions = (e.weight.detach().to(self._device) for e in (trunk.wte, trunk.wpe))
         blocks = [block for block in trunk.h if isinstance(block, Block)]
-        norms = [self._norm(norm) for norm in (*(block.ln_1 for block in blocks), trunk.ln_f)]
+        norms = [self._norm_on_device(norm) for norm in (*(block.ln_1 for block in blocks), trunk.ln_f)]
         self.first = norms[0]
         self.layers = [self._layer(block, after) for block, after in zip(blocks, norms[1:], strict=True)]
         weights = model.sense_weight_net.c_attn
         self.sense_weights = kernels.linear(weights.weight, weights.bias)
 
-    def __call__(self, new: New, runs: Sequence[Run]) -> Tensor:
+    def __call__(self, new: StepInput, runs: Sequence[TokenSpan]) -> Tensor:
         """Compute new tokens [N], filling the caches; the sense weights' queries [N, k, d/k]."""
         kernels, config = self.kernels, self.config
         x = self.tokens[new.tokens] + self.positions[new.positions]
@@ -59,13 +59,13 @@ class Trunk:
         return Layer(
             make(attn.c_attn.weight.t(), attn.c_attn.bias),
             make(attn.c_proj.weight.t(), attn.c_proj.bias),
-            self._norm(block.ln_2),
+            self._norm_on_device(block.ln_2),
             make(mlp.c_fc.weight.t(), mlp.c_fc.bias, gelu=True),
             make(mlp.c_proj.weight.t(), mlp.c_proj.bias),
             after,
             attn.scale,
         )
 
-    def _norm(self, norm: nn.LayerNorm) -> nn.LayerNorm:
+    def _norm_on_device(self, norm: nn.LayerNorm) -> nn.LayerNorm:
         """The model's, where the computation is."""
         return deepcopy(norm).to(self._device).requires_grad_(False)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.reports.report import Entry, Table
 from backpack_lm.training.trainer import CHECKPOINT, read_checkpoint
 
@@ -23,7 +23,7 @@ def run_table(run: Path) -> Table:
     Raises ValueError if there is no finished run in the folder.
     """
     names = {"backpack": "Backpack", "twin": "its Transformer twin"}
-    found = {name: _run(run / name) for name in names if (run / name / CHECKPOINT).exists()}
+    found = {name: _run_summary(run / name) for name in names if (run / name / CHECKPOINT).exists()}
     if "backpack" not in found:
         raise ValueError(f"{run} holds no backpack/{CHECKPOINT}; give the --out of `backpack train`")
     rows: list[tuple[Entry, ...]] = [
@@ -32,7 +32,7 @@ def run_table(run: Path) -> Table:
     return Table("", ("", *(names[name] for name in found)), tuple(rows))
 
 
-def senses_table(subject: Subject, words: Sequence[str], each: int = 2) -> Table:
+def senses_table(subject: LabModel, words: Sequence[str], each: int = 2) -> Table:
     """Of each word the senses that are most its own: farthest from what that sense says of the average word."""
     table, own = subject.table, []
     mean, typical = table.rows.mean(0), torch.tensor(subject.manifest.sense_rms)
@@ -40,7 +40,7 @@ def senses_table(subject: Subject, words: Sequence[str], each: int = 2) -> Table
         vectors = table.rows[subject.token(word)]  # [k, d]
         for sense in ((vectors - mean).norm(dim=1) / typical).topk(min(each, len(vectors))).indices.tolist():
             scores = vectors[sense] @ subject.head.t()
-            own.append((f"{word}, {sense}", _words(subject, scores, 6), _words(subject, -scores, 4)))
+            own.append((f"{word}, {sense}", _words_of_sense(subject, scores, 6), _words_of_sense(subject, -scores, 4)))
     return Table("", ("word, sense", "raises", "lowers"), tuple(own))
 
 
@@ -59,14 +59,12 @@ def fill(card: str, parts: Mapping[str, str]) -> str:
     return card
 
 
-def _run(folder: Path) -> dict[str, str]:
+def _run_summary(folder: Path) -> dict[str, str]:
     state = read_checkpoint(folder / CHECKPOINT)
     made_by: dict[str, Any] = json.loads(state["made_by"])
     config, parts = made_by["config"], [(state["step"], made_by["recipe"]["tokens_per_step"])]
     if not (measured := folder / "perplexity.json").exists():
-        raise ValueError(
-            f"{folder} has no perplexity.json: the run isn't finished; `backpack train` goes on with it"
-        )
+        raise ValueError(f"{folder} has no perplexity.json: the run isn't finished; `backpack train` goes on with it")
     shape = ("n_layer", "n_head", "n_embd", "num_senses", "n_positions")
     sizes = ["–" if name == "num_senses" and made_by["twin"] else str(config[name]) for name in shape]
     while made_by := made_by.get("after", {}):
@@ -83,7 +81,7 @@ def _run(folder: Path) -> dict[str, str]:
     }
 
 
-def _words(subject: Subject, scores: torch.Tensor, count: int) -> str:
+def _words_of_sense(subject: LabModel, scores: torch.Tensor, count: int) -> str:
     best = scores.topk(min(4 * count, len(scores))).indices.tolist()
     pieces = [subject.tokenizer.piece(token).strip() for token in best if token != subject.config.eos_token_id]
     return " ".join(list(dict.fromkeys(p for p in pieces if any(map(str.isalpha, p))))[:count])

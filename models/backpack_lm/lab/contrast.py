@@ -8,10 +8,10 @@ from statistics import fmean
 
 import torch
 
-from backpack_lm.lab.subject import Prompts, Subject
-from backpack_lm.lab.watch import Watch
+from backpack_lm.lab.lab_model import LabModel, Prompts
+from backpack_lm.lab.progress import Watch
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Cell, Edit, Scale
+from backpack_lm.patch import Cell, Edit, ScaleEdit
 from backpack_lm.reports.report import Report, Table
 
 
@@ -23,7 +23,7 @@ class Contrast:
     other: int
 
     @classmethod
-    def of(cls, subject: Subject, one: str, other: str) -> Contrast:
+    def of(cls, subject: LabModel, one: str, other: str) -> Contrast:
         """Raises WordError if a word is not one token, ValueError if they are the same."""
         found = cls(subject.token(one), subject.token(other))
         if found.one == found.other:
@@ -37,7 +37,7 @@ class Noun:
     Raises ValueError for a template without `{}`, or where the word isn't the token whose senses are meant.
     """
 
-    def __init__(self, subject: Subject, word: str, templates: Sequence[str], contrast: Contrast) -> None:
+    def __init__(self, subject: LabModel, word: str, templates: Sequence[str], contrast: Contrast) -> None:
         for template in templates:
             if "{}" not in template:
                 raise ValueError(f"prompt {template!r} has no {{}} to put {word!r} in")
@@ -54,7 +54,7 @@ class Noun:
 
     def scaled(self, sense: int, factor: float) -> tuple[Edit, ...]:
         """The edit that scales one sense of the word; none for factor 1."""
-        return () if factor == 1.0 else (Scale((Cell(self.token, sense),), factor),)
+        return () if factor == 1.0 else (ScaleEdit((Cell(self.token, sense),), factor),)
 
 
 def bias_of(prompts: Prompts, contrast: Contrast, overlay: Overlay) -> float:
@@ -104,7 +104,7 @@ class SenseSearch:
 
 
 def find_sense(
-    subject: Subject, words: Sequence[str], one: str, other: str, templates: Sequence[str], watch: Watch
+    subject: LabModel, words: Sequence[str], one: str, other: str, templates: Sequence[str], watch: Watch
 ) -> SenseSearch:
     """Try every sense: what it says of the contrast, and what is left of the bias when it is removed.
 

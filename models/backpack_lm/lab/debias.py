@@ -10,10 +10,10 @@ from statistics import fmean
 from typing import Any
 
 from backpack_lm.lab.contrast import Contrast, Noun, SenseSearch, find_sense
+from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.professions import ESTIMATION, EVALUATION
-from backpack_lm.lab.subject import Subject
-from backpack_lm.lab.watch import Journal, Watch
-from backpack_lm.patch import Edit, Limits
+from backpack_lm.lab.progress import ResumeJournal, Watch
+from backpack_lm.patch import Edit, PatchLimits
 from backpack_lm.reports.report import Report, Table
 
 
@@ -57,7 +57,7 @@ class Debiased:
         """How much of the excess over 1 is gone."""
         return (self.unmodified - bias) / (self.unmodified - 1)
 
-    def edits(self, subject: Subject) -> list[Edit]:
+    def edits(self, subject: LabModel) -> list[Edit]:
         """The fitted scales as a patch."""
         contrast = Contrast.of(subject, self.one, self.other)
         nouns = ((Noun(subject, n.noun, EVALUATION[:1], contrast), n.scale) for n in self.nouns)
@@ -83,17 +83,17 @@ class Debiased:
 
     def _bounded(self) -> tuple[str, ...]:
         """Whose fit ended where a patch may scale no further."""
-        bound = Limits().norm_factor
+        bound = PatchLimits().norm_factor
         if not (nouns := [n.noun for n in self.nouns if abs(n.scale) > 0.999 * bound]):
             return ()
         return (f"At ±{bound:g}, the most that a patch may scale by: {', '.join(nouns)}.",)
 
 
 def debias(
-    subject: Subject,
+    subject: LabModel,
     nouns: Sequence[str],
     watch: Watch,
-    journal: Journal,
+    journal: ResumeJournal,
     one: str = "he",
     other: str = "she",
     sense: int | None = None,
@@ -131,7 +131,7 @@ def debias(
 def fit_scale(noun: Noun, sense: int, penalty: float) -> float:
     """The factor c that makes bias + penalty · |1 − c| least, by Nelder–Mead from 1, within what a patch may scale
     by; a penalty of 1 is the paper's."""
-    return least(lambda factor: noun.bias(*noun.scaled(sense, factor)), penalty, Limits().norm_factor)
+    return least(lambda factor: noun.bias(*noun.scaled(sense, factor)), penalty, PatchLimits().norm_factor)
 
 
 def least(bias: Callable[[float], float], penalty: float, bound: float | None = None) -> float:

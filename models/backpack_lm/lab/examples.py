@@ -6,19 +6,19 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.text import plain
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class CanonicalExample:
     """Text, and what should come after it."""
 
     prompt: str
     target: str
 
     @classmethod
-    def read(cls, file: Path) -> list[Example]:
+    def read(cls, file: Path) -> list[CanonicalExample]:
         """JSON lines with `prompt` and `target`. Raises ValueError naming the file or the line that isn't one."""
         found = []
         for number, line in enumerate(plain(file).split("\n"), 1):
@@ -38,7 +38,7 @@ class Example:
             raise ValueError(f"{file} holds no examples")
         return found
 
-    def ids(self, subject: Subject) -> tuple[list[int], int]:
+    def ids(self, subject: LabModel) -> tuple[list[int], int]:
         """Ids of prompt and target, their last ones if they are more than the context holds, and the index of the
         first of the target. Raises ValueError for a target that leaves the prompt no room."""
         prompt, target = subject.ids(self.prompt), list(subject.word_ids(self.target))

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backpack_lm.lab.examples import Example
-from backpack_lm.lab.reach import Positions, choose_cells, positions_of
-from backpack_lm.lab.subject import Prompts, Steered, Subject
-from backpack_lm.lab.watch import Watch
-from backpack_lm.patch import Add, Cell, Edit, Limits, Vector
+from backpack_lm.lab.examples import CanonicalExample
+from backpack_lm.lab.influence import Positions, choose_cells, positions_of
+from backpack_lm.lab.lab_model import LabModel, Prompts, SteeredModel
+from backpack_lm.lab.progress import Watch
+from backpack_lm.patch import AddEdit, Cell, Edit, PatchLimits, Vector
 from backpack_lm.reports.report import Report, Table
 from backpack_lm.training.trainer import read_checkpoint
 
@@ -64,11 +64,11 @@ class Finetuned:
     checks: list[Checked]
 
     def edits(self) -> list[Edit]:
-        """One `Add` for each cell whose delta is not zero."""
+        """One `AddEdit` for each cell whose delta is not zero."""
         pairs = zip(self.cells, self.deltas.tolist(), strict=True)
-        return [Add((cell,), Vector.of(delta)) for cell, delta in pairs if any(delta)]
+        return [AddEdit((cell,), Vector.of(delta)) for cell, delta in pairs if any(delta)]
 
-    def report(self, subject: Subject, examples: Sequence[Example]) -> Report:
+    def report(self, subject: LabModel, examples: Sequence[CanonicalExample]) -> Report:
         """What was learnt, each example before and after, under the compiled patch."""
         asked = Prompts(subject, [example.prompt for example in examples])
         first = torch.tensor([[subject.word_ids(example.target)[0]] for example in examples])
@@ -83,9 +83,7 @@ class Finetuned:
             f"Loss on the examples {self.checks[0].loss:.2f} → {self.best.loss:.2f} nats a token, held-out loss "
             f"{self.best.change:+.3%}, at step {self.best.step} of {self.checks[-1].step}.",
             (Table("First token of each target", ("prompt", "target", "p before", "after"), rows),),
-            notes=(
-                "Cells: " + ", ".join(f"{subject.tokenizer.piece(c.token)!r} {c.sense}" for c in self.cells) + ".",
-            ),
+            notes=("Cells: " + ", ".join(f"{subject.tokenizer.piece(c.token)!r} {c.sense}" for c in self.cells) + ".",),
         )
 
 
@@ -94,8 +92,8 @@ class Finetuner:
 
     def __init__(
         self,
-        subject: Subject,
-        examples: Sequence[Example],
+        subject: LabModel,
+        examples: Sequence[CanonicalExample],
         background: Tensor,
         held_out: Tensor,
         plan: Finetuning,
@@ -114,13 +112,13 @@ class Finetuner:
         with torch.no_grad():
             self._reached_loss = self.held_out.loss(subject.head, none)
         rms = torch.tensor([subject.manifest.sense_rms[cell.sense] for cell in self.cells])[:, None]
-        self._scale, self._bound = rms, Limits().norm_factor * rms * 0.999
+        self._scale, self._bound = rms, PatchLimits().norm_factor * rms * 0.999
         self._raw = torch.zeros(len(self.cells), subject.config.n_embd, requires_grad=True)
         self._adam = torch.optim.Adam([self._raw], plan.rate)
         self.step, self.checks = 0, [Checked(0, self._example_loss(torch.zeros_like(self._raw)), 0.0)]
         self.best: dict[float, tuple[Checked, Tensor]] = {}
         if file is not None and file.exists():
-            self._resume(file)
+            self._load_state(file)
 
     @property
     def deltas(self) -> Tensor:
@@ -136,21 +134,21 @@ class Finetuner:
         for budget in budgets:
             self.best.setdefault(budget, (self.checks[0], zeros))
         for _ in watch(range(self.step, self.plan.steps), "steps", self.plan.steps - self.step):
-            self._take()
+            self._gradient_step()
             self.step += 1
             if self.step % self.plan.check_every == 0 or self.step == self.plan.steps:
-                self._check(budgets)
+                self._evaluate(budgets)
                 self._save()
         return {b: Finetuned(self.cells, deltas, check, self.checks) for b, (check, deltas) in self.best.items()}
 
-    def _take(self) -> None:
+    def _gradient_step(self) -> None:
         head, deltas = self.subject.head, self.deltas
-        loss = F.cross_entropy(self._logits(self.examples, slice(None), deltas), self.examples.targets)
+        loss = F.cross_entropy(self._cell_logits(self.examples, slice(None), deltas), self.examples.targets)
         if count := len(self.background.targets):
             random = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.step)
             part = torch.randint(count, (min(self.plan.batch, count),), generator=random)
             was = (self.background.outputs[part] @ head.t()).log_softmax(-1)
-            now = self._logits(self.background, part, deltas).log_softmax(-1)
+            now = self._cell_logits(self.background, part, deltas).log_softmax(-1)
             # The mean over all positions: those that the cells don't reach diverge by nothing.
             share = count / self.background.total
             loss = loss + self.plan.divergence * share * F.kl_div(now, was, log_target=True, reduction="batchmean")
@@ -158,21 +156,21 @@ class Finetuner:
         loss.backward()
         self._adam.step()
 
-    def _logits(self, positions: Positions, part: slice | Tensor, deltas: Tensor) -> Tensor:
+    def _cell_logits(self, positions: Positions, part: slice | Tensor, deltas: Tensor) -> Tensor:
         out: Tensor = (positions.outputs[part] + positions.weights[part] @ deltas) @ self.subject.head.t()
         return out
 
     @torch.no_grad()
-    def _check(self, budgets: Sequence[float]) -> None:
+    def _evaluate(self, budgets: Sequence[float]) -> None:
         """Note where the run is; for each budget keep what is best, the deltas made shorter if need be."""
         deltas = self.deltas.detach().clone()
-        self.checks.append(self._checked(deltas))
+        self.checks.append(self._evaluated(deltas))
         for budget in budgets:
             check, kept = self.checks[-1], deltas
             low, high = 0.0, 1.0
             for _ in range(SHORTENINGS if check.change > budget else 0):
                 middle = (low + high) / 2
-                tried = self._checked(middle * deltas)
+                tried = self._evaluated(middle * deltas)
                 if tried.change <= budget:
                     low, check, kept = middle, tried, middle * deltas
                 else:
@@ -180,7 +178,7 @@ class Finetuner:
             if check.change <= budget and check.loss < self.best[budget][0].loss:
                 self.best[budget] = (check, kept)
 
-    def _checked(self, deltas: Tensor) -> Checked:
+    def _evaluated(self, deltas: Tensor) -> Checked:
         more = self.held_out.loss(self.subject.head, deltas) - self._reached_loss
         return Checked(self.step, self._example_loss(deltas), more / self._held_out_loss)
 
@@ -190,7 +188,7 @@ class Finetuner:
 
     # ---- stopped and taken up again
 
-    def _made_by(self) -> str:
+    def _run_identity(self) -> str:
         cells = [(cell.token, cell.sense) for cell in self.cells]
         return json.dumps([self.subject.manifest.fingerprint, repr(self.plan), cells, self._read])
 
@@ -198,7 +196,7 @@ class Finetuner:
         if self.file is None:
             return
         state = {
-            "made_by": self._made_by(),
+            "made_by": self._run_identity(),
             "step": self.step,
             "raw": self._raw.detach(),
             "adam": self._adam.state_dict(),
@@ -210,9 +208,9 @@ class Finetuner:
         torch.save(state, partial)
         partial.rename(self.file)
 
-    def _resume(self, file: Path) -> None:
+    def _load_state(self, file: Path) -> None:
         state = read_checkpoint(file)
-        if state["made_by"] != self._made_by():
+        if state["made_by"] != self._run_identity():
             raise ValueError(f"{file} holds a run with other settings; give the same to go on, or remove it")
         self.step = state["step"]
         with torch.no_grad():
@@ -228,9 +226,9 @@ def _digest(*values: object) -> str:
 
 
 @torch.inference_mode()
-def _total_loss(subject: Subject, rows: Tensor) -> float:
+def _total_loss(subject: LabModel, rows: Tensor) -> float:
     """Summed cross-entropy of rows [N, T + 1] under the unedited model."""
-    model, loss = Steered(subject, subject.overlay()), 0.0
+    model, loss = SteeredModel(subject, subject.overlay()), 0.0
     for row in rows:
         loss += float(F.cross_entropy(model.mix(row[None, :-1])[0] @ subject.head.t(), row[1:], reduction="sum"))
     return loss

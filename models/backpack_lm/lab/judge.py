@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backpack_lm.lab.examples import Example
-from backpack_lm.lab.subject import Prompts, Steered, Subject
+from backpack_lm.lab.examples import CanonicalExample
+from backpack_lm.lab.lab_model import LabModel, Prompts, SteeredModel
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Edit, Topic
+from backpack_lm.patch import Edit, TopicEdit
 from backpack_lm.reports.report import Report, Table
 from backpack_lm.training.evaluation import perplexity
 
@@ -93,7 +93,7 @@ class Judgement:
 
 
 def judge(
-    subject: Subject, edits: Sequence[Edit], prompts: Sequence[Example] = (), text: Tensor | None = None
+    subject: LabModel, edits: Sequence[Edit], prompts: Sequence[CanonicalExample] = (), text: Tensor | None = None
 ) -> Judgement:
     """Judge edits on prompts (an empty target is none) and on text [N], of which perplexity is measured.
 
@@ -102,20 +102,20 @@ def judge(
     plain, steered = subject.overlay(), subject.overlay(*edits)
     change = None
     if text is not None:
-        one, other = (perplexity(Steered(subject, overlay), text) for overlay in (plain, steered))
+        one, other = (perplexity(SteeredModel(subject, overlay), text) for overlay in (plain, steered))
         change = (one, other)
     tokens = sorted({cell.token for edit in edits for cell in edit.cells})
     return Judgement(
         len(edits),
         len({cell for edit in edits for cell in edit.cells}),
-        sum(isinstance(edit, Topic) for edit in edits),
+        sum(isinstance(edit, TopicEdit) for edit in edits),
         change,
-        [_prompt(subject, plain, steered, example) for example in prompts],
+        [_judge_prompt(subject, plain, steered, example) for example in prompts],
         _neighbours(subject, plain, steered, tokens, [example.prompt for example in prompts]),
     )
 
 
-def neighbours_of(subject: Subject, token: int, count: int) -> list[tuple[int, float]]:
+def neighbours_of(subject: LabModel, token: int, count: int) -> list[tuple[int, float]]:
     """The tokens nearest to one in the mean cosine of their senses, itself left out."""
     rows = subject.table.rows[: subject.config.tokens]
     own = torch.nn.functional.normalize(rows[token], dim=-1)
@@ -127,7 +127,7 @@ def neighbours_of(subject: Subject, token: int, count: int) -> list[tuple[int, f
     return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
 
 
-def _prompt(subject: Subject, plain: Overlay, steered: Overlay, example: Example) -> JudgedPrompt:
+def _judge_prompt(subject: LabModel, plain: Overlay, steered: Overlay, example: CanonicalExample) -> JudgedPrompt:
     asked = Prompts(subject, [example.prompt])
     before, after = (asked.log_probabilities(overlay)[0].exp() for overlay in (plain, steered))
     target = subject.word_ids(example.target)[0] if example.target else None
@@ -143,7 +143,7 @@ def _prompt(subject: Subject, plain: Overlay, steered: Overlay, example: Example
 
 
 def _neighbours(
-    subject: Subject, plain: Overlay, steered: Overlay, tokens: Sequence[int], prompts: Sequence[str]
+    subject: LabModel, plain: Overlay, steered: Overlay, tokens: Sequence[int], prompts: Sequence[str]
 ) -> list[JudgedNeighbour]:
     rows, found = [subject.ids(prompt) for prompt in prompts], []
     words = [token for token in tokens if subject.tokenizer.piece(token).strip()]
@@ -157,9 +157,7 @@ def _neighbours(
             one, two = (instead.log_probabilities(overlay).exp() for overlay in (plain, steered))
             moved = float((two - one).abs().sum(1).mean()) / 2
             change = float((after - before)[:, neighbour].mean())
-            found.append(
-                JudgedNeighbour(subject.shown(token), subject.shown(neighbour), similarity, moved, change)
-            )
+            found.append(JudgedNeighbour(subject.shown(token), subject.shown(neighbour), similarity, moved, change))
     return found
 
 

@@ -11,9 +11,9 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from backpack_lm.lab.subject import Prompts, Subject
+from backpack_lm.lab.lab_model import LabModel, Prompts
 from backpack_lm.overlay import SenseTable
-from backpack_lm.patch import Add, Cell, Edit, Limits, Swap, Vector
+from backpack_lm.patch import AddEdit, Cell, Edit, PatchLimits, SwapEdit, Vector
 from backpack_lm.reports.report import Report, Table
 
 STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -70,7 +70,7 @@ class SwappedFact:
     def mean(self, name: str) -> float:
         return fmean(getattr(prompt, name) for prompt in self.prompts)
 
-    def edits(self, subject: Subject) -> list[Edit]:
+    def edits(self, subject: LabModel) -> list[Edit]:
         return swap_edits(subject, self.word, self.old, self.new, self.senses, self.strength)
 
     def report(self) -> Report:
@@ -89,11 +89,11 @@ class SwappedFact:
 
 
 def swap_edits(
-    subject: Subject, word: str, old: str, new: str, senses: Sequence[int], strength: float = 1.0
+    subject: LabModel, word: str, old: str, new: str, senses: Sequence[int], strength: float = 1.0
 ) -> list[Edit]:
     """A swap in these senses. Strength 1 is the paper's: what the word itself says of `old`, it says of `new`.
 
-    What the rest of a prompt says of `old` stays, so a fact may take more: one `Add` a sense moves the difference
+    What the rest of a prompt says of `old` stays, so a fact may take more: one `AddEdit` a sense moves the difference
     of the two logits `strength` − 1 times as far again, as far as a patch may, in the direction that moves all
     the other logits least.
 
@@ -103,7 +103,7 @@ def swap_edits(
     if not 1 <= strength < math.inf:
         raise ValueError(f"strength {strength:g}; 1 is a plain swap, more moves the two logits further")
     token, ids = subject.token(word), (subject.token(old), subject.token(new))
-    edits: list[Edit] = [Swap(tuple(Cell(token, sense) for sense in senses), *ids)]
+    edits: list[Edit] = [SwapEdit(tuple(Cell(token, sense) for sense in senses), *ids)]
     if strength > 1:
         subject.overlay(*edits)  # a sense that there isn't is refused
         r, a = (subject.model.embedding[i] for i in ids)
@@ -111,10 +111,10 @@ def swap_edits(
         quiet *= (turn @ (a - r)) / (quiet @ (a - r))
         for sense in senses:
             delta = (strength - 1) * (subject.table.rows[token, sense] @ r) / (r @ r) * quiet
-            bound = 0.999 * Limits().norm_factor * subject.manifest.sense_rms[sense]
+            bound = 0.999 * PatchLimits().norm_factor * subject.manifest.sense_rms[sense]
             delta *= min(1.0, bound / max(float(delta.norm()), 1e-9))
             if bool(delta.any()):
-                edits.append(Add((Cell(token, sense),), Vector.of(delta.tolist())))
+                edits.append(AddEdit((Cell(token, sense),), Vector.of(delta.tolist())))
     return edits
 
 
@@ -130,7 +130,7 @@ def _quietest(table: SenseTable) -> Tensor:
 
 
 def swap_fact(
-    subject: Subject,
+    subject: LabModel,
     word: str,
     old: str,
     new: str,
@@ -158,7 +158,7 @@ def swap_fact(
 
 
 def fit_strength(
-    subject: Subject, word: str, old: str, new: str, prompts: Sequence[str], senses: Sequence[int] = ()
+    subject: LabModel, word: str, old: str, new: str, prompts: Sequence[str], senses: Sequence[int] = ()
 ) -> float:
     """The least of STRENGTHS with which `new` has a share of FITTED of the two after every prompt, so that other
     prompts are turned as well; the greatest if none does. Raises as `swap_fact`."""

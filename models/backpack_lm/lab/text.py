@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.training.data import Source
 
 HELD_OUT = 0.2  # of a plain file: its end
@@ -42,7 +42,7 @@ def _part(path: Path, wanted: bool) -> Iterator[str]:
     yield text[cut:] if wanted else text[:cut]
 
 
-def stream(subject: Subject, records: Iterable[str], limit: int, least: int, what: str = "the text") -> Tensor:
+def stream(subject: LabModel, records: Iterable[str], limit: int, least: int, what: str = "the text") -> Tensor:
     """Ids [N] of records, each after an end-of-text token, `limit` of them if there are as many.
 
     Raises ValueError, saying of `what`, if there are fewer than `least`.
@@ -60,16 +60,14 @@ def stream(subject: Subject, records: Iterable[str], limit: int, least: int, wha
     return torch.tensor(ids[:limit])
 
 
-def rows(
-    subject: Subject, records: Iterable[str], tokens: int, length: int = 128, what: str = "the text"
-) -> Tensor:
+def rows(subject: LabModel, records: Iterable[str], tokens: int, length: int = 128, what: str = "the text") -> Tensor:
     """Rows [N, length + 1] of text: inputs and, one further, their targets."""
     length = min(length, subject.config.n_positions)
     ids = stream(subject, records, tokens + 1, length + 1, what)
     return ids[: (len(ids) - 1) // length * length + 1].unfold(0, length + 1, length)
 
 
-def both_parts(subject: Subject, path: Path, tokens: int) -> tuple[Tensor, Tensor]:
+def both_parts(subject: LabModel, path: Path, tokens: int) -> tuple[Tensor, Tensor]:
     """Rows of a file's background and of its held-out part. Raises ValueError naming the one that is too short."""
     near = rows(subject, background(path), tokens, what=f"the part of {path} to stay close on")
     return near, rows(subject, held_out(path), tokens, what=f"the held-out part of {path}")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from backpack_lm.lab.lean import Frequent, direction, lean_edits
-from backpack_lm.lab.subject import Prompts, Subject
-from backpack_lm.patch import Edit, Topic
+from backpack_lm.lab.lab_model import LabModel, Prompts
+from backpack_lm.lab.topic_vector import FrequentWords, direction, topic_vector_edits
+from backpack_lm.patch import Edit, TopicEdit
 from backpack_lm.reports.report import Report, Table
 from backpack_lm.tokenizer import WordPolicy
 
@@ -62,18 +62,18 @@ class TopicChosen:
 
 
 def choose_topic(
-    subject: Subject, words: Sequence[str], strength: int, prompts: Sequence[str] = (), by: By = By.LEAN
+    subject: LabModel, words: Sequence[str], strength: int, prompts: Sequence[str] = (), by: By = By.LEAN
 ) -> TopicChosen:
     """The edits that lead to these words (the first token of each), with what they would do.
 
-    Raises PatchError for a strength that there isn't, WordError for an empty word, ValueError as `lean_edits`.
+    Raises PatchError for a strength that there isn't, WordError for an empty word, ValueError as `topic_vector_edits`.
     """
     tokens = list(dict.fromkeys(subject.tokenizer.word_ids(word, WordPolicy.FIRST)[0] for word in words))
     by_strength: dict[int, list[Edit]] = {}
-    frequent = Frequent.of(subject) if by is By.LEAN else None
+    frequent = FrequentWords.of(subject) if by is By.LEAN else None
     for step in sorted({*STRENGTHS, strength}):
-        topic: list[Edit] = [Topic(tuple(tokens), step)]
-        by_strength[step] = topic if frequent is None else lean_edits(subject, tokens, step, frequent)
+        topic: list[Edit] = [TopicEdit(tuple(tokens), step)]
+        by_strength[step] = topic if frequent is None else topic_vector_edits(subject, tokens, step, frequent)
     subject.overlay(*by_strength[strength])  # refused here rather than by the server
     mass: dict[str, list[float]] = {}
     overlays = [subject.overlay(), *(subject.overlay(*by_strength[step]) for step in STRENGTHS)]
@@ -82,11 +82,11 @@ def choose_topic(
         mass[prompt] = [float(asked.log_probabilities(o)[0].exp()[tokens].sum()) for o in overlays]
     several = [word for word in words if len(subject.word_ids(word)) > 1]
     pieces = {word: subject.tokenizer.piece(subject.word_ids(word)[0]) for word in several}
-    speakers = _cells(subject, tokens) if frequent is None else _gains(subject, tokens)
+    speakers = _edited_cells(subject, tokens) if frequent is None else _gains(subject, tokens)
     return TopicChosen(list(words), pieces, tokens, strength, by, by_strength, speakers, mass)
 
 
-def _cells(subject: Subject, tokens: Sequence[int]) -> Table:
+def _edited_cells(subject: LabModel, tokens: Sequence[int]) -> Table:
     scores = subject.table.topic_scores(tuple(tokens))
     best = scores.flatten().topk(12)
     cells = []
@@ -96,13 +96,10 @@ def _cells(subject: Subject, tokens: Sequence[int]) -> Table:
     return Table("Cells that speak for it most", ("word", "sense", "score"), tuple(cells))
 
 
-def _gains(subject: Subject, tokens: Sequence[int]) -> Table:
+def _gains(subject: LabModel, tokens: Sequence[int]) -> Table:
     gains = subject.head @ direction(subject, tokens)
     best = (gains - gains.mean()).topk(20)
     rows = tuple(
-        (subject.shown(token), gain)
-        for token, gain in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        (subject.shown(token), gain) for token, gain in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     )
-    return Table(
-        "Words that gain most, as a share of what the topic's words gain", ("word", "gain"), rows, digits=2
-    )
+    return Table("Words that gain most, as a share of what the topic's words gain", ("word", "gain"), rows, digits=2)

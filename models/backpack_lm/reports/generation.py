@@ -15,7 +15,7 @@ from backpack_lm.reports.page import page
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
+class TermRow:
     """What one sense of one position gave a token's logit: weight α, the topics' multiplier, α·m·E[y]·C(x_j)_l."""
 
     position: int
@@ -26,14 +26,14 @@ class Term:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TokenStep:
     """One token: its probability, its logit, its terms, and the sum of those that aren't among them."""
 
     token: str
     probability: float
     logit: float
     unlisted: float
-    terms: tuple[Term, ...]
+    terms: tuple[TermRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class GenerationPage:
     """A prompt's tokens and what was made after them. `note` says which model and release made it."""
 
     prompt: tuple[str, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[TokenStep, ...]
     senses: int
     note: str = ""
 
@@ -49,9 +49,7 @@ class GenerationPage:
         room = files("backpack_lm.reports")
         style, script = (room.joinpath(f"generation.{kind}").read_text("utf-8") for kind in ("css", "js"))
         # "<" never ends the script, whatever the text holds.
-        data = json.dumps(_rounded(asdict(self)), ensure_ascii=False, separators=(",", ":")).replace(
-            "<", "\\u003c"
-        )
+        data = json.dumps(_rounded(asdict(self)), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
         body = (
             "<p class=lead>Point at a word that was made, or use the arrow keys. The text before it is shaded by "
             "what each word gave it: <b class=for>for</b> it or <b class=against>against</b> it. Every term is "

@@ -15,9 +15,7 @@ PALETTE = ("#0f8276", "#3556a8", "#c77d1e", "#b4432f", "#7a5aa6", "#6b7480")
 CROWDED = 8  # labels beside each other that still fit unturned
 
 
-def bars(
-    title: str, labels: Sequence[str], series: Mapping[str, Sequence[float]], xlabel: str, ylabel: str
-) -> Figure:
+def bars(title: str, labels: Sequence[str], series: Mapping[str, Sequence[float]], xlabel: str, ylabel: str) -> Figure:
     """Groups of bars: one group a label, one colour a series."""
     figure, axes = _axes(max(6.0, 0.3 * len(labels) * len(series)))
     width = 0.8 / len(series)
@@ -35,9 +33,7 @@ def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], xlabe
     """Curves through (x, y) points, each point marked."""
     figure, axes = _axes(7.0)
     for n, (name, points) in enumerate(series.items()):
-        axes.plot(
-            *zip(*points, strict=True), marker="o", markersize=4, label=name, color=PALETTE[n % len(PALETTE)]
-        )
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=PALETTE[n % len(PALETTE)])
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     return _drawn(figure, axes, title, legend=len(series) > 1)

@@ -27,7 +27,7 @@ class Table:
     digits: int = 3
 
     def shown(self) -> list[list[str]]:
-        return [[_shown(entry, self.digits) for entry in row] for row in self.rows]
+        return [[_cell_text(entry, self.digits) for entry in row] for row in self.rows]
 
     def markdown(self) -> str:
         return f"**{self.title}**\n\n{self.rows_markdown()}"
@@ -108,7 +108,7 @@ def _code(text: str) -> str:
     return f"{fence}{space}{text.replace(chr(10), '↵')}{space}{fence}"
 
 
-def _shown(entry: Entry, digits: int) -> str:
+def _cell_text(entry: Entry, digits: int) -> str:
     if entry is None:
         return "–"
     if isinstance(entry, float):

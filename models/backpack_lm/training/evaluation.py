@@ -42,9 +42,7 @@ def perplexity(model: LanguageModel, ids: Tensor, batch: int = 8, length: int | 
     return math.exp(total / len(rows))
 
 
-def held_out(
-    model: LanguageModel, sources: Sequence[Source], folder: Path, limit: int = 200_000
-) -> dict[str, float]:
+def held_out(model: LanguageModel, sources: Sequence[Source], folder: Path, limit: int = 200_000) -> dict[str, float]:
     """Perplexity on each source's held-out stream, at most `limit` tokens of each; none of a stream that doesn't
     fill a row."""
     streams = {source.name: stream(source, folder, "heldout")[:limit] for source in sources}

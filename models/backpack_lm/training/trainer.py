@@ -57,7 +57,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StepStats:
     """What one step reports."""
 
     step: int
@@ -94,31 +94,31 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.model: Backpack | TransformerTwin = TransformerTwin(config) if twin else Backpack(config)
         if after is not None:
-            self._begin(after)
+            self._begin_run(after)
         self.optimizers = _optimizers(self.model, recipe)
         self.step = 0
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
-            self._resume()
+            self._load_checkpoint()
 
     @property
     def checkpoint(self) -> Path:
         return self.folder / CHECKPOINT
 
-    def run(self, save_every: int = 50) -> Iterator[Step]:
+    def run(self, save_every: int = 50) -> Iterator[StepStats]:
         """Take the remaining steps, yielding each; saves every so often, and at the end."""
         while self.step < self.recipe.steps:
             started = time.perf_counter()
-            loss = self._take()
+            loss = self._take_step()
             self.step += 1
-            done = Step(self.step, loss, self.recipe.tokens_per_step, time.perf_counter() - started)
+            done = StepStats(self.step, loss, self.recipe.tokens_per_step, time.perf_counter() - started)
             with (self.folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(asdict(done)) + "\n")
             if self.step % save_every == 0 or self.step == self.recipe.steps:
                 self.save()
             yield done
 
-    def _take(self) -> float:
+    def _take_step(self) -> float:
         recipe, model = self.recipe, self.model
         length = recipe.row_length(self.step, model.config.n_positions)
         count = max(1, recipe.tokens_per_step // length)
@@ -153,24 +153,20 @@ class Trainer:
         torch.save(state, partial)
         partial.rename(self.checkpoint)
 
-    def _begin(self, after: Path) -> None:
+    def _begin_run(self, after: Path) -> None:
         if not (after / CHECKPOINT).exists():
             raise ValueError(f"{after} holds no {CHECKPOINT} to begin after")
         state = read_checkpoint(after / CHECKPOINT)
         before = json.loads(state["made_by"])
         for what in ("config", "twin"):
             if before[what] != self.made_by[what]:
-                raise ValueError(
-                    f"{after} has {what} {before[what]}, this run {self.made_by[what]}: give the same"
-                )
+                raise ValueError(f"{after} has {what} {before[what]}, this run {self.made_by[what]}: give the same")
         if state["step"] < before["recipe"]["steps"]:
-            raise ValueError(
-                f"{after} has taken {state['step']} of {before['recipe']['steps']} steps: finish it first"
-            )
+            raise ValueError(f"{after} has taken {state['step']} of {before['recipe']['steps']} steps: finish it first")
         self.model.load_state_dict(state["model"])
         self.made_by["after"] = before
 
-    def _resume(self) -> None:
+    def _load_checkpoint(self) -> None:
         state = read_checkpoint(self.checkpoint)
         before, now = json.loads(state["made_by"]), json.loads(json.dumps(self.made_by))
         if "text" not in before:  # checkpoints of earlier versions don't tell

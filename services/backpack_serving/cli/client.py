@@ -19,8 +19,8 @@ from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
+from backpack_serving.auth.keys import read_key_file
 from backpack_serving.errors import ServiceError, Unavailable
-from backpack_serving.keys import kept
 from backpack_serving.settings import Settings, secretless
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Screen(Console):
         except OSError as error:
             if self.stderr:
                 raise
-            _refuse(f"what this command says can't be written: {error.strerror}")
+            _exit_with_error(f"what this command says can't be written: {error.strerror}")
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -185,7 +185,7 @@ def _kept_key(settings: Settings, tenant: str) -> str:
             f"no API key: {file} doesn't exist; give --key, set BACKPACK_KEY, name another tenant with --as, or "
             f"make this one: backpack tenant create {tenant}"
         )
-    return kept(file)
+    return read_key_file(file)
 
 
 @contextmanager
@@ -199,24 +199,24 @@ def exits(extra: str = "") -> Iterator[None]:
     except ServiceError as error:
         if isinstance(error, Unavailable) and error.reason == "TRANSPORT":
             settings = Settings()
-            _refuse(
+            _exit_with_error(
                 f"no answer ({error.message}); is the gateway at {settings.gateway_address} running, and the "
                 f"intervention service at {settings.interventions_address}? `backpack run` starts both, "
                 "BACKPACK_GATEWAY_ADDRESS and BACKPACK_INTERVENTIONS_ADDRESS say where they are"
             )
-        _refuse(f"{error.reason}: {error.message}{': ' if error.why else ''}{error.why}")
+        _exit_with_error(f"{error.reason}: {error.message}{': ' if error.why else ''}{error.why}")
     except ModuleNotFoundError as error:
         if (brings := EXTRAS.get(str(error.name).partition(".")[0])) is None:
             raise
         extra = extra or brings
         more = "; for the lab and the experiments, 'backpack-serving[lab]'" if extra == "engine" else ""
-        _refuse(f"this needs {error.name}: pip install 'backpack-serving[{extra}]'{more}")
+        _exit_with_error(f"this needs {error.name}: pip install 'backpack-serving[{extra}]'{more}")
     except ValidationError as error:
-        _refuse(_unfit(error))
+        _exit_with_error(_unfit(error))
     except OSError as error:
-        _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        _exit_with_error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (ValueError, FloatingPointError) as error:  # of models and files: every one of ours says the fix
-        _refuse(str(error))
+        _exit_with_error(str(error))
 
 
 def _unfit(error: ValidationError) -> str:
@@ -230,7 +230,7 @@ def _unfit(error: ValidationError) -> str:
     return "; ".join(wrong)
 
 
-def _refuse(text: str) -> NoReturn:
+def _exit_with_error(text: str) -> NoReturn:
     """One line, however wide the terminal is."""
     err.print(Text.assemble(("error:", "red"), f" {' '.join(text.split())}"), soft_wrap=True)
     raise typer.Exit(1) from None

@@ -42,10 +42,10 @@ def compare(
     with as_caller(tenant, key) as client:
         if score:
             scored = client.compare_scores(text, choices)
-            table, served = _changes(scored), [s.served for s in scored]
+            table, served = _token_changes(scored), [s.served for s in scored]
         else:
             found = client.compare(text, choices, top=top, targets=target or ())
-            table, served = _beside(found, _scores(client, text, found)), [p.served for p in found]
+            table, served = _beside(found, _score_releases(client, text, found)), [p.served for p in found]
     out.print(table)
     err.print(f"[dim]{len(served)} releases of {served[0].tenant}[/]")
 
@@ -64,7 +64,7 @@ def _choices(names: Sequence[str]) -> Iterator[int | str]:
             raise typer.BadParameter(text, param_hint="--release")
 
 
-def _scores(client: Client, text: str, found: Sequence[Prediction]) -> Mapping[int, Score]:
+def _score_releases(client: Client, text: str, found: Sequence[Prediction]) -> Mapping[int, Score]:
     """Of the same releases, by number: a channel may have moved meanwhile. None of a text of one token."""
     numbers = sorted({prediction.served.release for prediction in found})
     try:
@@ -76,12 +76,12 @@ def _scores(client: Client, text: str, found: Sequence[Prediction]) -> Mapping[i
 
 
 def _beside(found: Sequence[Prediction], scores: Mapping[int, Score]) -> Table:
-    table = _table("log p", "perplexity", *(f"p({token.text!r})" for token in found[0].targets))
+    table = _comparison_table("log p", "perplexity", *(f"p({token.text!r})" for token in found[0].targets))
     table.add_column("likeliest next")
     for prediction in found:
         likeliest = [Text(f"{token.text!r} {percent(token)}") for token in prediction.top]
         table.add_row(
-            _name(prediction.served),
+            _release_name(prediction.served),
             *_likelihood(scores.get(prediction.served.release)),
             *map(percent, prediction.targets),
             Columns(likeliest, padding=(0, 2)) if out.is_terminal else Text("  ").join(likeliest),
@@ -89,19 +89,19 @@ def _beside(found: Sequence[Prediction], scores: Mapping[int, Score]) -> Table:
     return table
 
 
-def _changes(scored: Sequence[Score]) -> Table:
+def _token_changes(scored: Sequence[Score]) -> Table:
     """With the token that each release changes most, against the first one."""
-    table = _table("log p", "perplexity")
+    table = _comparison_table("log p", "perplexity")
     table.add_column("most changed")
     for score in scored:
         changes = [_log(mine) - _log(first) for mine, first in zip(score.tokens, scored[0].tokens, strict=True)]
         at = max(range(len(changes)), key=lambda n: abs(changes[n]))
         changed = f"{score.tokens[at].text!r} {changes[at]:+.3f}" if changes[at] else "–"
-        table.add_row(_name(score.served), *_likelihood(score), Text(changed))
+        table.add_row(_release_name(score.served), *_likelihood(score), Text(changed))
     return table
 
 
-def _table(*figures: str) -> Table:
+def _comparison_table(*figures: str) -> Table:
     table = Table(box=None)
     table.add_column("release", no_wrap=True)
     for name in figures:
@@ -118,6 +118,6 @@ def _log(token: Token) -> float:
     return token.log_probability or 0.0
 
 
-def _name(served: Served) -> str:
+def _release_name(served: Served) -> str:
     name = f"{served.channel}, {served.release}" if served.channel else str(served.release or "unpatched")
     return f"{name} ({served.digest[:8]})"

@@ -55,9 +55,7 @@ def list_patches(tenant: AsTenant = "harbour", key: Key = "") -> None:
 @patch_app.command("show")
 def show_revision(
     patch: Annotated[str, typer.Argument(help="Name of the patch, or PATCH:NUMBER.")],
-    number: Annotated[
-        int | None, typer.Argument(help="Number of the revision; the newest if none.", min=1)
-    ] = None,
+    number: Annotated[int | None, typer.Argument(help="Number of the revision; the newest if none.", min=1)] = None,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
@@ -107,7 +105,7 @@ def scale(
     A word says less: `backpack patch scale quiet king --factor 0.5`; two of its senses, nothing at all:
     `backpack patch scale quiet king --factor 0 --senses 3,10`
     """
-    _revise(patch, [Scale(_cells(words, senses), factor)], tenant, key)
+    _revise(patch, [Scale(_cells_of_words(words, senses), factor)], tenant, key)
 
 
 @patch_app.command("copy")
@@ -123,7 +121,7 @@ def copy(
 
     `backpack patch copy royal king queen --from ship`
     """
-    _revise(patch, [Copy(_cells(words, senses), source)], tenant, key)
+    _revise(patch, [Copy(_cells_of_words(words, senses), source)], tenant, key)
 
 
 @patch_app.command("project-out")
@@ -139,7 +137,7 @@ def project_out(
 
     `backpack patch project-out calm nurse --direction she`
     """
-    _revise(patch, [ProjectOut(_cells(words, senses), direction)], tenant, key)
+    _revise(patch, [ProjectOut(_cells_of_words(words, senses), direction)], tenant, key)
 
 
 @patch_app.command("swap")
@@ -156,7 +154,7 @@ def swap(
 
     `backpack patch swap facts ship --old sea --new land`
     """
-    _revise(patch, [Swap(_cells(words, senses), old, new)], tenant, key)
+    _revise(patch, [Swap(_cells_of_words(words, senses), old, new)], tenant, key)
 
 
 @patch_app.command("topic")
@@ -186,7 +184,7 @@ def sense_numbers(senses: str) -> list[int]:
     return numbers
 
 
-def _cells(words: list[str], senses: str) -> list[Cells]:
+def _cells_of_words(words: list[str], senses: str) -> list[Cells]:
     numbers = tuple(sense_numbers(senses))
     return [Cells(word, numbers) for word in words]
 

@@ -11,18 +11,18 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from backpack_serving.auth.keys import read_key_file, write_key_file
 from backpack_serving.cli.client import out
 from backpack_serving.client import AsyncClient, AsyncOperator, AsyncSteering, Copy, Role, Sampling, Served
 from backpack_serving.embedded import Embedded
 from backpack_serving.errors import AlreadyExists, Unauthenticated
-from backpack_serving.keys import keep, kept
 
 PROMPT = "The story of the king and the"
 SAMPLING = Sampling(max_tokens=36, temperature=0.7, top_k=30, seed=29)
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class ExampleTenant:
     """A tenant whose patch gives one word the senses of another."""
 
     tenant: str
@@ -37,7 +37,7 @@ class Example:
         return f"“{self.word}” has the senses of “{self.source}”"
 
 
-EXAMPLES = (Example("clinic", "king", "nurse"), Example("harbour", "king", "ship"))
+EXAMPLES = (ExampleTenant("clinic", "king", "nurse"), ExampleTenant("harbour", "king", "ship"))
 
 
 async def provide(serving: Embedded) -> None:
@@ -47,7 +47,7 @@ async def provide(serving: Embedded) -> None:
             await _provide(serving, example)
 
 
-async def _provide(serving: Embedded, example: Example) -> None:
+async def _provide(serving: Embedded, example: ExampleTenant) -> None:
     where, tls = serving.interventions, serving.settings.tls
     async with AsyncOperator(where, serving.settings.key_for("admin"), tls=tls) as operator:
         with suppress(AlreadyExists):  # an earlier run was cut off after this
@@ -58,12 +58,12 @@ async def _provide(serving: Embedded, example: Example) -> None:
         revision = await steering.create_revision(example.patch, [Copy(example.word, example.source)])
         release = await steering.create_release([revision], str(example))
         await steering.activate(release.number)
-    keep(made.secret, serving.settings.key_file(example.tenant))
+    write_key_file(made.secret, serving.settings.key_file(example.tenant))
 
 
 @dataclass(slots=True)
 class _Column:
-    example: Example
+    example: ExampleTenant
     served: Served | None = None
     text: str = ""
 
@@ -71,16 +71,16 @@ class _Column:
 async def side_by_side(serving: Embedded) -> None:
     """Stream PROMPT for every example at once, in columns that grow."""
     columns = [_Column(example) for example in EXAMPLES]
-    with Live(_table(columns), console=out, refresh_per_second=20) as live:
+    with Live(_columns_table(columns), console=out, refresh_per_second=20) as live:
 
         async def follow(column: _Column) -> None:
             file = serving.settings.key_file(column.example.tenant)
-            async with AsyncClient(serving.gateway, kept(file), tls=serving.settings.tls) as client:
+            async with AsyncClient(serving.gateway, read_key_file(file), tls=serving.settings.tls) as client:
                 try:
                     async for part in client.stream(PROMPT, SAMPLING):
                         column.served = column.served or part.served
                         column.text += part.text
-                        live.update(_table(columns))
+                        live.update(_columns_table(columns))
                 except Unauthenticated as error:
                     text = f"{file}: {error.message}; if its store is another one, remove it for a new key"
                     raise Unauthenticated(error.reason, text) from None
@@ -88,7 +88,7 @@ async def side_by_side(serving: Embedded) -> None:
         await asyncio.gather(*map(follow, columns))
 
 
-def _table(columns: Sequence[_Column]) -> Table:
+def _columns_table(columns: Sequence[_Column]) -> Table:
     table = Table(title=f"One prompt, one batch, two tenants: “{PROMPT}…”", title_justify="left")
     table.width = min(out.width, 120)  # readable in a log, too
     for column in columns:

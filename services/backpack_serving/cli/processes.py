@@ -113,17 +113,17 @@ class Processes:
         with ExitStack() as ending:
             for name in (signal.SIGINT, signal.SIGTERM):
                 ending.callback(signal.signal, name, signal.signal(name, stop))
-            ending.callback(self._end)  # before that: a second signal must not cut the drain off
+            ending.callback(self._stop_all)  # before that: a second signal must not cut the drain off
             for number in range(self._count):
-                self._start(number)
+                self._start_process(number)
             told = False
             while not self._stopping:
-                self._look(woken, all_must_live=not told)
+                self._wait_for_change(woken, all_must_live=not told)
                 if not told and all(process.serves for process in self._processes.values()):
                     serving()
                     told = True
 
-    def _start(self, number: int) -> None:
+    def _start_process(self, number: int) -> None:
         ours, theirs = self._context.Pipe()
         running = self._context.Process(
             target=self._serve, args=(self._settings, number, theirs), name=f"process {number}"
@@ -132,7 +132,7 @@ class Processes:
         theirs.close()  # so that ours ends when the process does
         self._processes[number] = _Process(running, ours)
 
-    def _look(self, woken: Connection, all_must_live: bool) -> None:
+    def _wait_for_change(self, woken: Connection, all_must_live: bool) -> None:
         """Wait until something happens: one serves, one dies, or it is time to stop."""
         starting = {p.line: p for p in self._processes.values() if not p.serves}
         happened = wait([woken, *starting, *(p.running.sentinel for p in self._processes.values())])
@@ -150,9 +150,9 @@ class Processes:
             with self._scraping:
                 process.line.close()
             if not self._stopping:
-                self._start(number)
+                self._start_process(number)
 
-    def _end(self) -> None:
+    def _stop_all(self) -> None:
         for process in self._processes.values():
             process.running.terminate()
         until = time.monotonic() + self._settings.drain + ENDING

@@ -84,7 +84,7 @@ def activate_release(
     `backpack release activate 3`; on a channel beside the live one: `backpack release activate 3 --channel beta`
     """
     with as_releaser(tenant, key) as steering:
-        _told(steering.activate(number, channel, wait=wait, wait_seconds=timeout))
+        _print_move(steering.activate(number, channel, wait=wait, wait_seconds=timeout))
 
 
 @app.command("rollback")
@@ -97,7 +97,7 @@ def rollback(
 ) -> None:
     """Point a channel back at the release it had before."""
     with as_releaser(tenant, key) as steering:
-        _told(steering.rollback(channel, wait=wait, wait_seconds=timeout))
+        _print_move(steering.rollback(channel, wait=wait, wait_seconds=timeout))
 
 
 @app.command("status")
@@ -156,9 +156,7 @@ def fleet() -> None:
 @canary_app.command("start")
 def start_canary(
     number: Annotated[int, typer.Argument(help="Number of the release to try.", min=0)],
-    permille: Annotated[
-        int, typer.Option(help="Of a thousand request keys, how many get it.", min=1, max=999)
-    ] = 50,
+    permille: Annotated[int, typer.Option(help="Of a thousand request keys, how many get it.", min=1, max=999)] = 50,
     salt: Annotated[str, typer.Option(help="What keys are hashed with; drawn if none is given.")] = "",
     channel: Channel = "live",
     wait: Waiting = "none",
@@ -171,7 +169,7 @@ def start_canary(
     One request in twenty, once all replicas hold it: `backpack canary start 4 --permille 50 --wait all`
     """
     with as_releaser(tenant, key) as steering:
-        _told(steering.start_canary(number, permille, channel, salt=salt, wait=wait, wait_seconds=timeout))
+        _print_move(steering.start_canary(number, permille, channel, salt=salt, wait=wait, wait_seconds=timeout))
     out.print("[dim]watch it: backpack release status; then: backpack canary promote, or abort[/]")
 
 
@@ -185,7 +183,7 @@ def promote_canary(
 ) -> None:
     """Give the canary's release to all requests."""
     with as_releaser(tenant, key) as steering:
-        _told(steering.promote_canary(channel, wait=wait, wait_seconds=timeout))
+        _print_move(steering.promote_canary(channel, wait=wait, wait_seconds=timeout))
 
 
 @canary_app.command("abort")
@@ -198,10 +196,10 @@ def abort_canary(
 ) -> None:
     """Give all requests the channel's own release again."""
     with as_releaser(tenant, key) as steering:
-        _told(steering.abort_canary(channel, wait=wait, wait_seconds=timeout))
+        _print_move(steering.abort_canary(channel, wait=wait, wait_seconds=timeout))
 
 
-def _told(move: Move) -> None:
+def _print_move(move: Move) -> None:
     """Where a channel is now, and how far that has come; exit status 1 if not far enough."""
     _line(move.channel)
     if (r := move.rollout) is None:

@@ -26,17 +26,17 @@ def run(
 
     Addresses, the model and the state folder are settings: `backpack settings` lists them.
     """
-    from backpack_serving.telemetry import configure
+    from backpack_serving.observability.telemetry import configure
 
     with exits():
         settings = Settings()
         if "log_level" not in settings.model_fields_set:
             settings = settings.model_copy(update={"log_level": "warning"})
         configure(settings, "run")
-        uvloop.run(_run(settings, examples, once))
+        uvloop.run(_serve_all(settings, examples, once))
 
 
-async def _run(settings: Settings, examples: bool, once: bool) -> None:
+async def _serve_all(settings: Settings, examples: bool, once: bool) -> None:
     from backpack_serving import embedded
     from backpack_serving.cli import demo
 

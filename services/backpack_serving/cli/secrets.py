@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from backpack_serving.auth.keys import ApiKeySecret
 from backpack_serving.cli.client import exits, out
-from backpack_serving.keys import ApiKey
 
 OWNER, SERVICE = "backpack_owner", "backpack"
 """Roles of the database: who owns the schema and migrates it, and who the intervention service is."""
@@ -26,8 +26,8 @@ def make(database: str) -> dict[str, str]:
     """New secrets by name. Those that begin with `backpack_` are settings, read in /run/secrets."""
     owner, service = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
     return {
-        "backpack_admin_key": str(ApiKey.mint()),
-        "backpack_service_key": str(ApiKey.mint()),
+        "backpack_admin_key": str(ApiKeySecret.mint()),
+        "backpack_service_key": str(ApiKeySecret.mint()),
         "database_owner_password": owner,
         "database_service_password": service,
         "owner_database": f"postgresql://{OWNER}:{owner}@{database}",
@@ -40,9 +40,7 @@ def write(
     folder: Annotated[Path, typer.Argument(file_okay=False, help="Where to put them, one in a file.")],
     database: Annotated[
         str,
-        typer.Option(
-            metavar="HOST:PORT/NAME", help=f"Where PostgreSQL is; {COMPOSE}, the one of compose, if none."
-        ),
+        typer.Option(metavar="HOST:PORT/NAME", help=f"Where PostgreSQL is; {COMPOSE}, the one of compose, if none."),
     ] = "",
 ) -> None:
     """Make the secrets of a deployment, each in a file, unless they are there. docker-compose.yml mounts them.

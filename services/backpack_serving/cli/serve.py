@@ -20,7 +20,7 @@ from rich.console import Console
 from backpack_serving import tasks
 from backpack_serving.cli import processes
 from backpack_serving.cli.client import exits, out
-from backpack_serving.metrics import Metrics
+from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
 
 app = typer.Typer(
@@ -50,10 +50,10 @@ def gateway() -> None:
 
     It is one process for each core behind one port; BACKPACK_GATEWAY_PROCESSES sets how many.
     """
-    from backpack_serving import exposition
     from backpack_serving.gateway import bootstrap
-    from backpack_serving.gateway.levels import shared
-    from backpack_serving.telemetry import configure
+    from backpack_serving.gateway.shared_buckets import shared
+    from backpack_serving.observability import exposition
+    from backpack_serving.observability.telemetry import configure
 
     with exits():
         settings = Settings()
@@ -133,8 +133,8 @@ def _serve(
     """Serve until a signal, or until what `failure` gives is set, which is exit status 1: whoever supervises this
     process shall start it again.
     """
-    from backpack_serving import exposition
-    from backpack_serving.telemetry import configure
+    from backpack_serving.observability import exposition
+    from backpack_serving.observability.telemetry import configure
 
     async def serve() -> bool:
         stopped = asyncio.Event()

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from backpack_serving.auth.keys import write_key_file
 from backpack_serving.cli.client import as_admin, out, table, when
 from backpack_serving.client import Role
-from backpack_serving.keys import keep
 from backpack_serving.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, help="Tenants and their API keys; needs the admin key.")
@@ -27,7 +27,7 @@ def create_tenant(name: Annotated[str, typer.Argument(help="a-z, 0-9 and -")]) -
             raise FileExistsError(f"{file} exists, and its key would be lost; move it away, or take another name")
         file.parent.mkdir(parents=True, exist_ok=True)  # before there is a secret that would be lost
         made = operator.create_tenant(name)
-        keep(operator.create_key(name, [Role.RELEASER, Role.CALLER]).secret, file)
+        write_key_file(operator.create_key(name, [Role.RELEASER, Role.CALLER]).secret, file)
     out.print(f"{made.name}; its key is in {file}")
 
 

@@ -106,9 +106,7 @@ def explain(
 def senses(
     word: Annotated[str, typer.Argument(help="One word; it is looked up with a leading space.")],
     limit: Annotated[int, typer.Option(help="Tokens at each end.", min=1, max=100)] = 6,
-    neighbours: Annotated[
-        int, typer.Option(help="Words to list whose same sense lies nearest.", min=0, max=100)
-    ] = 0,
+    neighbours: Annotated[int, typer.Option(help="Words to list whose same sense lies nearest.", min=0, max=100)] = 0,
     page: Page = None,
     tenant: AsTenant = "harbour",
     key: Key = "",
@@ -124,7 +122,7 @@ def senses(
     table = Table("sense", "norm", "raises", "lowers", *(["near"] if near else []), box=None)
     for sense in answer.senses:
         mark = " [yellow]edited[/]" if sense.edited else ""
-        words = [_words(some) for some in (sense.raises, sense.lowers, sense.neighbours)]
+        words = [_token_spans(some) for some in (sense.raises, sense.lowers, sense.neighbours)]
         table.add_row(f"{sense.number}{mark}", f"{sense.norm:.2f}", *words[: 3 if near else 2])
     out.print(table)
     if page is not None:
@@ -133,5 +131,5 @@ def senses(
     footnote(answer.served)
 
 
-def _words(scored: Iterable[tuple[Token, float]]) -> Text:
+def _token_spans(scored: Iterable[tuple[Token, float]]) -> Text:
     return Text(" ".join(token.text.strip() or repr(token.text) for token, _ in scored))

@@ -43,14 +43,10 @@ def train(
     width: Annotated[int, typer.Option(help="Width d.", min=1)] = 192,
     senses: Annotated[int, typer.Option(help="Senses k of each word.", min=1)] = 16,
     context: Annotated[int, typer.Option(help="Context T in tokens.", min=1)] = 512,
-    vocabulary: Annotated[
-        int, typer.Option(help="Size of the byte-level BPE learnt first.", min=1, max=2**16)
-    ] = 16384,
+    vocabulary: Annotated[int, typer.Option(help="Size of the byte-level BPE learnt first.", min=1, max=2**16)] = 16384,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of one optimiser step.", min=1)] = 2048,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.", min=0)] = 3e-3,
-    matrix_lr: Annotated[
-        float, typer.Option(help="Peak learning rate of Muon (matrices of layers).", min=0)
-    ] = 6e-3,
+    matrix_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon (matrices of layers).", min=0)] = 6e-3,
     decay: Annotated[
         float,
         typer.Option(help="Share of the steps, the last, over which learning rates fall to zero.", min=0, max=1),
@@ -102,7 +98,7 @@ def train(
         name = "twin" if twin else "backpack"
         run, rows = out / name, data.Rows.open(corpus, folder, seed, tokenizer.end_of_text)
         trainer = Trainer(config, recipe, rows, run, twin, after / name if after else None)
-        _follow(trainer, progress)
+        _train_with_progress(trainer, progress)
         if not twin:
             assert isinstance(trainer.model, Backpack)
             save(trainer.model, folder / TOKENIZER, out / "model")
@@ -149,9 +145,7 @@ def _same_tokenizer(before: Path, here: Path) -> None:
     if not here.exists():
         copyfile(before, here)
     elif here.read_bytes() != before.read_bytes():
-        raise ValueError(
-            f"{here} isn't the tokenizer of {before.parent.parent}: give another --out, or no --after"
-        )
+        raise ValueError(f"{here} isn't the tokenizer of {before.parent.parent}: give another --out, or no --after")
 
 
 def _tokenise(corpus: Sequence[Source], tokenizer: Tokenizer, folder: Path, progress: Progress) -> None:
@@ -165,7 +159,7 @@ def _tokenise(corpus: Sequence[Source], tokenizer: Tokenizer, folder: Path, prog
                 progress.update(task, completed=100 * done)
 
 
-def _follow(trainer: Trainer, progress: Progress) -> None:
+def _train_with_progress(trainer: Trainer, progress: Progress) -> None:
     """Take the steps that are left."""
     task = progress.add_task("train", total=trainer.recipe.steps, completed=trainer.step, note="")
     for step in trainer.run():

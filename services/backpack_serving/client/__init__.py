@@ -40,6 +40,8 @@ change however often it is sent, and generations of which nothing has come yet: 
 
 from backpack_lm.edits import Vector
 
+from backpack_serving.auth.keys import Role
+from backpack_serving.auth.tls import Tls
 from backpack_serving.client.blocking import Client, Operator, Steering
 from backpack_serving.client.channels import (
     Canary,
@@ -87,9 +89,7 @@ from backpack_serving.errors import (
     Unauthenticated,
     Unavailable,
 )
-from backpack_serving.keys import Role
-from backpack_serving.sync.known import Position
-from backpack_serving.tls import Tls
+from backpack_serving.sync.state import Position
 
 __all__ = [
     "Add",

@@ -64,9 +64,7 @@ class Authoring(Connected):
         request = pb.DeletePatchRequest(name=f"patches/{patch}")
         return Patch.of((await self._write(self._patches.DeletePatch, request)).patch)
 
-    async def create_revision(
-        self, patch: str, edits: Sequence[Edit | pb.Edit], *, dry_run: bool = False
-    ) -> Revision:
+    async def create_revision(self, patch: str, edits: Sequence[Edit | pb.Edit], *, dry_run: bool = False) -> Revision:
         """A further revision of a patch: edits, or messages of the API, which apply in this order.
 
         With `dry_run` they are checked, and answered with the number that they would have; nothing is stored.

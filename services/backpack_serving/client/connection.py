@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar
 
 from backpack_serving import rpc
+from backpack_serving.auth.tls import Tls
 from backpack_serving.errors import ServiceError, Unavailable
-from backpack_serving.tls import Tls
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -49,7 +49,7 @@ class Scale:
     factor: float
 
     def message(self) -> pb.Edit:
-        return pb.Edit(scale=pb.ScaleEdit(cells=_cells(self.cells), factor=self.factor))
+        return pb.Edit(scale=pb.ScaleEdit(cells=_cells_message(self.cells), factor=self.factor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Add:
     delta: Vector
 
     def message(self) -> pb.Edit:
-        return pb.Edit(add=pb.AddEdit(cells=_cells(self.cells), delta=_vector(self.delta)))
+        return pb.Edit(add=pb.AddEdit(cells=_cells_message(self.cells), delta=_vector_message(self.delta)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Set:
     vector: Vector
 
     def message(self) -> pb.Edit:
-        return pb.Edit(set=pb.SetEdit(cells=_cells(self.cells), vector=_vector(self.vector)))
+        return pb.Edit(set=pb.SetEdit(cells=_cells_message(self.cells), vector=_vector_message(self.vector)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Copy:
     source_sense: int | None = None
 
     def message(self) -> pb.Edit:
-        cells, source = _cells(self.cells), word(self.source)
+        cells, source = _cells_message(self.cells), word(self.source)
         return pb.Edit(copy=pb.CopyEdit(cells=cells, source=source, source_sense=self.source_sense))
 
 
@@ -95,7 +95,7 @@ class ProjectOut:
     direction: Word
 
     def message(self) -> pb.Edit:
-        return pb.Edit(project_out=pb.ProjectOutEdit(cells=_cells(self.cells), direction=word(self.direction)))
+        return pb.Edit(project_out=pb.ProjectOutEdit(cells=_cells_message(self.cells), direction=word(self.direction)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class Swap:
     new: Word
 
     def message(self) -> pb.Edit:
-        return pb.Edit(swap=pb.SwapEdit(cells=_cells(self.cells), old=word(self.old), new=word(self.new)))
+        return pb.Edit(swap=pb.SwapEdit(cells=_cells_message(self.cells), old=word(self.old), new=word(self.new)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ def read(message: pb.Edit) -> Edit:
     raise ValueError("the server knows a kind of edit that this client doesn't; install a newer backpack-serving")
 
 
-def _cells(where: Where) -> list[pb.Cells]:
+def _cells_message(where: Where) -> list[pb.Cells]:
     some = where if isinstance(where, Sequence) and not isinstance(where, str) else (where,)
     found = []
     for one in (each if isinstance(each, Cells) else Cells(each) for each in some):
@@ -167,7 +167,7 @@ def _cells(where: Where) -> list[pb.Cells]:
     return found
 
 
-def _vector(values: Vector) -> pb.Vector:
+def _vector_message(values: Vector) -> pb.Vector:
     return pb.Vector(data=bytes(values), dtype=pb.DATA_TYPE_FLOAT32, shape=[len(values) // 4])
 
 

@@ -10,11 +10,11 @@ from backpack_proto.v1 import sync_pb2
 from backpack_proto.v1.interventions_pb2_grpc import TenantServiceStub
 from backpack_proto.v1.sync_pb2_grpc import FleetServiceStub
 
+from backpack_serving.auth.keys import Role
 from backpack_serving.client.channels import Fleet
 from backpack_serving.client.connection import Connected
 from backpack_serving.client.records import ApiKey, NewKey, Tenant
 from backpack_serving.errors import InvalidRequest
-from backpack_serving.keys import Role
 
 
 class AsyncOperator(Connected):

@@ -12,8 +12,8 @@ from typing import Any
 
 from backpack_proto.v1 import interventions_pb2 as pb
 
+from backpack_serving.auth.keys import Role
 from backpack_serving.client.edits import Edit, read
-from backpack_serving.keys import Role
 
 
 @dataclass(frozen=True, slots=True)

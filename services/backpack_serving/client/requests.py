@@ -11,7 +11,7 @@ from backpack_proto.v1 import inference_pb2 as pb
 
 from backpack_serving.client.results import Token
 from backpack_serving.errors import InvalidRequest
-from backpack_serving.sync.known import Position
+from backpack_serving.sync.state import Position
 
 R = TypeVar("R")
 
@@ -94,7 +94,7 @@ def generate(
     given: Prompt, sampling: Sampling, priority: int, explain: int | None, pinned: Pinning
 ) -> pb.GenerateRequest:
     request = pb.GenerateRequest(prompt=prompt(given), sampling=sampling.message(), priority=priority)
-    return pinned.of(_explained(request, explain))
+    return pinned.of(_with_explanations(request, explain))
 
 
 @fitting()
@@ -109,7 +109,7 @@ def stream(
     request = pb.GenerateStreamRequest(prompt=prompt(given), sampling=sampling.message(), priority=priority)
     if coalesce is not None:
         request.coalesce.FromNanoseconds(int(coalesce * 1e9))
-    return pinned.of(_explained(request, explain))
+    return pinned.of(_with_explanations(request, explain))
 
 
 @fitting()
@@ -136,13 +136,13 @@ def compare(
 ) -> pb.CompareRequest:
     mode = pb.COMPARE_MODE_NEXT_TOKEN
     request = pb.CompareRequest(prompt=prompt(given), mode=mode, top=top, targets=map(word, targets))
-    return _compared(request, releases, pinned)
+    return _compare_request(request, releases, pinned)
 
 
 @fitting()
 def compare_scores(given: Prompt, releases: Sequence[Release], pinned: Pinning) -> pb.CompareRequest:
     request = pb.CompareRequest(prompt=prompt(given), mode=pb.COMPARE_MODE_SCORE)
-    return _compared(request, releases, pinned)
+    return _compare_request(request, releases, pinned)
 
 
 @fitting()
@@ -162,14 +162,14 @@ def word(given: Word) -> pb.Word:
     return pb.Word(text=given) if isinstance(given, str) else pb.Word(token=given)
 
 
-def _explained(request: R, limit: int | None) -> R:
+def _with_explanations(request: R, limit: int | None) -> R:
     message: Any = request
     if limit is not None:
         message.explain.limit = limit
     return request
 
 
-def _compared(request: pb.CompareRequest, releases: Sequence[Release], pinned: Pinning) -> pb.CompareRequest:
+def _compare_request(request: pb.CompareRequest, releases: Sequence[Release], pinned: Pinning) -> pb.CompareRequest:
     for release in releases:
         if isinstance(release, str):
             request.releases.add(channel=release)

@@ -65,7 +65,7 @@ class AsyncSteering(Authoring):
                 etag = ""
         with fitting():
             request = pb.ActivateRequest(release=release)
-        return await self._move(self._releases.Activate, request, channel, etag, wait, wait_seconds)
+        return await self._move_channel_call(self._releases.Activate, request, channel, etag, wait, wait_seconds)
 
     async def rollback(
         self,
@@ -77,7 +77,7 @@ class AsyncSteering(Authoring):
     ) -> Move:
         """Point a channel back at the release it had before. Replicas have it still."""
         request = pb.RollbackRequest()
-        return await self._move(self._releases.Rollback, request, channel, etag, wait, wait_seconds)
+        return await self._move_channel_call(self._releases.Rollback, request, channel, etag, wait, wait_seconds)
 
     async def start_canary(
         self,
@@ -96,7 +96,7 @@ class AsyncSteering(Authoring):
         """
         with fitting():
             request = pb.StartCanaryRequest(release=release, permille=permille, salt=salt)
-        return await self._move(self._releases.StartCanary, request, channel, etag, wait, wait_seconds)
+        return await self._move_channel_call(self._releases.StartCanary, request, channel, etag, wait, wait_seconds)
 
     async def promote_canary(
         self,
@@ -108,7 +108,7 @@ class AsyncSteering(Authoring):
     ) -> Move:
         """Give the canary's release to all requests."""
         request = pb.PromoteCanaryRequest()
-        return await self._move(self._releases.PromoteCanary, request, channel, etag, wait, wait_seconds)
+        return await self._move_channel_call(self._releases.PromoteCanary, request, channel, etag, wait, wait_seconds)
 
     async def abort_canary(
         self,
@@ -120,7 +120,7 @@ class AsyncSteering(Authoring):
     ) -> Move:
         """Give all requests the channel's own release again."""
         request = pb.AbortCanaryRequest()
-        return await self._move(self._releases.AbortCanary, request, channel, etag, wait, wait_seconds)
+        return await self._move_channel_call(self._releases.AbortCanary, request, channel, etag, wait, wait_seconds)
 
     async def status(self, channel: str = "live") -> Status:
         """Which replicas and gateways hold a channel's release, and its canary."""
@@ -132,7 +132,7 @@ class AsyncSteering(Authoring):
 
         Raises PreconditionFailed (REFUSED) if too many refuse it, Expired (NOT_HELD) after so many seconds.
         """
-        _check(wait)
+        _check_wait(wait)
         until = time.monotonic() + seconds
         while not (status := await self.status(channel)).held(wait):
             told = f"{status.channel.name}, release {status.channel.release}"
@@ -156,10 +156,10 @@ class AsyncSteering(Authoring):
         """Whether the chain of hashes over all entries is whole."""
         return Chain.of(await self._call(self._audit.VerifyChain, pb.VerifyChainRequest()))
 
-    async def _move(
+    async def _move_channel_call(
         self, method: Any, request: Any, channel: str, etag: str | None, wait: Wait, wait_seconds: float
     ) -> Move:
-        _check(wait)
+        _check_wait(wait)
         request.channel, request.wait = f"channels/{channel}", _WAITS[wait]
         request.etag = (await self.channel(channel)).etag if etag is None else etag
         with fitting():
@@ -168,6 +168,6 @@ class AsyncSteering(Authoring):
         return Move.of(await self._write(method, request, timeout))
 
 
-def _check(wait: Wait) -> None:
+def _check_wait(wait: Wait) -> None:
     if wait not in _WAITS:
         raise InvalidRequest.at("wait", "UNKNOWN_VALUE", f"{wait!r}; write none, quorum or all")

@@ -14,7 +14,7 @@ from backpack_serving.client import requests, results
 from backpack_serving.client.connection import Connected
 from backpack_serving.client.requests import Pinning, Prompt, Release, Sampling, Word
 from backpack_serving.errors import ServiceError
-from backpack_serving.sync.known import Position
+from backpack_serving.sync.state import Position
 
 
 class AsyncClient(Connected):
@@ -43,18 +43,14 @@ class AsyncClient(Connected):
         waits for them. `coalesce` is for how many seconds tokens are gathered. Leaving the iterator early ends the
         generation, of all samples.
         """
-        request = requests.stream(
-            prompt, sampling, priority, explain, coalesce, Pinning(channel, request_key, since)
-        )
+        request = requests.stream(prompt, sampling, priority, explain, coalesce, Pinning(channel, request_key, since))
         until = self._until(timeout)
         for attempt in range(self._attempts):
             begun = False
             try:
                 with rpc.errors():
                     how = self._how(until)
-                    async with aclosing(
-                        self._transport.stream(self._gateway.GenerateStream, request, **how)
-                    ) as parts:
+                    async with aclosing(self._transport.stream(self._gateway.GenerateStream, request, **how)) as parts:
                         async for message in parts:
                             begun = True
                             yield results.Part.of(message)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from backpack_serving.engine.runner import Runner
 from backpack_serving.engine.sampler import choose_all, log_probabilities
 from backpack_serving.engine.scheduler import Scheduler
-from backpack_serving.engine.sequence import Finish, LogProbability, Output, Request, Sequence
+from backpack_serving.engine.sequence import Finish, GenerationRequest, LogProbability, Output, Sequence
 from backpack_serving.engine.slots import OverlayRows, Slots
 
 
@@ -74,7 +74,7 @@ class Engine:
             prefix_hits=self.prefix_hits,
         )
 
-    def add(self, request: Request) -> str | None:
+    def add(self, request: GenerationRequest) -> str | None:
         """Take a request in. If the queue is full, one of the tenant that fills it has to go: its id.
 
         Raises QueueFull if none has, or TooManyRows if its release could never be loaded.
@@ -89,7 +89,7 @@ class Engine:
             crowding = self._scheduler.crowding(request.tenant)
             if crowding is None:
                 raise QueueFull(f"{self._scheduler.waiting} requests are waiting")
-            self._end(crowding)
+            self._finish(crowding)
         assert request.id not in self._sequences, f"request {request.id} is here already"
         context = self._runner.config.n_positions
         assert 0 < len(request.prompt) <= context - request.sampling.max_tokens, "validated at admission"
@@ -101,13 +101,13 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Drop a request; its slot is free at once. One that has ended, or never was, is no error."""
         if sequence := self._sequences.get(request_id):
-            self._end(sequence)
+            self._finish(sequence)
 
     def step(self) -> list[Output]:
         """Schedule, run, sample, settle; the tokens that were made."""
         for sequence in self._scheduler.running:
-            self._follow(sequence)  # before a slot that somebody wants to copy from is given away
-        self._scheduler.admit(self._start)
+            self._reuse_prefix(sequence)  # before a slot that somebody wants to copy from is given away
+        self._scheduler.admit(self._start_sequence)
         batch = self._scheduler.plan()
         if not batch:
             return []
@@ -121,9 +121,9 @@ class Engine:
         kernels = self._runner.kernels
         tokens = choose_all(logits, samplings, positions, kernels.draw)
         logs = log_probabilities(logits, tokens, samplings, kernels.log_probabilities)
-        return [self._settle(*made) for made in zip(sampled, tokens, logs, strict=True)]
+        return [self._commit_token(*made) for made in zip(sampled, tokens, logs, strict=True)]
 
-    def _start(self, sequence: Sequence) -> bool:
+    def _start_sequence(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a slot and its release's rows, if there are any to give."""
         overlay = sequence.request.overlay
         if not self._slots.free or not self._rows.can_hold(overlay.digest, len(overlay.rows)):
@@ -135,20 +135,20 @@ class Engine:
         if fill:
             self._runner.load(overlay, first_row)
         self._runner.start(sequence.slot, overlay, first_row)
-        sequence.awaits = prefix
-        self._follow(sequence)
+        sequence.pending_prefix = prefix
+        self._reuse_prefix(sequence)
         return True
 
-    def _follow(self, sequence: Sequence) -> None:
+    def _reuse_prefix(self, sequence: Sequence) -> None:
         """Copy the prefix that a sequence awaits once it is there; if its owner ended before, look for another."""
-        prefix, slot = sequence.awaits, sequence.slot
+        prefix, slot = sequence.pending_prefix, sequence.slot
         if prefix is not None and not prefix.ready and prefix.owner.slot is None:
-            sequence.awaits = None
-            sequence.awaits = prefix = self._slots.find_prefix(self._scope(sequence), sequence)
+            sequence.pending_prefix = None
+            sequence.pending_prefix = prefix = self._slots.find_prefix(self._scope(sequence), sequence)
         if prefix is None or slot is None or not prefix.ready:
             return
         self._runner.reuse(prefix.slot, slot, sequence.tokens[: prefix.length])
-        sequence.computed, sequence.awaits = prefix.length, None
+        sequence.computed, sequence.pending_prefix = prefix.length, None
         self.reused_tokens += prefix.length
         self.prefix_hits += 1
 
@@ -156,22 +156,22 @@ class Engine:
         """Whose prefixes a sequence may use."""
         return "" if self._share_prefixes else sequence.request.tenant
 
-    def _settle(self, sequence: Sequence, token: int | None, logs: LogProbability | None) -> Output:
+    def _commit_token(self, sequence: Sequence, token: int | None, logs: LogProbability | None) -> Output:
         request, slot = sequence.request, sequence.slot
         assert slot is not None
         digest = self._runner.digest(slot)
         if token is None:
-            self._end(sequence)
-            return Output(request.id, -1, digest, None, Finish.NOT_NUMBERS)
+            self._finish(sequence)
+            return Output(request.id, -1, digest, None, Finish.NON_FINITE)
         sequence.tokens.append(token)
         self._scheduler.charge(sequence)
         finish = sequence.finish_after(token, self._end_of_text)
         if finish:
-            self._end(sequence)
+            self._finish(sequence)
         first = len(sequence.tokens) == len(request.prompt) + 1
         return Output(request.id, token, digest, logs, finish, first)
 
-    def _end(self, sequence: Sequence) -> None:
+    def _finish(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request.id]
         self._scheduler.remove(sequence)
         if sequence.slot is not None:

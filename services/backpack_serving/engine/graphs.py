@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from backpack_lm.kernels import New, Prediction, Run
+from backpack_lm.kernels import MixSpan, StepInput, TokenSpan
 from backpack_lm.kernels.cuda import CudaKernels
 from torch import Tensor
 
@@ -19,7 +19,7 @@ WARM_UP = 2
 """Runs before a step is captured: libraries allocate and kernels are compiled in them."""
 
 
-Step = Callable[[New, Sequence[Run], Sequence[Prediction]], Tensor]
+Step = Callable[[StepInput, Sequence[TokenSpan], Sequence[MixSpan]], Tensor]
 """A decode step: logits [B, tokens] of one new token in each of B slots."""
 
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
@@ -30,9 +30,9 @@ Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 class _Recorded:
     """A step of a number of tokens, and the places that it works on."""
 
-    new: New
-    runs: list[Run]
-    predictions: list[Prediction]
+    new: StepInput
+    runs: list[TokenSpan]
+    predictions: list[MixSpan]
     replay: Callable[[], object] = field(init=False)
     logits: Tensor = field(init=False)
 
@@ -48,36 +48,36 @@ class Graphs:
         device, senses = kernels.caches.table.device, kernels.caches.rows.shape[2]
         tokens, places, positions = torch.zeros(3, slots, dtype=torch.int64, device=device)
         rows = torch.zeros(slots, senses, dtype=torch.int32, device=device)
-        self._new = New(tokens, places, positions, rows)
-        self._recorded = {size: self._make(step, size) for size in reversed(list(_sizes(slots)))}  # largest first
+        self._new = StepInput(tokens, places, positions, rows)
+        self._recorded = {size: self._make(step, size) for size in reversed(list(_batch_sizes(slots)))}  # largest first
 
-    def run(self, new: New, runs: Sequence[Run], predictions: Sequence[Prediction]) -> Tensor:
+    def run(self, new: StepInput, runs: Sequence[TokenSpan], predictions: Sequence[MixSpan]) -> Tensor:
         """Logits [B, tokens] of a step of B runs of one token; `new` are on the CPU."""
         recorded = self._recorded[min(size for size in self._recorded if size >= len(runs))]
         self._fill(recorded, new, runs, predictions)
         recorded.replay()
         return recorded.logits[: len(runs)]
 
-    def _fill(self, into: _Recorded, new: New, runs: Sequence[Run], predictions: Sequence[Prediction]) -> None:
+    def _fill(self, into: _Recorded, new: StepInput, runs: Sequence[TokenSpan], predictions: Sequence[MixSpan]) -> None:
         """Put what a step works on where a recorded one looks for it; the scratch slot fills it up."""
         count, size, scratch = len(runs), len(into.runs), self._scratch
         for place, part, rest in zip(into.new, new, (0, scratch, 0, 0), strict=True):
             padding = (0,) * (2 * part.ndim - 1) + (size - count,)  # behind the first dimension
             place.copy_(F.pad(part, padding, value=rest), non_blocking=True)
-        into.runs[:] = *runs, *(Run(n, scratch, 0, 1) for n in range(count, size))
-        into.predictions[:] = *predictions, *(Prediction(scratch, 1, False) for _ in range(count, size))
+        into.runs[:] = *runs, *(TokenSpan(n, scratch, 0, 1) for n in range(count, size))
+        into.predictions[:] = *predictions, *(MixSpan(scratch, 1, False) for _ in range(count, size))
         self._kernels.describe(into.runs, into.predictions)
 
     def _make(self, step: Step, size: int) -> _Recorded:
         """Record a step of the scratch slot alone: recording runs it, which must not touch a sequence."""
-        new = New._make(part[:size] for part in self._new)
-        made = _Recorded(new, [Run(0, 0, 0, 1)] * size, [])
-        self._fill(made, New._make(part[:0].cpu() for part in new), [], [])
+        new = StepInput._make(part[:size] for part in self._new)
+        made = _Recorded(new, [TokenSpan(0, 0, 0, 1)] * size, [])
+        self._fill(made, StepInput._make(part[:0].cpu() for part in new), [], [])
         made.replay, made.logits = self._record(lambda: step(made.new, made.runs, made.predictions))
         return made
 
 
-def _sizes(slots: int) -> Iterator[int]:
+def _batch_sizes(slots: int) -> Iterator[int]:
     size = 1
     while size < slots:
         yield size

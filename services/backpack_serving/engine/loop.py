@@ -14,7 +14,7 @@ import structlog
 import torch
 
 from backpack_serving.engine.engine import Engine, Load, QueueFull
-from backpack_serving.engine.sequence import Finish, Output, Request
+from backpack_serving.engine.sequence import Finish, GenerationRequest, Output
 
 LOAD_AGE = 0.05
 """Seconds."""
@@ -35,11 +35,11 @@ class EngineStopped(Exception):
     """The engine takes no requests: it was stopped, or a step failed."""
 
 
-class NotNumbers(Exception):
+class NonFiniteLogits(Exception):
     """The model predicts no numbers under this request's release."""
 
 
-class _Stream:
+class _TokenStream:
     """One request's tokens on their way to its reader: the first goes at once, then those of `gather` seconds."""
 
     def __init__(self, gather: float) -> None:
@@ -86,7 +86,7 @@ class EngineLoop:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, _TokenStream] = {}
         self._delivered = 0.0
         self._sent = threading.Event()  # what was delivered last, if it had a first token
         self._timer: asyncio.TimerHandle | None = None
@@ -94,14 +94,14 @@ class EngineLoop:
         self.load: Load = engine.load  # at most `LOAD_AGE` old
         self._load_due = 0.0
         sys.setswitchinterval(SWITCH_INTERVAL)
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._step_forever, name="engine", daemon=True)
         self._thread.start()
 
     @property
     def healthy(self) -> bool:
         return self._failure is None and self._thread.is_alive()
 
-    async def generate(self, request: Request, gather: float = 0.0) -> AsyncGenerator[list[Output], None]:
+    async def generate(self, request: GenerationRequest, gather: float = 0.0) -> AsyncGenerator[list[Output], None]:
         """The request's tokens: the first at once, then those of `gather` seconds together, the last at once.
 
         Leaving the iterator early aborts the request. Raises QueueFull, TooManyRows, NotNumbers or
@@ -109,8 +109,8 @@ class EngineLoop:
         """
         if not self.healthy:
             raise EngineStopped(str(self._failure or "the engine was stopped"))
-        stream = self._streams[request.id] = _Stream(gather)
-        self._inbox.put(lambda: self._add(request))
+        stream = self._streams[request.id] = _TokenStream(gather)
+        self._inbox.put(lambda: self._add_request(request))
         finished = False
         try:
             while not finished:
@@ -120,9 +120,9 @@ class EngineLoop:
                     finished = True
                     raise
                 finished = outputs[-1].finish is not None
-                if outputs[-1].finish is Finish.NOT_NUMBERS:
+                if outputs[-1].finish is Finish.NON_FINITE:
                     digest = outputs[-1].digest[:12]
-                    raise NotNumbers(
+                    raise NonFiniteLogits(
                         f"the model predicts no numbers under release {digest}; roll its channel back"
                     )
                 yield outputs
@@ -140,27 +140,27 @@ class EngineLoop:
 
     # ---- in the engine's thread
 
-    def _run(self) -> None:
+    def _step_forever(self) -> None:
         torch.get_num_threads()  # gives this thread that many, of our library's as well: OpenMP counts by thread
         try:
-            while self._take_in():
+            while self._receive_commands():
                 outputs = self._engine.step()
                 begins = any(output.first for output in outputs)
                 self._sent.clear()
                 self._post(self._deliver, outputs, begins)
                 if begins:
                     self._sent.wait(HAND_OVER)
-                self._weigh()
+                self._update_load()
         except Exception as error:
             log.exception("the engine failed")
             self._failure = EngineStopped(f"a step failed: {error!r}")
             self._post(self._fail, self._failure)
 
-    def _take_in(self) -> bool:
+    def _receive_commands(self) -> bool:
         """Carry out what was sent; wait for something if there is nothing to step. False: stop."""
         while True:
             if idle := not self._engine.busy:
-                self._weigh()  # what was left may have been aborted after the last step
+                self._update_load()  # what was left may have been aborted after the last step
             try:
                 command = self._inbox.get(block=idle)
             except queue.Empty:
@@ -169,21 +169,21 @@ class EngineLoop:
                 return False
             command()
 
-    def _weigh(self) -> None:
+    def _update_load(self) -> None:
         """Bring `load` up to date, seldom: it goes through all that waits."""
         now = time.monotonic()
         if now >= self._load_due or not self._engine.busy:
             self.load, self._load_due = self._engine.load, now + LOAD_AGE
 
-    def _add(self, request: Request) -> None:
+    def _add_request(self, request: GenerationRequest) -> None:
         try:
             crowded_out = self._engine.add(request)
         except Exception as error:
-            self._post(self._refuse, request.id, error)
+            self._post(self._fail_request, request.id, error)
         else:
             if crowded_out:
                 why = QueueFull("more of this tenant's requests were waiting than of any other's")
-                self._post(self._refuse, crowded_out, why)
+                self._post(self._fail_request, crowded_out, why)
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:
         try:
@@ -199,12 +199,12 @@ class EngineLoop:
             if stream := self._streams.get(output.request_id):
                 stream.add(output, now)
         # Whoever would be late after one more step is woken now: readers go by steps, together, not by timers.
-        self._give(now + (now - self._delivered))
+        self._wake_due(now + (now - self._delivered))
         self._delivered = now
         if begins:
             self._loop.call_soon(self._sent.set)  # behind the readers that were woken
 
-    def _give(self, until: float) -> None:
+    def _wake_due(self, until: float) -> None:
         """Give readers what is due until then; look again when more is, should the next step not come before."""
         for stream in self._streams.values():
             if stream.due <= until:
@@ -212,9 +212,9 @@ class EngineLoop:
         if self._timer:
             self._timer.cancel()
         due = min((stream.due for stream in self._streams.values()), default=math.inf)
-        self._timer = self._loop.call_at(due, self._give, due) if due < math.inf else None
+        self._timer = self._loop.call_at(due, self._wake_due, due) if due < math.inf else None
 
-    def _refuse(self, request_id: str, error: Exception) -> None:
+    def _fail_request(self, request_id: str, error: Exception) -> None:
         if stream := self._streams.get(request_id):
             stream.fail(error)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from backpack_lm.kernels import Caches, Kernels, New, Prediction, Run, choose
+from backpack_lm.kernels import Caches, Kernels, MixSpan, StepInput, TokenSpan, choose
 from backpack_lm.kernels.cuda import CudaKernels
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, TopicMultipliers
@@ -86,9 +86,9 @@ class Runner:
         """
         if donor != slot:
             self.caches.copy_prefix(donor, slot, len(tokens))
-        runs = [Run(0, slot, 0, len(tokens))]
-        self.kernels.note(self._new(runs, tokens).to(self.table.device), runs)
-        self._satisfy(slot, 0, len(tokens))
+        runs = [TokenSpan(0, slot, 0, len(tokens))]
+        self.kernels.append_tokens(self._new(runs, tokens).to(self.table.device), runs)
+        self._update_annealing(slot, 0, len(tokens))
 
     def digest(self, slot: int) -> str:
         """Digest of the release that the slot's sequence is being computed with."""
@@ -103,12 +103,12 @@ class Runner:
 
         They are valid until the next batch is computed.
         """
-        runs = [Run(n, _slot(s), len(s.tokens) - 1, 1) for n, s in enumerate(batch.decodes)]
+        runs = [TokenSpan(n, _slot(s), len(s.tokens) - 1, 1) for n, s in enumerate(batch.decodes)]
         ids = [s.tokens[-1] for s in batch.decodes]
         predictions = [self._prediction(run.slot, run.position + 1, fresh=True) for run in runs]
         newest = list(range(len(runs)))
         for chunk in batch.chunks:
-            run = Run(len(ids), _slot(chunk.sequence), chunk.start, chunk.end - chunk.start)
+            run = TokenSpan(len(ids), _slot(chunk.sequence), chunk.start, chunk.end - chunk.start)
             runs.append(run)
             ids += chunk.sequence.tokens[chunk.start : chunk.end]
             if chunk.completes:
@@ -118,28 +118,28 @@ class Runner:
         if self._graphs and not batch.chunks:
             return self._graphs.run(new, runs, predictions)
         new = new.to(self.table.device)
-        self.kernels.note(new, runs)
+        self.kernels.append_tokens(new, runs)
         queries = self._trunk(new, runs)
         for chunk in batch.chunks:
-            self._satisfy(_slot(chunk.sequence), chunk.start, chunk.end)
+            self._update_annealing(_slot(chunk.sequence), chunk.start, chunk.end)
         if not predictions:
             return torch.empty(0, self.config.tokens)
         if len(newest) < len(ids):
             queries = queries[newest]
         return self._head(self.kernels.mix(queries, predictions))
 
-    def _decode(self, new: New, runs: Many[Run], predictions: Many[Prediction]) -> Tensor:
+    def _decode(self, new: StepInput, runs: Many[TokenSpan], predictions: Many[MixSpan]) -> Tensor:
         """A step of one new token a slot, from beginning to end on the device."""
-        self.kernels.note(new, runs)
+        self.kernels.append_tokens(new, runs)
         return self._head(self.kernels.mix(self._trunk(new, runs), predictions))
 
-    def _new(self, runs: Many[Run], ids: Many[int]) -> New:
+    def _new(self, runs: Many[TokenSpan], ids: Many[int]) -> StepInput:
         """New tokens as the step reads them, on the CPU."""
         tokens, sizes = np.array(ids, np.int64), [run.size for run in runs]
         slots = np.repeat([run.slot for run in runs], sizes)
         positions = np.arange(len(ids)) + np.repeat([run.position - run.token for run in runs], sizes)
         rows = (tokens * self.config.num_senses).astype(np.int32)[:, None] + self._senses  # [N, k]
-        new = New(*map(torch.from_numpy, (tokens, slots, positions, rows)))
+        new = StepInput(*map(torch.from_numpy, (tokens, slots, positions, rows)))
         for run in runs:
             occupant = self._occupant(run.slot)
             if occupant.edited:
@@ -149,14 +149,14 @@ class Runner:
                     new.rows[edited] = torch.where(index >= 0, occupant.first_row + index, new.rows[edited])
         return new
 
-    def _prediction(self, slot: int, length: int, fresh: bool) -> Prediction:
-        return Prediction(slot, length, fresh, self._occupant(slot).topics)
+    def _prediction(self, slot: int, length: int, fresh: bool) -> MixSpan:
+        return MixSpan(slot, length, fresh, self._occupant(slot).topics)
 
-    def _satisfy(self, slot: int, start: int, end: int) -> None:
+    def _update_annealing(self, slot: int, start: int, end: int) -> None:
         """Bring a slot's annealing up to date with its tokens [start, end)."""
         prediction = self._prediction(slot, end, fresh=False)
         if prediction.topics:
-            self.kernels.satisfy(prediction, start)
+            self.kernels.update_annealing(prediction, start)
 
     def _occupant(self, slot: int) -> _Occupant:
         occupant = self._occupants[slot]

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from backpack_lm.kernels import Drawing
+from backpack_lm.kernels import DrawParams
 from backpack_lm.kernels.noise import log_exponentials
 from torch import Tensor
 
-from backpack_serving.engine.sampling import Sampling
 from backpack_serving.engine.sequence import LogProbability
+from backpack_serving.sampling import SamplingParams
 
-Draw = Callable[[Tensor, Sequence[Drawing]], Tensor]
+Draw = Callable[[Tensor, Sequence[DrawParams]], Tensor]
 """`Kernels.draw`."""
 
 Logs = Callable[[Tensor, Sequence[int], int], tuple[Tensor, Tensor, Tensor]]
 """`Kernels.log_probabilities`."""
 
 
-def choose(logits: Tensor, sampling: Sampling, position: int) -> int:
+def choose(logits: Tensor, sampling: SamplingParams, position: int) -> int:
     """One token from logits [V], drawn as argmax_y (logit_y/temperature − log e_y), e_y exponential.
 
     That is Gumbel's trick. The noise e is a function of (seed, position) and the token alone, so neither the batch
@@ -35,17 +35,17 @@ def choose(logits: Tensor, sampling: Sampling, position: int) -> int:
 
 
 def choose_all(
-    logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], draw: Draw
+    logits: Tensor, samplings: Sequence[SamplingParams], positions: Sequence[int], draw: Draw
 ) -> list[int | None]:
     """`choose` for each row of logits [B, V] at once. None: the row isn't numbers."""
     how = [
-        Drawing(s.temperature, _seed(s) if s.temperature else 0, position, s.top_k, s.top_p)
+        DrawParams(s.temperature, _seed(s) if s.temperature else 0, position, s.top_k, s.top_p)
         for s, position in zip(samplings, positions, strict=True)
     ]
     return [token if token >= 0 else None for token in draw(logits, how).tolist()]
 
 
-def _kept(logits: Tensor, sampling: Sampling) -> Tensor:
+def _kept(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """The tokens that may be drawn: the top_k likeliest, of those the smallest set of mass top_p."""
     ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
     limit = min(sampling.top_k or len(logits), len(logits))
@@ -55,7 +55,7 @@ def _kept(logits: Tensor, sampling: Sampling) -> Tensor:
     return tokens[:limit][(before < sampling.top_p) | (sampling.top_p == 1)]
 
 
-def _seed(sampling: Sampling) -> int:
+def _seed(sampling: SamplingParams) -> int:
     assert sampling.seed is not None, "requests are given a seed at admission"
     return sampling.seed
 
@@ -71,7 +71,7 @@ def log_probability(logits: Tensor, token: int, alternatives: int) -> LogProbabi
 
 
 def log_probabilities(
-    logits: Tensor, tokens: Sequence[int | None], samplings: Sequence[Sampling], logs: Logs
+    logits: Tensor, tokens: Sequence[int | None], samplings: Sequence[SamplingParams], logs: Logs
 ) -> list[LogProbability | None]:
     """`log_probability` for each row of logits [B, V] at once. None: it wasn't asked for, or there is no token."""
     found: list[LogProbability | None] = [None] * len(logits)

@@ -44,7 +44,7 @@ class Batch:
 
 
 @dataclass(slots=True)
-class _Tenant:
+class _TenantQueue:
     waiting: list[Sequence] = field(default_factory=list)  # in the order in which they will run
     running: int = 0
     served: float = 0.0
@@ -56,7 +56,7 @@ class Scheduler:
     def __init__(self, step_tokens: int, queue: int) -> None:
         self.step_tokens, self.queue = step_tokens, queue
         self.running: list[Sequence] = []
-        self._tenants: dict[str, _Tenant] = {}
+        self._tenants: dict[str, _TenantQueue] = {}
         self._level = 0.0  # the counter of the tenant that was admitted last, as it was before
 
     @property
@@ -66,7 +66,7 @@ class Scheduler:
     @property
     def tokens_in_flight(self) -> int:
         """Tokens that all sequences, waiting ones included, may still cost."""
-        return sum(sequence.to_come for sequence in self)
+        return sum(sequence.remaining_tokens for sequence in self)
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running
@@ -85,7 +85,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn; ask `can_add` first."""
-        tenant = self._tenants.setdefault(sequence.request.tenant, _Tenant())
+        tenant = self._tenants.setdefault(sequence.request.tenant, _TenantQueue())
         if not tenant.waiting:
             least = min((t.served for t in self._tenants.values() if t.waiting), default=self._level)
             tenant.served = max(tenant.served, least)
@@ -112,7 +112,7 @@ class Scheduler:
         """
         decodes, chunks, budget = [], [], self.step_tokens
         for sequence in self.running:
-            if sequence.awaits is not None:
+            if sequence.pending_prefix is not None:
                 continue
             left = len(sequence.tokens) - sequence.computed
             if sequence.computed >= len(sequence.request.prompt):

@@ -7,7 +7,7 @@ from enum import Enum
 
 from backpack_lm.overlay import Overlay
 
-from backpack_serving.engine.sampling import Sampling
+from backpack_serving.sampling import SamplingParams
 
 
 class Finish(Enum):
@@ -15,11 +15,11 @@ class Finish(Enum):
 
     STOP = "stop"
     LENGTH = "length"
-    NOT_NUMBERS = "not numbers"
+    NON_FINITE = "not numbers"
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class GenerationRequest:
     """One generation. It carries its overlay by value: nothing that happens later changes what it means.
 
     Of a tenant's waiting requests, those of the highest priority go first.
@@ -28,7 +28,7 @@ class Request:
     id: str
     tenant: str
     prompt: tuple[int, ...]
-    sampling: Sampling
+    sampling: SamplingParams
     overlay: Overlay
     priority: int = 0
 
@@ -74,14 +74,14 @@ class Sequence:
     """A request in progress; once it has ended, what its slot still holds. `computed` of its `tokens` are in the
     slot's cache.
 
-    `awaits`: the beginning that another sequence is about to compute, and that this one will copy.
+    `pending_prefix`: the beginning that another sequence is about to compute, and that this one will copy.
     """
 
-    request: Request
+    request: GenerationRequest
     tokens: list[int] = field(init=False)
     computed: int = 0
     slot: int | None = None
-    awaits: Prefix | None = None
+    pending_prefix: Prefix | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -93,14 +93,12 @@ class Sequence:
     @property
     def reused(self) -> int:
         """Tokens, right after its start, that it has from another sequence or will have."""
-        return self.awaits.length if self.awaits else self.computed
+        return self.pending_prefix.length if self.pending_prefix else self.computed
 
     @property
-    def to_come(self) -> int:
+    def remaining_tokens(self) -> int:
         """Tokens that this sequence may still cost: prompt tokens to read and tokens to make."""
-        return max(0, len(self.request.prompt) - self.computed) + (
-            self.request.sampling.max_tokens - self.generated
-        )
+        return max(0, len(self.request.prompt) - self.computed) + (self.request.sampling.max_tokens - self.generated)
 
     def finish_after(self, token: int, end_of_text: int | None) -> Finish | None:
         """Whether a token that was just appended ends the sequence."""

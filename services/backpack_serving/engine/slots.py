@@ -38,8 +38,8 @@ class Slots:
         for slot, (owner, held) in self._held.items():
             if owner == scope and held.tokens[0] == tokens[0] and held is not sequence:
                 # Nobody waits for one that waits itself: there are no circles.
-                to_come = 0 if slot in self._free or held.awaits else len(held.request.prompt)
-                length = _common(held.tokens, tokens, min(max(held.computed, to_come), len(tokens) - 1))
+                remaining_tokens = 0 if slot in self._free or held.pending_prefix else len(held.request.prompt)
+                length = _common(held.tokens, tokens, min(max(held.computed, remaining_tokens), len(tokens) - 1))
                 prefix = Prefix(slot, held, length)
                 if self._worth(prefix) > ((0, True) if best is None else self._worth(best)):
                     best = prefix
@@ -82,7 +82,7 @@ def _common(a: list[int], b: list[int], limit: int) -> int:
 
 
 @dataclass(slots=True)
-class _Range:
+class _RowRange:
     start: int
     size: int
     users: int
@@ -96,7 +96,7 @@ class OverlayRows:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._ranges: OrderedDict[str, _Range] = OrderedDict()  # least recently used first
+        self._ranges: OrderedDict[str, _RowRange] = OrderedDict()  # least recently used first
 
     def can_hold(self, digest: str, rows: int) -> bool:
         """Whether `acquire` would succeed now."""
@@ -113,7 +113,7 @@ class OverlayRows:
         start = self._find(rows, list(self._ranges.values()))
         if start is None:
             start = self._make_room(rows)
-        self._ranges[digest] = _Range(start, rows, 1)
+        self._ranges[digest] = _RowRange(start, rows, 1)
         return start, True
 
     def release(self, digest: str) -> None:
@@ -137,7 +137,7 @@ class OverlayRows:
                 return start
         raise MemoryError(f"{rows} overlay rows do not fit beside those in use")
 
-    def _find(self, rows: int, taken: list[_Range]) -> int | None:
+    def _find(self, rows: int, taken: list[_RowRange]) -> int | None:
         """First fit: the start of the lowest gap of that size."""
         start = 0
         for held in sorted(taken, key=lambda r: r.start):

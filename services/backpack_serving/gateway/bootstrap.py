@@ -17,22 +17,22 @@ from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2_grpc
 
 from backpack_serving import rpc, tasks
-from backpack_serving.gateway.book import Book
-from backpack_serving.gateway.levels import Levels
-from backpack_serving.gateway.limits import Limit, Limits
-from backpack_serving.gateway.meter import Meters
-from backpack_serving.gateway.releases import Releases, resolve_from
+from backpack_serving.auth.identity import Identities
+from backpack_serving.auth.keys import Principal
+from backpack_serving.gateway.canary_stats import CanaryStats
+from backpack_serving.gateway.limits import Limit, TenantLimits
+from backpack_serving.gateway.registry import TenantRegistry
+from backpack_serving.gateway.releases import ReleaseResolver, resolve_from
+from backpack_serving.gateway.replica_watch import follow_directory
 from backpack_serving.gateway.routing import Router
 from backpack_serving.gateway.servicer import GatewayServicer
-from backpack_serving.gateway.sync import follow_directory
-from backpack_serving.gateway.tallies import Tallies
-from backpack_serving.identity import Identities
-from backpack_serving.keys import Principal
-from backpack_serving.metrics import Metrics
+from backpack_serving.gateway.shared_buckets import SharedBuckets
+from backpack_serving.gateway.usage import UsageMeter
+from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
-from backpack_serving.sync.known import Kind
-from backpack_serving.sync.link import Link
-from backpack_serving.sync.reader import Reader
+from backpack_serving.sync.client import SyncClient
+from backpack_serving.sync.state import ReaderKind
+from backpack_serving.sync.transport import SyncTransport
 
 SERVICE = "backpack.v1.InferenceService"
 READER = "backpack.v1.SyncService"
@@ -47,7 +47,7 @@ class Gateway:
     """A running gateway."""
 
     server: rpc.Server
-    book: Book
+    book: TenantRegistry
     router: Router
     tasks: tuple[asyncio.Task[None], ...]
     drain: float
@@ -78,7 +78,7 @@ class OneOfSeveral:
     levels: Path
 
 
-def _name(address: str) -> str:
+def _display_name(address: str) -> str:
     """What operators read of a gateway: where it listens, by its host if that is everywhere, as in containers."""
     host, _, port = address.rpartition(":")
     return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "[::]", "") else address
@@ -95,12 +95,14 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
     tokenizer = Tokenizer.read(settings.model / "tokenizer.json")
     key = settings.key_for("replica")
     tls, directory_tls = settings.tls, settings.directory_tls
-    reader = Reader(Kind.GATEWAY, uuid.uuid4().hex, _name(settings.gateway_address), manifest.fingerprint)
-    book = Book(reader, settings.expired_after, settings.serve_expired)
+    reader = SyncClient(
+        ReaderKind.GATEWAY, uuid.uuid4().hex, _display_name(settings.gateway_address), manifest.fingerprint
+    )
+    book = TenantRegistry(reader, settings.expired_after, settings.serve_expired)
     router = Router(manifest.fingerprint, tls)
     folder = f"gateway-{one.number}" if one and one.number else "gateway"  # each keeps for itself what it knows
-    control, tallies = rpc.channel(settings.interventions_address, tls), Tallies()
-    link = Link(control, key, reader, tallies, settings.state / "known-good" / folder / "view")
+    control, tallies = rpc.channel(settings.interventions_address, tls), CanaryStats()
+    link = SyncTransport(control, key, reader, tallies, settings.state / "known-good" / folder / "view")
     await asyncio.to_thread(link.restore)
 
     async def by_key(presented: str) -> Principal:
@@ -111,10 +113,10 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
 
     identities = Identities(by_key, known, settings.issuer, settings.certificates)
     default = Limit(settings.limit_requests, settings.limit_tokens, settings.limit_concurrent)
-    levels = Levels(one.levels, one.number, one.processes) if one else Levels()
-    limits = Limits(default, settings.limits_file, levels)
-    releases = Releases(book, resolve_from(control, key), lambda since: link.reached(since, settings.catch_up))
-    meters = Meters(limits, metrics.gateway(lambda: router.size, lambda: book.age))
+    levels = SharedBuckets(one.levels, one.number, one.processes) if one else SharedBuckets()
+    limits = TenantLimits(default, settings.limits_file, levels)
+    releases = ReleaseResolver(book, resolve_from(control, key), lambda since: link.reached(since, settings.catch_up))
+    meters = UsageMeter(limits, metrics.gateway(lambda: router.size, lambda: book.age))
     servicer = GatewayServicer(
         manifest, tokenizer, identities, releases, meters, router, tallies, key, settings.log_prompts
     )
@@ -128,7 +130,7 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
         running = [asyncio.create_task(each()) for each in following]
         with suppress(TimeoutError):  # then it says what it lacks, as a gateway alone does from its start
             async with asyncio.timeout(FIRST_NEWS):
-                await _heard(book, router)
+                await _wait_until_ready(book, router)
     server = await rpc.start(
         [service],
         settings.gateway_address,
@@ -138,20 +140,20 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
         message_limit=rpc.SMALL,
         share_port=one is not None,
     )
-    reader.name = _name(server.address)
+    reader.name = _display_name(server.address)
     running = running or [asyncio.create_task(each()) for each in following]
     running.append(asyncio.create_task(_tell_health(server, book, router, settings.stale_after)))
     return Gateway(server, book, router, tuple(running), settings.drain, control)
 
 
-async def _heard(book: Book, router: Router) -> None:
+async def _wait_until_ready(book: TenantRegistry, router: Router) -> None:
     """Wait until the intervention service has said, since now, that nothing is missing, and there is a replica."""
     since = time.monotonic()
     while book.age > time.monotonic() - since or not router.size:
         await asyncio.sleep(0.02)
 
 
-async def _tell_health(server: rpc.Server, book: Book, router: Router, stale_after: float) -> None:
+async def _tell_health(server: rpc.Server, book: TenantRegistry, router: Router, stale_after: float) -> None:
     """Not serving while there is no replica, or nothing known that is recent enough to serve anybody.
 
     Out of touch for longer than `stale_after`, it serves what it knows; its health as a reader says so.

@@ -18,7 +18,7 @@ from pathlib import Path
 import structlog
 
 from backpack_serving.errors import Exhausted, Quota
-from backpack_serving.gateway.levels import Levels
+from backpack_serving.gateway.shared_buckets import SharedBuckets
 
 log = structlog.get_logger(__name__)
 
@@ -69,7 +69,7 @@ class Bucket:
         self._numbers[1] -= amount
 
 
-class Limits:
+class TenantLimits:
     """The limits of all tenants: `default`, and those of a file that is read again when it changes.
 
     The file is TOML, a table for each tenant: `[harbour]`, then any of Limit's names. Raises ValueError if it
@@ -81,12 +81,12 @@ class Limits:
         self,
         default: Limit,
         file: Path | None = None,
-        levels: Levels | None = None,
+        levels: SharedBuckets | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._default, self._file, self._clock = default, file, clock
-        self._levels = levels or Levels()
-        self._looked, self._changed = clock(), _changed(file)
+        self._levels = levels or SharedBuckets()
+        self._looked, self._file_changed = clock(), _file_changed(file)
         self._own: Mapping[str, Limit] = read_limits(file, default) if file else {}
 
     @contextmanager
@@ -133,15 +133,15 @@ class Limits:
                 row.run(-1)
 
     def _of(self, tenant: str) -> Limit:
-        self._look()
+        self._reload_if_due()
         return self._own.get(tenant, self._default)
 
-    def _look(self) -> None:
+    def _reload_if_due(self) -> None:
         if self._file is None or self._clock() - self._looked < LOOK_SECONDS:
             return
         self._looked = self._clock()
-        if (changed := _changed(self._file)) != self._changed:
-            self._changed = changed
+        if (changed := _file_changed(self._file)) != self._file_changed:
+            self._file_changed = changed
             try:
                 self._own = read_limits(self._file, self._default)
                 log.info("limits read", file=str(self._file), tenants=len(self._own))
@@ -173,7 +173,7 @@ def read_limits(file: Path, default: Limit) -> dict[str, Limit]:
     return found
 
 
-def _changed(file: Path | None) -> int:
+def _file_changed(file: Path | None) -> int:
     """When a file changed last; 0 if it isn't there."""
     try:
         return file.stat().st_mtime_ns if file else 0

@@ -11,8 +11,8 @@ from backpack_proto.v1 import sync_pb2, sync_pb2_grpc
 
 from backpack_serving import rpc
 from backpack_serving.errors import NOT_THE_CALLERS, Unavailable
-from backpack_serving.gateway.book import Book, Page, Pinned
-from backpack_serving.sync.known import Position, ReleaseRef
+from backpack_serving.gateway.registry import Pin, RegistrySnapshot, TenantRegistry
+from backpack_serving.sync.state import Position, ReleaseRef
 from backpack_serving.wire import sync as wire
 
 Resolve = Callable[[str, Sequence[int]], Awaitable[tuple[Position, list[ReleaseRef]]]]
@@ -27,20 +27,18 @@ REMEMBERED = 65_536
 RESOLVE_SECONDS = 5.0
 
 
-class Releases:
+class ReleaseResolver:
     """Pins requests to releases, if they wish so not before a write (`since`) is known here.
 
     A release never changes, so a tenant's number is asked for once and then known.
     A restore from backup may give a number to another release: what is known is known within an epoch.
     """
 
-    def __init__(self, book: Book, resolve: Resolve, reached: Reached, remembered: int = REMEMBERED) -> None:
+    def __init__(self, book: TenantRegistry, resolve: Resolve, reached: Reached, remembered: int = REMEMBERED) -> None:
         self._book, self._resolve, self._reached, self._remembered = book, resolve, reached, remembered
         self._known: OrderedDict[tuple[int, str, int], str] = OrderedDict()  # least recently used first
 
-    async def channel(
-        self, tenant: str, channel: str, request_key: str = "", since: Position | None = None
-    ) -> Pinned:
+    async def channel(self, tenant: str, channel: str, request_key: str = "", since: Position | None = None) -> Pin:
         """What a channel points at. Raises NotFound if there is no such channel, and as `Reached` does."""
         if since:
             await self._reached(since)
@@ -48,7 +46,7 @@ class Releases:
 
     async def pin(
         self, tenant: str, choices: Sequence[int | str], request_key: str = "", since: Position | None = None
-    ) -> list[Pinned]:
+    ) -> list[Pin]:
         """The releases of these numbers and channels, in their order.
 
         Raises NotFound for what isn't there, Unavailable if a number isn't known here and the service is away, and
@@ -58,14 +56,15 @@ class Releases:
             await self._reached(since)
         page, key = self._book.page(), request_key or secrets.token_hex(8)
         channels = {name: page.channel(tenant, name, key) for name in choices if isinstance(name, str)}
-        numbers = await self._numbers(page, tenant, [number for number in choices if isinstance(number, int)])
+        numbers = await self._wanted_numbers(page, tenant, [number for number in choices if isinstance(number, int)])
         return [
-            channels[choice] if isinstance(choice, str) else page.release(tenant, numbers[choice])
-            for choice in choices
+            channels[choice] if isinstance(choice, str) else page.release(tenant, numbers[choice]) for choice in choices
         ]
 
-    async def _numbers(self, page: Page, tenant: str, numbers: Sequence[int]) -> dict[int, ReleaseRef]:
-        epoch, found = page.view.position.epoch, _told(page, tenant)
+    async def _wanted_numbers(
+        self, page: RegistrySnapshot, tenant: str, numbers: Sequence[int]
+    ) -> dict[int, ReleaseRef]:
+        epoch, found = page.view.position.epoch, _known_releases(page, tenant)
         for number in numbers:
             if digest := self._known.get((epoch, tenant, number)):
                 self._known.move_to_end((epoch, tenant, number))
@@ -86,7 +85,7 @@ class Releases:
         return found
 
 
-def _told(page: Page, tenant: str) -> dict[int, ReleaseRef]:
+def _known_releases(page: RegistrySnapshot, tenant: str) -> dict[int, ReleaseRef]:
     """The releases of a tenant that the page has anyway."""
     refs = [
         ref

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from backpack_proto.v1 import directory_pb2, inference_pb2_grpc
 
 from backpack_serving import rpc
+from backpack_serving.auth.tls import Tls
 from backpack_serving.errors import Unavailable
-from backpack_serving.tls import Tls
 
 LOST_SECONDS = 1.0
 """How long a replica that failed a call gets no other: one that is idle may have nothing new to report."""
@@ -37,9 +37,7 @@ class Target:
 class Router:
     """The replicas that serve this gateway's model."""
 
-    def __init__(
-        self, fingerprint: str, tls: Tls | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, fingerprint: str, tls: Tls | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._fingerprint, self._tls, self._clock = fingerprint, tls, clock
         self._targets: dict[str, Target] = {}
 

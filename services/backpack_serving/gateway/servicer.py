@@ -14,16 +14,17 @@ from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
 
-from backpack_serving import rpc, tracing
+from backpack_serving import rpc
+from backpack_serving.auth.identity import Identities
+from backpack_serving.auth.keys import Principal, Role
 from backpack_serving.errors import RELEASE_UNREACHABLE, Expired, Internal, Unavailable
-from backpack_serving.gateway.book import Pinned
-from backpack_serving.gateway.meter import Meter, Meters
-from backpack_serving.gateway.releases import Releases
+from backpack_serving.gateway.canary_stats import CanaryStats
+from backpack_serving.gateway.registry import Pin
+from backpack_serving.gateway.releases import ReleaseResolver
 from backpack_serving.gateway.routing import Router, Target
-from backpack_serving.gateway.tallies import Tallies
-from backpack_serving.identity import Identities
-from backpack_serving.keys import Principal, Role
-from backpack_serving.sync.known import LIVE, Position
+from backpack_serving.gateway.usage import RequestUsage, UsageMeter
+from backpack_serving.observability import tracing
+from backpack_serving.sync.state import LIVE, Position
 from backpack_serving.wire import inference as wire
 from backpack_serving.wire.compare import read_choices, read_question
 from backpack_serving.wire.sync import read_position, write_pin
@@ -40,9 +41,7 @@ LONGEST = 86_400.0
 Python can add to the time, which it then takes for the past.
 """
 
-R = TypeVar(
-    "R", pb.GenerateResponse, pb.ScoreResponse, pb.ExplainResponse, pb.CompareResponse, pb.ListSensesResponse
-)
+R = TypeVar("R", pb.GenerateResponse, pb.ScoreResponse, pb.ExplainResponse, pb.CompareResponse, pb.ListSensesResponse)
 
 
 class GatewayServicer(grpc_v1.InferenceServiceServicer):
@@ -53,10 +52,10 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         manifest: Manifest,
         tokenizer: Tokenizer,
         identities: Identities,
-        releases: Releases,
-        meters: Meters,
+        releases: ReleaseResolver,
+        meters: UsageMeter,
         router: Router,
-        tallies: Tallies,
+        tallies: CanaryStats,
         service_key: str,
         log_prompts: bool,
     ) -> None:
@@ -70,9 +69,9 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             pinned = await self._pin(meter, request)
             await self._read_long("prompt", request.prompt)
             order = wire.read_generation(request, self._tokenizer, self._manifest.config)
-            wire.settle(request, order)
+            wire.normalize_request(request, order)
             meter.charge(len(order.prompt), order.tokens - len(order.prompt))
-            self._note(request.prompt)
+            self._log_prompt(request.prompt)
             response = await self._unary(lambda stub: stub.Generate, request, context, pinned, meter, order.tokens)
             meter.made = response.usage.generated_tokens
             return response
@@ -85,27 +84,27 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             await self._read_long("prompt", request.prompt)
             order = wire.read_generation(request, self._tokenizer, self._manifest.config)
             wire.read_coalesce(request)
-            wire.settle(request, order)
+            wire.normalize_request(request, order)
             meter.charge(len(order.prompt), order.tokens - len(order.prompt))
-            self._note(request.prompt)
+            self._log_prompt(request.prompt)
             tried: list[Target] = []
             while True:
                 with self._router.lease(order.tokens, tried) as target:
                     meter.send(len(tried))
                     tried.append(target)
-                    call = target.stub.GenerateStream(request, **self._how(context, pinned))
+                    call = target.stub.GenerateStream(request, **self._call_options_for(context, pinned))
                     try:
                         with self._tallies.request(pinned), rpc.errors():
                             await call.initial_metadata()
                             meter.taken()
                             async for response in call:
                                 if not meter.made or response.HasField("served"):  # each sample's first has it
-                                    _check(response.served, pinned)
+                                    _check_release(response.served, pinned)
                                 meter.add(len(response.tokens))
                                 yield response
                         return
                     except Unavailable as error:
-                        again = self._again(tried, error)
+                        again = self._may_retry(tried, error)
                         if meter.made:
                             raise Unavailable(
                                 "REPLICA_LOST",
@@ -113,7 +112,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                                 retry_after=0.1,
                             ) from None
                         if not again:
-                            raise _told(error) from None
+                            raise _public_error(error) from None
                     finally:
                         call.cancel()
 
@@ -124,7 +123,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             ids = wire.read_prompt("text", request.text, self._tokenizer, self._manifest.config)
             request.text.tokens.ids[:] = ids
             meter.charge(len(ids))
-            self._note(request.text)
+            self._log_prompt(request.text)
             return await self._unary(lambda stub: stub.Score, request, context, pinned, meter, len(ids))
 
     async def Explain(self, request: pb.ExplainRequest, context: rpc.Context) -> pb.ExplainResponse:
@@ -134,7 +133,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             ids = wire.read_prompt("prompt", request.prompt, self._tokenizer, self._manifest.config)
             request.prompt.tokens.ids[:] = ids
             meter.charge(len(ids))
-            self._note(request.prompt)
+            self._log_prompt(request.prompt)
             return await self._unary(lambda stub: stub.Explain, request, context, pinned, meter, len(ids))
 
     async def Compare(self, request: pb.CompareRequest, context: rpc.Context) -> pb.CompareResponse:
@@ -142,9 +141,9 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             choices = read_choices(request)
             await self._read_long("prompt", request.prompt)
             question = read_question(request, self._tokenizer, self._manifest.config)
-            pins = await self._releases.pin(meter.tenant, choices, request.request_key, _since(request))
+            pins = await self._releases.pin(meter.tenant, choices, request.request_key, _min_position(request))
             request.prompt.tokens.ids[:] = question.ids
-            self._note(request.prompt)
+            self._log_prompt(request.prompt)
             del request.pins[:]
             request.pins.extend(map(write_pin, pins))
             tokens = question.tokens(len(pins))
@@ -152,9 +151,11 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
 
             def check(response: pb.CompareResponse) -> None:
                 for compared, pinned in zip(response.releases, pins, strict=True):
-                    _check(compared.served, pinned)
+                    _check_release(compared.served, pinned)
 
-            return await self._send(lambda stub: stub.Compare, request, self._how(context), meter, tokens, check)
+            return await self._send(
+                lambda stub: stub.Compare, request, self._call_options_for(context), meter, tokens, check
+            )
 
     async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
         with self._meter(await self._caller(context)) as meter:
@@ -180,20 +181,20 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             how = self._tokenizer, self._manifest.config
             prompt.tokens.ids[:] = await asyncio.to_thread(wire.read_prompt, field, prompt, *how)
 
-    def _note(self, prompt: pb.Prompt) -> None:
+    def _log_prompt(self, prompt: pb.Prompt) -> None:
         """Add a prompt to what the log says of this call, if the operator wants that."""
         if self._log_prompts:
             structlog.contextvars.bind_contextvars(prompt=self._tokenizer.decode(list(prompt.tokens.ids)))
 
-    def _meter(self, who: Principal) -> AbstractContextManager[Meter]:
+    def _meter(self, who: Principal) -> AbstractContextManager[RequestUsage]:
         return self._meters.request(who.tenant)
 
-    async def _pin(self, meter: Meter, request: Any) -> Pinned:
+    async def _pin(self, meter: RequestUsage, request: Any) -> Pin:
         """The release that the request has from here to its last token."""
         channel = request.channel or LIVE
-        return await self._releases.channel(meter.tenant, channel, request.request_key, _since(request))
+        return await self._releases.channel(meter.tenant, channel, request.request_key, _min_position(request))
 
-    def _how(self, context: rpc.Context, pinned: Pinned | None = None) -> dict[str, Any]:
+    def _call_options_for(self, context: rpc.Context, pinned: Pin | None = None) -> dict[str, Any]:
         """Metadata and deadline of a call to a replica: who this is, for which request it calls, and its release
         (a comparison's are in the request).
         """
@@ -207,16 +208,16 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         method: Callable[[Any], Callable[..., Any]],
         request: Any,
         context: rpc.Context,
-        pinned: Pinned,
-        meter: Meter,
+        pinned: Pin,
+        meter: RequestUsage,
         tokens: int,
     ) -> R:
         """One call to a replica under one release."""
 
         def check(response: Any) -> None:
-            _check(response.served, pinned)
+            _check_release(response.served, pinned)
 
-        how, count = self._how(context, pinned), partial(self._tallies.request, pinned)
+        how, count = self._call_options_for(context, pinned), partial(self._tallies.request, pinned)
         return await self._send(method, request, how, meter, tokens, check, count)
 
     async def _send(
@@ -224,7 +225,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         method: Callable[[Any], Callable[..., Any]],
         request: Any,
         how: dict[str, Any],
-        meter: Meter,
+        meter: RequestUsage,
         tokens: int,
         check: Callable[[R], None],
         count: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -249,12 +250,12 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                     meter.left()
                     raise
                 except Unavailable as error:
-                    if not self._again(tried, error):
-                        raise _told(error) from None
+                    if not self._may_retry(tried, error):
+                        raise _public_error(error) from None
                 finally:
                     call.cancel()
 
-    def _again(self, tried: list[Target], error: Unavailable) -> bool:
+    def _may_retry(self, tried: list[Target], error: Unavailable) -> bool:
         """Whether to try another replica, now that the last one is unavailable."""
         log.warning("a replica is unavailable", address=tried[-1].replica.address, reason=error.message)
         if error.reason == RELEASE_UNREACHABLE:  # it is there, and has other releases
@@ -263,19 +264,19 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         return len(tried) == 1
 
 
-def _told(error: Unavailable) -> Unavailable:
+def _public_error(error: Unavailable) -> Unavailable:
     """What a client is told of a replica that can't be used. Where it is, and what the network said, isn't."""
     if error.reason != "TRANSPORT":
         return error
     return Unavailable("NO_REPLICA", "the replicas that were asked are gone; try again shortly", retry_after=1.0)
 
 
-def _since(request: Any) -> Position | None:
+def _min_position(request: Any) -> Position | None:
     """The write that a request wants known before it runs."""
     return read_position(request.min_revision) if request.HasField("min_revision") else None
 
 
-def _check(served: pb.Served, pinned: Pinned) -> None:
+def _check_release(served: pb.Served, pinned: Pin) -> None:
     """A replica must have used the release that was pinned; the digest is read from the slot that it used."""
     if served.release_digest != pinned.digest:
         raise Internal("WRONG_RELEASE", f"pinned {pinned.digest}, answered with {served.release_digest}")

@@ -22,14 +22,15 @@ from ray import serve
 from ray.serve.config import gRPCOptions
 from ray.serve.exceptions import RayServeException
 
-from backpack_serving import exposition, rpc
+from backpack_serving import rpc
 from backpack_serving.errors import Unavailable
 from backpack_serving.inference import replica
 from backpack_serving.inference.autoscaling import METRIC, Autoscaling, TokensInFlight
 from backpack_serving.inference.directory import Directory
-from backpack_serving.metrics import Metrics
+from backpack_serving.observability import exposition
+from backpack_serving.observability.metrics import Metrics
+from backpack_serving.observability.telemetry import configure
 from backpack_serving.settings import PORTS, Settings, ports_from
-from backpack_serving.telemetry import configure
 
 DIRECTORY, REPLICAS = "directory", "replicas"
 """Names of the applications. Gateways set BACKPACK_DIRECTORY_APPLICATION to the first."""
@@ -84,14 +85,12 @@ class Arguments(BaseModel):
 
     @field_validator("settings")
     @classmethod
-    def _known(cls, settings: dict[str, Any]) -> dict[str, Any]:
+    def _check_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
         for name in settings:
             if name not in Settings.model_fields:
                 raise ValueError(f"no setting is called `{name}`; `backpack settings` lists them")
             if name in SECRETS:
-                raise ValueError(
-                    f"`{name}` is a secret; set BACKPACK_{name.upper()} in the environment of Ray's nodes"
-                )
+                raise ValueError(f"`{name}` is a secret; set BACKPACK_{name.upper()} in the environment of Ray's nodes")
         Settings(**settings)
         return settings
 
@@ -174,7 +173,7 @@ class ReplicaDeployment:
         metrics = Metrics(settings.metrics_tenants)
         if settings.metrics_address:
             exposition.listen(metrics.registry, settings.metrics_address, settings.tls)
-        self._replica = await replica.start(settings, self._report, self._channel, metrics)
+        self._replica = await replica.start(settings, self._report_to_directory, self._channel, metrics)
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose engine has failed."""
@@ -193,7 +192,7 @@ class ReplicaDeployment:
         await self._replica.stop()
         await self._channel.close()
 
-    async def _report(self, state: pb.Replica) -> None:
+    async def _report_to_directory(self, state: pb.Replica) -> None:
         try:
             handle = serve.get_app_handle(DIRECTORY)
             async with asyncio.timeout(2):

@@ -11,7 +11,7 @@ from backpack_proto.v1 import directory_pb2 as pb
 from backpack_proto.v1 import directory_pb2_grpc as grpc_v1
 
 from backpack_serving import rpc
-from backpack_serving.metrics import Metrics
+from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
 
 SILENCE = 3.0

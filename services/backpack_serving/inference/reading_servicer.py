@@ -20,10 +20,10 @@ from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
 
 from backpack_serving import rpc, tasks
 from backpack_serving.errors import Internal, InvalidRequest, PreconditionFailed, ServiceError, Unavailable
-from backpack_serving.inference.served import ServedModel
-from backpack_serving.inference.turns import Turns
-from backpack_serving.inference.versions import Versions
-from backpack_serving.metrics import ReplicaMetrics
+from backpack_serving.inference.fair_lock import FairLock
+from backpack_serving.inference.release_cache import ReleaseCache
+from backpack_serving.inference.served_model import ServedModel
+from backpack_serving.observability.metrics import ReplicaMetrics
 from backpack_serving.wire import compare as wire_compare
 from backpack_serving.wire import inference as wire
 
@@ -38,18 +38,18 @@ TOGETHER = 16
 class ReadingMethods(grpc_v1.InferenceServiceServicer):
     """Scores, explains and compares under the releases that the gateway pinned."""
 
-    def __init__(self, served: ServedModel, versions: Versions, service_key: str, metrics: ReplicaMetrics) -> None:
+    def __init__(self, served: ServedModel, versions: ReleaseCache, service_key: str, metrics: ReplicaMetrics) -> None:
         self._served, self._versions = served, versions
         self._service_key, self._metrics = service_key, metrics
-        self._turns = Turns()  # one forward pass beside the engine at a time
+        self._turns = FairLock()  # one forward pass beside the engine at a time
 
     async def Score(self, request: pb.ScoreRequest, context: rpc.Context) -> pb.ScoreResponse:
-        async with self._release(context) as (pin, overlay):
+        async with self._pinned_release(context) as (pin, overlay):
             tokenizer = self._served.tokenizer
             ids = wire.read_prompt("text", request.text, tokenizer, self._served.manifest.config)
             if len(ids) < 2:
                 raise InvalidRequest.at("text", "TOO_SHORT", "one token; a score needs at least two")
-            logs = await self._read(pin.tenant, self._served.score, ids, overlay)
+            logs = await self._in_turn(pin.tenant, self._served.score, ids, overlay)
             _check_finite(logs)
             return pb.ScoreResponse(
                 tokens=[wire.write_token(i, tokenizer, p) for i, p in zip(ids, [None, *logs], strict=True)],
@@ -59,14 +59,14 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
             )
 
     async def Explain(self, request: pb.ExplainRequest, context: rpc.Context) -> pb.ExplainResponse:
-        async with self._release(context) as (pin, overlay):
+        async with self._pinned_release(context) as (pin, overlay):
             tokenizer, config = self._served.tokenizer, self._served.manifest.config
             ids = wire.read_prompt("prompt", request.prompt, tokenizer, config)
             limit = wire.read_limit(request.limit, default=20, largest=1000)
             target = None
             if request.HasField("target"):
                 target = wire.read_word("target", request.target, tokenizer, config)
-            found = await self._read(pin.tenant, self._served.explain, ids, overlay, target)
+            found = await self._in_turn(pin.tenant, self._served.explain, ids, overlay, target)
             _check_finite([found.logit, found.log_probability])
             terms, unlisted = found.largest(limit)
             return pb.ExplainResponse(
@@ -97,14 +97,14 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
         tokenizer, manifest = self._served.tokenizer, self._served.manifest
         question = wire_compare.read_question(request, tokenizer, manifest.config)
         await context.send_initial_metadata(())
-        text = await self._read(pins[0].tenant, self._served.compare, question)
+        text = await self._in_turn(pins[0].tenant, self._served.compare, question)
         distinct = list({pin.release_digest: pin for pin in pins}.values())
         results: dict[str, pb.ComparedRelease] = {}
         for at in range(0, len(distinct), TOGETHER):
             async with self._overlays(distinct[at : at + TOGETHER]) as overlays:
-                found = await self._read(pins[0].tenant, text.read, overlays)
+                found = await self._in_turn(pins[0].tenant, text.read, overlays)
                 for overlay, read in zip(overlays, found, strict=True):
-                    results[overlay.digest] = _compared(read, tokenizer)
+                    results[overlay.digest] = _write_compared(read, tokenizer)
         response = pb.CompareResponse(tokens=[wire.write_token(i, tokenizer) for i in question.ids])
         for pin in pins:
             compared = response.releases.add()
@@ -113,12 +113,12 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
         return response
 
     async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
-        async with self._release(context) as (pin, overlay):
+        async with self._pinned_release(context) as (pin, overlay):
             tokenizer, config = self._served.tokenizer, self._served.manifest.config
             token = wire.read_word("word", request.word, tokenizer, config)
             limit = min(wire.read_limit(request.limit, default=10, largest=100), config.tokens)
             near = min(wire.read_limit(request.neighbours, 0, 100, "neighbours"), config.tokens - 1)
-            found = await self._read(pin.tenant, self._served.senses, token, overlay, limit, near)
+            found = await self._in_turn(pin.tenant, self._served.senses, token, overlay, limit, near)
 
             def scored(some: Sequence[tuple[int, float]]) -> list[pb.ScoredToken]:
                 return [pb.ScoredToken(token=wire.write_token(y, tokenizer), score=value) for y, value in some]
@@ -148,16 +148,16 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
         self._check_gateway(context)
         return wire.write_model(self._served.manifest)
 
-    async def _read(self, tenant: str, work: Callable[..., T], *arguments: object) -> T:
+    async def _in_turn(self, tenant: str, work: Callable[..., T], *arguments: object) -> T:
         """Have the model read something, in a thread. Nobody else's turn comes before that is over, though whoever
         asked has left: a thread can't be stopped, and several would take the engine's cores."""
-        async with self._turns.turn(tenant):
+        async with self._turns.acquire(tenant):
             return await tasks.finish(asyncio.to_thread(work, *arguments))
 
     # ---- the release
 
     @asynccontextmanager
-    async def _release(self, context: rpc.Context) -> AsyncIterator[tuple[pb.Pin, Overlay]]:
+    async def _pinned_release(self, context: rpc.Context) -> AsyncIterator[tuple[pb.Pin, Overlay]]:
         """The pinned release, compiled. An error if it can't be had: never another release, never none."""
         self._check_gateway(context)
         pin = wire.read_pin(context)
@@ -197,7 +197,7 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
             raise Unavailable("NOT_A_GATEWAY", message, retry_after=1.0)
 
 
-def _compared(read: list[float] | Distribution, tokenizer: Tokenizer) -> pb.ComparedRelease:
+def _write_compared(read: list[float] | Distribution, tokenizer: Tokenizer) -> pb.ComparedRelease:
     """What was read under one release. Raises Internal if it isn't numbers."""
     if isinstance(read, list):
         _check_finite(read)

@@ -14,29 +14,29 @@ import structlog
 import torch
 from backpack_lm.kernels import Device, Precision
 from backpack_lm.overlay import Overlay, SenseTable
-from backpack_lm.patch import Limits, Release
+from backpack_lm.patch import PatchLimits, ReleaseContent
 from backpack_proto.v1 import directory_pb2, directory_pb2_grpc, inference_pb2_grpc, sync_pb2, sync_pb2_grpc
 
 from backpack_serving import rpc, tasks
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.loop import EngineLoop
 from backpack_serving.engine.runner import Runner
-from backpack_serving.engine.sampling import Sampling
 from backpack_serving.engine.scheduler import Scheduler
-from backpack_serving.engine.sequence import Request
+from backpack_serving.engine.sequence import GenerationRequest
 from backpack_serving.engine.slots import OverlayRows, Slots
 from backpack_serving.errors import DataLoss, ServiceError
-from backpack_serving.inference.blobs import ReleaseBlobs
 from backpack_serving.inference.directory import REPORT_SECONDS
-from backpack_serving.inference.served import ServedModel
+from backpack_serving.inference.release_cache import Fetch, ReleaseCache
+from backpack_serving.inference.release_files import ReleaseFiles
+from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.inference.servicer import InferenceServicer
-from backpack_serving.inference.versions import Fetch, Versions
-from backpack_serving.metrics import Metrics, ReplicaMetrics
+from backpack_serving.observability.metrics import Metrics, ReplicaMetrics
+from backpack_serving.sampling import SamplingParams
 from backpack_serving.settings import Settings
-from backpack_serving.sync.known import Kind, Position
-from backpack_serving.sync.link import Link
+from backpack_serving.sync.client import SyncClient
 from backpack_serving.sync.messages import SILENCE
-from backpack_serving.sync.reader import Reader
+from backpack_serving.sync.state import Position, ReaderKind
+from backpack_serving.sync.transport import SyncTransport
 
 log = structlog.get_logger(__name__)
 
@@ -61,8 +61,8 @@ class Replica:
         report: Report,
         metrics: ReplicaMetrics,
         drain: float,
-        link: Link,
-        versions: Versions,
+        link: SyncTransport,
+        versions: ReleaseCache,
     ) -> None:
         self.id = uuid.uuid4().hex[:12]
         self.versions, self._link = versions, link
@@ -112,7 +112,7 @@ class Replica:
         """Tell that nothing new is taken, finish what runs, then end."""
         self._draining = True
         with suppress(ServiceError, OSError):
-            await self._report()
+            await self._send_report()
             await asyncio.sleep(SETTLE_SECONDS)
         await self._server.stop(self._drain)
         await tasks.end(*self._tasks)
@@ -131,7 +131,7 @@ class Replica:
             if self.age < SILENCE:
                 await self.versions.tidy()
 
-    async def _report(self) -> None:
+    async def _send_report(self) -> None:
         started = time.perf_counter()
         await self._tell(self.state())
         self._metrics.report_seconds.observe(time.perf_counter() - started)
@@ -140,7 +140,7 @@ class Replica:
         heard = True
         while True:
             try:
-                await self._report()
+                await self._send_report()
                 heard = True
             except ServiceError as error:
                 if heard:
@@ -180,10 +180,10 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
     gc.collect()
     gc.freeze()
     key, folder = settings.key_for("replica"), settings.state / "known-good" / "replica"
-    versions = Versions(
+    versions = ReleaseCache(
         served,
         fetch_from(control, key),
-        ReleaseBlobs(folder / "releases"),
+        ReleaseFiles(folder / "releases"),
         settings.releases,
         settings.tenant_bytes,
     )
@@ -203,8 +203,8 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
         message_limit=rpc.SMALL,
         tunnel=True,
     )
-    reader = Reader(Kind.REPLICA, uuid.uuid4().hex, server.address, served.manifest.fingerprint)
-    link = Link(control, key, reader, versions, folder / "view")
+    reader = SyncClient(ReaderKind.REPLICA, uuid.uuid4().hex, server.address, served.manifest.fingerprint)
+    link = SyncTransport(control, key, reader, versions, folder / "view")
     replica = Replica(served, engine, server, report, measured, settings.drain, link, versions)
     log.info("replica serves", address=server.address, slots=settings.slots, model=str(settings.model))
     return replica
@@ -226,8 +226,8 @@ def _enough_memory(settings: Settings) -> Iterator[None]:
 
 async def _first_token(engine: EngineLoop, table: SenseTable) -> None:
     """Make one token, with no release, before anybody may ask for one. Raises what the engine does if it can't."""
-    overlay = await asyncio.to_thread(Overlay.compile, Release(), table)
-    request = Request("first", "", (0,), Sampling(max_tokens=1, temperature=0.0), overlay)
+    overlay = await asyncio.to_thread(Overlay.compile, ReleaseContent(), table)
+    request = GenerationRequest("first", "", (0,), SamplingParams(max_tokens=1, temperature=0.0), overlay)
     async for _ in engine.generate(request):
         pass
 
@@ -235,7 +235,7 @@ async def _first_token(engine: EngineLoop, table: SenseTable) -> None:
 def fetch_from(channel: Any, key: str) -> Fetch:
     """Fetch releases from the intervention service behind a channel; what is larger than one may be is refused."""
     stub = sync_pb2_grpc.SyncServiceStub(channel)
-    limits = Limits()
+    limits = PatchLimits()
 
     async def fetch(tenant: str, digest: str) -> list[bytes]:
         request = sync_pb2.FetchReleaseRequest(tenant=tenant, digest=digest)
@@ -245,9 +245,7 @@ def fetch_from(channel: Any, key: str) -> Fetch:
                 if piece.revision == len(revisions):
                     revisions.append(bytearray())
                 if piece.revision != len(revisions) - 1 or len(revisions) > limits.revisions:
-                    raise DataLoss(
-                        "CORRUPT", f"release {digest}: a piece of revision {piece.revision} is misplaced"
-                    )
+                    raise DataLoss("CORRUPT", f"release {digest}: a piece of revision {piece.revision} is misplaced")
                 revisions[-1] += piece.data
                 if len(revisions[-1]) > limits.blob_bytes:
                     raise DataLoss("TOO_LARGE", f"release {digest}: a revision beyond {limits.blob_bytes} bytes")

@@ -11,21 +11,22 @@ from contextlib import aclosing
 from backpack_lm.overlay import Overlay
 from backpack_proto.v1 import inference_pb2 as pb
 
-from backpack_serving import rpc, tracing
+from backpack_serving import rpc
 from backpack_serving.engine.engine import QueueFull, TooManyRows
-from backpack_serving.engine.loop import EngineLoop, EngineStopped, NotNumbers
-from backpack_serving.engine.sequence import Finish, Output, Request
+from backpack_serving.engine.loop import EngineLoop, EngineStopped, NonFiniteLogits
+from backpack_serving.engine.sequence import Finish, GenerationRequest, Output
 from backpack_serving.errors import (
     Exhausted,
     Internal,
     PreconditionFailed,
     Unavailable,
 )
+from backpack_serving.inference.detokenizer import IncrementalDetokenizer
 from backpack_serving.inference.reading_servicer import ReadingMethods
-from backpack_serving.inference.served import ServedModel
-from backpack_serving.inference.text import TextStream
-from backpack_serving.inference.versions import Versions
-from backpack_serving.metrics import ReplicaMetrics
+from backpack_serving.inference.release_cache import ReleaseCache
+from backpack_serving.inference.served_model import ServedModel
+from backpack_serving.observability import tracing
+from backpack_serving.observability.metrics import ReplicaMetrics
 from backpack_serving.wire import inference as wire
 
 FINISH = {Finish.STOP: pb.FINISH_REASON_STOP, Finish.LENGTH: pb.FINISH_REASON_LENGTH}
@@ -38,7 +39,7 @@ class InferenceServicer(ReadingMethods):
         self,
         served: ServedModel,
         engine: EngineLoop,
-        versions: Versions,
+        versions: ReleaseCache,
         service_key: str,
         metrics: ReplicaMetrics,
     ) -> None:
@@ -77,7 +78,7 @@ class InferenceServicer(ReadingMethods):
         self, request: wire.Generation, context: rpc.Context, coalesce: float
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The parts of a generation: of each sample the first token at once, then those of `coalesce` seconds."""
-        async with self._release(context) as (pin, overlay):
+        async with self._pinned_release(context) as (pin, overlay):
             order = wire.read_generation(request, self._served.tokenizer, self._served.manifest.config)
             self._metrics.prompts.inc()
             self._metrics.tokens.labels("prompt").inc(len(order.prompt))
@@ -98,18 +99,18 @@ class InferenceServicer(ReadingMethods):
                 raise Exhausted("QUEUE_FULL", f"{error}; try again shortly", retry_after=1.0) from None
             except TooManyRows as error:
                 raise PreconditionFailed("RELEASE_TOO_LARGE", str(error)) from None
-            except NotNumbers as error:
+            except NonFiniteLogits as error:
                 raise Internal("NON_FINITE", str(error)) from None
             except EngineStopped as error:
                 raise Unavailable("ENGINE_STOPPED", str(error)) from None
 
     async def _sample(
-        self, order: wire.Order, pin: pb.Pin, overlay: Overlay, coalesce: float, number: int
+        self, order: wire.GenerationParams, pin: pb.Pin, overlay: Overlay, coalesce: float, number: int
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The parts of one sample, `served` in the first and `finish_reason` in the last."""
         sampling = order.sample(number)
-        text, ids = TextStream(self._served.tokenizer, sampling.stop), list(order.prompt)
-        job = Request(uuid.uuid4().hex, pin.tenant, order.prompt, sampling, overlay, order.priority)
+        text, ids = IncrementalDetokenizer(self._served.tokenizer, sampling.stop), list(order.prompt)
+        job = GenerationRequest(uuid.uuid4().hex, pin.tenant, order.prompt, sampling, overlay, order.priority)
         first, finish = True, None
         async with aclosing(self._engine.generate(job, coalesce)) as batches:
             async for outputs in batches:
@@ -141,7 +142,7 @@ class InferenceServicer(ReadingMethods):
         self, tenant: str, tokens: MutableSequence[pb.Token], ids: list[int], overlay: Overlay, limit: int
     ) -> None:
         """Add to the newest tokens of ids what made each likely. Tokens that come meanwhile are explained next."""
-        found = await self._read(tenant, self._served.explain_text, ids, overlay, len(ids) - len(tokens))
+        found = await self._in_turn(tenant, self._served.explain_text, ids, overlay, len(ids) - len(tokens))
         for token, terms in zip(tokens, found, strict=True):
             listed, unlisted = terms.largest(limit)
             token.explanation.logit, token.explanation.unlisted = terms.logit, unlisted

@@ -13,16 +13,16 @@ from google.protobuf.message import DecodeError
 from pydantic import SecretStr
 
 from backpack_serving import rpc, tasks
+from backpack_serving.auth.identity import Identities
+from backpack_serving.auth.keys import ApiKeySecret, Principal, Role, read_key_file, write_key_file
 from backpack_serving.errors import ServiceError, Unauthenticated
-from backpack_serving.identity import Identities
-from backpack_serving.interventions.caller import Bell
+from backpack_serving.interventions.caller import WriteNotifier
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.rollouts import ErrorGate, Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.servicer import services
 from backpack_serving.interventions.store import Store
-from backpack_serving.keys import ApiKey, Principal, Role, keep, kept
-from backpack_serving.metrics import Metrics
+from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
 from backpack_serving.wire.rollout import read_standing, write_standing
 
@@ -67,7 +67,7 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
         loop.call_soon_threadsafe(failed.set)
 
     try:
-        bell = Bell()
+        bell = WriteNotifier()
         service = Interventions(store, manifest.shape, on_write=bell.ring)
         rollouts = Rollouts(service, ErrorGate(settings.canary_requests, settings.canary_errors))
 
@@ -79,8 +79,8 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
 
         store.listen(bell.ring, fail, told)
         await asyncio.to_thread(service.check_model, settings.force_model)
-        admin = _key("BACKPACK_ADMIN_KEY", settings.admin_key, settings.key_file("admin"))
-        replica = _key("BACKPACK_SERVICE_KEY", settings.service_key, settings.key_file("replica"))
+        admin = _operator_key("BACKPACK_ADMIN_KEY", settings.admin_key, settings.key_file("admin"))
+        replica = _operator_key("BACKPACK_SERVICE_KEY", settings.service_key, settings.key_file("replica"))
         await asyncio.to_thread(service.bootstrap, admin, [Role.ADMIN])
         await asyncio.to_thread(service.bootstrap, replica, [Role.REPLICA])
 
@@ -105,14 +105,14 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
     return InterventionService(server, store, settings.drain, failed, asyncio.create_task(others))
 
 
-def _key(variable: str, given: SecretStr, file: Path) -> ApiKey:
+def _operator_key(variable: str, given: SecretStr, file: Path) -> ApiKeySecret:
     """The key that the operator chose, else the one in the state folder, made on the first start.
 
     Raises ValueError, saying where it is, if it isn't a whole key.
     """
     chosen = given.get_secret_value()
     try:
-        return ApiKey.parse(chosen or mint_key(file))
+        return ApiKeySecret.parse(chosen or mint_key(file))
     except Unauthenticated as error:
         fix = "`backpack secrets` makes one" if chosen else "remove the file for a new one"
         raise ValueError(f"{variable if chosen else file}: {error.message}; or {fix}") from None
@@ -121,5 +121,5 @@ def _key(variable: str, given: SecretStr, file: Path) -> ApiKey:
 def mint_key(file: Path) -> str:
     """The key in a file that only its owner can read; a new one if there is no such file."""
     if not file.exists():
-        keep(str(ApiKey.mint()), file)
-    return kept(file)
+        write_key_file(str(ApiKeySecret.mint()), file)
+    return read_key_file(file)

@@ -8,12 +8,12 @@ from contextlib import suppress
 from backpack_lm.tokenizer import Tokenizer
 
 from backpack_serving import rpc
-from backpack_serving.identity import Identities
+from backpack_serving.auth.identity import Identities
+from backpack_serving.auth.keys import Principal
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.keys import Principal
 
 
-class Bell:
+class WriteNotifier:
     """Wakes who waits for the next write. It may be rung from any thread."""
 
     def __init__(self) -> None:

@@ -10,10 +10,10 @@ from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import interventions_pb2 as pb
 
 from backpack_serving import rpc
-from backpack_serving.identity import Identities
+from backpack_serving.auth.identity import Identities
 from backpack_serving.interventions.caller import Caller
-from backpack_serving.interventions.ledger import Written
-from backpack_serving.interventions.records import Channel
+from backpack_serving.interventions.ledger import WriteResult
+from backpack_serving.interventions.records import ChannelRecord
 from backpack_serving.interventions.rollouts import Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.wire import control as wire
@@ -41,25 +41,25 @@ class ChannelMethods(Caller):
         return pb.ListChannelsResponse(channels=map(wire.write_channel, found))
 
     async def Activate(self, request: pb.ActivateRequest, context: rpc.Context) -> pb.ActivateResponse:
-        return pb.ActivateResponse(**await self._move(request, context, self.service.activate, request.release))
+        return pb.ActivateResponse(
+            **await self._move_and_wait(request, context, self.service.activate, request.release)
+        )
 
     async def Rollback(self, request: pb.RollbackRequest, context: rpc.Context) -> pb.RollbackResponse:
-        return pb.RollbackResponse(**await self._move(request, context, self.service.rollback))
+        return pb.RollbackResponse(**await self._move_and_wait(request, context, self.service.rollback))
 
     async def StartCanary(self, request: pb.StartCanaryRequest, context: rpc.Context) -> pb.StartCanaryResponse:
         how = request.release, request.permille, request.salt
-        return pb.StartCanaryResponse(**await self._move(request, context, self.service.start_canary, *how))
+        return pb.StartCanaryResponse(**await self._move_and_wait(request, context, self.service.start_canary, *how))
 
-    async def PromoteCanary(
-        self, request: pb.PromoteCanaryRequest, context: rpc.Context
-    ) -> pb.PromoteCanaryResponse:
-        return pb.PromoteCanaryResponse(**await self._move(request, context, self.service.promote_canary))
+    async def PromoteCanary(self, request: pb.PromoteCanaryRequest, context: rpc.Context) -> pb.PromoteCanaryResponse:
+        return pb.PromoteCanaryResponse(**await self._move_and_wait(request, context, self.service.promote_canary))
 
     async def AbortCanary(self, request: pb.AbortCanaryRequest, context: rpc.Context) -> pb.AbortCanaryResponse:
-        return pb.AbortCanaryResponse(**await self._move(request, context, self.service.abort_canary))
+        return pb.AbortCanaryResponse(**await self._move_and_wait(request, context, self.service.abort_canary))
 
-    async def _move(
-        self, request: Any, context: rpc.Context, rule: Callable[..., Written[Channel]], *how: object
+    async def _move_and_wait(
+        self, request: Any, context: rpc.Context, rule: Callable[..., WriteResult[ChannelRecord]], *how: object
     ) -> dict[str, Any]:
         """Carry out a rule of channels; the fields that every answer has."""
         who = await self.who(context)

@@ -8,21 +8,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
+from backpack_serving.auth.keys import SYSTEM, Principal, Role
 from backpack_serving.errors import Conflict, InvalidRequest, PreconditionFailed
-from backpack_serving.interventions import find
-from backpack_serving.interventions.ledger import Request, Written
-from backpack_serving.interventions.records import Channel, Position, Record, Release
+from backpack_serving.interventions import lookup
+from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult
+from backpack_serving.interventions.records import ChannelRecord, Position, Record, ReleaseRecord
 from backpack_serving.interventions.rules import Rules, check_id
 from backpack_serving.interventions.store import Write
-from backpack_serving.keys import SYSTEM, Principal, Role
-from backpack_serving.sync.known import RESIDENT
+from backpack_serving.sync.state import RESIDENT
 
 GUARD = Principal(SYSTEM, "canary-guard", frozenset())
 """Who ends a canary that went wrong."""
 
 LONGEST_SALT = 64
 
-Move = Callable[[Write, Channel], Channel]
+Move = Callable[[Write, ChannelRecord], ChannelRecord]
 """What a write makes of a channel."""
 
 
@@ -39,10 +39,10 @@ class ChannelRules(Rules):
         others: set[str] = set()
         names: list[str] = []
         with self._store.read() as tx:
-            for channel in tx.list(Channel):
+            for channel in tx.list(ChannelRecord):
                 served = [channel.release, *([] if channel.canary is None else [channel.canary])]
-                parts = [part for number in served for part in find.release(tx, channel.tenant, number).parts]
-                models = {find.revision(tx, channel.tenant, *part).fingerprint for part in parts} - {ours}
+                parts = [part for number in served for part in lookup.release(tx, channel.tenant, number).parts]
+                models = {lookup.revision(tx, channel.tenant, *part).fingerprint for part in parts} - {ours}
                 others |= models
                 names += [channel.name] if models else []
         if names:
@@ -56,66 +56,68 @@ class ChannelRules(Rules):
                 "release patches for this model",
             )
 
-    def channel(self, who: Principal, name: str) -> Channel:
+    def channel(self, who: Principal, name: str) -> ChannelRecord:
         who.require(Role.AUTHOR)
         with self._read(who) as tx:
-            return find.channel(tx, who.tenant, name)
+            return lookup.channel(tx, who.tenant, name)
 
-    def channel_now(self, who: Principal, name: str) -> tuple[Position, Channel]:
+    def channel_now(self, who: Principal, name: str) -> tuple[Position, ChannelRecord]:
         """A channel, and where the store stood when it was so."""
         who.require(Role.AUTHOR)
         with self._read(who) as tx:
-            return tx.position, find.channel(tx, who.tenant, name)
+            return tx.position, lookup.channel(tx, who.tenant, name)
 
     def position(self) -> Position:
         """Where the store stands."""
         with self._store.read() as tx:
             return tx.position
 
-    def channels(self, who: Principal) -> list[Channel]:
+    def channels(self, who: Principal) -> list[ChannelRecord]:
         who.require(Role.AUTHOR)
         with self._read(who) as tx:
-            return tx.list(Channel, who.tenant)
+            return tx.list(ChannelRecord, who.tenant)
 
-    def activate(self, who: Principal, name: str, release: int, etag: str, request: Request) -> Written[Channel]:
+    def activate(
+        self, who: Principal, name: str, release: int, etag: str, request: IdempotencyKey
+    ) -> WriteResult[ChannelRecord]:
         """Point a channel at a release; a canary ends. The etag must be the channel's: "" for one to be made."""
         who.require(Role.RELEASER)
         check_id("channel", name)
 
-        def act(tx: Write, now: datetime) -> tuple[Channel, list[Record]]:
-            wanted = self._release(tx, who.tenant, release)
-            old = tx.get(Channel, who.tenant, name)
+        def act(tx: Write, now: datetime) -> tuple[ChannelRecord, list[Record]]:
+            wanted = self._release_to_move_to(tx, who.tenant, release)
+            old = tx.get(ChannelRecord, who.tenant, name)
             _check_etag(old.etag if old else "", etag)
             made = (
-                _pointed(old, wanted) if old else Channel(who.tenant, name, release, wanted.digest, None, 0, now)
+                _pointed(old, wanted) if old else ChannelRecord(who.tenant, name, release, wanted.digest, None, 0, now)
             )
             return _put(tx, made, now)
 
         return self._ledger.write(who, "Activate", request, act)
 
-    def rollback(self, who: Principal, name: str, etag: str, request: Request) -> Written[Channel]:
+    def rollback(self, who: Principal, name: str, etag: str, request: IdempotencyKey) -> WriteResult[ChannelRecord]:
         """Point a channel back at the release it had before; a canary ends."""
 
-        def move(tx: Write, old: Channel) -> Channel:
+        def move(tx: Write, old: ChannelRecord) -> ChannelRecord:
             if old.previous is None:
                 raise PreconditionFailed(
                     "NO_PREVIOUS_RELEASE", f"{old.name} has had no release but {old.release}; activate one"
                 )
-            return _pointed(old, self._release(tx, who.tenant, old.previous))
+            return _pointed(old, self._release_to_move_to(tx, who.tenant, old.previous))
 
-        return self._move(who, "Rollback", name, etag, request, move)
+        return self._move_channel(who, "Rollback", name, etag, request, move)
 
     def start_canary(
-        self, who: Principal, name: str, release: int, permille: int, salt: str, etag: str, request: Request
-    ) -> Written[Channel]:
+        self, who: Principal, name: str, release: int, permille: int, salt: str, etag: str, request: IdempotencyKey
+    ) -> WriteResult[ChannelRecord]:
         """Give so many in a thousand request keys another release, or change how many."""
         if not 1 <= permille <= 999:
             raise InvalidRequest.at("permille", "OUT_OF_RANGE", f"{permille}; 1 to 999 in a thousand")
         if len(salt) > LONGEST_SALT or not salt.isprintable():
             raise InvalidRequest.at("salt", "BAD_SALT", f"{salt!r}; at most {LONGEST_SALT} printable characters")
 
-        def move(tx: Write, old: Channel) -> Channel:
-            wanted = self._release(tx, who.tenant, release)
+        def move(tx: Write, old: ChannelRecord) -> ChannelRecord:
+            wanted = self._release_to_move_to(tx, who.tenant, release)
             if wanted.digest == old.digest:
                 raise PreconditionFailed(
                     "SAME_RELEASE", f"release {release} is what {old.name} is at; choose another one"
@@ -126,67 +128,67 @@ class ChannelRules(Rules):
                     f"{old.name} has release {old.canary} as its canary; promote or abort it first",
                 )
             drawn = salt or old.salt or secrets.token_hex(8)  # a channel has one as long as it has a canary
-            return replace(
-                old, canary=release, canary_digest=wanted.digest, permille=permille, salt=drawn, aborted=""
-            )
+            return replace(old, canary=release, canary_digest=wanted.digest, permille=permille, salt=drawn, aborted="")
 
-        return self._move(who, "StartCanary", name, etag, request, move)
+        return self._move_channel(who, "StartCanary", name, etag, request, move)
 
-    def promote_canary(self, who: Principal, name: str, etag: str, request: Request) -> Written[Channel]:
+    def promote_canary(
+        self, who: Principal, name: str, etag: str, request: IdempotencyKey
+    ) -> WriteResult[ChannelRecord]:
         """Make the canary the channel's release."""
 
-        def move(tx: Write, old: Channel) -> Channel:
-            return _pointed(old, self._release(tx, who.tenant, _canary_of(old)))
+        def move(tx: Write, old: ChannelRecord) -> ChannelRecord:
+            return _pointed(old, self._release_to_move_to(tx, who.tenant, _canary_of(old)))
 
-        return self._move(who, "PromoteCanary", name, etag, request, move)
+        return self._move_channel(who, "PromoteCanary", name, etag, request, move)
 
-    def abort_canary(self, who: Principal, name: str, etag: str, request: Request) -> Written[Channel]:
+    def abort_canary(self, who: Principal, name: str, etag: str, request: IdempotencyKey) -> WriteResult[ChannelRecord]:
         """End the canary: all requests get the channel's release."""
 
-        def move(tx: Write, old: Channel) -> Channel:
+        def move(tx: Write, old: ChannelRecord) -> ChannelRecord:
             _canary_of(old)
             return _alone(old)
 
-        return self._move(who, "AbortCanary", name, etag, request, move)
+        return self._move_channel(who, "AbortCanary", name, etag, request, move)
 
-    def end_bad_canary(self, tenant: str, name: str, digest: str, why: str) -> Written[Channel] | None:
+    def end_bad_canary(self, tenant: str, name: str, digest: str, why: str) -> WriteResult[ChannelRecord] | None:
         """End a channel's canary by ourselves, if this release is it. None if it isn't, any more."""
         with self._store.read() as tx:
-            found = tx.get(Channel, tenant, name)
+            found = tx.get(ChannelRecord, tenant, name)
         if found is None or found.canary is None or found.canary_digest != digest:
             return None
 
-        def act(tx: Write, now: datetime) -> tuple[Channel, list[Record]]:
-            old = find.channel(tx, tenant, name)
+        def act(tx: Write, now: datetime) -> tuple[ChannelRecord, list[Record]]:
+            old = lookup.channel(tx, tenant, name)
             if old.canary_digest != digest:
                 raise Conflict("CANARY_OVER", f"{old.name} has another canary, or none")
             return _put(tx, replace(_alone(old), aborted=why), now)
 
         try:
-            return self._ledger.write(GUARD, "AbortCanary", Request(), act)
+            return self._ledger.write(GUARD, "AbortCanary", IdempotencyKey(), act)
         except Conflict:
             return None
 
-    def _move(
-        self, who: Principal, method: str, name: str, etag: str, request: Request, move: Move
-    ) -> Written[Channel]:
+    def _move_channel(
+        self, who: Principal, method: str, name: str, etag: str, request: IdempotencyKey, move: Move
+    ) -> WriteResult[ChannelRecord]:
         who.require(Role.RELEASER)
 
-        def act(tx: Write, now: datetime) -> tuple[Channel, list[Record]]:
-            old = find.channel(tx, who.tenant, name)
+        def act(tx: Write, now: datetime) -> tuple[ChannelRecord, list[Record]]:
+            old = lookup.channel(tx, who.tenant, name)
             _check_etag(old.etag, etag)
             return _put(tx, move(tx, old), now)
 
         return self._ledger.write(who, method, request, act)
 
-    def _release(self, tx: Write, tenant: str, number: int) -> Release:
-        wanted = find.release(tx, tenant, number)
+    def _release_to_move_to(self, tx: Write, tenant: str, number: int) -> ReleaseRecord:
+        wanted = lookup.release(tx, tenant, number)
         for part in wanted.parts:
-            self._check_model(find.revision(tx, tenant, *part))
+            self._check_model(lookup.revision(tx, tenant, *part))
         return wanted
 
 
-def _pointed(old: Channel, release: Release) -> Channel:
+def _pointed(old: ChannelRecord, release: ReleaseRecord) -> ChannelRecord:
     """The channel at a release, without a canary. The other one it was at last stays where a rollback goes."""
     before = [[old.release, old.digest], *json.loads(old.earlier)]
     kept = [pair for pair in before if pair[1] != release.digest][: RESIDENT - 1]
@@ -195,17 +197,17 @@ def _pointed(old: Channel, release: Release) -> Channel:
     return replace(_alone(made), earlier=json.dumps(kept))
 
 
-def _alone(old: Channel) -> Channel:
+def _alone(old: ChannelRecord) -> ChannelRecord:
     return replace(old, canary=None, canary_digest="", permille=0, salt="", aborted="")
 
 
-def _put(tx: Write, channel: Channel, now: datetime) -> tuple[Channel, list[Record]]:
+def _put(tx: Write, channel: ChannelRecord, now: datetime) -> tuple[ChannelRecord, list[Record]]:
     made = replace(channel, generation=channel.generation + 1, updated=now, moved=tx.position.revision)
     tx.replace(made)
     return made, [made]
 
 
-def _canary_of(channel: Channel) -> int:
+def _canary_of(channel: ChannelRecord) -> int:
     if channel.canary is None:
         why = f"; the last one was ended: {channel.aborted}" if channel.aborted else ""
         raise PreconditionFailed("NO_CANARY", f"{channel.name} has no canary{why}")

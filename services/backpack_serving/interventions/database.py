@@ -36,9 +36,7 @@ def migrate(url: str, role: str = "", wait: float = 30.0) -> None:
     parsed = _parse(url)
     if parsed.get_backend_name() == "sqlite":
         if role:
-            raise InvalidRequest.at(
-                "role", "NO_ROLES", "SQLite has no roles; whoever may read the file may use it"
-            )
+            raise InvalidRequest.at("role", "NO_ROLES", "SQLite has no roles; whoever may read the file may use it")
         SQLiteStore.open(parsed, wait).close()
     else:
         _postgres().migrate(parsed, role)

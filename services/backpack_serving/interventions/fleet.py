@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from backpack_serving.interventions.records import Channel, Position
-from backpack_serving.sync.known import Kind, ReleaseRef
-from backpack_serving.sync.messages import SILENCE, Hello, Refusal, Report, Tally
-from backpack_serving.sync.session import Session
+from backpack_serving.interventions.records import ChannelRecord, Position
+from backpack_serving.sync.messages import SILENCE, CanaryTally, Hello, ReaderReport, Refusal
+from backpack_serving.sync.server import SyncServer
+from backpack_serving.sync.state import ReaderKind, ReleaseRef
 
 FORGOTTEN = 60.0
 """Seconds after which a reader that is gone isn't listed any more."""
@@ -30,11 +30,11 @@ class HoldState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
+class ReleaseHolding:
     """One reader and one release of a channel."""
 
     reader: str
-    kind: Kind
+    kind: ReaderKind
     incarnation: str
     release: ReleaseRef
     canary: bool
@@ -45,7 +45,7 @@ class Hold:
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
+class AckCount:
     """Of the readers of one kind that are connected: how many there are, and how many hold a change."""
 
     total: int
@@ -60,16 +60,16 @@ class Count:
 
 
 @dataclass(frozen=True, slots=True)
-class Rollout:
+class RolloutProgress:
     """How far one write has come."""
 
-    replicas: Count
-    gateways: Count
+    replicas: AckCount
+    gateways: AckCount
     refusals: tuple[tuple[str, Refusal], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Elsewhere:
+class RemoteReader:
     """A reader's stream to another process of the service, as that one told lately."""
 
     hello: Hello
@@ -79,14 +79,14 @@ class Elsewhere:
 
 
 @dataclass(slots=True)
-class Seen:
+class ReaderStatus:
     """One reader process: its newest stream, what it said Hello with there, and when it was heard last."""
 
-    session: Session | Elsewhere
+    session: SyncServer | RemoteReader
     hello: Hello
     heard: float
     connected: bool = True
-    report: Report = field(default_factory=Report)
+    report: ReaderReport = field(default_factory=ReaderReport)
 
     @property
     def releases(self) -> int:
@@ -94,56 +94,56 @@ class Seen:
         return self.report.releases or len(self.session.digests)
 
 
-class Fleet:
+class ReaderTracker:
     """All readers, by incarnation."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._seen: dict[str, Seen] = {}
+        self._seen: dict[str, ReaderStatus] = {}
 
-    def heard(self, session: Session | Elsewhere, report: Report | None = None) -> None:
+    def heard(self, session: SyncServer | RemoteReader, report: ReaderReport | None = None) -> None:
         """A stream has said something. A newer stream of the same process takes the place of an older one."""
         hello = session.hello
         assert hello is not None, "nothing is heard before Hello"
         seen = self._seen.get(hello.incarnation)
         if seen is None:
-            self._forget()  # or those that come and go would pile up while nobody asks for readers
+            self._drop_silent()  # or those that come and go would pile up while nobody asks for readers
         if seen is None or seen.session is not session:
-            self._seen[hello.incarnation] = seen = Seen(session, hello, self._clock())
+            self._seen[hello.incarnation] = seen = ReaderStatus(session, hello, self._clock())
         seen.hello, seen.heard, seen.connected = hello, self._clock(), True
         if report:
             seen.report = report
 
-    def elsewhere(self, hello: Hello, report: Report) -> None:
+    def elsewhere(self, hello: Hello, report: ReaderReport) -> None:
         """Another process of the service tells where a reader stands: it holds all up to `hello.position`."""
         seen = self._seen.get(hello.incarnation)
-        if seen is None or not seen.connected or isinstance(seen.session, Elsewhere):
+        if seen is None or not seen.connected or isinstance(seen.session, RemoteReader):
             refusals = {refusal.key: refusal for refusal in hello.refusals}
-            self.heard(Elsewhere(hello, hello.position, refusals), report)
+            self.heard(RemoteReader(hello, hello.position, refusals), report)
 
-    def here(self) -> list[tuple[Hello, Report]]:
+    def here(self) -> list[tuple[Hello, ReaderReport]]:
         """Where this process's own readers stand, as the others take it in with `elsewhere`."""
         found = []
         for seen in self._seen.values():
-            if seen.connected and isinstance(seen.session, Session):
+            if seen.connected and isinstance(seen.session, SyncServer):
                 refusals = tuple(seen.session.refusals.values())
                 hello = replace(seen.hello, position=seen.session.acked, refusals=refusals, digests=frozenset())
-                found.append((hello, Report(tallies=seen.report.tallies, releases=seen.releases)))
+                found.append((hello, ReaderReport(tallies=seen.report.tallies, releases=seen.releases)))
         return found
 
-    def left(self, session: Session) -> None:
+    def left(self, session: SyncServer) -> None:
         """A stream has ended."""
         for seen in self._seen.values():
             if seen.session is session:
                 seen.connected = False
 
-    def readers(self) -> list[tuple[Seen, float]]:
+    def readers(self) -> list[tuple[ReaderStatus, float]]:
         """Those seen lately, replicas first, with the seconds since they were heard."""
-        now = self._forget()
-        ordered = sorted(self._seen.values(), key=lambda s: (s.hello.kind is Kind.GATEWAY, s.hello.name))
+        now = self._drop_silent()
+        ordered = sorted(self._seen.values(), key=lambda s: (s.hello.kind is ReaderKind.GATEWAY, s.hello.name))
         return [(seen, now - seen.heard) for seen in ordered]
 
-    def holds(self, channel: Channel, position: Position) -> Iterator[Hold]:
+    def holds(self, channel: ChannelRecord, position: Position) -> Iterator[ReleaseHolding]:
         """How every reader stands to a channel's releases, given where the store stands."""
         moved = Position(position.epoch, channel.moved)
         releases = [(ReleaseRef(channel.release, channel.digest), False)]
@@ -165,7 +165,7 @@ class Fleet:
                     state = HoldState.ACKED
                 else:
                     state = HoldState.STAGED if release.digest in session.digests else HoldState.STALE
-                yield Hold(
+                yield ReleaseHolding(
                     hello.name,
                     hello.kind,
                     hello.incarnation,
@@ -177,10 +177,10 @@ class Fleet:
                     connected,
                 )
 
-    def rollout(self, channel: Channel, position: Position) -> Rollout:
+    def rollout(self, channel: ChannelRecord, position: Position) -> RolloutProgress:
         """How many of the connected readers have taken the write at this position, which moved the channel."""
         refusals, counts = [], {}
-        for kind in Kind:
+        for kind in ReaderKind:
             connected = [s for s, _ in self.readers() if s.connected and s.hello.kind is kind]
             acked = nacked = 0
             for seen in connected:
@@ -191,10 +191,10 @@ class Fleet:
                     refusals.append((seen.hello.name, refusal))
                 else:
                     acked += 1
-            counts[kind] = Count(len(connected), acked, nacked)
-        return Rollout(counts[Kind.REPLICA], counts[Kind.GATEWAY], tuple(refusals))
+            counts[kind] = AckCount(len(connected), acked, nacked)
+        return RolloutProgress(counts[ReaderKind.REPLICA], counts[ReaderKind.GATEWAY], tuple(refusals))
 
-    def tally(self, tenant: str, channel: str, digest: str) -> Tally:
+    def tally(self, tenant: str, channel: str, digest: str) -> CanaryTally:
         """What the gateways that are connected counted under a release of a channel, together.
 
         Not what one counted that is gone: that was judged when it was reported, and would count against every
@@ -207,7 +207,7 @@ class Fleet:
             for tally in seen.report.tallies
             if (tally.tenant, tally.channel, tally.digest) == (tenant, channel, digest)
         ]
-        return Tally(
+        return CanaryTally(
             tenant,
             channel,
             digest,
@@ -216,13 +216,11 @@ class Fleet:
             sum(t.non_finite for t in found),
         )
 
-    def _forget(self) -> float:
+    def _drop_silent(self) -> float:
         """Let go of those that were silent for too long; the time."""
         now = self._clock()
         for seen in self._seen.values():
-            if isinstance(seen.session, Elsewhere) and now - seen.heard > SILENCE:
+            if isinstance(seen.session, RemoteReader) and now - seen.heard > SILENCE:
                 seen.connected = False
-        self._seen = {
-            name: seen for name, seen in self._seen.items() if seen.connected or now - seen.heard < FORGOTTEN
-        }
+        self._seen = {name: seen for name, seen in self._seen.items() if seen.connected or now - seen.heard < FORGOTTEN}
         return now

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from backpack_lm.patch import release_digest
 
 from backpack_serving.errors import DataLoss
-from backpack_serving.interventions import find
+from backpack_serving.interventions import lookup
 from backpack_serving.interventions.ledger import verify_chain
-from backpack_serving.interventions.records import Position, Release, Revision, Tenant
+from backpack_serving.interventions.records import Position, ReleaseRecord, RevisionRecord, TenantRecord
 from backpack_serving.interventions.store import Read
 
 
@@ -29,19 +29,19 @@ def verify(tx: Read) -> Intact:
     if broken is not None:
         raise DataLoss("BROKEN_CHAIN", f"the audit entry of revision {broken} isn't the one that was written")
     revisions = releases = 0
-    for tenant in tx.list(Tenant):
-        for release in tx.list(Release, tenant.tenant):
+    for tenant in tx.list(TenantRecord):
+        for release in tx.list(ReleaseRecord, tenant.tenant):
             check_release(tx, release)
             releases += 1
-        for revision in tx.list(Revision, tenant.tenant):
-            find.blob(tx, revision)
+        for revision in tx.list(RevisionRecord, tenant.tenant):
+            lookup.blob(tx, revision)
             revisions += 1
     return Intact(tx.position, entries, revisions, releases)
 
 
-def check_release(tx: Read, release: Release) -> list[Revision]:
+def check_release(tx: Read, release: ReleaseRecord) -> list[RevisionRecord]:
     """A release's revisions. Raises DataLoss unless they are the ones that it was made of."""
-    revisions = [find.revision(tx, release.tenant, *part) for part in release.parts]
+    revisions = [lookup.revision(tx, release.tenant, *part) for part in release.parts]
     found = release_digest([revision.digest for revision in revisions])
     if found != release.digest:
         raise DataLoss("WRONG_DIGEST", f"{release.name} is stored as {found}, it was made as {release.digest}")

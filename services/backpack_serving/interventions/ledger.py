@@ -14,25 +14,26 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar
 
+from backpack_serving.auth.keys import SYSTEM, Principal
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.interventions.records import (
-    Channel,
-    Event,
-    Key,
-    Patch,
+    ChannelRecord,
+    EventRecord,
+    KeyRecord,
+    PatchRecord,
     Position,
     Record,
-    Release,
-    Reply,
-    Revision,
-    Tenant,
+    ReleaseRecord,
+    ReplyRecord,
+    RevisionRecord,
+    TenantRecord,
     key_of,
+    kind_name,
     visible,
 )
 from backpack_serving.interventions.store import Read, Store, Write
-from backpack_serving.keys import SYSTEM, Principal
 
-R = TypeVar("R", bound=Tenant | Key | Patch | Revision | Release | Channel)
+R = TypeVar("R", bound=TenantRecord | KeyRecord | PatchRecord | RevisionRecord | ReleaseRecord | ChannelRecord)
 
 REPLIES_KEPT = timedelta(hours=24)
 
@@ -44,7 +45,7 @@ PAGE = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class IdempotencyKey:
     """What makes a write recognisable when it comes again: its id ("" for none) and a digest of its body."""
 
     id: str = ""
@@ -52,7 +53,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Written(Generic[R]):
+class WriteResult(Generic[R]):
     """What a write made, and where the store stood after it. `repeated`: it had been made before."""
 
     record: R
@@ -70,7 +71,7 @@ class Ledger:
     def __init__(self, store: Store, on_write: Callable[[], None], now: Callable[[], datetime]) -> None:
         self._store, self._on_write, self._now = store, on_write, now
 
-    def write(self, who: Principal, method: str, request: Request, act: Act[R]) -> Written[R]:
+    def write(self, who: Principal, method: str, request: IdempotencyKey, act: Act[R]) -> WriteResult[R]:
         """Carry a write out, once for each (principal, method, request id); a repetition gets what the first made.
 
         Raises what `act` does, InvalidRequest for an id that is no UUID4 or was another request's, and Unavailable
@@ -82,26 +83,26 @@ class Ledger:
             return old
         try:
             with self._store.write(scope(who)) as tx:
-                if tx.get(Reply, who.name, method, request.id) is not None:
-                    raise _Raced
+                if tx.get(ReplyRecord, who.name, method, request.id) is not None:
+                    raise _LostRace
                 record, changed = act(tx, now)
                 changes = json.dumps([visible(change) for change in changed])
-                tx.log(Event(0, record.tenant, who.name, method, record.name, changes, now))
+                tx.log(EventRecord(0, record.tenant, who.name, method, record.name, changes, now))
                 if request.id:
                     tx.forget_replies(now - REPLIES_KEPT)
-                    at = json.dumps([type(record).__name__, *key_of(record)])
-                    tx.add(Reply(who.name, method, request.id, request.body, at, tx.position.revision, now))
-                written = Written(record, tx.position)
-        except _Raced:
+                    at = json.dumps([kind_name(type(record)), *key_of(record)])
+                    tx.add(ReplyRecord(who.name, method, request.id, request.body, at, tx.position.revision, now))
+                written = WriteResult(record, tx.position)
+        except _LostRace:
             old = self._replay(who, method, request)
             assert old is not None, "the reply was just seen"
             return old
         self._on_write()
         return written
 
-    def _replay(self, who: Principal, method: str, request: Request) -> Written[Any] | None:
+    def _replay(self, who: Principal, method: str, request: IdempotencyKey) -> WriteResult[Any] | None:
         with self._store.read(scope(who)) as tx:
-            reply = tx.get(Reply, who.name, method, request.id)
+            reply = tx.get(ReplyRecord, who.name, method, request.id)
             if reply is None:
                 return None
             if reply.body != request.body:
@@ -111,16 +112,18 @@ class Ledger:
                     f"{request.id} was used for another request; make a new one",
                 )
             kind, *key = json.loads(reply.resource)
-            event = tx.get(Event, reply.revision)
+            event = tx.get(EventRecord, reply.revision)
             assert event is not None, "an event is never deleted"
             record: Record | None
             if kind == "Channel":  # channels move on; the answer is what this request made of it
                 record = channel_from(json.loads(event.changes)[0])
             else:
-                kinds: dict[str, type[Any]] = {k.__name__: k for k in (Tenant, Key, Patch, Revision, Release)}
+                kinds: dict[str, type[Any]] = {
+                    kind_name(k): k for k in (TenantRecord, KeyRecord, PatchRecord, RevisionRecord, ReleaseRecord)
+                }
                 record = tx.get(kinds[kind], *key)
             assert record is not None, "what was stored stays"
-            return Written(record, Position(tx.position.epoch, reply.revision), repeated=True)
+            return WriteResult(record, Position(tx.position.epoch, reply.revision), repeated=True)
 
 
 def scope(who: Principal) -> str | None:
@@ -137,18 +140,18 @@ def raise_epoch(store: Store, now: datetime) -> Position:
     """
     with store.write() as tx:
         tx.begin(max(tx.position.epoch + 1, int(now.timestamp() * 1000)))
-        tx.log(Event(0, SYSTEM, f"tenants/{SYSTEM}", "RaiseEpoch", f"tenants/{SYSTEM}", "[]", now))
+        tx.log(EventRecord(0, SYSTEM, f"tenants/{SYSTEM}", "RaiseEpoch", f"tenants/{SYSTEM}", "[]", now))
         return tx.position
 
 
-class _Raced(Exception):
+class _LostRace(Exception):
     """The same request is being carried out by another thread, which was faster."""
 
 
-def channel_from(change: dict[str, Any]) -> Channel:
+def channel_from(change: dict[str, Any]) -> ChannelRecord:
     """The channel that an event's change describes."""
     values = {name: value for name, value in change.items() if name != "kind"}
-    return Channel(**{**values, "updated": datetime.fromisoformat(values["updated"])})
+    return ChannelRecord(**{**values, "updated": datetime.fromisoformat(values["updated"])})
 
 
 def verify_chain(tx: Read) -> tuple[int, int | None]:
@@ -163,7 +166,7 @@ def verify_pages(read: Callable[[], AbstractContextManager[Read]]) -> tuple[int,
     count, before = 0, ""
     while True:
         with read() as tx:
-            page = tx.list(Event, after=count or None, limit=PAGE)
+            page = tx.list(EventRecord, after=count or None, limit=PAGE)
             head = tx.position.revision, tx.hash
         for event in page:
             count += 1

@@ -7,82 +7,86 @@ from dataclasses import replace
 from datetime import datetime
 
 from backpack_lm.patch import Edit, PatchError
-from backpack_lm.patch import Revision as Content
+from backpack_lm.patch import RevisionContent as Content
 
+from backpack_serving.auth.keys import Principal, Role
 from backpack_serving.errors import AlreadyExists, from_patch_error
-from backpack_serving.interventions import find
-from backpack_serving.interventions.ledger import Request, Written
-from backpack_serving.interventions.records import Blob, Patch, Record, Revision, key_of
+from backpack_serving.interventions import lookup
+from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult
+from backpack_serving.interventions.records import BlobRecord, PatchRecord, Record, RevisionRecord, key_of
 from backpack_serving.interventions.rules import Rules, check_id, check_text
 from backpack_serving.interventions.store import Read, Write
-from backpack_serving.keys import Principal, Role
 
 
 class PatchRules(Rules):
     """Named patches and their immutable revisions, of the calling tenant."""
 
-    def create_patch(self, who: Principal, name: str, description: str, request: Request) -> Written[Patch]:
+    def create_patch(
+        self, who: Principal, name: str, description: str, request: IdempotencyKey
+    ) -> WriteResult[PatchRecord]:
         """Raises AlreadyExists for a name that is taken, by a deleted patch too."""
         who.require(Role.AUTHOR)
         check_id("patch_id", name)
         check_text("description", description)
 
-        def act(tx: Write, now: datetime) -> tuple[Patch, list[Record]]:
-            made = Patch(who.tenant, name, description, now)
-            if tx.get(Patch, who.tenant, name):
+        def act(tx: Write, now: datetime) -> tuple[PatchRecord, list[Record]]:
+            made = PatchRecord(who.tenant, name, description, now)
+            if tx.get(PatchRecord, who.tenant, name):
                 raise AlreadyExists("PATCH_EXISTS", f"{made.name} exists already; add a revision to it")
             tx.add(made)
             return made, []
 
         return self._ledger.write(who, "CreatePatch", request, act)
 
-    def patch(self, who: Principal, name: str, deleted: bool = False) -> tuple[Patch, int]:
+    def patch(self, who: Principal, name: str, deleted: bool = False) -> tuple[PatchRecord, int]:
         """A patch with the number of its newest revision; a deleted one if asked for."""
         who.require(Role.AUTHOR)
         with self._read(who) as tx:
-            record = find.patch(tx, who.tenant, name, deleted)
-            return record, find.latest(tx, record)
+            record = lookup.patch(tx, who.tenant, name, deleted)
+            return record, lookup.latest(tx, record)
 
-    def newest_revision(self, who: Principal, patch: Patch) -> int:
+    def newest_revision(self, who: Principal, patch: PatchRecord) -> int:
         """The number of a patch's newest revision, 0 if there is none; also of a patch that is deleted by now."""
         with self._read(who) as tx:
-            return find.latest(tx, patch)
+            return lookup.latest(tx, patch)
 
     def patches(
         self, who: Principal, after: str | None, limit: int, deleted: bool = False
-    ) -> list[tuple[Patch, int]]:
+    ) -> list[tuple[PatchRecord, int]]:
         """Patches with the number of each one's newest revision; deleted ones, too, if asked for."""
         who.require(Role.AUTHOR)
-        found: list[Patch] = []
+        found: list[PatchRecord] = []
         with self._read(who) as tx:
-            while len(found) < limit and (page := tx.list(Patch, who.tenant, after=after, limit=limit)):
+            while len(found) < limit and (page := tx.list(PatchRecord, who.tenant, after=after, limit=limit)):
                 after = page[-1].patch
                 found += [record for record in page if deleted or not record.deleted]
-            return [(record, find.latest(tx, record)) for record in found[:limit]]
+            return [(record, lookup.latest(tx, record)) for record in found[:limit]]
 
-    def describe_patch(self, who: Principal, name: str, description: str, request: Request) -> Written[Patch]:
+    def describe_patch(
+        self, who: Principal, name: str, description: str, request: IdempotencyKey
+    ) -> WriteResult[PatchRecord]:
         who.require(Role.AUTHOR)
         check_text("patch.description", description)
 
-        def act(tx: Write, now: datetime) -> tuple[Patch, list[Record]]:
-            made = replace(find.patch(tx, who.tenant, name), description=description)
+        def act(tx: Write, now: datetime) -> tuple[PatchRecord, list[Record]]:
+            made = replace(lookup.patch(tx, who.tenant, name), description=description)
             tx.replace(made)
             return made, []
 
         return self._ledger.write(who, "UpdatePatch", request, act)
 
-    def delete_patch(self, who: Principal, name: str, request: Request) -> Written[Patch]:
+    def delete_patch(self, who: Principal, name: str, request: IdempotencyKey) -> WriteResult[PatchRecord]:
         """Hide a patch, and take no more revisions for it. Releases keep the revisions they have."""
         who.require(Role.AUTHOR)
 
-        def act(tx: Write, now: datetime) -> tuple[Patch, list[Record]]:
-            made = replace(find.patch(tx, who.tenant, name), deleted=True)
+        def act(tx: Write, now: datetime) -> tuple[PatchRecord, list[Record]]:
+            made = replace(lookup.patch(tx, who.tenant, name), deleted=True)
             tx.replace(made)
             return made, []
 
         return self._ledger.write(who, "DeletePatch", request, act)
 
-    def draft_revision(self, who: Principal, name: str, edits: Sequence[Edit]) -> Revision:
+    def draft_revision(self, who: Principal, name: str, edits: Sequence[Edit]) -> RevisionRecord:
         """What `create_revision` would store, after all its checks. Stores nothing. Raises as that does, and
         InvalidRequest for a name that no patch may be made with.
         """
@@ -93,8 +97,8 @@ class PatchRules(Rules):
             return self._revision(tx, name, blob, self._now())
 
     def create_revision(
-        self, who: Principal, name: str, edits: Sequence[Edit], request: Request
-    ) -> Written[Revision]:
+        self, who: Principal, name: str, edits: Sequence[Edit], request: IdempotencyKey
+    ) -> WriteResult[RevisionRecord]:
         """The next revision of a patch.
 
         Raises InvalidRequest, with everything that is wrong, for edits that this model can't have, and NotFound if
@@ -103,36 +107,36 @@ class PatchRules(Rules):
         who.require(Role.AUTHOR)
         blob = self._blob(who, edits)
 
-        def act(tx: Write, now: datetime) -> tuple[Revision, list[Record]]:
+        def act(tx: Write, now: datetime) -> tuple[RevisionRecord, list[Record]]:
             made = self._revision(tx, name, blob, now)
-            if tx.get(Blob, *key_of(blob)) is None:
+            if tx.get(BlobRecord, *key_of(blob)) is None:
                 tx.add(blob)
             tx.add(made)
             return made, []
 
         return self._ledger.write(who, "CreateRevision", request, act)
 
-    def revision(self, who: Principal, name: str, number: int) -> tuple[Revision, Sequence[Edit]]:
+    def revision(self, who: Principal, name: str, number: int) -> tuple[RevisionRecord, Sequence[Edit]]:
         """A revision and its edits, read from bytes that have its digest still."""
         who.require(Role.AUTHOR)
         with self._read(who) as tx:
-            record = find.revision(tx, who.tenant, name, number)
-            return record, Content.from_bytes(find.blob(tx, record).data).edits
+            record = lookup.revision(tx, who.tenant, name, number)
+            return record, Content.from_bytes(lookup.blob(tx, record).data).edits
 
-    def revisions(self, who: Principal, name: str, after: int | None, limit: int) -> list[Revision]:
+    def revisions(self, who: Principal, name: str, after: int | None, limit: int) -> list[RevisionRecord]:
         who.require(Role.AUTHOR)
         with self._read(who) as tx:
-            find.patch(tx, who.tenant, name)
-            return tx.list(Revision, who.tenant, name, after=after, limit=limit)
+            lookup.patch(tx, who.tenant, name)
+            return tx.list(RevisionRecord, who.tenant, name, after=after, limit=limit)
 
-    def _blob(self, who: Principal, edits: Sequence[Edit]) -> Blob:
+    def _blob(self, who: Principal, edits: Sequence[Edit]) -> BlobRecord:
         made = Content(self.shape.fingerprint, tuple(edits))
         try:
             made.validate(self.shape, self.limits)
         except PatchError as error:
             raise from_patch_error(error) from None
-        return Blob(who.tenant, made.digest, made.to_bytes())
+        return BlobRecord(who.tenant, made.digest, made.to_bytes())
 
-    def _revision(self, tx: Read, name: str, blob: Blob, now: datetime) -> Revision:
-        number = find.latest(tx, find.patch(tx, blob.tenant, name)) + 1
-        return Revision(blob.tenant, name, number, blob.digest, self.shape.fingerprint, now)
+    def _revision(self, tx: Read, name: str, blob: BlobRecord, now: datetime) -> RevisionRecord:
+        number = lookup.latest(tx, lookup.patch(tx, blob.tenant, name)) + 1
+        return RevisionRecord(blob.tenant, name, number, blob.digest, self.shape.fingerprint, now)

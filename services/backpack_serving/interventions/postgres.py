@@ -19,7 +19,7 @@ import structlog
 
 from backpack_serving.errors import InvalidRequest, Unavailable
 from backpack_serving.interventions import schema
-from backpack_serving.interventions.records import IMMUTABLE, Reply
+from backpack_serving.interventions.records import IMMUTABLE, ReplyRecord
 from backpack_serving.interventions.sql import SQLStore
 from backpack_serving.interventions.store import ignored
 from backpack_serving.interventions.tables import head, tables
@@ -183,7 +183,7 @@ def _grant(connection: sa.Connection, role: str) -> None:
     for kind, table in tables.items():
         rights = "SELECT, INSERT"
         if kind not in IMMUTABLE:
-            rights += ", UPDATE, DELETE" if kind is Reply else ", UPDATE"
+            rights += ", UPDATE, DELETE" if kind is ReplyRecord else ", UPDATE"
         connection.exec_driver_sql(f"GRANT {rights} ON {table.name} TO {quoted}")
 
 
@@ -199,11 +199,11 @@ def _engine(url: sa.URL) -> sa.Engine:
         # Of writes, whatever the database's default is: who waited for the head row must see what was written.
         isolation_level="READ COMMITTED",
     )
-    sa.event.listen(engine, "connect", _configure)
+    sa.event.listen(engine, "connect", _set_session)
     return engine
 
 
-def _configure(connection: Any, _: object) -> None:
+def _set_session(connection: Any, _: object) -> None:
     with connection.cursor() as cursor:
         cursor.execute(_SESSION)
     connection.commit()

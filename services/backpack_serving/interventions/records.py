@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, ClassVar
 
-from backpack_serving.sync.known import Position as Position
+from backpack_serving.sync.state import Position as Position
 
 
 @dataclass(frozen=True, slots=True)
-class Tenant:
+class TenantRecord:
     """`suspended`: none of its keys is good for anything until it is resumed."""
 
     tenant: str
@@ -30,7 +30,7 @@ class Tenant:
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class KeyRecord:
     """An API key without its secret. `roles` are separated by spaces."""
 
     tenant: str
@@ -48,7 +48,7 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True)
-class Patch:
+class PatchRecord:
     """`deleted` is a tombstone: releases keep what they were made of, and the name is never used again."""
 
     tenant: str
@@ -64,7 +64,7 @@ class Patch:
 
 
 @dataclass(frozen=True, slots=True)
-class Blob:
+class BlobRecord:
     """The canonical bytes of a `backpack_lm.patch.Revision`; `digest` is their SHA-256, in hex."""
 
     tenant: str
@@ -78,7 +78,7 @@ class Blob:
 
 
 @dataclass(frozen=True, slots=True)
-class Revision:
+class RevisionRecord:
     """Which blob a patch's revision of this number is."""
 
     tenant: str
@@ -95,7 +95,7 @@ class Revision:
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class ReleaseRecord:
     """`revisions` are (patch, number) pairs, in the order in which they apply, as JSON."""
 
     tenant: str
@@ -116,7 +116,7 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
-class Channel:
+class ChannelRecord:
     """The pointer. `earlier` are the releases that it was at before, (number, digest) as JSON, newest first;
     `moved` is the store's revision that moved it last; `aborted` says why the service ended its last canary.
     """
@@ -147,7 +147,7 @@ class Channel:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class EventRecord:
     """One write: the entry of the watch and of the audit trail. `changes` is a JSON list of what gateways see.
 
     `hash` chains it to the event before: nothing can be altered, removed or inserted without breaking it.
@@ -171,7 +171,7 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ReplyRecord:
     """What a request with an id did, so that its repetition does nothing. `resource` is a key, as JSON."""
 
     principal: str
@@ -184,10 +184,35 @@ class Reply:
     KEY: ClassVar = ("principal", "method", "request_id")
 
 
-Record = Tenant | Key | Patch | Blob | Revision | Release | Channel | Event | Reply
-KINDS: tuple[type[Any], ...] = (Tenant, Key, Patch, Blob, Revision, Release, Channel, Event, Reply)
-IMMUTABLE: tuple[type[Any], ...] = (Blob, Revision, Release, Event)
+Record = (
+    TenantRecord
+    | KeyRecord
+    | PatchRecord
+    | BlobRecord
+    | RevisionRecord
+    | ReleaseRecord
+    | ChannelRecord
+    | EventRecord
+    | ReplyRecord
+)
+KINDS: tuple[type[Any], ...] = (
+    TenantRecord,
+    KeyRecord,
+    PatchRecord,
+    BlobRecord,
+    RevisionRecord,
+    ReleaseRecord,
+    ChannelRecord,
+    EventRecord,
+    ReplyRecord,
+)
+IMMUTABLE: tuple[type[Any], ...] = (BlobRecord, RevisionRecord, ReleaseRecord, EventRecord)
 """What never changes, and is never removed."""
+
+
+def kind_name(kind: type[Any]) -> str:
+    """What a kind of record is called in events and replies, for ever: digests depend on it."""
+    return kind.__name__.removesuffix("Record")
 
 
 def visible(record: Record) -> dict[str, Any]:
@@ -198,7 +223,7 @@ def visible(record: Record) -> dict[str, Any]:
             values[name] = value.hex()
         elif isinstance(value, datetime):
             values[name] = value.isoformat()
-    return {"kind": type(record).__name__, **values}
+    return {"kind": kind_name(type(record)), **values}
 
 
 def key_of(record: Record) -> tuple[Any, ...]:

@@ -11,12 +11,12 @@ from enum import StrEnum
 import structlog
 
 from backpack_serving.errors import ServiceError
-from backpack_serving.interventions.caller import Bell, wait
-from backpack_serving.interventions.fleet import Fleet, Rollout
-from backpack_serving.interventions.records import Channel, Position
+from backpack_serving.interventions.caller import WriteNotifier, wait
+from backpack_serving.interventions.fleet import ReaderTracker, RolloutProgress
+from backpack_serving.interventions.records import ChannelRecord, Position
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.sync.messages import FromReader, Hello, Nack, Refusal, Report, Tally
-from backpack_serving.sync.session import Session
+from backpack_serving.sync.messages import CanaryTally, FromReader, Hello, Nack, ReaderReport, Refusal
+from backpack_serving.sync.server import SyncServer
 
 log = structlog.get_logger(__name__)
 
@@ -31,7 +31,7 @@ class Level(StrEnum):
     QUORUM = "quorum"
     ALL = "all"
 
-    def reached(self, rollout: Rollout) -> bool:
+    def reached(self, rollout: RolloutProgress) -> bool:
         counts = rollout.replicas, rollout.gateways
         match self:
             case Level.NONE:
@@ -41,7 +41,7 @@ class Level(StrEnum):
             case Level.ALL:
                 return all(count.all() for count in counts)
 
-    def out_of_reach(self, rollout: Rollout) -> bool:
+    def out_of_reach(self, rollout: RolloutProgress) -> bool:
         """Whether refusals have made it impossible already."""
         counts = rollout.replicas, rollout.gateways
         if self is Level.ALL:
@@ -56,7 +56,7 @@ class ErrorGate:
     requests: int = 20
     permille: int = 50
 
-    def verdict(self, tally: Tally) -> str:
+    def verdict(self, tally: CanaryTally) -> str:
         """Why the canary must end; empty if it needn't."""
         if tally.non_finite:
             return f"NON_FINITE: {tally.non_finite} answers were not numbers"
@@ -74,36 +74,36 @@ class Rollouts:
 
     def __init__(self, service: Interventions, gate: ErrorGate) -> None:
         self._service, self._gate = service, gate
-        self.fleet = Fleet()
-        self._bell, self._changed = Bell(), Bell()
-        self._settled: dict[Session, set[Refusal]] = {}  # of what stands, what was looked into
+        self.fleet = ReaderTracker()
+        self._bell, self._changed = WriteNotifier(), WriteNotifier()
+        self._settled: dict[SyncServer, set[Refusal]] = {}  # of what stands, what was looked into
 
-    async def heard(self, session: Session, message: FromReader) -> None:
+    async def heard(self, session: SyncServer, message: FromReader) -> None:
         """A reader has spoken, and the session has taken it in."""
         if session.hello is None:
             return
-        report = message if isinstance(message, Report) else None
+        report = message if isinstance(message, ReaderReport) else None
         self.fleet.heard(session, report)
         for tally in report.tallies if report else ():
-            await self._judge(tally)
+            await self._judge_canary(tally)
         settled = self._settled.get(session, set())
         if isinstance(message, Hello | Nack):  # told anew: since it was told before, a canary may have begun
             settled = settled.difference(message.refusals)
         standing = tuple(session.refusals.values())
-        self._settled[session] = {r for r in standing if r in settled or await self._refused(r)}
+        self._settled[session] = {r for r in standing if r in settled or await self._end_refused_canary(r)}
         self._ring()
 
-    def left(self, session: Session) -> None:
+    def left(self, session: SyncServer) -> None:
         self.fleet.left(session)
         self._settled.pop(session, None)
         self._ring()
 
-    def told(self, hello: Hello, report: Report) -> None:
+    def told(self, hello: Hello, report: ReaderReport) -> None:
         """Another process of the service has heard of a reader of its own."""
         self.fleet.elsewhere(hello, report)
         self._bell.ring_here()
 
-    async def tell(self, others: Callable[[list[tuple[Hello, Report]]], None]) -> None:
+    async def tell(self, others: Callable[[list[tuple[Hello, ReaderReport]]], None]) -> None:
         """Tell the other processes where the readers here stand, for ever: each second, and when that changes."""
         while True:
             changed = self._changed.next()
@@ -113,7 +113,9 @@ class Rollouts:
             await asyncio.sleep(GATHER_SECONDS)
             await wait(changed, TELL_SECONDS)
 
-    async def wait(self, channel: Channel, position: Position, level: Level, seconds: float) -> Rollout | None:
+    async def wait(
+        self, channel: ChannelRecord, position: Position, level: Level, seconds: float
+    ) -> RolloutProgress | None:
         """How far a write has come when enough readers hold it, when they can't any more, or after so long."""
         if level is Level.NONE:
             return None
@@ -130,19 +132,19 @@ class Rollouts:
         self._bell.ring_here()
         self._changed.ring_here()
 
-    async def _judge(self, tally: Tally) -> None:
+    async def _judge_canary(self, tally: CanaryTally) -> None:
         together = self.fleet.tally(tally.tenant, tally.channel, tally.digest)
         if why := self._gate.verdict(together):
-            await self._end(tally.tenant, tally.channel, tally.digest, why)
+            await self._end_canary(tally.tenant, tally.channel, tally.digest, why)
 
-    async def _refused(self, refusal: Refusal) -> bool:
+    async def _end_refused_canary(self, refusal: Refusal) -> bool:
         """End the canary that is refused, if it is one. Whether that is settled."""
         if not (refusal.final and refusal.channel):
             return True
         why = f"NACK: a reader refuses it: {refusal.reason}: {refusal.message}"
-        return await self._end(refusal.tenant, refusal.channel, refusal.digest, why)
+        return await self._end_canary(refusal.tenant, refusal.channel, refusal.digest, why)
 
-    async def _end(self, tenant: str, channel: str, digest: str, why: str) -> bool:
+    async def _end_canary(self, tenant: str, channel: str, digest: str, why: str) -> bool:
         """End a canary, if this is one. False if that can't be done now."""
         try:
             ended = await asyncio.to_thread(self._service.end_bad_canary, tenant, channel, digest, why)

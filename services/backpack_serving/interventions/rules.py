@@ -7,13 +7,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 
-from backpack_lm.patch import Limits, ModelShape
+from backpack_lm.patch import ModelShape, PatchLimits
 
+from backpack_serving.auth.keys import Principal
 from backpack_serving.errors import InvalidRequest, PreconditionFailed
 from backpack_serving.interventions.ledger import Ledger, scope
-from backpack_serving.interventions.records import Revision
+from backpack_serving.interventions.records import RevisionRecord
 from backpack_serving.interventions.store import Read, Store
-from backpack_serving.keys import Principal
 
 LONGEST_TEXT = 4096
 
@@ -27,7 +27,7 @@ class Rules:
         self,
         store: Store,
         shape: ModelShape,
-        limits: Limits = Limits(),
+        limits: PatchLimits = PatchLimits(),
         on_write: Callable[[], None] = lambda: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -39,7 +39,7 @@ class Rules:
         """What this principal may see of the store."""
         return self._store.read(scope(who))
 
-    def _check_model(self, record: Revision) -> None:
+    def _check_model(self, record: RevisionRecord) -> None:
         if record.fingerprint != self.shape.fingerprint:
             raise PreconditionFailed(
                 "WRONG_MODEL",

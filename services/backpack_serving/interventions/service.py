@@ -8,17 +8,25 @@ from datetime import datetime
 
 from backpack_lm import patch
 
+from backpack_serving.auth.keys import Principal, Role
 from backpack_serving.errors import InvalidRequest, NotFound
-from backpack_serving.interventions import find
+from backpack_serving.interventions import lookup
 from backpack_serving.interventions.channels import ChannelRules
 from backpack_serving.interventions.integrity import check_release
-from backpack_serving.interventions.ledger import Request, Written, verify_pages
+from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult, verify_pages
 from backpack_serving.interventions.patches import PatchRules
-from backpack_serving.interventions.records import Channel, Event, Key, Position, Record, Release, Tenant
+from backpack_serving.interventions.records import (
+    ChannelRecord,
+    EventRecord,
+    KeyRecord,
+    Position,
+    Record,
+    ReleaseRecord,
+    TenantRecord,
+)
 from backpack_serving.interventions.rules import check_text
 from backpack_serving.interventions.store import Write
 from backpack_serving.interventions.tenants import TenantRules
-from backpack_serving.keys import Principal, Role
 
 MOST_RESOLVED = 256
 """Releases that a gateway may ask for at once: as many as one comparison may have."""
@@ -30,23 +38,23 @@ class Interventions(TenantRules, PatchRules, ChannelRules):
     # ---- releases
 
     def create_release(
-        self, who: Principal, parts: Sequence[tuple[str, int]], notes: str, request: Request
-    ) -> Written[Release]:
+        self, who: Principal, parts: Sequence[tuple[str, int]], notes: str, request: IdempotencyKey
+    ) -> WriteResult[ReleaseRecord]:
         """A release of these (patch, revision number) pairs, in the order in which they apply."""
         who.require(Role.AUTHOR)
         check_text("notes", notes)
         self.check_parts(parts)
 
-        def act(tx: Write, now: datetime) -> tuple[Release, list[Record]]:
+        def act(tx: Write, now: datetime) -> tuple[ReleaseRecord, list[Record]]:
             for name, _ in parts:
-                find.patch(tx, who.tenant, name)
-            found = [find.revision(tx, who.tenant, name, number) for name, number in parts]
+                lookup.patch(tx, who.tenant, name)
+            found = [lookup.revision(tx, who.tenant, name, number) for name, number in parts]
             for record in found:
                 self._check_model(record)
-            last = tx.list(Release, who.tenant, limit=1, descending=True)
+            last = tx.list(ReleaseRecord, who.tenant, limit=1, descending=True)
             digest = patch.release_digest([record.digest for record in found])
             listed = json.dumps([list(part) for part in parts])
-            made = Release(who.tenant, last[0].number + 1, digest, listed, notes, now)
+            made = ReleaseRecord(who.tenant, last[0].number + 1, digest, listed, notes, now)
             tx.add(made)
             return made, [made]
 
@@ -55,29 +63,27 @@ class Interventions(TenantRules, PatchRules, ChannelRules):
     def check_parts(self, parts: Sequence[object]) -> None:
         """Raises InvalidRequest for more revisions than go into a release, whatever they are."""
         if len(parts) > self.limits.revisions:
-            raise InvalidRequest.at(
-                "revisions", "TOO_MANY_REVISIONS", f"{len(parts)}, at most {self.limits.revisions}"
-            )
+            raise InvalidRequest.at("revisions", "TOO_MANY_REVISIONS", f"{len(parts)}, at most {self.limits.revisions}")
 
-    def release(self, who: Principal, number: int) -> Release:
+    def release(self, who: Principal, number: int) -> ReleaseRecord:
         who.require(Role.AUTHOR)
         with self._read(who) as tx:
-            return find.release(tx, who.tenant, number)
+            return lookup.release(tx, who.tenant, number)
 
-    def releases(self, who: Principal, after: int | None, limit: int) -> list[Release]:
+    def releases(self, who: Principal, after: int | None, limit: int) -> list[ReleaseRecord]:
         """Newest first."""
         who.require(Role.AUTHOR)
         with self._read(who) as tx:
-            return tx.list(Release, who.tenant, after=after, limit=limit, descending=True)
+            return tx.list(ReleaseRecord, who.tenant, after=after, limit=limit, descending=True)
 
     # ---- audit and sync
 
-    def audit(self, who: Principal, after: int | None, limit: int) -> list[Event]:
+    def audit(self, who: Principal, after: int | None, limit: int) -> list[EventRecord]:
         """Newest first: the whole service's entries for an admin, its tenant's for an author."""
         if Role.ADMIN not in who.roles:
             who.require(Role.AUTHOR)
         with self._read(who) as tx:
-            return tx.list(Event, after=after, limit=limit, descending=True)
+            return tx.list(EventRecord, after=after, limit=limit, descending=True)
 
     def verify_chain(self, who: Principal) -> tuple[int, int | None]:
         """How many entries there are, and the revision of the first that doesn't fit, if one doesn't."""
@@ -88,29 +94,29 @@ class Interventions(TenantRules, PatchRules, ChannelRules):
     def snapshot(self) -> tuple[Position, list[Record]]:
         """Everything that readers know, and where the store stands."""
         with self._store.read() as tx:
-            known: list[Record] = [*tx.list(Tenant), *tx.list(Key), *tx.list(Channel)]
+            known: list[Record] = [*tx.list(TenantRecord), *tx.list(KeyRecord), *tx.list(ChannelRecord)]
             return tx.position, known
 
-    def events_after(self, revision: int, limit: int = 1000) -> tuple[Position, list[Event]]:
+    def events_after(self, revision: int, limit: int = 1000) -> tuple[Position, list[EventRecord]]:
         """The writes since a revision, oldest first, and where the store stands."""
         with self._store.read() as tx:
-            return tx.position, tx.list(Event, after=revision, limit=limit)
+            return tx.position, tx.list(EventRecord, after=revision, limit=limit)
 
     def resolve_releases(
         self, who: Principal, tenant: str, numbers: Sequence[int]
-    ) -> tuple[Position, list[Release]]:
+    ) -> tuple[Position, list[ReleaseRecord]]:
         """A tenant's releases of these numbers, and where the store stood when they were read."""
         who.require(Role.REPLICA)
         if len(numbers) > MOST_RESOLVED:
             raise InvalidRequest.at("numbers", "TOO_MANY", f"{len(numbers)}; at most {MOST_RESOLVED}")
         with self._read(who) as tx:
-            return tx.position, [find.release(tx, tenant, number) for number in numbers]
+            return tx.position, [lookup.release(tx, tenant, number) for number in numbers]
 
     def fetch_release(self, who: Principal, tenant: str, digest: str) -> list[bytes]:
         """Canonical bytes of a release's revisions, checked against their digests on the way out."""
         who.require(Role.REPLICA)
         with self._read(who) as tx:
-            release = tx.find(Release, tenant=tenant, digest=digest)
+            release = tx.find(ReleaseRecord, tenant=tenant, digest=digest)
             if release is None:
                 raise NotFound("NO_SUCH_RELEASE", f"tenants/{tenant} has no release {digest}")
-            return [find.blob(tx, revision).data for revision in check_release(tx, release)]
+            return [lookup.blob(tx, revision).data for revision in check_release(tx, release)]

@@ -14,16 +14,16 @@ from backpack_proto.v1 import interventions_pb2_grpc as grpc_v1
 from backpack_proto.v1 import sync_pb2_grpc as sync_v1
 
 from backpack_serving import rpc
+from backpack_serving.auth.identity import Identities
+from backpack_serving.auth.keys import Principal, Role
 from backpack_serving.errors import Exhausted
-from backpack_serving.identity import Identities
-from backpack_serving.interventions.caller import Bell, Caller
+from backpack_serving.interventions.caller import Caller, WriteNotifier
 from backpack_serving.interventions.channel_servicer import ChannelMethods
-from backpack_serving.interventions.ledger import Written
-from backpack_serving.interventions.records import Patch
+from backpack_serving.interventions.ledger import WriteResult
+from backpack_serving.interventions.records import PatchRecord
 from backpack_serving.interventions.rollouts import Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.sync_servicer import FleetServicer, SyncServicer
-from backpack_serving.keys import Principal, Role
 from backpack_serving.wire import control as wire
 from backpack_serving.wire.patches import read_edits
 from backpack_serving.wire.uploads import Upload
@@ -98,9 +98,7 @@ class TenantServicer(Caller, grpc_v1.TenantServiceServicer):
         written = await asyncio.to_thread(self.service.suspend, who, names, request.force, again)
         return pb.SuspendTenantsResponse(position=wire.write_position(written.position))
 
-    async def ResumeTenants(
-        self, request: pb.ResumeTenantsRequest, context: rpc.Context
-    ) -> pb.ResumeTenantsResponse:
+    async def ResumeTenants(self, request: pb.ResumeTenantsRequest, context: rpc.Context) -> pb.ResumeTenantsResponse:
         who = await self.who(context)
         names = [wire.parse_tenant(f"names[{at}]", name) for at, name in enumerate(request.names)]
         again = wire.identify(request, request.request_id)
@@ -116,10 +114,8 @@ class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
     async def CreatePatch(self, request: pb.CreatePatchRequest, context: rpc.Context) -> pb.CreatePatchResponse:
         who = await self.who(context)
         again = wire.identify(request, request.request_id)
-        written = await asyncio.to_thread(
-            self.service.create_patch, who, request.patch_id, request.description, again
-        )
-        return pb.CreatePatchResponse(**await self._changed(who, written))
+        written = await asyncio.to_thread(self.service.create_patch, who, request.patch_id, request.description, again)
+        return pb.CreatePatchResponse(**await self._patch_answer(who, written))
 
     async def GetPatch(self, request: pb.GetPatchRequest, context: rpc.Context) -> pb.GetPatchResponse:
         who = await self.who(context)
@@ -132,16 +128,16 @@ class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
         wire.check_mask("update_mask", request.update_mask, ["description"])
         again = wire.identify(request, request.request_id)
         written = await asyncio.to_thread(self.service.describe_patch, who, name, request.patch.description, again)
-        return pb.UpdatePatchResponse(**await self._changed(who, written))
+        return pb.UpdatePatchResponse(**await self._patch_answer(who, written))
 
     async def DeletePatch(self, request: pb.DeletePatchRequest, context: rpc.Context) -> pb.DeletePatchResponse:
         who = await self.who(context)
         (name,) = wire.parse_name("name", request.name, "patches/{}", who)
         again = wire.identify(request, request.request_id)
         written = await asyncio.to_thread(self.service.delete_patch, who, name, again)
-        return pb.DeletePatchResponse(**await self._changed(who, written))
+        return pb.DeletePatchResponse(**await self._patch_answer(who, written))
 
-    async def _changed(self, who: Principal, written: Written[Patch]) -> dict[str, Any]:
+    async def _patch_answer(self, who: Principal, written: WriteResult[PatchRecord]) -> dict[str, Any]:
         """The fields that every answer to a change of a patch has."""
         newest = await asyncio.to_thread(self.service.newest_revision, who, written.record)
         return {
@@ -185,7 +181,7 @@ class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
         who = await self.who(context)
         who.require(Role.AUTHOR)  # before the work of reading
         with self._uploading(who.tenant):
-            return await self._upload(who, aiter(requests))
+            return await self._receive_upload(who, aiter(requests))
 
     @contextmanager
     def _uploading(self, tenant: str) -> Iterator[None]:
@@ -199,7 +195,7 @@ class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
         finally:
             self._uploads[tenant] -= 1
 
-    async def _upload(
+    async def _receive_upload(
         self, who: Principal, messages: AsyncIterator[pb.UploadRevisionRequest]
     ) -> pb.UploadRevisionResponse:
         upload = Upload(self.service.shape, self.service.limits)
@@ -234,9 +230,7 @@ class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
             request.read_mask.MergeMessage(spelled, answer.revision)
         return answer
 
-    async def ListRevisions(
-        self, request: pb.ListRevisionsRequest, context: rpc.Context
-    ) -> pb.ListRevisionsResponse:
+    async def ListRevisions(self, request: pb.ListRevisionsRequest, context: rpc.Context) -> pb.ListRevisionsResponse:
         who = await self.who(context)
         (patch,) = wire.parse_name("parent", request.parent, "patches/{}", who)
         after, limit = wire.read_page(request.page_size, request.page_token, int)
@@ -248,9 +242,7 @@ class PatchServicer(Caller, grpc_v1.PatchServiceServicer):
 
 
 class ReleaseServicer(ChannelMethods, grpc_v1.ReleaseServiceServicer):
-    async def CreateRelease(
-        self, request: pb.CreateReleaseRequest, context: rpc.Context
-    ) -> pb.CreateReleaseResponse:
+    async def CreateRelease(self, request: pb.CreateReleaseRequest, context: rpc.Context) -> pb.CreateReleaseResponse:
         who = await self.who(context)
         self.service.check_parts(request.revisions)  # before the work of reading: a message holds a million names
         parts = []
@@ -299,7 +291,7 @@ class AuditServicer(Caller, grpc_v1.AuditServiceServicer):
 
 
 def services(
-    service: Interventions, tokenizer: Tokenizer, identities: Identities, bell: Bell, rollouts: Rollouts
+    service: Interventions, tokenizer: Tokenizer, identities: Identities, bell: WriteNotifier, rollouts: Rollouts
 ) -> list[rpc.Service]:
     """All six, ready to be served."""
     common = service, tokenizer, identities

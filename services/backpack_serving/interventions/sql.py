@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from backpack_serving.errors import Unavailable
-from backpack_serving.interventions.records import Event, Position, Record, Reply, key_of
+from backpack_serving.interventions.records import EventRecord, Position, Record, ReplyRecord, key_of
 from backpack_serving.interventions.store import Read, Write, ignored
 from backpack_serving.interventions.tables import head, tables
 
@@ -71,14 +71,14 @@ class Transaction:
         if not changed.rowcount:
             self.add(record)
 
-    def log(self, event: Event) -> None:
+    def log(self, event: EventRecord) -> None:
         event = replace(event, revision=self.position.revision)
         self.hash = event.chained(self.hash)
         self.add(replace(event, hash=self.hash))
         self._connection.execute(sa.update(head).values(hash=self.hash))
 
     def forget_replies(self, before: datetime) -> None:
-        table = tables[Reply]
+        table = tables[ReplyRecord]
         self._connection.execute(sa.delete(table).where(table.c.created < before))
 
     def begin(self, epoch: int) -> None:

@@ -50,7 +50,7 @@ class SQLiteStore(SQLStore):
         if not path.name:
             raise Unavailable("DATABASE", f"{url}: name a file, sqlite:///PATH")
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _take(path.with_suffix(".lock"), wait)
+        lock = _lock_file(path.with_suffix(".lock"), wait)
         if lock is None:
             raise Unavailable("LOCKED", f"another service is using {path}; stop it first")
         if not path.exists():
@@ -64,7 +64,7 @@ class SQLiteStore(SQLStore):
             connect_args={"check_same_thread": False},
             hide_parameters=True,  # what tenants write doesn't belong into a log
         )
-        sa.event.listen(engine, "connect", _configure)
+        sa.event.listen(engine, "connect", _set_pragmas)
         sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
         try:
             with engine.begin() as connection:
@@ -92,14 +92,14 @@ class SQLiteStore(SQLStore):
     @contextmanager
     def _reading(self, tenant: str | None) -> Iterator[sa.Connection]:
         with self._lock:
-            self._check()
+            self._check_running()
             with self.engine.begin() as connection:
                 yield connection
 
     @contextmanager
     def _writing(self, tenant: str | None) -> Iterator[sa.Connection]:
         with self._lock:
-            self._check()
+            self._check_running()
             with self.engine.connect() as connection:
                 yield connection
                 self._since_checkpoint += 1
@@ -123,9 +123,9 @@ class SQLiteStore(SQLStore):
     def _stop(self, why: str) -> None:
         self._failed = why
         self._on_failure(why)
-        self._check()
+        self._check_running()
 
-    def _check(self) -> None:
+    def _check_running(self) -> None:
         if self._closed:  # a new connection would write beside whoever has the file now
             raise Unavailable("STOPPING", "this service has stopped; another one will answer", retry_after=1.0)
         if self._failed:
@@ -136,7 +136,7 @@ class SQLiteStore(SQLStore):
             )
 
 
-def _take(path: Path, wait: float) -> IO[str] | None:
+def _lock_file(path: Path, wait: float) -> IO[str] | None:
     lock = path.open("w")
     until = time.monotonic() + wait
     while True:
@@ -159,7 +159,7 @@ def _not_for_everybody(file: Path) -> None:
             file.chmod(stat.S_IMODE(mode) & ~stat.S_IRWXO)
 
 
-def _configure(connection: Any, _: object) -> None:
+def _set_pragmas(connection: Any, _: object) -> None:
     connection.isolation_level = None  # SQLAlchemy begins transactions, not the driver
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")

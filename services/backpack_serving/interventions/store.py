@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
-from backpack_serving.interventions.records import Event, Position, Record
+from backpack_serving.interventions.records import EventRecord, Position, Record
 
 R = TypeVar("R")
 
@@ -60,7 +60,7 @@ class Write(Read, Protocol):
     def replace(self, record: Record) -> None:
         """Store a record in place of the one with its key. What never changes is an AssertionError, too."""
 
-    def log(self, event: Event) -> None:
+    def log(self, event: EventRecord) -> None:
         """Add this write's event; its revision and hash are set here."""
 
     def forget_replies(self, before: datetime) -> None: ...

@@ -14,16 +14,16 @@ from backpack_proto.v1 import sync_pb2 as pb
 from backpack_proto.v1 import sync_pb2_grpc as grpc_v1
 
 from backpack_serving import rpc
+from backpack_serving.auth.identity import Identities
+from backpack_serving.auth.keys import Role
 from backpack_serving.errors import InvalidRequest
-from backpack_serving.identity import Identities
-from backpack_serving.interventions.caller import Bell, Caller, wait
-from backpack_serving.interventions.journal import Journal
+from backpack_serving.interventions.caller import Caller, WriteNotifier, wait
+from backpack_serving.interventions.event_history import EventHistory
 from backpack_serving.interventions.rollouts import Rollouts
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.keys import Role
-from backpack_serving.sync.known import ReleaseRef
 from backpack_serving.sync.messages import FromReader
-from backpack_serving.sync.session import Session
+from backpack_serving.sync.server import SyncServer
+from backpack_serving.sync.state import ReleaseRef
 from backpack_serving.wire import control as wire
 from backpack_serving.wire import rollout as wire_rollout
 from backpack_serving.wire import sync as wire_sync
@@ -36,11 +36,16 @@ class SyncServicer(Caller, grpc_v1.SyncServiceServicer):
     """Drives one session a stream: its messages, the bell of the store, and the clock."""
 
     def __init__(
-        self, service: Interventions, tokenizer: Tokenizer, identities: Identities, bell: Bell, rollouts: Rollouts
+        self,
+        service: Interventions,
+        tokenizer: Tokenizer,
+        identities: Identities,
+        bell: WriteNotifier,
+        rollouts: Rollouts,
     ) -> None:
         super().__init__(service, tokenizer, identities)
         self._bell, self._rollouts = bell, rollouts
-        self._journal = Journal(service)
+        self._journal = EventHistory(service)
         self._nonces = itertools.count(secrets.randbits(48))
         # Their own: whatever keeps other threads busy, a bookmark must not come late.
         self._threads = ThreadPoolExecutor(THREADS, "sync")
@@ -49,7 +54,7 @@ class SyncServicer(Caller, grpc_v1.SyncServiceServicer):
         self, requests: AsyncIterator[pb.SyncRequest], context: rpc.Context
     ) -> AsyncIterator[pb.SyncResponse]:
         (await self.who(context)).require(Role.REPLICA)
-        session = Session(self._journal, self._nonces)
+        session = SyncServer(self._journal, self._nonces)
         inbox: asyncio.Queue[FromReader | Exception | None] = asyncio.Queue()
         listening = asyncio.create_task(_listen(requests, inbox))
         arrived: asyncio.Task[FromReader | Exception | None] = asyncio.create_task(inbox.get())
@@ -91,16 +96,12 @@ class SyncServicer(Caller, grpc_v1.SyncServiceServicer):
         self, request: pb.ResolveReleasesRequest, context: rpc.Context
     ) -> pb.ResolveReleasesResponse:
         who = await self.who(context)
-        position, found = await asyncio.to_thread(
-            self.service.resolve_releases, who, request.tenant, request.numbers
-        )
+        position, found = await asyncio.to_thread(self.service.resolve_releases, who, request.tenant, request.numbers)
         refs = [ReleaseRef(release.number, release.digest) for release in found]
         return wire_sync.write_resolved(position, refs)
 
 
-async def _listen(
-    requests: AsyncIterator[pb.SyncRequest], inbox: asyncio.Queue[FromReader | Exception | None]
-) -> None:
+async def _listen(requests: AsyncIterator[pb.SyncRequest], inbox: asyncio.Queue[FromReader | Exception | None]) -> None:
     """Put what the reader says into the inbox, then None; or what is wrong with it."""
     try:
         async for request in requests:

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 import sqlalchemy as sa
 
-from backpack_serving.interventions.records import KINDS, Key, Release, Reply
+from backpack_serving.interventions.records import KINDS, KeyRecord, ReleaseRecord, ReplyRecord, kind_name
 
 
 class Timestamp(sa.types.TypeDecorator[datetime]):
@@ -47,7 +47,7 @@ head = sa.Table(
 )
 
 
-def _table(kind: type[Any]) -> sa.Table:
+def _table_of(kind: type[Any]) -> sa.Table:
     hints = get_type_hints(kind)
     columns = [
         sa.Column(
@@ -59,14 +59,14 @@ def _table(kind: type[Any]) -> sa.Table:
         )
         for f in fields(kind)
     ]
-    return sa.Table(_plural(kind.__name__.lower()), metadata, *columns)
+    return sa.Table(_plural(kind_name(kind).lower()), metadata, *columns)
 
 
 def _plural(name: str) -> str:
     return {"patch": "patches", "reply": "replies"}.get(name, name + "s")
 
 
-tables: dict[type[Any], sa.Table] = {kind: _table(kind) for kind in KINDS}
-sa.Index("keys_by_id", tables[Key].c.key, unique=True)
-sa.Index("releases_by_digest", tables[Release].c.tenant, tables[Release].c.digest)
-sa.Index("replies_by_age", tables[Reply].c.created)
+tables: dict[type[Any], sa.Table] = {kind: _table_of(kind) for kind in KINDS}
+sa.Index("keys_by_id", tables[KeyRecord].c.key, unique=True)
+sa.Index("releases_by_digest", tables[ReleaseRecord].c.tenant, tables[ReleaseRecord].c.digest)
+sa.Index("replies_by_age", tables[ReplyRecord].c.created)

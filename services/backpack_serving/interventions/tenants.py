@@ -9,15 +9,9 @@ from datetime import datetime
 
 from backpack_lm import patch
 
-from backpack_serving.errors import AlreadyExists, InvalidRequest, PreconditionFailed, Unauthenticated
-from backpack_serving.interventions import find
-from backpack_serving.interventions.ledger import Request, Written
-from backpack_serving.interventions.records import Channel, Key, Record, Release, Tenant
-from backpack_serving.interventions.rules import Rules, check_id
-from backpack_serving.interventions.store import Write
-from backpack_serving.keys import (
+from backpack_serving.auth.keys import (
     SYSTEM,
-    ApiKey,
+    ApiKeySecret,
     Principal,
     Role,
     Verifier,
@@ -25,7 +19,13 @@ from backpack_serving.keys import (
     suspended,
     unknown_key,
 )
-from backpack_serving.sync.known import LIVE
+from backpack_serving.errors import AlreadyExists, InvalidRequest, PreconditionFailed, Unauthenticated
+from backpack_serving.interventions import lookup
+from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult
+from backpack_serving.interventions.records import ChannelRecord, KeyRecord, Record, ReleaseRecord, TenantRecord
+from backpack_serving.interventions.rules import Rules, check_id
+from backpack_serving.interventions.store import Write
+from backpack_serving.sync.state import LIVE
 
 TOO_FEW_TO_ASK = 10
 """So many tenants may be suspended at once without force, however few there are."""
@@ -36,10 +36,10 @@ class TenantRules(Rules):
 
     def authenticate(self, presented: str) -> Principal:
         """Who presents this key. Raises Unauthenticated if nobody may, or may any more."""
-        key = ApiKey.parse(presented)
+        key = ApiKeySecret.parse(presented)
         with self._store.read() as tx:
-            record = tx.find(Key, key=key.id)
-            owner = tx.get(Tenant, record.tenant) if record else None
+            record = tx.find(KeyRecord, key=key.id)
+            owner = tx.get(TenantRecord, record.tenant) if record else None
         if record is None or record.revoked or not Verifier(record.salt, record.verifier).accepts(key.secret):
             raise unknown_key()
         if owner is not None and owner.suspended:
@@ -49,20 +49,20 @@ class TenantRules(Rules):
     def check_tenant(self, who: Principal) -> None:
         """Raises Unauthenticated if a credential names a tenant that isn't there, or is suspended."""
         with self._store.read() as tx:
-            tenant = tx.get(Tenant, who.tenant)
+            tenant = tx.get(TenantRecord, who.tenant)
         if tenant is None:
             raise Unauthenticated("UNKNOWN_TENANT", f"tenants/{who.tenant} doesn't exist", tenant=who.tenant)
         if tenant.suspended:
             raise suspended(who.tenant)
 
-    def bootstrap(self, make: ApiKey, roles: Iterable[Role]) -> None:
+    def bootstrap(self, make: ApiKeySecret, roles: Iterable[Role]) -> None:
         """Give the system tenant a key that was made outside. Only for whoever holds the database itself.
 
         Raises PreconditionFailed for a key that is there for something else.
         """
         roles = list(roles)
         with self._store.read() as tx:
-            found = tx.find(Key, key=make.id)
+            found = tx.find(KeyRecord, key=make.id)
         if found:
             if found.tenant != SYSTEM or not set(roles) <= set(found.roles.split()):
                 raise PreconditionFailed(
@@ -72,24 +72,22 @@ class TenantRules(Rules):
                 )
             return
 
-        def act(tx: Write, now: datetime) -> tuple[Key, list[Record]]:
-            if tx.get(Key, SYSTEM, make.id):
-                raise AlreadyExists(
-                    "KEY_EXISTS", "another process that started at the same time has added the key"
-                )
+        def act(tx: Write, now: datetime) -> tuple[KeyRecord, list[Record]]:
+            if tx.get(KeyRecord, SYSTEM, make.id):
+                raise AlreadyExists("KEY_EXISTS", "another process that started at the same time has added the key")
             made: list[Record] = []
-            if tx.get(Tenant, SYSTEM) is None:
-                made.append(Tenant(SYSTEM, now))
-            key = _key(SYSTEM, make, roles, now)
+            if tx.get(TenantRecord, SYSTEM) is None:
+                made.append(TenantRecord(SYSTEM, now))
+            key = _new_key_record(SYSTEM, make, roles, now)
             made.append(key)
             for record in made:
                 tx.add(record)
             return key, made
 
         with suppress(AlreadyExists):
-            self._ledger.write(Principal(SYSTEM, "bootstrap", frozenset()), "Bootstrap", Request(), act)
+            self._ledger.write(Principal(SYSTEM, "bootstrap", frozenset()), "Bootstrap", IdempotencyKey(), act)
 
-    def create_tenant(self, who: Principal, tenant: str, request: Request) -> Written[Tenant]:
+    def create_tenant(self, who: Principal, tenant: str, request: IdempotencyKey) -> WriteResult[TenantRecord]:
         """A tenant, whose channel `live` is at its release 0: the model unpatched.
 
         Raises AlreadyExists, or InvalidRequest for a name that none may have.
@@ -97,26 +95,26 @@ class TenantRules(Rules):
         who.require(Role.ADMIN)
         check_id("tenant_id", tenant)
 
-        def act(tx: Write, now: datetime) -> tuple[Tenant, list[Record]]:
-            if tx.get(Tenant, tenant):
+        def act(tx: Write, now: datetime) -> tuple[TenantRecord, list[Record]]:
+            if tx.get(TenantRecord, tenant):
                 raise AlreadyExists("TENANT_EXISTS", f"tenants/{tenant} exists already", tenant=tenant)
-            made = Tenant(tenant, now)
-            empty = Release(tenant, 0, patch.release_digest([]), "[]", "the model unpatched", now)
-            live = Channel(tenant, LIVE, 0, empty.digest, None, 1, now, moved=tx.position.revision)
+            made = TenantRecord(tenant, now)
+            empty = ReleaseRecord(tenant, 0, patch.release_digest([]), "[]", "the model unpatched", now)
+            live = ChannelRecord(tenant, LIVE, 0, empty.digest, None, 1, now, moved=tx.position.revision)
             for record in (made, empty, live):
                 tx.add(record)
             return made, [made, live]
 
         return self._ledger.write(who, "CreateTenant", request, act)
 
-    def tenants(self, who: Principal, after: str | None, limit: int) -> list[Tenant]:
+    def tenants(self, who: Principal, after: str | None, limit: int) -> list[TenantRecord]:
         who.require(Role.ADMIN)
         with self._store.read() as tx:
-            return tx.list(Tenant, after=after, limit=limit)
+            return tx.list(TenantRecord, after=after, limit=limit)
 
     def create_key(
-        self, who: Principal, tenant: str, roles: Sequence[Role], request: Request
-    ) -> tuple[Written[Key], ApiKey | None]:
+        self, who: Principal, tenant: str, roles: Sequence[Role], request: IdempotencyKey
+    ) -> tuple[WriteResult[KeyRecord], ApiKeySecret | None]:
         """A new key, and its secret unless the request is a repetition."""
         who.require(Role.ADMIN)
         if not roles:
@@ -125,11 +123,11 @@ class TenantRules(Rules):
             raise InvalidRequest.at(
                 "roles", "WRONG_TENANT", f"{wrong}: admin and replica are roles of tenants/{SYSTEM} alone"
             )
-        minted = ApiKey.mint()
+        minted = ApiKeySecret.mint()
 
-        def act(tx: Write, now: datetime) -> tuple[Key, list[Record]]:
-            find.tenant(tx, tenant)
-            made = _key(tenant, minted, roles, now)
+        def act(tx: Write, now: datetime) -> tuple[KeyRecord, list[Record]]:
+            lookup.tenant(tx, tenant)
+            made = _new_key_record(tenant, minted, roles, now)
             tx.add(made)
             return made, [made]
 
@@ -137,17 +135,17 @@ class TenantRules(Rules):
         return written, None if written.repeated else minted
 
     def rotate_key(
-        self, who: Principal, tenant: str, key: str, request: Request
-    ) -> tuple[Written[Key], ApiKey | None]:
+        self, who: Principal, tenant: str, key: str, request: IdempotencyKey
+    ) -> tuple[WriteResult[KeyRecord], ApiKeySecret | None]:
         """A new key in the place of another, which is revoked; its secret unless the request is a repetition."""
         who.require(Role.ADMIN)
-        minted = ApiKey.mint()
+        minted = ApiKeySecret.mint()
 
-        def act(tx: Write, now: datetime) -> tuple[Key, list[Record]]:
-            old = find.key(tx, tenant, key)
+        def act(tx: Write, now: datetime) -> tuple[KeyRecord, list[Record]]:
+            old = lookup.key(tx, tenant, key)
             if old.revoked:
                 raise PreconditionFailed("KEY_REVOKED", f"{old.name} is revoked; create a key instead")
-            made = _key(tenant, minted, map(Role, old.roles.split()), now)
+            made = _new_key_record(tenant, minted, map(Role, old.roles.split()), now)
             revoked = replace(old, revoked=True)
             tx.add(made)
             tx.replace(revoked)
@@ -156,24 +154,26 @@ class TenantRules(Rules):
         written = self._ledger.write(who, "RotateApiKey", request, act)
         return written, None if written.repeated else minted
 
-    def keys(self, who: Principal, tenant: str, after: str | None, limit: int) -> list[Key]:
+    def keys(self, who: Principal, tenant: str, after: str | None, limit: int) -> list[KeyRecord]:
         who.require(Role.ADMIN)
         with self._store.read() as tx:
-            find.tenant(tx, tenant)
-            return tx.list(Key, tenant, after=after, limit=limit)
+            lookup.tenant(tx, tenant)
+            return tx.list(KeyRecord, tenant, after=after, limit=limit)
 
-    def revoke_key(self, who: Principal, tenant: str, key: str, request: Request) -> Written[Key]:
+    def revoke_key(self, who: Principal, tenant: str, key: str, request: IdempotencyKey) -> WriteResult[KeyRecord]:
         """End a key for ever. Raises NotFound if there is none such."""
         who.require(Role.ADMIN)
 
-        def act(tx: Write, now: datetime) -> tuple[Key, list[Record]]:
-            revoked = replace(find.key(tx, tenant, key), revoked=True)
+        def act(tx: Write, now: datetime) -> tuple[KeyRecord, list[Record]]:
+            revoked = replace(lookup.key(tx, tenant, key), revoked=True)
             tx.replace(revoked)
             return revoked, [revoked]
 
         return self._ledger.write(who, "RevokeApiKey", request, act)
 
-    def suspend(self, who: Principal, names: Sequence[str], force: bool, request: Request) -> Written[Tenant]:
+    def suspend(
+        self, who: Principal, names: Sequence[str], force: bool, request: IdempotencyKey
+    ) -> WriteResult[TenantRecord]:
         """Refuse all keys of these tenants, from now on.
 
         Raises PreconditionFailed for more than the larger of TOO_FEW_TO_ASK and a tenth of the active tenants at
@@ -183,9 +183,9 @@ class TenantRules(Rules):
         if SYSTEM in names:
             raise InvalidRequest.at("names", "OPERATORS", f"tenants/{SYSTEM} operates the service; revoke a key")
 
-        def act(tx: Write, now: datetime) -> tuple[Tenant, list[Record]]:
+        def act(tx: Write, now: datetime) -> tuple[TenantRecord, list[Record]]:
             ends = [found for found in _named(tx, names) if not found.suspended]
-            active = sum(not each.suspended and each.tenant != SYSTEM for each in tx.list(Tenant))
+            active = sum(not each.suspended and each.tenant != SYSTEM for each in tx.list(TenantRecord))
             bound = max(TOO_FEW_TO_ASK, active // 10)
             if len(ends) > bound and not force:
                 raise PreconditionFailed(
@@ -200,29 +200,29 @@ class TenantRules(Rules):
 
         return self._ledger.write(who, "SuspendTenants", request, act)
 
-    def resume(self, who: Principal, names: Sequence[str], request: Request) -> Written[Tenant]:
+    def resume(self, who: Principal, names: Sequence[str], request: IdempotencyKey) -> WriteResult[TenantRecord]:
         """Let the keys of these tenants be good again."""
         who.require(Role.ADMIN)
 
-        def act(tx: Write, now: datetime) -> tuple[Tenant, list[Record]]:
+        def act(tx: Write, now: datetime) -> tuple[TenantRecord, list[Record]]:
             return _replaced(tx, [replace(t, suspended=False) for t in _named(tx, names) if t.suspended])
 
         return self._ledger.write(who, "ResumeTenants", request, act)
 
 
-def _named(tx: Write, names: Sequence[str]) -> list[Tenant]:
+def _named(tx: Write, names: Sequence[str]) -> list[TenantRecord]:
     if not names:
         raise InvalidRequest.at("names", "EMPTY", "name at least one tenant")
-    return [find.tenant(tx, name) for name in dict.fromkeys(names)]
+    return [lookup.tenant(tx, name) for name in dict.fromkeys(names)]
 
 
-def _replaced(tx: Write, tenants: list[Tenant]) -> tuple[Tenant, list[Record]]:
+def _replaced(tx: Write, tenants: list[TenantRecord]) -> tuple[TenantRecord, list[Record]]:
     """Many records changed by one write, which is told as one about the operators."""
     for tenant in tenants:
         tx.replace(tenant)
-    return find.tenant(tx, SYSTEM), [*tenants]
+    return lookup.tenant(tx, SYSTEM), [*tenants]
 
 
-def _key(tenant: str, key: ApiKey, roles: Iterable[Role], now: datetime) -> Key:
+def _new_key_record(tenant: str, key: ApiKeySecret, roles: Iterable[Role], now: datetime) -> KeyRecord:
     verifier = Verifier.of(key.secret)
-    return Key(tenant, key.id, " ".join(sorted(set(roles))), verifier.salt, verifier.digest, now)
+    return KeyRecord(tenant, key.id, " ".join(sorted(set(roles))), verifier.salt, verifier.digest, now)

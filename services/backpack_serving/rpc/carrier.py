@@ -29,19 +29,19 @@ class Carrier(tunnel_pb2_grpc.TunnelServiceServicer):
         self._methods, self._closing = methods, closing
 
     async def Open(self, requests: AsyncIterator[pb.OpenRequest], context: Any) -> None:  # type: ignore[override]
-        await _Call(self._methods, self._closing, context).run(requests)
+        await _CarriedCall(self._methods, self._closing, context).run(requests)
 
 
-class _Call:
+class _CarriedCall:
     """One call, with the streams that began in it."""
 
     def __init__(self, methods: Mapping[str, grpc.RpcMethodHandler], closing: asyncio.Event, context: Any) -> None:
         self._methods, self._closing, self._context = methods, closing, context
         self._outbox = Outbox(pb.OpenResponse)
-        self._streams: dict[int, tuple[_Stream, asyncio.Task[None]]] = {}
+        self._streams: dict[int, tuple[_CarriedStream, asyncio.Task[None]]] = {}
 
     async def run(self, requests: AsyncIterator[pb.OpenRequest]) -> None:
-        reading, watching = asyncio.create_task(self._read(requests)), asyncio.create_task(self._watch())
+        reading, watching = asyncio.create_task(self._read_parts(requests)), asyncio.create_task(self._watch())
         reading.add_done_callback(lambda _: self._outbox.ring())
 
         def last() -> bool:
@@ -64,13 +64,13 @@ class _Call:
         await self._closing.wait()
         self._outbox.message().draining = True
 
-    async def _read(self, requests: AsyncIterator[pb.OpenRequest]) -> None:
+    async def _read_parts(self, requests: AsyncIterator[pb.OpenRequest]) -> None:
         async for request in requests:
             await self._outbox.room()
             if len(self._streams) + len(request.begin) > STREAMS:
                 raise Exhausted("TOO_MANY_STREAMS", f"{STREAMS} streams at most in one call; open another")
             for begin in request.begin:
-                self._begin(begin)
+                self._begin_stream(begin)
             for read in request.read:
                 if read.stream in self._streams:
                     self._streams[read.stream][0].was_read(read.bytes)
@@ -78,11 +78,11 @@ class _Call:
                 if number in self._streams:
                     self._streams[number][1].cancel()
 
-    def _begin(self, begin: pb.StreamBegin) -> None:
+    def _begin_stream(self, begin: pb.StreamBegin) -> None:
         number = begin.stream
         if number in self._streams:
             raise InvalidRequest("STREAM_TAKEN", f"stream {number} began before, and hasn't ended; count up")
-        stream = _Stream(begin, self._outbox, self._context)
+        stream = _CarriedStream(begin, self._outbox, self._context)
         if self._closing.is_set():
             stream.refuse(draining())
         elif not (method := self._methods.get(begin.method)):
@@ -100,7 +100,7 @@ class _Call:
         self._outbox.ring()
 
 
-class _Stream:
+class _CarriedStream:
     """A stream as its servicer and the server's interceptor know calls: what they use of grpc's context."""
 
     def __init__(self, begin: pb.StreamBegin, outbox: Outbox[pb.OpenResponse], context: Any) -> None:
@@ -127,14 +127,14 @@ class _Stream:
         except Exception as error:  # of what is around every call: its caller would wait for ever
             self.refuse(refusal_of(error, self._method))
         else:
-            self._end(status_pb2.Status())
+            self._send_end(status_pb2.Status())
 
     def refuse(self, error: ServiceError) -> None:
-        self._end(to_status(error))
+        self._send_end(to_status(error))
 
     def cancelled(self) -> None:
         """Its caller has left, and counts it until it has ended."""
-        self._end(status_pb2.Status(code=code_pb2.CANCELLED))
+        self._send_end(status_pb2.Status(code=code_pb2.CANCELLED))
 
     def was_read(self, size: int) -> None:
         """Its caller has read so many bytes more."""
@@ -149,7 +149,7 @@ class _Stream:
         self._ahead += len(data)
         self._outbox.message(len(data)).parts.add(stream=self._number, response=data)
 
-    def _end(self, status: status_pb2.Status) -> None:
+    def _send_end(self, status: status_pb2.Status) -> None:
         self._outbox.message(status.ByteSize()).parts.add(stream=self._number, end=status)
 
     # ---- of grpc's context
@@ -173,10 +173,10 @@ class _Stream:
     def set_trailing_metadata(self, _: Any) -> None: ...
 
     async def abort(self, code: grpc.StatusCode, details: str = "") -> NoReturn:
-        self._end(status_pb2.Status(code=code.value[0], message=details))
+        self._send_end(status_pb2.Status(code=code.value[0], message=details))
         raise grpc.aio.AbortError
 
     async def abort_with_status(self, status: Any) -> NoReturn:
         packed = dict(status.trailing_metadata)[rpc_status.GRPC_DETAILS_METADATA_KEY]
-        self._end(status_pb2.Status.FromString(packed))
+        self._send_end(status_pb2.Status.FromString(packed))
         raise grpc.aio.AbortError

@@ -8,9 +8,9 @@ from typing import Any
 
 import grpc
 
+from backpack_serving.auth.tls import Tls
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.rpc.credentials import channel_credentials
-from backpack_serving.tls import Tls
 
 MESSAGE_LIMIT = 20 * 2**20
 """Largest message that a server takes: a revision at the limits of its size, and some room."""

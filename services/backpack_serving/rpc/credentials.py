@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from backpack_serving.tls import Reloaded, Tls
+from backpack_serving.auth.tls import Reloaded, Tls
 
 
 def server_credentials(tls: Tls) -> grpc.ServerCredentials:

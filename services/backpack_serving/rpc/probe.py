@@ -5,9 +5,9 @@ from __future__ import annotations
 from backpack_proto.v1 import directory_pb2, directory_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from backpack_serving.auth.tls import Tls
 from backpack_serving.rpc.channel import sync_channel
 from backpack_serving.rpc.status import errors
-from backpack_serving.tls import Tls
 
 
 def health(address: str, service: str, seconds: float, tls: Tls | None = None) -> str:

@@ -22,8 +22,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
-from backpack_serving import tracing
+from backpack_serving.auth.tls import Tls
 from backpack_serving.errors import InvalidRequest, ServiceError
+from backpack_serving.observability import tracing
 from backpack_serving.rpc.carrier import Carrier
 from backpack_serving.rpc.channel import MESSAGE_LIMIT, SMALL, too_large
 from backpack_serving.rpc.credentials import server_credentials
@@ -31,7 +32,6 @@ from backpack_serving.rpc.drain import draining, ended
 from backpack_serving.rpc.metadata import Context, identify, metadata, with_request_id
 from backpack_serving.rpc.status import refusal_of, to_status
 from backpack_serving.rpc.tunnel import BATCH, STREAMS
-from backpack_serving.tls import Tls
 
 log = structlog.get_logger(__name__)
 
@@ -75,7 +75,7 @@ class Service:
     large: Mapping[str, Callable[[Context], Awaitable[None]]] = field(default_factory=dict)
 
 
-class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """The calls that run: each is watched, gets a status for what it raises, and can be ended by a drain."""
 
     def __init__(self, services: Iterable[Service], watcher: Watcher | None, closing: asyncio.Event) -> None:
@@ -107,7 +107,7 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         )
         behaviour = getattr(handler, kind)
         guarded = self._stream(behaviour) if handler.response_streaming else behaviour
-        read = _reading(handler.request_deserializer)
+        read = _decoding(handler.request_deserializer)
 
         async def whole(request: Any, context: Any) -> Any:
             if handler.request_streaming:
@@ -122,12 +122,12 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         async def call(request: Any, context: Any) -> Any:
             if not name.startswith("/backpack."):
-                return await self._run(whole, request, context, name, None)
+                return await self._run_call(whole, request, context, name, None)
             known = metadata(context)
             structlog.contextvars.bind_contextvars(request_id=identify(known))
             context.set_trailing_metadata(with_request_id())
             with tracing.served(name, known):
-                return await self._run(whole, request, context, name, self._watcher)
+                return await self._run_call(whole, request, context, name, self._watcher)
 
         make: Callable[..., grpc.RpcMethodHandler] = getattr(grpc, f"{kind}_rpc_method_handler")
         # A single request is read within the call: outside, gRPC would tell UNKNOWN of bytes that are no message.
@@ -146,7 +146,7 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         return write
 
-    async def _run(self, behaviour: Any, request: Any, context: Any, method: str, watcher: Watcher | None) -> Any:
+    async def _run_call(self, behaviour: Any, request: Any, context: Any, method: str, watcher: Watcher | None) -> Any:
         task = asyncio.current_task()
         assert task is not None, "grpc runs every call in a task"
         started, code, reason = time.perf_counter(), "OK", ""
@@ -195,13 +195,13 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def close(self) -> None:
         """A drain begins: end what is endless, and have calls that carry others take no more."""
         self._closing.set()
-        self._end(task for task, endless in self._running.items() if endless)
+        self._cancel_calls(task for task, endless in self._running.items() if endless)
 
     def end(self) -> None:
         """End what runs, with a status that says that another try may succeed."""
-        self._end(self._running)
+        self._cancel_calls(self._running)
 
-    def _end(self, calls: Iterable[asyncio.Task[Any]]) -> None:
+    def _cancel_calls(self, calls: Iterable[asyncio.Task[Any]]) -> None:
         for task in calls:
             self._ended.add(task)
             task.cancel()
@@ -213,7 +213,7 @@ class _Calls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 await self._idle.wait()
 
 
-def _reading(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _decoding(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     """The same, with a refusal for what isn't a message of this kind."""
 
     def read(data: bytes) -> Any:
@@ -228,7 +228,7 @@ def _reading(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 class _Registry:
     """Where generated code registers methods, for the sake of those that can be carried."""
 
-    def __init__(self, calls: _Calls, carried: dict[str, grpc.RpcMethodHandler]) -> None:
+    def __init__(self, calls: _CallTracker, carried: dict[str, grpc.RpcMethodHandler]) -> None:
         self._calls, self._carried = calls, carried
 
     def add_generic_rpc_handlers(self, _: object) -> None: ...
@@ -244,7 +244,7 @@ class Server:
     """A started grpc.aio server with health and reflection."""
 
     def __init__(
-        self, server: grpc.aio.Server, address: str, checks: health.aio.HealthServicer, calls: _Calls
+        self, server: grpc.aio.Server, address: str, checks: health.aio.HealthServicer, calls: _CallTracker
     ) -> None:
         self._server, self.address, self._health, self._calls = server, address, checks, calls
 
@@ -286,7 +286,7 @@ async def start(
         add, carrier = tunnel_pb2_grpc.add_TunnelServiceServicer_to_server, Carrier(carried, closing)
         services.append(Service("backpack.v1.TunnelService", add, carrier, quiet=frozenset({"Open"})))
         message_limit += BATCH  # for the metadata beside a request that is as large as may be
-    calls = _Calls(services, watcher, closing)
+    calls = _CallTracker(services, watcher, closing)
     options = [
         *_OPTIONS,
         ("grpc.max_receive_message_length", message_limit),

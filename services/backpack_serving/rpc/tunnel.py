@@ -103,7 +103,7 @@ class Tunnel:
 
     def __init__(self, channel: Any) -> None:
         self._channel = channel
-        self._calls: list[_Call] = []
+        self._calls: list[_TunnelCall] = []
 
     def unary_unary(self, *how: Any, **named: Any) -> Any:
         return self._channel.unary_unary(*how, **named)
@@ -122,7 +122,7 @@ class Tunnel:
                 begin.metadata.add(name=name, value=value.encode() if isinstance(value, str) else value)
             if timeout is not None:
                 begin.timeout.FromNanoseconds(int(timeout * 1e9))
-            return self._call().begin(begin, response_deserializer, timeout)
+            return self._call_with_room().begin(begin, response_deserializer, timeout)
 
         return call
 
@@ -137,27 +137,29 @@ class Tunnel:
             await call.close()
         await self._channel.close()
 
-    def _call(self) -> _Call:
+    def _call_with_room(self) -> _TunnelCall:
         """The call in which a stream begins now."""
         self._calls = [call for call in self._calls if not call.over]
         for call in self._calls:
             if call.has_room():
                 return call
         self.retire()  # those that are full have streams, and so go on
-        self._calls.append(call := _Call(self._channel))
+        self._calls.append(call := _TunnelCall(self._channel))
         return call
 
 
 class Stream(Generic[R]):
     """One stream's responses. Iterate once, and cancel at the end, whatever came."""
 
-    def __init__(self, call: _Call, number: int, deserialize: Callable[[bytes], R], timeout: float | None) -> None:
-        self._call, self._number, self._deserialize = call, number, deserialize
+    def __init__(
+        self, call: _TunnelCall, number: int, deserialize: Callable[[bytes], R], timeout: float | None
+    ) -> None:
+        self._call_with_room, self._number, self._deserialize = call, number, deserialize
         self._responses: deque[bytes] = deque()
         self._bell = asyncio.Event()
         self._taken = self._ended = False
         self._failure: ServiceError | None = None
-        self._read = 0
+        self._read_responses = 0
         self._timer: asyncio.TimerHandle | None = None
         if timeout is not None:
             self._timer = asyncio.get_running_loop().call_later(timeout, self._expire)
@@ -178,17 +180,17 @@ class Stream(Generic[R]):
                 raise StopAsyncIteration
             await self._wait()
         data = self._responses.popleft()
-        self._read += len(data)
-        if self._read > WINDOW // 2 and not self._ended:
-            self._call.read(self._number, self._read)
-            self._read = 0
+        self._read_responses += len(data)
+        if self._read_responses > WINDOW // 2 and not self._ended:
+            self._call_with_room.read(self._number, self._read_responses)
+            self._read_responses = 0
         return self._deserialize(data)
 
     def cancel(self) -> None:
         """Have it end, if it hasn't."""
         if not self._ended:
             self.end(None)
-            self._call.cancel(self._number)
+            self._call_with_room.cancel(self._number)
 
     def add(self, part: pb.StreamPart) -> bool:
         """A part came. Whether it was the last."""
@@ -214,14 +216,14 @@ class Stream(Generic[R]):
     def _expire(self) -> None:
         """The deadline passed, as it does over there."""
         self.end(expired())
-        asyncio.get_running_loop().call_later(LATE, self._call.cancel, self._number)
+        asyncio.get_running_loop().call_later(LATE, self._call_with_room.cancel, self._number)
 
     async def _wait(self) -> None:
         self._bell.clear()
         await self._bell.wait()
 
 
-class _Call:
+class _TunnelCall:
     """One call, with the streams that began in it."""
 
     def __init__(self, channel: Any) -> None:
@@ -231,7 +233,10 @@ class _Call:
         self._retired = False
         self._renew = asyncio.get_running_loop().time() + RENEW
         self._outbox = Outbox(pb.OpenRequest)
-        self._writing, self._reading = asyncio.create_task(self._write()), asyncio.create_task(self._read())
+        self._writing, self._reading = (
+            asyncio.create_task(self._write_requests()),
+            asyncio.create_task(self._read_responses()),
+        )
 
     @property
     def over(self) -> bool:
@@ -268,13 +273,13 @@ class _Call:
         if number in self._streams:
             self._outbox.message().cancelled.append(number)
 
-    async def _write(self) -> None:
+    async def _write_requests(self) -> None:
         """Send what there is, until no stream begins any more and all have ended."""
         with suppress(grpc.RpcError, asyncio.InvalidStateError):  # the call has ended, which its reader finds, too
             await self._outbox.send_all(self._grpc.write, lambda: self._retired and not self._streams)
             await self._grpc.done_writing()
 
-    async def _read(self) -> None:
+    async def _read_responses(self) -> None:
         """Give streams what comes. Those that are left when the call ends may be tried again."""
         message = "the server ended the call that carried this stream"
         try:

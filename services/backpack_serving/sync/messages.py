@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from backpack_serving.sync.known import Kind, Known, Position
+from backpack_serving.sync.state import Position, ReaderKind, StateEntry
 
 BOOKMARK_SECONDS = REPORT_SECONDS = 1.0
 
@@ -41,7 +41,7 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class CanaryTally:
     """How a gateway's requests under a canary went, since it knows of it."""
 
     tenant: str
@@ -56,7 +56,7 @@ class Tally:
 class Hello:
     """`incarnation` is drawn when the process starts. `whole`: send everything, not what came after `position`."""
 
-    kind: Kind
+    kind: ReaderKind
     incarnation: str
     name: str
     fingerprint: str
@@ -80,13 +80,13 @@ class Nack:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ReaderReport:
     """A sign of life. `refusals` are all that stand now, `tallies` those of channels with a canary, `releases` how
     many are ready to be served.
     """
 
     refusals: tuple[Refusal, ...] = ()
-    tallies: tuple[Tally, ...] = ()
+    tallies: tuple[CanaryTally, ...] = ()
     releases: int = 0
 
 
@@ -96,7 +96,7 @@ class Snapshot:
 
     nonce: int
     position: Position
-    changes: tuple[Known, ...]
+    changes: tuple[StateEntry, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Delta:
     nonce: int
     base: Position
     position: Position
-    changes: tuple[Known, ...]
+    changes: tuple[StateEntry, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,5 +121,5 @@ class ResyncRequired:
     reason: str
 
 
-FromReader = Hello | Ack | Nack | Report
+FromReader = Hello | Ack | Nack | ReaderReport
 ToReader = Snapshot | Delta | Bookmark | ResyncRequired

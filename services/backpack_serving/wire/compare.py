@@ -19,7 +19,7 @@ MOST_RELEASES, MOST_TOP, DEFAULT_TOP, MOST_TARGETS = 256, 100, 10, 64
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ComparisonQuery:
     """What is asked about a text under each release: its score, or the `top` next tokens and `targets`."""
 
     ids: tuple[int, ...]
@@ -64,7 +64,7 @@ def read_choices(request: pb.CompareRequest) -> tuple[int | str, ...]:
     return tuple(choices)
 
 
-def read_question(request: pb.CompareRequest, tokenizer: Tokenizer, config: BackpackConfig) -> Question:
+def read_question(request: pb.CompareRequest, tokenizer: Tokenizer, config: BackpackConfig) -> ComparisonQuery:
     """Raises InvalidRequest with everything that is wrong beside the prompt."""
     ids = read_prompt("prompt", request.prompt, tokenizer, config)
     score = request.mode == pb.COMPARE_MODE_SCORE
@@ -84,7 +84,7 @@ def read_question(request: pb.CompareRequest, tokenizer: Tokenizer, config: Back
         reader.refuse("targets", "TOO_MANY", f"{len(request.targets)}; at most {MOST_TARGETS}")
     if reader.violations:
         raise InvalidRequest.of(*reader.violations)
-    return Question(ids, score, min(request.top or DEFAULT_TOP, config.tokens), targets)
+    return ComparisonQuery(ids, score, min(request.top or DEFAULT_TOP, config.tokens), targets)
 
 
 def read_pins(request: pb.CompareRequest) -> list[pb.Pin]:

@@ -19,19 +19,19 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from backpack_serving.auth.keys import Principal, Role
 from backpack_serving.errors import InvalidRequest, NotFound
-from backpack_serving.interventions.ledger import Request
+from backpack_serving.interventions.ledger import IdempotencyKey
 from backpack_serving.interventions.records import (
-    Channel,
-    Event,
-    Key,
-    Patch,
+    ChannelRecord,
+    EventRecord,
+    KeyRecord,
+    PatchRecord,
     Position,
-    Release,
-    Revision,
-    Tenant,
+    ReleaseRecord,
+    RevisionRecord,
+    TenantRecord,
 )
-from backpack_serving.keys import Principal, Role
 from backpack_serving.wire.patches import write_edit
 
 ROLES = {
@@ -109,9 +109,9 @@ def read_roles(numbers: Sequence[int]) -> list[Role]:
     return [ROLES[n] for n in numbers]  # type: ignore[index]
 
 
-def identify(request: Message, request_id: str) -> Request:
+def identify(request: Message, request_id: str) -> IdempotencyKey:
     """What makes a write recognisable. Only compared within a service version, so protobuf's bytes will do."""
-    return Request(request_id, hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest())
+    return IdempotencyKey(request_id, hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest())
 
 
 def read_page(size: int, token: str, kind: type[T]) -> tuple[T | None, int]:
@@ -155,11 +155,11 @@ def write_position(position: Position) -> inference_pb2.Position:
     return inference_pb2.Position(epoch=position.epoch, revision=position.revision)
 
 
-def write_tenant(record: Tenant) -> pb.Tenant:
+def write_tenant(record: TenantRecord) -> pb.Tenant:
     return pb.Tenant(name=record.name, create_time=write_time(record.created), suspended=record.suspended)
 
 
-def write_key(record: Key) -> pb.ApiKey:
+def write_key(record: KeyRecord) -> pb.ApiKey:
     return pb.ApiKey(
         name=record.name,
         roles=[ROLE_NUMBERS[Role(role)] for role in record.roles.split()],
@@ -168,7 +168,7 @@ def write_key(record: Key) -> pb.ApiKey:
     )
 
 
-def write_patch(record: Patch, latest: int) -> pb.Patch:
+def write_patch(record: PatchRecord, latest: int) -> pb.Patch:
     return pb.Patch(
         name=record.name,
         description=record.description,
@@ -179,7 +179,7 @@ def write_patch(record: Patch, latest: int) -> pb.Patch:
 
 
 def write_revision(
-    record: Revision, edits: Sequence[patch.Edit] = (), tokenizer: Tokenizer | None = None
+    record: RevisionRecord, edits: Sequence[patch.Edit] = (), tokenizer: Tokenizer | None = None
 ) -> pb.Revision:
     """A revision; with its edits if they are given, and a tokenizer to spell their words."""
     message = pb.Revision(
@@ -193,7 +193,7 @@ def write_revision(
     return message
 
 
-def write_release(record: Release) -> pb.Release:
+def write_release(record: ReleaseRecord) -> pb.Release:
     return pb.Release(
         name=record.name,
         number=record.number,
@@ -204,7 +204,7 @@ def write_release(record: Release) -> pb.Release:
     )
 
 
-def write_channel(record: Channel) -> pb.Channel:
+def write_channel(record: ChannelRecord) -> pb.Channel:
     canary = None
     if record.canary is not None:
         canary = pb.Canary(
@@ -226,7 +226,7 @@ def write_channel(record: Channel) -> pb.Channel:
     )
 
 
-def write_audit_entry(event: Event) -> pb.AuditEntry:
+def write_audit_entry(event: EventRecord) -> pb.AuditEntry:
     return pb.AuditEntry(
         revision=event.revision,
         time=write_time(event.time),

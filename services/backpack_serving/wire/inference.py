@@ -16,8 +16,8 @@ from backpack_proto.v1 import inference_pb2 as pb
 from google.protobuf.message import DecodeError
 
 from backpack_serving import rpc
-from backpack_serving.engine.sampling import Sampling
 from backpack_serving.errors import InvalidRequest, PreconditionFailed
+from backpack_serving.sampling import SamplingParams
 from backpack_serving.wire.patches import WordReader
 
 PIN = "backpack-pin-bin"
@@ -38,11 +38,11 @@ Generation = pb.GenerateRequest | pb.GenerateStreamRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class GenerationParams:
     """A validated request to generate: prompt ids, how to go on, and how many contributions explain each token."""
 
     prompt: tuple[int, ...]
-    sampling: Sampling
+    sampling: SamplingParams
     samples: int
     priority: int
     explain: int | None = None
@@ -52,13 +52,13 @@ class Order:
         """What it may cost: tokens to read and to make."""
         return len(self.prompt) + self.samples * self.sampling.max_tokens
 
-    def sample(self, number: int) -> Sampling:
+    def sample(self, number: int) -> SamplingParams:
         """How one of the samples is drawn: that of number n as if n had been added to the seed."""
         assert self.sampling.seed is not None, "read_generation draws one"
         return replace(self.sampling, seed=(self.sampling.seed + number) % 2**64)
 
 
-def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackConfig) -> Order:
+def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackConfig) -> GenerationParams:
     """Raises InvalidRequest with everything that is wrong beside the prompt."""
     found: list[Violation] = []
     prompt = read_prompt("prompt", request.prompt, tokenizer, config)
@@ -69,9 +69,7 @@ def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackC
     room = config.n_positions - len(prompt)
     max_tokens = request.sampling.max_tokens or min(DEFAULT_TOKENS, room)
     if max_tokens > room or room < 1:
-        text = (
-            f"{len(prompt)} prompt tokens and {max(max_tokens, 1)} new ones; together at most {config.n_positions}"
-        )
+        text = f"{len(prompt)} prompt tokens and {max(max_tokens, 1)} new ones; together at most {config.n_positions}"
         found.append(Violation("sampling.max_tokens" if room > 0 else "prompt", "TOO_LONG", text))
     explain = None
     if request.HasField("explain"):
@@ -87,7 +85,7 @@ def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackC
         raise InvalidRequest.of(*found)
     s = request.sampling
     temperature = s.temperature if s.HasField("temperature") else 1.0
-    sampling = Sampling(
+    sampling = SamplingParams(
         max_tokens=max_tokens,
         temperature=min(temperature, HOTTEST) if temperature >= GREEDY_BELOW else 0.0,
         top_k=s.top_k,
@@ -97,10 +95,10 @@ def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackC
         log_probabilities=s.log_probabilities if s.HasField("log_probabilities") else None,
         ignore_end_of_text=s.ignore_end_of_text,
     )
-    return Order(prompt, sampling, s.samples or 1, request.priority, explain)
+    return GenerationParams(prompt, sampling, s.samples or 1, request.priority, explain)
 
 
-def settle(request: Generation, order: Order) -> None:
+def normalize_request(request: Generation, order: GenerationParams) -> None:
     """Write into a request what validation decided: ids for the text, the number of tokens, the seed.
 
     The replica then sees the same order, and a second attempt elsewhere draws the same tokens.

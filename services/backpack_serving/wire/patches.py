@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any
 
 from backpack_lm import patch
-from backpack_lm.patch import Cell, Limits, Vector, Violation
+from backpack_lm.patch import Cell, PatchLimits, Vector, Violation
 from backpack_lm.tokenizer import Tokenizer, WordError, WordPolicy
 from backpack_proto.v1 import inference_pb2, interventions_pb2
 
@@ -41,7 +41,7 @@ FORMS = {interventions_pb2.DATA_TYPE_FLOAT32: "f", interventions_pb2.DATA_TYPE_F
 class WordReader:
     """Words of requests → token ids of one model; senses left out mean all of them."""
 
-    def __init__(self, tokenizer: Tokenizer, num_senses: int, limits: Limits = Limits()) -> None:
+    def __init__(self, tokenizer: Tokenizer, num_senses: int, limits: PatchLimits = PatchLimits()) -> None:
         self._tokenizer, self._num_senses, self._limits = tokenizer, num_senses, limits
         self._count = 0
         self.violations: list[Violation] = []
@@ -116,19 +116,22 @@ class WordReader:
             self.refuse(
                 field,
                 "WRONG_SHAPE",
-                f"shape {_shown(message.shape)} of {size}-byte numbers, but {len(message.data)} bytes of data",
+                f"shape {_shape_text(message.shape)} of {size}-byte numbers, but {len(message.data)} bytes of data",
             )
             return Vector()
         return Vector.of(struct.unpack(f"<{message.shape[0]}{form}", message.data))
 
 
-def _shown(shape: Sequence[int]) -> str:
+def _shape_text(shape: Sequence[int]) -> str:
     """As people read it; of a bad one, which may have millions of sizes, how it begins."""
     return str(list(shape)) if len(shape) <= 8 else f"{list(shape[:8])}… of {len(shape)} sizes"
 
 
 def read_edits(
-    messages: Sequence[interventions_pb2.Edit], tokenizer: Tokenizer, num_senses: int, limits: Limits = Limits()
+    messages: Sequence[interventions_pb2.Edit],
+    tokenizer: Tokenizer,
+    num_senses: int,
+    limits: PatchLimits = PatchLimits(),
 ) -> list[patch.Edit]:
     """Edits of a request. Raises InvalidRequest with everything that is wrong with them."""
     if len(messages) > (most := limits.cells + limits.topics):  # each has a cell, or is a topic
@@ -146,58 +149,56 @@ def read_edits(
     return edits
 
 
-def _scale(read: WordReader, at: str, message: interventions_pb2.ScaleEdit) -> patch.Edit:
-    return patch.Scale(read.all_cells(f"{at}.cells", message.cells), message.factor)
+def _read_scale(read: WordReader, at: str, message: interventions_pb2.ScaleEdit) -> patch.Edit:
+    return patch.ScaleEdit(read.all_cells(f"{at}.cells", message.cells), message.factor)
 
 
-def _add(read: WordReader, at: str, message: interventions_pb2.AddEdit) -> patch.Edit:
+def _read_add(read: WordReader, at: str, message: interventions_pb2.AddEdit) -> patch.Edit:
     delta = read.vector(f"{at}.delta", message.delta)
-    return patch.Add(read.all_cells(f"{at}.cells", message.cells), delta)
+    return patch.AddEdit(read.all_cells(f"{at}.cells", message.cells), delta)
 
 
-def _set(read: WordReader, at: str, message: interventions_pb2.SetEdit) -> patch.Edit:
+def _read_set(read: WordReader, at: str, message: interventions_pb2.SetEdit) -> patch.Edit:
     vector = read.vector(f"{at}.vector", message.vector)
-    return patch.Set(read.all_cells(f"{at}.cells", message.cells), vector)
+    return patch.SetEdit(read.all_cells(f"{at}.cells", message.cells), vector)
 
 
-def _copy(read: WordReader, at: str, message: interventions_pb2.CopyEdit) -> patch.Edit:
+def _read_copy(read: WordReader, at: str, message: interventions_pb2.CopyEdit) -> patch.Edit:
     source = read.token(f"{at}.source", message.source)
     sense = message.source_sense if message.HasField("source_sense") else None
-    return patch.Copy(read.all_cells(f"{at}.cells", message.cells), source, sense)
+    return patch.CopyEdit(read.all_cells(f"{at}.cells", message.cells), source, sense)
 
 
-def _project_out(read: WordReader, at: str, message: interventions_pb2.ProjectOutEdit) -> patch.Edit:
+def _read_project_out(read: WordReader, at: str, message: interventions_pb2.ProjectOutEdit) -> patch.Edit:
     cells = read.all_cells(f"{at}.cells", message.cells)
-    return patch.ProjectOut(cells, read.token(f"{at}.direction", message.direction))
+    return patch.ProjectOutEdit(cells, read.token(f"{at}.direction", message.direction))
 
 
-def _swap(read: WordReader, at: str, message: interventions_pb2.SwapEdit) -> patch.Edit:
+def _read_swap(read: WordReader, at: str, message: interventions_pb2.SwapEdit) -> patch.Edit:
     cells = read.all_cells(f"{at}.cells", message.cells)
-    return patch.Swap(cells, read.token(f"{at}.old", message.old), read.token(f"{at}.new", message.new))
+    return patch.SwapEdit(cells, read.token(f"{at}.old", message.old), read.token(f"{at}.new", message.new))
 
 
-def _topic(read: WordReader, at: str, message: interventions_pb2.TopicEdit) -> patch.Edit:
+def _read_topic(read: WordReader, at: str, message: interventions_pb2.TopicEdit) -> patch.Edit:
     tokens: dict[int, None] = {}  # a set that keeps the order
     if len(message.words) > MOST_WORDS:
         read.refuse(f"{at}.words", "TOO_MANY_WORDS", f"{len(message.words)}, at most {MOST_WORDS}")
     for number, word in enumerate(message.words[:MOST_WORDS]):
         first = inference_pb2.Word(text=word.text, policy=inference_pb2.WORD_POLICY_FIRST_TOKEN)
-        tokens.update(
-            dict.fromkeys(read.tokens(f"{at}.words[{number}]", word if word.HasField("token") else first))
-        )
+        tokens.update(dict.fromkeys(read.tokens(f"{at}.words[{number}]", word if word.HasField("token") else first)))
     if not 0 <= message.strength <= 255:
         read.refuse(f"{at}.strength", "OUT_OF_RANGE", f"{message.strength}; use 1, 2 or 3")
-    return patch.Topic(tuple(tokens), message.strength & 255, annealed=not message.constant)
+    return patch.TopicEdit(tuple(tokens), message.strength & 255, annealed=not message.constant)
 
 
 _READ: dict[str, Callable[[WordReader, str, Any], patch.Edit]] = {
-    "scale": _scale,
-    "add": _add,
-    "set": _set,
-    "copy": _copy,
-    "project_out": _project_out,
-    "swap": _swap,
-    "topic": _topic,
+    "scale": _read_scale,
+    "add": _read_add,
+    "set": _read_set,
+    "copy": _read_copy,
+    "project_out": _read_project_out,
+    "swap": _read_swap,
+    "topic": _read_topic,
 }
 
 
@@ -218,19 +219,19 @@ def write_edit(edit: patch.Edit, tokenizer: Tokenizer) -> interventions_pb2.Edit
         return pb.Vector(data=bytes(packed), dtype=pb.DATA_TYPE_FLOAT32, shape=[len(packed) // 4])
 
     match edit:
-        case patch.Scale():
+        case patch.ScaleEdit():
             return pb.Edit(scale=pb.ScaleEdit(cells=cells(edit.cells), factor=edit.factor))
-        case patch.Add():
+        case patch.AddEdit():
             return pb.Edit(add=pb.AddEdit(cells=cells(edit.cells), delta=vector(edit.delta)))
-        case patch.Set():
+        case patch.SetEdit():
             return pb.Edit(set=pb.SetEdit(cells=cells(edit.cells), vector=vector(edit.vector)))
-        case patch.Copy():
+        case patch.CopyEdit():
             copied = pb.CopyEdit(cells=cells(edit.cells), source=word(edit.source), source_sense=edit.source_sense)
             return pb.Edit(copy=copied)
-        case patch.ProjectOut():
+        case patch.ProjectOutEdit():
             return pb.Edit(project_out=pb.ProjectOutEdit(cells=cells(edit.cells), direction=word(edit.direction)))
-        case patch.Swap():
+        case patch.SwapEdit():
             return pb.Edit(swap=pb.SwapEdit(cells=cells(edit.cells), old=word(edit.old), new=word(edit.new)))
-        case patch.Topic():
+        case patch.TopicEdit():
             words = [word(token) for token in edit.tokens]
             return pb.Edit(topic=pb.TopicEdit(words=words, strength=edit.strength, constant=not edit.annealed))

@@ -9,11 +9,11 @@ from typing import Any
 from backpack_proto.v1 import interventions_pb2, sync_pb2
 
 from backpack_serving.errors import InvalidRequest
-from backpack_serving.interventions.fleet import Hold, HoldState, Rollout, Seen
+from backpack_serving.interventions.fleet import HoldState, ReaderStatus, ReleaseHolding, RolloutProgress
 from backpack_serving.interventions.rollouts import Level
 from backpack_serving.interventions.store import MOST_TOLD
-from backpack_serving.sync.known import Position
-from backpack_serving.sync.messages import Hello, Report
+from backpack_serving.sync.messages import Hello, ReaderReport
+from backpack_serving.sync.state import Position
 from backpack_serving.wire.control import write_position
 from backpack_serving.wire.sync import KIND_NUMBERS, read_from_reader, write_from_reader, write_refusal
 
@@ -46,7 +46,7 @@ def read_wait(request: Any) -> tuple[Level, float]:
     return LEVELS[request.wait], seconds
 
 
-def write_rollout(rollout: Rollout, level: Level) -> interventions_pb2.Rollout:
+def write_rollout(rollout: RolloutProgress, level: Level) -> interventions_pb2.Rollout:
     return interventions_pb2.Rollout(
         complete=level.reached(rollout),
         replicas=rollout.replicas.total,
@@ -57,7 +57,7 @@ def write_rollout(rollout: Rollout, level: Level) -> interventions_pb2.Rollout:
     )
 
 
-def write_standing(hello: Hello, report: Report) -> str:
+def write_standing(hello: Hello, report: ReaderReport) -> str:
     """Where a reader stands, for other processes of the service; if that is too long, with fewer of its tallies,
     and if it is without any, that it holds nothing.
     """
@@ -67,20 +67,20 @@ def write_standing(hello: Hello, report: Report) -> str:
         return text
     if report.tallies:  # they are judged where the reader is connected; a wait needs its position everywhere
         return write_standing(hello, replace(report, tallies=report.tallies[: len(report.tallies) // 2]))
-    return write_standing(replace(hello, position=Position(), refusals=()), Report(releases=report.releases))
+    return write_standing(replace(hello, position=Position(), refusals=()), ReaderReport(releases=report.releases))
 
 
-def read_standing(text: str) -> tuple[Hello, Report]:
+def read_standing(text: str) -> tuple[Hello, ReaderReport]:
     """Raises ValueError, DecodeError or InvalidRequest for what this version doesn't know."""
     hello, report = (
         read_from_reader(sync_pb2.SyncRequest.FromString(base64.b64decode(part))) for part in text.split(" ")
     )
-    if not isinstance(hello, Hello) or not isinstance(report, Report):
+    if not isinstance(hello, Hello) or not isinstance(report, ReaderReport):
         raise ValueError(f"{text[:40]!r}… isn't where a reader stands")
     return hello, report
 
 
-def write_hold(hold: Hold) -> sync_pb2.Hold:
+def write_hold(hold: ReleaseHolding) -> sync_pb2.Hold:
     return sync_pb2.Hold(
         reader=hold.reader,
         kind=KIND_NUMBERS[hold.kind],
@@ -96,7 +96,7 @@ def write_hold(hold: Hold) -> sync_pb2.Hold:
     )
 
 
-def write_reader(seen: Seen, silence: float) -> sync_pb2.ReaderStatus:
+def write_reader(seen: ReaderStatus, silence: float) -> sync_pb2.ReaderStatus:
     status = sync_pb2.ReaderStatus(
         reader=seen.hello.name,
         kind=KIND_NUMBERS[seen.hello.kind],

@@ -7,26 +7,26 @@ from collections.abc import Iterable, Sequence
 from backpack_proto.v1 import inference_pb2
 from backpack_proto.v1 import sync_pb2 as pb
 
+from backpack_serving.auth.keys import Principal, Verifier
 from backpack_serving.errors import InvalidRequest
-from backpack_serving.gateway.book import Pinned
-from backpack_serving.keys import Principal, Verifier
+from backpack_serving.gateway.registry import Pin
 from backpack_serving.sync import messages as m
-from backpack_serving.sync.known import (
-    Canary,
-    Kind,
-    Known,
-    KnownChannel,
-    KnownKey,
-    KnownRelease,
-    KnownTenant,
+from backpack_serving.sync.state import (
+    CanarySplit,
+    ChannelState,
+    KeyState,
     Position,
+    ReaderKind,
+    RecentRelease,
     ReleaseRef,
-    Unknown,
-    View,
+    StateEntry,
+    StateView,
+    TenantState,
+    UnknownEntry,
 )
 from backpack_serving.wire.control import ROLE_NUMBERS, ROLES, write_position
 
-KINDS = {pb.READER_KIND_GATEWAY: Kind.GATEWAY, pb.READER_KIND_REPLICA: Kind.REPLICA}
+KINDS = {pb.READER_KIND_GATEWAY: ReaderKind.GATEWAY, pb.READER_KIND_REPLICA: ReaderKind.REPLICA}
 KIND_NUMBERS = {kind: number for number, kind in KINDS.items()}
 
 CHANGES = 5_000
@@ -62,7 +62,7 @@ def write_from_reader(message: m.FromReader) -> pb.SyncRequest:
             return pb.SyncRequest(ack=pb.Ack(nonce=message.nonce))
         case m.Nack():
             return pb.SyncRequest(nack=pb.Nack(nonce=message.nonce, refusals=map(write_refusal, message.refusals)))
-        case m.Report():
+        case m.ReaderReport():
             return pb.SyncRequest(
                 report=pb.Report(
                     refusals=map(write_refusal, message.refusals),
@@ -87,15 +87,15 @@ def read_from_reader(message: pb.SyncRequest) -> m.FromReader:
                 read_position(hello.position),
                 hello.whole,
                 frozenset(digest.hex() for digest in hello.digests),
-                _refusals(hello.refusals),
+                _read_refusals(hello.refusals),
             )
         case "ack":
             return m.Ack(message.ack.nonce)
         case "nack":
-            return m.Nack(message.nack.nonce, _refusals(message.nack.refusals))
+            return m.Nack(message.nack.nonce, _read_refusals(message.nack.refusals))
         case "report":
-            tallies = tuple(map(_tally, message.report.tallies))
-            return m.Report(_refusals(message.report.refusals), tallies, message.report.releases)
+            tallies = tuple(map(_read_tally, message.report.tallies))
+            return m.ReaderReport(_read_refusals(message.report.refusals), tallies, message.report.releases)
         case _:
             raise InvalidRequest.at("message", "UNKNOWN_KIND", "no message that this service knows")
 
@@ -111,20 +111,20 @@ def write_refusal(refusal: m.Refusal) -> pb.Refusal:
     )
 
 
-def _refusals(refusals: Iterable[pb.Refusal]) -> tuple[m.Refusal, ...]:
+def _read_refusals(refusals: Iterable[pb.Refusal]) -> tuple[m.Refusal, ...]:
     return tuple(m.Refusal(r.tenant, r.channel, r.release_digest, r.reason, r.message, r.final) for r in refusals)
 
 
-def _tally(tally: pb.Tally) -> m.Tally:
+def _read_tally(tally: pb.Tally) -> m.CanaryTally:
     """Raises InvalidRequest for counts that no gateway can have."""
     counts = tally.requests, tally.errors, tally.non_finite
     if not MOST_REQUESTS >= counts[0] >= counts[1] >= counts[2] >= 0:
         text = "{} requests, {} failed, {} not numbers; each 0 to the one before it".format(*counts)
         raise InvalidRequest.at("report.tallies", "OUT_OF_RANGE", text)
-    return m.Tally(tally.tenant, tally.channel, tally.release_digest, *counts)
+    return m.CanaryTally(tally.tenant, tally.channel, tally.release_digest, *counts)
 
 
-def write_tally(tally: m.Tally) -> pb.Tally:
+def write_tally(tally: m.CanaryTally) -> pb.Tally:
     return pb.Tally(
         tenant=tally.tenant,
         channel=tally.channel,
@@ -148,7 +148,7 @@ def write_to_reader(message: m.ToReader) -> list[pb.SyncResponse]:
                     snapshot=pb.Snapshot(
                         nonce=message.nonce,
                         position=write_position(message.position),
-                        changes=map(_change, part),
+                        changes=map(_write_entry, part),
                         more=number < len(parts),
                     )
                 )
@@ -159,7 +159,7 @@ def write_to_reader(message: m.ToReader) -> list[pb.SyncResponse]:
                 nonce=message.nonce,
                 base=write_position(message.base),
                 position=write_position(message.position),
-                changes=map(_change, message.changes),
+                changes=map(_write_entry, message.changes),
             )
             return [pb.SyncResponse(delta=delta)]
         case m.Bookmark():
@@ -168,25 +168,25 @@ def write_to_reader(message: m.ToReader) -> list[pb.SyncResponse]:
             return [pb.SyncResponse(resync_required=pb.ResyncRequired(reason=message.reason))]
 
 
-class ToReader:
+class SnapshotAssembler:
     """Reads the messages of one stream; puts the parts of a snapshot together."""
 
     def __init__(self) -> None:
-        self._parts: list[Known] = []
+        self._parts: list[StateEntry] = []
 
     def read(self, message: pb.SyncResponse) -> m.ToReader | None:
         """None if the rest is still to come, or if it is nothing that this reader knows."""
         match message.WhichOneof("message"):
             case "snapshot":
                 snapshot = message.snapshot
-                self._parts += map(_known, snapshot.changes)
+                self._parts += map(_read_entry, snapshot.changes)
                 if snapshot.more:
                     return None
                 changes, self._parts = tuple(self._parts), []
                 return m.Snapshot(snapshot.nonce, read_position(snapshot.position), changes)
             case "delta":
                 delta = message.delta
-                changes = tuple(map(_known, delta.changes))
+                changes = tuple(map(_read_entry, delta.changes))
                 return m.Delta(delta.nonce, read_position(delta.base), read_position(delta.position), changes)
             case "bookmark":
                 return m.Bookmark(read_position(message.bookmark.position))
@@ -196,11 +196,11 @@ class ToReader:
                 return None
 
 
-def _change(known: Known) -> pb.Change:
+def _write_entry(known: StateEntry) -> pb.Change:
     match known:
-        case KnownTenant():
+        case TenantState():
             return pb.Change(tenant=pb.TenantChange(tenant=known.tenant, suspended=known.suspended))
-        case KnownKey():
+        case KeyState():
             who = known.principal
             return pb.Change(
                 key=pb.KeyChange(
@@ -212,48 +212,48 @@ def _change(known: Known) -> pb.Change:
                     revoked=known.revoked,
                 )
             )
-        case KnownChannel():
+        case ChannelState():
             canary = known.canary
             return pb.Change(
                 channel=pb.ChannelChange(
                     tenant=known.tenant,
                     channel=known.channel,
-                    stable=_ref(known.stable),
-                    canary=_ref(canary.release) if canary else None,
+                    stable=_write_ref(known.stable),
+                    canary=_write_ref(canary.release) if canary else None,
                     canary_permille=canary.permille if canary else 0,
                     canary_salt=canary.salt if canary else "",
-                    earlier=map(_ref, known.earlier),
+                    earlier=map(_write_ref, known.earlier),
                 )
             )
-        case KnownRelease():
-            return pb.Change(release=pb.ReleaseChange(tenant=known.tenant, release=_ref(known.release)))
-        case Unknown():
+        case RecentRelease():
+            return pb.Change(release=pb.ReleaseChange(tenant=known.tenant, release=_write_ref(known.release)))
+        case UnknownEntry():
             return pb.Change()
 
 
-def _known(change: pb.Change) -> Known:
+def _read_entry(change: pb.Change) -> StateEntry:
     match change.WhichOneof("kind"):
         case "tenant":
-            return KnownTenant(change.tenant.tenant, change.tenant.suspended)
+            return TenantState(change.tenant.tenant, change.tenant.suspended)
         case "key":
             key = change.key
             roles = frozenset(ROLES[role] for role in key.roles if role in ROLES)  # others are a newer version's
             principal = Principal(key.tenant, key.key, roles)
-            return KnownKey(principal, Verifier(key.salt, key.verifier), key.revoked)
+            return KeyState(principal, Verifier(key.salt, key.verifier), key.revoked)
         case "channel":
             c = change.channel
             canary = None
             if c.HasField("canary"):
-                canary = Canary(_read_ref(c.canary), c.canary_permille, c.canary_salt)
+                canary = CanarySplit(_read_ref(c.canary), c.canary_permille, c.canary_salt)
             earlier = tuple(map(_read_ref, c.earlier))
-            return KnownChannel(c.tenant, c.channel, _read_ref(c.stable), canary, earlier)
+            return ChannelState(c.tenant, c.channel, _read_ref(c.stable), canary, earlier)
         case "release":
-            return KnownRelease(change.release.tenant, _read_ref(change.release.release))
+            return RecentRelease(change.release.tenant, _read_ref(change.release.release))
         case _:
-            return Unknown("a newer version's")
+            return UnknownEntry("a newer version's")
 
 
-def _ref(release: ReleaseRef) -> pb.ReleaseRef:
+def _write_ref(release: ReleaseRef) -> pb.ReleaseRef:
     return pb.ReleaseRef(number=release.number, digest=release.digest)
 
 
@@ -262,7 +262,7 @@ def _read_ref(message: pb.ReleaseRef) -> ReleaseRef:
 
 
 def write_resolved(position: Position, releases: Iterable[ReleaseRef]) -> pb.ResolveReleasesResponse:
-    return pb.ResolveReleasesResponse(releases=map(_ref, releases), position=write_position(position))
+    return pb.ResolveReleasesResponse(releases=map(_write_ref, releases), position=write_position(position))
 
 
 def read_resolved(message: pb.ResolveReleasesResponse) -> tuple[Position, list[ReleaseRef]]:
@@ -272,15 +272,15 @@ def read_resolved(message: pb.ResolveReleasesResponse) -> tuple[Position, list[R
 # ---- on disk
 
 
-def write_view(view: View) -> bytes:
+def write_view(view: StateView) -> bytes:
     """A view as it is kept on disk: the snapshot that makes it."""
-    snapshot = pb.Snapshot(position=write_position(view.position), changes=map(_change, view.records()))
+    snapshot = pb.Snapshot(position=write_position(view.position), changes=map(_write_entry, view.records()))
     return snapshot.SerializeToString()
 
 
-def read_view(data: bytes) -> View:
+def read_view(data: bytes) -> StateView:
     snapshot = pb.Snapshot.FromString(data)
-    return View().changed(read_position(snapshot.position), map(_known, snapshot.changes))
+    return StateView().changed(read_position(snapshot.position), map(_read_entry, snapshot.changes))
 
 
 # ---- the revisions of a release, in pieces
@@ -297,7 +297,7 @@ def write_pieces(revisions: Sequence[bytes]) -> Iterable[pb.FetchReleaseResponse
 # ---- the pin
 
 
-def write_pin(pinned: Pinned) -> inference_pb2.Pin:
+def write_pin(pinned: Pin) -> inference_pb2.Pin:
     pin = inference_pb2.Pin(
         tenant=pinned.tenant,
         channel=pinned.channel,

@@ -9,11 +9,11 @@ import struct
 from collections.abc import Iterator, Sequence
 
 import safetensors
-from backpack_lm.patch import Add, Cell, Edit, Limits, ModelShape, Set, Vector
+from backpack_lm.patch import AddEdit, Cell, Edit, ModelShape, PatchLimits, SetEdit, Vector
 from backpack_proto.v1 import interventions_pb2 as pb
 
 from backpack_serving.errors import InvalidRequest
-from backpack_serving.interventions.ledger import Request
+from backpack_serving.interventions.ledger import IdempotencyKey
 from backpack_serving.wire.patches import FORMS
 
 CHUNK = 2**20
@@ -29,7 +29,7 @@ _TENSORS = {"F32": "f", "F16": "e", "I32": "i", "I64": "q"}
 class Upload:
     """The messages of one upload, taken one by one. Every method raises InvalidRequest for what is wrong."""
 
-    def __init__(self, shape: ModelShape, limits: Limits) -> None:
+    def __init__(self, shape: ModelShape, limits: PatchLimits) -> None:
         self._shape, self._limits = shape, limits
         self._content = bytearray()
         self.header = pb.UploadHeader()
@@ -78,24 +78,22 @@ class Upload:
         if self.header.WhichOneof("format") == "packed":
             packed = self.header.packed
             cells: Iterator[Cell] = map(Cell, packed.tokens, packed.senses)
-            rows = self._rows(bytes(self._content), FORMS[packed.dtype])
+            rows = self._vector_rows(bytes(self._content), FORMS[packed.dtype])
         else:
             cells, rows = self._tensors()
         pairs = zip(cells, map(Vector.of, rows), strict=True)
         if self.header.kind == pb.EDIT_KIND_ADD:
-            return [Add((cell,), vector) for cell, vector in pairs]
-        return [Set((cell,), vector) for cell, vector in pairs]
+            return [AddEdit((cell,), vector) for cell, vector in pairs]
+        return [SetEdit((cell,), vector) for cell, vector in pairs]
 
-    def request(self) -> Request:
+    def request(self) -> IdempotencyKey:
         """What makes the upload recognisable when it is repeated."""
         body = hashlib.sha256(self.header.SerializeToString(deterministic=True) + self._content)
-        return Request(self.header.request_id, body.hexdigest())
+        return IdempotencyKey(self.header.request_id, body.hexdigest())
 
     def _check_packed(self, packed: pb.PackedFormat) -> None:
         if packed.dtype not in FORMS:
-            raise InvalidRequest.at(
-                "header.packed.dtype", "UNKNOWN_VALUE", f"{packed.dtype}; use FLOAT32 or FLOAT16"
-            )
+            raise InvalidRequest.at("header.packed.dtype", "UNKNOWN_VALUE", f"{packed.dtype}; use FLOAT32 or FLOAT16")
         if len(packed.tokens) != len(packed.senses):
             raise InvalidRequest.at(
                 "header.packed", "WRONG_SHAPE", f"{len(packed.tokens)} tokens, but {len(packed.senses)} senses"
@@ -139,7 +137,7 @@ class Upload:
             if name != "vectors":
                 numbers[name] = struct.unpack(f"<{count}{_TENSORS[dtype]}", data)
         cells = map(Cell, numbers["tokens"], numbers["senses"])
-        return cells, self._rows(found["vectors"][2], _TENSORS[found["vectors"][0]])
+        return cells, self._vector_rows(found["vectors"][2], _TENSORS[found["vectors"][0]])
 
-    def _rows(self, data: bytes, form: str) -> Iterator[Sequence[float]]:
+    def _vector_rows(self, data: bytes, form: str) -> Iterator[Sequence[float]]:
         return struct.iter_unpack(f"<{self._shape.width}{form}", data)

@@ -55,9 +55,7 @@ def test_language_reads_held_out_records_and_plain_text(
         (("facts", "--text", "CORPUS", "--tokens", "256"), "hold"),
     ],
 )
-def test_the_other_experiments_have_commands(
-    folder: Path, words: tuple[str, ...], says: str, tmp_path: Path
-) -> None:
+def test_the_other_experiments_have_commands(folder: Path, words: tuple[str, ...], says: str, tmp_path: Path) -> None:
     named = {"CORPUS": str(folder / "corpus.jsonl")}
     given = [named.get(word, word) for word in words]
     assert says in _call(*given, "--model", str(folder), "--out", str(tmp_path))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from backpack_lm.experiments.fact_lists import FACTS, Fact
 from backpack_lm.experiments.facts import (
     OTHER_FACTS,
     OTHER_PROMPT,
@@ -16,18 +17,17 @@ from backpack_lm.experiments.facts import (
     Strength,
     _on_the_others,
 )
-from backpack_lm.experiments.known import FACTS, Fact
-from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.lab_model import LabModel
+from backpack_lm.lab.progress import unwatched
 from backpack_lm.lab.swap import STRENGTHS, Swapped, SwappedFact, fit_strength, swap_edits, swap_fact
 from backpack_lm.lab.text import held_out, rows
-from backpack_lm.lab.watch import unwatched
-from backpack_lm.patch import Add, PatchError, Swap
+from backpack_lm.patch import AddEdit, PatchError, SwapEdit
 from backpack_lm.tokenizer import WordError
 
 PROMPT = "The captain of the ship went out to the"
 
 
-def test_a_swap_is_measured_on_the_model_itself(subject: Subject) -> None:
+def test_a_swap_is_measured_on_the_model_itself(subject: LabModel) -> None:
     found = swap_fact(subject, "ship", "sea", "land", [PROMPT, "When the ship"], senses=[1, 3])
     ids, sea, land = torch.tensor([subject.ids(PROMPT)]), subject.token("sea"), subject.token("land")
     before = subject.model(ids)[0, -1].softmax(-1)
@@ -48,7 +48,7 @@ def test_held_and_turned() -> None:
     assert Swapped("", 0.3, 0.1, 0.1, 0.3, 0.0).share_before == pytest.approx(0.75)
 
 
-def test_a_strength_moves_the_two_logits_so_many_times_as_far(subject: Subject) -> None:
+def test_a_strength_moves_the_two_logits_so_many_times_as_far(subject: LabModel) -> None:
     token, sea, land = map(subject.token, ("ship", "sea", "land"))
     head = subject.model.embedding
     v, ids = subject.table.rows[token, 1], torch.tensor([[token]])
@@ -70,8 +70,8 @@ def test_a_strength_moves_the_two_logits_so_many_times_as_far(subject: Subject) 
     norm = float(torch.linalg.lstsq(head, shift(1e6) - plain).solution.norm())
     assert norm == pytest.approx(0.999 * 8 * subject.manifest.sense_rms[1], rel=1e-3), "as far as a patch may"
     one, two = (swap_edits(subject, "ship", "sea", "land", [0, 1], s) for s in (1, 2))
-    assert [type(edit) for edit in one] == [Swap]
-    assert [type(edit) for edit in two] == [Swap, Add, Add]
+    assert [type(edit) for edit in one] == [SwapEdit]
+    assert [type(edit) for edit in two] == [SwapEdit, AddEdit, AddEdit]
     for bad in (0.5, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="1 is a plain swap"):
             swap_edits(subject, "ship", "sea", "land", [1], bad)
@@ -79,22 +79,18 @@ def test_a_strength_moves_the_two_logits_so_many_times_as_far(subject: Subject) 
         swap_edits(subject, "ship", "sea", "land", [9], 2)
 
 
-def test_a_fit_is_the_least_that_moves_enough_after_every_prompt(subject: Subject) -> None:
+def test_a_fit_is_the_least_that_moves_enough_after_every_prompt(subject: LabModel) -> None:
     words = ("ship", "sea", "land")
     found = fit_strength(subject, *words, [PROMPT, "When the ship"])
     turned = {
-        s: all(
-            p.share_after <= 0.2 for p in swap_fact(subject, *words, [PROMPT, "When the ship"], strength=s).prompts
-        )
+        s: all(p.share_after <= 0.2 for p in swap_fact(subject, *words, [PROMPT, "When the ship"], strength=s).prompts)
         for s in STRENGTHS
     }
     assert found == next((s for s in STRENGTHS if turned[s]), STRENGTHS[-1])
     assert not any(turned[s] for s in STRENGTHS if s < found)
 
 
-def test_the_cost_is_that_of_the_model_itself(
-    subject: Subject, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cost_is_that_of_the_model_itself(subject: LabModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fact = Fact("ship", "sea", "land", (PROMPT, "When the ship"))
     monkeypatch.setattr("backpack_lm.experiments.facts.FACTS", (fact,))
     corpus = folder / "corpus.jsonl"
@@ -145,14 +141,14 @@ def test_a_strength_is_chosen_on_the_other_facts_alone() -> None:
     assert _on_the_others({s: [fact(99, s)] * 3 for s in STRENGTHS}, 0) == STRENGTHS[-1]
 
 
-def test_what_cannot_be_asked_is_refused(subject: Subject) -> None:
+def test_what_cannot_be_asked_is_refused(subject: LabModel) -> None:
     with pytest.raises(ValueError, match="doesn't hold 'ship' as the token ' ship'"):
         swap_fact(subject, "ship", "sea", "land", ["The captain said"])
     with pytest.raises(WordError, match="tokens"):
         swap_fact(subject, "ship", "sea", "seafarer", [PROMPT])
 
 
-def test_facts_that_the_vocabulary_lacks_are_listed(subject: Subject, folder: Path) -> None:
+def test_facts_that_the_vocabulary_lacks_are_listed(subject: LabModel, folder: Path) -> None:
     result = KnowledgeEditing((folder / "corpus.jsonl",), 256).run(subject, unwatched)
     assert isinstance(result, FactsResult)
     assert len(result.facts) + len(result.unknown) == len(FACTS)

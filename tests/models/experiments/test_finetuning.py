@@ -10,19 +10,19 @@ import torch
 from backpack_lm.experiments import finetuning
 from backpack_lm.experiments.finetuning import FinetuningResult, SenseFinetuning, score
 from backpack_lm.experiments.tasks import TASKS, Task
-from backpack_lm.lab.examples import Example
+from backpack_lm.lab.examples import CanonicalExample
 from backpack_lm.lab.finetune import Finetuning
-from backpack_lm.lab.subject import Subject
-from backpack_lm.lab.watch import unwatched
+from backpack_lm.lab.lab_model import LabModel
+from backpack_lm.lab.progress import unwatched
 
 QUESTIONS = [
-    Example("The captain of the", "ship"),
-    Example("The king went to the", "court"),
-    Example("He saw", "sea"),
+    CanonicalExample("The captain of the", "ship"),
+    CanonicalExample("The king went to the", "court"),
+    CanonicalExample("He saw", "sea"),
 ]
 
 
-def test_a_score_is_a_choice_among_the_answers(subject: Subject) -> None:
+def test_a_score_is_a_choice_among_the_answers(subject: LabModel) -> None:
     overlay, right, logs = subject.overlay(), 0, 0.0
     answers = [subject.token(question.target) for question in QUESTIONS]
     for question, answer in zip(QUESTIONS, answers, strict=True):
@@ -42,9 +42,7 @@ def test_no_question_is_what_was_taught() -> None:
         assert len(task.questions(known)) == 2 * len(task.pairs)
 
 
-def test_it_learns_and_keeps_to_its_budgets(
-    subject: Subject, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_learns_and_keeps_to_its_budgets(subject: LabModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = (("king", "sea"), ("nurse", "land"), ("lawyer", "apple"))
     task = Task("pairs", "The {} saw the", ("When the {} came, the",), pairs)
     monkeypatch.setattr(finetuning, "TASKS", (task,))

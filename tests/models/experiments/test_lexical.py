@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from backpack_lm.experiments.lexical import DATA_SETS, LexicalResult, LexicalSimilarity
-from backpack_lm.lab.subject import Subject
-from backpack_lm.lab.watch import unwatched
+from backpack_lm.lab.lab_model import LabModel
+from backpack_lm.lab.progress import unwatched
 from scipy.stats import rankdata
 
 from tests.test_house import ROOT
@@ -29,7 +29,7 @@ def _write(folder: Path) -> Path:
     return folder
 
 
-def test_the_numbers_are_those_of_a_naive_computation(subject: Subject, tmp_path: Path) -> None:
+def test_the_numbers_are_those_of_a_naive_computation(subject: LabModel, tmp_path: Path) -> None:
     result = LexicalSimilarity(_write(tmp_path)).run(subject, unwatched)
     assert isinstance(result, LexicalResult)
     assert set(result.pairs.values()) == {4}
@@ -46,9 +46,7 @@ def test_the_numbers_are_those_of_a_naive_computation(subject: Subject, tmp_path
     ]
     for name in result.senses:
         assert result.senses[name] == pytest.approx([rank_correlation(c) for c in cosines])
-        assert result.minimum[name] == pytest.approx(
-            rank_correlation([min(c) for c in zip(*cosines, strict=True)])
-        )
+        assert result.minimum[name] == pytest.approx(rank_correlation([min(c) for c in zip(*cosines, strict=True)]))
 
 
 def test_data_that_isnt_there_or_isnt_pairs_is_refused(tmp_path: Path) -> None:
@@ -70,7 +68,7 @@ def test_the_published_lists_are_read_whole() -> None:
     assert [len(data_set.read(DATA)) for data_set in DATA_SETS] == [999, 3500, 65, 353]
 
 
-def test_the_report_says_what_was_measured(subject: Subject, tmp_path: Path) -> None:
+def test_the_report_says_what_was_measured(subject: LabModel, tmp_path: Path) -> None:
     result = LexicalSimilarity(_write(tmp_path)).run(subject, unwatched)
     assert isinstance(result, LexicalResult)
     report = result.report()

@@ -14,8 +14,8 @@ from backpack_lm.experiments.experiment import Experiment
 from backpack_lm.experiments.language import LanguageModelling
 from backpack_lm.experiments.lexical import LexicalSimilarity
 from backpack_lm.experiments.summary import Data, plan, run_all
-from backpack_lm.lab.subject import Subject
-from backpack_lm.lab.watch import unwatched
+from backpack_lm.lab.lab_model import LabModel
+from backpack_lm.lab.progress import unwatched
 from backpack_serving.cli.main import app
 from typer.testing import CliRunner
 
@@ -50,7 +50,7 @@ def test_the_data_that_is_there_is_found(tmp_path: Path) -> None:
     assert [getattr(e, "twin", twin) for e in experiments] == [twin] * 6
 
 
-def test_a_run_that_was_stopped_goes_on_at_its_experiment(subject: Subject, folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_goes_on_at_its_experiment(subject: LabModel, folder: Path, tmp_path: Path) -> None:
     experiments = _few(folder, tmp_path)
 
     def stopping(items: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:

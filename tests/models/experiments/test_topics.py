@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from backpack_lm.experiments.reader import Reader
-from backpack_lm.experiments.themes import THEMES
+from backpack_lm.experiments.topic_judge import TopicJudge
+from backpack_lm.experiments.topic_methods import TopicMethod, TopicsResult
+from backpack_lm.experiments.topic_words import THEMES
 from backpack_lm.experiments.topics import TopicControl, distinct_pairs
-from backpack_lm.experiments.ways import TopicsResult, Way
-from backpack_lm.lab import lockstep
-from backpack_lm.lab.subject import Subject
-from backpack_lm.lab.watch import unwatched
+from backpack_lm.lab import batch_sampler
+from backpack_lm.lab.lab_model import LabModel
+from backpack_lm.lab.progress import unwatched
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 
@@ -35,12 +35,12 @@ def judge(tmp_path_factory: Any) -> Path:
 
 
 def test_a_reader_is_the_mean_of_its_hidden_states(judge: Path) -> None:
-    reader = Reader(judge)
+    reader = TopicJudge(judge)
     alone, together = reader.embed(["food"]), reader.embed(["food", "music and fashion"])
     torch.testing.assert_close(alone[0], together[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together.norm(dim=-1), torch.ones(2))
     with pytest.raises(ValueError, match="no sentence encoder"):
-        Reader(judge.parent / "nothing")
+        TopicJudge(judge.parent / "nothing")
 
 
 def test_distinct_pairs() -> None:
@@ -50,13 +50,13 @@ def test_distinct_pairs() -> None:
 
 
 def test_a_run_that_was_stopped_ends_as_if_it_never_was(
-    subject: Subject, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    subject: LabModel, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = {"samples": 2, "length": 8, "prompt": "The king", "judge": judge}
     whole = TopicControl(**arguments).run(subject, unwatched)
     assert isinstance(whole, TopicsResult)
     calls: list[int] = []
-    real = lockstep.sample
+    real = batch_sampler.sample
 
     def stopping(*given: Any) -> Any:
         calls.append(1)
@@ -74,7 +74,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_never_was(
     assert len(calls) == 20 + 188 - 19, "1 unsteered, 17 topics in 11 ways: only what was missing is made"
 
 
-def test_unsteered_text_scores_chance_exactly(subject: Subject, judge: Path) -> None:
+def test_unsteered_text_scores_chance_exactly(subject: LabModel, judge: Path) -> None:
     result = TopicControl(samples=3, length=6, judge=judge).run(subject, unwatched)
     assert isinstance(result, TopicsResult)
     assert result.ways[0].success == pytest.approx(100 / len(THEMES))
@@ -88,10 +88,10 @@ def test_unsteered_text_scores_chance_exactly(subject: Subject, judge: Path) -> 
 def test_what_is_told_of_each_way() -> None:
     topics = dict.fromkeys(THEMES, 1.0)
 
-    def way(name: str, strength: float, success: float, perplexity: float, distinct: float) -> Way:
-        return Way(name, *map(float, (strength, success, perplexity, distinct)), topics, "text")
+    def way(name: str, strength: float, success: float, perplexity: float, distinct: float) -> TopicMethod:
+        return TopicMethod(name, *map(float, (strength, success, perplexity, distinct)), topics, "text")
 
-    def result(lean: Way) -> TopicsResult:
+    def result(lean: TopicMethod) -> TopicsResult:
         plain = [way("logit bias", 4, 40, 200, 90), way("logit bias", 6, 80, 300, 60)]
         ways = [way("unsteered", 0, 5, 100, 99), way("multipliers", 3, 6, 90, 99), lean, *plain]
         return TopicsResult(ways, {theme: ["word"] for theme in THEMES}, 3, 6, "", "the twin")

@@ -15,15 +15,15 @@ from backpack_lm.config import BackpackConfig
 from backpack_lm.experiments.bias import BiasResult, GenderBias, null_space
 from backpack_lm.experiments.language import LanguageModelling, LanguageResult
 from backpack_lm.experiments.lexical import LexicalResult, LexicalSimilarity
+from backpack_lm.experiments.topic_methods import TopicsResult
 from backpack_lm.experiments.topics import TopicControl
-from backpack_lm.experiments.ways import TopicsResult
 from backpack_lm.lab.contrast import Contrast, Noun
 from backpack_lm.lab.debias import debias
+from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
-from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.progress import ResumeJournal, unwatched
 from backpack_lm.lab.text import held_out, stream
 from backpack_lm.lab.twin import read_twin
-from backpack_lm.lab.watch import Journal, unwatched
 from backpack_lm.model import TransformerTwin
 from backpack_lm.training.data import Rows
 from backpack_lm.training.trainer import Recipe, Trainer
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
-def twin(subject: Subject, folder: Path, tmp_path_factory: Any) -> Path:
+def twin(subject: LabModel, folder: Path, tmp_path_factory: Any) -> Path:
     """The folder of a run, as `backpack train --twin` leaves it; of half the Backpack's context."""
     config = BackpackConfig(subject.config.vocab_size, 32, 32, 2, 2, num_senses=4)
     records = [(folder / "corpus.jsonl").read_text()]
@@ -50,7 +50,7 @@ def twin(subject: Subject, folder: Path, tmp_path_factory: Any) -> Path:
     return trainer.folder
 
 
-def test_perplexities_are_of_the_same_tokens(subject: Subject, folder: Path, twin: Path) -> None:
+def test_perplexities_are_of_the_same_tokens(subject: LabModel, folder: Path, twin: Path) -> None:
     corpus = folder / "corpus.jsonl"
     result = LanguageModelling((corpus,), (), twin, 256).run(subject, unwatched)
     assert isinstance(result, LanguageResult)
@@ -69,7 +69,7 @@ def test_perplexities_are_of_the_same_tokens(subject: Subject, folder: Path, twi
     assert "Against its Transformer twin" in result.report().lead
 
 
-def test_the_twin_s_embeddings_are_compared(subject: Subject, twin: Path, tmp_path: Path) -> None:
+def test_the_twin_s_embeddings_are_compared(subject: LabModel, twin: Path, tmp_path: Path) -> None:
     result = LexicalSimilarity(_write(tmp_path), twin).run(subject, unwatched)
     assert isinstance(result, LexicalResult)
     assert result.twin is not None
@@ -84,7 +84,7 @@ def test_the_twin_s_embeddings_are_compared(subject: Subject, twin: Path, tmp_pa
     assert "| Transformer twin, embeddings |" in result.report().markdown()
 
 
-def test_the_null_space_is_projected_out_of_one_word_s_input_alone(subject: Subject, twin: Path) -> None:
+def test_the_null_space_is_projected_out_of_one_word_s_input_alone(subject: LabModel, twin: Path) -> None:
     model = _read(twin, subject)
     found = null_space(subject, model, ["nurse", "cook"], unwatched)
     head = model.embedding.clone()
@@ -117,7 +117,7 @@ def test_the_null_space_is_projected_out_of_one_word_s_input_alone(subject: Subj
     assert isinstance(result, BiasResult)
     assert shown == ["senses", "nouns", "nouns", "nouns, null space"], "the sense is searched once for both fits"
     assert result.free.search is result.backpack.search
-    assert result.backpack == debias(subject, NOUNS, unwatched, Journal(None, {}), penalty=1.0)
+    assert result.backpack == debias(subject, NOUNS, unwatched, ResumeJournal(None, {}), penalty=1.0)
     for one, other in zip(result.free.nouns, result.backpack.nouns, strict=True):
         noun = Noun(subject, one.noun, ESTIMATION, Contrast.of(subject, "he", "she"))
         free, held = (noun.bias(*noun.scaled(result.free.sense, n.scale)) for n in (one, other))
@@ -126,7 +126,7 @@ def test_the_null_space_is_projected_out_of_one_word_s_input_alone(subject: Subj
     assert "twin, null space" in result.headline().figures
 
 
-def test_the_twin_reads_the_texts_of_topics(subject: Subject, twin: Path, judge: Path) -> None:
+def test_the_twin_reads_the_texts_of_topics(subject: LabModel, twin: Path, judge: Path) -> None:
     given = {"samples": 2, "length": 6, "judge": judge}
     own, read = (TopicControl(**given, twin=t).run(subject, unwatched) for t in (None, twin))
     assert isinstance(own, TopicsResult)
@@ -137,5 +137,5 @@ def test_the_twin_reads_the_texts_of_topics(subject: Subject, twin: Path, judge:
         assert one.perplexity != pytest.approx(other.perplexity, rel=1e-3)
 
 
-def _read(folder: Path, subject: Subject) -> TransformerTwin:
+def _read(folder: Path, subject: LabModel) -> TransformerTwin:
     return read_twin(folder, subject.config)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from backpack_lm.checkpoint import save
 from backpack_lm.config import SMALL, BackpackConfig
-from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.manifest import Manifest
 from backpack_lm.model import Backpack
 from backpack_lm.training.data import Source, train_tokenizer
@@ -43,12 +43,12 @@ def folder(tmp_path_factory: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
-def subject(folder: Path) -> Subject:
-    return Subject.read(folder)
+def subject(folder: Path) -> LabModel:
+    return LabModel.read(folder)
 
 
 @pytest.fixture(scope="session")
-def small(subject: Subject) -> Subject:
+def small(subject: LabModel) -> LabModel:
     """Small in everything but its vocabulary: 50,264 words would take half an hour of denominators."""
     torch.manual_seed(1)
     config = replace(SMALL, vocab_size=subject.config.vocab_size, num_tokens=None, eos_token_id=0)
@@ -56,4 +56,4 @@ def small(subject: Subject) -> Subject:
     model.embedding.mul_(10)
     torch.nn.init.normal_(model.sense_weight_net.c_attn.weight, std=0.1)
     table = model.sense_table()
-    return Subject(Manifest("ab" * 32, config, table.sense_rms), model, table, subject.tokenizer)
+    return LabModel(Manifest("ab" * 32, config, table.sense_rms), model, table, subject.tokenizer)

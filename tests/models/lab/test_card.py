@@ -10,7 +10,7 @@ import pytest
 import torch
 from backpack_lm.config import BackpackConfig
 from backpack_lm.lab.card import fill, run_table, senses_table
-from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.training.data import Rows
 from backpack_lm.training.trainer import Recipe, Trainer
 from backpack_serving.cli.main import app
@@ -50,7 +50,7 @@ def test_a_run_after_another_counts_both_s_tokens(run: Path, tmp_path: Path) -> 
     assert "| steps × tokens | 2 × 32 + 3 × 16 = 0.0 million |" in run_table(again.parent).rows_markdown()
 
 
-def test_the_senses_are_those_that_are_the_word_s_own(subject: Subject) -> None:
+def test_the_senses_are_those_that_are_the_word_s_own(subject: LabModel) -> None:
     token, table = subject.token("ship"), subject.table.rows
     distance = [
         float((table[token, s] - table[:, s].mean(0)).norm() / table[:, s].norm(dim=1).square().mean().sqrt())

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from backpack_lm.lab.lean import Frequent, lean_edits
-from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.swap import fit_strength, swap_edits
-from backpack_lm.patch import Add, Scale, Topic
+from backpack_lm.lab.topic_vector import FrequentWords, topic_vector_edits
+from backpack_lm.patch import AddEdit, ScaleEdit, TopicEdit
 from backpack_serving.cli.main import app
 from backpack_serving.cli.patch_file import PatchFile
 from typer.testing import CliRunner
@@ -21,7 +21,7 @@ def _call(*words: object, code: int = 0) -> str:
     return " ".join(result.output.split())
 
 
-def test_find_sense_and_debias(folder: Path, subject: Subject, tmp_path: Path) -> None:
+def test_find_sense_and_debias(folder: Path, subject: LabModel, tmp_path: Path) -> None:
     prompts = ("--prompt", "The {} said that", "--prompt", "When the {} came,")
     shown = _call("find-sense", "nurse", "lawyer", "--model", folder, *prompts)
     assert "Which sense tells “he” from “she”" in shown
@@ -38,44 +38,42 @@ def test_find_sense_and_debias(folder: Path, subject: Subject, tmp_path: Path) -
     assert "“king” and “ship” after 2 nouns" in read.description
     edits = read.edits_for(subject)
     assert edits
-    assert all(isinstance(edit, Scale) and edit.cells[0].sense == 2 for edit in edits)
+    assert all(isinstance(edit, ScaleEdit) and edit.cells[0].sense == 2 for edit in edits)
     assert not list(file.parent.glob("*.partial*")), "what was kept for going on is gone"
 
 
-def test_topic_and_its_page(folder: Path, subject: Subject, tmp_path: Path) -> None:
+def test_topic_and_its_page(folder: Path, subject: LabModel, tmp_path: Path) -> None:
     file = tmp_path / "2 Seas[red].json"
     words = ("topic", "sea", "ship", "--strength", 2, "--prompt", "The king", "--model", folder, "--out", file)
     shown = _call(*words, "--by", "multipliers")
     assert "is several tokens" not in shown
     topic = [subject.token("sea"), subject.token("ship")]
-    assert PatchFile.read(file).edits_for(subject) == [Topic(tuple(topic), 2)]
+    assert PatchFile.read(file).edits_for(subject) == [TopicEdit(tuple(topic), 2)]
     assert "Cells that speak for it most" in file.with_suffix(".html").read_text()
     shown = _call(*words)
     assert "strength 2, by lean" in shown
     assert f"backpack patch revise seas-red '{file}'" in shown, "a command that works as it stands"
-    assert PatchFile.read(file).edits_for(subject) == lean_edits(subject, topic, 2, Frequent.of(subject))
+    assert PatchFile.read(file).edits_for(subject) == topic_vector_edits(subject, topic, 2, FrequentWords.of(subject))
     assert "Words that gain most" in file.with_suffix(".html").read_text()
 
 
-def test_a_topic_word_of_several_tokens_is_told(folder: Path, subject: Subject, tmp_path: Path) -> None:
+def test_a_topic_word_of_several_tokens_is_told(folder: Path, subject: LabModel, tmp_path: Path) -> None:
     first = subject.tokenizer.piece(subject.word_ids("hairdresser")[0])
     shown = _call("topic", "sea", "hairdresser", "--model", folder, "--out", tmp_path / "t.json")
     assert f"“hairdresser” is several tokens in this model; it steers towards the first alone, “{first}”" in shown
     assert "No prompt was given, so what it does to the next token isn't known." in shown
 
 
-def test_swap_fact_fits_its_strength(folder: Path, subject: Subject, tmp_path: Path) -> None:
+def test_swap_fact_fits_its_strength(folder: Path, subject: LabModel, tmp_path: Path) -> None:
     prompt, words = "The captain of the ship saw the", ("ship", "--old", "sea", "--new", "land", "--prompt")
     for given, wanted in ((("--fit",), fit_strength(subject, "ship", "sea", "land", [prompt])), ((), 1.0)):
         file = tmp_path / "swap.json"
         shown = _call("swap-fact", *words, prompt, *given, "--model", folder, "--out", file)
         assert f"at strength {wanted:g}" in shown
-        assert PatchFile.read(file).edits_for(subject) == swap_edits(
-            subject, "ship", "sea", "land", range(4), wanted
-        )
+        assert PatchFile.read(file).edits_for(subject) == swap_edits(subject, "ship", "sea", "land", range(4), wanted)
 
 
-def test_finetune_then_judge(folder: Path, subject: Subject, tmp_path: Path) -> None:
+def test_finetune_then_judge(folder: Path, subject: LabModel, tmp_path: Path) -> None:
     examples, file = tmp_path / "examples.jsonl", tmp_path / "new" / "folder" / "taught.json"
     examples.write_text(json.dumps({"prompt": "The captain of the ship saw the", "target": "lawyer"}) + "\n")
     text = folder / "corpus.jsonl"
@@ -83,7 +81,7 @@ def test_finetune_then_judge(folder: Path, subject: Subject, tmp_path: Path) -> 
     _call("finetune", examples, *common, "--steps", 40, "--budget", 10, "--out", file)
     edits = PatchFile.read(file).edits_for(subject)
     assert edits
-    assert all(isinstance(edit, Add) for edit in edits)
+    assert all(isinstance(edit, AddEdit) for edit in edits)
     assert sorted(path.name for path in file.parent.iterdir()) == ["taught.html", "taught.json"]
     shown = _call("judge", file, "--examples", examples, *common)
     assert "Held-out perplexity" in shown

@@ -15,26 +15,29 @@ import torch
 import torch.nn.functional as F
 from backpack_lm.lab.contrast import Contrast, Noun, SenseEffect, SenseSearch, find_sense
 from backpack_lm.lab.debias import Debiased, DebiasedNoun, debias, fit_scale
-from backpack_lm.lab.examples import Example
+from backpack_lm.lab.examples import CanonicalExample
 from backpack_lm.lab.finetune import Finetuner, Finetuning
+from backpack_lm.lab.influence import choose_cells
 from backpack_lm.lab.judge import judge, neighbours_of
-from backpack_lm.lab.lean import CELLS, Frequent, lean_edits
+from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
-from backpack_lm.lab.reach import choose_cells
-from backpack_lm.lab.subject import Subject
+from backpack_lm.lab.progress import ResumeJournal, unwatched
 from backpack_lm.lab.text import rows
 from backpack_lm.lab.topic import By, choose_topic
-from backpack_lm.lab.watch import Journal, unwatched
-from backpack_lm.patch import Add, Cell, PatchError, Scale, Topic, Vector
+from backpack_lm.lab.topic_vector import CELLS, FrequentWords, topic_vector_edits
+from backpack_lm.patch import AddEdit, Cell, PatchError, ScaleEdit, TopicEdit, Vector
 from backpack_lm.reports.report import Entry, Report, Table
 from markdown_it import MarkdownIt
 
 TEMPLATES = ("The {} said that", "When the {} came into the room,")
-EXAMPLES = [Example("The captain of the ship saw the", "lawyer"), Example("The king went to the", "apple")]
+EXAMPLES = [
+    CanonicalExample("The captain of the ship saw the", "lawyer"),
+    CanonicalExample("The king went to the", "apple"),
+]
 
 
 @pytest.fixture(scope="module")
-def biased(subject: Subject) -> Subject:
+def biased(subject: LabModel) -> LabModel:
     """The subject with one guilty sense: sense 2 of three nouns speaks loudly for “she” and against “he”."""
     table = subject.table
     rows_ = table.rows.clone()
@@ -45,7 +48,7 @@ def biased(subject: Subject) -> Subject:
     return replace(subject, table=guilty)
 
 
-def test_the_guilty_sense_is_found(biased: Subject) -> None:
+def test_the_guilty_sense_is_found(biased: LabModel) -> None:
     found = find_sense(biased, ["nurse", "lawyer", "cook", "hairdresser"], "he", "she", TEMPLATES, unwatched)
     assert found.guilty == 2
     assert found.unknown == ["hairdresser"]
@@ -59,7 +62,7 @@ def test_the_guilty_sense_is_found(biased: Subject) -> None:
         Noun(biased, "nurse", ["The nurse"], Contrast.of(biased, "he", "she"))
 
 
-def test_a_fitted_scale_is_the_least_cost_of_a_grid(biased: Subject) -> None:
+def test_a_fitted_scale_is_the_least_cost_of_a_grid(biased: LabModel) -> None:
     gains = []
     for word, penalty in product(("nurse", "lawyer", "cook"), (1.0, 0.0)):
         noun = Noun(biased, word, (*TEMPLATES, "The {}"), Contrast.of(biased, "he", "she"))
@@ -72,19 +75,17 @@ def test_a_fitted_scale_is_the_least_cost_of_a_grid(biased: Subject) -> None:
 
 
 def test_a_scale_that_a_patch_bounds_is_named() -> None:
-    nouns = [
-        DebiasedNoun(noun, scale, 2.0, 1.5, 1.2) for noun, scale in (("cook", 8.0), ("king", 7.9), ("ox", -8.0))
-    ]
+    nouns = [DebiasedNoun(noun, scale, 2.0, 1.5, 1.2) for noun, scale in (("cook", 8.0), ("king", 7.9), ("ox", -8.0))]
     search = SenseSearch("he", "she", ["cook", "king", "ox"], [], 2.0, [SenseEffect(0, 1.5, 1.0, 1.0)])
     found = Debiased("he", "she", 0, search, nouns)
     assert found.report().notes == ("At ±8, the most that a patch may scale by: cook, ox.",)
     assert replace(found, nouns=nouns[1:2]).report().notes == ()
 
 
-def test_debias_goes_on_where_it_was_stopped(biased: Subject, tmp_path: Path) -> None:
+def test_debias_goes_on_where_it_was_stopped(biased: LabModel, tmp_path: Path) -> None:
     given = {"estimation": TEMPLATES, "evaluation": ("A {} believes that",)}
     nouns = ["nurse", "lawyer", "cook"]
-    whole = debias(biased, nouns, unwatched, Journal(None, {}), **given)
+    whole = debias(biased, nouns, unwatched, ResumeJournal(None, {}), **given)
     file = tmp_path / "partial.jsonl"
 
     def stopping(items: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
@@ -94,24 +95,24 @@ def test_debias_goes_on_where_it_was_stopped(biased: Subject, tmp_path: Path) ->
             yield item
 
     with pytest.raises(KeyboardInterrupt):
-        debias(biased, nouns, stopping, Journal(file, {}), **given)  # type: ignore[arg-type]
+        debias(biased, nouns, stopping, ResumeJournal(file, {}), **given)  # type: ignore[arg-type]
     assert len(file.read_text().splitlines()) == 3
-    assert debias(biased, nouns, unwatched, Journal(file, {}), **given) == whole
+    assert debias(biased, nouns, unwatched, ResumeJournal(file, {}), **given) == whole
     assert whole.sense == 2
-    assert all(isinstance(edit, Scale) for edit in whole.edits(biased))
+    assert all(isinstance(edit, ScaleEdit) for edit in whole.edits(biased))
     for noun in whole.nouns:  # what the report says, the patch does
         judged = Noun(biased, noun.noun, given["evaluation"], Contrast.of(biased, "he", "she"))
         assert judged.bias(*whole.edits(biased)) == pytest.approx(noun.fitted)
     with pytest.raises(ValueError, match="sense 9; this model's are 0 to 3"):
-        debias(biased, nouns, unwatched, Journal(None, {}), sense=9)
+        debias(biased, nouns, unwatched, ResumeJournal(None, {}), sense=9)
 
 
-def test_a_word_that_is_named_twice_is_scaled_once(biased: Subject) -> None:
+def test_a_word_that_is_named_twice_is_scaled_once(biased: LabModel) -> None:
     given = {"estimation": TEMPLATES, "evaluation": ("A {} believes that",)}
     words = ["nurse", "nurse ", "hairdresser"]
-    found = debias(biased, words, unwatched, Journal(None, {}), penalty=0.1, **given)  # type: ignore[arg-type]
+    found = debias(biased, words, unwatched, ResumeJournal(None, {}), penalty=0.1, **given)  # type: ignore[arg-type]
     (edit,) = found.edits(biased)
-    assert isinstance(edit, Scale)
+    assert isinstance(edit, ScaleEdit)
     assert edit.factor == pytest.approx(found.nouns[0].scale)
     judged = Noun(biased, "nurse", given["evaluation"], Contrast.of(biased, "he", "she"))
     assert judged.bias(edit) == pytest.approx(found.fitted)
@@ -124,7 +125,7 @@ def test_the_paper_s_nouns_and_prompts() -> None:
 
 
 @pytest.mark.parametrize("by", By)
-def test_a_topic_shows_what_each_strength_does(subject: Subject, by: By) -> None:
+def test_a_topic_shows_what_each_strength_does(subject: LabModel, by: By) -> None:
     found = choose_topic(subject, ["sea", "ship"], 2, ["The king said that"], by)
     masses = found.mass["The king said that"]
     p = subject.model(torch.tensor([subject.ids("The king said that")]))[0, -1].softmax(-1)
@@ -136,26 +137,26 @@ def test_a_topic_shows_what_each_strength_does(subject: Subject, by: By) -> None
         choose_topic(subject, ["sea"], 9, by=by)
 
 
-def test_frequent_words_lean_where_there_are_some(subject: Subject) -> None:
-    frequent = Frequent.of(subject)
-    assert Frequent.of(subject) == frequent, "seeded"
+def test_frequent_words_lean_where_there_are_some(subject: LabModel) -> None:
+    frequent = FrequentWords.of(subject)
+    assert FrequentWords.of(subject) == frequent, "seeded"
     assert len(frequent.tokens) <= CELLS // subject.config.num_senses
     assert list(frequent.shares) == sorted(frequent.shares, reverse=True)
     assert sum(frequent.shares) <= 1
     assert subject.config.eos_token_id not in frequent.tokens
     with pytest.raises(ValueError, match="no cell of 2000 for frequent words; give fewer"):
-        lean_edits(subject, range(500), 1, frequent)
+        topic_vector_edits(subject, range(500), 1, frequent)
     endless = replace(subject.model.config, eos_token_id=None)
     model = type(subject.model)(endless).eval().requires_grad_(False)
     with pytest.raises(ValueError, match="no end-of-text token"):
-        Frequent.of(replace(subject, model=model))
+        FrequentWords.of(replace(subject, model=model))
 
 
 # ---- finetuning
 
 
 @pytest.fixture(scope="module")
-def texts(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
+def texts(subject: LabModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Random rows: text in which the examples' words occur as often as any."""
     random = torch.Generator().manual_seed(5)
     near, judged = (torch.randint(1, subject.config.tokens, (12, 33), generator=random) for _ in range(2))
@@ -166,7 +167,7 @@ def texts(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
 PLAN = Finetuning(cells=4, budget=0.05, steps=40, rate=0.05, batch=64)
 
 
-def test_deltas_teach_the_examples_within_the_budget(subject: Subject, texts: Any) -> None:
+def test_deltas_teach_the_examples_within_the_budget(subject: LabModel, texts: Any) -> None:
     run = Finetuner(subject, EXAMPLES, *texts, PLAN)
     found = run.run(unwatched, (0.05, 0.0))
     best = found[0.05]
@@ -185,13 +186,11 @@ def test_deltas_teach_the_examples_within_the_budget(subject: Subject, texts: An
         total += float(loss(torch.tensor([*prompt, *target]), len(prompt) - 1))
         count += len(target)
     assert total / count == pytest.approx(best.best.loss, rel=1e-3), "what was trained is what the patch does"
-    plain = math.fsum(
-        float(F.cross_entropy(subject.model(t[None, :-1])[0], t[1:], reduction="sum")) for t in texts[1]
-    )
+    plain = math.fsum(float(F.cross_entropy(subject.model(t[None, :-1])[0], t[1:], reduction="sum")) for t in texts[1])
     assert sum(float(loss(t)) for t in texts[1]) / plain - 1 == pytest.approx(best.best.change, abs=1e-5)
 
 
-def test_a_run_that_was_stopped_ends_as_if_it_never_was(subject: Subject, texts: Any, tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_ends_as_if_it_never_was(subject: LabModel, texts: Any, tmp_path: Path) -> None:
     whole = Finetuner(subject, EXAMPLES, *texts, PLAN).run(unwatched)[0.05]
     file = tmp_path / "run.pt"
 
@@ -221,7 +220,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_never_was(subject: Subject, texts:
             Finetuner(subject, examples, background, held_out, plan, file)
 
 
-def test_cells_are_those_that_targets_attend_to_and_ordinary_text_does_not(subject: Subject, texts: Any) -> None:
+def test_cells_are_those_that_targets_attend_to_and_ordinary_text_does_not(subject: LabModel, texts: Any) -> None:
     cells = choose_cells(subject, EXAMPLES[:1], texts[0], count=3, penalty=0.0)
     ids = subject.ids(EXAMPLES[0].prompt)
     alpha = subject.model.sense_weights(torch.tensor([ids]))[0, :, -1]  # [k, T]
@@ -241,33 +240,33 @@ def test_examples_that_are_none_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "examples.jsonl"
     file.write_text('{"prompt": "The sea is", "target": "deep"}\n\n{"prompt": 3}\n')
     with pytest.raises(ValueError, match=r"examples.jsonl:3: not an example like"):
-        Example.read(file)
+        CanonicalExample.read(file)
     file.write_text('{"prompt": null, "target": "deep"}\n')
     with pytest.raises(ValueError, match=r"examples.jsonl:1: not an example like"):
-        Example.read(file)
+        CanonicalExample.read(file)
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no examples"):
-        Example.read(file)
+        CanonicalExample.read(file)
     file.write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"examples.jsonl isn't UTF-8 text"):
-        Example.read(file)
+        CanonicalExample.read(file)
 
 
-def test_a_target_leaves_its_prompt_room(subject: Subject) -> None:
+def test_a_target_leaves_its_prompt_room(subject: LabModel) -> None:
     word = "king "
-    ids, first = Example("The ship", word * 63).ids(subject)
+    ids, first = CanonicalExample("The ship", word * 63).ids(subject)
     assert (len(ids), first) == (64, 1)
     with pytest.raises(ValueError, match="the target of 'The ship' has 64 tokens; the context holds 64"):
-        Example("The ship", word * 64).ids(subject)
+        CanonicalExample("The ship", word * 64).ids(subject)
 
 
 # ---- judging
 
 
-def test_a_judgement_is_what_the_overlay_does(subject: Subject, folder: Path) -> None:
+def test_a_judgement_is_what_the_overlay_does(subject: LabModel, folder: Path) -> None:
     ship = subject.token("ship")
-    edits = [Add(tuple(Cell(ship, sense) for sense in range(4)), Vector.of([2.0] * 32))]
-    prompts = [Example("The captain of the ship saw the", "land"), Example("The king said", "")]
+    edits = [AddEdit(tuple(Cell(ship, sense) for sense in range(4)), Vector.of([2.0] * 32))]
+    prompts = [CanonicalExample("The captain of the ship saw the", "land"), CanonicalExample("The king said", "")]
     text = rows(subject, ["the king and the ship " * 60], 200, 64).flatten()
     found = judge(subject, edits, prompts, text)
     ids, overlay = torch.tensor([subject.ids(prompts[0].prompt)]), subject.overlay(*edits)
@@ -284,16 +283,16 @@ def test_a_judgement_is_what_the_overlay_does(subject: Subject, folder: Path) ->
     assert found.perplexity[0] != found.perplexity[1]
     assert "Held-out perplexity" in found.report().lead
     with pytest.raises(PatchError, match="1 numbers"):
-        judge(subject, [Add((Cell(ship, 1),), Vector.of([1.0]))])
+        judge(subject, [AddEdit((Cell(ship, 1),), Vector.of([1.0]))])
 
 
-def test_a_neighbour_stands_in_the_word_s_place_alone(subject: Subject) -> None:
+def test_a_neighbour_stands_in_the_word_s_place_alone(subject: LabModel) -> None:
     the, ship = subject.token("the"), subject.token("ship")
     prompt = "When the captain of the ship went there,"
-    edits = [Add((Cell(word, 1),), Vector.of([1.0] * 32)) for word in (the, ship)] * 2
+    edits = [AddEdit((Cell(word, 1),), Vector.of([1.0] * 32)) for word in (the, ship)] * 2
     rare = [token for token in range(subject.config.tokens) if token not in subject.ids(prompt)][:20]
-    edits += [Scale(tuple(Cell(token, 0) for token in rare), 0.5)]
-    found = judge(subject, edits, [Example(prompt, "")])
+    edits += [ScaleEdit(tuple(Cell(token, 0) for token in rare), 0.5)]
+    found = judge(subject, edits, [CanonicalExample(prompt, "")])
     assert found.cells == 22, "a cell that is edited twice is one"
     near = [one for one in found.neighbours if one.word == "the"]
     assert len(near) == 3
@@ -302,11 +301,11 @@ def test_a_neighbour_stands_in_the_word_s_place_alone(subject: Subject) -> None:
         before, after = (subject.model(ids, o)[0, -1].softmax(-1) for o in (None, subject.overlay(*edits)))
         assert one.moved == pytest.approx(float((after - before).abs().sum()) / 2, rel=1e-3)
     assert any(one.word == "ship" for one in found.neighbours), "the words that prompts hold come first"
-    lead = judge(subject, [Topic((ship,), 1)]).report().lead
+    lead = judge(subject, [TopicEdit((ship,), 1)]).report().lead
     assert "1 edits of 0 cells, 1 of them topics, which multiply senses of every word." in lead
 
 
-def test_neighbours_are_the_nearest_in_mean_cosine(subject: Subject) -> None:
+def test_neighbours_are_the_nearest_in_mean_cosine(subject: LabModel) -> None:
     token = subject.token("king")
     vectors = subject.table.rows
     naive = {

@@ -6,17 +6,17 @@ import math
 
 import pytest
 import torch
+from backpack_lm.lab.batch_sampler import BatchSampler
 from backpack_lm.lab.contrast import Contrast, Noun
-from backpack_lm.lab.lean import Frequent, lean_edits
-from backpack_lm.lab.lockstep import Lockstep
-from backpack_lm.lab.subject import Prompts, Subject
-from backpack_lm.patch import Cell, Swap, Topic
+from backpack_lm.lab.lab_model import LabModel, Prompts
+from backpack_lm.lab.topic_vector import FrequentWords, topic_vector_edits
+from backpack_lm.patch import Cell, SwapEdit, TopicEdit
 from torch import Tensor
 
 PROMPT = "The captain of the ship looked over the sea"
 
 
-def _dense(subject: Subject, ids: list[int], senses: Tensor, multipliers: Tensor | None = None) -> Tensor:
+def _dense(subject: LabModel, ids: list[int], senses: Tensor, multipliers: Tensor | None = None) -> Tensor:
     """Logits after `ids` from the equation: one sum over senses and positions, one head."""
     alpha = subject.model.sense_weights(torch.tensor([ids]))[0, :, -1]  # [k, T]
     out = torch.zeros(subject.config.n_embd)
@@ -27,7 +27,7 @@ def _dense(subject: Subject, ids: list[int], senses: Tensor, multipliers: Tensor
     return out @ subject.model.embedding.t()
 
 
-def test_topic_weights_and_annealing(small: Subject) -> None:
+def test_topic_weights_and_annealing(small: LabModel) -> None:
     sea, ship = small.token("sea"), small.token("ship")
     rows, embedding, tokens = small.table.rows, small.model.embedding, small.config.tokens
     scores = torch.zeros(rows.shape[:2])
@@ -39,7 +39,7 @@ def test_topic_weights_and_annealing(small: Subject) -> None:
     delta = torch.where(scores > middle, 3.3, torch.where(scores > low, 3.0, 1.0))  # strength 3: 3.3, 3.3, 3, 1
     assert (scores > high).any()
 
-    topic = small.overlay(Topic((sea, ship), 3)).topics[0]
+    topic = small.overlay(TopicEdit((sea, ship), 3)).topics[0]
     assert torch.equal(topic.targets(torch.arange(tokens)), delta)
 
     ids = small.ids(PROMPT)
@@ -50,7 +50,7 @@ def test_topic_weights_and_annealing(small: Subject) -> None:
         b = torch.sigmoid(-(3.3 / 7.5) * a + 6) * (1 + j / 100)
         multipliers[:, j] = b * delta[token] + (1 - b)
     expected = _dense(small, ids, rows, multipliers)
-    lockstep = Lockstep(small, small.overlay(Topic((sea, ship), 3)), 1, len(ids))
+    lockstep = BatchSampler(small, small.overlay(TopicEdit((sea, ship), 3)), 1, len(ids))
     for token in ids:
         got = lockstep.feed(torch.tensor([token]))[0]
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
@@ -58,9 +58,9 @@ def test_topic_weights_and_annealing(small: Subject) -> None:
     assert (multipliers - delta[ids].t()).abs().max() > 1e-2, "annealing changed nothing"
 
 
-def test_lean(small: Subject) -> None:
+def test_lean(small: LabModel) -> None:
     sea, ship, the, comma = (*map(small.token, ("sea", "ship", "the")), small.tokenizer.encode(",")[0])
-    frequent = Frequent((the, comma, sea), (0.3, 0.1, 0.2))
+    frequent = FrequentWords((the, comma, sea), (0.3, 0.1, 0.2))
     embedding, senses, width = small.model.embedding, small.table.rows.clone(), small.config.n_embd
     scored = [token for token in range(small.config.tokens) if token != small.config.eos_token_id]
     mean = torch.stack([embedding[t] for t in scored]).double().mean(0)
@@ -76,13 +76,13 @@ def test_lean(small: Subject) -> None:
         for token, sign in ((the, 1), (comma, 1), (sea, -1), (ship, -1)):
             senses[token, sense] += sign * delta
     expected = _dense(small, small.ids(PROMPT), senses)
-    edits = lean_edits(small, [sea, ship], 2, frequent)
+    edits = topic_vector_edits(small, [sea, ship], 2, frequent)
     got = Prompts(small, [PROMPT]).logits(small.overlay(*edits), range(small.config.vocab_size))[0]
     torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-3)
     assert (expected - _dense(small, small.ids(PROMPT), small.table.rows)).abs().max() > 0.1
 
 
-def test_swap(small: Subject) -> None:
+def test_swap(small: LabModel) -> None:
     sea, land, ship = map(small.token, ("sea", "land", "ship"))
     r, a = small.model.embedding[sea], small.model.embedding[land]
     senses = small.table.rows.clone()
@@ -91,14 +91,14 @@ def test_swap(small: Subject) -> None:
         c = torch.dot(v, r) / torch.dot(r, r)
         senses[ship, sense] = v - c * r + c * a * torch.dot(r, r) / torch.dot(a, a)
     expected = _dense(small, small.ids(PROMPT), senses).double().log_softmax(-1)
-    edit = Swap(tuple(Cell(ship, sense) for sense in range(small.config.num_senses)), sea, land)
+    edit = SwapEdit(tuple(Cell(ship, sense) for sense in range(small.config.num_senses)), sea, land)
     got = Prompts(small, [PROMPT]).log_probabilities(small.overlay(edit))[0]
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert (got - Prompts(small, [PROMPT]).log_probabilities(small.overlay())[0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.0, -2.5])
-def test_bias(small: Subject, factor: float) -> None:
+def test_bias(small: LabModel, factor: float) -> None:
     templates = ("The {} said that", "When the king saw the {} in the room,", "A {} believes")
     he, she, nurse = map(small.token, ("he", "she", "nurse"))
     senses = small.table.rows.clone()

@@ -12,7 +12,7 @@
 #include "draw.h"
 #include "mix.h"
 #include "norm.h"
-#include "note.h"
+#include "append.h"
 #include "product.h"
 #include "trunk.h"
 
@@ -48,8 +48,8 @@ void log_probabilities_float32(const float* logits, int count, int vocabulary, c
                           logs + n * top);
 }
 
-void note_int32(const Notes* to, const Run* runs, int count, const int64_t* tokens, const int32_t* rows) {
-    note(*to, runs, count, tokens, rows);
+void append_tokens_int32(const AppendTargets* to, const Run* runs, int count, const int64_t* tokens, const int32_t* rows) {
+    append_tokens(*to, runs, count, tokens, rows);
 }
 
 #define TRUNK(NAME, Value)                                                                                           \

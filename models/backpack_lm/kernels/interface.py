@@ -1,0 +1,63 @@
+"""The operations, as the engine calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from backpack_lm.kernels.caches import Caches, DrawParams, MixSpan, StepInput, TokenSpan
+from backpack_lm.model import Backpack
+
+
+class Linear(Protocol):
+    """x [N, in] → [N, out], in the kernels' dtype; with GPT-2's gelu behind it if so made."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+class Compute(Protocol):
+    """New tokens → the sense weights' queries [N, k, d/k], with all caches of the trunk filled."""
+
+    def __call__(self, new: StepInput, runs: Sequence[TokenSpan], /) -> Tensor: ...
+
+
+class Kernels(Protocol):
+    """Operations over a step's N new tokens. All share one device and dtype; `caches` is what they write."""
+
+    name: str
+    caches: Caches
+
+    def trunk(self, model: Backpack) -> Compute:
+        """A model's trunk and sense weights, on the caches' device and in their dtype."""
+
+    def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
+        """A layer with weight [out, in] and bias [out], in whatever form is fastest here."""
+
+    def head(self, embedding: Tensor) -> Linear:
+        """o [B, d] float32 → logits [B, V] float32 under E [V, d]."""
+
+    def append_tokens(self, new: StepInput, runs: Sequence[TokenSpan]) -> None:
+        """Write ids and rows of new tokens into their slots."""
+
+    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+        """x += delta, in place, x [N, d] float32; then LayerNorm(x) in the kernels' dtype."""
+
+    def attend(self, qkv: Tensor, layer: int, runs: Sequence[TokenSpan], scale: float) -> Tensor:
+        """Write keys and values of new tokens qkv [N, 3·d]; each token's attention over its slot, [N, d]."""
+
+    def mix(self, queries: Tensor, predictions: Sequence[MixSpan]) -> Tensor:
+        """o [B, d] float32 = Σ_j Σ_l α[l,j] m[l,j] C(x_j)_l for queries [B, k, d/k], α a softmax over the slot."""
+
+    def draw(self, logits: Tensor, how: Sequence[DrawParams]) -> Tensor:
+        """argmax_y (logit_y / temperature − log e_y) for each row of logits [G, V], e from `noise.py`, over the
+        tokens that may be drawn; argmax_y logit_y at temperature 0. −1 for a row with NaN or +∞, or with nothing
+        else than −∞."""
+
+    def log_probabilities(self, logits: Tensor, chosen: Sequence[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """log softmax of logits [G, V] that are numbers, in float64: of a chosen token of each row [G], and the
+        `count` likeliest tokens with theirs, the likeliest first [G, count]."""
+
+    def update_annealing(self, prediction: MixSpan, start: int) -> None:
+        """Count the tokens from `start` to `prediction.length` in the slot's annealing."""

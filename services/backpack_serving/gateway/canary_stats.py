@@ -1,0 +1,68 @@
+"""What a gateway's reader does beside reading: it counts how requests under canaries went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from backpack_serving.errors import DataLoss, Internal, NotFound, PreconditionFailed, ServiceError
+from backpack_serving.gateway.registry import Pin
+from backpack_serving.sync.messages import CanaryTally, Refusal
+from backpack_serving.sync.state import Stageable, StateView
+
+THE_RELEASES_FAULT = (DataLoss, Internal, NotFound, PreconditionFailed)
+"""Refusals of a replica that another release might not have had."""
+
+
+class CanaryStats:
+    """The owner of a gateway's reader: there is nothing to get ready, so nothing is ever refused."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str, str], CanaryTally] = {}
+        self._canaries: frozenset[tuple[str, str, str]] = frozenset()
+
+    @contextmanager
+    def request(self, pinned: Pin) -> Iterator[None]:
+        """A request to a replica, counted if it is under a canary."""
+        if not pinned.canary:
+            yield
+            return
+        try:
+            yield
+        except THE_RELEASES_FAULT as error:
+            self._count(pinned, error)
+            raise
+        except ServiceError:
+            raise  # it says nothing of the release
+        else:
+            self._count(pinned, None)
+
+    def _count(self, pinned: Pin, error: ServiceError | None) -> None:
+        key = pinned.tenant, pinned.channel, pinned.digest
+        if key not in self._canaries:
+            return  # its canary ended while it ran: it would count against a later one of the same release
+        old = self._counts.get(key) or CanaryTally(*key, 0, 0)
+        not_numbers = error is not None and error.reason == "NON_FINITE"
+        self._counts[key] = replace(
+            old,
+            requests=old.requests + 1,
+            errors=old.errors + (error is not None),
+            non_finite=old.non_finite + not_numbers,
+        )
+
+    # ---- backpack_serving.sync.transport.Owner
+
+    async def stage(self, work: tuple[Stageable, ...]) -> tuple[Refusal, ...]:
+        return ()
+
+    def swapped(self, view: StateView) -> None:
+        canaries = ((*c.key, c.canary.release.digest) for c in view.channels.values() if c.canary)
+        self._canaries = frozenset(canaries)
+        self._counts = {key: tally for key, tally in self._counts.items() if key in self._canaries}
+
+    def resident(self) -> frozenset[str]:
+        return frozenset()
+
+    def tallies(self) -> tuple[CanaryTally, ...]:
+        return tuple(self._counts.values())

@@ -1,0 +1,120 @@
+"""Who calls, and which release their request gets: answered from what the gateway's reader knows, asking nobody.
+
+What is known is one immutable view that a change replaces, so a request sees one state of the store.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+
+from backpack_serving.auth.keys import ApiKeySecret, Principal, suspended, unknown_key
+from backpack_serving.errors import NotFound, Unavailable
+from backpack_serving.sync.client import SyncClient
+from backpack_serving.sync.state import ReleaseRef, StateView
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """The release that a request gets, and the position of the store at which that was so.
+
+    `staleness` is how many seconds old that knowledge was; `canary`: it is the channel's canary.
+    """
+
+    tenant: str
+    channel: str
+    release: int
+    digest: str
+    epoch: int
+    revision: int
+    canary: bool = False
+    staleness: float = 0.0
+
+
+class TenantRegistry:
+    """Authenticates and pins.
+
+    `expires` is how many seconds without news its knowledge is good for; the tenants in `serve_expired` ("*": all)
+    are served beyond that, too.
+    """
+
+    def __init__(
+        self,
+        reader: SyncClient,
+        expires: float,
+        serve_expired: Set[str] = frozenset(),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._reader, self._expires, self._serve_expired, self._clock = reader, expires, serve_expired, clock
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was certain that nothing is missing; infinite if that never was."""
+        return self._reader.age(self._clock())
+
+    @property
+    def usable(self) -> bool:
+        """Whether anybody can be served."""
+        return self.age <= self._expires or (self.age < float("inf") and bool(self._serve_expired))
+
+    def authenticate(self, presented: str) -> Principal:
+        """Raises Unauthenticated, or Unavailable while nothing is known or what is known is too old."""
+        self._check_started()
+        key = ApiKeySecret.parse(presented)
+        known = self._reader.view.keys.get(key.id)
+        if known is None or known.revoked or not known.verifier.accepts(key.secret):
+            raise unknown_key()
+        self.check(known.principal.tenant)
+        return known.principal
+
+    def check(self, tenant: str) -> None:
+        """Raises Unauthenticated if a tenant is suspended, Unavailable if what is known of it is too old."""
+        self._check_started()
+        age, owner = self.age, self._reader.view.tenants.get(tenant)
+        if owner and owner.suspended:
+            raise suspended(tenant)
+        if age > self._expires and not self._serve_expired & {tenant, "*"}:
+            raise Unavailable(
+                "STALE",
+                f"no news from the intervention service for {age:.0f} s; the bound is {self._expires:.0f} s",
+                retry_after=5.0,
+            )
+
+    def _check_started(self) -> None:
+        if self.age == float("inf"):
+            raise Unavailable("STARTING", "the gateway hasn't reached the intervention service yet", retry_after=1.0)
+
+    def page(self) -> RegistrySnapshot:
+        """What is known now. Releases that are pinned from one page go together."""
+        return RegistrySnapshot(self._reader.view, self.age)
+
+    def pin(self, tenant: str, channel: str, request_key: str = "") -> Pin:
+        """What a tenant's channel points at now, for a request with this key (drawn if empty).
+
+        Raises NotFound if there is no such channel.
+        """
+        return self.page().channel(tenant, channel, request_key)
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrySnapshot:
+    """What the book knew at one moment, and how many seconds old that was."""
+
+    view: StateView
+    age: float
+
+    def channel(self, tenant: str, channel: str, request_key: str = "") -> Pin:
+        """What a channel points at, for a request with this key. Raises NotFound if there is no such channel."""
+        known = self.view.channels.get((tenant, channel))
+        if known is None:
+            raise NotFound(
+                "NO_SUCH_CHANNEL", f"tenants/{tenant}/channels/{channel} doesn't exist; activate a release on it"
+            )
+        release = known.choose(request_key or secrets.token_hex(8)) if known.canary else known.stable
+        return self.release(tenant, release, channel, release is not known.stable)
+
+    def release(self, tenant: str, release: ReleaseRef, channel: str = "", canary: bool = False) -> Pin:
+        at = self.view.position
+        return Pin(tenant, channel, release.number, release.digest, at.epoch, at.revision, canary, self.age)

@@ -1,0 +1,302 @@
+"""Releases by digest: fetched, verified, compiled once; those of channels are kept, others for a while."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+from backpack_lm.overlay import Overlay
+from backpack_lm.patch import PatchError, PatchLimits, ReleaseContent, RevisionContent, Violation
+
+from backpack_serving.errors import (
+    NOT_THE_CALLERS,
+    RELEASE_UNREACHABLE,
+    DataLoss,
+    Internal,
+    ServiceError,
+    Unavailable,
+    from_patch_error,
+)
+from backpack_serving.inference.release_files import ReleaseFiles, digest_of
+from backpack_serving.inference.served_model import ServedModel
+from backpack_serving.sync.messages import CanaryTally, Refusal
+from backpack_serving.sync.state import ChannelState, ReleaseRef, Stageable, StateView
+
+log = structlog.get_logger(__name__)
+
+Fetch = Callable[[str, str], Awaitable[list[bytes]]]
+"""(tenant, digest) → the canonical bytes of the release's revisions."""
+
+AT_ONCE = 4
+"""Releases that are fetched and compiled side by side."""
+
+MOST_REFUSED = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A release, and the tenant that it was compiled for."""
+
+    overlay: Overlay
+    tenant: str
+
+
+class ReleaseCache:
+    """The compiled releases of a replica, and the owner of its reader.
+
+    A digest names its content, so nothing here is ever stale. What a channel is at, its canary, and what it was at
+    before stay as long as they fit `tenant_bytes`; of the others, the `capacity` used last, as far as those of one
+    tenant fit as many. What a request uses is never dropped under it.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        fetch: Fetch,
+        blobs: ReleaseFiles,
+        capacity: int,
+        tenant_bytes: int,
+        limits: PatchLimits = PatchLimits(),
+    ) -> None:
+        self._served, self._fetch, self._blobs = served, fetch, blobs
+        self._capacity, self._tenant_bytes, self._limits = capacity, tenant_bytes, limits
+        self._compiled: OrderedDict[str, _Compiled] = OrderedDict()  # least recently used first
+        self._loading: dict[str, asyncio.Task[Overlay]] = {}
+        self._refused: OrderedDict[str, tuple[Violation, ...]] = OrderedDict()
+        self._users: Counter[str] = Counter()
+        self._kept: frozenset[str] = frozenset()
+        self._staged: dict[tuple[str, str], Stageable] = {}  # ready for a view that doesn't hold yet
+        self._view = StateView()
+        self._channels: dict[str, list[ChannelState]] = {}  # the view's, by tenant
+        self._slots = asyncio.Semaphore(AT_ONCE)
+        self.fetched = 0
+
+    @property
+    def count(self) -> int:
+        return len(self._compiled)
+
+    @asynccontextmanager
+    async def use(self, tenant: str, digest: str) -> AsyncIterator[Overlay]:
+        """The compiled release, for as long as the block runs.
+
+        Raises ServiceError or PatchError if it can't be had or doesn't fit the model: never another release.
+        """
+        self._users[digest] += 1
+        try:
+            yield await self._get_overlay(tenant, digest)
+        finally:
+            self._users[digest] -= 1
+            if not self._users[digest]:
+                del self._users[digest]
+                self._evict()
+
+    async def _get_overlay(self, tenant: str, digest: str) -> Overlay:
+        """Requests for a release that is still being made share the work."""
+        if found := self._compiled.get(digest):
+            self._compiled.move_to_end(digest)
+            return found.overlay
+        if refused := self._refused.get(digest):
+            raise PatchError(*refused)  # a new one: those that are raised gather where they came by, and keep it
+        if digest not in self._loading:
+            task = self._loading[digest] = asyncio.create_task(self._load_release(tenant, digest))
+            task.add_done_callback(partial(self._loaded, digest))
+        # One caller going away must not cancel the work that others wait for.
+        return await asyncio.shield(self._loading[digest])
+
+    def _loaded(self, digest: str, task: asyncio.Task[Overlay]) -> None:
+        self._loading.pop(digest, None)
+        if not task.cancelled():
+            task.exception()  # or asyncio logs it, when all who asked have left
+
+    async def _load_release(self, tenant: str, digest: str) -> Overlay:
+        try:
+            async with self._slots:
+                overlay = await self._read_or_fetch(tenant, digest)
+        except (ServiceError, PatchError):
+            raise
+        except Exception:  # one release must not keep those beside it from being made ready
+            log.exception("a release can't be made ready", tenant=tenant, digest=digest)
+            raise Internal("INTERNAL", "an internal error; the replica's log has more") from None
+        self._compiled[digest] = _Compiled(overlay, tenant)
+        self._evict()
+        return overlay
+
+    async def _read_or_fetch(self, tenant: str, digest: str) -> Overlay:
+        """From disk, or else fetched, and then on disk."""
+        revisions = await asyncio.to_thread(self._blobs.read, digest)
+        on_disk = revisions is not None
+        if revisions is None:
+            self.fetched += 1
+            try:
+                revisions = await self._fetch(tenant, digest)
+            except NOT_THE_CALLERS as error:  # nor must a gateway take it for ours: we are here
+                message = f"this replica can't fetch release {digest} now"
+                log.warning("a release can't be fetched", tenant=tenant, digest=digest, error=error.message)
+                raise Unavailable(RELEASE_UNREACHABLE, message, retry_after=1.0) from None
+        try:
+            overlay = await asyncio.to_thread(self._compile_release, revisions, digest)
+        except PatchError as error:
+            self._refused[digest] = error.violations
+            while len(self._refused) > MOST_REFUSED:
+                self._refused.popitem(last=False)
+            raise
+        if not on_disk:
+            try:
+                await asyncio.to_thread(self._blobs.write, digest, revisions)
+            except OSError as error:  # a full disk must not stop what is in memory
+                log.error("a release can't be kept on disk", digest=digest, error=str(error))
+        return overlay
+
+    def _compile_release(self, revisions: list[bytes], digest: str) -> Overlay:
+        """Verify every byte, validate again, compile, and try out."""
+        found = digest_of(revisions)
+        if found != digest:
+            raise DataLoss(
+                "WRONG_DIGEST",
+                f"asked for release {digest}, got the bytes of {found}",
+                wanted=digest,
+                got=found,
+            )
+        release = ReleaseContent(tuple(map(RevisionContent.from_bytes, revisions)))
+        release.validate(self._served.manifest.shape, self._limits)
+        overlay = Overlay.compile(release, self._served.table)
+        self._served.try_out(overlay)
+        return overlay
+
+    @property
+    def _needed(self) -> frozenset[str]:
+        """What channels need, and what requests and staged changes use."""
+        return self._kept.union(self._users)
+
+    def _evict(self) -> None:
+        """Of what isn't needed, drop what was used least recently: beyond the capacity, or its tenant's bytes."""
+        needed, sizes = self._needed, Counter[str]()
+        idle = [digest for digest in reversed(self._compiled) if digest not in needed]
+        for place, digest in enumerate(idle):
+            held = self._compiled[digest]
+            sizes[held.tenant] += held.overlay.nbytes
+            if place >= self._capacity or sizes[held.tenant] > self._tenant_bytes:
+                sizes[held.tenant] -= held.overlay.nbytes
+                del self._compiled[digest]
+
+    # ---- backpack_serving.sync.transport.Owner
+
+    async def stage(self, work: tuple[Stageable, ...]) -> tuple[Refusal, ...]:
+        """Get the releases that these channels are at ready; those that they were at before if that can be."""
+        found = await asyncio.gather(*map(self._stage, work))
+        return tuple(refusal for refusal in found if refusal)
+
+    async def _stage(self, change: Stageable) -> Refusal | None:
+        if before := self._staged.get(change.key):
+            self._unstage(before)
+        self._staged[change.key] = change
+        self._users.update(_digests(change))
+        refusal = await self._get_ready(change)
+        if refusal and self._staged.get(change.key) is change:
+            self._unstage(change)
+            self._evict()
+        elif not refusal:
+            for release in _earlier(change):
+                with suppress(ServiceError, PatchError):
+                    await self._get_overlay(change.tenant, release.digest)
+        return refusal
+
+    def _unstage(self, *changes: Stageable) -> None:
+        """These hold now, or never will."""
+        for change in changes:
+            del self._staged[change.key]
+            self._users.subtract(_digests(change))
+        self._users = +self._users  # without those that nobody uses
+
+    async def _get_ready(self, change: Stageable) -> Refusal | None:
+        """What a change serves, if it fits beside what else its tenant's channels are at or are about to be."""
+        for release in change.serving:
+            try:
+                await self._get_overlay(change.tenant, release.digest)
+            except (ServiceError, PatchError) as error:
+                return _refusal(change, release, error)
+        size = sum(self._overlay_sizes(self._serving(change.tenant)))
+        if size > self._tenant_bytes:
+            message = f"{size} bytes of releases for tenants/{change.tenant}, at most {self._tenant_bytes}"
+            return Refusal(*change.key, change.serving[0].digest, "TENANT_TOO_LARGE", message)
+        return None
+
+    def swapped(self, view: StateView) -> None:
+        """Keep what this view's channels need."""
+        if view.channels is self._view.channels and view.fresh is self._view.fresh:
+            return
+        self._view = view
+        self._unstage(*self._staged.values())
+        self._channels = {}
+        for channel in view.channels.values():
+            self._channels.setdefault(channel.tenant, []).append(channel)
+        kept: set[str] = set()
+        for tenant in self._channels:
+            kept |= self._worth_keeping(tenant)
+        self._kept = frozenset(kept)
+        self._evict()
+
+    def _worth_keeping(self, tenant: str) -> set[str]:
+        """What is served, then what was served before or will be soon, as far as it fits."""
+        kept = set(self._serving(tenant))
+        room = self._tenant_bytes - sum(self._overlay_sizes(kept))
+        more = [release for channel in self._channels[tenant] for release in channel.earlier]
+        if fresh := self._view.fresh.get(tenant):
+            more.append(fresh.release)
+        for release in more:
+            (size,) = self._overlay_sizes([release.digest])
+            if release.digest not in kept and size <= room:
+                kept.add(release.digest)
+                room -= size
+        return kept
+
+    def _serving(self, tenant: str) -> set[str]:
+        """Digests of what a tenant's channels are at, once what is staged holds."""
+        channels = {channel.key: channel for channel in self._channels.get(tenant, ())}
+        staged = (c for c in self._staged.values() if c.tenant == tenant and isinstance(c, ChannelState))
+        channels |= {channel.key: channel for channel in staged}
+        return {release.digest for channel in channels.values() for release in channel.serving}
+
+    def _overlay_sizes(self, digests: Iterable[str]) -> list[int]:
+        return [self._compiled[d].overlay.nbytes if d in self._compiled else 0 for d in digests]
+
+    def resident(self) -> frozenset[str]:
+        return frozenset(self._compiled)
+
+    def tallies(self) -> tuple[CanaryTally, ...]:
+        return ()
+
+    async def restore(self, view: StateView) -> None:
+        """Compile what is on disk of a view that was taken up from there, without asking anybody."""
+        for channel in view.channels.values():
+            for release in (*channel.serving, *channel.earlier):
+                if await asyncio.to_thread(self._blobs.has, release.digest):
+                    with suppress(ServiceError, PatchError):
+                        await self._get_overlay(channel.tenant, release.digest)
+
+    async def tidy(self) -> None:
+        """Forget on disk what no channel needs. What can't be removed stays until the next time."""
+        try:
+            await asyncio.to_thread(self._blobs.forget_all_but, self._needed)
+        except OSError as error:
+            log.error("what no channel needs can't be removed", error=str(error))
+
+
+def _earlier(change: Stageable) -> tuple[ReleaseRef, ...]:
+    return change.earlier if isinstance(change, ChannelState) else ()
+
+
+def _digests(change: Stageable) -> frozenset[str]:
+    return frozenset(release.digest for release in (*change.serving, *_earlier(change)))
+
+
+def _refusal(change: Stageable, release: ReleaseRef, error: ServiceError | PatchError) -> Refusal:
+    """A patch that is wrong stays wrong; whatever kept us from getting it may pass."""
+    final = isinstance(error, PatchError)
+    refused = from_patch_error(error) if isinstance(error, PatchError) else error
+    return Refusal(*change.key, release.digest, refused.reason, refused.message, final)

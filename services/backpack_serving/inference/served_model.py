@@ -1,0 +1,113 @@
+"""The model that a replica serves, read from its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+from backpack_lm.attribution import (
+    Attribution,
+    SenseReading,
+    Terms,
+    attribute,
+    attribute_text,
+    read_senses,
+)
+from backpack_lm.checkpoint import TOKENIZER, load, load_table, verify
+from backpack_lm.compare import Comparison, Distribution, Predicting, Scoring
+from backpack_lm.kernels import Precision
+from backpack_lm.manifest import Manifest
+from backpack_lm.mapped_table import mapped, prepare
+from backpack_lm.model import Backpack
+from backpack_lm.overlay import Overlay, SenseTable
+from backpack_lm.patch import PatchError, Violation
+from backpack_lm.tokenizer import Tokenizer
+from torch import Tensor
+
+from backpack_serving.wire.compare import ComparisonQuery
+
+log = structlog.get_logger(__name__)
+
+TRIED = 64
+"""Words that a release is tried out on, where the context has room for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model with its sense table, tokenizer and fingerprint. Its methods block, and don't touch the engine."""
+
+    manifest: Manifest
+    model: Backpack
+    table: SenseTable
+    tokenizer: Tokenizer
+    storage: Tensor
+
+    @classmethod
+    def read(
+        cls,
+        folder: Path,
+        precision: Precision = Precision.FLOAT32,
+        room: int = 0,
+        device: torch.device = torch.device("cpu"),
+    ) -> ServedModel:
+        """The model in a folder, its table mapped from the host's cache, in `storage` [V·k + room, d] on a device.
+
+        All else stays on the CPU: releases are compiled there, and texts scored and explained.
+
+        Raises ManifestError, CheckpointError or ValueError if there is no servable model in the folder, or it is
+        another than its fingerprint says.
+        """
+        # What isn't the model that it is called is never served, nor made a table of that every replica would map.
+        manifest, model = verify(folder), load(folder)
+        dtype = precision.dtype(device.type)
+        try:
+            storage = mapped(prepare(model, manifest.fingerprint, dtype), model, dtype, room)
+        except OSError as error:
+            log.warning("the sense table can't be shared with other replicas", error=str(error))
+            storage = model.sense_table().with_room(room, dtype)
+        config = model.config
+        own = storage[: config.vocab_size * config.num_senses]
+        table = load_table(folder, model, own.view(config.vocab_size, config.num_senses, config.n_embd))
+        return cls(manifest, model, table, Tokenizer.read(folder / TOKENIZER), storage.to(device))
+
+    def try_out(self, overlay: Overlay) -> None:
+        """Predict from the words that a release edits most. Raises PatchError if what comes out isn't numbers.
+
+        Edits that are each within their limits may amount to vectors that no sum can hold.
+        """
+        if not len(overlay.rows):
+            return
+        norms = torch.cat([overlay.rows.float().norm(dim=1), torch.zeros(1)])  # the last: of what isn't replaced
+        count = min(TRIED, len(overlay.tokens), self.model.config.n_positions)
+        largest = norms[overlay.index].amax(1).topk(count).indices
+        with torch.inference_mode():
+            logits = self.model(overlay.tokens[largest][None], overlay)
+        if not bool(logits.isfinite().all()):
+            raise PatchError(
+                Violation("revisions", "NON_FINITE", "the model predicts no numbers under these edits together")
+            )
+
+    def score(self, ids: tuple[int, ...], overlay: Overlay) -> list[float]:
+        """log p of each token but the first, of two at least."""
+        (logs,) = Scoring(self.model, self.table, torch.tensor(ids)).read([overlay])
+        return logs
+
+    def explain(self, ids: tuple[int, ...], overlay: Overlay, target: int | None) -> Attribution:
+        return attribute(self.model, self.table, torch.tensor(ids), overlay, target)
+
+    def explain_text(self, ids: Sequence[int], overlay: Overlay, start: int) -> list[Terms]:
+        """What made each token from position `start` on likely."""
+        return attribute_text(self.model, self.table, torch.tensor(ids), overlay, start)
+
+    def compare(self, question: ComparisonQuery) -> Comparison[list[float] | Distribution]:
+        """The text of a question, read once by the trunk, to be read under any releases."""
+        ids = torch.tensor(question.ids)
+        if question.score:
+            return Scoring(self.model, self.table, ids)
+        return Predicting(self.model, self.table, ids, question.top, question.targets)
+
+    def senses(self, token: int, overlay: Overlay, limit: int, neighbours: int) -> list[SenseReading]:
+        return read_senses(self.model, self.table, token, overlay, limit, neighbours)

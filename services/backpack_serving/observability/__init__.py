@@ -1,0 +1,1 @@
+"""What is seen from outside: metrics, their HTTP listener, logs, traces."""

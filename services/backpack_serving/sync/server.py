@@ -1,0 +1,170 @@
+"""The service's end of one stream to a reader. No clock, no transport, no thread: time and messages are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from backpack_serving.errors import InvalidRequest, PreconditionFailed, Unavailable
+from backpack_serving.sync.messages import (
+    BOOKMARK_SECONDS,
+    SILENCE,
+    Ack,
+    Bookmark,
+    Delta,
+    FromReader,
+    Hello,
+    Nack,
+    Refusal,
+    ResyncRequired,
+    Snapshot,
+    ToReader,
+)
+from backpack_serving.sync.state import Position, ReaderKind, Stageable, StateEntry
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryPage:
+    """Part of the store's history: what changed up to `position`, and where the store stands (`head`)."""
+
+    head: Position
+    position: Position
+    changes: tuple[StateEntry, ...]
+
+
+class History(Protocol):
+    """The store's history, as readers are told it."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def snapshot(self) -> HistoryPage:
+        """Everything."""
+
+    def since(self, revision: int) -> HistoryPage | None:
+        """The changes after a revision, oldest first, perhaps not all; None if they aren't kept any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    nonce: int
+    position: Position
+    changes: tuple[StateEntry, ...]
+
+
+class SyncServer:
+    """One stream. `acked` is the position up to which the reader has said that it applied everything.
+
+    `nonces` are never used twice, in no session of any process: an answer to another stream must not count here.
+    """
+
+    def __init__(self, log: History, nonces: Iterator[int]) -> None:
+        self._log, self._nonces = log, nonces
+        self._flight: _InFlight | None = None
+        self._bookmark_due = self._heard = 0.0
+        self._fresh = False
+        self.hello: Hello | None = None
+        self.acked = Position()
+        self.refusals: dict[tuple[str, str], Refusal] = {}
+        self.digests: set[str] = set()
+
+    def receive(self, message: FromReader, now: float) -> None:
+        """Take in what the reader says.
+
+        Raises PreconditionFailed for a reader of another model, InvalidRequest for one without an incarnation.
+        """
+        self._heard = now
+        match message:
+            case Hello():
+                self._receive_hello(message)
+            case Ack():
+                self._receive_ack(message.nonce, ())
+            case Nack():
+                self._receive_ack(message.nonce, message.refusals)
+            case _:
+                self.refusals = {refusal.key: refusal for refusal in message.refusals}
+
+    def pump(self, now: float) -> list[ToReader]:
+        """What to send now. Call it when the store moved, after every message, and at `due`.
+
+        Raises PreconditionFailed if the store is behind what the reader has applied, Unavailable if the reader has
+        been silent for so long that the stream must be half open.
+        """
+        if self.hello is None:
+            return []
+        if now - self._heard > SILENCE:
+            raise Unavailable("READER_SILENT", f"nothing was heard for {SILENCE:g} s; open a new stream")
+        due = now >= self._bookmark_due
+        out = self._advance(self.hello) if self._flight is None else []
+        if out or due:
+            self._bookmark_due = now + BOOKMARK_SECONDS
+        return out or ([Bookmark(self.acked)] if due else [])
+
+    @property
+    def due(self) -> float:
+        """When the next bookmark has to go out."""
+        return self._bookmark_due
+
+    def _receive_hello(self, hello: Hello) -> None:
+        if hello.fingerprint != self._log.fingerprint:
+            raise PreconditionFailed(
+                "WRONG_MODEL",
+                f"you serve model {hello.fingerprint[:12]}…, the patches here are for {self._log.fingerprint[:12]}…",
+            )
+        if not hello.incarnation:
+            raise InvalidRequest.at("hello.incarnation", "EMPTY", "draw one when the process starts")
+        self.hello, self._flight, self._fresh = hello, None, True
+        self.acked = hello.position
+        self.refusals = {refusal.key: refusal for refusal in hello.refusals}
+        self.digests = set(hello.digests)
+
+    def _receive_ack(self, nonce: int, refused: Iterable[Refusal]) -> None:
+        """A delta was applied, but for what was refused. It isn't sent again: the reader knows why."""
+        flight = self._flight
+        if flight is None or nonce != flight.nonce:
+            return  # of a delta that a later Hello has overtaken
+        self._flight, self.acked = None, flight.position
+        refusals = {refusal.key: refusal for refusal in refused}
+        for change in flight.changes:
+            if isinstance(change, Stageable):
+                self.refusals.pop(change.key, None)
+                if change.key not in refusals:
+                    self.digests.update(release.digest for release in change.serving)
+        self.refusals.update(refusals)
+
+    def _advance(self, hello: Hello) -> list[ToReader]:
+        fresh, self._fresh = self._fresh, False
+        page = self._log.since(self.acked.revision)
+        head = self._log.snapshot().head if page is None else page.head
+        if head < self.acked:
+            raise PreconditionFailed(
+                "STORE_WENT_BACK",
+                f"the store is at {head}, but {hello.name} has applied {self.acked}: a backup was restored "
+                "without a new epoch, or this is another store. Raise the epoch; for another store, remove what "
+                "the reader has in its known-good folder",
+            )
+        if page is None or head.epoch != self.acked.epoch or (fresh and hello.whole):
+            if not fresh:
+                self.hello = None
+                return [ResyncRequired(f"the store is in epoch {head.epoch}, you are at {self.acked}")]
+            page = self._log.snapshot()
+            changes = _changes_for(hello.kind, page.changes)
+            self._flight = _InFlight(next(self._nonces), page.position, changes)
+            return [Snapshot(self._flight.nonce, page.position, changes)]
+        if page.position <= self.acked:
+            return []
+        if not (changes := _changes_for(hello.kind, page.changes)):
+            self.acked = page.position
+            return [Bookmark(self.acked)]
+        self._flight = _InFlight(next(self._nonces), page.position, changes)
+        return [Delta(self._flight.nonce, self.acked, page.position, changes)]
+
+
+def _changes_for(kind: ReaderKind, changes: Iterable[StateEntry]) -> tuple[StateEntry, ...]:
+    """What such a reader is told; of several changes of one thing, the last."""
+    latest: dict[object, StateEntry] = {}
+    for change in changes:
+        if kind is ReaderKind.GATEWAY or isinstance(change, Stageable):
+            latest[type(change), change.key] = change
+    return tuple(latest.values())

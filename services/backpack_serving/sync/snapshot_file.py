@@ -1,0 +1,104 @@
+"""What was known last, on disk, so that a process that starts while the service is down can serve it.
+
+A file is written beside itself, synced, and renamed; then its folder is synced. The generation before stays. What
+is read back has to match its checksum, so a torn or altered file is never used: the one before it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+_MAGIC = b"backpack.known-good.v1\n"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSnapshot:
+    """A payload, and when it was last known to be all there is (seconds since 1970)."""
+
+    payload: bytes
+    fresh: float
+
+
+class SnapshotFile:
+    """One payload on disk, in two generations."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._before = path.with_name(path.name + ".before")
+
+    def write(self, payload: bytes) -> None:
+        """Keep a payload. When this returns, it is on disk; whenever it is cut off, this one or the last is."""
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.new")
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(_MAGIC + hashlib.sha256(payload).digest() + payload)
+            file.flush()
+            os.fsync(file.fileno())
+        if self._payload(self.path) is not None:  # a damaged one must not take the place of a good one
+            self.path.replace(self._before)
+        temporary.replace(self.path)
+        _sync_folder(self.path.parent)
+
+    def touch(self, fresh: float) -> None:
+        """Note that what is kept is all there is, still. Not synced: losing it only makes it look older."""
+        if self.path.exists():
+            os.utime(self.path, (fresh, fresh))
+
+    def read(self) -> SavedSnapshot | None:
+        """The newest payload that is whole; None if there is none."""
+        for path in (self.path, self._before):
+            payload = self._payload(path)
+            if payload is not None:
+                return SavedSnapshot(payload, path.stat().st_mtime)
+        return None
+
+    def _payload(self, path: Path) -> bytes | None:
+        """What a file keeps; None if it isn't there, is damaged, or can't be read, which is as good as damaged."""
+        wrong = "its checksum doesn't fit"
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            data, wrong = b"", str(error)
+        start = len(_MAGIC) + 32
+        checksum, payload = data[len(_MAGIC) : start], data[start:]
+        if data.startswith(_MAGIC) and hashlib.sha256(payload).digest() == checksum:
+            return payload
+        log.error("a known-good file is damaged; the one before it counts", file=str(path), wrong=wrong)
+        return None
+
+
+class BlobFolder:
+    """Payloads by the name of their content, on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self, digest: str) -> bytes | None:
+        kept = SnapshotFile(self._folder / digest).read()
+        return kept.payload if kept else None
+
+    def write(self, digest: str, payload: bytes) -> None:
+        SnapshotFile(self._folder / digest).write(payload)
+
+    def forget_all_but(self, digests: frozenset[str]) -> None:
+        """Remove what isn't wanted any more."""
+        for file in self._folder.glob("*") if self._folder.exists() else ():
+            if file.name.split(".")[0] not in digests:
+                file.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
