@@ -1,9 +1,10 @@
-"""Ending tasks, surely; not ending them half-way; waiting for what comes first."""
+"""Cancelling tasks for certain, shielding work from cancellation, waiting with a limit."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -45,3 +46,10 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
         return running.result()
     running.exception()  # it was looked at: nobody is warned that it wasn't
     raise cancelled
+
+
+async def wait_at_most(event: asyncio.Event, seconds: float) -> None:
+    """Wait for an event, `seconds` at most."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(max(0.0, seconds)):
+            await event.wait()

@@ -28,9 +28,9 @@ from backpack_serving.interventions.event_history import EventHistory
 from backpack_serving.interventions.ledger import IdempotencyKey
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
+from backpack_serving.references import LIVE
 from backpack_serving.sync.messages import Snapshot
-from backpack_serving.sync.state import LIVE
-from backpack_serving.wire.sync import write_to_reader
+from backpack_serving.sync.wire import write_to_reader
 from rich.progress import track
 
 from tests.bench.report import console, write
@@ -78,16 +78,16 @@ def writes(url: str, threads: int, seconds: float) -> dict[str, float]:
 
         def work(tenant: str) -> None:
             who = releaser(tenant)
-            etag = service.channel(who, LIVE).etag
+            etag = service.channels.get_channel(who, LIVE).etag
             while time.perf_counter() < end[0]:
                 begun = time.perf_counter()
                 request = IdempotencyKey(str(uuid.uuid4()), "body")
-                etag = service.activate(who, LIVE, 0, etag, request).record.etag
+                etag = service.channels.activate(who, LIVE, 0, etag, request).record.etag
                 took.append(time.perf_counter() - begun)
 
         names = [f"t{threads}-{n}" for n in range(threads)]
         for name in names:
-            service.create_tenant(ADMIN, name, IdempotencyKey())
+            service.tenants.create_tenant(ADMIN, name, IdempotencyKey())
         running = [threading.Thread(target=work, args=(name,)) for name in names]
         begun = time.perf_counter()
         end[0] = begun + seconds
@@ -113,14 +113,16 @@ def fill(url: str, tenants: int, revisions: int, name: str) -> float:
         for number in track(range(tenants), f"filling {name}", console=console, transient=True):
             tenant = f"t{number}"
             who = releaser(tenant)
-            service.create_tenant(ADMIN, tenant, IdempotencyKey())
-            service.create_key(ADMIN, tenant, [Role.CALLER], IdempotencyKey())
-            service.create_patch(who, "p", "", IdempotencyKey())
+            service.tenants.create_tenant(ADMIN, tenant, IdempotencyKey())
+            service.tenants.create_key(ADMIN, tenant, [Role.CALLER], IdempotencyKey())
+            service.patches.create_patch(who, "p", "", IdempotencyKey())
             for revision in range(revisions):
                 edit = ScaleEdit((Cell(revision % 50, 1), Cell(number % 50, 2)), 0.5)
-                service.create_revision(who, "p", [edit], IdempotencyKey())
-            release = service.create_release(who, [("p", revisions)], "", IdempotencyKey()).record
-            service.activate(who, LIVE, release.number, service.channel(who, LIVE).etag, IdempotencyKey())
+                service.patches.create_revision(who, "p", [edit], IdempotencyKey())
+            release = service.releases.create_release(who, [("p", revisions)], "", IdempotencyKey()).record
+            service.channels.activate(
+                who, LIVE, release.number, service.channels.get_channel(who, LIVE).etag, IdempotencyKey()
+            )
     return time.perf_counter() - begun
 
 
@@ -131,8 +133,8 @@ def large(url: str, told: Any) -> None:
     begun = time.perf_counter()
     with opened(url) as store:
         service = Interventions(store, SHAPE)
-        service.check_model("")
-        service.bootstrap(ApiKeySecret.mint(), [Role.ADMIN])
+        service.channels.check_model("")
+        service.tenants.bootstrap(ApiKeySecret.mint(), [Role.ADMIN])
         started = time.perf_counter() - begun
         begun = time.perf_counter()
         page = EventHistory(service).snapshot()
@@ -141,7 +143,7 @@ def large(url: str, told: Any) -> None:
         snapshot = time.perf_counter() - begun
         after = process.memory_info().rss
         begun = time.perf_counter()
-        entries, broken = service.verify_chain(ADMIN)
+        entries, broken = service.events.verify_chain(ADMIN)
         verified = time.perf_counter() - begun
         assert broken is None
     told.send(

@@ -61,7 +61,7 @@ def test_postgresql_is_backed_up_and_restored_by_the_owner_of_the_schema(postgre
     _, service = _secret(postgres, tmp_path)
     store = open_store(service)
     filled = fill(store)
-    filled.bootstrap(ApiKeySecret.mint(), [Role.ADMIN])  # as the service does when it starts
+    filled.tenants.bootstrap(ApiKeySecret.mint(), [Role.ADMIN])  # as the service does when it starts
     (dump,), (restore,) = _commands("pg_dump", "owner_database"), _commands("pg_restore", "owner_database")
     (whole,) = _commands("pg_restore", "grep")
 
@@ -72,7 +72,7 @@ def test_postgresql_is_backed_up_and_restored_by_the_owner_of_the_schema(postgre
         assert done.returncode == 0, done.stderr
         assert (_run(whole, tmp_path, postgres.programs).returncode == 0) is complete
     before = database.verify(service)
-    filled.create_patch(releaser("acme"), "later", "", IdempotencyKey())
+    filled.patches.create_patch(releaser("acme"), "later", "", IdempotencyKey())
     store.close()
 
     epochs = [before.position.epoch]

@@ -6,9 +6,8 @@ from contextlib import suppress
 
 from backpack_serving.errors import NotFound, Unavailable
 from backpack_serving.gateway.canary_stats import CanaryStats
-from backpack_serving.gateway.registry import Pin
-from backpack_serving.sync.messages import CanaryTally
-from backpack_serving.sync.state import CanarySplit, ChannelState, Position, ReleaseRef, StateView
+from backpack_serving.references import CanaryTally, Pin, Position, ReleaseRef
+from backpack_serving.sync.state import CanarySplit, ChannelState, StateView
 
 STABLE, TRIED = ReleaseRef(1, "ab" * 32), ReleaseRef(2, "cd" * 32)
 PINNED = Pin("acme", "live", 2, TRIED.digest, 1, 1, canary=True)

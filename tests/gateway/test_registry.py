@@ -7,19 +7,11 @@ from dataclasses import dataclass
 import pytest
 from backpack_serving.auth.keys import ApiKeySecret, Principal, Role, Verifier
 from backpack_serving.errors import NotFound, Unauthenticated, Unavailable
-from backpack_serving.gateway.registry import Pin, TenantRegistry
+from backpack_serving.gateway.registry import TenantRegistry
+from backpack_serving.references import Pin, Position, ReaderKind, ReleaseRef
 from backpack_serving.sync.client import SyncClient
 from backpack_serving.sync.messages import Bookmark, Delta, Snapshot
-from backpack_serving.sync.state import (
-    CanarySplit,
-    ChannelState,
-    KeyState,
-    Position,
-    ReaderKind,
-    ReleaseRef,
-    StateEntry,
-    TenantState,
-)
+from backpack_serving.sync.state import CanarySplit, ChannelState, KeyState, StateEntry, TenantState
 
 KEY = ApiKeySecret.mint()
 WHO = Principal("acme", KEY.id, frozenset({Role.CALLER}))

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from backpack_serving.errors import NotFound, Unavailable
 from backpack_serving.gateway.releases import ReleaseResolver
-from backpack_serving.sync.state import Position, RecentRelease, ReleaseRef, TenantState
+from backpack_serving.references import Position, ReleaseRef
+from backpack_serving.sync.state import RecentRelease, TenantState
 
 from tests.gateway.test_registry import KNOWN, LIVE, OTHER, STABLE, Told
 

@@ -20,11 +20,11 @@ from backpack_serving.client import AsyncClient, Sampling
 from backpack_serving.errors import Exhausted, Internal, InvalidRequest, ServiceError, Unavailable
 from backpack_serving.gateway.canary_stats import CanaryStats
 from backpack_serving.gateway.limits import Limit, TenantLimits
-from backpack_serving.gateway.registry import Pin
 from backpack_serving.gateway.routing import Router
 from backpack_serving.gateway.servicer import GatewayServicer
 from backpack_serving.gateway.usage import UsageMeter
 from backpack_serving.observability.metrics import Metrics
+from backpack_serving.references import Pin
 from backpack_serving.settings import default_model
 
 from tests.rpc.test_strangers import DATA, LAST, answered, begin, frame

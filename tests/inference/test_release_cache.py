@@ -28,9 +28,10 @@ from backpack_serving.errors import DataLoss, Expired, ServiceError, Unauthentic
 from backpack_serving.inference.release_cache import ReleaseCache
 from backpack_serving.inference.release_files import ReleaseFiles
 from backpack_serving.inference.served_model import ServedModel
+from backpack_serving.references import Position, ReleaseRef
 from backpack_serving.settings import default_model
 from backpack_serving.sync.snapshot_file import SnapshotFile
-from backpack_serving.sync.state import ChannelState, Position, ReleaseRef, StateView
+from backpack_serving.sync.state import ChannelState, StateView
 
 
 @pytest.fixture(scope="module")

@@ -80,12 +80,12 @@ def store(request: pytest.FixtureRequest) -> Iterator[Store]:
 @pytest.fixture
 def service(store: Store) -> Interventions:
     service = Interventions(store, SHAPE)
-    service.bootstrap(ApiKeySecret.mint(), [Role.ADMIN])
+    service.tenants.bootstrap(ApiKeySecret.mint(), [Role.ADMIN])
     return service
 
 
 @pytest.fixture
 def acme(service: Interventions) -> Principal:
-    service.create_tenant(ADMIN, "acme", IdempotencyKey())
-    service.create_patch(releaser("acme"), "debias", "", IdempotencyKey())
+    service.tenants.create_tenant(ADMIN, "acme", IdempotencyKey())
+    service.patches.create_patch(releaser("acme"), "debias", "", IdempotencyKey())
     return releaser("acme")

@@ -31,7 +31,7 @@ from backpack_serving.interventions.records import (
 )
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
-from backpack_serving.sync.state import LIVE
+from backpack_serving.references import LIVE
 
 from tests.interventions.conftest import ADMIN, SHAPE, releaser
 
@@ -137,7 +137,7 @@ def _one_tenant(service: Interventions, tenant: str, tell: Callable[..., None], 
 
     do("create_tenant", "tenant", ADMIN, tenant)
     do("create_patch", "patch", who, "p", "")
-    etag = patiently(lambda: service.channel(who, LIVE)).etag
+    etag = patiently(lambda: service.channels.get_channel(who, LIVE)).etag
     while not stop.is_set():
         edit = ScaleEdit((Cell(chance.randrange(50), 1),), chance.uniform(2, 8))
         revision = do("create_revision", "digest", who, "p", [edit])

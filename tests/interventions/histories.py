@@ -20,7 +20,7 @@ from backpack_serving.errors import Conflict, Unavailable
 from backpack_serving.interventions.ledger import IdempotencyKey
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
-from backpack_serving.sync.state import LIVE
+from backpack_serving.references import LIVE
 from detangle import lin
 
 from tests.interventions.conftest import ADMIN, SHAPE, releaser
@@ -139,7 +139,7 @@ def _client(service: Interventions, tenant: str, recorder: Recorder, number: int
         if kind == "look" or (kind == "activate" and channel is None):
             found = recorder.call(
                 number,
-                lambda: service.channel(acme, LIVE),
+                lambda: service.channels.get_channel(acme, LIVE),
                 ("pointer", "read", None, lambda c: (c.generation, c.release)),
             )
             channel = found or channel
@@ -147,7 +147,7 @@ def _client(service: Interventions, tenant: str, recorder: Recorder, number: int
             release, known = chance.randrange(RELEASES), channel
             done = recorder.call(
                 number,
-                lambda known=known, release=release: service.activate(
+                lambda known=known, release=release: service.channels.activate(
                     acme, LIVE, release, known.etag, IdempotencyKey()
                 ),
                 ("positions", "write", None, at),
@@ -163,20 +163,20 @@ def _client(service: Interventions, tenant: str, recorder: Recorder, number: int
             edit = ScaleEdit((Cell(chance.randrange(50), 1),), chance.uniform(2, 8))
             recorder.call(
                 number,
-                lambda edit=edit: service.create_revision(acme, "p", [edit], IdempotencyKey()),
+                lambda edit=edit: service.patches.create_revision(acme, "p", [edit], IdempotencyKey()),
                 ("positions", "write", None, at),
                 ("numbers", "add", None, lambda w: w.record.number),
             )
         elif kind == "list":
             recorder.call(
                 number,
-                lambda: service.revisions(acme, "p", None, 10_000),
+                lambda: service.patches.list_revisions(acme, "p", None, 10_000),
                 ("numbers", "read", None, lambda found: len(found)),
             )
         else:
             recorder.call(
                 number,
-                lambda: service.snapshot()[0].revision,
+                lambda: service.events.snapshot()[0].revision,
                 ("positions", "read", None, lambda revision: revision),
             )
 

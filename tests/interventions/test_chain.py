@@ -42,14 +42,14 @@ def check_flips(store: SQLStore, postgres: Postgres, flips: int) -> int:
             new = flip(old, chance) if column in TEXTS else old ^ 1 << chance.randrange(3, 40)  # no number in use
             change = sa.text(f"UPDATE events SET {column} = :new WHERE revision = :revision")
             connection.execute(change, {**where, "new": new})
-        broken = service.verify_chain(ADMIN)[1]
+        broken = service.events.verify_chain(ADMIN)[1]
         assert broken is not None, f"{column} of entry {revision} was {old!r}, became {new!r}, and nobody noticed"
         assert broken <= revision + 1 or broken == new, "told by the place, or by the number it was given"
         with unguarded(store, postgres) as connection:
             changed = new if column == "revision" else revision
             undo = sa.text(f"UPDATE events SET {column} = :old WHERE revision = :changed")
             connection.execute(undo, {"old": old, "changed": changed})
-        assert service.verify_chain(ADMIN) == (count, None)
+        assert service.events.verify_chain(ADMIN) == (count, None)
     return flips
 
 
@@ -80,7 +80,7 @@ def test_p13_entries_that_go_come_or_move_are_found(url: str, postgres: Postgres
         with unguarded(store, postgres) as connection:
             for statement in change.split(";"):
                 connection.execute(sa.text(statement))
-        assert service.verify_chain(ADMIN)[1] == broken
+        assert service.events.verify_chain(ADMIN)[1] == broken
 
 
 @pytest.mark.parametrize("page", [1, 2, 5])
@@ -96,18 +96,18 @@ def test_p13_the_service_reads_and_writes_while_the_chain_is_verified(
             yield tx
         between += 1
         if between == 1:  # whoever waited for a store's one lock has it now
-            service.create_patch(releaser("acme"), "meanwhile", "", IdempotencyKey())
+            service.patches.create_patch(releaser("acme"), "meanwhile", "", IdempotencyKey())
 
     monkeypatch.setattr(ledger, "PAGE", page)
     monkeypatch.setattr(store, "read", watched)
-    assert service.verify_chain(ADMIN) == (6, None), "what was written between two pages is in the chain"
+    assert service.events.verify_chain(ADMIN) == (6, None), "what was written between two pages is in the chain"
     assert between == 6 // page + 1
 
 
 def test_p13_every_write_is_told_by_whom_to_what(url: str) -> None:
     with closing(open_store(url)) as store:
         service = fill(store)
-        entries = service.audit(ADMIN, None, 10)[::-1]
+        entries = service.events.list_entries(ADMIN, None, 10)[::-1]
         told = [(e.method, e.principal.split("/")[1], e.resource) for e in entries]
         assert told == [
             ("CreateTenant", "system", "tenants/acme"),
@@ -122,12 +122,12 @@ def test_p13_a_refused_write_has_no_entry(url: str) -> None:
     with closing(open_store(url)) as store:
         service, acme = fill(store), releaser("acme")
         for refused in (
-            lambda: service.create_patch(acme, "p", "", IdempotencyKey()),
-            lambda: service.create_release(acme, [("p", 9)], "", IdempotencyKey()),
-            lambda: service.activate(acme, "live", 1, "stale", IdempotencyKey()),
-            lambda: service.create_revision(acme, "nothing", [HALVE], IdempotencyKey()),
+            lambda: service.patches.create_patch(acme, "p", "", IdempotencyKey()),
+            lambda: service.releases.create_release(acme, [("p", 9)], "", IdempotencyKey()),
+            lambda: service.channels.activate(acme, "live", 1, "stale", IdempotencyKey()),
+            lambda: service.patches.create_revision(acme, "nothing", [HALVE], IdempotencyKey()),
         ):
             with pytest.raises(ServiceError):
                 refused()
-        assert service.verify_chain(ADMIN) == (5, None)
-        assert Interventions(store, SHAPE).snapshot()[0].revision == 5
+        assert service.events.verify_chain(ADMIN) == (5, None)
+        assert Interventions(store, SHAPE).events.snapshot()[0].revision == 5

@@ -32,8 +32,8 @@ from backpack_serving.interventions.sqlite import SQLiteStore
 from backpack_serving.interventions.store import Store
 from backpack_serving.interventions.tables import metadata
 from backpack_serving.observability.metrics import Metrics
+from backpack_serving.references import LIVE
 from backpack_serving.settings import Settings
-from backpack_serving.sync.state import LIVE
 from typer.testing import CliRunner
 
 from tests.interventions.conftest import ADMIN, HALVE, REPLICA, SHAPE, releaser
@@ -43,12 +43,12 @@ from tests.interventions.postgres import ROLE, Postgres
 def fill(store: Store) -> Interventions:
     """A tenant with a patch, a revision, a release, and that release live: five writes."""
     service = Interventions(store, SHAPE)
-    service.create_tenant(ADMIN, "acme", IdempotencyKey())
+    service.tenants.create_tenant(ADMIN, "acme", IdempotencyKey())
     acme = releaser("acme")
-    service.create_patch(acme, "p", "", IdempotencyKey())
-    service.create_revision(acme, "p", [HALVE], IdempotencyKey())
-    service.create_release(acme, [("p", 1)], "", IdempotencyKey())
-    service.activate(acme, LIVE, 1, service.channel(acme, LIVE).etag, IdempotencyKey())
+    service.patches.create_patch(acme, "p", "", IdempotencyKey())
+    service.patches.create_revision(acme, "p", [HALVE], IdempotencyKey())
+    service.releases.create_release(acme, [("p", 1)], "", IdempotencyKey())
+    service.channels.activate(acme, LIVE, 1, service.channels.get_channel(acme, LIVE).etag, IdempotencyKey())
     return service
 
 
@@ -70,12 +70,12 @@ def unguarded(store: SQLStore, postgres: Postgres) -> Iterator[sa.Connection]:
 
 def test_what_was_written_is_there_after_a_restart(url: str) -> None:
     store = open_store(url)
-    before = fill(store).snapshot()
+    before = fill(store).events.snapshot()
     store.close()
     again = open_store(url)
     service = Interventions(again, SHAPE)
-    assert service.snapshot() == before
-    assert service.verify_chain(ADMIN) == (5, None)
+    assert service.events.snapshot() == before
+    assert service.events.verify_chain(ADMIN) == (5, None)
     again.close()
 
 
@@ -108,7 +108,7 @@ def test_migrating_again_and_by_several_at_once_changes_nothing(postgres: Postgr
         database.migrate(url)
         store = open_store(url)
         service = Interventions(store, SHAPE)
-        assert service.verify_chain(ADMIN) == (5, None)
+        assert service.events.verify_chain(ADMIN) == (5, None)
         store.close()
 
 
@@ -187,7 +187,7 @@ def test_p5_what_never_changes_is_kept_by_the_schema_too(url: str, table: str) -
                 _refused(store.engine, change, sa.exc.ProgrammingError, "permission denied")
                 _refused(above, change, sa.exc.IntegrityError, "never change")
             above.dispose()
-        assert Interventions(store, SHAPE).verify_chain(ADMIN) == (5, None)
+        assert Interventions(store, SHAPE).events.verify_chain(ADMIN) == (5, None)
 
 
 def _refused(engine: sa.Engine, statement: str, kind: type[Exception], says: str) -> None:
@@ -206,13 +206,16 @@ def check_changed_bytes(store: SQLStore, postgres: Postgres) -> None:
     """One bit of a revision's bytes is flipped on disk: nobody gets them."""
     service = fill(store)
     acme = releaser("acme")
-    digest = service.channel(acme, LIVE).digest
-    assert service.fetch_release(REPLICA, "acme", digest)
+    digest = service.channels.get_channel(acme, LIVE).digest
+    assert service.releases.fetch_release(REPLICA, "acme", digest)
     with unguarded(store, postgres) as connection:
         data = bytes(connection.scalars(sa.text("SELECT data FROM blobs")).one())
         flipped = data[:-1] + bytes([data[-1] ^ 1])
         connection.execute(sa.text("UPDATE blobs SET data = :data"), {"data": flipped})
-    for read in (lambda: service.fetch_release(REPLICA, "acme", digest), lambda: service.revision(acme, "p", 1)):
+    for read in (
+        lambda: service.releases.fetch_release(REPLICA, "acme", digest),
+        lambda: service.patches.get_revision(acme, "p", 1),
+    ):
         with pytest.raises(DataLoss, match="restore the database"):
             read()
 
@@ -220,11 +223,11 @@ def check_changed_bytes(store: SQLStore, postgres: Postgres) -> None:
 def test_p5_a_release_that_became_another_is_told(url: str, postgres: Postgres) -> None:
     store = open_store(url)
     service = fill(store)
-    digest = service.channel(releaser("acme"), LIVE).digest
+    digest = service.channels.get_channel(releaser("acme"), LIVE).digest
     with unguarded(store, postgres) as connection:
         connection.execute(sa.text("UPDATE releases SET revisions = '[]' WHERE number = 1"))
     with pytest.raises(DataLoss, match="it was made as"):
-        service.fetch_release(REPLICA, "acme", digest)
+        service.releases.fetch_release(REPLICA, "acme", digest)
     store.close()
     with pytest.raises(DataLoss, match="it was made as"):
         database.verify(url)
@@ -232,7 +235,7 @@ def test_p5_a_release_that_became_another_is_told(url: str, postgres: Postgres) 
 
 def test_verify_and_a_new_epoch_after_a_restore(url: str) -> None:
     store = open_store(url)
-    Interventions(store, SHAPE).create_tenant(ADMIN, SYSTEM, IdempotencyKey())
+    Interventions(store, SHAPE).tenants.create_tenant(ADMIN, SYSTEM, IdempotencyKey())
     fill(store)
     store.close()
     found = database.verify(url)
@@ -345,7 +348,7 @@ def test_a_file_is_closed_after_the_write_that_still_runs_and_not_written_again(
     go_on.set()
     writing.join()
     closing_it.join()
-    for use in (service.snapshot, lambda: service.create_tenant(ADMIN, "beside", IdempotencyKey())):
+    for use in (service.events.snapshot, lambda: service.tenants.create_tenant(ADMIN, "beside", IdempotencyKey())):
         with pytest.raises(Unavailable) as refused:
             use()
         assert refused.value.reason == "STOPPING"
@@ -361,7 +364,7 @@ def test_two_services_share_a_postgres_and_wake_each_other(postgres_url: str) ->
     woken.clear()
     fill(one)
     assert woken.wait(30)
-    assert Interventions(two, SHAPE).verify_chain(ADMIN) == (5, None)
+    assert Interventions(two, SHAPE).events.verify_chain(ADMIN) == (5, None)
     one.close()
     two.close()
 
@@ -453,7 +456,7 @@ def test_writes_wait_for_each_other_whatever_the_default_isolation_is(postgres: 
     store = open_store(postgres_url)
     service = Interventions(store, SHAPE)
     with ThreadPoolExecutor(4) as pool:
-        for made in [pool.submit(service.create_tenant, ADMIN, f"t{n}", IdempotencyKey()) for n in range(40)]:
+        for made in [pool.submit(service.tenants.create_tenant, ADMIN, f"t{n}", IdempotencyKey()) for n in range(40)]:
             made.result()
     store.close()
     postgres.sql(f"ALTER DATABASE {name} RESET default_transaction_isolation")
@@ -468,13 +471,13 @@ def test_a_lost_database_is_unavailable_until_it_is_back(postgres: Postgres) -> 
         _is_unavailable(service)
     finally:
         postgres.start()
-    service.create_tenant(ADMIN, "late", IdempotencyKey())
-    assert service.verify_chain(ADMIN) == (6, None)
+    service.tenants.create_tenant(ADMIN, "late", IdempotencyKey())
+    assert service.events.verify_chain(ADMIN) == (6, None)
     store.close()
 
 
 def _is_unavailable(service: Interventions) -> None:
-    for use in (service.snapshot, lambda: service.create_tenant(ADMIN, "late", IdempotencyKey())):
+    for use in (service.events.snapshot, lambda: service.tenants.create_tenant(ADMIN, "late", IdempotencyKey())):
         with pytest.raises(Unavailable) as lost:
             use()
         assert lost.value.retry_after == 1.0

@@ -77,13 +77,15 @@ def check_power_cuts(folder: Path, cuts: int, seed: int = 1) -> int:
         store = open_store(f"sqlite:///{path}")
         disk.moments.append(moment)
         service = Interventions(store, SHAPE)
-        service.create_tenant(ADMIN, "acme", IdempotencyKey())
+        service.tenants.create_tenant(ADMIN, "acme", IdempotencyKey())
         acknowledged.append(("create_tenant", "tenants/acme", "acme", 1))
         acme = releaser("acme")
-        acknowledged.append(("create_patch", service.create_patch(acme, "p", "", IdempotencyKey()).record.name, "p", 2))
+        acknowledged.append(
+            ("create_patch", service.patches.create_patch(acme, "p", "", IdempotencyKey()).record.name, "p", 2)
+        )
         while len(left) < cuts:
             edits = [ScaleEdit((Cell(chance.randrange(50), 1),), chance.uniform(2, 8))] * chance.choice([1, 1, 1, 60])
-            made = service.create_revision(acme, "p", edits, IdempotencyKey())
+            made = service.patches.create_revision(acme, "p", edits, IdempotencyKey())
             written = made.record.name, made.record.digest, made.position.revision
             acknowledged.append(("create_revision", *written))
         disk.moments.clear()
@@ -120,17 +122,17 @@ def _check_it_stops(store: Store, disk: Disk, failing: str, writes: int) -> None
     stopped: list[str] = []
     store.listen(lambda: None, stopped.append)
     service = Interventions(store, SHAPE)
-    service.create_tenant(ADMIN, "before", IdempotencyKey())
+    service.tenants.create_tenant(ADMIN, "before", IdempotencyKey())
     disk.failing = failing
     names = iter(f"t{n}" for n in range(writes))
     with pytest.raises(Unavailable, match="the disk says no"):
         for name in names:
-            service.create_tenant(ADMIN, name, IdempotencyKey())
+            service.tenants.create_tenant(ADMIN, name, IdempotencyKey())
     disk.failing = ""
     assert stopped, "the process is told, so that it ends"
     uses: tuple[Callable[[], object], ...] = (
-        lambda: service.create_tenant(ADMIN, "after", IdempotencyKey()),
-        service.snapshot,
+        lambda: service.tenants.create_tenant(ADMIN, "after", IdempotencyKey()),
+        service.events.snapshot,
     )
     for use in uses:
         with pytest.raises(Unavailable, match="started again") as refused:
@@ -142,7 +144,7 @@ def _check_it_stops(store: Store, disk: Disk, failing: str, writes: int) -> None
 def test_p1_a_failed_fsync_stops_the_service(disk: Disk, tmp_path: Path, failing: str, writes: int) -> None:
     check_a_failed_sync_stops_the_service(disk, f"sqlite:///{tmp_path}/i.db", failing, writes)
     again = open_store(f"sqlite:///{tmp_path}/i.db")
-    Interventions(again, SHAPE).create_tenant(ADMIN, "after", IdempotencyKey())
+    Interventions(again, SHAPE).tenants.create_tenant(ADMIN, "after", IdempotencyKey())
     again.close()
 
 

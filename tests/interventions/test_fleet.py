@@ -7,12 +7,12 @@ import random
 from datetime import UTC, datetime
 
 from backpack_serving.interventions.fleet import FORGOTTEN, ReaderTracker
+from backpack_serving.interventions.fleet_wire import write_reader
 from backpack_serving.interventions.records import ChannelRecord
 from backpack_serving.interventions.rollouts import ErrorGate
-from backpack_serving.sync.messages import SILENCE, CanaryTally, Hello, ReaderReport, ResyncRequired
+from backpack_serving.references import CanaryTally, Position, ReaderKind
+from backpack_serving.sync.messages import SILENCE, Hello, ReaderReport, ResyncRequired
 from backpack_serving.sync.server import SyncServer
-from backpack_serving.sync.state import Position, ReaderKind
-from backpack_serving.wire.rollout import write_reader
 
 from tests.conftest import Clock
 from tests.sync.simulator import MODEL, Dice, History

@@ -24,7 +24,7 @@ from backpack_serving.interventions.ledger import REPLIES_KEPT, IdempotencyKey, 
 from backpack_serving.interventions.records import EventRecord, ReplyRecord
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store, Write
-from backpack_serving.sync.state import LIVE
+from backpack_serving.references import LIVE
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -89,7 +89,7 @@ class Machine(RuleBasedStateMachine):
     def begin(self) -> None:
         self._serve()
         for tenant in TENANTS:
-            self.service.create_tenant(ADMIN, tenant, IdempotencyKey())
+            self.service.tenants.create_tenant(ADMIN, tenant, IdempotencyKey())
         self.effects = len(TENANTS)
 
     def teardown(self) -> None:
@@ -147,7 +147,7 @@ class Machine(RuleBasedStateMachine):
         return (LIVE, self._etag(tenant)) if len(self.live[tenant]) > 1 else None
 
     def _etag(self, tenant: str) -> str:
-        return self.service.channel(Principal(tenant, "a", frozenset({Role.AUTHOR})), LIVE).etag
+        return self.service.channels.get_channel(Principal(tenant, "a", frozenset({Role.AUTHOR})), LIVE).etag
 
     def _first(self, sent: Sent) -> tuple[str, str, int]:
         written = self._do(sent)
@@ -226,7 +226,7 @@ class Machine(RuleBasedStateMachine):
         etag = f"{max(1, self.generation[tenant] - back)}-" + self._etag(tenant).split("-")[1]
         who = Principal(tenant, "a", frozenset({Role.RELEASER}))
         with pytest.raises(Conflict):
-            self.service.activate(who, LIVE, 0, etag, IdempotencyKey())
+            self.service.channels.activate(who, LIVE, 0, etag, IdempotencyKey())
 
     @rule(hours=st.sampled_from([1, 7, 23, 25]))
     def wait(self, hours: int) -> None:
@@ -246,10 +246,10 @@ class Machine(RuleBasedStateMachine):
             assert verify_chain(tx) == (self.effects, None)
         for tenant in TENANTS:
             who = Principal(tenant, "a", frozenset({Role.AUTHOR}))
-            found = {p.patch: latest for p, latest in self.service.patches(who, None, 1000)}
+            found = {p.patch: latest for p, latest in self.service.patches.list_patches(who, None, 1000)}
             assert found == {p: self.revisions[tenant, p] for p in self.patches[tenant]}
-            assert self.service.releases(who, None, 1)[0].number == self.releases[tenant]
-            live = self.service.channel(who, LIVE)
+            assert self.service.releases.list_releases(who, None, 1)[0].number == self.releases[tenant]
+            live = self.service.channels.get_channel(who, LIVE)
             assert (live.release, live.generation) == (self.live[tenant][-1], self.generation[tenant])
 
     @invariant()

@@ -14,9 +14,9 @@ from backpack_serving.interventions.ledger import IdempotencyKey
 from backpack_serving.interventions.rollouts import ErrorGate, Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Read, Store
-from backpack_serving.sync.messages import Ack, FromReader, Hello, Nack, ReaderReport, Refusal
+from backpack_serving.references import LIVE, ReaderKind, Refusal
+from backpack_serving.sync.messages import Ack, FromReader, Hello, Nack, ReaderReport
 from backpack_serving.sync.server import SyncServer
-from backpack_serving.sync.state import LIVE, ReaderKind
 
 from tests.interventions.conftest import HALVE, SHAPE
 
@@ -49,7 +49,7 @@ class Stream:
         await self._rollouts.heard(self.session, message)
 
     async def hello(self, service: Interventions, *refusals: Refusal) -> None:
-        at, _ = service.snapshot()
+        at, _ = service.events.snapshot()
         await self.say(Hello(ReaderKind.REPLICA, "i", "r", SHAPE.fingerprint, at, refusals=refusals))
 
 
@@ -73,14 +73,14 @@ async def test_p12_what_a_replica_refuses_is_looked_into_once(
 async def test_p12_a_canary_that_was_refused_before_ends_when_it_is_refused_again(
     store: Store, service: Interventions, acme: Principal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service.create_revision(acme, "debias", [HALVE], IdempotencyKey())
-    release = service.create_release(acme, [("debias", 1)], "", IdempotencyKey()).record
+    service.patches.create_revision(acme, "debias", [HALVE], IdempotencyKey())
+    release = service.releases.create_release(acme, [("debias", 1)], "", IdempotencyKey()).record
     refusal = Refusal("acme", LIVE, release.digest, "NON_FINITE", "no numbers")
     stream = Stream(service)
     await stream.hello(service, refusal)
     for away in (False, True):
-        etag = service.channel(acme, LIVE).etag
-        service.start_canary(acme, LIVE, release.number, 500, "", etag, IdempotencyKey())
+        etag = service.channels.get_channel(acme, LIVE).etag
+        service.channels.start_canary(acme, LIVE, release.number, 500, "", etag, IdempotencyKey())
         (delta,) = stream.session.pump(0.0)
         reads = Reads(store, monkeypatch)
         reads.away = away
@@ -89,6 +89,6 @@ async def test_p12_a_canary_that_was_refused_before_ends_when_it_is_refused_agai
         await stream.say(
             ReaderReport((refusal,))
         )  # of which the service knows that it must look, if it couldn't before
-        assert "NON_FINITE" in service.channel(acme, LIVE).aborted
+        assert "NON_FINITE" in service.channels.get_channel(acme, LIVE).aborted
         (delta,) = stream.session.pump(0.0)
         await stream.say(Ack(delta.nonce))  # type: ignore[union-attr]

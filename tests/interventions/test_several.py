@@ -16,10 +16,11 @@ from backpack_serving.interventions import bootstrap
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.store import MOST_TOLD
 from backpack_serving.observability.metrics import Metrics
+from backpack_serving.references import CanaryTally, Position, ReaderKind, Refusal
 from backpack_serving.settings import Settings
-from backpack_serving.sync.messages import CanaryTally, Hello, ReaderReport, Refusal
-from backpack_serving.sync.state import Position, ReaderKind, Stageable
-from backpack_serving.wire.rollout import read_standing, write_standing
+from backpack_serving.sync.messages import Hello, ReaderReport
+from backpack_serving.sync.standing import read_standing, write_standing
+from backpack_serving.sync.state import Stageable
 
 from tests.e2e.conftest import System, copy
 from tests.promises.conftest import eventually
@@ -136,9 +137,12 @@ async def test_where_a_reader_stands_is_read_as_it_was_written_and_fits_a_notice
     refusals = [Refusal("acme", f"c{n}", "ab" * 32, "NON_FINITE", "no numbers" * 10) for n in range(60)]
     tallies = (CanaryTally("acme", "live", "cd" * 32, 7, 2, 1),)
     hello = Hello(ReaderKind.REPLICA, "i1", "r", "ef" * 32, Position(2, 9), refusals=tuple(refusals[:2]))
-    assert read_standing(write_standing(hello, ReaderReport(tallies=tallies))) == (hello, ReaderReport(tallies=tallies))
+    assert read_standing(write_standing(hello, ReaderReport(tallies=tallies), MOST_TOLD - 100)) == (
+        hello,
+        ReaderReport(tallies=tallies),
+    )
     many = Hello(ReaderKind.REPLICA, "i1", "r", "ef" * 32, Position(2, 9), refusals=tuple(refusals))
-    text = write_standing(many, ReaderReport(tallies=tallies))
+    text = write_standing(many, ReaderReport(tallies=tallies), MOST_TOLD - 100)
     assert len(text) < MOST_TOLD
     told, _ = read_standing(text)
     assert (told.position, told.incarnation) == (Position(), "i1"), "who can't be told of in full holds nothing"
@@ -148,7 +152,7 @@ async def test_a_gateway_under_more_canaries_than_a_notice_holds_is_told_of_with
     hello = Hello(ReaderKind.GATEWAY, "ab" * 16, "gateway-7f9c-abcde:8470", "ef" * 32, Position(2, 9))
     for number in (60, 70, 1000):
         tallies = tuple(CanaryTally(f"tenant-{n}", "live", "cd" * 32, 1000, 3) for n in range(number))
-        text = write_standing(hello, ReaderReport(tallies=tallies))
+        text = write_standing(hello, ReaderReport(tallies=tallies), MOST_TOLD - 100)
         assert len(text) < MOST_TOLD
         told, report = read_standing(text)
         assert told == hello

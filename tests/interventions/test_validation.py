@@ -32,8 +32,8 @@ from backpack_serving.interventions.ledger import IdempotencyKey
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
 from backpack_serving.observability.metrics import Metrics
+from backpack_serving.references import LIVE
 from backpack_serving.settings import Settings, default_model
-from backpack_serving.sync.state import LIVE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -102,15 +102,15 @@ bad = st.one_of(
 
 def _service(store: Store) -> Interventions:
     service = Interventions(store, SHAPE, LIMITS)
-    service.create_tenant(ADMIN, "acme", IdempotencyKey())
-    service.create_patch(releaser("acme"), "p", "", IdempotencyKey())
+    service.tenants.create_tenant(ADMIN, "acme", IdempotencyKey())
+    service.patches.create_patch(releaser("acme"), "p", "", IdempotencyKey())
     return service
 
 
 def check_bad_edits(store: Store, examples: int) -> None:
     """One bad edit among good ones refuses the revision, and the store stays as it was."""
     service, acme = _service(store), releaser("acme")
-    before = service.snapshot()[0]
+    before = service.events.snapshot()[0]
 
     @settings(
         max_examples=examples,
@@ -122,8 +122,8 @@ def check_bad_edits(store: Store, examples: int) -> None:
     @given(st.lists(good, max_size=2), bad, st.lists(good, max_size=1))
     def refused(first: list[Any], wrong: Any, last: list[Any]) -> None:
         for use in (
-            lambda: service.create_revision(acme, "p", [*first, wrong, *last], IdempotencyKey()),
-            lambda: service.draft_revision(acme, "p", [*first, wrong, *last]),
+            lambda: service.patches.create_revision(acme, "p", [*first, wrong, *last], IdempotencyKey()),
+            lambda: service.patches.draft_revision(acme, "p", [*first, wrong, *last]),
         ):
             try:
                 use()
@@ -132,7 +132,7 @@ def check_bad_edits(store: Store, examples: int) -> None:
                 assert error.violations, "it says where"
             else:
                 raise AssertionError(f"accepted {wrong}")
-        assert service.snapshot()[0] == before
+        assert service.events.snapshot()[0] == before
 
     refused()
 
@@ -148,8 +148,8 @@ def test_p14_what_can_is_stored_and_read_as_it_was(store: Store) -> None:
     @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(good, min_size=1, max_size=3))
     def stored(edits: list[Any]) -> None:
-        written = service.create_revision(acme, "p", edits, IdempotencyKey()).record
-        record, read = service.revision(acme, "p", written.number)
+        written = service.patches.create_revision(acme, "p", edits, IdempotencyKey()).record
+        record, read = service.patches.get_revision(acme, "p", written.number)
         assert record == written
         assert list(read) == edits
         assert record.digest == patch.RevisionContent(SHAPE.fingerprint, tuple(edits)).digest
@@ -159,15 +159,15 @@ def test_p14_what_can_is_stored_and_read_as_it_was(store: Store) -> None:
 
 def test_p14_another_models_revision_goes_into_no_release_and_no_channel(store: Store) -> None:
     service, acme = _service(store), releaser("acme")
-    service.create_revision(acme, "p", [ScaleEdit((Cell(1, 1),), 0.5)], IdempotencyKey())
-    service.create_release(acme, [("p", 1)], "", IdempotencyKey())
+    service.patches.create_revision(acme, "p", [ScaleEdit((Cell(1, 1),), 0.5)], IdempotencyKey())
+    service.releases.create_release(acme, [("p", 1)], "", IdempotencyKey())
     other = Interventions(store, ModelShape("cd" * 32, 50, 4, 8, (1.0,) * 4), LIMITS)
     with pytest.raises(PreconditionFailed, match="create the revision again"):
-        other.create_release(acme, [("p", 1)], "", IdempotencyKey())
+        other.releases.create_release(acme, [("p", 1)], "", IdempotencyKey())
     with pytest.raises(PreconditionFailed, match="create the revision again"):
-        other.activate(acme, LIVE, 1, other.channel(acme, LIVE).etag, IdempotencyKey())
+        other.channels.activate(acme, LIVE, 1, other.channels.get_channel(acme, LIVE).etag, IdempotencyKey())
     with pytest.raises(InvalidRequest, match="at most 2"):
-        service.create_release(acme, [("p", 1)] * 3, "", IdempotencyKey())
+        service.releases.create_release(acme, [("p", 1)] * 3, "", IdempotencyKey())
 
 
 def test_p15_a_model_under_which_tenants_would_lose_their_releases_needs_force(store: Store) -> None:
@@ -178,15 +178,15 @@ def check_model(store: Store) -> None:
     """Refused while a channel is at another model's release, naming both models; forced by its name alone."""
     service, acme = _service(store), releaser("acme")
     other = Interventions(store, ModelShape("cd" * 32, 50, 4, 8, (1.0,) * 4), LIMITS)
-    other.check_model("")  # nobody has released a patch: the empty release is for every model
-    service.create_revision(acme, "p", [ScaleEdit((Cell(1, 1),), 0.5)], IdempotencyKey())
-    service.create_release(acme, [("p", 1)], "", IdempotencyKey())
-    other.check_model("")  # it is served to nobody
-    service.activate(acme, LIVE, 1, service.channel(acme, LIVE).etag, IdempotencyKey())
-    service.check_model("")
+    other.channels.check_model("")  # nobody has released a patch: the empty release is for every model
+    service.patches.create_revision(acme, "p", [ScaleEdit((Cell(1, 1),), 0.5)], IdempotencyKey())
+    service.releases.create_release(acme, [("p", 1)], "", IdempotencyKey())
+    other.channels.check_model("")  # it is served to nobody
+    service.channels.activate(acme, LIVE, 1, service.channels.get_channel(acme, LIVE).etag, IdempotencyKey())
+    service.channels.check_model("")
     for forced in ("", "cd" * 5, "ab" * 6, "cd" * 33):
         with pytest.raises(PreconditionFailed) as refused:
-            other.check_model(forced)
+            other.channels.check_model(forced)
         assert refused.value.reason == "WRONG_MODEL"
         for told in (
             "ab" * 6,
@@ -196,16 +196,18 @@ def check_model(store: Store) -> None:
             "BACKPACK_FORCE_MODEL",
         ):
             assert told in refused.value.message
-    other.check_model("cd" * 6)
-    other.check_model("cd" * 32)
+    other.channels.check_model("cd" * 6)
+    other.channels.check_model("cd" * 32)
     # Back to the empty release, which is for every model; but not forward again.
-    etag = other.activate(acme, LIVE, 0, other.channel(acme, LIVE).etag, IdempotencyKey()).record.etag
-    other.check_model("")
+    etag = other.channels.activate(
+        acme, LIVE, 0, other.channels.get_channel(acme, LIVE).etag, IdempotencyKey()
+    ).record.etag
+    other.channels.check_model("")
     with pytest.raises(PreconditionFailed, match="create the revision again"):
-        other.rollback(acme, LIVE, etag, IdempotencyKey())
-    etag = service.start_canary(acme, LIVE, 1, 10, "", etag, IdempotencyKey()).record.etag
+        other.channels.rollback(acme, LIVE, etag, IdempotencyKey())
+    etag = service.channels.start_canary(acme, LIVE, 1, 10, "", etag, IdempotencyKey()).record.etag
     with pytest.raises(PreconditionFailed, match="BACKPACK_FORCE_MODEL"):
-        other.check_model("")
+        other.channels.check_model("")
 
 
 async def test_p15_the_service_does_not_start_for_another_model(tmp_path: Path) -> None:

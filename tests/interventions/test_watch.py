@@ -21,7 +21,7 @@ from backpack_serving.interventions.ledger import IdempotencyKey, raise_epoch
 from backpack_serving.interventions.records import EventRecord, Position, visible
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
-from backpack_serving.sync.state import LIVE
+from backpack_serving.references import LIVE
 
 from tests.interventions.conftest import ADMIN, SHAPE, releaser
 from tests.interventions.crashes import patiently, request
@@ -42,10 +42,10 @@ class Follower:
     def step(self) -> bool:
         """One page; whether there was anything. Each is asked of a service chosen at random."""
         service = self._chance.choice(self._services)
-        now, events = service.events_after(self.at.revision, limit=1 + self._chance.randrange(5))
+        now, events = service.events.events_after(self.at.revision, limit=1 + self._chance.randrange(5))
         if now.epoch != self.at.epoch or now.revision < self.at.revision:
             assert now.epoch > self.at.epoch, f"from {self.at} back to {now}"
-            self.at, records = service.snapshot()
+            self.at, records = service.events.snapshot()
             self.known = {_key(visible(record)): visible(record) for record in records}
             self.resets += 1
             return True
@@ -76,9 +76,9 @@ def check_watch(stores: Sequence[Store], writes: int) -> int:
         try:
             for n in range(writes):
                 # A disk that stalls is Unavailable to those who wait for it: they ask again, as clients do.
-                etag, first, second = service.channel(who, LIVE).etag, request(), request()
-                patiently(lambda etag=etag, again=first: service.activate(who, LIVE, 0, etag, again))
-                patiently(lambda n=n, again=second: service.create_patch(who, f"p{phase}-{n}", "", again))
+                etag, first, second = service.channels.get_channel(who, LIVE).etag, request(), request()
+                patiently(lambda etag=etag, again=first: service.channels.activate(who, LIVE, 0, etag, again))
+                patiently(lambda n=n, again=second: service.patches.create_patch(who, f"p{phase}-{n}", "", again))
         except BaseException as error:
             failures.append(error)
 
@@ -91,7 +91,7 @@ def check_watch(stores: Sequence[Store], writes: int) -> int:
             failures.append(error)
 
     for number in range(WRITERS):
-        services[0].create_tenant(ADMIN, f"t{number}", IdempotencyKey())
+        services[0].tenants.create_tenant(ADMIN, f"t{number}", IdempotencyKey())
     for phase in range(2):
         done.clear()
         readers = [threading.Thread(target=follow, args=(follower,)) for follower in followers]
@@ -109,7 +109,7 @@ def check_watch(stores: Sequence[Store], writes: int) -> int:
             table = {event.revision: event for event in tx.list(EventRecord)}
             end = tx.position
         assert end.revision == len(table) == WRITERS + (phase + 1) * WRITERS * writes * 2 + phase
-        position, records = services[0].snapshot()
+        position, records = services[0].events.snapshot()
         for follower in followers:
             assert follower.at == position == end
             assert all(table[event.revision] == event for event in follower.seen)
@@ -137,7 +137,7 @@ def test_p6_a_follower_goes_on_where_it_was_after_a_restart(url: str) -> None:
     follower = Follower([service], 1, 0)
     for round_ in range(5):
         for n in range(round_ + 1):
-            service.create_tenant(ADMIN, f"t{round_}-{n}", IdempotencyKey())
+            service.tenants.create_tenant(ADMIN, f"t{round_}-{n}", IdempotencyKey())
         if round_ % 2:
             follower.step()
         store.close()

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from backpack_serving import rpc, tasks
+from backpack_serving.references import CanaryTally, Position, ReaderKind, Refusal
+from backpack_serving.sync import wire as wire
 from backpack_serving.sync.client import SyncClient
-from backpack_serving.sync.messages import CanaryTally, Refusal
 from backpack_serving.sync.snapshot_file import SnapshotFile
-from backpack_serving.sync.state import Position, ReaderKind, Stageable, StateView
+from backpack_serving.sync.state import Stageable, StateView
 from backpack_serving.sync.transport import SyncTransport
-from backpack_serving.wire import sync as wire
 
 
 @dataclass

@@ -17,8 +17,9 @@ from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.event_history import EventHistory
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.observability.metrics import Metrics
+from backpack_serving.references import Position, ReaderKind
 from backpack_serving.settings import Settings
-from backpack_serving.sync.state import Position, ReaderKind, StateView
+from backpack_serving.sync.state import StateView
 
 from tests.conftest import free_port
 from tests.e2e.conftest import System, copy

@@ -19,17 +19,15 @@ from typing import Any
 
 from backpack_serving.auth.keys import Principal, Role, Verifier
 from backpack_serving.errors import ServiceError
+from backpack_serving.references import Position, ReaderKind, Refusal, ReleaseRef
 from backpack_serving.sync import client as reader_room
 from backpack_serving.sync import server as session_room
-from backpack_serving.sync.messages import SILENCE, FromReader, Refusal, ToReader
+from backpack_serving.sync.messages import SILENCE, FromReader, ToReader
 from backpack_serving.sync.server import HistoryPage
 from backpack_serving.sync.state import (
     CanarySplit,
     ChannelState,
     KeyState,
-    Position,
-    ReaderKind,
-    ReleaseRef,
     Stageable,
     StateEntry,
     StateView,

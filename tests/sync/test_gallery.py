@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 from backpack_lm.overlay import Overlay
 from backpack_lm.patch import Cell, ReleaseContent, RevisionContent, ScaleEdit
-from backpack_serving.gateway.registry import Pin, TenantRegistry
+from backpack_serving.gateway.registry import TenantRegistry
 from backpack_serving.inference.release_cache import ReleaseCache
 from backpack_serving.inference.release_files import ReleaseFiles
 from backpack_serving.inference.served_model import ServedModel
+from backpack_serving.references import Pin, Position
 from backpack_serving.settings import default_model
 from backpack_serving.sync.client import SyncClient
 from backpack_serving.sync.messages import Bookmark, Nack
 from backpack_serving.sync.server import SyncServer
 from backpack_serving.sync.snapshot_file import SnapshotFile
-from backpack_serving.sync.state import CanarySplit, Position, Stageable, StateView
+from backpack_serving.sync.state import CanarySplit, Stageable, StateView
 
 from tests.gateway import test_registry
 from tests.inference import test_release_cache

@@ -18,10 +18,10 @@ from backpack_serving import rpc, tasks
 from backpack_serving.errors import InvalidRequest, PreconditionFailed, Unavailable
 from backpack_serving.interventions import bootstrap as interventions
 from backpack_serving.observability.metrics import Metrics
+from backpack_serving.references import CanaryTally, ReaderKind, Refusal
 from backpack_serving.settings import Settings
-from backpack_serving.sync.messages import CanaryTally, Refusal
 from backpack_serving.sync.snapshot_file import SnapshotFile
-from backpack_serving.sync.state import ReaderKind, Stageable
+from backpack_serving.sync.state import Stageable
 from backpack_serving.sync.transport import for_ever
 from structlog.testing import capture_logs
 

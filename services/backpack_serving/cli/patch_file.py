@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from backpack_proto.v1 import interventions_pb2 as pb
 from google.protobuf import json_format
 
-from backpack_serving.wire.patches import read_edits, write_edit
+from backpack_serving.wire.edits import read_edits, write_edit
 
 if TYPE_CHECKING:
     from backpack_lm.lab.lab_model import LabModel

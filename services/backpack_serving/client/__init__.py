@@ -89,7 +89,7 @@ from backpack_serving.errors import (
     Unauthenticated,
     Unavailable,
 )
-from backpack_serving.sync.state import Position
+from backpack_serving.references import Position
 
 __all__ = [
     "Add",

@@ -10,7 +10,7 @@ from backpack_proto.v1 import interventions_pb2 as pb
 from backpack_proto.v1 import sync_pb2
 
 from backpack_serving.client.records import last, time
-from backpack_serving.sync.state import Position
+from backpack_serving.references import Position
 
 Wait = Literal["none", "quorum", "all"]
 """For whom to wait: more than half of the connected replicas, and of the gateways, or all of them."""

@@ -11,7 +11,7 @@ from backpack_proto.v1 import inference_pb2 as pb
 
 from backpack_serving.client.results import Token
 from backpack_serving.errors import InvalidRequest
-from backpack_serving.sync.state import Position
+from backpack_serving.references import Position
 
 R = TypeVar("R")
 

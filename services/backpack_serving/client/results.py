@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from backpack_proto.v1 import inference_pb2 as pb
 
-from backpack_serving.sync.state import Position
+from backpack_serving.references import Position
 
 FINISH = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 

@@ -14,7 +14,7 @@ from backpack_serving.client import requests, results
 from backpack_serving.client.connection import Connected
 from backpack_serving.client.requests import Pinning, Prompt, Release, Sampling, Word
 from backpack_serving.errors import ServiceError
-from backpack_serving.sync.state import Position
+from backpack_serving.references import Position
 
 
 class AsyncClient(Connected):

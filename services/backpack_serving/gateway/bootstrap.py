@@ -29,9 +29,9 @@ from backpack_serving.gateway.servicer import GatewayServicer
 from backpack_serving.gateway.shared_buckets import SharedBuckets
 from backpack_serving.gateway.usage import UsageMeter
 from backpack_serving.observability.metrics import Metrics
+from backpack_serving.references import ReaderKind
 from backpack_serving.settings import Settings
 from backpack_serving.sync.client import SyncClient
-from backpack_serving.sync.state import ReaderKind
 from backpack_serving.sync.transport import SyncTransport
 
 SERVICE = "backpack.v1.InferenceService"

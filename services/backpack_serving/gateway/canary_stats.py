@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from backpack_serving.errors import DataLoss, Internal, NotFound, PreconditionFailed, ServiceError
-from backpack_serving.gateway.registry import Pin
-from backpack_serving.sync.messages import CanaryTally, Refusal
+from backpack_serving.references import CanaryTally, Pin, Refusal
 from backpack_serving.sync.state import Stageable, StateView
 
 THE_RELEASES_FAULT = (DataLoss, Internal, NotFound, PreconditionFailed)

@@ -12,25 +12,9 @@ from dataclasses import dataclass
 
 from backpack_serving.auth.keys import ApiKeySecret, Principal, suspended, unknown_key
 from backpack_serving.errors import NotFound, Unavailable
+from backpack_serving.references import Pin, ReleaseRef
 from backpack_serving.sync.client import SyncClient
-from backpack_serving.sync.state import ReleaseRef, StateView
-
-
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """The release that a request gets, and the position of the store at which that was so.
-
-    `staleness` is how many seconds old that knowledge was; `canary`: it is the channel's canary.
-    """
-
-    tenant: str
-    channel: str
-    release: int
-    digest: str
-    epoch: int
-    revision: int
-    canary: bool = False
-    staleness: float = 0.0
+from backpack_serving.sync.state import StateView
 
 
 class TenantRegistry:

@@ -11,9 +11,9 @@ from backpack_proto.v1 import sync_pb2, sync_pb2_grpc
 
 from backpack_serving import rpc
 from backpack_serving.errors import NOT_THE_CALLERS, Unavailable
-from backpack_serving.gateway.registry import Pin, RegistrySnapshot, TenantRegistry
-from backpack_serving.sync.state import Position, ReleaseRef
-from backpack_serving.wire import sync as wire
+from backpack_serving.gateway.registry import RegistrySnapshot, TenantRegistry
+from backpack_serving.gateway.wire import read_resolved
+from backpack_serving.references import Pin, Position, ReleaseRef
 
 Resolve = Callable[[str, Sequence[int]], Awaitable[tuple[Position, list[ReleaseRef]]]]
 """(tenant, numbers) → the releases of these numbers, and where the store stood. Raises ServiceError."""
@@ -110,6 +110,6 @@ def resolve_from(control: Any, key: str) -> Resolve:
         except NOT_THE_CALLERS as error:
             message = "releases of other numbers than channels are at can't be asked for now; try again shortly"
             raise Unavailable("NOT_RESOLVED", message, retry_after=1.0, why=error.message) from None
-        return wire.read_resolved(answer)
+        return read_resolved(answer)
 
     return resolve

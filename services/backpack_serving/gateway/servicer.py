@@ -19,15 +19,15 @@ from backpack_serving.auth.identity import Identities
 from backpack_serving.auth.keys import Principal, Role
 from backpack_serving.errors import RELEASE_UNREACHABLE, Expired, Internal, Unavailable
 from backpack_serving.gateway.canary_stats import CanaryStats
-from backpack_serving.gateway.registry import Pin
 from backpack_serving.gateway.releases import ReleaseResolver
 from backpack_serving.gateway.routing import Router, Target
 from backpack_serving.gateway.usage import RequestUsage, UsageMeter
+from backpack_serving.gateway.wire import write_pin
 from backpack_serving.observability import tracing
-from backpack_serving.sync.state import LIVE, Position
+from backpack_serving.references import LIVE, Pin, Position
 from backpack_serving.wire import inference as wire
 from backpack_serving.wire.compare import read_choices, read_question
-from backpack_serving.wire.sync import read_position, write_pin
+from backpack_serving.wire.references import read_position
 
 log = structlog.get_logger(__name__)
 

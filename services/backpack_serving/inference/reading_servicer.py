@@ -20,12 +20,13 @@ from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
 
 from backpack_serving import rpc, tasks
 from backpack_serving.errors import Internal, InvalidRequest, PreconditionFailed, ServiceError, Unavailable
+from backpack_serving.inference import wire as answers
 from backpack_serving.inference.fair_lock import FairLock
 from backpack_serving.inference.release_cache import ReleaseCache
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.observability.metrics import ReplicaMetrics
-from backpack_serving.wire import compare as wire_compare
 from backpack_serving.wire import inference as wire
+from backpack_serving.wire.compare import read_question
 
 log = structlog.get_logger(__name__)
 
@@ -54,8 +55,8 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
             return pb.ScoreResponse(
                 tokens=[wire.write_token(i, tokenizer, p) for i, p in zip(ids, [None, *logs], strict=True)],
                 log_probability=math.fsum(logs),
-                perplexity=wire_compare.perplexity(logs),
-                served=wire.served(pin, overlay.digest, self._served.manifest),
+                perplexity=answers.perplexity(logs),
+                served=answers.served(pin, overlay.digest, self._served.manifest),
             )
 
     async def Explain(self, request: pb.ExplainRequest, context: rpc.Context) -> pb.ExplainResponse:
@@ -74,7 +75,7 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
                 logit=found.logit,
                 contributions=self._contributions(terms, ids),
                 unlisted=unlisted,
-                served=wire.served(pin, overlay.digest, self._served.manifest),
+                served=answers.served(pin, overlay.digest, self._served.manifest),
             )
 
     def _contributions(self, terms: Sequence[Term], ids: Sequence[int]) -> list[pb.Contribution]:
@@ -92,10 +93,10 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
 
     async def Compare(self, request: pb.CompareRequest, context: rpc.Context) -> pb.CompareResponse:
         self._check_gateway(context)
-        pins = wire_compare.read_pins(request)
+        pins = answers.read_pins(request)
         structlog.contextvars.bind_contextvars(tenant=pins[0].tenant)
         tokenizer, manifest = self._served.tokenizer, self._served.manifest
-        question = wire_compare.read_question(request, tokenizer, manifest.config)
+        question = read_question(request, tokenizer, manifest.config)
         await context.send_initial_metadata(())
         text = await self._in_turn(pins[0].tenant, self._served.compare, question)
         distinct = list({pin.release_digest: pin for pin in pins}.values())
@@ -109,7 +110,7 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
         for pin in pins:
             compared = response.releases.add()
             compared.CopyFrom(results[pin.release_digest])
-            compared.served.CopyFrom(wire.served(pin, pin.release_digest, manifest))
+            compared.served.CopyFrom(answers.served(pin, pin.release_digest, manifest))
         return response
 
     async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
@@ -136,7 +137,7 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
                     )
                     for number, sense in enumerate(found)
                 ],
-                served=wire.served(pin, overlay.digest, self._served.manifest),
+                served=answers.served(pin, overlay.digest, self._served.manifest),
             )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
@@ -160,7 +161,7 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
     async def _pinned_release(self, context: rpc.Context) -> AsyncIterator[tuple[pb.Pin, Overlay]]:
         """The pinned release, compiled. An error if it can't be had: never another release, never none."""
         self._check_gateway(context)
-        pin = wire.read_pin(context)
+        pin = answers.read_pin(context)
         structlog.contextvars.bind_contextvars(tenant=pin.tenant)
         await context.send_initial_metadata(())  # the gateway knows by this that the request is here
         async with self._overlays([pin]) as overlays:
@@ -201,9 +202,9 @@ def _write_compared(read: list[float] | Distribution, tokenizer: Tokenizer) -> p
     """What was read under one release. Raises Internal if it isn't numbers."""
     if isinstance(read, list):
         _check_finite(read)
-        return pb.ComparedRelease(score=wire_compare.write_score(read))
+        return pb.ComparedRelease(score=answers.write_score(read))
     _check_finite(value for _, value in (*read.top, *read.targets))
-    return pb.ComparedRelease(next=wire_compare.write_next(read.top, read.targets, tokenizer))
+    return pb.ComparedRelease(next=answers.write_next(read.top, read.targets, tokenizer))
 
 
 def _check_finite(logs: Iterable[float]) -> None:

@@ -24,8 +24,8 @@ from backpack_serving.errors import (
 )
 from backpack_serving.inference.release_files import ReleaseFiles, digest_of
 from backpack_serving.inference.served_model import ServedModel
-from backpack_serving.sync.messages import CanaryTally, Refusal
-from backpack_serving.sync.state import ChannelState, ReleaseRef, Stageable, StateView
+from backpack_serving.references import CanaryTally, Refusal, ReleaseRef
+from backpack_serving.sync.state import ChannelState, Stageable, StateView
 
 log = structlog.get_logger(__name__)
 

@@ -31,11 +31,11 @@ from backpack_serving.inference.release_files import ReleaseFiles
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.inference.servicer import InferenceServicer
 from backpack_serving.observability.metrics import Metrics, ReplicaMetrics
+from backpack_serving.references import Position, ReaderKind
 from backpack_serving.sampling import SamplingParams
 from backpack_serving.settings import Settings
 from backpack_serving.sync.client import SyncClient
 from backpack_serving.sync.messages import SILENCE
-from backpack_serving.sync.state import Position, ReaderKind
 from backpack_serving.sync.transport import SyncTransport
 
 log = structlog.get_logger(__name__)

@@ -21,6 +21,7 @@ from backpack_serving.errors import (
     PreconditionFailed,
     Unavailable,
 )
+from backpack_serving.inference import wire as answers
 from backpack_serving.inference.detokenizer import IncrementalDetokenizer
 from backpack_serving.inference.reading_servicer import ReadingMethods
 from backpack_serving.inference.release_cache import ReleaseCache
@@ -129,7 +130,7 @@ class InferenceServicer(ReadingMethods):
                 if order.explain is not None:
                     await self._explain(pin.tenant, part.tokens, ids, overlay, order.explain)
                 if first:
-                    part.served.CopyFrom(wire.served(pin, outputs[0].digest, self._served.manifest))
+                    part.served.CopyFrom(answers.served(pin, outputs[0].digest, self._served.manifest))
                     first = False
                 if finish:
                     part.text += text.flush()

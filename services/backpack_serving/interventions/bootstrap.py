@@ -16,15 +16,15 @@ from backpack_serving import rpc, tasks
 from backpack_serving.auth.identity import Identities
 from backpack_serving.auth.keys import ApiKeySecret, Principal, Role, read_key_file, write_key_file
 from backpack_serving.errors import ServiceError, Unauthenticated
-from backpack_serving.interventions.caller import WriteNotifier
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.rollouts import ErrorGate, Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.servicer import services
-from backpack_serving.interventions.store import Store
+from backpack_serving.interventions.store import MOST_TOLD, Store
+from backpack_serving.interventions.write_notifier import WriteNotifier
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
-from backpack_serving.wire.rollout import read_standing, write_standing
+from backpack_serving.sync.standing import read_standing, write_standing
 
 log = structlog.get_logger(__name__)
 
@@ -67,8 +67,8 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
         loop.call_soon_threadsafe(failed.set)
 
     try:
-        bell = WriteNotifier()
-        service = Interventions(store, manifest.shape, on_write=bell.ring)
+        writes = WriteNotifier()
+        service = Interventions(store, manifest.shape, on_write=writes.notify)
         rollouts = Rollouts(service, ErrorGate(settings.canary_requests, settings.canary_errors))
 
         def told(text: str) -> None:
@@ -77,22 +77,22 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
             except (ValueError, ServiceError, DecodeError) as error:
                 log.warning("another version of the service tells of a reader", error=str(error))
 
-        store.listen(bell.ring, fail, told)
-        await asyncio.to_thread(service.check_model, settings.force_model)
+        store.listen(writes.notify, fail, told)
+        await asyncio.to_thread(service.channels.check_model, settings.force_model)
         admin = _operator_key("BACKPACK_ADMIN_KEY", settings.admin_key, settings.key_file("admin"))
         replica = _operator_key("BACKPACK_SERVICE_KEY", settings.service_key, settings.key_file("replica"))
-        await asyncio.to_thread(service.bootstrap, admin, [Role.ADMIN])
-        await asyncio.to_thread(service.bootstrap, replica, [Role.REPLICA])
+        await asyncio.to_thread(service.tenants.bootstrap, admin, [Role.ADMIN])
+        await asyncio.to_thread(service.tenants.bootstrap, replica, [Role.REPLICA])
 
         async def by_key(presented: str) -> Principal:
-            return await asyncio.to_thread(service.authenticate, presented)
+            return await asyncio.to_thread(service.tenants.authenticate, presented)
 
         async def known(who: Principal) -> None:
-            await asyncio.to_thread(service.check_tenant, who)
+            await asyncio.to_thread(service.tenants.check_tenant, who)
 
         identities = Identities(by_key, known, settings.issuer, settings.certificates)
         server = await rpc.start(
-            services(service, tokenizer, identities, bell, rollouts),
+            services(service, tokenizer, identities, writes, rollouts),
             settings.interventions_address,
             metrics.calls("interventions"),
             tls=settings.tls,
@@ -101,7 +101,7 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
     except BaseException:
         store.close()
         raise
-    others = rollouts.tell(lambda standing: store.tell([write_standing(*one) for one in standing]))
+    others = rollouts.tell(lambda standing: store.tell([write_standing(*one, MOST_TOLD - 100) for one in standing]))
     return InterventionService(server, store, settings.drain, failed, asyncio.create_task(others))
 
 

@@ -13,7 +13,7 @@ from backpack_serving.errors import Conflict, InvalidRequest, PreconditionFailed
 from backpack_serving.interventions import lookup
 from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult
 from backpack_serving.interventions.records import ChannelRecord, Position, Record, ReleaseRecord
-from backpack_serving.interventions.rules import Rules, check_id
+from backpack_serving.interventions.rules import RuleContext, check_id
 from backpack_serving.interventions.store import Write
 from backpack_serving.sync.state import RESIDENT
 
@@ -26,19 +26,22 @@ Move = Callable[[Write, ChannelRecord], ChannelRecord]
 """What a write makes of a channel."""
 
 
-class ChannelRules(Rules):
+class ChannelRules:
     """Each change is one write of one record, under the etag of what was read."""
+
+    def __init__(self, context: RuleContext) -> None:
+        self._context = context
 
     def check_model(self, forced: str) -> None:
         """Raises PreconditionFailed if channels are at releases for other models, unless `forced` is how this
         one's fingerprint begins: its replicas refuse those releases, so the tenants would be left with none.
         """
-        ours = self.shape.fingerprint
+        ours = self._context.shape.fingerprint
         if len(forced) >= len(ours[:12]) and ours.startswith(forced):
             return
         others: set[str] = set()
         names: list[str] = []
-        with self._store.read() as tx:
+        with self._context.store.read() as tx:
             for channel in tx.list(ChannelRecord):
                 served = [channel.release, *([] if channel.canary is None else [channel.canary])]
                 parts = [part for number in served for part in lookup.release(tx, channel.tenant, number).parts]
@@ -56,25 +59,20 @@ class ChannelRules(Rules):
                 "release patches for this model",
             )
 
-    def channel(self, who: Principal, name: str) -> ChannelRecord:
+    def get_channel(self, who: Principal, name: str) -> ChannelRecord:
         who.require(Role.AUTHOR)
-        with self._read(who) as tx:
+        with self._context.read_as(who) as tx:
             return lookup.channel(tx, who.tenant, name)
 
     def channel_now(self, who: Principal, name: str) -> tuple[Position, ChannelRecord]:
         """A channel, and where the store stood when it was so."""
         who.require(Role.AUTHOR)
-        with self._read(who) as tx:
+        with self._context.read_as(who) as tx:
             return tx.position, lookup.channel(tx, who.tenant, name)
 
-    def position(self) -> Position:
-        """Where the store stands."""
-        with self._store.read() as tx:
-            return tx.position
-
-    def channels(self, who: Principal) -> list[ChannelRecord]:
+    def list_channels(self, who: Principal) -> list[ChannelRecord]:
         who.require(Role.AUTHOR)
-        with self._read(who) as tx:
+        with self._context.read_as(who) as tx:
             return tx.list(ChannelRecord, who.tenant)
 
     def activate(
@@ -93,7 +91,7 @@ class ChannelRules(Rules):
             )
             return _put(tx, made, now)
 
-        return self._ledger.write(who, "Activate", request, act)
+        return self._context.ledger.write(who, "Activate", request, act)
 
     def rollback(self, who: Principal, name: str, etag: str, request: IdempotencyKey) -> WriteResult[ChannelRecord]:
         """Point a channel back at the release it had before; a canary ends."""
@@ -153,7 +151,7 @@ class ChannelRules(Rules):
 
     def end_bad_canary(self, tenant: str, name: str, digest: str, why: str) -> WriteResult[ChannelRecord] | None:
         """End a channel's canary by ourselves, if this release is it. None if it isn't, any more."""
-        with self._store.read() as tx:
+        with self._context.store.read() as tx:
             found = tx.get(ChannelRecord, tenant, name)
         if found is None or found.canary is None or found.canary_digest != digest:
             return None
@@ -165,7 +163,7 @@ class ChannelRules(Rules):
             return _put(tx, replace(_alone(old), aborted=why), now)
 
         try:
-            return self._ledger.write(GUARD, "AbortCanary", IdempotencyKey(), act)
+            return self._context.ledger.write(GUARD, "AbortCanary", IdempotencyKey(), act)
         except Conflict:
             return None
 
@@ -179,19 +177,19 @@ class ChannelRules(Rules):
             _check_etag(old.etag, etag)
             return _put(tx, move(tx, old), now)
 
-        return self._ledger.write(who, method, request, act)
+        return self._context.ledger.write(who, method, request, act)
 
     def _release_to_move_to(self, tx: Write, tenant: str, number: int) -> ReleaseRecord:
         wanted = lookup.release(tx, tenant, number)
         for part in wanted.parts:
-            self._check_model(lookup.revision(tx, tenant, *part))
+            self._context.check_model(lookup.revision(tx, tenant, *part))
         return wanted
 
 
 def _pointed(old: ChannelRecord, release: ReleaseRecord) -> ChannelRecord:
     """The channel at a release, without a canary. The other one it was at last stays where a rollback goes."""
-    before = [[old.release, old.digest], *json.loads(old.earlier)]
-    kept = [pair for pair in before if pair[1] != release.digest][: RESIDENT - 1]
+    before = old.state.stable, *old.state.earlier
+    kept = [[ref.number, ref.digest] for ref in before if ref.digest != release.digest][: RESIDENT - 1]
     previous = old.previous if release.number == old.release else old.release
     made = replace(old, release=release.number, digest=release.digest, previous=previous)
     return replace(_alone(made), earlier=json.dumps(kept))

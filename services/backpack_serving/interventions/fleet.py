@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from backpack_serving.interventions.records import ChannelRecord, Position
-from backpack_serving.sync.messages import SILENCE, CanaryTally, Hello, ReaderReport, Refusal
+from backpack_serving.references import CanaryTally, ReaderKind, Refusal, ReleaseRef
+from backpack_serving.sync.messages import SILENCE, Hello, ReaderReport
 from backpack_serving.sync.server import SyncServer
-from backpack_serving.sync.state import ReaderKind, ReleaseRef
 
 FORGOTTEN = 60.0
 """Seconds after which a reader that is gone isn't listed any more."""
@@ -146,9 +146,7 @@ class ReaderTracker:
     def holds(self, channel: ChannelRecord, position: Position) -> Iterator[ReleaseHolding]:
         """How every reader stands to a channel's releases, given where the store stands."""
         moved = Position(position.epoch, channel.moved)
-        releases = [(ReleaseRef(channel.release, channel.digest), False)]
-        if channel.canary is not None:
-            releases.append((ReleaseRef(channel.canary, channel.canary_digest), True))
+        releases = [(release, release != channel.state.stable) for release in channel.state.serving]
         for seen, silence in self.readers():
             session, hello = seen.session, seen.hello
             connected = seen.connected and silence <= SILENCE

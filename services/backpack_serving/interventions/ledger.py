@@ -29,6 +29,7 @@ from backpack_serving.interventions.records import (
     TenantRecord,
     key_of,
     kind_name,
+    record_from,
     visible,
 )
 from backpack_serving.interventions.store import Read, Store, Write
@@ -116,7 +117,7 @@ class Ledger:
             assert event is not None, "an event is never deleted"
             record: Record | None
             if kind == "Channel":  # channels move on; the answer is what this request made of it
-                record = channel_from(json.loads(event.changes)[0])
+                record = record_from(json.loads(event.changes)[0])
             else:
                 kinds: dict[str, type[Any]] = {
                     kind_name(k): k for k in (TenantRecord, KeyRecord, PatchRecord, RevisionRecord, ReleaseRecord)
@@ -146,12 +147,6 @@ def raise_epoch(store: Store, now: datetime) -> Position:
 
 class _LostRace(Exception):
     """The same request is being carried out by another thread, which was faster."""
-
-
-def channel_from(change: dict[str, Any]) -> ChannelRecord:
-    """The channel that an event's change describes."""
-    values = {name: value for name, value in change.items() if name != "kind"}
-    return ChannelRecord(**{**values, "updated": datetime.fromisoformat(values["updated"])})
 
 
 def verify_chain(tx: Read) -> tuple[int, int | None]:

@@ -14,12 +14,15 @@ from backpack_serving.errors import AlreadyExists, from_patch_error
 from backpack_serving.interventions import lookup
 from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult
 from backpack_serving.interventions.records import BlobRecord, PatchRecord, Record, RevisionRecord, key_of
-from backpack_serving.interventions.rules import Rules, check_id, check_text
+from backpack_serving.interventions.rules import RuleContext, check_id, check_text
 from backpack_serving.interventions.store import Read, Write
 
 
-class PatchRules(Rules):
+class PatchRules:
     """Named patches and their immutable revisions, of the calling tenant."""
+
+    def __init__(self, context: RuleContext) -> None:
+        self._context = context
 
     def create_patch(
         self, who: Principal, name: str, description: str, request: IdempotencyKey
@@ -36,27 +39,27 @@ class PatchRules(Rules):
             tx.add(made)
             return made, []
 
-        return self._ledger.write(who, "CreatePatch", request, act)
+        return self._context.ledger.write(who, "CreatePatch", request, act)
 
-    def patch(self, who: Principal, name: str, deleted: bool = False) -> tuple[PatchRecord, int]:
+    def get_patch(self, who: Principal, name: str, deleted: bool = False) -> tuple[PatchRecord, int]:
         """A patch with the number of its newest revision; a deleted one if asked for."""
         who.require(Role.AUTHOR)
-        with self._read(who) as tx:
+        with self._context.read_as(who) as tx:
             record = lookup.patch(tx, who.tenant, name, deleted)
             return record, lookup.latest(tx, record)
 
     def newest_revision(self, who: Principal, patch: PatchRecord) -> int:
         """The number of a patch's newest revision, 0 if there is none; also of a patch that is deleted by now."""
-        with self._read(who) as tx:
+        with self._context.read_as(who) as tx:
             return lookup.latest(tx, patch)
 
-    def patches(
+    def list_patches(
         self, who: Principal, after: str | None, limit: int, deleted: bool = False
     ) -> list[tuple[PatchRecord, int]]:
         """Patches with the number of each one's newest revision; deleted ones, too, if asked for."""
         who.require(Role.AUTHOR)
         found: list[PatchRecord] = []
-        with self._read(who) as tx:
+        with self._context.read_as(who) as tx:
             while len(found) < limit and (page := tx.list(PatchRecord, who.tenant, after=after, limit=limit)):
                 after = page[-1].patch
                 found += [record for record in page if deleted or not record.deleted]
@@ -73,7 +76,7 @@ class PatchRules(Rules):
             tx.replace(made)
             return made, []
 
-        return self._ledger.write(who, "UpdatePatch", request, act)
+        return self._context.ledger.write(who, "UpdatePatch", request, act)
 
     def delete_patch(self, who: Principal, name: str, request: IdempotencyKey) -> WriteResult[PatchRecord]:
         """Hide a patch, and take no more revisions for it. Releases keep the revisions they have."""
@@ -84,7 +87,7 @@ class PatchRules(Rules):
             tx.replace(made)
             return made, []
 
-        return self._ledger.write(who, "DeletePatch", request, act)
+        return self._context.ledger.write(who, "DeletePatch", request, act)
 
     def draft_revision(self, who: Principal, name: str, edits: Sequence[Edit]) -> RevisionRecord:
         """What `create_revision` would store, after all its checks. Stores nothing. Raises as that does, and
@@ -93,8 +96,8 @@ class PatchRules(Rules):
         who.require(Role.AUTHOR)
         check_id("parent", name)
         blob = self._blob(who, edits)
-        with self._read(who) as tx:
-            return self._revision(tx, name, blob, self._now())
+        with self._context.read_as(who) as tx:
+            return self._revision(tx, name, blob, self._context.now())
 
     def create_revision(
         self, who: Principal, name: str, edits: Sequence[Edit], request: IdempotencyKey
@@ -114,29 +117,29 @@ class PatchRules(Rules):
             tx.add(made)
             return made, []
 
-        return self._ledger.write(who, "CreateRevision", request, act)
+        return self._context.ledger.write(who, "CreateRevision", request, act)
 
-    def revision(self, who: Principal, name: str, number: int) -> tuple[RevisionRecord, Sequence[Edit]]:
+    def get_revision(self, who: Principal, name: str, number: int) -> tuple[RevisionRecord, Sequence[Edit]]:
         """A revision and its edits, read from bytes that have its digest still."""
         who.require(Role.AUTHOR)
-        with self._read(who) as tx:
+        with self._context.read_as(who) as tx:
             record = lookup.revision(tx, who.tenant, name, number)
             return record, Content.from_bytes(lookup.blob(tx, record).data).edits
 
-    def revisions(self, who: Principal, name: str, after: int | None, limit: int) -> list[RevisionRecord]:
+    def list_revisions(self, who: Principal, name: str, after: int | None, limit: int) -> list[RevisionRecord]:
         who.require(Role.AUTHOR)
-        with self._read(who) as tx:
+        with self._context.read_as(who) as tx:
             lookup.patch(tx, who.tenant, name)
             return tx.list(RevisionRecord, who.tenant, name, after=after, limit=limit)
 
     def _blob(self, who: Principal, edits: Sequence[Edit]) -> BlobRecord:
-        made = Content(self.shape.fingerprint, tuple(edits))
+        made = Content(self._context.shape.fingerprint, tuple(edits))
         try:
-            made.validate(self.shape, self.limits)
+            made.validate(self._context.shape, self._context.limits)
         except PatchError as error:
             raise from_patch_error(error) from None
         return BlobRecord(who.tenant, made.digest, made.to_bytes())
 
     def _revision(self, tx: Read, name: str, blob: BlobRecord, now: datetime) -> RevisionRecord:
         number = lookup.latest(tx, lookup.patch(tx, blob.tenant, name)) + 1
-        return RevisionRecord(blob.tenant, name, number, blob.digest, self.shape.fingerprint, now)
+        return RevisionRecord(blob.tenant, name, number, blob.digest, self._context.shape.fingerprint, now)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any, ClassVar
 
-from backpack_serving.sync.state import Position as Position
+from backpack_serving.references import Position as Position
+from backpack_serving.references import ReleaseRef
+from backpack_serving.sync.state import CanarySplit, ChannelState
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,15 @@ class ChannelRecord:
     def etag(self) -> str:
         return f"{self.generation}-{self.digest[:12]}"
 
+    @property
+    def state(self) -> ChannelState:
+        """The channel as gateways and replicas see it: what it points at, without the record's bookkeeping."""
+        canary = None
+        if self.canary is not None:
+            canary = CanarySplit(ReleaseRef(self.canary, self.canary_digest), self.permille, self.salt)
+        earlier = tuple(ReleaseRef(*pair) for pair in json.loads(self.earlier))
+        return ChannelState(self.tenant, self.channel, ReleaseRef(self.release, self.digest), canary, earlier)
+
 
 @dataclass(frozen=True, slots=True)
 class EventRecord:
@@ -224,6 +236,20 @@ def visible(record: Record) -> dict[str, Any]:
         elif isinstance(value, datetime):
             values[name] = value.isoformat()
     return {"kind": kind_name(type(record)), **values}
+
+
+def record_from(values: dict[str, Any]) -> Record | None:
+    """The record that an event tells: the inverse of `visible`. None for a kind that this version does not know.
+
+    Fields that older events lack have their defaults; fields that this version does not know are ignored.
+    """
+    kind = next((kind for kind in KINDS if kind_name(kind) == values["kind"]), None)
+    if kind is None:
+        return None
+    read: dict[str, Callable[[Any], Any]] = {"bytes": bytes.fromhex, "datetime": datetime.fromisoformat}
+    known = {field.name: (str(field.type), values[field.name]) for field in fields(kind) if field.name in values}
+    record: Record = kind(**{name: read.get(how, lambda value: value)(value) for name, (how, value) in known.items()})
+    return record
 
 
 def key_of(record: Record) -> tuple[Any, ...]:

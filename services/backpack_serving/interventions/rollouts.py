@@ -10,12 +10,14 @@ from enum import StrEnum
 
 import structlog
 
+from backpack_serving import tasks
 from backpack_serving.errors import ServiceError
-from backpack_serving.interventions.caller import WriteNotifier, wait
 from backpack_serving.interventions.fleet import ReaderTracker, RolloutProgress
 from backpack_serving.interventions.records import ChannelRecord, Position
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.sync.messages import CanaryTally, FromReader, Hello, Nack, ReaderReport, Refusal
+from backpack_serving.interventions.write_notifier import WriteNotifier
+from backpack_serving.references import CanaryTally, Refusal
+from backpack_serving.sync.messages import FromReader, Hello, Nack, ReaderReport
 from backpack_serving.sync.server import SyncServer
 
 log = structlog.get_logger(__name__)
@@ -75,7 +77,7 @@ class Rollouts:
     def __init__(self, service: Interventions, gate: ErrorGate) -> None:
         self._service, self._gate = service, gate
         self.fleet = ReaderTracker()
-        self._bell, self._changed = WriteNotifier(), WriteNotifier()
+        self._news, self._changed = WriteNotifier(), WriteNotifier()
         self._settled: dict[SyncServer, set[Refusal]] = {}  # of what stands, what was looked into
 
     async def heard(self, session: SyncServer, message: FromReader) -> None:
@@ -91,27 +93,27 @@ class Rollouts:
             settled = settled.difference(message.refusals)
         standing = tuple(session.refusals.values())
         self._settled[session] = {r for r in standing if r in settled or await self._end_refused_canary(r)}
-        self._ring()
+        self._notify()
 
     def left(self, session: SyncServer) -> None:
         self.fleet.left(session)
         self._settled.pop(session, None)
-        self._ring()
+        self._notify()
 
     def told(self, hello: Hello, report: ReaderReport) -> None:
         """Another process of the service has heard of a reader of its own."""
         self.fleet.elsewhere(hello, report)
-        self._bell.ring_here()
+        self._news.notify_now()
 
     async def tell(self, others: Callable[[list[tuple[Hello, ReaderReport]]], None]) -> None:
         """Tell the other processes where the readers here stand, for ever: each second, and when that changes."""
         while True:
-            changed = self._changed.next()
+            changed = self._changed.next_write()
             if standing := self.fleet.here():
                 with suppress(ServiceError):  # the database is away: so are the others
                     await asyncio.to_thread(others, standing)
             await asyncio.sleep(GATHER_SECONDS)
-            await wait(changed, TELL_SECONDS)
+            await tasks.wait_at_most(changed, TELL_SECONDS)
 
     async def wait(
         self, channel: ChannelRecord, position: Position, level: Level, seconds: float
@@ -122,15 +124,15 @@ class Rollouts:
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
         while True:
-            rung = self._bell.next()
+            news = self._news.next_write()
             rollout = self.fleet.rollout(channel, position)
             if level.reached(rollout) or level.out_of_reach(rollout) or loop.time() >= until:
                 return rollout
-            await wait(rung, until - loop.time())
+            await tasks.wait_at_most(news, until - loop.time())
 
-    def _ring(self) -> None:
-        self._bell.ring_here()
-        self._changed.ring_here()
+    def _notify(self) -> None:
+        self._news.notify_now()
+        self._changed.notify_now()
 
     async def _judge_canary(self, tally: CanaryTally) -> None:
         together = self.fleet.tally(tally.tenant, tally.channel, tally.digest)
@@ -147,7 +149,7 @@ class Rollouts:
     async def _end_canary(self, tenant: str, channel: str, digest: str, why: str) -> bool:
         """End a canary, if this is one. False if that can't be done now."""
         try:
-            ended = await asyncio.to_thread(self._service.end_bad_canary, tenant, channel, digest, why)
+            ended = await asyncio.to_thread(self._service.channels.end_bad_canary, tenant, channel, digest, why)
         except ServiceError as error:  # the database is away: the next report brings it up again
             log.error(
                 "a canary should have ended",

@@ -20,8 +20,11 @@ LONGEST_TEXT = 4096
 _ID = re.compile(r"[a-z][a-z0-9-]{0,62}")
 
 
-class Rules:
-    """The rules for one model, on one store. `on_write` is called after each commit."""
+class RuleContext:
+    """What all rules share: one store, the model that patches are for, limits, and the ledger that writes.
+
+    `on_write` is called after each commit.
+    """
 
     def __init__(
         self,
@@ -31,15 +34,15 @@ class Rules:
         on_write: Callable[[], None] = lambda: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self.shape, self.limits = shape, limits
-        self._store, self._now = store, now
-        self._ledger = Ledger(store, on_write, now)
+        self.store, self.shape, self.limits, self.now = store, shape, limits, now
+        self.ledger = Ledger(store, on_write, now)
 
-    def _read(self, who: Principal) -> AbstractContextManager[Read]:
-        """What this principal may see of the store."""
-        return self._store.read(scope(who))
+    def read_as(self, who: Principal) -> AbstractContextManager[Read]:
+        """A transaction that sees what this principal may see."""
+        return self.store.read(scope(who))
 
-    def _check_model(self, record: RevisionRecord) -> None:
+    def check_model(self, record: RevisionRecord) -> None:
+        """Raise PreconditionFailed for a revision that was made for another model."""
         if record.fingerprint != self.shape.fingerprint:
             raise PreconditionFailed(
                 "WRONG_MODEL",

@@ -1,122 +1,36 @@
-"""The rules: who may change what, what a change needs, and what it makes. No SQL, no gRPC, no protobuf."""
+"""The intervention service without transport: its rules, composed. No SQL, no gRPC, no protobuf."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Callable
+from datetime import UTC, datetime
 
-from backpack_lm import patch
+from backpack_lm.patch import ModelShape, PatchLimits
 
-from backpack_serving.auth.keys import Principal, Role
-from backpack_serving.errors import InvalidRequest, NotFound
-from backpack_serving.interventions import lookup
 from backpack_serving.interventions.channels import ChannelRules
-from backpack_serving.interventions.integrity import check_release
-from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult, verify_pages
+from backpack_serving.interventions.events import EventRules
 from backpack_serving.interventions.patches import PatchRules
-from backpack_serving.interventions.records import (
-    ChannelRecord,
-    EventRecord,
-    KeyRecord,
-    Position,
-    Record,
-    ReleaseRecord,
-    TenantRecord,
-)
-from backpack_serving.interventions.rules import check_text
-from backpack_serving.interventions.store import Write
+from backpack_serving.interventions.releases import ReleaseRules
+from backpack_serving.interventions.rules import RuleContext
+from backpack_serving.interventions.store import Store
 from backpack_serving.interventions.tenants import TenantRules
 
-MOST_RESOLVED = 256
-"""Releases that a gateway may ask for at once: as many as one comparison may have."""
 
+class Interventions:
+    """All rules over one store, for one model. `on_write` is called after each commit."""
 
-class Interventions(TenantRules, PatchRules, ChannelRules):
-    """The intervention service: tenants, patches and channels (from its bases), releases, audit and sync."""
-
-    # ---- releases
-
-    def create_release(
-        self, who: Principal, parts: Sequence[tuple[str, int]], notes: str, request: IdempotencyKey
-    ) -> WriteResult[ReleaseRecord]:
-        """A release of these (patch, revision number) pairs, in the order in which they apply."""
-        who.require(Role.AUTHOR)
-        check_text("notes", notes)
-        self.check_parts(parts)
-
-        def act(tx: Write, now: datetime) -> tuple[ReleaseRecord, list[Record]]:
-            for name, _ in parts:
-                lookup.patch(tx, who.tenant, name)
-            found = [lookup.revision(tx, who.tenant, name, number) for name, number in parts]
-            for record in found:
-                self._check_model(record)
-            last = tx.list(ReleaseRecord, who.tenant, limit=1, descending=True)
-            digest = patch.release_digest([record.digest for record in found])
-            listed = json.dumps([list(part) for part in parts])
-            made = ReleaseRecord(who.tenant, last[0].number + 1, digest, listed, notes, now)
-            tx.add(made)
-            return made, [made]
-
-        return self._ledger.write(who, "CreateRelease", request, act)
-
-    def check_parts(self, parts: Sequence[object]) -> None:
-        """Raises InvalidRequest for more revisions than go into a release, whatever they are."""
-        if len(parts) > self.limits.revisions:
-            raise InvalidRequest.at("revisions", "TOO_MANY_REVISIONS", f"{len(parts)}, at most {self.limits.revisions}")
-
-    def release(self, who: Principal, number: int) -> ReleaseRecord:
-        who.require(Role.AUTHOR)
-        with self._read(who) as tx:
-            return lookup.release(tx, who.tenant, number)
-
-    def releases(self, who: Principal, after: int | None, limit: int) -> list[ReleaseRecord]:
-        """Newest first."""
-        who.require(Role.AUTHOR)
-        with self._read(who) as tx:
-            return tx.list(ReleaseRecord, who.tenant, after=after, limit=limit, descending=True)
-
-    # ---- audit and sync
-
-    def audit(self, who: Principal, after: int | None, limit: int) -> list[EventRecord]:
-        """Newest first: the whole service's entries for an admin, its tenant's for an author."""
-        if Role.ADMIN not in who.roles:
-            who.require(Role.AUTHOR)
-        with self._read(who) as tx:
-            return tx.list(EventRecord, after=after, limit=limit, descending=True)
-
-    def verify_chain(self, who: Principal) -> tuple[int, int | None]:
-        """How many entries there are, and the revision of the first that doesn't fit, if one doesn't."""
-        if Role.ADMIN not in who.roles:
-            who.require(Role.AUTHOR)
-        return verify_pages(self._store.read)
-
-    def snapshot(self) -> tuple[Position, list[Record]]:
-        """Everything that readers know, and where the store stands."""
-        with self._store.read() as tx:
-            known: list[Record] = [*tx.list(TenantRecord), *tx.list(KeyRecord), *tx.list(ChannelRecord)]
-            return tx.position, known
-
-    def events_after(self, revision: int, limit: int = 1000) -> tuple[Position, list[EventRecord]]:
-        """The writes since a revision, oldest first, and where the store stands."""
-        with self._store.read() as tx:
-            return tx.position, tx.list(EventRecord, after=revision, limit=limit)
-
-    def resolve_releases(
-        self, who: Principal, tenant: str, numbers: Sequence[int]
-    ) -> tuple[Position, list[ReleaseRecord]]:
-        """A tenant's releases of these numbers, and where the store stood when they were read."""
-        who.require(Role.REPLICA)
-        if len(numbers) > MOST_RESOLVED:
-            raise InvalidRequest.at("numbers", "TOO_MANY", f"{len(numbers)}; at most {MOST_RESOLVED}")
-        with self._read(who) as tx:
-            return tx.position, [lookup.release(tx, tenant, number) for number in numbers]
-
-    def fetch_release(self, who: Principal, tenant: str, digest: str) -> list[bytes]:
-        """Canonical bytes of a release's revisions, checked against their digests on the way out."""
-        who.require(Role.REPLICA)
-        with self._read(who) as tx:
-            release = tx.find(ReleaseRecord, tenant=tenant, digest=digest)
-            if release is None:
-                raise NotFound("NO_SUCH_RELEASE", f"tenants/{tenant} has no release {digest}")
-            return [lookup.blob(tx, revision).data for revision in check_release(tx, release)]
+    def __init__(
+        self,
+        store: Store,
+        shape: ModelShape,
+        limits: PatchLimits = PatchLimits(),
+        on_write: Callable[[], None] = lambda: None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        context = RuleContext(store, shape, limits, on_write, now)
+        self.shape, self.limits = shape, limits
+        self.tenants = TenantRules(context)
+        self.patches = PatchRules(context)
+        self.releases = ReleaseRules(context)
+        self.channels = ChannelRules(context)
+        self.events = EventRules(context)

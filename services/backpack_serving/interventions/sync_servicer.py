@@ -5,47 +5,38 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from functools import partial
 
-from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import sync_pb2 as pb
 from backpack_proto.v1 import sync_pb2_grpc as grpc_v1
 
 from backpack_serving import rpc
 from backpack_serving.auth.identity import Identities
 from backpack_serving.auth.keys import Role
-from backpack_serving.errors import InvalidRequest
-from backpack_serving.interventions.caller import Caller, WriteNotifier, wait
+from backpack_serving.interventions import fleet_wire, wire
 from backpack_serving.interventions.event_history import EventHistory
 from backpack_serving.interventions.rollouts import Rollouts
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.sync.messages import FromReader
+from backpack_serving.interventions.write_notifier import WriteNotifier
+from backpack_serving.references import ReleaseRef
 from backpack_serving.sync.server import SyncServer
-from backpack_serving.sync.state import ReleaseRef
-from backpack_serving.wire import control as wire
-from backpack_serving.wire import rollout as wire_rollout
-from backpack_serving.wire import sync as wire_sync
+from backpack_serving.sync.server_stream import serve_reader
+from backpack_serving.wire.references import write_position, write_tally
 
-POLL_SECONDS = 1.0
 THREADS = 2
 
 
-class SyncServicer(Caller, grpc_v1.SyncServiceServicer):
-    """Drives one session a stream: its messages, the bell of the store, and the clock."""
+class SyncServicer(grpc_v1.SyncServiceServicer):
+    """One `SyncServer` a stream, over the events of the store."""
 
     def __init__(
-        self,
-        service: Interventions,
-        tokenizer: Tokenizer,
-        identities: Identities,
-        bell: WriteNotifier,
-        rollouts: Rollouts,
+        self, service: Interventions, identities: Identities, writes: WriteNotifier, rollouts: Rollouts
     ) -> None:
-        super().__init__(service, tokenizer, identities)
-        self._bell, self._rollouts = bell, rollouts
-        self._journal = EventHistory(service)
+        self._service, self._identities, self._writes, self._rollouts = service, identities, writes, rollouts
+        self._history = EventHistory(service)
         self._nonces = itertools.count(secrets.randbits(48))
         # Their own: whatever keeps other threads busy, a bookmark must not come late.
         self._threads = ThreadPoolExecutor(THREADS, "sync")
@@ -53,90 +44,60 @@ class SyncServicer(Caller, grpc_v1.SyncServiceServicer):
     async def Sync(
         self, requests: AsyncIterator[pb.SyncRequest], context: rpc.Context
     ) -> AsyncIterator[pb.SyncResponse]:
-        (await self.who(context)).require(Role.REPLICA)
-        session = SyncServer(self._journal, self._nonces)
-        inbox: asyncio.Queue[FromReader | Exception | None] = asyncio.Queue()
-        listening = asyncio.create_task(_listen(requests, inbox))
-        arrived: asyncio.Task[FromReader | Exception | None] = asyncio.create_task(inbox.get())
+        (await self._identities.who(context)).require(Role.REPLICA)
+        server = SyncServer(self._history, self._nonces)
+        heard = partial(self._rollouts.heard, server)
+        stream = serve_reader(server, requests, self._writes.next_write, heard, self._threads)
         try:
-            while True:
-                bell = self._bell.next()
-                pump = asyncio.get_running_loop().run_in_executor(self._threads, session.pump, time.monotonic())
-                for message in await pump:
-                    for part in wire_sync.write_to_reader(message):
-                        yield part
-                seconds = min(POLL_SECONDS, session.due - time.monotonic()) if session.hello else POLL_SECONDS
-                rung = asyncio.create_task(wait(bell, seconds))
-                await asyncio.wait({rung, arrived}, return_when=asyncio.FIRST_COMPLETED)
-                rung.cancel()
-                while arrived.done():
-                    said = arrived.result()
-                    if said is None:
-                        return
-                    if isinstance(said, Exception):
-                        raise said
-                    session.receive(said, time.monotonic())
-                    await self._rollouts.heard(session, said)
-                    arrived = asyncio.create_task(inbox.get())
-                    await asyncio.sleep(0)
+            async with aclosing(stream):
+                async for message in stream:
+                    yield message
         finally:
-            listening.cancel()
-            arrived.cancel()
-            self._rollouts.left(session)
+            self._rollouts.left(server)
 
     async def FetchRelease(
         self, request: pb.FetchReleaseRequest, context: rpc.Context
     ) -> AsyncIterator[pb.FetchReleaseResponse]:
-        who = await self.who(context)
-        blobs = await asyncio.to_thread(self.service.fetch_release, who, request.tenant, request.digest)
-        for piece in wire_sync.write_pieces(blobs):
+        who = await self._identities.who(context)
+        blobs = await asyncio.to_thread(self._service.releases.fetch_release, who, request.tenant, request.digest)
+        for piece in wire.write_pieces(blobs):
             yield piece
 
     async def ResolveReleases(
         self, request: pb.ResolveReleasesRequest, context: rpc.Context
     ) -> pb.ResolveReleasesResponse:
-        who = await self.who(context)
-        position, found = await asyncio.to_thread(self.service.resolve_releases, who, request.tenant, request.numbers)
+        who = await self._identities.who(context)
+        position, found = await asyncio.to_thread(
+            self._service.releases.resolve_releases, who, request.tenant, request.numbers
+        )
         refs = [ReleaseRef(release.number, release.digest) for release in found]
-        return wire_sync.write_resolved(position, refs)
+        return wire.write_resolved(position, refs)
 
 
-async def _listen(requests: AsyncIterator[pb.SyncRequest], inbox: asyncio.Queue[FromReader | Exception | None]) -> None:
-    """Put what the reader says into the inbox, then None; or what is wrong with it."""
-    try:
-        async for request in requests:
-            inbox.put_nowait(wire_sync.read_from_reader(request))
-    except InvalidRequest as error:
-        inbox.put_nowait(error)
-    else:
-        inbox.put_nowait(None)
+class FleetServicer(grpc_v1.FleetServiceServicer):
+    """Which readers there are, and which releases they hold."""
 
-
-class FleetServicer(Caller, grpc_v1.FleetServiceServicer):
-    def __init__(
-        self, service: Interventions, tokenizer: Tokenizer, identities: Identities, rollouts: Rollouts
-    ) -> None:
-        super().__init__(service, tokenizer, identities)
-        self._fleet = rollouts.fleet
+    def __init__(self, service: Interventions, identities: Identities, rollouts: Rollouts) -> None:
+        self._service, self._identities, self._fleet = service, identities, rollouts.fleet
 
     async def GetRollout(self, request: pb.GetRolloutRequest, context: rpc.Context) -> pb.GetRolloutResponse:
-        who = await self.who(context)
+        who = await self._identities.who(context)
         (name,) = wire.parse_name("channel", request.channel, "channels/{}", who)
-        position, channel = await asyncio.to_thread(self.service.channel_now, who, name)
+        position, channel = await asyncio.to_thread(self._service.channels.channel_now, who, name)
         response = pb.GetRolloutResponse(
             channel=wire.write_channel(channel),
-            holds=map(wire_rollout.write_hold, self._fleet.holds(channel, position)),
+            holds=map(fleet_wire.write_hold, self._fleet.holds(channel, position)),
         )
         if channel.canary is not None:
             tally = self._fleet.tally(channel.tenant, channel.channel, channel.canary_digest)
-            response.canary.CopyFrom(wire_sync.write_tally(tally))
+            response.canary.CopyFrom(write_tally(tally))
         return response
 
     async def ListReaders(self, request: pb.ListReadersRequest, context: rpc.Context) -> pb.ListReadersResponse:
-        who = await self.who(context)
+        who = await self._identities.who(context)
         who.require(Role.ADMIN)
-        position = await asyncio.to_thread(self.service.position)
+        position = await asyncio.to_thread(self._service.events.position)
         return pb.ListReadersResponse(
-            readers=[wire_rollout.write_reader(seen, silence) for seen, silence in self._fleet.readers()],
-            position=wire.write_position(position),
+            readers=[fleet_wire.write_reader(seen, silence) for seen, silence in self._fleet.readers()],
+            position=write_position(position),
         )

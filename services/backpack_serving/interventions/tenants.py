@@ -23,21 +23,24 @@ from backpack_serving.errors import AlreadyExists, InvalidRequest, PreconditionF
 from backpack_serving.interventions import lookup
 from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult
 from backpack_serving.interventions.records import ChannelRecord, KeyRecord, Record, ReleaseRecord, TenantRecord
-from backpack_serving.interventions.rules import Rules, check_id
+from backpack_serving.interventions.rules import RuleContext, check_id
 from backpack_serving.interventions.store import Write
-from backpack_serving.sync.state import LIVE
+from backpack_serving.references import LIVE
 
 TOO_FEW_TO_ASK = 10
 """So many tenants may be suspended at once without force, however few there are."""
 
 
-class TenantRules(Rules):
+class TenantRules:
     """Who there is, and which keys open what. For admins."""
+
+    def __init__(self, context: RuleContext) -> None:
+        self._context = context
 
     def authenticate(self, presented: str) -> Principal:
         """Who presents this key. Raises Unauthenticated if nobody may, or may any more."""
         key = ApiKeySecret.parse(presented)
-        with self._store.read() as tx:
+        with self._context.store.read() as tx:
             record = tx.find(KeyRecord, key=key.id)
             owner = tx.get(TenantRecord, record.tenant) if record else None
         if record is None or record.revoked or not Verifier(record.salt, record.verifier).accepts(key.secret):
@@ -48,7 +51,7 @@ class TenantRules(Rules):
 
     def check_tenant(self, who: Principal) -> None:
         """Raises Unauthenticated if a credential names a tenant that isn't there, or is suspended."""
-        with self._store.read() as tx:
+        with self._context.store.read() as tx:
             tenant = tx.get(TenantRecord, who.tenant)
         if tenant is None:
             raise Unauthenticated("UNKNOWN_TENANT", f"tenants/{who.tenant} doesn't exist", tenant=who.tenant)
@@ -61,7 +64,7 @@ class TenantRules(Rules):
         Raises PreconditionFailed for a key that is there for something else.
         """
         roles = list(roles)
-        with self._store.read() as tx:
+        with self._context.store.read() as tx:
             found = tx.find(KeyRecord, key=make.id)
         if found:
             if found.tenant != SYSTEM or not set(roles) <= set(found.roles.split()):
@@ -85,7 +88,7 @@ class TenantRules(Rules):
             return key, made
 
         with suppress(AlreadyExists):
-            self._ledger.write(Principal(SYSTEM, "bootstrap", frozenset()), "Bootstrap", IdempotencyKey(), act)
+            self._context.ledger.write(Principal(SYSTEM, "bootstrap", frozenset()), "Bootstrap", IdempotencyKey(), act)
 
     def create_tenant(self, who: Principal, tenant: str, request: IdempotencyKey) -> WriteResult[TenantRecord]:
         """A tenant, whose channel `live` is at its release 0: the model unpatched.
@@ -105,11 +108,11 @@ class TenantRules(Rules):
                 tx.add(record)
             return made, [made, live]
 
-        return self._ledger.write(who, "CreateTenant", request, act)
+        return self._context.ledger.write(who, "CreateTenant", request, act)
 
-    def tenants(self, who: Principal, after: str | None, limit: int) -> list[TenantRecord]:
+    def list_tenants(self, who: Principal, after: str | None, limit: int) -> list[TenantRecord]:
         who.require(Role.ADMIN)
-        with self._store.read() as tx:
+        with self._context.store.read() as tx:
             return tx.list(TenantRecord, after=after, limit=limit)
 
     def create_key(
@@ -131,7 +134,7 @@ class TenantRules(Rules):
             tx.add(made)
             return made, [made]
 
-        written = self._ledger.write(who, "CreateApiKey", request, act)
+        written = self._context.ledger.write(who, "CreateApiKey", request, act)
         return written, None if written.repeated else minted
 
     def rotate_key(
@@ -151,12 +154,12 @@ class TenantRules(Rules):
             tx.replace(revoked)
             return made, [made, revoked]
 
-        written = self._ledger.write(who, "RotateApiKey", request, act)
+        written = self._context.ledger.write(who, "RotateApiKey", request, act)
         return written, None if written.repeated else minted
 
-    def keys(self, who: Principal, tenant: str, after: str | None, limit: int) -> list[KeyRecord]:
+    def list_keys(self, who: Principal, tenant: str, after: str | None, limit: int) -> list[KeyRecord]:
         who.require(Role.ADMIN)
-        with self._store.read() as tx:
+        with self._context.store.read() as tx:
             lookup.tenant(tx, tenant)
             return tx.list(KeyRecord, tenant, after=after, limit=limit)
 
@@ -169,7 +172,7 @@ class TenantRules(Rules):
             tx.replace(revoked)
             return revoked, [revoked]
 
-        return self._ledger.write(who, "RevokeApiKey", request, act)
+        return self._context.ledger.write(who, "RevokeApiKey", request, act)
 
     def suspend(
         self, who: Principal, names: Sequence[str], force: bool, request: IdempotencyKey
@@ -198,7 +201,7 @@ class TenantRules(Rules):
                 )
             return _replaced(tx, [replace(each, suspended=True) for each in ends])
 
-        return self._ledger.write(who, "SuspendTenants", request, act)
+        return self._context.ledger.write(who, "SuspendTenants", request, act)
 
     def resume(self, who: Principal, names: Sequence[str], request: IdempotencyKey) -> WriteResult[TenantRecord]:
         """Let the keys of these tenants be good again."""
@@ -207,7 +210,7 @@ class TenantRules(Rules):
         def act(tx: Write, now: datetime) -> tuple[TenantRecord, list[Record]]:
             return _replaced(tx, [replace(t, suspended=False) for t in _named(tx, names) if t.suspended])
 
-        return self._ledger.write(who, "ResumeTenants", request, act)
+        return self._context.ledger.write(who, "ResumeTenants", request, act)
 
 
 def _named(tx: Write, names: Sequence[str]) -> list[TenantRecord]:

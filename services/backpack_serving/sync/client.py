@@ -10,21 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from backpack_serving.references import CanaryTally, Position, ReaderKind, Refusal
 from backpack_serving.sync.messages import (
     Ack,
     Bookmark,
-    CanaryTally,
     Delta,
     FromReader,
     Hello,
     Nack,
     ReaderReport,
-    Refusal,
     ResyncRequired,
     Snapshot,
     ToReader,
 )
-from backpack_serving.sync.state import Position, ReaderKind, Stageable, StateEntry, StateView, UnknownEntry
+from backpack_serving.sync.state import Stageable, StateEntry, StateView, UnknownEntry
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,43 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from backpack_serving.sync.state import Position, ReaderKind, StateEntry
+from backpack_serving.references import CanaryTally, Position, ReaderKind, Refusal
+from backpack_serving.sync.state import StateEntry
 
 BOOKMARK_SECONDS = REPORT_SECONDS = 1.0
 
 SILENCE = 5.0
 """Seconds without a message after which either end takes a stream for dead, as one is that is half open."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a reader doesn't take a release; `channel` is "" for one that no channel points at yet.
-
-    `final`: trying again can't help. The others are tried again by the reader itself.
-    """
-
-    tenant: str
-    channel: str
-    digest: str
-    reason: str
-    message: str
-    final: bool = True
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.tenant, self.channel
-
-
-@dataclass(frozen=True, slots=True)
-class CanaryTally:
-    """How a gateway's requests under a canary went, since it knows of it."""
-
-    tenant: str
-    channel: str
-    digest: str
-    requests: int
-    errors: int
-    non_finite: int = 0
 
 
 @dataclass(frozen=True, slots=True)

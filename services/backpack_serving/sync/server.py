@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from backpack_serving.errors import InvalidRequest, PreconditionFailed, Unavailable
+from backpack_serving.references import Position, ReaderKind, Refusal
 from backpack_serving.sync.messages import (
     BOOKMARK_SECONDS,
     SILENCE,
@@ -16,12 +17,11 @@ from backpack_serving.sync.messages import (
     FromReader,
     Hello,
     Nack,
-    Refusal,
     ResyncRequired,
     Snapshot,
     ToReader,
 )
-from backpack_serving.sync.state import Position, ReaderKind, Stageable, StateEntry
+from backpack_serving.sync.state import Stageable, StateEntry
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,41 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from backpack_serving.auth.keys import Principal, Verifier
-
-LIVE = "live"
-"""The channel that every tenant has, and that a request gets which names none."""
+from backpack_serving.references import Position, ReleaseRef
 
 RESIDENT = 3
 """How many releases of a channel stay compiled in replicas: the one that it is at, and those before it."""
-
-
-class ReaderKind(StrEnum):
-    """Which part of the store a reader is told of: gateways all of it, replicas no keys."""
-
-    GATEWAY = "gateway"
-    REPLICA = "replica"
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Position:
-    """Where the store stood. Positions of an epoch only rise; a restore from backup starts a new epoch."""
-
-    epoch: int = 0
-    revision: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.epoch}.{self.revision}"
-
-
-@dataclass(frozen=True, slots=True)
-class ReleaseRef:
-    """A release by its number, which people use, and its digest, which says what it is."""
-
-    number: int
-    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +116,7 @@ Stageable = ChannelState | RecentRelease
 class StateView:
     """All that a reader knows, as of one position. A change makes another view; nobody ever sees half of one."""
 
-    position: Position = Position()
+    position: Position = field(default_factory=Position)
     tenants: Mapping[str, TenantState] = field(default_factory=dict)
     keys: Mapping[str, KeyState] = field(default_factory=dict)
     channels: Mapping[tuple[str, str], ChannelState] = field(default_factory=dict)

@@ -15,11 +15,12 @@ from google.protobuf.message import DecodeError
 
 from backpack_serving import rpc, tasks
 from backpack_serving.errors import PreconditionFailed, ServiceError, Unavailable
+from backpack_serving.references import CanaryTally, Position, Refusal
+from backpack_serving.sync import wire as wire
 from backpack_serving.sync.client import PendingDelta, SyncClient
-from backpack_serving.sync.messages import REPORT_SECONDS, SILENCE, CanaryTally, FromReader, Refusal
+from backpack_serving.sync.messages import REPORT_SECONDS, SILENCE, FromReader
 from backpack_serving.sync.snapshot_file import SnapshotFile
-from backpack_serving.sync.state import Position, Stageable, StateView
-from backpack_serving.wire import sync as wire
+from backpack_serving.sync.state import Stageable, StateView
 
 M = TypeVar("M")
 

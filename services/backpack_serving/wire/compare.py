@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from backpack_lm.config import BackpackConfig
@@ -11,9 +9,9 @@ from backpack_lm.patch import Violation
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
 
-from backpack_serving.errors import InvalidRequest, PreconditionFailed
-from backpack_serving.wire.inference import check_pin, read_prompt, write_token
-from backpack_serving.wire.patches import WordReader
+from backpack_serving.errors import InvalidRequest
+from backpack_serving.wire.edits import WordReader
+from backpack_serving.wire.inference import read_prompt
 
 MOST_RELEASES, MOST_TOP, DEFAULT_TOP, MOST_TARGETS = 256, 100, 10, 64
 
@@ -85,31 +83,3 @@ def read_question(request: pb.CompareRequest, tokenizer: Tokenizer, config: Back
     if reader.violations:
         raise InvalidRequest.of(*reader.violations)
     return ComparisonQuery(ids, score, min(request.top or DEFAULT_TOP, config.tokens), targets)
-
-
-def read_pins(request: pb.CompareRequest) -> list[pb.Pin]:
-    """What the gateway decided. Raises PreconditionFailed for a caller that is no gateway, and as `check_pin`."""
-    if len(request.pins) != len(request.releases) or not request.pins:
-        raise PreconditionFailed("NO_PIN", "this is a replica; call the gateway")
-    return list(map(check_pin, request.pins))
-
-
-def write_score(logs: Sequence[float]) -> pb.TextScore:
-    return pb.TextScore(log_probabilities=logs, log_probability=math.fsum(logs), perplexity=perplexity(logs))
-
-
-def perplexity(logs: Sequence[float]) -> float:
-    """exp of the mean of −log p; infinite if that is more than a number can hold."""
-    try:
-        return math.exp(-math.fsum(logs) / len(logs))
-    except OverflowError:
-        return math.inf
-
-
-def write_next(
-    top: Sequence[tuple[int, float]], targets: Sequence[tuple[int, float]], tokenizer: Tokenizer
-) -> pb.NextToken:
-    return pb.NextToken(
-        top=[write_token(token, tokenizer, value) for token, value in top],
-        targets=[write_token(token, tokenizer, value) for token, value in targets],
-    )

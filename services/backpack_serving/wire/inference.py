@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +12,10 @@ from backpack_lm.manifest import Manifest
 from backpack_lm.patch import Violation
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
-from google.protobuf.message import DecodeError
 
-from backpack_serving import rpc
-from backpack_serving.errors import InvalidRequest, PreconditionFailed
+from backpack_serving.errors import InvalidRequest
 from backpack_serving.sampling import SamplingParams
-from backpack_serving.wire.patches import WordReader
+from backpack_serving.wire.edits import WordReader
 
 PIN = "backpack-pin-bin"
 """Metadata of a gateway's call to a replica: a serialized Pin."""
@@ -189,41 +186,6 @@ def _sampling_violations(s: pb.Sampling) -> Iterator[Violation]:
 
 
 # ---- the pin
-
-
-def read_pin(context: rpc.Context) -> pb.Pin:
-    """What the gateway decided. Raises PreconditionFailed for a caller that is no gateway, InvalidRequest for what
-    is no pin.
-    """
-    packed = rpc.metadata(context).get(PIN)
-    if not isinstance(packed, bytes):
-        raise PreconditionFailed("NO_PIN", "this is a replica; call the gateway")
-    try:
-        return check_pin(pb.Pin.FromString(packed))
-    except DecodeError as error:
-        raise InvalidRequest("NOT_A_MESSAGE", f"{PIN}: {error}") from None
-
-
-def check_pin(pin: pb.Pin) -> pb.Pin:
-    """Raises InvalidRequest for what can't be a digest: a replica's files are called by it."""
-    if not re.fullmatch("[0-9a-f]{64}", pin.release_digest):
-        raise InvalidRequest.at("pin.release_digest", "BAD_DIGEST", f"{pin.release_digest!r} is no SHA-256 in hex")
-    return pin
-
-
-def served(pin: pb.Pin, digest: str, manifest: Manifest) -> pb.Served:
-    """What a response was made with; `digest` is the one that the engine read from the slot."""
-    return pb.Served(
-        tenant=pin.tenant,
-        channel=pin.channel,
-        release=pin.release,
-        release_digest=digest,
-        epoch=pin.epoch,
-        revision=pin.revision,
-        model_fingerprint=manifest.fingerprint,
-        staleness=pin.staleness,
-        canary=pin.canary,
-    )
 
 
 # ---- answers

@@ -13,7 +13,7 @@ from backpack_proto.v1 import inference_pb2
 from backpack_proto.v1 import interventions_pb2 as pb
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.settings import default_model
-from backpack_serving.wire.patches import read_edits, write_edit
+from backpack_serving.wire.edits import read_edits, write_edit
 
 TOKENIZER = Tokenizer.read(default_model() / "tokenizer.json")
 SENSES = 16

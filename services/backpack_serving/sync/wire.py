@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
-from backpack_proto.v1 import inference_pb2
 from backpack_proto.v1 import sync_pb2 as pb
 
 from backpack_serving.auth.keys import Principal, Verifier
 from backpack_serving.errors import InvalidRequest
-from backpack_serving.gateway.registry import Pin
 from backpack_serving.sync import messages as m
 from backpack_serving.sync.state import (
     CanarySplit,
     ChannelState,
     KeyState,
-    Position,
-    ReaderKind,
     RecentRelease,
-    ReleaseRef,
     StateEntry,
     StateView,
     TenantState,
     UnknownEntry,
 )
-from backpack_serving.wire.control import ROLE_NUMBERS, ROLES, write_position
-
-KINDS = {pb.READER_KIND_GATEWAY: ReaderKind.GATEWAY, pb.READER_KIND_REPLICA: ReaderKind.REPLICA}
-KIND_NUMBERS = {kind: number for number, kind in KINDS.items()}
+from backpack_serving.wire.references import (
+    KIND_NUMBERS,
+    KINDS,
+    read_position,
+    read_ref,
+    read_refusals,
+    read_tally,
+    write_position,
+    write_ref,
+    write_refusal,
+    write_tally,
+)
+from backpack_serving.wire.roles import ROLE_NUMBERS, ROLES
 
 CHANGES = 5_000
 """How many changes of a snapshot travel in one message: about a megabyte."""
-
-MOST_REQUESTS = 2**53
-"""Of one tally. What all readers counted together has to fit into a message as well."""
-
-
-def read_position(message: inference_pb2.Position) -> Position:
-    return Position(message.epoch, message.revision)
 
 
 # ---- from readers
@@ -87,52 +82,17 @@ def read_from_reader(message: pb.SyncRequest) -> m.FromReader:
                 read_position(hello.position),
                 hello.whole,
                 frozenset(digest.hex() for digest in hello.digests),
-                _read_refusals(hello.refusals),
+                read_refusals(hello.refusals),
             )
         case "ack":
             return m.Ack(message.ack.nonce)
         case "nack":
-            return m.Nack(message.nack.nonce, _read_refusals(message.nack.refusals))
+            return m.Nack(message.nack.nonce, read_refusals(message.nack.refusals))
         case "report":
-            tallies = tuple(map(_read_tally, message.report.tallies))
-            return m.ReaderReport(_read_refusals(message.report.refusals), tallies, message.report.releases)
+            tallies = tuple(map(read_tally, message.report.tallies))
+            return m.ReaderReport(read_refusals(message.report.refusals), tallies, message.report.releases)
         case _:
             raise InvalidRequest.at("message", "UNKNOWN_KIND", "no message that this service knows")
-
-
-def write_refusal(refusal: m.Refusal) -> pb.Refusal:
-    return pb.Refusal(
-        tenant=refusal.tenant,
-        channel=refusal.channel,
-        release_digest=refusal.digest,
-        reason=refusal.reason,
-        message=refusal.message,
-        final=refusal.final,
-    )
-
-
-def _read_refusals(refusals: Iterable[pb.Refusal]) -> tuple[m.Refusal, ...]:
-    return tuple(m.Refusal(r.tenant, r.channel, r.release_digest, r.reason, r.message, r.final) for r in refusals)
-
-
-def _read_tally(tally: pb.Tally) -> m.CanaryTally:
-    """Raises InvalidRequest for counts that no gateway can have."""
-    counts = tally.requests, tally.errors, tally.non_finite
-    if not MOST_REQUESTS >= counts[0] >= counts[1] >= counts[2] >= 0:
-        text = "{} requests, {} failed, {} not numbers; each 0 to the one before it".format(*counts)
-        raise InvalidRequest.at("report.tallies", "OUT_OF_RANGE", text)
-    return m.CanaryTally(tally.tenant, tally.channel, tally.release_digest, *counts)
-
-
-def write_tally(tally: m.CanaryTally) -> pb.Tally:
-    return pb.Tally(
-        tenant=tally.tenant,
-        channel=tally.channel,
-        release_digest=tally.digest,
-        requests=tally.requests,
-        errors=tally.errors,
-        non_finite=tally.non_finite,
-    )
 
 
 # ---- to readers
@@ -218,15 +178,15 @@ def _write_entry(known: StateEntry) -> pb.Change:
                 channel=pb.ChannelChange(
                     tenant=known.tenant,
                     channel=known.channel,
-                    stable=_write_ref(known.stable),
-                    canary=_write_ref(canary.release) if canary else None,
+                    stable=write_ref(known.stable),
+                    canary=write_ref(canary.release) if canary else None,
                     canary_permille=canary.permille if canary else 0,
                     canary_salt=canary.salt if canary else "",
-                    earlier=map(_write_ref, known.earlier),
+                    earlier=map(write_ref, known.earlier),
                 )
             )
         case RecentRelease():
-            return pb.Change(release=pb.ReleaseChange(tenant=known.tenant, release=_write_ref(known.release)))
+            return pb.Change(release=pb.ReleaseChange(tenant=known.tenant, release=write_ref(known.release)))
         case UnknownEntry():
             return pb.Change()
 
@@ -244,29 +204,13 @@ def _read_entry(change: pb.Change) -> StateEntry:
             c = change.channel
             canary = None
             if c.HasField("canary"):
-                canary = CanarySplit(_read_ref(c.canary), c.canary_permille, c.canary_salt)
-            earlier = tuple(map(_read_ref, c.earlier))
-            return ChannelState(c.tenant, c.channel, _read_ref(c.stable), canary, earlier)
+                canary = CanarySplit(read_ref(c.canary), c.canary_permille, c.canary_salt)
+            earlier = tuple(map(read_ref, c.earlier))
+            return ChannelState(c.tenant, c.channel, read_ref(c.stable), canary, earlier)
         case "release":
-            return RecentRelease(change.release.tenant, _read_ref(change.release.release))
+            return RecentRelease(change.release.tenant, read_ref(change.release.release))
         case _:
             return UnknownEntry("a newer version's")
-
-
-def _write_ref(release: ReleaseRef) -> pb.ReleaseRef:
-    return pb.ReleaseRef(number=release.number, digest=release.digest)
-
-
-def _read_ref(message: pb.ReleaseRef) -> ReleaseRef:
-    return ReleaseRef(message.number, message.digest)
-
-
-def write_resolved(position: Position, releases: Iterable[ReleaseRef]) -> pb.ResolveReleasesResponse:
-    return pb.ResolveReleasesResponse(releases=map(_write_ref, releases), position=write_position(position))
-
-
-def read_resolved(message: pb.ResolveReleasesResponse) -> tuple[Position, list[ReleaseRef]]:
-    return read_position(message.position), list(map(_read_ref, message.releases))
 
 
 # ---- on disk
@@ -285,27 +229,5 @@ def read_view(data: bytes) -> StateView:
 
 # ---- the revisions of a release, in pieces
 
-PIECE = 2**20
-
-
-def write_pieces(revisions: Sequence[bytes]) -> Iterable[pb.FetchReleaseResponse]:
-    for number, data in enumerate(revisions):
-        for at in range(0, len(data), PIECE):
-            yield pb.FetchReleaseResponse(revision=number, data=data[at : at + PIECE])
-
 
 # ---- the pin
-
-
-def write_pin(pinned: Pin) -> inference_pb2.Pin:
-    pin = inference_pb2.Pin(
-        tenant=pinned.tenant,
-        channel=pinned.channel,
-        release=pinned.release,
-        release_digest=pinned.digest,
-        epoch=pinned.epoch,
-        revision=pinned.revision,
-        canary=pinned.canary,
-    )
-    pin.staleness.FromMicroseconds(round(pinned.staleness * 1e6))
-    return pin

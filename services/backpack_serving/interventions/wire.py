@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from backpack_lm import patch
 from backpack_lm.tokenizer import Tokenizer
-from backpack_proto.v1 import inference_pb2
 from backpack_proto.v1 import interventions_pb2 as pb
+from backpack_proto.v1 import sync_pb2
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -32,16 +32,10 @@ from backpack_serving.interventions.records import (
     RevisionRecord,
     TenantRecord,
 )
-from backpack_serving.wire.patches import write_edit
-
-ROLES = {
-    pb.ROLE_ADMIN: Role.ADMIN,
-    pb.ROLE_AUTHOR: Role.AUTHOR,
-    pb.ROLE_RELEASER: Role.RELEASER,
-    pb.ROLE_CALLER: Role.CALLER,
-    pb.ROLE_REPLICA: Role.REPLICA,
-}
-ROLE_NUMBERS = {role: number for number, role in ROLES.items()}
+from backpack_serving.references import ReleaseRef
+from backpack_serving.wire.edits import write_edit
+from backpack_serving.wire.references import write_position, write_ref
+from backpack_serving.wire.roles import ROLE_NUMBERS, ROLES
 
 PAGE, LARGEST_PAGE = 50, 1000
 
@@ -151,10 +145,6 @@ def write_time(value: datetime) -> Timestamp:
     return stamp
 
 
-def write_position(position: Position) -> inference_pb2.Position:
-    return inference_pb2.Position(epoch=position.epoch, revision=position.revision)
-
-
 def write_tenant(record: TenantRecord) -> pb.Tenant:
     return pb.Tenant(name=record.name, create_time=write_time(record.created), suspended=record.suspended)
 
@@ -205,13 +195,13 @@ def write_release(record: ReleaseRecord) -> pb.Release:
 
 
 def write_channel(record: ChannelRecord) -> pb.Channel:
-    canary = None
-    if record.canary is not None:
+    canary, split = None, record.state.canary
+    if split is not None:
         canary = pb.Canary(
-            release=record.canary,
-            release_digest=record.canary_digest,
-            permille=record.permille,
-            salt=record.salt,
+            release=split.release.number,
+            release_digest=split.release.digest,
+            permille=split.permille,
+            salt=split.salt,
         )
     return pb.Channel(
         name=record.name,
@@ -236,3 +226,19 @@ def write_audit_entry(event: EventRecord) -> pb.AuditEntry:
         resource=event.resource,
         hash=event.hash,
     )
+
+
+# ---- releases for readers
+
+
+PIECE = 2**20
+
+
+def write_pieces(revisions: Sequence[bytes]) -> Iterable[sync_pb2.FetchReleaseResponse]:
+    for number, data in enumerate(revisions):
+        for at in range(0, len(data), PIECE):
+            yield sync_pb2.FetchReleaseResponse(revision=number, data=data[at : at + PIECE])
+
+
+def write_resolved(position: Position, releases: Iterable[ReleaseRef]) -> sync_pb2.ResolveReleasesResponse:
+    return sync_pb2.ResolveReleasesResponse(releases=map(write_ref, releases), position=write_position(position))

@@ -14,7 +14,7 @@ from backpack_proto.v1 import interventions_pb2 as pb
 
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.interventions.ledger import IdempotencyKey
-from backpack_serving.wire.patches import FORMS
+from backpack_serving.wire.edits import FORMS
 
 CHUNK = 2**20
 """Most bytes of content in a message."""

@@ -6,7 +6,7 @@ from backpack_proto.v1 import interventions_pb2, sync_pb2
 from backpack_serving.auth.keys import Role
 from backpack_serving.sync.messages import Delta
 from backpack_serving.sync.state import KeyState
-from backpack_serving.wire.sync import SnapshotAssembler
+from backpack_serving.sync.wire import SnapshotAssembler
 
 
 def test_a_role_that_a_gateway_does_not_know_leaves_a_key_its_others() -> None:

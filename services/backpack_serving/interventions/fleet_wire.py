@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-from dataclasses import replace
 from typing import Any
 
 from backpack_proto.v1 import interventions_pb2, sync_pb2
@@ -11,11 +9,7 @@ from backpack_proto.v1 import interventions_pb2, sync_pb2
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.interventions.fleet import HoldState, ReaderStatus, ReleaseHolding, RolloutProgress
 from backpack_serving.interventions.rollouts import Level
-from backpack_serving.interventions.store import MOST_TOLD
-from backpack_serving.sync.messages import Hello, ReaderReport
-from backpack_serving.sync.state import Position
-from backpack_serving.wire.control import write_position
-from backpack_serving.wire.sync import KIND_NUMBERS, read_from_reader, write_from_reader, write_refusal
+from backpack_serving.wire.references import KIND_NUMBERS, write_position, write_refusal
 
 LEVELS = {
     interventions_pb2.WAIT_UNSPECIFIED: Level.NONE,
@@ -55,29 +49,6 @@ def write_rollout(rollout: RolloutProgress, level: Level) -> interventions_pb2.R
         gateways_acked=rollout.gateways.acked,
         refusals=[f"{name}: {refusal.reason}: {refusal.message}" for name, refusal in rollout.refusals],
     )
-
-
-def write_standing(hello: Hello, report: ReaderReport) -> str:
-    """Where a reader stands, for other processes of the service; if that is too long, with fewer of its tallies,
-    and if it is without any, that it holds nothing.
-    """
-    parts = (write_from_reader(message).SerializeToString() for message in (hello, report))
-    text = " ".join(base64.b64encode(part).decode() for part in parts)
-    if len(text) <= MOST_TOLD - 100:
-        return text
-    if report.tallies:  # they are judged where the reader is connected; a wait needs its position everywhere
-        return write_standing(hello, replace(report, tallies=report.tallies[: len(report.tallies) // 2]))
-    return write_standing(replace(hello, position=Position(), refusals=()), ReaderReport(releases=report.releases))
-
-
-def read_standing(text: str) -> tuple[Hello, ReaderReport]:
-    """Raises ValueError, DecodeError or InvalidRequest for what this version doesn't know."""
-    hello, report = (
-        read_from_reader(sync_pb2.SyncRequest.FromString(base64.b64decode(part))) for part in text.split(" ")
-    )
-    if not isinstance(hello, Hello) or not isinstance(report, ReaderReport):
-        raise ValueError(f"{text[:40]!r}… isn't where a reader stands")
-    return hello, report
 
 
 def write_hold(hold: ReleaseHolding) -> sync_pb2.Hold:

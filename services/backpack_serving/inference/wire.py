@@ -1,0 +1,79 @@
+"""What only a replica reads and writes: the gateway's pin, and answers about a text."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from backpack_lm.manifest import Manifest
+from backpack_lm.tokenizer import Tokenizer
+from backpack_proto.v1 import inference_pb2 as pb
+from google.protobuf.message import DecodeError
+
+from backpack_serving import rpc
+from backpack_serving.errors import InvalidRequest, PreconditionFailed
+from backpack_serving.wire.inference import PIN, write_token
+
+
+def read_pin(context: rpc.Context) -> pb.Pin:
+    """What the gateway decided. Raises PreconditionFailed for a caller that is no gateway, InvalidRequest for what
+    is no pin.
+    """
+    packed = rpc.metadata(context).get(PIN)
+    if not isinstance(packed, bytes):
+        raise PreconditionFailed("NO_PIN", "this is a replica; call the gateway")
+    try:
+        return check_pin(pb.Pin.FromString(packed))
+    except DecodeError as error:
+        raise InvalidRequest("NOT_A_MESSAGE", f"{PIN}: {error}") from None
+
+
+def check_pin(pin: pb.Pin) -> pb.Pin:
+    """Raises InvalidRequest for what can't be a digest: a replica's files are called by it."""
+    if not re.fullmatch("[0-9a-f]{64}", pin.release_digest):
+        raise InvalidRequest.at("pin.release_digest", "BAD_DIGEST", f"{pin.release_digest!r} is no SHA-256 in hex")
+    return pin
+
+
+def read_pins(request: pb.CompareRequest) -> list[pb.Pin]:
+    """What the gateway decided. Raises PreconditionFailed for a caller that is no gateway, and as `check_pin`."""
+    if len(request.pins) != len(request.releases) or not request.pins:
+        raise PreconditionFailed("NO_PIN", "this is a replica; call the gateway")
+    return list(map(check_pin, request.pins))
+
+
+def served(pin: pb.Pin, digest: str, manifest: Manifest) -> pb.Served:
+    """What a response was made with; `digest` is the one that the engine read from the slot."""
+    return pb.Served(
+        tenant=pin.tenant,
+        channel=pin.channel,
+        release=pin.release,
+        release_digest=digest,
+        epoch=pin.epoch,
+        revision=pin.revision,
+        model_fingerprint=manifest.fingerprint,
+        staleness=pin.staleness,
+        canary=pin.canary,
+    )
+
+
+def write_score(logs: Sequence[float]) -> pb.TextScore:
+    return pb.TextScore(log_probabilities=logs, log_probability=math.fsum(logs), perplexity=perplexity(logs))
+
+
+def perplexity(logs: Sequence[float]) -> float:
+    """exp of the mean of −log p; infinite if that is more than a number can hold."""
+    try:
+        return math.exp(-math.fsum(logs) / len(logs))
+    except OverflowError:
+        return math.inf
+
+
+def write_next(
+    top: Sequence[tuple[int, float]], targets: Sequence[tuple[int, float]], tokenizer: Tokenizer
+) -> pb.NextToken:
+    return pb.NextToken(
+        top=[write_token(token, tokenizer, value) for token, value in top],
+        targets=[write_token(token, tokenizer, value) for token, value in targets],
+    )

@@ -1,0 +1,45 @@
+"""Reading the store's history: the audit trail for people, snapshots and events for readers."""
+
+from __future__ import annotations
+
+from backpack_serving.auth.keys import Principal, Role
+from backpack_serving.interventions.ledger import verify_pages
+from backpack_serving.interventions.records import ChannelRecord, EventRecord, KeyRecord, Record, TenantRecord
+from backpack_serving.interventions.rules import RuleContext
+from backpack_serving.references import Position
+
+
+class EventRules:
+    """Every write is one event: the audit entry and the change that readers follow."""
+
+    def __init__(self, context: RuleContext) -> None:
+        self._context = context
+
+    def list_entries(self, who: Principal, after: int | None, limit: int) -> list[EventRecord]:
+        """Newest first: the whole service's entries for an admin, its tenant's for an author."""
+        if Role.ADMIN not in who.roles:
+            who.require(Role.AUTHOR)
+        with self._context.read_as(who) as tx:
+            return tx.list(EventRecord, after=after, limit=limit, descending=True)
+
+    def verify_chain(self, who: Principal) -> tuple[int, int | None]:
+        """How many entries there are, and the revision of the first that doesn't fit, if one doesn't."""
+        if Role.ADMIN not in who.roles:
+            who.require(Role.AUTHOR)
+        return verify_pages(self._context.store.read)
+
+    def position(self) -> Position:
+        """Where the store stands."""
+        with self._context.store.read() as tx:
+            return tx.position
+
+    def snapshot(self) -> tuple[Position, list[Record]]:
+        """Everything that readers know, and where the store stands."""
+        with self._context.store.read() as tx:
+            known: list[Record] = [*tx.list(TenantRecord), *tx.list(KeyRecord), *tx.list(ChannelRecord)]
+            return tx.position, known
+
+    def events_after(self, revision: int, limit: int = 1000) -> tuple[Position, list[EventRecord]]:
+        """The writes since a revision, oldest first, and where the store stands."""
+        with self._context.store.read() as tx:
+            return tx.position, tx.list(EventRecord, after=revision, limit=limit)

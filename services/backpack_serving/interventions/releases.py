@@ -1,0 +1,89 @@
+"""The rules of releases: immutable lists of revisions, and their bytes for replicas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+
+from backpack_lm import patch
+
+from backpack_serving.auth.keys import Principal, Role
+from backpack_serving.errors import InvalidRequest, NotFound
+from backpack_serving.interventions import lookup
+from backpack_serving.interventions.integrity import check_release
+from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult
+from backpack_serving.interventions.records import Record, ReleaseRecord
+from backpack_serving.interventions.rules import RuleContext, check_text
+from backpack_serving.interventions.store import Write
+from backpack_serving.references import Position
+
+MOST_RESOLVED = 256
+"""Releases that a gateway may ask for at once: as many as one comparison may have."""
+
+
+class ReleaseRules:
+    """Releases of the calling tenant; for gateways and replicas, any tenant's."""
+
+    def __init__(self, context: RuleContext) -> None:
+        self._context = context
+
+    def create_release(
+        self, who: Principal, parts: Sequence[tuple[str, int]], notes: str, request: IdempotencyKey
+    ) -> WriteResult[ReleaseRecord]:
+        """A release of these (patch, revision number) pairs, in the order in which they apply."""
+        who.require(Role.AUTHOR)
+        check_text("notes", notes)
+        self.check_parts(parts)
+
+        def act(tx: Write, now: datetime) -> tuple[ReleaseRecord, list[Record]]:
+            for name, _ in parts:
+                lookup.patch(tx, who.tenant, name)
+            found = [lookup.revision(tx, who.tenant, name, number) for name, number in parts]
+            for record in found:
+                self._context.check_model(record)
+            last = tx.list(ReleaseRecord, who.tenant, limit=1, descending=True)
+            digest = patch.release_digest([record.digest for record in found])
+            listed = json.dumps([list(part) for part in parts])
+            made = ReleaseRecord(who.tenant, last[0].number + 1, digest, listed, notes, now)
+            tx.add(made)
+            return made, [made]
+
+        return self._context.ledger.write(who, "CreateRelease", request, act)
+
+    def check_parts(self, parts: Sequence[object]) -> None:
+        """Raises InvalidRequest for more revisions than go into a release, whatever they are."""
+        if len(parts) > self._context.limits.revisions:
+            raise InvalidRequest.at(
+                "revisions", "TOO_MANY_REVISIONS", f"{len(parts)}, at most {self._context.limits.revisions}"
+            )
+
+    def get_release(self, who: Principal, number: int) -> ReleaseRecord:
+        who.require(Role.AUTHOR)
+        with self._context.read_as(who) as tx:
+            return lookup.release(tx, who.tenant, number)
+
+    def list_releases(self, who: Principal, after: int | None, limit: int) -> list[ReleaseRecord]:
+        """Newest first."""
+        who.require(Role.AUTHOR)
+        with self._context.read_as(who) as tx:
+            return tx.list(ReleaseRecord, who.tenant, after=after, limit=limit, descending=True)
+
+    def resolve_releases(
+        self, who: Principal, tenant: str, numbers: Sequence[int]
+    ) -> tuple[Position, list[ReleaseRecord]]:
+        """A tenant's releases of these numbers, and where the store stood when they were read."""
+        who.require(Role.REPLICA)
+        if len(numbers) > MOST_RESOLVED:
+            raise InvalidRequest.at("numbers", "TOO_MANY", f"{len(numbers)}; at most {MOST_RESOLVED}")
+        with self._context.read_as(who) as tx:
+            return tx.position, [lookup.release(tx, tenant, number) for number in numbers]
+
+    def fetch_release(self, who: Principal, tenant: str, digest: str) -> list[bytes]:
+        """Canonical bytes of a release's revisions, checked against their digests on the way out."""
+        who.require(Role.REPLICA)
+        with self._context.read_as(who) as tx:
+            release = tx.find(ReleaseRecord, tenant=tenant, digest=digest)
+            if release is None:
+                raise NotFound("NO_SUCH_RELEASE", f"tenants/{tenant} has no release {digest}")
+            return [lookup.blob(tx, revision).data for revision in check_release(tx, release)]

@@ -1,0 +1,37 @@
+"""Where a reader stands, as text: how processes of the service tell each other of their readers."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import replace
+
+from backpack_proto.v1 import sync_pb2
+
+from backpack_serving.references import Position
+from backpack_serving.sync.messages import Hello, ReaderReport
+from backpack_serving.sync.wire import read_from_reader, write_from_reader
+
+
+def write_standing(hello: Hello, report: ReaderReport, most: int) -> str:
+    """Where a reader stands, in at most `most` characters. What is too long is told with fewer tallies, and then as a
+    reader that holds nothing.
+    """
+    parts = (write_from_reader(message).SerializeToString() for message in (hello, report))
+    text = " ".join(base64.b64encode(part).decode() for part in parts)
+    if len(text) <= most:
+        return text
+    if report.tallies:  # they are judged where the reader is connected; a wait needs its position everywhere
+        return write_standing(hello, replace(report, tallies=report.tallies[: len(report.tallies) // 2]), most)
+    return write_standing(
+        replace(hello, position=Position(), refusals=()), ReaderReport(releases=report.releases), most
+    )
+
+
+def read_standing(text: str) -> tuple[Hello, ReaderReport]:
+    """Raises ValueError, DecodeError or InvalidRequest for what this version doesn't know."""
+    hello, report = (
+        read_from_reader(sync_pb2.SyncRequest.FromString(base64.b64decode(part))) for part in text.split(" ")
+    )
+    if not isinstance(hello, Hello) or not isinstance(report, ReaderReport):
+        raise ValueError(f"{text[:40]!r}… isn't where a reader stands")
+    return hello, report
