@@ -17,7 +17,7 @@ from backpack_proto.v1 import interventions_pb2 as pb
 from backpack_proto.v1.inference_pb2 import Word
 from backpack_serving import rpc
 from backpack_serving.errors import Exhausted, InvalidRequest, NotFound
-from backpack_serving.interventions.servicer import UPLOADS
+from backpack_serving.interventions.patch_servicer import UPLOADS
 from backpack_serving.interventions.uploads import CHUNK, LONGEST_HEADER, Upload
 from backpack_serving.settings import default_model
 from google.protobuf.field_mask_pb2 import FieldMask
