@@ -12,7 +12,18 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from backpack_serving.cli.client import AsTenant, Channel, Key, as_caller, contribution_bar, footnote, out, percent
+from backpack_serving.cli.client import (
+    AsTenant,
+    Channel,
+    Key,
+    Temperature,
+    TopK,
+    as_caller,
+    contribution_bar,
+    footnote,
+    out,
+    percent,
+)
 from backpack_serving.client import Part, Sampling, Served, Token
 
 
@@ -22,9 +33,9 @@ def generate(
     key: Key = "",
     channel: Channel = "live",
     max_tokens: Annotated[int, typer.Option(help="Most new tokens.", min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.7,
-    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0 for all.", min=0)] = 30,
-    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens of this mass.")] = 1.0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens of this mass.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.", min=0)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     samples: Annotated[
@@ -39,6 +50,9 @@ def generate(
     ] = "",
 ) -> None:
     """Go on from a prompt, steered by the tenant's release; the text streams as it is made.
+
+    Without --temperature, --top-k and --top-p, tokens are drawn as the model's defaults say. With one of them, the
+    others leave the whole vocabulary, at temperature 1.
 
     Three texts, the same each time: `backpack generate "The king and the" --samples 3 --seed 1`
 

@@ -136,7 +136,7 @@ def fleet() -> None:
     with as_admin() as operator:
         found = operator.fleet()
     out.print(f"the store is at {found.at}")
-    shown = table("reader", "", "in touch", "heard", "store at", "releases", "refuses")
+    shown = table("reader", "", "in touch", "heard", "store at", "releases", "refuses", "why not in touch")
     for reader in found.readers:
         shown.add_row(
             reader.name,
@@ -146,6 +146,7 @@ def fleet() -> None:
             str(reader.at),
             str(reader.releases) if reader.kind == "replica" else "",
             Text("\n".join(reader.refusals)),
+            Text(reader.why),
         )
     out.print(shown)
 

@@ -12,7 +12,7 @@ import structlog
 
 from backpack_serving.errors import ServiceError
 from backpack_serving.interventions.caller import WriteNotifier, wait
-from backpack_serving.interventions.fleet import ReaderTracker, RolloutProgress
+from backpack_serving.interventions.fleet import ReaderTracker, RolloutProgress, Why
 from backpack_serving.interventions.records import ChannelRecord, Position
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.sync.messages import CanaryTally, FromReader, Hello, Nack, ReaderReport, Refusal
@@ -93,8 +93,12 @@ class Rollouts:
         self._settled[session] = {r for r in standing if r in settled or await self._end_refused_canary(r)}
         self._ring()
 
-    def left(self, session: SyncServer) -> None:
-        self.fleet.left(session)
+    def left(self, session: SyncServer, error: ServiceError | None = None, hello: Hello | None = None) -> None:
+        """A stream has ended, by this refusal of ours; `hello` is what it had begun with."""
+        why = Why(error.reason, error.message) if error else None
+        if why and hello and session.hello is None:
+            self.fleet.refused(hello, why)
+        self.fleet.left(session, why)
         self._settled.pop(session, None)
         self._ring()
 

@@ -16,12 +16,12 @@ from backpack_proto.v1 import sync_pb2_grpc as grpc_v1
 from backpack_serving import rpc
 from backpack_serving.auth.identity import Identities
 from backpack_serving.auth.keys import Role
-from backpack_serving.errors import InvalidRequest
+from backpack_serving.errors import InvalidRequest, ServiceError
 from backpack_serving.interventions.caller import Caller, WriteNotifier, wait
 from backpack_serving.interventions.event_history import EventHistory
 from backpack_serving.interventions.rollouts import Rollouts
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.sync.messages import FromReader
+from backpack_serving.sync.messages import FromReader, Hello
 from backpack_serving.sync.server import SyncServer
 from backpack_serving.sync.state import ReleaseRef
 from backpack_serving.wire import control as wire
@@ -54,7 +54,7 @@ class SyncServicer(Caller, grpc_v1.SyncServiceServicer):
         self, requests: AsyncIterator[pb.SyncRequest], context: rpc.Context
     ) -> AsyncIterator[pb.SyncResponse]:
         (await self.who(context)).require(Role.REPLICA)
-        session = SyncServer(self._journal, self._nonces)
+        session, hello, refused = SyncServer(self._journal, self._nonces), None, None
         inbox: asyncio.Queue[FromReader | Exception | None] = asyncio.Queue()
         listening = asyncio.create_task(_listen(requests, inbox))
         arrived: asyncio.Task[FromReader | Exception | None] = asyncio.create_task(inbox.get())
@@ -75,14 +75,18 @@ class SyncServicer(Caller, grpc_v1.SyncServiceServicer):
                         return
                     if isinstance(said, Exception):
                         raise said
+                    hello = said if isinstance(said, Hello) else hello
                     session.receive(said, time.monotonic())
                     await self._rollouts.heard(session, said)
                     arrived = asyncio.create_task(inbox.get())
                     await asyncio.sleep(0)
+        except ServiceError as error:
+            refused = error
+            raise
         finally:
             listening.cancel()
             arrived.cancel()
-            self._rollouts.left(session)
+            self._rollouts.left(session, refused, hello)
 
     async def FetchRelease(
         self, request: pb.FetchReleaseRequest, context: rpc.Context
