@@ -316,7 +316,8 @@ def audit(
         entries, chain = steering.audit(limit), steering.verify_audit()
     shown = table("at", "time", "who", "did", "to")
     for entry in entries:
-        shown.add_row(str(entry.revision), when(entry.time), entry.who, entry.method, entry.resource)
+        # A token's or a certificate's name may hold what would be markup.
+        shown.add_row(str(entry.revision), when(entry.time), Text(entry.who), entry.method, Text(entry.resource))
     out.print(shown)
     state = "intact" if chain.intact else f"[red]broken at {chain.first_broken}[/]"
     out.print(f"[dim]chain of {chain.entries} entries:[/] {state}")

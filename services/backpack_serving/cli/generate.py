@@ -99,13 +99,13 @@ class _Made:
 def _one(prompt: str, made: Sequence[_Made], parts: Iterator[Part]) -> Iterator[Part]:
     """The text as it comes, after the prompt."""
     first = next(parts)  # what is refused is refused here
-    out.print(Text(prompt, style="dim"), end="", soft_wrap=True)
+    out.verbatim(prompt, "dim")
     try:
         for part in chain([first], parts):
-            out.print(Text(part.text), end="", soft_wrap=True)
+            out.verbatim(part.text)
             yield part
     finally:
-        out.print()
+        out.verbatim("", end="\n")
 
 
 def _side_by_side(prompt: str, made: Sequence[_Made], parts: Iterator[Part]) -> Iterator[Part]:

@@ -81,7 +81,8 @@ def explain(
         sampling = Sampling(max_tokens, temperature, top_k, seed=seed)
         with as_caller(tenant, key) as client:
             made = write_generation(client, prompt, channel, sampling, page)
-        out.print(Text(prompt, style="dim") + Text(made.text), soft_wrap=True)
+        out.verbatim(prompt, "dim")
+        out.verbatim(made.text, end="\n")
         footnote(made.served, f"{page}: {len(made.tokens)} tokens explained")
         return
     with as_caller(tenant, key) as client:
