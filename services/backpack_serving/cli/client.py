@@ -23,6 +23,7 @@ from rich.table import Column, Table
 from rich.text import Span, Text
 
 from backpack_serving.auth.keys import read_key_file
+from backpack_serving.cli import hints
 from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.settings import Settings, secretless
 
@@ -224,11 +225,23 @@ def as_admin() -> Iterator[Operator]:
 def _kept_key(settings: Settings, tenant: str) -> str:
     file = settings.key_file(tenant)
     if not file.exists():
-        raise FileNotFoundError(
-            f"no API key: {file} doesn't exist; give --key, set BACKPACK_KEY, name another tenant with --as, or "
-            f"make this one: backpack tenant create {tenant}"
-        )
+        raise FileNotFoundError(f"no API key: {file.absolute()} doesn't exist; {_where_keys_are(settings, tenant)}")
     return read_key_file(file)
+
+
+def _where_keys_are(settings: Settings, tenant: str) -> str:
+    """What to do without a tenant's key: its file is looked for in a state folder, which may be another one."""
+    state, others = settings.state, sorted(file.stem for file in settings.state.glob("*.key"))
+    if not others:
+        given = "state" in settings.model_fields_set
+        return (
+            (f"BACKPACK_STATE is {state}" if given else f"BACKPACK_STATE isn't set, so it is {state} of this folder")
+            + f", where no keys are. Run this where `{hints.backpack('run')}` was started, set BACKPACK_STATE to "
+            "the state folder that it named, or give a key: BACKPACK_KEY or --key"
+        )
+    named = [name for name in others if name not in ("admin", "replica")]
+    choose = f"name another tenant with --as ({', '.join(named)}), " if named else ""
+    return f"{choose}give --key, set BACKPACK_KEY, or make this one: {hints.backpack(f'tenant create {tenant}')}"
 
 
 @contextmanager
@@ -244,8 +257,8 @@ def exits(extra: str = "") -> Iterator[None]:
             settings = Settings()
             _exit_with_error(
                 f"no answer ({error.message}); is the gateway at {settings.gateway_address} running, and the "
-                f"intervention service at {settings.interventions_address}? `backpack run` starts both, "
-                "BACKPACK_GATEWAY_ADDRESS and BACKPACK_INTERVENTIONS_ADDRESS say where they are"
+                f"intervention service at {settings.interventions_address}? `{hints.backpack('run')}` starts "
+                "both, BACKPACK_GATEWAY_ADDRESS and BACKPACK_INTERVENTIONS_ADDRESS say where they are"
             )
         _exit_with_error(f"{error.reason}: {error.message}{': ' if error.why else ''}{error.why}")
     except ModuleNotFoundError as error:

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Annotated
 
 import typer
+from backpack_lm.counted import counted
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -79,7 +80,7 @@ def generate(
         if explain:
             out.print(_explanation_table(sample.tokens, f"sample {number}" if samples > 1 else None))
     assert made[0].served is not None, "the first part of each sample has it"
-    footnote(made[0].served, f"{part.prompt_tokens} + {part.generated_tokens} tokens")
+    footnote(made[0].served, f"{part.prompt_tokens} + {counted(part.generated_tokens, 'token')}")
 
 
 @dataclass(slots=True)

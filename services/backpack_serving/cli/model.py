@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from backpack_serving.cli import hints
 from backpack_serving.cli.client import PrecisionName, err, exits, out, progress, show_markdown, table
 from backpack_serving.settings import Settings, secretless, unread
 
@@ -37,7 +38,7 @@ def import_(
         if (own := checkpoint / generation.NAME).exists():
             (folder / generation.NAME).write_bytes(own.read_bytes())
     out.print(f"{folder}: fingerprint {manifest.fingerprint}", markup=False)
-    out.print(Text(f"serve it: BACKPACK_MODEL={shlex.quote(str(folder))} backpack run", "dim"))
+    out.print(Text(f"serve it: BACKPACK_MODEL={shlex.quote(str(folder))} {hints.backpack('run')}", "dim"))
 
 
 @app.command("verify")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from backpack_lm.counted import counted
 from rich.table import Table
 from rich.text import Text
 
@@ -83,7 +84,7 @@ def explain(
             made = write_generation(client, prompt, channel, sampling, page)
         out.verbatim(prompt, "dim")
         out.verbatim(made.text, end="\n")
-        footnote(made.served, f"{page}: {len(made.tokens)} tokens explained")
+        footnote(made.served, f"{page}: {counted(len(made.tokens), 'token')} explained")
         return
     with as_caller(tenant, key) as client:
         answer = client.explain(prompt, target or None, limit, channel=channel)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import structlog
+from backpack_lm.counted import counted
 
 from backpack_serving.errors import ServiceError
 from backpack_serving.interventions.caller import WriteNotifier, wait
@@ -59,7 +60,7 @@ class ErrorGate:
     def verdict(self, tally: CanaryTally) -> str:
         """Why the canary must end; empty if it needn't."""
         if tally.non_finite:
-            return f"NON_FINITE: {tally.non_finite} answers were not numbers"
+            return f"NON_FINITE: {counted(tally.non_finite, 'answer was', 'answers were')} not numbers"
         failed = 1000 * tally.errors > self.permille * tally.requests
         if tally.requests >= self.requests and failed:
             return (
