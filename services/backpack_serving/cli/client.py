@@ -128,13 +128,6 @@ Page = Annotated[
     Path | None, typer.Option("--html", help="Page to write as well.", callback=in_a_folder, dir_okay=False)
 ]
 Channel = Annotated[str, typer.Option(help="Which of the tenant's channels steers the request.")]
-Temperature = Annotated[
-    float | None, typer.Option(help="Of tokens that are drawn; 0 is greedy. The model's default if none.", min=0.0)
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(help="Draw from the k likeliest tokens; 0 for all. The model's default if none.", min=0),
-]
 
 
 def table(*names: str) -> Table:

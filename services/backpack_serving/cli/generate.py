@@ -17,8 +17,6 @@ from backpack_serving.cli.client import (
     AsTenant,
     Channel,
     Key,
-    Temperature,
-    TopK,
     as_caller,
     contribution_bar,
     footnote,
@@ -34,8 +32,10 @@ def generate(
     key: Key = "",
     channel: Channel = "live",
     max_tokens: Annotated[int, typer.Option(help="Most new tokens.", min=1)] = 64,
-    temperature: Temperature = None,
-    top_k: TopK = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy. The model's default if none.", min=0.0)
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0 for all.", min=0)] = None,
     top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens of this mass.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.", min=0)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,

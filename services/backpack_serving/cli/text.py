@@ -16,8 +16,6 @@ from backpack_serving.cli.client import (
     Channel,
     Key,
     Page,
-    Temperature,
-    TopK,
     as_caller,
     contribution_bar,
     err,
@@ -63,8 +61,12 @@ def explain(
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="With --html: how many tokens.", min=1)] = 24,
-    temperature: Temperature = None,
-    top_k: TopK = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="With --html: 0 is greedy. The model's default if none.", min=0.0)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="With --html: only the k likeliest tokens; 0 for all.", min=0)
+    ] = None,
     seed: Annotated[int, typer.Option(help="With --html: the same seed gives the same text.", min=0)] = 0,
     tenant: AsTenant = "harbour",
     key: Key = "",
