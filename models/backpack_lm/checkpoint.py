@@ -8,6 +8,7 @@ A servable folder holds
     topics.safetensors  max_y (E C)_y of every cell, the denominator of topic scores: minutes of work for
                         a large vocabulary, the same for every topic
     manifest.json       the fingerprint and norms, for those who don't load tensors (`manifest.py`)
+    generation_config.json  if there is one: how tokens are drawn where nobody says (`generation.py`)
 
 Tensors are read by safetensors, or by torch with `weights_only`: nothing in a file is ever executed.
 """

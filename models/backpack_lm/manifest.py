@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backpack_lm.config import BackpackConfig
+from backpack_lm.generation import FALLBACK, SamplingDefaults
 from backpack_lm.patch import ModelShape
 
 NAME = "manifest.json"
@@ -22,11 +23,15 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A model's fingerprint (SHA-256, hex, over config, tokenizer and weights), config and sense norms."""
+    """A model's fingerprint (SHA-256, hex, over config, tokenizer and weights), config and sense norms.
+
+    `defaults` is how tokens are drawn where a request doesn't say, from a file of its own: `generation.py`.
+    """
 
     fingerprint: str
     config: BackpackConfig
     sense_rms: tuple[float, ...]
+    defaults: SamplingDefaults = FALLBACK
 
     @property
     def shape(self) -> ModelShape:
@@ -44,13 +49,17 @@ class Manifest:
             norms = tuple(map(float, values["sense_rms"]))
             if len(norms) != config.num_senses or not all(0 <= norm < math.inf for norm in norms):
                 raise ValueError(f"sense_rms is {norms}: not the norms of {config.num_senses} senses")
-            return cls(str(values["fingerprint"]), config, norms)
+            fingerprint = str(values["fingerprint"])
         except FileNotFoundError:
             raise ManifestError(
                 f"{folder} has no {NAME}; `backpack model import` makes a servable folder from a checkpoint"
             ) from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ManifestError(f"{path} is not a model's manifest: {error!r}") from None
+        try:
+            return cls(fingerprint, config, norms, SamplingDefaults.read(folder))
+        except ValueError as error:
+            raise ManifestError(f"{error}; mend the file, or remove it") from None
 
     def write(self, folder: Path) -> None:
         values = {

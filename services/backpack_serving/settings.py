@@ -308,7 +308,8 @@ class Settings(BaseSettings):
         if not file.exists():
             raise FileNotFoundError(
                 f"no {role} key: {file.resolve()} doesn't exist. The intervention service makes it with its first "
-                f"start; elsewhere set BACKPACK_{'ADMIN' if role == 'admin' else 'SERVICE'}_KEY"
+                f"start, in its state folder (BACKPACK_STATE); elsewhere set "
+                f"BACKPACK_{'ADMIN' if role == 'admin' else 'SERVICE'}_KEY"
             )
         return read_key_file(file)
 

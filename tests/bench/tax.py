@@ -144,7 +144,8 @@ def _grpc(channel: Any, metadata: Any) -> Way:
     async def way(prompt: list[int], seed: int) -> AsyncIterator[int]:
         request = pb.GenerateStreamRequest(
             prompt=pb.Prompt(tokens=pb.TokenIds(ids=prompt)),
-            sampling=pb.Sampling(max_tokens=NEW_TOKENS, seed=seed, ignore_end_of_text=True),
+            # As the engine beside it draws.
+            sampling=pb.Sampling(max_tokens=NEW_TOKENS, seed=seed, temperature=1.0, ignore_end_of_text=True),
         )
         async for part in stub.GenerateStream(request, metadata=metadata):
             yield len(part.tokens)

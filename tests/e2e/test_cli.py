@@ -494,7 +494,7 @@ def test_a_patch_from_the_lab_is_uploaded_with_its_report_and_steers(backpack: A
     backpack("release", "create", "ships:1", "--activate", "--wait", "all", "--as", "lab-user")
     assert "edited" in backpack("senses", "ship", "--as", "lab-user")
     judged = backpack("lab", "judge", str(file), "--prompt", prompt, "--html", str(tmp_path / "judged.html"))
-    assert "1 edits of 8 cells" in judged
+    assert "1 edit of 8 cells" in judged
     assert "<table>" in (tmp_path / "judged.html").read_text()
 
     other = json.loads(file.read_text()) | {"model": "00" * 32}

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import torch
+from backpack_lm.checkpoint import verify
 from backpack_lm.config import BackpackConfig
+from backpack_lm.generation import SamplingDefaults
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay
 from backpack_lm.patch import Cell, ReleaseContent, RevisionContent, ScaleEdit
@@ -35,6 +37,20 @@ def test_what_the_tokenizer_has_not_is_padding(tmp_path: Path) -> None:
     assert _import(tmp_path, TOKENS + 48).exit_code == 0
     served = ServedModel.read(tmp_path / "served")
     assert served.manifest.config.tokens == served.tokenizer.vocab_size == TOKENS
+
+
+def test_a_checkpoints_generation_config_comes_along_and_is_no_part_of_the_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 7}')
+    assert _import(tmp_path, TOKENS).exit_code == 0
+    with_it = verify(tmp_path / "served")
+    (tmp_path / "served" / "generation_config.json").unlink()
+    without = verify(tmp_path / "served")
+    assert with_it.fingerprint == without.fingerprint
+    assert (with_it.defaults, without.defaults) == (SamplingDefaults(0.5, 7, 1.0), SamplingDefaults())
+    (tmp_path / "generation_config.json").write_text('{"top_p": 7}')
+    result = _import(tmp_path, TOKENS)
+    assert result.exit_code == 1
+    assert "generation_config.json: top_p is 7" in result.output
 
 
 def test_a_release_is_tried_out_on_no_more_words_than_a_text_has(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ import itertools
 import random
 from datetime import UTC, datetime
 
-from backpack_serving.interventions.fleet import FORGOTTEN, ReaderTracker
+from backpack_serving.interventions.fleet import FORGOTTEN, ReaderTracker, Why
 from backpack_serving.interventions.fleet_wire import write_reader
 from backpack_serving.interventions.records import ChannelRecord
 from backpack_serving.interventions.rollouts import ErrorGate
-from backpack_serving.references import CanaryTally, Position, ReaderKind
+from backpack_serving.references import CanaryTally, Position, ReaderKind, Refusal
 from backpack_serving.sync.messages import SILENCE, Hello, ReaderReport, ResyncRequired
 from backpack_serving.sync.server import SyncServer
 
@@ -91,3 +91,45 @@ def test_readers_that_are_gone_are_forgotten_although_nobody_asks_for_them() -> 
         fleet.elsewhere(_hello(f"e{number}"), _report(1, 0))
         clock.now += FORGOTTEN / 10
     assert len(fleet._seen) <= 2 * 11
+
+
+def test_a_reader_that_does_not_hold_a_release_says_why() -> None:
+    clock = Clock()
+    fleet, history = ReaderTracker(clock), History(random.Random(0), Dice())
+    stream = SyncServer(history, itertools.count(1))
+    stream.receive(_hello("gateway"), 0.0)
+    fleet.heard(stream)
+
+    def hold() -> tuple[str, str, str]:
+        (hold,) = fleet.holds(
+            ChannelRecord("acme", "live", 0, "d", None, 9, datetime.now(UTC), moved=9), Position(1, 9)
+        )
+        assert hold.why is not None
+        return hold.state, hold.why.reason, hold.why.message
+
+    assert hold() == ("stale", "BEHIND", "it is at 1.0, and the channel was moved at 1.9")
+    clock.now = SILENCE + 1
+    assert hold() == ("stale", "SILENT", "its stream is open, but half so: last heard 6 s ago")
+    fleet.left(stream)
+    assert hold() == (
+        "stale",
+        "DISCONNECTED",
+        "it has no stream to the intervention service: last heard 6 s ago",
+    )
+    again = _stream("gateway")
+    fleet.heard(again)
+    fleet.left(again, Why("STORE_WENT_BACK", "a backup was restored"))
+    refused = ("stale", "STORE_WENT_BACK", "a backup was restored (last heard 0 s ago)")
+    assert hold() == refused
+    trying = _stream("gateway")
+    fleet.heard(trying)
+    assert hold()[1] == "STORE_WENT_BACK", "until a stream lives, that is what is known"
+    fleet.heard(trying, _report(0, 0))
+    assert hold()[1] == "BEHIND"
+    fleet.left(trying)
+    assert hold()[1] == "DISCONNECTED"
+    refusal = Refusal("acme", "live", "d", "NON_FINITE", "no numbers")
+    other = _stream("gateway")
+    other.refusals[refusal.key] = refusal
+    fleet.heard(other, _report(0, 0))
+    assert hold() == ("nacked", "NON_FINITE", "no numbers")

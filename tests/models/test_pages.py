@@ -8,6 +8,7 @@ import re
 import pytest
 from backpack_lm.reports.generation import GenerationPage, TermRow, TokenStep
 from backpack_lm.reports.word import SensePage, WordPage
+from backpack_lm.visible import visible
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\u2028"
 
@@ -39,7 +40,7 @@ def test_a_generation_holds_its_terms_and_they_add_up() -> None:
     page = GenerationPage(("The", HOSTILE), (TokenStep(" ship", 0.25, 0.85, 0.1, terms),), senses=2, note="release 1")
     html = page.html()
     data = _data(html)
-    assert data["prompt"] == ["The", HOSTILE]
+    assert data["prompt"] == ["The", visible(HOSTILE)]
     (step,) = data["steps"]  # type: ignore[misc]
     total = sum(term["contribution"] for term in step["terms"]) + step["unlisted"]
     assert total == pytest.approx(step["logit"])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from backpack_lm.generation import SamplingDefaults
 from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
+from backpack_serving.client import Sampling
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.settings import default_model
 from backpack_serving.wire.compare import read_question
-from backpack_serving.wire.inference import read_generation, read_word
+from backpack_serving.wire.inference import normalize_request, read_generation, read_word
 
 TOKENIZER = Tokenizer.read(default_model() / "tokenizer.json")
 CONFIG = Manifest.read(default_model()).config
@@ -21,7 +24,7 @@ LONG = "ab" * 500_000
 
 def _generate(*stop: str) -> object:
     request = pb.GenerateRequest(prompt=PROMPT, sampling=pb.Sampling(stop=stop))
-    return read_generation(request, TOKENIZER, CONFIG)
+    return read_generation(request, TOKENIZER, CONFIG, SamplingDefaults())
 
 
 def _compare(*targets: pb.Word) -> object:
@@ -75,4 +78,45 @@ def test_a_word_with_its_token_may_be_of_any_length() -> None:
 @pytest.mark.parametrize(("given", "meant"), [(1e308, 1e30), (1.5, 1.5), (1e-7, 0.0), (5e-324, 0.0), (-0.0, 0.0)])
 def test_a_temperature_is_one_that_float32_can_hold(given: float, meant: float) -> None:
     request = pb.GenerateRequest(prompt=PROMPT, sampling=pb.Sampling(temperature=given))
-    assert read_generation(request, TOKENIZER, CONFIG).sampling.temperature == meant
+    assert read_generation(request, TOKENIZER, CONFIG, SamplingDefaults()).sampling.temperature == meant
+
+
+MODELS = SamplingDefaults(0.6, 20, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("named", "meant"),
+    [
+        ({}, (0.6, 20, 0.9)),
+        ({"max_tokens": 3, "seed": 1, "stop": ["."], "log_probabilities": 2}, (0.6, 20, 0.9)),
+        ({"temperature": 1.0}, (1.0, 0, 1.0)),
+        ({"top_p": 1.0}, (1.0, 0, 1.0)),
+        ({"temperature": 1.0, "top_p": 1.0}, (1.0, 0, 1.0)),
+        ({"temperature": 0.0}, (0.0, 0, 1.0)),
+        ({"top_k": 5}, (1.0, 5, 1.0)),
+        ({"temperature": 0.7, "top_k": 30}, (0.7, 30, 1.0)),
+    ],
+)
+def test_who_names_no_sampling_gets_the_models(named: dict[str, Any], meant: tuple[float, int, float]) -> None:
+    request = pb.GenerateRequest(prompt=PROMPT, sampling=pb.Sampling(**named))
+    order = read_generation(request, TOKENIZER, CONFIG, MODELS)
+    assert (order.sampling.temperature, order.sampling.top_k, order.sampling.top_p) == meant
+    normalize_request(request, order)
+    # A replica reads the same, whatever its model's folder says: a second attempt draws the same tokens.
+    assert read_generation(request, TOKENIZER, CONFIG, SamplingDefaults(0.1, 1, 0.1)) == order
+
+
+@pytest.mark.parametrize(
+    ("sampling", "meant"),
+    [
+        (Sampling(), (0.6, 20, 0.9)),
+        (Sampling(top_k=0), (1.0, 0, 1.0)),
+        (Sampling(top_k=4), (1.0, 4, 1.0)),
+        (Sampling(top_p=0.5), (1.0, 0, 0.5)),
+        (Sampling(temperature=0), (0.0, 0, 1.0)),
+    ],
+)
+def test_the_python_client_names_what_it_was_given(sampling: Sampling, meant: tuple[float, int, float]) -> None:
+    request = pb.GenerateRequest(prompt=PROMPT, sampling=sampling.message())
+    drawn = read_generation(request, TOKENIZER, CONFIG, MODELS).sampling
+    assert (drawn.temperature, drawn.top_k, drawn.top_p) == meant

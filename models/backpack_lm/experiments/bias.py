@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from backpack_lm.counted import counted
 from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.lab.contrast import find_sense
 from backpack_lm.lab.debias import Debiased, debias, least
@@ -51,7 +52,7 @@ class BiasResult:
         figures = (
             f"ratio unmodified / remove / optimise: {found.unmodified:.2f} / {found.removed:.2f} / "
             f"{found.fitted:.2f}; {gone[0]:.0%} and {gone[1]:.0%} of the excess over 1 gone, "
-            f"{len(found.nouns)} nouns; scales fitted freely: {self.free.fitted:.2f}, "
+            f"{counted(len(found.nouns), 'noun')}; scales fitted freely: {self.free.fitted:.2f}, "
             f"{self.free.share_removed(self.free.fitted):.0%}"
         )
         if self.twin is not None:

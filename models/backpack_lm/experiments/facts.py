@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backpack_lm.counted import counted
 from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.experiments.fact_lists import FACTS, Fact
 from backpack_lm.lab.lab_model import LabModel, SteeredModel
@@ -87,7 +88,8 @@ class FactsResult:
             return f"{strength.turned:.0%}{cost}"
 
         return Headline(
-            f"{plain.turned:.0%} of {len(plain.held)} prompts on which it held the fact turn by a plain swap; "
+            f"{plain.turned:.0%} of {counted(len(plain.held), 'prompt')} on which it held the fact turn by a "
+            "plain swap; "
             f"{told(fitted)} with the strength fitted on the fact's other prompt, "
             f"{told(chosen)} with one chosen on the other facts",
             "one example",
@@ -128,7 +130,8 @@ class FactsResult:
         lead = "This model holds none of the facts, so there is nothing to turn."
         if plain.held:
             lead = (
-                f"Of {len(plain.held)} prompts (of {len(plain.prompts)}) on which the model held the old fact, "
+                f"Of {counted(len(plain.held), 'prompt')} (of {len(plain.prompts)}) on which the model held the "
+                "old fact, "
                 f"{plain.turned:.0%} hold the new one after a plain swap, {fitted.turned:.0%} after one whose "
                 f"strength was fitted on the fact's other prompt, and {chosen.turned:.0%} after one whose "
                 "strength was chosen on the other facts. The old word's share of the two goes from "

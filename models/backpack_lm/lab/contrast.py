@@ -8,6 +8,7 @@ from statistics import fmean
 
 import torch
 
+from backpack_lm.counted import counted
 from backpack_lm.lab.lab_model import LabModel, Prompts
 from backpack_lm.lab.progress import Watch
 from backpack_lm.overlay import Overlay
@@ -96,8 +97,8 @@ class SenseSearch:
         columns = ("sense", "bias without it", f"speaks for “{self.one}”", "strength")
         return Report(
             f"Which sense tells “{self.one}” from “{self.other}”",
-            f"Without sense {self.guilty}, the mean ratio of the two over {len(self.words)} words falls from "
-            f"{self.bias:.2f} to {order[0].bias_removed:.2f}; 1 is no difference.",
+            f"Without sense {self.guilty}, the mean ratio of the two over {counted(len(self.words), 'word')} "
+            f"falls from {self.bias:.2f} to {order[0].bias_removed:.2f}; 1 is no difference.",
             (Table("Senses, the most telling first", columns, rows),),
             notes=_unknown(self.unknown),
         )

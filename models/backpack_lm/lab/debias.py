@@ -9,6 +9,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
+from backpack_lm.counted import counted
 from backpack_lm.lab.contrast import Contrast, Noun, SenseSearch, find_sense
 from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.professions import ESTIMATION, EVALUATION
@@ -73,7 +74,7 @@ class Debiased:
             "." if self.sense == guilty else f"; sense {self.sense} was asked for."
         )
         return Report(
-            f"“{self.one}” and “{self.other}” after {len(self.nouns)} nouns",
+            f"“{self.one}” and “{self.other}” after {counted(len(self.nouns), 'noun')}",
             f"{told} Mean ratio of the two on prompts that nothing was fitted on: {self.unmodified:.2f} "
             f"unmodified, {self.removed:.2f} with the sense removed, {self.fitted:.2f} with one scale a noun: "
             f"{self.share_removed(self.fitted):.0%} of the excess over 1 is gone.",

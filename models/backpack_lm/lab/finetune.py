@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backpack_lm.counted import counted
 from backpack_lm.lab.examples import CanonicalExample
 from backpack_lm.lab.influence import Positions, choose_cells, positions_of
 from backpack_lm.lab.lab_model import LabModel, Prompts, SteeredModel
@@ -79,7 +80,7 @@ class Finetuned:
             for example, one, two in zip(examples, before, after, strict=True)
         )
         return Report(
-            f"{len(examples)} canonical examples in {len(self.edits())} cells",
+            f"{counted(len(examples), 'canonical example')} in {counted(len(self.edits()), 'cell')}",
             f"Loss on the examples {self.checks[0].loss:.2f} → {self.best.loss:.2f} nats a token, held-out loss "
             f"{self.best.change:+.3%}, at step {self.best.step} of {self.checks[-1].step}.",
             (Table("First token of each target", ("prompt", "target", "p before", "after"), rows),),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backpack_lm.counted import counted
 from backpack_lm.lab.examples import CanonicalExample
 from backpack_lm.lab.lab_model import LabModel, Prompts, SteeredModel
 from backpack_lm.overlay import Overlay
@@ -82,7 +83,7 @@ class Judgement:
             tables.append(Table("Neighbours", heads, neighbours))
         return Report(
             "What this revision does",
-            f"{self.edits} edits of {self.cells} cells{topics}. {loss}",
+            f"{counted(self.edits, 'edit')} of {counted(self.cells, 'cell')}{topics}. {loss}",
             tuple(tables),
             notes=(
                 "“Moved” is the total variation distance of the next token: the probability that changes hands.",

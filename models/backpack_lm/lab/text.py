@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from backpack_lm.counted import counted
 from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.training.data import Source
 
@@ -56,7 +57,7 @@ def stream(subject: LabModel, records: Iterable[str], limit: int, least: int, wh
         if len(ids) >= limit:
             break
     if len(ids) < least:
-        raise ValueError(f"{what} has {len(ids)} tokens; at least {least} are needed")
+        raise ValueError(f"{what} has {counted(len(ids), 'token')}; at least {least} are needed")
     return torch.tensor(ids[:limit])
 
 

@@ -12,6 +12,7 @@ from html import escape
 from importlib.resources import files
 
 from backpack_lm.reports.page import page
+from backpack_lm.visible import visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,11 @@ class GenerationPage:
 
 
 def _rounded(value: object) -> object:
+    """As the page shows it: of five digits, and with nothing that hides in a text or turns it around."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
+    if isinstance(value, str):
+        return visible(value)
     if isinstance(value, dict):
         return {key: _rounded(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

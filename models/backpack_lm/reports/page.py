@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
+from backpack_lm.visible import visible
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #626b7a; --line: #e3e6eb;
   --ground: #fbfbfa; --card: #fff; --for: #0b7a6f; --against: #b4432f; --accent: #3556a8; --shade: 15, 130, 118;
@@ -32,7 +34,11 @@ code, .token { font-family: ui-monospace, "SF Mono", "DejaVu Sans Mono", monospa
 
 
 def page(title: str, body: str, style: str = "", script: str = "") -> str:
-    """A whole document. `body`, `style` and `script` are markup of ours, with what came from outside escaped."""
+    """A whole document. `body`, `style` and `script` are markup of ours, with what came from outside escaped.
+
+    What would reorder the text or hide in it is shown; in the data of a script that is up to who writes them.
+    """
+    title, body = visible(title), visible(body)
     return (
         f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{escape(title)}</title>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'

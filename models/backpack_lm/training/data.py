@@ -19,6 +19,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from backpack_lm.counted import counted
 from backpack_lm.tokenizer import END_OF_TEXT, Tokenizer
 
 HELD_OUT_PER_MILLE = 15
@@ -202,7 +203,7 @@ class Rows:
         """Raises DataError for a source that doesn't fill a row of `length` inputs."""
         for name, ids in zip(self.names, self.streams, strict=True):
             if len(ids) <= length:
-                raise DataError(f"{name} has {len(ids)} tokens to train on; a row takes {length + 1}")
+                raise DataError(f"{name} has {counted(len(ids), 'token')} to train on; a row takes {length + 1}")
 
     def at(self, step: int, count: int, length: int) -> npt.NDArray[np.int64]:
         """Rows [count, length + 1] of step `step`: each row's inputs and, one further, its targets."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from backpack_lm.config import BackpackConfig
+from backpack_lm.counted import counted
 from backpack_lm.training.data import Source, stream
 from backpack_lm.training.loss import head_loss
 
@@ -33,7 +34,7 @@ def perplexity(model: LanguageModel, ids: Tensor, batch: int = 8, length: int | 
     token is free. Raises ValueError if the ids don't fill a row."""
     length = length or model.config.n_positions
     if len(ids) <= length:
-        raise ValueError(f"{len(ids)} tokens of held-out text; at least {length + 1} are needed")
+        raise ValueError(f"{counted(len(ids), 'token')} of held-out text; at least {length + 1} are needed")
     rows = ids[: (len(ids) - 1) // length * length + 1].unfold(0, length + 1, length)
     total = 0.0
     for part in rows.split(batch):

@@ -922,12 +922,17 @@ class GetModelResponse(_message.Message):
     NUM_SENSES_FIELD_NUMBER: _builtins.int
     WIDTH_FIELD_NUMBER: _builtins.int
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    SAMPLING_DEFAULTS_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     vocab_size: _builtins.int
     context_size: _builtins.int
     num_senses: _builtins.int
     width: _builtins.int
     num_layers: _builtins.int
+    @_builtins.property
+    def sampling_defaults(self) -> Global___SamplingDefaults:
+        """What a request gets that names neither temperature nor top_k nor top_p."""
+
     def __init__(
         self,
         *,
@@ -937,14 +942,42 @@ class GetModelResponse(_message.Message):
         num_senses: _builtins.int = ...,
         width: _builtins.int = ...,
         num_layers: _builtins.int = ...,
+        sampling_defaults: Global___SamplingDefaults | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling_defaults", b"sampling_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_size", b"context_size", "fingerprint", b"fingerprint", "num_layers", b"num_layers", "num_senses", b"num_senses", "vocab_size", b"vocab_size", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_size", b"context_size", "fingerprint", b"fingerprint", "num_layers", b"num_layers", "num_senses", b"num_senses", "sampling_defaults", b"sampling_defaults", "vocab_size", b"vocab_size", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
+
+@_typing.final
+class SamplingDefaults(_message.Message):
+    """Of the model's generation_config.json, or the server's if it has none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    temperature: _builtins.float
+    top_k: _builtins.int
+    top_p: _builtins.float
+    def __init__(
+        self,
+        *,
+        temperature: _builtins.float = ...,
+        top_k: _builtins.int = ...,
+        top_p: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SamplingDefaults: _TypeAlias = SamplingDefaults  # noqa: Y015
 
 @_typing.final
 class Prompt(_message.Message):
@@ -1036,11 +1069,13 @@ class Sampling(_message.Message):
     max_tokens: _builtins.int
     """Default 64; prompt and new tokens together must fit the context."""
     temperature: _builtins.float
-    """0 is greedy. Default 1."""
+    """0 is greedy. A request that names neither this nor top_k nor top_p gets the model's defaults (GetModel). Who
+    names one of them has 1 for a temperature that isn't named, and the whole vocabulary but for what is named.
+    """
     top_k: _builtins.int
     """Only the k most likely tokens; 0 for all."""
     top_p: _builtins.float
-    """Only the most likely tokens that together have this probability. Default 1."""
+    """Only the most likely tokens that together have this probability; 1 for all."""
     seed: _builtins.int
     """The same seed gives the same tokens, whatever else is in the batch. Drawn anew if absent."""
     log_probabilities: _builtins.int

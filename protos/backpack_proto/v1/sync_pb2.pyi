@@ -744,6 +744,7 @@ class Hold(_message.Message):
     canary: _builtins.bool
     state: Global___HoldState.ValueType
     reason: _builtins.str
+    """Why it isn't ACKED: a stable word, and the details."""
     message: _builtins.str
     connected: _builtins.bool
     """In touch, so STALE means behind. Only who is connected is waited for."""
@@ -879,12 +880,17 @@ class ReaderStatus(_message.Message):
     SILENCE_FIELD_NUMBER: _builtins.int
     RELEASES_FIELD_NUMBER: _builtins.int
     REFUSALS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
     reader: _builtins.str
     kind: Global___ReaderKind.ValueType
     incarnation: _builtins.str
     connected: _builtins.bool
     releases: _builtins.int
     """How many releases are ready to be served there, as it reported last."""
+    reason: _builtins.str
+    """Why it isn't in touch: a stable word, and the details."""
+    message: _builtins.str
     @_builtins.property
     def position(self) -> _inference_pb2.Position: ...
     @_builtins.property
@@ -904,10 +910,12 @@ class ReaderStatus(_message.Message):
         silence: _duration_pb2.Duration | None = ...,
         releases: _builtins.int = ...,
         refusals: _abc.Iterable[Global___Refusal] | None = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "silence", b"silence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected", b"connected", "incarnation", b"incarnation", "kind", b"kind", "position", b"position", "reader", b"reader", "refusals", b"refusals", "releases", b"releases", "silence", b"silence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected", b"connected", "incarnation", b"incarnation", "kind", b"kind", "message", b"message", "position", b"position", "reader", b"reader", "reason", b"reason", "refusals", b"refusals", "releases", b"releases", "silence", b"silence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,17 +9,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from io import TextIOWrapper
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from backpack_lm.visible import pieces, visible
 from pydantic import ValidationError
+from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Column, Table
-from rich.text import Text
+from rich.text import Span, Text
 
 from backpack_serving.auth.keys import read_key_file
+from backpack_serving.cli import hints
 from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.settings import Settings, secretless
 
@@ -31,12 +35,11 @@ if TYPE_CHECKING:
 EXTRAS = {"torch": "engine", "numpy": "engine", "scipy": "lab", "matplotlib": "lab", "transformers": "lab"}
 """What a command may miss, and the extra that brings it."""
 
-_COMMANDING = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*map(ord, "\t\n")})
-
 
 class Screen(Console):
     """A console whose terminal shows texts and doesn't obey them: descriptions, notes and what a model writes come
-    from others, and may hold what moves the cursor or fills the clipboard. A pipe or a file gets them as they are.
+    from others, and may hold what moves the cursor, fills the clipboard or turns a line around. They are shown by
+    `visible`, whatever is printed. A pipe or a file gets them as they are.
     """
 
     def print(self, *objects: Any, **how: Any) -> None:
@@ -47,10 +50,44 @@ class Screen(Console):
                 raise
             _exit_with_error(f"what this command says can't be written: {error.strerror}")
 
+    def verbatim(self, text: str, style: str = "", end: str = "") -> None:
+        """A text of others. A pipe or a file gets each byte of it: `Text` would drop some characters, and tabs."""
+        if self.is_terminal:
+            self.print(Text(visible(text), style), end=end, soft_wrap=True)
+            return
+        try:
+            self.file.write(text + end)
+            self.file.flush()
+        except OSError as error:
+            _exit_with_error(f"what this command says can't be written: {error.strerror}")
+
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        for segment in super().render(renderable, options):
-            ours = segment.control or not self.is_terminal
-            yield segment if ours else segment._replace(text=segment.text.translate(_COMMANDING))
+        if not self.is_terminal:
+            yield from super().render(renderable, options)
+            return
+        # Before it is laid out, as an escape is wider than what it stands for; what that doesn't know, afterwards.
+        for segment in super().render(_seen(renderable), options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+
+def _seen(renderable: Any) -> Any:
+    """The same, with the texts in it made visible."""
+    match renderable:
+        case str():
+            return visible(renderable)
+        case Text() if not renderable.plain.isprintable():
+            shown = pieces(renderable.plain)
+            at = [0, *accumulate(map(len, shown))]
+            seen = renderable.blank_copy("".join(shown))
+            seen.spans = [Span(at[s.start], at[min(s.end, len(shown))], s.style) for s in renderable.spans]
+            return seen
+        case Table():
+            renderable.title = _seen(renderable.title)
+            for column in renderable.columns:
+                column.header, column._cells = _seen(column.header), [_seen(cell) for cell in column._cells]
+        case Columns():
+            renderable.renderables = [_seen(one) for one in renderable.renderables]
+    return renderable
 
 
 out = Screen(highlight=False, soft_wrap=True)  # keys and names are copied: no line is broken
@@ -114,9 +151,9 @@ def show_markdown(text: str) -> None:
     from rich.markdown import Markdown
 
     if out.is_terminal:
-        out.print(Markdown(text), soft_wrap=False)
+        out.print(Markdown(visible(text)), soft_wrap=False)
     else:
-        out.print(text.rstrip("\n"), markup=False)
+        out.verbatim(text.rstrip("\n"), end="\n")
 
 
 def percent(token: Token) -> str:
@@ -181,11 +218,23 @@ def as_admin() -> Iterator[Operator]:
 def _kept_key(settings: Settings, tenant: str) -> str:
     file = settings.key_file(tenant)
     if not file.exists():
-        raise FileNotFoundError(
-            f"no API key: {file} doesn't exist; give --key, set BACKPACK_KEY, name another tenant with --as, or "
-            f"make this one: backpack tenant create {tenant}"
-        )
+        raise FileNotFoundError(f"no API key: {file.absolute()} doesn't exist; {_where_keys_are(settings, tenant)}")
     return read_key_file(file)
+
+
+def _where_keys_are(settings: Settings, tenant: str) -> str:
+    """What to do without a tenant's key: its file is looked for in a state folder, which may be another one."""
+    state, others = settings.state, sorted(file.stem for file in settings.state.glob("*.key"))
+    if not others:
+        given = "state" in settings.model_fields_set
+        return (
+            (f"BACKPACK_STATE is {state}" if given else f"BACKPACK_STATE isn't set, so it is {state} of this folder")
+            + f", where no keys are. Run this where `{hints.backpack('run')}` was started, set BACKPACK_STATE to "
+            "the state folder that it named, or give a key: BACKPACK_KEY or --key"
+        )
+    named = [name for name in others if name not in ("admin", "replica")]
+    choose = f"name another tenant with --as ({', '.join(named)}), " if named else ""
+    return f"{choose}give --key, set BACKPACK_KEY, or make this one: {hints.backpack(f'tenant create {tenant}')}"
 
 
 @contextmanager
@@ -201,8 +250,8 @@ def exits(extra: str = "") -> Iterator[None]:
             settings = Settings()
             _exit_with_error(
                 f"no answer ({error.message}); is the gateway at {settings.gateway_address} running, and the "
-                f"intervention service at {settings.interventions_address}? `backpack run` starts both, "
-                "BACKPACK_GATEWAY_ADDRESS and BACKPACK_INTERVENTIONS_ADDRESS say where they are"
+                f"intervention service at {settings.interventions_address}? `{hints.backpack('run')}` starts "
+                "both, BACKPACK_GATEWAY_ADDRESS and BACKPACK_INTERVENTIONS_ADDRESS say where they are"
             )
         _exit_with_error(f"{error.reason}: {error.message}{': ' if error.why else ''}{error.why}")
     except ModuleNotFoundError as error:

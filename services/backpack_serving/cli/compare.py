@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
 import typer
+from backpack_lm.counted import counted
 from rich.columns import Columns
 from rich.table import Table
 from rich.text import Text
@@ -47,7 +48,7 @@ def compare(
             found = client.compare(text, choices, top=top, targets=target or ())
             table, served = _beside(found, _score_releases(client, text, found)), [p.served for p in found]
     out.print(table)
-    err.print(f"[dim]{len(served)} releases of {served[0].tenant}[/]")
+    err.print(f"[dim]{counted(len(served), 'release')} of {served[0].tenant}[/]")
 
 
 def _choices(names: Sequence[str]) -> Iterator[int | str]:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from backpack_lm.counted import counted
 from backpack_proto.v1 import interventions_pb2 as pb
 from google.protobuf import json_format
 from rich.progress import DownloadColumn, Progress
 from rich.text import Text
 
+from backpack_serving.cli import hints
 from backpack_serving.cli.client import (
     AsTenant,
     Key,
@@ -223,7 +225,7 @@ def _tell_first_tokens(given: Topic, made: Topic) -> None:
     if parted := [word for word in map(str, given.words) if word.strip() not in whole]:
         err.print(
             f"several tokens in this model: {', '.join(parted)}; the topic steers towards the first of each alone "
-            "(backpack patch show), and whatever else begins with it. Leave out what isn't meant.",
+            f"({hints.backpack('patch show')}), and whatever else begins with it. Leave out what isn't meant.",
             markup=False,
         )
 
@@ -231,7 +233,7 @@ def _tell_first_tokens(given: Topic, made: Topic) -> None:
 def _show(revision: Revision, dry_run: bool) -> None:
     out.print(f"{'would be ' if dry_run else ''}{revision.name}  [dim]{revision.digest[:12]}[/]")
     if not dry_run:
-        out.print(f"[dim]put it into a release: backpack release create {revision.id}[/]")
+        out.print(f"[dim]put it into a release: {hints.backpack(f'release create {revision.id}')}[/]")
 
 
 @patch_app.command("upload")
@@ -316,7 +318,8 @@ def audit(
         entries, chain = steering.audit(limit), steering.verify_audit()
     shown = table("at", "time", "who", "did", "to")
     for entry in entries:
-        shown.add_row(str(entry.revision), when(entry.time), entry.who, entry.method, entry.resource)
+        # A token's or a certificate's name may hold what would be markup.
+        shown.add_row(str(entry.revision), when(entry.time), Text(entry.who), entry.method, Text(entry.resource))
     out.print(shown)
     state = "intact" if chain.intact else f"[red]broken at {chain.first_broken}[/]"
-    out.print(f"[dim]chain of {chain.entries} entries:[/] {state}")
+    out.print(f"[dim]chain of {counted(chain.entries, 'entry', 'entries')}:[/] {state}")

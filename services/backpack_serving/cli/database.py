@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from backpack_lm.counted import counted
 
 from backpack_serving.cli.client import exits, out
 from backpack_serving.settings import Settings
@@ -43,7 +44,8 @@ def verify() -> None:
         with out.status("reading everything"):
             found = database.verify(Settings().database_url)
         out.print(
-            f"intact: {found.revisions} revisions, {found.releases} releases and {found.entries} audit entries, "
+            f"intact: {counted(found.revisions, 'revision')}, {counted(found.releases, 'release')} and "
+            f"{counted(found.entries, 'audit entry', 'audit entries')}, "
             f"up to revision {found.position.revision} of epoch {found.position.epoch}"
         )
 

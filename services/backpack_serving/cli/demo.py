@@ -18,7 +18,7 @@ from backpack_serving.embedded import Embedded
 from backpack_serving.errors import AlreadyExists, Unauthenticated
 
 PROMPT = "The story of the king and the"
-SAMPLING = Sampling(max_tokens=36, temperature=0.7, top_k=30, seed=29)
+SAMPLING = Sampling(max_tokens=36, seed=29)
 
 
 @dataclass(frozen=True, slots=True)

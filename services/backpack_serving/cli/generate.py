@@ -8,11 +8,21 @@ from itertools import chain
 from typing import Annotated
 
 import typer
+from backpack_lm.counted import counted
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from backpack_serving.cli.client import AsTenant, Channel, Key, as_caller, contribution_bar, footnote, out, percent
+from backpack_serving.cli.client import (
+    AsTenant,
+    Channel,
+    Key,
+    as_caller,
+    contribution_bar,
+    footnote,
+    out,
+    percent,
+)
 from backpack_serving.client import Part, Sampling, Served, Token
 
 
@@ -22,9 +32,11 @@ def generate(
     key: Key = "",
     channel: Channel = "live",
     max_tokens: Annotated[int, typer.Option(help="Most new tokens.", min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.7,
-    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0 for all.", min=0)] = 30,
-    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens of this mass.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy. The model's default if none.", min=0.0)
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0 for all.", min=0)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens of this mass.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.", min=0)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     samples: Annotated[
@@ -39,6 +51,9 @@ def generate(
     ] = "",
 ) -> None:
     """Go on from a prompt, steered by the tenant's release; the text streams as it is made.
+
+    Without --temperature, --top-k and --top-p, tokens are drawn as the model's defaults say. With one of them, the
+    others leave the whole vocabulary, at temperature 1.
 
     Three texts, the same each time: `backpack generate "The king and the" --samples 3 --seed 1`
 
@@ -65,7 +80,7 @@ def generate(
         if explain:
             out.print(_explanation_table(sample.tokens, f"sample {number}" if samples > 1 else None))
     assert made[0].served is not None, "the first part of each sample has it"
-    footnote(made[0].served, f"{part.prompt_tokens} + {part.generated_tokens} tokens")
+    footnote(made[0].served, f"{part.prompt_tokens} + {counted(part.generated_tokens, 'token')}")
 
 
 @dataclass(slots=True)
@@ -85,13 +100,13 @@ class _Made:
 def _one(prompt: str, made: Sequence[_Made], parts: Iterator[Part]) -> Iterator[Part]:
     """The text as it comes, after the prompt."""
     first = next(parts)  # what is refused is refused here
-    out.print(Text(prompt, style="dim"), end="", soft_wrap=True)
+    out.verbatim(prompt, "dim")
     try:
         for part in chain([first], parts):
-            out.print(Text(part.text), end="", soft_wrap=True)
+            out.verbatim(part.text)
             yield part
     finally:
-        out.print()
+        out.verbatim("", end="\n")
 
 
 def _side_by_side(prompt: str, made: Sequence[_Made], parts: Iterator[Part]) -> Iterator[Part]:

@@ -28,8 +28,8 @@ def health(
             count = probe.replicas(address, settings.directory_metadata, timeout, settings.directory_tls)
             healthy, said = count >= replicas, f"replicas that take requests: {count}"
         else:
-            said = probe.health(address, service, timeout, settings.tls)
-            healthy = said == "SERVING"
+            said, why = probe.health(address, service, timeout, settings.tls)
+            healthy, said = said == "SERVING", f"{said}: {why}" if why else said
     except ServiceError as error:
         unknown = service and isinstance(error, NotFound)  # of which grpc's own server says no more
         healthy, said = False, f"{error.code} {f'it has no {service}' if unknown else error.message}"

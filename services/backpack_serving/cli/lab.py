@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from backpack_lm.counted import counted
 from rich.text import Text
 
+from backpack_serving.cli import hints
 from backpack_serving.cli.client import Page, can_be_made, err, exits, out, show_markdown
 from backpack_serving.cli.control import Senses, sense_numbers
 from backpack_serving.cli.experiment import Model, ProgressWatch, Threads, command, read_subject
@@ -267,6 +269,7 @@ def _write_patch_file(subject: LabModel, edits: Sequence[Edit], report: Report, 
     PatchFile.of(subject, edits, report.markdown()[:DESCRIPTION]).write(file)
     page = file.with_suffix(".html")
     page.write_text(report.html(), "utf-8")
-    out.print(f"{file}: {len(edits)} edits; the report is {page}", markup=False)  # a name may have brackets
+    out.print(f"{file}: {counted(len(edits), 'edit')}; the report is {page}", markup=False)  # a name may have brackets
     named = re.sub("[^a-z0-9]+", "-", file.stem.lower()).lstrip("-0123456789").rstrip("-")[:63]
-    out.print(Text(f"upload it: backpack patch revise {named or 'patch'} {shlex.quote(str(file))}", "dim"))
+    upload = f"patch revise {named or 'patch'} {shlex.quote(str(file))}"
+    out.print(Text(f"upload it: {hints.backpack(upload)}", "dim"))

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from backpack_serving.cli import hints
 from backpack_serving.cli.client import PrecisionName, err, exits, out, progress, show_markdown, table
 from backpack_serving.settings import Settings, secretless, unread
 
@@ -26,14 +27,18 @@ def import_(
     """Make a servable folder from a checkpoint: safetensors, tokenizer, topic denominators, manifest."""
     with exits(), out.status("reading the checkpoint") as status:
         from backpack_lm import checkpoint as reader
+        from backpack_lm import generation
         from backpack_lm.tokenizer import Tokenizer
 
+        generation.SamplingDefaults.read(checkpoint)  # what is wrong with it is told first
         model, tokenizer = reader.load(checkpoint), tokenizer or checkpoint / reader.TOKENIZER
         model.config = model.config.with_tokens(Tokenizer.read(tokenizer).vocab_size)
         status.update("computing the sense table and the denominators of topic scores")
         manifest = reader.save(model, tokenizer, folder)
+        if (own := checkpoint / generation.NAME).exists():
+            (folder / generation.NAME).write_bytes(own.read_bytes())
     out.print(f"{folder}: fingerprint {manifest.fingerprint}", markup=False)
-    out.print(Text(f"serve it: BACKPACK_MODEL={shlex.quote(str(folder))} backpack run", "dim"))
+    out.print(Text(f"serve it: BACKPACK_MODEL={shlex.quote(str(folder))} {hints.backpack('run')}", "dim"))
 
 
 @app.command("verify")

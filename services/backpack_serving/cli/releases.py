@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from backpack_lm.counted import counted
 from rich.text import Text
 
 from backpack_serving import client
+from backpack_serving.cli import hints
 from backpack_serving.cli.client import AsTenant, Channel, Key, as_admin, as_releaser, err, out, table, when
 from backpack_serving.client import Move, Wait
 
@@ -67,7 +69,7 @@ def create_release(
         activate_release(release.number, channel, wait, timeout, tenant, key)
     else:
         where = "" if channel == "live" else f" --channel {channel}"
-        out.print(f"[dim]let it steer: backpack release activate {release.number}{where}[/]")
+        out.print(f"[dim]let it steer: {hints.backpack(f'release activate {release.number}{where}')}[/]")
 
 
 @app.command("activate")
@@ -128,7 +130,7 @@ def status(
         )
     out.print(shown if found.holds else "no replica and no gateway has called the intervention service yet")
     if found.tally:
-        out.print(f"under the canary: {found.tally.requests} requests, {found.tally.failed} failed")
+        out.print(f"under the canary: {counted(found.tally.requests, 'request')}, {found.tally.failed} failed")
 
 
 def fleet() -> None:
@@ -136,7 +138,7 @@ def fleet() -> None:
     with as_admin() as operator:
         found = operator.fleet()
     out.print(f"the store is at {found.at}")
-    shown = table("reader", "", "in touch", "heard", "store at", "releases", "refuses")
+    shown = table("reader", "", "in touch", "heard", "store at", "releases", "refuses", "why not in touch")
     for reader in found.readers:
         shown.add_row(
             reader.name,
@@ -146,6 +148,7 @@ def fleet() -> None:
             str(reader.at),
             str(reader.releases) if reader.kind == "replica" else "",
             Text("\n".join(reader.refusals)),
+            Text(reader.why),
         )
     out.print(shown)
 
@@ -170,7 +173,9 @@ def start_canary(
     """
     with as_releaser(tenant, key) as steering:
         _print_move(steering.start_canary(number, permille, channel, salt=salt, wait=wait, wait_seconds=timeout))
-    out.print("[dim]watch it: backpack release status; then: backpack canary promote, or abort[/]")
+    out.print(
+        f"[dim]watch it: {hints.backpack('release status')}; then: {hints.backpack('canary promote')}, or abort[/]"
+    )
 
 
 @canary_app.command("promote")
@@ -208,7 +213,7 @@ def _print_move(move: Move) -> None:
     if r.complete:
         out.print(f"[green]{held}[/]")
         return
-    err.print(f"[yellow]{held}[/]: the change is made, but not everywhere yet; see backpack release status")
+    err.print(f"[yellow]{held}[/]: the change is made, but not everywhere yet; see {hints.backpack('release status')}")
     for refusal in r.refusals:
         err.print(refusal, markup=False)
     raise typer.Exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import time
 from contextlib import AsyncExitStack
@@ -13,6 +14,7 @@ import typer
 import uvloop
 
 from backpack_serving import tasks
+from backpack_serving.cli import hints
 from backpack_serving.cli.client import exits, out
 from backpack_serving.errors import InvalidRequest, Unauthenticated
 from backpack_serving.settings import Settings
@@ -57,12 +59,12 @@ async def _serve_all(settings: Settings, examples: bool, once: bool) -> None:
                 # The gateway hears of the new tenants by its watch, within milliseconds.
                 await asyncio.sleep(0.2)
                 await demo.side_by_side(serving)
-                out.print(_usage(serving.gateway, settings), markup=False, soft_wrap=True)
+                out.print(_usage(serving.gateway, serving.interventions, settings), markup=False, soft_wrap=True)
             except InvalidRequest as error:  # a model of other words, or of a short context
                 if once:
                     raise
                 out.print(f"The examples aren't for this model: {error.message}", markup=False)
-                out.print("Make a tenant of your own: `backpack tenant create NAME` in another terminal.\n")
+                out.print(f"Make a tenant of your own: `{hints.backpack('tenant create NAME')}` in another terminal.\n")
             except Unauthenticated as error:  # a key of another store, or revoked; a suspended tenant
                 if once:
                     raise
@@ -76,14 +78,19 @@ async def _serve_all(settings: Settings, examples: bool, once: bool) -> None:
         raise typer.Exit(1)  # so that whoever supervises this process starts it again
 
 
-def _usage(gateway: str, settings: Settings) -> str:
+def _usage(gateway: str, interventions: str, settings: Settings) -> str:
     key = settings.key_file("harbour")
+    here = {"gateway_address": gateway, "interventions_address": interventions, "state": str(settings.state)}
+    # Another terminal has none of the variables that this one may have.
+    others = [name for name, value in here.items() if value != str(Settings.model_fields[name].default)]
+    told = " ".join(f"BACKPACK_{name.upper()}={shlex.quote(here[name])}" for name in others)
+    backpack = f"{told} {hints.backpack('')}".strip()
     return f"""
 From the command line (in another terminal, here):
 
-    .venv/bin/backpack generate "The story of the king" --as harbour
-    .venv/bin/backpack explain "The story of the king and the" --as harbour
-    .venv/bin/backpack release rollback --as harbour      # and harbour is unpatched again
+    {backpack} generate "The story of the king" --as harbour
+    {backpack} explain "The story of the king and the" --as harbour
+    {backpack} release rollback --as harbour      # and harbour is unpatched again
 
 From Python:
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from backpack_serving.auth.keys import write_key_file
-from backpack_serving.cli.client import as_admin, out, table, when
+from backpack_serving.cli.client import as_admin, err, out, table, when
 from backpack_serving.client import Role
 from backpack_serving.settings import Settings
 
@@ -19,9 +19,22 @@ KeyId = Annotated[str, typer.Argument(help="The key's id, as `backpack tenant ke
 
 
 @app.command("create")
-def create_tenant(name: Annotated[str, typer.Argument(help="a-z, 0-9 and -")]) -> None:
-    """Make a tenant, with a key that may release and call, kept in the state folder for --as."""
+def create_tenant(
+    name: Annotated[str, typer.Argument(help="a-z, 0-9 and -")],
+    print_key: Annotated[
+        bool, typer.Option("--print-key", help="Print the key, and write it nowhere: in a container, for one.")
+    ] = False,
+) -> None:
+    """Make a tenant, with a key that may release and call, kept in the state folder for --as.
+
+    From a pod or a container, whose files go with it: `backpack tenant create NAME --print-key`
+    """
     with as_admin() as operator:
+        if print_key:
+            made = operator.create_tenant(name)
+            err.print(f"{made.name}; its key is printed once, and kept nowhere")
+            out.print(operator.create_key(name, [Role.RELEASER, Role.CALLER]).secret)
+            return
         file = Settings().key_file(name)
         if file.exists():  # a tenant's that was called so before, or the admin's and the replicas' own
             raise FileExistsError(f"{file} exists, and its key would be lost; move it away, or take another name")

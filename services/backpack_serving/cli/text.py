@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from backpack_lm.counted import counted
 from rich.table import Table
 from rich.text import Text
 
@@ -60,8 +61,12 @@ def explain(
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="With --html: how many tokens.", min=1)] = 24,
-    temperature: Annotated[float, typer.Option(help="With --html: 0 is greedy.", min=0.0)] = 0.7,
-    top_k: Annotated[int, typer.Option(help="With --html: only the k likeliest tokens; 0 for all.", min=0)] = 30,
+    temperature: Annotated[
+        float | None, typer.Option(help="With --html: 0 is greedy. The model's default if none.", min=0.0)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="With --html: only the k likeliest tokens; 0 for all.", min=0)
+    ] = None,
     seed: Annotated[int, typer.Option(help="With --html: the same seed gives the same text.", min=0)] = 0,
     tenant: AsTenant = "harbour",
     key: Key = "",
@@ -79,8 +84,9 @@ def explain(
         sampling = Sampling(max_tokens, temperature, top_k, seed=seed)
         with as_caller(tenant, key) as client:
             made = write_generation(client, prompt, channel, sampling, page)
-        out.print(Text(prompt, style="dim") + Text(made.text), soft_wrap=True)
-        footnote(made.served, f"{page}: {len(made.tokens)} tokens explained")
+        out.verbatim(prompt, "dim")
+        out.verbatim(made.text, end="\n")
+        footnote(made.served, f"{page}: {counted(len(made.tokens), 'token')} explained")
         return
     with as_caller(tenant, key) as client:
         answer = client.explain(prompt, target or None, limit, channel=channel)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from backpack_serving.cli import hints
 from backpack_serving.cli.client import PrecisionName, err, exits
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def train(
     plot({name: [part / name for part in parts] for name in made}, out / "loss.svg")
     if not twin:
         model = out / "model"
-        serve = f"BACKPACK_MODEL={shlex.quote(str(model))} backpack run"
+        serve = f"BACKPACK_MODEL={shlex.quote(str(model))} {hints.backpack('run')}"
         err.print(f"wrote {model}; serve it with {serve}", markup=False)
 
 

@@ -106,7 +106,7 @@ class Hold:
     """How a reader stands to a release of a channel, or to its canary's.
 
     `kind` is "replica" or "gateway". `state` is "acked" (its requests get it), "staged" (it is ready), "nacked"
-    (refused; `why` says why) or "stale" (behind, or not `connected`). `at` is how far the reader is.
+    (refused) or "stale" (behind, or not `connected`); `why` it isn't "acked". `at` is how far the reader is.
     """
 
     reader: str
@@ -174,7 +174,7 @@ class Status:
 class Reader:
     """A replica or a gateway. `silence` is since when it wasn't heard, in seconds; `at` is how far it is.
 
-    `releases` are ready to be served, `refusals` aren't, and why.
+    `releases` are ready to be served, `refusals` aren't, and why. `why` it isn't `connected`.
     """
 
     name: str
@@ -184,13 +184,15 @@ class Reader:
     silence: float
     releases: int
     refusals: tuple[str, ...]
+    why: str
 
     @classmethod
     def of(cls, m: sync_pb2.ReaderStatus) -> Reader:
-        refusals = (f"{r.tenant}/{r.channel} {r.release_digest[:12]}: {r.reason}" for r in m.refusals)
+        refusals = (f"{r.tenant}/{r.channel} {r.release_digest[:12]}: {r.reason}: {r.message}" for r in m.refusals)
         silence = m.silence.ToMilliseconds() / 1000
         at = _position(m.position)
-        return cls(m.reader, _kind(m.kind), m.connected, at, silence, m.releases, tuple(refusals))
+        why = f"{m.reason}: {m.message}" if m.reason else ""
+        return cls(m.reader, _kind(m.kind), m.connected, at, silence, m.releases, tuple(refusals), why)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from backpack_lm.generation import WHOLE
 from backpack_proto.v1 import inference_pb2 as pb
 
 from backpack_serving.client.results import Token
@@ -29,15 +30,18 @@ Release = int | str
 class Sampling:
     """How to go on from a prompt.
 
-    `temperature` 0 is greedy; `top_k` 0 is all tokens. The same `seed` gives the same text. `stop` are texts to
-    end before. `log_probabilities` asks for those of every token, and of so many likeliest others (at most 20).
-    `samples` texts are made (at most 16), the prompt is read once; sample n is what `seed` + n gives alone.
+    `temperature` 0 is greedy; `top_k` 0 is all tokens. If neither of these nor `top_p` is given, the model's
+    defaults hold (`client.model().defaults`); if one is, the others leave the whole vocabulary, at temperature 1.
+
+    The same `seed` gives the same text. `stop` are texts to end before. `log_probabilities` asks for those of
+    every token, and of so many likeliest others (at most 20). `samples` texts are made (at most 16), the prompt is
+    read once; sample n is what `seed` + n gives alone.
     """
 
     max_tokens: int = 64
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
     seed: int | None = None
     stop: str | Sequence[str] = ()
     log_probabilities: int | None = None
@@ -45,10 +49,13 @@ class Sampling:
     samples: int = 1
 
     def message(self) -> pb.Sampling:
+        temperature = self.temperature
+        if temperature is None and self.top_k is not None:
+            temperature = WHOLE.temperature  # no message says of a top_k of 0 that it is given
         return pb.Sampling(
             max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
+            temperature=temperature,
+            top_k=self.top_k or 0,
             top_p=self.top_p,
             seed=self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else self.stop,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from backpack_lm.generation import WHOLE, SamplingDefaults
 from backpack_proto.v1 import inference_pb2 as pb
 
 from backpack_serving.references import Position
@@ -284,7 +285,10 @@ class Senses:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The model that a gateway serves: sizes in tokens, senses of a word, dimensions, layers of the trunk."""
+    """The model that a gateway serves: sizes in tokens, senses of a word, dimensions, layers of the trunk.
+
+    `defaults` is how tokens are drawn of a request that doesn't say.
+    """
 
     fingerprint: str
     vocabulary: int
@@ -292,7 +296,11 @@ class Model:
     senses: int
     width: int
     layers: int
+    defaults: SamplingDefaults
 
     @classmethod
     def of(cls, m: pb.GetModelResponse) -> Model:
-        return cls(m.fingerprint, m.vocab_size, m.context_size, m.num_senses, m.width, m.num_layers)
+        defaults, given = WHOLE, m.sampling_defaults  # those of a gateway that is older than the message
+        if m.HasField("sampling_defaults"):
+            defaults = SamplingDefaults(given.temperature, given.top_k, given.top_p)
+        return cls(m.fingerprint, m.vocab_size, m.context_size, m.num_senses, m.width, m.num_layers, defaults)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from backpack_lm.counted import counted
+
 from backpack_serving.engine.runner import Runner
 from backpack_serving.engine.sampler import choose_all, log_probabilities
 from backpack_serving.engine.scheduler import Scheduler
@@ -81,14 +83,14 @@ class Engine:
         """
         if len(request.overlay.rows) > self._rows.size:
             raise TooManyRows(
-                f"release {request.overlay.digest[:12]} replaces {len(request.overlay.rows)} senses; "
+                f"release {request.overlay.digest[:12]} replaces {counted(len(request.overlay.rows), 'sense')}; "
                 f"this replica has space for {self._rows.size}"
             )
         crowding = None
         if not self._scheduler.can_add(self._slots.free):
             crowding = self._scheduler.crowding(request.tenant)
             if crowding is None:
-                raise QueueFull(f"{self._scheduler.waiting} requests are waiting")
+                raise QueueFull(f"{counted(self._scheduler.waiting, 'request is', 'requests are')} waiting")
             self._finish(crowding)
         assert request.id not in self._sequences, f"request {request.id} is here already"
         context = self._runner.config.n_positions

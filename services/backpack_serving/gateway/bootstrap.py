@@ -159,8 +159,9 @@ async def _tell_health(server: rpc.Server, book: TenantRegistry, router: Router,
     Out of touch for longer than `stale_after`, it serves what it knows; its health as a reader says so.
     """
     while True:
-        serving = router.size > 0 and book.usable
+        lacks = [] if book.usable else [book.silence]
+        lacks += [] if router.size else ["no replica of this model is known to the directory"]
         for name in ("", SERVICE):
-            await server.set_serving(serving, name)
-        await server.set_serving(book.age < stale_after, READER)
+            await server.set_serving(not lacks, name, "; ".join(lacks))
+        await server.set_serving(book.age < stale_after, READER, book.silence)
         await asyncio.sleep(0.5)

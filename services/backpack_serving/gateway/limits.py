@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import structlog
+from backpack_lm.counted import counted
 
 from backpack_serving.errors import Exhausted, Quota
 from backpack_serving.gateway.shared_buckets import SharedBuckets
@@ -101,11 +102,11 @@ class TenantLimits:
             return
         with self._levels.row(tenant) as row:
             if limit.concurrent and row.running >= limit.concurrent:
-                raise _exhausted(tenant, "CONCURRENCY", f"{limit.concurrent} requests at once", BUSY_RETRY)
+                raise _exhausted(tenant, "CONCURRENCY", f"{counted(limit.concurrent, 'request')} at once", BUSY_RETRY)
             if limit.requests_per_minute:
                 requests = Bucket(limit.requests_per_minute, row.requests)
                 if wait := requests.wait(self._clock()):
-                    raise _exhausted(tenant, "REQUESTS", f"{requests.capacity:g} requests a minute", wait)
+                    raise _exhausted(tenant, "REQUESTS", f"{counted(requests.capacity, 'request')} a minute", wait)
                 requests.take(1)
             row.run(1)
 
@@ -123,7 +124,7 @@ class TenantLimits:
                     return  # new limits hold since: their bucket was never charged for this
                 wait = tokens.wait(self._clock())
                 if amount > 0 and wait:
-                    raise _exhausted(tenant, "TOKENS", f"{tokens.capacity:g} tokens a minute", wait)
+                    raise _exhausted(tenant, "TOKENS", f"{counted(tokens.capacity, 'token')} a minute", wait)
                 tokens.take(amount)
 
         try:

@@ -70,6 +70,13 @@ class TenantRegistry:
         if self.age == float("inf"):
             raise Unavailable("STARTING", "the gateway hasn't reached the intervention service yet", retry_after=1.0)
 
+    @property
+    def silence(self) -> str:
+        """For how long there was no news, and why, if that is known."""
+        why = f" ({self._reader.trouble})" if self._reader.trouble else ""
+        since = "yet" if self.age == float("inf") else f"for {self.age:.0f} s"
+        return f"no news from the intervention service {since}{why}"
+
     def page(self) -> RegistrySnapshot:
         """What is known now. Releases that are pinned from one page go together."""
         return RegistrySnapshot(self._reader.view, self.age)

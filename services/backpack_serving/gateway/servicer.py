@@ -68,8 +68,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         with self._meter(await self._caller(context)) as meter:
             pinned = await self._pin(meter, request)
             await self._read_long("prompt", request.prompt)
-            order = wire.read_generation(request, self._tokenizer, self._manifest.config)
-            wire.normalize_request(request, order)
+            order = self._order(request)
             meter.charge(len(order.prompt), order.tokens - len(order.prompt))
             self._log_prompt(request.prompt)
             response = await self._unary(lambda stub: stub.Generate, request, context, pinned, meter, order.tokens)
@@ -82,9 +81,8 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         with self._meter(await self._caller(context)) as meter:
             pinned = await self._pin(meter, request)
             await self._read_long("prompt", request.prompt)
-            order = wire.read_generation(request, self._tokenizer, self._manifest.config)
+            order = self._order(request)
             wire.read_coalesce(request)
-            wire.normalize_request(request, order)
             meter.charge(len(order.prompt), order.tokens - len(order.prompt))
             self._log_prompt(request.prompt)
             tried: list[Target] = []
@@ -174,6 +172,13 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         who = await self._identities.who(context)
         who.require(Role.CALLER)
         return who
+
+    def _order(self, request: wire.Generation) -> wire.GenerationParams:
+        """What the request means, from here on: it is written into it. Raises InvalidRequest."""
+        model = self._manifest
+        order = wire.read_generation(request, self._tokenizer, model.config, model.defaults)
+        wire.normalize_request(request, order)
+        return order
 
     async def _read_long(self, field: str, prompt: pb.Prompt) -> None:
         """Encode a long text beside the loop, where all streams would wait for it. Raises InvalidRequest."""

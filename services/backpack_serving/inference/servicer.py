@@ -80,7 +80,8 @@ class InferenceServicer(ReadingMethods):
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The parts of a generation: of each sample the first token at once, then those of `coalesce` seconds."""
         async with self._pinned_release(context) as (pin, overlay):
-            order = wire.read_generation(request, self._served.tokenizer, self._served.manifest.config)
+            model = self._served.manifest
+            order = wire.read_generation(request, self._served.tokenizer, model.config, model.defaults)
             self._metrics.prompts.inc()
             self._metrics.tokens.labels("prompt").inc(len(order.prompt))
             samples = [self._sample(order, pin, overlay, coalesce, number) for number in range(order.samples)]

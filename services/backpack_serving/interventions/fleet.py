@@ -30,8 +30,16 @@ class HoldState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Why:
+    """Why a reader doesn't hold what it should: a stable word, and the details."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseHolding:
-    """One reader and one release of a channel."""
+    """One reader and one release of a channel. `why` is set unless the release is ACKED."""
 
     reader: str
     kind: ReaderKind
@@ -42,6 +50,7 @@ class ReleaseHolding:
     refusal: Refusal | None
     position: Position
     connected: bool
+    why: Why | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +89,28 @@ class RemoteReader:
 
 @dataclass(slots=True)
 class ReaderStatus:
-    """One reader process: its newest stream, what it said Hello with there, and when it was heard last."""
+    """One reader process: its newest stream, what it said Hello with there, and when it was heard last.
+
+    `refused` is why the service ended its last stream, if it did, until a stream lives again.
+    """
 
     session: SyncServer | RemoteReader
     hello: Hello
     heard: float
     connected: bool = True
     report: ReaderReport = field(default_factory=ReaderReport)
+    refused: Why | None = None
+
+    def away(self, silence: float) -> Why | None:
+        """Why it isn't in touch; None if it is."""
+        if self.connected and silence <= SILENCE:
+            return None
+        heard = f"last heard {silence:.0f} s ago"
+        if self.connected:
+            return Why("SILENT", f"its stream is open, but half so: {heard}")
+        if self.refused:
+            return Why(self.refused.reason, f"{self.refused.message} ({heard})")
+        return Why("DISCONNECTED", f"it has no stream to the intervention service: {heard}")
 
     @property
     def releases(self) -> int:
@@ -109,10 +133,11 @@ class ReaderTracker:
         if seen is None:
             self._drop_silent()  # or those that come and go would pile up while nobody asks for readers
         if seen is None or seen.session is not session:
-            self._seen[hello.incarnation] = seen = ReaderStatus(session, hello, self._clock())
+            before = seen.refused if seen else None
+            self._seen[hello.incarnation] = seen = ReaderStatus(session, hello, self._clock(), refused=before)
         seen.hello, seen.heard, seen.connected = hello, self._clock(), True
         if report:
-            seen.report = report
+            seen.report, seen.refused = report, None
 
     def elsewhere(self, hello: Hello, report: ReaderReport) -> None:
         """Another process of the service tells where a reader stands: it holds all up to `hello.position`."""
@@ -131,11 +156,19 @@ class ReaderTracker:
                 found.append((hello, ReaderReport(tallies=seen.report.tallies, releases=seen.releases)))
         return found
 
-    def left(self, session: SyncServer) -> None:
-        """A stream has ended."""
+    def left(self, session: SyncServer, why: Why | None = None) -> None:
+        """A stream has ended; `why`, if the service ended it."""
         for seen in self._seen.values():
             if seen.session is session:
                 seen.connected = False
+                seen.refused = why or seen.refused
+
+    def refused(self, hello: Hello, why: Why) -> None:
+        """A reader's Hello was refused: it has no stream, and is listed all the same."""
+        if hello.incarnation:
+            self._drop_silent()
+            nothing = RemoteReader(hello, hello.position, {}, hello.digests)
+            self._seen[hello.incarnation] = ReaderStatus(nothing, hello, self._clock(), connected=False, refused=why)
 
     def readers(self) -> list[tuple[ReaderStatus, float]]:
         """Those seen lately, replicas first, with the seconds since they were heard."""
@@ -149,20 +182,24 @@ class ReaderTracker:
         releases = [(release, release != channel.state.stable) for release in channel.state.serving]
         for seen, silence in self.readers():
             session, hello = seen.session, seen.hello
-            connected = seen.connected and silence <= SILENCE
+            away = seen.away(silence)
+            behind = Why("BEHIND", f"it is at {session.acked}, and the channel was moved at {moved}")
             for release, canary in releases:
                 refusal = session.refusals.get((channel.tenant, channel.channel))
                 if refusal is None or refusal.digest != release.digest:
                     refusal = session.refusals.get((channel.tenant, ""))
-                refused = refusal is not None and refusal.digest == release.digest
-                if not connected:
-                    state = HoldState.STALE
-                elif refused:
-                    state = HoldState.NACKED
+                if refusal is not None and refusal.digest != release.digest:
+                    refusal = None
+                why: Why | None
+                if away:
+                    state, why = HoldState.STALE, away
+                elif refusal:
+                    state, why = HoldState.NACKED, Why(refusal.reason, refusal.message)
                 elif session.acked >= moved:
-                    state = HoldState.ACKED
+                    state, why = HoldState.ACKED, None
                 else:
-                    state = HoldState.STAGED if release.digest in session.digests else HoldState.STALE
+                    staged = release.digest in session.digests
+                    state, why = HoldState.STAGED if staged else HoldState.STALE, seen.refused or behind
                 yield ReleaseHolding(
                     hello.name,
                     hello.kind,
@@ -170,9 +207,10 @@ class ReaderTracker:
                     release,
                     canary,
                     state,
-                    refusal if refused else None,
+                    refusal,
                     session.acked,
-                    connected,
+                    away is None,
+                    why,
                 )
 
     def rollout(self, channel: ChannelRecord, position: Position) -> RolloutProgress:

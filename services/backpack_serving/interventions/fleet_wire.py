@@ -60,14 +60,15 @@ def write_hold(hold: ReleaseHolding) -> sync_pb2.Hold:
         release_digest=hold.release.digest,
         canary=hold.canary,
         state=STATES[hold.state],
-        reason=hold.refusal.reason if hold.refusal else "",
-        message=hold.refusal.message if hold.refusal else "",
+        reason=hold.why.reason if hold.why else "",
+        message=hold.why.message if hold.why else "",
         position=write_position(hold.position),
         connected=hold.connected,
     )
 
 
 def write_reader(seen: ReaderStatus, silence: float) -> sync_pb2.ReaderStatus:
+    away = seen.away(silence)
     status = sync_pb2.ReaderStatus(
         reader=seen.hello.name,
         kind=KIND_NUMBERS[seen.hello.kind],
@@ -76,6 +77,8 @@ def write_reader(seen: ReaderStatus, silence: float) -> sync_pb2.ReaderStatus:
         position=write_position(seen.session.acked),
         releases=seen.releases,
         refusals=map(write_refusal, seen.session.refusals.values()),
+        reason=away.reason if away else "",
+        message=away.message if away else "",
     )
     status.silence.FromMicroseconds(round(silence * 1e6))
     return status

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import structlog
+from backpack_lm.counted import counted
 
 from backpack_serving import tasks
 from backpack_serving.errors import ServiceError
-from backpack_serving.interventions.fleet import ReaderTracker, RolloutProgress
+from backpack_serving.interventions.fleet import ReaderTracker, RolloutProgress, Why
 from backpack_serving.interventions.records import ChannelRecord, Position
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.write_notifier import WriteNotifier
@@ -61,7 +62,7 @@ class ErrorGate:
     def verdict(self, tally: CanaryTally) -> str:
         """Why the canary must end; empty if it needn't."""
         if tally.non_finite:
-            return f"NON_FINITE: {tally.non_finite} answers were not numbers"
+            return f"NON_FINITE: {counted(tally.non_finite, 'answer was', 'answers were')} not numbers"
         failed = 1000 * tally.errors > self.permille * tally.requests
         if tally.requests >= self.requests and failed:
             return (
@@ -95,8 +96,12 @@ class Rollouts:
         self._settled[session] = {r for r in standing if r in settled or await self._end_refused_canary(r)}
         self._notify()
 
-    def left(self, session: SyncServer) -> None:
-        self.fleet.left(session)
+    def left(self, session: SyncServer, error: ServiceError | None = None, hello: Hello | None = None) -> None:
+        """A stream has ended, by this refusal of ours; `hello` is what it had begun with."""
+        why = Why(error.reason, error.message) if error else None
+        if why and hello and session.hello is None:
+            self.fleet.refused(hello, why)
+        self.fleet.left(session, why)
         self._settled.pop(session, None)
         self._notify()
 

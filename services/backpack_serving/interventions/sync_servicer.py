@@ -16,6 +16,7 @@ from backpack_proto.v1 import sync_pb2_grpc as grpc_v1
 from backpack_serving import rpc
 from backpack_serving.auth.identity import Identities
 from backpack_serving.auth.keys import Role
+from backpack_serving.errors import ServiceError
 from backpack_serving.interventions import fleet_wire, wire
 from backpack_serving.interventions.event_history import EventHistory
 from backpack_serving.interventions.rollouts import Rollouts
@@ -45,15 +46,18 @@ class SyncServicer(grpc_v1.SyncServiceServicer):
         self, requests: AsyncIterator[pb.SyncRequest], context: rpc.Context
     ) -> AsyncIterator[pb.SyncResponse]:
         (await self._identities.who(context)).require(Role.REPLICA)
-        server = SyncServer(self._history, self._nonces)
+        server, refused = SyncServer(self._history, self._nonces), None
         heard = partial(self._rollouts.heard, server)
         stream = serve_reader(server, requests, self._writes.next_write, heard, self._threads)
         try:
             async with aclosing(stream):
                 async for message in stream:
                     yield message
+        except ServiceError as error:
+            refused = error
+            raise
         finally:
-            self._rollouts.left(server)
+            self._rollouts.left(server, refused, server.introduced)
 
     async def FetchRelease(
         self, request: pb.FetchReleaseRequest, context: rpc.Context

@@ -6,11 +6,14 @@ Prompts never are, unless `log_prompts` is set; tracebacks show no variables.
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
-from typing import Any
+from collections.abc import MutableMapping
+from typing import Any, TextIO
 
 import structlog
+from backpack_lm.visible import visible
 
 from backpack_serving.observability import tracing
 from backpack_serving.settings import Settings
@@ -24,16 +27,15 @@ def configure(settings: Settings, service: str) -> None:
     if settings.otel_endpoint:
         tracing.configure(settings.otel_endpoint, service)
     human = settings.log_format == "console"
-    console = structlog.dev.ConsoleRenderer(
-        colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-    )
+    console = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=_traceback)
     render = console if human else structlog.processors.JSONRenderer()
     chain: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="%H:%M:%S" if human else "iso", utc=not human),
         structlog.processors.StackInfoRenderer(),
-        *([] if human else [structlog.processors.format_exc_info]),
+        # A log is read on a terminal; JSON escapes what isn't ASCII anyway.
+        _visible if human else structlog.processors.format_exc_info,
     ]
     structlog.configure(
         processors=[*chain, render],
@@ -50,6 +52,17 @@ def configure(settings: Settings, service: str) -> None:
     handler.addFilter(_is_ours)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def _visible(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """An event whose values are texts that a terminal shows and doesn't obey: tenants' words get into logs."""
+    return {name: visible(value) if isinstance(value, str) else value for name, value in event.items()}
+
+
+def _traceback(log: TextIO, exception: Any) -> None:
+    written = io.StringIO()
+    structlog.dev.plain_traceback(written, exception)
+    log.write(visible(written.getvalue()))
 
 
 def _is_ours(record: logging.LogRecord) -> bool:

@@ -12,6 +12,8 @@ import structlog
 from backpack_serving.errors import Unauthenticated
 
 REQUEST_ID = "x-request-id"
+WHY = "backpack-why"
+"""Metadata of a health check's answer: why something doesn't serve."""
 
 _WORD = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 

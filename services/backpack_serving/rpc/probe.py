@@ -7,18 +7,21 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from backpack_serving.auth.tls import Tls
 from backpack_serving.rpc.channel import sync_channel
+from backpack_serving.rpc.metadata import WHY
 from backpack_serving.rpc.status import errors
 
 
-def health(address: str, service: str, seconds: float, tls: Tls | None = None) -> str:
-    """SERVING, NOT_SERVING or UNKNOWN, as the server says of one service or, for "", of itself.
+def health(address: str, service: str, seconds: float, tls: Tls | None = None) -> tuple[str, str]:
+    """SERVING, NOT_SERVING or UNKNOWN, as the server says of one service or, for "", of itself; and why it doesn't
+    serve, if the server says that.
 
     Raises ServiceError if nobody answers, or if there is no such service.
     """
     with sync_channel(address, tls) as channel, errors():
         request = health_pb2.HealthCheckRequest(service=service)
-        answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=seconds)
-    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+        answer, call = health_pb2_grpc.HealthStub(channel).Check.with_call(request, timeout=seconds)
+        why = dict(call.trailing_metadata() or ()).get(WHY, "")
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)), str(why)
 
 
 def replicas(address: str, metadata: tuple[tuple[str, str], ...], seconds: float, tls: Tls | None = None) -> int:

@@ -29,7 +29,7 @@ from backpack_serving.rpc.carrier import Carrier
 from backpack_serving.rpc.channel import MESSAGE_LIMIT, SMALL, too_large
 from backpack_serving.rpc.credentials import server_credentials
 from backpack_serving.rpc.drain import draining, ended
-from backpack_serving.rpc.metadata import Context, identify, metadata, with_request_id
+from backpack_serving.rpc.metadata import WHY, Context, identify, metadata, with_request_id
 from backpack_serving.rpc.status import refusal_of, to_status
 from backpack_serving.rpc.tunnel import BATCH, STREAMS
 
@@ -240,20 +240,36 @@ class _Registry:
                 self._carried[name] = self._calls.guard(handler, name)
 
 
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """grpc's, whose answer to Check also says why something doesn't serve, in its trailing metadata."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.why: dict[str, str] = {}
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> Any:
+        answer = await super().Check(request, context)
+        if answer.status == health_pb2.HealthCheckResponse.NOT_SERVING:
+            why = self.why.get(request.service, "") or "it is stopping"
+            context.set_trailing_metadata(((WHY, why.encode("ascii", "backslashreplace").decode()),))
+        return answer
+
+
 class Server:
     """A started grpc.aio server with health and reflection."""
 
-    def __init__(
-        self, server: grpc.aio.Server, address: str, checks: health.aio.HealthServicer, calls: _CallTracker
-    ) -> None:
+    def __init__(self, server: grpc.aio.Server, address: str, checks: _Health, calls: _CallTracker) -> None:
         self._server, self.address, self._health, self._calls = server, address, checks, calls
 
-    async def set_serving(self, serving: bool, service: str = "") -> None:
+    async def set_serving(self, serving: bool, service: str = "", why: str = "") -> None:
+        """`why` it doesn't serve is told to who asks."""
+        self._health.why[service] = "" if serving else why
         status = health_pb2.HealthCheckResponse
         await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
 
     async def stop(self, grace: float = 5.0) -> None:
         """Drain: nothing new from now on; what runs has `grace` seconds, then it is told to retry."""
+        self._health.why.clear()
         await self._health.enter_graceful_shutdown()
         self._calls.close()
         stopping = asyncio.create_task(self._server.stop(grace + _ENDING))
@@ -294,7 +310,7 @@ async def start(
         ("grpc.so_reuseport", int(share_port)),
     ]
     server = grpc.aio.server(interceptors=[calls], options=options)
-    checks = health.aio.HealthServicer()
+    checks = _Health()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     for service in services:
         service.add(service.servicer, server)

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import structlog
 from backpack_lm.patch import PatchError, Violation
+from backpack_lm.visible import visible
 from google.protobuf.any_pb2 import Any as PackedAny
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -54,7 +55,9 @@ def to_status(error: ServiceError) -> status_pb2.Status:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(retry)
-    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=_cut(error.message, MESSAGE_BYTES))
+    # Whoever prints it may do so on a terminal.
+    message = _shown(error.message, MESSAGE_BYTES)
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=message)
     for detail in details:
         status.details.add().Pack(detail)
     return status
@@ -68,9 +71,13 @@ def _bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadReques
         if bad.ByteSize() > VIOLATIONS_BYTES:
             bad.field_violations.add(field=field, reason="MORE", description=f"and {len(violations) - at} more")
             break
-        description = _cut(violation.description, VALUE_BYTES)
+        description = _shown(violation.description, VALUE_BYTES)
         bad.field_violations.add(field=field, reason=violation.reason, description=description)
     return bad
+
+
+def _shown(text: str, size: int) -> str:
+    return _cut(visible(text[: size + 1]), size)
 
 
 def _cut(text: str, size: int) -> str:

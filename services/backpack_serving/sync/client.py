@@ -57,6 +57,7 @@ class SyncClient:
         """When nothing was missing from what is known."""
         self.pending: PendingDelta | None = None
         self.resident: frozenset[str] = frozenset()  # digests that are ready to be served; the owner says
+        self.trouble = ""  # why there is no stream to the service; who opens them says
         self._parked: dict[tuple[str, str], _RefusedEntry] = {}
         self._view_at: float | None = None
         self._needs_snapshot = True  # after a start: what is parked isn't remembered, so everything is asked for

@@ -65,6 +65,7 @@ class SyncServer:
         self._bookmark_due = self._heard = 0.0
         self._fresh = False
         self.hello: Hello | None = None
+        self.introduced: Hello | None = None  # the newest Hello, accepted or not
         self.acked = Position()
         self.refusals: dict[tuple[str, str], Refusal] = {}
         self.digests: set[str] = set()
@@ -77,6 +78,7 @@ class SyncServer:
         self._heard = now
         match message:
             case Hello():
+                self.introduced = message
                 self._receive_hello(message)
             case Ack():
                 self._receive_ack(message.nonce, ())

@@ -87,7 +87,7 @@ class SyncTransport:
             asyncio.create_task(_goes_on(self._write_bookmarks)),
         )
         try:
-            await for_ever(self._run_stream, "interventions")
+            await for_ever(self._run_stream, "interventions", self._lost)
         finally:
             await tasks.end(*beside)
 
@@ -111,6 +111,9 @@ class SyncTransport:
                     "BEHIND", f"asked for {position}, but this gateway knows the store up to {at}", retry_after=0.5
                 ) from None
 
+    def _lost(self, reason: str) -> None:
+        self.reader.trouble = reason
+
     async def _run_stream(self) -> None:
         await self._commit_view()  # what the last stream told
         self.reader.resident = self._owner.resident()
@@ -122,6 +125,7 @@ class SyncTransport:
         nonce = None
         try:
             async for part in alive(call):
+                self.reader.trouble = ""
                 if (message := incoming.read(part)) is None:
                     continue
                 if answers := self.reader.receive(message, time.monotonic()):
@@ -236,8 +240,12 @@ async def _goes_on(loop: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(RETRY_SECONDS)
 
 
-async def for_ever(once: Callable[[], Awaitable[None]], peer: str) -> None:
+async def for_ever(
+    once: Callable[[], Awaitable[None]], peer: str, lost: Callable[[str], None] = lambda reason: None
+) -> None:
     """Run `once` again and again, with full jitter (exponential, at most LONGEST_PAUSE) between failures.
+
+    `lost` is given the word for each, which says nothing of where anybody is.
 
     Each reason is told once until a stream has lived: what a new server refuses isn't why the last one was lost.
     """
@@ -245,7 +253,7 @@ async def for_ever(once: Callable[[], Awaitable[None]], peer: str) -> None:
     told: set[str] = set()
     assert task is not None
     while True:
-        started = asyncio.get_running_loop().time()
+        started, word = asyncio.get_running_loop().time(), ""
         try:
             with rpc.errors():
                 await once()
@@ -256,7 +264,8 @@ async def for_ever(once: Callable[[], Awaitable[None]], peer: str) -> None:
             kind = reason = "silence"
         except Exception as error:  # a mistake of ours must not be the end: nobody would be told anything any more
             log.exception("a stream ended by a mistake of ours", peer=peer)
-            kind = reason = repr(error)
+            kind, word = repr(error), "INTERNAL"
+            reason = kind
         except asyncio.CancelledError:  # gRPC tells so that it gave a call up; or somebody ends us
             kind = reason = "the call was cancelled"
         # Not what was raised decides: gRPC may also answer a cancellation with the call's own error.
@@ -265,6 +274,7 @@ async def for_ever(once: Callable[[], Awaitable[None]], peer: str) -> None:
         if asyncio.get_running_loop().time() - started > SILENCE:
             failures = 0
             told.clear()
+        lost(word or kind)
         if kind not in told:
             tell = log.info if reason == "max connection age" else log.warning  # our servers end them, on purpose
             tell("lost a stream; trying again until it is back", peer=peer, reason=reason)

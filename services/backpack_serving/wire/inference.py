@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from backpack_lm.config import BackpackConfig
+from backpack_lm.generation import WHOLE, SamplingDefaults
 from backpack_lm.manifest import Manifest
 from backpack_lm.patch import Violation
 from backpack_lm.tokenizer import Tokenizer
@@ -55,8 +56,10 @@ class GenerationParams:
         return replace(self.sampling, seed=(self.sampling.seed + number) % 2**64)
 
 
-def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackConfig) -> GenerationParams:
-    """Raises InvalidRequest with everything that is wrong beside the prompt."""
+def read_generation(
+    request: Generation, tokenizer: Tokenizer, config: BackpackConfig, defaults: SamplingDefaults
+) -> GenerationParams:
+    """Raises InvalidRequest with everything that is wrong beside the prompt. `defaults` are the model's."""
     found: list[Violation] = []
     prompt = read_prompt("prompt", request.prompt, tokenizer, config)
     found += _sampling_violations(request.sampling)
@@ -81,12 +84,12 @@ def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackC
     if found:
         raise InvalidRequest.of(*found)
     s = request.sampling
-    temperature = s.temperature if s.HasField("temperature") else 1.0
+    drawn = _drawn(s, defaults)
     sampling = SamplingParams(
         max_tokens=max_tokens,
-        temperature=min(temperature, HOTTEST) if temperature >= GREEDY_BELOW else 0.0,
-        top_k=s.top_k,
-        top_p=s.top_p if s.HasField("top_p") else 1.0,
+        temperature=min(drawn.temperature, HOTTEST) if drawn.temperature >= GREEDY_BELOW else 0.0,
+        top_k=drawn.top_k,
+        top_p=drawn.top_p,
         seed=s.seed if s.HasField("seed") else secrets.randbits(64),
         stop=tuple(s.stop),
         log_probabilities=s.log_probabilities if s.HasField("log_probabilities") else None,
@@ -95,15 +98,25 @@ def read_generation(request: Generation, tokenizer: Tokenizer, config: BackpackC
     return GenerationParams(prompt, sampling, s.samples or 1, request.priority, explain)
 
 
+def _drawn(s: pb.Sampling, defaults: SamplingDefaults) -> SamplingDefaults:
+    """How tokens are drawn: as the request says, if it names one of the three; else as the model says."""
+    if not (s.HasField("temperature") or s.top_k or s.HasField("top_p")):
+        return defaults
+    temperature = s.temperature if s.HasField("temperature") else WHOLE.temperature
+    return SamplingDefaults(temperature, s.top_k, s.top_p if s.HasField("top_p") else WHOLE.top_p)
+
+
 def normalize_request(request: Generation, order: GenerationParams) -> None:
-    """Write into a request what validation decided: ids for the text, the number of tokens, the seed.
+    """Write into a request what validation decided: ids for the text, the number of tokens, how they are drawn.
 
     The replica then sees the same order, and a second attempt elsewhere draws the same tokens.
     """
     request.prompt.tokens.ids[:] = order.prompt
-    request.sampling.max_tokens = order.sampling.max_tokens
-    assert order.sampling.seed is not None, "read_generation draws one"
-    request.sampling.seed = order.sampling.seed
+    sampling, decided = request.sampling, order.sampling
+    sampling.max_tokens = decided.max_tokens
+    sampling.temperature, sampling.top_k, sampling.top_p = decided.temperature, decided.top_k, decided.top_p
+    assert decided.seed is not None, "read_generation draws one"
+    sampling.seed = decided.seed
 
 
 def read_prompt(field: str, prompt: pb.Prompt, tokenizer: Tokenizer, config: BackpackConfig) -> tuple[int, ...]:
@@ -206,7 +219,7 @@ def write_token(
 
 
 def write_model(manifest: Manifest) -> pb.GetModelResponse:
-    config = manifest.config
+    config, defaults = manifest.config, manifest.defaults
     return pb.GetModelResponse(
         fingerprint=manifest.fingerprint,
         vocab_size=config.tokens,
@@ -214,4 +227,7 @@ def write_model(manifest: Manifest) -> pb.GetModelResponse:
         num_senses=config.num_senses,
         width=config.n_embd,
         num_layers=config.n_layer,
+        sampling_defaults=pb.SamplingDefaults(
+            temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p
+        ),
     )

@@ -302,7 +302,7 @@ def test_a_neighbour_stands_in_the_word_s_place_alone(subject: LabModel) -> None
         assert one.moved == pytest.approx(float((after - before).abs().sum()) / 2, rel=1e-3)
     assert any(one.word == "ship" for one in found.neighbours), "the words that prompts hold come first"
     lead = judge(subject, [TopicEdit((ship,), 1)]).report().lead
-    assert "1 edits of 0 cells, 1 of them topics, which multiply senses of every word." in lead
+    assert "1 edit of 0 cells, 1 of them topics, which multiply senses of every word." in lead
 
 
 def test_neighbours_are_the_nearest_in_mean_cosine(subject: LabModel) -> None:

@@ -1,0 +1,27 @@
+"""What a command says may be run next: written so that it runs as it stands, here."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+
+def backpack(words: str) -> str:
+    """`backpack WORDS`, by the name under which this shell finds the program that runs."""
+    return f"{_program()} {words}"
+
+
+def _program() -> str:
+    ran = Path(sys.argv[0])
+    if ran.name == "main.py":  # python -m
+        return f"{shlex.quote(sys.executable)} -m backpack_serving.cli.main"
+    found = shutil.which("backpack")
+    if ran.name != "backpack" or not ran.exists() or (found and ran.samefile(found)):
+        return "backpack"
+    ran, here = ran.absolute(), Path.cwd()
+    if ran.is_relative_to(here):
+        near = ran.relative_to(here)
+        return shlex.quote(str(near) if len(near.parts) > 1 else f"./{near}")
+    return shlex.quote(str(ran))

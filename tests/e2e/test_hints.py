@@ -1,0 +1,142 @@
+"""What commands say may be done next works as it is printed; what they print for others goes nowhere else."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backpack_lm.counted import counted
+from backpack_serving.cli import hints
+from backpack_serving.cli.main import app
+from typer.testing import CliRunner
+
+from tests.conftest import free_port
+
+PATHS = {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": "/usr/bin:/bin", "NO_COLOR": "1"}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: Any) -> Iterator[dict[str, str]]:
+    """`backpack run` on ports and in a folder of its own: its variables, and what it has shown."""
+    folder = tmp_path_factory.mktemp("here")
+    variables = {
+        "BACKPACK_STATE": "state",
+        "BACKPACK_GATEWAY_ADDRESS": f"127.0.0.1:{free_port()}",
+        "BACKPACK_INTERVENTIONS_ADDRESS": f"127.0.0.1:{free_port()}",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "backpack_serving.cli.main", "run"],
+        cwd=folder,
+        env={**os.environ, **PATHS, **variables, "BACKPACK_DIRECTORY_ADDRESS": "127.0.0.1:0"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    shown = ""
+    for line in process.stdout:
+        shown += line
+        if line.startswith("Serving until"):
+            break
+    yield {**variables, "SHOWN": shown, "FOLDER": str(folder)}
+    process.terminate()
+    process.stdout.read()
+    assert process.wait(40) == 0
+    process.stdout.close()
+
+
+def test_the_commands_that_run_prints_run_in_a_bare_shell(served: dict[str, str]) -> None:
+    """In another terminal, which has none of the variables, and no `backpack` on its PATH."""
+    told = served["SHOWN"].split("From the command line")[1].split("From Python")[0]
+    commands = re.findall(r"^    (.+)$", told, re.M)
+    assert len(commands) == 3
+    for command in commands:
+        done = subprocess.run(
+            ["/bin/sh", "-c", command],
+            cwd=served["FOLDER"],
+            env=PATHS,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, (command, done.stderr)
+
+
+@pytest.fixture
+def backpack(served: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(served["FOLDER"])
+    for name in ("BACKPACK_STATE", "BACKPACK_GATEWAY_ADDRESS", "BACKPACK_INTERVENTIONS_ADDRESS"):
+        monkeypatch.setenv(name, served[name])
+
+    def call(*words: str, code: int = 0) -> Any:
+        result = CliRunner().invoke(app, list(words))
+        assert result.exit_code == code, result.output
+        return result
+
+    return call
+
+
+def test_a_tenants_key_is_printed_alone_and_kept_nowhere(backpack: Any) -> None:
+    before = sorted(Path("state").glob("*.key"))
+    made = backpack("tenant", "create", "podded", "--print-key")
+    assert re.fullmatch(r"bp_[0-9a-f]{12}_[0-9a-f]{64}_[0-9a-f]{8}\n", made.stdout)
+    assert "tenants/podded" in made.stderr
+    assert sorted(Path("state").glob("*.key")) == before
+    assert "podded/live, release 0" in backpack("score", "The king", "--key", made.stdout.strip()).stderr
+
+
+def test_a_count_has_its_noun(backpack: Any) -> None:
+    assert (counted(1, "release"), counted(0, "release"), counted(2, "entry", "entries")) == (
+        "1 release",
+        "0 releases",
+        "2 entries",
+    )
+    assert "1 release of harbour\n" in backpack("compare", "The king", "--release", "live").stderr
+    assert "2 releases of harbour\n" in backpack("compare", "The king", "--as", "harbour").stderr
+    assert " + 1 token; " in backpack("generate", "The king", "--max-tokens", "1").stderr
+    assert " + 2 tokens; " in backpack("generate", "The king", "--max-tokens", "2", "--seed", "1").stderr
+
+
+def test_a_missing_key_says_where_it_was_looked_for(
+    backpack: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Outside of the checkout, the way isn't to make tenants anew."""
+    here = Path.cwd()
+    refused = backpack("generate", "x", "--as", "nobody", code=1).stderr
+    assert f"{here}/state/nobody.key doesn't exist" in refused
+    assert "--as (clinic, harbour)" in refused
+    assert "make this one: backpack tenant create nobody" in refused
+    monkeypatch.chdir(tmp_path)
+    refused = backpack("generate", "x", code=1).stderr
+    assert f"{tmp_path}/state/harbour.key doesn't exist; BACKPACK_STATE is state, where no keys are" in refused
+    assert "tenant create" not in refused
+    monkeypatch.delenv("BACKPACK_STATE")
+    refused = backpack("release", "list", code=1).stderr
+    assert f"{tmp_path}/var/harbour.key doesn't exist; BACKPACK_STATE isn't set, so it is var of this" in refused
+    assert "set BACKPACK_STATE to the state folder that it named, or give a key: BACKPACK_KEY or --key" in refused
+    assert "in its state folder (BACKPACK_STATE)" in backpack("fleet", code=1).stderr
+
+
+def test_a_hint_names_the_program_as_the_shell_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "my env" / "bin" / "backpack"
+    script.parent.mkdir(parents=True)
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.chdir(tmp_path)
+    assert hints.backpack("run") == "'my env/bin/backpack' run"
+    monkeypatch.chdir(script.parent)
+    assert hints.backpack("run") == "./backpack run"
+    monkeypatch.chdir("/usr")
+    assert hints.backpack("run") == f"'{script}' run"
+    monkeypatch.setenv("PATH", f"{script.parent}:/usr/bin")
+    assert hints.backpack("run") == "backpack run"
+    monkeypatch.setattr(sys, "argv", ["/x/main.py"])
+    assert hints.backpack("run") == f"{sys.executable} -m backpack_serving.cli.main run"

@@ -1,0 +1,69 @@
+"""How tokens are drawn where nobody says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backpack_lm.generation import NAME, WHOLE, SamplingDefaults
+from backpack_lm.manifest import Manifest, ManifestError
+from backpack_serving.settings import default_model
+
+
+@pytest.mark.parametrize(
+    ("values", "meant"),
+    [
+        ({"temperature": 0.8, "top_k": 50, "top_p": 0.95}, (0.8, 50, 0.95)),
+        ({"temperature": 0.6}, (0.6, 0, 1.0)),  # as vLLM reads it: what isn't named leaves the whole vocabulary
+        ({"top_k": 40}, (1.0, 40, 1.0)),
+        ({"top_p": 0.9, "top_k": -1, "temperature": None}, (1.0, 0, 0.9)),
+        ({"temperature": 0}, (0.0, 0, 1.0)),
+        # As transformers writes it for a model that has no wishes; and what this server doesn't do.
+        ({"_from_model_config": True, "eos_token_id": 50256, "repetition_penalty": 1.1}, (0.7, 30, 1.0)),
+        ({}, (0.7, 30, 1.0)),
+    ],
+)
+def test_a_models_generation_config_is_read(tmp_path: Path, values: dict[str, Any], meant: Any) -> None:
+    (tmp_path / NAME).write_text(json.dumps(values))
+    assert SamplingDefaults.read(tmp_path) == SamplingDefaults(*meant)
+
+
+def test_a_model_without_one_gets_the_one_table(tmp_path: Path) -> None:
+    assert SamplingDefaults.read(tmp_path) == SamplingDefaults()
+    assert SamplingDefaults(1.0, 0, 1.0) == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"temperature": -1}', "temperature is -1; 0 (greedy) or more"),
+        ('{"temperature": NaN}', "temperature is nan"),
+        ('{"temperature": "hot"}', "temperature is 'hot'; it must be a number"),
+        ('{"temperature": true}', "temperature is True"),
+        ('{"top_k": 2.5}', "top_k is 2.5"),
+        ('{"top_k": -2}', "top_k is -2; 1 or more"),
+        ('{"top_k": 4294967296}', "top_k is 4294967296"),
+        ('{"top_p": 0}', "top_p is 0; above 0"),
+        ("[]", "it isn't an object"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_one_that_no_request_could_ask_for_is_refused_with_its_file(tmp_path: Path, text: str, says: str) -> None:
+    manifest = Manifest.read(default_model())
+    manifest.write(tmp_path)
+    (tmp_path / NAME).write_text(text)
+    with pytest.raises(ManifestError) as refused:
+        Manifest.read(tmp_path)
+    assert str(tmp_path / NAME) in str(refused.value)
+    assert says in str(refused.value)
+
+
+def test_the_manifest_brings_it_and_does_not_write_it(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text('{"temperature": 0.5}')
+    default = Manifest.read(default_model())
+    default.write(tmp_path)
+    read = Manifest.read(tmp_path)
+    assert (read.fingerprint, read.defaults) == (default.fingerprint, SamplingDefaults(0.5, 0, 1.0))
+    assert "temperature" not in (tmp_path / "manifest.json").read_text()
