@@ -1,0 +1,54 @@
+"""The documents: what they name is there, and they stay short."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = (ROOT / "services/backpack_serving", ROOT)
+TRACKED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+DOCUMENTS = [ROOT / name for name in TRACKED.stdout.split()] or list(ROOT.rglob("*.md"))
+
+
+def _definitions(body: list[ast.stmt], prefix: str = "") -> set[str]:
+    found = set()
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                found |= _definitions(node.body, f"{prefix}{node.name}.")
+    return found
+
+
+def test_the_walks_of_architecture_name_functions_that_exist() -> None:
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", (ROOT / "ARCHITECTURE.md").read_text())
+    assert len(named) > 25, "three walks name more than that"
+    for file, name in named:
+        found = [package / file for package in PACKAGES if (package / file).exists()]
+        assert found, f"ARCHITECTURE.md names {file}, which isn't there"
+        assert name in _definitions(ast.parse(found[0].read_text()).body), f"{file} has no {name}"
+
+
+@pytest.mark.parametrize(("name", "most"), [("README.md", 120), ("ARCHITECTURE.md", 150)])
+def test_documents_are_short(name: str, most: int) -> None:
+    assert len((ROOT / name).read_text().splitlines()) <= most
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        there = (document.parent / file).resolve() if file else document
+        assert there.exists(), f"{document.relative_to(ROOT)} links to {target}"
+        if anchor and there.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", there.read_text(), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{document.relative_to(ROOT)} links to {target}"
