@@ -10,13 +10,14 @@ A servable folder holds
     manifest.json       the fingerprint and norms, for those who don't load tensors (`manifest.py`)
     generation_config.json  if there is one: how tokens are drawn where nobody says (`generation.py`)
 
-Tensors are read by safetensors, or by torch with `weights_only`: nothing in a file is ever executed.
+Tensors are read by safetensors, or out of pickles that nothing can run in (`pickle_machine.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,35 +25,94 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from backpack_lm.config import BackpackConfig, ConfigError, read_object
-from backpack_lm.layouts import CheckpointError, Tensors, to_hugging_face
-from backpack_lm.manifest import Manifest
+from backpack_lm.layouts import CheckpointError, Tensors, is_lightning, to_hugging_face
+from backpack_lm.manifest import Manifest, tokenizer_digest
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import SenseTable
+from backpack_lm.tokenizer import Tokenizer
+from backpack_lm.weight_files import WEIGHTS as WEIGHTS
+from backpack_lm.weight_files import read_safetensors, read_weights
 
-CONFIG, WEIGHTS, TOKENIZER, TOPICS = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "topics.safetensors",
-)
+CONFIG, TOKENIZER, TOPICS = "config.json", "tokenizer.json", "topics.safetensors"
 _PREFIX = "backpack."
 
 
-def load(folder: Path) -> Backpack:
-    """The Backpack in a folder with a config.json and weights in any layout of `layouts.py`, in float32.
+def load(where: Path, config: Path | None = None, heads: int | None = None) -> Backpack:
+    """The Backpack of a checkpoint, a folder or a file of weights in any layout of `layouts.py`, in float32.
 
-    Weights are model.safetensors, else *.safetensors (shards), else pytorch_model.bin, else the one *.ckpt. Raises
+    Its shape is in `config`, else in the config.json beside the weights. Stanford's Lightning files need neither:
+    their tensors tell it, but for the number of `heads`. `weight_files.py` says which files are weights. Raises
     CheckpointError, naming every missing, unknown, misshapen or non-finite tensor, and ConfigError.
     """
+    values = read_config(where, config, heads)
+    tensors = read_weights(where)
+    if values is None:
+        assert heads is not None
+        values = derived_config(tensors, heads)
+    return from_tensors(tensors, values)
+
+
+def read_config(where: Path, config: Path | None = None, heads: int | None = None) -> dict[str, Any] | None:
+    """The config of a checkpoint, in any spelling; None if it has none, and its tensors and `heads` have to do.
+
+    Raises CheckpointError if it can't be read, or there is none and no `heads`, or both and they differ.
+    """
+    path = config or (where.parent if where.is_file() else where) / CONFIG
+    if config is None and heads is not None and not path.exists():
+        return None
     try:
-        values = read_object(folder / CONFIG)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / CONFIG} can't be read: {error}") from None
-    return from_tensors(_read_tensors(folder), values)
+        values = read_object(path)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is not there: give the model's config with --config, or, for a Lightning checkpoint of "
+            "Stanford's, --heads (Backpack-Micro has 6, Mini 8, Small 12)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+    if heads is not None and values.get("n_head") != heads:
+        raise CheckpointError(f"{path} says n_head {values.get('n_head')!r}, --heads {heads}; leave out --heads")
+    return values
+
+
+def tokenizer_for(where: Path, given: Path | None = None) -> tuple[Path, int]:
+    """The tokenizer.json of a checkpoint, the one that is given or its own, and how many tokens it has.
+
+    Raises CheckpointError if there is none, ValueError if it is no tokenizer.
+    """
+    path = given or (where.parent if where.is_file() else where) / TOKENIZER
+    if not path.exists():
+        raise CheckpointError(f"{path} is not there: give the model's tokenizer.json with --tokenizer")
+    return path, Tokenizer.read(path).vocab_size
+
+
+def derived_config(tensors: Tensors, heads: int) -> dict[str, Any]:
+    """The config that the tensors of a Lightning checkpoint imply, with the attention scale and the epsilon of all
+    of Stanford's. Raises CheckpointError if they are of another layout or some are missing."""
+    if not is_lightning(tensors):
+        raise CheckpointError(
+            "only tensors in Stanford's Lightning layout do without a config.json: others don't tell whether "
+            "senses are summed or averaged. Give --config"
+        )
+    renamed = to_hugging_face(tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in renamed.items()}
+    layers = {int(name.split(".")[2]) for name in shapes if re.match(r"gpt2_model\.h\.\d+\.", name)}
+    try:
+        (V, d), (T, _) = shapes["gpt2_model.wte.weight"], shapes["gpt2_model.wpe.weight"]
+        _, all_senses = shapes["sense_network.final_mlp.c_proj.weight"]
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"not this Backpack:\n  missing or misshapen: {error}") from None
+    return {
+        "vocab_size": V,
+        "n_positions": T,
+        "n_embd": d,
+        "n_layer": len(layers),
+        "n_head": heads,
+        "num_senses": all_senses // max(d, 1),
+    }
 
 
 def from_tensors(tensors: Tensors, config: dict[str, Any]) -> Backpack:
@@ -113,7 +173,7 @@ def fingerprint(folder: Path) -> str:
     config = json.dumps(BackpackConfig.read(folder / CONFIG).to_json(), sort_keys=True, separators=(",", ":"))
     for part in (config.encode(), (folder / TOKENIZER).read_bytes()):
         digest.update(len(part).to_bytes(8, "little") + part)
-    for name, tensor in sorted(load_file(folder / WEIGHTS).items()):
+    for name, tensor in sorted(read_safetensors(folder / WEIGHTS).items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -125,9 +185,13 @@ def verify(folder: Path) -> Manifest:
     Raises ManifestError if there is none, CheckpointError if it tells of others.
     """
     manifest = Manifest.read(folder)
+    if manifest.tokenizer is not None and manifest.tokenizer != tokenizer_digest(folder):
+        raise CheckpointError(
+            f"{folder / TOKENIZER} isn't its manifest's: it was changed or damaged; import the model again"
+        )
     try:
         found, config = fingerprint(folder), BackpackConfig.read(folder / CONFIG)
-    except (OSError, SafetensorError, ConfigError) as error:
+    except (OSError, CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{folder}: {error}; import the model again") from None
     if found != manifest.fingerprint:
         raise CheckpointError(
@@ -139,36 +203,6 @@ def verify(folder: Path) -> Manifest:
             f"{folder / CONFIG} says {config}, the manifest {manifest.config}; import the model again"
         )
     return manifest
-
-
-def _read_tensors(folder: Path) -> Tensors:
-    try:
-        if (folder / WEIGHTS).exists():  # and no other: the fingerprint is of this one
-            return load_file(folder / WEIGHTS)
-        if shards := sorted(p for p in folder.glob("*.safetensors") if p.name != TOPICS):
-            return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
-        pickled = folder / "pytorch_model.bin"
-        if not pickled.exists():
-            found = sorted(folder.glob("*.ckpt"))
-            if len(found) > 1:
-                raise CheckpointError(f"{folder} has {', '.join(p.name for p in found)}; leave the one that is meant")
-            if not found:
-                raise CheckpointError(f"{folder} has no *.safetensors, pytorch_model.bin or *.ckpt")
-            (pickled,) = found
-        values: dict[str, Any] = torch.load(pickled, map_location="cpu", weights_only=True)
-        return {name: _tensor(name, tensor) for name, tensor in values.get("state_dict", values).items()}
-    except CheckpointError:
-        raise
-    except Exception as error:  # torch and safetensors raise many kinds for a damaged or hostile file
-        raise CheckpointError(f"{folder}: weights can't be read: {error}") from None
-
-
-def _tensor(name: Any, value: Any) -> Tensor:
-    """What a pickle, which may hold anything, has under a name. Raises CheckpointError if that is no weight."""
-    if isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided:
-        return value
-    kind = value.layout if isinstance(value, Tensor) else type(value).__name__
-    raise CheckpointError(f"not this Backpack:\n  {name!r} holds {kind}; weights are dense tensors by name")
 
 
 def _inner_widths(tensors: Tensors) -> dict[str, Any]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+from backpack_lm import strict_json
 
 
 class ConfigError(ValueError):
     """A config that doesn't describe a Backpack, with the offending value and the fix."""
 
+
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_approx")
+"""Names of one function: Hugging Face's, and those of Stanford's training code."""
+
+_GPT2_END = 50256
 
 _MOST = {
     "vocab_size": 2**24,
@@ -112,8 +118,11 @@ class BackpackConfig:
         values = dict(values)
         if "num_content_vectors" in values:  # Stanford's Lightning spelling
             values.setdefault("num_senses", values["num_content_vectors"])
-        if values.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise ConfigError(f"activation_function {values['activation_function']!r}; a Backpack uses 'gelu_new'")
+        if (activation := values.get("activation_function", "gelu_new")) not in _TANH_GELU:
+            raise ConfigError(
+                f"activation_function {activation!r}; a Backpack uses 'gelu_new', the tanh approximation of GELU, "
+                f"also called {', '.join(map(repr, _TANH_GELU[1:]))}"
+            )
         if (scaled := values.get("scale_attn_weights", True)) is not True:
             raise ConfigError(f"scale_attn_weights is {scaled!r}; a Backpack's attention is scaled by 1/√(d/H)")
         known = {f.name for f in fields(cls)}
@@ -126,6 +135,9 @@ class BackpackConfig:
             values.setdefault("num_tokens", 50257)
             values.setdefault("eos_token_id", 50256)
         kept = {name: value for name, value in values.items() if name in known}
+        size = values["vocab_size"]
+        if kept.get("eos_token_id") == _GPT2_END and isinstance(size, int) and size <= _GPT2_END:
+            kept["eos_token_id"] = None  # GPT-2's, which transformers writes where nobody said
         if isinstance(kept.get("sense_inner"), list):
             kept["sense_inner"] = tuple(kept["sense_inner"])
         return cls(**kept)
@@ -135,13 +147,14 @@ class BackpackConfig:
         """Read a `config.json` file. Raises ConfigError if it isn't one."""
         try:
             return cls.from_json(read_object(path))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"{path}: {error}") from None
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises OSError, and ValueError or RecursionError if it holds none."""
-    values = json.loads(path.read_text("utf-8"))
+    """The object in a JSON file; who uses a number checks that it is finite. Raises OSError, and ValueError if it
+    holds no object."""
+    values = strict_json.read(path, finite=False)
     if not isinstance(values, dict):
         raise ValueError("it isn't an object")
     return values

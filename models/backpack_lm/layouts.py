@@ -10,7 +10,7 @@ Only names, orientation and that 1/k differ; `checkpoint.py` checks what comes o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -34,6 +34,12 @@ _ALIASES = {
     "lm_head.weight": "gpt2_model.wte.weight",
 }
 """Names under which checkpoints hold a tied tensor once more. Its copies must be equal."""
+
+_WRAPPERS = ("_orig_mod", "module")
+"""What torch.compile and data-parallel training put into names, wherever they wrapped a module."""
+
+_GPT2 = re.compile(r"(transformer\.)?h\.\d+\.")
+_LIGHTNINGS_OWN = "content_model."
 
 _MASK = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks that transformers once stored
 
@@ -70,12 +76,12 @@ def to_hugging_face(tensors: Tensors, averaged_over: int | None = None) -> dict[
             "this is a nanoBackpackLM checkpoint, which is another architecture: its sense network has no "
             "outer residual, its sense weights no bias and no 1/√(d/k). It can't be served as a Backpack"
         )
-    if any(name.startswith("transformer.h.") for name in tensors) and not any(
+    if any(_GPT2.match(name) for name in tensors) and not any(
         "sense" in name or "content_model" in name for name in tensors
     ):
         raise CheckpointError("this is a GPT-2 checkpoint: it has no sense network and no sense weights")
-    bare = {_without_prefix(name): tensor for name, tensor in tensors.items() if not _MASK.search(name)}
-    if any(name.startswith("content_model.") for name in bare):
+    bare = _renamed((_without_prefix(name), name, tensor) for name, tensor in tensors.items() if not _MASK.search(name))
+    if any(name.startswith(_LIGHTNINGS_OWN) for name in bare):
         bare = _from_lightning(bare)
     out = _without_aliases(bare)
     if averaged_over is not None:
@@ -86,20 +92,39 @@ def to_hugging_face(tensors: Tensors, averaged_over: int | None = None) -> dict[
     return out
 
 
+def is_lightning(tensors: Tensors) -> bool:
+    """Whether the tensors are in the layout of Stanford's training code."""
+    return any(_without_prefix(name).startswith(_LIGHTNINGS_OWN) for name in tensors)
+
+
 def _without_prefix(name: str) -> str:
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     for prefix in ("model.transformer.", "model.backpack.", "model.", "transformer.", "backpack."):
         if name.startswith(prefix):
             return name.removeprefix(prefix)
     return name
 
 
+def _renamed(tensors: Iterable[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
+    """(new name, name, tensor) by the new names. Raises CheckpointError if two tensors that differ get one."""
+    out: dict[str, Tensor] = {}
+    before: dict[str, str] = {}
+    for renamed, name, tensor in tensors:
+        if renamed in out and not _same(out[renamed], tensor):
+            raise CheckpointError(f"{before[renamed]} and {name} are both {renamed}, but they differ")
+        out[renamed] = tensor
+        before[renamed] = name
+    return out
+
+
 def _from_lightning(tensors: Tensors) -> dict[str, Tensor]:
     layers = 1 + max((int(m[1]) for name in tensors if (m := _LAST_NORM.match(name))), default=-1)
-    out = {}
-    for name, tensor in tensors.items():
-        renamed = _lightning_name(name, layers)
-        out[renamed] = tensor.t() if _TRANSPOSED.search(renamed) else tensor
-    return out
+    renamed = ((_lightning_name(name, layers), name, tensor) for name, tensor in tensors.items())
+    return _renamed((new, name, tensor.t() if _turned(new, tensor) else tensor) for new, name, tensor in renamed)
+
+
+def _turned(name: str, tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and bool(_TRANSPOSED.search(name))
 
 
 def _lightning_name(name: str, layers: int) -> str:

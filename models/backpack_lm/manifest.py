@@ -5,16 +5,22 @@ The intervention service checks patches against it, gateways tokenise by it; nei
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from backpack_lm import strict_json
 from backpack_lm.config import BackpackConfig
 from backpack_lm.generation import FALLBACK, SamplingDefaults
 from backpack_lm.patch import ModelShape
 
 NAME = "manifest.json"
+
+
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class ManifestError(ValueError):
@@ -26,11 +32,14 @@ class Manifest:
     """A model's fingerprint (SHA-256, hex, over config, tokenizer and weights), config and sense norms.
 
     `defaults` is how tokens are drawn where a request doesn't say, from a file of its own: `generation.py`.
+    `tokenizer` is the SHA-256 of tokenizer.json, for those who read it without the weights; manifests of earlier
+    versions don't say.
     """
 
     fingerprint: str
     config: BackpackConfig
     sense_rms: tuple[float, ...]
+    tokenizer: str | None = None
     defaults: SamplingDefaults = FALLBACK
 
     @property
@@ -44,27 +53,39 @@ class Manifest:
         """Read a model folder's manifest. Raises ManifestError if there is none that can be used."""
         path = folder / NAME
         try:
-            values = json.loads(path.read_text("utf-8"))
+            values = strict_json.read(path, finite=False)
             config = BackpackConfig.from_json(values["config"])
             norms = tuple(map(float, values["sense_rms"]))
             if len(norms) != config.num_senses or not all(0 <= norm < math.inf for norm in norms):
                 raise ValueError(f"sense_rms is {norms}: not the norms of {config.num_senses} senses")
             fingerprint = str(values["fingerprint"])
+            tokenizer = values.get("tokenizer")
+            if tokenizer is not None and not (isinstance(tokenizer, str) and _SHA256.fullmatch(tokenizer)):
+                raise ValueError(f"tokenizer is {tokenizer!r}: not a SHA-256 in hex")
         except FileNotFoundError:
             raise ManifestError(
                 f"{folder} has no {NAME}; `backpack model import` makes a servable folder from a checkpoint"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ManifestError(f"{path} is not a model's manifest: {error!r}") from None
         try:
-            return cls(fingerprint, config, norms, SamplingDefaults.read(folder))
+            return cls(fingerprint, config, norms, tokenizer, SamplingDefaults.read(folder))
         except ValueError as error:
             raise ManifestError(f"{error}; mend the file, or remove it") from None
 
     def write(self, folder: Path) -> None:
-        values = {
+        """Write it into a model folder, with the SHA-256 of the tokenizer that is there."""
+        values: dict[str, object] = {
             "fingerprint": self.fingerprint,
             "config": self.config.to_json(),
             "sense_rms": list(self.sense_rms),
         }
+        if tokenizer := tokenizer_digest(folder):
+            values["tokenizer"] = tokenizer
         (folder / NAME).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+
+
+def tokenizer_digest(folder: Path) -> str | None:
+    """SHA-256, hex, of a model folder's tokenizer.json; None if there is none."""
+    path = folder / "tokenizer.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None

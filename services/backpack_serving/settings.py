@@ -6,7 +6,6 @@ The only file that reads the environment. `backpack settings` prints this table 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from functools import cached_property
@@ -15,6 +14,7 @@ from ipaddress import IPv6Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from backpack_lm import strict_json
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
@@ -68,7 +68,7 @@ def _json(example: str) -> BeforeValidator:
         if not isinstance(value, str):
             return value
         try:
-            return json.loads(value)
+            return strict_json.parse(value)
         except ValueError as error:
             raise ValueError(f"no JSON ({error}); write it as in {example}") from None
 

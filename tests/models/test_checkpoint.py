@@ -50,7 +50,7 @@ def _independent(config: BackpackConfig) -> Any:
     return theirs.eval()
 
 
-def _lightning(state: State, layers: int) -> State:
+def lightning_names(state: State, layers: int) -> State:
     """Rename by hand, from what Stanford's modules are called, not by the reader's own table."""
     out: State = {}
 
@@ -94,7 +94,7 @@ def _lay_out(layout: str, theirs: Any, config: BackpackConfig, folder: Path) -> 
         torch.save(state, folder / "pytorch_model.bin")
     elif layout == "lightning":
         values["num_content_vectors"] = values.pop("num_senses")
-        torch.save({"state_dict": _lightning(state, config.n_layer), "epoch": 3}, folder / "last.ckpt")
+        torch.save({"state_dict": lightning_names(state, config.n_layer), "epoch": 3}, folder / "last.ckpt")
     else:
         values |= {"model_type": "backpack-gpt2", "architectures": "BackpackLMHeadModel"}
         bare = {name.removeprefix("backpack."): tensor for name, tensor in state.items()}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from backpack_lm import strict_json
 from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.reports.report import Entry, Table
 from backpack_lm.training.trainer import CHECKPOINT, read_checkpoint
@@ -61,7 +61,7 @@ def fill(card: str, parts: Mapping[str, str]) -> str:
 
 def _run_summary(folder: Path) -> dict[str, str]:
     state = read_checkpoint(folder / CHECKPOINT)
-    made_by: dict[str, Any] = json.loads(state["made_by"])
+    made_by: dict[str, Any] = strict_json.parse(state["made_by"])
     config, parts = made_by["config"], [(state["step"], made_by["recipe"]["tokens_per_step"])]
     if not (measured := folder / "perplexity.json").exists():
         raise ValueError(f"{folder} has no perplexity.json: the run isn't finished; `backpack train` goes on with it")
@@ -76,7 +76,7 @@ def _run_summary(folder: Path) -> dict[str, str]:
         "steps × tokens": f"{taken} = {sum(steps * tokens for steps, tokens in parts) / 1e6:.1f} million",
         **{
             f"held-out perplexity, {name}": f"{value:.1f}"
-            for name, value in json.loads(measured.read_text("utf-8")).items()
+            for name, value in strict_json.read(measured, finite=False).items()
         },
     }
 

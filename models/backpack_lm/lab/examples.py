@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from backpack_lm import strict_json
 from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.text import plain
 
@@ -25,7 +25,7 @@ class CanonicalExample:
             if not line.strip():
                 continue
             try:
-                values = json.loads(line)
+                values = strict_json.parse(line)
                 prompt, target = values["prompt"], values["target"]
                 if not (isinstance(prompt, str) and isinstance(target, str)):
                     raise TypeError("both must be text")

@@ -31,7 +31,7 @@ class LabModel:
     def read(cls, folder: Path) -> LabModel:
         """Raises ManifestError, CheckpointError or ValueError if there is no servable model in the folder."""
         manifest, model = Manifest.read(folder), load(folder)
-        return cls(manifest, model, load_table(folder, model), Tokenizer.read(folder / TOKENIZER))
+        return cls(manifest, model, load_table(folder, model), Tokenizer.read(folder / TOKENIZER, manifest.tokenizer))
 
     @property
     def config(self) -> BackpackConfig:

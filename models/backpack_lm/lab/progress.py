@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from backpack_lm import strict_json
+
 T = TypeVar("T")
 
 
@@ -38,7 +40,7 @@ class ResumeJournal:
         if not head.startswith(first):
             raise ValueError(f"{file} holds the work of other settings: {first}; give the same to go on, or remove it")
         whole = [line for line in lines if _is_whole(line)]
-        self._done = dict(map(json.loads, whole))
+        self._done = dict(strict_json.parse(line, finite=False) for line in whole)
         partial = file.with_suffix(".writing")
         partial.write_text("".join(f"{line}\n" for line in [head, *whole]), "utf-8")
         partial.rename(file)
@@ -65,7 +67,7 @@ class ResumeJournal:
 def _is_whole(line: str) -> bool:
     """Whether a line wasn't cut off while it was written; what was is done again."""
     try:
-        json.loads(line)
+        strict_json.parse(line, finite=False)
     except ValueError:
         return False
     return True

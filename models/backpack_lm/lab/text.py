@@ -10,6 +10,7 @@ from torch import Tensor
 
 from backpack_lm.counted import counted
 from backpack_lm.lab.lab_model import LabModel
+from backpack_lm.strict_json import UTF8
 from backpack_lm.training.data import Source
 
 HELD_OUT = 0.2  # of a plain file: its end
@@ -28,7 +29,7 @@ def background(path: Path) -> Iterator[str]:
 def plain(path: Path) -> str:
     """All of a text file. Raises ValueError naming it if it isn't UTF-8."""
     try:
-        return path.read_text("utf-8")
+        return path.read_text(UTF8)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} isn't UTF-8 text: {error}") from None
 

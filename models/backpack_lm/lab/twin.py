@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
+from backpack_lm import strict_json
 from backpack_lm.checkpoint import CONFIG, WEIGHTS
-from backpack_lm.config import BackpackConfig
+from backpack_lm.config import BackpackConfig, read_object
 from backpack_lm.layouts import CheckpointError
 from backpack_lm.model import TransformerTwin
 from backpack_lm.training.trainer import CHECKPOINT, read_checkpoint
+from backpack_lm.weight_files import read_file
 
 _ALIASES = ("lm_head.weight",)
 
@@ -40,21 +40,21 @@ def read_twin(folder: Path, subject: BackpackConfig) -> TransformerTwin:
 
 def _from_run(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     state = read_checkpoint(folder / CHECKPOINT)
-    made_by = json.loads(state["made_by"])
+    made_by = strict_json.parse(state["made_by"])
     if not made_by["twin"]:
         raise ValueError("it is the run of a Backpack; give the one made with --twin")
     return made_by["config"], state["model"]
 
 
 def _from_gpt2(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    values = json.loads((folder / CONFIG).read_text("utf-8"))
+    values = read_object(folder / CONFIG)
     if "num_senses" in values:
         raise ValueError("it is a Backpack")
     # A twin has no senses: 1 is unused. So is the end of text, which Hugging Face's default puts at 50256.
     values = {"scale_attn_by_inverse_layer_idx": False, **values, "num_senses": 1, "eos_token_id": None}
     tensors = {
         "gpt2_model." + name.removeprefix("transformer."): tensor.float()
-        for name, tensor in load_file(folder / WEIGHTS).items()
+        for name, tensor in read_file(folder / WEIGHTS).items()
         if name not in _ALIASES and not name.endswith((".attn.bias", ".attn.masked_bias"))
     }
     return values, tensors

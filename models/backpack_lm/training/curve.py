@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from backpack_lm import strict_json
 
 
 def plot(runs: Mapping[str, Sequence[Path]], out: Path, smooth: float = 0.95) -> None:
@@ -16,7 +17,7 @@ def plot(runs: Mapping[str, Sequence[Path]], out: Path, smooth: float = 0.95) ->
     for name, folders in runs.items():
         seen, curve, mean = 0, [], None
         for folder in folders:
-            lines = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
+            lines = (strict_json.parse(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines())
             steps = {line["step"]: line for line in lines}  # a resumed run may log a step twice
             for step in sorted(steps):
                 seen += steps[step]["tokens"]

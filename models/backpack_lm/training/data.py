@@ -8,7 +8,6 @@ the same for every run, machine and order.
 from __future__ import annotations
 
 import hashlib
-import json
 import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from backpack_lm import strict_json
 from backpack_lm.counted import counted
 from backpack_lm.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -67,7 +67,7 @@ class Source:
     def records(self) -> Iterator[tuple[str, bool]]:
         """Each record's text, and whether it is held out. Raises DataError naming the file or the bad line."""
         opener = lzma.open if self.path.suffix == ".xz" else Path.open
-        with opener(self.path, "rt", encoding="utf-8") as lines:
+        with opener(self.path, "rt", encoding=strict_json.UTF8) as lines:
             try:
                 for number, line in enumerate(lines, 1):
                     yield self._record(number, line)
@@ -76,7 +76,7 @@ class Source:
 
     def _record(self, number: int, line: str) -> tuple[str, bool]:
         try:
-            text = json.loads(line)["text"]
+            text = strict_json.parse(line)["text"]
             digest = hashlib.sha256(text.encode()).digest()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{self.path}:{number}: not a record with a text: {error!r}") from None

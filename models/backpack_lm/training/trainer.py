@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from backpack_lm import strict_json
 from backpack_lm.config import BackpackConfig
 from backpack_lm.kernels import Precision
 from backpack_lm.model import Backpack, TransformerTwin
@@ -157,7 +158,7 @@ class Trainer:
         if not (after / CHECKPOINT).exists():
             raise ValueError(f"{after} holds no {CHECKPOINT} to begin after")
         state = read_checkpoint(after / CHECKPOINT)
-        before = json.loads(state["made_by"])
+        before = strict_json.parse(state["made_by"])
         for what in ("config", "twin"):
             if before[what] != self.made_by[what]:
                 raise ValueError(f"{after} has {what} {before[what]}, this run {self.made_by[what]}: give the same")
@@ -168,7 +169,7 @@ class Trainer:
 
     def _load_checkpoint(self) -> None:
         state = read_checkpoint(self.checkpoint)
-        before, now = json.loads(state["made_by"]), json.loads(json.dumps(self.made_by))
+        before, now = strict_json.parse(state["made_by"]), json.loads(json.dumps(self.made_by))
         if "text" not in before:  # checkpoints of earlier versions don't tell
             del now["text"]
         if before != now:

@@ -8,7 +8,6 @@ has dropped are gone within minutes; while it can't be reached, those that are k
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 
 import jwt
 import structlog
+from backpack_lm import strict_json
 
 from backpack_serving.errors import Unauthenticated, Unavailable
 
@@ -64,7 +64,7 @@ class Issuer:
         if not where:
             where = str(_fetch_url(self.url.rstrip("/") + "/.well-known/openid-configuration")["jwks_uri"])
             _check_unforged(where)
-        found = _fetch_url(where) if urlsplit(where).scheme else json.loads(Path(where).read_text())
+        found = _fetch_url(where) if urlsplit(where).scheme else strict_json.read(Path(where))
         keys = (_parse_jwk(values) for values in found["keys"] if values.get("use", "sig") == "sig")
         return {key.key_id: key for key in keys if key is not None and key.key_id}
 
@@ -166,7 +166,7 @@ class _Unforged(urllib.request.HTTPRedirectHandler):
 
 def _fetch_url(url: str) -> Any:
     with urllib.request.build_opener(_Unforged).open(url, timeout=5) as answer:
-        return json.loads(answer.read(2**20))
+        return strict_json.parse(answer.read(2**20))
 
 
 def _parse_jwk(values: dict[str, Any]) -> jwt.PyJWK | None:

@@ -18,21 +18,32 @@ app = typer.Typer(no_args_is_help=True, help="Model folders.")
 
 @app.command("import")
 def import_(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and weights in any published layout.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder with config.json and weights in any published layout, or a .ckpt file.")
+    ],
     folder: Annotated[Path, typer.Argument(help="Folder to write, to be served.")],
     tokenizer: Annotated[
         Path | None, typer.Option(help="A Hugging Face tokenizer.json; the checkpoint's own if none.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="The model's config.json; the checkpoint's own if none.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Trunk heads H of a Lightning checkpoint that has no config.json.", min=1)
     ] = None,
 ) -> None:
     """Make a servable folder from a checkpoint: safetensors, tokenizer, topic denominators, manifest."""
     with exits(), out.status("reading the checkpoint") as status:
         from backpack_lm import checkpoint as reader
         from backpack_lm import generation
-        from backpack_lm.tokenizer import Tokenizer
+        from backpack_lm.config import BackpackConfig
 
-        generation.SamplingDefaults.read(checkpoint)  # what is wrong with it is told first
-        model, tokenizer = reader.load(checkpoint), tokenizer or checkpoint / reader.TOKENIZER
-        model.config = model.config.with_tokens(Tokenizer.read(tokenizer).vocab_size)
+        # What is cheap to check comes before the weights are read.
+        if checkpoint.is_dir():
+            generation.SamplingDefaults.read(checkpoint)
+        tokenizer, tokens = reader.tokenizer_for(checkpoint, tokenizer)
+        if values := reader.read_config(checkpoint, config, heads):
+            BackpackConfig.from_json(values).with_tokens(tokens)
+        model = reader.load(checkpoint, config, heads)
+        model.config = model.config.with_tokens(tokens)
         status.update("computing the sense table and the denominators of topic scores")
         manifest = reader.save(model, tokenizer, folder)
         if (own := checkpoint / generation.NAME).exists():

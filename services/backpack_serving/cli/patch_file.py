@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from backpack_lm import strict_json
 from backpack_proto.v1 import interventions_pb2 as pb
 from google.protobuf import json_format
 
@@ -36,15 +37,13 @@ class PatchFile:
     def read(cls, file: Path) -> PatchFile:
         """Raises ValueError, naming the file, if it isn't one."""
         try:
-            values = json.loads(file.read_text("utf-8"))
+            values = strict_json.read(file)
             values = {"edits": values} if isinstance(values, list) else values
             if not (isinstance(values, dict) and isinstance(values.get("edits"), list)):
                 raise ValueError('no list of edits, nor an object with one as "edits"')
             edits = tuple(json_format.ParseDict(edit, pb.Edit()) for edit in values["edits"])
             description, model = (str(values.get(name) or "") for name in ("description", "model"))
             return cls(edits, description, model)
-        except UnicodeDecodeError:
-            why = "it isn't UTF-8 text"
         except (ValueError, TypeError, AttributeError, RecursionError, json_format.ParseError) as error:
             why = str(error)
         raise ValueError(f"{file} is not a patch file: {why}; `backpack patch show` and `backpack lab` make them")

@@ -92,7 +92,7 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
     certificates, limits or the issuer of tokens are no good.
     """
     manifest = Manifest.read(settings.model)
-    tokenizer = Tokenizer.read(settings.model / "tokenizer.json")
+    tokenizer = Tokenizer.read(settings.model / "tokenizer.json", manifest.tokenizer)
     key = settings.key_for("replica")
     tls, directory_tls = settings.tls, settings.directory_tls
     reader = SyncClient(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import structlog
 from backpack_lm.counted import counted
+from backpack_lm.strict_json import UTF8
 
 from backpack_serving.errors import Exhausted, Quota
 from backpack_serving.gateway.shared_buckets import SharedBuckets
@@ -155,9 +156,11 @@ def read_limits(file: Path, default: Limit) -> dict[str, Limit]:
     names = {f.name for f in fields(Limit)}
     found = {}
     try:
-        tables = tomllib.loads(file.read_text("utf-8"))
+        tables = tomllib.loads(file.read_text(UTF8))
     except OSError as error:
         raise ValueError(f"BACKPACK_LIMITS_FILE={file}: {error.strerror}") from None
+    except RecursionError:
+        raise ValueError(f"BACKPACK_LIMITS_FILE={file}: no TOML: its brackets nest too deeply") from None
     except ValueError as error:
         raise ValueError(f"BACKPACK_LIMITS_FILE={file}: no TOML: {error}") from None
     for tenant, values in tables.items():

@@ -71,7 +71,7 @@ class ServedModel:
         config = model.config
         own = storage[: config.vocab_size * config.num_senses]
         table = load_table(folder, model, own.view(config.vocab_size, config.num_senses, config.n_embd))
-        return cls(manifest, model, table, Tokenizer.read(folder / TOKENIZER), storage.to(device))
+        return cls(manifest, model, table, Tokenizer.read(folder / TOKENIZER, manifest.tokenizer), storage.to(device))
 
     def try_out(self, overlay: Overlay) -> None:
         """Predict from the words that a release edits most. Raises PatchError if what comes out isn't numbers.

@@ -58,7 +58,7 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
     the issuer of tokens are no good.
     """
     manifest = Manifest.read(settings.model)
-    tokenizer = Tokenizer.read(settings.model / "tokenizer.json")
+    tokenizer = Tokenizer.read(settings.model / "tokenizer.json", manifest.tokenizer)
     store = await asyncio.to_thread(open_store, settings.database_url)
     failed, loop = asyncio.Event(), asyncio.get_running_loop()
 
