@@ -50,3 +50,11 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+PROXY_VARIABLES = {
+    name: "http://127.0.0.1:1"
+    for low in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
+    for name in (low, low.upper())
+}
+"""What container engines put into containers where the host has a proxy; this one answers nobody."""

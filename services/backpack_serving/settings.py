@@ -263,6 +263,13 @@ class Settings(BaseSettings):
         "", description="Where Prometheus finds /metrics, host:port; the next free of 16 ports if it is taken."
     )
     metrics_tenants: int = Field(20, ge=0, description="Tenants with a label of their own in metrics; others are one.")
+    retry_window: float | None = Field(
+        None,
+        ge=0,
+        le=86_400,
+        description="Seconds that commands try again where nobody answers. Default: 30, or 1 while no server has "
+        "answered yet.",
+    )
     catch_up: float = Field(
         2.0, ge=0, description="Seconds that a request with min_revision waits for its gateway to get there."
     )

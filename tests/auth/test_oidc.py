@@ -18,7 +18,7 @@ from backpack_serving.errors import Unauthenticated, Unavailable
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
-from tests.conftest import Clock
+from tests.conftest import PROXY_VARIABLES, Clock
 
 AUDIENCE = "backpack"
 
@@ -111,6 +111,28 @@ async def test_a_good_token_says_who_and_what(provider: Provider, tokens: TokenV
     assert (await tokens.read(provider.token(roles="caller author"))).roles == ("caller", "author")
     assert (await tokens.read(provider.token(roles=None))).roles == ()
     assert provider.asked == 1
+
+
+async def test_keys_on_this_machine_are_fetched_without_a_proxy(
+    provider: Provider, tokens: TokenVerifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, proxy in PROXY_VARIABLES.items():
+        monkeypatch.setenv(name, proxy)
+    provider.host = provider.moved = "localhost"
+    assert (await tokens.read(provider.token())).tenant == "harbour"
+
+
+@pytest.mark.parametrize("excepted", ["", "issuer.invalid"])
+async def test_keys_elsewhere_are_fetched_as_the_environment_says_and_errors_name_the_proxy(
+    monkeypatch: pytest.MonkeyPatch, excepted: str
+) -> None:
+    for name, proxy in PROXY_VARIABLES.items():
+        monkeypatch.setenv(name, proxy.replace("//", "//me:secret@"))
+    monkeypatch.setenv("no_proxy", excepted)
+    with pytest.raises(OSError, match=r"\[Errno|issuer.invalid") as failed:
+        await asyncio.to_thread(Issuer("https://issuer.invalid", AUDIENCE).read)
+    assert ("through the proxy 127.0.0.1:1 (https_proxy)" in str(failed.value)) == (not excepted)
+    assert "secret" not in str(failed.value)
 
 
 async def test_claims_may_have_other_names_and_keys_lie_in_a_file(provider: Provider, tmp_path: Path) -> None:

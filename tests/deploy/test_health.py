@@ -7,13 +7,14 @@ import os
 import sys
 from pathlib import Path
 
+from tests.conftest import PROXY_VARIABLES
 from tests.e2e.conftest import running
 
 
 async def _health(*arguments: str) -> tuple[int | None, str]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "backpack_serving.cli.main", "health", *arguments,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "NO_COLOR": "1"},
+        env={**os.environ, **PROXY_VARIABLES, "PYTHONPATH": os.pathsep.join(sys.path), "NO_COLOR": "1"},
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     output, _ = await process.communicate()

@@ -19,7 +19,7 @@ from backpack_serving.settings import default_model
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from tests.conftest import free_port
+from tests.conftest import PROXY_VARIABLES, free_port
 
 RUN = [sys.executable, "-m", "backpack_serving.cli.main", "run"]
 
@@ -29,6 +29,7 @@ def environment(tmp_path_factory: Any) -> Iterator[dict[str, str]]:
     """`backpack run`, serving its two example tenants."""
     state = tmp_path_factory.mktemp("state")
     environment = {
+        **PROXY_VARIABLES,  # whatever these tests call is here
         "BACKPACK_STATE": str(state),
         "BACKPACK_GATEWAY_ADDRESS": f"127.0.0.1:{free_port()}",
         "BACKPACK_INTERVENTIONS_ADDRESS": f"127.0.0.1:{free_port()}",
@@ -79,6 +80,15 @@ def test_run_shows_both_tenants_and_how_to_call(environment: dict[str, str]) -> 
     assert digests[1] != digests[2]
     for way in ("From the command line", "From Python", "grpcurl -plaintext"):
         assert way in shown
+
+
+def test_a_probe_and_a_call_reach_this_machine_whatever_proxy_there_is(
+    backpack: Any, environment: dict[str, str]
+) -> None:
+    assert os.environ["http_proxy"] == "http://127.0.0.1:1"
+    for part in ("GATEWAY", "INTERVENTIONS"):
+        assert "SERVING" in backpack("health", environment[f"BACKPACK_{part}_ADDRESS"])
+    assert "The story" in backpack("generate", "The story", "--max-tokens", "2")
 
 
 def test_a_model_that_the_examples_are_not_for_is_served(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ from backpack_serving.client import Client, Sampling
 from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.settings import Settings
 
-from tests.conftest import free_port
+from tests.conftest import PROXY_VARIABLES, free_port
 from tests.e2e.conftest import Metadata, System, copy
 
 PROMPT = "The story of the king and the"
@@ -48,6 +48,7 @@ class Processes:
             [sys.executable, "-m", "backpack_serving.cli.main", "serve", part],
             env={
                 **os.environ,
+                **PROXY_VARIABLES,
                 **self._environment,
                 **environment,
                 "PYTHONPATH": os.pathsep.join(sys.path),

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import PROXY_VARIABLES
+
 pytest.importorskip("ray")
 
 APART = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "story"]
@@ -28,6 +30,7 @@ def _can_be_apart() -> bool:
 def _tell(story: str, seconds: float) -> None:
     environment = {
         **os.environ,
+        **PROXY_VARIABLES,
         "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path]),
         "PYTHONWARNINGS": "ignore",  # Ray's own
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),

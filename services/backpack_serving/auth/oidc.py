@@ -21,6 +21,7 @@ import jwt
 import structlog
 from backpack_lm import strict_json
 
+from backpack_serving import proxies
 from backpack_serving.errors import Unauthenticated, Unavailable
 
 log = structlog.get_logger(__name__)
@@ -165,8 +166,14 @@ class _Unforged(urllib.request.HTTPRedirectHandler):
 
 
 def _fetch_url(url: str) -> Any:
-    with urllib.request.build_opener(_Unforged).open(url, timeout=5) as answer:
-        return strict_json.parse(answer.read(2**20))
+    way = proxies.ProxyElsewhere()
+    try:
+        with urllib.request.build_opener(_Unforged, way).open(url, timeout=5) as answer:
+            return strict_json.parse(answer.read(2**20))
+    except OSError as error:
+        if way.used is None:
+            raise
+        raise OSError(f"{url} through {way.used}: {error}") from None
 
 
 def _parse_jwk(values: dict[str, Any]) -> jwt.PyJWK | None:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 EXTRAS = {"torch": "engine", "numpy": "engine", "scipy": "lab", "matplotlib": "lab", "transformers": "lab"}
 """What a command may miss, and the extra that brings it."""
 
+UNREACHED = 1.0
+"""Seconds that a command tries again where nobody has answered it."""
+
 
 class Screen(Console):
     """A console whose terminal shows texts and doesn't obey them: descriptions, notes and what a model writes come
@@ -187,8 +190,7 @@ def as_caller(tenant: str, key: str) -> Iterator[Client]:
     with exits():
         settings = Settings()
         key = key or _kept_key(settings, tenant)
-        # No time limit: people press Ctrl-C.
-        with Client(settings.gateway_address, key, tls=settings.tls, timeout=None) as client:
+        with Client(settings.gateway_address, key, **_how(settings)) as client:
             yield client
 
 
@@ -200,7 +202,7 @@ def as_releaser(tenant: str, key: str) -> Iterator[Steering]:
     with exits():
         settings = Settings()
         key = key or _kept_key(settings, tenant)
-        with Steering(settings.interventions_address, key, tls=settings.tls, timeout=None) as steering:
+        with Steering(settings.interventions_address, key, **_how(settings)) as steering:
             yield steering
 
 
@@ -211,8 +213,25 @@ def as_admin() -> Iterator[Operator]:
     with exits():
         settings = Settings()
         key = settings.key_for("admin")
-        with Operator(settings.interventions_address, key, tls=settings.tls, timeout=None) as operator:
+        with Operator(settings.interventions_address, key, **_how(settings)) as operator:
             yield operator
+
+
+def _how(settings: Settings) -> dict[str, Any]:
+    """How commands call. Without a time limit: people press Ctrl-C.
+
+    Where nobody has answered yet, most often an address is wrong or nothing runs, and somebody waits to be told
+    so: commands give up soon, unless a window was chosen. Who has answered is waited for as any client does it.
+    """
+    from backpack_serving.client.connection import RETRY_WINDOW
+
+    def notice(error: ServiceError, seconds: float) -> None:
+        told = " ".join(error.message.split())
+        err.print(f"no answer yet ({told}); trying again for {seconds:.0f} s, Ctrl-C stops", markup=False)
+
+    window = settings.retry_window
+    chosen = {"retry_window": RETRY_WINDOW, "unreached_window": UNREACHED} if window is None else {}
+    return {"tls": settings.tls, "timeout": None, "notice": notice, "retry_window": window, **chosen}
 
 
 def _kept_key(settings: Settings, tenant: str) -> str:
@@ -248,6 +267,10 @@ def exits(extra: str = "") -> Iterator[None]:
     except ServiceError as error:
         if isinstance(error, Unavailable) and error.reason == "TRANSPORT":
             settings = Settings()
+            if "proxy" in error.metadata:
+                _exit_with_error(
+                    f"no answer ({error.message}); if it is to be called directly, add its host to no_proxy"
+                )
             _exit_with_error(
                 f"no answer ({error.message}); is the gateway at {settings.gateway_address} running, and the "
                 f"intervention service at {settings.interventions_address}? `{hints.backpack('run')}` starts "

@@ -19,7 +19,7 @@ def health(
     replicas: Annotated[
         int, typer.Option(min=0, help="The server is a directory: at least so many replicas must take requests.")
     ] = 0,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the answer.")] = 5.0,
+    timeout: Annotated[float, typer.Option(min=0.1, max=3600.0, help="Seconds to wait for the answer.")] = 5.0,
 ) -> None:
     """Ask a server whether it serves (grpc.health.v1). Exit status 0: it does; 1: it doesn't, or didn't answer."""
     settings = Settings()

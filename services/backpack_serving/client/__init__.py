@@ -33,9 +33,18 @@ is a `Conflict`, STALE_ETAG. `wait` is for whom the answer waits, at most `wait_
 case, and `rollout` says how far it has come. `until_held` waits for what was made before.
 
 **Errors.** What goes wrong is a `ServiceError`: `reason` is a stable word, the message says the value and the fix,
-`retry_after` when another try may succeed. Where nobody could be reached (`Unavailable`), the client tries again:
-reads up to four times, by gRPC's service config; up to `attempts` times writes, each under an id that makes it one
-change however often it is sent, and generations of which nothing has come yet: half a text can't be taken back.
+`retry_after` (seconds) when another try may succeed. An argument that no request can hold, or that nobody can wait
+for, is InvalidRequest before anything is sent.
+
+**Retries.** Where nobody could be reached (`Unavailable`), the client tries again for up to `retry_window` seconds
+(30) after the first failure, if the timeout allows it, with growing pauses of random length: reads; writes, each
+under an id that makes it one change however often it is sent; and generations of which nothing has come yet,
+because half a text can't be taken back. `attempts` bounds how often; 1 is once. `unreached_window` takes the
+window's place while nobody has ever answered this client, and the address may be wrong. A call that is tried for
+longer than a second is told to `notice`; by default the logger backpack_serving.client warns of it.
+
+**Proxies.** As with all of gRPC, calls go through the proxy that `grpc_proxy`, `https_proxy` or `http_proxy`
+names, unless `no_grpc_proxy` or `no_proxy` excepts the address; never to this machine. Errors say so.
 """
 
 from backpack_lm.edits import Vector

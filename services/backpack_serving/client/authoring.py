@@ -11,6 +11,7 @@ from typing import Any
 from backpack_proto.v1 import interventions_pb2 as pb
 from backpack_proto.v1.interventions_pb2_grpc import PatchServiceStub, ReleaseServiceStub
 
+from backpack_serving.client.arguments import build
 from backpack_serving.client.connection import Connected, new_id
 from backpack_serving.client.edits import Edit, messages
 from backpack_serving.client.records import Patch, Release, Revision
@@ -36,7 +37,7 @@ class Authoring(Connected):
 
         Raises AlreadyExists for one that is there; with `exist_ok`, it is the answer.
         """
-        request = pb.CreatePatchRequest(patch_id=patch, description=description)
+        request = build(pb.CreatePatchRequest, patch_id=patch, description=description)
         try:
             return Patch.of((await self._write(self._patches.CreatePatch, request)).patch)
         except AlreadyExists:
@@ -46,22 +47,22 @@ class Authoring(Connected):
 
     async def patch(self, patch: str) -> Patch:
         """One patch, by its id."""
-        request = pb.GetPatchRequest(name=f"patches/{patch}")
+        request = build(pb.GetPatchRequest, name=f"patches/{patch}")
         return Patch.of((await self._call(self._patches.GetPatch, request)).patch)
 
     async def patches(self, *, deleted: bool = False) -> tuple[Patch, ...]:
         """All of them, the deleted ones if asked for."""
-        request = pb.ListPatchesRequest(show_deleted=deleted)
+        request = build(pb.ListPatchesRequest, show_deleted=deleted)
         return tuple(map(Patch.of, await self._pages(self._patches.ListPatches, request, "patches")))
 
     async def describe_patch(self, patch: str, description: str) -> Patch:
         """Say what a patch is for."""
-        request = pb.UpdatePatchRequest(patch=pb.Patch(name=f"patches/{patch}", description=description))
+        request = pb.UpdatePatchRequest(patch=build(pb.Patch, name=f"patches/{patch}", description=description))
         return Patch.of((await self._write(self._patches.UpdatePatch, request)).patch)
 
     async def delete_patch(self, patch: str) -> Patch:
         """Hide a patch. Releases that have revisions of it keep them; the name stays taken."""
-        request = pb.DeletePatchRequest(name=f"patches/{patch}")
+        request = build(pb.DeletePatchRequest, name=f"patches/{patch}")
         return Patch.of((await self._write(self._patches.DeletePatch, request)).patch)
 
     async def create_revision(self, patch: str, edits: Sequence[Edit | pb.Edit], *, dry_run: bool = False) -> Revision:
@@ -69,7 +70,9 @@ class Authoring(Connected):
 
         With `dry_run` they are checked, and answered with the number that they would have; nothing is stored.
         """
-        request = pb.CreateRevisionRequest(parent=f"patches/{patch}", edits=messages(edits), validate_only=dry_run)
+        request = build(
+            pb.CreateRevisionRequest, parent=f"patches/{patch}", edits=messages(edits), validate_only=dry_run
+        )
         return Revision.of((await self._write(self._patches.CreateRevision, request)).revision)
 
     async def upload_revision(
@@ -86,7 +89,8 @@ class Authoring(Connected):
         A safetensors file, or its content, has `tokens` and `senses` [n], of I32 or I64, and `vectors` [n, d], of
         F32 or F16. `sent` is told how many of its bytes have gone, from any thread.
         """
-        header = pb.UploadHeader(
+        header = build(
+            pb.UploadHeader,
             parent=f"patches/{patch}",
             kind=pb.EDIT_KIND_SET if replace else pb.EDIT_KIND_ADD,
             safetensors=pb.SafetensorsFormat(),
@@ -98,30 +102,30 @@ class Authoring(Connected):
         def upload(header: pb.UploadHeader, **how: Any) -> Any:
             return self._patches.UploadRevision(_parts(header, safetensors, sent), **how)
 
-        return Revision.of((await self._repeated(upload, header)).revision)
+        return Revision.of((await self._call(upload, header)).revision)
 
     async def revision(self, patch: str, number: int | None = None) -> Revision:
         """A revision with its edits; the newest if no number is given."""
         if number is None:
             number = (await self.patch(patch)).newest
-        request = pb.GetRevisionRequest(name=f"patches/{patch}/revisions/{number}")
+        request = build(pb.GetRevisionRequest, name=f"patches/{patch}/revisions/{number}")
         return Revision.of((await self._call(self._patches.GetRevision, request)).revision)
 
     async def revisions(self, patch: str) -> tuple[Revision, ...]:
         """All revisions of a patch, without their edits."""
-        request = pb.ListRevisionsRequest(parent=f"patches/{patch}")
+        request = build(pb.ListRevisionsRequest, parent=f"patches/{patch}")
         found = await self._pages(self._patches.ListRevisions, request, "revisions")
         return tuple(map(Revision.of, found))
 
     async def create_release(self, revisions: Sequence[Revision | str], notes: str = "") -> Release:
         """A release of revisions, in the order in which they apply; each may be given as PATCH:NUMBER."""
         names = [_revision_name(at, given) for at, given in enumerate(revisions)]
-        request = pb.CreateReleaseRequest(revisions=names, notes=notes)
+        request = build(pb.CreateReleaseRequest, revisions=names, notes=notes)
         return Release.of((await self._write(self._releases.CreateRelease, request)).release)
 
     async def release(self, number: int) -> Release:
         """One release; 0 is the model unpatched."""
-        request = pb.GetReleaseRequest(name=f"releases/{number}")
+        request = build(pb.GetReleaseRequest, name=f"releases/{number}")
         return Release.of((await self._call(self._releases.GetRelease, request)).release)
 
     async def releases(self, limit: int | None = None) -> tuple[Release, ...]:

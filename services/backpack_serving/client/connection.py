@@ -8,18 +8,21 @@ result. `blocking` makes a method of one, with the types of its arguments and it
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import random
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from types import TracebackType
 from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar
 
-from backpack_serving import rpc
+from backpack_serving import proxies, rpc
 from backpack_serving.auth.tls import Tls
-from backpack_serving.errors import ServiceError, Unavailable
+from backpack_serving.client import arguments
+from backpack_serving.errors import InvalidRequest, ServiceError, Unavailable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,6 +30,20 @@ C_co = TypeVar("C_co", bound="Connected", covariant=True)
 
 PAGE = 1000
 """Records in one answer: the most that the service gives."""
+
+RETRY_WINDOW = 30.0
+"""Seconds after its first failure in which a call is tried again: a pod's replacement takes no longer."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
+"""Seconds between attempts, at most: twice as many each time, as long as gRPC's own between two connections."""
+
+NOTICE = 1.0
+"""Seconds without an answer after which somebody is told that there are further attempts."""
+
+Notice = Callable[[ServiceError, float], None]
+"""Is told, once for each call, why it is tried again, and for how many seconds at most from then on."""
+
+log = logging.getLogger("backpack_serving.client")
 
 
 class Transport(Protocol):
@@ -51,7 +68,7 @@ class OnLoop:
     """For asyncio. Made in the event loop that uses it."""
 
     def __init__(self, address: str, tls: Tls | None) -> None:
-        self.channel: Any = rpc.channel(address, tls)
+        self.channel: Any = rpc.channel(address, tls, client=True)
 
     async def unary(self, method: Any, request: Any, **how: Any) -> Any:
         return await method(request, **how)
@@ -75,7 +92,7 @@ class Waiting:
     """For code without an event loop: none of these suspends. Safe to use from many threads."""
 
     def __init__(self, address: str, tls: Tls | None) -> None:
-        self.channel: Any = rpc.sync_channel(address, tls)
+        self.channel: Any = rpc.sync_channel(address, tls, client=True)
 
     async def unary(self, method: Any, request: Any, **how: Any) -> Any:
         return method(request, **how)
@@ -96,7 +113,12 @@ class Waiting:
 
 
 class Connected:
-    """A client whose methods are coroutines."""
+    """A client whose methods are coroutines. Those of its kinds check their arguments (see `arguments`)."""
+
+    def __init_subclass__(cls) -> None:
+        for name, method in list(vars(cls).items()):
+            if arguments.is_public(name, method):
+                setattr(cls, name, arguments.checked(method))
 
     def __init__(
         self,
@@ -105,13 +127,26 @@ class Connected:
         *,
         tls: Tls | None = None,
         timeout: float | None = 60.0,
-        attempts: int = 4,
+        attempts: int | None = None,
+        retry_window: float = RETRY_WINDOW,
+        unreached_window: float | None = None,
+        notice: Notice | None = None,
         transport: type[Transport] = OnLoop,
     ) -> None:
-        if attempts < 1:
-            raise ValueError(f"attempts={attempts}; 1 for no second one, or more")
+        if attempts is not None and not 1 <= attempts < math.inf:
+            raise ValueError(f"attempts={attempts}; 1 for no second one, or more; None for all that the window has")
+        unreached = retry_window if unreached_window is None else unreached_window
+        windows = {"retry_window": retry_window, "unreached_window": unreached}
+        for name, value in (windows if timeout is None else {"timeout": timeout, **windows}).items():
+            try:
+                arguments.seconds(name, value)
+            except InvalidRequest as error:
+                raise ValueError(error.message) from None
         self._transport = transport(address, tls)
-        self._key, self._timeout, self._attempts = key, timeout, attempts
+        self._proxy = proxies.of_target(address)
+        self._address, self._key, self._timeout = address, key, timeout
+        self._attempts, self._window, self._unreached = attempts, retry_window, unreached
+        self._notice, self._reached = notice or self._log, False
 
     async def close(self) -> None:
         await self._transport.close()
@@ -134,30 +169,41 @@ class Connected:
         left = None if until == math.inf else max(0.0, until - time.monotonic())
         return {"metadata": rpc.with_key(key), "timeout": left}
 
-    async def _once(self, method: Any, request: Any, until: float) -> Any:
-        with rpc.errors():
-            return await self._transport.unary(method, request, **self._how(until))
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """A call inside raises ServiceErrors; what was answered shows that the address is a server's."""
+        try:
+            with rpc.errors(self._proxy):
+                yield
+        except ServiceError as error:
+            self._reached = self._reached or error.reason != "TRANSPORT"
+            raise
+        self._reached = True
+
+    async def _once(self, method: Any, request: Any, timeout: float | None = None) -> Any:
+        """A call that is made once, whatever comes of it."""
+        with self._asking():
+            return await self._transport.unary(method, request, **self._how(self._until(timeout)))
 
     async def _call(self, method: Any, request: Any, timeout: float | None = None) -> Any:
-        return await self._once(method, request, self._until(timeout))
-
-    async def _repeated(self, method: Any, request: Any, timeout: float | None = None) -> Any:
-        """A call that may be made again, as often as `attempts` says, if nobody could be reached."""
-        until = self._until(timeout)
-        for attempt in range(self._attempts):
+        """A call that is made again if nobody could be reached."""
+        attempts = self._new_attempts(timeout)
+        while True:
             try:
-                return await self._once(method, request, until)
+                with self._asking():
+                    return await self._transport.unary(method, request, **self._how(attempts.until))
             except ServiceError as error:
-                await self._pause(error, attempt, until)
-        raise AssertionError("_pause raises after the last attempt")
+                await attempts.another(error)
 
     async def _write(self, method: Any, request: Any, timeout: float | None = None) -> Any:
         """A call that changes something: its id makes it one change, however often it is sent."""
         request.request_id = new_id()
-        return await self._repeated(method, request, timeout)
+        return await self._call(method, request, timeout)
 
     async def _pages(self, method: Any, request: Any, field: str, limit: int | None = None) -> list[Any]:
         """What a list holds, page by page; no more than the limit."""
+        if limit is not None and (not isinstance(limit, int) or limit < 0):
+            raise InvalidRequest.at("limit", "OUT_OF_RANGE", f"{limit!r}; write how many, or None for all")
         found: list[Any] = []
         while limit is None or len(found) < limit:
             request.page_size = PAGE if limit is None else min(PAGE, limit - len(found))
@@ -168,14 +214,49 @@ class Connected:
                 break
         return found
 
-    async def _pause(self, error: ServiceError, attempt: int, until: float) -> None:
-        """Wait for the attempt after this one, counted from 0. Raises the error if there is none, or no time."""
-        if not isinstance(error, Unavailable) or attempt + 1 >= self._attempts:
+    def _new_attempts(self, timeout: float | None) -> Attempts:
+        return Attempts(self, self._until(timeout))
+
+    def _log(self, error: ServiceError, seconds: float) -> None:
+        log.warning("%s: %s; trying again for %.0f s", self._address, error.message, seconds)
+
+
+class Attempts:
+    """All attempts at one call: they end when one succeeds, with its deadline, or with the client's window.
+
+    The window is one of time, and begins with the first failure: how often one may try says nothing of how long a
+    server is away.
+    """
+
+    def __init__(self, client: Connected, until: float) -> None:
+        self.until = until
+        self._client = client
+        self._failures, self._first, self._told = 0, 0.0, False
+
+    async def another(self, error: ServiceError) -> None:
+        """Wait for the next attempt: as long as the error says, and with full jitter, so that many callers don't
+        come back together. Raises the error if it is of those that stay, or there is no time for another.
+        """
+        client, now = self._client, time.monotonic()
+        self._first = self._first if self._failures else now
+        self._failures += 1
+        if not _may_pass(error) or self._failures == client._attempts:
             raise error
-        seconds = (error.retry_after or 0.0) + random.uniform(0, 0.1 * 2**attempt)
-        if time.monotonic() + seconds >= until:
+        unreached = error.reason == "TRANSPORT" and not client._reached
+        end = min(self.until, self._first + (client._unreached if unreached else client._window))
+        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self._failures - 1, 10))
+        then = now + (error.retry_after or 0.0) + random.uniform(0, longest)
+        if then >= end:
             raise error
-        await self._transport.sleep(seconds)
+        if then - self._first > NOTICE and not self._told:
+            self._told = True
+            client._notice(error, end - now)
+        await client._transport.sleep(then - now)
+
+
+def _may_pass(error: ServiceError) -> bool:
+    """Whether another attempt may succeed. What the network says without a time won't (see `rpc.status`)."""
+    return isinstance(error, Unavailable) and (error.retry_after is not None or error.reason != "TRANSPORT")
 
 
 class Blocking(Generic[C_co]):
@@ -190,9 +271,13 @@ class Blocking(Generic[C_co]):
         *,
         tls: Tls | None = None,
         timeout: float | None = 60.0,
-        attempts: int = 4,
+        attempts: int | None = None,
+        retry_window: float = RETRY_WINDOW,
+        unreached_window: float | None = None,
+        notice: Notice | None = None,
     ) -> None:
         how: dict[str, Any] = {"tls": tls, "timeout": timeout, "attempts": attempts, "transport": Waiting}
+        how |= {"retry_window": retry_window, "unreached_window": unreached_window, "notice": notice}
         self._coroutines: C_co = self.ASYNC(address, key, **how)
 
     def close(self) -> None:

@@ -13,8 +13,10 @@ from backpack_lm.edits import Vector
 from backpack_proto.v1 import inference_pb2
 from backpack_proto.v1 import interventions_pb2 as pb
 
-from backpack_serving.client.requests import Word, fitting, word
+from backpack_serving.client.arguments import build, within
+from backpack_serving.client.requests import Word, word
 from backpack_serving.client.results import Token
+from backpack_serving.errors import InvalidRequest
 
 Tokens = Literal["single", "first", "all"]
 
@@ -49,7 +51,7 @@ class Scale:
     factor: float
 
     def message(self) -> pb.Edit:
-        return pb.Edit(scale=pb.ScaleEdit(cells=_cells_message(self.cells), factor=self.factor))
+        return pb.Edit(scale=build(pb.ScaleEdit, cells=_cells_message(self.cells), factor=self.factor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +85,8 @@ class Copy:
     source_sense: int | None = None
 
     def message(self) -> pb.Edit:
-        cells, source = _cells_message(self.cells), word(self.source)
-        return pb.Edit(copy=pb.CopyEdit(cells=cells, source=source, source_sense=self.source_sense))
+        cells, source = _cells_message(self.cells), word(self.source, "source")
+        return pb.Edit(copy=build(pb.CopyEdit, cells=cells, source=source, source_sense=self.source_sense))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,9 @@ class ProjectOut:
     direction: Word
 
     def message(self) -> pb.Edit:
-        return pb.Edit(project_out=pb.ProjectOutEdit(cells=_cells_message(self.cells), direction=word(self.direction)))
+        return pb.Edit(
+            project_out=pb.ProjectOutEdit(cells=_cells_message(self.cells), direction=word(self.direction, "direction"))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +111,9 @@ class Swap:
     new: Word
 
     def message(self) -> pb.Edit:
-        return pb.Edit(swap=pb.SwapEdit(cells=_cells_message(self.cells), old=word(self.old), new=word(self.new)))
+        return pb.Edit(
+            swap=pb.SwapEdit(cells=_cells_message(self.cells), old=word(self.old, "old"), new=word(self.new, "new"))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +128,19 @@ class Topic:
     constant: bool = False
 
     def message(self) -> pb.Edit:
-        words = map(word, self.words)
-        return pb.Edit(topic=pb.TopicEdit(words=words, strength=self.strength, constant=self.constant))
+        words = [word(each, f"words[{at}]") for at, each in enumerate(self.words)]
+        return pb.Edit(topic=build(pb.TopicEdit, words=words, strength=self.strength, constant=self.constant))
 
 
 Edit = Scale | Add | Set | Copy | ProjectOut | Swap | Topic
 
 
-@fitting()
 def messages(edits: Sequence[Edit | pb.Edit]) -> list[pb.Edit]:
-    return [edit if isinstance(edit, pb.Edit) else edit.message() for edit in edits]
+    found = []
+    for at, edit in enumerate(edits):
+        with within(f"edits[{at}]"):
+            found.append(edit if isinstance(edit, pb.Edit) else edit.message())
+    return found
 
 
 def read(message: pb.Edit) -> Edit:
@@ -160,10 +169,13 @@ def read(message: pb.Edit) -> Edit:
 def _cells_message(where: Where) -> list[pb.Cells]:
     some = where if isinstance(where, Sequence) and not isinstance(where, str) else (where,)
     found = []
-    for one in (each if isinstance(each, Cells) else Cells(each) for each in some):
-        spelled = word(one.word)
+    for at, one in enumerate(each if isinstance(each, Cells) else Cells(each) for each in some):
+        if one.tokens not in _POLICIES:
+            why = f"{one.tokens!r}; write {', '.join(_POLICIES)}"
+            raise InvalidRequest.at(f"cells[{at}].tokens", "UNKNOWN_VALUE", why)
+        spelled = word(one.word, f"cells[{at}].word")
         spelled.policy = _POLICIES[one.tokens]
-        found.append(pb.Cells(word=spelled, senses=one.senses))
+        found.append(build(pb.Cells, f"cells[{at}]", word=spelled, senses=one.senses))
     return found
 
 

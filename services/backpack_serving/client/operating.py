@@ -11,6 +11,7 @@ from backpack_proto.v1.interventions_pb2_grpc import TenantServiceStub
 from backpack_proto.v1.sync_pb2_grpc import FleetServiceStub
 
 from backpack_serving.auth.keys import Role
+from backpack_serving.client.arguments import build
 from backpack_serving.client.channels import Fleet
 from backpack_serving.client.connection import Connected
 from backpack_serving.client.records import ApiKey, NewKey, Tenant
@@ -33,7 +34,7 @@ class AsyncOperator(Connected):
 
     async def create_tenant(self, tenant: str) -> Tenant:
         """A new tenant: 1 to 63 of a-z, 0-9 and "-"."""
-        request = pb.CreateTenantRequest(tenant_id=tenant)
+        request = build(pb.CreateTenantRequest, tenant_id=tenant)
         return Tenant.of((await self._write(self._tenants.CreateTenant, request)).tenant)
 
     async def tenants(self) -> tuple[Tenant, ...]:
@@ -43,32 +44,32 @@ class AsyncOperator(Connected):
 
     async def create_key(self, tenant: str, roles: Sequence[Role | str]) -> NewKey:
         """A further key of a tenant; its secret is told once, so this isn't tried again by itself."""
-        request = pb.CreateApiKeyRequest(parent=f"tenants/{tenant}", roles=_roles(roles))
-        return NewKey.of(await self._call(self._tenants.CreateApiKey, request))
+        request = build(pb.CreateApiKeyRequest, parent=f"tenants/{tenant}", roles=_roles(roles))
+        return NewKey.of(await self._once(self._tenants.CreateApiKey, request))
 
     async def keys(self, tenant: str) -> tuple[ApiKey, ...]:
         """All keys of a tenant, without their secrets."""
-        request = pb.ListApiKeysRequest(parent=f"tenants/{tenant}")
+        request = build(pb.ListApiKeysRequest, parent=f"tenants/{tenant}")
         return tuple(map(ApiKey.of, await self._pages(self._tenants.ListApiKeys, request, "keys")))
 
     async def rotate_key(self, tenant: str, key: str) -> NewKey:
         """A key with the roles of another one, which is revoked in the same moment. Not tried again by itself."""
-        request = pb.RotateApiKeyRequest(name=f"tenants/{tenant}/keys/{key}")
-        return NewKey.of(await self._call(self._tenants.RotateApiKey, request))
+        request = build(pb.RotateApiKeyRequest, name=f"tenants/{tenant}/keys/{key}")
+        return NewKey.of(await self._once(self._tenants.RotateApiKey, request))
 
     async def revoke_key(self, tenant: str, key: str) -> None:
         """Revoke a key, for ever. Gateways hear of it within a second."""
-        request = pb.RevokeApiKeyRequest(name=f"tenants/{tenant}/keys/{key}")
+        request = build(pb.RevokeApiKeyRequest, name=f"tenants/{tenant}/keys/{key}")
         await self._write(self._tenants.RevokeApiKey, request)
 
     async def suspend(self, tenants: Sequence[str], *, force: bool = False) -> None:
         """Refuse all keys of tenants; of more than 10 and a tenth of all only by `force`."""
-        request = pb.SuspendTenantsRequest(names=_names(tenants), force=force)
+        request = build(pb.SuspendTenantsRequest, names=_names(tenants), force=force)
         await self._write(self._tenants.SuspendTenants, request)
 
     async def resume(self, tenants: Sequence[str]) -> None:
         """Let the keys of suspended tenants be good again."""
-        await self._write(self._tenants.ResumeTenants, pb.ResumeTenantsRequest(names=_names(tenants)))
+        await self._write(self._tenants.ResumeTenants, build(pb.ResumeTenantsRequest, names=_names(tenants)))
 
     async def fleet(self) -> Fleet:
         """All replicas and gateways: in touch or not, how far they are, what they refuse."""

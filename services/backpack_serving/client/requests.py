@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from backpack_lm.generation import WHOLE
 from backpack_proto.v1 import inference_pb2 as pb
 
+from backpack_serving.client.arguments import build, fill
 from backpack_serving.client.results import Token
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.references import Position
@@ -52,7 +52,9 @@ class Sampling:
         temperature = self.temperature
         if temperature is None and self.top_k is not None:
             temperature = WHOLE.temperature  # no message says of a top_k of 0 that it is given
-        return pb.Sampling(
+        return build(
+            pb.Sampling,
+            "sampling",
             max_tokens=self.max_tokens,
             temperature=temperature,
             top_k=self.top_k or 0,
@@ -80,31 +82,25 @@ class Pinning:
         """The request, with what it is pinned by."""
         message: Any = request
         if self.channel is not None:
-            message.channel = self.channel
-        message.request_key = self.request_key
+            fill(message, channel=self.channel)
+        fill(message, request_key=self.request_key)
         if self.since is not None:
-            message.min_revision.epoch, message.min_revision.revision = self.since.epoch, self.since.revision
+            if min(self.since.epoch, self.since.revision) < 0:
+                raise InvalidRequest.at("since", "OUT_OF_RANGE", f"{self.since}; positions count from 0")
+            fill(message.min_revision, "since", epoch=self.since.epoch, revision=self.since.revision)
+            message.min_revision.SetInParent()
         return request
 
 
-@contextmanager
-def fitting() -> Iterator[None]:
-    """What no message can hold is refused as a server would refuse it."""
-    try:
-        yield
-    except (ValueError, OverflowError) as error:  # protobuf's, of numbers beyond the range of their field
-        raise InvalidRequest("OUT_OF_RANGE", f"no request can hold this: {error}") from None
-
-
-@fitting()
 def generate(
     given: Prompt, sampling: Sampling, priority: int, explain: int | None, pinned: Pinning
 ) -> pb.GenerateRequest:
-    request = pb.GenerateRequest(prompt=prompt(given), sampling=sampling.message(), priority=priority)
+    request = build(pb.GenerateRequest, priority=priority)
+    request.prompt.CopyFrom(prompt(given))
+    request.sampling.CopyFrom(sampling.message())
     return pinned.of(_with_explanations(request, explain))
 
 
-@fitting()
 def stream(
     given: Prompt,
     sampling: Sampling,
@@ -113,73 +109,74 @@ def stream(
     coalesce: float | None,
     pinned: Pinning,
 ) -> pb.GenerateStreamRequest:
-    request = pb.GenerateStreamRequest(prompt=prompt(given), sampling=sampling.message(), priority=priority)
+    request = build(pb.GenerateStreamRequest, priority=priority)
+    request.prompt.CopyFrom(prompt(given))
+    request.sampling.CopyFrom(sampling.message())
     if coalesce is not None:
         request.coalesce.FromNanoseconds(int(coalesce * 1e9))
     return pinned.of(_with_explanations(request, explain))
 
 
-@fitting()
 def score(given: Prompt, pinned: Pinning) -> pb.ScoreRequest:
-    return pinned.of(pb.ScoreRequest(text=prompt(given)))
+    return pinned.of(pb.ScoreRequest(text=prompt(given, "text")))
 
 
-@fitting()
 def explain(given: Prompt, target: Word | None, limit: int, pinned: Pinning) -> pb.ExplainRequest:
-    request = pb.ExplainRequest(prompt=prompt(given), limit=limit)
+    request = build(pb.ExplainRequest, limit=limit)
+    request.prompt.CopyFrom(prompt(given))
     if target is not None:
-        request.target.CopyFrom(word(target))
+        request.target.CopyFrom(word(target, "target"))
     return pinned.of(request)
 
 
-@fitting()
 def senses(given: Word, limit: int, neighbours: int, pinned: Pinning) -> pb.ListSensesRequest:
-    return pinned.of(pb.ListSensesRequest(word=word(given), limit=limit, neighbours=neighbours))
+    request = build(pb.ListSensesRequest, limit=limit, neighbours=neighbours)
+    request.word.CopyFrom(word(given))
+    return pinned.of(request)
 
 
-@fitting()
 def compare(
     given: Prompt, releases: Sequence[Release], top: int, targets: Sequence[Word], pinned: Pinning
 ) -> pb.CompareRequest:
-    mode = pb.COMPARE_MODE_NEXT_TOKEN
-    request = pb.CompareRequest(prompt=prompt(given), mode=mode, top=top, targets=map(word, targets))
+    request = build(pb.CompareRequest, mode=pb.COMPARE_MODE_NEXT_TOKEN, top=top)
+    request.prompt.CopyFrom(prompt(given))
+    request.targets.extend(word(each, f"targets[{at}]") for at, each in enumerate(targets))
     return _compare_request(request, releases, pinned)
 
 
-@fitting()
 def compare_scores(given: Prompt, releases: Sequence[Release], pinned: Pinning) -> pb.CompareRequest:
-    request = pb.CompareRequest(prompt=prompt(given), mode=pb.COMPARE_MODE_SCORE)
+    request = pb.CompareRequest(prompt=prompt(given, "text"), mode=pb.COMPARE_MODE_SCORE)
     return _compare_request(request, releases, pinned)
 
 
-@fitting()
 def tokenize(text: str) -> pb.TokenizeRequest:
-    return pb.TokenizeRequest(text=text)
+    return build(pb.TokenizeRequest, text=text)
 
 
-def prompt(given: Prompt) -> pb.Prompt:
+def prompt(given: Prompt, called: str = "prompt") -> pb.Prompt:
     if isinstance(given, str):
-        return pb.Prompt(text=given)
-    return pb.Prompt(tokens=pb.TokenIds(ids=given))
+        return build(pb.Prompt, called, text=given)
+    return pb.Prompt(tokens=build(pb.TokenIds, called, ids=given))
 
 
-def word(given: Word) -> pb.Word:
+def word(given: Word, called: str = "word") -> pb.Word:
     if isinstance(given, Token):
-        return pb.Word(text=given.text, token=given.id)
-    return pb.Word(text=given) if isinstance(given, str) else pb.Word(token=given)
+        return build(pb.Word, called, text=given.text, token=given.id)
+    return build(pb.Word, called, text=given) if isinstance(given, str) else build(pb.Word, called, token=given)
 
 
 def _with_explanations(request: R, limit: int | None) -> R:
     message: Any = request
     if limit is not None:
-        message.explain.limit = limit
+        fill(message.explain, "explain", limit=limit)
+        message.explain.SetInParent()
     return request
 
 
 def _compare_request(request: pb.CompareRequest, releases: Sequence[Release], pinned: Pinning) -> pb.CompareRequest:
-    for release in releases:
+    for at, release in enumerate(releases):
         if isinstance(release, str):
-            request.releases.add(channel=release)
+            fill(request.releases.add(), f"releases[{at}]", channel=release)
         else:
-            request.releases.add(number=release)
+            fill(request.releases.add(), f"releases[{at}]", number=release)
     return pinned.of(request)

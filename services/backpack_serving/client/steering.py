@@ -11,10 +11,10 @@ from backpack_proto.v1 import sync_pb2
 from backpack_proto.v1.interventions_pb2_grpc import AuditServiceStub
 from backpack_proto.v1.sync_pb2_grpc import FleetServiceStub
 
+from backpack_serving.client.arguments import build, fill
 from backpack_serving.client.authoring import Authoring
 from backpack_serving.client.channels import Channel, Move, Status, Wait
 from backpack_serving.client.records import AuditEntry, Chain
-from backpack_serving.client.requests import fitting
 from backpack_serving.errors import Expired, InvalidRequest, NotFound, PreconditionFailed
 
 POLL = 0.2
@@ -40,7 +40,7 @@ class AsyncSteering(Authoring):
 
     async def channel(self, channel: str = "live") -> Channel:
         """Where one channel is."""
-        request = pb.GetChannelRequest(name=f"channels/{channel}")
+        request = build(pb.GetChannelRequest, name=f"channels/{channel}")
         return Channel.of((await self._call(self._releases.GetChannel, request)).channel)
 
     async def channels(self) -> tuple[Channel, ...]:
@@ -58,13 +58,12 @@ class AsyncSteering(Authoring):
         wait_seconds: float = 10.0,
     ) -> Move:
         """Point a channel at a release; 0 is the model unpatched. A channel that isn't there is made."""
+        request = build(pb.ActivateRequest, release=release)
         if etag is None:
             try:
                 etag = (await self.channel(channel)).etag
             except NotFound:
                 etag = ""
-        with fitting():
-            request = pb.ActivateRequest(release=release)
         return await self._move_channel_call(self._releases.Activate, request, channel, etag, wait, wait_seconds)
 
     async def rollback(
@@ -94,8 +93,7 @@ class AsyncSteering(Authoring):
 
         The salt, which decides who they are, is drawn if none is given.
         """
-        with fitting():
-            request = pb.StartCanaryRequest(release=release, permille=permille, salt=salt)
+        request = build(pb.StartCanaryRequest, release=release, permille=permille, salt=salt)
         return await self._move_channel_call(self._releases.StartCanary, request, channel, etag, wait, wait_seconds)
 
     async def promote_canary(
@@ -124,8 +122,7 @@ class AsyncSteering(Authoring):
 
     async def status(self, channel: str = "live") -> Status:
         """Which replicas and gateways hold a channel's release, and its canary."""
-        request = sync_pb2.GetRolloutRequest(channel=f"channels/{channel}")
-        return Status.of(await self._call(self._fleet.GetRollout, request))
+        return await self._status(channel)
 
     async def until_held(self, channel: str = "live", wait: Wait = "all", *, seconds: float = 60.0) -> Status:
         """Wait until a channel's release, and its canary's, are held by all who are connected, or a quorum.
@@ -134,7 +131,7 @@ class AsyncSteering(Authoring):
         """
         _check_wait(wait)
         until = time.monotonic() + seconds
-        while not (status := await self.status(channel)).held(wait):
+        while not (status := await self._status(channel, max(POLL, until - time.monotonic()))).held(wait):
             told = f"{status.channel.name}, release {status.channel.release}"
             if refusals := status.refused(wait):
                 why = "; ".join(f"{hold.reader}, release {hold.release}: {hold.why}" for hold in refusals)
@@ -156,14 +153,17 @@ class AsyncSteering(Authoring):
         """Whether the chain of hashes over all entries is whole."""
         return Chain.of(await self._call(self._audit.VerifyChain, pb.VerifyChainRequest()))
 
+    async def _status(self, channel: str, timeout: float | None = None) -> Status:
+        request = build(sync_pb2.GetRolloutRequest, channel=f"channels/{channel}")
+        return Status.of(await self._call(self._fleet.GetRollout, request, timeout))
+
     async def _move_channel_call(
         self, method: Any, request: Any, channel: str, etag: str | None, wait: Wait, wait_seconds: float
     ) -> Move:
         _check_wait(wait)
-        request.channel, request.wait = f"channels/{channel}", _WAITS[wait]
-        request.etag = (await self.channel(channel)).etag if etag is None else etag
-        with fitting():
-            request.wait_timeout.FromMicroseconds(round(wait_seconds * 1e6))
+        fill(request, channel=f"channels/{channel}", wait=_WAITS[wait])
+        request.wait_timeout.FromMicroseconds(round(wait_seconds * 1e6))
+        fill(request, etag=(await self.channel(channel)).etag if etag is None else etag)
         timeout = None if self._timeout is None else self._timeout + wait_seconds
         return Move.of(await self._write(method, request, timeout))
 

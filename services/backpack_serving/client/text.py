@@ -9,7 +9,6 @@ from functools import cached_property
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1.inference_pb2_grpc import InferenceServiceStub
 
-from backpack_serving import rpc
 from backpack_serving.client import requests, results
 from backpack_serving.client.connection import Connected
 from backpack_serving.client.requests import Pinning, Prompt, Release, Sampling, Word
@@ -44,12 +43,11 @@ class AsyncClient(Connected):
         generation, of all samples.
         """
         request = requests.stream(prompt, sampling, priority, explain, coalesce, Pinning(channel, request_key, since))
-        until = self._until(timeout)
-        for attempt in range(self._attempts):
-            begun = False
+        attempts, begun = self._new_attempts(timeout), False
+        while True:
             try:
-                with rpc.errors():
-                    how = self._how(until)
+                with self._asking():
+                    how = self._how(attempts.until)
                     async with aclosing(self._transport.stream(self._gateway.GenerateStream, request, **how)) as parts:
                         async for message in parts:
                             begun = True
@@ -58,7 +56,7 @@ class AsyncClient(Connected):
             except ServiceError as error:
                 if begun:
                     raise
-                await self._pause(error, attempt, until)
+                await attempts.another(error)
 
     async def generate(
         self,
@@ -78,7 +76,7 @@ class AsyncClient(Connected):
         together at most 40,000).
         """
         request = requests.generate(prompt, sampling, priority, explain, Pinning(channel, request_key, since))
-        return results.Generation.of(await self._repeated(self._gateway.Generate, request, timeout))
+        return results.Generation.of(await self._call(self._gateway.Generate, request, timeout))
 
     async def score(
         self,

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
+
+from backpack_serving import proxies
 
 _tracer: Any = None
 
@@ -17,6 +20,8 @@ EXPORT_SECONDS = 2.0
 
 def configure(endpoint: str, service: str) -> None:
     """Send spans to an OTLP collector (gRPC), http://host:port or https://…, as `backpack-<service>`.
+
+    One on this machine is never called through a proxy; one elsewhere as gRPC does (see `proxies`).
 
     Raises ValueError if the libraries aren't installed.
     """
@@ -28,7 +33,10 @@ def configure(endpoint: str, service: str) -> None:
     except ImportError as error:
         raise ValueError(f"BACKPACK_OTEL_ENDPOINT needs `pip install backpack-serving[otel]`: {error}") from None
     provider = TracerProvider(resource=Resource.create({"service.name": f"backpack-{service}"}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_SECONDS)))
+    here = proxies.is_here(urlsplit(endpoint).hostname or "")
+    options: Any = (proxies.DIRECT,) if here else None  # the library's types want texts, gRPC a number
+    exporter = OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_SECONDS, channel_options=options)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
     use(provider)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from backpack_serving import proxies
 from backpack_serving.auth.tls import Tls
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.rpc.credentials import channel_credentials
@@ -26,11 +27,14 @@ def too_large(size: int) -> InvalidRequest:
     return InvalidRequest("TOO_LARGE", f"a message of {size} bytes; at most {SMALL}")
 
 
+BALANCED: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
+"""Calls are spread over all addresses of a name."""
+
 # Only reads may be repeated by the library: a second Generate would be charged and sampled twice, and of a write
 # the library can't tell whether it has an id. CANCELLED is what a stopping server may say (see `rpc.status`).
 SERVICE_CONFIG = json.dumps(
     {
-        "loadBalancingConfig": [{"round_robin": {}}],
+        **BALANCED,
         "methodConfig": [
             {
                 "name": [
@@ -70,12 +74,15 @@ SERVICE_CONFIG = json.dumps(
     }
 )
 
+RECONNECT = 0.2
+"""Seconds after which a channel that was refused a connection tries again, at first."""
+
 _CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_receive_message_length", MESSAGE_LIMIT),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     # By default gRPC waits up to two minutes before it tries again: too long for a part that has been restarted.
-    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.initial_reconnect_backoff_ms", int(RECONNECT * 1000)),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # Two parts of one process must not share a connection pool: a test may restart a server on its port.
@@ -83,27 +90,34 @@ _CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
 )
 
 
-def channel(address: str, tls: Tls | None = None, *, repeats: bool = True) -> grpc.aio.Channel:
+def channel(address: str, tls: Tls | None = None, *, repeats: bool = True, client: bool = False) -> grpc.aio.Channel:
     """A channel to one of our servers, with retries of reads and keepalive; with TLS if there are authorities.
 
-    Without `repeats` the library repeats nothing: who calls would rather ask somebody else.
-    Raises ValueError if the certificates are no good.
+    Without `repeats` the library repeats nothing: who calls would rather ask somebody else. A `client` repeats for
+    itself. Its calls go through a proxy where gRPC's do (see `proxies`); those of our parts never do.
+    Raises ValueError if the certificates are no good, or the address is no text.
     """
-    options = _options(tls, repeats)
+    options = _options(address, tls, repeats, client)
     if tls is None or tls.authorities is None:
         return grpc.aio.insecure_channel(address, options=options)
     return grpc.aio.secure_channel(address, channel_credentials(tls), options=options)
 
 
-def sync_channel(address: str, tls: Tls | None = None) -> grpc.Channel:
+def sync_channel(address: str, tls: Tls | None = None, *, client: bool = False) -> grpc.Channel:
     """The same for a caller without an event loop."""
-    options = _options(tls)
+    options = _options(address, tls, True, client)
     if tls is None or tls.authorities is None:
         return grpc.insecure_channel(address, options=options)
     return grpc.secure_channel(address, channel_credentials(tls), options=options)
 
 
-def _options(tls: Tls | None, repeats: bool = True) -> Sequence[tuple[str, Any]]:
-    config = [("grpc.service_config", SERVICE_CONFIG)] if repeats else []
+def _options(address: str, tls: Tls | None, repeats: bool, client: bool) -> Sequence[tuple[str, Any]]:
+    try:
+        address.encode()
+    except UnicodeEncodeError:
+        why = "half a character (a lone surrogate) is in it; write host:port, as in 127.0.0.1:8470"
+        raise ValueError(f"address={address!r}: {why}") from None
+    config = [("grpc.service_config", json.dumps(BALANCED) if client else SERVICE_CONFIG)] if repeats else []
     named = [("grpc.ssl_target_name_override", tls.name)] if tls and tls.authorities and tls.name else []
-    return [*_CHANNEL_OPTIONS, *config, *named]
+    route = [] if client and not proxies.stays_here(address) else [proxies.DIRECT]
+    return [*_CHANNEL_OPTIONS, *config, *named, *route]

@@ -17,6 +17,7 @@ from grpc_status import rpc_status
 from backpack_serving.errors import (
     BY_CODE,
     DOMAIN,
+    Expired,
     Internal,
     PreconditionFailed,
     Quota,
@@ -24,6 +25,8 @@ from backpack_serving.errors import (
     Unavailable,
     from_patch_error,
 )
+from backpack_serving.proxies import Proxy
+from backpack_serving.rpc.channel import RECONNECT
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +36,16 @@ MESSAGE_BYTES, VALUE_BYTES, VIOLATIONS_BYTES = 768, 512, 2048
 A status travels in trailers: the message percent-encoded, and again with all details in base64. gRPC's clients
 may refuse trailers of more than 8 KB, and then tell RESOURCE_EXHAUSTED instead of what was sent.
 """
+
+HOPELESS = (
+    "Failed to create channel",  # to what is no address
+    "Misformatted domain name",
+    "Failed to parse port",
+    "CERTIFICATE_VERIFY_FAILED",
+    "WRONG_VERSION_NUMBER",  # TLS, to a server without it
+    "Hostname Verification Check failed",
+)
+"""What gRPC says of a connection that another try won't make either: such an error has no `retry_after`."""
 
 WRONG_SERVER = (
     "The server at this address is another one, or of another version: "
@@ -103,8 +116,10 @@ def error_from(error: grpc.RpcError) -> ServiceError:
         # (github.com/grpc/grpc/issues/36066).
         message = "the server ended the call before all of it was sent, and gRPC lost why; try again"
         return Unavailable("TRANSPORT", message, retry_after=0.0)
-    if status is None and (call.details() or "").startswith("Failed to create channel"):
-        return Unavailable("TRANSPORT", call.details())  # to what is no address; of others gRPC says so itself
+    if status is None and any(text in (call.details() or "") for text in HOPELESS):
+        return Unavailable("TRANSPORT", call.details())
+    if status is None and code == "UNAVAILABLE":
+        return Unavailable("TRANSPORT", call.details() or code, retry_after=RECONNECT)
     if status is None and code == "UNIMPLEMENTED":
         return PreconditionFailed("WRONG_SERVER", f"{call.details()} {WRONG_SERVER}")
     if status is None:
@@ -149,12 +164,20 @@ def refusal_of(error: Exception, method: str) -> ServiceError:
 
 
 @contextmanager
-def errors() -> Iterator[None]:
-    """Calls made inside raise `ServiceError` instead of grpc's own error."""
+def errors(proxy: Proxy | None = None) -> Iterator[None]:
+    """Calls made inside raise `ServiceError` instead of grpc's own error.
+
+    What the network did on the way through a proxy says which, in its message and its metadata.
+    """
     try:
         yield
     except grpc.RpcError as error:
-        raise error_from(error) from None
+        refusal = error_from(error)
+        if proxy is not None and refusal.reason == "TRANSPORT" and isinstance(refusal, (Unavailable, Expired)):
+            message = f"{refusal.message}; the call went through {proxy}, as no_proxy doesn't except its address"
+            after = refusal.retry_after
+            refusal = type(refusal)("TRANSPORT", message, retry_after=after, proxy=proxy.address)
+        raise refusal from None
 
 
 def _unpack(packed: PackedAny) -> Any:

@@ -1,0 +1,150 @@
+"""What callers give, checked where it comes in and where messages are made of it: nothing else builds a message.
+
+`checked` is around every public method of a client. It looks at what no field of any message can hold, or no call
+can wait for. `build` makes a message, and names the field that can't hold its value. What a request may say is the
+server's to judge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from functools import wraps
+from inspect import isasyncgenfunction, iscoroutinefunction, signature
+from typing import Any, TypeVar
+
+from backpack_lm.patch import Violation
+
+from backpack_serving.errors import InvalidRequest
+
+M = TypeVar("M")
+
+LONGEST = 365 * 86_400.0
+"""Most seconds that may be waited for anything. gRPC takes 285 years and more for a deadline that has passed."""
+
+_DURATIONS = {"timeout", "wait_seconds", "seconds", "coalesce", "retry_window"}
+
+_SHOWN = 60
+"""Characters of a value that a refusal shows."""
+
+
+def checked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, which first raises InvalidRequest for arguments that nothing can be made of."""
+    known = signature(method)
+
+    def check(args: Any, named: Any) -> None:
+        for name, value in known.bind(*args, **named).arguments.items():
+            if name != "self":
+                _check(name, value)
+
+    if iscoroutinefunction(method):
+
+        @wraps(method)
+        async def call(*args: Any, **named: Any) -> Any:
+            check(args, named)
+            return await method(*args, **named)
+
+        return call
+
+    @wraps(method)
+    def stream(*args: Any, **named: Any) -> Any:
+        check(args, named)
+        return method(*args, **named)
+
+    return stream
+
+
+def is_public(name: str, method: object) -> bool:
+    """Whether callers can call it to have something done."""
+    return not name.startswith("_") and (iscoroutinefunction(method) or isasyncgenfunction(method))
+
+
+def seconds(name: str, value: Any) -> None:
+    """Raise InvalidRequest unless so many seconds can be waited for."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST:
+        raise _refusal(name, value, f"no request can wait for that; write seconds, from 0 to {LONGEST:.0f}")
+
+
+def build(kind: type[M], at: str = "", /, **values: Any) -> M:
+    """A message with these fields; None leaves one out. `at` is what the message itself is called, if anything.
+
+    Raises InvalidRequest, naming the field, for a value that it can't hold.
+    """
+    try:
+        message = kind(**values)
+    except (TypeError, ValueError, OverflowError):
+        for name, value in values.items():
+            _fit(kind, name, value, f"{at}.{name}" if at else name)
+        raise
+    for name, value in values.items():
+        # Of 64 bits, a number may be too large for the field's 32, which makes it infinite.
+        if isinstance(value, float) and math.isinf(getattr(message, name)):
+            raise _refusal(f"{at}.{name}" if at else name, value, "no request can hold this")
+    return message
+
+
+def fill(message: Any, at: str = "", /, **values: Any) -> None:
+    """Set fields of a message that is there, as `build` does."""
+    message.MergeFrom(build(type(message), at, **values))
+
+
+@contextmanager
+def within(at: str) -> Iterator[None]:
+    """What is refused inside is a part of this."""
+    try:
+        yield
+    except InvalidRequest as error:
+        inside = (Violation(f"{at}.{v.field}", v.reason, v.description) for v in error.violations)
+        raise InvalidRequest.of(*inside) from None
+
+
+def _check(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        _check_text(name, value)
+    elif name in _DURATIONS:
+        if value is not None:
+            seconds(name, value)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise _refusal(name, value, "no request can hold this; write a finite number")
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**64:
+            raise _refusal(name, value, "no request can hold a number of more than 64 bits")
+    elif is_dataclass(value):
+        for field in fields(value):
+            _check(f"{name}.{field.name}", getattr(value, field.name))
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            _check(f"{name}[{key!r}]", each)
+    elif isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
+        for at, each in enumerate(value):
+            _check(f"{name}[{at}]", each)
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        why = f"character {error.start} is half of one (a lone surrogate), which no request can hold"
+        raise _refusal(name, text[max(0, error.start - 20) :], why) from None
+
+
+def _fit(kind: type[Any], name: str, value: Any, called: str) -> None:
+    """Raise InvalidRequest if the field can't hold the value, or one of several."""
+    parts = [(called, value)]
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        parts = [(f"{called}[{at}]", [each]) for at, each in enumerate(value)]
+    for part, one in parts:
+        try:
+            kind(**{name: one})
+        except (TypeError, ValueError, OverflowError) as error:
+            each = one if one is value else one[0]
+            raise _refusal(part, each, f"no request can hold this: {error}") from None
+
+
+def _refusal(name: str, value: Any, fix: str) -> InvalidRequest:
+    shown = f"{value:#x}" if isinstance(value, int) and abs(value) >= 2**64 else repr(value)
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
+    return InvalidRequest.at(name, "OUT_OF_RANGE", f"{shown}; {fix}")
