@@ -47,7 +47,8 @@ class Tokenizer:
     def read(cls, path: Path) -> Tokenizer:
         """Read a `tokenizer.json`. Raises ValueError naming the file if it isn't one."""
         try:
-            return cls(HFTokenizer.from_file(str(path)))
+            # Read here: `from_file` keeps all other threads waiting, for ever on a disk that hangs.
+            return cls(HFTokenizer.from_str(path.read_text("utf-8")))
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"{path} is not a tokenizer: {error}") from None
 

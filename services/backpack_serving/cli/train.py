@@ -14,6 +14,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from backpack_serving.cli.client import PrecisionName, err, exits
+from backpack_serving.settings import Settings
 
 if TYPE_CHECKING:
     from backpack_lm.tokenizer import Tokenizer
@@ -66,6 +67,7 @@ def train(
     last checkpoint, and ends with the same weights as if it had never been stopped. To train a finished run
     on, or on other text, begin another one after it: --after RUN --seed 1 --out RUN2.
     """
+    Settings.check_threads()
     import torch
     from backpack_lm.checkpoint import TOKENIZER, save
     from backpack_lm.config import BackpackConfig
