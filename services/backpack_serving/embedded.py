@@ -10,10 +10,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
-from backpack_serving import rpc, tasks
+from backpack_serving import rpc, starting, tasks
 from backpack_serving.gateway import bootstrap as gateway
-from backpack_serving.inference import directory, replica
+from backpack_serving.inference import directory
 from backpack_serving.interventions import bootstrap as interventions
 from backpack_serving.observability import exposition
 from backpack_serving.observability.metrics import Metrics
@@ -34,13 +35,16 @@ class Embedded:
 @asynccontextmanager
 async def run(settings: Settings) -> AsyncIterator[Embedded]:
     """Serve until the block ends. It begins when the first request can be served, or a part has failed."""
+    for address in (settings.gateway_address, settings.inference_address, settings.directory_address):
+        await starting.blocking(partial(rpc.check_address, address))
+    await starting.model(settings, weights=True)
     async with AsyncExitStack() as stack:
         tls = settings.tls
         if tls.certificate and not tls.authorities:
             raise ValueError("BACKPACK_TLS_CA isn't set: in one process, too, the parts call each other by TLS")
         metrics = Metrics(settings.metrics_tenants)
         if settings.metrics_address:
-            exposition.listen(metrics.registry, settings.metrics_address, tls)
+            await starting.blocking(partial(exposition.listen, metrics.registry, settings.metrics_address, tls))
         control = await interventions.start(settings, metrics)
         stack.push_async_callback(control.stop)
         # Port 0 means any: from here on, everyone has to know which it was.
@@ -51,6 +55,9 @@ async def run(settings: Settings) -> AsyncIterator[Embedded]:
         channels = [rpc.channel(part.address, tls) for part in (control, phone_book)]
         for channel in channels:
             stack.push_async_callback(channel.close)
+        # Loads torch: what is wrong with all else is told by now.
+        from backpack_serving.inference import replica
+
         serving = await replica.start(
             settings,
             replica.report_to(channels[1]),
@@ -61,5 +68,6 @@ async def run(settings: Settings) -> AsyncIterator[Embedded]:
         front = await gateway.start(settings, metrics)
         stack.push_async_callback(front.stop)
         failed = (control.failed, serving.failed)
-        await tasks.first(front.ready(), *(part.wait() for part in failed))
+        ready = starting.wait_for("the gateway", front.ready, settings.start_wait, why=front.lacks)
+        await tasks.first(ready, *(part.wait() for part in failed))
         yield Embedded(front.address, control.address, metrics, settings, failed)

@@ -51,12 +51,17 @@ def _is_ipv6(host: str) -> bool:
         return False
 
 
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 9 and 1 <= int(text) <= MOST_THREADS
+
+
 def _metrics_address(text: str) -> str:
     return text and _check_address(text)
 
 
 def _database(text: str) -> str:
-    if text and not _DATABASE.fullmatch(text):
+    found = _DATABASE.fullmatch(text)
+    if text and (not found or int((found["port"] or ":")[1:] or 0) > LAST_PORT):
         raise ValueError("write sqlite:///PATH or postgresql://USER:PASSWORD@HOST:PORT/NAME; an @ in a password is %40")
     return text
 
@@ -94,6 +99,8 @@ def unread() -> list[str]:
 
 LAST_PORT = 65_535
 
+THREADS, MOST_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT"), 1024
+
 PORTS = 16
 """How many ports, from the one of a setting on, processes of a machine that share it try in turn."""
 
@@ -104,13 +111,17 @@ def ports_from(first: int) -> range:
 
 
 _DATABASE = re.compile(
-    r"sqlite(\+\w+)?:///.+|postgresql(\+\w+)?://([^@]*@)?(\[[^]@]*\]|[^]\[@/?:]*)(:\d{0,5})?(/[^?@]*)?(\?.*)?"
+    r"sqlite(\+\w+)?:///.+|postgresql(\+\w+)?://([^@]*@)?(\[[^]@]*\]|[^]\[@/?:]*)(?P<port>:\d{0,5})?(/[^?@]*)?(\?.*)?"
 )
 _PASSWORD = re.compile(r"(://[^:/@]*:).*@")
 _PASSWORD_NAMED = re.compile(r"(\b\w*password\s*=\s*)('[^']*'?|\S*)")  # in a query, or as libpq takes them
 
 Address = Annotated[str, AfterValidator(_check_address)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_or_none)]
+
+
+AGES = 10.0**10
+"""Seconds beyond which nothing is counted: three hundred years."""
 
 
 class Settings(BaseSettings):
@@ -166,11 +177,12 @@ class Settings(BaseSettings):
         "Default: replica.key in the state folder.",
     )
 
-    slots: int = Field(32, ge=1, description="Sequences that a replica runs at once.")
-    queue: int = Field(256, ge=0, description="Requests that may wait in a replica for a slot.")
+    slots: int = Field(32, ge=1, le=2**31, description="Sequences that a replica runs at once.")
+    queue: int = Field(256, ge=0, le=10**6, description="Requests that may wait in a replica for a slot.")
     step_tokens: int = Field(
         128,
         ge=1,
+        le=10**6,
         description="Most prompt tokens that a step reads: running streams wait for no more at once.",
     )
     share_prefixes: bool = Field(
@@ -179,9 +191,12 @@ class Settings(BaseSettings):
         "that another tenant asked alike.",
     )
     overlay_rows: int = Field(
-        65_536, ge=1, description="Sense vectors that the releases in use may replace together, in a replica."
+        65_536,
+        ge=1,
+        le=2**45,
+        description="Sense vectors that the releases in use may replace together, in a replica.",
     )
-    releases: int = Field(256, ge=1, description="Compiled releases that a replica keeps.")
+    releases: int = Field(256, ge=1, le=10**6, description="Compiled releases that a replica keeps.")
     device: str = Field(
         "auto",
         pattern="^(auto|cpu|cuda)$",
@@ -196,13 +211,23 @@ class Settings(BaseSettings):
     )
     threads: int = Field(0, ge=0, le=1024, description="Threads of a replica's arithmetic; 0 for torch's choice.")
 
+    start_wait: float = Field(
+        100.0,
+        ge=0,
+        le=86_400,
+        description="Seconds that a start waits for what isn't there yet: the database, keys, the model's files. "
+        "Keep it below the startup probe, or who is waiting is killed.",
+    )
     stale_after: float = Field(
         10.0,
         gt=0,
+        le=AGES,
         description="Seconds without news from interventions after which a gateway's health as a reader "
         "(backpack.v1.SyncService) says so.",
     )
-    expired_after: float = Field(86_400.0, gt=0, description="Seconds without news after which requests are refused.")
+    expired_after: float = Field(
+        86_400.0, gt=0, le=AGES, description="Seconds without news after which requests are refused."
+    )
     serve_expired: Annotated[frozenset[str], NoDecode, _json('["acme"]')] = Field(
         frozenset(),
         description='Tenants that are served after that as well, with what is known: a list such as ["acme"], '
@@ -239,11 +264,18 @@ class Settings(BaseSettings):
         description="Client certificates that are credentials: JSON, an alternative name of the certificate to "
         '{"tenant": …, "roles": […]}.',
     )
-    limit_requests: float = Field(0, ge=0, description="Requests a minute that a tenant may make of a gateway; 0: any.")
-    limit_tokens: float = Field(
-        0, ge=0, description="Tokens a minute, prompt and generated, that a tenant may use of a gateway; 0: any."
+    limit_requests: float = Field(
+        0, ge=0, le=10**12, description="Requests a minute that a tenant may make of a gateway; 0: any."
     )
-    limit_concurrent: int = Field(0, ge=0, description="Requests that a tenant may run at once on a gateway; 0: any.")
+    limit_tokens: float = Field(
+        0,
+        ge=0,
+        le=10**12,
+        description="Tokens a minute, prompt and generated, that a tenant may use of a gateway; 0: any.",
+    )
+    limit_concurrent: int = Field(
+        0, ge=0, le=10**6, description="Requests that a tenant may run at once on a gateway; 0: any."
+    )
     limits_file: OptionalPath = Field(
         None, description="TOML file of tenants with limits of their own; it is read again when it changes."
     )
@@ -262,7 +294,9 @@ class Settings(BaseSettings):
     metrics_address: Annotated[str, AfterValidator(_metrics_address)] = Field(
         "", description="Where Prometheus finds /metrics, host:port; the next free of 16 ports if it is taken."
     )
-    metrics_tenants: int = Field(20, ge=0, description="Tenants with a label of their own in metrics; others are one.")
+    metrics_tenants: int = Field(
+        20, ge=0, le=10**5, description="Tenants with a label of their own in metrics; others are one."
+    )
     retry_window: float | None = Field(
         None,
         ge=0,
@@ -271,16 +305,19 @@ class Settings(BaseSettings):
         "answered yet.",
     )
     catch_up: float = Field(
-        2.0, ge=0, description="Seconds that a request with min_revision waits for its gateway to get there."
+        2.0,
+        ge=0,
+        le=86_400,
+        description="Seconds that a request with min_revision waits for its gateway to get there.",
     )
     canary_requests: int = Field(
-        20, ge=1, description="Requests under a canary before its share of failures is judged."
+        20, ge=1, le=10**9, description="Requests under a canary before its share of failures is judged."
     )
     canary_errors: int = Field(
         50, ge=0, le=1000, description="In a thousand: a canary ends by itself when more of its requests fail."
     )
     tenant_bytes: int = Field(
-        64 * 2**20, ge=1, description="Bytes of compiled releases that a replica keeps for one tenant."
+        64 * 2**20, ge=1, le=2**50, description="Bytes of compiled releases that a replica keeps for one tenant."
     )
     log_format: str = Field("console", pattern="^(console|json)$", description="console or json.")
     log_prompts: bool = Field(False, description="Write clients' prompts into the log. They are the tenants' data.")
@@ -298,6 +335,14 @@ class Settings(BaseSettings):
             super().__init__(**values)
         except UnicodeDecodeError as error:
             raise ValueError(f"{Path('.env').resolve()} or a file in {SECRETS} isn't UTF-8 text: {error}") from None
+
+    @staticmethod
+    def check_threads() -> None:
+        """Raises ValueError for numbers of threads in the environment that libraries ignore, or can't make."""
+        for name in THREADS:
+            value = os.environ.get(name, "")
+            if value and not all(_is_count(one.strip()) for one in value.split(",")):
+                raise ValueError(f"{name}={value}: write a number of threads from 1 to {MOST_THREADS}, or unset it")
 
     def key_file(self, whose: str) -> Path:
         """Where the state folder keeps a key: of the role `admin` or `replica`, or, for commands, of a tenant."""

@@ -195,6 +195,9 @@ def _serve(processes: Processes, **environment: str) -> subprocess.CompletedProc
 def test_what_keeps_them_from_starting_is_told(parts: Processes) -> None:
     failed = _serve(parts, BACKPACK_MODEL="/nowhere")
     assert failed.returncode == 1
+    assert failed.stderr.count("/nowhere") == 1, "once, by who starts them"
+    failed = _serve(parts, BACKPACK_LIMITS_FILE="/nowhere")
+    assert failed.returncode == 1
     assert "/nowhere" in failed.stderr
     assert "one of the processes didn't come up" in failed.stderr
     assert "Traceback" not in failed.stderr

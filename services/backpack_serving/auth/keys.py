@@ -13,6 +13,7 @@ import re
 import secrets
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -135,12 +136,20 @@ def suspended(tenant: str) -> Unauthenticated:
 
 
 def write_key_file(key: str, file: Path) -> None:
-    """Write a key into a file that only its owner can read; whoever reads it finds the whole key or no file."""
+    """Write a key into a file that only its owner can read; whoever reads it finds the whole key or no file.
+
+    Raises OSError, with the file, if it can't be written.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.touch(mode=0o600)
-    partial.write_text(f"{key}\n")
-    partial.replace(file)
+    try:
+        partial.touch(mode=0o600)
+        partial.write_text(f"{key}\n")
+        partial.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(file)) from None  # of a disk that is full, none is told
 
 
 def read_key_file(file: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -25,11 +27,22 @@ app = typer.Typer(
 def migrate(
     role: Annotated[str, typer.Option(help="PostgreSQL: the role that the service will use.")] = "",
 ) -> None:
-    """Bring the schema up to date. Safe to run again, and by several at once. SQLite does it at every start."""
+    """Bring the schema up to date. Safe to run again, and by several at once. SQLite does it at every start.
+
+    A database that doesn't answer yet is waited for, as long as BACKPACK_START_WAIT says.
+    """
+    from backpack_serving import starting
     from backpack_serving.interventions import database
+    from backpack_serving.observability.telemetry import configure
 
     with exits():
         settings = Settings()
+        configure(settings, "migrations")
+
+        async def reached() -> None:
+            await starting.blocking(partial(database.reach, settings.database_url))
+
+        asyncio.run(starting.wait_for("the database", reached, settings.start_wait))
         with out.status("migrating"):
             database.migrate(settings.database_url, role)
         out.print("the schema is up to date" + (f"; {role} may use it" if role else ""))

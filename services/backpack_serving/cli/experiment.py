@@ -221,6 +221,7 @@ def _run_and_write(
 
 def read_subject(model: Path | None, threads: int) -> LabModel:
     """The model folder that a command works on; the served one by default."""
+    Settings.check_threads()
     import torch
     from backpack_lm.lab.lab_model import LabModel
 

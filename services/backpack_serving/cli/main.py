@@ -10,6 +10,7 @@ import typer
 
 from backpack_serving.cli.client import out
 from backpack_serving.cli.health import health
+from backpack_serving.cli.stopping import end_as_first_process
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,7 +36,7 @@ def main(
         bool, typer.Option("--version", help="Tell the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    end_as_first_process()
 
 
 def _add_commands() -> None:

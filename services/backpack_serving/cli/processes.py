@@ -95,33 +95,44 @@ class Processes:
         self._serve, self._settings, self._count = serve, settings, count
         self._context = multiprocessing.get_context("spawn")
         self._processes: dict[int, _Process] = {}
-        self._stopping = False
+        self._stopping = self._serving = False
         self._scrape = 0
         self._scraping = threading.Lock()
 
-    def run(self, serving: Callable[[], None]) -> None:
+    def run(self, serving: Callable[[], None]) -> int:
         """Run them until SIGTERM or SIGINT; then they get SIGTERM, too, and all is over when the last has drained.
 
-        `serving` is called once all of them serve. Raises OSError if one doesn't come up.
+        `serving` is called once all of them serve. A signal before that is the result, 0 if it came later; a
+        second one kills them. Raises OSError if one doesn't come up.
         """
         woken, wake = self._context.Pipe(duplex=False)
+        stopped_by = 0
 
-        def stop(*_: object) -> None:
+        def stop(number: int, _: object) -> None:
+            nonlocal stopped_by
+            if not self._serving:
+                if self._stopping:
+                    self._kill()
+                stopped_by = number
             self._stopping = True
             wake.send(None)
 
         with ExitStack() as ending:
             for name in (signal.SIGINT, signal.SIGTERM):
                 ending.callback(signal.signal, name, signal.signal(name, stop))
-            ending.callback(self._stop_all)  # before that: a second signal must not cut the drain off
+            ending.callback(self._stop_all)  # before that: a second signal must not cut a drain off
             for number in range(self._count):
                 self._start_process(number)
-            told = False
             while not self._stopping:
-                self._wait_for_change(woken, all_must_live=not told)
-                if not told and all(process.serves for process in self._processes.values()):
+                self._wait_for_change(woken, all_must_live=not self._serving)
+                if not self._serving and all(process.serves for process in self._processes.values()):
                     serving()
-                    told = True
+                    self._serving = True
+        return stopped_by
+
+    def _kill(self) -> None:
+        for process in list(self._processes.values()):
+            process.running.kill()
 
     def _start_process(self, number: int) -> None:
         ours, theirs = self._context.Pipe()
@@ -155,7 +166,7 @@ class Processes:
     def _stop_all(self) -> None:
         for process in self._processes.values():
             process.running.terminate()
-        until = time.monotonic() + self._settings.drain + ENDING
+        until = time.monotonic() + (self._settings.drain if self._serving else 0.0) + ENDING
         for number, process in self._processes.items():
             process.running.join(max(0.0, until - time.monotonic()))
             if process.running.is_alive():

@@ -8,7 +8,7 @@ import shlex
 import signal
 import time
 from contextlib import AsyncExitStack
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import uvloop
@@ -16,8 +16,12 @@ import uvloop
 from backpack_serving import tasks
 from backpack_serving.cli import hints
 from backpack_serving.cli.client import exits, out
+from backpack_serving.cli.stopping import Stop, Stopped
 from backpack_serving.errors import InvalidRequest, Unauthenticated
 from backpack_serving.settings import Settings
+
+if TYPE_CHECKING:
+    from backpack_serving.embedded import Embedded
 
 
 def run(
@@ -35,31 +39,28 @@ def run(
         if "log_level" not in settings.model_fields_set:
             settings = settings.model_copy(update={"log_level": "warning"})
         configure(settings, "run")
+        settings.check_threads()
         uvloop.run(_serve_all(settings, examples, once))
 
 
 async def _serve_all(settings: Settings, examples: bool, once: bool) -> None:
     from backpack_serving import embedded
-    from backpack_serving.cli import demo
 
     started = time.monotonic()
-    stopped = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    stop = Stop()
     async with AsyncExitStack() as stack:
-        with out.status(f"loading {settings.model.name} and starting the servers"):
-            serving = await stack.enter_async_context(embedded.run(settings))
+        try:
+            with out.status(f"loading {settings.model.name} and starting the servers"):
+                serving = await stop.start(stack.enter_async_context(embedded.run(settings)))
+        except Stopped as stopped:
+            stopped.leave()
         out.print(
             f"gateway [bold]{serving.gateway}[/], interventions [bold]{serving.interventions}[/], "
             f"state in [bold]{settings.state}/[/] [dim]({time.monotonic() - started:.1f} s)[/]\n"
         )
         if examples:
             try:
-                await demo.provide(serving)
-                # The gateway hears of the new tenants by its watch, within milliseconds.
-                await asyncio.sleep(0.2)
-                await demo.side_by_side(serving)
-                out.print(_usage(serving.gateway, serving.interventions, settings), markup=False, soft_wrap=True)
+                await tasks.first(stop.asked.wait(), _show(serving, settings))
             except InvalidRequest as error:  # a model of other words, or of a short context
                 if once:
                     raise
@@ -69,13 +70,24 @@ async def _serve_all(settings: Settings, examples: bool, once: bool) -> None:
                 if once:
                     raise
                 out.print(f"\nThe examples can't be shown: {error.message}\n", markup=False)
-        if not once:
-            out.print("Serving until you press Ctrl-C.")
-            await tasks.first(stopped.wait(), *(part.wait() for part in serving.failed))
+        if not once or stop.asked.is_set():
+            if not stop.asked.is_set():
+                out.print("Serving until you press Ctrl-C.")
+            await tasks.first(stop.asked.wait(), *(part.wait() for part in serving.failed))
             out.print("Finishing what runs, then stopping; Ctrl-C again stops at once.")
-            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, os._exit, 128 + signal.SIGINT)
+            signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     if any(part.is_set() for part in serving.failed):
         raise typer.Exit(1)  # so that whoever supervises this process starts it again
+
+
+async def _show(serving: Embedded, settings: Settings) -> None:
+    from backpack_serving.cli import demo
+
+    await demo.provide(serving)
+    # The gateway hears of the new tenants by its watch, within milliseconds.
+    await asyncio.sleep(0.2)
+    await demo.side_by_side(serving)
+    out.print(_usage(serving.gateway, serving.interventions, settings), markup=False, soft_wrap=True)
 
 
 def _usage(gateway: str, interventions: str, settings: Settings) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 import uvloop
@@ -20,8 +20,12 @@ from rich.console import Console
 from backpack_serving import tasks
 from backpack_serving.cli import processes
 from backpack_serving.cli.client import exits, out
+from backpack_serving.cli.stopping import Stop, Stopped
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
+
+if TYPE_CHECKING:
+    from backpack_serving.inference.replica import Replica
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,6 +66,8 @@ def gateway() -> None:
             _serve("gateway", bootstrap.start)
             return
         configure(settings, "gateway")
+        with out.status("starting a gateway"):  # waits once, instead of in each process
+            asyncio.run(bootstrap.required(settings, listens=False))
         held, address = processes.reserve(settings.gateway_address)
         with held, shared(count) as levels, out.status(f"starting {count} processes of a gateway") as status:
             each = settings.model_copy(update={"gateway_address": address, "metrics_address": ""})
@@ -75,7 +81,8 @@ def gateway() -> None:
                 status.stop()
                 out.print(f"gateway serves on [bold]{address}[/], {count} processes; Ctrl-C stops it")
 
-            together.run(serving)
+            if number := together.run(serving):
+                raise typer.Exit(128 + number)
 
 
 def _one_gateway(count: int, levels: Path, settings: Settings, number: int, line: Connection) -> None:
@@ -106,11 +113,12 @@ def directory() -> None:
 def inference() -> None:
     """A replica, where there is no Ray. Under Ray Serve, deploy/ray/serve.yaml takes its place."""
     from backpack_serving import rpc
+    from backpack_serving.inference.required import required
 
-    with exits():
+    async def start(settings: Settings, metrics: Metrics) -> Replica:
+        await required(settings)  # before torch is loaded: what is wrong is told at once
         from backpack_serving.inference import replica
 
-    async def start(settings: Settings, metrics: Metrics) -> replica.Replica:
         return await replica.start(
             settings,
             replica.report_to(
@@ -131,24 +139,30 @@ def _serve(
     console: Console = out,
 ) -> None:
     """Serve until a signal, or until what `failure` gives is set, which is exit status 1: whoever supervises this
-    process shall start it again.
+    process shall start it again. A signal before it serves is exit status 128 and its number.
     """
+    from backpack_serving import starting
     from backpack_serving.observability import exposition
     from backpack_serving.observability.telemetry import configure
 
+    async def started() -> Any:
+        metrics = Metrics(settings.metrics_tenants)
+        if settings.metrics_address:  # first: what is wrong with it is told before anything runs
+            listen = partial(exposition.listen, metrics.registry, settings.metrics_address, settings.tls)
+            await starting.blocking(listen)
+        return await start(settings, metrics)
+
     async def serve() -> bool:
-        stopped = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-        with console.status(f"starting {name}"):
-            metrics = Metrics(settings.metrics_tenants)
-            if settings.metrics_address:  # first: what is wrong with it is told before anything runs
-                exposition.listen(metrics.registry, settings.metrics_address, settings.tls)
-            running = await start(settings, metrics)
+        stop = Stop()
+        try:
+            with console.status(f"starting {name}"):
+                running = await stop.start(started())
+        except Stopped as stopped:
+            stopped.leave()
         console.print(f"{name} serves on [bold]{running.address}[/]; Ctrl-C stops it")
         failed = failure(running)
         watching = asyncio.create_task(_end_if_it_hangs())
-        await tasks.first(stopped.wait(), failed.wait())
+        await tasks.first(stop.asked.wait(), failed.wait())
         await running.stop()
         await tasks.end(watching)
         return failed.is_set()

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from backpack_serving.cli import hints
 from backpack_serving.cli.client import PrecisionName, err, exits
+from backpack_serving.settings import Settings
 
 if TYPE_CHECKING:
     from backpack_lm.tokenizer import Tokenizer
@@ -67,6 +68,7 @@ def train(
     last checkpoint, and ends with the same weights as if it had never been stopped. To train a finished run
     on, or on other text, begin another one after it: --after RUN --seed 1 --out RUN2.
     """
+    Settings.check_threads()
     import torch
     from backpack_lm.checkpoint import TOKENIZER, save
     from backpack_lm.config import BackpackConfig

@@ -16,7 +16,7 @@ from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2_grpc
 
-from backpack_serving import rpc, tasks
+from backpack_serving import rpc, starting, tasks
 from backpack_serving.auth.identity import Identities
 from backpack_serving.auth.keys import Principal
 from backpack_serving.gateway.canary_stats import CanaryStats
@@ -62,6 +62,12 @@ class Gateway:
         while self.book.age == float("inf") or not self.router.size:
             await asyncio.sleep(0.02)
 
+    def lacks(self) -> str:
+        """What requests can't be served without, for people."""
+        if self.book.age == float("inf"):
+            return "it hasn't heard from the intervention service"
+        return "" if self.router.size else "there is no replica"
+
     async def stop(self) -> None:
         await self.server.stop(self.drain)
         await tasks.end(*self.tasks)
@@ -84,6 +90,16 @@ def _display_name(address: str) -> str:
     return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "[::]", "") else address
 
 
+async def required(settings: Settings, listens: bool = True) -> tuple[Manifest, str]:
+    """What a gateway can't start without, and waits for: the model's manifest, and the key of its role.
+
+    Raises what `start` does for these, and for the address if it `listens` there itself.
+    """
+    if listens:
+        await starting.blocking(partial(rpc.check_address, settings.gateway_address))
+    return await starting.model(settings), await starting.key(settings, "replica")
+
+
 async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None = None) -> Gateway:
     """Serve on `settings.gateway_address`. One of several processes shares the port, and listens only when it can
     answer: nobody asks it in particular whether it is ready.
@@ -91,9 +107,8 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
     Raises OSError if the address is taken or there is no key, ManifestError if there is no model, ValueError if
     certificates, limits or the issuer of tokens are no good.
     """
-    manifest = Manifest.read(settings.model)
-    tokenizer = Tokenizer.read(settings.model / "tokenizer.json", manifest.tokenizer)
-    key = settings.key_for("replica")
+    manifest, key = await required(settings, listens=one is None)
+    tokenizer = await starting.blocking(partial(Tokenizer.read, settings.model / "tokenizer.json", manifest.tokenizer))
     tls, directory_tls = settings.tls, settings.directory_tls
     reader = SyncClient(
         ReaderKind.GATEWAY, uuid.uuid4().hex, _display_name(settings.gateway_address), manifest.fingerprint
@@ -103,7 +118,7 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
     folder = f"gateway-{one.number}" if one and one.number else "gateway"  # each keeps for itself what it knows
     control, tallies = rpc.channel(settings.interventions_address, tls), CanaryStats()
     link = SyncTransport(control, key, reader, tallies, settings.state / "known-good" / folder / "view")
-    await asyncio.to_thread(link.restore)
+    await starting.blocking(link.restore)
 
     async def by_key(presented: str) -> Principal:
         return book.authenticate(presented)

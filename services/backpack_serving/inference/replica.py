@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import structlog
@@ -17,7 +18,7 @@ from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import PatchLimits, ReleaseContent
 from backpack_proto.v1 import directory_pb2, directory_pb2_grpc, inference_pb2_grpc, sync_pb2, sync_pb2_grpc
 
-from backpack_serving import rpc, tasks
+from backpack_serving import rpc, starting, tasks
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.loop import EngineLoop
 from backpack_serving.engine.runner import Runner
@@ -28,6 +29,7 @@ from backpack_serving.errors import DataLoss, ServiceError
 from backpack_serving.inference.directory import REPORT_SECONDS
 from backpack_serving.inference.release_cache import Fetch, ReleaseCache
 from backpack_serving.inference.release_files import ReleaseFiles
+from backpack_serving.inference.required import required
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.inference.servicer import InferenceServicer
 from backpack_serving.observability.metrics import Metrics, ReplicaMetrics
@@ -159,11 +161,13 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
     Raises ManifestError or CheckpointError for the model, ValueError if there isn't the memory for these settings
     or certificates are no good, EngineStopped if the first token can't be made, OSError for the address or a key.
     """
+    key = await required(settings)
     device, precision, room = Device(settings.device).torch(), Precision(settings.precision), settings.overlay_rows
     if settings.threads:  # before a worker thread computes anything: it would keep the number that held then
         torch.set_num_threads(settings.threads)
     with _enough_memory(settings):
-        served = await asyncio.to_thread(ServedModel.read, settings.model, precision, room, device)
+        read = partial(ServedModel.read, settings.model, precision, room, device)
+        served = await starting.blocking(read)  # from a disk that hangs, perhaps
         runner = Runner(served.model, served.storage, settings.slots)
     engine = EngineLoop(
         Engine(
@@ -179,7 +183,7 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
     # each time 0.2 s in which no stream moves.
     gc.collect()
     gc.freeze()
-    key, folder = settings.key_for("replica"), settings.state / "known-good" / "replica"
+    folder = settings.state / "known-good" / "replica"
     versions = ReleaseCache(
         served,
         fetch_from(control, key),

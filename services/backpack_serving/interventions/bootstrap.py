@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
-from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
 from google.protobuf.message import DecodeError
 from pydantic import SecretStr
 
-from backpack_serving import rpc, tasks
+from backpack_serving import rpc, starting, tasks
 from backpack_serving.auth.identity import Identities
 from backpack_serving.auth.keys import ApiKeySecret, Principal, Role, read_key_file, write_key_file
 from backpack_serving.errors import ServiceError, Unauthenticated
@@ -51,15 +51,21 @@ class InterventionService:
 
 
 async def start(settings: Settings, metrics: Metrics) -> InterventionService:
-    """Serve on `settings.interventions_address`.
+    """Serve on `settings.interventions_address`, once the database and the model's files are there.
 
     Raises ServiceError if the database can't be used, or not for this model, OSError if the address is taken or
     the state folder can't be written to, ManifestError if there is no model, ValueError if a key, certificates or
     the issuer of tokens are no good.
     """
-    manifest = Manifest.read(settings.model)
-    tokenizer = Tokenizer.read(settings.model / "tokenizer.json", manifest.tokenizer)
-    store = await asyncio.to_thread(open_store, settings.database_url)
+    await starting.blocking(partial(rpc.check_address, settings.interventions_address))
+    manifest = await starting.model(settings)
+    tokenizer = await starting.blocking(partial(Tokenizer.read, settings.model / "tokenizer.json", manifest.tokenizer))
+    url = settings.database_url
+
+    async def opened() -> Store:
+        return await starting.blocking(partial(open_store, url), discard=lambda late: late.close())
+
+    store: Store = await starting.wait_for("the database", opened, settings.start_wait)
     failed, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def fail(why: str) -> None:
@@ -78,11 +84,17 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
                 log.warning("another version of the service tells of a reader", error=str(error))
 
         store.listen(writes.notify, fail, told)
-        await asyncio.to_thread(service.channels.check_model, settings.force_model)
-        admin = _operator_key("BACKPACK_ADMIN_KEY", settings.admin_key, settings.key_file("admin"))
-        replica = _operator_key("BACKPACK_SERVICE_KEY", settings.service_key, settings.key_file("replica"))
-        await asyncio.to_thread(service.tenants.bootstrap, admin, [Role.ADMIN])
-        await asyncio.to_thread(service.tenants.bootstrap, replica, [Role.REPLICA])
+
+        def prepare() -> None:
+            service.channels.check_model(settings.force_model)
+            admin = _operator_key("BACKPACK_ADMIN_KEY", settings.admin_key, settings.key_file("admin"))
+            replica = _operator_key("BACKPACK_SERVICE_KEY", settings.service_key, settings.key_file("replica"))
+            service.tenants.bootstrap(admin, [Role.ADMIN])
+            service.tenants.bootstrap(replica, [Role.REPLICA])
+
+        # A server may be lost again, in this moment too; a file that can't be written to won't get better.
+        wait = 0.0 if url.startswith("sqlite") else settings.start_wait
+        await starting.wait_for("the database", lambda: starting.blocking(prepare), wait)
 
         async def by_key(presented: str) -> Principal:
             return await asyncio.to_thread(service.tenants.authenticate, presented)

@@ -28,6 +28,13 @@ def open_store(url: str) -> SQLStore:
     return store
 
 
+def reach(url: str) -> None:
+    """Raises Unavailable if the database doesn't answer; with `retry_after`, if it may later."""
+    parsed = _parse(url)
+    if parsed.get_backend_name() != "sqlite":
+        _postgres().reach(parsed)
+
+
 def migrate(url: str, role: str = "", wait: float = 30.0) -> None:
     """Bring a database up to date; what is up to date stays as it is. On PostgreSQL, let `role` use it.
 

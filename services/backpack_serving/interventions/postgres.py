@@ -7,6 +7,7 @@ NOTIFY wakes watchers up; they poll as well, so one that is lost costs a second.
 
 from __future__ import annotations
 
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -65,11 +66,11 @@ class PostgresStore(SQLStore):
     @classmethod
     def open(cls, url: sa.URL) -> PostgresStore:
         """Connect to a migrated database. Raises Unavailable if that fails, it isn't migrated, or it doesn't
-        keep what it acknowledges.
+        keep what it acknowledges; with `retry_after`, unless another try would fail as well.
         """
         store = cls(_engine(url))
         try:
-            with store._errors(), store._reading(None) as connection:
+            with _for_ever(url), store._errors(), store._reading(None) as connection:
                 _check_rights(connection)
                 schema.check(connection)
                 _check_server(connection)
@@ -147,6 +148,16 @@ class PostgresStore(SQLStore):
             ) from error
 
 
+def reach(url: sa.URL) -> None:
+    """Connect and ask for nothing. Raises Unavailable as `PostgresStore.open` does."""
+    engine = _engine(url)
+    try:
+        with _for_ever(url), PostgresStore(engine)._errors(), engine.connect() as connection:
+            connection.execute(sa.text("SELECT 1"))
+    finally:
+        engine.dispose()
+
+
 def migrate(url: sa.URL, role: str = "") -> None:
     """Bring the schema up to date, as a role that may create tables; then let `role` use it, if one is given.
 
@@ -201,6 +212,35 @@ def _engine(url: sa.URL) -> sa.Engine:
     )
     sa.event.listen(engine, "connect", _set_session)
     return engine
+
+
+@contextmanager
+def _for_ever(url: sa.URL) -> Iterator[None]:
+    """Takes `retry_after` from what no time mends, and says so: a server that is reached and refuses, or settings
+    that are none. All else, a name that isn't known yet or a server that starts, may pass.
+
+    libpq gives no code for what ends a connection's start, only its text, which a server may write in another
+    language: then it counts as what may pass, and is told while it is waited for.
+    """
+    try:
+        yield
+    except (Unavailable, AssertionError) as error:
+        cause = error.__cause__
+        text = str(getattr(cause, "orig", cause) or "")
+        if isinstance(error, AssertionError) and not isinstance(getattr(cause, "orig", None), psycopg.Error):
+            raise
+        if isinstance(error, Unavailable) and not _FOR_EVER.search(text):
+            raise
+        text = " ".join(text.split())
+        raise Unavailable("DATABASE", f"the database {url.database} can't be used: {text}") from error
+
+
+_FOR_EVER = re.compile(
+    r"authentication failed|no password supplied|role \".*\" (does not exist|is not permitted to log in)"
+    r"|database \".*\" does not exist|pg_hba\.conf (rejects|entry)|permission denied for database"
+    r"|certificate verify failed|server certificate for|root certificate|certificate file|private key file"
+    r"|does not support SSL|sslmode|invalid (port|integer|connection option|URI)|unsupported frontend protocol"
+)
 
 
 def _set_session(connection: Any, _: object) -> None:

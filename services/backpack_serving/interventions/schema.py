@@ -31,6 +31,7 @@ def check(connection: sa.Connection) -> None:
         raise Unavailable(
             "OLD_SCHEMA",
             f"the schema is at {found or 'nothing'}; run `backpack database migrate` to get to {needed}",
+            retry_after=1.0,  # whoever migrates may be about to
         )
 
 

@@ -148,6 +148,10 @@ class SQLStore(ABC):
     def _commit(self, transaction: sa.RootTransaction) -> None:
         """Commit, durably. Raises Unavailable if that can't be told."""
 
+    def _reason(self, error: object) -> str:
+        """What the database says, and what a store finds out beside it."""
+        return str(error)
+
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
@@ -157,5 +161,5 @@ class SQLStore(ABC):
             raise AssertionError(f"the database refuses what the rules allowed: {error.orig}") from error
         except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
             reason = getattr(error, "orig", None) or error  # where it is, and as whom we call it
-            why = f"{self.engine.url.database}: {reason}"
+            why = f"{self.engine.url.database}: {self._reason(reason)}"
             raise Unavailable("DATABASE", "the database failed", retry_after=1.0, why=why) from error

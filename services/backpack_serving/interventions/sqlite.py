@@ -8,6 +8,7 @@ here and not by SQLite, which keeps their errors to itself: a kernel reports a f
 from __future__ import annotations
 
 import fcntl
+import re
 import stat
 import threading
 import time
@@ -22,6 +23,7 @@ from sqlalchemy.pool import StaticPool
 
 from backpack_serving.errors import Unavailable
 from backpack_serving.interventions import schema
+from backpack_serving.interventions.disk import diagnose
 from backpack_serving.interventions.sql import SQLStore
 from backpack_serving.interventions.store import ignored
 
@@ -72,7 +74,8 @@ class SQLiteStore(SQLStore):
         except (sa.exc.DBAPIError, Unavailable) as error:
             engine.dispose()
             lock.close()
-            raise Unavailable("DATABASE", f"{path} can't be used: {getattr(error, 'orig', error)}") from None
+            why = _with_reason(getattr(error, "orig", error), path)
+            raise Unavailable("DATABASE", f"{path} can't be used: {why}") from None
         return cls(engine, lock)
 
     def listen(
@@ -110,15 +113,18 @@ class SQLiteStore(SQLStore):
         try:
             transaction.commit()
         except sa.exc.DBAPIError as error:
-            self._stop(f"a commit failed: {error.orig}")
+            self._stop(f"a commit failed: {self._reason(error.orig)}")
 
     def _checkpoint(self, connection: sa.Connection) -> None:
         driver: Any = connection.connection.driver_connection
         try:
             driver.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         except Exception as error:  # of the driver: there is no statement of SQLAlchemy's to wrap it
-            self._stop(f"a checkpoint failed: {error}")
+            self._stop(f"a checkpoint failed: {self._reason(error)}")
         self._since_checkpoint = 0
+
+    def _reason(self, error: object) -> str:
+        return _with_reason(error, Path(self.engine.url.database or ""))
 
     def _stop(self, why: str) -> None:
         self._failed = why
@@ -134,6 +140,15 @@ class SQLiteStore(SQLStore):
                 f"{self._failed}. What is on disk is unknown until the service is started again; whether the "
                 "write in question was stored will show then",
             )
+
+
+def _with_reason(error: object, path: Path) -> str:
+    """What SQLite says, and what it keeps to itself: why its files can't be written, as another file can't be."""
+    found = diagnose(path) if _WRITING.search(str(error)) else ""
+    return f"{error}{': ' if found else ''}{found}"
+
+
+_WRITING = re.compile("disk|full|readonly|unable to open|locked|I/O", re.IGNORECASE)
 
 
 def _lock_file(path: Path, wait: float) -> IO[str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import socketserver
 import ssl
 import sys
 import threading
@@ -35,6 +36,12 @@ class _Server(ThreadingWSGIServer):
     """Wraps connections with the certificates as they are then: new ones need no restart."""
 
     context: Reloaded[ssl.SSLContext] | None = None
+
+    def server_bind(self) -> None:
+        """Without the base's question for this host's full name: a resolver that hangs would hold up the start."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
 
     def get_request(self) -> Any:
         try:

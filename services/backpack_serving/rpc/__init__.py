@@ -2,6 +2,7 @@
 
 from backpack_serving.rpc.channel import SMALL, channel, sync_channel
 from backpack_serving.rpc.drain import drained
+from backpack_serving.rpc.listening import check as check_address
 from backpack_serving.rpc.metadata import Context, bearer, certificate_names, metadata, with_key, with_request_id
 from backpack_serving.rpc.server import Server, Service, Watcher, start
 from backpack_serving.rpc.status import errors, to_status
@@ -17,6 +18,7 @@ __all__ = [
     "bearer",
     "certificate_names",
     "channel",
+    "check_address",
     "drained",
     "errors",
     "metadata",

@@ -25,6 +25,7 @@ from grpc_status import rpc_status
 from backpack_serving.auth.tls import Tls
 from backpack_serving.errors import InvalidRequest, ServiceError
 from backpack_serving.observability import tracing
+from backpack_serving.rpc import listening
 from backpack_serving.rpc.carrier import Carrier
 from backpack_serving.rpc.channel import MESSAGE_LIMIT, SMALL, too_large
 from backpack_serving.rpc.credentials import server_credentials
@@ -305,6 +306,8 @@ async def start(
 
     Raises OSError if the address is taken, ValueError if the certificates are no good.
     """
+    if not share_port:
+        await asyncio.to_thread(listening.check, address)
     services, closing = list(services), asyncio.Event()
     carried: dict[str, grpc.RpcMethodHandler] = {}
     if tunnel:
@@ -333,11 +336,8 @@ async def start(
             port = server.add_insecure_port(address)
         else:
             port = server.add_secure_port(address, server_credentials(tls))
-    except RuntimeError:
-        raise OSError(
-            f"can't listen on {address}: is another server there, or is it no address of this machine? "
-            "`backpack settings` lists who listens where"
-        ) from None
+    except RuntimeError as error:
+        raise listening.unusable(address, str(error)) from None
     await server.start()
     bound = address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
     started = Server(server, bound, checks, calls)

@@ -1,0 +1,20 @@
+"""What a replica can't start without. No torch here: what is wrong is told before that is loaded."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from backpack_serving import rpc, starting
+from backpack_serving.settings import Settings
+
+
+async def required(settings: Settings) -> str:
+    """Wait for the model's files and the key of the role; the key.
+
+    Raises ManifestError or ModelNotThere for the model, OSError for the address or the key, ValueError for numbers
+    of the environment that no arithmetic could use.
+    """
+    settings.check_threads()
+    await starting.blocking(partial(rpc.check_address, settings.inference_address))
+    await starting.model(settings, weights=True)
+    return await starting.key(settings, "replica")

@@ -1,0 +1,172 @@
+"""Waiting, at a start, for what isn't there yet; every few seconds a log line says what is awaited, and why.
+
+A start never waits longer than `start_wait`, nor in a thread that keeps the process from ending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+from backpack_lm.manifest import Manifest
+
+from backpack_serving.errors import ServiceError, Unavailable
+from backpack_serving.settings import Settings
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+TELL_SECONDS = 5.0
+"""Between two lines that say what is awaited."""
+
+SILENT_SECONDS = 3.0
+"""That an attempt may take before the first line."""
+
+PAUSE = 1.0
+"""Seconds between an attempt that failed and the next one."""
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.ckpt")
+_TOPICS = "topics.safetensors"
+
+
+class ModelNotThere(FileNotFoundError):
+    """The model's folder is empty or not complete yet, as while a volume is being filled."""
+
+
+async def blocking(work: Callable[[], T], discard: Callable[[T], object] | None = None) -> T:
+    """Run what blocks in a daemon thread. `asyncio.to_thread` would keep a process that ends until it returns.
+
+    `discard` gets a result that nobody waits for any more.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            if error is None and discard is not None:
+                threading.Thread(target=discard, args=(result,), daemon=True).start()
+        elif error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as raised:
+            error = raised
+        with suppress(RuntimeError):  # the loop was closed: the process ends
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="start", daemon=True).start()
+    return await future
+
+
+async def wait_for(
+    what: str,
+    attempt: Callable[[], Awaitable[T]],
+    seconds: float,
+    passing: tuple[type[Exception], ...] = (),
+    why: Callable[[], str] = lambda: "no answer yet",
+) -> T:
+    """The result of the first attempt that succeeds, within so many seconds; 0 is one attempt.
+
+    An error may pass if it is a ServiceError with `retry_after`, or one of `passing`; any other is raised at once.
+    `why` says why an attempt lasts. When the time is over, raises the last error, or Unavailable if there is none.
+    """
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    until, next_line = began + seconds, began + SILENT_SECONDS
+    gives_up = until if seconds else math.inf  # with an attempt that lasts
+    last: Exception | None = None
+    told = ""
+    running: asyncio.Future[T] = asyncio.ensure_future(attempt())
+    try:
+        while True:
+            wake = max(0.0, min(gives_up, next_line) - loop.time())
+            done, _ = await asyncio.wait({running}, timeout=wake)
+            if done and (last := running.exception()) is None:  # type: ignore[assignment]
+                if told:
+                    log.warning(f"{what} is there", waited=round(loop.time() - began, 1))
+                return running.result()
+            if last is not None and not _may_pass(last, passing):
+                raise last
+            now, reason = loop.time(), _text(last) if last is not None else why()
+            if now >= (until if done else gives_up):
+                raise last or Unavailable(
+                    "NOT_READY",
+                    f"{what}: {reason} after {seconds:g} s; BACKPACK_START_WAIT sets how long a start waits",
+                )
+            if now >= next_line or (done and reason != told):
+                waited = round(now - began, 1)
+                log.warning(f"waiting for {what}", reason=reason, waited=waited, at_most=seconds)
+                told, next_line = reason, now + TELL_SECONDS
+            if done:
+                await asyncio.sleep(min(PAUSE, max(0.0, until - now)))
+                running = asyncio.ensure_future(attempt())
+    finally:
+        running.cancel()
+
+
+def _may_pass(error: Exception, passing: tuple[type[Exception], ...]) -> bool:
+    return isinstance(error, passing) or (isinstance(error, ServiceError) and error.retry_after is not None)
+
+
+def _text(error: Exception) -> str:
+    why = error.why if isinstance(error, ServiceError) else ""
+    return " ".join(f"{error}{': ' if why else ''}{why}".split())
+
+
+async def key(settings: Settings, role: str) -> str:
+    """The key of a role. Waits for the file that the intervention service makes with its first start.
+
+    Raises FileNotFoundError if there is none in time, OSError if it can't be read.
+    """
+
+    async def read() -> str:
+        return await blocking(partial(settings.key_for, role))
+
+    return await wait_for(f"the {role} key", read, settings.start_wait, (FileNotFoundError,))
+
+
+async def model(settings: Settings, weights: bool = False) -> Manifest:
+    """The manifest of the model to serve, once its folder has it, the tokenizer and, if asked for, weights.
+
+    Raises ManifestError at once for a folder that isn't there, or holds something else than a servable model;
+    ModelNotThere for an empty or incomplete one that isn't filled in time.
+    """
+
+    async def read() -> Manifest:
+        return await blocking(partial(complete, settings.model, weights))  # a disk may hang
+
+    return await wait_for("the model", read, settings.start_wait, (ModelNotThere,))
+
+
+def complete(folder: Path, weights: bool) -> Manifest:
+    """A model folder's manifest. Raises ManifestError, or ModelNotThere if it is being filled, as volumes are."""
+    if _is_empty(folder):
+        raise ModelNotThere(f"{folder} (BACKPACK_MODEL) is empty")
+    manifest = Manifest.read(folder)
+    wanted: list[tuple[str, tuple[str, ...]]] = [("tokenizer.json", ("tokenizer.json",))]
+    if weights:
+        wanted += [("config.json", ("config.json",)), ("weights", _WEIGHTS)]
+    for name, patterns in wanted:
+        if not any(one.name != _TOPICS for pattern in patterns for one in folder.glob(pattern)):
+            raise ModelNotThere(f"{folder} (BACKPACK_MODEL) has a manifest.json and no {name}")
+    return manifest
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        return not any(each.name != "lost+found" for each in folder.iterdir())
+    except OSError:  # it isn't there, which is no matter of time
+        return False
