@@ -9,7 +9,7 @@ endif
 COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c requirements.lock
 
-.PHONY: help run test test-long test-containers up down bench lint format protos lock clean
+.PHONY: help run test test-long test-containers up down chart bench lint format protos lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,10 @@ down: ## Stop the containers; their volumes and secrets stay
 
 test-containers: .venv/.dev ## Build the images, bring the compose stack up, use it, kill its parts (needs docker)
 	$(BIN)/pytest -s tests/deploy/test_containers.py tests/deploy/test_chart_containers.py
+
+chart: .venv/.dev ## Package the Helm chart into dist/, with the table of its values
+	$(BIN)/python deploy/chart.py
+	$(BIN)/helm package deploy/helm --destination dist
 
 bench: .venv/.dev ## Measure, side by side; results go to tests/bench/results
 	$(BIN)/python -m tests.bench.engine
@@ -83,5 +87,5 @@ clean: ## Remove the environments and what running has left behind
 
 .venv/.dev: .venv/.run
 	$(PIP) -e '.[dev]'
-	@test -x $(BIN)/helm || $(BIN)/python tests/deploy/helm.py $(BIN)/helm || echo "no helm: its tests will be skipped"
+	@test -x $(BIN)/helm3 || $(BIN)/python tests/deploy/helm.py $(BIN)/helm || echo "no helm: its tests will be skipped"
 	@touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,14 +11,27 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "helm"
-HELM = shutil.which("helm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+KUBERNETES = "1.35"
 
-needs_helm = pytest.mark.skipif(not HELM, reason="no helm: python tests/deploy/helm.py .venv/bin/helm")
+
+def _program(name: str) -> str | None:
+    """What `make` put beside Python, or what is on PATH."""
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
+
+HELM, HELM_3, KUBECTL = _program("helm"), _program("helm3"), _program("kubectl")
+GET = "python tests/deploy/helm.py .venv/bin/helm"
+
+needs_helm = pytest.mark.skipif(not HELM, reason=f"no helm: {GET}")
+needs_helm_3 = pytest.mark.skipif(not HELM_3, reason=f"no helm3: {GET}")
+needs_kubectl = pytest.mark.skipif(not KUBECTL, reason=f"no kubectl: {GET}")
 
 VARIANTS = {
     "as it is": "{}",
@@ -62,18 +76,25 @@ VARIANTS = {
 }
 
 
-def helm(*arguments: str, values: str = "{}") -> subprocess.CompletedProcess[str]:
-    assert HELM
+def helm(*arguments: str, values: str = "{}", program: str | None = HELM) -> subprocess.CompletedProcess[str]:
+    assert program
     return subprocess.run(
-        [HELM, *arguments, "--values", "-"], input=values, capture_output=True, text=True, check=False
+        [program, *arguments, "--values", "-"], input=values, capture_output=True, text=True, check=False
     )
 
 
 @cache
-def render(values: str) -> list[dict[str, Any]]:
-    done = helm("template", "r", str(CHART), "--namespace", "backpack", values=values)
+def render(values: str, chart: Path = CHART, program: str | None = HELM) -> list[dict[str, Any]]:
+    done = helm("template", "r", str(chart), "--namespace", "backpack", values=values, program=program)
     assert done.returncode == 0, done.stderr
     return [document for document in yaml.safe_load_all(done.stdout) if document]
+
+
+def refused(values: str) -> str:
+    """What helm says of values that it refuses."""
+    done = helm("template", "r", str(CHART), values=values)
+    assert done.returncode != 0, values
+    return done.stderr
 
 
 def one(values: str, kind: str, name: str) -> dict[str, Any]:
@@ -94,10 +115,56 @@ def pods(values: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+# ---- schemas
+
+
+def closed(schema: Any) -> Any:
+    """A resource's schema that refuses unknown fields, as a strict API server does."""
+    if isinstance(schema, dict):
+        schema = {key: closed(value) for key, value in schema.items()}
+        open_already = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields")
+        if isinstance(schema.get("properties"), dict) and not open_already:
+            schema["additionalProperties"] = False
+    elif isinstance(schema, list):
+        schema = [closed(value) for value in schema]
+    return schema
+
+
+@cache
+def definition() -> dict[str, Any]:
+    """The schema of KubeRay's RayService, as its resource definition has it."""
+    schema: dict[str, Any] = json.loads((Path(__file__).parent / "rayservice.schema.json").read_text())
+    schema["properties"]["metadata"]["additionalProperties"] = True  # metav1.ObjectMeta, which no CRD repeats
+    return schema
+
+
+@cache
+def _rayservice() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(closed(definition()))
+
+
+@cache
+def _others(file: str, kind: str) -> jsonschema.Draft202012Validator:
+    schemas = json.loads((Path(__file__).parent / file).read_text())
+    return jsonschema.Draft202012Validator(closed({"$ref": f"#/$defs/{kind}", "$defs": schemas["$defs"]}))
+
+
+def validate(thing: dict[str, Any]) -> None:
+    """Raises if an API server would refuse this object."""
+    if thing["kind"] == "RayService":
+        _rayservice().validate(thing)
+    elif thing["apiVersion"] == "monitoring.coreos.com/v1":
+        _others("monitoring.schema.json", thing["kind"]).validate(thing)
+    elif thing["apiVersion"] == "gateway.networking.k8s.io/v1":
+        _others("gatewayapi.schema.json", thing["kind"]).validate(thing)
+    else:
+        kubernetes_validate.validate(thing, KUBERNETES, strict=True)
+
+
 every = pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS.keys())
 DEFAULT, BARE, EVERYTHING = VARIANTS.values()
 
 
 def environment(template: dict[str, Any]) -> dict[str, Any]:
-    (container,) = template["spec"]["containers"]
+    container = template["spec"]["containers"][0]
     return {e["name"]: e.get("value", e.get("valueFrom")) for e in container["env"]}

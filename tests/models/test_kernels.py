@@ -298,6 +298,7 @@ def test_a_damaged_library_is_made_anew(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     """And isn't loaded: that would end the process, as would one that is cut off."""
+    monkeypatch.setattr(build, "PREBUILT", tmp_path)
     whole = Path(build.library()._name).read_bytes()
     monkeypatch.setattr(build, "folder", lambda name: tmp_path)
     monkeypatch.setattr(build, "_compile_library", lambda file: file.write_bytes(whole))
@@ -307,13 +308,16 @@ def test_a_damaged_library_is_made_anew(
 
 
 def test_without_a_compiler_the_plain_kernels_do_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "PREBUILT", tmp_path)
     monkeypatch.setattr(build, "folder", lambda name: tmp_path)
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     with pytest.raises(build.NotBuilt, match="install g\\+\\+"):
         build.library.__wrapped__()
 
 
-def test_a_folder_that_cannot_be_written_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "PREBUILT", tmp_path)
+
     def refuse(name: str) -> Path:
         raise PermissionError(f"{name} can't be made")
 
@@ -326,6 +330,7 @@ def test_a_compiler_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, tmp_pat
     broken = tmp_path / "cpp"
     broken.mkdir()
     (broken / "exports.cpp").write_text("int main( {")
+    monkeypatch.setattr(build, "PREBUILT", tmp_path)
     monkeypatch.setattr(build, "folder", lambda name: tmp_path)
     monkeypatch.setattr(build, "SOURCES", broken)
     with pytest.raises(build.NotBuilt, match="error"):

@@ -1,8 +1,14 @@
-{{- /* The release's name is the prefix of every object's. */ -}}
-{{- define "backpack.name" -}}{{ printf "%s-%s" .root.Release.Name .part | trunc 60 | trimSuffix "-" }}{{- end }}
+{{- /* Prefix of every object's name: the release's name, unless values override it. */ -}}
+{{- define "backpack.prefix" -}}
+{{- with .Values.fullnameOverride }}{{ . }}{{ else }}
+{{- with .Values.nameOverride }}{{ $.Release.Name }}-{{ . }}{{ else }}{{ .Release.Name }}{{ end }}
+{{- end }}
+{{- end }}
+
+{{- define "backpack.name" -}}{{ printf "%s-%s" (include "backpack.prefix" .root) .part | trunc 60 | trimSuffix "-" }}{{- end }}
 
 {{- define "backpack.selector" -}}
-app.kubernetes.io/name: backpack
+app.kubernetes.io/name: {{ .root.Values.nameOverride | default "backpack" }}
 app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .part }}
 {{- end }}
@@ -12,33 +18,30 @@ app.kubernetes.io/component: {{ .part }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- /* Annotations of an object that is no pod: `own` of the object, and those of all objects. */ -}}
+{{- define "backpack.annotations" -}}
+{{- with merge (deepCopy (.own | default dict)) .root.Values.commonAnnotations }}
+annotations: {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end }}
 
 {{- /* How dashboard and alerts tell this one from others that the same Prometheus watches. */ -}}
 {{- define "backpack.installation" -}}{{ .Release.Namespace }}/{{ .Release.Name }}{{- end }}
 
 {{- define "backpack.image" -}}
-{{ .root.Values.image.registry }}backpack-{{ .part }}:{{ .root.Values.image.tag | default .root.Chart.AppVersion }}
-{{- end }}
-
-{{- define "backpack.pullSecrets" -}}
-{{- with .root.Values.image.pullSecrets }}
-imagePullSecrets: [{{ range $i, $name := . }}{{ if $i }}, {{ end }}{name: {{ $name }}}{{ end }}]
+{{- $own := .values.image }}
+{{- $repository := print ($own.registry | default .root.Values.image.registry) ($own.repository | default (printf "backpack-%s" .part)) }}
+{{- if $own.digest }}{{ $repository }}@{{ $own.digest }}
+{{- else }}{{ $repository }}:{{ $own.tag | default .root.Values.image.tag | default .root.Chart.AppVersion }}
 {{- end }}
 {{- end }}
 
-{{- define "backpack.podSecurity" -}}
-runAsNonRoot: true
-runAsUser: 10001
-runAsGroup: 10001
-fsGroup: 10001
-seccompProfile: {type: RuntimeDefault}
-{{- end }}
-
-{{- define "backpack.security" -}}
-allowPrivilegeEscalation: false
-capabilities: {drop: [ALL]}
-{{- end }}
+{{- define "backpack.pullPolicy" -}}{{ .values.image.pullPolicy | default .root.Values.image.pullPolicy }}{{- end }}
 
 {{- /* Environment of one process: what the chart decides, then the operator's settings, then secrets by reference. */ -}}
 {{- define "backpack.environment" -}}
@@ -51,14 +54,15 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- /* toJson: toString would write large numbers as 6.7e+07. */ -}}
 {{- range $name, $value := merge (deepCopy $own) .root.Values.settings }}
-- {name: BACKPACK_{{ $name | upper }}, value: {{ kindIs "string" $value | ternary $value (toJson $value) | quote }}}
+{{- $text := kindIs "string" $value | ternary $value (toJson $value) }}
+- {name: BACKPACK_{{ $name | upper }}{{ with $text }}, value: {{ . | quote }}{{ end }}}
 {{- end }}
-{{- if .root.Values.model.claim }}
+{{- if and .root.Values.model.claim (not .hook) }}
 - {name: BACKPACK_MODEL, value: {{ printf "/models/%s" .root.Values.model.path | trimSuffix "/" | quote }}}
 {{- end }}
 {{- range $setting, $key := .secrets }}
 - name: {{ $setting }}
-  valueFrom: {secretKeyRef: {name: {{ $.root.Values.secret }}, key: {{ $key }}}}
+  valueFrom: {secretKeyRef: {name: {{ $.root.Values.secret }}, key: {{ get $.root.Values.secretKeys $key }}}}
 {{- end }}
 {{- end }}
 
@@ -70,6 +74,9 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- if .root.Values.tls.secret }}
 - {name: tls, mountPath: /tls, readOnly: true}
+{{- end }}
+{{- with .values.extraVolumeMounts }}
+{{ toYaml . }}
 {{- end }}
 {{- end }}
 
@@ -83,6 +90,9 @@ capabilities: {drop: [ALL]}
 {{- with .root.Values.tls.secret }}
 - name: tls
   secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- end }}
+{{- with .values.extraVolumes }}
+{{ toYaml . }}
 {{- end }}
 {{- end }}
 
@@ -100,35 +110,6 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- end }}
 
-{{- define "backpack.placement" -}}
-{{- with .nodeSelector }}
-nodeSelector: {{ toJson . }}
-{{- end }}
-{{- with .tolerations }}
-tolerations: {{ toJson . }}
-{{- end }}
-{{- end }}
-
-{{- /* Over zones and nodes. By template hash, where pods have one: a rollout's old pods don't count. */ -}}
-{{- define "backpack.spread" -}}
-{{- $p := . -}}
-topologySpreadConstraints:
-  {{- range list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
-  - maxSkew: 1
-    topologyKey: {{ . }}
-    whenUnsatisfiable: ScheduleAnyway
-    labelSelector:
-      matchLabels: {{- include "backpack.selector" $p | nindent 8 }}
-    matchLabelKeys: [pod-template-hash]
-  {{- end }}
-{{- end }}
-
-{{- define "backpack.podAnnotations" -}}
-{{- with .root.Values.secretVersion }}
-annotations: {backpack/secret-version: {{ . | quote }}}
-{{- end }}
-{{- end }}
-
 {{- /* Kubernetes goes on sending connections for a moment after it has decided to stop a pod. */ -}}
 {{- define "backpack.lifecycle" -}}
 preStop:
@@ -140,34 +121,13 @@ preStop:
 {{ add 5 .root.Values.drainSeconds 15 }}
 {{- end }}
 
-{{- /*
-Not serving while there is no replica, or no news of releases, is no reason to restart: liveness is a port that is open.
-Kubernetes' own gRPC probe knows no TLS.
-*/ -}}
-{{- define "backpack.probes" -}}
-{{- if .root.Values.tls.secret }}
-readinessProbe:
-  exec: {command: [backpack, health, "127.0.0.1:{{ .port }}"]}
-  periodSeconds: 10
-  timeoutSeconds: 10
-{{- else }}
-readinessProbe:
-  grpc: {port: {{ .port }}}
-  periodSeconds: 5
-  timeoutSeconds: 5
-{{- end }}
-startupProbe:
-  tcpSocket: {port: grpc}
-  periodSeconds: 2
-  failureThreshold: 60
-livenessProbe:
-  tcpSocket: {port: grpc}
-  periodSeconds: 10
-  timeoutSeconds: 5
-{{- end }}
-
 {{- /* An eviction may always take pods that aren't ready: otherwise gateways without replicas would hold up a node's drain. */ -}}
 {{- define "backpack.budget" -}}
-maxUnavailable: 1
-unhealthyPodEvictionPolicy: AlwaysAllow
+{{- $budget := .values.podDisruptionBudget }}
+{{- if not (kindIs "invalid" $budget.minAvailable) }}
+minAvailable: {{ $budget.minAvailable }}
+{{- else }}
+maxUnavailable: {{ $budget.maxUnavailable }}
+{{- end }}
+unhealthyPodEvictionPolicy: {{ $budget.unhealthyPodEvictionPolicy }}
 {{- end }}

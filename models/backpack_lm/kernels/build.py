@@ -1,4 +1,7 @@
-"""Compile cpp/ for this machine, once; later processes find the library by what it was made from."""
+"""Compile cpp/ for this machine, once; later processes find the library by what it was made from.
+
+Where an image's build has compiled it for this processor's family (`prebuilt`), nothing is compiled here.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,15 @@ from pathlib import Path
 import torch
 
 from backpack_lm.cache import folder
+from backpack_lm.kernels.families import Family, fitting
 
 SOURCES = Path(__file__).with_name("cpp")
+PREBUILT = Path(__file__).with_name("prebuilt")
+"""Where an image's build leaves libraries: in the package, where nobody writes afterwards."""
+NATIVE = ("-march=native",)
 OPTIONS = (
     "-std=c++17",
     "-O3",
-    "-march=native",
     "-fopenmp",
     "-fPIC",
     "-shared",
@@ -40,7 +46,7 @@ class NotBuilt(Exception):
 def library() -> ctypes.CDLL:
     """The compiled library. Raises NotBuilt if it can't be had."""
     try:
-        file = _path()
+        file = _prebuilt() or _path()
         if not _whole(file):
             _compile_library(file)
         # Loaded, it shares torch's OpenMP threads: its libgomp is here already.
@@ -49,12 +55,33 @@ def library() -> ctypes.CDLL:
         raise NotBuilt(f"the library can't be kept or loaded: {error}") from None
 
 
+def compile_for(family: Family) -> Path:
+    """Compile the library for a family of processors, for all who run this installation. Raises NotBuilt."""
+    try:
+        PREBUILT.mkdir(exist_ok=True)
+        file = PREBUILT / _name(family.name, *family.options)
+        if not _whole(file):
+            _compile_library(file, family.options)
+    except OSError as error:
+        raise NotBuilt(f"the library can't be kept: {error}") from None
+    return file
+
+
+def _prebuilt() -> Path | None:
+    """What `compile_for` left for the newest family that this processor is of."""
+    files = (PREBUILT / _name(family.name, *family.options) for family in fitting())
+    return next((file for file in files if _whole(file)), None)
+
+
 def _path() -> Path:
     """Named by source, options and processor: a library of another machine's instructions is never loaded."""
+    return folder("kernels") / _name("native", *NATIVE, platform.machine(), _processor())
+
+
+def _name(kind: str, *made_for: str) -> str:
     sources = [file.read_text("utf-8") for file in sorted(SOURCES.iterdir())]
-    made_from = [*sources, *OPTIONS, platform.machine(), _processor(), torch.__version__]
-    digest = hashlib.sha256("\0".join(made_from).encode()).hexdigest()
-    return folder("kernels") / f"native-{digest[:16]}.so"
+    made_from = [*sources, *OPTIONS, *made_for, torch.__version__]
+    return f"{kind}-{hashlib.sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"
 
 
 def _whole(file: Path) -> bool:
@@ -77,15 +104,14 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _compile_library(file: Path) -> None:
+def _compile_library(file: Path, processor: tuple[str, ...] = NATIVE) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         raise NotBuilt("no C++ compiler; install g++ for the fast CPU kernels")
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         made = Path(scratch) / file.name
-        done = subprocess.run(
-            [compiler, *OPTIONS, str(SOURCES / "exports.cpp"), "-o", str(made)], capture_output=True, text=True
-        )
+        options = *OPTIONS, *processor, str(SOURCES / "exports.cpp"), "-o", str(made)
+        done = subprocess.run([compiler, *options], capture_output=True, text=True)
         if done.returncode:
             raise NotBuilt(f"{compiler} failed: {done.stderr.strip()[-2000:]}")
         with made.open("rb+") as written:

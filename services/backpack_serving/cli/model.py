@@ -93,6 +93,34 @@ def prepare(
     out.print(f"sense table: {path} ({size / 2**20:.0f} MiB, mapped by every replica of this host)")
 
 
+@app.command("kernels")
+def kernels(
+    family: Annotated[
+        list[str] | None,
+        typer.Option(help="avx512-bf16, avx512, avx2 or armv8; repeatable. Those of this machine's kind if none."),
+    ] = None,
+) -> None:
+    """Compile the kernels for families of processors, into the installed package: when an image is built.
+
+    A replica there takes the one for its processor and compiles nothing.
+    """
+    with exits():
+        from backpack_lm.kernels.build import NotBuilt, compile_for
+        from backpack_lm.kernels.families import FAMILIES, of_machine
+
+        known = {each.name: each for each in FAMILIES}
+        for name in family or ():
+            if name not in known:
+                raise ValueError(f"no family of processors is called `{name}`: {', '.join(known)}")
+        for wanted in [known[name] for name in family] if family else of_machine():
+            try:
+                with out.status(f"compiling the kernels for {wanted.name}"):
+                    made = compile_for(wanted)
+            except NotBuilt as error:
+                raise ValueError(f"{wanted.name}: {error}") from None
+            out.print(f"{wanted.name}: {made}", markup=False, soft_wrap=True)
+
+
 @app.command("card")
 def card(
     run: Annotated[Path, typer.Option(help="Folder of the run: --out of `backpack train`.")],
