@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from backpack_lm.cache import folder
+from backpack_lm.processor import compiler_options
 
 SOURCES = Path(__file__).with_name("cpp")
 OPTIONS = (
     "-std=c++17",
     "-O3",
-    "-march=native",
     "-fopenmp",
     "-fPIC",
     "-shared",
@@ -52,7 +52,7 @@ def library() -> ctypes.CDLL:
 def _path() -> Path:
     """Named by source, options and processor: a library of another machine's instructions is never loaded."""
     sources = [file.read_text("utf-8") for file in sorted(SOURCES.iterdir())]
-    made_from = [*sources, *OPTIONS, platform.machine(), _processor(), torch.__version__]
+    made_from = [*sources, *OPTIONS, *compiler_options(), platform.machine(), _processor(), torch.__version__]
     digest = hashlib.sha256("\0".join(made_from).encode()).hexdigest()
     return folder("kernels") / f"native-{digest[:16]}.so"
 
@@ -83,9 +83,8 @@ def _compile_library(file: Path) -> None:
         raise NotBuilt("no C++ compiler; install g++ for the fast CPU kernels")
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         made = Path(scratch) / file.name
-        done = subprocess.run(
-            [compiler, *OPTIONS, str(SOURCES / "exports.cpp"), "-o", str(made)], capture_output=True, text=True
-        )
+        options = *OPTIONS, *compiler_options(), str(SOURCES / "exports.cpp"), "-o", str(made)
+        done = subprocess.run([compiler, *options], capture_output=True, text=True)
         if done.returncode:
             raise NotBuilt(f"{compiler} failed: {done.stderr.strip()[-2000:]}")
         with made.open("rb+") as written:

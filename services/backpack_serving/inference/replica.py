@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import structlog
-import torch
+from backpack_lm.cores import set_threads
 from backpack_lm.kernels import Device, Precision
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import PatchLimits, ReleaseContent
@@ -116,6 +116,7 @@ class Replica:
             await asyncio.sleep(SETTLE_SECONDS)
         await self._server.stop(self._drain)
         await tasks.end(*self._tasks)
+        self.versions.stop()
         await self._engine.stop()
 
     async def _keep_in_step(self) -> None:
@@ -160,8 +161,7 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
     or certificates are no good, EngineStopped if the first token can't be made, OSError for the address or a key.
     """
     device, precision, room = Device(settings.device).torch(), Precision(settings.precision), settings.overlay_rows
-    if settings.threads:  # before a worker thread computes anything: it would keep the number that held then
-        torch.set_num_threads(settings.threads)
+    set_threads(settings.threads)
     with _enough_memory(settings):
         served = await asyncio.to_thread(ServedModel.read, settings.model, precision, room, device)
         runner = Runner(served.model, served.storage, settings.slots)
