@@ -11,6 +11,7 @@ import pytest
 import structlog
 import torch
 import uvloop
+from backpack_lm import processor
 
 # Compared token by token with the reference model, which is float32; what bfloat16 does has tests of its own.
 os.environ.setdefault("BACKPACK_PRECISION", "float32")
@@ -24,6 +25,11 @@ def _logs_of_this_test_only() -> Iterator[None]:
     """A command that a test runs in this process configures logging; what it logs to is closed after the test."""
     yield
     structlog.reset_defaults()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what these results hold for."""
+    terminalreporter.write_line(f"processor: {processor.described()}")
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:

@@ -5,8 +5,8 @@ A servable folder holds
     config.json         the shape, in Hugging Face's spelling
     model.safetensors   weights in the Hugging Face layout (`layouts.py`)
     tokenizer.json      a Hugging Face tokenizers file
-    topics.safetensors  max_y (E C)_y of every cell, the denominator of topic scores: minutes of work for
-                        a large vocabulary, the same for every topic
+    topics.safetensors  if it is there, max_y (E C)_y of every cell, the denominator of topic scores: minutes of
+                        work for a large vocabulary, done when a topic is first wanted if not here
     manifest.json       the fingerprint and norms, for those who don't load tensors (`manifest.py`)
     generation_config.json  if there is one: how tokens are drawn where nobody says (`generation.py`)
 
@@ -19,6 +19,7 @@ import hashlib
 import json
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ from torch import Tensor
 
 from backpack_lm.config import BackpackConfig, ConfigError, read_object
 from backpack_lm.layouts import CheckpointError, Tensors, is_lightning, to_hugging_face
-from backpack_lm.manifest import Manifest, tokenizer_digest
+from backpack_lm.manifest import NAME as MANIFEST
+from backpack_lm.manifest import Manifest, ManifestError, tokenizer_digest
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import SenseTable
 from backpack_lm.tokenizer import Tokenizer
 from backpack_lm.weight_files import WEIGHTS as WEIGHTS
 from backpack_lm.weight_files import read_safetensors, read_weights
+from backpack_lm.whole_folder import whole
 
 CONFIG, TOKENIZER, TOPICS = "config.json", "tokenizer.json", "topics.safetensors"
 _PREFIX = "backpack."
@@ -128,28 +131,40 @@ def from_tensors(tensors: Tensors, config: dict[str, Any]) -> Backpack:
     return model.eval().requires_grad_(False)
 
 
-def save(model: Backpack, tokenizer: Path, folder: Path) -> Manifest:
-    """Make `folder` servable; the manifest that was written. Topic denominators take V²·k·d operations."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save(model: Backpack, tokenizer: Path, folder: Path, topics: bool = False) -> Manifest:
+    """Make `folder` servable, whole or not at all; the manifest that was written.
+
+    With `topics`, their denominators are computed now: V²·k·d operations. Raises OSError if it can't be written.
+    """
+    with whole(folder, MANIFEST) as scratch:
+        return write(model, tokenizer, scratch, topics)
+
+
+def write(model: Backpack, tokenizer: Path, folder: Path, topics: bool = False) -> Manifest:
+    """As `save`, file by file into an empty folder."""
     (folder / CONFIG).write_text(json.dumps(model.config.to_json(), indent=2) + "\n", "utf-8")
     state = {_PREFIX + name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    if tokenizer.resolve() != (folder / TOKENIZER).resolve():
-        shutil.copyfile(tokenizer, folder / TOKENIZER)
-    table = model.sense_table()
-    manifest = Manifest(fingerprint(folder), model.config, table.sense_rms)
-    metadata = {"fingerprint": manifest.fingerprint}
-    save_file({"peaks": table.peaks.contiguous()}, folder / TOPICS, metadata=metadata)
-    for name in (WEIGHTS, TOPICS):  # safetensors makes them for their owner alone, who needn't be who serves them
-        (folder / name).chmod((folder / CONFIG).stat().st_mode)
+    shutil.copyfile(tokenizer, folder / TOKENIZER)
+    manifest = Manifest(_fingerprint(folder, state), model.config, model.sense_rms())
+    if topics:
+        metadata, kept_as = {"fingerprint": manifest.fingerprint}, denominators_name(manifest, torch.float32)
+        save_file({"peaks": model.topic_denominators(kept_as)}, folder / TOPICS, metadata=metadata)
+    for file in folder.iterdir():  # safetensors makes them for their owner alone, who needn't be who serves them
+        file.chmod((folder / CONFIG).stat().st_mode)
     manifest.write(folder)
     return manifest
 
 
 def load_table(folder: Path, model: Backpack, rows: Tensor | None = None) -> SenseTable:
     """The model's sense table, computed unless its rows [V, k, d] are given; with the denominators that are kept
-    beside it, if they are this model's. Raises CheckpointError if those can't be read or used."""
+    beside it, if they are this model's. Those of another are computed when they are first wanted.
+
+    Raises CheckpointError if there are some that can't be read or used.
+    """
     table = model.sense_table() if rows is None else model.table_of(rows)
+    with suppress(ManifestError):
+        table.kept_as = denominators_name(Manifest.read(folder), table.rows.dtype)
     if (folder / TOPICS).exists():
         try:
             with safe_open(folder / TOPICS, framework="pt") as file:
@@ -169,11 +184,20 @@ def fingerprint(folder: Path) -> str:
     The sense table is a function of these, so it need not be hashed; hashed as computed, it would differ
     between processors.
     """
+    return _fingerprint(folder, read_safetensors(folder / WEIGHTS))
+
+
+def denominators_name(manifest: Manifest, dtype: torch.dtype) -> str:
+    """What the denominators of a model's table in a dtype are called in the host's cache."""
+    return f"{manifest.fingerprint[:32]}.{str(dtype).removeprefix('torch.')}"
+
+
+def _fingerprint(folder: Path, tensors: Tensors) -> str:
     digest = hashlib.sha256(b"backpack.model.v1\n")
     config = json.dumps(BackpackConfig.read(folder / CONFIG).to_json(), sort_keys=True, separators=(",", ":"))
     for part in (config.encode(), (folder / TOKENIZER).read_bytes()):
         digest.update(len(part).to_bytes(8, "little") + part)
-    for name, tensor in sorted(read_safetensors(folder / WEIGHTS).items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

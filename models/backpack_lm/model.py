@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpack_lm.config import BackpackConfig
+from backpack_lm.denominators import Progress, compute
 from backpack_lm.overlay import Overlay, SenseTable
 
 
@@ -205,6 +206,21 @@ class Backpack(nn.Module):
     def sense_table(self, chunk: int = 2048) -> SenseTable:
         """Every sense vector of the vocabulary, computed once: rows [V, k, d]."""
         return self.table_of(torch.cat([self.sense_network(part) for part in self.embedding.split(chunk)]))
+
+    @torch.no_grad()
+    def sense_rms(self, chunk: int = 256) -> tuple[float, ...]:
+        """As `SenseTable.sense_rms`, without a table."""
+        squares: Tensor = sum(
+            self.sense_network(part).double().square().sum(-1).sum(0) for part in self.embedding.split(chunk)
+        )
+        return tuple((squares / len(self.embedding)).sqrt().tolist())
+
+    @torch.no_grad()
+    def topic_denominators(self, kept_as: str | None = None, progress: Progress | None = None) -> Tensor:
+        """As `SenseTable.peaks`, [V, k], without a table."""
+        shape = self.config.vocab_size, self.config.num_senses
+        embedding = self.embedding.detach()
+        return compute(lambda part: self.sense_network(embedding[part]), shape, embedding, kept_as, progress)
 
     def table_of(self, rows: Tensor) -> SenseTable:
         """Sense vectors [V, k, d] that were computed before, with what else a table needs to know."""

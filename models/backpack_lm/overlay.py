@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from threading import Lock
 
 import torch
 from torch import Tensor
 
+from backpack_lm.denominators import Progress, compute
 from backpack_lm.patch import (
     TOPIC_QUANTILES,
     AddEdit,
@@ -41,17 +43,32 @@ class SenseTable:
     def __init__(self, rows: Tensor, embedding: Tensor, unscored: Tensor | None = None) -> None:
         self.rows, self.embedding = rows, embedding
         self.unscored = torch.zeros(len(rows), dtype=torch.bool) if unscored is None else unscored
+        self.kept_as: str | None = None
+        """What its denominators are called in the host's cache, if they may be kept there."""
+        self._measuring = Lock()
 
     @cached_property
     def peaks(self) -> Tensor:
         """max_y (E C)_y for every cell, [V, k]: the denominator of topic scores, whatever the topic.
 
-        Costs a full vocabulary projection of the table (V²·k·d), so it is kept with a model.
+        Computed when it is first wanted, which takes minutes for a large vocabulary.
         """
-        flat = self.rows.flatten(0, 1)
-        head = self.embedding.t().contiguous()
-        parts = ((part.float() @ head).amax(1) for part in flat.split(4096))
-        return torch.cat(list(parts)).view(self.rows.shape[:2])
+        return self.measure()
+
+    @property
+    def measured(self) -> bool:
+        """Whether `peaks` are there."""
+        return "peaks" in self.__dict__
+
+    def measure(self, progress: Progress | None = None) -> Tensor:
+        """`peaks`, computed by the first who wants them. What `progress` raises stops that, for now."""
+        with self._measuring:
+            if not self.measured:
+                self.__dict__["peaks"] = compute(
+                    lambda part: self.rows[part], self.rows.shape[:2], self.embedding, self.kept_as, progress
+                )
+            found: Tensor = self.__dict__["peaks"]
+            return found
 
     @cached_property
     def sense_rms(self) -> tuple[float, ...]:

@@ -129,6 +129,9 @@ NOT_THE_CALLERS = (Unavailable, Expired, Unauthenticated, Forbidden)
 RELEASE_UNREACHABLE = "RELEASE_UNREACHABLE"
 """Reason of an Unavailable: this replica serves, but can't get this release now; another may have it."""
 
+TOPICS_NOT_READY = "TOPICS_NOT_READY"
+"""Reason of an Unavailable: this replica serves, and computes what all topics need; another may do the same."""
+
 _PRECONDITIONS = {"WRONG_MODEL"}
 
 

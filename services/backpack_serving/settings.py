@@ -209,7 +209,13 @@ class Settings(BaseSettings):
         "multiplies it. In either, a request gets the same tokens in any company, on a CPU; between them they may "
         "differ.",
     )
-    threads: int = Field(0, ge=0, le=1024, description="Threads of a replica's arithmetic; 0 for torch's choice.")
+    threads: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Threads of a replica's arithmetic; 0 for torch's choice, at most one for each core that its "
+        "affinity and CPU quota allow.",
+    )
 
     start_wait: float = Field(
         100.0,

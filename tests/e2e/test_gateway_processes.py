@@ -11,13 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import psutil
 import pytest
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving import rpc
-from backpack_serving.cli import processes as gateway_processes
 from backpack_serving.errors import ServiceError, Unavailable
 
 from tests.conftest import free_port
@@ -206,13 +204,3 @@ def test_what_keeps_them_from_starting_is_told(parts: Processes) -> None:
     assert failed.returncode == 1
     assert f"can't listen on {parts.settings.gateway_address}" in failed.stderr
     assert len(_listeners(parts)) == 2
-
-
-def test_one_process_for_each_core_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(gateway_processes, "_CPU_QUOTA", quota)
-    assert gateway_processes.cores() == 8
-    for text, count in (("max 100000", 8), ("150000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8)):
-        quota.write_text(text + "\n")
-        assert gateway_processes.cores() == count

@@ -66,3 +66,34 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     result = _import(tmp_path, TOKENS - 1)
     assert result.exit_code == 1
     assert f"the tokenizer has {TOKENS} tokens, the model {TOKENS - 1}" in result.output
+
+
+def test_what_is_cheap_is_checked_before_weights_are_read(tmp_path: Path) -> None:
+    """They would be refused here: they are no weights."""
+    (tmp_path / "config.json").write_text(
+        json.dumps(BackpackConfig(TOKENS - 1, 16, 8, n_layer=1, n_head=1, num_senses=2).to_json())
+    )
+    (tmp_path / "pytorch_model.bin").write_bytes(b"no weights")
+    command = ["model", "import", str(tmp_path), str(tmp_path / "served")]
+    missing = CliRunner().invoke(app, command)
+    assert missing.exit_code == 1
+    assert "tokenizer.json" in missing.output
+    other = CliRunner().invoke(app, [*command, "--tokenizer", str(TOKENIZER)])
+    assert f"the tokenizer has {TOKENS} tokens" in other.output
+    assert not (tmp_path / "served").exists()
+
+
+def test_denominators_are_computed_when_they_are_asked_for(tmp_path: Path) -> None:
+    assert _import(tmp_path, TOKENS).exit_code == 0
+    assert not ServedModel.read(tmp_path / "served").table.measured
+    command = [
+        "model",
+        "import",
+        str(tmp_path),
+        str(tmp_path / "served"),
+        "--tokenizer",
+        str(TOKENIZER),
+        "--topics",
+    ]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert ServedModel.read(tmp_path / "served").table.measured

@@ -13,6 +13,7 @@ from random import Random
 import psutil
 import pytest
 import torch
+from backpack_lm import processor
 from backpack_lm.config import BackpackConfig
 from backpack_lm.kernels import Caches, DrawParams, Kernels, MixSpan, StepInput, TokenSpan, build, pages
 from backpack_lm.kernels.caches import untiled
@@ -215,8 +216,9 @@ def test_the_trunk_in_one_call_is_its_operations(config: BackpackConfig, dtype: 
     model = Backpack(config).eval().requires_grad_(False)
     one, other = NativeKernels(_filled(config, dtype)), NativeKernels(_filled(config, dtype))
     whole, steps = one.trunk(model), CachedTrunk(other, model)
-    if not isinstance(whole, NativeTrunk):
-        pytest.skip("this processor's products aren't the library's")
+    if dtype is torch.bfloat16 and processor.onednn_packs_bfloat16():
+        pytest.skip("oneDNN computes the products here, with AMX")
+    assert isinstance(whole, NativeTrunk)
     slots = torch.tensor([run.slot for run in RUNS for _ in range(run.size)])
     positions = torch.cat([torch.arange(run.position, run.position + run.size) for run in RUNS])
     tokens = torch.randint(0, config.vocab_size, slots.shape)
@@ -225,6 +227,34 @@ def test_the_trunk_in_one_call_is_its_operations(config: BackpackConfig, dtype: 
     for tensor in ("keys", "values", "sense_keys"):
         assert torch.equal(getattr(one.caches, tensor), getattr(other.caches, tensor))
     assert bool((whole.seconds > 0).all())
+
+
+@pytest.mark.parametrize("width", [16, 15])
+def test_a_model_of_odd_width_has_no_whole_trunk_in_bfloat16_and_one_of_even_width_has(
+    width: int, dtype: torch.dtype
+) -> None:
+    """The library reads pairs of bfloat16; a product of another number of inputs is filled up."""
+    config = BackpackConfig(11, 16, width, n_layer=1, n_head=1, num_senses=3)
+    model, kernels = Backpack(config).eval().requires_grad_(False), NativeKernels(_filled(config, dtype))
+    own = dtype is torch.float32 or (width == 16 and not processor.onednn_packs_bfloat16())
+    assert isinstance(kernels.trunk(model), NativeTrunk) is own
+    x, weight, bias = torch.randn(5, width), torch.randn(7, width), torch.randn(7)
+    plain = PlainKernels(_filled(config, dtype))
+    _close(kernels.linear(weight, bias)(x.to(dtype)), plain.linear(weight, bias)(x.to(dtype)), dtype)
+
+
+def test_a_mistake_in_the_trunk_is_not_taken_for_a_processor_that_lacks_something(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It selected the slow path, without a word."""
+
+    def fail(self: NativeTrunk, *_: object) -> None:
+        raise AttributeError("a mistake of ours")
+
+    config = SHAPES["of the published kind"]
+    monkeypatch.setattr(NativeTrunk, "__init__", fail)
+    with pytest.raises(AttributeError, match="a mistake of ours"):
+        NativeKernels(_filled(config, torch.float32)).trunk(Backpack(config))
 
 
 def test_a_copied_prefix_is_the_same_prefix(config: BackpackConfig) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from backpack_lm.experiments.experiment import Headline, Result
-from backpack_lm.lab.lab_model import Subject
+from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.progress import Watch
 from backpack_lm.lab.text import plain
 from backpack_lm.lab.twin import read_twin
@@ -131,7 +131,7 @@ class LexicalSimilarity:
     twin: Path | None = None
     NAME: ClassVar[str] = "lexical"
 
-    def run(self, subject: Subject, watch: Watch) -> Result:
+    def run(self, subject: LabModel, watch: Watch) -> Result:
         lists = {data_set.name: data_set.read(self.data) for data_set in DATA_SETS}
         twin = read_twin(self.twin, subject.config).embedding if self.twin else None
         words = sorted({word for pairs in lists.values() for one, two, _ in pairs for word in (one, two)})

@@ -16,8 +16,8 @@ from backpack_lm.experiments.finetuning import SenseFinetuning
 from backpack_lm.experiments.language import LanguageModelling
 from backpack_lm.experiments.lexical import LexicalSimilarity
 from backpack_lm.experiments.topics import TopicControl
-from backpack_lm.lab.lab_model import Subject
-from backpack_lm.lab.progress import Journal, Watch
+from backpack_lm.lab.lab_model import LabModel
+from backpack_lm.lab.progress import ResumeJournal, Watch
 from backpack_lm.reports.report import Table
 
 FILE = "experiments.md"
@@ -59,14 +59,14 @@ def plan(data: Data, twin: Path | None, judge: Path | None, folder: Path) -> lis
 
 
 def run_all(
-    experiments: Sequence[Experiment], subject: Subject, watch: Watch, folder: Path, command: str
+    experiments: Sequence[Experiment], subject: LabModel, watch: Watch, folder: Path, command: str
 ) -> Iterator[tuple[str, float]]:
     """Run each, keep its files and the summary in `folder`; yields each one's name and seconds as it ends.
 
     A run that was stopped goes on with the experiment at which it was.
     """
     made_by = {"model": subject.manifest.fingerprint, "experiments": [repr(one) for one in experiments]}
-    journal = Journal(folder / "all.partial.jsonl", made_by)
+    journal = ResumeJournal(folder / "all.partial.jsonl", made_by)
     headlines: dict[str, Headline] = {}
     for experiment in watch(experiments, "experiments", len(experiments)):
         started = time.perf_counter()
@@ -82,7 +82,7 @@ def run_all(
     journal.finish()
 
 
-def summary(headlines: dict[str, Headline], subject: Subject, folder: Path, command: str) -> str:
+def summary(headlines: dict[str, Headline], subject: LabModel, folder: Path, command: str) -> str:
     """The headline of each experiment in one table, then the reports as they lie in `folder`."""
     reached = {True: "yes", False: "no", None: "no twin to compare with"}
     rows = tuple((name, h.figures, h.paper, h.aim, reached[h.reached]) for name, h in headlines.items())

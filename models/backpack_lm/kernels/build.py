@@ -20,11 +20,11 @@ import torch
 
 from backpack_lm.cache import folder
 from backpack_lm.kernels.families import Family, fitting
+from backpack_lm.processor import compiler_options
 
 SOURCES = Path(__file__).with_name("cpp")
 PREBUILT = Path(__file__).with_name("prebuilt")
 """Where an image's build leaves libraries: in the package, where nobody writes afterwards."""
-NATIVE = ("-march=native",)
 OPTIONS = (
     "-std=c++17",
     "-O3",
@@ -48,7 +48,7 @@ def library() -> ctypes.CDLL:
     try:
         file = _prebuilt() or _path()
         if not _whole(file):
-            _compile_library(file)
+            _compile_library(file, compiler_options())
         # Loaded, it shares torch's OpenMP threads: its libgomp is here already.
         return ctypes.CDLL(str(file))
     except OSError as error:
@@ -75,7 +75,7 @@ def _prebuilt() -> Path | None:
 
 def _path() -> Path:
     """Named by source, options and processor: a library of another machine's instructions is never loaded."""
-    return folder("kernels") / _name("native", *NATIVE, platform.machine(), _processor())
+    return folder("kernels") / _name("native", *compiler_options(), platform.machine(), _processor())
 
 
 def _name(kind: str, *made_for: str) -> str:
@@ -104,7 +104,7 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _compile_library(file: Path, processor: tuple[str, ...] = NATIVE) -> None:
+def _compile_library(file: Path, processor: tuple[str, ...]) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         raise NotBuilt("no C++ compiler; install g++ for the fast CPU kernels")

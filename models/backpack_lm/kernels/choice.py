@@ -7,6 +7,7 @@ from enum import StrEnum
 
 import torch
 
+from backpack_lm import processor
 from backpack_lm.kernels.build import NotBuilt
 from backpack_lm.kernels.caches import Caches
 from backpack_lm.kernels.interface import Kernels
@@ -48,7 +49,7 @@ class Precision(StrEnum):
         if device == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)  # from Ampere on
         else:
-            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            fast = processor.multiplies_bfloat16()
         return torch.bfloat16 if fast else torch.float32
 
 
@@ -57,6 +58,9 @@ def choose(caches: Caches) -> Kernels:
     from backpack_lm.kernels.cuda import CudaKernels
     from backpack_lm.kernels.native import NativeKernels
 
+    rounds = caches.table.dtype is torch.bfloat16
+    if rounds and Precision.AUTO.dtype(caches.table.device.type) is not torch.bfloat16:
+        log.warning("bfloat16 isn't multiplied here but by way of float32: BACKPACK_PRECISION=float32 is faster")
     try:
         return CudaKernels(caches) if caches.table.is_cuda else NativeKernels(caches)
     except NotBuilt as error:

@@ -1,4 +1,4 @@
-"""The operations on a CPU: our own library, and oneDNN's packed products where they are the faster ones.
+"""The operations on a CPU: our own library, and oneDNN's packed products where they are the faster ones (AMX).
 
 The library is compiled once for a machine, from cpp/ by its C++ compiler, and kept in a cache folder. Its
 results, like those of oneDNN's packed products, don't depend on what else is in a batch, to the last bit.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from contextlib import suppress
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from backpack_lm import processor
+from backpack_lm.config import BackpackConfig
 from backpack_lm.kernels.build import NotBuilt, library
 from backpack_lm.kernels.caches import LANES, Caches, DrawParams, MixSpan, StepInput, TokenSpan
 from backpack_lm.kernels.interface import Linear
@@ -75,6 +76,7 @@ class NativeKernels:
         self._library = library()
         self.caches = caches
         self._dtype = caches.table.dtype
+        self._packs = self._dtype == torch.bfloat16 and processor.onednn_packs_bfloat16()
         kind = name(self._dtype)
         self.name = f"native {kind}"
         self._attend, self._mix, self._update_annealing, self._residual_norm = (
@@ -87,8 +89,8 @@ class NativeKernels:
         self._runs: tuple[Sequence[TokenSpan], np.ndarray] = (), np.empty(0)
 
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
-        if own := self._library_product(weight, bias, gelu, self._dtype):
-            return own
+        if not self._packs:
+            return Product(self._library, weight, bias, gelu, self._dtype, self._dtype)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous(), 32)
         bias = bias.detach().to(self._dtype)
         apply = torch.ops.mkldnn._linear_pointwise.default
@@ -97,23 +99,17 @@ class NativeKernels:
 
     def head(self, embedding: Tensor) -> Linear:
         none = torch.zeros(len(embedding))
-        if own := self._library_product(embedding, none, False, torch.float32):
-            return own
+        if not self._packs:
+            return Product(self._library, embedding, none, False, self._dtype, torch.float32)
         linear = self.linear(embedding, none)
         return lambda o: linear(o.to(self._dtype)).float()
 
-    def _library_product(self, weight: Tensor, bias: Tensor, gelu: bool, result: torch.dtype) -> Product | None:
-        """A layer by cpp/product.h; None where oneDNN is faster, or alone can do it."""
-        if self._dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-            return None
-        with suppress(AttributeError, ValueError):
-            return Product(self._library, weight, bias, gelu, self._dtype, result)
-        return None
-
     def trunk(self, model: Backpack) -> CachedTrunk:
-        with suppress(AttributeError, TypeError):
-            return NativeTrunk(self, model)
-        return CachedTrunk(self, model)
+        return NativeTrunk(self, model) if self.has_trunk(model.config) else CachedTrunk(self, model)
+
+    def has_trunk(self, config: BackpackConfig) -> bool:
+        """Whether the library computes a trunk in one call: all products are its own, and none is filled up."""
+        return not self._packs and config.n_embd * self._dtype.itemsize % 4 == 0
 
     def append_tokens(self, new: StepInput, runs: Sequence[TokenSpan]) -> None:
         self._library.append_tokens_int32(

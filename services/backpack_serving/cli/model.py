@@ -29,12 +29,25 @@ def import_(
     heads: Annotated[
         int | None, typer.Option(help="Trunk heads H of a Lightning checkpoint that has no config.json.", min=1)
     ] = None,
+    topics: Annotated[
+        bool,
+        typer.Option(
+            "--topics",
+            help="Compute the denominators of topic scores now, for all who serve the folder: minutes for a large "
+            "vocabulary. Otherwise each host does so when a topic is first wanted.",
+        ),
+    ] = False,
 ) -> None:
-    """Make a servable folder from a checkpoint: safetensors, tokenizer, topic denominators, manifest."""
-    with exits(), out.status("reading the checkpoint") as status:
+    """Make a servable folder from a checkpoint: safetensors, tokenizer, manifest.
+
+    The folder is written beside and renamed when it is whole.
+    """
+    with exits(), out.status("looking at what there is") as status:
         from backpack_lm import checkpoint as reader
         from backpack_lm import generation
         from backpack_lm.config import BackpackConfig
+        from backpack_lm.manifest import NAME as MANIFEST
+        from backpack_lm.whole_folder import whole
 
         # What is cheap to check comes before the weights are read.
         if checkpoint.is_dir():
@@ -42,12 +55,14 @@ def import_(
         tokenizer, tokens = reader.tokenizer_for(checkpoint, tokenizer)
         if values := reader.read_config(checkpoint, config, heads):
             BackpackConfig.from_json(values).with_tokens(tokens)
-        model = reader.load(checkpoint, config, heads)
-        model.config = model.config.with_tokens(tokens)
-        status.update("computing the sense table and the denominators of topic scores")
-        manifest = reader.save(model, tokenizer, folder)
-        if (own := checkpoint / generation.NAME).exists():
-            (folder / generation.NAME).write_bytes(own.read_bytes())
+        with whole(folder, MANIFEST) as scratch:
+            status.update("reading the checkpoint")
+            model = reader.load(checkpoint, config, heads)
+            model.config = model.config.with_tokens(tokens)
+            status.update("writing the folder")
+            if (own := checkpoint / generation.NAME).exists():
+                (scratch / generation.NAME).write_bytes(own.read_bytes())
+            manifest = reader.write(model, tokenizer, scratch, topics)
     out.print(f"{folder}: fingerprint {manifest.fingerprint}", markup=False)
     out.print(Text(f"serve it: BACKPACK_MODEL={shlex.quote(str(folder))} {hints.backpack('run')}", "dim"))
 
@@ -68,12 +83,19 @@ def verify(
 def prepare(
     folder: Annotated[Path | None, typer.Argument(help="Model folder; the one that is served if none.")] = None,
     precision: Annotated[PrecisionName | None, typer.Option(help="The setting's if none.")] = None,
+    topics: Annotated[
+        bool,
+        typer.Option(
+            "--topics", help="Also the denominators of topic scores: minutes for a large vocabulary; goes on."
+        ),
+    ] = False,
 ) -> None:
     """Do once what replicas need on this host: compile the kernels, compute the sense table that they map."""
     with exits():
         from backpack_lm import checkpoint as reader
         from backpack_lm.kernels import Precision
         from backpack_lm.kernels.build import NotBuilt, library
+        from backpack_lm.mapped_table import mapped
         from backpack_lm.mapped_table import prepare as write
 
         settings = Settings()
@@ -89,6 +111,12 @@ def prepare(
             path = write(
                 model, manifest.fingerprint, dtype, lambda done, of: bar.update(task, completed=done, total=of)
             )
+        if topics:
+            rows = mapped(path, model, dtype, 0).view(model.config.vocab_size, model.config.num_senses, -1)
+            measured = reader.load_table(folder, model, rows)
+            with progress() as bar:
+                task = bar.add_task("denominators of topic scores, by token", total=model.config.vocab_size)
+                measured.measure(lambda done, of: bar.update(task, completed=done, total=of))
     size = model.config.vocab_size * model.config.num_senses * model.config.n_embd * dtype.itemsize
     out.print(f"sense table: {path} ({size / 2**20:.0f} MiB, mapped by every replica of this host)")
 

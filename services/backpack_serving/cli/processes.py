@@ -6,7 +6,6 @@ drained, and answers Prometheus for all of them. They are spawned, not forked: g
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import signal
@@ -18,7 +17,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -39,17 +37,6 @@ SCRAPE_SECONDS = 5.0
 
 ENDING = 10.0
 """Seconds that a process has to end after its grace period."""
-
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-
-
-def cores() -> int:
-    """Those that this process may use, by its affinity and, in a container, by its quota; at least one."""
-    count = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):  # no such file, or no quota: "max"
-        quota, period = map(int, _CPU_QUOTA.read_text().split())
-        count = min(count, math.ceil(quota / period))
-    return max(1, count)
 
 
 def reserve(address: str) -> tuple[socket.socket, str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 import uvloop
+from backpack_lm.cores import cores
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 
@@ -61,7 +62,7 @@ def gateway() -> None:
 
     with exits():
         settings = Settings()
-        count = settings.gateway_processes or processes.cores()
+        count = settings.gateway_processes or cores()
         if count == 1:
             _serve("gateway", bootstrap.start)
             return

@@ -59,7 +59,7 @@ def train(
     ] = None,
     precision: Annotated[PrecisionName, typer.Option(help="Of products; weights are float32.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.", min=0)] = 0,
-    threads: Annotated[int, typer.Option(help="Threads; 0 for torch's choice.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0 for torch's choice, at most one for each core.", min=0)] = 0,
 ) -> None:
     """Train a Backpack (or its Transformer twin) from text.
 
@@ -72,6 +72,7 @@ def train(
     import torch
     from backpack_lm.checkpoint import TOKENIZER, save
     from backpack_lm.config import BackpackConfig
+    from backpack_lm.cores import set_threads
     from backpack_lm.kernels import Precision
     from backpack_lm.model import Backpack
     from backpack_lm.training import data
@@ -79,8 +80,7 @@ def train(
     from backpack_lm.training.evaluation import held_out
     from backpack_lm.training.trainer import Recipe, Trainer
 
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     corpus = data.parse_sources(sources)
     config = BackpackConfig(vocabulary, context, width, layers, heads, num_senses=senses)
     recipe = Recipe(
@@ -104,7 +104,7 @@ def train(
         _train_with_progress(trainer, progress)
         if not twin:
             assert isinstance(trainer.model, Backpack)
-            save(trainer.model, folder / TOKENIZER, out / "model")
+            save(trainer.model, folder / TOKENIZER, out / "model", topics=True)
         note = progress.add_task("evaluate", total=None, note="")
         perplexities = held_out(trainer.model, corpus, folder)
         progress.remove_task(note)

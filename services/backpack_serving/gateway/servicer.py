@@ -17,7 +17,7 @@ from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
 from backpack_serving import rpc
 from backpack_serving.auth.identity import Identities
 from backpack_serving.auth.keys import Principal, Role
-from backpack_serving.errors import RELEASE_UNREACHABLE, Expired, Internal, Unavailable
+from backpack_serving.errors import RELEASE_UNREACHABLE, TOPICS_NOT_READY, Expired, Internal, Unavailable
 from backpack_serving.gateway.canary_stats import CanaryStats
 from backpack_serving.gateway.releases import ReleaseResolver
 from backpack_serving.gateway.routing import Router, Target
@@ -265,6 +265,8 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         log.warning("a replica is unavailable", address=tried[-1].replica.address, reason=error.message)
         if error.reason == RELEASE_UNREACHABLE:  # it is there, and has other releases
             return len(tried) == 1 and self._router.size > 1
+        if error.reason == TOPICS_NOT_READY:  # it waited as long as it may: there is no time for another
+            return False
         self._router.lost(tried[-1])
         return len(tried) == 1
 

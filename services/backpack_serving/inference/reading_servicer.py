@@ -102,7 +102,7 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
         distinct = list({pin.release_digest: pin for pin in pins}.values())
         results: dict[str, pb.ComparedRelease] = {}
         for at in range(0, len(distinct), TOGETHER):
-            async with self._overlays(distinct[at : at + TOGETHER]) as overlays:
+            async with self._overlays(distinct[at : at + TOGETHER], context) as overlays:
                 found = await self._in_turn(pins[0].tenant, text.read, overlays)
                 for overlay, read in zip(overlays, found, strict=True):
                     results[overlay.digest] = _write_compared(read, tokenizer)
@@ -164,17 +164,20 @@ class ReadingMethods(grpc_v1.InferenceServiceServicer):
         pin = answers.read_pin(context)
         structlog.contextvars.bind_contextvars(tenant=pin.tenant)
         await context.send_initial_metadata(())  # the gateway knows by this that the request is here
-        async with self._overlays([pin]) as overlays:
+        async with self._overlays([pin], context) as overlays:
             yield pin, overlays[0]
 
     @asynccontextmanager
-    async def _overlays(self, pins: Sequence[pb.Pin]) -> AsyncIterator[list[Overlay]]:
+    async def _overlays(self, pins: Sequence[pb.Pin], context: rpc.Context) -> AsyncIterator[list[Overlay]]:
         """All of these releases, compiled; an error if one of them can't be had."""
+        left = context.time_remaining()
+        patience = None if left is None else max(0.0, left - min(0.5, left / 10))  # so that a refusal still arrives
         async with AsyncExitStack() as stack:
 
             async def get(pin: pb.Pin) -> Overlay | ServiceError | PatchError:
                 try:
-                    return await stack.enter_async_context(self._versions.use(pin.tenant, pin.release_digest))
+                    using = self._versions.use(pin.tenant, pin.release_digest, patience)
+                    return await stack.enter_async_context(using)
                 except (ServiceError, PatchError) as error:
                     log.warning("release refused", tenant=pin.tenant, digest=pin.release_digest, error=str(error))
                     return error

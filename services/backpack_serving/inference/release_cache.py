@@ -11,7 +11,7 @@ from functools import partial
 
 import structlog
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import PatchError, PatchLimits, ReleaseContent, RevisionContent, Violation
+from backpack_lm.patch import PatchError, PatchLimits, ReleaseContent, RevisionContent, TopicEdit, Violation
 
 from backpack_serving.errors import (
     NOT_THE_CALLERS,
@@ -22,6 +22,7 @@ from backpack_serving.errors import (
     Unavailable,
     from_patch_error,
 )
+from backpack_serving.inference.denominators import Denominators
 from backpack_serving.inference.release_files import ReleaseFiles, digest_of
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.references import CanaryTally, Refusal, ReleaseRef
@@ -34,6 +35,13 @@ Fetch = Callable[[str, str], Awaitable[list[bytes]]]
 
 AT_ONCE = 4
 """Releases that are fetched and compiled side by side."""
+
+STAGING_PATIENCE = 2.0
+"""Seconds that a channel's change waits for the denominators of topic scores. Then it is refused for now and tried
+again: the changes of other channels don't wait for minutes."""
+
+LOOK_SECONDS = 0.05
+"""Between looks at what keeps a release, once there is no more patience."""
 
 MOST_REFUSED = 1024
 
@@ -74,6 +82,8 @@ class ReleaseCache:
         self._view = StateView()
         self._channels: dict[str, list[ChannelState]] = {}  # the view's, by tenant
         self._slots = asyncio.Semaphore(AT_ONCE)
+        self._denominators = Denominators(served.table)
+        self._measuring: set[str] = set()  # releases that wait for those
         self.fetched = 0
 
     @property
@@ -81,21 +91,22 @@ class ReleaseCache:
         return len(self._compiled)
 
     @asynccontextmanager
-    async def use(self, tenant: str, digest: str) -> AsyncIterator[Overlay]:
+    async def use(self, tenant: str, digest: str, patience: float | None = None) -> AsyncIterator[Overlay]:
         """The compiled release, for as long as the block runs.
 
+        If the denominators of its topics aren't there after `patience` seconds, raises Unavailable, to be retried.
         Raises ServiceError or PatchError if it can't be had or doesn't fit the model: never another release.
         """
         self._users[digest] += 1
         try:
-            yield await self._get_overlay(tenant, digest)
+            yield await self._get_overlay(tenant, digest, patience)
         finally:
             self._users[digest] -= 1
             if not self._users[digest]:
                 del self._users[digest]
                 self._evict()
 
-    async def _get_overlay(self, tenant: str, digest: str) -> Overlay:
+    async def _get_overlay(self, tenant: str, digest: str, patience: float | None = None) -> Overlay:
         """Requests for a release that is still being made share the work."""
         if found := self._compiled.get(digest):
             self._compiled.move_to_end(digest)
@@ -105,8 +116,20 @@ class ReleaseCache:
         if digest not in self._loading:
             task = self._loading[digest] = asyncio.create_task(self._load_release(tenant, digest))
             task.add_done_callback(partial(self._loaded, digest))
+        making = self._loading[digest]
+        if patience is not None:
+            await self._measured(digest, making, patience)
         # One caller going away must not cancel the work that others wait for.
-        return await asyncio.shield(self._loading[digest])
+        return await asyncio.shield(making)
+
+    async def _measured(self, digest: str, making: asyncio.Task[Overlay], patience: float) -> None:
+        """Wait until a release is made. Raises Unavailable if it waits for denominators after so many seconds."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + patience
+        while not making.done():
+            await asyncio.wait([making], timeout=max(LOOK_SECONDS, until - clock()))
+            if digest in self._measuring and clock() >= until:
+                raise self._denominators.refusal()
 
     def _loaded(self, digest: str, task: asyncio.Task[Overlay]) -> None:
         self._loading.pop(digest, None)
@@ -115,8 +138,7 @@ class ReleaseCache:
 
     async def _load_release(self, tenant: str, digest: str) -> Overlay:
         try:
-            async with self._slots:
-                overlay = await self._read_or_fetch(tenant, digest)
+            overlay = await self._read_or_fetch(tenant, digest)
         except (ServiceError, PatchError):
             raise
         except Exception:  # one release must not keep those beside it from being made ready
@@ -128,18 +150,22 @@ class ReleaseCache:
 
     async def _read_or_fetch(self, tenant: str, digest: str) -> Overlay:
         """From disk, or else fetched, and then on disk."""
-        revisions = await asyncio.to_thread(self._blobs.read, digest)
-        on_disk = revisions is not None
-        if revisions is None:
-            self.fetched += 1
-            try:
-                revisions = await self._fetch(tenant, digest)
-            except NOT_THE_CALLERS as error:  # nor must a gateway take it for ours: we are here
-                message = f"this replica can't fetch release {digest} now"
-                log.warning("a release can't be fetched", tenant=tenant, digest=digest, error=error.message)
-                raise Unavailable(RELEASE_UNREACHABLE, message, retry_after=1.0) from None
         try:
-            overlay = await asyncio.to_thread(self._compile_release, revisions, digest)
+            async with self._slots:
+                revisions = await asyncio.to_thread(self._blobs.read, digest)
+                on_disk = revisions is not None
+                if revisions is None:
+                    self.fetched += 1
+                    revisions = await self._fetched(tenant, digest)
+                release = await asyncio.to_thread(self._verified, revisions, digest)
+            if any(isinstance(edit, TopicEdit) for edit in release.edits) and not self._denominators.ready:
+                self._measuring.add(digest)
+                try:  # without a slot: releases without topics are made meanwhile
+                    await self._denominators.wait()
+                finally:
+                    self._measuring.discard(digest)
+            async with self._slots:
+                overlay = await asyncio.to_thread(self._compile_release, release)
         except PatchError as error:
             self._refused[digest] = error.violations
             while len(self._refused) > MOST_REFUSED:
@@ -152,8 +178,16 @@ class ReleaseCache:
                 log.error("a release can't be kept on disk", digest=digest, error=str(error))
         return overlay
 
-    def _compile_release(self, revisions: list[bytes], digest: str) -> Overlay:
-        """Verify every byte, validate again, compile, and try out."""
+    async def _fetched(self, tenant: str, digest: str) -> list[bytes]:
+        try:
+            return await self._fetch(tenant, digest)
+        except NOT_THE_CALLERS as error:  # nor must a gateway take it for ours: we are here
+            message = f"this replica can't fetch release {digest} now"
+            log.warning("a release can't be fetched", tenant=tenant, digest=digest, error=error.message)
+            raise Unavailable(RELEASE_UNREACHABLE, message, retry_after=1.0) from None
+
+    def _verified(self, revisions: list[bytes], digest: str) -> ReleaseContent:
+        """Verify every byte, and validate again."""
         found = digest_of(revisions)
         if found != digest:
             raise DataLoss(
@@ -164,6 +198,10 @@ class ReleaseCache:
             )
         release = ReleaseContent(tuple(map(RevisionContent.from_bytes, revisions)))
         release.validate(self._served.manifest.shape, self._limits)
+        return release
+
+    def _compile_release(self, release: ReleaseContent) -> Overlay:
+        """Compile, and try out."""
         overlay = Overlay.compile(release, self._served.table)
         self._served.try_out(overlay)
         return overlay
@@ -203,7 +241,7 @@ class ReleaseCache:
         elif not refusal:
             for release in _earlier(change):
                 with suppress(ServiceError, PatchError):
-                    await self._get_overlay(change.tenant, release.digest)
+                    await self._get_overlay(change.tenant, release.digest, STAGING_PATIENCE)
         return refusal
 
     def _unstage(self, *changes: Stageable) -> None:
@@ -217,7 +255,7 @@ class ReleaseCache:
         """What a change serves, if it fits beside what else its tenant's channels are at or are about to be."""
         for release in change.serving:
             try:
-                await self._get_overlay(change.tenant, release.digest)
+                await self._get_overlay(change.tenant, release.digest, STAGING_PATIENCE)
             except (ServiceError, PatchError) as error:
                 return _refusal(change, release, error)
         size = sum(self._overlay_sizes(self._serving(change.tenant)))
@@ -265,6 +303,10 @@ class ReleaseCache:
     def _overlay_sizes(self, digests: Iterable[str]) -> list[int]:
         return [self._compiled[d].overlay.nbytes if d in self._compiled else 0 for d in digests]
 
+    def stop(self) -> None:
+        """End what is computed beside the engine; the next start goes on with it."""
+        self._denominators.stop()
+
     def resident(self) -> frozenset[str]:
         return frozenset(self._compiled)
 
@@ -277,7 +319,7 @@ class ReleaseCache:
             for release in (*channel.serving, *channel.earlier):
                 if await asyncio.to_thread(self._blobs.has, release.digest):
                     with suppress(ServiceError, PatchError):
-                        await self._get_overlay(channel.tenant, release.digest)
+                        await self._get_overlay(channel.tenant, release.digest, STAGING_PATIENCE)
 
     async def tidy(self) -> None:
         """Forget on disk what no channel needs. What can't be removed stays until the next time."""

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import structlog
-import torch
+from backpack_lm.cores import set_threads
 from backpack_lm.kernels import Device, Precision
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import PatchLimits, ReleaseContent
@@ -118,6 +118,7 @@ class Replica:
             await asyncio.sleep(SETTLE_SECONDS)
         await self._server.stop(self._drain)
         await tasks.end(*self._tasks)
+        self.versions.stop()
         await self._engine.stop()
 
     async def _keep_in_step(self) -> None:
@@ -163,8 +164,7 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
     """
     key = await required(settings)
     device, precision, room = Device(settings.device).torch(), Precision(settings.precision), settings.overlay_rows
-    if settings.threads:  # before a worker thread computes anything: it would keep the number that held then
-        torch.set_num_threads(settings.threads)
+    set_threads(settings.threads)
     with _enough_memory(settings):
         read = partial(ServedModel.read, settings.model, precision, room, device)
         served = await starting.blocking(read)  # from a disk that hangs, perhaps

@@ -64,13 +64,9 @@ void append_tokens_int32(const AppendTargets* to, const Run* runs, int count, co
         product(Product<Value, Value, Out>{x, weights, bias, inner, outer, gelu, out}, count);                       \
     }
 
-#ifdef __AVX512F__
 PRODUCT(float32_float32, float, float)
 TRUNK(float32, float)
-#endif
-#ifdef __AVX512BF16__
 PRODUCT(bfloat16_bfloat16, bf16, bf16)
 PRODUCT(bfloat16_float32, bf16, float)
 TRUNK(bfloat16, bf16)
-#endif
 }

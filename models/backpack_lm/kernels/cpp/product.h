@@ -1,8 +1,8 @@
-// y = x·Wᵀ + b with AVX512, in float32 or with AVX512-BF16, with gelu if asked for. Of bfloat16, results may stay float32
-// where rounding them would hurt.
+// y = x·Wᵀ + b in float32 or bfloat16, with gelu if asked for. Of bfloat16, results may stay float32 where rounding them
+// would hurt.
 //
-// Intel's processors multiply pairs of bfloat16 at half the rate of float32: there the weights are widened on their way
-// into the registers, and x beforehand, once.
+// Processors without AVX512-BF16 don't multiply bfloat16, and Intel's multiply pairs of it at half the rate of float32:
+// there the weights are widened on their way into the registers, and x beforehand, once.
 //
 // Where few rows meet many weights, memory decides: weights lie in the order in which they are read, and are asked for
 // ahead. oneDNN reads them half as fast on the processors that we have measured.
@@ -10,9 +10,19 @@
 
 #include "vectors.h"
 
-#ifdef __AVX512F__
-
 namespace {
+
+// Floats of a register, and rows of one pass: all sums stay in registers. Compilers keep no vector in them that is wider.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, ROWS = 8;
+#elif defined(__AVX__)
+constexpr int WIDTH = 8, ROWS = 2;
+#else
+constexpr int WIDTH = 4, ROWS = 2;
+#endif
+typedef float Register __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
+constexpr int REGISTERS = LANES / WIDTH;  // of 16 floats
 
 constexpr int COLUMNS = 3, GROUP = LANES * COLUMNS;  // outputs of one pass over the inner dimension
 constexpr int AHEAD = 8192;  // bytes
@@ -34,39 +44,42 @@ inline Floats gelu(Floats x) {
 }
 
 // sum + weights·x for 4 bytes of weights a lane, and the values of x at `at` that belong to them.
-inline Floats multiply(Floats sum, const float* weights, const float* at) { return sum + load(weights) * *at; }
+inline Register multiply(Register sum, const float* weights, const float* at) {
+    return sum + *reinterpret_cast<const Register*>(weights) * *at;
+}
 #ifdef __AVX512BF16__
-inline Floats multiply(Floats sum, const bf16* weights, const bf16* at) {
+inline Register multiply(Register sum, const bf16* weights, const bf16* at) {
     int32_t pair;
     std::memcpy(&pair, at, 4);
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weights), (__m512bh)_mm512_set1_epi32(pair));
-}
-inline Floats multiply(Floats sum, const bf16* weights, const float* at) {
-    Floats two[2];
-    widen(weights, two);
-    return sum + two[0] * at[0] + two[1] * at[1];
+    return (Register)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weights), (__m512bh)_mm512_set1_epi32(pair));
 }
 #endif
+inline Register multiply(Register sum, const bf16* weights, const float* at) {
+    Bits pairs = *reinterpret_cast<const Bits*>(weights);
+    return sum + (Register)(pairs << 16) * at[0] + (Register)(pairs & 0xffff0000u) * at[1];
+}
 
 // N rows by 48 outputs in registers.
 template <int N, typename X, typename Value, typename Out>
 void tile(const Product<X, Value, Out>& p, int row, int group, bool ask) {
     constexpr int STEP = 4 / sizeof(Value), LINE_STEP = 64 / sizeof(Value);
-    Floats sums[N][COLUMNS];
-    for (int c = 0; c < COLUMNS; c++)
-        for (int n = 0; n < N; n++) sums[n][c] = load(p.bias + group * GROUP + c * LANES);
+    constexpr int PARTS = COLUMNS * REGISTERS, PART_STEP = LINE_STEP / REGISTERS;
+    Register sums[N][PARTS];
+    for (int c = 0; c < PARTS; c++)
+        for (int n = 0; n < N; n++) sums[n][c] = *reinterpret_cast<const Register*>(p.bias + group * GROUP + c * WIDTH);
     const Value* from = p.weights + size_t(group) * GROUP * p.inner;
     const X* x = p.x + size_t(row) * p.inner;
     for (int i = 0; i < p.inner; i += STEP, from += COLUMNS * LINE_STEP) {
         if (ask)
             for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from) + AHEAD + c * 64);
         for (int n = 0; n < N; n++)
-            for (int c = 0; c < COLUMNS; c++)
-                sums[n][c] = multiply(sums[n][c], from + c * LINE_STEP, x + size_t(n) * p.inner + i);
+            for (int c = 0; c < PARTS; c++)
+                sums[n][c] = multiply(sums[n][c], from + c * PART_STEP, x + size_t(n) * p.inner + i);
     }
     for (int n = 0; n < N; n++)
         for (int c = 0; c < COLUMNS; c++) {
-            Floats sum = p.gelu ? gelu(sums[n][c]) : sums[n][c];
+            Floats sum = load(reinterpret_cast<const float*>(&sums[n][c * REGISTERS]));
+            if (p.gelu) sum = gelu(sum);
             int at = group * GROUP + c * LANES, count = std::min(LANES, p.outer - at);
             Out* to = p.out + size_t(row + n) * p.outer + at;
             if (count == LANES)
@@ -82,26 +95,25 @@ void multiply_all(const Product<X, Value, Out>& p, int count) {
 #pragma omp parallel for schedule(static)
     for (int group = 0; group < groups; group++) {
         int row = 0;
-        for (; row + 8 <= count; row += 8) tile<8>(p, row, group, row == 0);
-        if (row + 4 <= count) tile<4>(p, row, group, row == 0), row += 4;
-        if (row + 2 <= count) tile<2>(p, row, group, row == 0), row += 2;
+        for (; row + ROWS <= count; row += ROWS) tile<ROWS>(p, row, group, row == 0);
+        if (ROWS > 4 && row + 4 <= count) tile<std::min(ROWS, 4)>(p, row, group, row == 0), row += 4;
+        if (ROWS > 2 && row + 2 <= count) tile<2>(p, row, group, row == 0), row += 2;
         if (row < count) tile<1>(p, row, group, row == 0);
     }
 }
 
 template <typename Out>
 void product(const Product<float, float, Out>& p, int count) { multiply_all(p, count); }
-#ifdef __AVX512BF16__
 template <typename Out>
 void product(const Product<bf16, bf16, Out>& p, int count) {
+#ifdef __AVX512BF16__
     static const bool narrow = !__builtin_cpu_is("intel");
     if (narrow) return multiply_all(p, count);
+#endif
     static thread_local std::vector<float> wide;
     wide.resize(size_t(count) * p.inner);
     for (size_t n = 0; n < wide.size(); n++) wide[n] = to_float(p.x[n]);
     multiply_all(Product<float, bf16, Out>{wide.data(), p.weights, p.bias, p.inner, p.outer, p.gelu, p.out}, count);
 }
-#endif
 
 }  // namespace
-#endif

@@ -7,8 +7,6 @@
 #include "norm.h"
 #include "product.h"
 
-#ifdef __AVX512F__
-
 namespace {
 
 template <typename Value>
@@ -95,4 +93,3 @@ void trunk(const Trunk<Value>& t, const New& in, int count, const Run* runs, int
 }
 
 }  // namespace
-#endif

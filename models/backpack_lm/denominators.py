@@ -1,0 +1,190 @@
+"""max_y (E C)_y of every cell of a model, the denominator of topic scores: V²·k·d operations.
+
+They don't depend on the topic, and a model may ship them (`checkpoint.py`). Otherwise they are computed when a
+topic is first wanted, one block of tokens after another. The host's cache keeps every block: a process that was
+stopped goes on from there, and other processes read what one has computed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from backpack_lm import processor
+from backpack_lm.cache import folder
+
+log = logging.getLogger(__name__)
+
+CELLS, WORDS = 1024, 8192
+"""Cells, and words of the vocabulary, that are multiplied at a time: 32 MB of scores in float32."""
+
+WORTH_ROUNDING = 1e11
+"""Multiplications, about a second of them, from which on bfloat16 finds the greatest, where it is the faster."""
+
+WORTH_TELLING = 10.0
+"""Seconds of work that is announced; it is told of as often as three times a minute."""
+
+TOLD_EVERY = 20.0
+
+WAIT = 0.2
+"""Seconds between looks at what another process computes."""
+
+_CHECKSUM = hashlib.sha256().digest_size
+
+Progress = Callable[[int, int], None]
+"""Called with how many tokens of how many are done. What it raises stops the work."""
+
+
+class Told:
+    """A Progress that logs how far it is, and about when it will be done."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._begun: tuple[float, int] | None = None
+        self._told = -math.inf
+        self.seconds_left: float | None = None
+        """None until that can be estimated."""
+
+    def __call__(self, done: int, of: int) -> None:
+        now = self._clock()
+        if self._begun is None:
+            self._begun = now, done
+        since, before = self._begun
+        if done > before:
+            self.seconds_left = (now - since) / (done - before) * (of - done)
+        left = self.seconds_left
+        if left is not None and left > WORTH_TELLING and now - self._told >= TOLD_EVERY:
+            self._told = now
+            log.warning(
+                "computing the denominators of topic scores, once for this model: %d %%, about %s left",
+                100 * done // of,
+                f"{left / 60:.0f} minutes" if left > 90 else f"{left:.0f} seconds",
+            )
+
+
+def compute(
+    rows: Callable[[slice], Tensor],
+    shape: Sequence[int],
+    embedding: Tensor,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """max_y (E C)_y for C [V, k, d] and E = embedding [V, d]: [V, k] float32, of that `shape`.
+
+    `rows` gives the sense vectors of some tokens, [n, k, d]. Blocks are kept under `name` in the cache folder, if
+    one is given and that can be written.
+    """
+    progress = progress or Told()
+    vocabulary, senses = shape
+    tokens = max(1, CELLS // senses)
+    with _kept(name, progress, vocabulary) as kept:
+        done = list(_whole_blocks(kept, vocabulary, senses, tokens))
+        file = _cut(kept, sum(4 * block.numel() + _CHECKSUM for block in done))
+        multiply = _Multiplied(embedding, vocabulary * senses * embedding.numel())
+        at = sum(map(len, done))
+        progress(at, vocabulary)
+        while at < vocabulary:
+            cells = rows(slice(at, at + tokens)).flatten(0, 1)
+            done.append(multiply.greatest(cells).view(-1, senses))
+            file = _append(file, done[-1], at)
+            at += len(done[-1])
+            progress(at, vocabulary)
+    return torch.cat(done)
+
+
+class _Multiplied:
+    """Products with every row of E, in which the greatest is looked for."""
+
+    def __init__(self, embedding: Tensor, operations: float) -> None:
+        self._parts = embedding.float().split(WORDS)
+        rounds = operations >= WORTH_ROUNDING and processor.multiplies_bfloat16()
+        self._rounded = [part.bfloat16() for part in self._parts] if rounds else None
+
+    @torch.inference_mode()
+    def greatest(self, cells: Tensor) -> Tensor:
+        """For cells [n, d], max_y E[y]·C [n]."""
+        exact = cells.float()
+        if self._rounded is None:
+            return torch.stack([(exact @ part.t()).amax(1) for part in self._parts]).amax(0)
+        found, rounded = [], cells.bfloat16()
+        for part, narrow in zip(self._parts, self._rounded, strict=True):
+            # Rounded products say which word of a part has the greatest one; it is computed again, unrounded.
+            likeliest = (rounded @ narrow.t()).argmax(1)
+            found.append((exact * part[likeliest]).sum(1))
+        return torch.stack(found).amax(0)
+
+
+def _kept(name: str | None, progress: Progress, vocabulary: int) -> BinaryIO:
+    """The file of a name, for this process alone; where there is none, memory that is as good to write to.
+
+    Another process that computes the same is waited for: what it leaves is gone on with.
+    """
+    if name is None:
+        return io.BytesIO()
+    try:
+        file = (folder("topics") / name).open("a+b")
+    except OSError as error:
+        return _in_memory(error)
+    try:
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return file
+            time.sleep(WAIT)
+            progress(0, vocabulary)  # it isn't known how far the other is; but whoever waits may be stopped
+    except BaseException:
+        file.close()
+        raise
+
+
+def _whole_blocks(file: BinaryIO, vocabulary: int, senses: int, tokens: int) -> Iterator[Tensor]:
+    """The blocks at the beginning of a file that are as they were written."""
+    file.seek(0)
+    for at in range(0, vocabulary, tokens):
+        count = min(tokens, vocabulary - at)
+        data, checksum = file.read(4 * count * senses), file.read(_CHECKSUM)
+        if checksum != _checksum(data, at):
+            return
+        yield torch.frombuffer(bytearray(data), dtype=torch.float32).view(count, senses)
+
+
+def _cut(file: BinaryIO, size: int) -> BinaryIO:
+    """A file without what is behind its whole blocks; memory, if that can't be removed."""
+    try:
+        file.seek(size)
+        file.truncate()
+    except OSError as error:
+        return _in_memory(error)
+    return file
+
+
+def _in_memory(error: OSError) -> BinaryIO:
+    log.warning("the denominators of topic scores can't be kept, and must be computed again: %s", error)
+    return io.BytesIO()
+
+
+def _append(file: BinaryIO, block: Tensor, at: int) -> BinaryIO:
+    """Keep one more block; where the next goes: into memory, once the disk takes no more."""
+    data = block.contiguous().numpy().tobytes()
+    try:
+        file.write(data + _checksum(data, at))
+        file.flush()
+    except OSError as error:
+        with suppress(OSError):
+            file.close()
+        return _in_memory(error)
+    return file
+
+
+def _checksum(data: bytes, at: int) -> bytes:
+    return hashlib.sha256(at.to_bytes(8, "little") + data).digest()

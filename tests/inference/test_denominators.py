@@ -1,0 +1,122 @@
+"""What waits for the denominators of topic scores while they are computed, and what doesn't."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from backpack_lm import checkpoint, denominators
+from backpack_lm.config import BackpackConfig
+from backpack_lm.model import Backpack
+from backpack_lm.patch import TopicEdit
+from backpack_lm.tokenizer import Tokenizer
+from backpack_serving.errors import Unavailable
+from backpack_serving.inference import release_cache as module
+from backpack_serving.inference.release_cache import ReleaseCache
+from backpack_serving.inference.release_files import ReleaseFiles
+from backpack_serving.inference.served_model import ServedModel
+from backpack_serving.settings import default_model
+
+from tests.inference.test_release_cache import Shelf, _channel, _scale
+
+TOPIC = (TopicEdit((7, 8), 2),)
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServedModel:
+    """A tiny model that comes without denominators, and an empty cache for them."""
+    monkeypatch.setattr(denominators, "folder", lambda name: tmp_path)
+    tokenizer = default_model() / checkpoint.TOKENIZER
+    torch.manual_seed(0)
+    config = BackpackConfig(Tokenizer.read(tokenizer).vocab_size, 16, 8, n_layer=1, n_head=1, num_senses=1)
+    checkpoint.save(Backpack(config), tokenizer, tmp_path / "model")
+    return ServedModel.read(tmp_path / "model")
+
+
+@pytest.fixture
+def other(served: ServedModel, tmp_path: Path) -> Iterator[Callable[[], None]]:
+    """Another process that computes them, for ever; called, it ends."""
+    with ExitStack() as ending:
+        assert served.table.kept_as
+        file = ending.enter_context((tmp_path / served.table.kept_as).open("a+b"))
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield ending.close
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf()
+
+
+@pytest.fixture
+def versions(served: ServedModel, shelf: Shelf, tmp_path: Path) -> Iterator[ReleaseCache]:
+    made = ReleaseCache(served, shelf.fetch, ReleaseFiles(tmp_path / "blobs"), 8, 2**26)
+    yield made
+    made.stop()
+
+
+async def test_a_request_waits_as_long_as_it_may_and_is_then_told_to_come_again(
+    served: ServedModel, shelf: Shelf, versions: ReleaseCache, other: Callable[[], None]
+) -> None:
+    digest = shelf.put(served, TOPIC)
+    with pytest.raises(Unavailable) as refused:
+        async with versions.use("acme", digest, patience=0.1):
+            raise AssertionError("served without denominators")
+    assert (refused.value.reason, refused.value.retry_after) == ("TOPICS_NOT_READY", 1.0)
+    patient = asyncio.create_task(_use(versions, digest))
+    other()
+    assert await patient == digest
+    async with versions.use("acme", digest, patience=0.0) as overlay:  # they are there
+        assert overlay.topics
+
+
+async def test_releases_without_topics_do_not_wait(
+    served: ServedModel, shelf: Shelf, versions: ReleaseCache, other: Callable[[], None]
+) -> None:
+    """More of them wait than may be made at a time."""
+    waiting = [
+        asyncio.create_task(_use(versions, shelf.put(served, (TopicEdit((n, n + 1), 2),)))) for n in range(5, 15)
+    ]
+    plain = shelf.put(served, _scale(5))
+    async with versions.use("acme", plain) as overlay:
+        assert overlay.digest == plain
+    assert not any(task.done() for task in waiting)
+    other()
+    assert len(set(await asyncio.gather(*waiting))) == 10
+
+
+async def test_a_channel_is_refused_for_now_and_the_others_go_on(
+    served: ServedModel,
+    shelf: Shelf,
+    versions: ReleaseCache,
+    other: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "STAGING_PATIENCE", 0.1)
+    topic, plain = (_channel(shelf.put(served, edits), name=name) for name, edits in (("t", TOPIC), ("p", _scale(5))))
+    (refusal,) = await versions.stage((topic, plain))
+    assert (refusal.channel, refusal.reason, refusal.final) == ("t", "TOPICS_NOT_READY", False)
+    other()
+    async with versions.use("acme", topic.serving[0].digest):
+        assert await versions.stage((topic,)) == ()
+
+
+async def test_those_that_a_model_comes_with_are_used(
+    served: ServedModel, shelf: Shelf, tmp_path: Path, other: Callable[[], None]
+) -> None:
+    checkpoint.save(served.model, default_model() / checkpoint.TOKENIZER, tmp_path / "shipped", topics=False)
+    other()
+    checkpoint.save(served.model, default_model() / checkpoint.TOKENIZER, tmp_path / "shipped", topics=True)
+    shipped = ServedModel.read(tmp_path / "shipped")
+    assert shipped.table.measured
+    torch.testing.assert_close(shipped.table.peaks, served.table.peaks)
+
+
+async def _use(versions: ReleaseCache, digest: str) -> str:
+    async with versions.use("acme", digest) as overlay:
+        return overlay.digest

@@ -1,0 +1,114 @@
+"""Every precision computes on every processor, and what this one has is asked in one place."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from backpack_lm import processor
+from backpack_lm.kernels import Precision, build
+
+ROOT = Path(__file__).parents[2]
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+X86 = torch.cpu.get_capabilities().get("architecture") == "x86_64"
+
+
+@pytest.fixture
+def having(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What torch says that the processor has: all that we know of, until a test says otherwise."""
+    found: dict[str, object] = dict.fromkeys((name for names in processor._NEEDED.values() for name in names), True)
+    found["architecture"] = "x86_64"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    return found
+
+
+LIMITS = [
+    ("", "avx2 avx512 avx512_bf16 amx_bf16", "native"),
+    ("AVX512_CORE_BF16", "avx2 avx512 avx512_bf16", "native"),
+    ("avx512_core", "avx2 avx512", "x86-64-v4"),
+    ("AVX2_VNNI", "avx2", "x86-64-v3"),
+    ("SSE41", "", "x86-64-v2"),
+    ("of the year 2040", "avx2 avx512 avx512_bf16 amx_bf16", "native"),
+]
+
+
+@pytest.mark.parametrize(("limit", "features", "march"), LIMITS)
+def test_what_is_hidden_from_onednn_is_hidden_from_our_compiler(
+    having: dict[str, object], monkeypatch: pytest.MonkeyPatch, limit: str, features: str, march: str
+) -> None:
+    if limit:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert " ".join(processor.features()) == features
+    assert processor.compiler_options() == (f"-march={march}",)
+
+
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(
+    having: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Precision.AUTO.dtype() is torch.bfloat16
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert Precision.AUTO.dtype() is torch.float32
+    assert Precision.BFLOAT16.dtype() is torch.bfloat16
+
+
+def test_a_processor_of_another_make_has_none_of_it(having: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    having.clear()
+    having["architecture"] = "aarch64"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert processor.features() == ()
+    assert processor.compiler_options() == ("-march=native",)
+
+
+def test_libraries_for_what_is_there_and_for_less_have_names_of_their_own(
+    having: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build._path()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert build._path() != whole
+
+
+WITHOUT = """
+import torch
+from backpack_lm import processor
+from backpack_lm.kernels import Precision
+from backpack_lm.kernels.build import library
+assert processor.features() == ("avx2",), processor.described()
+assert not torch.ops.mkldnn._is_mkldnn_bf16_supported(), "oneDNN isn't limited"
+print(Precision.AUTO.dtype())
+"""
+
+
+@pytest.mark.skipif("not X86 or 'avx2' not in processor.features()", reason="needs AVX2")
+def test_without_avx512_every_precision_computes_and_gives_the_same_bits_in_any_company() -> None:
+    """On any machine: AVX-512 is hidden from oneDNN, from torch and from the compiler of our library.
+
+    What a machine with AVX2 alone runs of the suite, run here by a process of its own.
+    """
+    environment = {**os.environ, **AVX2, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment.pop("BACKPACK_PRECISION", None)
+    how = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    checked = subprocess.run([sys.executable, "-c", WITHOUT], **how)
+    assert checked.stdout.split() == ["torch.float32"], checked.stderr
+    what = "products or company or trunk_in_one_call or bfloat16 or odd_width"
+    files = ("tests/models/test_kernels.py", "tests/engine/test_company.py")
+    done = subprocess.run([sys.executable, "-m", "pytest", *files, "-p", "no:cacheprovider", "-k", what], **how)
+    assert done.returncode == 0, done.stdout
+    assert "processor: avx2; torch uses AVX2; ONEDNN_MAX_CPU_ISA=AVX2" in done.stdout
+    assert "skipped" not in done.stdout, done.stdout
+    listing = subprocess.run(
+        [sys.executable, "-c", "from backpack_lm.kernels.build import library; print(library()._name)"], **how
+    )
+    assert b"zmm" not in _disassembled(Path(listing.stdout.strip()))
+
+
+def _disassembled(library: Path) -> bytes:
+    """Nothing, where there is no disassembler."""
+    try:
+        return subprocess.run(["objdump", "-d", str(library)], capture_output=True, check=True).stdout
+    except FileNotFoundError:
+        return b""
