@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from backpack_serving.install import install_command
+
 _tracer: Any = None
 
 EXPORT_SECONDS = 2.0
@@ -26,7 +28,7 @@ def configure(endpoint: str, service: str) -> None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise ValueError(f"BACKPACK_OTEL_ENDPOINT needs `pip install backpack-serving[otel]`: {error}") from None
+        raise ValueError(f"BACKPACK_OTEL_ENDPOINT needs `{install_command('otel')}`: {error}") from None
     provider = TracerProvider(resource=Resource.create({"service.name": f"backpack-{service}"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_SECONDS)))
     use(provider)
