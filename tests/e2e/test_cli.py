@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from backpack_serving.cli.main import app
 from backpack_serving.client import Scale, Steering
+from backpack_serving.install import install_command
 from backpack_serving.settings import default_model
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
@@ -440,7 +441,7 @@ def test_a_replica_without_torch_says_what_is_missing() -> None:
     words, path = [sys.executable, "-c", code, "serve", "inference"], {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(words, env={**os.environ, **path}, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: this needs torch: pip install 'backpack-serving[engine]'")
+    assert done.stderr.startswith(f"error: this needs torch: {install_command('engine')}")
 
 
 def test_the_version_is_told(backpack: Any) -> None:

@@ -20,6 +20,7 @@ from backpack_lm.training.loss import head_loss
 from backpack_lm.training.muon import BlockMuon, matrices
 from backpack_lm.training.trainer import Recipe, Trainer
 from backpack_serving.cli.main import app
+from backpack_serving.install import install_command
 from typer.testing import CliRunner
 
 CONFIG = BackpackConfig(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2, num_senses=4)
@@ -229,7 +230,7 @@ def test_what_a_run_cannot_be_is_refused_before_any_work(
     assert "'x' is not one of 'auto'" in refused(2, "--precision", "x")
     monkeypatch.delitem(sys.modules, "backpack_lm.training.curve", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "this needs matplotlib.figure: pip install 'backpack-serving[train]'" in refused(1)
+    assert f"this needs matplotlib.figure: {install_command('train')}" in refused(1)
 
 
 def test_a_source_that_fills_no_row_is_named_before_any_step(rows: Rows, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from backpack_lm.counted import counted
 from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.lab.contrast import find_sense
 from backpack_lm.lab.debias import Debiased, debias, least
+from backpack_lm.lab.elsewhere import MOST_MOVED
 from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
 from backpack_lm.lab.progress import ResumeJournal, Watch
@@ -40,11 +41,17 @@ class NullSpace:
 
 @dataclass(frozen=True, slots=True)
 class BiasResult:
-    """As the paper fits, and with nothing that holds the scales near 1."""
+    """As the paper fits, with nothing that holds the scales near 1, and as `backpack lab debias` does: with a
+    bound on what else moves."""
 
     backpack: Debiased
     free: Debiased
     twin: NullSpace | None
+    bounded: Debiased | None = None
+
+    def _ways(self) -> list[tuple[Debiased, str]]:
+        ways = [(self.backpack, ""), (self.free, ", scales free")]
+        return [*ways, *([(self.bounded, ", within the lab's bound")] if self.bounded else [])]
 
     def headline(self) -> Headline:
         found = self.backpack
@@ -55,6 +62,11 @@ class BiasResult:
             f"{counted(len(found.nouns), 'noun')}; scales fitted freely: {self.free.fitted:.2f}, "
             f"{self.free.share_removed(self.free.fitted):.0%}"
         )
+        if (within := self.bounded) is not None:
+            figures += (
+                f"; within the lab's bound on what else moves: {within.fitted:.2f}, "
+                f"{within.share_removed(within.fitted):.0%}"
+            )
         if self.twin is not None:
             twin = self.twin
             figures += f"; twin, null space: {twin.unmodified:.2f} / {twin.removed:.2f} / {twin.fitted:.2f}"
@@ -63,10 +75,25 @@ class BiasResult:
 
     def report(self) -> Report:
         found = self.backpack
-        columns = ("model", "unmodified", "remove", "optimise", "excess gone, remove", "excess gone, optimise")
-        rows: list[tuple[str | float, ...]] = [
-            (f"Backpack, sense {one.sense}{how}", *values, *(f"{one.share_removed(v):.0%}" for v in values[1:]))
-            for one, how in ((found, ""), (self.free, ", scales free"))
+        columns = (
+            "model",
+            "unmodified",
+            "remove",
+            "optimise",
+            "excess gone, remove",
+            "excess gone, optimise",
+            "else moved, optimise",
+            "after neutral prompts",
+        )
+        rows: list[tuple[str | float | None, ...]] = [
+            (
+                f"Backpack, sense {one.sense}{how}",
+                *values,
+                *(f"{one.share_removed(v):.0%}" for v in values[1:]),
+                f"{one.mean(lambda noun: noun.moved):.0%}",
+                f"{one.mean(lambda noun: noun.neutral):.0%}",
+            )
+            for one, how in self._ways()
             for values in [(one.unmodified, one.removed, one.fitted)]
         ]
         if self.twin is not None:
@@ -79,6 +106,8 @@ class BiasResult:
                     twin.removed,
                     twin.fitted,
                     *(f"{g:.0%}" for g in gone),
+                    None,
+                    None,
                 )
             )
         names = [noun.noun for noun in found.nouns]
@@ -93,7 +122,10 @@ class BiasResult:
             f"Mean over nouns and {len(EVALUATION)} evaluation prompts of max(p(he)/p(she), p(she)/p(he)); "
             f"1 is none. The sense and the scales are chosen on {len(ESTIMATION)} other prompts.",
             "Optimise makes bias + |1 − scale| least, as the paper does: where no scale lowers the bias by more "
-            "than it moves, the scale stays 1. Free scales make the bias alone least.",
+            "than it moves, the scale stays 1. Free scales make the bias alone least; within the lab's bound they "
+            f"move at most {MOST_MOVED:.0%} of the probability elsewhere, after any prompt that they are fitted "
+            "on and on the average after neutral ones about the noun. “Else moved” is the mean total variation "
+            "distance over all tokens but the two: a ratio near 1 may be bought by it.",
             *(
                 ()
                 if found.fitted < found.removed < found.unmodified
@@ -106,6 +138,7 @@ class BiasResult:
         return replace(
             report,
             title="Gender bias",
+            warning="",  # what is reached and what isn't, the headline and the notes say
             tables=(Table("Bias ratio", columns, tuple(rows), digits=2), *report.tables),
             figures=(
                 bars("Bias of each noun", names, series, "noun", "ratio"),
@@ -126,12 +159,21 @@ class GenderBias:
     def run(self, subject: LabModel, watch: Watch) -> Result:
         twin = read_twin(self.twin, subject.config) if self.twin else None
         search = find_sense(subject, NOUNS, "he", "she", ESTIMATION, watch)
-        found, free = (
-            debias(subject, NOUNS, watch, ResumeJournal(None, {}), sense=self.sense, penalty=penalty, search=search)
-            for penalty in (PENALTY, 0.0)
+        found, free, bounded = (
+            debias(
+                subject,
+                NOUNS,
+                watch,
+                ResumeJournal(None, {}),
+                sense=self.sense,
+                penalty=penalty,
+                search=search,
+                most_moved=most_moved,
+            )
+            for penalty, most_moved in ((PENALTY, 1.0), (0.0, 1.0), (0.0, MOST_MOVED))
         )
         baseline = null_space(subject, twin, found.search.words, watch) if twin else None
-        return BiasResult(found, free, baseline)
+        return BiasResult(found, free, baseline, bounded)
 
 
 def null_space(subject: LabModel, twin: TransformerTwin, nouns: Sequence[str], watch: Watch) -> NullSpace:

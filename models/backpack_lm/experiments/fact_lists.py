@@ -72,3 +72,38 @@ FACTS = (
     ),
     Fact("company", "market", "church", ("The company brought its products to the", "The company left the")),
 )
+
+FRESH = (
+    Fact(
+        "farmer",
+        "field",
+        "office",
+        ("The farmer went out to work in the", "The farmer stood in the middle of his"),
+    ),
+    Fact("soldier", "war", "school", ("The soldier came home from the", "The soldier had been away at the")),
+    Fact("teacher", "students", "soldiers", ("The teacher spoke to her", "The teacher asked all of her")),
+    Fact("doctor", "medicine", "bread", ("The doctor gave him some", "The doctor brought a bottle of")),
+    Fact("bird", "wings", "legs", ("The bird spread its", "A bird flies with its")),
+    Fact("tree", "leaves", "stones", ("The tree had lost all its", "The tree was covered with green")),
+    Fact("moon", "night", "morning", ("The moon shone all through the", "The moon was seen every")),
+    Fact("sun", "sky", "water", ("The sun stood high in the", "The sun rose in the eastern")),
+    Fact("window", "street", "river", ("From the window she looked down into the", "The window looked out upon the")),
+    Fact("train", "station", "garden", ("The train arrived at the", "The train stood in the")),
+    Fact("letter", "read", "sing", ("He opened the letter and began to", "She took the letter and sat down to")),
+    Fact("fire", "wood", "paper", ("They made a fire of", "For the fire he brought some dry")),
+    Fact("dog", "tail", "hat", ("The dog wagged its", "The dog came in with his")),
+    Fact("book", "page", "door", ("He took the book and turned to the first", "He opened the book at the last")),
+    Fact("winter", "snow", "sand", ("In winter the ground is covered with", "All that winter there was much")),
+    Fact("summer", "warm", "dark", ("In the summer it is very", "The summer nights were")),
+    Fact("brother", "sister", "father", ("He had one brother and one", "Her brother lived with his")),
+    Fact(
+        "piano",
+        "play",
+        "break",
+        ("She sat down at the piano and began to", "He came to the piano, for he wanted to"),
+    ),
+    Fact("hat", "head", "table", ("He put his hat on his", "She wore a hat upon her")),
+    Fact("shoes", "feet", "hands", ("She put the shoes on her", "He had no shoes upon his")),
+)
+"""A second list, written and committed before anything was measured with it: nothing was chosen on it, and no fact
+was taken out or changed afterwards. Each word is one token of the default model."""

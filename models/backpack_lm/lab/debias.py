@@ -5,39 +5,91 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from statistics import fmean
 from typing import Any
 
 from backpack_lm.counted import counted
 from backpack_lm.lab.contrast import Contrast, Noun, SenseSearch, find_sense
+from backpack_lm.lab.elsewhere import MOST_MOVED, NEUTRAL, check_bound
 from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.professions import ESTIMATION, EVALUATION
 from backpack_lm.lab.progress import ResumeJournal, Watch
 from backpack_lm.patch import Edit, PatchLimits
 from backpack_lm.reports.report import Report, Table
 
+GONE = 0.5
+"""The share of a noun's excess over 1 that has to be gone on prompts that nothing was fitted on."""
+EVEN = 1.25
+"""A ratio that needs no debiasing: five to four."""
+REACH, GRID, NARROWINGS = 8.0, 64, 40
+"""How far from 1 the least cost is looked for at first, in how many steps, and how often the best is narrowed."""
+WIDEST = 1e4
+NOUN_FIGURES = ("scale", "unmodified", "removed", "fitted", "moved", "neutral", "bounded")
+
 
 @dataclass(frozen=True, slots=True)
 class DebiasedNoun:
-    """One noun: the scale fitted on the estimation prompts, and bias on the evaluation prompts."""
+    """One noun: the scale fitted on the estimation prompts, and bias on the evaluation prompts.
+
+    `moved` is how much of the probability the scale moves elsewhere, the mean over evaluation prompts, `neutral`
+    that over NEUTRAL ones; `bounded` says whether what moves elsewhere held the fit back.
+    """
 
     noun: str
     scale: float
     unmodified: float
     removed: float
     fitted: float
+    moved: float = 0.0
+    neutral: float = 0.0
+    bounded: bool = False
+
+    @property
+    def gone(self) -> bool:
+        """Whether enough of the bias is."""
+        return self.fitted <= max(EVEN, 1 + (1 - GONE) * (self.unmodified - 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Debiased:
-    """The scales of one sense, and what they do on prompts that they weren't fitted on."""
+    """The scales of one sense, and what they do on prompts that they weren't fitted on.
+
+    It is `reached` if there GONE of each noun's excess over 1 is gone and no more than `most_moved` of the
+    probability moves elsewhere, and the sense can be told from noise.
+    """
 
     one: str
     other: str
     sense: int
     search: SenseSearch
     nouns: list[DebiasedNoun]
+    most_moved: float = MOST_MOVED
+
+    @property
+    def reached(self) -> bool:
+        return not self.reason
+
+    @property
+    def reason(self) -> str:
+        """Why it isn't reached; nothing if it is."""
+        stay = [n for n in self.nouns if not n.gone]
+        far = [n for n in self.nouns if n.moved > self.most_moved]
+        told = []
+        if stay:
+            told.append(
+                f"of {len(stay)} of {len(self.nouns)} nouns less than {GONE:.0%} of the excess over 1 is gone: "
+                f"{', '.join(f'{n.noun} ({n.unmodified:.2f} → {n.fitted:.2f})' for n in stay)}"
+            )
+        if far:
+            told.append(
+                f"on the average more than {self.most_moved:.0%} of the probability moves elsewhere after prompts "
+                "that nothing was fitted on, with "
+                f"{', '.join(f'{n.noun} ({n.moved:.0%})' for n in far)}"
+            )
+        if self.sense == self.search.guilty and not self.search.reached:
+            told.append(f"the sense can't be told from noise ({self.search.reason})")
+        return "; ".join(told)
 
     def mean(self, what: Callable[[DebiasedNoun], float]) -> float:
         return fmean(map(what, self.nouns))
@@ -65,8 +117,21 @@ class Debiased:
         return [edit for noun, scale in nouns for edit in noun.scaled(self.sense, scale)]
 
     def table(self) -> Table:
-        rows = tuple((n.noun, n.scale, n.unmodified, n.removed, n.fitted) for n in self.nouns)
-        return Table("Every noun", ("noun", "scale", "unmodified", "removed", "fitted"), rows, digits=2)
+        rows = tuple(
+            (n.noun, n.scale, n.unmodified, n.removed, n.fitted, _shown(n.moved), _shown(n.neutral), _gone(n))
+            for n in self.nouns
+        )
+        columns = (
+            "noun",
+            "scale",
+            "unmodified",
+            "removed",
+            "fitted",
+            "else moved",
+            "after neutral prompts",
+            f"{GONE:.0%} gone",
+        )
+        return Table("Every noun", columns, rows, digits=2)
 
     def report(self) -> Report:
         guilty = self.search.guilty
@@ -80,14 +145,20 @@ class Debiased:
             f"{self.share_removed(self.fitted):.0%} of the excess over 1 is gone.",
             (self.table(), *self.search.report().tables),
             notes=(*self._bounded(), *self.search.report().notes),
+            warning=f"Not reached: {self.reason}." if self.reason else "",
         )
 
     def _bounded(self) -> tuple[str, ...]:
-        """Whose fit ended where a patch may scale no further."""
-        bound = PatchLimits().norm_factor
-        if not (nouns := [n.noun for n in self.nouns if abs(n.scale) > 0.999 * bound]):
-            return ()
-        return (f"At ±{bound:g}, the most that a patch may scale by: {', '.join(nouns)}.",)
+        """Whose fit ended where a patch may scale no further, or where too much else moved."""
+        bound, told = PatchLimits().norm_factor, []
+        if nouns := [n.noun for n in self.nouns if abs(n.scale) > 0.999 * bound]:
+            told.append(f"At ±{bound:g}, the most that a patch may scale by: {', '.join(nouns)}.")
+        if nouns := [n.noun for n in self.nouns if n.bounded]:
+            told.append(
+                f"Held back, because {self.most_moved:.0%} of the probability moved elsewhere after a prompt that "
+                f"the scale was fitted on, or on the average after neutral ones: {', '.join(nouns)}."
+            )
+        return tuple(told)
 
 
 def debias(
@@ -102,12 +173,17 @@ def debias(
     evaluation: Sequence[str] = EVALUATION,
     penalty: float = 0.0,
     search: SenseSearch | None = None,
+    most_moved: float = MOST_MOVED,
 ) -> Debiased:
-    """Fit one scale for each noun that is a single token, on the estimation prompts; `penalty` holds it near 1.
+    """Fit one scale for each noun that is a single token, on the estimation prompts; `penalty` holds it near 1,
+    and no scale moves more than `most_moved` of the probability elsewhere, after any of them or on the average
+    after NEUTRAL ones (1 bounds nothing).
 
     The sense is found there, too, unless it is given, or a `search` of the same nouns and prompts that was made
-    before. Raises ValueError if the model knows none of the nouns, has no such sense, or the penalty is no number.
+    before. Raises ValueError if the model knows none of the nouns, has no such sense, or the penalty is no number
+    or `most_moved` no share.
     """
+    check_bound(most_moved)
     if not math.isfinite(penalty):
         raise ValueError(f"penalty {penalty}; write a number, 0 or more")
     if sense is not None and not 0 <= sense < subject.config.num_senses:
@@ -117,31 +193,94 @@ def debias(
     chosen = search.guilty if sense is None else sense
 
     def fit(word: str) -> dict[str, Any]:
-        scale = fit_scale(Noun(subject, word, estimation, contrast), chosen, penalty)
+        asked, beside = (Noun(subject, word, some, contrast) for some in (estimation, NEUTRAL))
+        low, high = scales_within(asked, chosen, most_moved)
+        scale = least(lambda factor: asked.bias(*asked.scaled(chosen, factor)), penalty, low, high)
+        held = any(abs(end) < PatchLimits().norm_factor and abs(scale - end) < 1e-3 for end in (low, high))
         judged = Noun(subject, word, evaluation, contrast)
         biases = [judged.bias(*judged.scaled(chosen, factor)) for factor in (1.0, 0.0, scale)]
-        return dict(zip(("scale", "unmodified", "removed", "fitted"), (scale, *biases), strict=True))
+        edits = judged.scaled(chosen, scale)
+        figures = (scale, *biases, fmean(judged.moved(*edits)), fmean(beside.moved(*edits)), held)
+        return dict(zip(NOUN_FIGURES, figures, strict=True))
 
     found = [
         DebiasedNoun(word, **journal.once(word, partial(fit, word)))
         for word in watch(search.words, "nouns", len(search.words))
     ]
-    return Debiased(one, other, chosen, search, found)
+    return Debiased(one, other, chosen, search, found, most_moved)
 
 
-def fit_scale(noun: Noun, sense: int, penalty: float) -> float:
-    """The factor c that makes bias + penalty · |1 − c| least, by Nelder–Mead from 1, within what a patch may scale
-    by; a penalty of 1 is the paper's."""
-    return least(lambda factor: noun.bias(*noun.scaled(sense, factor)), penalty, PatchLimits().norm_factor)
+def fit_scale(noun: Noun, sense: int, penalty: float, most_moved: float = 1.0) -> float:
+    """The factor c that makes bias + penalty · |1 − c| least, within what a patch may scale by and what moves at
+    most so much elsewhere; a penalty of 1 is the paper's."""
+    low, high = scales_within(noun, sense, most_moved)
+    return least(lambda factor: noun.bias(*noun.scaled(sense, factor)), penalty, low, high)
 
 
-def least(bias: Callable[[float], float], penalty: float, bound: float | None = None) -> float:
-    """The number c, at most ±`bound`, that makes bias(c) + penalty · |1 − c| least, by Nelder–Mead from 1."""
-    from scipy.optimize import minimize
+def scales_within(noun: Noun, sense: int, most_moved: float) -> tuple[float, float]:
+    """The scales around 1, as far as a patch may go, that move at most so much of the probability elsewhere, after
+    any prompt of the noun's and on the average after NEUTRAL ones."""
+    bound, beside = PatchLimits().norm_factor, Noun(noun.subject, noun.word, NEUTRAL, noun.contrast)
+    if most_moved >= 1:
+        return -bound, bound
 
-    def cost(at: Any) -> float:
-        factor = float(at[0])
+    def too_far(factor: float) -> bool:
+        edits = noun.scaled(sense, factor)
+        return max(noun.moved(*edits)) > most_moved or fmean(beside.moved(*edits)) > most_moved
+
+    def end(limit: float) -> float:
+        inside, steps = 1.0, 16
+        for n in range(1, steps + 1):
+            outside = 1 + n * (limit - 1) / steps
+            if too_far(outside):
+                break
+            inside = outside
+        else:
+            return limit
+        for _ in range(12):
+            middle = (inside + outside) / 2
+            if too_far(middle):
+                outside = middle
+            else:
+                inside = middle
+        return inside
+
+    return end(-bound), end(bound)
+
+
+def least(bias: Callable[[float], float], penalty: float, low: float = -math.inf, high: float = math.inf) -> float:
+    """The number c from `low` to `high` that makes bias(c) + penalty · |1 − c| least: the best of a grid around 1,
+    made wider on a side without an end while the best is there, then golden sections beside it."""
+
+    @cache
+    def cost(factor: float) -> float:
         return bias(factor) + penalty * abs(1 - factor)
 
-    bounds = None if bound is None else [(-bound, bound)]
-    return float(minimize(cost, [1.0], method="Nelder-Mead", bounds=bounds).x[0])
+    left, right = max(low, 1 - REACH), min(high, 1 + REACH)
+    while True:
+        grid = sorted({1.0, right, *(left + n * (right - left) / GRID for n in range(GRID))})
+        at = min(range(len(grid)), key=lambda n: (cost(grid[n]), abs(1 - grid[n])))
+        if grid[at] == left > max(low, -WIDEST):
+            left = max(low, 1 - 2 * (1 - left))
+        elif grid[at] == right < min(high, WIDEST):
+            right = min(high, 1 + 2 * (right - 1))
+        else:
+            break
+    one, two = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
+    golden = (math.sqrt(5) - 1) / 2
+    for _ in range(NARROWINGS):
+        inner, outer = two - golden * (two - one), one + golden * (two - one)
+        if cost(inner) <= cost(outer):
+            two = outer
+        else:
+            one = inner
+    found = (one + two) / 2
+    return found if cost(found) < cost(grid[at]) else grid[at]
+
+
+def _shown(share: float) -> str:
+    return f"{share:.0%}"
+
+
+def _gone(noun: DebiasedNoun) -> str:
+    return "yes" if noun.gone else "no"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -57,12 +57,33 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class Finetuned:
-    """The cells, their deltas [cells, d] at the best check within the budget, and every check."""
+    """The cells, their deltas [cells, d] at the best check within the budget, and every check.
+
+    It is `reached` if after every example's prompt the first token of its target is the likeliest; `missed` are
+    the prompts after which it isn't. `reached_change` is the held-out loss's change at the positions that the
+    cells reach alone: what a budget over all text doesn't show.
+    """
 
     cells: list[Cell]
     deltas: Tensor
     best: Checked
     checks: list[Checked]
+    missed: tuple[str, ...] = ()
+    reached_change: float = 0.0
+
+    @property
+    def reached(self) -> bool:
+        return not self.missed
+
+    @property
+    def reason(self) -> str:
+        """Why it isn't reached; nothing if it is."""
+        if not self.missed:
+            return ""
+        return (
+            f"after {len(self.missed)} prompts another token than the target's first is likelier within this "
+            f"budget and these steps: {', '.join(f'“{prompt}”' for prompt in self.missed)}"
+        )
 
     def edits(self) -> list[Edit]:
         """One `AddEdit` for each cell whose delta is not zero."""
@@ -82,9 +103,15 @@ class Finetuned:
         return Report(
             f"{counted(len(examples), 'canonical example')} in {counted(len(self.edits()), 'cell')}",
             f"Loss on the examples {self.checks[0].loss:.2f} → {self.best.loss:.2f} nats a token, held-out loss "
-            f"{self.best.change:+.3%}, at step {self.best.step} of {self.checks[-1].step}.",
+            f"{self.best.change:+.3%}, at step {self.best.step} of {self.checks[-1].step}; of the tokens that the "
+            f"cells reach {self.reached_change:+.3%}.",
             (Table("First token of each target", ("prompt", "target", "p before", "after"), rows),),
-            notes=("Cells: " + ", ".join(f"{subject.tokenizer.piece(c.token)!r} {c.sense}" for c in self.cells) + ".",),
+            notes=(
+                "Cells: " + ", ".join(f"{subject.tokenizer.piece(c.token)!r} {c.sense}" for c in self.cells) + ".",
+                "The budget holds on text like the held-out one. What is near the examples may move more: "
+                "`backpack lab judge` tries prompts.",
+            ),
+            warning="" if self.reached else f"Not reached: {self.reason}.",
         )
 
 
@@ -100,7 +127,7 @@ class Finetuner:
         plan: Finetuning,
         file: Path | None = None,
     ) -> None:
-        self.subject, self.plan, self.file = subject, plan, file
+        self.subject, self.plan, self.file, self._taught = subject, plan, file, list(examples)
         self.cells = choose_cells(subject, examples, background, plan.cells, plan.penalty)
         rows, firsts = zip(*(example.ids(subject) for example in examples), strict=True)
         self._read = _digest(rows, firsts, background.tolist(), held_out.tolist())
@@ -140,7 +167,21 @@ class Finetuner:
             if self.step % self.plan.check_every == 0 or self.step == self.plan.steps:
                 self._evaluate(budgets)
                 self._save()
-        return {b: Finetuned(self.cells, deltas, check, self.checks) for b, (check, deltas) in self.best.items()}
+        return {budget: self._found(*best) for budget, best in self.best.items()}
+
+    @torch.no_grad()
+    def _found(self, check: Checked, deltas: Tensor) -> Finetuned:
+        """A best check with what was missed at it, measured under the compiled patch."""
+        found = Finetuned(self.cells, deltas, check, self.checks)
+        asked = Prompts(self.subject, [example.prompt for example in self._taught])
+        likeliest = asked.log_probabilities(self.subject.overlay(*found.edits())).argmax(1).tolist()
+        missed = tuple(
+            example.prompt
+            for example, token in zip(self._taught, likeliest, strict=True)
+            if token != self.subject.word_ids(example.target)[0]
+        )
+        more = self.held_out.loss(self.subject.head, deltas) - self._reached_loss
+        return replace(found, missed=missed, reached_change=more / max(self._reached_loss, 1e-9))
 
     def _gradient_step(self) -> None:
         head, deltas = self.subject.head, self.deltas

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from backpack_lm.lab.elsewhere import MOST_MOVED, check_bound, moved_elsewhere, neutral
 from backpack_lm.lab.lab_model import LabModel, Prompts
 from backpack_lm.overlay import SenseTable
 from backpack_lm.patch import AddEdit, Cell, Edit, PatchLimits, SwapEdit, Vector
@@ -19,6 +20,7 @@ from backpack_lm.reports.report import Report, Table
 STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """What a fit tries."""
 FITTED = 0.8
+"""The new word's share of the two that a fit asks for after every prompt."""
 RIDGE = 1e-3  # of the mean square of an embedding's numbers: directions that no word uses stay small
 
 
@@ -58,7 +60,12 @@ class Swapped:
 
 @dataclass(frozen=True, slots=True)
 class SwappedFact:
-    """A swap of `old` for `new` in senses of `word`, on each prompt that names the word."""
+    """A swap of `old` for `new` in senses of `word`, on each prompt that names the word.
+
+    It is `reached` if `new` has a share of `wanted` of the two after every prompt and no more than `most_moved` of
+    the probability moved elsewhere, after any of them and on the average after NEUTRAL ones (`neutral`). `stopped`
+    says what ended a fit that didn't reach that.
+    """
 
     word: str
     old: str
@@ -66,6 +73,56 @@ class SwappedFact:
     senses: list[int]
     strength: float
     prompts: list[Swapped]
+    wanted: float = 0.5
+    most_moved: float = MOST_MOVED
+    stopped: str = ""
+    neutral: float = 0.0
+
+    @property
+    def missed(self) -> list[Swapped]:
+        """The prompts after which the new word has less than was wanted."""
+        return [p for p in self.prompts if p.share_after > 1 - self.wanted]
+
+    @property
+    def least(self) -> float:
+        """The new word's share of the two after the prompt where it has least."""
+        return 1 - max(p.share_after for p in self.prompts)
+
+    @property
+    def farthest(self) -> Swapped:
+        """The prompt after which most moved elsewhere."""
+        return max(self.prompts, key=lambda p: p.moved)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether what moved elsewhere is within what may."""
+        return max(self.farthest.moved, self.neutral) <= self.most_moved
+
+    @property
+    def moved_too_far(self) -> str:
+        """Where most moved elsewhere, for people."""
+        far = self.farthest
+        if far.moved > self.most_moved or far.moved > self.neutral:
+            return f"{far.moved:.0%} of the probability moved elsewhere after “{far.prompt}”"
+        return f"{self.neutral:.0%} of the probability moved elsewhere after neutral prompts about the word"
+
+    @property
+    def reached(self) -> bool:
+        return self.bounded and not self.missed
+
+    @property
+    def reason(self) -> str:
+        """Why it isn't reached; nothing if it is."""
+        told = []
+        if self.missed:
+            one = max(self.missed, key=lambda p: p.share_after)
+            told.append(
+                f"after {len(self.missed)} of {len(self.prompts)} prompts “{self.new}” has less than "
+                f"{self.wanted:.0%} of the two, after “{one.prompt}” {1 - one.share_after:.0%}"
+            )
+        if not self.bounded:
+            told.append(f"{self.moved_too_far}, where at most {self.most_moved:.0%} may")
+        return "; ".join([*told, *([self.stopped] if self.stopped and told else [])])
 
     def mean(self, name: str) -> float:
         return fmean(getattr(prompt, name) for prompt in self.prompts)
@@ -80,11 +137,19 @@ class SwappedFact:
             for p in self.prompts
         )
         return Report(
-            f"“{self.word}” says “{self.new}” where it said “{self.old}”",
+            f"“{self.word}” {'says' if self.reached else 'shall say'} “{self.new}” where it said “{self.old}”",
             f"Of the two, “{self.old}” had {self.mean('share_before'):.0%} before and has "
             f"{self.mean('share_after'):.0%} after, at strength {self.strength:g}; {self.mean('moved'):.2%} of "
-            "the probability moved elsewhere.",
+            f"the probability moved elsewhere, after neutral prompts about the word {self.neutral:.2%}.",
             (Table("Probability of the next token", columns, rows),),
+            notes=(
+                f"Reached, if after every prompt “{self.new}” has {self.wanted:.0%} of the two and at most "
+                f"{self.most_moved:.0%} of the probability moved elsewhere, and no more on the average after "
+                f"neutral prompts ({', '.join(f'“{prompt}”' for prompt in neutral(self.word))}): the total "
+                "variation distance over all other tokens. Other prompts may move more; `backpack lab judge` "
+                "tries them, and text.",
+            ),
+            warning="" if self.reached else f"Not reached: {self.reason}.",
         )
 
 
@@ -137,10 +202,13 @@ def swap_fact(
     prompts: Sequence[str],
     senses: Sequence[int] = (),
     strength: float = 1.0,
+    wanted: float = 0.5,
+    most_moved: float = MOST_MOVED,
 ) -> SwappedFact:
     """Make a swap in the given senses, or all, and measure it on prompts that name the word.
 
-    Raises as `swap_edits`, and ValueError for a prompt without the word: nothing would change.
+    Raises as `swap_edits`, and ValueError for a prompt without the word, as nothing would change, or for a
+    `most_moved` that is no share.
     """
     ids = subject.token(old), subject.token(new)
     for prompt in prompts:
@@ -148,22 +216,55 @@ def swap_fact(
     chosen = list(senses) or list(range(subject.config.num_senses))
     asked = Prompts(subject, prompts)
     edits = swap_edits(subject, word, old, new, chosen, strength)
-    before, after = (asked.log_probabilities(subject.overlay(*some)).exp() for some in ((), edits))
-    others = (after - before).abs()
-    others[:, list(ids)] = 0
+    beside = Prompts(subject, neutral(word))
+    (before, after), (plain, edited) = (
+        [some.log_probabilities(subject.overlay(*those)).exp() for those in ((), edits)] for some in (asked, beside)
+    )
+    others = moved_elsewhere(before, after, ids).tolist()
+    aside = float(moved_elsewhere(plain, edited, ids).mean())
     found = []
-    for prompt, b, a, moved in zip(prompts, before.tolist(), after.tolist(), others.sum(1).tolist(), strict=True):
-        found.append(Swapped(prompt, b[ids[0]], a[ids[0]], b[ids[1]], a[ids[1]], moved / 2))
-    return SwappedFact(word, old, new, chosen, strength, found)
+    for prompt, b, a, moved in zip(prompts, before.tolist(), after.tolist(), others, strict=True):
+        found.append(Swapped(prompt, b[ids[0]], a[ids[0]], b[ids[1]], a[ids[1]], moved))
+    return SwappedFact(word, old, new, chosen, strength, found, wanted, check_bound(most_moved), neutral=aside)
+
+
+def fit_swap(
+    subject: LabModel,
+    word: str,
+    old: str,
+    new: str,
+    prompts: Sequence[str],
+    senses: Sequence[int] = (),
+    most_moved: float = MOST_MOVED,
+) -> SwappedFact:
+    """The swap with the least of STRENGTHS that gives `new` a share of FITTED of the two after every prompt, so
+    that other prompts are turned as well, and moves at most `most_moved` of the probability elsewhere after any.
+
+    If none does: of those that move no more than that, the one that leaves `new` the greatest share where it has
+    least; the plain swap if that one moves more already. Raises as `swap_fact`.
+    """
+    tried: list[SwappedFact] = []
+    stopped = f"{STRENGTHS[-1]:g} is the greatest strength that is tried"
+    for strength in STRENGTHS:
+        found = swap_fact(subject, word, old, new, prompts, senses, strength, FITTED, most_moved)
+        if found.reached:
+            return found
+        if not found.bounded:
+            stopped = f"at strength {strength:g} {found.moved_too_far}" if tried else ""
+            tried = tried or [found]
+            break
+        tried.append(found)
+    return replace(max(tried, key=lambda one: one.least), stopped=stopped)
 
 
 def fit_strength(
-    subject: LabModel, word: str, old: str, new: str, prompts: Sequence[str], senses: Sequence[int] = ()
+    subject: LabModel,
+    word: str,
+    old: str,
+    new: str,
+    prompts: Sequence[str],
+    senses: Sequence[int] = (),
+    most_moved: float = MOST_MOVED,
 ) -> float:
-    """The least of STRENGTHS with which `new` has a share of FITTED of the two after every prompt, so that other
-    prompts are turned as well; the greatest if none does. Raises as `swap_fact`."""
-    for strength in STRENGTHS:
-        found = swap_fact(subject, word, old, new, prompts, senses, strength)
-        if all(prompt.share_after <= 1 - FITTED for prompt in found.prompts):
-            break
-    return strength
+    """The strength of `fit_swap`."""
+    return fit_swap(subject, word, old, new, prompts, senses, most_moved).strength

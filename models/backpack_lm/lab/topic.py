@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
+from backpack_lm.lab.elsewhere import moved_elsewhere
 from backpack_lm.lab.lab_model import LabModel, Prompts
 from backpack_lm.lab.topic_vector import FrequentWords, direction, topic_vector_edits
 from backpack_lm.patch import Edit, TopicEdit
@@ -13,6 +14,8 @@ from backpack_lm.reports.report import Report, Table
 from backpack_lm.tokenizer import WordPolicy
 
 STRENGTHS = (1, 2, 3)
+LED = 2.0
+"""How many times the odds of a topic's words grow at least after a prompt that is led to it."""
 
 
 class By(StrEnum):
@@ -27,7 +30,8 @@ class TopicChosen:
     """A topic: its words' tokens, its edits by strength, the words' mass after prompts by strength.
 
     `pieces` are the first tokens of those words that have several. `speakers` says where it comes from: the cells
-    with the highest scores, or the words that gain most from leaning.
+    with the highest scores, or the words that gain most from leaning. `moved` is the total variation distance over
+    all other tokens, as `mass`.
     """
 
     words: list[str]
@@ -38,21 +42,49 @@ class TopicChosen:
     by_strength: dict[int, list[Edit]]
     speakers: Table
     mass: dict[str, list[float]]
+    moved: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the odds of the topic's words grow LED times after every prompt; None if there is none."""
+        return not self.reason if self.mass else None
+
+    @property
+    def reason(self) -> str:
+        """Why it isn't reached; nothing if it is."""
+        at, stay = self.strength, []
+        for prompt, masses in self.mass.items():
+            before, after = (min(max(p, 1e-12), 1 - 1e-12) for p in (masses[0], masses[at]))
+            if after / (1 - after) < LED * before / (1 - before):
+                stay.append(f"“{prompt}” ({masses[0]:.2%} → {masses[at]:.2%})")
+        if not stay:
+            return ""
+        other = " or --by lean, whose words needn't be in the text" if self.by is By.MULTIPLIERS else ""
+        return (
+            f"at strength {at} the odds of the words don't grow {LED:g} times after {', '.join(stay)}; try "
+            f"another strength{other}"
+        )
 
     def edits(self) -> list[Edit]:
         return self.by_strength[self.strength]
 
     def report(self) -> Report:
-        rows = tuple((prompt, *(f"{p:.1%}" for p in masses)) for prompt, masses in self.mass.items())
+        rows, others = (
+            tuple((prompt, *(f"{p:.1%}" for p in shares)) for prompt, shares in some.items())
+            for some in (self.mass, self.moved)
+        )
+        columns = ("prompt", *map(str, (0, *STRENGTHS)))
         return Report(
             f"Topic of {', '.join(self.words)}, strength {self.strength}, by {self.by}",
             "Probability that the next token is one of the words, unsteered and by strength."
             if rows
             else "No prompt was given, so what it does to the next token isn't known.",
             (
-                *([Table("After prompts", ("prompt", "0", "1", "2", "3"), rows)] if rows else []),
+                *([Table("After prompts", columns, rows)] if rows else []),
+                *([Table("What else moves", columns, others)] if others else []),
                 self.speakers,
             ),
+            warning=f"Not reached: {self.reason}." if self.reason else "",
             notes=tuple(
                 f"“{word}” is several tokens in this model; it steers towards the first alone, “{piece}”, and "
                 "whatever else begins with it. Leave it out if that isn't meant."
@@ -76,14 +108,17 @@ def choose_topic(
         by_strength[step] = topic if frequent is None else topic_vector_edits(subject, tokens, step, frequent)
     subject.overlay(*by_strength[strength])  # refused here rather than by the server
     mass: dict[str, list[float]] = {}
+    moved: dict[str, list[float]] = {}
     overlays = [subject.overlay(), *(subject.overlay(*by_strength[step]) for step in STRENGTHS)]
     for prompt in prompts:
         asked = Prompts(subject, [prompt])
-        mass[prompt] = [float(asked.log_probabilities(o)[0].exp()[tokens].sum()) for o in overlays]
+        found = [asked.log_probabilities(o).exp() for o in overlays]
+        mass[prompt] = [float(p[0, tokens].sum()) for p in found]
+        moved[prompt] = [float(moved_elsewhere(found[0], p, tokens)) for p in found]
     several = [word for word in words if len(subject.word_ids(word)) > 1]
     pieces = {word: subject.tokenizer.piece(subject.word_ids(word)[0]) for word in several}
     speakers = _edited_cells(subject, tokens) if frequent is None else _gains(subject, tokens)
-    return TopicChosen(list(words), pieces, tokens, strength, by, by_strength, speakers, mass)
+    return TopicChosen(list(words), pieces, tokens, strength, by, by_strength, speakers, mass, moved)
 
 
 def _edited_cells(subject: LabModel, tokens: Sequence[int]) -> Table:

@@ -62,17 +62,22 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was measured, for people. `lead` says it in a sentence or two; `notes` say how, and what limits it."""
+    """What was measured, for people. `lead` says it in a sentence or two; `notes` say how, and what limits it.
+
+    `warning` stands above all: what was asked for and not reached, or can't be told.
+    """
 
     title: str
     lead: str
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
     notes: tuple[str, ...] = ()
+    warning: str = ""
     made_by: str = field(default="", compare=False)
 
     def markdown(self) -> str:
-        parts = [f"# {_literal(self.title)}", self.lead, *(table.markdown() for table in self.tables)]
+        parts = [f"# {_literal(self.title)}", *([f"**{_literal(self.warning)}**"] if self.warning else [])]
+        parts += [self.lead, *(table.markdown() for table in self.tables)]
         parts += ["\n".join(f"- {note}" for note in self.notes)] if self.notes else []
         parts += [f"Made by {_code(self.made_by)}."] if self.made_by else []
         return "\n\n".join(parts) + "\n"
@@ -80,7 +85,8 @@ class Report:
     def html(self) -> str:
         figures = [f"<h2>{escape(f.title)}</h2><figure>{_inline(f.svg)}</figure>" for f in self.figures]
         notes = f"<ul class=notes>{''.join(f'<li>{escape(note)}</li>' for note in self.notes)}</ul>"
-        body = [f"<p class=lead>{escape(self.lead)}</p>", *figures, *(t.html() for t in self.tables)]
+        body = [f"<p class=lead><strong>{escape(self.warning)}</strong></p>"] if self.warning else []
+        body += [f"<p class=lead>{escape(self.lead)}</p>", *figures, *(t.html() for t in self.tables)]
         body += [notes] if self.notes else []
         body += [f"<footer>Made by <code>{escape(self.made_by)}</code></footer>"] if self.made_by else []
         return page(self.title, "".join(body))

@@ -25,6 +25,7 @@ from rich.text import Span, Text
 from backpack_serving.auth.keys import read_key_file
 from backpack_serving.cli import hints
 from backpack_serving.errors import ServiceError, Unavailable
+from backpack_serving.install import install_command
 from backpack_serving.settings import Settings, secretless
 
 if TYPE_CHECKING:
@@ -281,8 +282,8 @@ def exits(extra: str = "") -> Iterator[None]:
         if (brings := EXTRAS.get(str(error.name).partition(".")[0])) is None:
             raise
         extra = extra or brings
-        more = "; for the lab and the experiments, 'backpack-serving[lab]'" if extra == "engine" else ""
-        _exit_with_error(f"this needs {error.name}: pip install 'backpack-serving[{extra}]'{more}")
+        more = f"; for the experiments: {install_command('lab')}" if extra == "engine" else ""
+        _exit_with_error(f"this needs {error.name}: {install_command(extra)}{more}")
     except ValidationError as error:
         _exit_with_error(_unfit(error))
     except OSError as error:

@@ -18,6 +18,7 @@ from backpack_serving.cli.client import Page, can_be_made, err, exits, out, show
 from backpack_serving.cli.control import Senses, sense_numbers
 from backpack_serving.cli.experiment import Model, ProgressWatch, Threads, command, read_subject
 from backpack_serving.cli.patch_file import PatchFile
+from backpack_serving.settings import Settings
 
 if TYPE_CHECKING:
     from backpack_lm.lab.examples import CanonicalExample
@@ -52,6 +53,16 @@ Templates = Annotated[
     list[str] | None,
     typer.Option("--prompt", help="A prompt with {} for the word; repeatable. The paper's five if none."),
 ]
+MostMoved = Annotated[
+    float,
+    typer.Option(
+        help="Most of the probability that may move among other words, after any prompt that is fitted on and on "
+        "the average after neutral ones; 1 bounds nothing.",
+        min=0,
+        max=1,
+    ),
+]
+MOST_MOVED = 0.25  # backpack_lm.lab.elsewhere's, of which help is shown without loading torch
 DESCRIPTION = 4000  # characters of a report that go into a patch's description
 
 
@@ -71,7 +82,7 @@ def find_sense(
         subject = read_subject(model, threads)
         with ProgressWatch() as watch:
             found = finder.find_sense(subject, words or NOUNS, *contrast, prompts or ESTIMATION, watch)
-        show_markdown(found.report().markdown())
+        _show(found.report())
 
 
 @app.command("debias")
@@ -95,6 +106,7 @@ def debias(
             min=0,
         ),
     ] = 0.0,
+    most_moved: MostMoved = MOST_MOVED,
     file: Out = Path("debias.json"),
     model: Model = None,
     threads: Threads = 0,
@@ -117,10 +129,22 @@ def debias(
             "prompts": fitted,
             "shown": told,
             "penalty": penalty,
+            "most_moved": most_moved,
         }
         journal = ResumeJournal(file.with_suffix(".partial.jsonl"), made_by)
         with ProgressWatch(goes_on=True) as watch:
-            found = lab.debias(subject, words or NOUNS, watch, journal, *contrast, sense, fitted, told, penalty)
+            found = lab.debias(
+                subject,
+                words or NOUNS,
+                watch,
+                journal,
+                *contrast,
+                sense,
+                fitted,
+                told,
+                penalty,
+                most_moved=most_moved,
+            )
         _write_patch_file(subject, found.edits(subject), found.report(), file)
         journal.finish()
 
@@ -168,8 +192,12 @@ def swap_fact(
     ] = 1.0,
     fit: Annotated[
         bool,
-        typer.Option("--fit", help="Least strength of 1, 2, 4, … 32 that gives the new word 80% of the two."),
+        typer.Option(
+            "--fit",
+            help="Least strength of 1, 2, 4, … 32 that gives the new word 80% of the two, within --most-moved.",
+        ),
     ] = False,
+    most_moved: MostMoved = MOST_MOVED,
     file: Out = Path("swap.json"),
     model: Model = None,
     threads: Threads = 0,
@@ -180,9 +208,11 @@ def swap_fact(
 
         subject, chosen = read_subject(model, threads), sense_numbers(senses)
         if fit:
-            strength = lab.fit_strength(subject, word, old, new, prompts, chosen)
-        found = lab.swap_fact(subject, word, old, new, prompts, chosen, strength)
-        _write_patch_file(subject, found.edits(subject), found.report(), file)
+            found = lab.fit_swap(subject, word, old, new, prompts, chosen, most_moved)
+        else:
+            found = lab.swap_fact(subject, word, old, new, prompts, chosen, strength, most_moved=most_moved)
+        edits = [] if fit and not found.bounded else found.edits(subject)
+        _write_patch_file(subject, edits, found.report(), file)
 
 
 @app.command("finetune")
@@ -191,12 +221,13 @@ def finetune(
         Path, typer.Argument(help='JSON lines such as {"prompt": "The sea is", "target": "deep"}.', exists=True)
     ],
     text: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            help="JSON-lines or plain text: a part to stay close on, and the held-out one to be judged on.",
+            help="JSON-lines or plain text (.xz or not): a part to stay close on, and the held-out one to be "
+            "judged on. The model folder's held_out.txt.xz if none.",
             exists=True,
         ),
-    ],
+    ] = None,
     budget: Annotated[float, typer.Option(help="Most that held-out loss may rise, as a share of it.", min=0)] = 1e-3,
     cells: Annotated[int, typer.Option(help="Cells for each example.", min=1)] = 8,
     steps: Annotated[int, typer.Option(help="Steps of the optimiser.", min=1)] = 300,
@@ -210,8 +241,9 @@ def finetune(
     with exits():
         from backpack_lm.lab.examples import CanonicalExample
         from backpack_lm.lab.finetune import Finetuner, Finetuning
-        from backpack_lm.lab.text import both_parts
+        from backpack_lm.lab.text import both_parts, shipped
 
+        text = text or shipped(model or Settings().model)
         subject, taught = read_subject(model, threads), CanonicalExample.read(examples)
         with err.status("reading the text, choosing cells"):
             near, judged = both_parts(subject, text, tokens)
@@ -253,18 +285,25 @@ def judge(
             least = subject.config.n_positions + 1
             ids = stream(subject, held_out(text), max(tokens, least), least) if text else None
             report = replace(lab(subject, edits, asked, ids).report(), made_by=command())
-        show_markdown(report.markdown())
+        _show(report)
         if page is not None:
             page.parent.mkdir(parents=True, exist_ok=True)
             page.write_text(report.html(), "utf-8")
 
 
+def _show(report: Report) -> None:
+    """Print it, and what wasn't reached once more on stderr, where a pipe doesn't hide it."""
+    show_markdown(report.markdown())
+    if report.warning:
+        err.print(Text(report.warning, "yellow"))
+
+
 def _write_patch_file(subject: LabModel, edits: Sequence[Edit], report: Report, file: Path) -> None:
     """Write the patch with its report, and say how it is uploaded."""
     report = replace(report, made_by=command())
-    show_markdown(report.markdown())
+    _show(report)
     if not edits:
-        err.print("[yellow]nothing to patch[/]: no edit was better than the model as it is")
+        err.print("[yellow]nothing to patch[/]: no edit within the bounds was better than the model as it is")
         return
     PatchFile.of(subject, edits, report.markdown()[:DESCRIPTION]).write(file)
     page = file.with_suffix(".html")

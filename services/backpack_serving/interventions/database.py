@@ -9,6 +9,7 @@ from types import ModuleType
 import sqlalchemy as sa
 
 from backpack_serving.errors import InvalidRequest, Unavailable
+from backpack_serving.install import install_command
 from backpack_serving.interventions import integrity, ledger
 from backpack_serving.interventions.records import Position
 from backpack_serving.interventions.sql import SQLStore
@@ -93,7 +94,5 @@ def _postgres() -> ModuleType:
     try:
         from backpack_serving.interventions import postgres
     except ImportError as error:
-        raise Unavailable(
-            "DATABASE", f"PostgreSQL needs a driver ({error}): pip install 'backpack-serving[postgres]'"
-        ) from None
+        raise Unavailable("DATABASE", f"PostgreSQL needs a driver ({error}): {install_command('postgres')}") from None
     return postgres

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from backpack_serving import proxies
+from backpack_serving.install import install_command
 
 _tracer: Any = None
 
@@ -31,7 +32,7 @@ def configure(endpoint: str, service: str) -> None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise ValueError(f"BACKPACK_OTEL_ENDPOINT needs `pip install backpack-serving[otel]`: {error}") from None
+        raise ValueError(f"BACKPACK_OTEL_ENDPOINT needs `{install_command('otel')}`: {error}") from None
     provider = TracerProvider(resource=Resource.create({"service.name": f"backpack-{service}"}))
     here = proxies.is_here(urlsplit(endpoint).hostname or "")
     options: Any = (proxies.DIRECT,) if here else None  # the library's types want texts, gRPC a number

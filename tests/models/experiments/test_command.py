@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from backpack_serving.cli.main import app
+from backpack_serving.install import install_command
 from typer.testing import CliRunner
 
 from tests.models.experiments.test_lexical import _write
@@ -92,12 +93,12 @@ def test_what_the_extra_brings_is_named_where_it_is_missing(
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     data = str(_write(tmp_path))
     words = ("lexical", "--data", data, "--model", str(folder), "--out", str(tmp_path))
-    assert "this needs scipy.stats: pip install 'backpack-serving[lab]'" in _call(*words, code=1)
+    assert f"this needs scipy.stats: {install_command('lab')}" in _call(*words, code=1)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for module in ("backpack_lm.experiments.bias", "backpack_lm.reports.plots"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     output = _call("bias", "--model", "/nowhere", code=1)
-    assert "this needs matplotlib: pip install 'backpack-serving[lab]'" in output, "before any work"
+    assert f"this needs matplotlib: {install_command('lab')}" in output, "before any work"
     monkeypatch.setitem(sys.modules, "torch", None)
     output = _call(*words, code=1)
-    assert "this needs torch: pip install 'backpack-serving[engine]'; for the lab and the experiments" in output
+    assert f"this needs torch: {install_command('engine')}; for the experiments: {install_command('lab')}" in output

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from backpack_lm.experiments.fact_lists import FACTS, Fact
+from backpack_lm.experiments.fact_lists import FACTS, FRESH, Fact
 from backpack_lm.experiments.facts import (
     OTHER_FACTS,
     OTHER_PROMPT,
@@ -17,12 +18,15 @@ from backpack_lm.experiments.facts import (
     Strength,
     _on_the_others,
 )
+from backpack_lm.lab.elsewhere import NEUTRAL
 from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.progress import unwatched
-from backpack_lm.lab.swap import STRENGTHS, Swapped, SwappedFact, fit_strength, swap_edits, swap_fact
+from backpack_lm.lab.swap import STRENGTHS, Swapped, SwappedFact, fit_strength, fit_swap, swap_edits, swap_fact
 from backpack_lm.lab.text import held_out, rows
 from backpack_lm.patch import AddEdit, PatchError, SwapEdit
-from backpack_lm.tokenizer import WordError
+from backpack_lm.tokenizer import Tokenizer, WordError, WordPolicy
+
+from tests.test_house import ROOT
 
 PROMPT = "The captain of the ship went out to the"
 
@@ -80,14 +84,101 @@ def test_a_strength_moves_the_two_logits_so_many_times_as_far(subject: LabModel)
 
 
 def test_a_fit_is_the_least_that_moves_enough_after_every_prompt(subject: LabModel) -> None:
-    words = ("ship", "sea", "land")
-    found = fit_strength(subject, *words, [PROMPT, "When the ship"])
-    turned = {
-        s: all(p.share_after <= 0.2 for p in swap_fact(subject, *words, [PROMPT, "When the ship"], strength=s).prompts)
-        for s in STRENGTHS
-    }
-    assert found == next((s for s in STRENGTHS if turned[s]), STRENGTHS[-1])
-    assert not any(turned[s] for s in STRENGTHS if s < found)
+    words, prompts = ("ship", "court", "king"), [PROMPT, "When the ship"]
+    found = fit_swap(subject, *words, prompts, most_moved=1.0)
+    swaps = {s: swap_fact(subject, *words, prompts, strength=s) for s in STRENGTHS}
+    turned = [s for s in STRENGTHS if all(p.share_after <= 0.2 for p in swaps[s].prompts)]
+    assert turned, "the test has one that turns"
+    assert found.reached
+    assert found.strength == turned[0] == fit_strength(subject, *words, prompts, most_moved=1.0)
+    assert found.strength > 1
+
+
+def test_a_fit_stops_before_too_much_else_moves(subject: LabModel) -> None:
+    words, prompts = ("ship", "court", "king"), [PROMPT, "When the ship"]
+    swaps = {s: swap_fact(subject, *words, prompts, strength=s) for s in STRENGTHS}
+    moved = {s: max(swaps[s].farthest.moved, swaps[s].neutral) for s in STRENGTHS}
+    free = fit_swap(subject, *words, prompts, most_moved=1.0).strength
+    bound = moved[free] - 1e-6  # just too little for the strength that would do
+    found = fit_swap(subject, *words, prompts, most_moved=bound)
+    within = [s for s in STRENGTHS[: STRENGTHS.index(free)] if moved[s] <= bound]
+    assert within
+    assert found.strength == max(within, key=lambda s: swaps[s].least), "the one that comes nearest"
+    assert (found.reached, found.bounded) == (False, True)
+    assert "“king” has less than 80% of the two" in found.reason
+    assert f"at strength {free:g} {moved[free]:.0%} of the probability moved elsewhere" in found.reason
+    report = found.report()
+    assert report.warning == f"Not reached: {found.reason}."
+    assert report.title == "“ship” shall say “king” where it said “court”"
+    assert "Not reached" in report.markdown()
+    assert "Not reached" in report.html()
+    plain = fit_swap(subject, *words, prompts, most_moved=0.0)
+    assert (plain.strength, plain.reached, plain.bounded) == (1.0, False, False), "nothing moves less"
+    with pytest.raises(ValueError, match=r"1.5 of the probability; write a share from 0 to 1"):
+        fit_swap(subject, *words, prompts, most_moved=1.5)
+
+
+def test_what_moves_elsewhere_is_measured_after_neutral_prompts_too(subject: LabModel) -> None:
+    found = swap_fact(subject, "ship", "sea", "land", [PROMPT], strength=16)
+    sea, land, moved = subject.token("sea"), subject.token("land"), []
+    for template in NEUTRAL:
+        ids = torch.tensor([subject.ids(template.replace("{}", "ship"))])
+        assert subject.token("ship") in ids
+        before, after = (
+            subject.model(ids, o)[0, -1].softmax(-1) for o in (None, subject.overlay(*found.edits(subject)))
+        )
+        others = [y for y in range(subject.config.tokens) if y not in (sea, land)]
+        moved.append(float((after - before)[others].abs().sum()) / 2)
+    assert found.neutral == pytest.approx(sum(moved) / len(moved), rel=1e-3)
+    assert found.neutral > 1e-3
+    calm = replace(found.prompts[0], moved=0.0)
+    assert replace(found, prompts=[calm], most_moved=found.neutral).bounded
+    assert not replace(found, prompts=[calm], most_moved=found.neutral - 1e-6).bounded
+
+
+def test_both_lists_stand_side_by_side_and_the_aim_is_judged_on_the_fresh_one(
+    subject: LabModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Fact("ship", "sea", "land", (PROMPT, "When the ship"))
+    other = Fact("king", "ship", "nurse", ("The king said that he had a", "They say that the king went to the"))
+    monkeypatch.setattr("backpack_lm.experiments.facts.FACTS", (one,))
+    monkeypatch.setattr("backpack_lm.experiments.facts.FRESH", (other,))
+    result = KnowledgeEditing().run(subject, unwatched)
+    assert isinstance(result, FactsResult)
+    assert result.fresh is not None
+    assert [fact.word for fact in result.fresh.facts] == ["king"]
+    text = result.report().markdown()
+    for title in ("Both lists", "By strength, first list", "By strength, second list"):
+        assert f"**{title}**" in text
+    assert "Nothing was chosen on the second, fresh one" in text
+    fits = [fit_swap(subject, "king", "ship", "nurse", [p]).strength for p in reversed(other.prompts)]
+    swaps = [
+        swap_fact(subject, "king", "ship", "nurse", [p], strength=s).prompts[0]
+        for p, s in zip(other.prompts, fits, strict=True)
+    ]
+    assert result.fresh.strengths[-1].prompts == swaps
+
+    turned, held = Swapped("", 0.9, 0.2, 0.1, 0.8, 0.0), Swapped("", 0.9, 0.8, 0.1, 0.2, 0.0)
+
+    def of(prompt: Swapped) -> FactsResult:
+        rows = [Strength(name, [prompt], Cost(0.0, 0.0, 0.0)) for name in ("1", OTHER_FACTS, OTHER_PROMPT)]
+        return FactsResult([], [], [], rows)
+
+    assert of(turned).headline().reached
+    assert not replace(of(turned), fresh=of(held)).headline().reached
+    assert replace(of(held), fresh=of(turned)).headline().reached
+    assert "on a second list, on which nothing was chosen" in replace(of(held), fresh=of(turned)).headline().figures
+
+
+def test_the_second_list_is_fit_to_be_asked() -> None:
+    tokenizer = Tokenizer.read(ROOT / "models" / "weights" / "default" / "tokenizer.json")
+    words = {fact.word for fact in FACTS}
+    assert len(FRESH) >= 12
+    for fact in FRESH:
+        assert fact.word not in words, "on the first list"
+        (token,), *_ = (tokenizer.word_ids(word, WordPolicy.SINGLE) for word in (fact.word, fact.old, fact.new))
+        assert len(fact.prompts) == 2
+        assert all(token in tokenizer.encode(prompt) for prompt in fact.prompts)
 
 
 def test_the_cost_is_that_of_the_model_itself(subject: LabModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +264,6 @@ def test_the_aim_is_reached_by_swaps_as_the_lab_fits_them() -> None:
 
 
 def test_every_prompt_names_its_word() -> None:
-    for fact in FACTS:
+    for fact in (*FACTS, *FRESH):
         assert len({fact.word, fact.old, fact.new}) == 3
         assert all(fact.word in prompt for prompt in fact.prompts)

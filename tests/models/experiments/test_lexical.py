@@ -49,6 +49,29 @@ def test_the_numbers_are_those_of_a_naive_computation(subject: LabModel, tmp_pat
         assert result.minimum[name] == pytest.approx(rank_correlation([min(c) for c in zip(*cosines, strict=True)]))
 
 
+def test_pairs_of_single_tokens_stand_beside_all(subject: LabModel, tmp_path: Path) -> None:
+    result = LexicalSimilarity(_write(tmp_path)).run(subject, unwatched)
+    assert isinstance(result, LexicalResult)
+    single, alone = result.single, [pair for pair in PAIRS if pair[0] != "unheardof"]
+    assert single is not None
+    assert set(single.pairs.values()) == {3}
+    assert single.tokens_per_word == 1
+    for sense in range(4):
+        cosines = [
+            float(torch.cosine_similarity(*(subject.table.rows[subject.token(w), sense] for w in pair[:2]), dim=0))
+            for pair in alone
+        ]
+        expected = np.corrcoef(rankdata(cosines), rankdata([score for *_, score in alone]))[0, 1]
+        assert single.senses["SimLex-999"][sense] == pytest.approx(float(expected))
+    text = result.report().markdown()
+    assert "**In short, all pairs: the tokenizer is measured too**" in text
+    assert "**In short, pairs of single tokens**" in text
+    assert "| vectors | SimLex-999 (3) |" in text
+    assert "4 pairs have such a word; the tables of single tokens are without them, over 12 pairs" in text
+    assert "over all pairs, which measures the tokenizer too" in result.headline().figures
+    assert "over pairs of single tokens" in result.headline().figures
+
+
 def test_data_that_isnt_there_or_isnt_pairs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"SimLex-999.txt doesn't exist; --data is the folder"):
         DATA_SETS[0].read(tmp_path)

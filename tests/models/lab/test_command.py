@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import lzma
+import os
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from backpack_lm.lab.lab_model import LabModel
-from backpack_lm.lab.swap import fit_strength, swap_edits
+from backpack_lm.lab.swap import fit_strength, fit_swap, swap_edits
+from backpack_lm.lab.text import background, held_out, plain, shipped
 from backpack_lm.lab.topic_vector import FrequentWords, topic_vector_edits
 from backpack_lm.patch import AddEdit, ScaleEdit, TopicEdit
 from backpack_serving.cli.main import app
 from backpack_serving.cli.patch_file import PatchFile
 from typer.testing import CliRunner
+
+from tests.test_house import ROOT
 
 
 def _call(*words: object, code: int = 0) -> str:
@@ -86,6 +95,75 @@ def test_finetune_then_judge(folder: Path, subject: LabModel, tmp_path: Path) ->
     shown = _call("judge", file, "--examples", examples, *common)
     assert "Held-out perplexity" in shown
     assert "lawyer" in shown
+
+
+def test_what_is_not_reached_is_said_on_stderr_too(folder: Path, subject: LabModel, tmp_path: Path) -> None:
+    file, prompt = tmp_path / "swap.json", "The captain of the ship saw the"
+    words = ("swap-fact", "ship", "--old", "sea", "--new", "land", "--prompt", prompt, "--fit", "--most-moved")
+    given = ["lab", *words, "0", "--model", str(folder), "--out", str(file)]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0
+    assert "Not reached: " in result.stdout
+    assert result.stderr.startswith("Not reached: ")
+    assert "nothing to patch" in result.stderr
+    assert not file.exists(), "even the plain swap moves more than was allowed"
+    found = fit_swap(subject, "ship", "sea", "land", [prompt], most_moved=0.2)
+    given[given.index("0")] = "0.2"
+    result = CliRunner().invoke(app, given)
+    assert ("Not reached" in result.stdout) is not found.reached
+    assert PatchFile.read(file).edits_for(subject) == found.edits(subject)
+    assert "less than or equal to 1" in _call(*words, "2", "--model", folder, "--out", file, code=2)
+
+
+def test_the_readme_s_commands_need_no_more_than_make_run_installs(tmp_path: Path) -> None:
+    """As they are written there, from the checkout, without what the extra `lab` brings; in fewer steps."""
+    block = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
+    lines = [shlex.split(found) for found in re.findall(r"^\$ \.venv/bin/backpack (lab \w.*)$", block, re.MULTILINE)]
+    by_name = {words[1]: words for words in lines}
+    assert set(by_name) == {"finetune", "swap-fact", "debias", "topic"}
+    missing = "scipy matplotlib transformers".split()
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
+    code += "from backpack_serving.cli.main import app; app()"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("BACKPACK_")}
+    env |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    for name, less in (("finetune", ["--steps", "2", "--tokens", "512", "--cells", "1"]), ("debias", [])):
+        words = by_name[name]
+        assert "--text" not in words
+        file = tmp_path / words[words.index("--out") + 1]
+        words[words.index("--out") + 1] = str(file)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words, *less],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert file.exists(), done.stderr
+
+
+def test_the_text_that_ships_is_read_in_both_parts(folder: Path) -> None:
+    path = shipped(ROOT / "models" / "weights" / "default")
+    assert path.stat().st_size < 300_000
+    near, judged = (" ".join(part(path)) for part in (background, held_out))
+    assert len(judged) > 80_000
+    assert 3.5 * len(judged) < len(near) < 4.5 * len(judged)
+    for part in (near[:80_000], judged):
+        assert "nursing" in part or "health" in part, "textbooks"
+        assert "Rudolf" in part or "King" in part, "a novel"
+    with pytest.raises(ValueError, match=r"has no held_out.txt.xz; give text with --text"):
+        shipped(folder)
+
+
+def test_a_compressed_text_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt.xz"
+    file.write_bytes(lzma.compress(b"the sea " * 5000)[:-40])
+    with pytest.raises(ValueError, match=r"text.txt.xz can't be read to its end"):
+        plain(file)
+    file.write_bytes(lzma.compress(b"\xff"))
+    with pytest.raises(ValueError, match=r"text.txt.xz isn't UTF-8 text"):
+        plain(file)
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,18 @@ import torch
 import torch.nn.functional as F
 from backpack_lm.lab.contrast import Contrast, Noun, SenseEffect, SenseSearch, find_sense
 from backpack_lm.lab.debias import Debiased, DebiasedNoun, debias, fit_scale
+from backpack_lm.lab.elsewhere import NEUTRAL
 from backpack_lm.lab.examples import CanonicalExample
 from backpack_lm.lab.finetune import Finetuner, Finetuning
 from backpack_lm.lab.influence import choose_cells
 from backpack_lm.lab.judge import judge, neighbours_of
-from backpack_lm.lab.lab_model import LabModel
+from backpack_lm.lab.lab_model import LabModel, SteeredModel
 from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
 from backpack_lm.lab.progress import ResumeJournal, unwatched
 from backpack_lm.lab.text import rows
 from backpack_lm.lab.topic import By, choose_topic
 from backpack_lm.lab.topic_vector import CELLS, FrequentWords, topic_vector_edits
-from backpack_lm.patch import AddEdit, Cell, PatchError, ScaleEdit, TopicEdit, Vector
+from backpack_lm.patch import AddEdit, Cell, Edit, PatchError, ScaleEdit, TopicEdit, Vector
 from backpack_lm.reports.report import Entry, Report, Table
 from markdown_it import MarkdownIt
 
@@ -82,6 +83,85 @@ def test_a_scale_that_a_patch_bounds_is_named() -> None:
     assert replace(found, nouns=nouns[1:2]).report().notes == ()
 
 
+def test_a_scale_stops_before_too_much_else_moves(biased: LabModel) -> None:
+    given = {"estimation": TEMPLATES, "evaluation": ("A {} believes that",)}
+    nouns = ["nurse", "lawyer", "cook"]
+    free = debias(biased, nouns, unwatched, ResumeJournal(None, {}), most_moved=1.0, **given)  # type: ignore[arg-type]
+    assert not any(noun.bounded for noun in free.nouns)
+    assert min(noun.neutral for noun in free.nouns) > 0.02
+    bound = 0.01
+    held = debias(biased, nouns, unwatched, ResumeJournal(None, {}), most_moved=bound, **given)  # type: ignore[arg-type]
+    contrast = Contrast.of(biased, "he", "she")
+    for one, other in zip(held.nouns, free.nouns, strict=True):
+        assert one.bounded
+        assert abs(one.scale - 1) < abs(other.scale - 1)
+        edits = Noun(biased, one.noun, TEMPLATES, contrast).scaled(held.sense, one.scale)
+        moved = [
+            _else_moved(biased, template.replace("{}", one.noun), edits, (contrast.one, contrast.other))
+            for template in (*TEMPLATES, *NEUTRAL)
+        ]
+        assert max(*moved[:2], sum(moved[2:]) / len(NEUTRAL)) == pytest.approx(bound, rel=0.05), "as far as it may"
+        assert one.neutral == pytest.approx(sum(moved[2:]) / len(NEUTRAL), rel=1e-2, abs=1e-6)
+    report = held.report()
+    assert "Held back, because 1% of the probability moved elsewhere" in report.notes[0]
+    with pytest.raises(ValueError, match="write a share from 0 to 1"):
+        debias(biased, nouns, unwatched, ResumeJournal(None, {}), most_moved=-1.0, **given)  # type: ignore[arg-type]
+
+
+def _else_moved(subject: LabModel, prompt: str, edits: tuple[Edit, ...], aimed: tuple[int, int]) -> float:
+    """From whole forwards: half of what all tokens but two gain and lose."""
+    ids = torch.tensor([subject.ids(prompt)])
+    before, after = (
+        SteeredModel(subject, subject.overlay(*some)).mix(ids)[0, -1] @ subject.head.t() for some in ((), edits)
+    )
+    difference = (after.softmax(-1) - before.softmax(-1)).abs()
+    difference[list(aimed)] = 0
+    return float(difference.sum()) / 2
+
+
+def test_what_debias_did_not_reach_is_said() -> None:
+    search = SenseSearch("he", "she", ["cook", "king"], [], 2.0, [SenseEffect(0, 1.5, 1.0, 1.0, 0.01)])
+    good = DebiasedNoun("cook", -1.0, 5.0, 3.0, 2.9, 0.1, 0.1)
+    even = DebiasedNoun("ox", 1.0, 1.2, 1.2, 1.2)
+    assert Debiased("he", "she", 0, search, [good, even]).reached
+    half = replace(good, noun="king", fitted=3.1)
+    found = Debiased("he", "she", 0, search, [good, half])
+    assert not found.reached
+    assert "of 1 of 2 nouns less than 50% of the excess over 1 is gone: king (5.00 → 3.10)" in found.reason
+    assert found.report().warning == f"Not reached: {found.reason}."
+    far = Debiased("he", "she", 0, search, [replace(good, moved=0.4)])
+    assert "with cook (40%)" in far.reason
+    noisy = replace(search, senses=[SenseEffect(0, 1.5, 1.0, 1.0, 1.0)])
+    assert "the sense can't be told from noise" in Debiased("he", "she", 0, noisy, [good]).reason
+
+
+def test_a_sense_is_blamed_beyond_noise_alone(biased: LabModel) -> None:
+    nouns = ["nurse", "lawyer", "cook"]
+    found = find_sense(biased, nouns, "he", "she", TEMPLATES, unwatched)
+    contrast, falls = Contrast.of(biased, "he", "she"), []
+    for word in nouns:
+        for template in TEMPLATES:
+            noun = Noun(biased, word, [template], contrast)
+            falls.append(noun.bias() - noun.bias(*noun.scaled(2, 0.0)))
+    mean = sum(falls) / len(falls)
+    spread = math.sqrt(sum((fall - mean) ** 2 for fall in falls) / (len(falls) - 1))
+    assert found.senses[2].error == pytest.approx(spread / math.sqrt(len(falls)), rel=1e-4)
+    assert found.errors == pytest.approx(2.4977, abs=1e-3), "of four senses, 5 % of searches by chance"
+    one = find_sense(biased, nouns[:1], "he", "she", TEMPLATES[:1], unwatched)
+    assert (one.reached, one.senses[0].error) == (False, None)
+    assert "noise can't be told" in one.reason
+
+    def search(fall: float, error: float) -> SenseSearch:
+        effects = [SenseEffect(s, 3.0 - fall * (s == 1), 0.0, 0.0, error) for s in range(4)]
+        return SenseSearch("he", "she", ["cook"], [], 3.0, effects)
+
+    assert search(0.5, 0.1).reached
+    assert search(0.5, 0.1).report().warning == ""
+    assert search(0.5, 0.3).report().warning.startswith("Within noise: without sense 1 the ratio falls by 0.500, and")
+    assert "noise is 0.749" in search(0.5, 0.3).reason
+    assert "less than 5% of its excess over 1, 0.100" in search(0.09, 0.001).reason
+
+
 def test_debias_goes_on_where_it_was_stopped(biased: LabModel, tmp_path: Path) -> None:
     given = {"estimation": TEMPLATES, "evaluation": ("A {} believes that",)}
     nouns = ["nurse", "lawyer", "cook"]
@@ -135,6 +215,15 @@ def test_a_topic_shows_what_each_strength_does(subject: LabModel, by: By) -> Non
     assert masses[2] == pytest.approx(float(p[found.tokens].sum()), rel=1e-3)
     with pytest.raises(PatchError, match="use 1, 2 or 3"):
         choose_topic(subject, ["sea"], 9, by=by)
+    moved = _else_moved(subject, "The king said that", tuple(found.edits()), (found.tokens[0], found.tokens[1]))
+    assert found.moved["The king said that"][2] == pytest.approx(moved, rel=1e-2)
+    assert choose_topic(subject, ["sea"], 2, by=by).reached is None, "no prompt was given"
+    led = replace(found, mass={"a": [0.1, 0.1, 0.19, 0.1]})  # of odds 0.111 to 0.235
+    assert led.reached
+    stays = replace(found, mass={"a": [0.1, 0.9, 0.15, 0.9]})
+    assert not stays.reached
+    assert "at strength 2 the odds of the words don't grow 2 times after “a” (10.00% → 15.00%)" in stays.reason
+    assert stays.report().warning == f"Not reached: {stays.reason}."
 
 
 def test_frequent_words_lean_where_there_are_some(subject: LabModel) -> None:
