@@ -2,8 +2,7 @@
 
 A replica that makes nothing stands behind it: a process that answers every call at once with messages of one
 token, as fast as they are taken, under the release that was pinned. So the gateway is what is measured, by the
-processor time that it used; and, beside it, the same messages without a gateway, each stream a call of its own, as
-clients' are, by that of the replica.
+processor time that it used; and, beside it, the same messages without a gateway, by that of the replica.
 
     python -m tests.bench.gateway
 """
@@ -67,7 +66,7 @@ def _replica(settings: Settings, told: Any) -> None:
             inference_pb2_grpc.add_InferenceServiceServicer_to_server,
             Endless(manifest),
         )
-        server = await rpc.start([service], "127.0.0.1:0", tunnel=True)
+        server = await rpc.start([service], "127.0.0.1:0")
         told.send(server.address)
         report = replica.report_to(rpc.channel(settings.directory_address))
         state = directory_pb2.Replica(

@@ -2,13 +2,12 @@
 
 Ways to the same engine, those of a system without Ray and then those of one with it, in turn, round by round:
 
-    engine                 its asyncio loop, in this process
-    replica, a call each   a replica process, where each stream is a call of its own
-    replica                … called as gateways do: all streams in one call
-    gateway                … through a gateway process
-    engine, Ray beside     Ray's own processes are never quite idle
-    ray                    a replica under Ray Serve, called as gateways do
-    ray + gateway          … through a gateway process
+    engine                its asyncio loop, in this process
+    replica               a replica process, called directly
+    gateway               … through a gateway process
+    engine, Ray beside    Ray's own processes are never quite idle
+    ray                   a replica under Ray Serve, called directly
+    ray + gateway         … through a gateway process
 
 The cores that each part used are told with it: the replica (with Ray's own processes; for an engine this process),
 the gateway, and the client, which is this process and shares the machine with them. One connection for all streams
@@ -190,9 +189,7 @@ async def measure(
     behind = {"replica": servers["replica"], "client": client}
     bare = "engine, Ray beside" if under_ray else "engine"
     ways: dict[str, tuple[Way, Parts]] = {bare: (engine, {"replica": client})}
-    if not under_ray:
-        ways["replica, a call each"] = _grpc(rpc.channel(address), pinned), behind
-    ways["ray" if under_ray else "replica"] = _grpc(rpc.Tunnel(rpc.channel(address)), pinned), behind
+    ways["ray" if under_ray else "replica"] = _grpc(rpc.channel(address), pinned), behind
     gateway = _grpc(rpc.channel(settings.gateway_address), key)
     ways["ray + gateway" if under_ray else "gateway"] = gateway, {**servers, "client": client}
     figures: dict[str, dict[str, Any]] = {}

@@ -102,7 +102,7 @@ async def _running(listed: int = 1, also: str | None = None) -> AsyncIterator[Ru
     """A gateway, and a replica that the directory lists so many times, and once at another address."""
     name, register = "backpack.v1.InferenceService", inference_pb2_grpc.add_InferenceServiceServicer_to_server
     replica, metrics, anybody = Replica(), Metrics(), Anybody()
-    behind = await rpc.start([rpc.Service(name, register, replica)], "127.0.0.1:0", tunnel=True)
+    behind = await rpc.start([rpc.Service(name, register, replica)], "127.0.0.1:0")
     fingerprint = MANIFEST.fingerprint
     # A clock that stands: who is lost stays lost, and nothing is refilled.
     router = Router(fingerprint, clock=lambda: 0.0)

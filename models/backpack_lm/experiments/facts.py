@@ -114,7 +114,8 @@ class FactsResult:
             return f"{strength.turned:.0%}{cost}"
 
         return (
-            f"{plain.turned:.0%} of {counted(len(plain.held), 'prompt')} on which it held the fact turn by a plain swap; "
+            f"{plain.turned:.0%} of {counted(len(plain.held), 'prompt')} on which it held the fact turn by a plain "
+            f"swap; "
             f"{told(fitted)} with the strength fitted on the fact's other prompt, "
             f"{told(chosen)} with one chosen on the other facts"
         )

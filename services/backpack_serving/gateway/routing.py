@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from backpack_proto.v1 import directory_pb2, inference_pb2_grpc
 
@@ -23,7 +24,7 @@ class Target:
     """A replica as this gateway sees it. `sent` are tokens that it has asked for and not got yet."""
 
     replica: directory_pb2.Replica
-    tunnel: rpc.Tunnel
+    channel: Any
     stub: inference_pb2_grpc.InferenceServiceStub
     sent: int = 0
     lost_until: float = float("-inf")
@@ -60,19 +61,16 @@ class Router:
                 target.replica = replica
             else:
                 # Nothing is repeated there: another replica is asked instead, and at once.
-                tunnel = rpc.Tunnel(rpc.channel(replica.address, self._tls, repeats=False))
-                target = Target(replica, tunnel, inference_pb2_grpc.InferenceServiceStub(tunnel))
+                channel = rpc.channel(replica.address, self._tls, repeats=False)
+                target = Target(replica, channel, inference_pb2_grpc.InferenceServiceStub(channel))
             targets[name] = target
-        for name, target in self._targets.items():
-            if name not in targets:
-                target.tunnel.retire()
         # At once: a scrape counts them from its own thread. Calls in progress keep the channel of one that went.
         self._targets = targets
 
     async def close(self) -> None:
-        """End the calls to replicas."""
+        """Close the channels to replicas, with the calls that run."""
         for target in self._targets.values():
-            await target.tunnel.close()
+            await target.channel.close()
 
     @contextmanager
     def lease(self, tokens: int, without: Iterable[Target] = ()) -> Iterator[Target]:

@@ -205,7 +205,6 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
         tls=settings.tls,
         connection_age=settings.connection_age,
         message_limit=rpc.SMALL,
-        tunnel=True,
     )
     reader = SyncClient(ReaderKind.REPLICA, uuid.uuid4().hex, server.address, served.manifest.fingerprint)
     link = SyncTransport(control, key, reader, versions, folder / "view")

@@ -6,14 +6,12 @@ from backpack_serving.rpc.listening import check as check_address
 from backpack_serving.rpc.metadata import Context, bearer, certificate_names, metadata, with_key, with_request_id
 from backpack_serving.rpc.server import Server, Service, Watcher, start
 from backpack_serving.rpc.status import errors, to_status
-from backpack_serving.rpc.tunnel import Tunnel
 
 __all__ = [
     "SMALL",
     "Context",
     "Server",
     "Service",
-    "Tunnel",
     "Watcher",
     "bearer",
     "certificate_names",

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import grpc
 import structlog
-from backpack_proto.v1 import tunnel_pb2_grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -26,15 +25,16 @@ from backpack_serving.auth.tls import Tls
 from backpack_serving.errors import InvalidRequest, ServiceError
 from backpack_serving.observability import tracing
 from backpack_serving.rpc import listening
-from backpack_serving.rpc.carrier import Carrier
 from backpack_serving.rpc.channel import MESSAGE_LIMIT, SMALL, too_large
 from backpack_serving.rpc.credentials import server_credentials
 from backpack_serving.rpc.drain import draining, ended
 from backpack_serving.rpc.metadata import WHY, Context, identify, metadata, with_request_id
 from backpack_serving.rpc.status import refusal_of, to_status
-from backpack_serving.rpc.tunnel import BATCH, STREAMS
 
 log = structlog.get_logger(__name__)
+
+STREAMS = 1000
+"""Calls of one connection at once; more wait in the client. One that was reset counts until its turn has come."""
 
 PING_INTERVAL = 4.0
 """Least seconds between two pings of a client, with a call or without: who pings more often is told to go away
@@ -87,7 +87,7 @@ class Service:
 class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """The calls that run: each is watched, gets a status for what it raises, and can be ended by a drain."""
 
-    def __init__(self, services: Iterable[Service], watcher: Watcher | None, closing: asyncio.Event) -> None:
+    def __init__(self, services: Iterable[Service], watcher: Watcher | None) -> None:
         def named(methods: Callable[[Service], Iterable[str]]) -> set[str]:
             return {f"/{service.name}/{method}" for service in services for method in methods(service)}
 
@@ -95,7 +95,6 @@ class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._large = {f"/{s.name}/{method}": admit for s in services for method, admit in s.large.items()}
         self._turn = asyncio.Lock()
         self._watcher = watcher
-        self._closing = closing
         self._running: dict[asyncio.Task[Any], bool] = {}
         self._ended: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
@@ -106,11 +105,9 @@ class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         details: grpc.HandlerCallDetails,
     ) -> Any:
-        handler = await continuation(details)
-        return handler and self.guard(handler, details.method)
-
-    def guard(self, handler: grpc.RpcMethodHandler, name: str) -> grpc.RpcMethodHandler:
-        """A method's handler with all that is done around its calls."""
+        handler, name = await continuation(details), details.method
+        if handler is None:
+            return None
         kind = ("stream" if handler.request_streaming else "unary") + (
             "_stream" if handler.response_streaming else "_unary"
         )
@@ -202,8 +199,7 @@ class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                     log.info("call", method=method, code=code, reason=reason, seconds=round(seconds, 4))
 
     def close(self) -> None:
-        """A drain begins: end what is endless, and have calls that carry others take no more."""
-        self._closing.set()
+        """A drain begins: end what is endless."""
         self._cancel_calls(task for task, endless in self._running.items() if endless)
 
     def end(self) -> None:
@@ -232,21 +228,6 @@ def _decoding(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             raise InvalidRequest("NOT_A_MESSAGE", f"what was sent isn't this method's message: {error}") from None
 
     return read
-
-
-class _Registry:
-    """Where generated code registers methods, for the sake of those that can be carried."""
-
-    def __init__(self, calls: _CallTracker, carried: dict[str, grpc.RpcMethodHandler]) -> None:
-        self._calls, self._carried = calls, carried
-
-    def add_generic_rpc_handlers(self, _: object) -> None: ...
-
-    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler]) -> None:
-        for method, handler in handlers.items():
-            if handler.response_streaming and not handler.request_streaming:
-                name = f"/{service}/{method}"
-                self._carried[name] = self._calls.guard(handler, name)
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[misc]
@@ -296,25 +277,18 @@ async def start(
     connection_age: float = 1800.0,
     message_limit: int = MESSAGE_LIMIT,
     share_port: bool = False,
-    tunnel: bool = False,
     ping_interval: float = PING_INTERVAL,
 ) -> Server:
     """Serve on host:port (port 0: a free one) or unix:path, with TLS if there is a certificate.
 
-    With `share_port`, other processes may listen on the same port; each gets some of the connections. With
-    `tunnel`, the services' streams may be called through a `Tunnel`, too.
+    With `share_port`, other processes may listen on the same port; each gets some of the connections.
 
     Raises OSError if the address is taken, ValueError if the certificates are no good.
     """
     if not share_port:
         await asyncio.to_thread(listening.check, address)
-    services, closing = list(services), asyncio.Event()
-    carried: dict[str, grpc.RpcMethodHandler] = {}
-    if tunnel:
-        add, carrier = tunnel_pb2_grpc.add_TunnelServiceServicer_to_server, Carrier(carried, closing)
-        services.append(Service("backpack.v1.TunnelService", add, carrier, quiet=frozenset({"Open"})))
-        message_limit += BATCH  # for the metadata beside a request that is as large as may be
-    calls = _CallTracker(services, watcher, closing)
+    services = list(services)
+    calls = _CallTracker(services, watcher)
     options = [
         *_OPTIONS,
         ("grpc.max_receive_message_length", message_limit),
@@ -327,8 +301,6 @@ async def start(
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     for service in services:
         service.add(service.servicer, server)
-        if tunnel:
-            service.add(service.servicer, _Registry(calls, carried))
     names = [*(s.name for s in services), health.SERVICE_NAME, reflection.SERVICE_NAME]
     reflection.enable_server_reflection(names, server)
     try:

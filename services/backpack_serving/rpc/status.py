@@ -124,12 +124,6 @@ def error_from(error: grpc.RpcError) -> ServiceError:
         return PreconditionFailed("WRONG_SERVER", f"{call.details()} {WRONG_SERVER}")
     if status is None:
         return kind("TRANSPORT", call.details() or code)
-    return from_status(status)
-
-
-def from_status(status: status_pb2.Status) -> ServiceError:
-    """The refusal that was written so."""
-    code = code_pb2.Code.Name(status.code)
     reason, values, retry_after = code, {}, None
     violations: list[Violation] = []
     quotas: list[Quota] = []
@@ -143,7 +137,6 @@ def from_status(status: status_pb2.Status) -> ServiceError:
             quotas = [Quota(v.subject, v.description) for v in detail.violations]
         elif isinstance(detail, error_details_pb2.RetryInfo):
             retry_after = detail.retry_delay.ToNanoseconds() / 1e9
-    kind = BY_CODE.get(code, Internal)
     rebuilt = kind(reason, status.message, violations=violations, quotas=quotas, retry_after=retry_after)
     rebuilt.metadata = values
     return rebuilt
