@@ -262,6 +262,15 @@ def test_probes_keep_their_questions_and_take_other_numbers(part: str) -> None:
     assert after["livenessProbe"] == before["livenessProbe"] | {"timeoutSeconds": 9}
 
 
+@pytest.mark.parametrize("part", ["gateway", "interventions"])
+def test_a_start_waits_for_what_is_missing_as_long_as_its_probe_allows(part: str) -> None:
+    for values, waits in ((DEFAULT, "100"), (EXTENDED, "580")):
+        template = pods(values)[f"Deployment r-{part}"]
+        probe = template["spec"]["containers"][0]["startupProbe"]
+        assert environment(template)["BACKPACK_START_WAIT"] == waits
+        assert float(waits) < probe["periodSeconds"] * probe["failureThreshold"], "or who waits is killed"
+
+
 def test_budgets_can_be_tuned_or_left_out() -> None:
     for part in ("gateway", "interventions"):
         budget = one(EXTENDED, "PodDisruptionBudget", f"r-{part}")["spec"]

@@ -122,3 +122,9 @@ livenessProbe:
   tcpSocket: {port: grpc}
   {{- toYaml .values.livenessProbe | nindent 2 }}
 {{- end }}
+
+{{- /* How long a start may wait for what isn't there yet: as the startup probe allows, less what it takes besides. */ -}}
+{{- define "backpack.startWait" -}}
+{{- $probe := .values.startupProbe }}
+{{- max 0 (sub (mul (int $probe.periodSeconds) (int $probe.failureThreshold)) 20) }}
+{{- end }}
