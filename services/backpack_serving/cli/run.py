@@ -74,8 +74,8 @@ async def _serve_all(settings: Settings, examples: bool, once: bool) -> None:
             if not stop.asked.is_set():
                 out.print("Serving until you press Ctrl-C.")
             await tasks.first(stop.asked.wait(), *(part.wait() for part in serving.failed))
+            signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))  # before it is promised
             out.print("Finishing what runs, then stopping; Ctrl-C again stops at once.")
-            signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     if any(part.is_set() for part in serving.failed):
         raise typer.Exit(1)  # so that whoever supervises this process starts it again
 
