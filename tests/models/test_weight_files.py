@@ -17,6 +17,7 @@ from backpack_lm.manifest import Manifest
 from backpack_lm.model import Backpack
 from backpack_lm.tokenizer import Tokenizer
 from backpack_lm.weight_files import read_safetensors, read_weights, write_safetensors
+from backpack_serving.auth.keys import ApiKeySecret
 from backpack_serving.cli.main import app
 from backpack_serving.gateway import bootstrap as gateway
 from backpack_serving.interventions import bootstrap as interventions
@@ -265,7 +266,7 @@ async def test_a_tokenizer_that_was_exchanged_is_refused_by_who_reads_no_weights
     file.write_text(file.read_text() + " ")
     with pytest.raises(ValueError, match=r"tokenizer\.json has SHA-256 .* the manifest beside it says"):
         Tokenizer.read(file, manifest.tokenizer)
-    settings = Settings(model=tmp_path / "model", state=tmp_path / "state")
+    settings = Settings(model=tmp_path / "model", state=tmp_path / "state", service_key=str(ApiKeySecret.mint()))
     for start in (gateway.start, interventions.start):
         with pytest.raises(ValueError, match=r"tokenizer\.json has SHA-256 .*import the model again"):
             await start(settings, Metrics())
