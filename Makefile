@@ -17,7 +17,7 @@ help: ## List the targets
 run: .venv/.run ## Serve on this machine, with two example tenants
 	@$(BIN)/backpack run
 
-test: .venv/.dev ## All tests that take less than a quarter of an hour, types and style included
+test: .venv/.dev ## Run the tests but for the slow ones, types and style included
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-long: .venv/.dev ## The slow ones too
