@@ -66,9 +66,10 @@ def _code(document: Path) -> list[str]:
 
 @pytest.mark.parametrize("document", USERS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_that_documents_name_exist(document: Path) -> None:
+    program = typer.main.get_command(app)
     for line in _code(document):
         called = re.search(r"(?:^|\$ |-- |=\S* |&& |\(|: |bin/|interventions )backpack (.*)", line)
-        command: Any = typer.main.get_command(app)
+        command: Any = program
         for word in called[1].split() if called else ():
             if word in ("|", "#", ">", "`") or word.startswith("#"):
                 break
