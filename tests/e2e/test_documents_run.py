@@ -17,7 +17,7 @@ from tests.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "docs/quickstart.md"]
-PROGRAMS = ["docs/python-client.md"]
+FURTHER = [pytest.param(f"docs/{page}.md", marks=pytest.mark.slow) for page in ("steering", "python-client")]
 MARK = "@@ step"
 STEADY = re.compile(r"tenants/[\w/]+|var/\w+\.key|releases? \d+|held by [\w ,]+|\b(?=\w*\d)[0-9a-f]{8,64}\b")
 """What is the same on any processor: names, numbers of releases, digests. Texts and probabilities aren't."""
@@ -73,7 +73,7 @@ def _serving(folder: Path, environment: dict[str, str]) -> Iterator[str]:
             process.stdout.read()
 
 
-@pytest.mark.parametrize("page", PAGES + PROGRAMS)
+@pytest.mark.parametrize("page", [*PAGES, *FURTHER])
 def test_a_page_s_commands_do_what_it_shows(page: str, tmp_path: Path) -> None:
     (tmp_path / ".venv").symlink_to(sys.prefix)
     gateway, interventions = (f"127.0.0.1:{free_port()}" for _ in range(2))
