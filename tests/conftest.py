@@ -6,12 +6,16 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import pytest
 import structlog
 import torch
 import uvloop
 from backpack_lm import processor
+
+if TYPE_CHECKING:
+    from backpack_serving.inference.served_model import ServedModel
 
 # Compared token by token with the reference model, which is float32; what bfloat16 does has tests of its own.
 os.environ.setdefault("BACKPACK_PRECISION", "float32")
@@ -35,6 +39,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """The event loop that servers have."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(scope="session")
+def served() -> ServedModel:
+    """The default model, as replicas read it. Nobody changes it."""
+    from backpack_serving.inference.served_model import ServedModel
+    from backpack_serving.settings import default_model
+
+    return ServedModel.read(default_model())
 
 
 class Clock:

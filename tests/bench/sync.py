@@ -31,7 +31,7 @@ from rich.progress import track
 from tests.bench.report import console, spread, write
 from tests.e2e.conftest import Metadata, System, copy, topic
 from tests.e2e.test_processes import Processes
-from tests.promises.conftest import eventually
+from tests.waiting import eventually
 
 REPLICAS = 8
 WORDS = ("ship", "nurse", "sea", "doctor", "house", "river", "law", "court", "horse", "water")

@@ -39,7 +39,6 @@ from backpack_serving.client import (
     Tally,
     Token,
     Topic,
-    Unauthenticated,
     Unavailable,
     Vector,
 )
@@ -47,6 +46,7 @@ from backpack_serving.client.connection import Connected
 from safetensors.numpy import save
 
 from tests.e2e.conftest import System, running
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -114,13 +114,7 @@ async def _calls(system: System, blocking: bool) -> AsyncIterator[Calls]:
 
 async def _known(text: AsyncClient) -> None:
     """Until the gateway has heard of the key."""
-    async with asyncio.timeout(60):
-        while True:
-            try:
-                await text.model()
-                return
-            except Unauthenticated:
-                await asyncio.sleep(0.02)
+    await eventually(text.model, passing=("UNAUTHENTICATED",))
 
 
 async def test_from_a_patch_to_steered_text_and_back(calls: Calls) -> None:
@@ -233,9 +227,11 @@ async def test_a_canary_is_started_watched_and_decided(calls: Calls) -> None:
     ]
     assert all(hold.at >= started.at for hold in status.holds)
     under = sum(one.canary for one in served)
-    async with asyncio.timeout(60):  # gateways tell once a second
-        while (await steering.status()).tally != Tally(requests=under, failed=0):
-            await asyncio.sleep(0.1)
+
+    async def told() -> bool:
+        return (await steering.status()).tally == Tally(requests=under, failed=0)
+
+    await eventually(told)  # gateways tell once a second
     assert (await steering.start_canary(1, 900)).channel.canary == replace(canary, permille=900)
     assert (await steering.abort_canary()).channel.canary is None
     await steering.start_canary(1, 1)
@@ -258,9 +254,11 @@ async def test_who_waits_for_a_refused_release_is_told(calls: Calls) -> None:
     with pytest.raises(PreconditionFailed, match=r"live, release 1 is refused .*; roll back") as refused:
         await steering.until_held()
     assert refused.value.reason == "REFUSED"
-    async with asyncio.timeout(60):  # the refusal ends the wait; the gateway may answer later
-        while [hold.state for hold in (await steering.status()).holds] != ["nacked", "acked"]:
-            await asyncio.sleep(0.02)
+
+    async def answered() -> bool:
+        return [hold.state for hold in (await steering.status()).holds] == ["nacked", "acked"]
+
+    await eventually(answered)  # the refusal ends the wait; the gateway may answer later
     await steering.rollback()
     assert (await steering.until_held(wait="quorum", seconds=30)).channel.release == 0
 

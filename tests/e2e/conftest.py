@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -11,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 import pytest_asyncio
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc, interventions_pb2, interventions_pb2_grpc, sync_pb2_grpc
 from backpack_serving import embedded, rpc
 from backpack_serving.auth.tls import Tls
+from backpack_serving.engine.engine import Engine
+from backpack_serving.engine.sequence import Output
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
 
@@ -121,6 +126,21 @@ async def running(state: Path, **settings: Any) -> AsyncIterator[System]:
             yield system
         finally:
             await system.close()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many tokens engines in this process have made for each request; a step takes ten milliseconds at least."""
+    step, tokens = Engine.step, Counter[str]()
+
+    def counted(self: Engine) -> list[Output]:
+        time.sleep(0.01)
+        outputs = step(self)
+        tokens.update(output.request_id for output in outputs)
+        return outputs
+
+    monkeypatch.setattr(Engine, "step", counted)
+    return tokens
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

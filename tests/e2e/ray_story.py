@@ -24,6 +24,7 @@ from backpack_serving.settings import Settings
 from ray import serve
 
 from tests.e2e.conftest import Metadata, System, copy
+from tests.waiting import PATIENCE, eventually
 
 PROMPT = "The story of the king and the"
 
@@ -40,11 +41,10 @@ def actors(application: str) -> dict[int, psutil.Process]:
     return found
 
 
-async def until(what: str, check: Callable[[], bool], seconds: float = 60) -> None:
+async def until(what: str, check: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    """Wait for it, and say how long that took: the story is told to whoever runs it."""
     started = time.monotonic()
-    while not check():
-        assert time.monotonic() - started < seconds, f"not within {seconds} s: {what}"
-        await asyncio.sleep(0.05)
+    await eventually(check, what, seconds)
     print(f"{what}: after {time.monotonic() - started:.1f} s", flush=True)
 
 

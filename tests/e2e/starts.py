@@ -7,10 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.waiting import wait_until
 
 AGES = 90.0
 """Seconds after which something that was to happen never will."""
@@ -47,11 +48,13 @@ class Started:
 
     def until(self, text: str) -> None:
         """Wait until it has said this."""
-        until = time.monotonic() + AGES
-        while text not in self.said:
-            assert self.process.poll() is None, f"it ended with {self.process.returncode}: {self.said}"
-            assert time.monotonic() < until, f"never {text!r}: {self.said}"
-            time.sleep(0.05)
+
+        def has_said() -> bool:
+            found = text in self.said
+            assert found or self.process.poll() is None, f"it ended with {self.process.returncode}: {self.said}"
+            return found
+
+        wait_until(has_said, f"that it says {text!r}", AGES)
 
     def ends(self, *signals: signal.Signals) -> int:
         """The exit status after these signals."""

@@ -18,7 +18,6 @@ from backpack_proto.v1 import sync_pb2 as spb
 from backpack_serving import rpc
 from backpack_serving.errors import ServiceError
 from backpack_serving.inference.served_model import ServedModel
-from backpack_serving.settings import default_model
 
 from tests.e2e.conftest import Metadata, System, copy, topic
 from tests.models.conftest import scores
@@ -27,11 +26,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PROMPT = "The story of the king and the"
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module")
-def served() -> ServedModel:
-    return ServedModel.read(default_model())
 
 
 def _releases(*choices: int | str) -> list[pb.ReleaseChoice]:

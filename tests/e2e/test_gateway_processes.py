@@ -22,6 +22,7 @@ from tests.conftest import free_port
 from tests.e2e.conftest import Metadata, System
 from tests.e2e.test_metrics import _scrape
 from tests.e2e.test_processes import PROMPT, Processes
+from tests.waiting import eventually
 
 NAMES = itertools.count()
 TWO = {"BACKPACK_GATEWAY_PROCESSES": "2"}
@@ -44,13 +45,6 @@ def _listeners(processes: Processes) -> set[int]:
     port = int(processes.settings.gateway_address.rpartition(":")[2])
     found = (c for c in psutil.net_connections("tcp") if c.laddr.port == port and c.status == "LISTEN")
     return {c.pid for c in found if c.pid}
-
-
-async def _until(what: str, true: object) -> None:
-    started = time.monotonic()
-    while not true():  # type: ignore[operator]
-        assert time.monotonic() - started < 60, f"never: {what}"
-        await asyncio.sleep(0.05)
 
 
 @contextlib.asynccontextmanager
@@ -98,7 +92,7 @@ async def test_two_processes_behind_one_port(parts: Processes) -> None:
     # One dies. The other serves on, alone, until there is another one, which serves nobody before it can.
     victim = min(first)
     os.kill(victim, signal.SIGKILL)
-    await _until("its socket is gone", lambda: victim not in _listeners(parts))
+    await eventually(lambda: victim not in _listeners(parts), "its socket is gone")
     asked = 0
     while len(_listeners(parts)) < 2 or asked < 16:
         await _ask(parts, key)
@@ -168,7 +162,7 @@ async def test_without_who_started_them_they_end_and_tell_their_clients(parts: P
             async for _ in call:
                 pass
         assert isinstance(ended.value, Unavailable)
-    await _until("both are gone", lambda: not _listeners(parts))
+    await eventually(lambda: not _listeners(parts), "both are gone")
 
 
 def _serve(processes: Processes, **environment: str) -> subprocess.CompletedProcess[str]:

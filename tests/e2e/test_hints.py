@@ -22,7 +22,7 @@ PATHS = {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": "/usr/bin:/bin", "NO_C
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: Any) -> Iterator[dict[str, str]]:
+def running(tmp_path_factory: Any) -> Iterator[dict[str, str]]:
     """`backpack run` on ports and in a folder of its own: its variables, and what it has shown."""
     folder = tmp_path_factory.mktemp("here")
     variables = {
@@ -50,15 +50,15 @@ def served(tmp_path_factory: Any) -> Iterator[dict[str, str]]:
     process.stdout.close()
 
 
-def test_the_commands_that_run_prints_run_in_a_bare_shell(served: dict[str, str]) -> None:
+def test_the_commands_that_run_prints_run_in_a_bare_shell(running: dict[str, str]) -> None:
     """In another terminal, which has none of the variables, and no `backpack` on its PATH."""
-    told = served["SHOWN"].split("From the command line")[1].split("From Python")[0]
+    told = running["SHOWN"].split("From the command line")[1].split("From Python")[0]
     commands = re.findall(r"^    (.+)$", told, re.M)
     assert len(commands) == 3
     for command in commands:
         done = subprocess.run(
             ["/bin/sh", "-c", command],
-            cwd=served["FOLDER"],
+            cwd=running["FOLDER"],
             env=PATHS,
             capture_output=True,
             text=True,
@@ -69,10 +69,10 @@ def test_the_commands_that_run_prints_run_in_a_bare_shell(served: dict[str, str]
 
 
 @pytest.fixture
-def backpack(served: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.chdir(served["FOLDER"])
+def backpack(running: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(running["FOLDER"])
     for name in ("BACKPACK_STATE", "BACKPACK_GATEWAY_ADDRESS", "BACKPACK_INTERVENTIONS_ADDRESS"):
-        monkeypatch.setenv(name, served[name])
+        monkeypatch.setenv(name, running[name])
 
     def call(*words: str, code: int = 0) -> Any:
         result = CliRunner().invoke(app, list(words))

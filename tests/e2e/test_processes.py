@@ -9,9 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving import rpc
@@ -22,6 +20,10 @@ from backpack_serving.settings import Settings
 
 from tests.conftest import PROXY_VARIABLES, free_port
 from tests.e2e.conftest import Metadata, System, copy
+from tests.waiting import eventually
+
+PASSING = ("UNAVAILABLE", "UNAUTHENTICATED")
+"""Codes of what is refused while parts start, and while the gateway hasn't heard of a key."""
 
 PROMPT = "The story of the king and the"
 
@@ -103,17 +105,6 @@ async def _release(system: System, key: Metadata) -> int:
     return int((await system.stream(key, PROMPT, max_tokens=1))[0].served.release)
 
 
-async def _eventually(check: Any, seconds: float = 60) -> Any:
-    for _ in range(int(seconds / 0.05)):
-        try:
-            if result := await check():
-                return result
-        except grpc.aio.AioRpcError as error:
-            assert error.code().name in ("UNAVAILABLE", "UNAUTHENTICATED"), error
-        await asyncio.sleep(0.05)
-    raise AssertionError("it never happened")
-
-
 async def test_parts_are_killed_and_come_back(processes: Processes) -> None:
     settings = processes.settings
     system = System(settings.gateway_address, settings.interventions_address, settings)
@@ -131,7 +122,7 @@ async def _the_story(processes: Processes, system: System) -> None:
     processes.kill("interventions")
     assert "".join(text) == "".join(p.text for p in await system.stream(key, PROMPT, max_tokens=20, seed=1))
     with pytest.raises(Unavailable), rpc.errors():
-        await asyncio.wait_for(system.release(key, copy("king", "nurse")), 10)
+        await asyncio.wait_for(system.release(key, copy("king", "nurse")), 60)
     processes.start("interventions")
 
     # It is back with all that it acknowledged, and the gateway follows it again.
@@ -139,12 +130,12 @@ async def _the_story(processes: Processes, system: System) -> None:
         await system.activate(key, await system.release(key, copy("king", "nurse")))
         return True
 
-    await _eventually(released)
+    await eventually(released, passing=PASSING)
 
     async def steered() -> bool:
         return await _release(system, key) >= 2
 
-    await _eventually(steered)
+    await eventually(steered, passing=PASSING)
 
     # A replica is lost in the middle of a stream: the client is told, and the next one serves.
     call = aiter(
@@ -166,18 +157,18 @@ async def _the_story(processes: Processes, system: System) -> None:
         await system.stream(key, PROMPT, max_tokens=1)
     assert (none.value.code, none.value.reason, none.value.retry_after) == ("UNAVAILABLE", "NO_REPLICA", 1.0)
     processes.start("inference")
-    await _eventually(steered)
+    await eventually(steered, passing=PASSING)
 
     # The directory forgets everything with its process, and is told again.
     processes.kill("directory")
     assert await _release(system, key) >= 2
     processes.start("directory")
-    await _eventually(steered)
+    await eventually(steered, passing=PASSING)
 
     # A new gateway learns all of it; a polite end is a clean one.
     assert processes.kill("gateway", signal.SIGTERM) == 0
     processes.start("gateway")
-    await _eventually(steered)
+    await eventually(steered, passing=PASSING)
     assert processes.kill("inference", signal.SIGTERM) == 0
     assert "Traceback" not in processes.log
 

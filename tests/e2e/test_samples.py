@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 import pytest
 from backpack_proto.v1 import inference_pb2 as pb
@@ -44,7 +45,7 @@ async def test_a_stream_tells_samples_apart(system: System) -> None:
     assert {part.sample for part in parts if part.HasField("served")} == {0, 1}
 
 
-async def test_a_dropped_call_frees_the_slots_of_all_its_samples(system: System) -> None:
+async def test_a_dropped_call_frees_the_slots_of_all_its_samples(system: System, made: Counter[str]) -> None:
     key = await system.tenant()
     request = pb.GenerateStreamRequest(
         prompt=pb.Prompt(text=PROMPT),
@@ -53,9 +54,9 @@ async def test_a_dropped_call_frees_the_slots_of_all_its_samples(system: System)
     call = system.inference.GenerateStream(request, metadata=key)
     await call.read()
     call.cancel()
-    started = asyncio.get_running_loop().time()
     await asyncio.gather(*(system.stream(key, PROMPT, max_tokens=1) for _ in range(4)))
-    assert asyncio.get_running_loop().time() - started < 2, "slots were still taken"
+    assert len(made) == 8
+    assert max(made.values()) < 480, "who came next waited until one had ended"
 
 
 @pytest.mark.parametrize(

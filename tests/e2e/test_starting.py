@@ -7,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,6 +15,7 @@ from backpack_serving.auth.keys import ApiKeySecret, write_key_file
 from backpack_serving.settings import default_model
 
 from tests.e2e.starts import AGES, silent, started
+from tests.waiting import wait_until
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 
@@ -56,12 +55,16 @@ def hanging(tmp_path: Path) -> Path:
 
 def _opened(pipe: Path) -> int:
     """Wait until somebody reads from a pipe; who has it open for writing, so that the reader waits on."""
-    until = time.monotonic() + AGES
-    while time.monotonic() < until:
-        with suppress(OSError):  # nobody reads
+
+    def opened() -> int | None:
+        try:
             return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-        time.sleep(0.05)
-    raise AssertionError(f"nobody ever read {pipe}")
+        except OSError:  # nobody reads
+            return None
+
+    found = wait_until(opened, f"a reader of {pipe}", AGES)
+    assert found is not None
+    return found
 
 
 def test_a_replica_whose_model_never_loads_is_stopped(tmp_path: Path, hanging: Path) -> None:
@@ -172,11 +175,12 @@ def test_a_server_without_stderr_serves_and_gives_its_number_to_nothing_else(tmp
         env={**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     try:
-        until = time.monotonic() + AGES
-        while not said.exists() or "serves on" not in said.read_text():
+
+        def serves() -> bool:
             assert process.poll() is None, f"it ended with {process.returncode}"
-            assert time.monotonic() < until
-            time.sleep(0.05)
+            return said.exists() and "serves on" in said.read_text()
+
+        wait_until(serves, "a server", AGES)
         assert Path(f"/proc/{process.pid}/fd/2").readlink() == Path(os.devnull)
         process.send_signal(TERM)
         assert process.wait(AGES) == 0

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections import Counter
 from itertools import count
+from zlib import crc32
 
 import pytest
 from backpack_lm.overlay import Overlay
@@ -19,7 +20,7 @@ from tests.engine.test_oracle import GREEDY, oracle, prompt, run
 
 def ask(name: str, overlay, tenant: str = "t", length: int = 8, new: int = 6, priority: int = 0) -> GenerationRequest:
     sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_end_of_text=True)
-    return GenerationRequest(name, tenant, prompt(hash(name) % 7, length), sampling, overlay, priority)
+    return GenerationRequest(name, tenant, prompt(crc32(name.encode()) % 7, length), sampling, overlay, priority)
 
 
 def order_of_first_tokens(engine: Engine) -> list[str]:

@@ -28,7 +28,7 @@ TOPIC = (TopicEdit((7, 8), 2),)
 
 
 @pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServedModel:
+def unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServedModel:
     """A tiny model that comes without denominators, and an empty cache for them."""
     monkeypatch.setattr(denominators, "folder", lambda name: tmp_path)
     tokenizer = default_model() / checkpoint.TOKENIZER
@@ -39,11 +39,11 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServedModel:
 
 
 @pytest.fixture
-def other(served: ServedModel, tmp_path: Path) -> Iterator[Callable[[], None]]:
+def other(unmeasured: ServedModel, tmp_path: Path) -> Iterator[Callable[[], None]]:
     """Another process that computes them, for ever; called, it ends."""
     with ExitStack() as ending:
-        assert served.table.kept_as
-        file = ending.enter_context((tmp_path / served.table.kept_as).open("a+b"))
+        assert unmeasured.table.kept_as
+        file = ending.enter_context((tmp_path / unmeasured.table.kept_as).open("a+b"))
         fcntl.flock(file, fcntl.LOCK_EX)
         yield ending.close
 
@@ -54,36 +54,36 @@ def shelf() -> Shelf:
 
 
 @pytest.fixture
-def versions(served: ServedModel, shelf: Shelf, tmp_path: Path) -> Iterator[ReleaseCache]:
-    made = ReleaseCache(served, shelf.fetch, ReleaseFiles(tmp_path / "blobs"), 8, 2**26)
+def cache(unmeasured: ServedModel, shelf: Shelf, tmp_path: Path) -> Iterator[ReleaseCache]:
+    made = ReleaseCache(unmeasured, shelf.fetch, ReleaseFiles(tmp_path / "blobs"), 8, 2**26)
     yield made
     made.stop()
 
 
 async def test_a_request_waits_as_long_as_it_may_and_is_then_told_to_come_again(
-    served: ServedModel, shelf: Shelf, versions: ReleaseCache, other: Callable[[], None]
+    unmeasured: ServedModel, shelf: Shelf, cache: ReleaseCache, other: Callable[[], None]
 ) -> None:
-    digest = shelf.put(served, TOPIC)
+    digest = shelf.put(unmeasured, TOPIC)
     with pytest.raises(Unavailable) as refused:
-        async with versions.use("acme", digest, patience=0.1):
+        async with cache.use("acme", digest, patience=0.1):
             raise AssertionError("served without denominators")
     assert (refused.value.reason, refused.value.retry_after) == ("TOPICS_NOT_READY", 1.0)
-    patient = asyncio.create_task(_use(versions, digest))
+    patient = asyncio.create_task(_use(cache, digest))
     other()
     assert await patient == digest
-    async with versions.use("acme", digest, patience=0.0) as overlay:  # they are there
+    async with cache.use("acme", digest, patience=0.0) as overlay:  # they are there
         assert overlay.topics
 
 
 async def test_releases_without_topics_do_not_wait(
-    served: ServedModel, shelf: Shelf, versions: ReleaseCache, other: Callable[[], None]
+    unmeasured: ServedModel, shelf: Shelf, cache: ReleaseCache, other: Callable[[], None]
 ) -> None:
     """More of them wait than may be made at a time."""
     waiting = [
-        asyncio.create_task(_use(versions, shelf.put(served, (TopicEdit((n, n + 1), 2),)))) for n in range(5, 15)
+        asyncio.create_task(_use(cache, shelf.put(unmeasured, (TopicEdit((n, n + 1), 2),)))) for n in range(5, 15)
     ]
-    plain = shelf.put(served, _scale(5))
-    async with versions.use("acme", plain) as overlay:
+    plain = shelf.put(unmeasured, _scale(5))
+    async with cache.use("acme", plain) as overlay:
         assert overlay.digest == plain
     assert not any(task.done() for task in waiting)
     other()
@@ -91,32 +91,34 @@ async def test_releases_without_topics_do_not_wait(
 
 
 async def test_a_channel_is_refused_for_now_and_the_others_go_on(
-    served: ServedModel,
+    unmeasured: ServedModel,
     shelf: Shelf,
-    versions: ReleaseCache,
+    cache: ReleaseCache,
     other: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "STAGING_PATIENCE", 0.1)
-    topic, plain = (_channel(shelf.put(served, edits), name=name) for name, edits in (("t", TOPIC), ("p", _scale(5))))
-    (refusal,) = await versions.stage((topic, plain))
+    topic, plain = (
+        _channel(shelf.put(unmeasured, edits), name=name) for name, edits in (("t", TOPIC), ("p", _scale(5)))
+    )
+    (refusal,) = await cache.stage((topic, plain))
     assert (refusal.channel, refusal.reason, refusal.final) == ("t", "TOPICS_NOT_READY", False)
     other()
-    async with versions.use("acme", topic.serving[0].digest):
-        assert await versions.stage((topic,)) == ()
+    async with cache.use("acme", topic.serving[0].digest):
+        assert await cache.stage((topic,)) == ()
 
 
 async def test_those_that_a_model_comes_with_are_used(
-    served: ServedModel, shelf: Shelf, tmp_path: Path, other: Callable[[], None]
+    unmeasured: ServedModel, shelf: Shelf, tmp_path: Path, other: Callable[[], None]
 ) -> None:
-    checkpoint.save(served.model, default_model() / checkpoint.TOKENIZER, tmp_path / "shipped", topics=False)
+    checkpoint.save(unmeasured.model, default_model() / checkpoint.TOKENIZER, tmp_path / "shipped", topics=False)
     other()
-    checkpoint.save(served.model, default_model() / checkpoint.TOKENIZER, tmp_path / "shipped", topics=True)
+    checkpoint.save(unmeasured.model, default_model() / checkpoint.TOKENIZER, tmp_path / "shipped", topics=True)
     shipped = ServedModel.read(tmp_path / "shipped")
     assert shipped.table.measured
-    torch.testing.assert_close(shipped.table.peaks, served.table.peaks)
+    torch.testing.assert_close(shipped.table.peaks, unmeasured.table.peaks)
 
 
-async def _use(versions: ReleaseCache, digest: str) -> str:
-    async with versions.use("acme", digest) as overlay:
+async def _use(cache: ReleaseCache, digest: str) -> str:
+    async with cache.use("acme", digest) as overlay:
         return overlay.digest

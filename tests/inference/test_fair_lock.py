@@ -1,4 +1,4 @@
-"""Turns of tenants, and those who leave before theirs."""
+"""A fair lock: tenants in turn, and those who leave before theirs."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import asyncio
 from backpack_serving.inference.fair_lock import FairLock
 
 
-async def _work(turns: FairLock, ran: list[str], tenant: str) -> None:
-    async with turns.acquire(tenant):
+async def _work(lock: FairLock, ran: list[str], tenant: str) -> None:
+    async with lock.acquire(tenant):
         ran.append(tenant)
         await asyncio.sleep(0)
 
 
 async def test_who_has_much_waiting_keeps_nobody_else_waiting() -> None:
-    turns, ran = FairLock(), list[str]()
-    await asyncio.gather(*(_work(turns, ran, tenant) for tenant in "aaaaaabbc"))
+    lock, ran = FairLock(), list[str]()
+    await asyncio.gather(*(_work(lock, ran, tenant) for tenant in "aaaaaabbc"))
     assert "".join(ran) == "aabcabaaa"
 
 
 async def test_one_has_its_turn_at_a_time_and_who_leaves_passes_it_on() -> None:
-    turns, inside, ran = FairLock(), 0, 0
+    lock, inside, ran = FairLock(), 0, 0
 
     async def work(tenant: str) -> None:
         nonlocal inside, ran
-        async with turns.acquire(tenant):
+        async with lock.acquire(tenant):
             inside += 1
             assert inside == 1
             try:
@@ -47,10 +47,10 @@ async def test_one_has_its_turn_at_a_time_and_who_leaves_passes_it_on() -> None:
 
 
 async def test_a_turn_that_is_given_to_who_is_cancelled_in_that_moment_goes_on() -> None:
-    turns, ran = FairLock(), list[str]()
+    lock, ran = FairLock(), list[str]()
 
     async def work(tenant: str) -> None:
-        await _work(turns, ran, tenant)
+        await _work(lock, ran, tenant)
         if tenant == "a":
             second.cancel()  # it has been given its turn, and hasn't run since
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from backpack_lm.patch import Cell, ModelShape, ScaleEdit
@@ -27,6 +28,21 @@ REMOVE = ScaleEdit((Cell(3, 1), Cell(4, 0)), 0.0)
 
 def releaser(tenant: str) -> Principal:
     return Principal(tenant, "key", frozenset({Role.RELEASER}))
+
+
+RULES = {
+    "create_tenant": "tenants",
+    "create_patch": "patches",
+    "create_revision": "patches",
+    "create_release": "releases",
+    "activate": "channels",
+    "rollback": "channels",
+}
+"""Where each write is that tests name by its method."""
+
+
+def operation(service: Interventions, method: str) -> Callable[..., Any]:
+    return getattr(getattr(service, RULES[method]), method)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from backpack_lm.patch import Cell, ScaleEdit
-from backpack_serving.errors import Unavailable
+from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult, verify_chain
 from backpack_serving.interventions.records import (
@@ -33,7 +33,7 @@ from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
 from backpack_serving.references import LIVE
 
-from tests.interventions.conftest import ADMIN, SHAPE, releaser
+from tests.interventions.conftest import ADMIN, SHAPE, operation, releaser
 
 THREADS = 4
 PATIENCE = 60.0
@@ -54,6 +54,7 @@ class Writers:
 
     def __init__(self, url: str, name: str, count: int = 1, fault: Fault | None = None) -> None:
         self.acknowledged: list[Acknowledged] = []
+        self.nonsense: list[str] = []
         self._stop = processes.Event()
         self._running, self._readers = [], []
         for number in range(count):
@@ -72,9 +73,11 @@ class Writers:
         for _ in range(int(PATIENCE / 0.002)):
             if len(self.acknowledged) >= wanted:
                 return
-            assert any(process.is_alive() for process in self._running), "the writers ended"
+            assert not self.nonsense, f"a writer was told nonsense: {self.nonsense[0]}"
+            if not any(process.is_alive() for process in self._running):
+                raise RuntimeError("the writers ended by themselves")  # which catches no fault
             time.sleep(0.002)
-        raise AssertionError(f"{len(self.acknowledged)} writes, {wanted} awaited")
+        raise RuntimeError(f"{len(self.acknowledged)} writes, {wanted} awaited")
 
     def kill(self) -> None:
         for process in self._running:
@@ -85,6 +88,7 @@ class Writers:
         """Let every thread finish the request that it is at."""
         self._stop.set()
         self._end()
+        assert not self.nonsense, self.nonsense[0]
         assert all(code == 0 for code in self.codes), self.codes
 
     def _end(self) -> None:
@@ -100,7 +104,11 @@ class Writers:
         with source:
             try:
                 while True:
-                    self.acknowledged.append(tuple(json.loads(source.recv_bytes())))
+                    told = json.loads(source.recv_bytes())
+                    if isinstance(told, str):
+                        self.nonsense.append(told)
+                    else:
+                        self.acknowledged.append(tuple(told))
             except (EOFError, OSError):
                 pass
 
@@ -117,7 +125,14 @@ def _write(url: str, name: str, told: Connection, stop: Any, fault: Fault | None
         with lock:
             told.send_bytes(json.dumps(entry).encode())
 
-    threads = [threading.Thread(target=_one_tenant, args=(service, f"t{name}-{n}", tell, stop)) for n in range(THREADS)]
+    def run(tenant: str) -> None:
+        try:
+            _one_tenant(service, tenant, tell, stop)
+        except (ServiceError, AssertionError) as error:  # what no store may answer to these requests
+            with lock:
+                told.send_bytes(json.dumps(repr(error)).encode())
+
+    threads = [threading.Thread(target=run, args=(f"t{name}-{n}",)) for n in range(THREADS)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -131,7 +146,7 @@ def _one_tenant(service: Interventions, tenant: str, tell: Callable[..., None], 
 
     def do(method: str, became: str, *arguments: Any) -> Any:
         again = request()
-        written = patiently(lambda: getattr(service, method)(*arguments, again))
+        written = patiently(lambda: operation(service, method)(*arguments, again))
         tell(method, written, str(getattr(written.record, became)))
         return written.record
 
@@ -215,6 +230,7 @@ def check_service_killed(url: str, rounds: int, writers: int = 1, fault: Fault |
             time.sleep(chance.uniform(0, 0.1))
         finally:
             running.kill()
+        assert not running.nonsense, running.nonsense[0]
         acknowledged += running.acknowledged
         if number % 10 == 9 or number == rounds - 1:
             store = open_store(url)

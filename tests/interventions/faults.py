@@ -1,7 +1,7 @@
 """The bug gallery: mistakes that somebody could make here, each put into the product by a test, for a moment.
 
 `test_gallery.py` says which check must fail under which. None of this is in the product: a fault replaces one of
-its functions, in the process that runs the check.
+its public names (a method, a function, a constant), in the process that runs the check.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import pytest
 import sqlalchemy as sa
 from backpack_lm import patch as patches
 from backpack_serving.auth.keys import Principal
-from backpack_serving.interventions import channels, postgres, service, sqlite, tenants
+from backpack_serving.interventions import channels, postgres, sqlite, tenants
+from backpack_serving.interventions.events import EventRules
 from backpack_serving.interventions.ledger import IdempotencyKey, Ledger, WriteResult
 from backpack_serving.interventions.records import BlobRecord, EventRecord, Position, ReplyRecord, key_of, kind_name
-from backpack_serving.interventions.sql import SQLStore, Transaction
+from backpack_serving.interventions.sql import Transaction
 from backpack_serving.interventions.sqlite import SQLiteStore
 from backpack_serving.interventions.tables import head
 
@@ -34,40 +35,28 @@ from tests.interventions.memory import MemoryStore, Tables
 
 def relaxed_fsync(patch: pytest.MonkeyPatch) -> None:
     """SQLite with synchronous=NORMAL, as most advice on the web says."""
-    configure = sqlite._set_pragmas
-
-    def relaxed(connection: Any, record: object) -> None:
-        configure(connection, record)
-        connection.execute("PRAGMA synchronous=NORMAL")
-
-    patch.setattr(sqlite, "_set_pragmas", relaxed)
+    patch.setattr(sqlite, "PRAGMAS", (*sqlite.PRAGMAS, "synchronous=NORMAL"))
 
 
 def relaxed_commit(patch: pytest.MonkeyPatch) -> None:
     """PostgreSQL with synchronous_commit=off."""
-    patch.setattr(postgres, "_SESSION", "SELECT set_config('synchronous_commit', 'off', false)")
+    patch.setattr(postgres, "SESSION", "SELECT set_config('synchronous_commit', 'off', false)")
 
 
 def checkpoints_of_sqlite(patch: pytest.MonkeyPatch) -> None:
     """SQLite's own checkpoints, which don't tell that one has failed."""
-    configure = sqlite._set_pragmas
-
-    def automatic(connection: Any, record: object) -> None:
-        configure(connection, record)
-        connection.execute("PRAGMA wal_autocheckpoint=10")
-
-    patch.setattr(sqlite, "_set_pragmas", automatic)
+    patch.setattr(sqlite, "PRAGMAS", (*sqlite.PRAGMAS, "wal_autocheckpoint=10"))
     patch.setattr(sqlite, "CHECKPOINT_WRITES", 10**9)
 
 
 def failed_fsync_ignored(patch: pytest.MonkeyPatch) -> None:
     """A commit that fails is logged, and life goes on."""
-    patch.setattr(SQLiteStore, "_stop", lambda self, why: None)
+    patch.setattr(SQLiteStore, "fail", lambda self, why: None)
 
 
 def acknowledged_before_commit(patch: pytest.MonkeyPatch) -> None:
     """The answer leaves when the work is done, while the commit is on its way."""
-    write, commit = Ledger.write, SQLiteStore._commit
+    write, commit = Ledger.write, SQLiteStore.commit
 
     def early(self: Ledger, who: Principal, method: str, request: IdempotencyKey, act: Any) -> Any:
         answers: queue.Queue[Any] = queue.Queue()
@@ -94,7 +83,7 @@ def acknowledged_before_commit(patch: pytest.MonkeyPatch) -> None:
         commit(self, transaction)
 
     patch.setattr(Ledger, "write", early)
-    patch.setattr(SQLiteStore, "_commit", slow)
+    patch.setattr(SQLiteStore, "commit", slow)
 
 
 def event_apart(patch: pytest.MonkeyPatch) -> None:
@@ -102,9 +91,9 @@ def event_apart(patch: pytest.MonkeyPatch) -> None:
     log = Transaction.log
 
     def apart(self: Transaction, event: EventRecord) -> None:
-        self._connection.exec_driver_sql("COMMIT")
+        self.connection.exec_driver_sql("COMMIT")
         time.sleep(0.002)
-        self._connection.exec_driver_sql("BEGIN")
+        self.connection.exec_driver_sql("BEGIN")
         log(self, event)
 
     patch.setattr(Transaction, "log", apart)
@@ -115,12 +104,12 @@ def reply_apart(patch: pytest.MonkeyPatch) -> None:
     write = Ledger.write
 
     def apart(self: Ledger, who: Principal, method: str, request: IdempotencyKey, act: Any) -> Any:
-        if request.id and (old := self._replay(who, method, request)):
+        if request.id and (old := self.replay(who, method, request)):
             return old
         written = write(self, who, method, IdempotencyKey(), act)
         at = json.dumps([kind_name(type(written.record)), *key_of(written.record)])
-        reply = ReplyRecord(who.name, method, request.id, request.body, at, written.position.revision, self._now())
-        self._store._now.tables[ReplyRecord][who.name, method, request.id] = reply  # type: ignore[attr-defined]
+        reply = ReplyRecord(who.name, method, request.id, request.body, at, written.position.revision, self.now())
+        self.store.tables.tables[ReplyRecord][who.name, method, request.id] = reply  # type: ignore[attr-defined]
         return written
 
     patch.setattr(Ledger, "write", apart)
@@ -131,28 +120,24 @@ def request_ids_of_everybody(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Principal, "name", property(lambda self: f"tenants/{self.tenant}/keys/any"))
 
 
-def _write_unlocked(number: Callable[[int], int]) -> Any:
-    """`SQLStore.write` as it would be with the head raised last."""
+def _raise_the_head_last(patch: pytest.MonkeyPatch, number: Callable[[int], int]) -> None:
+    """A write reads the head, takes a number for its revision, and raises the head just before it commits."""
+    commit = postgres.PostgresStore.commit
 
-    @contextmanager
-    def write(self: SQLStore, tenant: str | None = None) -> Iterator[Any]:
-        with self._errors(), self._writing(tenant) as connection:
-            transaction = connection.begin()
-            try:
-                self._enter(connection, tenant)
-                row = connection.execute(sa.select(head)).one()
-                revision = number(row.revision)
-                at = SimpleNamespace(epoch=row.epoch, revision=revision, hash=row.hash)
-                yield Transaction(connection, at, tenant)  # type: ignore[arg-type]
-                time.sleep(0.001 * (revision % 7))
-                latest = sa.func.greatest(head.c.revision, revision)
-                connection.execute(sa.update(head).values(revision=latest))
-            except BaseException:
-                transaction.rollback()
-                raise
-            self._commit(transaction)
+    def read_head(self: postgres.PostgresStore, connection: sa.Connection) -> Any:
+        row = connection.execute(sa.select(head)).one()
+        connection.info["revision"] = revision = number(row.revision)
+        return SimpleNamespace(epoch=row.epoch, revision=revision, hash=row.hash)
 
-    return write
+    def raise_and_commit(self: postgres.PostgresStore, transaction: sa.RootTransaction) -> None:
+        revision = transaction.connection.info["revision"]
+        time.sleep(0.001 * (revision % 7))
+        latest = sa.func.greatest(head.c.revision, revision)
+        transaction.connection.execute(sa.update(head).values(revision=latest))
+        commit(self, transaction)
+
+    patch.setattr(postgres.PostgresStore, "raise_head", read_head)
+    patch.setattr(postgres.PostgresStore, "commit", raise_and_commit)
 
 
 def serial_ids(patch: pytest.MonkeyPatch) -> None:
@@ -169,12 +154,12 @@ def serial_ids(patch: pytest.MonkeyPatch) -> None:
         self.add(replace(event, hash="unchained"))
 
     patch.setattr(Transaction, "log", log_without_lock)
-    patch.setattr(SQLStore, "write", _write_unlocked(following))
+    _raise_the_head_last(patch, following)
 
 
 def head_not_locked(patch: pytest.MonkeyPatch) -> None:
     """The head is read first and raised last: two writes make the same revision."""
-    patch.setattr(SQLStore, "write", _write_unlocked(lambda revision: revision + 1))
+    _raise_the_head_last(patch, lambda revision: revision + 1)
 
 
 def stale_reads(patch: pytest.MonkeyPatch) -> None:
@@ -183,14 +168,14 @@ def stale_reads(patch: pytest.MonkeyPatch) -> None:
 
     @contextmanager
     def remember(self: MemoryStore, tenant: str | None = None) -> Iterator[Any]:
-        before = self._now
+        before = self.tables
         with write(self, tenant) as tx:
             yield tx
         self._before = before  # type: ignore[attr-defined]
 
     @contextmanager
     def late(self: MemoryStore, tenant: str | None = None) -> Iterator[Any]:
-        seen: Tables = getattr(self, "_before", self._now)
+        seen: Tables = getattr(self, "_before", self.tables)
         yield seen.seen_by(tenant)
 
     patch.setattr(MemoryStore, "write", remember)
@@ -199,7 +184,7 @@ def stale_reads(patch: pytest.MonkeyPatch) -> None:
 
 def etag_unchecked(patch: pytest.MonkeyPatch) -> None:
     """Whoever activates last wins."""
-    patch.setattr(channels, "_check_etag", lambda current, given: None)
+    patch.setattr(channels, "check_etag", lambda current, given: None)
 
 
 def chain_without_changes(patch: pytest.MonkeyPatch) -> None:
@@ -210,13 +195,13 @@ def chain_without_changes(patch: pytest.MonkeyPatch) -> None:
 
 def no_tenant_filter(patch: pytest.MonkeyPatch) -> None:
     """One forgotten WHERE."""
-    patch.setattr(Transaction, "_select", lambda self, table: sa.select(table))
+    patch.setattr(Transaction, "select_visible", lambda self, table: sa.select(table))
 
 
 def row_level_security_lifted(patch: pytest.MonkeyPatch) -> None:
     """Every transaction says that it is an operator's."""
-    enter = postgres.PostgresStore._enter
-    patch.setattr(postgres.PostgresStore, "_enter", lambda self, connection, tenant: enter(self, connection, None))
+    enter = postgres.PostgresStore.enter
+    patch.setattr(postgres.PostgresStore, "enter", lambda self, connection, tenant: enter(self, connection, None))
 
 
 def digests_unchecked(patch: pytest.MonkeyPatch) -> None:
@@ -253,9 +238,9 @@ def epoch_counted(patch: pytest.MonkeyPatch) -> None:
 
 def events_from_before(patch: pytest.MonkeyPatch) -> None:
     """A watch that is resumed begins with the last event it had."""
-    events_after = service.Interventions.events_after
+    events_after = EventRules.events_after
 
     def inclusive(self: Any, revision: int, limit: int = 1000) -> tuple[Position, list[EventRecord]]:
         return events_after(self, max(0, revision - 1), limit)
 
-    patch.setattr(service.Interventions, "events_after", inclusive)
+    patch.setattr(EventRules, "events_after", inclusive)

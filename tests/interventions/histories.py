@@ -191,11 +191,11 @@ def record(
 ) -> Histories:
     """Let clients loose on services that share what they write; `meanwhile` something else happens."""
     first, tenant = Interventions(stores[0], SHAPE), f"t{seed}"
-    first.create_tenant(ADMIN, tenant, IdempotencyKey())
-    first.create_patch(releaser(tenant), "p", "", IdempotencyKey())
+    first.tenants.create_tenant(ADMIN, tenant, IdempotencyKey())
+    first.patches.create_patch(releaser(tenant), "p", "", IdempotencyKey())
     for _ in range(RELEASES):
-        first.create_release(releaser(tenant), [], "", IdempotencyKey())
-    histories = Histories(first.snapshot()[0].revision)
+        first.releases.create_release(releaser(tenant), [], "", IdempotencyKey())
+    histories = Histories(first.events.snapshot()[0].revision)
     services = [Interventions(store, SHAPE, on_write=Loser(seed + n, lost)) for n, store in enumerate(stores)]
     recorder = Recorder(histories)
     failures: list[BaseException] = []
@@ -213,6 +213,9 @@ def record(
         meanwhile()
     for thread in threads:
         thread.join()
+    for failure in failures:
+        if isinstance(failure, (AttributeError, NameError, TypeError)):  # ours, not the store's
+            raise failure
     if failures:
         raise AssertionError(f"a client was told nonsense: {failures[0]!r}") from failures[0]
     return histories

@@ -99,22 +99,22 @@ class MemoryStore:
     """A store that forgets everything when its process ends. It passes every test that the others pass."""
 
     def __init__(self) -> None:
-        self._now = Tables(Position(1, 0), "", {kind: {} for kind in KINDS})
+        self.tables = Tables(Position(1, 0), "", {kind: {} for kind in KINDS})
         self._lock = threading.Lock()
 
     @contextmanager
     def read(self, tenant: str | None = None) -> Iterator[Read]:
-        yield self._now.seen_by(tenant)
+        yield self.tables.seen_by(tenant)
 
     @contextmanager
     def write(self, tenant: str | None = None) -> Iterator[Write]:
         with self._lock:
-            now = self._now
+            now = self.tables
             position = Position(now.position.epoch, now.position.revision + 1)
             tables = {kind: dict(table) for kind, table in now.tables.items()}
             copy = Tables(position, now.hash, tables, tenant)
             yield copy
-            self._now = Tables(copy.position, copy.hash, copy.tables)
+            self.tables = Tables(copy.position, copy.hash, copy.tables)
 
     def listen(
         self, heard: Callable[[], None], failed: Callable[[str], None], told: Callable[[str], None] = ignored

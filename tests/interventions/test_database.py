@@ -116,8 +116,8 @@ def test_a_migration_waits_for_another_however_long_that_takes(
     postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for seconds in ("'10s'", "'30s'"):
-        assert seconds in postgres_store._SESSION
-        monkeypatch.setattr(postgres_store, "_SESSION", postgres_store._SESSION.replace(seconds, "'200ms'"))
+        assert seconds in postgres_store.SESSION
+        monkeypatch.setattr(postgres_store, "SESSION", postgres_store.SESSION.replace(seconds, "'200ms'"))
     url = postgres.empty()
     with psycopg.connect(url) as other:
         other.execute("SELECT pg_advisory_xact_lock(%s)", (postgres_store._MIGRATING,))
@@ -272,7 +272,7 @@ def check_row_level_security(store: SQLStore) -> None:
     for tenant, rows in (("acme", ["acme"]), ("other", ["other"]), ("nobody", []), (None, ["acme", "other"])):
         with store.read(tenant) as tx:
             assert isinstance(tx, Transaction)
-            assert sorted(tx._connection.scalars(everything)) == rows
+            assert sorted(tx.connection.scalars(everything)) == rows
     with store.engine.begin() as connection:
         assert connection.scalars(everything).all() == [], "who doesn't say sees nothing"
 

@@ -36,7 +36,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.interventions.conftest import ADMIN, SHAPE
+from tests.interventions.conftest import ADMIN, SHAPE, operation
 from tests.interventions.memory import MemoryStore
 from tests.interventions.postgres import Postgres
 
@@ -155,7 +155,7 @@ class Machine(RuleBasedStateMachine):
         return _effect(written)
 
     def _do(self, sent: Sent) -> Any:
-        return getattr(self.service, sent.method)(sent.who, *sent.arguments, sent.request)
+        return operation(self.service, sent.method)(sent.who, *sent.arguments, sent.request)
 
     def _expect(self, sent: Sent) -> None:
         """What the write must have done, seen by the model."""

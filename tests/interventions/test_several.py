@@ -23,8 +23,8 @@ from backpack_serving.sync.standing import read_standing, write_standing
 from backpack_serving.sync.state import Stageable
 
 from tests.e2e.conftest import System, copy
-from tests.promises.conftest import eventually
 from tests.promises.follower import Follower
+from tests.waiting import eventually
 
 
 class Refusing(Follower):

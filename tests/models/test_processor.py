@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,36 +80,43 @@ from backpack_lm.kernels import Precision
 from backpack_lm.kernels.build import library
 assert processor.features() == ("avx2",), processor.described()
 assert not torch.ops.mkldnn._is_mkldnn_bf16_supported(), "oneDNN isn't limited"
-print(Precision.AUTO.dtype())
+print(Precision.AUTO.dtype(), library()._name)
 """
 
 
+@pytest.fixture(scope="module")
+def limited() -> list[str]:
+    """Where AVX-512 is hidden: the type that `auto` is, and the file of our library."""
+    done = _with_avx2_alone("-c", WITHOUT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
 @pytest.mark.skipif("not X86 or 'avx2' not in processor.features()", reason="needs AVX2")
-def test_without_avx512_every_precision_computes_and_gives_the_same_bits_in_any_company() -> None:
+def test_without_avx512_every_precision_computes_and_gives_the_same_bits_in_any_company(limited: list[str]) -> None:
     """On any machine: AVX-512 is hidden from oneDNN, from torch and from the compiler of our library.
 
     What a machine with AVX2 alone runs of the suite, run here by a process of its own.
     """
-    environment = {**os.environ, **AVX2, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    environment.pop("BACKPACK_PRECISION", None)
-    how = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
-    checked = subprocess.run([sys.executable, "-c", WITHOUT], **how)
-    assert checked.stdout.split() == ["torch.float32"], checked.stderr
+    assert limited[0] == "torch.float32"
     what = "products or company or trunk_in_one_call or bfloat16 or odd_width"
     files = ("tests/models/test_kernels.py", "tests/engine/test_company.py")
-    done = subprocess.run([sys.executable, "-m", "pytest", *files, "-p", "no:cacheprovider", "-k", what], **how)
+    done = _with_avx2_alone("-m", "pytest", *files, "-p", "no:cacheprovider", "-k", what)
     assert done.returncode == 0, done.stdout
     assert "processor: avx2; torch uses AVX2; ONEDNN_MAX_CPU_ISA=AVX2" in done.stdout
     assert "skipped" not in done.stdout, done.stdout
-    listing = subprocess.run(
-        [sys.executable, "-c", "from backpack_lm.kernels.build import library; print(library()._name)"], **how
-    )
-    assert b"zmm" not in _disassembled(Path(listing.stdout.strip()))
 
 
-def _disassembled(library: Path) -> bytes:
-    """Nothing, where there is no disassembler."""
-    try:
-        return subprocess.run(["objdump", "-d", str(library)], capture_output=True, check=True).stdout
-    except FileNotFoundError:
-        return b""
+@pytest.mark.skipif("not X86 or 'avx2' not in processor.features()", reason="needs AVX2")
+@pytest.mark.skipif(not shutil.which("objdump"), reason="no objdump: apt install binutils")
+def test_a_library_that_is_compiled_for_avx2_has_no_instruction_of_avx512(limited: list[str]) -> None:
+    shown = subprocess.run(["objdump", "-d", limited[1]], capture_output=True, check=True).stdout
+    assert b"ymm" in shown
+    assert b"zmm" not in shown
+
+
+def _with_avx2_alone(*words: str) -> subprocess.CompletedProcess[str]:
+    """What Python says to these arguments where AVX-512 is hidden."""
+    environment = {**os.environ, **AVX2, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment.pop("BACKPACK_PRECISION", None)
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from backpack_serving import rpc
-from backpack_serving.errors import ServiceError
 from backpack_serving.gateway import bootstrap as gateway
 from backpack_serving.inference import directory, replica
 from backpack_serving.interventions import bootstrap as interventions
@@ -27,7 +26,7 @@ class Apart:
 
     settings: Settings
     control: interventions.InterventionService
-    phone_book: rpc.Server
+    directory_server: rpc.Server
     proxy: FaultProxy
     replica: replica.Replica | None = None
     gateway: gateway.Gateway | None = None
@@ -43,7 +42,7 @@ class Apart:
 
     async def start(self) -> None:
         """A replica and a gateway; returns when the gateway knows of the replica."""
-        channels = [rpc.channel(self.proxy.address), rpc.channel(self.phone_book.address)]
+        channels = [rpc.channel(self.proxy.address), rpc.channel(self.directory_server.address)]
         self._channels += channels
         self.replica = await replica.start(self.seen, replica.report_to(channels[1]), channels[0], Metrics())
         self.gateway = await gateway.start(self.seen, Metrics())
@@ -72,7 +71,7 @@ class Apart:
             await system.close()
         await self.end()
         await self.proxy.stop()
-        await self.phone_book.stop()
+        await self.directory_server.stop()
         await self.control.stop()
 
 
@@ -80,26 +79,12 @@ class Apart:
 async def apart(state: Path, **more: Any) -> AsyncIterator[Apart]:
     settings = Settings(state=state, threads=1, **{**ANYWHERE, "slots": 4, "drain": 1.0, **more})
     control = await interventions.start(settings, Metrics())
-    phone_book = await directory.serve(settings, Metrics())
-    addresses = {"interventions_address": control.address, "directory_address": phone_book.address}
+    directory_server = await directory.serve(settings, Metrics())
+    addresses = {"interventions_address": control.address, "directory_address": directory_server.address}
     settings = settings.model_copy(update=addresses)
-    parts = Apart(settings, control, phone_book, await FaultProxy(control.address).start())
+    parts = Apart(settings, control, directory_server, await FaultProxy(control.address).start())
     try:
         await parts.start()
         yield parts
     finally:
         await parts.stop()
-
-
-async def eventually(check: Callable[[], Awaitable[Any]], seconds: float = 60) -> Any:
-    """The first true answer; refusals meanwhile are no answers."""
-    until, last = asyncio.get_running_loop().time() + seconds, None
-    while asyncio.get_running_loop().time() < until:
-        try:
-            with rpc.errors():
-                if result := await check():
-                    return result
-        except ServiceError as error:
-            last = error
-        await asyncio.sleep(0.05)
-    raise AssertionError(f"it never happened; last refusal: {last!r}")

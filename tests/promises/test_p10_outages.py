@@ -13,7 +13,8 @@ from backpack_serving.errors import ServiceError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.e2e.conftest import Metadata, System, copy
-from tests.promises.conftest import Apart, apart, eventually
+from tests.promises.conftest import Apart, apart
+from tests.waiting import eventually
 
 PROMPT = "The story of the king and the"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
@@ -20,7 +19,8 @@ from backpack_serving.settings import default_model
 
 from tests.e2e.conftest import Metadata, System, copy
 from tests.inference.test_release_cache import hidden_overflow
-from tests.promises.conftest import Apart, apart, eventually
+from tests.promises.conftest import Apart, apart
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -72,18 +72,15 @@ async def test_p11_activations_and_rollbacks_fetch_nothing_and_the_answer_says_t
         return newest.digest in replica.versions.resident()
 
     await eventually(staged)  # a release that was just made is got ready before it is activated
-    fetched, seconds = replica.versions.fetched, []
+    fetched = replica.versions.fetched
     await _move(system, key, "Activate", release=last)
     for turn in range(30):
-        started = time.perf_counter()
         answer = await _move(system, key, "Rollback")
-        seconds.append(time.perf_counter() - started)
         r = answer.rollout
         assert (r.complete, r.replicas, r.replicas_acked, r.gateways_acked) == (True, 1, 1, 1)
         served = await _served(system, key)
         assert served.release == answer.channel.release == (last - 1 if turn % 2 == 0 else last)
     assert replica.versions.fetched == fetched, "a rollback fetched something"
-    assert sorted(seconds)[-1] < 20  # how fast it really is: tests/bench/sync.py
 
 
 async def test_p12_a_canary_gets_its_share_and_sticks_to_its_keys_through_growth_and_promotion(

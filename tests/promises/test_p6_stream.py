@@ -23,9 +23,9 @@ from backpack_serving.sync.state import StateView
 
 from tests.conftest import free_port
 from tests.e2e.conftest import System, copy
-from tests.promises.conftest import eventually
 from tests.promises.follower import Follower
 from tests.promises.proxy import FaultProxy
+from tests.waiting import eventually
 
 
 def _states(settings: Settings) -> dict[Position, StateView]:

@@ -19,7 +19,6 @@ from backpack_proto.v1 import sync_pb2 as spb
 from backpack_serving.engine.sampler import choose
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.sampling import SamplingParams
-from backpack_serving.settings import default_model
 
 from tests.e2e.conftest import Metadata, System, copy, running, topic
 
@@ -33,11 +32,6 @@ WORDS = ("ship", "nurse", "sea", "doctor", "house", "river")
 async def system(tmp_path_factory: Any) -> AsyncIterator[System]:
     async with running(tmp_path_factory.mktemp("state"), slots=8, queue=64) as system:
         yield system
-
-
-@pytest.fixture(scope="module")
-def served() -> ServedModel:
-    return ServedModel.read(default_model())
 
 
 async def _overlays(system: System, key: Metadata, served: ServedModel) -> dict[str, Overlay]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,8 @@ from backpack_serving.errors import (
     InvalidRequest,
     Unavailable,
 )
+
+from tests.waiting import eventually
 
 NAME = "backpack.v1.InferenceService"
 
@@ -129,11 +131,6 @@ async def _texts(stream: Any) -> list[str]:
         return [part.text async for part in stream]
 
 
-async def _until(true: Callable[[], object]) -> None:
-    while not true():
-        await asyncio.sleep(0.01)
-
-
 async def _first(stream: Any) -> str:
     await stream.initial_metadata()
     text: str = (await anext(aiter(stream))).text
@@ -188,18 +185,18 @@ async def test_who_leaves_ends_what_runs_for_them_alone() -> None:
         late.cancel()  # before it has begun over there
         assert await _first(leaves) == await _first(stays) == "here"
         leaves.cancel()
-        await _until(lambda: here.servicer.left)
+        await eventually(lambda: here.servicer.left)
         here.servicer.go.set()
         assert await _texts(stays) == ["there"]
         assert here.servicer.left == ["leaves"]
-        await _until(lambda: not here.watcher.running)
+        await eventually(lambda: not here.watcher.running)
 
 
 async def test_a_deadline_ends_both_ends() -> None:
     async with _running() as here:
         with pytest.raises(Expired):
             await here.texts("wait late", timeout=0.2)
-        await _until(lambda: here.watcher.told)
+        await eventually(lambda: here.watcher.told)
         assert here.watcher.told == [("GenerateStream", "DEADLINE_EXCEEDED")]
         assert here.servicer.left == ["late"]
         here.servicer.go.set()
@@ -292,6 +289,6 @@ async def test_a_callers_end_that_breaks_off_ends_all_its_streams() -> None:
         for name in ("one", "two"):
             assert await _first(here.stream(f"wait {name}")) == "here"
         await here.channel.close()
-        await _until(lambda: not here.watcher.running)
+        await eventually(lambda: not here.watcher.running)
         assert sorted(here.servicer.left) == ["one", "two"]
         assert sorted(here.watcher.told) == [("GenerateStream", "CANCELLED")] * 2

@@ -26,9 +26,9 @@ from backpack_serving.sync.transport import for_ever
 from structlog.testing import capture_logs
 
 from tests.e2e.conftest import System
-from tests.promises.conftest import eventually
 from tests.promises.follower import Follower
 from tests.promises.proxy import FaultProxy
+from tests.waiting import eventually
 
 
 @pytest_asyncio.fixture
@@ -142,7 +142,7 @@ async def test_counts_that_no_gateway_can_have_are_refused(system: System, count
             pass
 
 
-async def test_a_link_goes_on_after_a_message_that_can_not_be_sent(
+async def test_a_transport_goes_on_after_a_message_that_can_not_be_sent(
     system: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """gRPC gives such a call up by cancelling it: to who reads from it that looks like being told to end."""
@@ -162,7 +162,7 @@ async def test_a_link_goes_on_after_a_message_that_can_not_be_sent(
 @pytest.mark.parametrize(
     ("kind", "at"), [(ReaderKind.GATEWAY, "stage"), (ReaderKind.GATEWAY, "swapped"), (ReaderKind.REPLICA, "swapped")]
 )
-async def test_a_link_goes_on_after_a_mistake_of_its_owner(
+async def test_a_transport_goes_on_after_a_mistake_of_its_owner(
     system: System, monkeypatch: pytest.MonkeyPatch, kind: ReaderKind, at: str
 ) -> None:
     """Where a stream stages and swaps, and beside it, where a replica's position moves alone."""
@@ -265,7 +265,7 @@ async def test_a_cancellation_is_not_lost_to_an_error_that_comes_with_it() -> No
     task = asyncio.create_task(for_ever(once, "test"))
     await began.wait()
     task.cancel()
-    await asyncio.wait([task], timeout=5)
+    await asyncio.wait([task], timeout=60)
     ended = task.cancelled()
     await tasks.end(task)
     assert ended
@@ -282,6 +282,6 @@ async def test_what_must_be_finished_is_finished_before_a_cancellation_is_raised
     for _ in range(3):
         await asyncio.sleep(0.01)
         task.cancel()
-    await asyncio.wait([task], timeout=20)
+    await asyncio.wait([task], timeout=60)
     assert task.cancelled()
     assert done == [1]

@@ -16,14 +16,13 @@ from backpack_lm.patch import PatchError, PatchLimits, ReleaseContent, RevisionC
 from backpack_serving.errors import (
     NOT_THE_CALLERS,
     RELEASE_UNREACHABLE,
-    DataLoss,
     Internal,
     ServiceError,
     Unavailable,
     from_patch_error,
 )
 from backpack_serving.inference.denominators import Denominators
-from backpack_serving.inference.release_files import ReleaseFiles, digest_of
+from backpack_serving.inference.release_files import ReleaseFiles, check_digest
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.references import CanaryTally, Refusal, ReleaseRef
 from backpack_serving.sync.state import ChannelState, Stageable, StateView
@@ -188,14 +187,7 @@ class ReleaseCache:
 
     def _verified(self, revisions: list[bytes], digest: str) -> ReleaseContent:
         """Verify every byte, and validate again."""
-        found = digest_of(revisions)
-        if found != digest:
-            raise DataLoss(
-                "WRONG_DIGEST",
-                f"asked for release {digest}, got the bytes of {found}",
-                wanted=digest,
-                got=found,
-            )
+        check_digest(revisions, digest)
         release = ReleaseContent(tuple(map(RevisionContent.from_bytes, revisions)))
         release.validate(self._served.manifest.shape, self._limits)
         return release
@@ -207,13 +199,13 @@ class ReleaseCache:
         return overlay
 
     @property
-    def _needed(self) -> frozenset[str]:
+    def needed(self) -> frozenset[str]:
         """What channels need, and what requests and staged changes use."""
         return self._kept.union(self._users)
 
     def _evict(self) -> None:
         """Of what isn't needed, drop what was used least recently: beyond the capacity, or its tenant's bytes."""
-        needed, sizes = self._needed, Counter[str]()
+        needed, sizes = self.needed, Counter[str]()
         idle = [digest for digest in reversed(self._compiled) if digest not in needed]
         for place, digest in enumerate(idle):
             held = self._compiled[digest]
@@ -324,7 +316,7 @@ class ReleaseCache:
     async def tidy(self) -> None:
         """Forget on disk what no channel needs. What can't be removed stays until the next time."""
         try:
-            await asyncio.to_thread(self._blobs.forget_all_but, self._needed)
+            await asyncio.to_thread(self._blobs.forget_all_but, self.needed)
         except OSError as error:
             log.error("what no channel needs can't be removed", error=str(error))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import structlog
 from backpack_lm.patch import release_digest
 
+from backpack_serving.errors import DataLoss
 from backpack_serving.sync.snapshot_file import BlobFolder
 
 log = structlog.get_logger(__name__)
@@ -47,6 +48,14 @@ class ReleaseFiles:
 
     def forget_all_but(self, digests: frozenset[str]) -> None:
         self._blobs.forget_all_but(digests)
+
+
+def check_digest(revisions: Iterable[bytes], digest: str) -> None:
+    """Raise DataLoss unless these are the canonical bytes of the release with this digest."""
+    found = digest_of(revisions)
+    if found != digest:
+        message = f"asked for release {digest}, got the bytes of {found}"
+        raise DataLoss("WRONG_DIGEST", message, wanted=digest, got=found)
 
 
 def digest_of(revisions: Iterable[bytes]) -> str:

@@ -85,7 +85,7 @@ class ChannelRules:
         def act(tx: Write, now: datetime) -> tuple[ChannelRecord, list[Record]]:
             wanted = self._release_to_move_to(tx, who.tenant, release)
             old = tx.get(ChannelRecord, who.tenant, name)
-            _check_etag(old.etag if old else "", etag)
+            check_etag(old.etag if old else "", etag)
             made = (
                 _pointed(old, wanted) if old else ChannelRecord(who.tenant, name, release, wanted.digest, None, 0, now)
             )
@@ -174,7 +174,7 @@ class ChannelRules:
 
         def act(tx: Write, now: datetime) -> tuple[ChannelRecord, list[Record]]:
             old = lookup.channel(tx, who.tenant, name)
-            _check_etag(old.etag, etag)
+            check_etag(old.etag, etag)
             return _put(tx, move(tx, old), now)
 
         return self._context.ledger.write(who, method, request, act)
@@ -212,7 +212,8 @@ def _canary_of(channel: ChannelRecord) -> int:
     return channel.canary
 
 
-def _check_etag(current: str, given: str) -> None:
+def check_etag(current: str, given: str) -> None:
+    """Raise Conflict unless the caller has read the channel as it is now, InvalidRequest if it gives no etag of it."""
     if current == given:
         return
     if not given:

@@ -70,7 +70,7 @@ class Ledger:
     """Carries writes out on a store. `on_write` is called after each commit."""
 
     def __init__(self, store: Store, on_write: Callable[[], None], now: Callable[[], datetime]) -> None:
-        self._store, self._on_write, self._now = store, on_write, now
+        self.store, self._on_write, self.now = store, on_write, now
 
     def write(self, who: Principal, method: str, request: IdempotencyKey, act: Act[R]) -> WriteResult[R]:
         """Carry a write out, once for each (principal, method, request id); a repetition gets what the first made.
@@ -79,11 +79,11 @@ class Ledger:
         as the store does.
         """
         _check_request_id(request.id)
-        now = self._now()
-        if request.id and (old := self._replay(who, method, request)):
+        now = self.now()
+        if request.id and (old := self.replay(who, method, request)):
             return old
         try:
-            with self._store.write(scope(who)) as tx:
+            with self.store.write(scope(who)) as tx:
                 if tx.get(ReplyRecord, who.name, method, request.id) is not None:
                     raise _LostRace
                 record, changed = act(tx, now)
@@ -95,14 +95,15 @@ class Ledger:
                     tx.add(ReplyRecord(who.name, method, request.id, request.body, at, tx.position.revision, now))
                 written = WriteResult(record, tx.position)
         except _LostRace:
-            old = self._replay(who, method, request)
+            old = self.replay(who, method, request)
             assert old is not None, "the reply was just seen"
             return old
         self._on_write()
         return written
 
-    def _replay(self, who: Principal, method: str, request: IdempotencyKey) -> WriteResult[Any] | None:
-        with self._store.read(scope(who)) as tx:
+    def replay(self, who: Principal, method: str, request: IdempotencyKey) -> WriteResult[Any] | None:
+        """What this request has made already; None if it hasn't. Raises InvalidRequest for another request's id."""
+        with self.store.read(scope(who)) as tx:
             reply = tx.get(ReplyRecord, who.name, method, request.id)
             if reply is None:
                 return None

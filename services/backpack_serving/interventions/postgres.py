@@ -38,7 +38,7 @@ _MIGRATING = 0x6261636B7061636B
 
 # A session never waits for ever: neither for the head row, if its holder was paused, nor for a dead network.
 # Commits wait for the disk even where the database's default is that they don't.
-_SESSION = """
+SESSION = """
 SELECT set_config('lock_timeout', '10s', false), set_config('statement_timeout', '30s', false),
        set_config('idle_in_transaction_session_timeout', '60s', false),
        CASE current_setting('synchronous_commit') WHEN 'off' THEN set_config('synchronous_commit', 'on', false) END
@@ -122,7 +122,7 @@ class PostgresStore(SQLStore):
     @contextmanager
     def _reading(self, tenant: str | None) -> Iterator[sa.Connection]:
         with self._readers.begin() as connection:
-            self._enter(connection, tenant)
+            self.enter(connection, tenant)
             yield connection
 
     @contextmanager
@@ -130,11 +130,11 @@ class PostgresStore(SQLStore):
         with self.engine.connect() as connection:
             yield connection
 
-    def _enter(self, connection: sa.Connection, tenant: str | None) -> None:
+    def enter(self, connection: sa.Connection, tenant: str | None) -> None:
         seen = EVERYBODY if tenant is None else tenant
         connection.execute(sa.select(sa.func.set_config("backpack.tenant", seen, True)))
 
-    def _commit(self, transaction: sa.RootTransaction) -> None:
+    def commit(self, transaction: sa.RootTransaction) -> None:
         transaction.connection.execute(sa.select(sa.func.pg_notify(WROTE, "")))
         try:
             transaction.commit()
@@ -245,7 +245,7 @@ _FOR_EVER = re.compile(
 
 def _set_session(connection: Any, _: object) -> None:
     with connection.cursor() as cursor:
-        cursor.execute(_SESSION)
+        cursor.execute(SESSION)
     connection.commit()
 
 

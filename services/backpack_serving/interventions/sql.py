@@ -28,7 +28,7 @@ class Transaction:
     """One transaction as `store.Write`, seeing one tenant's records or everybody's (None)."""
 
     def __init__(self, connection: sa.Connection, row: sa.Row[Any], tenant: str | None) -> None:
-        self._connection, self.hash, self._tenant = connection, row.hash, tenant
+        self.connection, self.hash, self._tenant = connection, row.hash, tenant
         self.position = Position(row.epoch, row.revision)
 
     def get(self, kind: type[R], *key: Any) -> R | None:
@@ -38,8 +38,8 @@ class Transaction:
         if any(isinstance(value, str) and "\0" in value for value in equal.values()):
             return None  # no record's text has NUL, and PostgreSQL would refuse to look for it
         table = tables[kind]
-        query = self._select(table).where(*(table.c[name] == value for name, value in equal.items()))
-        row = self._connection.execute(query.order_by(*table.primary_key).limit(1)).first()
+        query = self.select_visible(table).where(*(table.c[name] == value for name, value in equal.items()))
+        row = self.connection.execute(query.order_by(*table.primary_key).limit(1)).first()
         return None if row is None else kind(**row._mapping)
 
     def list(
@@ -52,22 +52,22 @@ class Transaction:
     ) -> list[R]:
         table = tables[kind]
         keys = [table.c[name] for name in kind.KEY]  # type: ignore[attr-defined]
-        query = self._select(table).where(*(c == value for c, value in zip(keys, prefix, strict=False)))
+        query = self.select_visible(table).where(*(c == value for c, value in zip(keys, prefix, strict=False)))
         rest = keys[len(prefix) :]
         if after is not None:
             query = query.where(rest[0] < after if descending else rest[0] > after)
         query = query.order_by(*(c.desc() if descending else c.asc() for c in rest)).limit(limit)
-        return [kind(**row._mapping) for row in self._connection.execute(query)]
+        return [kind(**row._mapping) for row in self.connection.execute(query)]
 
     def add(self, record: Record) -> None:
         self._check_tenant(record)
-        self._connection.execute(sa.insert(tables[type(record)]).values(**asdict(record)))
+        self.connection.execute(sa.insert(tables[type(record)]).values(**asdict(record)))
 
     def replace(self, record: Record) -> None:
         self._check_tenant(record)
         table = tables[type(record)]
         where = (table.c[name] == value for name, value in zip(record.KEY, key_of(record), strict=True))
-        changed = self._connection.execute(sa.update(table).where(*where).values(**asdict(record)))
+        changed = self.connection.execute(sa.update(table).where(*where).values(**asdict(record)))
         if not changed.rowcount:
             self.add(record)
 
@@ -75,17 +75,18 @@ class Transaction:
         event = replace(event, revision=self.position.revision)
         self.hash = event.chained(self.hash)
         self.add(replace(event, hash=self.hash))
-        self._connection.execute(sa.update(head).values(hash=self.hash))
+        self.connection.execute(sa.update(head).values(hash=self.hash))
 
     def forget_replies(self, before: datetime) -> None:
         table = tables[ReplyRecord]
-        self._connection.execute(sa.delete(table).where(table.c.created < before))
+        self.connection.execute(sa.delete(table).where(table.c.created < before))
 
     def begin(self, epoch: int) -> None:
         self.position = replace(self.position, epoch=epoch)
-        self._connection.execute(sa.update(head).values(epoch=epoch))
+        self.connection.execute(sa.update(head).values(epoch=epoch))
 
-    def _select(self, table: sa.Table) -> sa.Select[Any]:
+    def select_visible(self, table: sa.Table) -> sa.Select[Any]:
+        """The rows of a table that this transaction may see: all reads begin with it."""
         query = sa.select(table)
         if self._tenant is not None and "tenant" in table.c:
             query = query.where(table.c.tenant == self._tenant)
@@ -112,13 +113,12 @@ class SQLStore(ABC):
         with self._errors(), self._writing(tenant) as connection:
             transaction = connection.begin()
             try:
-                self._enter(connection, tenant)
-                raised = sa.update(head).values(revision=head.c.revision + 1).returning(*head.c)
-                yield Transaction(connection, connection.execute(raised).one(), tenant)
+                self.enter(connection, tenant)
+                yield Transaction(connection, self.raise_head(connection), tenant)
             except BaseException:
                 transaction.rollback()
                 raise
-            self._commit(transaction)
+            self.commit(transaction)
 
     @abstractmethod
     def listen(
@@ -141,11 +141,16 @@ class SQLStore(ABC):
     def _writing(self, tenant: str | None) -> AbstractContextManager[sa.Connection]:
         """A connection for a transaction that writes."""
 
-    def _enter(self, connection: sa.Connection, tenant: str | None) -> None:  # noqa: B027
+    def enter(self, connection: sa.Connection, tenant: str | None) -> None:  # noqa: B027
         """What comes first in every transaction."""
 
+    def raise_head(self, connection: sa.Connection) -> sa.Row[Any]:
+        """Count the head row's revision up, which locks it until the commit; the row as it is then."""
+        raised = sa.update(head).values(revision=head.c.revision + 1).returning(*head.c)
+        return connection.execute(raised).one()
+
     @abstractmethod
-    def _commit(self, transaction: sa.RootTransaction) -> None:
+    def commit(self, transaction: sa.RootTransaction) -> None:
         """Commit, durably. Raises Unavailable if that can't be told."""
 
     def _reason(self, error: object) -> str:

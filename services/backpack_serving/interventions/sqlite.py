@@ -27,6 +27,9 @@ from backpack_serving.interventions.disk import diagnose
 from backpack_serving.interventions.sql import SQLStore
 from backpack_serving.interventions.store import ignored
 
+PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=ON")
+"""What each connection sets: durability is decided here."""
+
 CHECKPOINT_WRITES = 200
 """Writes after which the write-ahead log is copied into the database file."""
 
@@ -109,24 +112,25 @@ class SQLiteStore(SQLStore):
                 if self._since_checkpoint >= CHECKPOINT_WRITES:
                     self._checkpoint(connection)
 
-    def _commit(self, transaction: sa.RootTransaction) -> None:
+    def commit(self, transaction: sa.RootTransaction) -> None:
         try:
             transaction.commit()
         except sa.exc.DBAPIError as error:
-            self._stop(f"a commit failed: {self._reason(error.orig)}")
+            self.fail(f"a commit failed: {self._reason(error.orig)}")
 
     def _checkpoint(self, connection: sa.Connection) -> None:
         driver: Any = connection.connection.driver_connection
         try:
             driver.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         except Exception as error:  # of the driver: there is no statement of SQLAlchemy's to wrap it
-            self._stop(f"a checkpoint failed: {self._reason(error)}")
+            self.fail(f"a checkpoint failed: {self._reason(error)}")
         self._since_checkpoint = 0
 
     def _reason(self, error: object) -> str:
         return _with_reason(error, Path(self.engine.url.database or ""))
 
-    def _stop(self, why: str) -> None:
+    def fail(self, why: str) -> None:
+        """Refuse everything from now on, with this reason, and say so to whoever listens. Raises Unavailable."""
         self._failed = why
         self._on_failure(why)
         self._check_running()
@@ -176,5 +180,5 @@ def _not_for_everybody(file: Path) -> None:
 
 def _set_pragmas(connection: Any, _: object) -> None:
     connection.isolation_level = None  # SQLAlchemy begins transactions, not the driver
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=ON"):
+    for pragma in PRAGMAS:
         connection.execute(f"PRAGMA {pragma}")

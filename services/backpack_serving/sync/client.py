@@ -35,6 +35,10 @@ class PendingDelta:
     changes: tuple[StateEntry, ...]
     work: tuple[Stageable, ...]
 
+    def without(self, refusals: Mapping[tuple[str, str], Refusal]) -> list[StateEntry]:
+        """The changes without those of channels that are refused."""
+        return [c for c in self.changes if not (isinstance(c, Stageable) and c.key in refusals)]
+
 
 @dataclass(frozen=True, slots=True)
 class _RefusedEntry:
@@ -60,7 +64,7 @@ class SyncClient:
         self.trouble = ""  # why there is no stream to the service; who opens them says
         self._parked: dict[tuple[str, str], _RefusedEntry] = {}
         self._view_at: float | None = None
-        self._needs_snapshot = True  # after a start: what is parked isn't remembered, so everything is asked for
+        self.needs_snapshot = True  # after a start: what is parked isn't remembered, so everything is asked for
 
     def hello(self) -> Hello:
         """The first message of a stream. What an earlier stream left unapplied is dropped: it comes again."""
@@ -71,7 +75,7 @@ class SyncClient:
             self.name,
             self.fingerprint,
             self.known.position,
-            self._needs_snapshot,
+            self.needs_snapshot,
             self.resident,
             self.refusals,
         )
@@ -110,8 +114,8 @@ class SyncClient:
                 return self._receive_changes(message.nonce, message.position, message.changes)
             case Delta():
                 base, at = message.base, self.known.position
-                if self._needs_snapshot or base.epoch != at.epoch or base > at:
-                    self._needs_snapshot = True  # something between is missing
+                if self.needs_snapshot or base.epoch != at.epoch or base > at:
+                    self.needs_snapshot = True  # something between is missing
                     return (self.hello(),)
                 return self._receive_changes(message.nonce, message.position, message.changes)
         return ()
@@ -130,10 +134,8 @@ class SyncClient:
                 self._parked.pop(change.key, None)
                 if refusal := refusals.get(change.key):
                     self._parked[change.key] = _RefusedEntry(change, refusal)
-        self.known = self.known.changed(
-            pending.position, _without_refused(pending.changes, refusals)
-        )  # all of it or nothing
-        self.pending, self._needs_snapshot, self.known_at = None, False, now
+        self.known = self.known.changed(pending.position, pending.without(refusals))  # all of it or nothing
+        self.pending, self.needs_snapshot, self.known_at = None, False, now
         return Nack(nonce, tuple(refusals.values())) if refusals else Ack(nonce)
 
     def retried(self, change: Stageable, refusal: Refusal | None) -> None:
@@ -154,7 +156,7 @@ class SyncClient:
         self, nonce: int, position: Position, changes: tuple[StateEntry, ...]
     ) -> tuple[FromReader, ...]:
         at = self.known.position
-        if position < at or (position == at and not self._needs_snapshot):
+        if position < at or (position == at and not self.needs_snapshot):
             return (Ack(nonce),)  # it is known already, or late from a stream that is gone: nothing goes back
         if self.pending and self.pending.nonce != nonce:
             return (self.hello(),)  # there is one at a time: one of the two is a stray, so begin anew
@@ -188,8 +190,3 @@ class SyncClient:
             self.known_at = now
             if self.known is self.view:
                 self._view_at = now
-
-
-def _without_refused(changes: Iterable[StateEntry], refusals: Mapping[tuple[str, str], Refusal]) -> list[StateEntry]:
-    """The changes without those of channels that are refused."""
-    return [c for c in changes if not (isinstance(c, Stageable) and c.key in refusals)]

@@ -47,7 +47,9 @@ class History(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _InFlight:
+class InFlightDelta:
+    """What was sent and isn't answered yet."""
+
     nonce: int
     position: Position
     changes: tuple[StateEntry, ...]
@@ -59,9 +61,9 @@ class SyncServer:
     `nonces` are never used twice, in no session of any process: an answer to another stream must not count here.
     """
 
-    def __init__(self, log: History, nonces: Iterator[int]) -> None:
-        self._log, self._nonces = log, nonces
-        self._flight: _InFlight | None = None
+    def __init__(self, history: History, nonces: Iterator[int]) -> None:
+        self.history, self._nonces = history, nonces
+        self.in_flight: InFlightDelta | None = None
         self._bookmark_due = self._heard = 0.0
         self._fresh = False
         self.hello: Hello | None = None
@@ -98,7 +100,7 @@ class SyncServer:
         if now - self._heard > SILENCE:
             raise Unavailable("READER_SILENT", f"nothing was heard for {SILENCE:g} s; open a new stream")
         due = now >= self._bookmark_due
-        out = self._advance(self.hello) if self._flight is None else []
+        out = self._advance(self.hello) if self.in_flight is None else []
         if out or due:
             self._bookmark_due = now + BOOKMARK_SECONDS
         return out or ([Bookmark(self.acked)] if due else [])
@@ -109,24 +111,24 @@ class SyncServer:
         return self._bookmark_due
 
     def _receive_hello(self, hello: Hello) -> None:
-        if hello.fingerprint != self._log.fingerprint:
+        if hello.fingerprint != self.history.fingerprint:
             raise PreconditionFailed(
                 "WRONG_MODEL",
-                f"you serve model {hello.fingerprint[:12]}…, the patches here are for {self._log.fingerprint[:12]}…",
+                f"you serve model {hello.fingerprint[:12]}…, the patches here are for {self.history.fingerprint[:12]}…",
             )
         if not hello.incarnation:
             raise InvalidRequest.at("hello.incarnation", "EMPTY", "draw one when the process starts")
-        self.hello, self._flight, self._fresh = hello, None, True
+        self.hello, self.in_flight, self._fresh = hello, None, True
         self.acked = hello.position
         self.refusals = {refusal.key: refusal for refusal in hello.refusals}
         self.digests = set(hello.digests)
 
     def _receive_ack(self, nonce: int, refused: Iterable[Refusal]) -> None:
         """A delta was applied, but for what was refused. It isn't sent again: the reader knows why."""
-        flight = self._flight
+        flight = self.in_flight
         if flight is None or nonce != flight.nonce:
             return  # of a delta that a later Hello has overtaken
-        self._flight, self.acked = None, flight.position
+        self.in_flight, self.acked = None, flight.position
         refusals = {refusal.key: refusal for refusal in refused}
         for change in flight.changes:
             if isinstance(change, Stageable):
@@ -137,8 +139,8 @@ class SyncServer:
 
     def _advance(self, hello: Hello) -> list[ToReader]:
         fresh, self._fresh = self._fresh, False
-        page = self._log.since(self.acked.revision)
-        head = self._log.snapshot().head if page is None else page.head
+        page = self.history.since(self.acked.revision)
+        head = self.history.snapshot().head if page is None else page.head
         if head < self.acked:
             raise PreconditionFailed(
                 "STORE_WENT_BACK",
@@ -150,17 +152,17 @@ class SyncServer:
             if not fresh:
                 self.hello = None
                 return [ResyncRequired(f"the store is in epoch {head.epoch}, you are at {self.acked}")]
-            page = self._log.snapshot()
+            page = self.history.snapshot()
             changes = _changes_for(hello.kind, page.changes)
-            self._flight = _InFlight(next(self._nonces), page.position, changes)
-            return [Snapshot(self._flight.nonce, page.position, changes)]
+            self.in_flight = InFlightDelta(next(self._nonces), page.position, changes)
+            return [Snapshot(self.in_flight.nonce, page.position, changes)]
         if page.position <= self.acked:
             return []
         if not (changes := _changes_for(hello.kind, page.changes)):
             self.acked = page.position
             return [Bookmark(self.acked)]
-        self._flight = _InFlight(next(self._nonces), page.position, changes)
-        return [Delta(self._flight.nonce, self.acked, page.position, changes)]
+        self.in_flight = InFlightDelta(next(self._nonces), page.position, changes)
+        return [Delta(self.in_flight.nonce, self.acked, page.position, changes)]
 
 
 def _changes_for(kind: ReaderKind, changes: Iterable[StateEntry]) -> tuple[StateEntry, ...]:

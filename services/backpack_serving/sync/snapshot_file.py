@@ -26,6 +26,18 @@ class SavedSnapshot:
     fresh: float
 
 
+def seal(payload: bytes) -> bytes:
+    """The bytes of a file that keeps a payload: what it is, its checksum, the payload."""
+    return _MAGIC + hashlib.sha256(payload).digest() + payload
+
+
+def unseal(data: bytes) -> bytes | None:
+    """The payload of such a file's bytes; None unless its checksum fits."""
+    start = len(_MAGIC) + 32
+    checksum, payload = data[len(_MAGIC) : start], data[start:]
+    return payload if data.startswith(_MAGIC) and hashlib.sha256(payload).digest() == checksum else None
+
+
 class SnapshotFile:
     """One payload on disk, in two generations."""
 
@@ -38,7 +50,7 @@ class SnapshotFile:
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.new")
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(_MAGIC + hashlib.sha256(payload).digest() + payload)
+            file.write(seal(payload))
             file.flush()
             os.fsync(file.fileno())
         if self._payload(self.path) is not None:  # a damaged one must not take the place of a good one
@@ -68,9 +80,8 @@ class SnapshotFile:
             return None
         except OSError as error:
             data, wrong = b"", str(error)
-        start = len(_MAGIC) + 32
-        checksum, payload = data[len(_MAGIC) : start], data[start:]
-        if data.startswith(_MAGIC) and hashlib.sha256(payload).digest() == checksum:
+        payload = unseal(data)
+        if payload is not None:
             return payload
         log.error("a known-good file is damaged; the one before it counts", file=str(path), wrong=wrong)
         return None

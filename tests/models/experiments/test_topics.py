@@ -34,9 +34,9 @@ def judge(tmp_path_factory: Any) -> Path:
     return folder
 
 
-def test_a_reader_is_the_mean_of_its_hidden_states(judge: Path) -> None:
-    reader = TopicJudge(judge)
-    alone, together = reader.embed(["food"]), reader.embed(["food", "music and fashion"])
+def test_a_topic_judge_is_the_mean_of_its_hidden_states(judge: Path) -> None:
+    topic_judge = TopicJudge(judge)
+    alone, together = topic_judge.embed(["food"]), topic_judge.embed(["food", "music and fashion"])
     torch.testing.assert_close(alone[0], together[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together.norm(dim=-1), torch.ones(2))
     with pytest.raises(ValueError, match="no sentence encoder"):

@@ -58,7 +58,7 @@ def test_topic_weights_and_annealing(small: LabModel) -> None:
     assert (multipliers - delta[ids].t()).abs().max() > 1e-2, "annealing changed nothing"
 
 
-def test_lean(small: LabModel) -> None:
+def test_topic_vector(small: LabModel) -> None:
     sea, ship, the, comma = (*map(small.token, ("sea", "ship", "the")), small.tokenizer.encode(",")[0])
     frequent = FrequentWords((the, comma, sea), (0.3, 0.1, 0.2))
     embedding, senses, width = small.model.embedding, small.table.rows.clone(), small.config.n_embd
