@@ -9,7 +9,7 @@ endif
 COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c requirements.lock
 
-.PHONY: help run test test-long test-containers up down chart bench lint format protos lock clean
+.PHONY: help run test test-long test-containers up down wheel chart bench lint format protos lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,7 +17,7 @@ help: ## List the targets
 run: .venv/.run ## Serve on this machine, with two example tenants
 	@$(BIN)/backpack run
 
-test: .venv/.dev ## All tests that take less than a quarter of an hour, types and style included
+test: .venv/.dev ## Run the tests but for the slow ones, types and style included
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-long: .venv/.dev ## The slow ones too
@@ -38,6 +38,9 @@ down: ## Stop the containers; their volumes and secrets stay
 
 test-containers: .venv/.dev ## Build the images, bring the compose stack up, use it, kill its parts (needs docker)
 	$(BIN)/pytest -s tests/deploy/test_containers.py tests/deploy/test_chart_containers.py
+
+wheel: .venv/bin/python ## Build a wheel into dist/, to install elsewhere
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
 chart: .venv/.dev ## Package the Helm chart into dist/, with the table of its values
 	$(BIN)/python deploy/chart.py

@@ -10,7 +10,7 @@ HEAD = """\
 # Backpack Serving
 
 Gateways, the intervention service and, by KubeRay, replicas of a Backpack language model. What is needed in the
-cluster, and how it is operated: `deploy/README.md` of the repository.
+cluster, and how it is operated: `docs/operating.md` of the repository.
 
     helm install backpack backpack-*.tgz --values mine.yaml
     helm test backpack

@@ -37,7 +37,7 @@ from backpack_lm.model import Backpack
 from backpack_lm.overlay import SenseTable
 from backpack_lm.tokenizer import Tokenizer
 from backpack_lm.weight_files import WEIGHTS as WEIGHTS
-from backpack_lm.weight_files import read_safetensors, read_weights
+from backpack_lm.weight_files import read_safetensors, read_weights, write_safetensors
 from backpack_lm.whole_folder import whole
 
 CONFIG, TOKENIZER, TOPICS = "config.json", "tokenizer.json", "topics.safetensors"
@@ -143,8 +143,8 @@ def save(model: Backpack, tokenizer: Path, folder: Path, topics: bool = False) -
 def write(model: Backpack, tokenizer: Path, folder: Path, topics: bool = False) -> Manifest:
     """As `save`, file by file into an empty folder."""
     (folder / CONFIG).write_text(json.dumps(model.config.to_json(), indent=2) + "\n", "utf-8")
-    state = {_PREFIX + name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    state = {_PREFIX + name: tensor.detach() for name, tensor in model.state_dict().items()}
+    write_safetensors(folder / WEIGHTS, state)
     shutil.copyfile(tokenizer, folder / TOKENIZER)
     manifest = Manifest(_fingerprint(folder, state), model.config, model.sense_rms())
     if topics:
@@ -256,4 +256,5 @@ def _check_names_and_shapes(found: Tensors, wanted: Tensors) -> None:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return bool(tensor.float().isfinite().all())  # as it is served: a float64 may be beyond float32
+    """In pieces, as the check makes copies; in float32, as it is served: a float64 may be beyond it."""
+    return all(bool(part.float().isfinite().all()) for part in tensor.reshape(-1).split(2**20))

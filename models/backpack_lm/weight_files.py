@@ -6,6 +6,7 @@ files have a tensor of one name, or several checkpoints lie side by side, the fo
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from contextlib import closing
@@ -28,6 +29,7 @@ INDEX = ".index.json"
 _OURS = ("topics.safetensors", "manifest.json")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.\w+")
 _MOST_HEADER = 10**8  # bytes; the safetensors library takes no more
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _ZIP, _SAFETENSORS = b"PK\x03\x04", ".safetensors"
 
 
@@ -95,6 +97,29 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, KeyError, RuntimeError):
         raise CheckpointError(f"{path} can't be read: it is damaged or cut off; get it again") from None
     return found
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors, one after the other: safetensors' own `save_file` holds a second copy of all of them in memory.
+
+    Raises ValueError for a dtype that has no name in the format, OSError.
+    """
+    ordered = sorted(
+        tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
+    )  # aligned, as the library does
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name} is {tensor.dtype}; safetensors has {', '.join(map(str, _DTYPES))}")
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _read_archive(path: Path) -> Mapping[Any, Any]:

@@ -55,7 +55,7 @@ def settle(threads: int) -> None:
 
     They are those of vLLM's guide for CPUs (Intel's OpenMP and tcmalloc preloaded, threads bound to cores) and
     what its launcher sets for Intel's OpenMP. The launcher is left out: it parts scheduler and worker into two
-    processes that poll for each other's messages, on two cores a little slower (CONTRIBUTING.md).
+    processes that poll for each other's messages, on two cores a little slower (tests/bench/README.md).
     """
     if os.environ.pop("VLLM_PEER_SETTLED", ""):
         return

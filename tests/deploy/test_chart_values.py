@@ -35,6 +35,7 @@ from tests.deploy.chart import (
 pytestmark = needs_helm
 
 EXTENDED = (Path(__file__).parent / "extended_values.yaml").read_text()
+VERSION = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
 POD: dict[str, Any] = yaml.safe_load(EXTENDED)["tests"]
 PARTS = ["Deployment r-gateway", "Deployment r-interventions", "Job r-migrations", "Ray head", "Ray replicas"]
 
@@ -153,7 +154,7 @@ def test_an_image_is_named_for_all_parts_or_for_one() -> None:
         "Deployment r-gateway": part,
         "Deployment r-interventions": part,
         "Pod r-test": part,
-        "Job r-migrations": ("backpack-migrations:0.1.0", "IfNotPresent"),
+        "Job r-migrations": (f"backpack-migrations:{VERSION}", "IfNotPresent"),
         "Ray head": ("engine:gpu", "Always"),
         "Ray replicas": ("engine:gpu", "Always"),
     }

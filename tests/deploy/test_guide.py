@@ -20,7 +20,7 @@ from tests.interventions.conftest import releaser
 from tests.interventions.postgres import ROLE, Postgres
 from tests.interventions.test_database import fill
 
-GUIDE = (Path(__file__).parents[2] / "deploy" / "README.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "docs" / "operating.md").read_text()
 
 
 def _commands(*words: str) -> list[str]:

@@ -371,7 +371,7 @@ def test_a_refusal_is_one_line(backpack: Any, words: tuple[str, ...], says: str)
     ("text", "says"),
     [
         ("{", "Expecting property name"),
-        pytest.param("[" * 100_000, "maximum recursion depth", id="deep"),
+        pytest.param("[" * 100_000, "brackets nest too deeply", id="deep"),
         ("[]", "EMPTY: edits: a revision needs at least one edit"),
         ('{"edits": "x"}', "no list of edits"),
         ('[{"scale": {"factr": 0}}]', 'no field named "factr"'),

@@ -40,6 +40,7 @@ async def _cli(system: System, *words: str, code: int = 0) -> str:
         "BACKPACK_INTERVENTIONS_ADDRESS": system.interventions,
         "BACKPACK_STATE": str(system.settings.state),
         "NO_COLOR": "1",
+        "COLUMNS": "400",
     }
     result = await asyncio.to_thread(CliRunner(env=environment).invoke, app, list(words))
     assert result.exit_code == code, result.output

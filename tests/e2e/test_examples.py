@@ -15,7 +15,7 @@ from tests.e2e.conftest import Metadata, System, copy, ipb
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-README = EXAMPLES.parent / "README.md"
+GUIDE = EXAMPLES.parent / "docs" / "python-client.md"
 PROMPT = "The story of the king and the"
 
 
@@ -75,9 +75,9 @@ async def test_a_word_is_steered_and_taken_back(system: System) -> None:
     assert live.channel.release == 1
 
 
-async def test_the_readmes_steering_works(system: System) -> None:
+async def test_the_steering_of_the_python_page_works(system: System) -> None:
     key = await system.tenant()
-    (code,) = re.findall(r"```python\n(from backpack_serving.client import Copy.*?)```", README.read_text(), re.S)
+    (code,) = re.findall(r"```python\n(from backpack_serving.client import Copy.*?)```", GUIDE.read_text(), re.S)
     here = code.replace("127.0.0.1:8471", system.interventions)
     here = here.replace('open("var/clinic.key").read().strip()', repr(key[0][1].removeprefix("Bearer ")))
     assert here.count("127.0.0.1:8471") == here.count("var/") == 0

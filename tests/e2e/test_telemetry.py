@@ -130,7 +130,7 @@ def test_what_libraries_log_has_the_form_that_was_chosen(form: str) -> None:
     """Their tracebacks were lines of text between those of JSON."""
     code = f"""
 import logging
-from backpack_serving import telemetry
+from backpack_serving.observability import telemetry
 from backpack_serving.settings import Settings
 telemetry.configure(Settings(log_format={form!r}), "test")
 try:
@@ -155,7 +155,7 @@ def test_what_callers_do_leaves_no_traceback_and_no_key_in_the_log() -> None:
     """gRPC's clients don't send such metadata; curl does."""
     code = """
 import asyncio, logging
-from backpack_serving import telemetry
+from backpack_serving.observability import telemetry
 from backpack_serving.inference import directory
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
@@ -246,7 +246,7 @@ async def test_a_collector_that_is_away_is_not_waited_for_at_the_end() -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     program = (
-        f"from backpack_serving import tracing; tracing.configure('http://127.0.0.1:{port}', 'test')\n"
+        f"from backpack_serving.observability import tracing; tracing.configure('http://127.0.0.1:{port}', 'test')\n"
         "with tracing.span('last'): pass"
     )
     environment = {**os.environ, **PROXY_VARIABLES, "PYTHONPATH": os.pathsep.join(sys.path)}

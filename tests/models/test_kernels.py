@@ -331,7 +331,7 @@ def test_a_damaged_library_is_made_anew(
     monkeypatch.setattr(build, "PREBUILT", tmp_path)
     whole = Path(build.library()._name).read_bytes()
     monkeypatch.setattr(build, "folder", lambda name: tmp_path)
-    monkeypatch.setattr(build, "_compile_library", lambda file: file.write_bytes(whole))
+    monkeypatch.setattr(build, "_compile_library", lambda file, _: file.write_bytes(whole))
     build._path().write_bytes(damage(whole))
     assert build.library.__wrapped__().draw_float32
     assert build._path().read_bytes() == whole

@@ -16,13 +16,14 @@ from backpack_lm.layouts import to_hugging_face
 from backpack_lm.manifest import Manifest
 from backpack_lm.model import Backpack
 from backpack_lm.tokenizer import Tokenizer
-from backpack_lm.weight_files import read_weights
+from backpack_lm.weight_files import read_safetensors, read_weights, write_safetensors
+from backpack_serving.auth.keys import ApiKeySecret
 from backpack_serving.cli.main import app
 from backpack_serving.gateway import bootstrap as gateway
 from backpack_serving.interventions import bootstrap as interventions
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings, default_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -265,7 +266,7 @@ async def test_a_tokenizer_that_was_exchanged_is_refused_by_who_reads_no_weights
     file.write_text(file.read_text() + " ")
     with pytest.raises(ValueError, match=r"tokenizer\.json has SHA-256 .* the manifest beside it says"):
         Tokenizer.read(file, manifest.tokenizer)
-    settings = Settings(model=tmp_path / "model", state=tmp_path / "state")
+    settings = Settings(model=tmp_path / "model", state=tmp_path / "state", service_key=str(ApiKeySecret.mint()))
     for start in (gateway.start, interventions.start):
         with pytest.raises(ValueError, match=r"tokenizer\.json has SHA-256 .*import the model again"):
             await start(settings, Metrics())
@@ -283,3 +284,24 @@ def test_a_file_alone_is_a_checkpoint_too(state: State, folder: Path) -> None:
     assert _is(load(folder / "some.bin"), state)
     with pytest.raises(CheckpointError, match="is not there"):
         read_weights(folder / "none")
+
+
+def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(1)
+    tensors = {
+        "b": torch.randn(3, 5, generator=draw),
+        "a": torch.randn(7, generator=draw).to(torch.bfloat16),
+        "turned": torch.randn(4, 6, generator=draw).t(),
+        "none": torch.empty(0, 3),
+        "half": torch.randn(2, 2, 2, generator=draw).half(),
+        "one": torch.tensor(2.5),
+    }
+    write_safetensors(tmp_path / "w.safetensors", tensors)
+    read = load_file(tmp_path / "w.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor), name
+    assert all(map(torch.equal, read_safetensors(tmp_path / "w.safetensors").values(), read.values()))
+    with pytest.raises(ValueError, match=r"ids is torch\.int64"):
+        write_safetensors(tmp_path / "i.safetensors", {"ids": torch.zeros(2, dtype=torch.int64)})

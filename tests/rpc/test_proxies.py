@@ -95,7 +95,7 @@ async def test_nothing_on_this_machine_is_called_through_a_proxy(
                     await client.model()
             with Client(f"{host}:{port}", timeout=30.0) as blocking, pytest.raises(ServiceError, match="another"):
                 await asyncio.to_thread(blocking.model)
-            assert await asyncio.to_thread(probe.health, f"{host}:{port}", "", 30.0) == "SERVING"
+            assert await asyncio.to_thread(probe.health, f"{host}:{port}", "", 30.0) == ("SERVING", "")
         await server.stop(0)
     assert counting.asked == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import partial
 
 from backpack_serving import rpc, starting
@@ -12,8 +13,10 @@ async def required(settings: Settings) -> str:
     """Wait for the model's files and the key of the role; the key.
 
     Raises ManifestError or ModelNotThere for the model, OSError for the address or the key, ValueError for numbers
-    of the environment that no arithmetic could use.
+    of the environment that no arithmetic could use, ModuleNotFoundError where torch isn't installed.
     """
+    if importlib.util.find_spec("torch") is None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
     settings.check_threads()
     await starting.blocking(partial(rpc.check_address, settings.inference_address))
     await starting.model(settings, weights=True)
