@@ -43,7 +43,7 @@ class PlainKernels:
         weight = embedding.detach().to(self.caches.table)
         return lambda o: F.linear(o.to(weight.dtype), weight).float()
 
-    def append_tokens(self, new: StepInput, runs: Sequence[TokenSpan]) -> None:
+    def append_tokens(self, new: StepInput, spans: Sequence[TokenSpan]) -> None:
         self.caches.rows[new.slots, new.positions] = new.rows
         self.caches.ids[new.slots, new.positions] = new.tokens.int()
 
@@ -53,30 +53,30 @@ class PlainKernels:
         y: Tensor = norm(x)
         return y.to(self.caches.table.dtype)
 
-    def attend(self, qkv: Tensor, layer: int, runs: Sequence[TokenSpan], scale: float) -> Tensor:
+    def attend(self, qkv: Tensor, layer: int, spans: Sequence[TokenSpan], scale: float) -> Tensor:
         caches = self.caches
         keys, values = caches.keys[layer], caches.values[layer]  # [S, H, T/16, w, 16], [S, H, T, w]
         q, k, v = qkv.view(len(qkv), 3, keys.shape[1], -1).unbind(1)  # [N, H, w]
         mixed = torch.empty_like(q)
-        for run in runs:
-            new, end = slice(run.token, run.token + run.size), run.position + run.size
-            places = self._places[run.position : end]
-            keys[run.slot, :, places // LANES, :, places % LANES] = k[new]
-            values[run.slot, :, run.position : end] = v[new].transpose(0, 1)
-        for run in (run for run in runs if run.size > 1):
-            new, end = slice(run.token, run.token + run.size), run.position + run.size
-            seen = self._places[:end] <= self._places[run.position : end, None]
+        for span in spans:
+            new, end = slice(span.token, span.token + span.size), span.position + span.size
+            places = self._places[span.position : end]
+            keys[span.slot, :, places // LANES, :, places % LANES] = k[new]
+            values[span.slot, :, span.position : end] = v[new].transpose(0, 1)
+        for span in (span for span in spans if span.size > 1):
+            new, end = slice(span.token, span.token + span.size), span.position + span.size
+            seen = self._places[:end] <= self._places[span.position : end, None]
             mixed[new] = F.scaled_dot_product_attention(
                 q[new].transpose(0, 1)[None],
-                untiled(keys[run.slot])[..., :end].transpose(1, 2)[None],
-                values[run.slot, :, :end][None],
+                untiled(keys[span.slot])[..., :end].transpose(1, 2)[None],
+                values[span.slot, :, :end][None],
                 attn_mask=seen,
                 scale=scale,
             )[0].transpose(0, 1)
-        if single := [run for run in runs if run.size == 1]:
-            at = torch.tensor([run.token for run in single], device=self._device)
-            slots = torch.tensor([run.slot for run in single], device=self._device)
-            last = torch.tensor([run.position for run in single], device=self._device)
+        if single := [span for span in spans if span.size == 1]:
+            at = torch.tensor([span.token for span in single], device=self._device)
+            slots = torch.tensor([span.slot for span in single], device=self._device)
+            last = torch.tensor([span.position for span in single], device=self._device)
             length = int(last.max()) + 1
             scores = (q[at][:, :, None] @ untiled(keys[slots])[..., :length]).float() * scale  # [G, H, 1, T]
             scores.masked_fill_((self._places[:length] > last[:, None])[:, None, None], float("-inf"))
