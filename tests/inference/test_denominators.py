@@ -54,36 +54,36 @@ def shelf() -> Shelf:
 
 
 @pytest.fixture
-def versions(served: ServedModel, shelf: Shelf, tmp_path: Path) -> Iterator[ReleaseCache]:
+def releases(served: ServedModel, shelf: Shelf, tmp_path: Path) -> Iterator[ReleaseCache]:
     made = ReleaseCache(served, shelf.fetch, ReleaseFiles(tmp_path / "blobs"), 8, 2**26)
     yield made
     made.stop()
 
 
 async def test_a_request_waits_as_long_as_it_may_and_is_then_told_to_come_again(
-    served: ServedModel, shelf: Shelf, versions: ReleaseCache, other: Callable[[], None]
+    served: ServedModel, shelf: Shelf, releases: ReleaseCache, other: Callable[[], None]
 ) -> None:
     digest = shelf.put(served, TOPIC)
     with pytest.raises(Unavailable) as refused:
-        async with versions.use("acme", digest, patience=0.1):
+        async with releases.use("acme", digest, patience=0.1):
             raise AssertionError("served without denominators")
     assert (refused.value.reason, refused.value.retry_after) == ("TOPICS_NOT_READY", 1.0)
-    patient = asyncio.create_task(_use(versions, digest))
+    patient = asyncio.create_task(_use(releases, digest))
     other()
     assert await patient == digest
-    async with versions.use("acme", digest, patience=0.0) as overlay:  # they are there
+    async with releases.use("acme", digest, patience=0.0) as overlay:  # they are there
         assert overlay.topics
 
 
 async def test_releases_without_topics_do_not_wait(
-    served: ServedModel, shelf: Shelf, versions: ReleaseCache, other: Callable[[], None]
+    served: ServedModel, shelf: Shelf, releases: ReleaseCache, other: Callable[[], None]
 ) -> None:
     """More of them wait than may be made at a time."""
     waiting = [
-        asyncio.create_task(_use(versions, shelf.put(served, (TopicEdit((n, n + 1), 2),)))) for n in range(5, 15)
+        asyncio.create_task(_use(releases, shelf.put(served, (TopicEdit((n, n + 1), 2),)))) for n in range(5, 15)
     ]
     plain = shelf.put(served, _scale(5))
-    async with versions.use("acme", plain) as overlay:
+    async with releases.use("acme", plain) as overlay:
         assert overlay.digest == plain
     assert not any(task.done() for task in waiting)
     other()
@@ -93,17 +93,17 @@ async def test_releases_without_topics_do_not_wait(
 async def test_a_channel_is_refused_for_now_and_the_others_go_on(
     served: ServedModel,
     shelf: Shelf,
-    versions: ReleaseCache,
+    releases: ReleaseCache,
     other: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "STAGING_PATIENCE", 0.1)
     topic, plain = (_channel(shelf.put(served, edits), name=name) for name, edits in (("t", TOPIC), ("p", _scale(5))))
-    (refusal,) = await versions.stage((topic, plain))
+    (refusal,) = await releases.stage((topic, plain))
     assert (refusal.channel, refusal.reason, refusal.final) == ("t", "TOPICS_NOT_READY", False)
     other()
-    async with versions.use("acme", topic.serving[0].digest):
-        assert await versions.stage((topic,)) == ()
+    async with releases.use("acme", topic.serving[0].digest):
+        assert await releases.stage((topic,)) == ()
 
 
 async def test_those_that_a_model_comes_with_are_used(
@@ -117,6 +117,6 @@ async def test_those_that_a_model_comes_with_are_used(
     torch.testing.assert_close(shipped.table.peaks, served.table.peaks)
 
 
-async def _use(versions: ReleaseCache, digest: str) -> str:
-    async with versions.use("acme", digest) as overlay:
+async def _use(releases: ReleaseCache, digest: str) -> str:
+    async with releases.use("acme", digest) as overlay:
         return overlay.digest

@@ -69,10 +69,10 @@ async def test_p11_activations_and_rollbacks_fetch_nothing_and_the_answer_says_t
     newest = (await system.releases.ListReleases(ipb.ListReleasesRequest(), metadata=key)).releases[0]
 
     async def staged() -> bool:
-        return newest.digest in replica.versions.resident()
+        return newest.digest in replica.releases.resident()
 
     await eventually(staged)  # a release that was just made is got ready before it is activated
-    fetched, seconds = replica.versions.fetched, []
+    fetched, seconds = replica.releases.fetched, []
     await _move(system, key, "Activate", release=last)
     for turn in range(30):
         started = time.perf_counter()
@@ -82,7 +82,7 @@ async def test_p11_activations_and_rollbacks_fetch_nothing_and_the_answer_says_t
         assert (r.complete, r.replicas, r.replicas_acked, r.gateways_acked) == (True, 1, 1, 1)
         served = await _served(system, key)
         assert served.release == answer.channel.release == (last - 1 if turn % 2 == 0 else last)
-    assert replica.versions.fetched == fetched, "a rollback fetched something"
+    assert replica.releases.fetched == fetched, "a rollback fetched something"
     assert sorted(seconds)[-1] < 20  # how fast it really is: tests/bench/sync.py
 
 

@@ -256,7 +256,7 @@ def _told() -> test_registry.Told:
     return told
 
 
-def _versions(folder: Path, check: Callable[..., Any], *more: object) -> None:
+def _with_releases(folder: Path, check: Callable[..., Any], *more: object) -> None:
     served, shelf = ServedModel.read(default_model()), test_release_cache.Shelf()
 
     def make(capacity: int = 2, tenant_bytes: int = 2**26) -> ReleaseCache:
@@ -266,16 +266,16 @@ def _versions(folder: Path, check: Callable[..., Any], *more: object) -> None:
 
 
 def _residents(folder: Path) -> None:
-    _versions(folder, test_release_cache.test_what_channels_need_stays_and_of_the_rest_what_was_used_last)
+    _with_releases(folder, test_release_cache.test_what_channels_need_stays_and_of_the_rest_what_was_used_last)
 
 
 def _fuzz(folder: Path) -> None:
-    _versions(folder, test_release_cache.test_p9_fuzzed_bytes_are_never_served)
+    _with_releases(folder, test_release_cache.test_p9_fuzzed_bytes_are_never_served)
 
 
 def _applied_again(edits: Callable[..., Any], reason: str) -> Callable[[Path], None]:
     check = test_release_cache.test_p14_what_was_stored_wrongly_is_refused_again_where_it_is_applied
-    return lambda folder: _versions(folder, check, edits, reason)
+    return lambda folder: _with_releases(folder, check, edits, reason)
 
 
 GALLERY: dict[Callable[[Patch], None], Callable[[Path], None]] = {
