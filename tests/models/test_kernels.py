@@ -206,7 +206,7 @@ def test_the_same_bits_alone_and_in_any_company(config: BackpackConfig, dtype: t
         assert torch.equal(head(x[:rows]), logits[:rows])
 
 
-def test_new_tokens_are_noted_and_linked(config: BackpackConfig) -> None:
+def test_new_tokens_are_appended_and_linked(config: BackpackConfig) -> None:
     """A text in two parts over another one, as slots are used again."""
     native, plain = _both(config, torch.float32)
     ids = torch.arange(37) ** 2 % 11

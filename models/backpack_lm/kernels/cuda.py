@@ -84,11 +84,11 @@ class CudaKernels:
             self._describe_predictions(predictions)
         return self._mix(queries, self._predictions[: len(predictions)])
 
-    def draw(self, logits: Tensor, how: Sequence[DrawParams]) -> Tensor:
+    def draw(self, logits: Tensor, params: Sequence[DrawParams]) -> Tensor:
         # The bits of a seed of 64, as a number with a sign.
-        keys = torch.tensor([(d.seed - (d.seed >> 63 << 64), d.position) for d in how], device=logits.device)
-        temperatures = torch.tensor([d.temperature for d in how], device=logits.device)
-        return self._draw(logits, kept(logits, how), keys, temperatures)
+        keys = torch.tensor([(d.seed - (d.seed >> 63 << 64), d.position) for d in params], device=logits.device)
+        temperatures = torch.tensor([d.temperature for d in params], device=logits.device)
+        return self._draw(logits, kept(logits, params), keys, temperatures)
 
     def log_probabilities(self, logits: Tensor, chosen: Sequence[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
         return self._plain.log_probabilities(logits, chosen, count)

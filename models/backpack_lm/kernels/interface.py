@@ -50,7 +50,7 @@ class Kernels(Protocol):
     def mix(self, queries: Tensor, predictions: Sequence[MixSpan]) -> Tensor:
         """o [B, d] float32 = Σ_j Σ_l α[l,j] m[l,j] C(x_j)_l for queries [B, k, d/k], α a softmax over the slot."""
 
-    def draw(self, logits: Tensor, how: Sequence[DrawParams]) -> Tensor:
+    def draw(self, logits: Tensor, params: Sequence[DrawParams]) -> Tensor:
         """argmax_y (logit_y / temperature − log e_y) for each row of logits [G, V], e from `noise.py`, over the
         tokens that may be drawn; argmax_y logit_y at temperature 0. −1 for a row with NaN or +∞, or with nothing
         else than −∞."""

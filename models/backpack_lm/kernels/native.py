@@ -60,8 +60,8 @@ class NativeKernels:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous(), 32)
         bias = bias.detach().to(self._dtype)
         apply = torch.ops.mkldnn._linear_pointwise.default
-        how, what = ("gelu", "tanh") if gelu else ("none", "")
-        return lambda x: apply(x, packed, bias, how, [], what)
+        activation, variant = ("gelu", "tanh") if gelu else ("none", "")
+        return lambda x: apply(x, packed, bias, activation, [], variant)
 
     def head(self, embedding: Tensor) -> Linear:
         none = torch.zeros(len(embedding))
@@ -111,9 +111,9 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
-    def draw(self, logits: Tensor, how: Sequence[DrawParams]) -> Tensor:
+    def draw(self, logits: Tensor, params: Sequence[DrawParams]) -> Tensor:
         drawn, logits = torch.empty(len(logits), dtype=torch.int32), logits.contiguous()
-        rows = np.array([(d.seed, d.top_p, d.position, d.top_k, d.temperature) for d in how], structs.DRAW_PARAMS)
+        rows = np.array([(d.seed, d.top_p, d.position, d.top_k, d.temperature) for d in params], structs.DRAW_PARAMS)
         self._library.draw_float32(at(logits), *logits.shape, rows.ctypes.data_as(ctypes.c_void_p), at(drawn))
         return drawn
 

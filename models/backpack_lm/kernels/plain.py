@@ -103,14 +103,14 @@ class PlainKernels:
             rows.flatten(1), caches.table, per_sample_weights=alpha.flatten(1).to(caches.table.dtype), mode="sum"
         ).float()
 
-    def draw(self, logits: Tensor, how: Sequence[DrawParams]) -> Tensor:
+    def draw(self, logits: Tensor, params: Sequence[DrawParams]) -> Tensor:
         values = logits
-        if any(d.temperature for d in how):
-            heat = torch.tensor([d.temperature for d in how], device=logits.device)[:, None]
+        if any(d.temperature for d in params):
+            temperatures = torch.tensor([d.temperature for d in params], device=logits.device)[:, None]
             tokens = torch.arange(logits.shape[1], device=logits.device)
-            noise = log_exponentials([d.seed for d in how], [d.position for d in how], tokens)
-            values = torch.where(heat > 0, logits / heat - noise, logits)
-        if (likely := kept(logits, how)) is not None:
+            noise = log_exponentials([d.seed for d in params], [d.position for d in params], tokens)
+            values = torch.where(temperatures > 0, logits / temperatures - noise, logits)
+        if (likely := kept(logits, params)) is not None:
             values = values.masked_fill(~likely, float("-inf"))
         best, chosen = values.max(-1)
         return chosen.masked_fill((best == float("-inf")) | ~(logits < float("inf")).all(-1), -1)
@@ -145,17 +145,17 @@ class PlainKernels:
         annealed_sum[start:length] = sums(slice(start, length), slice(length))
 
 
-def kept(logits: Tensor, how: Sequence[DrawParams]) -> Tensor | None:
+def kept(logits: Tensor, params: Sequence[DrawParams]) -> Tensor | None:
     """Whether each token may be drawn, bool [G, V] for logits [G, V]; None if all may, in all rows."""
-    if not any(d.top_k or d.top_p < 1 for d in how):
+    if not any(d.top_k or d.top_p < 1 for d in params):
         return None
     count, device = logits.shape[1], logits.device
-    limit = torch.tensor([d.top_k or count for d in how], device=device)[:, None]
-    share = torch.tensor([d.top_p for d in how], dtype=torch.float64, device=device)[:, None]
-    heat = torch.tensor([d.temperature or 1.0 for d in how], dtype=torch.float64, device=device)[:, None]
+    limit = torch.tensor([d.top_k or count for d in params], device=device)[:, None]
+    share = torch.tensor([d.top_p for d in params], dtype=torch.float64, device=device)[:, None]
+    temperatures = torch.tensor([d.temperature or 1.0 for d in params], dtype=torch.float64, device=device)[:, None]
     ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
     inside = torch.arange(count, device=device) < limit
-    mass = (ordered.double() / heat).masked_fill(~inside, float("-inf")).softmax(-1)
+    mass = (ordered.double() / temperatures).masked_fill(~inside, float("-inf")).softmax(-1)
     # Those before a token that is kept have less than its share: at least one always is.
     inside &= (share >= 1) | (mass.cumsum(-1) - mass < share)
     return torch.zeros_like(inside).scatter(-1, tokens, inside)

@@ -210,9 +210,9 @@ inline Candidate last_of_mass(const float* logits, int vocabulary, const DrawPar
     static thread_local std::vector<Candidate> some;
     static thread_local std::vector<double> sums;
     double depth = std::log(vocabulary / (1 - how.top_p)) + 1e-3, total = 0;
-    float heat = how.temperature, scale = float(BUCKETS / depth);
+    float temperature = how.temperature, scale = float(BUCKETS / depth);
     auto distance = [&](int first) {
-        return lanes() + first < vocabulary ? (peak - load(logits, vocabulary, first)) / heat : Floats{} + INFINITY;
+        return lanes() + first < vocabulary ? (peak - load(logits, vocabulary, first)) / temperature : Floats{} + INFINITY;
     };
     auto bucket = [&](Floats far) {
         Floats place = far * scale;
@@ -236,7 +236,7 @@ inline Candidate last_of_mass(const float* logits, int vocabulary, const DrawPar
         for (int n = 0; n < LANES; n++)
             if (where[n] == border) some.push_back({logits[first + n], first + n});
     }
-    return last_within(some, peak, heat, goal - before);
+    return last_within(some, peak, temperature, goal - before);
 }
 
 // What 16 tokens from the first-th on weigh beside one of the logit `peak`, the greatest; beyond the row's end, nothing.
