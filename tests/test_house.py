@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,34 @@ def test_style_types_and_arrows(command: str) -> None:
     program, *arguments = command.split()
     done = subprocess.run([BIN / program, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+SUBCLASSES = {
+    "AsyncClient",  # the public clients share a connection
+    "AsyncOperator",
+    "AsyncSteering",
+    "Authoring",
+    "Explained",
+    "_Server6",  # socketserver asks for its address family by a class attribute
+}
+
+
+def test_code_is_shared_by_composition() -> None:
+    """Our classes inherit from our protocols, exceptions and generic bases; from other classes of ours where listed."""
+    classes: dict[str, list[str]] = {}
+    for room in ("models", "services"):
+        for file in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    classes[node.name] = [ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in node.bases]
+    abstract = {"Protocol", "Generic", "Exception", "ABC"}
+    found = {
+        name
+        for name, bases in classes.items()
+        for base in bases
+        if base in classes and not abstract & set(classes[base])
+    }
+    assert found == SUBCLASSES
 
 
 @pytest.mark.parametrize(("room", "most"), [("models", 500), ("services", 500), ("tests", 550)])

@@ -53,9 +53,10 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True)
-class Attribution(Terms):
+class Attribution:
     """The terms of the logit of `target`, a next token, and its log p."""
 
+    terms: Terms
     target: int
     log_probability: float
 
@@ -71,7 +72,8 @@ def attribute(
     head = model.embedding[: model.config.tokens]
     logs = (head @ mixed.sum((0, 1)).float()).log_softmax(-1)
     target = int(logs.argmax()) if target is None else target
-    return Attribution(weights, multipliers, mixed @ head[target].double(), target, float(logs[target]))
+    terms = Terms(weights, multipliers, mixed @ head[target].double())
+    return Attribution(terms, target, float(logs[target]))
 
 
 @torch.inference_mode()

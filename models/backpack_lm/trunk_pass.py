@@ -48,12 +48,12 @@ class TrunkPass:
         """What a release's topics multiply each cell by for each prediction, [P, T, k]; a one without topics."""
         if not any(topic.annealed for topic in overlay.topics):
             return overlay.annealed(self.ids, torch.zeros(1, 1, 1)).expand(self.alpha.shape)
-        satisfied = self._satisfied
+        sums = self._own_sums
         cells, rows = self._edited(overlay)
         if len(cells):
-            satisfied = satisfied.clone()
-            satisfied.flatten(1)[:, cells] = self._sums(rows)
-        return overlay.annealed(self.ids, satisfied)
+            sums = sums.clone()
+            sums.flatten(1)[:, cells] = self._sums(rows)
+        return overlay.annealed(self.ids, sums)
 
     @torch.inference_mode()
     def under(self, overlay: Overlay) -> tuple[int, Tensor]:
@@ -70,7 +70,7 @@ class TrunkPass:
         return first, self.base[first:] + self.alpha.flatten(1)[first:, cells] @ changes
 
     @cached_property
-    def _satisfied(self) -> Tensor:
+    def _own_sums(self) -> Tensor:
         """a [P, T, k] of the model's own vectors."""
         return self._sums(self.senses.flatten(0, 1)).view(self.alpha.shape)
 

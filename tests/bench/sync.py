@@ -54,7 +54,7 @@ async def _timed(system: System, key: Metadata, method: str, **fields: Any) -> t
 
 async def _check(system: System, key: Metadata, fleet: Sequence[replica.Replica], channel: ipb.Channel) -> None:
     """Everybody has it, and the next request gets it."""
-    assert all(channel.release_digest in one.versions.resident() for one in fleet)
+    assert all(channel.release_digest in one.releases.resident() for one in fleet)
     request = pb.GenerateRequest(prompt=pb.Prompt(text="The king"), sampling=pb.Sampling(max_tokens=1))
     served = (await system.inference.Generate(request, metadata=key)).served
     assert served.release_digest == channel.release_digest
@@ -76,12 +76,12 @@ async def _measure(system: System, fleet: Sequence[replica.Replica], rounds: int
         release = await system.release(key, *edits)
         new, channel = await _timed(system, key, "Activate", release=release)
         await _check(system, key, fleet, channel)
-        fetched = [one.versions.fetched for one in fleet]
+        fetched = [one.releases.fetched for one in fleet]
         back, channel = await _timed(system, key, "Rollback")
         await _check(system, key, fleet, channel)
         ready, channel = await _timed(system, key, "Activate", release=release)
         await _check(system, key, fleet, channel)
-        assert [one.versions.fetched for one in fleet] == fetched, "something was fetched"
+        assert [one.releases.fetched for one in fleet] == fetched, "something was fetched"
         if turn >= 0:
             for name, seconds in (("new", new), ("ready", ready), ("rollback", back)):
                 found[name].append(1e3 * seconds)

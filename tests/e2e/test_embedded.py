@@ -216,7 +216,7 @@ async def test_explanations_add_up_and_are_the_models(system: System, served: Se
     expected = attribute(served.model, served.table, ids, overlay, answer.target.id)
     assert answer.logit == pytest.approx(float(served.model(ids[None], overlay)[0, -1, answer.target.id]), abs=1e-4)
     top = answer.contributions[0]
-    assert top.contribution == pytest.approx(float(expected.contributions[top.position, top.sense]))
+    assert top.contribution == pytest.approx(float(expected.terms.contributions[top.position, top.sense]))
     assert top.multiplier != 1.0
 
 

@@ -94,8 +94,8 @@ def test_of_a_large_vocabulary_the_same_tokens_may_be_drawn(spread: float, tie: 
         logits = logits.bfloat16().float()
     counts, shares = (0, 1, 40, 1000, 4000, 5000), (1.0, 1 - 1e-9, 0.999, 0.9, 0.3, 1e-9)
     chosen = [
-        SamplingParams(temperature=heat, top_k=count, top_p=share, seed=3)
-        for heat in (0.2, 1.0, 3.0)
+        SamplingParams(temperature=temperature, top_k=count, top_p=share, seed=3)
+        for temperature in (0.2, 1.0, 3.0)
         for count in counts
         for share in shares
         for _ in range(4)

@@ -54,36 +54,36 @@ def shelf() -> Shelf:
 
 
 @pytest.fixture
-def cache(unmeasured: ServedModel, shelf: Shelf, tmp_path: Path) -> Iterator[ReleaseCache]:
+def releases(unmeasured: ServedModel, shelf: Shelf, tmp_path: Path) -> Iterator[ReleaseCache]:
     made = ReleaseCache(unmeasured, shelf.fetch, ReleaseFiles(tmp_path / "blobs"), 8, 2**26)
     yield made
     made.stop()
 
 
 async def test_a_request_waits_as_long_as_it_may_and_is_then_told_to_come_again(
-    unmeasured: ServedModel, shelf: Shelf, cache: ReleaseCache, other: Callable[[], None]
+    unmeasured: ServedModel, shelf: Shelf, releases: ReleaseCache, other: Callable[[], None]
 ) -> None:
     digest = shelf.put(unmeasured, TOPIC)
     with pytest.raises(Unavailable) as refused:
-        async with cache.use("acme", digest, patience=0.1):
+        async with releases.use("acme", digest, patience=0.1):
             raise AssertionError("served without denominators")
     assert (refused.value.reason, refused.value.retry_after) == ("TOPICS_NOT_READY", 1.0)
-    patient = asyncio.create_task(_use(cache, digest))
+    patient = asyncio.create_task(_use(releases, digest))
     other()
     assert await patient == digest
-    async with cache.use("acme", digest, patience=0.0) as overlay:  # they are there
+    async with releases.use("acme", digest, patience=0.0) as overlay:  # they are there
         assert overlay.topics
 
 
 async def test_releases_without_topics_do_not_wait(
-    unmeasured: ServedModel, shelf: Shelf, cache: ReleaseCache, other: Callable[[], None]
+    unmeasured: ServedModel, shelf: Shelf, releases: ReleaseCache, other: Callable[[], None]
 ) -> None:
     """More of them wait than may be made at a time."""
     waiting = [
-        asyncio.create_task(_use(cache, shelf.put(unmeasured, (TopicEdit((n, n + 1), 2),)))) for n in range(5, 15)
+        asyncio.create_task(_use(releases, shelf.put(unmeasured, (TopicEdit((n, n + 1), 2),)))) for n in range(5, 15)
     ]
     plain = shelf.put(unmeasured, _scale(5))
-    async with cache.use("acme", plain) as overlay:
+    async with releases.use("acme", plain) as overlay:
         assert overlay.digest == plain
     assert not any(task.done() for task in waiting)
     other()
@@ -93,7 +93,7 @@ async def test_releases_without_topics_do_not_wait(
 async def test_a_channel_is_refused_for_now_and_the_others_go_on(
     unmeasured: ServedModel,
     shelf: Shelf,
-    cache: ReleaseCache,
+    releases: ReleaseCache,
     other: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -101,11 +101,11 @@ async def test_a_channel_is_refused_for_now_and_the_others_go_on(
     topic, plain = (
         _channel(shelf.put(unmeasured, edits), name=name) for name, edits in (("t", TOPIC), ("p", _scale(5)))
     )
-    (refusal,) = await cache.stage((topic, plain))
+    (refusal,) = await releases.stage((topic, plain))
     assert (refusal.channel, refusal.reason, refusal.final) == ("t", "TOPICS_NOT_READY", False)
     other()
-    async with cache.use("acme", topic.serving[0].digest):
-        assert await cache.stage((topic,)) == ()
+    async with releases.use("acme", topic.serving[0].digest):
+        assert await releases.stage((topic,)) == ()
 
 
 async def test_those_that_a_model_comes_with_are_used(
@@ -119,6 +119,6 @@ async def test_those_that_a_model_comes_with_are_used(
     torch.testing.assert_close(shipped.table.peaks, unmeasured.table.peaks)
 
 
-async def _use(cache: ReleaseCache, digest: str) -> str:
-    async with cache.use("acme", digest) as overlay:
+async def _use(releases: ReleaseCache, digest: str) -> str:
+    async with releases.use("acme", digest) as overlay:
         return overlay.digest

@@ -74,7 +74,7 @@ def _channel(digest: str, *earlier: str, name: str = "live") -> ChannelState:
     return ChannelState("acme", name, ReleaseRef(1, digest), None, tuple(ReleaseRef(0, d) for d in earlier))
 
 
-async def _fuzz(served: ServedModel, shelf: Shelf, cache: ReleaseCache, rounds: int) -> int:
+async def _fuzz(served: ServedModel, shelf: Shelf, releases: ReleaseCache, rounds: int) -> int:
     """Damage good bytes in every way; every one must be refused, and nothing be compiled."""
     draw = random.Random(3)
     digest = shelf.put(served, _scale(5), (TopicEdit((7, 8), 2),), (SetEdit((Cell(9, 1),), _vector(served, 0.1)),))
@@ -100,13 +100,13 @@ async def _fuzz(served: ServedModel, shelf: Shelf, cache: ReleaseCache, rounds: 
         if shelf.blobs[digest] == good:
             continue
         with pytest.raises((ServiceError, PatchError)):
-            async with cache.use("acme", digest):
+            async with releases.use("acme", digest):
                 raise AssertionError("damaged bytes were served")
-        cache._refused.clear()
+        releases._refused.clear()
         refused += 1
-    assert cache.count == 0
+    assert releases.count == 0
     shelf.blobs[digest] = good
-    async with cache.use("acme", digest) as overlay:
+    async with releases.use("acme", digest) as overlay:
         assert overlay.digest == digest
         assert not overlay.empty
     return refused
@@ -178,25 +178,25 @@ async def test_p14_what_was_stored_wrongly_is_refused_again_where_it_is_applied(
     edits: Callable[..., tuple[ScaleEdit, ...]],
     reason: str,
 ) -> None:
-    cache, digest = make(), shelf.put(served, edits(served))
-    refusals = await cache.stage((_channel(digest),))
+    releases, digest = make(), shelf.put(served, edits(served))
+    refusals = await releases.stage((_channel(digest),))
     assert [(r.reason, r.final, r.digest) for r in refusals] == [(reason, True, digest)]
     for _ in range(3):
         with pytest.raises(PatchError):
-            async with cache.use("acme", digest):
+            async with releases.use("acme", digest):
                 pass
-    assert cache.fetched == 1, "what is wrong stays wrong: it isn't fetched again"
-    assert cache.count == 0
+    assert releases.fetched == 1, "what is wrong stays wrong: it isn't fetched again"
+    assert releases.count == 0
 
 
 async def test_a_refusal_that_is_told_again_and_again_keeps_nothing_of_whom_it_was_told(
     served: ServedModel, shelf: Shelf, make: Callable[..., ReleaseCache]
 ) -> None:
-    cache, digest = make(), shelf.put(served, (ScaleEdit((Cell(5, 0),), 1.0),))
+    releases, digest = make(), shelf.put(served, (ScaleEdit((Cell(5, 0),), 1.0),))
     depths = []
     for _ in range(20):
         with pytest.raises(PatchError) as refused:
-            async with cache.use("acme", digest):
+            async with releases.use("acme", digest):
                 pass
         depths.append(len(list(traceback.walk_tb(refused.value.__traceback__))))
     assert depths[-1] == depths[1]
@@ -216,29 +216,29 @@ async def test_what_cant_be_had_now_may_be_had_later(
     served: ServedModel, shelf: Shelf, make: Callable[..., ReleaseCache]
 ) -> None:
     digest = shelf.put(served, _scale(5))
-    away, cache = shelf.blobs.pop(digest), make()
+    away, releases = shelf.blobs.pop(digest), make()
     for kind in (Unavailable, Expired, Unauthenticated):
         shelf.away = kind
-        (refusal,) = await cache.stage((_channel(digest),))
+        (refusal,) = await releases.stage((_channel(digest),))
         assert (refusal.reason, refusal.final) == ("RELEASE_UNREACHABLE", False)
         with pytest.raises(Unavailable, match=f"can't fetch release {digest} now$"):
-            async with cache.use("acme", digest):
+            async with releases.use("acme", digest):
                 pass
     shelf.blobs[digest] = away
-    assert await cache.stage((_channel(digest),)) == ()
+    assert await releases.stage((_channel(digest),)) == ()
 
 
 async def test_a_mistake_with_one_release_refuses_that_one_for_now(
     served: ServedModel, shelf: Shelf, make: Callable[..., ReleaseCache]
 ) -> None:
     good, bad = shelf.put(served, _scale(5)), shelf.put(served, _scale(6))
-    away, cache = shelf.blobs.pop(bad), make()
+    away, releases = shelf.blobs.pop(bad), make()
     shelf.away = ValueError
-    (refusal,) = await cache.stage((_channel(bad), _channel(good, bad, name="beta")))
+    (refusal,) = await releases.stage((_channel(bad), _channel(good, bad, name="beta")))
     assert (refusal.digest, refusal.reason, refusal.final) == (bad, "INTERNAL", False)
-    assert cache.resident() == {good}
+    assert releases.resident() == {good}
     shelf.blobs[bad] = away
-    assert await cache.stage((_channel(bad),)) == ()
+    assert await releases.stage((_channel(bad),)) == ()
 
 
 async def test_a_disk_that_takes_and_gives_nothing_keeps_no_release_from_being_served(
@@ -246,14 +246,14 @@ async def test_a_disk_that_takes_and_gives_nothing_keeps_no_release_from_being_s
 ) -> None:
     (tmp_path / "blobs").write_text("no folder")
     digest = shelf.put(served, _scale(5))
-    cache = ReleaseCache(served, shelf.fetch, ReleaseFiles(tmp_path / "blobs"), 2, 2**26)
+    releases = ReleaseCache(served, shelf.fetch, ReleaseFiles(tmp_path / "blobs"), 2, 2**26)
     view = StateView().changed(Position(1, 1), [_channel(digest)])
-    await cache.restore(view)
-    assert cache.count == 0
-    assert await cache.stage((_channel(digest),)) == ()
-    async with cache.use("acme", digest) as overlay:
+    await releases.restore(view)
+    assert releases.count == 0
+    assert await releases.stage((_channel(digest),)) == ()
+    async with releases.use("acme", digest) as overlay:
         assert overlay.digest == digest
-    assert cache.fetched == 1
+    assert releases.fetched == 1
 
 
 @pytest.mark.parametrize(
@@ -266,35 +266,35 @@ async def test_a_file_that_holds_another_release_counts_as_missing(
     digest, other, folder = shelf.put(served, _scale(5)), shelf.put(served, _scale(6)), tmp_path / "blobs"
     ReleaseFiles(folder).write(other, shelf.blobs[other])
     SnapshotFile(folder / digest).write(SnapshotFile(folder / other).read().payload if payload is None else payload)
-    cache = make()
-    await cache.restore(StateView().changed(Position(1, 1), [_channel(digest)]))
-    assert cache.fetched == 0, "at the start nobody is asked"
-    async with cache.use("acme", digest) as overlay:
+    releases = make()
+    await releases.restore(StateView().changed(Position(1, 1), [_channel(digest)]))
+    assert releases.fetched == 0, "at the start nobody is asked"
+    async with releases.use("acme", digest) as overlay:
         assert overlay.digest == digest
-    assert cache.fetched == 1
+    assert releases.fetched == 1
     assert ReleaseFiles(folder).read(digest) == shelf.blobs[digest], "it is right from now on"
 
 
 async def test_what_channels_need_stays_and_of_the_rest_what_was_used_last(
     served: ServedModel, shelf: Shelf, make: Callable[..., ReleaseCache]
 ) -> None:
-    cache = make(capacity=2)
+    releases = make(capacity=2)
     digests = [shelf.put(served, _scale(token)) for token in range(8)]
     channel = _channel(digests[0], digests[1], digests[2])
-    assert await cache.stage((channel,)) == ()
-    cache.swapped(StateView().changed(Position(1, 1), [channel]))
-    async with cache.use("acme", digests[3]):
+    assert await releases.stage((channel,)) == ()
+    releases.swapped(StateView().changed(Position(1, 1), [channel]))
+    async with releases.use("acme", digests[3]):
         for digest in digests[4:]:
-            async with cache.use("acme", digest):
+            async with releases.use("acme", digest):
                 pass
-        assert set(digests[:4]) <= cache.resident(), "a release in use was dropped"
-    assert set(digests[:3]) <= cache.resident(), "the last three releases of a channel stay"
-    assert cache.count == 5
-    fetched = cache.fetched
+        assert set(digests[:4]) <= releases.resident(), "a release in use was dropped"
+    assert set(digests[:3]) <= releases.resident(), "the last three releases of a channel stay"
+    assert releases.count == 5
+    fetched = releases.fetched
     for digest in digests[:3]:
-        async with cache.use("acme", digest):
+        async with releases.use("acme", digest):
             pass
-    assert cache.fetched == fetched
+    assert releases.fetched == fetched
 
 
 async def test_a_tenant_that_needs_too_much_is_refused_and_keeps_what_fits(
@@ -304,12 +304,12 @@ async def test_a_tenant_that_needs_too_much_is_refused_and_keeps_what_fits(
     probe = make()
     async with probe.use("acme", topic) as overlay:
         size = overlay.nbytes
-    cache = make(tenant_bytes=size + size // 2)
+    releases = make(tenant_bytes=size + size // 2)
     others = [shelf.put(served, (TopicEdit((7, n), 2),)) for n in (9, 10)]
     channel = _channel(topic, *others)
-    assert await cache.stage((channel,)) == ()
-    cache.swapped(StateView().changed(Position(1, 1), [channel]))
-    (refusal,) = await cache.stage((_channel(others[0], name="beta"),))
+    assert await releases.stage((channel,)) == ()
+    releases.swapped(StateView().changed(Position(1, 1), [channel]))
+    (refusal,) = await releases.stage((_channel(others[0], name="beta"),))
     assert refusal.reason == "TENANT_TOO_LARGE"
     assert str(size + size // 2) in refusal.message
 
@@ -322,13 +322,13 @@ async def test_channels_that_come_together_are_bounded_as_those_that_come_one_by
     probe = make()
     async with probe.use("acme", digests[0]) as overlay:
         size = overlay.nbytes
-    cache = make(capacity=1, tenant_bytes=2 * size)
+    releases = make(capacity=1, tenant_bytes=2 * size)
     channels = [_channel(digest, name=f"c{n}") for n, digest in enumerate(digests)]
-    (refusal,) = await cache.stage(tuple(channels))
+    (refusal,) = await releases.stage(tuple(channels))
     assert refusal.reason == "TENANT_TOO_LARGE"
     accepted = [c for c in channels if c.serving[0].digest != refusal.digest]
-    cache.swapped(StateView().changed(Position(1, 1), accepted))
-    assert await cache.stage(tuple(accepted)) == (), "what holds isn't counted twice"
+    releases.swapped(StateView().changed(Position(1, 1), accepted))
+    assert await releases.stage(tuple(accepted)) == (), "what holds isn't counted twice"
 
 
 async def test_a_view_of_many_tenants_is_looked_through_once(make: Callable[..., ReleaseCache]) -> None:
@@ -357,25 +357,25 @@ async def test_a_tenants_requests_keep_no_more_than_its_bytes(
     probe = make()
     async with probe.use("acme", topics[0]) as overlay:
         size = overlay.nbytes
-    cache = make(capacity=100, tenant_bytes=3 * size)
+    releases = make(capacity=100, tenant_bytes=3 * size)
     for tenant, digests in (("globex", [other]), ("acme", topics)):
         for digest in digests:
-            async with cache.use(tenant, digest) as overlay:
+            async with releases.use(tenant, digest) as overlay:
                 assert overlay.digest == digest
-    assert cache.resident() == {other, *topics[-3:]}
+    assert releases.resident() == {other, *topics[-3:]}
 
 
 async def test_several_requests_for_a_new_release_share_the_work(
     served: ServedModel, shelf: Shelf, make: Callable[..., ReleaseCache]
 ) -> None:
-    cache, digest = make(), shelf.put(served, _scale(5))
+    releases, digest = make(), shelf.put(served, _scale(5))
 
     async def one() -> str:
-        async with cache.use("acme", digest) as overlay:
+        async with releases.use("acme", digest) as overlay:
             return overlay.digest
 
     assert set(await asyncio.gather(*(one() for _ in range(20)))) == {digest}
-    assert cache.fetched == 1
+    assert releases.fetched == 1
 
 
 async def test_a_release_that_cant_be_had_when_all_who_asked_have_left_is_no_error(
@@ -388,15 +388,15 @@ async def test_a_release_that_cant_be_had_when_all_who_asked_have_left_is_no_err
         raise Unavailable("TRANSPORT", "no answer")
 
     monkeypatch.setattr(shelf, "fetch", fetch)
-    cache = make()
+    releases = make()
 
     async def ask() -> None:
-        async with cache.use("acme", "ab" * 32):
+        async with releases.use("acme", "ab" * 32):
             pass
 
     before = asyncio.all_tasks()
     asked = asyncio.create_task(ask())
-    while not cache.fetched:
+    while not releases.fetched:
         await asyncio.sleep(0.001)
     asked.cancel()
     await asyncio.wait([asked])
@@ -411,10 +411,10 @@ async def test_on_disk_only_what_channels_need_outlasts_a_tidying(
     served: ServedModel, shelf: Shelf, make: Callable[..., ReleaseCache]
 ) -> None:
     kept, other = shelf.put(served, _scale(5)), shelf.put(served, _scale(6))
-    channel, cache = _channel(kept), make()
-    await cache.stage((channel, _channel(other, name="beta")))
-    cache.swapped(StateView().changed(Position(1, 1), [channel]))
-    await cache.tidy()
+    channel, releases = _channel(kept), make()
+    await releases.stage((channel, _channel(other, name="beta")))
+    releases.swapped(StateView().changed(Position(1, 1), [channel]))
+    await releases.tidy()
     shelf.blobs.clear()
     again = make()
     assert await again.stage((channel,)) == ()
@@ -425,14 +425,14 @@ async def test_on_disk_only_what_channels_need_outlasts_a_tidying(
 async def test_a_tidying_leaves_what_a_view_needs_that_is_about_to_hold(
     served: ServedModel, shelf: Shelf, make: Callable[..., ReleaseCache]
 ) -> None:
-    channel, cache = _channel(shelf.put(served, _scale(5))), make()
-    assert await cache.stage((channel,)) == ()
-    await cache.tidy()
-    cache.swapped(StateView().changed(Position(1, 1), [channel]))
+    channel, releases = _channel(shelf.put(served, _scale(5))), make()
+    assert await releases.stage((channel,)) == ()
+    await releases.tidy()
+    releases.swapped(StateView().changed(Position(1, 1), [channel]))
     shelf.blobs.clear()
     again = make()
     await again.restore(StateView().changed(Position(1, 1), [channel]))
-    assert again.resident() == cache.resident()
+    assert again.resident() == releases.resident()
 
 
 async def test_what_cannot_be_removed_ends_no_tidying(make: Callable[..., ReleaseCache], tmp_path: Path) -> None:

@@ -32,15 +32,15 @@ def test_contributions_add_up_to_the_logit(
     logits = model(IDS[None], overlay)[0, -1, :REAL]
     found = attribute(model, table, IDS, overlay, target)
     assert found.target == (int(logits.argmax()) if target is None else target)
-    assert found.contributions.shape == (T, K)
-    assert found.logit == pytest.approx(float(logits[found.target]), abs=1e-4)
+    assert found.terms.contributions.shape == (T, K)
+    assert found.terms.logit == pytest.approx(float(logits[found.target]), abs=1e-4)
     assert found.log_probability == pytest.approx(float(logits.log_softmax(-1)[found.target]), abs=1e-4)
 
 
 def test_the_release_never_changes_the_weights(model: Backpack, table: SenseTable, overlay: Overlay) -> None:
     plain = attribute(model, table, IDS, Overlay.compile(ReleaseContent(), table))
-    torch.testing.assert_close(attribute(model, table, IDS, overlay).weights, plain.weights)
-    torch.testing.assert_close(plain.weights.sum(0), torch.ones(K))
+    torch.testing.assert_close(attribute(model, table, IDS, overlay).terms.weights, plain.terms.weights)
+    torch.testing.assert_close(plain.terms.weights.sum(0), torch.ones(K))
 
 
 def test_a_sense_reads_as_its_extreme_projections(model: Backpack, table: SenseTable) -> None:

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from backpack_lm import processor
 from backpack_lm.config import BackpackConfig
-from backpack_lm.kernels import Caches, DrawParams, Kernels, MixSpan, StepInput, TokenSpan, build, pages
+from backpack_lm.kernels import (
+    Caches,
+    DrawParams,
+    Kernels,
+    MixSpan,
+    StepInput,
+    TokenSpan,
+    build,
+    choose,
+    pages,
+    structs,
+)
 from backpack_lm.kernels.caches import untiled
 from backpack_lm.kernels.native import NativeKernels
 from backpack_lm.kernels.native_trunk import NativeTrunk
@@ -88,14 +103,14 @@ def _close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=TOLERANCE[dtype] * scale)
 
 
-RUNS = (TokenSpan(0, 0, 40, 1), TokenSpan(1, 3, 0, 1), TokenSpan(2, 1, 16, 21), TokenSpan(23, 2, 69, 1))
+SPANS = (TokenSpan(0, 0, 40, 1), TokenSpan(1, 3, 0, 1), TokenSpan(2, 1, 16, 21), TokenSpan(23, 2, 69, 1))
 
 
 def test_attention(config: BackpackConfig, dtype: torch.dtype) -> None:
     native, plain = _both(config, dtype)
     qkv = torch.randn(24, 3 * config.n_embd).to(dtype)
     for layer in range(config.n_layer):
-        _close(native.attend(qkv, layer, RUNS, 0.2), plain.attend(qkv, layer, RUNS, 0.2), dtype)
+        _close(native.attend(qkv, layer, SPANS, 0.2), plain.attend(qkv, layer, SPANS, 0.2), dtype)
     assert torch.equal(native.caches.values, plain.caches.values)
     assert torch.equal(untiled(native.caches.keys), untiled(plain.caches.keys))
 
@@ -173,11 +188,11 @@ def test_the_same_bits_alone_and_in_any_company(config: BackpackConfig, dtype: t
     """Row by row, and a prompt token by token, against all at once."""
     together, apart = NativeKernels(_filled(config, dtype)), NativeKernels(_filled(config, dtype))
     qkv = torch.randn(24, 3 * config.n_embd).to(dtype)
-    whole = together.attend(qkv, 0, RUNS, 0.2)
-    for run in RUNS:
-        for n in range(run.size):
-            one = apart.attend(qkv[run.token + n][None], 0, [TokenSpan(0, run.slot, run.position + n, 1)], 0.2)
-            assert torch.equal(one[0], whole[run.token + n])
+    whole = together.attend(qkv, 0, SPANS, 0.2)
+    for span in SPANS:
+        for n in range(span.size):
+            one = apart.attend(qkv[span.token + n][None], 0, [TokenSpan(0, span.slot, span.position + n, 1)], 0.2)
+            assert torch.equal(one[0], whole[span.token + n])
     queries = torch.randn(4, config.num_senses, config.sense_head_width).to(dtype)
     predictions = _counted(config, together, apart)
     mixed = together.mix(queries, predictions)
@@ -195,12 +210,12 @@ def test_new_tokens_are_appended_and_linked(config: BackpackConfig) -> None:
     """A text in two parts over another one, as slots are used again."""
     native, plain = _both(config, torch.float32)
     ids = torch.arange(37) ** 2 % 11
-    for run in (TokenSpan(0, 1, 0, 20), TokenSpan(0, 1, 20, 17)):
-        positions = torch.arange(run.position, run.position + run.size)
+    for span in (TokenSpan(0, 1, 0, 20), TokenSpan(0, 1, 20, 17)):
+        positions = torch.arange(span.position, span.position + span.size)
         tokens = ids[positions]
         rows = (tokens[:, None] * config.num_senses + torch.arange(config.num_senses)).int()
         for kernels in (native, plain):
-            kernels.append_tokens(StepInput(tokens, torch.ones_like(tokens), positions, rows), [run])
+            kernels.append_tokens(StepInput(tokens, torch.ones_like(tokens), positions, rows), [span])
     assert torch.equal(native.caches.ids, plain.caches.ids)
     assert torch.equal(native.caches.rows, plain.caches.rows)
     text = ids.tolist()
@@ -210,20 +225,21 @@ def test_new_tokens_are_appended_and_linked(config: BackpackConfig) -> None:
     assert native.caches.following[1, :37].tolist() == after
 
 
-def test_the_trunk_in_one_call_is_its_operations(config: BackpackConfig, dtype: torch.dtype) -> None:
-    """To the last bit, whatever it computes and caches."""
+def test_the_trunk_in_one_call_is_its_operations(
+    config: BackpackConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, whatever it computes and caches; on a processor with AMX with the library's products too."""
+    monkeypatch.setattr(processor, "onednn_packs_bfloat16", lambda: False)
     torch.manual_seed(4)
     model = Backpack(config).eval().requires_grad_(False)
     one, other = NativeKernels(_filled(config, dtype)), NativeKernels(_filled(config, dtype))
     whole, steps = one.trunk(model), CachedTrunk(other, model)
-    if dtype is torch.bfloat16 and processor.onednn_packs_bfloat16():
-        pytest.skip("oneDNN computes the products here, with AMX")
     assert isinstance(whole, NativeTrunk)
-    slots = torch.tensor([run.slot for run in RUNS for _ in range(run.size)])
-    positions = torch.cat([torch.arange(run.position, run.position + run.size) for run in RUNS])
+    slots = torch.tensor([span.slot for span in SPANS for _ in range(span.size)])
+    positions = torch.cat([torch.arange(span.position, span.position + span.size) for span in SPANS])
     tokens = torch.randint(0, config.vocab_size, slots.shape)
     new = StepInput(tokens, slots, positions, torch.empty(0))
-    assert torch.equal(whole(new, RUNS), steps(new, RUNS))
+    assert torch.equal(whole(new, SPANS), steps(new, SPANS))
     for tensor in ("keys", "values", "sense_keys"):
         assert torch.equal(getattr(one.caches, tensor), getattr(other.caches, tensor))
     assert bool((whole.seconds > 0).all())
@@ -231,16 +247,27 @@ def test_the_trunk_in_one_call_is_its_operations(config: BackpackConfig, dtype: 
 
 @pytest.mark.parametrize("width", [16, 15])
 def test_a_model_of_odd_width_has_no_whole_trunk_in_bfloat16_and_one_of_even_width_has(
-    width: int, dtype: torch.dtype
+    width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The library reads pairs of bfloat16; a product of another number of inputs is filled up."""
+    monkeypatch.setattr(processor, "onednn_packs_bfloat16", lambda: False)
     config = BackpackConfig(11, 16, width, n_layer=1, n_head=1, num_senses=3)
     model, kernels = Backpack(config).eval().requires_grad_(False), NativeKernels(_filled(config, dtype))
-    own = dtype is torch.float32 or (width == 16 and not processor.onednn_packs_bfloat16())
-    assert isinstance(kernels.trunk(model), NativeTrunk) is own
+    assert isinstance(kernels.trunk(model), NativeTrunk) is (dtype is torch.float32 or width == 16)
     x, weight, bias = torch.randn(5, width), torch.randn(7, width), torch.randn(7)
     plain = PlainKernels(_filled(config, dtype))
     _close(kernels.linear(weight, bias)(x.to(dtype)), plain.linear(weight, bias)(x.to(dtype)), dtype)
+
+
+def test_the_fastest_way_is_chosen_that_the_processor_has(dtype: torch.dtype) -> None:
+    """By what torch reports of the processor, and by no function of ours: the trunk in one call is skipped only where
+    oneDNN multiplies bfloat16 with AMX."""
+    config, has = SHAPES["of the published kind"], torch.cpu.get_capabilities()
+    amx = bool(has.get("amx_tile") and has.get("amx_bf16")) and "ONEDNN_MAX_CPU_ISA" not in os.environ
+    kernels = choose(_filled(config, dtype))
+    assert isinstance(kernels, NativeKernels)
+    expected = CachedTrunk if amx and dtype is torch.bfloat16 else NativeTrunk
+    assert type(kernels.trunk(Backpack(config).eval().requires_grad_(False))) is expected
 
 
 def test_a_mistake_in_the_trunk_is_not_taken_for_a_processor_that_lacks_something(
@@ -323,6 +350,61 @@ def test_drawing_is_one_function_of_seed_position_and_token(config: BackpackConf
     assert len(set(drawn.tolist())) > 30
 
 
+@pytest.mark.parametrize("name", list(structs.LAYOUTS))
+def test_a_field_that_only_python_has_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the structure has padding, too, in which a field more doesn't change its size."""
+    known = structs.LAYOUTS[name]
+    if isinstance(known, np.dtype):
+        kind, at, *_ = known.fields["temperature" if name == "DrawParams" else known.names[-1]]
+        fields = {n: (k, o) for n, (k, o, *_) in known.fields.items()} | {"added": (np.dtype("i4"), at + kind.itemsize)}
+        names = list(fields)
+        spec = {"names": names, "formats": [fields[n][0] for n in names], "offsets": [fields[n][1] for n in names]}
+        longer: object = np.dtype(spec)
+    else:
+        longer = type(name, (ctypes.Structure,), {"_fields_": (*known._fields_, ("added", ctypes.c_int))})
+    monkeypatch.setattr(structs, "LAYOUTS", {**structs.LAYOUTS, name: longer})
+    with pytest.raises(structs.LayoutMismatch, match=f"^{name} is .*added 4 B"):
+        build.library.__wrapped__()
+
+
+@pytest.fixture
+def changed_sources(tmp_path: Path) -> Callable[[str, str, str], subprocess.CompletedProcess[str]]:
+    """Compiles what the library says of its layouts, with a replacement in one file, to tmp_path/changed.so."""
+
+    def compile_changed(file: str, old: str, new: str) -> subprocess.CompletedProcess[str]:
+        sources = tmp_path / "cpp"
+        shutil.copytree(build.SOURCES, sources, dirs_exist_ok=True)
+        text = (sources / file).read_text("utf-8")
+        assert text.count(old) == 1
+        (sources / file).write_text(text.replace(old, new), "utf-8")
+        (sources / "only.cpp").write_text(
+            '#include "layouts.h"\n'
+            'extern "C" const char* layouts() { static const std::string text = all_layouts(); return text.c_str(); }\n'
+        )
+        options = [*processor.compiler_options(), "-std=c++17", "-w", "-O0", "-fPIC", "-shared"]
+        command = ["g++", *options, str(sources / "only.cpp"), "-o", str(tmp_path / "changed.so")]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    return compile_changed
+
+
+def test_a_field_that_only_the_library_has_is_refused(
+    changed_sources: Callable[[str, str, str], subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """A field of another kind: the names are the same, the places aren't."""
+    done = changed_sources("draw.h", "int32_t position, top_k;", "int64_t position; int32_t top_k;")
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(structs.LayoutMismatch, match=r"^DrawParams is .* but .*position 8 B at 16"):
+        structs.check_layouts(ctypes.CDLL(str(tmp_path / "changed.so")))
+
+
+def test_a_field_that_the_library_does_not_report_does_not_compile(
+    changed_sources: Callable[[str, str, str], subprocess.CompletedProcess[str]],
+) -> None:
+    done = changed_sources("draw.h", "float temperature;", "float temperature, min_p;")
+    assert "only 5 names provided" in done.stderr
+
+
 @pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:1024] + bytes(len(whole) - 1024)])
 def test_a_damaged_library_is_made_anew(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: Callable[[bytes], bytes]
@@ -331,7 +413,7 @@ def test_a_damaged_library_is_made_anew(
     monkeypatch.setattr(build, "PREBUILT", tmp_path)
     whole = Path(build.library()._name).read_bytes()
     monkeypatch.setattr(build, "folder", lambda name: tmp_path)
-    monkeypatch.setattr(build, "_compile_library", lambda file, _: file.write_bytes(whole))
+    monkeypatch.setattr(build, "_compile_library", lambda file, options: file.write_bytes(whole))
     build._path().write_bytes(damage(whole))
     assert build.library.__wrapped__().draw_float32
     assert build._path().read_bytes() == whole

@@ -18,7 +18,7 @@ from backpack_lm.kernels.caches import untiled
 from backpack_lm.kernels.cuda import CudaKernels
 from backpack_lm.kernels.plain import PlainKernels
 
-from tests.models.test_kernels import RUNS, _close, _filled, _predictions
+from tests.models.test_kernels import SPANS, _close, _filled, _predictions
 
 pytest.importorskip("triton", reason="Triton isn't installed; it is for Linux")
 
@@ -67,7 +67,7 @@ def test_attention_of_single_tokens_and_of_chunks(config: BackpackConfig, dtype:
     triton, plain = _both(config, dtype)
     qkv = torch.randn(24, 3 * config.n_embd).to(DEVICE, dtype)
     for layer in range(config.n_layer):
-        _close(triton.attend(qkv, layer, RUNS, 0.2), plain.attend(qkv, layer, RUNS, 0.2), dtype)
+        _close(triton.attend(qkv, layer, SPANS, 0.2), plain.attend(qkv, layer, SPANS, 0.2), dtype)
     assert torch.equal(triton.caches.values, plain.caches.values)
     assert torch.equal(untiled(triton.caches.keys), untiled(plain.caches.keys))
 
@@ -94,10 +94,10 @@ def test_annealing_is_counted_alike(config: BackpackConfig) -> None:
 def test_the_same_bits_alone_and_in_company(config: BackpackConfig, dtype: torch.dtype) -> None:
     together, apart = CudaKernels(_caches(config, dtype)), CudaKernels(_caches(config, dtype))
     qkv = torch.randn(24, 3 * config.n_embd).to(DEVICE, dtype)
-    whole = together.attend(qkv, 0, RUNS, 0.2)
-    for run in (run for run in RUNS if run.size == 1):
-        alone = apart.attend(qkv[run.token][None], 0, [TokenSpan(0, run.slot, run.position, 1)], 0.2)
-        assert torch.equal(alone[0], whole[run.token])
+    whole = together.attend(qkv, 0, SPANS, 0.2)
+    for span in (span for span in SPANS if span.size == 1):
+        alone = apart.attend(qkv[span.token][None], 0, [TokenSpan(0, span.slot, span.position, 1)], 0.2)
+        assert torch.equal(alone[0], whole[span.token])
     queries, steered = _queries(config, dtype), _steered(config, together, apart)
     mixed = together.mix(queries, steered)
     for n, prediction in enumerate(steered):

@@ -37,7 +37,7 @@ OF_THE_MIX = {"WIDTH": SMALL.n_embd, "WIDTH_UP": triton.next_power_of_2(SMALL.n_
 OF_ATTENTION = {"WIDTH": SMALL.n_embd // SMALL.n_head, "WIDTH_UP": SMALL.n_embd // SMALL.n_head}
 TYPES = {
     **dict.fromkeys(("ids", "rows"), "*i32"),
-    **dict.fromkeys(("predictions", "runs"), "*i64"),
+    **dict.fromkeys(("predictions", "spans"), "*i64"),
     **dict.fromkeys(("annealed_sum", "scores", "norms", "parts"), "*fp32"),
     **dict.fromkeys(("logits", "temperatures"), "*fp32"),
     **dict.fromkeys(("noise_keys", "chosen"), "*i64"),

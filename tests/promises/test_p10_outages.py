@@ -102,7 +102,7 @@ async def test_p10_cold_start_with_the_service_away_and_damaged_files(tmp_path: 
         system = await restarted()
         assert [await _text(system, key) for key in keys] == before
         assert parts.replica is not None
-        assert parts.replica.versions.fetched == 0
+        assert parts.replica.releases.fetched == 0
         assert await _age(system, keys[0]) > 1
 
         # The newest generation of the view is damaged: the one before it is served. A release on the replica's

@@ -69,10 +69,10 @@ async def test_p11_activations_and_rollbacks_fetch_nothing_and_the_answer_says_t
     newest = (await system.releases.ListReleases(ipb.ListReleasesRequest(), metadata=key)).releases[0]
 
     async def staged() -> bool:
-        return newest.digest in replica.versions.resident()
+        return newest.digest in replica.releases.resident()
 
     await eventually(staged)  # a release that was just made is got ready before it is activated
-    fetched = replica.versions.fetched
+    fetched = replica.releases.fetched
     await _move(system, key, "Activate", release=last)
     for turn in range(30):
         answer = await _move(system, key, "Rollback")
@@ -80,7 +80,7 @@ async def test_p11_activations_and_rollbacks_fetch_nothing_and_the_answer_says_t
         assert (r.complete, r.replicas, r.replicas_acked, r.gateways_acked) == (True, 1, 1, 1)
         served = await _served(system, key)
         assert served.release == answer.channel.release == (last - 1 if turn % 2 == 0 else last)
-    assert replica.versions.fetched == fetched, "a rollback fetched something"
+    assert replica.releases.fetched == fetched, "a rollback fetched something"
 
 
 async def test_p12_a_canary_gets_its_share_and_sticks_to_its_keys_through_growth_and_promotion(

@@ -99,11 +99,11 @@ MODELS = SamplingDefaults(0.6, 20, 0.9)
 )
 def test_who_names_no_sampling_gets_the_models(named: dict[str, Any], meant: tuple[float, int, float]) -> None:
     request = pb.GenerateRequest(prompt=PROMPT, sampling=pb.Sampling(**named))
-    order = read_generation(request, TOKENIZER, CONFIG, MODELS)
-    assert (order.sampling.temperature, order.sampling.top_k, order.sampling.top_p) == meant
-    normalize_request(request, order)
+    params = read_generation(request, TOKENIZER, CONFIG, MODELS)
+    assert (params.sampling.temperature, params.sampling.top_k, params.sampling.top_p) == meant
+    normalize_request(request, params)
     # A replica reads the same, whatever its model's folder says: a second attempt draws the same tokens.
-    assert read_generation(request, TOKENIZER, CONFIG, SamplingDefaults(0.1, 1, 0.1)) == order
+    assert read_generation(request, TOKENIZER, CONFIG, SamplingDefaults(0.1, 1, 0.1)) == params
 
 
 @pytest.mark.parametrize(

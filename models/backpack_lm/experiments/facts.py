@@ -227,7 +227,7 @@ class KnowledgeEditing:
 
     def _measure(self, subject: LabModel, facts: Sequence[Fact], watch: Watch) -> FactsResult:
         """One list: every fact with every strength, and with those that are fitted."""
-        known = [f for f in facts if len(subject.known((f.word, f.old, f.new))) == 3]
+        known = [f for f in facts if len(subject.single_token_words((f.word, f.old, f.new))) == 3]
         by_strength: dict[float, list[SwappedFact]] = {strength: [] for strength in STRENGTHS}
         others: list[Swapped] = []
         fitted: list[SwappedFact] = []

@@ -131,7 +131,7 @@ class SenseFinetuning:
         near, judged = both_parts(subject, self.text, self.tokens)
         before, tasks, answers, curves = {}, [], {}, {}
         for task in TASKS:
-            known = set(subject.known(other for _, other in task.pairs))
+            known = set(subject.single_token_words(other for _, other in task.pairs))
             examples, questions = task.examples(known), task.questions(known)
             if len(known) < 2:
                 continue

@@ -1,4 +1,4 @@
-"""What topic control found: ways to steer beside each other, in success and in both sides of quality."""
+"""What topic control found: methods beside each other, in success and in both sides of quality."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from backpack_lm.experiments.experiment import Headline
-from backpack_lm.experiments.topic_words import THEMES
+from backpack_lm.experiments.topic_words import TOPIC_WORDS
 from backpack_lm.lab.topic import By
 from backpack_lm.reports.plots import lines
 from backpack_lm.reports.report import Entry, Report, Table
@@ -17,7 +17,7 @@ UNSTEERED, LOGIT_BIAS = "unsteered", "logit bias"
 
 @dataclass(frozen=True, slots=True)
 class TopicMethod:
-    """One way to steer, over all topics: success %, perplexity to the unsteered model, distinct word pairs %."""
+    """One method of steering, over all topics: success %, perplexity to the unsteered model, distinct word pairs %."""
 
     name: str
     strength: float
@@ -30,7 +30,8 @@ class TopicMethod:
 
 @dataclass(frozen=True, slots=True)
 class TopicsResult:
-    """All ways in all their strengths, the unsteered first; the words of each topic; who read for perplexity."""
+    """All methods in all their strengths, the unsteered first; the words of each topic; the model that perplexity is
+    measured with. The fields are keys of topics.json."""
 
     ways: list[TopicMethod]
     words: dict[str, list[str]]
@@ -44,12 +45,12 @@ class TopicsResult:
         return self.ways[0]
 
     def of(self, name: str) -> list[TopicMethod]:
-        """One way in its strengths."""
-        return [way for way in self.ways if way.name == name]
+        """One method in its strengths."""
+        return [method for method in self.ways if method.name == name]
 
-    def times(self, way: TopicMethod) -> float:
+    def times(self, method: TopicMethod) -> float:
         """Its success, in times the unsteered."""
-        return way.success / self.base.success
+        return method.success / self.base.success
 
     def bias_at(self, success: float) -> tuple[float, float] | None:
         """Perplexity and distinct pairs of the logit bias where it has this success, between the biases that were
@@ -61,36 +62,36 @@ class TopicsResult:
                 return math.exp(log), (1 - part) * one.distinct + part * two.distinct
         return None
 
-    def reached(self, way: TopicMethod) -> bool:
+    def reached(self, method: TopicMethod) -> bool:
         """Three times the unsteered success, and neither side of quality below the logit bias of equal success."""
-        plain = self.bias_at(way.success)
-        kept = plain is not None and way.perplexity <= plain[0] and way.distinct >= plain[1]
-        return kept and self.times(way) >= 3
+        plain = self.bias_at(method.success)
+        kept = plain is not None and method.perplexity <= plain[0] and method.distinct >= plain[1]
+        return kept and self.times(method) >= 3
 
     def headline(self) -> Headline:
-        base, lean = self.base, self.of(By.LEAN)[-1]
+        base, frequent = self.base, self.of(By.LEAN)[-1]
         found = {by: self.of(by) for by in By}
         told = {
-            by: f"{' / '.join(f'{w.success:.1f}' for w in ways)} % ({self.times(ways[-1]):.1f} times)"
-            for by, ways in found.items()
+            by: f"{' / '.join(f'{w.success:.1f}' for w in methods)} % ({self.times(methods[-1]):.1f} times)"
+            for by, methods in found.items()
         }
         figures = (
             f"success unsteered {base.success:.1f} %; strength 1 / 2 / 3 by multipliers, the paper's way: "
             f"{told[By.MULTIPLIERS]}; by frequent words that lean to the topic, the lab's way: {told[By.LEAN]}, "
-            f"perplexity {base.perplexity:.0f} → {lean.perplexity:.0f}, distinct pairs {base.distinct:.0f} → "
-            f"{lean.distinct:.0f} %"
+            f"perplexity {base.perplexity:.0f} → {frequent.perplexity:.0f}, distinct pairs {base.distinct:.0f} → "
+            f"{frequent.distinct:.0f} %"
         )
-        if plain := self.bias_at(lean.success):
+        if plain := self.bias_at(frequent.success):
             figures += f"; a logit bias of equal success: {plain[0]:.0f}, {plain[1]:.0f} %"
         return Headline(
             figures,
             "7.4 / 12.1 / 24.3 / 35.3 %, another judge",
             "3 times; text likelier and of more distinct pairs than by a logit bias of equal success",
-            any(self.reached(ways[-1]) for ways in found.values()),
+            any(self.reached(methods[-1]) for methods in found.values()),
         )
 
     def report(self) -> Report:
-        base, (plainly, lean) = self.base, (self.of(by)[-1] for by in (By.MULTIPLIERS, By.LEAN))
+        base, (plainly, frequent) = self.base, (self.of(by)[-1] for by in (By.MULTIPLIERS, By.LEAN))
         rows: list[tuple[Entry, ...]] = []
         for w in self.ways:
             plain = None if w.name in (UNSTEERED, LOGIT_BIAS) else self.bias_at(w.success)
@@ -106,11 +107,11 @@ class TopicsResult:
             "distinct pairs %, the same",
         )
         topics: tuple[tuple[Entry, ...], ...] = tuple(
-            (topic, *(w.by_topic[topic] for w in self.ways), ", ".join(self.words[topic])) for topic in THEMES
+            (topic, *(w.by_topic[topic] for w in self.ways), ", ".join(self.words[topic])) for topic in TOPIC_WORDS
         )
         heads = ("topic", *(f"{w.name} {w.strength:g}" for w in self.ways), "words")
         curves = {name: [base, *self.of(name)] for name in (By.MULTIPLIERS, By.LEAN, LOGIT_BIAS)}
-        plain = self.bias_at(lean.success)
+        plain = self.bias_at(frequent.success)
         compared = (
             "no logit bias that was tried has as much success"
             if plain is None
@@ -120,8 +121,8 @@ class TopicsResult:
             "Topic control",
             f"Unsteered, the judge finds {base.success:.1f}% of the texts nearest to their topic. At strength 3, "
             f"by the paper's multipliers {plainly.success:.1f}% ({self.times(plainly):.1f} times), by the lab's "
-            f"leaning words {lean.success:.1f}% ({self.times(lean):.1f} times), whose text has perplexity "
-            f"{lean.perplexity:.0f} (unsteered {base.perplexity:.0f}) and {lean.distinct:.1f}% distinct pairs "
+            f"leaning words {frequent.success:.1f}% ({self.times(frequent):.1f} times), whose text has perplexity "
+            f"{frequent.perplexity:.0f} (unsteered {base.perplexity:.0f}) and {frequent.distinct:.1f}% distinct pairs "
             f"(unsteered {base.distinct:.1f}%); {compared}.",
             (
                 Table("In short", columns, tuple(rows), digits=1),
@@ -131,13 +132,13 @@ class TopicsResult:
             (
                 lines(
                     "What success costs in distinct pairs",
-                    {name: [(w.success, w.distinct) for w in ways] for name, ways in curves.items()},
+                    {name: [(w.success, w.distinct) for w in methods] for name, methods in curves.items()},
                     "success %",
                     "distinct word pairs %",
                 ),
                 lines(
                     "What success costs in perplexity",
-                    {name: [(w.success, w.perplexity) for w in ways] for name, ways in curves.items()},
+                    {name: [(w.success, w.perplexity) for w in methods] for name, methods in curves.items()},
                     "success %",
                     f"perplexity to {self.reader}",
                 ),

@@ -8,7 +8,7 @@ are used, by senses and by the logit bias alike. The lists were written before a
 
 from __future__ import annotations
 
-THEMES: dict[str, tuple[str, ...]] = {
+TOPIC_WORDS: dict[str, tuple[str, ...]] = {
     name: tuple(words.split())
     for name, words in {
         "arts and culture": "arts culture art painting artist museum theatre literature poetry sculpture "

@@ -1,7 +1,7 @@
 """Topic control (paper, section 6): samples from the end-of-text token, steered to a topic at four strengths.
 
 Two ways of steering by senses stand beside a logit bias: the paper's multipliers, and the lab's frequent words
-that lean to the topic (`lab/topic_vector.py`).
+that a topic vector is added to (`lab/topic_vector.py`).
 
 Success: of the 17 topics, the judge finds the text nearest to the one that was asked for. There is no threshold to
 choose, chance is 1 in 17, and unsteered text scores exactly that when each of it is judged for every topic.
@@ -26,7 +26,7 @@ from torch import Tensor
 from backpack_lm.experiments.experiment import Result
 from backpack_lm.experiments.topic_judge import TopicJudge, default_judge
 from backpack_lm.experiments.topic_methods import LOGIT_BIAS, UNSTEERED, TopicMethod, TopicsResult
-from backpack_lm.experiments.topic_words import THEMES
+from backpack_lm.experiments.topic_words import TOPIC_WORDS
 from backpack_lm.lab.batch_sampler import sample
 from backpack_lm.lab.lab_model import LabModel, SteeredModel
 from backpack_lm.lab.progress import ResumeJournal, Watch
@@ -42,7 +42,7 @@ BIASES = (2.0, 4.0, 5.0, 6.0, 8.0)
 
 @dataclass(frozen=True, slots=True)
 class TopicControl:
-    """`samples` texts of `length` tokens for every topic and way, after the end-of-text token and `prompt`.
+    """`samples` texts of `length` tokens for every topic and method, after the end-of-text token and `prompt`.
 
     `judge` is a sentence encoder's folder; `twin`, if given, reads the texts for their perplexity instead of the
     model itself, unsteered; `work`, if given, keeps finished parts so that a stopped run goes on.
@@ -60,14 +60,14 @@ class TopicControl:
     def run(self, subject: LabModel, watch: Watch) -> Result:
         if subject.config.eos_token_id is None:
             raise ValueError("this model has no end-of-text token to start a text with")
-        reader = TopicJudge(self.judge or default_judge())
+        judge = TopicJudge(self.judge or default_judge())
         twin = read_twin(self.twin, subject.config) if self.twin else None
         if twin and len(self._start_prompt(subject)) + self.length > twin.config.n_positions:
             raise ValueError(f"the twin reads {twin.config.n_positions} tokens; make the texts shorter")
         quality = twin or SteeredModel(subject, subject.overlay())
         piece = subject.tokenizer.piece
-        words = {theme: [piece(token).strip() for token in _tokens(subject, theme)] for theme in THEMES}
-        themes = reader.embed(list(THEMES))
+        words = {topic: [piece(token).strip() for token in _tokens(subject, topic)] for topic in TOPIC_WORDS}
+        topic_embeddings = judge.embed(list(TOPIC_WORDS))
         made_by = {
             "model": subject.manifest.fingerprint,
             "samples": self.samples,
@@ -78,25 +78,29 @@ class TopicControl:
         plan: list[tuple[str, float]] = [(UNSTEERED, 0.0)]
         plan += [(by, float(s)) for by in (By.MULTIPLIERS, By.LEAN) for s in STRENGTHS]
         plan += [(LOGIT_BIAS, bias) for bias in BIASES]
-        parts = [(way, theme) for way in plan for theme in (list(THEMES) if way[1] else [UNSTEERED])]
+        parts = [(method, topic) for method in plan for topic in (list(TOPIC_WORDS) if method[1] else [UNSTEERED])]
         frequent = FrequentWords.of(subject)
         texts: dict[tuple[tuple[str, float], str], list[list[int]]] = {}
-        for way, theme in watch(parts, "topics × ways", len(parts)):
-            key = f"{way[0]} {way[1]:g}, {theme}"
-            texts[way, theme] = journal.once(key, partial(self._texts, subject, frequent, way, theme))
-        ways = []
-        for way in watch(plan, "judging", len(plan)):
-            judged = {t: texts[way, t if way[1] else UNSTEERED] for t in THEMES}
-            ways.append(_judge_texts(subject, reader, quality, themes, way, judged, self._start_prompt(subject)))
+        for method, topic in watch(parts, "topics × methods", len(parts)):
+            key = f"{method[0]} {method[1]:g}, {topic}"
+            texts[method, topic] = journal.once(key, partial(self._texts, subject, frequent, method, topic))
+        methods = []
+        for method in watch(plan, "judging", len(plan)):
+            judged = {t: texts[method, t if method[1] else UNSTEERED] for t in TOPIC_WORDS}
+            methods.append(
+                _judge_texts(subject, judge, quality, topic_embeddings, method, judged, self._start_prompt(subject))
+            )
         name = "the twin" if twin else "the model, unsteered"
-        return TopicsResult(ways, words, self.samples, self.length, self.prompt, name)
+        return TopicsResult(methods, words, self.samples, self.length, self.prompt, name)
 
     def _start_prompt(self, subject: LabModel) -> list[int]:
         assert subject.config.eos_token_id is not None
         return [subject.config.eos_token_id, *subject.tokenizer.encode(self.prompt)]
 
-    def _texts(self, subject: LabModel, frequent: FrequentWords, way: tuple[str, float], theme: str) -> list[list[int]]:
-        tokens, (name, strength) = _tokens(subject, theme) if theme in THEMES else (), way
+    def _texts(
+        self, subject: LabModel, frequent: FrequentWords, method: tuple[str, float], topic: str
+    ) -> list[list[int]]:
+        tokens, (name, strength) = _tokens(subject, topic) if topic in TOPIC_WORDS else (), method
         overlay, bias = subject.overlay(), None
         if name == By.MULTIPLIERS:
             overlay = subject.overlay(TopicEdit(tokens, int(strength)))
@@ -105,41 +109,43 @@ class TopicControl:
         elif name == LOGIT_BIAS:
             bias = torch.zeros(subject.config.tokens)
             bias[list(tokens)] = strength
-        seed = self.seed + 1000 * (list(THEMES).index(theme) + 1 if tokens else 0)
+        seed = self.seed + 1000 * (list(TOPIC_WORDS).index(topic) + 1 if tokens else 0)
         ids: list[list[int]] = sample(
             subject, overlay, self._start_prompt(subject), self.samples, self.length, seed, bias
         ).tolist()
         return ids
 
 
-def _tokens(subject: LabModel, theme: str) -> tuple[int, ...]:
+def _tokens(subject: LabModel, topic: str) -> tuple[int, ...]:
     """A topic's words that are one token; if there is none, the first token of each word, as the paper's code has
     it."""
-    words = subject.known(THEMES[theme])
-    ids = map(subject.token, words) if words else (subject.word_ids(word)[0] for word in THEMES[theme])
+    words = subject.single_token_words(TOPIC_WORDS[topic])
+    ids = map(subject.token, words) if words else (subject.word_ids(word)[0] for word in TOPIC_WORDS[topic])
     return tuple(dict.fromkeys(ids))
 
 
 def _judge_texts(
     subject: LabModel,
-    reader: TopicJudge,
+    judge: TopicJudge,
     quality: LanguageModel,
-    themes: Tensor,
-    way: tuple[str, float],
+    topic_embeddings: Tensor,
+    method: tuple[str, float],
     judged: dict[str, list[list[int]]],
     prompt: list[int],
 ) -> TopicMethod:
     success: dict[str, float] = {}
     flat = [ids for texts in judged.values() for ids in texts]
     distinct_texts = [list(t) for t in dict.fromkeys(map(tuple, flat))]
-    vectors = reader.embed([subject.tokenizer.decode(ids) for ids in distinct_texts])
-    nearest = {tuple(t): int(at) for t, at in zip(distinct_texts, (vectors @ themes.t()).argmax(1), strict=True)}
-    for number, (theme, texts) in enumerate(judged.items()):
-        success[theme] = 100 * sum(nearest[tuple(ids)] == number for ids in texts) / len(texts)
+    vectors = judge.embed([subject.tokenizer.decode(ids) for ids in distinct_texts])
+    nearest = {
+        tuple(t): int(at) for t, at in zip(distinct_texts, (vectors @ topic_embeddings.t()).argmax(1), strict=True)
+    }
+    for number, (topic, texts) in enumerate(judged.items()):
+        success[topic] = 100 * sum(nearest[tuple(ids)] == number for ids in texts) / len(texts)
     example = subject.tokenizer.decode(judged["food and dining"][0][:60])
     return TopicMethod(
-        way[0],
-        way[1],
+        method[0],
+        method[1],
         fmean(success.values()),
         _perplexity(quality, prompt, distinct_texts),
         100 * fmean(distinct_pairs(subject.tokenizer.decode(ids)) for ids in distinct_texts),

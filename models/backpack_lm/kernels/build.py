@@ -20,6 +20,7 @@ import torch
 
 from backpack_lm.cache import folder
 from backpack_lm.kernels.families import Family, fitting
+from backpack_lm.kernels.structs import check_layouts
 from backpack_lm.processor import compiler_options
 
 SOURCES = Path(__file__).with_name("cpp")
@@ -44,15 +45,17 @@ class NotBuilt(Exception):
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled library. Raises NotBuilt if it can't be had."""
+    """The compiled library. Raises NotBuilt if it can't be had, LayoutMismatch if its structures aren't ours."""
     try:
         file = _prebuilt() or _path()
         if not _whole(file):
             _compile_library(file, compiler_options())
         # Loaded, it shares torch's OpenMP threads: its libgomp is here already.
-        return ctypes.CDLL(str(file))
+        loaded = ctypes.CDLL(str(file))
     except OSError as error:
         raise NotBuilt(f"the library can't be kept or loaded: {error}") from None
+    check_layouts(loaded)
+    return loaded
 
 
 def compile_for(family: Family) -> Path:
@@ -88,11 +91,11 @@ def _whole(file: Path) -> bool:
     """Whether it is there as `_compile_library` left it. Loading a damaged one may kill the process."""
     with suppress(FileNotFoundError):
         data = file.read_bytes()
-        return _source_digest(data[:-_CHECKSUM]) == data[-_CHECKSUM:]
+        return _checksum(data[:-_CHECKSUM]) == data[-_CHECKSUM:]
     return False
 
 
-def _source_digest(data: bytes) -> bytes:
+def _checksum(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
@@ -115,7 +118,7 @@ def _compile_library(file: Path, processor: tuple[str, ...]) -> None:
         if done.returncode:
             raise NotBuilt(f"{compiler} failed: {done.stderr.strip()[-2000:]}")
         with made.open("rb+") as written:
-            written.write(_source_digest(written.read()))  # behind all that is loaded
+            written.write(_checksum(written.read()))  # behind all that is loaded
             written.flush()
             os.fsync(written.fileno())  # or a power cut may leave the name with nothing behind it
         made.replace(file)  # at once whole: another process may be looking

@@ -9,21 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backpack_lm.kernels.build import NotBuilt
-from backpack_lm.kernels.caches import Caches, DrawParams, MixSpan, TokenSpan
+from backpack_lm.kernels.caches import Caches, DrawParams, MixSpan, StepInput, TokenSpan
+from backpack_lm.kernels.interface import Linear
 from backpack_lm.kernels.plain import PlainKernels, kept
 from backpack_lm.kernels.topics import describe
+from backpack_lm.kernels.trunk import CachedTrunk
+from backpack_lm.model import Backpack
 from backpack_lm.overlay import TopicMultipliers
 
 Topics = tuple[TopicMultipliers, ...]
 
 
-class CudaKernels(PlainKernels):
-    """Raises NotBuilt if Triton is missing, or the caches are where it can't reach them.
-
-    Its interpreter (TRITON_INTERPRET=1) reaches a CPU, slowly: that is for tests.
+class CudaKernels:
+    """Torch's operations, except where Triton has a kernel. Raises NotBuilt if Triton is missing, or can't reach the
+    caches: compiled, it reaches CUDA devices only; its interpreter (TRITON_INTERPRET=1) a CPU, slowly, for tests.
     """
 
     def __init__(self, caches: Caches) -> None:
@@ -35,29 +37,44 @@ class CudaKernels(PlainKernels):
             from backpack_lm.kernels.triton_mix import FIELDS, Mix
         except ImportError as error:
             raise NotBuilt(f"Triton is missing: {error}; install triton for the fast CUDA kernels") from None
-        super().__init__(caches)
-        if self._device.type != "cuda" and not triton.knobs.runtime.interpret:
-            raise NotBuilt(f"the caches are on {self._device}")
+        self.caches, self._plain, device = caches, PlainKernels(caches), caches.table.device
+        if device.type != "cuda" and not triton.knobs.runtime.interpret:
+            raise NotBuilt(f"the caches are on {device}")
         self.name = f"triton {str(caches.table.dtype).removeprefix('torch.')}"
         slots = len(caches.ids)
         self._attend_single, self._draw, self._mix = attend_single, draw, Mix(caches)
-        self._singles = torch.zeros(slots, 3, dtype=torch.int64, device=self._device)
-        self._predictions = torch.zeros(slots, FIELDS, dtype=torch.int64, device=self._device)
-        self._runs: Sequence[TokenSpan] = ()
+        self._singles = torch.zeros(slots, 3, dtype=torch.int64, device=device)
+        self._predictions = torch.zeros(slots, FIELDS, dtype=torch.int64, device=device)
+        self._spans: Sequence[TokenSpan] = ()
         self._predicted: Sequence[MixSpan] = ()
         self._topics: dict[int, tuple[Topics, Tensor]] = {}
 
-    def describe(self, runs: Sequence[TokenSpan], predictions: Sequence[MixSpan]) -> None:
+    def describe(self, spans: Sequence[TokenSpan], predictions: Sequence[MixSpan]) -> None:
         """Say what the next step works on. `attend` and `mix` know these lists again by their identity."""
-        self._describe_runs(runs)
+        self._describe_spans(spans)
         self._describe_predictions(predictions)
 
-    def attend(self, qkv: Tensor, layer: int, runs: Sequence[TokenSpan], scale: float) -> Tensor:
-        if runs is not self._runs:
-            self._describe_runs(runs)
-        chunks = [run for run in runs if run.size > 1]
-        out = super().attend(qkv, layer, chunks, scale) if chunks else qkv.new_empty(len(qkv), self._width)
-        if singles := len(runs) - len(chunks):
+    def trunk(self, model: Backpack) -> CachedTrunk:
+        return CachedTrunk(self, model)
+
+    def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
+        return self._plain.linear(weight, bias, gelu)
+
+    def head(self, embedding: Tensor) -> Linear:
+        return self._plain.head(embedding)
+
+    def append_tokens(self, new: StepInput, spans: Sequence[TokenSpan]) -> None:
+        self._plain.append_tokens(new, spans)
+
+    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+        return self._plain.residual_norm(x, delta, norm)
+
+    def attend(self, qkv: Tensor, layer: int, spans: Sequence[TokenSpan], scale: float) -> Tensor:
+        if spans is not self._spans:
+            self._describe_spans(spans)
+        chunks = [span for span in spans if span.size > 1]
+        out = self._plain.attend(qkv, layer, chunks, scale) if chunks else qkv.new_empty(len(qkv), self._width)
+        if singles := len(spans) - len(chunks):
             caches = self.caches
             self._attend_single(qkv, caches.keys[layer], caches.values[layer], self._singles[:singles], scale, out)
         return out
@@ -67,19 +84,25 @@ class CudaKernels(PlainKernels):
             self._describe_predictions(predictions)
         return self._mix(queries, self._predictions[: len(predictions)])
 
-    def draw(self, logits: Tensor, how: Sequence[DrawParams]) -> Tensor:
+    def draw(self, logits: Tensor, params: Sequence[DrawParams]) -> Tensor:
         # The bits of a seed of 64, as a number with a sign.
-        keys = torch.tensor([(d.seed - (d.seed >> 63 << 64), d.position) for d in how], device=logits.device)
-        temperatures = torch.tensor([d.temperature for d in how], device=logits.device)
-        return self._draw(logits, kept(logits, how), keys, temperatures)
+        keys = torch.tensor([(d.seed - (d.seed >> 63 << 64), d.position) for d in params], device=logits.device)
+        temperatures = torch.tensor([d.temperature for d in params], device=logits.device)
+        return self._draw(logits, kept(logits, params), keys, temperatures)
+
+    def log_probabilities(self, logits: Tensor, chosen: Sequence[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self._plain.log_probabilities(logits, chosen, count)
+
+    def update_annealing(self, prediction: MixSpan, start: int) -> None:
+        self._plain.update_annealing(prediction, start)
 
     @property
     def _width(self) -> int:
         return self.caches.table.shape[1]
 
-    def _describe_runs(self, runs: Sequence[TokenSpan]) -> None:
-        self._runs = runs
-        self._to_device(self._singles, [(r.token, r.slot, r.position) for r in runs if r.size == 1])
+    def _describe_spans(self, spans: Sequence[TokenSpan]) -> None:
+        self._spans = spans
+        self._to_device(self._singles, [(r.token, r.slot, r.position) for r in spans if r.size == 1])
 
     def _describe_predictions(self, predictions: Sequence[MixSpan]) -> None:
         self._predicted = predictions
@@ -92,7 +115,7 @@ class CudaKernels(PlainKernels):
         if held := self._topics.get(id(topics)):
             return held
         records = bytearray(b"".join(map(describe, topics)))
-        return topics, torch.frombuffer(records, dtype=torch.uint8).to(self._device)
+        return topics, torch.frombuffer(records, dtype=torch.uint8).to(self.caches.table.device)
 
     def _device_address(self, topics: Topics) -> int:
         return self._topics[id(topics)][1].data_ptr() if topics else 0

@@ -20,7 +20,7 @@ class Linear(Protocol):
 class Compute(Protocol):
     """New tokens → the sense weights' queries [N, k, d/k], with all caches of the trunk filled."""
 
-    def __call__(self, new: StepInput, runs: Sequence[TokenSpan], /) -> Tensor: ...
+    def __call__(self, new: StepInput, spans: Sequence[TokenSpan], /) -> Tensor: ...
 
 
 class Kernels(Protocol):
@@ -38,19 +38,19 @@ class Kernels(Protocol):
     def head(self, embedding: Tensor) -> Linear:
         """o [B, d] float32 → logits [B, V] float32 under E [V, d]."""
 
-    def append_tokens(self, new: StepInput, runs: Sequence[TokenSpan]) -> None:
+    def append_tokens(self, new: StepInput, spans: Sequence[TokenSpan]) -> None:
         """Write ids and rows of new tokens into their slots."""
 
     def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
         """x += delta, in place, x [N, d] float32; then LayerNorm(x) in the kernels' dtype."""
 
-    def attend(self, qkv: Tensor, layer: int, runs: Sequence[TokenSpan], scale: float) -> Tensor:
+    def attend(self, qkv: Tensor, layer: int, spans: Sequence[TokenSpan], scale: float) -> Tensor:
         """Write keys and values of new tokens qkv [N, 3·d]; each token's attention over its slot, [N, d]."""
 
     def mix(self, queries: Tensor, predictions: Sequence[MixSpan]) -> Tensor:
         """o [B, d] float32 = Σ_j Σ_l α[l,j] m[l,j] C(x_j)_l for queries [B, k, d/k], α a softmax over the slot."""
 
-    def draw(self, logits: Tensor, how: Sequence[DrawParams]) -> Tensor:
+    def draw(self, logits: Tensor, params: Sequence[DrawParams]) -> Tensor:
         """argmax_y (logit_y / temperature − log e_y) for each row of logits [G, V], e from `noise.py`, over the
         tokens that may be drawn; argmax_y logit_y at temperature 0. −1 for a row with NaN or +∞, or with nothing
         else than −∞."""

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from backpack_lm import processor
 from backpack_lm.config import BackpackConfig
+from backpack_lm.kernels import structs
 from backpack_lm.kernels.build import NotBuilt, library
 from backpack_lm.kernels.caches import LANES, Caches, DrawParams, MixSpan, StepInput, TokenSpan
-from backpack_lm.kernels.interface import Linear
+from backpack_lm.kernels.interface import Compute, Linear
 from backpack_lm.kernels.native_trunk import NativeTrunk
 from backpack_lm.kernels.products import Product, at, name
 from backpack_lm.kernels.topics import describe
-from backpack_lm.kernels.trunk import CachedTrunk
+from backpack_lm.kernels.trunk import CachedTrunk, TrunkWeights
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import TopicMultipliers
 
@@ -30,41 +31,6 @@ __all__ = ["NativeKernels", "NotBuilt"]
 
 GROUPS = 32
 """Of tokens, of which each is a unit of work of the mix, as in cpp/words.h."""
-
-
-_DRAWING = np.dtype(
-    [("seed", "u8"), ("top_p", "f8"), ("position", "i4"), ("top_k", "i4"), ("temperature", "f4")], align=True
-)
-"""A `DrawParams` as cpp/draw.h reads it."""
-
-
-class _Lists(ctypes.Structure):
-    _fields_ = (
-        *((field, ctypes.c_void_p) for field in ("starts", "words")),
-        *((field, ctypes.c_int) for field in ("context", "vocabulary")),
-    )
-
-
-class _Mix(ctypes.Structure):
-    _fields_ = (
-        *(
-            (field, ctypes.c_void_p)
-            for field in (
-                *("table", "embedding", "rows", "ids", "previous", "following", "annealed_sum"),
-                *("alpha", "parts"),
-            )
-        ),
-        ("lists", _Lists),
-        ("topics", ctypes.c_void_p),
-        *((field, ctypes.c_int) for field in ("senses", "width", "context", "slots")),
-    )
-
-
-class _AppendTargets(ctypes.Structure):
-    _fields_ = (
-        *((field, ctypes.c_void_p) for field in ("ids", "rows", "previous", "following")),
-        *((field, ctypes.c_int) for field in ("senses", "context")),
-    )
 
 
 class NativeKernels:
@@ -80,13 +46,13 @@ class NativeKernels:
         kind = name(self._dtype)
         self.name = f"native {kind}"
         self._attend, self._mix, self._update_annealing, self._residual_norm = (
-            getattr(self._library, f"{what}_{kind}") for what in ("attend", "mix", "satisfy", "residual_norm")
+            getattr(self._library, f"{what}_{kind}") for what in ("attend", "mix", "update_annealing", "residual_norm")
         )
         self._state, self._buffers = self._mixing()
-        noted = (at(tensor) for tensor in (caches.ids, caches.rows, caches.previous, caches.following))
-        self._append_targets = _AppendTargets(*noted, caches.rows.shape[2], caches.rows.shape[1])
+        targets = (at(tensor) for tensor in (caches.ids, caches.rows, caches.previous, caches.following))
+        self._append_targets = structs.AppendTargets(*targets, caches.rows.shape[2], caches.rows.shape[1])
         self._topics: WeakKeyDictionary[TopicMultipliers, bytes] = WeakKeyDictionary()
-        self._runs: tuple[Sequence[TokenSpan], np.ndarray] = (), np.empty(0)
+        self._spans = structs.SpanArray()
 
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
         if not self._packs:
@@ -94,8 +60,8 @@ class NativeKernels:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous(), 32)
         bias = bias.detach().to(self._dtype)
         apply = torch.ops.mkldnn._linear_pointwise.default
-        how, what = ("gelu", "tanh") if gelu else ("none", "")
-        return lambda x: apply(x, packed, bias, how, [], what)
+        activation, variant = ("gelu", "tanh") if gelu else ("none", "")
+        return lambda x: apply(x, packed, bias, activation, [], variant)
 
     def head(self, embedding: Tensor) -> Linear:
         none = torch.zeros(len(embedding))
@@ -104,16 +70,18 @@ class NativeKernels:
         linear = self.linear(embedding, none)
         return lambda o: linear(o.to(self._dtype)).float()
 
-    def trunk(self, model: Backpack) -> CachedTrunk:
-        return NativeTrunk(self, model) if self.has_trunk(model.config) else CachedTrunk(self, model)
+    def trunk(self, model: Backpack) -> Compute:
+        if not self.has_trunk(model.config):
+            return CachedTrunk(self, model)
+        return NativeTrunk(self._library, self.caches, TrunkWeights.prepare(self, model), self._spans)
 
     def has_trunk(self, config: BackpackConfig) -> bool:
         """Whether the library computes a trunk in one call: all products are its own, and none is filled up."""
         return not self._packs and config.n_embd * self._dtype.itemsize % 4 == 0
 
-    def append_tokens(self, new: StepInput, runs: Sequence[TokenSpan]) -> None:
+    def append_tokens(self, new: StepInput, spans: Sequence[TokenSpan]) -> None:
         self._library.append_tokens_int32(
-            ctypes.byref(self._append_targets), self.described(runs), len(runs), at(new.tokens), at(new.rows)
+            ctypes.byref(self._append_targets), self._spans.pointer(spans), len(spans), at(new.tokens), at(new.rows)
         )
 
     def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
@@ -123,21 +91,15 @@ class NativeKernels:
         self._residual_norm(at(x), old, at(norm.weight), at(norm.bias), epsilon, *x.shape, at(out))
         return out
 
-    def attend(self, qkv: Tensor, layer: int, runs: Sequence[TokenSpan], scale: float) -> Tensor:
+    def attend(self, qkv: Tensor, layer: int, spans: Sequence[TokenSpan], scale: float) -> Tensor:
         keys, values = self.caches.keys[layer], self.caches.values[layer]
         _, heads, context, width = values.shape
         out = torch.empty(len(qkv), heads * width, dtype=self._dtype)
         self._attend(
-            at(qkv), at(keys), at(values), self.described(runs), len(runs),
+            at(qkv), at(keys), at(values), self._spans.pointer(spans), len(spans),
             heads, width, context, ctypes.c_float(scale), at(out),
         )  # fmt: skip
         return out
-
-    def described(self, runs: Sequence[TokenSpan]) -> ctypes.c_void_p:
-        """Runs as the library reads them; known again by their identity, as in all layers of a step."""
-        if runs is not self._runs[0]:
-            self._runs = runs, np.array(runs, dtype=np.int32)
-        return self._runs[1].ctypes.data_as(ctypes.c_void_p)
 
     def mix(self, queries: Tensor, predictions: Sequence[MixSpan]) -> Tensor:
         rows, topics = self._describe(predictions)
@@ -149,9 +111,9 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
-    def draw(self, logits: Tensor, how: Sequence[DrawParams]) -> Tensor:
+    def draw(self, logits: Tensor, params: Sequence[DrawParams]) -> Tensor:
         drawn, logits = torch.empty(len(logits), dtype=torch.int32), logits.contiguous()
-        rows = np.array([(d.seed, d.top_p, d.position, d.top_k, d.temperature) for d in how], _DRAWING)
+        rows = np.array([(d.seed, d.top_p, d.position, d.top_k, d.temperature) for d in params], structs.DRAW_PARAMS)
         self._library.draw_float32(at(logits), *logits.shape, rows.ctypes.data_as(ctypes.c_void_p), at(drawn))
         return drawn
 
@@ -169,7 +131,7 @@ class NativeKernels:
         rows, topics = self._describe([prediction])
         self._update_annealing(self._with(topics), rows.ctypes.data_as(ctypes.c_void_p), start)
 
-    def _mixing(self) -> tuple[_Mix, tuple[Tensor, ...]]:
+    def _mixing(self) -> tuple[structs.Mix, tuple[Tensor, ...]]:
         """What the mix works on but for topics, and the buffers in it."""
         c = self.caches
         (slots, context, senses), width = c.rows.shape, c.table.shape[1]
@@ -177,8 +139,8 @@ class NativeKernels:
         parts = torch.empty(GROUPS, slots, width)
         starts, words = (torch.empty(slots, n, dtype=torch.int32) for n in (GROUPS + 1, 2 * context))
         tensors = (c.table, c.embedding, c.rows, c.ids, c.previous, c.following, c.annealed_sum, alpha, parts)
-        lists = _Lists(at(starts), at(words), context, len(c.embedding))
-        state = _Mix(*(at(tensor) for tensor in tensors), lists, None, senses, width, context, slots)
+        lists = structs.Lists(at(starts), at(words), context, len(c.embedding))
+        state = structs.Mix(*(at(tensor) for tensor in tensors), lists, None, senses, width, context, slots)
         return state, (alpha, parts, starts, words)
 
     def _with(self, topics: bytes) -> object:
@@ -186,7 +148,7 @@ class NativeKernels:
         return ctypes.byref(self._state)
 
     def _describe(self, predictions: Sequence[MixSpan]) -> tuple[np.ndarray, bytes]:
-        """Predictions [B, 5] and their topics, as cpp/mix.h's `Row` and `Topic`."""
+        """Predictions [B, 5] and their topics, as `structs.PREDICTION` and `structs.TOPIC`."""
         rows: list[tuple[int, ...]] = []
         topics: list[bytes] = []
         for p in predictions:

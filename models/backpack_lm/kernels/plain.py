@@ -43,7 +43,7 @@ class PlainKernels:
         weight = embedding.detach().to(self.caches.table)
         return lambda o: F.linear(o.to(weight.dtype), weight).float()
 
-    def append_tokens(self, new: StepInput, runs: Sequence[TokenSpan]) -> None:
+    def append_tokens(self, new: StepInput, spans: Sequence[TokenSpan]) -> None:
         self.caches.rows[new.slots, new.positions] = new.rows
         self.caches.ids[new.slots, new.positions] = new.tokens.int()
 
@@ -53,30 +53,30 @@ class PlainKernels:
         y: Tensor = norm(x)
         return y.to(self.caches.table.dtype)
 
-    def attend(self, qkv: Tensor, layer: int, runs: Sequence[TokenSpan], scale: float) -> Tensor:
+    def attend(self, qkv: Tensor, layer: int, spans: Sequence[TokenSpan], scale: float) -> Tensor:
         caches = self.caches
         keys, values = caches.keys[layer], caches.values[layer]  # [S, H, T/16, w, 16], [S, H, T, w]
         q, k, v = qkv.view(len(qkv), 3, keys.shape[1], -1).unbind(1)  # [N, H, w]
         mixed = torch.empty_like(q)
-        for run in runs:
-            new, end = slice(run.token, run.token + run.size), run.position + run.size
-            places = self._places[run.position : end]
-            keys[run.slot, :, places // LANES, :, places % LANES] = k[new]
-            values[run.slot, :, run.position : end] = v[new].transpose(0, 1)
-        for run in (run for run in runs if run.size > 1):
-            new, end = slice(run.token, run.token + run.size), run.position + run.size
-            seen = self._places[:end] <= self._places[run.position : end, None]
+        for span in spans:
+            new, end = slice(span.token, span.token + span.size), span.position + span.size
+            places = self._places[span.position : end]
+            keys[span.slot, :, places // LANES, :, places % LANES] = k[new]
+            values[span.slot, :, span.position : end] = v[new].transpose(0, 1)
+        for span in (span for span in spans if span.size > 1):
+            new, end = slice(span.token, span.token + span.size), span.position + span.size
+            seen = self._places[:end] <= self._places[span.position : end, None]
             mixed[new] = F.scaled_dot_product_attention(
                 q[new].transpose(0, 1)[None],
-                untiled(keys[run.slot])[..., :end].transpose(1, 2)[None],
-                values[run.slot, :, :end][None],
+                untiled(keys[span.slot])[..., :end].transpose(1, 2)[None],
+                values[span.slot, :, :end][None],
                 attn_mask=seen,
                 scale=scale,
             )[0].transpose(0, 1)
-        if single := [run for run in runs if run.size == 1]:
-            at = torch.tensor([run.token for run in single], device=self._device)
-            slots = torch.tensor([run.slot for run in single], device=self._device)
-            last = torch.tensor([run.position for run in single], device=self._device)
+        if single := [span for span in spans if span.size == 1]:
+            at = torch.tensor([span.token for span in single], device=self._device)
+            slots = torch.tensor([span.slot for span in single], device=self._device)
+            last = torch.tensor([span.position for span in single], device=self._device)
             length = int(last.max()) + 1
             scores = (q[at][:, :, None] @ untiled(keys[slots])[..., :length]).float() * scale  # [G, H, 1, T]
             scores.masked_fill_((self._places[:length] > last[:, None])[:, None, None], float("-inf"))
@@ -103,14 +103,14 @@ class PlainKernels:
             rows.flatten(1), caches.table, per_sample_weights=alpha.flatten(1).to(caches.table.dtype), mode="sum"
         ).float()
 
-    def draw(self, logits: Tensor, how: Sequence[DrawParams]) -> Tensor:
+    def draw(self, logits: Tensor, params: Sequence[DrawParams]) -> Tensor:
         values = logits
-        if any(d.temperature for d in how):
-            heat = torch.tensor([d.temperature for d in how], device=logits.device)[:, None]
+        if any(d.temperature for d in params):
+            temperatures = torch.tensor([d.temperature for d in params], device=logits.device)[:, None]
             tokens = torch.arange(logits.shape[1], device=logits.device)
-            noise = log_exponentials([d.seed for d in how], [d.position for d in how], tokens)
-            values = torch.where(heat > 0, logits / heat - noise, logits)
-        if (likely := kept(logits, how)) is not None:
+            noise = log_exponentials([d.seed for d in params], [d.position for d in params], tokens)
+            values = torch.where(temperatures > 0, logits / temperatures - noise, logits)
+        if (likely := kept(logits, params)) is not None:
             values = values.masked_fill(~likely, float("-inf"))
         best, chosen = values.max(-1)
         return chosen.masked_fill((best == float("-inf")) | ~(logits < float("inf")).all(-1), -1)
@@ -145,17 +145,17 @@ class PlainKernels:
         annealed_sum[start:length] = sums(slice(start, length), slice(length))
 
 
-def kept(logits: Tensor, how: Sequence[DrawParams]) -> Tensor | None:
+def kept(logits: Tensor, params: Sequence[DrawParams]) -> Tensor | None:
     """Whether each token may be drawn, bool [G, V] for logits [G, V]; None if all may, in all rows."""
-    if not any(d.top_k or d.top_p < 1 for d in how):
+    if not any(d.top_k or d.top_p < 1 for d in params):
         return None
     count, device = logits.shape[1], logits.device
-    limit = torch.tensor([d.top_k or count for d in how], device=device)[:, None]
-    share = torch.tensor([d.top_p for d in how], dtype=torch.float64, device=device)[:, None]
-    heat = torch.tensor([d.temperature or 1.0 for d in how], dtype=torch.float64, device=device)[:, None]
+    limit = torch.tensor([d.top_k or count for d in params], device=device)[:, None]
+    share = torch.tensor([d.top_p for d in params], dtype=torch.float64, device=device)[:, None]
+    temperatures = torch.tensor([d.temperature or 1.0 for d in params], dtype=torch.float64, device=device)[:, None]
     ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
     inside = torch.arange(count, device=device) < limit
-    mass = (ordered.double() / heat).masked_fill(~inside, float("-inf")).softmax(-1)
+    mass = (ordered.double() / temperatures).masked_fill(~inside, float("-inf")).softmax(-1)
     # Those before a token that is kept have less than its share: at least one always is.
     inside &= (share >= 1) | (mass.cumsum(-1) - mass < share)
     return torch.zeros_like(inside).scatter(-1, tokens, inside)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from backpack_lm.kernels.structs import TOPIC
 from backpack_lm.overlay import TopicMultipliers
-
-TOPIC = np.dtype([("levels", "u8"), ("multipliers", "f4", 4), ("scale", "f4"), ("annealed", "i4")])
-"""What cpp/mix.h and triton_mix.py read. `levels` is an address in the memory of the topic's device."""
 
 
 def describe(topic: TopicMultipliers) -> bytes:
-    """A topic as `TOPIC`. It has to outlive its description, which holds an address."""
+    """A topic as `TOPIC`. The topic must live as long as its description, which contains an address of it."""
     return np.array((topic.levels.data_ptr(), topic.multipliers.tolist(), topic.scale, topic.annealed), TOPIC).tobytes()

@@ -16,24 +16,24 @@ from torch import Tensor
 from backpack_lm.kernels.caches import LANES
 
 
-def attend_single(qkv: Tensor, keys: Tensor, values: Tensor, runs: Tensor, scale: float, out: Tensor) -> None:
+def attend_single(qkv: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: float, out: Tensor) -> None:
     """Write keys [S, H, T/16, w, 16] and values [S, H, T, w] of single new tokens; attention into out [N, d].
 
-    `runs` [G, 3] int64: each one's row of qkv [N, 3·d], its slot, its position.
+    `spans` [G, 3] int64: each one's row of qkv [N, 3·d], its slot, its position.
     """
     _, heads, context, width = values.shape
-    attend[(len(runs), heads)](
-        qkv, keys, values, runs, scale, out, heads, context, width, triton.next_power_of_2(width), LANES
+    attend[(len(spans), heads)](
+        qkv, keys, values, spans, scale, out, heads, context, width, triton.next_power_of_2(width), LANES
     )
 
 
 @triton.jit
 def attend(
-    qkv, keys, values, runs, scale, out,
+    qkv, keys, values, spans, scale, out,
     HEADS: tl.constexpr, CONTEXT: tl.constexpr, WIDTH: tl.constexpr, WIDTH_UP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    run, head = tl.program_id(0), tl.program_id(1)
-    token, slot, position = tl.load(runs + run * 3), tl.load(runs + run * 3 + 1), tl.load(runs + run * 3 + 2)
+    span, head = tl.program_id(0), tl.program_id(1)
+    token, slot, position = tl.load(spans + span * 3), tl.load(spans + span * 3 + 1), tl.load(spans + span * 3 + 2)
     c = tl.arange(0, WIDTH_UP)
     inside = c < WIDTH
     new = qkv + (token * 3 * HEADS + head) * WIDTH + c

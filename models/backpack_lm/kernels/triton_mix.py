@@ -79,9 +79,9 @@ def topic(address, n, tokens, sense, SENSES: tl.constexpr):
     """Of the n-th topic at an address: δ of cells, the scale of its annealing, whether it is annealed."""
     numbers = address.to(tl.pointer_type(tl.float32)) + n * 8
     levels = tl.load(address.to(tl.pointer_type(tl.int64)) + n * 4).to(tl.pointer_type(tl.uint8))
-    aim = tl.load(numbers + 2 + tl.load(levels + tokens * SENSES + sense).to(tl.int32))
+    target = tl.load(numbers + 2 + tl.load(levels + tokens * SENSES + sense).to(tl.int32))
     annealed = tl.load(numbers.to(tl.pointer_type(tl.int32)) + 7) != 0
-    return aim, tl.load(numbers + 6), annealed
+    return target, tl.load(numbers + 6), annealed
 
 
 @triton.jit
@@ -117,8 +117,8 @@ def weigh(
         cell = (first + length - 1) * SENSES + sense
         changeable = 0  # a multiplier of 1 stays 1, however much the cell is annealed_sum
         for n in range(topics):
-            aim, _, annealed = topic(address, n, tl.load(ids + first + length - 1), sense, SENSES)
-            changeable += (annealed & (aim != 1.0)).to(tl.int32)
+            target, _, annealed = topic(address, n, tl.load(ids + first + length - 1), sense, SENSES)
+            changeable += (annealed & (target != 1.0)).to(tl.int32)
         dot_sum = 0.0
         if changeable > 0:
             d = tl.arange(0, WIDTH_UP)
@@ -167,9 +167,9 @@ def mix(
                         dot_sum += tl.where(older, tl.maximum(tl.sum(vector * e[None, :], 1), 0.0), 0.0)
                         tl.store(cells, dot_sum, mask=older)
                     for n in range(topics):
-                        aim, scale, annealed = topic(address, n, tokens, sense, SENSES)
+                        target, scale, annealed = topic(address, n, tokens, sense, SENSES)
                         keep = tl.sigmoid(6.0 - scale * dot_sum) * (1.0 + t / 100.0)
-                        weight *= tl.where(annealed, keep * aim + (1.0 - keep), aim)
+                        weight *= tl.where(annealed, keep * target + (1.0 - keep), target)
                 sums += vector * weight[:, None]
         part = parts + (b * (CONTEXT // BLOCK) + block) * WIDTH
         tl.store(part + d, tl.sum(sums, 0), mask=inside)

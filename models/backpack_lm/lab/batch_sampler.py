@@ -98,12 +98,12 @@ def sample(
 
     `bias` [tokens] is added to every step's logits: the baseline that topics are compared with.
     """
-    lockstep = BatchSampler(subject, overlay, count, len(prompt) + length)
+    sampler = BatchSampler(subject, overlay, count, len(prompt) + length)
     random = torch.Generator().manual_seed(seed)
     for token in prompt:
-        logits = lockstep.feed(torch.full((count,), token))
+        logits = sampler.feed(torch.full((count,), token))
     for _ in range(length):
         scores = logits if bias is None else logits + bias
         tokens = torch.multinomial(scores.softmax(-1), 1, generator=random)[:, 0]
-        logits = lockstep.feed(tokens)
-    return lockstep.ids[:, len(prompt) :]
+        logits = sampler.feed(tokens)
+    return sampler.ids[:, len(prompt) :]

@@ -188,7 +188,7 @@ def find_sense(
     """
     contrast = Contrast.of(subject, one, other)
     first: dict[int, str] = {}  # word of each token
-    for word in subject.known(words):
+    for word in subject.single_token_words(words):
         first.setdefault(subject.token(word), word)
     known = list(first.values())
     if not known:
@@ -203,7 +203,7 @@ def find_sense(
         error = stdev(falls) / math.sqrt(len(falls)) if len(falls) > 1 else None
         said = says[:, sense]
         effects.append(SenseEffect(sense, fmean(left), float(said.mean()), float(said.abs().mean()), error))
-    unknown = [word for word in words if not subject.known([word])]
+    unknown = [word for word in words if not subject.single_token_words([word])]
     return SenseSearch(one, other, known, unknown, fmean(ratios), effects)
 
 

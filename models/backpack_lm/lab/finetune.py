@@ -4,7 +4,7 @@ For each example the cells are chosen that its targets attend to most and ordina
 cell in the union is learnt, everything else is frozen: loss on the examples, plus the divergence from the model as
 it was on background text, within a loss budget on held-out text.
 
-Training is logits = (o + A·δ) Eᵀ over the positions that the cells reach (`reach.py`): the trunk runs once.
+Training is logits = (o + A·δ) Eᵀ over the positions that the cells influence (`influence.py`); the trunk runs once.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Finetuned:
 
     It is `reached` if after every example's prompt the first token of its target is the likeliest; `missed` are
     the prompts after which it isn't. `reached_change` is the held-out loss's change at the positions that the
-    cells reach alone: what a budget over all text doesn't show.
+    cells influence: what a budget over all text doesn't show.
     """
 
     cells: list[Cell]

@@ -1,7 +1,7 @@
-"""Which cells of the sense table examples reach: what sense finetuning may change, and where that shows.
+"""Which cells of the sense table influence an example: what sense finetuning may change, and where.
 
-α doesn't depend on sense vectors. So what deltas δ [cells, d] do to a position is one row of a matrix A, how much
-α it gives each cell: o + A·δ. Positions with A = 0 can't change.
+α doesn't depend on sense vectors. So deltas δ [cells, d] change a position's output to o + A·δ, where the
+position's row of A is the α that it gives to each cell. Positions with A = 0 can't change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from backpack_lm.patch import Cell
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Positions that chosen cells reach: weights A [N, cells], outputs o [N, d], next tokens [N].
+    """Positions that the chosen cells influence: weights A [N, cells], outputs o [N, d], next tokens [N].
 
     `total` positions were read; the others can't change.
     """
@@ -66,7 +66,7 @@ def choose_cells(
 
 @torch.no_grad()
 def positions_of(subject: LabModel, rows: Sequence[Tensor], firsts: Sequence[int], cells: Sequence[Cell]) -> Positions:
-    """What the chosen cells reach of rows of ids; of each row, the predictions from index `first` on."""
+    """The positions in rows of ids that the chosen cells influence; of each row, those from index `first` on."""
     tokens = sorted({cell.token for cell in cells})
     column = {cell: at for at, cell in enumerate(cells)}
     model, weights, outputs, targets, total = SteeredModel(subject, subject.overlay()), [], [], [], 0
@@ -77,15 +77,15 @@ def positions_of(subject: LabModel, rows: Sequence[Tensor], firsts: Sequence[int
         if not here:
             continue
         alpha = subject.model.sense_weights(ids[None])[0]  # [k, T, T]
-        reach = torch.zeros(len(ids), len(cells))
+        influence = torch.zeros(len(ids), len(cells))
         for token in here:
             given = alpha[:, :, ids == token].sum(-1)  # [k, T]
             for sense in range(len(given)):
                 if (at := column.get(Cell(token, sense))) is not None:
-                    reach[:, at] = given[sense]
-        kept = reach.any(1)
+                    influence[:, at] = given[sense]
+        kept = influence.any(1)
         kept[:first] = False
-        weights.append(reach[kept])
+        weights.append(influence[kept])
         outputs.append(model.mix(ids[None])[0, kept])
         targets.append(row[1:][kept])
     if not weights:

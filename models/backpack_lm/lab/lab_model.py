@@ -66,7 +66,7 @@ class LabModel:
         if (token := self.token(word)) not in self.ids(prompt):
             raise ValueError(f"prompt {prompt!r} doesn't hold {word!r} as the token {self.tokenizer.piece(token)!r}")
 
-    def known(self, words: Iterable[str]) -> list[str]:
+    def single_token_words(self, words: Iterable[str]) -> list[str]:
         """Those of the words that are one token: only they have sense vectors of their own."""
         return [word for word in words if self._is_token(word)]
 

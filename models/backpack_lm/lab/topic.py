@@ -19,7 +19,7 @@ LED = 2.0
 
 
 class By(StrEnum):
-    """How a topic is reached: by frequent words that lean to it, or by the paper's multipliers."""
+    """How text is steered to a topic: by a topic vector in frequent words, or by the paper's multipliers."""
 
     LEAN = "lean"
     MULTIPLIERS = "multipliers"
@@ -30,8 +30,8 @@ class TopicChosen:
     """A topic: its words' tokens, its edits by strength, the words' mass after prompts by strength.
 
     `pieces` are the first tokens of those words that have several. `speakers` says where it comes from: the cells
-    with the highest scores, or the words that gain most from leaning. `moved` is the total variation distance over
-    all other tokens, as `mass`.
+    with the highest scores, or the words that gain most from the topic vector. `moved` is the total variation
+    distance over all other tokens, as `mass`.
     """
 
     words: list[str]

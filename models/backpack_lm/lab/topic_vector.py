@@ -1,9 +1,9 @@
-"""A topic by leaning: the words that a model writes most say a little more of the topic, its own words less.
+"""A topic vector, added to the senses of frequent words and subtracted from those of the topic's own words.
 
-Multipliers can only raise what senses already say, so they need a text that is of the topic. Frequent words stand
-in every text. As Σ_j α_lj = 1 for each sense, a vector added to all senses of all words would be the same shift of
-the logits everywhere; added to frequent words, and taken away from the topic's words, it fades where a text has
-come to the topic. The vector moves related words too, as far as their embeddings lie that way.
+Multipliers only raise what senses already contribute, so they need a text that is about the topic. Frequent words
+stand in every text. As Σ_j α_lj = 1 for each sense, a vector added to all senses of all words would shift the logits
+everywhere alike. Added to frequent words and subtracted from the topic's words, it fades once the topic is present.
+Related words gain too, in proportion to their embedding's component along the vector.
 """
 
 from __future__ import annotations
@@ -63,23 +63,23 @@ def direction(subject: LabModel, tokens: Sequence[int]) -> Tensor:
 
 def topic_vector_edits(subject: LabModel, tokens: Sequence[int], strength: int, frequent: FrequentWords) -> list[Edit]:
     """Two edits of at most CELLS cells: δ added to every sense of the frequent words, and taken from those of the
-    topic's `tokens`. With all words of a text leaning, δ of all k senses would raise the topic's logits by
-    NATS[strength] / the frequent words' share of the text.
+    topic's `tokens`. In a text of frequent words alone, δ would raise the topic's logits by NATS[strength] / the
+    frequent words' share of an ordinary text.
 
-    Raises PatchError for a strength that there isn't, ValueError if no frequent word is left to lean.
+    Raises PatchError for an unknown strength, ValueError if no cell is left for a frequent word.
     """
     if strength not in NATS:
         raise PatchError(Violation("strength", "OUT_OF_RANGE", f"{strength}; use 1, 2 or 3"))
     senses, own = range(subject.config.num_senses), set(tokens)
     room = CELLS // len(senses) - len(own)
     pairs = zip(frequent.tokens, frequent.shares, strict=True)
-    leaning = [(token, share) for token, share in pairs if token not in own][: max(room, 0)]
-    if not leaning:
+    steered = [(token, share) for token, share in pairs if token not in own][: max(room, 0)]
+    if not steered:
         raise ValueError(f"{len(own)} topic words leave no cell of {CELLS} for frequent words; give fewer")
-    share = sum(share for _, share in leaning)
+    share = sum(share for _, share in steered)
     delta = NATS[strength] / share / len(senses) * direction(subject, tokens)
     return [
-        AddEdit(tuple(Cell(token, sense) for token, _ in leaning for sense in senses), Vector.of(delta.tolist())),
+        AddEdit(tuple(Cell(token, sense) for token, _ in steered for sense in senses), Vector.of(delta.tolist())),
         AddEdit(tuple(Cell(token, sense) for token in sorted(own) for sense in senses), Vector.of((-delta).tolist())),
     ]
 

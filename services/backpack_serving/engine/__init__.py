@@ -1,1 +1,1 @@
-"""The engine: continuous batching of steered sequences. step = schedule → run → sample → settle."""
+"""The engine: continuous batching of steered sequences. step = schedule → run → sample → commit."""

@@ -106,7 +106,7 @@ class Engine:
             self._finish(sequence)
 
     def step(self) -> list[Output]:
-        """Schedule, run, sample, settle; the tokens that were made."""
+        """Schedule, run, sample, commit. Returns the new tokens."""
         for sequence in self._scheduler.running:
             self._reuse_prefix(sequence)  # before a slot that somebody wants to copy from is given away
         self._scheduler.admit(self._start_sequence)
@@ -142,7 +142,7 @@ class Engine:
         return True
 
     def _reuse_prefix(self, sequence: Sequence) -> None:
-        """Copy the prefix that a sequence awaits once it is there; if its owner ended before, look for another."""
+        """Copy the prefix that a sequence waits for, once it is computed. If its owner ended first, find another."""
         prefix, slot = sequence.pending_prefix, sequence.slot
         if prefix is not None and not prefix.ready and prefix.owner.slot is None:
             sequence.pending_prefix = None

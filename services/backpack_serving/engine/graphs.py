@@ -31,7 +31,7 @@ class _Recorded:
     """A step of a number of tokens, and the places that it works on."""
 
     new: StepInput
-    runs: list[TokenSpan]
+    spans: list[TokenSpan]
     predictions: list[MixSpan]
     replay: Callable[[], object] = field(init=False)
     logits: Tensor = field(init=False)
@@ -51,29 +51,31 @@ class Graphs:
         self._new = StepInput(tokens, places, positions, rows)
         self._recorded = {size: self._make(step, size) for size in reversed(list(_batch_sizes(slots)))}  # largest first
 
-    def run(self, new: StepInput, runs: Sequence[TokenSpan], predictions: Sequence[MixSpan]) -> Tensor:
-        """Logits [B, tokens] of a step of B runs of one token; `new` are on the CPU."""
-        recorded = self._recorded[min(size for size in self._recorded if size >= len(runs))]
-        self._fill(recorded, new, runs, predictions)
+    def run(self, new: StepInput, spans: Sequence[TokenSpan], predictions: Sequence[MixSpan]) -> Tensor:
+        """Logits [B, tokens] of a step of B spans of one token; `new` are on the CPU."""
+        recorded = self._recorded[min(size for size in self._recorded if size >= len(spans))]
+        self._fill(recorded, new, spans, predictions)
         recorded.replay()
-        return recorded.logits[: len(runs)]
+        return recorded.logits[: len(spans)]
 
-    def _fill(self, into: _Recorded, new: StepInput, runs: Sequence[TokenSpan], predictions: Sequence[MixSpan]) -> None:
+    def _fill(
+        self, into: _Recorded, new: StepInput, spans: Sequence[TokenSpan], predictions: Sequence[MixSpan]
+    ) -> None:
         """Put what a step works on where a recorded one looks for it; the scratch slot fills it up."""
-        count, size, scratch = len(runs), len(into.runs), self._scratch
+        count, size, scratch = len(spans), len(into.spans), self._scratch
         for place, part, rest in zip(into.new, new, (0, scratch, 0, 0), strict=True):
             padding = (0,) * (2 * part.ndim - 1) + (size - count,)  # behind the first dimension
             place.copy_(F.pad(part, padding, value=rest), non_blocking=True)
-        into.runs[:] = *runs, *(TokenSpan(n, scratch, 0, 1) for n in range(count, size))
+        into.spans[:] = *spans, *(TokenSpan(n, scratch, 0, 1) for n in range(count, size))
         into.predictions[:] = *predictions, *(MixSpan(scratch, 1, False) for _ in range(count, size))
-        self._kernels.describe(into.runs, into.predictions)
+        self._kernels.describe(into.spans, into.predictions)
 
     def _make(self, step: Step, size: int) -> _Recorded:
         """Record a step of the scratch slot alone: recording runs it, which must not touch a sequence."""
         new = StepInput._make(part[:size] for part in self._new)
         made = _Recorded(new, [TokenSpan(0, 0, 0, 1)] * size, [])
         self._fill(made, StepInput._make(part[:0].cpu() for part in new), [], [])
-        made.replay, made.logits = self._record(lambda: step(made.new, made.runs, made.predictions))
+        made.replay, made.logits = self._record(lambda: step(made.new, made.spans, made.predictions))
         return made
 
 

@@ -104,7 +104,7 @@ class EngineLoop:
     async def generate(self, request: GenerationRequest, gather: float = 0.0) -> AsyncGenerator[list[Output], None]:
         """The request's tokens: the first at once, then those of `gather` seconds together, the last at once.
 
-        Leaving the iterator early aborts the request. Raises QueueFull, TooManyRows, NotNumbers or
+        Leaving the iterator early aborts the request. Raises QueueFull, TooManyRows, NonFiniteLogits or
         EngineStopped.
         """
         if not self.healthy:

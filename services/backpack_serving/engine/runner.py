@@ -86,8 +86,8 @@ class Runner:
         """
         if donor != slot:
             self.caches.copy_prefix(donor, slot, len(tokens))
-        runs = [TokenSpan(0, slot, 0, len(tokens))]
-        self.kernels.append_tokens(self._new(runs, tokens).to(self.table.device), runs)
+        spans = [TokenSpan(0, slot, 0, len(tokens))]
+        self.kernels.append_tokens(self._new(spans, tokens).to(self.table.device), spans)
         self._update_annealing(slot, 0, len(tokens))
 
     def digest(self, slot: int) -> str:
@@ -103,23 +103,23 @@ class Runner:
 
         They are valid until the next batch is computed.
         """
-        runs = [TokenSpan(n, _slot(s), len(s.tokens) - 1, 1) for n, s in enumerate(batch.decodes)]
+        spans = [TokenSpan(n, _slot(s), len(s.tokens) - 1, 1) for n, s in enumerate(batch.decodes)]
         ids = [s.tokens[-1] for s in batch.decodes]
-        predictions = [self._prediction(run.slot, run.position + 1, fresh=True) for run in runs]
-        newest = list(range(len(runs)))
+        predictions = [self._prediction(span.slot, span.position + 1, fresh=True) for span in spans]
+        newest = list(range(len(spans)))
         for chunk in batch.chunks:
-            run = TokenSpan(len(ids), _slot(chunk.sequence), chunk.start, chunk.end - chunk.start)
-            runs.append(run)
+            span = TokenSpan(len(ids), _slot(chunk.sequence), chunk.start, chunk.end - chunk.start)
+            spans.append(span)
             ids += chunk.sequence.tokens[chunk.start : chunk.end]
             if chunk.completes:
-                predictions.append(self._prediction(run.slot, chunk.end, fresh=False))
+                predictions.append(self._prediction(span.slot, chunk.end, fresh=False))
                 newest.append(len(ids) - 1)
-        new = self._new(runs, ids)
+        new = self._new(spans, ids)
         if self._graphs and not batch.chunks:
-            return self._graphs.run(new, runs, predictions)
+            return self._graphs.run(new, spans, predictions)
         new = new.to(self.table.device)
-        self.kernels.append_tokens(new, runs)
-        queries = self._trunk(new, runs)
+        self.kernels.append_tokens(new, spans)
+        queries = self._trunk(new, spans)
         for chunk in batch.chunks:
             self._update_annealing(_slot(chunk.sequence), chunk.start, chunk.end)
         if not predictions:
@@ -128,22 +128,22 @@ class Runner:
             queries = queries[newest]
         return self._head(self.kernels.mix(queries, predictions))
 
-    def _decode(self, new: StepInput, runs: Many[TokenSpan], predictions: Many[MixSpan]) -> Tensor:
+    def _decode(self, new: StepInput, spans: Many[TokenSpan], predictions: Many[MixSpan]) -> Tensor:
         """A step of one new token a slot, from beginning to end on the device."""
-        self.kernels.append_tokens(new, runs)
-        return self._head(self.kernels.mix(self._trunk(new, runs), predictions))
+        self.kernels.append_tokens(new, spans)
+        return self._head(self.kernels.mix(self._trunk(new, spans), predictions))
 
-    def _new(self, runs: Many[TokenSpan], ids: Many[int]) -> StepInput:
+    def _new(self, spans: Many[TokenSpan], ids: Many[int]) -> StepInput:
         """New tokens as the step reads them, on the CPU."""
-        tokens, sizes = np.array(ids, np.int64), [run.size for run in runs]
-        slots = np.repeat([run.slot for run in runs], sizes)
-        positions = np.arange(len(ids)) + np.repeat([run.position - run.token for run in runs], sizes)
+        tokens, sizes = np.array(ids, np.int64), [span.size for span in spans]
+        slots = np.repeat([span.slot for span in spans], sizes)
+        positions = np.arange(len(ids)) + np.repeat([span.position - span.token for span in spans], sizes)
         rows = (tokens * self.config.num_senses).astype(np.int32)[:, None] + self._senses  # [N, k]
         new = StepInput(*map(torch.from_numpy, (tokens, slots, positions, rows)))
-        for run in runs:
-            occupant = self._occupant(run.slot)
+        for span in spans:
+            occupant = self._occupant(span.slot)
             if occupant.edited:
-                edited = [n for n in range(run.token, run.token + run.size) if ids[n] in occupant.edited]
+                edited = [n for n in range(span.token, span.token + span.size) if ids[n] in occupant.edited]
                 if edited:
                     index = occupant.overlay.row_index(new.tokens[edited]).int()
                     new.rows[edited] = torch.where(index >= 0, occupant.first_row + index, new.rows[edited])

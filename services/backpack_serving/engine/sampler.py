@@ -38,11 +38,11 @@ def choose_all(
     logits: Tensor, samplings: Sequence[SamplingParams], positions: Sequence[int], draw: Draw
 ) -> list[int | None]:
     """`choose` for each row of logits [B, V] at once. None: the row isn't numbers."""
-    how = [
+    params = [
         DrawParams(s.temperature, _seed(s) if s.temperature else 0, position, s.top_k, s.top_p)
         for s, position in zip(samplings, positions, strict=True)
     ]
-    return [token if token >= 0 else None for token in draw(logits, how).tolist()]
+    return [token if token >= 0 else None for token in draw(logits, params).tolist()]
 
 
 def _kept(logits: Tensor, sampling: SamplingParams) -> Tensor:

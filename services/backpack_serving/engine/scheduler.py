@@ -74,7 +74,7 @@ class Scheduler:
             yield from tenant.waiting
 
     def can_add(self, free_slots: int) -> bool:
-        """Whether one more may wait, beside those that a free slot awaits."""
+        """Whether one more may wait, beside those for which a slot is free."""
         return self.waiting < self.queue + free_slots
 
     def crowding(self, tenant: str) -> Sequence | None:
@@ -108,7 +108,7 @@ class Scheduler:
     def plan(self) -> Batch:
         """The next step: every sequence whose prompt is read decodes; prompts share the token budget.
 
-        One that awaits another's prefix is left out.
+        A sequence that waits for another's prefix is left out.
         """
         decodes, chunks, budget = [], [], self.step_tokens
         for sequence in self.running:

@@ -64,10 +64,10 @@ class Replica:
         metrics: ReplicaMetrics,
         drain: float,
         link: SyncTransport,
-        versions: ReleaseCache,
+        releases: ReleaseCache,
     ) -> None:
         self.id = uuid.uuid4().hex[:12]
-        self.versions, self._link = versions, link
+        self.releases, self._link = releases, link
         self._served, self._engine, self._server = served, engine, server
         self._tell, self._metrics, self._drain = report, metrics, drain
         self._draining = False
@@ -118,13 +118,13 @@ class Replica:
             await asyncio.sleep(SETTLE_SECONDS)
         await self._server.stop(self._drain)
         await tasks.end(*self._tasks)
-        self.versions.stop()
+        self.releases.stop()
         await self._engine.stop()
 
     async def _keep_in_step(self) -> None:
         """What is on disk first; then what the intervention service says, for ever."""
         if await asyncio.to_thread(self._link.restore):
-            await self.versions.restore(self._link.reader.view)
+            await self.releases.restore(self._link.reader.view)
         await self._link.run()
 
     async def _keep_tidy(self) -> None:
@@ -132,7 +132,7 @@ class Replica:
         while True:
             await asyncio.sleep(TIDY_SECONDS)
             if self.age < SILENCE:
-                await self.versions.tidy()
+                await self.releases.tidy()
 
     async def _send_report(self) -> None:
         started = time.perf_counter()
@@ -184,15 +184,15 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
     gc.collect()
     gc.freeze()
     folder = settings.state / "known-good" / "replica"
-    versions = ReleaseCache(
+    releases = ReleaseCache(
         served,
         fetch_from(control, key),
         ReleaseFiles(folder / "releases"),
         settings.releases,
         settings.tenant_bytes,
     )
-    measured = metrics.replica(lambda: engine.load, lambda: versions.count)
-    servicer = InferenceServicer(served, engine, versions, key, measured)
+    measured = metrics.replica(lambda: engine.load, lambda: releases.count)
+    servicer = InferenceServicer(served, engine, releases, key, measured)
     service = rpc.Service(
         "backpack.v1.InferenceService",
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
@@ -207,8 +207,8 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
         message_limit=rpc.SMALL,
     )
     reader = SyncClient(ReaderKind.REPLICA, uuid.uuid4().hex, server.address, served.manifest.fingerprint)
-    link = SyncTransport(control, key, reader, versions, folder / "view")
-    replica = Replica(served, engine, server, report, measured, settings.drain, link, versions)
+    link = SyncTransport(control, key, reader, releases, folder / "view")
+    replica = Replica(served, engine, server, report, measured, settings.drain, link, releases)
     log.info("replica serves", address=server.address, slots=settings.slots, model=str(settings.model))
     return replica
 

@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from backpack_lm.attribution import SenseReading, Term
+from backpack_lm.compare import Distribution
 from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
@@ -77,3 +79,58 @@ def write_next(
         top=[write_token(token, tokenizer, value) for token, value in top],
         targets=[write_token(token, tokenizer, value) for token, value in targets],
     )
+
+
+def write_compared(answer: list[float] | Distribution, tokenizer: Tokenizer) -> pb.ComparedRelease:
+    """The answer of a comparison under one release: a score, or next tokens."""
+    if isinstance(answer, list):
+        return pb.ComparedRelease(score=write_score(answer))
+    return pb.ComparedRelease(next=write_next(answer.top, answer.targets, tokenizer))
+
+
+def write_contributions(terms: Sequence[Term], ids: Sequence[int], tokenizer: Tokenizer) -> list[pb.Contribution]:
+    """Terms of a logit, with the tokens of `ids` that they come from."""
+    return [
+        pb.Contribution(
+            position=term.position,
+            token=write_token(ids[term.position], tokenizer),
+            sense=term.sense,
+            weight=term.weight,
+            multiplier=term.multiplier,
+            contribution=term.contribution,
+        )
+        for term in terms
+    ]
+
+
+def write_senses(senses: Sequence[SenseReading], tokenizer: Tokenizer) -> list[pb.Sense]:
+    """All senses of a word, in their order."""
+
+    def scored(some: Sequence[tuple[int, float]]) -> list[pb.ScoredToken]:
+        return [pb.ScoredToken(token=write_token(token, tokenizer), score=value) for token, value in some]
+
+    return [
+        pb.Sense(
+            sense=number,
+            norm=sense.norm,
+            edited=sense.edited,
+            positive=scored(sense.positive),
+            negative=scored(sense.negative),
+            neighbours=scored(sense.neighbours),
+        )
+        for number, sense in enumerate(senses)
+    ]
+
+
+def add_part(response: pb.GenerateResponse, part: pb.GenerateStreamResponse) -> None:
+    """Append a part of a stream to the answer of a call without one."""
+    while part.sample > len(response.more_samples):
+        response.more_samples.add()
+    sample: pb.GenerateResponse | pb.Sample = response.more_samples[part.sample - 1] if part.sample else response
+    sample.text += part.text
+    sample.tokens.extend(part.tokens)
+    sample.finish_reason = part.finish_reason
+    if part.HasField("served"):
+        response.served.CopyFrom(part.served)
+    if part.HasField("usage"):
+        response.usage.CopyFrom(part.usage)

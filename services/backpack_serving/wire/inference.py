@@ -106,13 +106,13 @@ def _drawn(s: pb.Sampling, defaults: SamplingDefaults) -> SamplingDefaults:
     return SamplingDefaults(temperature, s.top_k, s.top_p if s.HasField("top_p") else WHOLE.top_p)
 
 
-def normalize_request(request: Generation, order: GenerationParams) -> None:
+def normalize_request(request: Generation, params: GenerationParams) -> None:
     """Write into a request what validation decided: ids for the text, the number of tokens, how they are drawn.
 
-    The replica then sees the same order, and a second attempt elsewhere draws the same tokens.
+    The replica then sees the same parameters, and a second attempt elsewhere draws the same tokens.
     """
-    request.prompt.tokens.ids[:] = order.prompt
-    sampling, decided = request.sampling, order.sampling
+    request.prompt.tokens.ids[:] = params.prompt
+    sampling, decided = request.sampling, params.sampling
     sampling.max_tokens = decided.max_tokens
     sampling.temperature, sampling.top_k, sampling.top_p = decided.temperature, decided.top_k, decided.top_p
     assert decided.seed is not None, "read_generation draws one"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from backpack_lm.experiments.topic_judge import TopicJudge
 from backpack_lm.experiments.topic_methods import TopicMethod, TopicsResult
-from backpack_lm.experiments.topic_words import THEMES
+from backpack_lm.experiments.topic_words import TOPIC_WORDS
 from backpack_lm.experiments.topics import TopicControl, distinct_pairs
 from backpack_lm.lab import batch_sampler
 from backpack_lm.lab.lab_model import LabModel
@@ -34,7 +34,7 @@ def judge(tmp_path_factory: Any) -> Path:
     return folder
 
 
-def test_a_topic_judge_is_the_mean_of_its_hidden_states(judge: Path) -> None:
+def test_a_judge_is_the_mean_of_its_hidden_states(judge: Path) -> None:
     topic_judge = TopicJudge(judge)
     alone, together = topic_judge.embed(["food"]), topic_judge.embed(["food", "music and fashion"])
     torch.testing.assert_close(alone[0], together[0], atol=1e-5, rtol=1e-5)
@@ -77,44 +77,44 @@ def test_a_run_that_was_stopped_ends_as_if_it_never_was(
 def test_unsteered_text_scores_chance_exactly(subject: LabModel, judge: Path) -> None:
     result = TopicControl(samples=3, length=6, judge=judge).run(subject, unwatched)
     assert isinstance(result, TopicsResult)
-    assert result.ways[0].success == pytest.approx(100 / len(THEMES))
-    for way in result.ways:
-        assert way.success == pytest.approx(sum(way.by_topic.values()) / 17)
-    assert len({way.perplexity for way in result.ways}) == len(result.ways), "each way gives other text"
+    assert result.ways[0].success == pytest.approx(100 / len(TOPIC_WORDS))
+    for method in result.ways:
+        assert method.success == pytest.approx(sum(method.by_topic.values()) / 17)
+    assert len({method.perplexity for method in result.ways}) == len(result.ways), "each method gives other text"
     assert "3 ancestral samples of 6 tokens" in result.report().markdown()
     json.dumps(result.ways[0].by_topic)
 
 
-def test_what_is_told_of_each_way() -> None:
-    topics = dict.fromkeys(THEMES, 1.0)
+def test_what_is_reported_of_each_method() -> None:
+    topics = dict.fromkeys(TOPIC_WORDS, 1.0)
 
-    def way(name: str, strength: float, success: float, perplexity: float, distinct: float) -> TopicMethod:
+    def method(name: str, strength: float, success: float, perplexity: float, distinct: float) -> TopicMethod:
         return TopicMethod(name, *map(float, (strength, success, perplexity, distinct)), topics, "text")
 
-    def result(lean: TopicMethod) -> TopicsResult:
-        plain = [way("logit bias", 4, 40, 200, 90), way("logit bias", 6, 80, 300, 60)]
-        ways = [way("unsteered", 0, 5, 100, 99), way("multipliers", 3, 6, 90, 99), lean, *plain]
-        return TopicsResult(ways, {theme: ["word"] for theme in THEMES}, 3, 6, "", "the twin")
+    def result(frequent: TopicMethod) -> TopicsResult:
+        plain = [method("logit bias", 4, 40, 200, 90), method("logit bias", 6, 80, 300, 60)]
+        methods = [method("unsteered", 0, 5, 100, 99), method("multipliers", 3, 6, 90, 99), frequent, *plain]
+        return TopicsResult(methods, {topic: ["word"] for topic in TOPIC_WORDS}, 3, 6, "", "the twin")
 
-    good = result(way("lean", 3, 60, 240, 80))
+    good = result(method("lean", 3, 60, 240, 80))
     perplexity, distinct = good.bias_at(60) or (0.0, 0.0)
     assert perplexity == pytest.approx((200 * 300) ** 0.5)
     assert distinct == pytest.approx(75)
     assert good.headline().reached
-    told = good.headline().figures
-    assert "by multipliers, the paper's way: 6.0 % (1.2 times)" in told
-    assert "the lab's way: 60.0 % (12.0 times), perplexity 100 → 240, distinct pairs 99 → 80 %" in told
-    assert told.endswith("a logit bias of equal success: 245, 75 %")
+    figures = good.headline().figures
+    assert "by multipliers, the paper's way: 6.0 % (1.2 times)" in figures
+    assert "the lab's way: 60.0 % (12.0 times), perplexity 100 → 240, distinct pairs 99 → 80 %" in figures
+    assert figures.endswith("a logit bias of equal success: 245, 75 %")
     report = good.report()
     assert "| lean | 3.0 | 60.0 | 240.0 | 80.0 | 244.9 | 75.0 |" in report.markdown()
     assert "Strength 3 by multipliers does not reach" in report.markdown()
     assert "Strength 3 by lean does not reach" not in report.markdown()
     assert len(report.figures) == 2
     for worse in (
-        way("lean", 3, 60, 250, 80),  # less likely than the logit bias
-        way("lean", 3, 60, 240, 70),  # less distinct
-        way("lean", 3, 14, 110, 99),  # not three times
-        way("lean", 3, 90, 240, 80),  # nothing to compare with
+        method("lean", 3, 60, 250, 80),  # less likely than the logit bias
+        method("lean", 3, 60, 240, 70),  # less distinct
+        method("lean", 3, 14, 110, 99),  # not three times
+        method("lean", 3, 90, 240, 80),  # nothing to compare with
     ):
         assert not result(worse).headline().reached
         assert "Strength 3 by lean does not reach" in result(worse).report().markdown()

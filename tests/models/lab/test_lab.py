@@ -226,7 +226,7 @@ def test_a_topic_shows_what_each_strength_does(subject: LabModel, by: By) -> Non
     assert stays.report().warning == f"Not reached: {stays.reason}."
 
 
-def test_frequent_words_are_drawn_where_there_are_some(subject: LabModel) -> None:
+def test_a_topic_vector_needs_frequent_words(subject: LabModel) -> None:
     frequent = FrequentWords.of(subject)
     assert FrequentWords.of(subject) == frequent, "seeded"
     assert len(frequent.tokens) <= CELLS // subject.config.num_senses

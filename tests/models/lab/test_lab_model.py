@@ -47,13 +47,15 @@ def test_prompts_of_unequal_length_equal_the_model(subject: LabModel, kind: str)
 
 
 @pytest.mark.parametrize("kind", ["none", "sparse", "topic", "topics"])
-def test_lockstep_and_steered_equal_the_model_at_every_position(subject: LabModel, kind: str) -> None:
+def test_the_batch_sampler_and_the_steered_model_equal_the_model_at_every_position(
+    subject: LabModel, kind: str
+) -> None:
     overlay = subject.overlay(*_edits(subject)[kind])
     ids = torch.randint(1, subject.config.tokens, (3, 24), generator=torch.Generator().manual_seed(2))
     ids[:, 3], ids[:, 9] = subject.token("king"), subject.token("ship")
     expected = subject.model(ids, overlay)
-    lockstep = BatchSampler(subject, overlay, 3, 24)
-    got = torch.stack([lockstep.feed(column) for column in ids.t()], 1)
+    sampler = BatchSampler(subject, overlay, 3, 24)
+    got = torch.stack([sampler.feed(column) for column in ids.t()], 1)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     steered = SteeredModel(subject, overlay)
     torch.testing.assert_close(steered.mix(ids) @ steered.embedding.t(), expected, atol=1e-4, rtol=1e-4)

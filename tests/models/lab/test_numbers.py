@@ -50,9 +50,9 @@ def test_topic_weights_and_annealing(small: LabModel) -> None:
         b = torch.sigmoid(-(3.3 / 7.5) * a + 6) * (1 + j / 100)
         multipliers[:, j] = b * delta[token] + (1 - b)
     expected = _dense(small, ids, rows, multipliers)
-    lockstep = BatchSampler(small, small.overlay(TopicEdit((sea, ship), 3)), 1, len(ids))
+    sampler = BatchSampler(small, small.overlay(TopicEdit((sea, ship), 3)), 1, len(ids))
     for token in ids:
-        got = lockstep.feed(torch.tensor([token]))[0]
+        got = sampler.feed(torch.tensor([token]))[0]
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
     assert (expected - _dense(small, ids, rows)).abs().max() > 1e-2, "the topic changed nothing"
     assert (multipliers - delta[ids].t()).abs().max() > 1e-2, "annealing changed nothing"

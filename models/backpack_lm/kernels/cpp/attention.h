@@ -128,22 +128,22 @@ struct Attention {
     }
 };
 
-struct Run {
-    int32_t token, slot, position, count;
+struct Span {
+    int32_t token, slot, position, size;
 };
 
 template <typename Value>
-void attention(const Attention<Value>& a, const Run* runs, int count) {
+void attention(const Attention<Value>& a, const Span* spans, int count) {
     struct Item {
-        int run, at, size;
+        int span, at, size;
     };
     int most = 0;
-    for (int r = 0; r < count; r++) most += runs[r].count;
+    for (int r = 0; r < count; r++) most += spans[r].size;
     std::unique_ptr<Item[]> items(new Item[most]);
     int blocks = 0;
     for (int r = 0; r < count; r++)  // full blocks first have the most to do: the last ones, so from the end
-        for (int at = 0; at < runs[r].count;) {
-            int size = runs[r].count - at >= QUERIES ? QUERIES : 1;
+        for (int at = 0; at < spans[r].size;) {
+            int size = spans[r].size - at >= QUERIES ? QUERIES : 1;
             items[blocks++] = {r, at, size};
             at += size;
         }
@@ -153,19 +153,19 @@ void attention(const Attention<Value>& a, const Run* runs, int count) {
 #pragma omp for collapse(2) schedule(static)
         for (int head = 0; head < a.heads; head++)
             for (int b = 0; b < blocks; b++) {
-                const Run& run = runs[items[b].run];
+                const Span& span = spans[items[b].span];
                 for (int n = items[b].at; n < items[b].at + items[b].size; n++)
-                    a.write(run.token + n, run.slot, run.position + n, head);
+                    a.write(span.token + n, span.slot, span.position + n, head);
             }
 #pragma omp for collapse(2) schedule(dynamic, (a.heads + 1) / 2)
         for (int b = blocks - 1; b >= 0; b--)
             for (int head = 0; head < a.heads; head++) {
-                const Run& run = runs[items[b].run];
-                int token = run.token + items[b].at, position = run.position + items[b].at;
+                const Span& span = spans[items[b].span];
+                int token = span.token + items[b].at, position = span.position + items[b].at;
                 if (items[b].size == QUERIES)
-                    a.template attend<QUERIES>(token, run.slot, position, head, scratch.get());
+                    a.template attend<QUERIES>(token, span.slot, position, head, scratch.get());
                 else
-                    a.template attend<1>(token, run.slot, position, head, scratch.get());
+                    a.template attend<1>(token, span.slot, position, head, scratch.get());
             }
     }
 }

@@ -10,7 +10,7 @@ typedef uint64_t Longs __attribute__((vector_size(8 * LANES), aligned(8)));
 typedef double Doubles __attribute__((vector_size(8 * LANES), aligned(8)));
 
 // As in native.py. Temperature 0 is greedy, top_k 0 and top_p 1 leave the whole vocabulary.
-struct Drawing {
+struct DrawParams {
     uint64_t seed;
     double top_p;
     int32_t position, top_k;
@@ -118,7 +118,7 @@ constexpr Candidate NONE{-INFINITY, INT32_MAX};  // which all are at least as li
 // The token, of those that are no less likely than `least`. −1 where a logit is NaN or +∞, or all are −∞. DRAWN: at a
 // temperature, else the greatest.
 template <bool DRAWN>
-int32_t choose(const float* logits, int vocabulary, const Drawing& how, Candidate least = NONE) {
+int32_t choose(const float* logits, int vocabulary, const DrawParams& how, Candidate least = NONE) {
     Greatest greatest;
     Ints lane = lanes(), numbers = Ints{} - 1;
     float best = -INFINITY;
@@ -192,7 +192,7 @@ inline std::vector<Candidate>& likeliest(const float* logits, int vocabulary, in
 }
 
 // The last of the top_k likeliest, or of those the last of the smallest set of mass top_p.
-inline Candidate last_of_count(const float* logits, int vocabulary, const Drawing& how, float peak) {
+inline Candidate last_of_count(const float* logits, int vocabulary, const DrawParams& how, float peak) {
     std::vector<Candidate>& some = likeliest(logits, vocabulary, how.top_k);
     auto last = some.begin() + how.top_k - 1;
     std::nth_element(some.begin(), last, some.end(), likelier);
@@ -205,14 +205,14 @@ inline Candidate last_of_count(const float* logits, int vocabulary, const Drawin
 
 // The last of the smallest set of mass top_p: buckets of like tokens are weighed, and only those of one bucket sorted.
 // Tokens of less than (1 − top_p) / V have less than 1 − top_p together, so none of them is needed.
-inline Candidate last_of_mass(const float* logits, int vocabulary, const Drawing& how, float peak) {
+inline Candidate last_of_mass(const float* logits, int vocabulary, const DrawParams& how, float peak) {
     constexpr int BUCKETS = 1024;
     static thread_local std::vector<Candidate> some;
     static thread_local std::vector<double> sums;
     double depth = std::log(vocabulary / (1 - how.top_p)) + 1e-3, total = 0;
-    float heat = how.temperature, scale = float(BUCKETS / depth);
+    float temperature = how.temperature, scale = float(BUCKETS / depth);
     auto distance = [&](int first) {
-        return lanes() + first < vocabulary ? (peak - load(logits, vocabulary, first)) / heat : Floats{} + INFINITY;
+        return lanes() + first < vocabulary ? (peak - load(logits, vocabulary, first)) / temperature : Floats{} + INFINITY;
     };
     auto bucket = [&](Floats far) {
         Floats place = far * scale;
@@ -236,7 +236,7 @@ inline Candidate last_of_mass(const float* logits, int vocabulary, const Drawing
         for (int n = 0; n < LANES; n++)
             if (where[n] == border) some.push_back({logits[first + n], first + n});
     }
-    return last_within(some, peak, heat, goal - before);
+    return last_within(some, peak, temperature, goal - before);
 }
 
 // What 16 tokens from the first-th on weigh beside one of the logit `peak`, the greatest; beyond the row's end, nothing.
@@ -252,7 +252,7 @@ inline double sum(Doubles lanes) {
 }
 
 // Whether a token is in the smallest set of mass top_p, as those before it have less; not sure near the border.
-inline bool surely_within(const float* logits, int vocabulary, const Drawing& how, float peak, int32_t token) {
+inline bool surely_within(const float* logits, int vocabulary, const DrawParams& how, float peak, int32_t token) {
     Candidate last{logits[token], token};
     Doubles before{}, all{};
     for (int first = 0; first < vocabulary; first += LANES) {
@@ -266,7 +266,7 @@ inline bool surely_within(const float* logits, int vocabulary, const Drawing& ho
 }
 
 // One row's token; −1 where a logit is NaN or +∞, or all are −∞.
-inline int32_t draw(const float* logits, int vocabulary, const Drawing& how) {
+inline int32_t draw(const float* logits, int vocabulary, const DrawParams& how) {
     if (how.temperature <= 0) return choose<false>(logits, vocabulary, how);
     bool few = how.top_k > 0 && how.top_k < vocabulary;
     if (!few && how.top_p >= 1) return choose<true>(logits, vocabulary, how);

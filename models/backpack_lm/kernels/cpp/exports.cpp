@@ -8,34 +8,40 @@
 // positions, [.., T/16, w, 16]: scores are computed for 16 positions at a time without a horizontal sum, and memory is
 // read in one stream.
 
-
 #include "draw.h"
 #include "mix.h"
 #include "norm.h"
 #include "append.h"
+#include "layouts.h"
 #include "product.h"
 #include "trunk.h"
 
 #define EXPORTS(NAME, Value)                                                                                         \
-    void attend_##NAME(const Value* qkv, Value* keys, Value* values, const Run* runs, int count, int heads,          \
+    void attend_##NAME(const Value* qkv, Value* keys, Value* values, const Span* spans, int count, int heads,          \
                        int width, int context, float scale, Value* out) {                                            \
-        attention(Attention<Value>{qkv, keys, values, out, heads, width, context, scale}, runs, count);              \
+        attention(Attention<Value>{qkv, keys, values, out, heads, width, context, scale}, spans, count);              \
     }                                                                                                                \
-    void mix_##NAME(const Mix<Value>* state, const Row* rows, int count, const Value* queries, const Value* keys,    \
+    void mix_##NAME(const Mix<Value>* state, const Prediction* rows, int count, const Value* queries, const Value* keys,    \
                     int head_width, float* out) {                                                                    \
         mix(*state, rows, count, queries, keys, head_width, out);                                                    \
     }                                                                                                                \
-    void satisfy_##NAME(const Mix<Value>* state, const Row* row, int start) { satisfy(*state, *row, start); }        \
+    void update_annealing_##NAME(const Mix<Value>* state, const Prediction* row, int start) { update_annealing(*state, *row, start); }        \
     void residual_norm_##NAME(float* x, const Value* delta, const float* gain, const float* bias, float epsilon,     \
                               int count, int width, Value* out) {                                                    \
         residual_norm(x, delta, gain, bias, epsilon, count, width, out);                                             \
     }
 
 extern "C" {
+// What `layouts.h` says of every structure that comes through here, for structs.py to compare.
+const char* layouts() {
+    static const std::string text = all_layouts();
+    return text.c_str();
+}
+
 EXPORTS(float32, float)
 EXPORTS(bfloat16, bf16)
 
-void draw_float32(const float* logits, int count, int vocabulary, const Drawing* how, int32_t* out) {
+void draw_float32(const float* logits, int count, int vocabulary, const DrawParams* how, int32_t* out) {
 #pragma omp parallel for schedule(dynamic, 1) if (count > 1)
     for (int n = 0; n < count; n++) out[n] = draw(logits + size_t(n) * vocabulary, vocabulary, how[n]);
 }
@@ -48,14 +54,14 @@ void log_probabilities_float32(const float* logits, int count, int vocabulary, c
                           logs + n * top);
 }
 
-void append_tokens_int32(const AppendTargets* to, const Run* runs, int count, const int64_t* tokens, const int32_t* rows) {
-    append_tokens(*to, runs, count, tokens, rows);
+void append_tokens_int32(const AppendTargets* to, const Span* spans, int count, const int64_t* tokens, const int32_t* rows) {
+    append_tokens(*to, spans, count, tokens, rows);
 }
 
 #define TRUNK(NAME, Value)                                                                                           \
-    void trunk_##NAME(const Trunk<Value>* state, const New* in, int count, const Run* runs, int how_many,            \
+    void trunk_##NAME(const Trunk<Value>* state, const NewTokens* in, int count, const Span* spans, int how_many,            \
                       float* scratch, Value* queries) {                                                              \
-        trunk(*state, *in, count, runs, how_many, scratch, queries);                                                 \
+        trunk(*state, *in, count, spans, how_many, scratch, queries);                                                 \
     }
 
 #define PRODUCT(NAME, Value, Out)                                                                                    \

@@ -13,13 +13,13 @@ struct Topic {  // one topic edit of a release, as overlay.TopicMultipliers has 
     int32_t annealed;
 };
 
-struct Row {  // one prediction: the newest of `length` tokens in a slot
+struct Prediction {  // one prediction: the newest of `length` tokens in a slot
     int32_t slot, length;
-    int32_t fresh;  // whether its newest token has still to be counted in `satisfied`
+    int32_t fresh;  // whether its newest token has still to be counted in `annealed_sum`
     int32_t topics, first_topic;
 };
 
-constexpr float SATISFIED = 32.0f;  // scale·a from which sigmoid(6 − scale·a) is lost in 1 − it, in float32
+constexpr float FULLY_ANNEALED = 32.0f;  // scale·a from which sigmoid(6 − scale·a) is lost in 1 − it, in float32
 constexpr int SOON = 4;  // words ahead, whose rows are asked for; their numbers and weights twice as far
 
 template <typename Value>
@@ -28,7 +28,7 @@ struct Mix {
     const Value* embedding;  // [V, d]
     const int32_t *rows, *ids;  // [S, T, k], [S, T]
     const int32_t *previous, *following;  // where the same token stands before (−1: nowhere) and next (0), [S, T]
-    float* satisfied;  // a = Σ_i relu(E[x_i]·C(x_j)_l), [S, T, k]; kept where a token stands first
+    float* annealed_sum;  // a = Σ_i relu(E[x_i]·C(x_j)_l), [S, T, k]; kept where a token stands first
     float *alpha, *parts;  // [B, T, k rounded up to 16], [GROUPS, S, d]: a group's, of all predictions, fit a cache
     Lists lists;
     const Topic* topics;
@@ -40,10 +40,10 @@ struct Mix {
     const Value* token(int slot, int t) const { return embedding + size_t(ids[size_t(slot) * context + t]) * width; }
     bool first(int slot, int t) const { return previous[size_t(slot) * context + t] < 0; }
     int next(int slot, int t) const { return following[size_t(slot) * context + t]; }
-    float* sums(int slot, int t) const { return satisfied + (size_t(slot) * context + t) * senses; }
+    float* sums(int slot, int t) const { return annealed_sum + (size_t(slot) * context + t) * senses; }
 
     // δ of the senses [l, l + count) of a position.
-    Floats aims(const Topic& topic, int slot, int t, int l, int count) const {
+    Floats target_multipliers(const Topic& topic, int slot, int t, int l, int count) const {
         const uint8_t* levels = topic.levels + size_t(ids[size_t(slot) * context + t]) * senses + l;
         float some[LANES] = {};
         for (int i = 0; i < count; i++) some[i] = topic.multipliers[levels[i]];
@@ -52,7 +52,7 @@ struct Mix {
 
     // Calls act(sense) for the senses of a position whose multiplier can still change.
     template <typename Act>
-    void for_open(const Row& r, int t, Act act) const {
+    void for_open(const Prediction& r, int t, Act act) const {
         const float* sum = sums(r.slot, t);
         for (int l = 0; l < senses; l += LANES) {
             int count = std::min(LANES, senses - l);
@@ -60,14 +60,14 @@ struct Mix {
             Ints open{};
             for (int n = r.first_topic; n < r.first_topic + r.topics; n++)
                 if (topics[n].annealed)
-                    open |= (some * topics[n].scale < SATISFIED) & (aims(topics[n], r.slot, t, l, count) != 1.0f);
+                    open |= (some * topics[n].scale < FULLY_ANNEALED) & (target_multipliers(topics[n], r.slot, t, l, count) != 1.0f);
             for (int i = 0; i < count; i++)
                 if (open[i]) act(l + i);
         }
     }
 
     // Count tokens [from, to) for a cell, in their order; four at a time share the horizontal sums.
-    void satisfy(const Row& r, int t, int sense, int from, int to) const {
+    void add_tokens(const Prediction& r, int t, int sense, int from, int to) const {
         const Value* vector = row(r.slot, t, sense);
         float& sum = sums(r.slot, t)[sense];
         for (int i = from; i < to; i += 4) {
@@ -80,7 +80,7 @@ struct Mix {
     }
 
     // Count one token for several cells of a position.
-    void satisfy_all(const Row& r, int t, const int* open, int count, int newest) const {
+    void add_token(const Prediction& r, int t, const int* open, int count, int newest) const {
         for (int i = 0; i < count; i += 4) {
             Floats part[4] = {};
             int some = std::min(4, count - i);
@@ -90,17 +90,17 @@ struct Mix {
         }
     }
 
-    void satisfy_new(const Row& r, int t, int to) const {
+    void restart_annealing(const Prediction& r, int t, int to) const {
         std::fill(sums(r.slot, t), sums(r.slot, t) + senses, 0.0f);
-        for_open(r, t, [&](int sense) { satisfy(r, t, sense, 0, to); });
+        for_open(r, t, [&](int sense) { add_tokens(r, t, sense, 0, to); });
     }
 
     // m of the senses [l, l + count) at position t: for each topic b·δ + (1 − b), b = sigmoid(6 − f·a)·(1 + t/100), where
     // a is kept at `first`.
-    Floats multipliers(const Row& r, int first, int t, int l, int count) const {
+    Floats multipliers(const Prediction& r, int first, int t, int l, int count) const {
         Floats product = Floats{} + 1.0f, sum = load_some(sums(r.slot, first) + l, count);
         for (int n = r.first_topic; n < r.first_topic + r.topics; n++) {
-            Floats factor = aims(topics[n], r.slot, first, l, count);
+            Floats factor = target_multipliers(topics[n], r.slot, first, l, count);
             if (topics[n].annealed) {
                 Floats x = 6.0f - sum * topics[n].scale;
                 Floats e = exponential(x < 0.0f ? x : -x);
@@ -113,7 +113,7 @@ struct Mix {
     }
 
     // weights[l] = Σ α[t][l]·m[t][l] over all positions t of the token that stands first at `first`.
-    void weigh(const Row& r, const float* alpha, int first, float* weights) const {
+    void weigh(const Prediction& r, const float* alpha, int first, float* weights) const {
         for (int l = 0; l < senses; l += LANES) {
             Floats sum{};
             int t = first;
@@ -153,7 +153,7 @@ struct Mix {
     }
 
     // α of prediction b [T, k]: for each sense, a softmax over its positions.
-    void attend(const Row& r, int b, const Value* queries, const Value* sense_keys, int head_width, float* scratch) const {
+    void attend(const Prediction& r, int b, const Value* queries, const Value* sense_keys, int head_width, float* scratch) const {
         size_t head = size_t(head_width) * context;
         const Value* keys = sense_keys + r.slot * senses * head;
         float *rows = scratch, *query = scratch + padded() * context;
@@ -174,7 +174,7 @@ struct Mix {
     }
 
     // The words of prediction b by their groups. Without topics, α of a repeated word is added up where it stands first.
-    void list(const Row& r, int b, int32_t* origins) const {
+    void list(const Prediction& r, int b, int32_t* origins) const {
         const int32_t *tokens = ids + size_t(r.slot) * context, *before = previous + size_t(r.slot) * context;
         float* own = alpha + size_t(b) * context * padded();
         int32_t counts[GROUPS] = {};
@@ -192,7 +192,7 @@ struct Mix {
     }
 
     // What these words of a group add to each prediction, into its part.
-    void add_all(const Row* predictions, int count, int group, const std::vector<Place>& places, float* weights) const {
+    void add_all(const Prediction* predictions, int count, int group, const std::vector<Place>& places, float* weights) const {
         for (int b = 0; b < count; b++) std::fill(part(b, group), part(b, group) + width, 0.0f);
         auto row_numbers = [&](const Place& place) { return rows_of(predictions[place.prediction].slot, place.position); };
         auto alphas = [&](const Place& place) { return alpha + (size_t(place.prediction) * context + place.position) * padded(); };
@@ -203,13 +203,13 @@ struct Mix {
                 fetch(alphas(places[n + 2 * SOON]));
             }
             const Place& place = places[n];
-            const Row& r = predictions[place.prediction];
+            const Prediction& r = predictions[place.prediction];
             const float* own = alphas(place);
             if (r.topics) {
                 int t = place.position, newest = r.length - 1, some = 0;
                 if (r.fresh && t < newest) {
                     for_open(r, t, [&](int sense) { open[some++] = sense; });
-                    satisfy_all(r, t, open, some, newest);
+                    add_token(r, t, open, some, newest);
                 }
                 weigh(r, own - t * padded(), t, weights);
                 own = weights;
@@ -224,7 +224,7 @@ struct Mix {
 };
 
 template <typename Value>
-void mix(const Mix<Value>& m, const Row* predictions, int count, const Value* queries, const Value* sense_keys,
+void mix(const Mix<Value>& m, const Prediction* predictions, int count, const Value* queries, const Value* sense_keys,
          int head_width, float* out) {
 #pragma omp parallel
     {
@@ -233,10 +233,10 @@ void mix(const Mix<Value>& m, const Row* predictions, int count, const Value* qu
         std::vector<Place> some, places;
 #pragma omp for schedule(dynamic, 1)
         for (int b = 0; b < count; b++) {
-            const Row& r = predictions[b];
+            const Prediction& r = predictions[b];
             m.attend(r, b, queries, sense_keys, head_width, scratch.data());
             m.list(r, b, numbers.data());
-            if (r.fresh && r.topics && m.first(r.slot, r.length - 1)) m.satisfy_new(r, r.length - 1, r.length);
+            if (r.fresh && r.topics && m.first(r.slot, r.length - 1)) m.restart_annealing(r, r.length - 1, r.length);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int group = 0; group < GROUPS; group++) {
@@ -254,15 +254,15 @@ void mix(const Mix<Value>& m, const Row* predictions, int count, const Value* qu
     }
 }
 
-// Bring `satisfied` up to date with the tokens [start, r.length) of a slot.
+// Bring `annealed_sum` up to date with the tokens [start, r.length) of a slot.
 template <typename Value>
-void satisfy(const Mix<Value>& m, const Row& r, int start) {
+void update_annealing(const Mix<Value>& m, const Prediction& r, int start) {
 #pragma omp parallel for schedule(dynamic, 4)
     for (int t = 0; t < r.length; t++)
         if (t >= start && m.first(r.slot, t))
-            m.satisfy_new(r, t, r.length);
+            m.restart_annealing(r, t, r.length);
         else if (m.first(r.slot, t))
-            m.for_open(r, t, [&](int sense) { m.satisfy(r, t, sense, start, r.length); });
+            m.for_open(r, t, [&](int sense) { m.add_tokens(r, t, sense, start, r.length); });
 }
 
 }  // namespace

@@ -41,13 +41,13 @@ struct Trunk {
     float epsilon;
 };
 
-struct New {  // each token's id, slot and position
+struct NewTokens {  // each token's id, slot and position
     const int64_t *tokens, *slots, *positions;
 };
 
 // `scratch` [N, 7·d] floats; queries [N, k, d/k].
 template <typename Value>
-void trunk(const Trunk<Value>& t, const New& in, int count, const Run* runs, int how_many, float* scratch, Value* queries) {
+void trunk(const Trunk<Value>& t, const NewTokens& in, int count, const Span* spans, int how_many, float* scratch, Value* queries) {
     size_t d = t.width, head = d / t.senses, keyed = head * t.senses;
     float* x = scratch;
     auto* y = reinterpret_cast<Value*>(x + count * d);
@@ -72,7 +72,7 @@ void trunk(const Trunk<Value>& t, const New& in, int count, const Run* runs, int
     for (const Layer<Value>* layer = t.layers; layer < t.layers + t.count; layer++) {
         int width = t.width / t.heads;
         multiply(y, layer->qkv, d, 3 * d, wide, QKV);
-        attention(Attention<Value>{wide, layer->keys, layer->values, delta, t.heads, width, t.context, layer->scale}, runs, how_many);
+        attention(Attention<Value>{wide, layer->keys, layer->values, delta, t.heads, width, t.context, layer->scale}, spans, how_many);
         done(ATTENTION);
         multiply(delta, layer->proj, d, d, y, PROJ);
         add_and_norm(y, layer->middle);

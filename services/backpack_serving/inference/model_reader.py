@@ -1,0 +1,89 @@
+"""Scores, explanations, comparisons and senses: forward passes beside the engine, one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import TypeVar
+
+from backpack_lm.attribution import Attribution, SenseReading, Terms
+from backpack_lm.compare import Distribution
+from backpack_lm.overlay import Overlay
+from backpack_proto.v1 import inference_pb2 as pb
+
+from backpack_serving import tasks
+from backpack_serving.errors import Internal
+from backpack_serving.inference.fair_lock import FairLock
+from backpack_serving.inference.served_model import ServedModel
+from backpack_serving.wire.compare import ComparisonQuery
+
+T = TypeVar("T")
+
+COMPARED_AT_ONCE = 16
+"""Releases of a comparison that are kept compiled at once, and read before another request gets its turn."""
+
+CompiledReleases = Callable[[Sequence[pb.Pin]], AbstractAsyncContextManager[list[Overlay]]]
+
+
+class ModelReader:
+    """Reads the model under given releases. Raises Internal where a release makes it predict no finite numbers."""
+
+    def __init__(self, served: ServedModel) -> None:
+        self._served = served
+        self._lock = FairLock()
+
+    async def score(self, tenant: str, ids: tuple[int, ...], overlay: Overlay) -> list[float]:
+        """log p of each token but the first, of two at least."""
+        logs = await self._run(tenant, self._served.score, ids, overlay)
+        _check_finite(logs)
+        return logs
+
+    async def explain(self, tenant: str, ids: tuple[int, ...], overlay: Overlay, target: int | None) -> Attribution:
+        """The terms of the logit of `target`, or of the likeliest token, after `ids`."""
+        found = await self._run(tenant, self._served.explain, ids, overlay, target)
+        _check_finite([found.terms.logit, found.log_probability])
+        return found
+
+    async def explain_text(self, tenant: str, ids: Sequence[int], overlay: Overlay, start: int) -> list[Terms]:
+        """The terms of the logit of each token from position `start` on."""
+        return await self._run(tenant, self._served.explain_text, ids, overlay, start)
+
+    async def compare(
+        self, query: ComparisonQuery, pins: Sequence[pb.Pin], compiled: CompiledReleases
+    ) -> dict[str, list[float] | Distribution]:
+        """The answer under each pinned release, by its digest. All pins are of one tenant."""
+        tenant = pins[0].tenant
+        text = await self._run(tenant, self._served.compare, query)
+        distinct = list({pin.release_digest: pin for pin in pins}.values())
+        answers: dict[str, list[float] | Distribution] = {}
+        for at in range(0, len(distinct), COMPARED_AT_ONCE):
+            async with compiled(distinct[at : at + COMPARED_AT_ONCE]) as overlays:
+                found = await self._run(tenant, text.read, overlays)
+                for overlay, answer in zip(overlays, found, strict=True):
+                    _check_finite(
+                        answer if isinstance(answer, list) else (value for _, value in (*answer.top, *answer.targets))
+                    )
+                    answers[overlay.digest] = answer
+        return answers
+
+    async def senses(
+        self, tenant: str, token: int, overlay: Overlay, limit: int, neighbours: int
+    ) -> list[SenseReading]:
+        """Every sense of a token, with its `limit` best and worst predictions and `neighbours` nearest words."""
+        return await self._run(tenant, self._served.senses, token, overlay, limit, neighbours)
+
+    async def _run(self, tenant: str, work: Callable[..., T], *arguments: object) -> T:
+        """Run this in a thread when the tenant has its turn.
+
+        The lock is kept until the thread ends, also if the caller is cancelled: a thread can't be stopped, and
+        several would take the engine's cores.
+        """
+        async with self._lock.acquire(tenant):
+            return await tasks.finish(asyncio.to_thread(work, *arguments))
+
+
+def _check_finite(logs: Iterable[float]) -> None:
+    if not all(map(math.isfinite, logs)):
+        raise Internal("NON_FINITE", "the release makes the model predict no numbers")
