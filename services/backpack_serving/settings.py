@@ -59,6 +59,15 @@ def _metrics_address(text: str) -> str:
     return text and _check_address(text)
 
 
+def _check_gateway_processes(count: int) -> int:
+    if count > 1:
+        raise ValueError(
+            "a gateway is one process: leave this at 1, and start more gateways (each has limits of its own) behind a "
+            "TCP load balancer"
+        )
+    return count
+
+
 def _database(text: str) -> str:
     found = _DATABASE.fullmatch(text)
     if text and (not found or int((found["port"] or ":")[1:] or 0) > LAST_PORT):
@@ -150,8 +159,12 @@ class Settings(BaseSettings):
     )
 
     gateway_address: Address = Field("127.0.0.1:8470", description="Where the gateway listens.")
-    gateway_processes: int = Field(
-        0, ge=0, le=1024, description="Processes of `serve gateway` behind its one port; 0: one for each core."
+    gateway_processes: Annotated[int, AfterValidator(_check_gateway_processes)] = Field(
+        0,
+        ge=0,
+        json_schema_extra={"maximum": 1},
+        description="Processes of a gateway: 0 and 1 both mean one. For more cores, start more gateways behind a "
+        "TCP load balancer.",
     )
     interventions_address: Address = Field(
         "127.0.0.1:8471", description="Where the intervention service listens, and is called."

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
-import signal
-import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 import uvloop
-from backpack_lm.cores import cores
-from prometheus_client import CollectorRegistry
-from rich.console import Console
 
 from backpack_serving import tasks
-from backpack_serving.cli import processes
 from backpack_serving.cli.client import exits, out
 from backpack_serving.cli.stopping import Stop, Stopped
 from backpack_serving.observability.metrics import Metrics
@@ -51,55 +43,10 @@ def interventions() -> None:
 
 @app.command()
 def gateway() -> None:
-    """A gateway: what clients call. Run as many as you like; they hold no state.
-
-    It is one process for each core behind one port; BACKPACK_GATEWAY_PROCESSES sets how many.
-    """
-    from backpack_serving.gateway import bootstrap
-    from backpack_serving.gateway.shared_buckets import shared
-    from backpack_serving.observability import exposition
-    from backpack_serving.observability.telemetry import configure
-
-    with exits():
-        settings = Settings()
-        count = settings.gateway_processes or cores()
-        if count == 1:
-            _serve("gateway", bootstrap.start)
-            return
-        configure(settings, "gateway")
-        with out.status("starting a gateway"):  # waits once, instead of in each process
-            asyncio.run(bootstrap.required(settings, listens=False))
-        held, address = processes.reserve(settings.gateway_address)
-        with held, shared(count) as levels, out.status(f"starting {count} processes of a gateway") as status:
-            each = settings.model_copy(update={"gateway_address": address, "metrics_address": ""})
-            together = processes.Processes(partial(_one_gateway, count, levels), each, count)
-            if settings.metrics_address:
-                registry = CollectorRegistry()
-                registry.register(together)
-                exposition.listen(registry, settings.metrics_address, settings.tls)
-
-            def serving() -> None:
-                status.stop()
-                out.print(f"gateway serves on [bold]{address}[/], {count} processes; Ctrl-C stops it")
-
-            if number := together.run(serving):
-                raise typer.Exit(128 + number)
-
-
-def _one_gateway(count: int, levels: Path, settings: Settings, number: int, line: Connection) -> None:
-    """One process of several."""
+    """The gateway, which clients call. It uses one core; start more of them behind a TCP load balancer."""
     from backpack_serving.gateway import bootstrap
 
-    async def start(settings: Settings, metrics: Metrics) -> bootstrap.Gateway:
-        running = await bootstrap.start(settings, metrics, bootstrap.OneOfSeveral(number, count, levels))
-        processes.report(line, metrics.registry)
-        return running
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until it serves, Ctrl-C is for the process that started it
-    try:
-        _serve("gateway", start, given=settings, console=Console(quiet=True))
-    except typer.Exit as ended:  # here is no typer that would
-        sys.exit(ended.exit_code)
+    _serve("gateway", bootstrap.start)
 
 
 @app.command()
@@ -136,8 +83,6 @@ def _serve(
     name: str,
     start: Callable[[Settings, Metrics], Awaitable[Any]],
     failure: Callable[[Any], asyncio.Event] = lambda running: asyncio.Event(),
-    given: Settings | None = None,
-    console: Console = out,
 ) -> None:
     """Serve until a signal, or until what `failure` gives is set, which is exit status 1: whoever supervises this
     process shall start it again. A signal before it serves is exit status 128 and its number.
@@ -156,11 +101,11 @@ def _serve(
     async def serve() -> bool:
         stop = Stop()
         try:
-            with console.status(f"starting {name}"):
+            with out.status(f"starting {name}"):
                 running = await stop.start(started())
         except Stopped as stopped:
             stopped.leave()
-        console.print(f"{name} serves on [bold]{running.address}[/]; Ctrl-C stops it")
+        out.print(f"{name} serves on [bold]{running.address}[/]; Ctrl-C stops it")
         failed = failure(running)
         watching = asyncio.create_task(_end_if_it_hangs())
         await tasks.first(stop.asked.wait(), failed.wait())
@@ -169,7 +114,7 @@ def _serve(
         return failed.is_set()
 
     with exits():
-        settings = given or Settings()
+        settings = Settings()
         configure(settings, name)
         if uvloop.run(serve()):
             raise typer.Exit(1)

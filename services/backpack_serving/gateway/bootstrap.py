@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import time
 import uuid
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2_grpc
 
@@ -26,7 +22,6 @@ from backpack_serving.gateway.releases import ReleaseResolver, resolve_from
 from backpack_serving.gateway.replica_watch import follow_directory
 from backpack_serving.gateway.routing import Router
 from backpack_serving.gateway.servicer import GatewayServicer
-from backpack_serving.gateway.shared_buckets import SharedBuckets
 from backpack_serving.gateway.usage import UsageMeter
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.references import ReaderKind
@@ -37,9 +32,6 @@ from backpack_serving.sync.transport import SyncTransport
 SERVICE = "backpack.v1.InferenceService"
 READER = "backpack.v1.SyncService"
 """Name of a gateway's health as a reader of the intervention service."""
-
-FIRST_NEWS = 5.0
-"""Seconds that one process of several waits for what it needs to serve before it listens all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,39 +67,20 @@ class Gateway:
         await self.control.close()
 
 
-@dataclass(frozen=True, slots=True)
-class OneOfSeveral:
-    """Which of so many processes of a gateway one is, and the file of what tenants have left of their limits."""
-
-    number: int
-    processes: int
-    levels: Path
-
-
 def _display_name(address: str) -> str:
     """What operators read of a gateway: where it listens, by its host if that is everywhere, as in containers."""
     host, _, port = address.rpartition(":")
     return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "[::]", "") else address
 
 
-async def required(settings: Settings, listens: bool = True) -> tuple[Manifest, str]:
-    """What a gateway can't start without, and waits for: the model's manifest, and the key of its role.
-
-    Raises what `start` does for these, and for the address if it `listens` there itself.
-    """
-    if listens:
-        await starting.blocking(partial(rpc.check_address, settings.gateway_address))
-    return await starting.model(settings), await starting.key(settings, "replica")
-
-
-async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None = None) -> Gateway:
-    """Serve on `settings.gateway_address`. One of several processes shares the port, and listens only when it can
-    answer: nobody asks it in particular whether it is ready.
+async def start(settings: Settings, metrics: Metrics) -> Gateway:
+    """Wait for the model's manifest and the key, then serve on `settings.gateway_address`.
 
     Raises OSError if the address is taken or there is no key, ManifestError if there is no model, ValueError if
     certificates, limits or the issuer of tokens are no good.
     """
-    manifest, key = await required(settings, listens=one is None)
+    await starting.blocking(partial(rpc.check_address, settings.gateway_address))
+    manifest, key = await starting.model(settings), await starting.key(settings, "replica")
     tokenizer = await starting.blocking(partial(Tokenizer.read, settings.model / "tokenizer.json", manifest.tokenizer))
     tls, directory_tls = settings.tls, settings.directory_tls
     reader = SyncClient(
@@ -115,9 +88,8 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
     )
     book = TenantRegistry(reader, settings.expired_after, settings.serve_expired)
     router = Router(manifest.fingerprint, tls)
-    folder = f"gateway-{one.number}" if one and one.number else "gateway"  # each keeps for itself what it knows
     control, tallies = rpc.channel(settings.interventions_address, tls), CanaryStats()
-    link = SyncTransport(control, key, reader, tallies, settings.state / "known-good" / folder / "view")
+    link = SyncTransport(control, key, reader, tallies, settings.state / "known-good" / "gateway" / "view")
     await starting.blocking(link.restore)
 
     async def by_key(presented: str) -> Principal:
@@ -128,8 +100,7 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
 
     identities = Identities(by_key, known, settings.issuer, settings.certificates)
     default = Limit(settings.limit_requests, settings.limit_tokens, settings.limit_concurrent)
-    levels = SharedBuckets(one.levels, one.number, one.processes) if one else SharedBuckets()
-    limits = TenantLimits(default, settings.limits_file, levels)
+    limits = TenantLimits(default, settings.limits_file)
     releases = ReleaseResolver(book, resolve_from(control, key), lambda since: link.reached(since, settings.catch_up))
     meters = UsageMeter(limits, metrics.gateway(lambda: router.size, lambda: book.age))
     servicer = GatewayServicer(
@@ -140,12 +111,6 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
         link.run,
         partial(follow_directory, settings.directory_address, settings.directory_metadata, router, directory_tls),
     )
-    running: list[asyncio.Task[None]] = []
-    if one is not None:
-        running = [asyncio.create_task(each()) for each in following]
-        with suppress(TimeoutError):  # then it says what it lacks, as a gateway alone does from its start
-            async with asyncio.timeout(FIRST_NEWS):
-                await _wait_until_ready(book, router)
     server = await rpc.start(
         [service],
         settings.gateway_address,
@@ -153,19 +118,11 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
         tls=tls,
         connection_age=settings.connection_age,
         message_limit=rpc.SMALL,
-        share_port=one is not None,
     )
     reader.name = _display_name(server.address)
-    running = running or [asyncio.create_task(each()) for each in following]
+    running = [asyncio.create_task(each()) for each in following]
     running.append(asyncio.create_task(_tell_health(server, book, router, settings.stale_after)))
     return Gateway(server, book, router, tuple(running), settings.drain, control)
-
-
-async def _wait_until_ready(book: TenantRegistry, router: Router) -> None:
-    """Wait until the intervention service has said, since now, that nothing is missing, and there is a replica."""
-    since = time.monotonic()
-    while book.age > time.monotonic() - since or not router.size:
-        await asyncio.sleep(0.02)
 
 
 async def _tell_health(server: rpc.Server, book: TenantRegistry, router: Router, stale_after: float) -> None:

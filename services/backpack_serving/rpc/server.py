@@ -276,24 +276,20 @@ async def start(
     tls: Tls | None = None,
     connection_age: float = 1800.0,
     message_limit: int = MESSAGE_LIMIT,
-    share_port: bool = False,
     ping_interval: float = PING_INTERVAL,
 ) -> Server:
     """Serve on host:port (port 0: a free one) or unix:path, with TLS if there is a certificate.
 
-    With `share_port`, other processes may listen on the same port; each gets some of the connections.
-
     Raises OSError if the address is taken, ValueError if the certificates are no good.
     """
-    if not share_port:
-        await asyncio.to_thread(listening.check, address)
+    await asyncio.to_thread(listening.check, address)
     services = list(services)
     calls = _CallTracker(services, watcher)
     options = [
         *_OPTIONS,
         ("grpc.max_receive_message_length", message_limit),
         ("grpc.max_connection_age_ms", int(connection_age * 1000)),
-        ("grpc.so_reuseport", int(share_port)),
+        ("grpc.so_reuseport", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", int(ping_interval * 1000)),
     ]
     server = grpc.aio.server(interceptors=[calls], options=options)
