@@ -51,7 +51,7 @@ def _is_ipv6(host: str) -> bool:
         return False
 
 
-def _is_count(text: str) -> bool:
+def _is_thread_count(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) < 9 and 1 <= int(text) <= MOST_THREADS
 
 
@@ -360,7 +360,7 @@ class Settings(BaseSettings):
         """Raises ValueError for numbers of threads in the environment that libraries ignore, or can't make."""
         for name in THREADS:
             value = os.environ.get(name, "")
-            if value and not all(_is_count(one.strip()) for one in value.split(",")):
+            if value and not all(_is_thread_count(one.strip()) for one in value.split(",")):
                 raise ValueError(f"{name}={value}: write a number of threads from 1 to {MOST_THREADS}, or unset it")
 
     def key_file(self, whose: str) -> Path:

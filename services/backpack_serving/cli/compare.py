@@ -95,7 +95,10 @@ def _token_changes(scored: Sequence[Score]) -> Table:
     table = _comparison_table("log p", "perplexity")
     table.add_column("most changed")
     for score in scored:
-        changes = [_log(mine) - _log(first) for mine, first in zip(score.tokens, scored[0].tokens, strict=True)]
+        changes = [
+            _log_probability(mine) - _log_probability(first)
+            for mine, first in zip(score.tokens, scored[0].tokens, strict=True)
+        ]
         at = max(range(len(changes)), key=lambda n: abs(changes[n]))
         changed = f"{score.tokens[at].text!r} {changes[at]:+.3f}" if changes[at] else "–"
         table.add_row(_release_name(score.served), *_likelihood(score), Text(changed))
@@ -114,7 +117,7 @@ def _likelihood(score: Score | None) -> tuple[str, str]:
     return (f"{score.log_probability:.3f}", f"{score.perplexity:.2f}") if score else ("–", "–")
 
 
-def _log(token: Token) -> float:
+def _log_probability(token: Token) -> float:
     """Of the first token, which nothing stands before, 0."""
     return token.log_probability or 0.0
 

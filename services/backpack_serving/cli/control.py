@@ -216,7 +216,7 @@ def _revise(
     for given, edit in zip(edits, revision.edits, strict=True):
         if isinstance(given, Topic) and isinstance(edit, Topic):
             _tell_first_tokens(given, edit)
-    _show(revision, dry_run)
+    _print_revision(revision, dry_run)
 
 
 def _tell_first_tokens(given: Topic, made: Topic) -> None:
@@ -230,7 +230,7 @@ def _tell_first_tokens(given: Topic, made: Topic) -> None:
         )
 
 
-def _show(revision: Revision, dry_run: bool) -> None:
+def _print_revision(revision: Revision, dry_run: bool) -> None:
     out.print(f"{'would be ' if dry_run else ''}{revision.name}  [dim]{revision.digest[:12]}[/]")
     if not dry_run:
         out.print(f"[dim]put it into a release: {hints.backpack(f'release create {revision.id}')}[/]")
@@ -276,7 +276,7 @@ def upload(
                     send(True)
                 steering.create_patch(patch, exist_ok=True)
                 revision = send(False)
-    _show(revision, dry_run)
+    _print_revision(revision, dry_run)
 
 
 @patch_app.command("describe")

@@ -73,7 +73,7 @@ def generate(
             channel=channel,
             request_key=request_key,
         )
-        follow = _one if samples == 1 else _side_by_side
+        follow = _one if samples == 1 else _print_samples
         for part in follow(prompt, made, parts):
             made[part.sample].add(part)
     for number, sample in enumerate(made):
@@ -109,7 +109,7 @@ def _one(prompt: str, made: Sequence[_Made], parts: Iterator[Part]) -> Iterator[
         out.verbatim("", end="\n")
 
 
-def _side_by_side(prompt: str, made: Sequence[_Made], parts: Iterator[Part]) -> Iterator[Part]:
+def _print_samples(prompt: str, made: Sequence[_Made], parts: Iterator[Part]) -> Iterator[Part]:
     """All samples as they come, below the prompt."""
     first = next(parts)
     out.print(Text(prompt, style="dim"), soft_wrap=True)

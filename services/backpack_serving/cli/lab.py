@@ -82,7 +82,7 @@ def find_sense(
         subject = read_subject(model, threads)
         with ProgressWatch() as watch:
             found = finder.find_sense(subject, words or NOUNS, *contrast, prompts or ESTIMATION, watch)
-        _show(found.report())
+        _print_report(found.report())
 
 
 @app.command("debias")
@@ -285,13 +285,13 @@ def judge(
             least = subject.config.n_positions + 1
             ids = stream(subject, held_out(text), max(tokens, least), least) if text else None
             report = replace(lab(subject, edits, asked, ids).report(), made_by=command())
-        _show(report)
+        _print_report(report)
         if page is not None:
             page.parent.mkdir(parents=True, exist_ok=True)
             page.write_text(report.html(), "utf-8")
 
 
-def _show(report: Report) -> None:
+def _print_report(report: Report) -> None:
     """Print it, and what wasn't reached once more on stderr, where a pipe doesn't hide it."""
     show_markdown(report.markdown())
     if report.warning:
@@ -301,7 +301,7 @@ def _show(report: Report) -> None:
 def _write_patch_file(subject: LabModel, edits: Sequence[Edit], report: Report, file: Path) -> None:
     """Write the patch with its report, and say how it is uploaded."""
     report = replace(report, made_by=command())
-    _show(report)
+    _print_report(report)
     if not edits:
         err.print("[yellow]nothing to patch[/]: no edit within the bounds was better than the model as it is")
         return

@@ -64,7 +64,7 @@ def is_public(name: str, method: object) -> bool:
 def seconds(name: str, value: Any) -> None:
     """Raise InvalidRequest unless so many seconds can be waited for."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST:
-        raise _refusal(name, value, f"no request can wait for that; write seconds, from 0 to {LONGEST:.0f}")
+        raise _invalid_argument(name, value, f"no request can wait for that; write seconds, from 0 to {LONGEST:.0f}")
 
 
 def build(kind: type[M], at: str = "", /, **values: Any) -> M:
@@ -81,7 +81,7 @@ def build(kind: type[M], at: str = "", /, **values: Any) -> M:
     for name, value in values.items():
         # Of 64 bits, a number may be too large for the field's 32, which makes it infinite.
         if isinstance(value, float) and math.isinf(getattr(message, name)):
-            raise _refusal(f"{at}.{name}" if at else name, value, "no request can hold this")
+            raise _invalid_argument(f"{at}.{name}" if at else name, value, "no request can hold this")
     return message
 
 
@@ -108,10 +108,10 @@ def _check(name: str, value: Any) -> None:
             seconds(name, value)
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise _refusal(name, value, "no request can hold this; write a finite number")
+            raise _invalid_argument(name, value, "no request can hold this; write a finite number")
     elif isinstance(value, int):
         if not -(2**63) <= value < 2**64:
-            raise _refusal(name, value, "no request can hold a number of more than 64 bits")
+            raise _invalid_argument(name, value, "no request can hold a number of more than 64 bits")
     elif is_dataclass(value):
         for field in fields(value):
             _check(f"{name}.{field.name}", getattr(value, field.name))
@@ -128,7 +128,7 @@ def _check_text(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         why = f"character {error.start} is half of one (a lone surrogate), which no request can hold"
-        raise _refusal(name, text[max(0, error.start - 20) :], why) from None
+        raise _invalid_argument(name, text[max(0, error.start - 20) :], why) from None
 
 
 def _fit(kind: type[Any], name: str, value: Any, called: str) -> None:
@@ -141,10 +141,10 @@ def _fit(kind: type[Any], name: str, value: Any, called: str) -> None:
             kind(**{name: one})
         except (TypeError, ValueError, OverflowError) as error:
             each = one if one is value else one[0]
-            raise _refusal(part, each, f"no request can hold this: {error}") from None
+            raise _invalid_argument(part, each, f"no request can hold this: {error}") from None
 
 
-def _refusal(name: str, value: Any, fix: str) -> InvalidRequest:
+def _invalid_argument(name: str, value: Any, fix: str) -> InvalidRequest:
     shown = f"{value:#x}" if isinstance(value, int) and abs(value) >= 2**64 else repr(value)
     shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
     return InvalidRequest.at(name, "OUT_OF_RANGE", f"{shown}; {fix}")

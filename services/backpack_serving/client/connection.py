@@ -146,7 +146,7 @@ class Connected:
         self._proxy = proxies.of_target(address)
         self._address, self._key, self._timeout = address, key, timeout
         self._attempts, self._window, self._unreached = attempts, retry_window, unreached
-        self._notice, self._reached = notice or self._log, False
+        self._notice, self._reached = notice or self._log_failure, False
 
     async def close(self) -> None:
         await self._transport.close()
@@ -164,7 +164,7 @@ class Connected:
         seconds = self._timeout if timeout is None else timeout
         return math.inf if seconds is None else time.monotonic() + seconds
 
-    def _how(self, until: float) -> dict[str, Any]:
+    def _call_options(self, until: float) -> dict[str, Any]:
         key = self._key if isinstance(self._key, str) else self._key()
         left = None if until == math.inf else max(0.0, until - time.monotonic())
         return {"metadata": rpc.with_key(key), "timeout": left}
@@ -183,7 +183,7 @@ class Connected:
     async def _once(self, method: Any, request: Any, timeout: float | None = None) -> Any:
         """A call that is made once, whatever comes of it."""
         with self._asking():
-            return await self._transport.unary(method, request, **self._how(self._until(timeout)))
+            return await self._transport.unary(method, request, **self._call_options(self._until(timeout)))
 
     async def _call(self, method: Any, request: Any, timeout: float | None = None) -> Any:
         """A call that is made again if nobody could be reached."""
@@ -191,7 +191,7 @@ class Connected:
         while True:
             try:
                 with self._asking():
-                    return await self._transport.unary(method, request, **self._how(attempts.until))
+                    return await self._transport.unary(method, request, **self._call_options(attempts.until))
             except ServiceError as error:
                 await attempts.another(error)
 
@@ -217,7 +217,7 @@ class Connected:
     def _new_attempts(self, timeout: float | None) -> Attempts:
         return Attempts(self, self._until(timeout))
 
-    def _log(self, error: ServiceError, seconds: float) -> None:
+    def _log_failure(self, error: ServiceError, seconds: float) -> None:
         log.warning("%s: %s; trying again for %.0f s", self._address, error.message, seconds)
 
 
@@ -240,7 +240,7 @@ class Attempts:
         client, now = self._client, time.monotonic()
         self._first = self._first if self._failures else now
         self._failures += 1
-        if not _may_pass(error) or self._failures == client._attempts:
+        if not _is_transient(error) or self._failures == client._attempts:
             raise error
         unreached = error.reason == "TRANSPORT" and not client._reached
         end = min(self.until, self._first + (client._unreached if unreached else client._window))
@@ -254,7 +254,7 @@ class Attempts:
         await client._transport.sleep(then - now)
 
 
-def _may_pass(error: ServiceError) -> bool:
+def _is_transient(error: ServiceError) -> bool:
     """Whether another attempt may succeed. What the network says without a time won't (see `rpc.status`)."""
     return isinstance(error, Unavailable) and (error.retry_after is not None or error.reason != "TRANSPORT")
 

@@ -187,7 +187,7 @@ class TenantRules:
             raise InvalidRequest.at("names", "OPERATORS", f"tenants/{SYSTEM} operates the service; revoke a key")
 
         def act(tx: Write, now: datetime) -> tuple[TenantRecord, list[Record]]:
-            ends = [found for found in _named(tx, names) if not found.suspended]
+            ends = [found for found in _find_tenants(tx, names) if not found.suspended]
             active = sum(not each.suspended and each.tenant != SYSTEM for each in tx.list(TenantRecord))
             bound = max(TOO_FEW_TO_ASK, active // 10)
             if len(ends) > bound and not force:
@@ -208,12 +208,12 @@ class TenantRules:
         who.require(Role.ADMIN)
 
         def act(tx: Write, now: datetime) -> tuple[TenantRecord, list[Record]]:
-            return _replaced(tx, [replace(t, suspended=False) for t in _named(tx, names) if t.suspended])
+            return _replaced(tx, [replace(t, suspended=False) for t in _find_tenants(tx, names) if t.suspended])
 
         return self._context.ledger.write(who, "ResumeTenants", request, act)
 
 
-def _named(tx: Write, names: Sequence[str]) -> list[TenantRecord]:
+def _find_tenants(tx: Write, names: Sequence[str]) -> list[TenantRecord]:
     if not names:
         raise InvalidRequest.at("names", "EMPTY", "name at least one tenant")
     return [lookup.tenant(tx, name) for name in dict.fromkeys(names)]

@@ -55,7 +55,7 @@ WRONG_SERVER = (
 
 def to_status(error: ServiceError) -> status_pb2.Status:
     """The google.rpc.Status of a refusal, cut to what trailers may hold."""
-    values = {name: _cut(value, VALUE_BYTES) for name, value in error.metadata.items()}
+    values = {name: _truncate(value, VALUE_BYTES) for name, value in error.metadata.items()}
     details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=values)]
     if error.violations:
         details.append(_bad_request(error.violations))
@@ -69,7 +69,7 @@ def to_status(error: ServiceError) -> status_pb2.Status:
         retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(retry)
     # Whoever prints it may do so on a terminal.
-    message = _shown(error.message, MESSAGE_BYTES)
+    message = _printable(error.message, MESSAGE_BYTES)
     status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=message)
     for detail in details:
         status.details.add().Pack(detail)
@@ -80,20 +80,20 @@ def _bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadReques
     """The first violations; those for which there is no room are counted in a last one."""
     bad = error_details_pb2.BadRequest()
     for at, violation in enumerate(violations):
-        field = _cut(violation.field, VALUE_BYTES)
+        field = _truncate(violation.field, VALUE_BYTES)
         if bad.ByteSize() > VIOLATIONS_BYTES:
             bad.field_violations.add(field=field, reason="MORE", description=f"and {len(violations) - at} more")
             break
-        description = _shown(violation.description, VALUE_BYTES)
+        description = _printable(violation.description, VALUE_BYTES)
         bad.field_violations.add(field=field, reason=violation.reason, description=description)
     return bad
 
 
-def _shown(text: str, size: int) -> str:
-    return _cut(visible(text[: size + 1]), size)
+def _printable(text: str, size: int) -> str:
+    return _truncate(visible(text[: size + 1]), size)
 
 
-def _cut(text: str, size: int) -> str:
+def _truncate(text: str, size: int) -> str:
     data = text.encode()
     return text if len(data) <= size else data[: size - 3].decode(errors="ignore") + "…"
 
