@@ -49,10 +49,10 @@ async def run(settings: Settings) -> AsyncIterator[Embedded]:
         stack.push_async_callback(control.stop)
         # Port 0 means any: from here on, everyone has to know which it was.
         settings = settings.model_copy(update={"interventions_address": control.address})
-        phone_book = await directory.serve(settings, metrics)
-        stack.push_async_callback(phone_book.stop)
-        settings = settings.model_copy(update={"directory_address": phone_book.address})
-        channels = [rpc.channel(part.address, tls) for part in (control, phone_book)]
+        replica_directory = await directory.serve(settings, metrics)
+        stack.push_async_callback(replica_directory.stop)
+        settings = settings.model_copy(update={"directory_address": replica_directory.address})
+        channels = [rpc.channel(part.address, tls) for part in (control, replica_directory)]
         for channel in channels:
             stack.push_async_callback(channel.close)
         # Loads torch: what is wrong with all else is told by now.
@@ -68,6 +68,6 @@ async def run(settings: Settings) -> AsyncIterator[Embedded]:
         front = await gateway.start(settings, metrics)
         stack.push_async_callback(front.stop)
         failed = (control.failed, serving.failed)
-        ready = starting.wait_for("the gateway", front.ready, settings.start_wait, why=front.lacks)
+        ready = starting.wait_for("the gateway", front.ready, settings.start_wait, why=front.not_ready)
         await tasks.first(ready, *(part.wait() for part in failed))
         yield Embedded(front.address, control.address, metrics, settings, failed)

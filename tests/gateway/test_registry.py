@@ -29,19 +29,19 @@ class Told:
     now: float = 0.0
 
     def __post_init__(self) -> None:
-        self.reader = SyncClient(ReaderKind.GATEWAY, "i", "g", "ab" * 32)
-        self.book = TenantRegistry(self.reader, self.expires, self.serve_expired, lambda: self.now)
+        self.client = SyncClient(ReaderKind.GATEWAY, "i", "g", "ab" * 32)
+        self.registry = TenantRegistry(self.client, self.expires, self.serve_expired, lambda: self.now)
 
     def hear(self, position: tuple[int, int], *changes: StateEntry, whole: bool = False) -> None:
-        before, at = self.reader.view.position, Position(*position)
+        before, at = self.client.view.position, Position(*position)
         message = Snapshot(at.revision, at, changes) if whole else Delta(at.revision, before, at, changes)
-        self.reader.receive(message, self.now)
-        self.reader.settle(at.revision, (), self.now)
-        self.reader.hold(self.reader.known, self.reader.known_at)
+        self.client.receive(message, self.now)
+        self.client.apply(at.revision, (), self.now)
+        self.client.commit(self.client.state, self.client.state_at)
 
     def bookmark(self, *position: int) -> None:
-        self.reader.receive(Bookmark(Position(*position)), self.now)
-        self.reader.hold(self.reader.known, self.reader.known_at)
+        self.client.receive(Bookmark(Position(*position)), self.now)
+        self.client.commit(self.client.state, self.client.state_at)
 
 
 @pytest.fixture
@@ -52,81 +52,81 @@ def told() -> Told:
 
 
 @pytest.fixture
-def book(told: Told) -> TenantRegistry:
-    return told.book
+def registry(told: Told) -> TenantRegistry:
+    return told.registry
 
 
-def test_authenticates_and_pins(book: TenantRegistry) -> None:
-    assert book.authenticate(str(KEY)) == WHO
-    assert book.pin("acme", "live") == Pin("acme", "live", 3, "ab" * 32, 1, 7)
+def test_authenticates_and_pins(registry: TenantRegistry) -> None:
+    assert registry.authenticate(str(KEY)) == WHO
+    assert registry.pin("acme", "live") == Pin("acme", "live", 3, "ab" * 32, 1, 7)
 
 
 def test_a_change_replaces_and_moves_the_position(told: Told) -> None:
     told.hear((1, 8), ChannelState("acme", "live", OTHER))
-    assert told.book.pin("acme", "live") == Pin("acme", "live", 4, "cd" * 32, 1, 8)
-    assert told.book.authenticate(str(KEY)) == WHO
+    assert told.registry.pin("acme", "live") == Pin("acme", "live", 4, "cd" * 32, 1, 8)
+    assert told.registry.authenticate(str(KEY)) == WHO
 
 
 def test_absence_is_never_deletion(told: Told) -> None:
     told.hear((2, 1), whole=True)
-    assert told.reader.view.position == Position(2, 1)
-    assert told.book.authenticate(str(KEY)) == WHO
-    assert told.book.pin("acme", "live").digest == STABLE.digest
+    assert told.client.view.position == Position(2, 1)
+    assert told.registry.authenticate(str(KEY)) == WHO
+    assert told.registry.pin("acme", "live").digest == STABLE.digest
 
 
 def test_a_suspended_tenant_has_no_good_key(told: Told) -> None:
     told.hear((1, 8), TenantState("acme", suspended=True))
     with pytest.raises(Unauthenticated, match="acme is suspended"):
-        told.book.authenticate(str(KEY))
+        told.registry.authenticate(str(KEY))
     told.hear((1, 9), TenantState("acme"))
-    assert told.book.authenticate(str(KEY)) == WHO
+    assert told.registry.authenticate(str(KEY)) == WHO
 
 
 def test_a_canary_takes_its_share_of_the_keys_and_the_same_ones_always(told: Told) -> None:
     told.hear((1, 8), ChannelState("acme", "live", STABLE, CanarySplit(OTHER, 250, "salt")))
-    pins = {f"user-{n}": told.book.pin("acme", "live", f"user-{n}") for n in range(4000)}
+    pins = {f"user-{n}": told.registry.pin("acme", "live", f"user-{n}") for n in range(4000)}
     taken = {key for key, pinned in pins.items() if pinned.canary}
     assert {pins[key].digest for key in taken} == {OTHER.digest}
     assert {p.digest for key, p in pins.items() if key not in taken} == {STABLE.digest}
     assert abs(len(taken) - 1000) < 3 * (4000 * 0.25 * 0.75) ** 0.5
-    assert all(told.book.pin("acme", "live", key).canary for key in taken)
+    assert all(told.registry.pin("acme", "live", key).canary for key in taken)
     told.hear((1, 9), ChannelState("acme", "live", STABLE, CanarySplit(OTHER, 500, "salt")))
-    assert all(told.book.pin("acme", "live", key).canary for key in taken), "who had it keeps it when it grows"
-    drawn = sum(told.book.pin("acme", "live").canary for _ in range(1000))
+    assert all(told.registry.pin("acme", "live", key).canary for key in taken), "who had it keeps it when it grows"
+    drawn = sum(told.registry.pin("acme", "live").canary for _ in range(1000))
     assert abs(drawn - 500) < 5 * 16, "without a key, each request is drawn"
 
 
-def test_unknown_wrong_and_revoked_keys_are_nobody(told: Told, book: TenantRegistry) -> None:
+def test_unknown_wrong_and_revoked_keys_are_nobody(told: Told, registry: TenantRegistry) -> None:
     for key in (str(ApiKeySecret.mint()), str(ApiKeySecret(KEY.id, "0" * 64)), str(KEY)[:-1], "", "bp_"):
         with pytest.raises(Unauthenticated):
-            book.authenticate(key)
+            registry.authenticate(key)
     told.hear((1, 8), KeyState(WHO, KNOWN.verifier, revoked=True))
     with pytest.raises(Unauthenticated):
-        book.authenticate(str(KEY))
+        registry.authenticate(str(KEY))
 
 
-def test_a_channel_of_another_tenant_is_not_there(book: TenantRegistry) -> None:
+def test_a_channel_of_another_tenant_is_not_there(registry: TenantRegistry) -> None:
     with pytest.raises(NotFound):
-        book.pin("other", "live")
+        registry.pin("other", "live")
 
 
 def test_nothing_is_served_before_the_first_news() -> None:
     told = Told()
-    assert not told.book.usable
+    assert not told.registry.usable
     with pytest.raises(Unavailable, match="hasn't reached"):
-        told.book.authenticate(str(KEY))
+        told.registry.authenticate(str(KEY))
 
 
-def test_p10_known_good_survives_silence_up_to_the_bound(told: Told, book: TenantRegistry) -> None:
+def test_p10_known_good_survives_silence_up_to_the_bound(told: Told, registry: TenantRegistry) -> None:
     told.now = 59
-    assert book.authenticate(str(KEY)) == WHO
-    assert book.pin("acme", "live").staleness == 59
+    assert registry.authenticate(str(KEY)) == WHO
+    assert registry.pin("acme", "live").staleness == 59
     told.now = 61
-    assert not book.usable
+    assert not registry.usable
     with pytest.raises(Unavailable, match="no news from the intervention service for 61 s"):
-        book.authenticate(str(KEY))
+        registry.authenticate(str(KEY))
     told.bookmark(1, 7)
-    assert book.authenticate(str(KEY)) == WHO
+    assert registry.authenticate(str(KEY)) == WHO
 
 
 @pytest.mark.parametrize(("serve", "served"), [({"acme"}, True), ({"*"}, True), ({"other"}, False)])
@@ -134,17 +134,17 @@ def test_p10_beyond_the_bound_each_tenant_is_served_or_not_as_the_operator_said(
     told = Told(serve_expired=frozenset(serve))
     told.hear((1, 7), KNOWN, LIVE, whole=True)
     told.now = 1e6
-    assert told.book.usable
+    assert told.registry.usable
     if served:
-        assert told.book.authenticate(str(KEY)) == WHO
-        assert told.book.pin("acme", "live").staleness == 1e6
+        assert told.registry.authenticate(str(KEY)) == WHO
+        assert told.registry.pin("acme", "live").staleness == 1e6
         return
     with pytest.raises(Unavailable, match="the bound is 60 s"):
-        told.book.authenticate(str(KEY))
+        told.registry.authenticate(str(KEY))
 
 
 def test_news_of_another_epoch_or_beyond_a_gap_moves_nothing(told: Told) -> None:
     for base, at in ((Position(1, 8), Position(1, 9)), (Position(0, 7), Position(0, 8))):
-        told.reader.receive(Delta(99, base, at, (ChannelState("acme", "live", OTHER),)), 0.0)
-        assert told.reader.pending is None
-    assert told.reader.view.position == Position(1, 7)
+        told.client.receive(Delta(99, base, at, (ChannelState("acme", "live", OTHER),)), 0.0)
+        assert told.client.pending is None
+    assert told.client.view.position == Position(1, 7)

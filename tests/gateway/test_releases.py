@@ -53,7 +53,7 @@ def service() -> Service:
 
 @pytest.fixture
 def releases(told: Told, service: Service) -> ReleaseResolver:
-    return ReleaseResolver(told.book, service.resolve, service.reached)
+    return ReleaseResolver(told.registry, service.resolve, service.reached)
 
 
 async def test_what_the_book_has_anyway_is_not_asked_for(releases: ReleaseResolver, service: Service) -> None:
@@ -134,7 +134,7 @@ async def test_what_is_not_there_is_refused(releases: ReleaseResolver) -> None:
 
 
 async def test_only_so_many_are_remembered(told: Told, service: Service) -> None:
-    releases = ReleaseResolver(told.book, service.resolve, service.reached, remembered=1)
+    releases = ReleaseResolver(told.registry, service.resolve, service.reached, cached=1)
     for number in (7, 8, 7):
         await releases.pin("acme", (number,))
     assert len(service.asked) == 3

@@ -131,7 +131,7 @@ def _one_tenant(service: Interventions, tenant: str, tell: Callable[..., None], 
 
     def do(method: str, became: str, *arguments: Any) -> Any:
         again = request()
-        written = patiently(lambda: getattr(service, method)(*arguments, again))
+        written = patiently(lambda: rule(service, method)(*arguments, again))
         tell(method, written, str(getattr(written.record, became)))
         return written.record
 
@@ -143,6 +143,11 @@ def _one_tenant(service: Interventions, tenant: str, tell: Callable[..., None], 
         revision = do("create_revision", "digest", who, "p", [edit])
         release = do("create_release", "digest", who, [("p", revision.number)], "")
         etag = do("activate", "etag", who, LIVE, release.number, etag).etag
+
+
+def rule(service: Interventions, method: str) -> Callable[..., Any]:
+    """The method of this name, of whichever rules of the service have it."""
+    return next(getattr(rules, method) for rules in vars(service).values() if hasattr(rules, method))
 
 
 def request() -> IdempotencyKey:

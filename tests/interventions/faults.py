@@ -22,7 +22,8 @@ import pytest
 import sqlalchemy as sa
 from backpack_lm import patch as patches
 from backpack_serving.auth.keys import Principal
-from backpack_serving.interventions import channels, postgres, service, sqlite, tenants
+from backpack_serving.interventions import channels, postgres, sqlite, tenants
+from backpack_serving.interventions.events import EventRules
 from backpack_serving.interventions.ledger import IdempotencyKey, Ledger, WriteResult
 from backpack_serving.interventions.records import BlobRecord, EventRecord, Position, ReplyRecord, key_of, kind_name
 from backpack_serving.interventions.sql import SQLStore, Transaction
@@ -253,9 +254,9 @@ def epoch_counted(patch: pytest.MonkeyPatch) -> None:
 
 def events_from_before(patch: pytest.MonkeyPatch) -> None:
     """A watch that is resumed begins with the last event it had."""
-    events_after = service.Interventions.events_after
+    events_after = EventRules.events_after
 
     def inclusive(self: Any, revision: int, limit: int = 1000) -> tuple[Position, list[EventRecord]]:
         return events_after(self, max(0, revision - 1), limit)
 
-    patch.setattr(service.Interventions, "events_after", inclusive)
+    patch.setattr(EventRules, "events_after", inclusive)

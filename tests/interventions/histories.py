@@ -191,11 +191,11 @@ def record(
 ) -> Histories:
     """Let clients loose on services that share what they write; `meanwhile` something else happens."""
     first, tenant = Interventions(stores[0], SHAPE), f"t{seed}"
-    first.create_tenant(ADMIN, tenant, IdempotencyKey())
-    first.create_patch(releaser(tenant), "p", "", IdempotencyKey())
+    first.tenants.create_tenant(ADMIN, tenant, IdempotencyKey())
+    first.patches.create_patch(releaser(tenant), "p", "", IdempotencyKey())
     for _ in range(RELEASES):
-        first.create_release(releaser(tenant), [], "", IdempotencyKey())
-    histories = Histories(first.snapshot()[0].revision)
+        first.releases.create_release(releaser(tenant), [], "", IdempotencyKey())
+    histories = Histories(first.events.snapshot()[0].revision)
     services = [Interventions(store, SHAPE, on_write=Loser(seed + n, lost)) for n, store in enumerate(stores)]
     recorder = Recorder(histories)
     failures: list[BaseException] = []

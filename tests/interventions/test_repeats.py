@@ -37,6 +37,7 @@ from hypothesis.stateful import (
 )
 
 from tests.interventions.conftest import ADMIN, SHAPE
+from tests.interventions.crashes import rule as rule_of
 from tests.interventions.memory import MemoryStore
 from tests.interventions.postgres import Postgres
 
@@ -155,7 +156,7 @@ class Machine(RuleBasedStateMachine):
         return _effect(written)
 
     def _do(self, sent: Sent) -> Any:
-        return getattr(self.service, sent.method)(sent.who, *sent.arguments, sent.request)
+        return rule_of(self.service, sent.method)(sent.who, *sent.arguments, sent.request)
 
     def _expect(self, sent: Sent) -> None:
         """What the write must have done, seen by the model."""

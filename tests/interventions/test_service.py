@@ -99,7 +99,7 @@ def test_rollback_returns_to_the_release_before(service: Interventions, two_rele
     for release in (1, 2):
         etag = service.channels.activate(two_releases, LIVE, release, etag, IdempotencyKey()).record.etag
     back = service.channels.rollback(two_releases, LIVE, etag, IdempotencyKey()).record
-    assert (back.releases.get_release, back.previous, back.generation) == (1, 2, 4)
+    assert (back.release, back.previous, back.generation) == (1, 2, 4)
 
 
 @pytest.mark.parametrize("canary", [False, True])
@@ -118,7 +118,7 @@ def test_activating_the_release_that_a_channel_is_at_leaves_a_rollback_where_it_
     again = service.channels.activate(two_releases, LIVE, 2, etag, IdempotencyKey()).record
     assert (again.release, again.previous, again.canary) == (2, 1, None)
     back = service.channels.rollback(two_releases, LIVE, again.etag, IdempotencyKey()).record
-    assert (back.releases.get_release, back.previous) == (1, 2)
+    assert (back.release, back.previous) == (1, 2)
 
 
 def test_a_channel_is_made_by_activating_on_it(service: Interventions, two_releases: Principal) -> None:
@@ -168,9 +168,9 @@ def test_processes_that_start_at_once_on_an_empty_store_add_their_key_once(
         other.tenants.bootstrap(key, [Role.ADMIN])
 
     monkeypatch.setattr(store, "read", overtaken)
-    one.bootstrap(key, [Role.ADMIN])
-    assert one.authenticate(str(key)) == Principal(SYSTEM, key.id, frozenset({Role.ADMIN}))
-    assert one.verify_chain(ADMIN) == (1, None)
+    one.tenants.bootstrap(key, [Role.ADMIN])
+    assert one.tenants.authenticate(str(key)) == Principal(SYSTEM, key.id, frozenset({Role.ADMIN}))
+    assert one.events.verify_chain(ADMIN) == (1, None)
 
 
 def test_an_operators_key_that_is_somebody_elses_is_refused(service: Interventions, acme: Principal) -> None:
@@ -229,7 +229,7 @@ def test_p11_a_new_tenants_channel_is_held_by_who_was_told_of_it(service: Interv
     before, _ = service.events.snapshot()
     gateway, fleet = SyncServer(EventHistory(service), itertools.count()), ReaderTracker()
     gateway.receive(Hello(ReaderKind.GATEWAY, "incarnation", "name", SHAPE.fingerprint, before), 0.0)
-    fleet.heard(gateway)
+    fleet.record(gateway)
     service.tenants.create_tenant(ADMIN, "acme", IdempotencyKey())
     position, live = service.channels.channel_now(releaser("acme"), LIVE)
     assert [hold.state for hold in fleet.holds(live, position)] == [HoldState.STALE]

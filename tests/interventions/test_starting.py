@@ -207,7 +207,7 @@ def test_a_write_on_a_full_disk_says_so(tmp_path: Path, sqlite_url: str) -> None
         _fill(folder, 0)
         for n in range(1000):
             try:
-                service.create_tenant(ADMIN, f"t{n}", IdempotencyKey())
+                service.tenants.create_tenant(ADMIN, f"t{n}", IdempotencyKey())
             except Unavailable as error:
                 said = error.message + error.why
                 break

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backpack_lm.overlay import Overlay
 from backpack_lm.patch import Cell, ReleaseContent, RevisionContent, ScaleEdit
 from backpack_serving.gateway.registry import TenantRegistry
 from backpack_serving.inference.release_cache import ReleaseCache
@@ -34,11 +33,11 @@ Patch = pytest.MonkeyPatch
 
 def _nack_loop(patch: Patch) -> None:
     """One refused channel keeps a delta from being applied, and it is sent again at once."""
-    take, settle = SyncServer.receive, SyncClient.settle
+    take, apply = SyncServer.receive, SyncClient.apply
 
     def receive(self: SyncServer, message: Any, now: float) -> None:
         if isinstance(message, Nack):
-            self._flight = None
+            self._in_flight = None
         take(self, message, now)
 
     def all_or_nothing(self: SyncClient, nonce: int, refused: Iterable[Any], now: float) -> Any:
@@ -46,10 +45,10 @@ def _nack_loop(patch: Patch) -> None:
         if refused and self.pending and self.pending.nonce == nonce:
             self.pending = None
             return Nack(nonce, tuple(refused))
-        return settle(self, nonce, refused, now)
+        return apply(self, nonce, refused, now)
 
     patch.setattr(SyncServer, "receive", receive)
-    patch.setattr(SyncClient, "settle", all_or_nothing)
+    patch.setattr(SyncClient, "apply", all_or_nothing)
 
 
 def _any_nonce(patch: Patch) -> None:
@@ -57,7 +56,7 @@ def _any_nonce(patch: Patch) -> None:
     land = SyncServer._receive_ack
 
     def any_nonce(self: SyncServer, nonce: int, refused: Iterable[Any]) -> None:
-        land(self, self._flight.nonce if self._flight else nonce, refused)
+        land(self, self._in_flight.nonce if self._in_flight else nonce, refused)
 
     patch.setattr(SyncServer, "_receive_ack", any_nonce)
 
@@ -89,7 +88,7 @@ def _swap_before_staging(patch: Patch) -> None:
 
 def _refused_holds_all_the_same(patch: Patch) -> None:
     """A Nack is sent, but the refused release is put in place."""
-    patch.setattr("backpack_serving.sync.client._but", lambda changes, refusals: list(changes))
+    patch.setattr("backpack_serving.sync.client._without_refused", lambda changes, refusals: list(changes))
 
 
 def _goes_back(patch: Patch) -> None:
@@ -110,7 +109,7 @@ def _gap_is_overlooked(patch: Patch) -> None:
     receive = SyncClient.receive
 
     def careless(self: SyncClient, message: Any, now: float) -> Any:
-        if hasattr(message, "base") and message.position > self.known.position:
+        if hasattr(message, "base") and message.position > self.state.position:
             return self._receive_changes(message.nonce, message.position, message.changes)
         return receive(self, message, now)
 
@@ -122,8 +121,8 @@ def _absence_is_deletion(patch: Patch) -> None:
     receive = SyncClient.receive
 
     def forget(self: SyncClient, message: Any, now: float) -> Any:
-        if type(message).__name__ == "Snapshot" and message.position > self.known.position:
-            self.known = StateView(self.known.position)
+        if type(message).__name__ == "Snapshot" and message.position > self.state.position:
+            self.state = StateView(self.state.position)
         return receive(self, message, now)
 
     patch.setattr(SyncClient, "receive", forget)
@@ -134,7 +133,7 @@ def _bookmark_of_the_head(patch: Patch) -> None:
     pump = SyncServer.pump
 
     def hasty(self: SyncServer, now: float) -> Any:
-        head = self._log.snapshot().head
+        head = self._history.snapshot().head
         return [Bookmark(head) if isinstance(m, Bookmark) else m for m in pump(self, now)]
 
     patch.setattr(SyncServer, "pump", hasty)
@@ -162,7 +161,7 @@ def _bookmark_holds_before_it_is_on_disk(patch: Patch) -> None:
 
     def at_once(self: SyncClient, position: Position, now: float) -> None:
         mark(self, position, now)
-        self.view = replace(self.view, position=self.known.position)
+        self.view = replace(self.view, position=self.state.position)
 
     patch.setattr(SyncClient, "_apply_bookmark", at_once)
 
@@ -202,7 +201,7 @@ def _missing_tenant_filter(patch: Patch) -> None:
     pin = TenantRegistry.pin
 
     def any_tenant(self: TenantRegistry, tenant: str, channel: str, request_key: str = "") -> Pin:
-        owner = next(t for t, c in self._reader.view.channels if c == channel)
+        owner = next(t for t, c in self._sync_client.view.channels if c == channel)
         return pin(self, owner, channel, request_key)
 
     patch.setattr(TenantRegistry, "pin", any_tenant)
@@ -221,10 +220,10 @@ def _eviction_of_what_is_in_use(patch: Patch) -> None:
 def _digest_is_not_verified(patch: Patch) -> None:
     """Whatever was fetched is compiled."""
 
-    def compile(self: ReleaseCache, revisions: list[bytes], digest: str) -> Overlay:
-        return Overlay.compile(ReleaseContent(tuple(map(RevisionContent.from_bytes, revisions))), self._served.table)
+    def trusting(self: ReleaseCache, revisions: list[bytes], digest: str) -> ReleaseContent:
+        return ReleaseContent(tuple(map(RevisionContent.from_bytes, revisions)))
 
-    patch.setattr(ReleaseCache, "_compile_release", compile)
+    patch.setattr(ReleaseCache, "_verified", trusting)
 
 
 def _not_validated_again(patch: Patch) -> None:
@@ -300,7 +299,7 @@ GALLERY: dict[Callable[[Patch], None], Callable[[Path], None]] = {
     _digest_is_not_verified: _fuzz,
     _not_validated_again: _applied_again(lambda s: (ScaleEdit((Cell(5, 0),), 1.0),), "ZERO_EFFECT"),
     _not_tried_out: _applied_again(lambda s: test_release_cache.hidden_overflow(s, 5, 3e38), "NON_FINITE"),
-    _missing_tenant_filter: lambda _: test_registry.test_a_channel_of_another_tenant_is_not_there(_told().book),
+    _missing_tenant_filter: lambda _: test_registry.test_a_channel_of_another_tenant_is_not_there(_told().registry),
 }
 
 

@@ -231,7 +231,7 @@ class Attempts:
     def __init__(self, client: Connected, until: float) -> None:
         self.until = until
         self._client = client
-        self._failures, self._first, self._told = 0, 0.0, False
+        self._failures, self._first, self._logged = 0, 0.0, False
 
     async def another(self, error: ServiceError) -> None:
         """Wait for the next attempt: as long as the error says, and with full jitter, so that many callers don't
@@ -248,8 +248,8 @@ class Attempts:
         then = now + (error.retry_after or 0.0) + random.uniform(0, longest)
         if then >= end:
             raise error
-        if then - self._first > NOTICE and not self._told:
-            self._told = True
+        if then - self._first > NOTICE and not self._logged:
+            self._logged = True
             client._notice(error, end - now)
         await client._transport.sleep(then - now)
 

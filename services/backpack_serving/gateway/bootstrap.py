@@ -39,7 +39,7 @@ class Gateway:
     """A running gateway."""
 
     server: rpc.Server
-    book: TenantRegistry
+    registry: TenantRegistry
     router: Router
     tasks: tuple[asyncio.Task[None], ...]
     drain: float
@@ -51,12 +51,12 @@ class Gateway:
 
     async def ready(self) -> None:
         """Wait until requests can be served: the book has been read, and there is a replica."""
-        while self.book.age == float("inf") or not self.router.size:
+        while self.registry.age == float("inf") or not self.router.size:
             await asyncio.sleep(0.02)
 
-    def lacks(self) -> str:
+    def not_ready(self) -> str:
         """What requests can't be served without, for people."""
-        if self.book.age == float("inf"):
+        if self.registry.age == float("inf"):
             return "it hasn't heard from the intervention service"
         return "" if self.router.size else "there is no replica"
 
@@ -83,32 +83,36 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
     manifest, key = await starting.model(settings), await starting.key(settings, "replica")
     tokenizer = await starting.blocking(partial(Tokenizer.read, settings.model / "tokenizer.json", manifest.tokenizer))
     tls, directory_tls = settings.tls, settings.directory_tls
-    reader = SyncClient(
+    sync_client = SyncClient(
         ReaderKind.GATEWAY, uuid.uuid4().hex, _display_name(settings.gateway_address), manifest.fingerprint
     )
-    book = TenantRegistry(reader, settings.expired_after, settings.serve_expired)
+    registry = TenantRegistry(sync_client, settings.expired_after, settings.serve_expired)
     router = Router(manifest.fingerprint, tls)
-    control, tallies = rpc.channel(settings.interventions_address, tls), CanaryStats()
-    link = SyncTransport(control, key, reader, tallies, settings.state / "known-good" / "gateway" / "view")
-    await starting.blocking(link.restore)
+    control, canary_stats = rpc.channel(settings.interventions_address, tls), CanaryStats()
+    transport = SyncTransport(
+        control, key, sync_client, canary_stats, settings.state / "known-good" / "gateway" / "view"
+    )
+    await starting.blocking(transport.restore)
 
     async def by_key(presented: str) -> Principal:
-        return book.authenticate(presented)
+        return registry.authenticate(presented)
 
-    async def known(who: Principal) -> None:
-        book.check(who.tenant)  # that there is none such shows when its channel is looked up
+    async def check_tenant(principal: Principal) -> None:
+        registry.check(principal.tenant)  # that there is none such shows when its channel is looked up
 
-    identities = Identities(by_key, known, settings.issuer, settings.certificates)
+    identities = Identities(by_key, check_tenant, settings.issuer, settings.certificates)
     default = Limit(settings.limit_requests, settings.limit_tokens, settings.limit_concurrent)
     limits = TenantLimits(default, settings.limits_file)
-    releases = ReleaseResolver(book, resolve_from(control, key), lambda since: link.reached(since, settings.catch_up))
-    meters = UsageMeter(limits, metrics.gateway(lambda: router.size, lambda: book.age))
+    releases = ReleaseResolver(
+        registry, resolve_from(control, key), lambda since: transport.wait_until(since, settings.catch_up)
+    )
+    meters = UsageMeter(limits, metrics.gateway(lambda: router.size, lambda: registry.age))
     servicer = GatewayServicer(
-        manifest, tokenizer, identities, releases, meters, router, tallies, key, settings.log_prompts
+        manifest, tokenizer, identities, releases, meters, router, canary_stats, key, settings.log_prompts
     )
     service = rpc.Service(SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer)
-    following = (
-        link.run,
+    background = (
+        transport.run,
         partial(follow_directory, settings.directory_address, settings.directory_metadata, router, directory_tls),
     )
     server = await rpc.start(
@@ -119,21 +123,21 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
         connection_age=settings.connection_age,
         message_limit=rpc.SMALL,
     )
-    reader.name = _display_name(server.address)
-    running = [asyncio.create_task(each()) for each in following]
-    running.append(asyncio.create_task(_tell_health(server, book, router, settings.stale_after)))
-    return Gateway(server, book, router, tuple(running), settings.drain, control)
+    sync_client.name = _display_name(server.address)
+    running = [asyncio.create_task(each()) for each in background]
+    running.append(asyncio.create_task(_publish_health(server, registry, router, settings.stale_after)))
+    return Gateway(server, registry, router, tuple(running), settings.drain, control)
 
 
-async def _tell_health(server: rpc.Server, book: TenantRegistry, router: Router, stale_after: float) -> None:
+async def _publish_health(server: rpc.Server, registry: TenantRegistry, router: Router, stale_after: float) -> None:
     """Not serving while there is no replica, or nothing known that is recent enough to serve anybody.
 
     Out of touch for longer than `stale_after`, it serves what it knows; its health as a reader says so.
     """
     while True:
-        lacks = [] if book.usable else [book.silence]
-        lacks += [] if router.size else ["no replica of this model is known to the directory"]
+        missing = [] if registry.usable else [registry.contact]
+        missing += [] if router.size else ["no replica of this model is known to the directory"]
         for name in ("", SERVICE):
-            await server.set_serving(not lacks, name, "; ".join(lacks))
-        await server.set_serving(book.age < stale_after, READER, book.silence)
+            await server.set_serving(not missing, name, "; ".join(missing))
+        await server.set_serving(registry.age < stale_after, READER, registry.contact)
         await asyncio.sleep(0.5)

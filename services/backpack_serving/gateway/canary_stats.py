@@ -22,35 +22,35 @@ class CanaryStats:
         self._canaries: frozenset[tuple[str, str, str]] = frozenset()
 
     @contextmanager
-    def request(self, pinned: Pin) -> Iterator[None]:
+    def request(self, pin: Pin) -> Iterator[None]:
         """A request to a replica, counted if it is under a canary."""
-        if not pinned.canary:
+        if not pin.canary:
             yield
             return
         try:
             yield
         except THE_RELEASES_FAULT as error:
-            self._count(pinned, error)
+            self._count(pin, error)
             raise
         except ServiceError:
             raise  # it says nothing of the release
         else:
-            self._count(pinned, None)
+            self._count(pin, None)
 
-    def _count(self, pinned: Pin, error: ServiceError | None) -> None:
-        key = pinned.tenant, pinned.channel, pinned.digest
+    def _count(self, pin: Pin, error: ServiceError | None) -> None:
+        key = pin.tenant, pin.channel, pin.digest
         if key not in self._canaries:
             return  # its canary ended while it ran: it would count against a later one of the same release
         old = self._counts.get(key) or CanaryTally(*key, 0, 0)
-        not_numbers = error is not None and error.reason == "NON_FINITE"
+        non_finite = error is not None and error.reason == "NON_FINITE"
         self._counts[key] = replace(
             old,
             requests=old.requests + 1,
             errors=old.errors + (error is not None),
-            non_finite=old.non_finite + not_numbers,
+            non_finite=old.non_finite + non_finite,
         )
 
-    # ---- backpack_serving.sync.transport.Owner
+    # ---- backpack_serving.sync.transport.SyncDelegate
 
     async def stage(self, work: tuple[Stageable, ...]) -> tuple[Refusal, ...]:
         return ()

@@ -26,17 +26,17 @@ class TenantRegistry:
 
     def __init__(
         self,
-        reader: SyncClient,
+        sync_client: SyncClient,
         expires: float,
         serve_expired: Set[str] = frozenset(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._reader, self._expires, self._serve_expired, self._clock = reader, expires, serve_expired, clock
+        self._sync_client, self._expires, self._serve_expired, self._clock = sync_client, expires, serve_expired, clock
 
     @property
     def age(self) -> float:
         """Seconds since it was certain that nothing is missing; infinite if that never was."""
-        return self._reader.age(self._clock())
+        return self._sync_client.age(self._clock())
 
     @property
     def usable(self) -> bool:
@@ -47,16 +47,16 @@ class TenantRegistry:
         """Raises Unauthenticated, or Unavailable while nothing is known or what is known is too old."""
         self._check_started()
         key = ApiKeySecret.parse(presented)
-        known = self._reader.view.keys.get(key.id)
-        if known is None or known.revoked or not known.verifier.accepts(key.secret):
+        state = self._sync_client.view.keys.get(key.id)
+        if state is None or state.revoked or not state.verifier.accepts(key.secret):
             raise unknown_key()
-        self.check(known.principal.tenant)
-        return known.principal
+        self.check(state.principal.tenant)
+        return state.principal
 
     def check(self, tenant: str) -> None:
         """Raises Unauthenticated if a tenant is suspended, Unavailable if what is known of it is too old."""
         self._check_started()
-        age, owner = self.age, self._reader.view.tenants.get(tenant)
+        age, owner = self.age, self._sync_client.view.tenants.get(tenant)
         if owner and owner.suspended:
             raise suspended(tenant)
         if age > self._expires and not self._serve_expired & {tenant, "*"}:
@@ -71,22 +71,22 @@ class TenantRegistry:
             raise Unavailable("STARTING", "the gateway hasn't reached the intervention service yet", retry_after=1.0)
 
     @property
-    def silence(self) -> str:
+    def contact(self) -> str:
         """For how long there was no news, and why, if that is known."""
-        why = f" ({self._reader.trouble})" if self._reader.trouble else ""
+        why = f" ({self._sync_client.last_error})" if self._sync_client.last_error else ""
         since = "yet" if self.age == float("inf") else f"for {self.age:.0f} s"
         return f"no news from the intervention service {since}{why}"
 
-    def page(self) -> RegistrySnapshot:
+    def snapshot(self) -> RegistrySnapshot:
         """What is known now. Releases that are pinned from one page go together."""
-        return RegistrySnapshot(self._reader.view, self.age)
+        return RegistrySnapshot(self._sync_client.view, self.age)
 
     def pin(self, tenant: str, channel: str, request_key: str = "") -> Pin:
         """What a tenant's channel points at now, for a request with this key (drawn if empty).
 
         Raises NotFound if there is no such channel.
         """
-        return self.page().channel(tenant, channel, request_key)
+        return self.snapshot().channel(tenant, channel, request_key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +98,13 @@ class RegistrySnapshot:
 
     def channel(self, tenant: str, channel: str, request_key: str = "") -> Pin:
         """What a channel points at, for a request with this key. Raises NotFound if there is no such channel."""
-        known = self.view.channels.get((tenant, channel))
-        if known is None:
+        state = self.view.channels.get((tenant, channel))
+        if state is None:
             raise NotFound(
                 "NO_SUCH_CHANNEL", f"tenants/{tenant}/channels/{channel} doesn't exist; activate a release on it"
             )
-        release = known.choose(request_key or secrets.token_hex(8)) if known.canary else known.stable
-        return self.release(tenant, release, channel, release is not known.stable)
+        release = state.choose(request_key or secrets.token_hex(8)) if state.canary else state.stable
+        return self.release(tenant, release, channel, release is not state.stable)
 
     def release(self, tenant: str, release: ReleaseRef, channel: str = "", canary: bool = False) -> Pin:
         at = self.view.position

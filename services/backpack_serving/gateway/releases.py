@@ -18,12 +18,12 @@ from backpack_serving.references import Pin, Position, ReleaseRef
 Resolve = Callable[[str, Sequence[int]], Awaitable[tuple[Position, list[ReleaseRef]]]]
 """(tenant, numbers) → the releases of these numbers, and where the store stood. Raises ServiceError."""
 
-Reached = Callable[[Position], Awaitable[None]]
+WaitUntil = Callable[[Position], Awaitable[None]]
 """Waits a moment until a position of the store is known here. Raises Unavailable if it isn't by then, or
 PreconditionFailed if the store isn't there either.
 """
 
-REMEMBERED = 65_536
+CACHED_RELEASES = 65_536
 RESOLVE_SECONDS = 5.0
 
 
@@ -34,15 +34,17 @@ class ReleaseResolver:
     A restore from backup may give a number to another release: what is known is known within an epoch.
     """
 
-    def __init__(self, book: TenantRegistry, resolve: Resolve, reached: Reached, remembered: int = REMEMBERED) -> None:
-        self._book, self._resolve, self._reached, self._remembered = book, resolve, reached, remembered
-        self._known: OrderedDict[tuple[int, str, int], str] = OrderedDict()  # least recently used first
+    def __init__(
+        self, registry: TenantRegistry, resolve: Resolve, wait_until: WaitUntil, cached: int = CACHED_RELEASES
+    ) -> None:
+        self._registry, self._resolve, self._wait_until, self._cached = registry, resolve, wait_until, cached
+        self._digests: OrderedDict[tuple[int, str, int], str] = OrderedDict()  # least recently used first
 
     async def channel(self, tenant: str, channel: str, request_key: str = "", since: Position | None = None) -> Pin:
-        """What a channel points at. Raises NotFound if there is no such channel, and as `Reached` does."""
+        """What a channel points at. Raises NotFound if there is no such channel, and as `WaitUntil` does."""
         if since:
-            await self._reached(since)
-        return self._book.pin(tenant, channel, request_key)
+            await self._wait_until(since)
+        return self._registry.pin(tenant, channel, request_key)
 
     async def pin(
         self, tenant: str, choices: Sequence[int | str], request_key: str = "", since: Position | None = None
@@ -50,50 +52,53 @@ class ReleaseResolver:
         """The releases of these numbers and channels, in their order.
 
         Raises NotFound for what isn't there, Unavailable if a number isn't known here and the service is away, and
-        as `Reached` does.
+        as `WaitUntil` does.
         """
         if since:
-            await self._reached(since)
-        page, key = self._book.page(), request_key or secrets.token_hex(8)
-        channels = {name: page.channel(tenant, name, key) for name in choices if isinstance(name, str)}
-        numbers = await self._wanted_numbers(page, tenant, [number for number in choices if isinstance(number, int)])
+            await self._wait_until(since)
+        snapshot, key = self._registry.snapshot(), request_key or secrets.token_hex(8)
+        channels = {name: snapshot.channel(tenant, name, key) for name in choices if isinstance(name, str)}
+        numbers = await self._wanted_numbers(
+            snapshot, tenant, [number for number in choices if isinstance(number, int)]
+        )
         return [
-            channels[choice] if isinstance(choice, str) else page.release(tenant, numbers[choice]) for choice in choices
+            channels[choice] if isinstance(choice, str) else snapshot.release(tenant, numbers[choice])
+            for choice in choices
         ]
 
     async def _wanted_numbers(
-        self, page: RegistrySnapshot, tenant: str, numbers: Sequence[int]
+        self, snapshot: RegistrySnapshot, tenant: str, numbers: Sequence[int]
     ) -> dict[int, ReleaseRef]:
-        epoch, found = page.view.position.epoch, _known_releases(page, tenant)
+        epoch, found = snapshot.view.position.epoch, _releases_of_channels(snapshot, tenant)
         for number in numbers:
-            if digest := self._known.get((epoch, tenant, number)):
-                self._known.move_to_end((epoch, tenant, number))
+            if digest := self._digests.get((epoch, tenant, number)):
+                self._digests.move_to_end((epoch, tenant, number))
                 found[number] = ReleaseRef(number, digest)
-        if unknown := [number for number in numbers if number not in found]:
-            position, answered = await self._resolve(tenant, unknown)
+        if missing := [number for number in numbers if number not in found]:
+            position, answered = await self._resolve(tenant, missing)
             if position.epoch != epoch:
                 raise Unavailable(
                     "BEHIND",
-                    f"the store is at {position}, this gateway knows it up to {page.view.position}",
+                    f"the store is at {position}, this gateway knows it up to {snapshot.view.position}",
                     retry_after=0.5,
                 )
             for ref in answered:
                 found[ref.number] = ref
-                self._known[epoch, tenant, ref.number] = ref.digest
-            while len(self._known) > self._remembered:
-                self._known.popitem(last=False)
+                self._digests[epoch, tenant, ref.number] = ref.digest
+            while len(self._digests) > self._cached:
+                self._digests.popitem(last=False)
         return found
 
 
-def _known_releases(page: RegistrySnapshot, tenant: str) -> dict[int, ReleaseRef]:
+def _releases_of_channels(snapshot: RegistrySnapshot, tenant: str) -> dict[int, ReleaseRef]:
     """The releases of a tenant that the page has anyway."""
     refs = [
         ref
-        for channel in page.view.channels.values()
+        for channel in snapshot.view.channels.values()
         if channel.tenant == tenant
         for ref in (*channel.serving, *channel.earlier)
     ]
-    if fresh := page.view.fresh.get(tenant):
+    if fresh := snapshot.view.fresh.get(tenant):
         refs.append(fresh.release)
     return {ref.number: ref for ref in refs}
 

@@ -19,53 +19,53 @@ class RequestUsage:
     def __init__(self, metrics: GatewayMetrics, tenant: str, take: Callable[[int], None]) -> None:
         self._metrics, self.tenant, self._take = metrics, tenant, take
         self._arrived = perf_counter()
-        self._sent = self._taken = self._first = self._latest = 0.0
+        self._sent = self._accepted = self._first = self._latest = 0.0
         self._first_tokens = self._charged = self._prompt = 0
-        self._runs = self._left = False
-        self.made = 0
+        self._sent_to_replica = self._abandoned = False
+        self.generated = 0
 
     def charge(self, prompt: int, new: int = 0) -> None:
         """Charge a prompt, and as many new tokens as may be made. Raises Exhausted if there are none left."""
         self._take(prompt + new)
         self._prompt, self._charged = prompt, prompt + new
 
-    def send(self, tries: int) -> None:
+    def sending(self, attempt: int) -> None:
         """A replica is about to be called."""
-        self._sent, self._runs = perf_counter(), True
-        if tries:
+        self._sent, self._sent_to_replica = perf_counter(), True
+        if attempt:
             self._metrics.second_tries.inc()
 
-    def taken(self) -> None:
+    def accepted(self) -> None:
         """The replica has the stream, if it gives an answer: of one that fails, gRPC tells the same."""
-        self._taken = perf_counter()
+        self._accepted = perf_counter()
 
     def add(self, tokens: int) -> None:
         """A message of a stream came, with so many tokens."""
         self._latest = perf_counter()
-        if not self.made:
+        if not self.generated:
             self._first, self._first_tokens = self._latest, tokens
-            self._metrics.handoff.observe(self._taken - self._sent)
+            self._metrics.handoff.observe(self._accepted - self._sent)
             self._metrics.first_token.observe(self._latest - self._arrived)
-        self.made += tokens
+        self.generated += tokens
 
-    def left(self) -> None:
+    def abandoned(self) -> None:
         """Its caller didn't wait for the answer: all that was ordered may have been made meanwhile.
 
         Whether a replica had it isn't known: of a unary call, gRPC tells that with the answer.
         """
-        self._left = True
+        self._abandoned = True
 
     def refused(self) -> None:
         """It ends with a refusal: nothing was used, but for what had come."""
-        self._runs, self._left = self.made > 0, False
+        self._sent_to_replica, self._abandoned = self.generated > 0, False
 
     def end(self) -> None:
         """Give back what was charged and not used, and tell the metrics."""
-        used = self._charged if self._left else self._prompt + self.made if self._runs else 0
+        used = self._charged if self._abandoned else self._prompt + self.generated if self._sent_to_replica else 0
         self._take(min(0, used - self._charged))
-        self._metrics.tokens(self.tenant, self._prompt if self._runs else 0, self.made)
-        if self._first and self.made > self._first_tokens:
-            self._metrics.token.observe((self._latest - self._first) / (self.made - self._first_tokens))
+        self._metrics.tokens(self.tenant, self._prompt if self._sent_to_replica else 0, self.generated)
+        if self._first and self.generated > self._first_tokens:
+            self._metrics.token.observe((self._latest - self._first) / (self.generated - self._first_tokens))
 
 
 class UsageMeter:

@@ -36,8 +36,8 @@ class EventRules:
     def snapshot(self) -> tuple[Position, list[Record]]:
         """Everything that readers know, and where the store stands."""
         with self._context.store.read() as tx:
-            known: list[Record] = [*tx.list(TenantRecord), *tx.list(KeyRecord), *tx.list(ChannelRecord)]
-            return tx.position, known
+            records: list[Record] = [*tx.list(TenantRecord), *tx.list(KeyRecord), *tx.list(ChannelRecord)]
+            return tx.position, records
 
     def events_after(self, revision: int, limit: int = 1000) -> tuple[Position, list[EventRecord]]:
         """The writes since a revision, oldest first, and where the store stands."""

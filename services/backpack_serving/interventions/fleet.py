@@ -94,14 +94,14 @@ class ReaderStatus:
     `refused` is why the service ended its last stream, if it did, until a stream lives again.
     """
 
-    session: SyncServer | RemoteReader
+    server: SyncServer | RemoteReader
     hello: Hello
-    heard: float
+    last_heard: float
     connected: bool = True
     report: ReaderReport = field(default_factory=ReaderReport)
     refused: Why | None = None
 
-    def away(self, silence: float) -> Why | None:
+    def out_of_touch(self, silence: float) -> Why | None:
         """Why it isn't in touch; None if it is."""
         if self.connected and silence <= SILENCE:
             return None
@@ -115,7 +115,7 @@ class ReaderStatus:
     @property
     def releases(self) -> int:
         """How many it has ready; as its stream's Hello said until it reports."""
-        return self.report.releases or len(self.session.digests)
+        return self.report.releases or len(self.server.digests)
 
 
 class ReaderTracker:
@@ -123,71 +123,73 @@ class ReaderTracker:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._seen: dict[str, ReaderStatus] = {}
+        self._statuses: dict[str, ReaderStatus] = {}
 
-    def heard(self, session: SyncServer | RemoteReader, report: ReaderReport | None = None) -> None:
+    def record(self, server: SyncServer | RemoteReader, report: ReaderReport | None = None) -> None:
         """A stream has said something. A newer stream of the same process takes the place of an older one."""
-        hello = session.hello
+        hello = server.hello
         assert hello is not None, "nothing is heard before Hello"
-        seen = self._seen.get(hello.incarnation)
-        if seen is None:
+        status = self._statuses.get(hello.incarnation)
+        if status is None:
             self._drop_silent()  # or those that come and go would pile up while nobody asks for readers
-        if seen is None or seen.session is not session:
-            before = seen.refused if seen else None
-            self._seen[hello.incarnation] = seen = ReaderStatus(session, hello, self._clock(), refused=before)
-        seen.hello, seen.heard, seen.connected = hello, self._clock(), True
+        if status is None or status.server is not server:
+            before = status.refused if status else None
+            self._statuses[hello.incarnation] = status = ReaderStatus(server, hello, self._clock(), refused=before)
+        status.hello, status.last_heard, status.connected = hello, self._clock(), True
         if report:
-            seen.report, seen.refused = report, None
+            status.report, status.refused = report, None
 
-    def elsewhere(self, hello: Hello, report: ReaderReport) -> None:
+    def record_remote(self, hello: Hello, report: ReaderReport) -> None:
         """Another process of the service tells where a reader stands: it holds all up to `hello.position`."""
-        seen = self._seen.get(hello.incarnation)
-        if seen is None or not seen.connected or isinstance(seen.session, RemoteReader):
+        status = self._statuses.get(hello.incarnation)
+        if status is None or not status.connected or isinstance(status.server, RemoteReader):
             refusals = {refusal.key: refusal for refusal in hello.refusals}
-            self.heard(RemoteReader(hello, hello.position, refusals), report)
+            self.record(RemoteReader(hello, hello.position, refusals), report)
 
-    def here(self) -> list[tuple[Hello, ReaderReport]]:
-        """Where this process's own readers stand, as the others take it in with `elsewhere`."""
+    def local_standing(self) -> list[tuple[Hello, ReaderReport]]:
+        """Where this process's own readers stand, as the others take it in with `record_remote`."""
         found = []
-        for seen in self._seen.values():
-            if seen.connected and isinstance(seen.session, SyncServer):
-                refusals = tuple(seen.session.refusals.values())
-                hello = replace(seen.hello, position=seen.session.acked, refusals=refusals, digests=frozenset())
-                found.append((hello, ReaderReport(tallies=seen.report.tallies, releases=seen.releases)))
+        for status in self._statuses.values():
+            if status.connected and isinstance(status.server, SyncServer):
+                refusals = tuple(status.server.refusals.values())
+                hello = replace(status.hello, position=status.server.acked, refusals=refusals, digests=frozenset())
+                found.append((hello, ReaderReport(tallies=status.report.tallies, releases=status.releases)))
         return found
 
-    def left(self, session: SyncServer, why: Why | None = None) -> None:
+    def disconnect(self, server: SyncServer, why: Why | None = None) -> None:
         """A stream has ended; `why`, if the service ended it."""
-        for seen in self._seen.values():
-            if seen.session is session:
-                seen.connected = False
-                seen.refused = why or seen.refused
+        for status in self._statuses.values():
+            if status.server is server:
+                status.connected = False
+                status.refused = why or status.refused
 
-    def refused(self, hello: Hello, why: Why) -> None:
+    def reject(self, hello: Hello, why: Why) -> None:
         """A reader's Hello was refused: it has no stream, and is listed all the same."""
         if hello.incarnation:
             self._drop_silent()
             nothing = RemoteReader(hello, hello.position, {}, hello.digests)
-            self._seen[hello.incarnation] = ReaderStatus(nothing, hello, self._clock(), connected=False, refused=why)
+            self._statuses[hello.incarnation] = ReaderStatus(
+                nothing, hello, self._clock(), connected=False, refused=why
+            )
 
     def readers(self) -> list[tuple[ReaderStatus, float]]:
         """Those seen lately, replicas first, with the seconds since they were heard."""
         now = self._drop_silent()
-        ordered = sorted(self._seen.values(), key=lambda s: (s.hello.kind is ReaderKind.GATEWAY, s.hello.name))
-        return [(seen, now - seen.heard) for seen in ordered]
+        ordered = sorted(self._statuses.values(), key=lambda s: (s.hello.kind is ReaderKind.GATEWAY, s.hello.name))
+        return [(status, now - status.last_heard) for status in ordered]
 
     def holds(self, channel: ChannelRecord, position: Position) -> Iterator[ReleaseHolding]:
         """How every reader stands to a channel's releases, given where the store stands."""
         moved = Position(position.epoch, channel.moved)
         releases = [(release, release != channel.state.stable) for release in channel.state.serving]
-        for seen, silence in self.readers():
-            session, hello = seen.session, seen.hello
-            away = seen.away(silence)
-            behind = Why("BEHIND", f"it is at {session.acked}, and the channel was moved at {moved}")
+        for status, silence in self.readers():
+            server, hello = status.server, status.hello
+            away = status.out_of_touch(silence)
+            behind = Why("BEHIND", f"it is at {server.acked}, and the channel was moved at {moved}")
             for release, canary in releases:
-                refusal = session.refusals.get((channel.tenant, channel.channel))
+                refusal = server.refusals.get((channel.tenant, channel.channel))
                 if refusal is None or refusal.digest != release.digest:
-                    refusal = session.refusals.get((channel.tenant, ""))
+                    refusal = server.refusals.get((channel.tenant, ""))
                 if refusal is not None and refusal.digest != release.digest:
                     refusal = None
                 why: Why | None
@@ -195,11 +197,11 @@ class ReaderTracker:
                     state, why = HoldState.STALE, away
                 elif refusal:
                     state, why = HoldState.NACKED, Why(refusal.reason, refusal.message)
-                elif session.acked >= moved:
+                elif server.acked >= moved:
                     state, why = HoldState.ACKED, None
                 else:
-                    staged = release.digest in session.digests
-                    state, why = HoldState.STAGED if staged else HoldState.STALE, seen.refused or behind
+                    staged = release.digest in server.digests
+                    state, why = HoldState.STAGED if staged else HoldState.STALE, status.refused or behind
                 yield ReleaseHolding(
                     hello.name,
                     hello.kind,
@@ -208,7 +210,7 @@ class ReaderTracker:
                     canary,
                     state,
                     refusal,
-                    session.acked,
+                    server.acked,
                     away is None,
                     why,
                 )
@@ -219,12 +221,12 @@ class ReaderTracker:
         for kind in ReaderKind:
             connected = [s for s, _ in self.readers() if s.connected and s.hello.kind is kind]
             acked = nacked = 0
-            for seen in connected:
-                if seen.session.acked < position:
+            for status in connected:
+                if status.server.acked < position:
                     continue
-                if refusal := seen.session.refusals.get((channel.tenant, channel.channel)):
+                if refusal := status.server.refusals.get((channel.tenant, channel.channel)):
                     nacked += 1
-                    refusals.append((seen.hello.name, refusal))
+                    refusals.append((status.hello.name, refusal))
                 else:
                     acked += 1
             counts[kind] = AckCount(len(connected), acked, nacked)
@@ -238,9 +240,9 @@ class ReaderTracker:
         """
         found = [
             tally
-            for seen, silence in self.readers()
-            if seen.connected and silence <= SILENCE
-            for tally in seen.report.tallies
+            for status, silence in self.readers()
+            if status.connected and silence <= SILENCE
+            for tally in status.report.tallies
             if (tally.tenant, tally.channel, tally.digest) == (tenant, channel, digest)
         ]
         return CanaryTally(
@@ -255,8 +257,12 @@ class ReaderTracker:
     def _drop_silent(self) -> float:
         """Let go of those that were silent for too long; the time."""
         now = self._clock()
-        for seen in self._seen.values():
-            if isinstance(seen.session, RemoteReader) and now - seen.heard > SILENCE:
-                seen.connected = False
-        self._seen = {name: seen for name, seen in self._seen.items() if seen.connected or now - seen.heard < FORGOTTEN}
+        for status in self._statuses.values():
+            if isinstance(status.server, RemoteReader) and now - status.last_heard > SILENCE:
+                status.connected = False
+        self._statuses = {
+            name: status
+            for name, status in self._statuses.items()
+            if status.connected or now - status.last_heard < FORGOTTEN
+        }
         return now

@@ -67,16 +67,16 @@ def write_hold(hold: ReleaseHolding) -> sync_pb2.Hold:
     )
 
 
-def write_reader(seen: ReaderStatus, silence: float) -> sync_pb2.ReaderStatus:
-    away = seen.away(silence)
+def write_reader(reader: ReaderStatus, silence: float) -> sync_pb2.ReaderStatus:
+    away = reader.out_of_touch(silence)
     status = sync_pb2.ReaderStatus(
-        reader=seen.hello.name,
-        kind=KIND_NUMBERS[seen.hello.kind],
-        incarnation=seen.hello.incarnation,
-        connected=seen.connected,
-        position=write_position(seen.session.acked),
-        releases=seen.releases,
-        refusals=map(write_refusal, seen.session.refusals.values()),
+        reader=reader.hello.name,
+        kind=KIND_NUMBERS[reader.hello.kind],
+        incarnation=reader.hello.incarnation,
+        connected=reader.connected,
+        position=write_position(reader.server.acked),
+        releases=reader.releases,
+        refusals=map(write_refusal, reader.server.refusals.values()),
         reason=away.reason if away else "",
         message=away.message if away else "",
     )

@@ -247,8 +247,8 @@ def record_from(values: dict[str, Any]) -> Record | None:
     if kind is None:
         return None
     read: dict[str, Callable[[Any], Any]] = {"bytes": bytes.fromhex, "datetime": datetime.fromisoformat}
-    known = {field.name: (str(field.type), values[field.name]) for field in fields(kind) if field.name in values}
-    record: Record = kind(**{name: read.get(how, lambda value: value)(value) for name, (how, value) in known.items()})
+    given = {field.name: (str(field.type), values[field.name]) for field in fields(kind) if field.name in values}
+    record: Record = kind(**{name: read.get(how, lambda value: value)(value) for name, (how, value) in given.items()})
     return record
 
 

@@ -23,7 +23,7 @@ from backpack_serving.sync.server import SyncServer
 
 log = structlog.get_logger(__name__)
 
-TELL_SECONDS, GATHER_SECONDS = 1.0, 0.05
+PUBLISH_SECONDS, GATHER_SECONDS = 1.0, 0.05
 """How often other processes are told at least, and for how long changes are gathered for one telling."""
 
 
@@ -78,47 +78,47 @@ class Rollouts:
     def __init__(self, service: Interventions, gate: ErrorGate) -> None:
         self._service, self._gate = service, gate
         self.fleet = ReaderTracker()
-        self._news, self._changed = WriteNotifier(), WriteNotifier()
-        self._settled: dict[SyncServer, set[Refusal]] = {}  # of what stands, what was looked into
+        self._progress, self._standing_changed = WriteNotifier(), WriteNotifier()
+        self._handled: dict[SyncServer, set[Refusal]] = {}  # of what stands, what was looked into
 
-    async def heard(self, session: SyncServer, message: FromReader) -> None:
+    async def receive(self, server: SyncServer, message: FromReader) -> None:
         """A reader has spoken, and the session has taken it in."""
-        if session.hello is None:
+        if server.hello is None:
             return
         report = message if isinstance(message, ReaderReport) else None
-        self.fleet.heard(session, report)
+        self.fleet.record(server, report)
         for tally in report.tallies if report else ():
             await self._judge_canary(tally)
-        settled = self._settled.get(session, set())
+        handled = self._handled.get(server, set())
         if isinstance(message, Hello | Nack):  # told anew: since it was told before, a canary may have begun
-            settled = settled.difference(message.refusals)
-        standing = tuple(session.refusals.values())
-        self._settled[session] = {r for r in standing if r in settled or await self._end_refused_canary(r)}
+            handled = handled.difference(message.refusals)
+        standing = tuple(server.refusals.values())
+        self._handled[server] = {r for r in standing if r in handled or await self._end_refused_canary(r)}
         self._notify()
 
-    def left(self, session: SyncServer, error: ServiceError | None = None, hello: Hello | None = None) -> None:
+    def disconnect(self, server: SyncServer, error: ServiceError | None = None, hello: Hello | None = None) -> None:
         """A stream has ended, by this refusal of ours; `hello` is what it had begun with."""
         why = Why(error.reason, error.message) if error else None
-        if why and hello and session.hello is None:
-            self.fleet.refused(hello, why)
-        self.fleet.left(session, why)
-        self._settled.pop(session, None)
+        if why and hello and server.hello is None:
+            self.fleet.reject(hello, why)
+        self.fleet.disconnect(server, why)
+        self._handled.pop(server, None)
         self._notify()
 
-    def told(self, hello: Hello, report: ReaderReport) -> None:
+    def receive_remote(self, hello: Hello, report: ReaderReport) -> None:
         """Another process of the service has heard of a reader of its own."""
-        self.fleet.elsewhere(hello, report)
-        self._news.notify_now()
+        self.fleet.record_remote(hello, report)
+        self._progress.notify_now()
 
-    async def tell(self, others: Callable[[list[tuple[Hello, ReaderReport]]], None]) -> None:
+    async def publish(self, publish_standing: Callable[[list[tuple[Hello, ReaderReport]]], None]) -> None:
         """Tell the other processes where the readers here stand, for ever: each second, and when that changes."""
         while True:
-            changed = self._changed.next_write()
-            if standing := self.fleet.here():
+            changed = self._standing_changed.next_write()
+            if standing := self.fleet.local_standing():
                 with suppress(ServiceError):  # the database is away: so are the others
-                    await asyncio.to_thread(others, standing)
+                    await asyncio.to_thread(publish_standing, standing)
             await asyncio.sleep(GATHER_SECONDS)
-            await tasks.wait_at_most(changed, TELL_SECONDS)
+            await tasks.wait_at_most(changed, PUBLISH_SECONDS)
 
     async def wait(
         self, channel: ChannelRecord, position: Position, level: Level, seconds: float
@@ -129,15 +129,15 @@ class Rollouts:
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
         while True:
-            news = self._news.next_write()
+            progress = self._progress.next_write()
             rollout = self.fleet.rollout(channel, position)
             if level.reached(rollout) or level.out_of_reach(rollout) or loop.time() >= until:
                 return rollout
-            await tasks.wait_at_most(news, until - loop.time())
+            await tasks.wait_at_most(progress, until - loop.time())
 
     def _notify(self) -> None:
-        self._news.notify_now()
-        self._changed.notify_now()
+        self._progress.notify_now()
+        self._standing_changed.notify_now()
 
     async def _judge_canary(self, tally: CanaryTally) -> None:
         together = self.fleet.tally(tally.tenant, tally.channel, tally.digest)

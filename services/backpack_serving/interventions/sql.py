@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from backpack_serving.errors import Unavailable
 from backpack_serving.interventions.records import EventRecord, Position, Record, ReplyRecord, key_of
-from backpack_serving.interventions.store import Read, Write, ignored
+from backpack_serving.interventions.store import Read, Write, ignore_message
 from backpack_serving.interventions.tables import head, tables
 
 R = TypeVar("R")
@@ -122,12 +122,15 @@ class SQLStore(ABC):
 
     @abstractmethod
     def listen(
-        self, heard: Callable[[], None], failed: Callable[[str], None], told: Callable[[str], None] = ignored
+        self,
+        on_write: Callable[[], None],
+        on_failure: Callable[[str], None],
+        on_message: Callable[[str], None] = ignore_message,
     ) -> None:
         """See `Store`."""
 
     @abstractmethod
-    def tell(self, texts: Sequence[str]) -> None:
+    def publish(self, texts: Sequence[str]) -> None:
         """See `Store`."""
 
     def close(self) -> None:

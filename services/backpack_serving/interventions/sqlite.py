@@ -25,7 +25,7 @@ from backpack_serving.errors import Unavailable
 from backpack_serving.interventions import schema
 from backpack_serving.interventions.disk import diagnose
 from backpack_serving.interventions.sql import SQLStore
-from backpack_serving.interventions.store import ignored
+from backpack_serving.interventions.store import ignore_message
 
 CHECKPOINT_WRITES = 200
 """Writes after which the write-ahead log is copied into the database file."""
@@ -79,11 +79,14 @@ class SQLiteStore(SQLStore):
         return cls(engine, lock)
 
     def listen(
-        self, heard: Callable[[], None], failed: Callable[[str], None], told: Callable[[str], None] = ignored
+        self,
+        on_write: Callable[[], None],
+        on_failure: Callable[[str], None],
+        on_message: Callable[[str], None] = ignore_message,
     ) -> None:
-        self._on_failure = failed
+        self._on_failure = on_failure
 
-    def tell(self, texts: Sequence[str]) -> None:
+    def publish(self, texts: Sequence[str]) -> None:
         pass  # no other process has the file
 
     def close(self) -> None:

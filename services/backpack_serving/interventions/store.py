@@ -16,11 +16,11 @@ from backpack_serving.interventions.records import EventRecord, Position, Record
 
 R = TypeVar("R")
 
-MOST_TOLD = 7_900
+MAX_MESSAGE_BYTES = 7_900
 """Bytes of one text for other processes: what PostgreSQL's NOTIFY carries."""
 
 
-def ignored(text: str) -> None:
+def ignore_message(text: str) -> None:
     """Who doesn't care what other processes tell."""
 
 
@@ -82,14 +82,17 @@ class Store(Protocol):
         """
 
     def listen(
-        self, heard: Callable[[], None], failed: Callable[[str], None], told: Callable[[str], None] = ignored
+        self,
+        on_write: Callable[[], None],
+        on_failure: Callable[[str], None],
+        on_message: Callable[[str], None] = ignore_message,
     ) -> None:
-        """Call `heard`, from any thread, soon after other processes have written; one call may get lost. Call
-        `failed`, with the reason, when the store will take nothing more until its process is started again. Call
-        `told` with what other processes `tell`.
+        """Call `on_write`, from any thread, soon after other processes have written; one call may get lost. Call
+        `on_failure`, with the reason, when the store will take nothing more until its process is started again. Call
+        `on_message` with what other processes `publish`.
         """
 
-    def tell(self, texts: Sequence[str]) -> None:
+    def publish(self, texts: Sequence[str]) -> None:
         """Tell other processes that listen to this store, MOST_TOLD bytes each at most. Nothing is stored."""
 
     def close(self) -> None: ...

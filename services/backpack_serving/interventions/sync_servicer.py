@@ -47,8 +47,8 @@ class SyncServicer(grpc_v1.SyncServiceServicer):
     ) -> AsyncIterator[pb.SyncResponse]:
         (await self._identities.who(context)).require(Role.REPLICA)
         server, refused = SyncServer(self._history, self._nonces), None
-        heard = partial(self._rollouts.heard, server)
-        stream = serve_reader(server, requests, self._writes.next_write, heard, self._threads)
+        on_message = partial(self._rollouts.receive, server)
+        stream = serve_reader(server, requests, self._writes.next_write, on_message, self._threads)
         try:
             async with aclosing(stream):
                 async for message in stream:
@@ -57,7 +57,7 @@ class SyncServicer(grpc_v1.SyncServiceServicer):
             refused = error
             raise
         finally:
-            self._rollouts.left(server, refused, server.introduced)
+            self._rollouts.disconnect(server, refused, server.last_hello)
 
     async def FetchRelease(
         self, request: pb.FetchReleaseRequest, context: rpc.Context
@@ -102,6 +102,6 @@ class FleetServicer(grpc_v1.FleetServiceServicer):
         who.require(Role.ADMIN)
         position = await asyncio.to_thread(self._service.events.position)
         return pb.ListReadersResponse(
-            readers=[fleet_wire.write_reader(seen, silence) for seen, silence in self._fleet.readers()],
+            readers=[fleet_wire.write_reader(status, silence) for status, silence in self._fleet.readers()],
             position=write_position(position),
         )

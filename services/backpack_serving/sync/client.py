@@ -43,22 +43,22 @@ class _RefusedEntry:
 
 
 class SyncClient:
-    """What one process knows: `pending` waits for its staging, `known` for the disk, and `view` is what holds.
+    """What one process knows: `pending` waits for its staging, `state` for the disk, and `view` is what holds.
 
-    An answer that is given to the service says that all of `known` holds: send it when `hold` was called.
+    An answer that is given to the service says that all of `state` holds: send it when `commit` was called.
     """
 
     def __init__(
         self, kind: ReaderKind, incarnation: str, name: str, fingerprint: str, view: StateView = StateView()
     ) -> None:
         self.kind, self.incarnation, self.name, self.fingerprint = kind, incarnation, name, fingerprint
-        self.view = self.known = view
-        self.known_at: float | None = None
+        self.view = self.state = view
+        self.state_at: float | None = None
         """When nothing was missing from what is known."""
         self.pending: PendingDelta | None = None
         self.resident: frozenset[str] = frozenset()  # digests that are ready to be served; the owner says
-        self.trouble = ""  # why there is no stream to the service; who opens them says
-        self._parked: dict[tuple[str, str], _RefusedEntry] = {}
+        self.last_error = ""  # why there is no stream to the service; who opens them says
+        self._refused: dict[tuple[str, str], _RefusedEntry] = {}
         self._view_at: float | None = None
         self._needs_snapshot = True  # after a start: what is parked isn't remembered, so everything is asked for
 
@@ -70,7 +70,7 @@ class SyncClient:
             self.incarnation,
             self.name,
             self.fingerprint,
-            self.known.position,
+            self.state.position,
             self._needs_snapshot,
             self.resident,
             self.refusals,
@@ -78,12 +78,12 @@ class SyncClient:
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
-        return tuple(parked.refusal for parked in self._parked.values())
+        return tuple(entry.refusal for entry in self._refused.values())
 
     @property
     def retryable(self) -> tuple[Stageable, ...]:
         """What was refused for a reason that may have passed."""
-        changes = (parked.change for parked in self._parked.values() if not parked.refusal.final)
+        changes = (entry.change for entry in self._refused.values() if not entry.refusal.final)
         return tuple(change for change in changes if not isinstance(change, UnknownEntry))
 
     def age(self, now: float) -> float:
@@ -92,11 +92,11 @@ class SyncClient:
 
     def restore(self, view: StateView, at: float) -> None:
         """Take up what an earlier life had on disk, and when nothing was missing from it."""
-        self.known, self.known_at = view, at
-        self.hold(view, at)
+        self.state, self.state_at = view, at
+        self.commit(view, at)
 
-    def hold(self, view: StateView, at: float | None) -> None:
-        """What was known lately is on disk: let it hold. `at` is the `known_at` that it had."""
+    def commit(self, view: StateView, at: float | None) -> None:
+        """What was known lately is on disk: let it hold. `at` is the `state_at` that it had."""
         self.view, self._view_at = view, at
 
     def receive(self, message: ToReader, now: float) -> tuple[FromReader, ...]:
@@ -109,14 +109,14 @@ class SyncClient:
             case Snapshot():
                 return self._receive_changes(message.nonce, message.position, message.changes)
             case Delta():
-                base, at = message.base, self.known.position
+                base, at = message.base, self.state.position
                 if self._needs_snapshot or base.epoch != at.epoch or base > at:
                     self._needs_snapshot = True  # something between is missing
                     return (self.hello(),)
                 return self._receive_changes(message.nonce, message.position, message.changes)
         return ()
 
-    def settle(self, nonce: int, refused: Iterable[Refusal], now: float) -> Ack | Nack | None:
+    def apply(self, nonce: int, refused: Iterable[Refusal], now: float) -> Ack | Nack | None:
         """The pending changes are staged, but for what was refused: they are known now.
 
         None if they aren't pending any more: the stream they came on is gone.
@@ -127,25 +127,25 @@ class SyncClient:
         refusals = self._refusals_of(pending, refused)
         for change in pending.changes:
             if isinstance(change, Stageable | UnknownEntry):
-                self._parked.pop(change.key, None)
+                self._refused.pop(change.key, None)
                 if refusal := refusals.get(change.key):
-                    self._parked[change.key] = _RefusedEntry(change, refusal)
-        self.known = self.known.changed(
+                    self._refused[change.key] = _RefusedEntry(change, refusal)
+        self.state = self.state.changed(
             pending.position, _without_refused(pending.changes, refusals)
         )  # all of it or nothing
-        self.pending, self._needs_snapshot, self.known_at = None, False, now
+        self.pending, self._needs_snapshot, self.state_at = None, False, now
         return Nack(nonce, tuple(refusals.values())) if refusals else Ack(nonce)
 
-    def retried(self, change: Stageable, refusal: Refusal | None) -> None:
+    def apply_retry(self, change: Stageable, refusal: Refusal | None) -> None:
         """What came of staging a refused change again. Nothing happens if it has been overtaken."""
-        parked = self._parked.get(change.key)
-        if parked is None or parked.change != change:
+        entry = self._refused.get(change.key)
+        if entry is None or entry.change != change:
             return
         if refusal:
-            self._parked[change.key] = _RefusedEntry(change, refusal)
+            self._refused[change.key] = _RefusedEntry(change, refusal)
             return
-        del self._parked[change.key]
-        self.known = self.known.changed(self.known.position, [change])
+        del self._refused[change.key]
+        self.state = self.state.changed(self.state.position, [change])
 
     def report(self, tallies: tuple[CanaryTally, ...] = (), releases: int = 0) -> ReaderReport:
         return ReaderReport(self.refusals, tallies, releases)
@@ -153,12 +153,12 @@ class SyncClient:
     def _receive_changes(
         self, nonce: int, position: Position, changes: tuple[StateEntry, ...]
     ) -> tuple[FromReader, ...]:
-        at = self.known.position
+        at = self.state.position
         if position < at or (position == at and not self._needs_snapshot):
             return (Ack(nonce),)  # it is known already, or late from a stream that is gone: nothing goes back
         if self.pending and self.pending.nonce != nonce:
             return (self.hello(),)  # there is one at a time: one of the two is a stray, so begin anew
-        work = tuple(c for c in changes if isinstance(c, Stageable) and self._known_refusal(c) is None)
+        work = tuple(c for c in changes if isinstance(c, Stageable) and self._earlier_refusal(c) is None)
         self.pending = PendingDelta(nonce, position, changes, work)
         return ()
 
@@ -169,24 +169,24 @@ class SyncClient:
             if isinstance(change, UnknownEntry):
                 text = f"unknown kind of change: {change.kind}; upgrade this {self.kind}"
                 refusals[change.key] = Refusal(*change.key, "", "UNKNOWN_CHANGE", text)
-            elif isinstance(change, Stageable) and (before := self._known_refusal(change)):
+            elif isinstance(change, Stageable) and (before := self._earlier_refusal(change)):
                 refusals[change.key] = before
         return refusals
 
-    def _known_refusal(self, change: Stageable) -> Refusal | None:
+    def _earlier_refusal(self, change: Stageable) -> Refusal | None:
         """Why this change can't be taken, if that is known: the same release of the same channel was refused."""
-        parked = self._parked.get(change.key)
-        if parked and parked.refusal.final and parked.refusal.digest in {r.digest for r in change.serving}:
-            return parked.refusal
+        entry = self._refused.get(change.key)
+        if entry and entry.refusal.final and entry.refusal.digest in {r.digest for r in change.serving}:
+            return entry.refusal
         return None
 
     def _apply_bookmark(self, position: Position, now: float) -> None:
-        at = self.known.position
+        at = self.state.position
         if self.pending is None and position.epoch == at.epoch and position >= at:
             if position > at:
-                self.known = replace(self.known, position=position)
-            self.known_at = now
-            if self.known is self.view:
+                self.state = replace(self.state, position=position)
+            self.state_at = now
+            if self.state is self.view:
                 self._view_at = now
 
 

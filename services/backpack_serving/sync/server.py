@@ -59,13 +59,13 @@ class SyncServer:
     `nonces` are never used twice, in no session of any process: an answer to another stream must not count here.
     """
 
-    def __init__(self, log: History, nonces: Iterator[int]) -> None:
-        self._log, self._nonces = log, nonces
-        self._flight: _InFlight | None = None
-        self._bookmark_due = self._heard = 0.0
-        self._fresh = False
+    def __init__(self, history: History, nonces: Iterator[int]) -> None:
+        self._history, self._nonces = history, nonces
+        self._in_flight: _InFlight | None = None
+        self._bookmark_due = self._last_received = 0.0
+        self._just_opened = False
         self.hello: Hello | None = None
-        self.introduced: Hello | None = None  # the newest Hello, accepted or not
+        self.last_hello: Hello | None = None  # the newest Hello, accepted or not
         self.acked = Position()
         self.refusals: dict[tuple[str, str], Refusal] = {}
         self.digests: set[str] = set()
@@ -75,10 +75,10 @@ class SyncServer:
 
         Raises PreconditionFailed for a reader of another model, InvalidRequest for one without an incarnation.
         """
-        self._heard = now
+        self._last_received = now
         match message:
             case Hello():
-                self.introduced = message
+                self.last_hello = message
                 self._receive_hello(message)
             case Ack():
                 self._receive_ack(message.nonce, ())
@@ -95,10 +95,10 @@ class SyncServer:
         """
         if self.hello is None:
             return []
-        if now - self._heard > SILENCE:
+        if now - self._last_received > SILENCE:
             raise Unavailable("READER_SILENT", f"nothing was heard for {SILENCE:g} s; open a new stream")
         due = now >= self._bookmark_due
-        out = self._advance(self.hello) if self._flight is None else []
+        out = self._advance(self.hello) if self._in_flight is None else []
         if out or due:
             self._bookmark_due = now + BOOKMARK_SECONDS
         return out or ([Bookmark(self.acked)] if due else [])
@@ -109,26 +109,25 @@ class SyncServer:
         return self._bookmark_due
 
     def _receive_hello(self, hello: Hello) -> None:
-        if hello.fingerprint != self._log.fingerprint:
-            raise PreconditionFailed(
-                "WRONG_MODEL",
-                f"you serve model {hello.fingerprint[:12]}…, the patches here are for {self._log.fingerprint[:12]}…",
-            )
+        theirs, ours = hello.fingerprint, self._history.fingerprint
+        if theirs != ours:
+            message = f"you serve model {theirs[:12]}…, the patches here are for {ours[:12]}…"
+            raise PreconditionFailed("WRONG_MODEL", message)
         if not hello.incarnation:
             raise InvalidRequest.at("hello.incarnation", "EMPTY", "draw one when the process starts")
-        self.hello, self._flight, self._fresh = hello, None, True
+        self.hello, self._in_flight, self._just_opened = hello, None, True
         self.acked = hello.position
         self.refusals = {refusal.key: refusal for refusal in hello.refusals}
         self.digests = set(hello.digests)
 
     def _receive_ack(self, nonce: int, refused: Iterable[Refusal]) -> None:
         """A delta was applied, but for what was refused. It isn't sent again: the reader knows why."""
-        flight = self._flight
-        if flight is None or nonce != flight.nonce:
+        in_flight = self._in_flight
+        if in_flight is None or nonce != in_flight.nonce:
             return  # of a delta that a later Hello has overtaken
-        self._flight, self.acked = None, flight.position
+        self._in_flight, self.acked = None, in_flight.position
         refusals = {refusal.key: refusal for refusal in refused}
-        for change in flight.changes:
+        for change in in_flight.changes:
             if isinstance(change, Stageable):
                 self.refusals.pop(change.key, None)
                 if change.key not in refusals:
@@ -136,9 +135,9 @@ class SyncServer:
         self.refusals.update(refusals)
 
     def _advance(self, hello: Hello) -> list[ToReader]:
-        fresh, self._fresh = self._fresh, False
-        page = self._log.since(self.acked.revision)
-        head = self._log.snapshot().head if page is None else page.head
+        just_opened, self._just_opened = self._just_opened, False
+        page = self._history.since(self.acked.revision)
+        head = self._history.snapshot().head if page is None else page.head
         if head < self.acked:
             raise PreconditionFailed(
                 "STORE_WENT_BACK",
@@ -146,21 +145,21 @@ class SyncServer:
                 "without a new epoch, or this is another store. Raise the epoch; for another store, remove what "
                 "the reader has in its known-good folder",
             )
-        if page is None or head.epoch != self.acked.epoch or (fresh and hello.whole):
-            if not fresh:
+        if page is None or head.epoch != self.acked.epoch or (just_opened and hello.whole):
+            if not just_opened:
                 self.hello = None
                 return [ResyncRequired(f"the store is in epoch {head.epoch}, you are at {self.acked}")]
-            page = self._log.snapshot()
+            page = self._history.snapshot()
             changes = _changes_for(hello.kind, page.changes)
-            self._flight = _InFlight(next(self._nonces), page.position, changes)
-            return [Snapshot(self._flight.nonce, page.position, changes)]
+            self._in_flight = _InFlight(next(self._nonces), page.position, changes)
+            return [Snapshot(self._in_flight.nonce, page.position, changes)]
         if page.position <= self.acked:
             return []
         if not (changes := _changes_for(hello.kind, page.changes)):
             self.acked = page.position
             return [Bookmark(self.acked)]
-        self._flight = _InFlight(next(self._nonces), page.position, changes)
-        return [Delta(self._flight.nonce, self.acked, page.position, changes)]
+        self._in_flight = _InFlight(next(self._nonces), page.position, changes)
+        return [Delta(self._in_flight.nonce, self.acked, page.position, changes)]
 
 
 def _changes_for(kind: ReaderKind, changes: Iterable[StateEntry]) -> tuple[StateEntry, ...]:

@@ -25,12 +25,12 @@ async def serve_reader(
     server: SyncServer,
     requests: AsyncIterator[pb.SyncRequest],
     next_write: Callable[[], asyncio.Event],
-    heard: Callable[[FromReader], Awaitable[None]],
+    on_message: Callable[[FromReader], Awaitable[None]],
     executor: Executor,
 ) -> AsyncGenerator[pb.SyncResponse, None]:
     """The messages for a reader until it ends its stream.
 
-    `next_write` gives an event that the store's next write sets; `heard` is called after each message was taken in.
+    `next_write` gives an event that the store's next write sets; `on_message` is called after each message was taken in.
     `SyncServer.pump` reads the store, so it runs in `executor`. Raises what the reader's messages raise.
     """
     inbox: Inbox = asyncio.Queue()
@@ -44,17 +44,17 @@ async def serve_reader(
                 for part in write_to_reader(message):
                     yield part
             seconds = min(POLL_SECONDS, server.due - time.monotonic()) if server.hello else POLL_SECONDS
-            news = asyncio.create_task(tasks.wait_at_most(written, seconds))
-            await asyncio.wait({news, arrived}, return_when=asyncio.FIRST_COMPLETED)
-            news.cancel()
+            write_or_timeout = asyncio.create_task(tasks.wait_at_most(written, seconds))
+            await asyncio.wait({write_or_timeout, arrived}, return_when=asyncio.FIRST_COMPLETED)
+            write_or_timeout.cancel()
             while arrived.done():
-                said = arrived.result()
-                if said is None:
+                request = arrived.result()
+                if request is None:
                     return
-                if isinstance(said, Exception):
-                    raise said
-                server.receive(said, time.monotonic())
-                await heard(said)
+                if isinstance(request, Exception):
+                    raise request
+                server.receive(request, time.monotonic())
+                await on_message(request)
                 arrived = asyncio.create_task(inbox.get())
                 await asyncio.sleep(0)
     finally:

@@ -83,8 +83,8 @@ class BlobFolder:
         self._folder = folder
 
     def read(self, digest: str) -> bytes | None:
-        kept = SnapshotFile(self._folder / digest).read()
-        return kept.payload if kept else None
+        saved = SnapshotFile(self._folder / digest).read()
+        return saved.payload if saved else None
 
     def write(self, digest: str, payload: bytes) -> None:
         SnapshotFile(self._folder / digest).write(payload)

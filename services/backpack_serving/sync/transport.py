@@ -33,7 +33,7 @@ LONGEST_PAUSE = 5.0
 RETRY_SECONDS = 2.0
 """Mean time between attempts at what was refused for a reason that may pass."""
 
-MARK_SECONDS = 0.1
+BOOKMARK_WRITE_SECONDS = 0.1
 """Least time between two writes to disk of a position that moved alone, as many writes of the store move it."""
 
 
@@ -56,85 +56,85 @@ class SyncDelegate(Protocol):
 class SyncTransport:
     """One reader's life: what is on disk first, then stream after stream."""
 
-    def __init__(self, channel: Any, key: str, reader: SyncClient, owner: SyncDelegate, file: Path) -> None:
-        self.reader = reader
-        self._stub, self._key, self._owner = sync_pb2_grpc.SyncServiceStub(channel), key, owner
+    def __init__(self, channel: Any, key: str, client: SyncClient, delegate: SyncDelegate, file: Path) -> None:
+        self.client = client
+        self._stub, self._key, self._delegate = sync_pb2_grpc.SyncServiceStub(channel), key, delegate
         self._file = SnapshotFile(file)
         self._disk = asyncio.Lock()
-        self._on_disk = reader.view
-        self._bookmarked, self._moved = asyncio.Event(), asyncio.Event()
+        self._on_disk = client.view
+        self._bookmarked, self._view_moved = asyncio.Event(), asyncio.Event()
 
     def restore(self) -> bool:
         """Take up what was known last. Whether anything was."""
-        kept = self._file.read()
-        if kept is None:
+        saved = self._file.read()
+        if saved is None:
             return False
         try:
-            view = wire.read_view(kept.payload)
+            view = wire.read_view(saved.payload)
         except DecodeError as error:  # somebody put another file there: to end here would be to end at every start
             log.error("what was kept isn't what a reader knows", file=str(self._file.path), error=str(error))
             return False
         self._on_disk = view
-        self.reader.restore(view, time.monotonic() - max(0.0, time.time() - kept.fresh))
-        self._owner.swapped(view)
+        self.client.restore(view, time.monotonic() - max(0.0, time.time() - saved.fresh))
+        self._delegate.swapped(view)
         log.info("took up what was known last", position=str(view.position), file=str(self._file.path))
         return True
 
     async def run(self) -> None:
         """Follow the service until this is cancelled."""
-        beside = (
-            asyncio.create_task(_goes_on(self._retry_refused)),
-            asyncio.create_task(_goes_on(self._write_bookmarks)),
+        background = (
+            asyncio.create_task(_keep_running(self._retry_refused)),
+            asyncio.create_task(_keep_running(self._write_bookmarks)),
         )
         try:
-            await for_ever(self._run_stream, "interventions", self._lost)
+            await run_forever(self._run_stream, "interventions", self._record_error)
         finally:
-            await tasks.end(*beside)
+            await tasks.end(*background)
 
-    async def reached(self, position: Position, seconds: float) -> None:
+    async def wait_until(self, position: Position, seconds: float) -> None:
         """Wait until all up to this position holds. If it doesn't within so many seconds, raises Unavailable, or
         PreconditionFailed if the service was heard meanwhile: the store isn't there either.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
-        while self.reader.view.position < position:
-            moved = self._moved
+        while self.client.view.position < position:
+            view_moved = self._view_moved
             try:
                 async with asyncio.timeout_at(until):
-                    await moved.wait()
+                    await view_moved.wait()
             except TimeoutError:
-                at = self.reader.view.position
-                if self.reader.age(time.monotonic()) < seconds:
+                at = self.client.view.position
+                if self.client.age(time.monotonic()) < seconds:
                     message = f"asked for {position}, but the store is at {at}: nobody has written that yet"
                     raise PreconditionFailed("NOT_WRITTEN", message) from None
                 raise Unavailable(
                     "BEHIND", f"asked for {position}, but this gateway knows the store up to {at}", retry_after=0.5
                 ) from None
 
-    def _lost(self, reason: str) -> None:
-        self.reader.trouble = reason
+    def _record_error(self, reason: str) -> None:
+        self.client.last_error = reason
 
     async def _run_stream(self) -> None:
         await self._commit_view()  # what the last stream told
-        self.reader.resident = self._owner.resident()
+        self.client.resident = self._delegate.resident()
         outbox: SendQueue = asyncio.Queue()
-        outbox.put_nowait(self.reader.hello())
+        outbox.put_nowait(self.client.hello())
         call = self._stub.Sync(_requests(outbox), metadata=rpc.with_key(self._key))
         incoming, staging = wire.SnapshotAssembler(), None
         reporting = asyncio.create_task(self._send_reports(outbox))
         nonce = None
         try:
-            async for part in alive(call):
-                self.reader.trouble = ""
+            async for part in with_silence_limit(call):
+                self.client.last_error = ""
                 if (message := incoming.read(part)) is None:
                     continue
-                if answers := self.reader.receive(message, time.monotonic()):
+                if answers := self.client.receive(message, time.monotonic()):
                     await self._commit_view()
                     for answer in answers:
                         outbox.put_nowait(answer)
-                if self.reader.known is not self.reader.view:
+                if self.client.state is not self.client.view:
                     self._bookmarked.set()
-                if (pending := self.reader.pending) and pending.nonce != nonce:
+                if (pending := self.client.pending) and pending.nonce != nonce:
                     nonce = pending.nonce
                     staging = asyncio.create_task(self._stage_and_answer(pending, outbox))
                 for task in (reporting, staging):
@@ -149,8 +149,8 @@ class SyncTransport:
 
     async def _stage_and_answer(self, pending: PendingDelta, outbox: SendQueue) -> None:
         """Stage, keep, swap, answer."""
-        refused = await self._owner.stage(pending.work) if pending.work else ()
-        answer = self.reader.settle(pending.nonce, refused, time.monotonic())
+        refused = await self._delegate.stage(pending.work) if pending.work else ()
+        answer = self.client.apply(pending.nonce, refused, time.monotonic())
         if answer is None:
             return
         await self._commit_view()
@@ -165,16 +165,16 @@ class SyncTransport:
             await self._bookmarked.wait()
             self._bookmarked.clear()
             await self._commit_view()
-            await asyncio.sleep(MARK_SECONDS)
+            await asyncio.sleep(BOOKMARK_WRITE_SECONDS)
 
     async def _send_reports(self, outbox: SendQueue) -> None:
         """A sign of life each second; and on disk, that what is there is all there is."""
         while True:
             await asyncio.sleep(REPORT_SECONDS)
-            outbox.put_nowait(self.reader.report(self._owner.tallies(), len(self._owner.resident())))
+            outbox.put_nowait(self.client.report(self._delegate.tallies(), len(self._delegate.resident())))
             await self._commit_view()  # in case the disk was full
-            age = self.reader.age(time.monotonic())
-            if age < SILENCE and self._on_disk is self.reader.view:
+            age = self.client.age(time.monotonic())
+            if age < SILENCE and self._on_disk is self.client.view:
                 try:
                     await asyncio.to_thread(self._file.touch, time.time() - age)
                 except OSError as error:
@@ -184,9 +184,9 @@ class SyncTransport:
         """Try again what was refused for a reason that may have passed."""
         while True:
             await asyncio.sleep(random.uniform(0, 2 * RETRY_SECONDS))
-            for change in self.reader.retryable:
-                refused = await self._owner.stage((change,))
-                self.reader.retried(change, refused[0] if refused else None)
+            for change in self.client.retryable:
+                refused = await self._delegate.stage((change,))
+                self.client.apply_retry(change, refused[0] if refused else None)
                 await self._commit_view()
 
     async def _commit_view(self) -> None:
@@ -195,7 +195,7 @@ class SyncTransport:
 
     async def _write_snapshot(self) -> None:
         async with self._disk:
-            view, at = self.reader.known, self.reader.known_at
+            view, at = self.client.state, self.client.state_at
             if view is self._on_disk:
                 return
             try:
@@ -203,10 +203,10 @@ class SyncTransport:
                 self._on_disk = view
             except OSError as error:  # a full disk must not stop what is in memory
                 log.error("what is known can't be kept on disk", file=str(self._file.path), error=str(error))
-            self.reader.hold(view, at)
-            self._owner.swapped(view)
-            moved, self._moved = self._moved, asyncio.Event()
-            moved.set()
+            self.client.commit(view, at)
+            self._delegate.swapped(view)
+            view_moved, self._view_moved = self._view_moved, asyncio.Event()
+            view_moved.set()
 
 
 async def _requests(outbox: SendQueue) -> AsyncIterator[sync_pb2.SyncRequest]:
@@ -214,7 +214,7 @@ async def _requests(outbox: SendQueue) -> AsyncIterator[sync_pb2.SyncRequest]:
         yield wire.write_from_reader(message)
 
 
-async def alive(call: Any) -> AsyncIterator[Any]:
+async def with_silence_limit(call: Any) -> AsyncIterator[Any]:
     """The call's messages. Raises TimeoutError after SILENCE: a half-open connection looks just like that."""
     messages = aiter(call)
     try:
@@ -230,7 +230,7 @@ async def alive(call: Any) -> AsyncIterator[Any]:
         call.cancel()
 
 
-async def _goes_on(loop: Callable[[], Awaitable[None]]) -> None:
+async def _keep_running(loop: Callable[[], Awaitable[None]]) -> None:
     """Run what never ends, and again after a mistake of ours: nobody else would notice."""
     while True:
         try:
@@ -240,23 +240,23 @@ async def _goes_on(loop: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(RETRY_SECONDS)
 
 
-async def for_ever(
-    once: Callable[[], Awaitable[None]], peer: str, lost: Callable[[str], None] = lambda reason: None
+async def run_forever(
+    run_once: Callable[[], Awaitable[None]], peer: str, on_failure: Callable[[str], None] = lambda reason: None
 ) -> None:
-    """Run `once` again and again, with full jitter (exponential, at most LONGEST_PAUSE) between failures.
+    """Run `run_once` again and again, with full jitter (exponential, at most LONGEST_PAUSE) between failures.
 
-    `lost` is given the word for each, which says nothing of where anybody is.
+    `on_failure` is given the word for each, which says nothing of where anybody is.
 
     Each reason is told once until a stream has lived: what a new server refuses isn't why the last one was lost.
     """
     failures, task = 0, asyncio.current_task()
-    told: set[str] = set()
+    logged: set[str] = set()
     assert task is not None
     while True:
-        started, word = asyncio.get_running_loop().time(), ""
+        started, code = asyncio.get_running_loop().time(), ""
         try:
             with rpc.errors():
-                await once()
+                await run_once()
             kind = reason = "the stream ended"
         except ServiceError as error:
             kind, reason = error.reason, error.message
@@ -264,7 +264,7 @@ async def for_ever(
             kind = reason = "silence"
         except Exception as error:  # a mistake of ours must not be the end: nobody would be told anything any more
             log.exception("a stream ended by a mistake of ours", peer=peer)
-            kind, word = repr(error), "INTERNAL"
+            kind, code = repr(error), "INTERNAL"
             reason = kind
         except asyncio.CancelledError:  # gRPC tells so that it gave a call up; or somebody ends us
             kind = reason = "the call was cancelled"
@@ -273,11 +273,11 @@ async def for_ever(
             raise asyncio.CancelledError
         if asyncio.get_running_loop().time() - started > SILENCE:
             failures = 0
-            told.clear()
-        lost(word or kind)
-        if kind not in told:
-            tell = log.info if reason == "max connection age" else log.warning  # our servers end them, on purpose
-            tell("lost a stream; trying again until it is back", peer=peer, reason=reason)
-            told.add(kind)
+            logged.clear()
+        on_failure(code or kind)
+        if kind not in logged:
+            log_loss = log.info if reason == "max connection age" else log.warning  # our servers end them, on purpose
+            log_loss("lost a stream; trying again until it is back", peer=peer, reason=reason)
+            logged.add(kind)
         failures += 1
         await asyncio.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.1 * 2**failures)))

@@ -156,37 +156,37 @@ class SnapshotAssembler:
                 return None
 
 
-def _write_entry(known: StateEntry) -> pb.Change:
-    match known:
+def _write_entry(entry: StateEntry) -> pb.Change:
+    match entry:
         case TenantState():
-            return pb.Change(tenant=pb.TenantChange(tenant=known.tenant, suspended=known.suspended))
+            return pb.Change(tenant=pb.TenantChange(tenant=entry.tenant, suspended=entry.suspended))
         case KeyState():
-            who = known.principal
+            principal = entry.principal
             return pb.Change(
                 key=pb.KeyChange(
-                    tenant=who.tenant,
-                    key=who.key,
-                    roles=[ROLE_NUMBERS[role] for role in sorted(who.roles)],
-                    salt=known.verifier.salt,
-                    verifier=known.verifier.digest,
-                    revoked=known.revoked,
+                    tenant=principal.tenant,
+                    key=principal.key,
+                    roles=[ROLE_NUMBERS[role] for role in sorted(principal.roles)],
+                    salt=entry.verifier.salt,
+                    verifier=entry.verifier.digest,
+                    revoked=entry.revoked,
                 )
             )
         case ChannelState():
-            canary = known.canary
+            canary = entry.canary
             return pb.Change(
                 channel=pb.ChannelChange(
-                    tenant=known.tenant,
-                    channel=known.channel,
-                    stable=write_ref(known.stable),
+                    tenant=entry.tenant,
+                    channel=entry.channel,
+                    stable=write_ref(entry.stable),
                     canary=write_ref(canary.release) if canary else None,
                     canary_permille=canary.permille if canary else 0,
                     canary_salt=canary.salt if canary else "",
-                    earlier=map(write_ref, known.earlier),
+                    earlier=map(write_ref, entry.earlier),
                 )
             )
         case RecentRelease():
-            return pb.Change(release=pb.ReleaseChange(tenant=known.tenant, release=write_ref(known.release)))
+            return pb.Change(release=pb.ReleaseChange(tenant=entry.tenant, release=write_ref(entry.release)))
         case UnknownEntry():
             return pb.Change()
 
