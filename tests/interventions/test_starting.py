@@ -244,7 +244,7 @@ def test_a_file_that_changed_hands_says_so(sqlite_url: str) -> None:
         if we == 0:  # who may write to all
             os.seteuid(65_534)
         with closing(open_store(f"sqlite:///{file}")) as store, pytest.raises(Unavailable) as refused:
-            Interventions(store, SHAPE).create_tenant(ADMIN, "acme", IdempotencyKey())
+            Interventions(store, SHAPE).tenants.create_tenant(ADMIN, "acme", IdempotencyKey())
         assert f"{file} can't be written to by user {os.geteuid()}" in refused.value.why
     finally:
         os.seteuid(we)

@@ -1,4 +1,4 @@
-"""The gateway as a process."""
+"""Composes a gateway from its settings, and starts it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from backpack_serving.sync.transport import SyncTransport
 
 SERVICE = "backpack.v1.InferenceService"
 READER = "backpack.v1.SyncService"
-"""Name of a gateway's health as a reader of the intervention service."""
+"""Health service name under which a gateway reports whether it follows the intervention service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,12 @@ class Gateway:
         return self.server.address
 
     async def ready(self) -> None:
-        """Wait until requests can be served: the book has been read, and there is a replica."""
+        """Wait until the gateway has a view of the store and at least one replica."""
         while self.registry.age == float("inf") or not self.router.size:
             await asyncio.sleep(0.02)
 
     def not_ready(self) -> str:
-        """What requests can't be served without, for people."""
+        """What the gateway still waits for, as text for people; empty if it can serve."""
         if self.registry.age == float("inf"):
             return "it hasn't heard from the intervention service"
         return "" if self.router.size else "there is no replica"
@@ -68,7 +68,7 @@ class Gateway:
 
 
 def _display_name(address: str) -> str:
-    """What operators read of a gateway: where it listens, by its host if that is everywhere, as in containers."""
+    """The gateway's name in `backpack fleet`: its address, with the host name if it listens on all interfaces."""
     host, _, port = address.rpartition(":")
     return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "[::]", "") else address
 
@@ -98,7 +98,7 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
         return registry.authenticate(presented)
 
     async def check_tenant(principal: Principal) -> None:
-        registry.check(principal.tenant)  # that there is none such shows when its channel is looked up
+        registry.check(principal.tenant)  # a tenant that doesn't exist is refused later, when its channel is looked up
 
     identities = Identities(by_key, check_tenant, settings.issuer, settings.certificates)
     default = Limit(settings.limit_requests, settings.limit_tokens, settings.limit_concurrent)
@@ -130,9 +130,10 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
 
 
 async def _publish_health(server: rpc.Server, registry: TenantRegistry, router: Router, stale_after: float) -> None:
-    """Not serving while there is no replica, or nothing known that is recent enough to serve anybody.
+    """Update the health services twice a second, for ever.
 
-    Out of touch for longer than `stale_after`, it serves what it knows; its health as a reader says so.
+    The gateway reports NOT_SERVING without a replica, or if its view of the store is too old to serve any tenant.
+    Without news for more than `stale_after` seconds it still serves, and only `READER` reports NOT_SERVING.
     """
     while True:
         missing = [] if registry.usable else [registry.contact]

@@ -1,4 +1,4 @@
-"""What a gateway's reader does beside reading: it counts how requests under canaries went."""
+"""Counts the requests that ran under a canary, and their errors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from backpack_serving.references import CanaryTally, Pin, Refusal
 from backpack_serving.sync.state import Stageable, StateView
 
 THE_RELEASES_FAULT = (DataLoss, Internal, NotFound, PreconditionFailed)
-"""Refusals of a replica that another release might not have had."""
+"""Errors of a replica that the release may have caused."""
 
 
 class CanaryStats:
-    """The owner of a gateway's reader: there is nothing to get ready, so nothing is ever refused."""
+    """The delegate of a gateway's sync client. A gateway has nothing to stage, so it refuses nothing."""
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str, str], CanaryTally] = {}
@@ -23,7 +23,7 @@ class CanaryStats:
 
     @contextmanager
     def request(self, pin: Pin) -> Iterator[None]:
-        """A request to a replica, counted if it is under a canary."""
+        """Count a request to a replica, if it runs under a canary."""
         if not pin.canary:
             yield
             return
@@ -33,14 +33,14 @@ class CanaryStats:
             self._count(pin, error)
             raise
         except ServiceError:
-            raise  # it says nothing of the release
+            raise  # not the release's fault
         else:
             self._count(pin, None)
 
     def _count(self, pin: Pin, error: ServiceError | None) -> None:
         key = pin.tenant, pin.channel, pin.digest
         if key not in self._canaries:
-            return  # its canary ended while it ran: it would count against a later one of the same release
+            return  # the canary ended meanwhile; counting would harm a later canary of this release
         old = self._counts.get(key) or CanaryTally(*key, 0, 0)
         non_finite = error is not None and error.reason == "NON_FINITE"
         self._counts[key] = replace(

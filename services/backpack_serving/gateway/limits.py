@@ -1,9 +1,9 @@
-"""What a tenant may ask of a gateway: requests and tokens a minute, and how many requests at once.
+"""Rate limits of tenants: requests and tokens a minute, and concurrent requests.
 
 Requests and tokens are token buckets that hold a minute's worth. A request is charged before it runs, for its
-prompt and all tokens that it may make, and gets back what it didn't use. Whoever has any tokens left may ask for
-more than they have: the bucket then is in debt, and the next request waits until that is paid. So no request is
-too large. Each gateway counts for itself, in memory.
+prompt and the most tokens that it may generate, and refunded what it didn't use. A bucket that isn't empty may be
+overdrawn: later requests are refused until the debt is paid. So no request is too large. Each gateway counts for
+itself, in memory.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from backpack_serving.errors import Exhausted, Quota
 log = structlog.get_logger(__name__)
 
 LOOK_SECONDS = 1.0
-"""How often, at most, the file of limits is looked at for changes."""
+"""Least seconds between two checks whether the file of limits has changed."""
 
 BUSY_RETRY = 1.0
-"""Seconds to wait before another try when too many requests run; when one will end isn't known."""
+"""Retry delay after too many concurrent requests; nobody knows when one will end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,10 @@ def _bucket(current: TokenBucket | None, capacity: float, now: float) -> TokenBu
 
 
 class TenantLimits:
-    """The limits of all tenants: `default`, and those of a file that is read again when it changes.
+    """The limits of all tenants: `default`, overridden by a TOML file that is reloaded when it changes.
 
-    The file is TOML, a table for each tenant: `[harbour]`, then any of Limit's names. Raises ValueError if it
-    can't be read at first; a later mistake in it is logged, and what held before holds on.
+    The file has a table for each tenant: `[harbour]`, then fields of `Limit`. Raises ValueError if the file can't be
+    read at start; a later mistake in it is logged, and the limits of before stay.
     """
 
     def __init__(self, default: Limit, file: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -143,7 +143,7 @@ class TenantLimits:
 
 
 def read_limits(file: Path, default: Limit) -> dict[str, Limit]:
-    """A file's limits by tenant; what a table doesn't say is as in `default`. Raises ValueError."""
+    """A file's limits by tenant; `default` fills in what a table leaves out. Raises ValueError."""
     names = {f.name for f in fields(Limit)}
     found = {}
     try:
@@ -169,7 +169,7 @@ def read_limits(file: Path, default: Limit) -> dict[str, Limit]:
 
 
 def _file_changed(file: Path | None) -> int:
-    """When a file changed last; 0 if it isn't there."""
+    """A file's modification time in nanoseconds; 0 if it doesn't exist."""
     try:
         return file.stat().st_mtime_ns if file else 0
     except OSError:

@@ -1,6 +1,6 @@
-"""Who calls, and which release their request gets: answered from what the gateway's reader knows, asking nobody.
+"""Authenticates callers and pins their requests to releases, from the sync client's view and without a call.
 
-What is known is one immutable view that a change replaces, so a request sees one state of the store.
+The view is immutable; an update replaces it as a whole, so a request sees one state of the store.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from backpack_serving.sync.state import StateView
 
 
 class TenantRegistry:
-    """Authenticates and pins.
+    """Tenants, keys and channels, as the gateway last received them.
 
-    `expires` is how many seconds without news its knowledge is good for; the tenants in `serve_expired` ("*": all)
-    are served beyond that, too.
+    After `expires` seconds without news, only the tenants in `serve_expired` ("*": all) are still served.
     """
 
     def __init__(
@@ -35,16 +34,16 @@ class TenantRegistry:
 
     @property
     def age(self) -> float:
-        """Seconds since it was certain that nothing is missing; infinite if that never was."""
+        """Seconds since the view was last known to be complete; infinite if it never was."""
         return self._sync_client.age(self._clock())
 
     @property
     def usable(self) -> bool:
-        """Whether anybody can be served."""
+        """Whether at least some tenants can be served."""
         return self.age <= self._expires or (self.age < float("inf") and bool(self._serve_expired))
 
     def authenticate(self, presented: str) -> Principal:
-        """Raises Unauthenticated, or Unavailable while nothing is known or what is known is too old."""
+        """The principal of an API key. Raises Unauthenticated, or Unavailable if there is no recent enough view."""
         self._check_started()
         key = ApiKeySecret.parse(presented)
         state = self._sync_client.view.keys.get(key.id)
@@ -54,7 +53,7 @@ class TenantRegistry:
         return state.principal
 
     def check(self, tenant: str) -> None:
-        """Raises Unauthenticated if a tenant is suspended, Unavailable if what is known of it is too old."""
+        """Raise Unauthenticated if a tenant is suspended, Unavailable if the view is too old to serve it."""
         self._check_started()
         age, owner = self.age, self._sync_client.view.tenants.get(tenant)
         if owner and owner.suspended:
@@ -72,17 +71,17 @@ class TenantRegistry:
 
     @property
     def contact(self) -> str:
-        """For how long there was no news, and why, if that is known."""
+        """For how long the intervention service has been silent, and the last error if there was one."""
         why = f" ({self._sync_client.last_error})" if self._sync_client.last_error else ""
         since = "yet" if self.age == float("inf") else f"for {self.age:.0f} s"
         return f"no news from the intervention service {since}{why}"
 
     def snapshot(self) -> RegistrySnapshot:
-        """What is known now. Releases that are pinned from one page go together."""
+        """The current view. Releases that are pinned from one snapshot belong to one state of the store."""
         return RegistrySnapshot(self._sync_client.view, self.age)
 
     def pin(self, tenant: str, channel: str, request_key: str = "") -> Pin:
-        """What a tenant's channel points at now, for a request with this key (drawn if empty).
+        """Pin a request to the release of a tenant's channel; an empty `request_key` is drawn at random.
 
         Raises NotFound if there is no such channel.
         """
@@ -91,13 +90,13 @@ class TenantRegistry:
 
 @dataclass(frozen=True, slots=True)
 class RegistrySnapshot:
-    """What the book knew at one moment, and how many seconds old that was."""
+    """The view at one moment, and how many seconds old it was."""
 
     view: StateView
     age: float
 
     def channel(self, tenant: str, channel: str, request_key: str = "") -> Pin:
-        """What a channel points at, for a request with this key. Raises NotFound if there is no such channel."""
+        """Pin to a channel's release; under a canary, `request_key` chooses. Raises NotFound without such a channel."""
         state = self.view.channels.get((tenant, channel))
         if state is None:
             raise NotFound(

@@ -1,4 +1,4 @@
-"""Which release a request gets: its channel's, or those that it names itself, all from one page of the book."""
+"""Resolves the releases of a request: its channel's, or those that it names, all from one registry snapshot."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from backpack_serving.gateway.wire import read_resolved
 from backpack_serving.references import Pin, Position, ReleaseRef
 
 Resolve = Callable[[str, Sequence[int]], Awaitable[tuple[Position, list[ReleaseRef]]]]
-"""(tenant, numbers) → the releases of these numbers, and where the store stood. Raises ServiceError."""
+"""(tenant, numbers) → the store's position, and the releases with these numbers. Raises ServiceError."""
 
 WaitUntil = Callable[[Position], Awaitable[None]]
-"""Waits a moment until a position of the store is known here. Raises Unavailable if it isn't by then, or
-PreconditionFailed if the store isn't there either.
+"""Waits a bounded time until the gateway has applied a position of the store. Raises Unavailable if it is still
+behind, PreconditionFailed if the store itself hasn't reached the position.
 """
 
 CACHED_RELEASES = 65_536
@@ -28,10 +28,10 @@ RESOLVE_SECONDS = 5.0
 
 
 class ReleaseResolver:
-    """Pins requests to releases, if they wish so not before a write (`since`) is known here.
+    """Pins requests to releases. `since` is a minimum store position: the gateway first waits until it has seen it.
 
-    A release never changes, so a tenant's number is asked for once and then known.
-    A restore from backup may give a number to another release: what is known is known within an epoch.
+    A release never changes, so the digest of a tenant's number is fetched once and cached. The cache is keyed by
+    epoch, because a restore from backup may give a number to another release.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ReleaseResolver:
         self._digests: OrderedDict[tuple[int, str, int], str] = OrderedDict()  # least recently used first
 
     async def channel(self, tenant: str, channel: str, request_key: str = "", since: Position | None = None) -> Pin:
-        """What a channel points at. Raises NotFound if there is no such channel, and as `WaitUntil` does."""
+        """Pin to a channel's release. Raises NotFound if there is no such channel, and as `WaitUntil` does."""
         if since:
             await self._wait_until(since)
         return self._registry.pin(tenant, channel, request_key)
@@ -49,10 +49,10 @@ class ReleaseResolver:
     async def pin(
         self, tenant: str, choices: Sequence[int | str], request_key: str = "", since: Position | None = None
     ) -> list[Pin]:
-        """The releases of these numbers and channels, in their order.
+        """Pin to releases, each given by number or by channel, in this order.
 
-        Raises NotFound for what isn't there, Unavailable if a number isn't known here and the service is away, and
-        as `WaitUntil` does.
+        Raises NotFound for one that doesn't exist, Unavailable if an uncached number can't be resolved because the
+        intervention service is away, and as `WaitUntil` does.
         """
         if since:
             await self._wait_until(since)
@@ -91,7 +91,7 @@ class ReleaseResolver:
 
 
 def _releases_of_channels(snapshot: RegistrySnapshot, tenant: str) -> dict[int, ReleaseRef]:
-    """The releases of a tenant that the page has anyway."""
+    """A tenant's releases that the snapshot contains: those of its channels, and its newest one."""
     refs = [
         ref
         for channel in snapshot.view.channels.values()
@@ -104,7 +104,7 @@ def _releases_of_channels(snapshot: RegistrySnapshot, tenant: str) -> dict[int, 
 
 
 def resolve_from(control: Any, key: str) -> Resolve:
-    """Ask the intervention service behind a channel."""
+    """Resolve numbers by calling the intervention service."""
     stub = sync_pb2_grpc.SyncServiceStub(control)
 
     async def resolve(tenant: str, numbers: Sequence[int]) -> tuple[Position, list[ReleaseRef]]:

@@ -1,4 +1,4 @@
-"""What a gateway follows beside the intervention service: the directory of replicas."""
+"""Watches the directory of replicas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from backpack_serving.sync.transport import run_forever, with_silence_limit
 
 
 async def follow_directory(address: str, metadata: tuple[tuple[str, str], ...], router: Router, tls: Tls) -> None:
-    """Keep the router's replicas up to date, for ever."""
+    """Keep the router's list of replicas up to date, for ever."""
     channel = rpc.channel(address, tls)
     stub = directory_pb2_grpc.DirectoryServiceStub(channel)
 

@@ -1,4 +1,4 @@
-"""InferenceService for clients: authenticate, pin, send to a replica, pass on what it answers."""
+"""InferenceService for clients: authenticates, pins, forwards to a replica, and passes its answer on."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from backpack_serving.wire.references import read_position
 log = structlog.get_logger(__name__)
 
 LONG_TEXT = 4096
-"""Characters of a text that are encoded in about a millisecond. Of a model whose longest token has 128 bytes, as
-GPT-2's, a text may have 131,072, which take 50, also if only to be refused for their tokens.
+"""Characters that are encoded on the event loop, in about a millisecond. Longer texts are encoded in a thread: with
+GPT-2's tokenizer a text may have 131,072 characters, which take 50 ms even if the text is refused afterwards.
 """
 
 LONGEST = 86_400.0
-"""Seconds that a replica has for a call at most. Go's and Java's largest deadline, 292 years, is more than gRPC's
-Python can add to the time, which it then takes for the past.
+"""Longest deadline of a call to a replica, in seconds. Go and Java allow 292 years, which overflows in gRPC's Python
+and counts as already past.
 """
 
 R = TypeVar("R", pb.GenerateResponse, pb.ScoreResponse, pb.ExplainResponse, pb.CompareResponse, pb.ListSensesResponse)
 
 
 class GatewayServicer(grpc_v1.InferenceServiceServicer):
-    """One model's gateway. `service_key` is what replicas know it by."""
+    """Serves one model. `service_key` authenticates the gateway to replicas."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                             await call.initial_metadata()
                             meter.accepted()
                             async for response in call:
-                                if not meter.generated or response.HasField("served"):  # each sample's first has it
+                                if not meter.generated or response.HasField("served"):  # in each sample's first message
                                     _check_release(response.served, pin)
                                 meter.add(len(response.tokens))
                                 yield response
@@ -174,20 +174,20 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         return principal
 
     def _read_params(self, request: wire.Generation) -> wire.GenerationParams:
-        """What the request means, from here on: it is written into it. Raises InvalidRequest."""
+        """Validate the request and write the result (token ids, seed, limits) into it. Raises InvalidRequest."""
         model = self._manifest
         params = wire.read_generation(request, self._tokenizer, model.config, model.defaults)
         wire.normalize_request(request, params)
         return params
 
     async def _encode_long(self, field: str, prompt: pb.Prompt) -> None:
-        """Encode a long text beside the loop, where all streams would wait for it. Raises InvalidRequest."""
+        """Encode a long text in a thread, so that streams don't wait for it. Raises InvalidRequest."""
         if len(prompt.text) > LONG_TEXT:
             call_options = self._tokenizer, self._manifest.config
             prompt.tokens.ids[:] = await asyncio.to_thread(wire.read_prompt, field, prompt, *call_options)
 
     def _log_prompt(self, prompt: pb.Prompt) -> None:
-        """Add a prompt to what the log says of this call, if the operator wants that."""
+        """Add the prompt to this call's log line, if LOG_PROMPTS is set."""
         if self._log_prompts:
             structlog.contextvars.bind_contextvars(prompt=self._tokenizer.decode(list(prompt.tokens.ids)))
 
@@ -195,13 +195,14 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         return self._meters.request(principal.tenant)
 
     async def _pin(self, meter: RequestUsage, request: Any) -> Pin:
-        """The release that the request has from here to its last token."""
+        """Choose the release that the request keeps up to its last token."""
         channel = request.channel or LIVE
         return await self._releases.channel(meter.tenant, channel, request.request_key, _min_position(request))
 
     def _call_options_for(self, context: rpc.Context, pin: Pin | None = None) -> dict[str, Any]:
-        """Metadata and deadline of a call to a replica: who this is, for which request it calls, and its release
-        (a comparison's are in the request).
+        """Metadata and deadline of a call to a replica: our key, request id, trace, and the pin.
+
+        A comparison has its pins in the request instead.
         """
         metadata = (*rpc.with_key(self._service_key), *rpc.with_request_id(), *tracing.headers())
         with_pin = ((wire.PIN, write_pin(pin).SerializeToString()),) if pin else ()
@@ -217,7 +218,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         meter: RequestUsage,
         tokens: int,
     ) -> R:
-        """One call to a replica under one release."""
+        """Make a unary call to a replica under one release, with a second attempt as `_send` does."""
 
         def check(response: Any) -> None:
             _check_release(response.served, pin)
@@ -235,9 +236,9 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         check: Callable[[R], None],
         count: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> R:
-        """One call to a replica, and one more to another if the first is unavailable.
+        """Call a replica, and a second one if the first is unavailable.
 
-        Nothing was told to the client yet, and the seed is part of the request: a second attempt is the same.
+        The client has received nothing yet, and the seed is in the request, so both attempts give the same answer.
         """
         tried: list[Target] = []
         while True:
@@ -261,29 +262,29 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                     call.cancel()
 
     def _may_retry(self, tried: list[Target], error: Unavailable) -> bool:
-        """Whether to try another replica, now that the last one is unavailable."""
+        """Whether to try another replica after the last one was unavailable."""
         log.warning("a replica is unavailable", address=tried[-1].replica.address, reason=error.message)
-        if error.reason == RELEASE_UNREACHABLE:  # it is there, and has other releases
+        if error.reason == RELEASE_UNREACHABLE:  # the replica lives; it only can't fetch this release
             return len(tried) == 1 and self._router.size > 1
-        if error.reason == TOPICS_NOT_READY:  # it waited as long as it may: there is no time for another
+        if error.reason == TOPICS_NOT_READY:  # the call has used its time up
             return False
         self._router.lost(tried[-1])
         return len(tried) == 1
 
 
 def _public_error(error: Unavailable) -> Unavailable:
-    """What a client is told of a replica that can't be used. Where it is, and what the network said, isn't."""
+    """The error for the client. It hides the replica's address and the network's message."""
     if error.reason != "TRANSPORT":
         return error
     return Unavailable("NO_REPLICA", "the replicas that were asked are gone; try again shortly", retry_after=1.0)
 
 
 def _min_position(request: Any) -> Position | None:
-    """The write that a request wants known before it runs."""
+    """The minimum store position of a request, if it has one."""
     return read_position(request.min_revision) if request.HasField("min_revision") else None
 
 
 def _check_release(served: pb.Served, pin: Pin) -> None:
-    """A replica must have used the release that was pinned; the digest is read from the slot that it used."""
+    """Raise Internal unless the replica used the pinned release; it reports the digest from the slot itself."""
     if served.release_digest != pin.digest:
         raise Internal("WRONG_RELEASE", f"pinned {pin.digest}, answered with {served.release_digest}")

@@ -1,4 +1,4 @@
-"""Requests as a gateway measures them and charges for them."""
+"""Measures requests, and charges their tokens to tenants' limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backpack_serving.observability.metrics import GatewayMetrics
 
 
 class RequestUsage:
-    """Times and tokens of a tenant's request."""
+    """Times and tokens of one request."""
 
     def __init__(self, metrics: GatewayMetrics, tenant: str, take: Callable[[int], None]) -> None:
         self._metrics, self.tenant, self._take = metrics, tenant, take
@@ -25,22 +25,22 @@ class RequestUsage:
         self.generated = 0
 
     def charge(self, prompt: int, new: int = 0) -> None:
-        """Charge a prompt, and as many new tokens as may be made. Raises Exhausted if there are none left."""
+        """Charge the prompt and the most tokens that may be generated. Raises Exhausted if no tokens are left."""
         self._take(prompt + new)
         self._prompt, self._charged = prompt, prompt + new
 
     def sending(self, attempt: int) -> None:
-        """A replica is about to be called."""
+        """Note that a replica is about to be called; `attempt` counts from 0."""
         self._sent, self._sent_to_replica = perf_counter(), True
         if attempt:
             self._metrics.second_tries.inc()
 
     def accepted(self) -> None:
-        """The replica has the stream, if it gives an answer: of one that fails, gRPC tells the same."""
+        """Note that the replica accepted the stream. gRPC reports this for failed streams too, so `add` decides."""
         self._accepted = perf_counter()
 
     def add(self, tokens: int) -> None:
-        """A message of a stream came, with so many tokens."""
+        """Count a streamed message with so many tokens."""
         self._latest = perf_counter()
         if not self.generated:
             self._first, self._first_tokens = self._latest, tokens
@@ -49,18 +49,18 @@ class RequestUsage:
         self.generated += tokens
 
     def abandoned(self) -> None:
-        """Its caller didn't wait for the answer: all that was ordered may have been made meanwhile.
+        """Charge everything: the caller left a unary call, and the replica may have generated all of it meanwhile.
 
-        Whether a replica had it isn't known: of a unary call, gRPC tells that with the answer.
+        Whether a replica had accepted the call is unknown: for unary calls gRPC reports that with the answer.
         """
         self._abandoned = True
 
     def refused(self) -> None:
-        """It ends with a refusal: nothing was used, but for what had come."""
+        """Charge only what had been streamed: the request ends with an error."""
         self._sent_to_replica, self._abandoned = self.generated > 0, False
 
     def end(self) -> None:
-        """Give back what was charged and not used, and tell the metrics."""
+        """Refund what was charged and not used, and update the metrics."""
         used = self._charged if self._abandoned else self._prompt + self.generated if self._sent_to_replica else 0
         self._take(min(0, used - self._charged))
         self._metrics.tokens(self.tenant, self._prompt if self._sent_to_replica else 0, self.generated)
@@ -69,14 +69,14 @@ class RequestUsage:
 
 
 class UsageMeter:
-    """Meters of all requests: within the limits, told to the metrics."""
+    """Creates a `RequestUsage` for each request, under the tenants' limits."""
 
     def __init__(self, limits: TenantLimits, metrics: GatewayMetrics) -> None:
         self._limits, self._metrics = limits, metrics
 
     @contextmanager
     def request(self, tenant: str) -> Iterator[RequestUsage]:
-        """One request of a tenant, for as long as the block runs. Raises Exhausted if it is one too many."""
+        """Count a request of a tenant while the block runs. Raises Exhausted if it is one too many."""
         self._metrics.request(tenant)
         with self._limits.request(tenant) as take:
             meter = RequestUsage(self._metrics, tenant, take)
@@ -84,11 +84,11 @@ class UsageMeter:
                 yield meter
             except Expired:
                 raise
-            except Exception:  # a mistake of ours, too
+            except Exception:  # bugs of ours too
                 meter.refused()
                 raise
             except asyncio.CancelledError:
-                if rpc.drained():  # its caller would have waited
+                if rpc.drained():  # our own drain ended it, the caller would have waited
                     meter.refused()
                 raise
             finally:

@@ -1,4 +1,4 @@
-"""What only a gateway reads and writes: pins, and releases by number."""
+"""Translates pins and resolved releases, which only a gateway sends and receives."""
 
 from __future__ import annotations
 

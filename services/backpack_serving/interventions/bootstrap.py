@@ -1,4 +1,4 @@
-"""The intervention service as a process: model manifest, store, keys, server."""
+"""Composes the intervention service from its settings, and starts it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class InterventionService:
     store: Store
     drain: float
     failed: asyncio.Event
-    """Set when the store will take nothing more: the process must be started again."""
+    """Set when the store has stopped for good: the process must be restarted."""
     publishing: asyncio.Task[None]
 
     @property
@@ -92,7 +92,7 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
             service.tenants.bootstrap(admin, [Role.ADMIN])
             service.tenants.bootstrap(replica, [Role.REPLICA])
 
-        # A server may be lost again, in this moment too; a file that can't be written to won't get better.
+        # PostgreSQL may be lost at this moment too; a file that can't be written to stays so.
         wait = 0.0 if url.startswith("sqlite") else settings.start_wait
         await starting.wait_for("the database", lambda: starting.blocking(prepare), wait)
 

@@ -1,7 +1,8 @@
-"""Who follows the service, and who holds which release. In memory: after a restart all readers say Hello again.
+"""Tracks the readers (gateways and replicas), and which releases they hold. In memory: after a restart all readers
+reconnect.
 
-Several processes of the service may share a database. Each tells the others where its own readers stand, each
-second and when that changes; who isn't told of for SILENCE seconds isn't connected any more.
+Several processes of the service may share a database. Each publishes the status of its own readers, every second and
+after changes; a remote reader without an update for SILENCE seconds counts as disconnected.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from backpack_serving.sync.messages import SILENCE, Hello, ReaderReport
 from backpack_serving.sync.server import SyncServer
 
 FORGOTTEN = 60.0
-"""Seconds after which a reader that is gone isn't listed any more."""
+"""Seconds after which a disconnected reader is dropped from the list."""
 
 
 class HoldState(StrEnum):
-    """How a reader stands to a release of a channel."""
+    """Whether a reader holds a release of a channel."""
 
     STAGED = "staged"
     ACKED = "acked"
@@ -31,7 +32,7 @@ class HoldState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Why:
-    """Why a reader doesn't hold what it should: a stable word, and the details."""
+    """Why a reader doesn't hold a release: a stable word, and the details."""
 
     reason: str
     message: str
@@ -55,7 +56,7 @@ class ReleaseHolding:
 
 @dataclass(frozen=True, slots=True)
 class AckCount:
-    """Of the readers of one kind that are connected: how many there are, and how many hold a change."""
+    """Of the connected readers of one kind: how many there are, how many hold a change, how many refuse it."""
 
     total: int
     acked: int
@@ -70,7 +71,7 @@ class AckCount:
 
 @dataclass(frozen=True, slots=True)
 class RolloutProgress:
-    """How far one write has come."""
+    """How many readers have applied one write, and who refuses it."""
 
     replicas: AckCount
     gateways: AckCount
@@ -79,19 +80,19 @@ class RolloutProgress:
 
 @dataclass(frozen=True, slots=True)
 class RemoteReader:
-    """A reader's stream to another process of the service, as that one told lately."""
+    """A reader that is connected to another process of the service, as that process published it."""
 
     hello: Hello
     acked: Position
     refusals: dict[tuple[str, str], Refusal]
-    digests: frozenset[str] = frozenset()  # too long to be told
+    digests: frozenset[str] = frozenset()  # too long to be published
 
 
 @dataclass(slots=True)
 class ReaderStatus:
-    """One reader process: its newest stream, what it said Hello with there, and when it was heard last.
+    """One reader process: its newest stream, that stream's Hello, and when its last message came.
 
-    `refused` is why the service ended its last stream, if it did, until a stream lives again.
+    `refused` is why the service ended its last stream; a report on a new stream clears it.
     """
 
     server: SyncServer | RemoteReader
@@ -102,7 +103,7 @@ class ReaderStatus:
     refused: Why | None = None
 
     def out_of_touch(self, silence: float) -> Why | None:
-        """Why it isn't in touch; None if it is."""
+        """Why the reader is disconnected or silent; None if it isn't."""
         if self.connected and silence <= SILENCE:
             return None
         heard = f"last heard {silence:.0f} s ago"
@@ -114,7 +115,7 @@ class ReaderStatus:
 
     @property
     def releases(self) -> int:
-        """How many it has ready; as its stream's Hello said until it reports."""
+        """How many releases it has ready; from its Hello until the first report."""
         return self.report.releases or len(self.server.digests)
 
 
@@ -126,12 +127,12 @@ class ReaderTracker:
         self._statuses: dict[str, ReaderStatus] = {}
 
     def record(self, server: SyncServer | RemoteReader, report: ReaderReport | None = None) -> None:
-        """A stream has said something. A newer stream of the same process takes the place of an older one."""
+        """Record a message of a stream. A newer stream of the same process replaces an older one."""
         hello = server.hello
         assert hello is not None, "nothing is heard before Hello"
         status = self._statuses.get(hello.incarnation)
         if status is None:
-            self._drop_silent()  # or those that come and go would pile up while nobody asks for readers
+            self._drop_silent()  # or readers that come and go would pile up while nobody lists them
         if status is None or status.server is not server:
             before = status.refused if status else None
             self._statuses[hello.incarnation] = status = ReaderStatus(server, hello, self._clock(), refused=before)
@@ -140,14 +141,14 @@ class ReaderTracker:
             status.report, status.refused = report, None
 
     def record_remote(self, hello: Hello, report: ReaderReport) -> None:
-        """Another process of the service tells where a reader stands: it holds all up to `hello.position`."""
+        """Record a reader of another process of the service; it has applied everything up to `hello.position`."""
         status = self._statuses.get(hello.incarnation)
         if status is None or not status.connected or isinstance(status.server, RemoteReader):
             refusals = {refusal.key: refusal for refusal in hello.refusals}
             self.record(RemoteReader(hello, hello.position, refusals), report)
 
     def local_standing(self) -> list[tuple[Hello, ReaderReport]]:
-        """Where this process's own readers stand, as the others take it in with `record_remote`."""
+        """The status of this process's own readers, for `record_remote` in the other processes."""
         found = []
         for status in self._statuses.values():
             if status.connected and isinstance(status.server, SyncServer):
@@ -157,14 +158,14 @@ class ReaderTracker:
         return found
 
     def disconnect(self, server: SyncServer, why: Why | None = None) -> None:
-        """A stream has ended; `why`, if the service ended it."""
+        """Record the end of a stream; `why`, if the service ended it."""
         for status in self._statuses.values():
             if status.server is server:
                 status.connected = False
                 status.refused = why or status.refused
 
     def reject(self, hello: Hello, why: Why) -> None:
-        """A reader's Hello was refused: it has no stream, and is listed all the same."""
+        """Record a refused Hello: the reader has no stream, but is listed with the reason."""
         if hello.incarnation:
             self._drop_silent()
             nothing = RemoteReader(hello, hello.position, {}, hello.digests)
@@ -173,13 +174,13 @@ class ReaderTracker:
             )
 
     def readers(self) -> list[tuple[ReaderStatus, float]]:
-        """Those seen lately, replicas first, with the seconds since they were heard."""
+        """All recent readers, replicas first, with the seconds since their last message."""
         now = self._drop_silent()
         ordered = sorted(self._statuses.values(), key=lambda s: (s.hello.kind is ReaderKind.GATEWAY, s.hello.name))
         return [(status, now - status.last_heard) for status in ordered]
 
     def holds(self, channel: ChannelRecord, position: Position) -> Iterator[ReleaseHolding]:
-        """How every reader stands to a channel's releases, given where the store stands."""
+        """Whether each reader holds a channel's releases, given the store's position."""
         moved = Position(position.epoch, channel.moved)
         releases = [(release, release != channel.state.stable) for release in channel.state.serving]
         for status, silence in self.readers():
@@ -216,7 +217,7 @@ class ReaderTracker:
                 )
 
     def rollout(self, channel: ChannelRecord, position: Position) -> RolloutProgress:
-        """How many of the connected readers have taken the write at this position, which moved the channel."""
+        """How many connected readers have applied the write at this position, which moved the channel."""
         refusals, counts = [], {}
         for kind in ReaderKind:
             connected = [s for s, _ in self.readers() if s.connected and s.hello.kind is kind]
@@ -233,10 +234,10 @@ class ReaderTracker:
         return RolloutProgress(counts[ReaderKind.REPLICA], counts[ReaderKind.GATEWAY], tuple(refusals))
 
     def tally(self, tenant: str, channel: str, digest: str) -> CanaryTally:
-        """What the gateways that are connected counted under a release of a channel, together.
+        """The sum of the connected gateways' tallies for a release of a channel.
 
-        Not what one counted that is gone: that was judged when it was reported, and would count against every
-        later canary of the release, because only a gateway that lives forgets what it counted when a canary ends.
+        Tallies of disconnected gateways are left out: they were judged when they were reported, and since such a
+        gateway can't reset them, they would count against every later canary of the release.
         """
         found = [
             tally
@@ -255,7 +256,7 @@ class ReaderTracker:
         )
 
     def _drop_silent(self) -> float:
-        """Let go of those that were silent for too long; the time."""
+        """Drop readers that were silent for too long; returns the current time."""
         now = self._clock()
         for status in self._statuses.values():
             if isinstance(status.server, RemoteReader) and now - status.last_heard > SILENCE:

@@ -1,4 +1,4 @@
-"""Who holds what, and for whom a change waits ↔ messages."""
+"""Readers, holdings and rollouts ↔ messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WAIT_SECONDS, LONGEST_WAIT = 10.0, 60.0
 
 
 def read_wait(request: Any) -> tuple[Level, float]:
-    """Whom a change waits for, and for how many seconds at most. Raises InvalidRequest."""
+    """The readers that a change waits for, and the longest wait in seconds. Raises InvalidRequest."""
     if request.wait not in LEVELS:
         raise InvalidRequest.at("wait", "UNKNOWN_VALUE", f"{request.wait}; use NONE, QUORUM or ALL")
     seconds = WAIT_SECONDS

@@ -28,16 +28,16 @@ from backpack_serving.interventions.tables import head, tables
 log = structlog.get_logger(__name__)
 
 EVERYBODY = "*"
-"""The value of backpack.tenant under which policies let every tenant's records be seen."""
+"""The value of backpack.tenant with which row level security shows all tenants' records."""
 
 WRITES, MESSAGES = "backpack", "backpack_told"
-"""Channels of NOTIFY: that something was written, and what processes of the service tell each other."""
+"""Channels of NOTIFY: writes of the store, and messages between processes of the service."""
 
 _MIGRATING = 0x6261636B7061636B
 """Key of the advisory lock that migrations take."""
 
-# A session never waits for ever: neither for the head row, if its holder was paused, nor for a dead network.
-# Commits wait for the disk even where the database's default is that they don't.
+# No session waits for ever: neither for the head row, if its holder was paused, nor for a dead network. Commits wait
+# for the disk, whatever the database's default is.
 _SESSION = """
 SELECT set_config('lock_timeout', '10s', false), set_config('statement_timeout', '30s', false),
        set_config('idle_in_transaction_session_timeout', '60s', false),
@@ -92,7 +92,7 @@ class PostgresStore(SQLStore):
 
     def publish(self, texts: Sequence[str]) -> None:
         with self._errors(), self.engine.begin() as connection:
-            connection.execute(sa.text("SET LOCAL synchronous_commit = off"))  # there is nothing to keep
+            connection.execute(sa.text("SET LOCAL synchronous_commit = off"))  # NOTIFY stores nothing
             for text in texts:
                 connection.execute(sa.select(sa.func.pg_notify(MESSAGES, f"{self._name} {text}")))
 
@@ -103,7 +103,7 @@ class PostgresStore(SQLStore):
         super().close()
 
     def _invalidate_if_closed(self, _: object, connection: Any) -> None:
-        """Close what was in use while the store was closed: the pool that it goes back to is nobody's any more."""
+        """Close a connection that was in use when the store was closed: its pool is gone."""
         if self._closed.is_set():
             connection.invalidate()
 
@@ -113,7 +113,7 @@ class PostgresStore(SQLStore):
             try:
                 with psycopg.connect(dsn, autocommit=True, **_CONNECT) as connection:  # type: ignore[arg-type]
                     connection.execute(f"LISTEN {WRITES}; LISTEN {MESSAGES}")
-                    on_write()  # of what was written while nobody listened
+                    on_write()  # something may have been written before we listened
                     while not self._closed.is_set():
                         for notice in connection.notifies(timeout=0.5, stop_after=1):
                             sender, _, text = notice.payload.partition(" ")
@@ -154,7 +154,7 @@ class PostgresStore(SQLStore):
 
 
 def reach(url: sa.URL) -> None:
-    """Connect and ask for nothing. Raises Unavailable as `PostgresStore.open` does."""
+    """Connect only. Raises Unavailable as `PostgresStore.open` does."""
     engine = _engine(url)
     try:
         with _final_if_hopeless(url), PostgresStore(engine)._errors(), engine.connect() as connection:
@@ -172,8 +172,8 @@ def migrate(url: sa.URL, role: str = "") -> None:
     engine = _engine(url)
     try:
         with engine.begin() as connection:
-            # Whatever long tables and others that migrate them take. Only for a table that is used nobody waits
-            # long: behind who does, all its users wait.
+            # Large tables and other migrations may take any time. A lock on a table in use may not: all its users
+            # would wait behind the migration.
             connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
             connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATING)))
@@ -211,8 +211,8 @@ def _engine(url: sa.URL) -> sa.Engine:
         pool_timeout=10,
         pool_pre_ping=True,  # connections of a database that was restarted are replaced, not used
         connect_args=_CONNECT,
-        hide_parameters=True,  # what tenants write doesn't belong into a log
-        # Of writes, whatever the database's default is: who waited for the head row must see what was written.
+        hide_parameters=True,  # logs must not contain what tenants write
+        # Whatever the database's default is: a write that waited for the head row must see the one before it.
         isolation_level="READ COMMITTED",
     )
     sa.event.listen(engine, "connect", _set_session)
@@ -221,11 +221,11 @@ def _engine(url: sa.URL) -> sa.Engine:
 
 @contextmanager
 def _final_if_hopeless(url: sa.URL) -> Iterator[None]:
-    """Takes `retry_after` from what no time mends, and says so: a server that is reached and refuses, or settings
-    that are none. All else, a name that isn't known yet or a server that starts, may pass.
+    """Raise errors that retrying can't mend (a server that refuses us, malformed settings) without `retry_after`.
+    All others, such as an unknown name or a server that is starting, keep theirs.
 
-    libpq gives no code for what ends a connection's start, only its text, which a server may write in another
-    language: then it counts as what may pass, and is told while it is waited for.
+    libpq has no codes for failed connections, only texts, and a server may translate them: an error in another
+    language counts as temporary, and is logged while it is retried.
     """
     try:
         yield
@@ -255,7 +255,7 @@ def _set_session(connection: Any, _: object) -> None:
 
 
 def _check_rights(connection: sa.Connection) -> None:
-    """Of tables that there are. Migrations that weren't told the role leave it without those that they make."""
+    """Raise Unavailable if the role can't read a table: a migration that wasn't given the role made it."""
     names = ["alembic_version", head.name, *(table.name for table in tables.values())]
     closed = sa.text(
         "SELECT name FROM unnest(CAST(:names AS text[])) AS name "

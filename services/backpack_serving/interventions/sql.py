@@ -1,8 +1,8 @@
-"""What the stores on SQLite and PostgreSQL share, through SQLAlchemy Core: the only file that says SELECT.
+"""The common part of the stores on SQLite and PostgreSQL, through SQLAlchemy Core: the only file with SELECT.
 
-A write starts by raising the counter in the head row, which locks it until the commit: revisions are gapless in
-commit order, and whoever reads a revision reads all those before it. (Numbers from a sequence become visible out
-of order, and who polls by them misses events.)
+A write first increments the revision in the head row, which locks that row until the commit. So revisions are gapless
+in commit order, and a reader of one revision sees all earlier ones. (Numbers from a sequence become visible out of
+order, and a poller would miss events.)
 """
 
 from __future__ import annotations
@@ -145,14 +145,14 @@ class SQLStore(ABC):
         """A connection for a transaction that writes."""
 
     def _enter(self, connection: sa.Connection, tenant: str | None) -> None:  # noqa: B027
-        """What comes first in every transaction."""
+        """Prepare a transaction, before its first statement."""
 
     @abstractmethod
     def _commit(self, transaction: sa.RootTransaction) -> None:
-        """Commit, durably. Raises Unavailable if that can't be told."""
+        """Commit durably. Raises Unavailable if the outcome is unknown."""
 
     def _reason(self, error: object) -> str:
-        """What the database says, and what a store finds out beside it."""
+        """The database's error message, with what the store can add."""
         return str(error)
 
     @contextmanager

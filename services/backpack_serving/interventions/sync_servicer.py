@@ -1,4 +1,4 @@
-"""The services for readers: their streams, the releases they fetch, and who holds what."""
+"""SyncService for readers (streams, releases), and FleetService about readers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SyncServicer(grpc_v1.SyncServiceServicer):
         self._service, self._identities, self._writes, self._rollouts = service, identities, writes, rollouts
         self._history = EventHistory(service)
         self._nonces = itertools.count(secrets.randbits(48))
-        # Their own: whatever keeps other threads busy, a bookmark must not come late.
+        # A pool of its own, so that other work never delays a bookmark.
         self._threads = ThreadPoolExecutor(THREADS, "sync")
 
     async def Sync(
@@ -79,7 +79,7 @@ class SyncServicer(grpc_v1.SyncServiceServicer):
 
 
 class FleetServicer(grpc_v1.FleetServiceServicer):
-    """Which readers there are, and which releases they hold."""
+    """Lists the readers, and the releases that they hold."""
 
     def __init__(self, service: Interventions, identities: Identities, rollouts: Rollouts) -> None:
         self._service, self._identities, self._fleet = service, identities, rollouts.fleet

@@ -1,4 +1,4 @@
-"""The service's end of one stream to a reader. No clock, no transport, no thread: time and messages are given."""
+"""The server of the sync protocol, for one stream: a state machine without clock, transport or thread."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from backpack_serving.sync.state import Stageable, StateEntry
 
 @dataclass(frozen=True, slots=True)
 class HistoryPage:
-    """Part of the store's history: what changed up to `position`, and where the store stands (`head`)."""
+    """Part of the store's history: the changes up to `position`, and the store's own position (`head`)."""
 
     head: Position
     position: Position
@@ -34,16 +34,16 @@ class HistoryPage:
 
 
 class History(Protocol):
-    """The store's history, as readers are told it."""
+    """The store's history, as changes for readers."""
 
     @property
     def fingerprint(self) -> str: ...
 
     def snapshot(self) -> HistoryPage:
-        """Everything."""
+        """The whole state."""
 
     def since(self, revision: int) -> HistoryPage | None:
-        """The changes after a revision, oldest first, perhaps not all; None if they aren't kept any more."""
+        """A page of changes after a revision, oldest first; None if they were compacted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,9 @@ class _InFlight:
 
 
 class SyncServer:
-    """One stream. `acked` is the position up to which the reader has said that it applied everything.
+    """One stream to a reader. `acked` is the position up to which the reader has acknowledged everything.
 
-    `nonces` are never used twice, in no session of any process: an answer to another stream must not count here.
+    No two streams of any process share a nonce, so an answer to another stream is never counted here.
     """
 
     def __init__(self, history: History, nonces: Iterator[int]) -> None:
@@ -71,7 +71,7 @@ class SyncServer:
         self.digests: set[str] = set()
 
     def receive(self, message: FromReader, now: float) -> None:
-        """Take in what the reader says.
+        """Process a message of the reader.
 
         Raises PreconditionFailed for a reader of another model, InvalidRequest for one without an incarnation.
         """
@@ -88,10 +88,10 @@ class SyncServer:
                 self.refusals = {refusal.key: refusal for refusal in message.refusals}
 
     def pump(self, now: float) -> list[ToReader]:
-        """What to send now. Call it when the store moved, after every message, and at `due`.
+        """The messages to send now. Call it after each write of the store, after each message, and at `due`.
 
-        Raises PreconditionFailed if the store is behind what the reader has applied, Unavailable if the reader has
-        been silent for so long that the stream must be half open.
+        Raises PreconditionFailed if the store is behind the reader, Unavailable if the reader was silent for so long
+        that the stream must be half open.
         """
         if self.hello is None:
             return []
@@ -105,7 +105,7 @@ class SyncServer:
 
     @property
     def due(self) -> float:
-        """When the next bookmark has to go out."""
+        """When the next bookmark must be sent."""
         return self._bookmark_due
 
     def _receive_hello(self, hello: Hello) -> None:
@@ -121,10 +121,10 @@ class SyncServer:
         self.digests = set(hello.digests)
 
     def _receive_ack(self, nonce: int, refused: Iterable[Refusal]) -> None:
-        """A delta was applied, but for what was refused. It isn't sent again: the reader knows why."""
+        """Mark a delta as applied, except what was refused. Refused changes aren't sent again."""
         in_flight = self._in_flight
         if in_flight is None or nonce != in_flight.nonce:
-            return  # of a delta that a later Hello has overtaken
+            return  # for a delta from before the latest Hello
         self._in_flight, self.acked = None, in_flight.position
         refusals = {refusal.key: refusal for refusal in refused}
         for change in in_flight.changes:
@@ -163,7 +163,7 @@ class SyncServer:
 
 
 def _changes_for(kind: ReaderKind, changes: Iterable[StateEntry]) -> tuple[StateEntry, ...]:
-    """What such a reader is told; of several changes of one thing, the last."""
+    """The changes that a reader of this kind needs; only the last one of each key."""
     latest: dict[object, StateEntry] = {}
     for change in changes:
         if kind is ReaderKind.GATEWAY or isinstance(change, Stageable):

@@ -1,4 +1,4 @@
-"""The service's end of one reader's stream over gRPC: a `SyncServer`, driven by messages, writes and the clock."""
+"""Runs a `SyncServer` over one gRPC stream: it reacts to messages, writes of the store, and the clock."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from backpack_serving.sync.wire import read_from_reader, write_to_reader
 POLL_SECONDS = 1.0
 
 Inbox = asyncio.Queue[FromReader | Exception | None]
-"""What a reader said; what was wrong with it; None at its end."""
+"""A reader's messages; an error if one is invalid; None at the end of the stream."""
 
 
 async def serve_reader(
@@ -28,10 +28,10 @@ async def serve_reader(
     on_message: Callable[[FromReader], Awaitable[None]],
     executor: Executor,
 ) -> AsyncGenerator[pb.SyncResponse, None]:
-    """The messages for a reader until it ends its stream.
+    """Yield the messages for a reader until it ends its stream.
 
-    `next_write` gives an event that the store's next write sets; `on_message` is called after each message was taken in.
-    `SyncServer.pump` reads the store, so it runs in `executor`. Raises what the reader's messages raise.
+    `next_write` returns an event that the store's next write sets; `on_message` is called after each message of the
+    reader. `SyncServer.pump` reads the store, so it runs in `executor`. Raises InvalidRequest for invalid messages.
     """
     inbox: Inbox = asyncio.Queue()
     receiving = asyncio.create_task(_receive(requests, inbox))
@@ -63,7 +63,7 @@ async def serve_reader(
 
 
 async def _receive(requests: AsyncIterator[pb.SyncRequest], inbox: Inbox) -> None:
-    """Put what the reader says into the inbox, then None; or what is wrong with it."""
+    """Put the reader's messages into the inbox, then None; or the error of an invalid one."""
     try:
         async for request in requests:
             inbox.put_nowait(read_from_reader(request))

@@ -1,4 +1,4 @@
-"""Keeps a reader in step over gRPC, for ever, and what it knows on disk."""
+"""Runs a `SyncClient` over gRPC, for ever, and keeps its view on disk."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ M = TypeVar("M")
 log = structlog.get_logger(__name__)
 
 SendQueue = asyncio.Queue[FromReader | None]
-"""What a stream has still to send; None ends it."""
+"""Messages that a stream still has to send; None ends it."""
 
 LONGEST_PAUSE = 5.0
 RETRY_SECONDS = 2.0
-"""Mean time between attempts at what was refused for a reason that may pass."""
+"""Mean seconds between attempts to stage what was refused for a temporary reason."""
 
 BOOKMARK_WRITE_SECONDS = 0.1
-"""Least time between two writes to disk of a position that moved alone, as many writes of the store move it."""
+"""Least seconds between two writes to disk of a position that only bookmarks moved."""
 
 
 class SyncDelegate(Protocol):
-    """Who has a reader: gets ready what arrives, and is told what holds."""
+    """Stages what arrives, and learns which view is in effect."""
 
     async def stage(self, work: tuple[Stageable, ...]) -> tuple[Refusal, ...]:
-        """Get releases ready to be served; what can't be, with the reason."""
+        """Get releases ready to be served; returns refusals, with reasons, of those that can't be."""
 
     def swapped(self, view: StateView) -> None:
-        """This view holds from now on."""
+        """This view is in effect from now on."""
 
     def resident(self) -> frozenset[str]:
-        """Digests of what is ready."""
+        """Digests of the releases that are ready."""
 
     def tallies(self) -> tuple[CanaryTally, ...]:
-        """How requests under canaries went."""
+        """Counts of requests under canaries."""
 
 
 class SyncTransport:
-    """One reader's life: what is on disk first, then stream after stream."""
+    """Connects a client: restores its view from disk, then opens stream after stream."""
 
     def __init__(self, channel: Any, key: str, client: SyncClient, delegate: SyncDelegate, file: Path) -> None:
         self.client = client
@@ -65,13 +65,13 @@ class SyncTransport:
         self._bookmarked, self._view_moved = asyncio.Event(), asyncio.Event()
 
     def restore(self) -> bool:
-        """Take up what was known last. Whether anything was."""
+        """Restore the view from disk; returns whether there was one."""
         saved = self._file.read()
         if saved is None:
             return False
         try:
             view = wire.read_view(saved.payload)
-        except DecodeError as error:  # somebody put another file there: to end here would be to end at every start
+        except DecodeError as error:  # another file; exiting here would mean exiting at every start
             log.error("what was kept isn't what a reader knows", file=str(self._file.path), error=str(error))
             return False
         self._on_disk = view
@@ -92,8 +92,10 @@ class SyncTransport:
             await tasks.end(*background)
 
     async def wait_until(self, position: Position, seconds: float) -> None:
-        """Wait until all up to this position holds. If it doesn't within so many seconds, raises Unavailable, or
-        PreconditionFailed if the service was heard meanwhile: the store isn't there either.
+        """Wait until the view has reached a position.
+
+        After so many seconds raises Unavailable, or PreconditionFailed if the service was heard meanwhile, since then
+        the store itself hasn't reached the position.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
@@ -115,7 +117,7 @@ class SyncTransport:
         self.client.last_error = reason
 
     async def _run_stream(self) -> None:
-        await self._commit_view()  # what the last stream told
+        await self._commit_view()  # what the last stream brought
         self.client.resident = self._delegate.resident()
         outbox: SendQueue = asyncio.Queue()
         outbox.put_nowait(self.client.hello())
@@ -139,7 +141,7 @@ class SyncTransport:
                     staging = asyncio.create_task(self._stage_and_answer(pending, outbox))
                 for task in (reporting, staging):
                     if task and task.done():
-                        task.result()  # a mistake of ours ends the stream, and is told
+                        task.result()  # a bug of ours ends the stream, and is logged
         finally:
             outbox.put_nowait(None)
             reporting.cancel()
@@ -148,7 +150,7 @@ class SyncTransport:
             await asyncio.gather(reporting, *([staging] if staging else []), return_exceptions=True)
 
     async def _stage_and_answer(self, pending: PendingDelta, outbox: SendQueue) -> None:
-        """Stage, keep, swap, answer."""
+        """Stage a delta, write the state to disk, put it into effect, and answer."""
         refused = await self._delegate.stage(pending.work) if pending.work else ()
         answer = self.client.apply(pending.nonce, refused, time.monotonic())
         if answer is None:
@@ -160,7 +162,7 @@ class SyncTransport:
         outbox.put_nowait(answer)
 
     async def _write_bookmarks(self) -> None:
-        """Let hold what bookmarks alone have moved."""
+        """Commit positions that only bookmarks moved."""
         while True:
             await self._bookmarked.wait()
             self._bookmarked.clear()
@@ -168,7 +170,7 @@ class SyncTransport:
             await asyncio.sleep(BOOKMARK_WRITE_SECONDS)
 
     async def _send_reports(self, outbox: SendQueue) -> None:
-        """A sign of life each second; and on disk, that what is there is all there is."""
+        """Send a report each second, and note on disk that the view is still complete."""
         while True:
             await asyncio.sleep(REPORT_SECONDS)
             outbox.put_nowait(self.client.report(self._delegate.tallies(), len(self._delegate.resident())))
@@ -181,7 +183,7 @@ class SyncTransport:
                     log.error("what is known looks older than it is", file=str(self._file.path), error=str(error))
 
     async def _retry_refused(self) -> None:
-        """Try again what was refused for a reason that may have passed."""
+        """Stage again what was refused for a temporary reason."""
         while True:
             await asyncio.sleep(random.uniform(0, 2 * RETRY_SECONDS))
             for change in self.client.retryable:
@@ -190,8 +192,8 @@ class SyncTransport:
                 await self._commit_view()
 
     async def _commit_view(self) -> None:
-        """What is known holds when this returns: it was on disk first, so a restart never goes back."""
-        await tasks.finish(self._write_snapshot())  # a write that went on by itself could overtake the next one
+        """Write `state` to disk, then put it into effect: so a restart never goes back."""
+        await tasks.finish(self._write_snapshot())  # an abandoned write could overtake the next one
 
     async def _write_snapshot(self) -> None:
         async with self._disk:
@@ -215,12 +217,12 @@ async def _requests(outbox: SendQueue) -> AsyncIterator[sync_pb2.SyncRequest]:
 
 
 async def with_silence_limit(call: Any) -> AsyncIterator[Any]:
-    """The call's messages. Raises TimeoutError after SILENCE: a half-open connection looks just like that."""
+    """Yield the call's messages. Raises TimeoutError after SILENCE, because a half-open connection is just silent."""
     messages = aiter(call)
     try:
         while True:
             try:
-                # Not wait_for: that of Python 3.11 forgets a cancellation that comes together with a message.
+                # Not wait_for: in Python 3.11 it loses a cancellation that arrives together with a message.
                 async with asyncio.timeout(SILENCE):
                     message = await anext(messages)
             except StopAsyncIteration:
@@ -231,7 +233,7 @@ async def with_silence_limit(call: Any) -> AsyncIterator[Any]:
 
 
 async def _keep_running(loop: Callable[[], Awaitable[None]]) -> None:
-    """Run what never ends, and again after a mistake of ours: nobody else would notice."""
+    """Run a loop that never ends, and restart it after a bug of ours, which nobody else would notice."""
     while True:
         try:
             await loop()
@@ -243,11 +245,10 @@ async def _keep_running(loop: Callable[[], Awaitable[None]]) -> None:
 async def run_forever(
     run_once: Callable[[], Awaitable[None]], peer: str, on_failure: Callable[[str], None] = lambda reason: None
 ) -> None:
-    """Run `run_once` again and again, with full jitter (exponential, at most LONGEST_PAUSE) between failures.
+    """Call `run_once` again and again, with exponential backoff and full jitter (at most LONGEST_PAUSE) after failures.
 
-    `on_failure` is given the word for each, which says nothing of where anybody is.
-
-    Each reason is told once until a stream has lived: what a new server refuses isn't why the last one was lost.
+    `on_failure` gets a word for each failure, without addresses. Each reason is logged once until a stream has lived
+    for longer than SILENCE.
     """
     failures, task = 0, asyncio.current_task()
     logged: set[str] = set()
@@ -262,13 +263,13 @@ async def run_forever(
             kind, reason = error.reason, error.message
         except TimeoutError:
             kind = reason = "silence"
-        except Exception as error:  # a mistake of ours must not be the end: nobody would be told anything any more
+        except Exception as error:  # a bug of ours must not end the process's updates
             log.exception("a stream ended by a mistake of ours", peer=peer)
             kind, code = repr(error), "INTERNAL"
             reason = kind
-        except asyncio.CancelledError:  # gRPC tells so that it gave a call up; or somebody ends us
+        except asyncio.CancelledError:  # gRPC gave the call up, or somebody cancelled us
             kind = reason = "the call was cancelled"
-        # Not what was raised decides: gRPC may also answer a cancellation with the call's own error.
+        # The exception doesn't decide: gRPC may answer a cancellation with the call's own error.
         if task.cancelling():
             raise asyncio.CancelledError
         if asyncio.get_running_loop().time() - started > SILENCE:
@@ -276,7 +277,9 @@ async def run_forever(
             logged.clear()
         on_failure(code or kind)
         if kind not in logged:
-            log_loss = log.info if reason == "max connection age" else log.warning  # our servers end them, on purpose
+            log_loss = (
+                log.info if reason == "max connection age" else log.warning
+            )  # our servers end streams of that age on purpose
             log_loss("lost a stream; trying again until it is back", peer=peer, reason=reason)
             logged.add(kind)
         failures += 1

@@ -1,4 +1,4 @@
-"""What the service and its readers say to each other ↔ messages; a view ↔ bytes on disk; the pin."""
+"""Sync messages ↔ protobuf; a view ↔ bytes on disk."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def write_from_reader(message: m.FromReader) -> pb.SyncRequest:
 
 
 def read_from_reader(message: pb.SyncRequest) -> m.FromReader:
-    """Raises InvalidRequest for what this service doesn't know."""
+    """Raises InvalidRequest for a message of a kind that this version doesn't know."""
     match message.WhichOneof("message"):
         case "hello":
             hello = message.hello
@@ -99,7 +99,7 @@ def read_from_reader(message: pb.SyncRequest) -> m.FromReader:
 
 
 def write_to_reader(message: m.ToReader) -> list[pb.SyncResponse]:
-    """The message; in several, if it is a large snapshot."""
+    """The message, in several parts if it is a large snapshot."""
     match message:
         case m.Snapshot():
             parts = [message.changes[at : at + CHANGES] for at in range(0, len(message.changes), CHANGES)] or [()]
@@ -129,13 +129,13 @@ def write_to_reader(message: m.ToReader) -> list[pb.SyncResponse]:
 
 
 class SnapshotAssembler:
-    """Reads the messages of one stream; puts the parts of a snapshot together."""
+    """Reads the messages of one stream, and reassembles snapshots that come in parts."""
 
     def __init__(self) -> None:
         self._parts: list[StateEntry] = []
 
     def read(self, message: pb.SyncResponse) -> m.ToReader | None:
-        """None if the rest is still to come, or if it is nothing that this reader knows."""
+        """The message; None if more parts will follow, or if this version doesn't know its kind."""
         match message.WhichOneof("message"):
             case "snapshot":
                 snapshot = message.snapshot
@@ -217,7 +217,7 @@ def _read_entry(change: pb.Change) -> StateEntry:
 
 
 def write_view(view: StateView) -> bytes:
-    """A view as it is kept on disk: the snapshot that makes it."""
+    """A view as bytes for the disk: a snapshot message."""
     snapshot = pb.Snapshot(position=write_position(view.position), changes=map(_write_entry, view.records()))
     return snapshot.SerializeToString()
 
@@ -225,9 +225,3 @@ def write_view(view: StateView) -> bytes:
 def read_view(data: bytes) -> StateView:
     snapshot = pb.Snapshot.FromString(data)
     return StateView().changed(read_position(snapshot.position), map(_read_entry, snapshot.changes))
-
-
-# ---- the revisions of a release, in pieces
-
-
-# ---- the pin
