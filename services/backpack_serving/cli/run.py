@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def run(
-    examples: Annotated[bool, typer.Option(help="Make two example tenants and show one prompt for both.")] = True,
-    once: Annotated[bool, typer.Option(help="Stop after that, instead of serving on.")] = False,
+    examples: Annotated[bool, typer.Option(help="Create two example tenants and show one prompt for both.")] = True,
+    once: Annotated[bool, typer.Option(help="Stop after the examples.")] = False,
 ) -> None:
     """Serve on this machine: gateway, inference and interventions in one process, on SQLite.
 

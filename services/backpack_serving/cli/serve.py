@@ -27,15 +27,15 @@ app = typer.Typer(
 
 
 HUNG = 60.0
-"""Seconds without a turn of the event loop after which a process that serves says where it hangs, and ends."""
+"""Seconds without a turn of the event loop after which a server prints its stacks and exits."""
 
 WATCH = 1.0
-"""Seconds between two looks at whether the loop has its turns."""
+"""Seconds between two resets of that timer."""
 
 
 @app.command()
 def interventions() -> None:
-    """The intervention service: tenants, keys, patches, releases, audit."""
+    """Run the intervention service: tenants, keys, patches, releases, audit."""
     from backpack_serving.interventions import bootstrap
 
     _serve("interventions", bootstrap.start, lambda running: running.failed)
@@ -43,7 +43,7 @@ def interventions() -> None:
 
 @app.command()
 def gateway() -> None:
-    """The gateway, which clients call. It uses one core; start more of them behind a TCP load balancer."""
+    """Run a gateway, which clients call. It uses one core; start more of them behind a TCP load balancer."""
     from backpack_serving.gateway import bootstrap
 
     _serve("gateway", bootstrap.start)
@@ -51,7 +51,7 @@ def gateway() -> None:
 
 @app.command()
 def directory() -> None:
-    """The directory of replicas, where there is no Ray."""
+    """Run the directory of replicas, without Ray."""
     from backpack_serving.inference import directory as directory_room
 
     _serve("directory", directory_room.serve)
@@ -59,12 +59,12 @@ def directory() -> None:
 
 @app.command()
 def inference() -> None:
-    """A replica, where there is no Ray. Under Ray Serve, deploy/ray/serve.yaml takes its place."""
+    """Run a replica, without Ray. With Ray Serve, deploy/ray/serve.yaml takes its place."""
     from backpack_serving import rpc
     from backpack_serving.inference.required import required
 
     async def start(settings: Settings, metrics: Metrics) -> Replica:
-        await required(settings)  # before torch is loaded: what is wrong is told at once
+        await required(settings)  # before torch is loaded, so that errors come at once
         from backpack_serving.inference import replica
 
         return await replica.start(
@@ -84,8 +84,9 @@ def _serve(
     start: Callable[[Settings, Metrics], Awaitable[Any]],
     failure: Callable[[Any], asyncio.Event] = lambda running: asyncio.Event(),
 ) -> None:
-    """Serve until a signal, or until what `failure` gives is set, which is exit status 1: whoever supervises this
-    process shall start it again. A signal before it serves is exit status 128 and its number.
+    """Serve until a signal, or until the event of `failure` is set: then exit with status 1, to be restarted.
+
+    A signal before the server serves exits with status 128 and its number.
     """
     from backpack_serving import starting
     from backpack_serving.observability import exposition
@@ -93,7 +94,7 @@ def _serve(
 
     async def started() -> Any:
         metrics = Metrics(settings.metrics_tenants)
-        if settings.metrics_address:  # first: what is wrong with it is told before anything runs
+        if settings.metrics_address:  # first, so that its errors come before anything runs
             listen = partial(exposition.listen, metrics.registry, settings.metrics_address, settings.tls)
             await starting.blocking(listen)
         return await start(settings, metrics)
@@ -121,10 +122,10 @@ def _serve(
 
 
 async def _end_if_it_hangs() -> NoReturn:
-    """End this process, with exit status 1 and all its stacks on stderr, should its loop stand still for long.
+    """Exit with status 1, and all stacks on stderr, if the event loop hangs.
 
-    Its port would go on taking connections, which is all that whoever supervises it may see. The thread that
-    watches is C's, and needs nobody's lock.
+    The port would go on accepting connections, so a supervisor may not notice. faulthandler's watchdog is a C thread
+    that needs no lock of Python's.
     """
     try:
         while True:

@@ -1,8 +1,7 @@
-"""What callers give, checked where it comes in and where messages are made of it: nothing else builds a message.
+"""Checks arguments of client methods, and builds messages from them. Nothing else builds a message.
 
-`checked` is around every public method of a client. It looks at what no field of any message can hold, or no call
-can wait for. `build` makes a message, and names the field that can't hold its value. What a request may say is the
-server's to judge.
+`checked` wraps every public method of a client. It refuses values that no message field can hold, and times that no
+call can wait. `build` makes a message, and names the field that can't hold its value. The server validates the rest.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from backpack_serving.errors import InvalidRequest
 M = TypeVar("M")
 
 LONGEST = 365 * 86_400.0
-"""Most seconds that may be waited for anything. gRPC takes 285 years and more for a deadline that has passed."""
+"""Longest wait in seconds. gRPC takes 285 years and more for a deadline in the past."""
 
 _DURATIONS = {"timeout", "wait_seconds", "seconds", "coalesce", "retry_window"}
 
 _SHOWN = 60
-"""Characters of a value that a refusal shows."""
+"""Most characters of a value in an error."""
 
 
 def checked(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, which first raises InvalidRequest for arguments that nothing can be made of."""
+    """Wrap a method so that it first raises InvalidRequest for unusable arguments."""
     known = signature(method)
 
     def check(args: Any, named: Any) -> None:
@@ -57,12 +56,12 @@ def checked(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_public(name: str, method: object) -> bool:
-    """Whether callers can call it to have something done."""
+    """Whether a class attribute is a public coroutine or asynchronous generator."""
     return not name.startswith("_") and (iscoroutinefunction(method) or isasyncgenfunction(method))
 
 
 def seconds(name: str, value: Any) -> None:
-    """Raise InvalidRequest unless so many seconds can be waited for."""
+    """Raise InvalidRequest unless this is a time in seconds that a call can wait."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST:
         raise _invalid_argument(name, value, f"no request can wait for that; write seconds, from 0 to {LONGEST:.0f}")
 
@@ -86,13 +85,13 @@ def build(kind: type[M], at: str = "", /, **values: Any) -> M:
 
 
 def fill(message: Any, at: str = "", /, **values: Any) -> None:
-    """Set fields of a message that is there, as `build` does."""
+    """Set fields of an existing message, as `build` does."""
     message.MergeFrom(build(type(message), at, **values))
 
 
 @contextmanager
 def within(at: str) -> Iterator[None]:
-    """What is refused inside is a part of this."""
+    """Prefix the fields of InvalidRequest errors from the block with `at`."""
     try:
         yield
     except InvalidRequest as error:
