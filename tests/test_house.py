@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +67,21 @@ def test_code_is_shared_by_composition() -> None:
 def test_files_hold_one_noun(room: str, most: int) -> None:
     files = {str(p): len(p.read_text().splitlines()) for p in (ROOT / room).rglob("*.py")}
     assert {name: lines for name, lines in files.items() if lines > most} == {}
+
+
+OVERRIDES = {"_commit", "_enter", "_reading", "_writing", "_reason"}
+"""Private methods that several files define because they implement one interface: `interventions.sql.SQLStore`."""
+
+
+@pytest.mark.parametrize(
+    ("pattern", "interface"), [(r"^class (\w+)", set()), (r"^ *(?:async )?def (_[a-z]\w+)", OVERRIDES)]
+)
+def test_a_name_means_one_thing(pattern: str, interface: set[str]) -> None:
+    """A class, or a private helper, is defined once; a second meaning needs a second name."""
+    files: dict[str, list[str]] = {}
+    for room in ("models", "services"):
+        for path in (ROOT / room).rglob("*.py"):
+            for name in re.findall(pattern, path.read_text(), re.MULTILINE):
+                files.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert interface <= files.keys(), "these are nobody's any more"
+    assert {name: found for name, found in files.items() if len(found) > 1 and name not in interface} == {}

@@ -160,7 +160,7 @@ def test_a_gateway_whose_port_is_taken_says_no_more_than_that(tmp_path: Path) ->
     """It warned of coroutines that nobody had awaited."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        done = _serve("gateway", tmp_path, GATEWAY_PROCESSES="1", SERVICE_KEY="k", GATEWAY_ADDRESS=address)
+        done = _serve("gateway", tmp_path, SERVICE_KEY="k", GATEWAY_ADDRESS=address)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: can't listen on {address}: is another server there")

@@ -170,7 +170,7 @@ def load_table(folder: Path, model: Backpack, rows: Tensor | None = None) -> Sen
             with safe_open(folder / TOPICS, framework="pt") as file:
                 if (file.metadata() or {}).get("fingerprint") == Manifest.read(folder).fingerprint:
                     peaks = file.get_tensor("peaks")
-                    if peaks.shape != table.rows.shape[:2] or not peaks.is_floating_point() or not _finite(peaks):
+                    if peaks.shape != table.rows.shape[:2] or not peaks.is_floating_point() or not _is_finite(peaks):
                         raise ValueError(f"not a number for each of {list(table.rows.shape[:2])} cells")
                     table.peaks = peaks
         except (OSError, ValueError, SafetensorError) as error:
@@ -249,12 +249,12 @@ def _check_names_and_shapes(found: Tensors, wanted: Tensors) -> None:
             faults.append(f"shape of {name}: {list(tensor.shape)}, the config says {list(wanted[name].shape)}")
         elif not tensor.is_floating_point():
             faults.append(f"type of {name}: {tensor.dtype}, not floating point")
-        elif not _finite(tensor):
+        elif not _is_finite(tensor):
             faults.append(f"not finite: {name} holds NaN or infinity")
     if faults:
         raise CheckpointError("not this Backpack:\n  " + "\n  ".join(sorted(faults)))
 
 
-def _finite(tensor: Tensor) -> bool:
+def _is_finite(tensor: Tensor) -> bool:
     """In pieces, as the check makes copies; in float32, as it is served: a float64 may be beyond it."""
     return all(bool(part.float().isfinite().all()) for part in tensor.reshape(-1).split(2**20))

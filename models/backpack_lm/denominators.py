@@ -87,9 +87,9 @@ def compute(
     progress = progress or Told()
     vocabulary, senses = shape
     tokens = max(1, CELLS // senses)
-    with _kept(name, progress, vocabulary) as kept:
+    with _open_locked(name, progress, vocabulary) as kept:
         done = list(_whole_blocks(kept, vocabulary, senses, tokens))
-        file = _cut(kept, sum(4 * block.numel() + _CHECKSUM for block in done))
+        file = _truncate_file(kept, sum(4 * block.numel() + _CHECKSUM for block in done))
         multiply = _Multiplied(embedding, vocabulary * senses * embedding.numel())
         at = sum(map(len, done))
         progress(at, vocabulary)
@@ -124,7 +124,7 @@ class _Multiplied:
         return torch.stack(found).amax(0)
 
 
-def _kept(name: str | None, progress: Progress, vocabulary: int) -> BinaryIO:
+def _open_locked(name: str | None, progress: Progress, vocabulary: int) -> BinaryIO:
     """The file of a name, for this process alone; where there is none, memory that is as good to write to.
 
     Another process that computes the same is waited for: what it leaves is gone on with.
@@ -158,7 +158,7 @@ def _whole_blocks(file: BinaryIO, vocabulary: int, senses: int, tokens: int) -> 
         yield torch.frombuffer(bytearray(data), dtype=torch.float32).view(count, senses)
 
 
-def _cut(file: BinaryIO, size: int) -> BinaryIO:
+def _truncate_file(file: BinaryIO, size: int) -> BinaryIO:
     """A file without what is behind its whole blocks; memory, if that can't be removed."""
     try:
         file.seek(size)

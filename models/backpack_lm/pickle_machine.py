@@ -139,7 +139,7 @@ class _Machine:
         elif name == "LIST":
             push(self._group())
         elif name == "DICT":
-            push(_fill({}, self._group()))
+            push(_set_items({}, self._group()))
         elif name == "FROZENSET":
             self._group()
             push(Inert("builtins.frozenset"))
@@ -150,15 +150,15 @@ class _Machine:
         elif name in ("SETITEM", "SETITEMS"):
             items = [pop(), pop()][::-1] if name == "SETITEM" else self._group()
             if isinstance(self._top(), dict):
-                _fill(self._top(), items)
+                _set_items(self._top(), items)
         elif name == "GLOBAL":
-            push(_named(*argument.split(" ", 1)))
+            push(_inert_global(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
             attribute, module = pop(), pop()
-            push(_named(module, attribute))
+            push(_inert_global(module, attribute))
         elif name == "INST":
             self._group()
-            push(_named(*argument.split(" ", 1)))
+            push(_inert_global(*argument.split(" ", 1)))
         elif name == "OBJ":
             group = self._group()
             push(_called(group[0], tuple(group[1:])))
@@ -189,7 +189,7 @@ class _Machine:
         return found[::-1]
 
 
-def _fill(into: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
+def _set_items(into: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
     for key, value in zip(items[::2], items[1::2], strict=True):
         if type(key) is not str:
             key = Inert(f"a key of type {type(key).__name__}")  # to hash a tuple of tuples may take for ever
@@ -199,7 +199,7 @@ def _fill(into: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
     return into
 
 
-def _named(module: Any, name: Any) -> Inert:
+def _inert_global(module: Any, name: Any) -> Inert:
     """Raises BadPickle for what only an attack names."""
     if not (isinstance(module, str) and isinstance(name, str)):
         raise BadPickle("it is damaged (a name isn't text)")
@@ -225,7 +225,7 @@ def _called(function: Any, arguments: Any) -> Any:
     if function.name == "torch._utils._rebuild_tensor_v2" and len(arguments) >= 4:
         storage, offset, shape, stride = arguments[:4]
         sizes = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride) <= 16
-        if isinstance(storage, Storage) and sizes and all(map(_is_count, (offset, *shape, *stride))):
+        if isinstance(storage, Storage) and sizes and all(map(_is_natural, (offset, *shape, *stride))):
             return StoredTensor(storage, offset, shape, stride)
         raise BadPickle("it is damaged (a tensor lies nowhere)")
     return function
@@ -235,10 +235,10 @@ def _storage(identity: Any) -> Storage:
     """What torch writes of a storage: ("storage", its class, its key, its device, how many numbers)."""
     if isinstance(identity, tuple) and len(identity) == 5 and identity[0] == "storage":
         kind, key, count = identity[1], identity[2], identity[4]
-        if isinstance(kind, Inert) and isinstance(key, str) and _is_count(count):
+        if isinstance(kind, Inert) and isinstance(key, str) and _is_natural(count):
             return Storage(key, kind.name.removeprefix("torch."), count)
     raise BadPickle("it is damaged (a storage is none)")
 
 
-def _is_count(value: object) -> bool:
+def _is_natural(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**62

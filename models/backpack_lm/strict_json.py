@@ -41,7 +41,7 @@ def parse(text: str | bytes, finite: bool = True) -> Any:
         except UnicodeDecodeError as error:
             raise JsonError(f"it isn't UTF-8 text: byte {error.start} is 0x{text[error.start]:02x}") from None
     text = text.removeprefix("\ufeff")
-    checked: dict[str, Any] = {"parse_constant": _not_finite, "parse_float": _finite} if finite else {}
+    checked: dict[str, Any] = {"parse_constant": _not_finite, "parse_float": _parse_finite} if finite else {}
     try:
         value = json.loads(text, object_pairs_hook=_object, **checked)
     except JsonError:
@@ -75,7 +75,7 @@ def _not_finite(name: str) -> NoReturn:
     raise JsonError(f"{name} is no number of JSON's")
 
 
-def _finite(digits: str) -> float:
+def _parse_finite(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
         raise JsonError(f"{digits[:40]} is more than a number can be")

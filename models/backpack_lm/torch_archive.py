@@ -46,7 +46,7 @@ class TorchArchive:
         if len(programs) != 1 or any("/code/" in name for name in names):
             raise self._refused("it isn't what torch.save makes of a state_dict; TorchScript isn't read")
         self._root = programs[0].removesuffix("data.pkl")
-        if self._root + "byteorder" in names and self._part("byteorder", 16) != b"little":
+        if self._root + "byteorder" in names and self._read_member("byteorder", 16) != b"little":
             raise self._refused("it was saved on a big-endian machine; save it on another")
         self._storages: dict[Storage, Tensor] = {}
 
@@ -56,7 +56,7 @@ class TorchArchive:
     def read(self) -> Any:
         """What was saved, with StoredTensor for tensors, and Inert for everything that isn't plain data."""
         try:
-            return unpickle(self._part("data.pkl", _MOST_PICKLE))
+            return unpickle(self._read_member("data.pkl", _MOST_PICKLE))
         except BadPickle as error:
             raise self._refused(f"of its pickle: {error}. Ask who made the model for safetensors") from None
 
@@ -74,12 +74,12 @@ class TorchArchive:
         if dtype is None:
             raise self._refused(f"{name} is of torch's {storage.kind[:40]}; save it as float32")
         size = storage.count * dtype.itemsize
-        data = self._part(f"data/{storage.key}", size)
+        data = self._read_member(f"data/{storage.key}", size)
         if len(data) != size:
             raise self._refused(f"{name} has {len(data)} bytes instead of {size}")
         return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
-    def _part(self, name: str, most: int) -> bytearray:
+    def _read_member(self, name: str, most: int) -> bytearray:
         """The bytes of a part, checked against the archive's checksum."""
         data = bytearray()
         try:

@@ -56,7 +56,7 @@ def read_weights(where: Path) -> Tensors:
         if index.exists():
             return _follow(index)
         if shards := [path for path in shards if path.name not in _OURS]:
-            return _merge(shards)
+            return _merge_files(shards)
     found = sorted(where.glob("*.ckpt"))
     if len(found) > 1:
         raise CheckpointError(f"{where} has {', '.join(p.name for p in found)}; leave the one that is meant")
@@ -147,20 +147,20 @@ def _state(path: Path, values: Any) -> Mapping[Any, Any]:
     values = values.get("state_dict", values) if isinstance(values, Mapping) else values
     if isinstance(values, Mapping):
         return values
-    raise CheckpointError(f"{path}: weights can't be read: it holds {_kind(values)}, not tensors by name")
+    raise CheckpointError(f"{path}: weights can't be read: it holds {_type_name(values)}, not tensors by name")
 
 
 def _dense(path: Path, values: Mapping[Any, Any]) -> dict[str, Tensor]:
     for name, value in values.items():
         if not (isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided):
-            shown = repr(name[:100]) if isinstance(name, str) else _kind(name)
+            shown = repr(name[:100]) if isinstance(name, str) else _type_name(name)
             raise CheckpointError(
-                f"not this Backpack:\n  {shown} of {path} holds {_kind(value)}; weights are dense tensors by name"
+                f"not this Backpack:\n  {shown} of {path} holds {_type_name(value)}; weights are dense tensors by name"
             )
     return dict(values)
 
 
-def _kind(value: object) -> str:
+def _type_name(value: object) -> str:
     if isinstance(value, Tensor):
         return str(value.layout)
     return value.name if isinstance(value, Inert) else type(value).__name__
@@ -215,7 +215,7 @@ def _inside(folder: Path, name: str, said_by: Path, suffix: str = "") -> Path:
     return path
 
 
-def _merge(paths: list[Path]) -> Tensors:
+def _merge_files(paths: list[Path]) -> Tensors:
     """The tensors of files that no index names. Raises CheckpointError where that would be a guess."""
     sets: dict[tuple[str, int], set[int]] = {}
     for path in paths:

@@ -23,7 +23,7 @@ from backpack_serving.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """The addresses that clients call; `failed`: set if a part can't go on until it is started again."""
+    """The addresses that clients call; a part sets its event in `failed` if it must be restarted."""
 
     gateway: str
     interventions: str
@@ -34,7 +34,7 @@ class Embedded:
 
 @asynccontextmanager
 async def run(settings: Settings) -> AsyncIterator[Embedded]:
-    """Serve until the block ends. It begins when the first request can be served, or a part has failed."""
+    """Serve while the block runs. It is entered when requests can be served, or when a part has failed."""
     for address in (settings.gateway_address, settings.inference_address, settings.directory_address):
         await starting.blocking(partial(rpc.check_address, address))
     await starting.model(settings, weights=True)
@@ -47,15 +47,15 @@ async def run(settings: Settings) -> AsyncIterator[Embedded]:
             await starting.blocking(partial(exposition.listen, metrics.registry, settings.metrics_address, tls))
         control = await interventions.start(settings, metrics)
         stack.push_async_callback(control.stop)
-        # Port 0 means any: from here on, everyone has to know which it was.
+        # Port 0 means any free port: pass on the one that was chosen.
         settings = settings.model_copy(update={"interventions_address": control.address})
-        phone_book = await directory.serve(settings, metrics)
-        stack.push_async_callback(phone_book.stop)
-        settings = settings.model_copy(update={"directory_address": phone_book.address})
-        channels = [rpc.channel(part.address, tls) for part in (control, phone_book)]
+        replica_directory = await directory.serve(settings, metrics)
+        stack.push_async_callback(replica_directory.stop)
+        settings = settings.model_copy(update={"directory_address": replica_directory.address})
+        channels = [rpc.channel(part.address, tls) for part in (control, replica_directory)]
         for channel in channels:
             stack.push_async_callback(channel.close)
-        # Loads torch: what is wrong with all else is told by now.
+        # This import loads torch; all other errors were raised before.
         from backpack_serving.inference import replica
 
         serving = await replica.start(
@@ -68,6 +68,6 @@ async def run(settings: Settings) -> AsyncIterator[Embedded]:
         front = await gateway.start(settings, metrics)
         stack.push_async_callback(front.stop)
         failed = (control.failed, serving.failed)
-        ready = starting.wait_for("the gateway", front.ready, settings.start_wait, why=front.lacks)
+        ready = starting.wait_for("the gateway", front.ready, settings.start_wait, why=front.not_ready)
         await tasks.first(ready, *(part.wait() for part in failed))
         yield Embedded(front.address, control.address, metrics, settings, failed)

@@ -19,14 +19,14 @@ def install_command(extra: str) -> str:
 
     From a checkout it installs the checkout, from a wheel or a repository that, and from an index the name.
     """
-    origin, python = _origin(), _short(sys.executable)
+    origin, python = _origin(), _shorten_path(sys.executable)
     if not origin:
         return f"{python} -m pip install {shlex.quote(f'{NAME}[{extra}]')}"
     url = str(origin["url"])
     if "dir_info" in origin:
         folder = unquote(urlsplit(url).path)
         editable = "-e " if origin["dir_info"].get("editable") else ""
-        return f"{python} -m pip install {editable}{shlex.quote(f'{_short(folder)}[{extra}]')}"
+        return f"{python} -m pip install {editable}{shlex.quote(f'{_shorten_path(folder)}[{extra}]')}"
     if vcs := origin.get("vcs_info"):
         url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
     return f"{python} -m pip install {shlex.quote(f'{NAME}[{extra}] @ {url}')}"
@@ -41,7 +41,7 @@ def _origin() -> dict[str, Any]:
     return found
 
 
-def _short(path: str) -> str:
+def _shorten_path(path: str) -> str:
     """A path as somebody in this folder writes it."""
     # Not resolved: an environment's python is a link, and what it links to is another environment's.
     return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else os.fspath(path)

@@ -51,12 +51,21 @@ def _is_ipv6(host: str) -> bool:
         return False
 
 
-def _is_count(text: str) -> bool:
+def _is_thread_count(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) < 9 and 1 <= int(text) <= MOST_THREADS
 
 
 def _metrics_address(text: str) -> str:
     return text and _check_address(text)
+
+
+def _check_gateway_processes(count: int) -> int:
+    if count > 1:
+        raise ValueError(
+            "a gateway is one process: leave this at 1, and start more gateways (each has limits of its own) behind a "
+            "TCP load balancer"
+        )
+    return count
 
 
 def _database(text: str) -> str:
@@ -150,8 +159,12 @@ class Settings(BaseSettings):
     )
 
     gateway_address: Address = Field("127.0.0.1:8470", description="Where the gateway listens.")
-    gateway_processes: int = Field(
-        0, ge=0, le=1024, description="Processes of `serve gateway` behind its one port; 0: one for each core."
+    gateway_processes: Annotated[int, AfterValidator(_check_gateway_processes)] = Field(
+        0,
+        ge=0,
+        json_schema_extra={"maximum": 1},
+        description="Processes of a gateway: 0 and 1 both mean one. For more cores, start more gateways behind a "
+        "TCP load balancer.",
     )
     interventions_address: Address = Field(
         "127.0.0.1:8471", description="Where the intervention service listens, and is called."
@@ -347,7 +360,7 @@ class Settings(BaseSettings):
         """Raises ValueError for numbers of threads in the environment that libraries ignore, or can't make."""
         for name in THREADS:
             value = os.environ.get(name, "")
-            if value and not all(_is_count(one.strip()) for one in value.split(",")):
+            if value and not all(_is_thread_count(one.strip()) for one in value.split(",")):
                 raise ValueError(f"{name}={value}: write a number of threads from 1 to {MOST_THREADS}, or unset it")
 
     def key_file(self, whose: str) -> Path:

@@ -11,7 +11,7 @@ import yaml
 from backpack_serving.gateway.limits import Limit, read_limits
 from backpack_serving.settings import Settings
 
-from tests.deploy.chart import DEFAULT, EVERYTHING, environment, every, needs_helm, one, pods, render
+from tests.deploy.chart import DEFAULT, EVERYTHING, environment, every, needs_helm, one, pods, refused, render
 
 pytestmark = needs_helm
 
@@ -51,8 +51,7 @@ def test_processes_get_settings_that_exist_and_secrets_by_reference(values: str)
         assert {n.removeprefix("BACKPACK_").lower() for n in found} <= Settings.model_fields.keys(), name
         secret = {"BACKPACK_SERVICE_KEY", "BACKPACK_ADMIN_KEY", "BACKPACK_DATABASE"} & found.keys()
         for variable, value in found.items():
-            reference = variable in secret or variable == "BACKPACK_GATEWAY_PROCESSES"
-            assert isinstance(value, str) != reference, (name, variable)
+            assert isinstance(value, str) != (variable in secret), (name, variable)
     who = {name: environment(t) for name, t in pods(values).items()}
     assert {name for name, e in who.items() if "BACKPACK_ADMIN_KEY" in e} == {"Deployment r-interventions"}
     assert not any(o["kind"] == "Secret" for o in render(values))
@@ -72,11 +71,13 @@ def test_settings_of_the_operator_reach_every_process() -> None:
         assert template["spec"]["imagePullSecrets"] == [{"name": "one"}, {"name": "two"}], name
 
 
-def test_a_gateway_runs_a_process_for_each_core_that_it_requests() -> None:
-    processes = environment(pods(DEFAULT)["Deployment r-gateway"])["BACKPACK_GATEWAY_PROCESSES"]
-    assert processes == {"resourceFieldRef": {"resource": "requests.cpu", "divisor": "1"}}
-    chosen = environment(pods("{settings: {gateway_processes: 3}}")["Deployment r-gateway"])
-    assert chosen["BACKPACK_GATEWAY_PROCESSES"] == "3"
+def test_a_gateway_pod_runs_one_process_on_the_one_core_that_it_requests() -> None:
+    gateway = pods(DEFAULT)["Deployment r-gateway"]
+    assert "BACKPACK_GATEWAY_PROCESSES" not in environment(gateway)
+    assert gateway["spec"]["containers"][0]["resources"]["requests"]["cpu"] == "1"
+    chosen = environment(pods("{settings: {gateway_processes: 1}}")["Deployment r-gateway"])
+    assert chosen["BACKPACK_GATEWAY_PROCESSES"] == "1", "as charts of before allowed"
+    assert "gateway_processes" in refused("{settings: {gateway_processes: 2}}")
 
 
 @every

@@ -102,7 +102,7 @@ def test_labels_of_the_operator_don_t_replace_those_that_services_select_by() ->
 def test_a_variable_that_the_chart_sets_is_refused_where_it_would_be_there_twice() -> None:
     """Kubernetes' server-side apply takes no list that names one twice."""
     for at, name in (
-        ("gateway", "BACKPACK_GATEWAY_PROCESSES"),
+        ("gateway", "BACKPACK_SERVICE_KEY"),
         ("interventions", "BACKPACK_DATABASE"),
         ("migrations", "BACKPACK_DATABASE"),
     ):

@@ -57,7 +57,7 @@ def _refused(modules: Path, words: str, **variables: str) -> str:
 
 @pytest.mark.parametrize("words", ["run", "serve inference", "serve gateway"])
 def test_a_model_that_is_not_there(without_torch: Path, words: str) -> None:
-    line = _refused(without_torch, words, BACKPACK_MODEL="/nowhere", BACKPACK_GATEWAY_PROCESSES="2")
+    line = _refused(without_torch, words, BACKPACK_MODEL="/nowhere")
     assert line.startswith("error: /nowhere has no manifest.json")
 
 
@@ -65,6 +65,7 @@ def test_a_model_that_is_not_there(without_torch: Path, words: str) -> None:
     ("words", "part"),
     [
         ("run", "GATEWAY"),
+        ("serve gateway", "GATEWAY"),
         ("serve inference", "INFERENCE"),
         ("serve interventions", "INTERVENTIONS"),
     ],
@@ -73,6 +74,17 @@ def test_a_port_that_is_taken(without_torch: Path, taken: str, words: str, part:
     line = _refused(without_torch, words, **{f"BACKPACK_{part}_ADDRESS": taken})
     assert line.startswith(f"error: can't listen on {taken}: ")
     assert "(Address already in use)" in line
+
+
+def test_a_gateway_without_its_file_of_limits(without_torch: Path) -> None:
+    line = _refused(without_torch, "serve gateway", BACKPACK_LIMITS_FILE="/nowhere")
+    assert line == "error: BACKPACK_LIMITS_FILE=/nowhere: No such file or directory"
+
+
+def test_several_processes_of_one_gateway(without_torch: Path) -> None:
+    line = _refused(without_torch, "serve gateway", BACKPACK_GATEWAY_PROCESSES="2")
+    assert line.startswith("error: BACKPACK_GATEWAY_PROCESSES=2: ")
+    assert "start more gateways (each has limits of its own) behind a TCP load balancer" in line
 
 
 def test_a_database_that_another_has(without_torch: Path, tmp_path: Path) -> None:

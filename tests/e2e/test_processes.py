@@ -41,7 +41,6 @@ class Processes:
         )
         names = ("state", "threads", "slots", "gateway_address", "interventions_address", "directory_address")
         self._environment = {f"BACKPACK_{n.upper()}": str(getattr(self.settings, n)) for n in names}
-        self._environment["BACKPACK_GATEWAY_PROCESSES"] = "1"
         self._running: dict[str, subprocess.Popen[str]] = {}
 
     def start(self, part: str, name: str = "", **environment: str) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from backpack_serving.errors import Exhausted, Quota
 from backpack_serving.gateway.limits import Limit, TenantLimits
-from backpack_serving.gateway.shared_buckets import SharedBuckets, shared
 
 from tests.conftest import Clock
 
@@ -122,59 +119,28 @@ def test_a_request_that_was_charged_under_limits_of_before_gives_nothing_back_to
         _ask(limits, tokens=1000)
 
 
-def test_processes_of_one_gateway_count_together(clock: Clock) -> None:
-    limit = Limit(requests_per_minute=6, tokens_per_minute=60, concurrent=3)
-    with shared(2) as file:
-        one, two = (TenantLimits(limit, levels=SharedBuckets(file, number, 2), clock=clock) for number in range(2))
-        _ask(one, "another")
-        with one.request("t") as take, two.request("t"), two.request("t"):
-            take(70)
-            assert _refused(two).reason == _refused(one).reason == "CONCURRENCY_LIMIT"
-        assert _refused(two, tokens=1).reason == "TOKENS_LIMIT"
-        take(-20)
-        _ask(two, tokens=10)  # that was the fifth request
-        _ask(one)
-        assert _refused(two).reason == "REQUESTS_LIMIT"
-        for _ in range(6):
-            _ask(two, "new to the first")
-        assert _refused(one, tenant="new to the first").reason == "REQUESTS_LIMIT"
+def test_requests_that_end_in_an_error_run_no_more(clock: Clock) -> None:
+    limits = TenantLimits(Limit(concurrent=1), clock=clock)
+    for _ in range(3):
+        with pytest.raises(KeyError), limits.request("t"):
+            raise KeyError
+    _ask(limits)
 
 
-def test_requests_of_a_process_that_was_killed_run_no_more(clock: Clock) -> None:
-    limit = Limit(concurrent=2)
-    with shared(2) as file:
-        one, two = (TenantLimits(limit, levels=SharedBuckets(file, number, 2), clock=clock) for number in range(2))
-        with two.request("t"):
-            lost = one.request("t")
-            lost.__enter__()
-            _refused(two)
-            one = TenantLimits(limit, levels=SharedBuckets(file, 0, 2), clock=clock)  # another takes its place
-            with one.request("t"):
-                assert _refused(two).reason == "CONCURRENCY_LIMIT"
-
-
-_TAKES = """
-import sys
-from pathlib import Path
-from backpack_serving.gateway.shared_buckets import Levels
-
-levels = Levels(Path(sys.argv[1]), int(sys.argv[2]), 2)
-for _ in range(20_000):
-    with levels.row("t") as row:
-        row.tokens[1] -= 1
-"""
-
-
-def test_processes_that_ask_at_the_same_time_lose_nothing() -> None:
-    with shared(2) as file:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        both = [
-            subprocess.Popen([sys.executable, "-c", _TAKES, str(file), str(number)], env=environment)
-            for number in range(2)
-        ]
-        assert [process.wait(120) for process in both] == [0, 0]
-        with SharedBuckets(file, 0, 2).row("t") as row:
-            assert row.tokens[1] == -40_000
+def test_limits_that_come_back_do_not_get_what_was_charged_to_others(clock: Clock, tmp_path: Path) -> None:
+    """Each change of a limit makes a full bucket; an older request pays its refund to the bucket it was charged to."""
+    file = tmp_path / "limits.toml"
+    file.write_text("[t]\ntokens_per_minute = 100\n")
+    limits = TenantLimits(Limit(), file, clock=clock)
+    with limits.request("t") as old:
+        old(100)
+        for seconds, capacity in ((2.0, 90), (4.0, 100)):
+            file.write_text(f"[t]\ntokens_per_minute = {capacity}\n")
+            os.utime(file, (seconds, seconds))
+            clock.now = seconds
+            _ask(limits, tokens=1000)
+        old(-100)
+        assert _refused(limits, tokens=1).retry_after == pytest.approx(901 * 60 / 100)
 
 
 @pytest.mark.parametrize(

@@ -22,26 +22,26 @@ LIVE = ChannelState("acme", "live", STABLE)
 
 @dataclass
 class Told:
-    """A registry whose reader is told what a service would tell it."""
+    """A book whose reader is told what a service would tell it."""
 
     expires: float = 60
     serve_expired: frozenset[str] = frozenset()
     now: float = 0.0
 
     def __post_init__(self) -> None:
-        self.reader = SyncClient(ReaderKind.GATEWAY, "i", "g", "ab" * 32)
-        self.registry = TenantRegistry(self.reader, self.expires, self.serve_expired, lambda: self.now)
+        self.client = SyncClient(ReaderKind.GATEWAY, "i", "g", "ab" * 32)
+        self.registry = TenantRegistry(self.client, self.expires, self.serve_expired, lambda: self.now)
 
     def hear(self, position: tuple[int, int], *changes: StateEntry, whole: bool = False) -> None:
-        before, at = self.reader.view.position, Position(*position)
+        before, at = self.client.view.position, Position(*position)
         message = Snapshot(at.revision, at, changes) if whole else Delta(at.revision, before, at, changes)
-        self.reader.receive(message, self.now)
-        self.reader.settle(at.revision, (), self.now)
-        self.reader.hold(self.reader.known, self.reader.known_at)
+        self.client.receive(message, self.now)
+        self.client.apply(at.revision, (), self.now)
+        self.client.commit(self.client.state, self.client.state_at)
 
     def bookmark(self, *position: int) -> None:
-        self.reader.receive(Bookmark(Position(*position)), self.now)
-        self.reader.hold(self.reader.known, self.reader.known_at)
+        self.client.receive(Bookmark(Position(*position)), self.now)
+        self.client.commit(self.client.state, self.client.state_at)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_change_replaces_and_moves_the_position(told: Told) -> None:
 
 def test_absence_is_never_deletion(told: Told) -> None:
     told.hear((2, 1), whole=True)
-    assert told.reader.view.position == Position(2, 1)
+    assert told.client.view.position == Position(2, 1)
     assert told.registry.authenticate(str(KEY)) == WHO
     assert told.registry.pin("acme", "live").digest == STABLE.digest
 
@@ -145,6 +145,6 @@ def test_p10_beyond_the_bound_each_tenant_is_served_or_not_as_the_operator_said(
 
 def test_news_of_another_epoch_or_beyond_a_gap_moves_nothing(told: Told) -> None:
     for base, at in ((Position(1, 8), Position(1, 9)), (Position(0, 7), Position(0, 8))):
-        told.reader.receive(Delta(99, base, at, (ChannelState("acme", "live", OTHER),)), 0.0)
-        assert told.reader.pending is None
-    assert told.reader.view.position == Position(1, 7)
+        told.client.receive(Delta(99, base, at, (ChannelState("acme", "live", OTHER),)), 0.0)
+        assert told.client.pending is None
+    assert told.client.view.position == Position(1, 7)

@@ -56,7 +56,7 @@ def releases(told: Told, service: Service) -> ReleaseResolver:
     return ReleaseResolver(told.registry, service.resolve, service.reached)
 
 
-async def test_what_the_registry_has_anyway_is_not_asked_for(releases: ReleaseResolver, service: Service) -> None:
+async def test_what_the_book_has_anyway_is_not_asked_for(releases: ReleaseResolver, service: Service) -> None:
     pins = await releases.pin("acme", (9, "live", 2, 3))
     assert [(p.release, p.digest, p.channel) for p in pins] == [
         (9, FRESH.digest, ""),
@@ -93,7 +93,7 @@ async def test_after_a_restore_numbers_are_asked_for_again(
     assert (await releases.pin("acme", (7,)))[0].digest == "70" * 32
 
 
-async def test_an_answer_of_another_epoch_than_the_registrys_is_not_used(
+async def test_an_answer_of_another_epoch_than_the_books_is_not_used(
     releases: ReleaseResolver, service: Service
 ) -> None:
     service.position = Position(2, 1)
@@ -134,7 +134,7 @@ async def test_what_is_not_there_is_refused(releases: ReleaseResolver) -> None:
 
 
 async def test_only_so_many_are_remembered(told: Told, service: Service) -> None:
-    releases = ReleaseResolver(told.registry, service.resolve, service.reached, remembered=1)
+    releases = ReleaseResolver(told.registry, service.resolve, service.reached, cached=1)
     for number in (7, 8, 7):
         await releases.pin("acme", (number,))
     assert len(service.asked) == 3

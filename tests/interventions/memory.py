@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from backpack_serving.interventions.records import IMMUTABLE, KINDS, EventRecord, Position, Record, ReplyRecord, key_of
-from backpack_serving.interventions.store import Read, Write, ignored
+from backpack_serving.interventions.store import Read, Write, ignore_message
 
 R = TypeVar("R")
 
@@ -117,11 +117,14 @@ class MemoryStore:
             self.tables = Tables(copy.position, copy.hash, copy.tables)
 
     def listen(
-        self, heard: Callable[[], None], failed: Callable[[str], None], told: Callable[[str], None] = ignored
+        self,
+        on_write: Callable[[], None],
+        on_failure: Callable[[str], None],
+        on_message: Callable[[str], None] = ignore_message,
     ) -> None:
         pass  # nobody else writes to this memory, and it doesn't fail
 
-    def tell(self, texts: Sequence[str]) -> None:
+    def publish(self, texts: Sequence[str]) -> None:
         pass
 
     def close(self) -> None:

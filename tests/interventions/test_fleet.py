@@ -42,10 +42,10 @@ def _counted(fleet: ReaderTracker) -> tuple[int, int]:
 def test_p12_what_a_gateway_counted_that_is_gone_ends_no_later_canary_of_the_release() -> None:
     fleet = ReaderTracker(Clock())
     gone = _stream("gone")
-    fleet.heard(gone, _report(20, 20))
+    fleet.record(gone, _report(20, 20))
     assert "20 of 20" in ErrorGate().verdict(fleet.tally("acme", "live", "d"))
-    fleet.left(gone)
-    fleet.heard(_stream("new"), _report(1, 0))
+    fleet.disconnect(gone)
+    fleet.record(_stream("new"), _report(1, 0))
     assert _counted(fleet) == (1, 0)
     assert ErrorGate().verdict(fleet.tally("acme", "live", "d")) == ""
 
@@ -54,16 +54,16 @@ def test_p12_gateways_count_together_wherever_they_are_connected_until_they_are_
     clock = Clock()
     fleet = ReaderTracker(clock)
     here = _stream("here")
-    fleet.heard(here, _report(12, 1))
-    fleet.elsewhere(_hello("there"), _report(12, 3))
+    fleet.record(here, _report(12, 1))
+    fleet.record_remote(_hello("there"), _report(12, 3))
     assert _counted(fleet) == (24, 4)
     clock.now = SILENCE + 0.1
-    fleet.heard(here, _report(13, 1))
+    fleet.record(here, _report(13, 1))
     assert _counted(fleet) == (13, 1), "nobody tells of the other any more"
-    fleet.left(here)
-    fleet.heard(_stream("here"))
+    fleet.disconnect(here)
+    fleet.record(_stream("here"))
     assert _counted(fleet) == (0, 0)
-    fleet.heard(_stream("here"), _report(14, 2))
+    fleet.record(_stream("here"), _report(14, 2))
     assert _counted(fleet) == (14, 2), "one that comes again reports all that it has counted"
 
 
@@ -73,10 +73,10 @@ def test_a_reader_that_has_to_say_hello_again_is_listed_meanwhile() -> None:
     stream = SyncServer(history, itertools.count(1))
     stream.receive(_hello("gateway"), 0.0)
     stream.pump(0.0)
-    fleet.heard(stream, _report(1, 0))
+    fleet.record(stream, _report(1, 0))
     history.restore()
     assert [type(message) for message in stream.pump(1.0)] == [ResyncRequired]
-    assert [hello.name for hello, _ in fleet.here()] == ["gateway"]
+    assert [hello.name for hello, _ in fleet.local_standing()] == ["gateway"]
     assert [write_reader(*seen).reader for seen in fleet.readers()] == ["gateway"]
     assert fleet.rollout(_CHANNEL, history.head).gateways.total == 1
 
@@ -86,11 +86,11 @@ def test_readers_that_are_gone_are_forgotten_although_nobody_asks_for_them() -> 
     fleet = ReaderTracker(clock)
     for number in range(100):
         stream = _stream(f"r{number}")
-        fleet.heard(stream, _report(1, 0))
-        fleet.left(stream)
-        fleet.elsewhere(_hello(f"e{number}"), _report(1, 0))
+        fleet.record(stream, _report(1, 0))
+        fleet.disconnect(stream)
+        fleet.record_remote(_hello(f"e{number}"), _report(1, 0))
         clock.now += FORGOTTEN / 10
-    assert len(fleet._seen) <= 2 * 11
+    assert len(fleet._statuses) <= 2 * 11
 
 
 def test_a_reader_that_does_not_hold_a_release_says_why() -> None:
@@ -98,7 +98,7 @@ def test_a_reader_that_does_not_hold_a_release_says_why() -> None:
     fleet, history = ReaderTracker(clock), History(random.Random(0), Dice())
     stream = SyncServer(history, itertools.count(1))
     stream.receive(_hello("gateway"), 0.0)
-    fleet.heard(stream)
+    fleet.record(stream)
 
     def hold() -> tuple[str, str, str]:
         (hold,) = fleet.holds(
@@ -110,26 +110,26 @@ def test_a_reader_that_does_not_hold_a_release_says_why() -> None:
     assert hold() == ("stale", "BEHIND", "it is at 1.0, and the channel was moved at 1.9")
     clock.now = SILENCE + 1
     assert hold() == ("stale", "SILENT", "its stream is open, but half so: last heard 6 s ago")
-    fleet.left(stream)
+    fleet.disconnect(stream)
     assert hold() == (
         "stale",
         "DISCONNECTED",
         "it has no stream to the intervention service: last heard 6 s ago",
     )
     again = _stream("gateway")
-    fleet.heard(again)
-    fleet.left(again, Why("STORE_WENT_BACK", "a backup was restored"))
+    fleet.record(again)
+    fleet.disconnect(again, Why("STORE_WENT_BACK", "a backup was restored"))
     refused = ("stale", "STORE_WENT_BACK", "a backup was restored (last heard 0 s ago)")
     assert hold() == refused
     trying = _stream("gateway")
-    fleet.heard(trying)
+    fleet.record(trying)
     assert hold()[1] == "STORE_WENT_BACK", "until a stream lives, that is what is known"
-    fleet.heard(trying, _report(0, 0))
+    fleet.record(trying, _report(0, 0))
     assert hold()[1] == "BEHIND"
-    fleet.left(trying)
+    fleet.disconnect(trying)
     assert hold()[1] == "DISCONNECTED"
     refusal = Refusal("acme", "live", "d", "NON_FINITE", "no numbers")
     other = _stream("gateway")
     other.refusals[refusal.key] = refusal
-    fleet.heard(other, _report(0, 0))
+    fleet.record(other, _report(0, 0))
     assert hold() == ("nacked", "NON_FINITE", "no numbers")

@@ -41,12 +41,12 @@ class Stream:
     """A replica's, to a service; what it says is taken in as from a stream."""
 
     def __init__(self, service: Interventions) -> None:
-        self.session = SyncServer(EventHistory(service), itertools.count(1))
+        self.server = SyncServer(EventHistory(service), itertools.count(1))
         self._rollouts = Rollouts(service, ErrorGate())
 
     async def say(self, message: FromReader) -> None:
-        self.session.receive(message, 0.0)
-        await self._rollouts.heard(self.session, message)
+        self.server.receive(message, 0.0)
+        await self._rollouts.receive(self.server, message)
 
     async def hello(self, service: Interventions, *refusals: Refusal) -> None:
         at, _ = service.events.snapshot()
@@ -81,7 +81,7 @@ async def test_p12_a_canary_that_was_refused_before_ends_when_it_is_refused_agai
     for away in (False, True):
         etag = service.channels.get_channel(acme, LIVE).etag
         service.channels.start_canary(acme, LIVE, release.number, 500, "", etag, IdempotencyKey())
-        (delta,) = stream.session.pump(0.0)
+        (delta,) = stream.server.pump(0.0)
         reads = Reads(store, monkeypatch)
         reads.away = away
         await stream.say(Nack(delta.nonce, (refusal,)))  # type: ignore[union-attr]
@@ -90,5 +90,5 @@ async def test_p12_a_canary_that_was_refused_before_ends_when_it_is_refused_agai
             ReaderReport((refusal,))
         )  # of which the service knows that it must look, if it couldn't before
         assert "NON_FINITE" in service.channels.get_channel(acme, LIVE).aborted
-        (delta,) = stream.session.pump(0.0)
+        (delta,) = stream.server.pump(0.0)
         await stream.say(Ack(delta.nonce))  # type: ignore[union-attr]

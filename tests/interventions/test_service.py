@@ -229,7 +229,7 @@ def test_p11_a_new_tenants_channel_is_held_by_who_was_told_of_it(service: Interv
     before, _ = service.events.snapshot()
     gateway, fleet = SyncServer(EventHistory(service), itertools.count()), ReaderTracker()
     gateway.receive(Hello(ReaderKind.GATEWAY, "incarnation", "name", SHAPE.fingerprint, before), 0.0)
-    fleet.heard(gateway)
+    fleet.record(gateway)
     service.tenants.create_tenant(ADMIN, "acme", IdempotencyKey())
     position, live = service.channels.channel_now(releaser("acme"), LIVE)
     assert [hold.state for hold in fleet.holds(live, position)] == [HoldState.STALE]

@@ -14,7 +14,7 @@ from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_proto.v1 import sync_pb2 as spb
 from backpack_serving.interventions import bootstrap
 from backpack_serving.interventions.database import open_store
-from backpack_serving.interventions.store import MOST_TOLD
+from backpack_serving.interventions.store import MAX_MESSAGE_BYTES
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.references import CanaryTally, Position, ReaderKind, Refusal
 from backpack_serving.settings import Settings
@@ -137,13 +137,13 @@ async def test_where_a_reader_stands_is_read_as_it_was_written_and_fits_a_notice
     refusals = [Refusal("acme", f"c{n}", "ab" * 32, "NON_FINITE", "no numbers" * 10) for n in range(60)]
     tallies = (CanaryTally("acme", "live", "cd" * 32, 7, 2, 1),)
     hello = Hello(ReaderKind.REPLICA, "i1", "r", "ef" * 32, Position(2, 9), refusals=tuple(refusals[:2]))
-    assert read_standing(write_standing(hello, ReaderReport(tallies=tallies), MOST_TOLD - 100)) == (
+    assert read_standing(write_standing(hello, ReaderReport(tallies=tallies), MAX_MESSAGE_BYTES - 100)) == (
         hello,
         ReaderReport(tallies=tallies),
     )
     many = Hello(ReaderKind.REPLICA, "i1", "r", "ef" * 32, Position(2, 9), refusals=tuple(refusals))
-    text = write_standing(many, ReaderReport(tallies=tallies), MOST_TOLD - 100)
-    assert len(text) < MOST_TOLD
+    text = write_standing(many, ReaderReport(tallies=tallies), MAX_MESSAGE_BYTES - 100)
+    assert len(text) < MAX_MESSAGE_BYTES
     told, _ = read_standing(text)
     assert (told.position, told.incarnation) == (Position(), "i1"), "who can't be told of in full holds nothing"
 
@@ -152,8 +152,8 @@ async def test_a_gateway_under_more_canaries_than_a_notice_holds_is_told_of_with
     hello = Hello(ReaderKind.GATEWAY, "ab" * 16, "gateway-7f9c-abcde:8470", "ef" * 32, Position(2, 9))
     for number in (60, 70, 1000):
         tallies = tuple(CanaryTally(f"tenant-{n}", "live", "cd" * 32, 1000, 3) for n in range(number))
-        text = write_standing(hello, ReaderReport(tallies=tallies), MOST_TOLD - 100)
-        assert len(text) < MOST_TOLD
+        text = write_standing(hello, ReaderReport(tallies=tallies), MAX_MESSAGE_BYTES - 100)
+        assert len(text) < MAX_MESSAGE_BYTES
         told, report = read_standing(text)
         assert told == hello
         assert report.tallies == tallies[: len(report.tallies)]
@@ -167,7 +167,7 @@ async def test_what_is_told_reaches_the_others_and_not_oneself(postgres_url: str
     other.listen(lambda: None, print, heard["other"].append)
 
     async def arrived() -> bool:
-        await asyncio.to_thread(one.tell, ["a", "b c"])
+        await asyncio.to_thread(one.publish, ["a", "b c"])
         return bool(heard["other"])
 
     try:

@@ -34,8 +34,8 @@ class Follower:
 
     async def start(self) -> None:
         self._channel = rpc.channel(self.address)
-        self.reader = SyncClient(self.kind, f"{random.getrandbits(64):x}", "follower", self.fingerprint)
-        self.transport = SyncTransport(self._channel, self.key, self.reader, self, self.file)
+        self.client = SyncClient(self.kind, f"{random.getrandbits(64):x}", "follower", self.fingerprint)
+        self.transport = SyncTransport(self._channel, self.key, self.client, self, self.file)
         self.transport.restore()
         self._task = asyncio.create_task(self.transport.run())
 

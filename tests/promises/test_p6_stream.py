@@ -126,7 +126,7 @@ async def _story(tmp_path: Path, writes: int) -> list[int]:
 
     async def caught_up() -> bool:
         nonlocal head
-        positions = {follower.reader.view.position for follower in followers}
+        positions = {follower.client.view.position for follower in followers}
         head = max(positions)
         return len(positions) == 1
 

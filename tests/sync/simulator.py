@@ -20,8 +20,8 @@ from typing import Any
 from backpack_serving.auth.keys import Principal, Role, Verifier
 from backpack_serving.errors import ServiceError
 from backpack_serving.references import Position, ReaderKind, Refusal, ReleaseRef
-from backpack_serving.sync import client as reader_room
-from backpack_serving.sync import server as session_room
+from backpack_serving.sync import client as client_room
+from backpack_serving.sync import server as server_room
 from backpack_serving.sync.messages import SILENCE, FromReader, ToReader
 from backpack_serving.sync.server import HistoryPage
 from backpack_serving.sync.state import (
@@ -153,7 +153,7 @@ class World:
         self.history = History(self.draw, self.dice)
         self.service = Service(self)
         kinds = [ReaderKind.GATEWAY if n % 2 else ReaderKind.REPLICA for n in range(readers)]
-        self.readers = [Node(self, f"r{n}", kind) for n, kind in enumerate(kinds)]
+        self.clients = [Node(self, f"r{n}", kind) for n, kind in enumerate(kinds)]
         self.counts: Counter[str] = Counter()
 
     def chance(self, of: float) -> bool:
@@ -168,7 +168,7 @@ class World:
         while self._queue and self._queue[0][0] <= end:
             self.now, _, act = heapq.heappop(self._queue)
             act()
-            for node in self.readers:
+            for node in self.clients:
                 node.check()
             self.counts["events"] += 1
         self.now = end
@@ -191,7 +191,7 @@ class World:
         if self.chance(dice.restore):
             self.history.restore()
             self.service.restart() if self.draw.random() < 0.5 else self.service.rung()
-        for node in self.readers:
+        for node in self.clients:
             if self.chance(dice.restart):
                 node.restart()
 
@@ -201,8 +201,8 @@ class World:
         self.run(40)
         before = self.service.sent
         self.run(10)
-        assert self.service.sent - before <= 25 * len(self.readers), "the service doesn't come to rest"
-        for node in self.readers:
+        assert self.service.sent - before <= 25 * len(self.clients), "the service doesn't come to rest"
+        for node in self.clients:
             node.check_caught_up()
 
 
@@ -211,7 +211,7 @@ class Wire:
 
     def __init__(self, world: World, node: Node) -> None:
         self.world, self.node = world, node
-        self.session: session_room.SyncServer | None = world.service.accept(self)
+        self.server: server_room.SyncServer | None = world.service.accept(self)
         self.open_for_node = self.open_for_service = True
         self._clear = {"up": 0.0, "down": 0.0}
 
@@ -249,44 +249,44 @@ class Service:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.sessions: dict[Wire, session_room.SyncServer] = {}
+        self.servers: dict[Wire, server_room.SyncServer] = {}
         self.sent = 0
         self._nonces = itertools.count(world.draw.getrandbits(40))
 
-    def accept(self, wire: Wire) -> session_room.SyncServer:
-        session = session_room.SyncServer(self.world.history, self._nonces)
-        self.sessions[wire] = session
+    def accept(self, wire: Wire) -> server_room.SyncServer:
+        server = server_room.SyncServer(self.world.history, self._nonces)
+        self.servers[wire] = server
         self._wake(wire)
-        return session
+        return server
 
     def receive(self, wire: Wire, message: FromReader) -> None:
-        if wire.open_for_service and wire in self.sessions:
-            self.sessions[wire].receive(message, self.world.now)
+        if wire.open_for_service and wire in self.servers:
+            self.servers[wire].receive(message, self.world.now)
             self.pump(wire)
 
     def pump(self, wire: Wire) -> None:
-        session = self.sessions[wire]
+        server = self.servers[wire]
         try:
-            for message in session.pump(self.world.now):
+            for message in server.pump(self.world.now):
                 self.sent += 1
                 wire.down(message)
         except ServiceError:
             wire.cut()
 
     def rung(self) -> None:
-        for wire in list(self.sessions):
-            if wire in self.sessions:
+        for wire in list(self.servers):
+            if wire in self.servers:
                 self.pump(wire)
 
     def restart(self) -> None:
-        for wire in list(self.sessions):
+        for wire in list(self.servers):
             wire.cut()
 
     def forget(self, wire: Wire) -> None:
-        self.sessions.pop(wire, None)
+        self.servers.pop(wire, None)
 
     def _wake(self, wire: Wire) -> None:
-        if wire in self.sessions:
+        if wire in self.servers:
             self.pump(wire)
             self.world.after(0.25, lambda: self._wake(wire))
 
@@ -316,7 +316,7 @@ class Node:
     def _start(self) -> None:
         self.lives += 1
         self.attempts.clear()
-        self.reader = reader_room.SyncClient(self.kind, f"{self.name}-{self.lives}", self.name, MODEL, self.disk)
+        self.client = client_room.SyncClient(self.kind, f"{self.name}-{self.lives}", self.name, MODEL, self.disk)
         self.heard = self.world.now
         self._connect(self.lives)
         self._beat(self.lives)
@@ -344,10 +344,10 @@ class Node:
         if self.wire is not wire or not wire.open_for_node:
             return
         self.heard = self.world.now
-        answers = self.reader.receive(message, self.world.now)
-        if answers or self.reader.known is not self.reader.view:
+        answers = self.client.receive(message, self.world.now)
+        if answers or self.client.state is not self.client.view:
             self._keep(lambda: [wire.up(answer) for answer in answers])
-        if pending := self.reader.pending:
+        if pending := self.client.pending:
             self._stage(wire, pending)
 
     def lost(self, wire: Wire) -> None:
@@ -360,7 +360,7 @@ class Node:
         if life == self.lives and self.wire is None:
             self.wire = Wire(self.world, self)
             self.heard = self.world.now
-            wire, hello = self.wire, self.reader.hello()
+            wire, hello = self.wire, self.client.hello()
             self._keep(lambda: wire.up(hello))
 
     def _beat(self, life: int) -> None:
@@ -371,10 +371,10 @@ class Node:
             self.lost(self.wire)
         if self.wire:
             self._retry()
-            self.wire.up(self.reader.report())
+            self.wire.up(self.client.report())
         self.world.after(1.0, lambda: self._beat(life))
 
-    def _stage(self, wire: Wire, pending: reader_room.PendingDelta) -> None:
+    def _stage(self, wire: Wire, pending: client_room.PendingDelta) -> None:
         """Takes a while, if it is a replica's; then the answer goes out on the stream that it came from."""
         life = self.lives
         seconds = self.world.draw.random() if self.kind is ReaderKind.REPLICA and pending.work else 0.0
@@ -383,7 +383,7 @@ class Node:
             if life != self.lives:
                 return
             refused = [r for change in pending.work if (r := self._refusal(change))]
-            answer = self.reader.settle(pending.nonce, refused, self.world.now)
+            answer = self.client.apply(pending.nonce, refused, self.world.now)
             if answer:
                 self.attempts.update((r.tenant, r.channel, r.digest) for r in refused if r.final)
                 self.world.counts[type(answer).__name__] += 1
@@ -402,15 +402,15 @@ class Node:
             self._write()
 
     def _write(self) -> None:
-        life, view, at = self.lives, self.reader.known, self.reader.known_at
-        refused, then, self.waiting = {r.key for r in self.reader.refusals}, self.waiting, []
+        life, view, at = self.lives, self.client.state, self.client.state_at
+        refused, then, self.waiting = {r.key for r in self.client.refusals}, self.waiting, []
         self.writing = view, refused
 
         def written() -> None:
             if life != self.lives:
                 return
             self.disk, self.refused, self.writing = view, refused, None
-            self.reader.hold(view, at)
+            self.client.commit(view, at)
             for act in then:
                 act()
             if self.waiting:
@@ -431,23 +431,19 @@ class Node:
         return None
 
     def _retry(self) -> None:
-        for change in self.reader.retryable:
-            self.reader.retried(change, self._refusal(change))
+        for change in self.client.retryable:
+            self.client.apply_retry(change, self._refusal(change))
             self._keep(lambda: None)
 
     # ---- what must be true
 
     def check(self) -> None:
-        view, history = self.reader.view, self.world.history
+        view, history = self.client.view, self.world.history
         assert view.position >= self.seen, f"{self.name} went back from {self.seen} to {view.position}"
         self.seen = view.position
-        for session in self.world.service.sessions.values():
-            if (
-                self.kind is ReaderKind.GATEWAY
-                and session.hello
-                and session.hello.incarnation == self.reader.incarnation
-            ):
-                assert session.acked <= view.position, "the service takes for applied what isn't"
+        for server in self.world.service.servers.values():
+            if self.kind is ReaderKind.GATEWAY and server.hello and server.hello.incarnation == self.client.incarnation:
+                assert server.acked <= view.position, "the service takes for applied what isn't"
         assert self.known <= view.channels.keys(), "a channel was forgotten"
         self.known |= view.channels.keys()
         if view.position == Position():
@@ -473,12 +469,12 @@ class Node:
 
     def check_caught_up(self) -> None:
         history = self.world.history
-        assert self.reader.view.position == history.head, f"{self.name}: {self.reader.view.position}, {history.head}"
-        assert self.reader.age(self.world.now) < 2.5
-        assert all(refusal.final and refusal.digest in history.bad for refusal in self.reader.refusals)
-        (session,) = [s for w, s in self.world.service.sessions.items() if w is self.wire]
-        assert session.acked == history.head
-        assert set(session.refusals.values()) == set(self.reader.refusals), "the service knows what was refused"
+        assert self.client.view.position == history.head, f"{self.name}: {self.client.view.position}, {history.head}"
+        assert self.client.age(self.world.now) < 2.5
+        assert all(refusal.final and refusal.digest in history.bad for refusal in self.client.refusals)
+        (server,) = [s for w, s in self.world.service.servers.items() if w is self.wire]
+        assert server.acked == history.head
+        assert set(server.refusals.values()) == set(self.client.refusals), "the service knows what was refused"
 
     def _can_serve(self, view: StateView) -> bool:
         return (

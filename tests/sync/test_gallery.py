@@ -36,7 +36,7 @@ Patch = pytest.MonkeyPatch
 
 def _nack_loop(patch: Patch) -> None:
     """One refused channel keeps a delta from being applied, and it is sent again at once."""
-    take, settle = SyncServer.receive, SyncClient.settle
+    take, apply = SyncServer.receive, SyncClient.apply
 
     def receive(self: SyncServer, message: Any, now: float) -> None:
         if isinstance(message, Nack):
@@ -48,10 +48,10 @@ def _nack_loop(patch: Patch) -> None:
         if refused and self.pending and self.pending.nonce == nonce:
             self.pending = None
             return Nack(nonce, tuple(refused))
-        return settle(self, nonce, refused, now)
+        return apply(self, nonce, refused, now)
 
     patch.setattr(SyncServer, "receive", receive)
-    patch.setattr(SyncClient, "settle", all_or_nothing)
+    patch.setattr(SyncClient, "apply", all_or_nothing)
 
 
 def _any_nonce(patch: Patch) -> None:
@@ -102,7 +102,7 @@ def _goes_back(patch: Patch) -> None:
     receive = SyncClient.receive
 
     def take(self: SyncClient, message: Any, now: float) -> Any:
-        if isinstance(message, Snapshot | Delta) and message.position <= self.known.position:
+        if isinstance(message, Snapshot | Delta) and message.position <= self.state.position:
             work = tuple(c for c in message.changes if isinstance(c, Stageable))
             self.pending = PendingDelta(message.nonce, message.position, message.changes, work)
             return ()
@@ -116,7 +116,7 @@ def _gap_is_overlooked(patch: Patch) -> None:
     receive = SyncClient.receive
 
     def careless(self: SyncClient, message: Any, now: float) -> Any:
-        if isinstance(message, Delta) and message.position > self.known.position:
+        if isinstance(message, Delta) and message.position > self.state.position:
             message = Snapshot(message.nonce, message.position, message.changes)  # which builds on nothing
         return receive(self, message, now)
 
@@ -128,8 +128,8 @@ def _absence_is_deletion(patch: Patch) -> None:
     receive = SyncClient.receive
 
     def forget(self: SyncClient, message: Any, now: float) -> Any:
-        if isinstance(message, Snapshot) and message.position > self.known.position:
-            self.known = StateView(self.known.position)
+        if isinstance(message, Snapshot) and message.position > self.state.position:
+            self.state = StateView(self.state.position)
         return receive(self, message, now)
 
     patch.setattr(SyncClient, "receive", forget)
@@ -169,7 +169,7 @@ def _bookmark_holds_before_it_is_on_disk(patch: Patch) -> None:
     def at_once(self: SyncClient, message: Any, now: float) -> Any:
         answers = receive(self, message, now)
         if isinstance(message, Bookmark):
-            self.view = replace(self.view, position=self.known.position)
+            self.view = replace(self.view, position=self.state.position)
         return answers
 
     patch.setattr(SyncClient, "receive", at_once)
@@ -204,7 +204,7 @@ def _missing_tenant_filter(patch: Patch) -> None:
     pin = TenantRegistry.pin
 
     def any_tenant(self: TenantRegistry, tenant: str, channel: str, request_key: str = "") -> Pin:
-        owner = next(t for t, c in self.page().view.channels if c == channel)
+        owner = next(t for t, c in self.snapshot().view.channels if c == channel)
         return pin(self, owner, channel, request_key)
 
     patch.setattr(TenantRegistry, "pin", any_tenant)

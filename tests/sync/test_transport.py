@@ -22,7 +22,7 @@ from backpack_serving.references import CanaryTally, ReaderKind, Refusal
 from backpack_serving.settings import Settings
 from backpack_serving.sync.snapshot_file import SnapshotFile
 from backpack_serving.sync.state import Stageable
-from backpack_serving.sync.transport import for_ever
+from backpack_serving.sync.transport import run_forever
 from structlog.testing import capture_logs
 
 from tests.e2e.conftest import System
@@ -57,7 +57,7 @@ async def _tenant(system: System, name: str) -> int:
 
 async def _reached(follower: Follower, revision: int) -> None:
     async def check() -> bool:
-        return follower.reader.view.position.revision >= revision
+        return follower.client.view.position.revision >= revision
 
     await eventually(check)
 
@@ -75,7 +75,7 @@ async def test_p6_a_position_that_moves_alone_is_on_disk_before_it_holds(system:
         if turn % 2:
             await follower.stop()  # at once: there is no second in which the position might still be written
             await follower.start()
-            assert follower.reader.view.position.revision >= made.position.revision
+            assert follower.client.view.position.revision >= made.position.revision
     await follower.stop()
     assert not follower.early
     positions = [view.position for view in follower.seen]
@@ -89,7 +89,7 @@ async def test_a_whole_file_that_is_no_view_is_as_good_as_none(system: System) -
         await follower.start()
     assert str(follower.file) in [line.get("file") for line in logs]
     await _reached(follower, await _tenant(system, "acme"))
-    assert follower.on_disk.position == follower.reader.view.position
+    assert follower.on_disk.position == follower.client.view.position
     await follower.stop()
 
 
@@ -117,7 +117,7 @@ async def test_p6_views_are_written_to_disk_one_after_the_other(
         await asyncio.sleep(0.15)
         proxy.reset()
     await _reached(follower, revision)
-    assert follower.on_disk == follower.reader.view
+    assert follower.on_disk == follower.client.view
     await follower.stop()
     await proxy.stop()
     assert not together
@@ -201,7 +201,7 @@ async def test_what_was_refused_is_tried_again_after_a_mistake(system: System, m
     await _tenant(system, "acme")  # with a channel
 
     async def known() -> bool:
-        return ("acme", "live") in follower.reader.view.channels
+        return ("acme", "live") in follower.client.view.channels
 
     await eventually(known)
     await follower.stop()
@@ -217,7 +217,7 @@ async def test_whatever_ends_a_stream_another_one_follows() -> None:
         again.set()
         await asyncio.sleep(60)
 
-    task = asyncio.create_task(for_ever(once, "test"))
+    task = asyncio.create_task(run_forever(once, "test"))
     async with asyncio.timeout(30):
         await again.wait()
     await tasks.end(task)
@@ -242,7 +242,7 @@ async def test_why_a_stream_does_not_come_back_is_told_after_why_it_was_lost() -
         await asyncio.sleep(60)
 
     with capture_logs() as logs:
-        task = asyncio.create_task(for_ever(once, "test"))
+        task = asyncio.create_task(run_forever(once, "test"))
         async with asyncio.timeout(60):
             await again.wait()
         await tasks.end(task)
@@ -262,7 +262,7 @@ async def test_a_cancellation_is_not_lost_to_an_error_that_comes_with_it() -> No
                 raise
             raise Unavailable("TRANSPORT", "the connection was reset in the same moment") from None
 
-    task = asyncio.create_task(for_ever(once, "test"))
+    task = asyncio.create_task(run_forever(once, "test"))
     await began.wait()
     task.cancel()
     await asyncio.wait([task], timeout=60)

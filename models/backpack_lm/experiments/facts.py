@@ -95,9 +95,9 @@ class FactsResult:
 
     def headline(self) -> Headline:
         fitted = self.judged.strengths[-1]
-        figures = self._figures()
+        figures = self._turned_shares()
         if self.fresh is not None and self.judged is self.fresh:
-            figures += f"; on a second list, on which nothing was chosen, {self.fresh._figures()}"
+            figures += f"; on a second list, on which nothing was chosen, {self.fresh._turned_shares()}"
         return Headline(
             figures,
             "one example",
@@ -106,7 +106,7 @@ class FactsResult:
             fitted.turned > TURNED and fitted.cost is not None and fitted.cost.after <= 0.01,
         )
 
-    def _figures(self) -> str:
+    def _turned_shares(self) -> str:
         plain, chosen, fitted = self.strengths[0], *self.strengths[-2:]
 
         def told(strength: Strength) -> str:
@@ -163,7 +163,7 @@ class FactsResult:
             Table(f"Every fact, plain swap{of}", every, rows, digits=0),
         )
 
-    def _side_by_side(self, fresh: FactsResult) -> Table:
+    def _compare_lists(self, fresh: FactsResult) -> Table:
         """Both lists in a row for each strength."""
         heads = ("turned", "else moved", "loss after a word")
         columns = tuple(f"{head}, {which}" for head in heads for which in ("chosen on", "fresh"))
@@ -208,7 +208,7 @@ class FactsResult:
         return Report(
             "Knowledge editing",
             " ".join((self._lead(FIRST), fresh._lead(SECOND))),
-            (self._side_by_side(fresh), *self._tables(", first list"), *fresh._tables(", second list")),
+            (self._compare_lists(fresh), *self._tables(", first list"), *fresh._tables(", second list")),
             notes=tuple(notes),
         )
 
@@ -223,9 +223,9 @@ class KnowledgeEditing:
     NAME: ClassVar[str] = "facts"
 
     def run(self, subject: LabModel, watch: Watch) -> Result:
-        return replace(self._measure(subject, FACTS, watch), fresh=self._measure(subject, FRESH, watch))
+        return replace(self._measure_facts(subject, FACTS, watch), fresh=self._measure_facts(subject, FRESH, watch))
 
-    def _measure(self, subject: LabModel, facts: Sequence[Fact], watch: Watch) -> FactsResult:
+    def _measure_facts(self, subject: LabModel, facts: Sequence[Fact], watch: Watch) -> FactsResult:
         """One list: every fact with every strength, and with those that are fitted."""
         known = [f for f in facts if len(subject.single_token_words((f.word, f.old, f.new))) == 3]
         by_strength: dict[float, list[SwappedFact]] = {strength: [] for strength in STRENGTHS}

@@ -119,12 +119,12 @@ class LanguageModelling:
         found = []
         for name, aside, records in watch(parts, "texts", len(parts)):
             ids = stream(subject, records, max(self.tokens, length) + 1, length + 1, name)
-            found.append(_measure(name, aside, subject, model, twin, ids, length))
+            found.append(_measure_corpus(name, aside, subject, model, twin, ids, length))
         return LanguageResult(found, length)
 
 
 @torch.inference_mode()
-def _measure(
+def _measure_corpus(
     name: str,
     aside: bool,
     subject: LabModel,

@@ -90,9 +90,9 @@ class LexicalResult:
         names = list(self.senses)[:2]
         against = self.embedding if self.twin is None else self.twin
         above = all(max(*self.senses[n], self.minimum[n]) > against[n] for n in names)
-        figures = f"over all pairs, which measures the tokenizer too, {self._figures()}"
+        figures = f"over all pairs, which measures the tokenizer too, {self._correlations()}"
         if self.single is not None:
-            figures += f"; over pairs of single tokens {self.single._figures()}"
+            figures += f"; over pairs of single tokens {self.single._correlations()}"
         return Headline(
             f"best sense / minimum / {whose} embeddings, {figures}",
             "SimLex-999: .522 / .540 / .478; SimVerb-3500: .502 / .471 / .363",
@@ -100,7 +100,7 @@ class LexicalResult:
             None if self.twin is None else above,
         )
 
-    def _figures(self) -> str:
+    def _correlations(self) -> str:
         against = self.embedding if self.twin is None else self.twin
         return "; ".join(
             f"{n}: {max(self.senses[n]):.3f} / {self.minimum[n]:.3f} / {against[n]:.3f}" for n in list(self.senses)[:2]
@@ -187,11 +187,11 @@ class LexicalSimilarity:
         known = {word for word in words if len(ids[word]) == 1}
         alone = {n: [p for p in pairs if {p[0], p[1]} <= known] for n, pairs in lists.items()}
         alone = {n: pairs for n, pairs in alone.items() if len(pairs) >= FEWEST}
-        single = _measured(subject, alone, ids, vectors, twin) if alone else None
-        return replace(_measured(subject, lists, ids, vectors, twin), single=single)
+        single = _measure_pairs(subject, alone, ids, vectors, twin) if alone else None
+        return replace(_measure_pairs(subject, lists, ids, vectors, twin), single=single)
 
 
-def _measured(
+def _measure_pairs(
     subject: LabModel,
     lists: dict[str, list[Pair]],
     ids: dict[str, Tensor],

@@ -165,11 +165,11 @@ class SenseSearch:
             f"Without sense {self.guilty}, the mean ratio of the two over {counted(len(self.words), 'word')} "
             f"falls from {self.bias:.2f} to {order[0].bias_removed:.2f}; 1 is no difference.",
             (Table("Senses, the most telling first", columns, rows),),
-            notes=(*_unknown(self.unknown), *self._measured()),
+            notes=(*_unknown(self.unknown), *self._noise_note()),
             warning="" if self.reached else f"Within noise: {self.reason}.",
         )
 
-    def _measured(self) -> tuple[str, ...]:
+    def _noise_note(self) -> tuple[str, ...]:
         if all(effect.error is None for effect in self.senses):
             return ()
         return (

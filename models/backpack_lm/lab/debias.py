@@ -118,7 +118,7 @@ class Debiased:
 
     def table(self) -> Table:
         rows = tuple(
-            (n.noun, n.scale, n.unmodified, n.removed, n.fitted, _shown(n.moved), _shown(n.neutral), _gone(n))
+            (n.noun, n.scale, n.unmodified, n.removed, n.fitted, _as_percent(n.moved), _as_percent(n.neutral), _gone(n))
             for n in self.nouns
         )
         columns = (
@@ -278,7 +278,7 @@ def least(bias: Callable[[float], float], penalty: float, low: float = -math.inf
     return found if cost(found) < cost(grid[at]) else grid[at]
 
 
-def _shown(share: float) -> str:
+def _as_percent(share: float) -> str:
     return f"{share:.0%}"
 
 

@@ -21,12 +21,12 @@ SHIPPED = "held_out.txt.xz"
 
 def held_out(path: Path) -> Iterator[str]:
     """The records of a corpus that training sets aside, or the last fifth of a plain file."""
-    return _part(path, True)
+    return _split_text(path, True)
 
 
 def background(path: Path) -> Iterator[str]:
     """The records of a corpus that may be trained on, or all but the last fifth of a plain file."""
-    return _part(path, False)
+    return _split_text(path, False)
 
 
 def shipped(folder: Path) -> Path:
@@ -52,7 +52,7 @@ def plain(path: Path) -> str:
         raise ValueError(f"{path} can't be read to its end: {error}") from None
 
 
-def _part(path: Path, wanted: bool) -> Iterator[str]:
+def _split_text(path: Path, wanted: bool) -> Iterator[str]:
     if ".jsonl" in path.suffixes:
         yield from (text for text, kept in Source(path).records() if kept is wanted)
         return

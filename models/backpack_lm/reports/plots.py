@@ -26,7 +26,7 @@ def bars(title: str, labels: Sequence[str], series: Mapping[str, Sequence[float]
     axes.set_xticks(range(len(labels)), labels, **turned)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    return _drawn(figure, axes, title, legend=len(series) > 1)
+    return _to_svg(figure, axes, title, legend=len(series) > 1)
 
 
 def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> Figure:
@@ -36,7 +36,7 @@ def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], xlabe
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=PALETTE[n % len(PALETTE)])
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    return _drawn(figure, axes, title, legend=len(series) > 1)
+    return _to_svg(figure, axes, title, legend=len(series) > 1)
 
 
 def _axes(width: float) -> tuple[Any, Any]:
@@ -44,7 +44,7 @@ def _axes(width: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def _drawn(figure: Any, axes: Any, title: str, legend: bool) -> Figure:
+def _to_svg(figure: Any, axes: Any, title: str, legend: bool) -> Figure:
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -191,7 +191,7 @@ def as_caller(tenant: str, key: str) -> Iterator[Client]:
     with exits():
         settings = Settings()
         key = key or _kept_key(settings, tenant)
-        with Client(settings.gateway_address, key, **_how(settings)) as client:
+        with Client(settings.gateway_address, key, **_connection_arguments(settings)) as client:
             yield client
 
 
@@ -203,7 +203,7 @@ def as_releaser(tenant: str, key: str) -> Iterator[Steering]:
     with exits():
         settings = Settings()
         key = key or _kept_key(settings, tenant)
-        with Steering(settings.interventions_address, key, **_how(settings)) as steering:
+        with Steering(settings.interventions_address, key, **_connection_arguments(settings)) as steering:
             yield steering
 
 
@@ -214,11 +214,11 @@ def as_admin() -> Iterator[Operator]:
     with exits():
         settings = Settings()
         key = settings.key_for("admin")
-        with Operator(settings.interventions_address, key, **_how(settings)) as operator:
+        with Operator(settings.interventions_address, key, **_connection_arguments(settings)) as operator:
             yield operator
 
 
-def _how(settings: Settings) -> dict[str, Any]:
+def _connection_arguments(settings: Settings) -> dict[str, Any]:
     """How commands call. Without a time limit: people press Ctrl-C.
 
     Where nobody has answered yet, most often an address is wrong or nothing runs, and somebody waits to be told

@@ -17,7 +17,7 @@ from backpack_serving.client import Client, InvalidRequest, Prediction, Score, S
 
 
 def compare(
-    text: Annotated[str, typer.Argument(help="Text whose likelihood, and whose next token, is asked for.")],
+    text: Annotated[str, typer.Argument(help="Text to score, and whose next token to predict.")],
     release: Annotated[
         list[str] | None,
         typer.Option(
@@ -25,15 +25,15 @@ def compare(
             "If none: unpatched and live."
         ),
     ] = None,
-    target: Annotated[list[str] | None, typer.Option(help="Word to give the probability of; repeatable.")] = None,
-    top: Annotated[int, typer.Option(help="How many of the likeliest next tokens.", min=1, max=100)] = 3,
+    target: Annotated[list[str] | None, typer.Option(help="Word whose probability to show; repeatable.")] = None,
+    top: Annotated[int, typer.Option(help="Number of likeliest next tokens to show.", min=1, max=100)] = 3,
     score: Annotated[
-        bool, typer.Option("--score", help="Only the text, and which of its tokens each release changes most.")
+        bool, typer.Option("--score", help="Only score the text, and show the token that each release changes most.")
     ] = False,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """A text and its next token under up to 256 releases side by side.
+    """Compare a text and its next token under up to 256 releases.
 
     What the live release changes: `backpack compare "The story of the king and the" --target ship`
 
@@ -95,7 +95,10 @@ def _token_changes(scored: Sequence[Score]) -> Table:
     table = _comparison_table("log p", "perplexity")
     table.add_column("most changed")
     for score in scored:
-        changes = [_log(mine) - _log(first) for mine, first in zip(score.tokens, scored[0].tokens, strict=True)]
+        changes = [
+            _log_probability(mine) - _log_probability(first)
+            for mine, first in zip(score.tokens, scored[0].tokens, strict=True)
+        ]
         at = max(range(len(changes)), key=lambda n: abs(changes[n]))
         changed = f"{score.tokens[at].text!r} {changes[at]:+.3f}" if changes[at] else "–"
         table.add_row(_release_name(score.served), *_likelihood(score), Text(changed))
@@ -114,7 +117,7 @@ def _likelihood(score: Score | None) -> tuple[str, str]:
     return (f"{score.log_probability:.3f}", f"{score.perplexity:.2f}") if score else ("–", "–")
 
 
-def _log(token: Token) -> float:
+def _log_probability(token: Token) -> float:
     """Of the first token, which nothing stands before, 0."""
     return token.log_probability or 0.0
 

@@ -34,9 +34,9 @@ from backpack_serving.client import Cells, Copy, Edit, NotFound, ProjectOut, Rev
 
 patch_app = typer.Typer(no_args_is_help=True, help="Patches: named, versioned lists of edits to sense vectors.")
 
-Senses = Annotated[str, typer.Option(help="Sense numbers, such as 3 or 8,12-14; all of them if none.")]
-PatchName = Annotated[str, typer.Argument(help="Name of the patch; it is made if it isn't there.")]
-Words = Annotated[list[str], typer.Argument(help="Words whose senses are edited.")]
+Senses = Annotated[str, typer.Option(help="Sense numbers, such as 3 or 8,12-14 (default: all).")]
+PatchName = Annotated[str, typer.Argument(help="Name of the patch; created if it doesn't exist.")]
+Words = Annotated[list[str], typer.Argument(help="Words whose senses to edit.")]
 
 
 # ---- patches
@@ -44,7 +44,7 @@ Words = Annotated[list[str], typer.Argument(help="Words whose senses are edited.
 
 @patch_app.command("list")
 def list_patches(tenant: AsTenant = "harbour", key: Key = "") -> None:
-    """The tenant's patches. A description's first line is shown; all of it: `backpack patch describe NAME`."""
+    """List the tenant's patches, with the first line of each description (`patch describe NAME` shows all of it)."""
     with as_releaser(tenant, key) as steering:
         patches = steering.patches()
     shown = table("patch", "newest revision", "made", "description")
@@ -57,11 +57,11 @@ def list_patches(tenant: AsTenant = "harbour", key: Key = "") -> None:
 @patch_app.command("show")
 def show_revision(
     patch: Annotated[str, typer.Argument(help="Name of the patch, or PATCH:NUMBER.")],
-    number: Annotated[int | None, typer.Argument(help="Number of the revision; the newest if none.", min=1)] = None,
+    number: Annotated[int | None, typer.Argument(help="Number of the revision (default: the newest).", min=1)] = None,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """A revision's edits, as the JSON that `patch revise` reads."""
+    """Print a revision's edits, as the JSON that `patch revise` reads."""
     if number is None and (named := re.fullmatch(r"(.+):(\d{1,9})", patch)):
         patch, number = named[1], int(named[2])
     with as_releaser(tenant, key) as steering:
@@ -80,7 +80,7 @@ def revise(
             dir_okay=False,
         ),
     ],
-    dry_run: Annotated[bool, typer.Option(help="Check the edits, store no revision.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check the edits without storing a revision.")] = False,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
@@ -114,7 +114,7 @@ def scale(
 def copy(
     patch: PatchName,
     words: Words,
-    source: Annotated[str, typer.Option("--from", help="Word whose senses are copied.")],
+    source: Annotated[str, typer.Option("--from", help="Word whose senses to copy.")],
     senses: Senses = "",
     tenant: AsTenant = "harbour",
     key: Key = "",
@@ -130,12 +130,12 @@ def copy(
 def project_out(
     patch: PatchName,
     words: Words,
-    direction: Annotated[str, typer.Option(help="Word that the senses shall not speak for or against.")],
+    direction: Annotated[str, typer.Option(help="Word that the senses must neither promote nor suppress.")],
     senses: Senses = "",
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Remove what senses say of a word: v ← v − (v·r)/(r·r) r.
+    """Remove a word's direction from senses: v ← v − (v·r)/(r·r) r.
 
     `backpack patch project-out calm nurse --direction she`
     """
@@ -146,13 +146,13 @@ def project_out(
 def swap(
     patch: PatchName,
     words: Words,
-    old: Annotated[str, typer.Option(help="Word that the senses speak for.")],
-    new: Annotated[str, typer.Option(help="Word that they shall speak for instead.")],
+    old: Annotated[str, typer.Option(help="Word that the senses promote now.")],
+    new: Annotated[str, typer.Option(help="Word that they must promote instead.")],
     senses: Senses = "",
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Let senses say of one word what they said of another (knowledge editing).
+    """Make senses promote one word instead of another (knowledge editing).
 
     `backpack patch swap facts ship --old sea --new land`
     """
@@ -164,11 +164,13 @@ def topic(
     patch: PatchName,
     words: Annotated[list[str], typer.Argument(help="Words of the topic.")],
     strength: Annotated[int, typer.Option(help="1, 2 or 3.", min=1, max=3)] = 1,
-    constant: Annotated[bool, typer.Option(help="Don't fade as the topic appears.")] = False,
+    constant: Annotated[
+        bool, typer.Option(help="Keep steering at full strength after the topic has appeared.")
+    ] = False,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Lean towards a topic.
+    """Steer text towards a topic.
 
     `backpack patch topic nautical sea ship captain sail --strength 2`
     """
@@ -216,7 +218,7 @@ def _revise(
     for given, edit in zip(edits, revision.edits, strict=True):
         if isinstance(given, Topic) and isinstance(edit, Topic):
             _tell_first_tokens(given, edit)
-    _show(revision, dry_run)
+    _print_revision(revision, dry_run)
 
 
 def _tell_first_tokens(given: Topic, made: Topic) -> None:
@@ -230,7 +232,7 @@ def _tell_first_tokens(given: Topic, made: Topic) -> None:
         )
 
 
-def _show(revision: Revision, dry_run: bool) -> None:
+def _print_revision(revision: Revision, dry_run: bool) -> None:
     out.print(f"{'would be ' if dry_run else ''}{revision.name}  [dim]{revision.digest[:12]}[/]")
     if not dry_run:
         out.print(f"[dim]put it into a release: {hints.backpack(f'release create {revision.id}')}[/]")
@@ -247,12 +249,12 @@ def upload(
             dir_okay=False,
         ),
     ],
-    replace: Annotated[bool, typer.Option("--set", help="Set the vectors, instead of adding them.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Check the file, store no revision.")] = False,
+    replace: Annotated[bool, typer.Option("--set", help="Replace the vectors instead of adding to them.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check the file without storing a revision.")] = False,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Make a revision that gives each of many cells a vector of its own, such as finetuning learns."""
+    """Add a revision from a file with a vector for each cell, such as finetuning learns."""
     with as_releaser(tenant, key) as steering:
         columns = (*Progress.get_default_columns(), DownloadColumn())
         with progress(*columns) as shown:
@@ -276,13 +278,15 @@ def upload(
                     send(True)
                 steering.create_patch(patch, exist_ok=True)
                 revision = send(False)
-    _show(revision, dry_run)
+    _print_revision(revision, dry_run)
 
 
 @patch_app.command("describe")
 def describe(
     patch: Annotated[str, typer.Argument(help="Name of the patch.")],
-    text: Annotated[str | None, typer.Argument(help="What it is for; what is known is shown if none.")] = None,
+    text: Annotated[
+        str | None, typer.Argument(help="The new description; without it, the current one is shown.")
+    ] = None,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
@@ -300,7 +304,7 @@ def delete(
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Hide a patch. Releases that have revisions of it keep them; the name stays taken."""
+    """Delete a patch. Releases keep its revisions; the name can't be used again."""
     with as_releaser(tenant, key) as steering:
         out.print(f"{steering.delete_patch(patch).name} is deleted")
 
@@ -309,11 +313,11 @@ def delete(
 
 
 def audit(
-    limit: Annotated[int, typer.Option(help="How many entries.", min=1)] = 20,
+    limit: Annotated[int, typer.Option(help="Number of entries to show.", min=1)] = 20,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Who changed what, newest first, and whether the chain of hashes is whole."""
+    """List who changed what, newest first, and verify the hash chain of the audit trail."""
     with as_releaser(tenant, key) as steering:
         entries, chain = steering.audit(limit), steering.verify_audit()
     shown = table("at", "time", "who", "did", "to")

@@ -14,7 +14,7 @@ from backpack_serving.settings import Settings
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="""Look after the database of the intervention service (`BACKPACK_DATABASE`; SQLite in the state folder).
+    help="""Manage the database of the intervention service (`BACKPACK_DATABASE`; SQLite in the state folder).
 
     On PostgreSQL: make a database, a role that owns it, and a role for the service (CREATE ROLE backpack LOGIN).
     Then `BACKPACK_DATABASE=postgresql://owner@host/name backpack database migrate --role backpack`, and start the
@@ -25,9 +25,9 @@ app = typer.Typer(
 
 @app.command()
 def migrate(
-    role: Annotated[str, typer.Option(help="PostgreSQL: the role that the service will use.")] = "",
+    role: Annotated[str, typer.Option(help="PostgreSQL: role to grant access to.")] = "",
 ) -> None:
-    """Bring the schema up to date. Safe to run again, and by several at once. SQLite does it at every start.
+    """Migrate the schema. Safe to repeat, and to run concurrently. SQLite is migrated at every start.
 
     A database that doesn't answer yet is waited for, as long as BACKPACK_START_WAIT says.
     """
@@ -50,7 +50,7 @@ def migrate(
 
 @app.command()
 def verify() -> None:
-    """Check every stored byte that has a digest, and the chain of all audit entries."""
+    """Verify all digests in the database, and the hash chain of the audit trail."""
     from backpack_serving.interventions import database
 
     with exits():
@@ -65,7 +65,7 @@ def verify() -> None:
 
 @app.command()
 def restored() -> None:
-    """Begin a new epoch: once after a restore from a backup, before the service is started.
+    """Begin a new epoch. Run this once after restoring a backup, before starting the service.
 
     Gateways and replicas may know of changes that the backup doesn't have. In a new epoch they take everything
     anew: what was changed is as in the backup again. What was made since stays with those that know it.

@@ -27,30 +27,30 @@ from backpack_serving.client import Part, Sampling, Served, Token
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     tenant: AsTenant = "harbour",
     key: Key = "",
     channel: Channel = "live",
     max_tokens: Annotated[int, typer.Option(help="Most new tokens.", min=1)] = 64,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy. The model's default if none.", min=0.0)
-    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy (default: the model's).", min=0.0)] = None,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0 for all.", min=0)] = None,
     top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens of this mass.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.", min=0)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     samples: Annotated[
-        int, typer.Option(help="How many texts; sample n is what --seed + n gives alone.", min=1, max=16)
+        int, typer.Option(help="Number of texts; sample n is what --seed + n gives alone.", min=1, max=16)
     ] = 1,
-    explain: Annotated[int, typer.Option(help="How many contributions to show for each new token.", min=0, max=64)] = 0,
+    explain: Annotated[
+        int, typer.Option(help="Number of contributions to show for each new token.", min=0, max=64)
+    ] = 0,
     priority: Annotated[
-        int, typer.Option(help="Of your requests that wait, the highest runs first.", min=-100, max=100)
+        int, typer.Option(help="Among your own waiting requests, the highest priority runs first.", min=-100, max=100)
     ] = 0,
     request_key: Annotated[
         str, typer.Option(help="Such as a user's id: under a canary, the same key always gets the same release.")
     ] = "",
 ) -> None:
-    """Go on from a prompt, steered by the tenant's release; the text streams as it is made.
+    """Continue a prompt, steered by the tenant's release, and stream the text.
 
     Without --temperature, --top-k and --top-p, tokens are drawn as the model's defaults say. With one of them, the
     others leave the whole vocabulary, at temperature 1.
@@ -73,7 +73,7 @@ def generate(
             channel=channel,
             request_key=request_key,
         )
-        follow = _one if samples == 1 else _side_by_side
+        follow = _one if samples == 1 else _print_samples
         for part in follow(prompt, made, parts):
             made[part.sample].add(part)
     for number, sample in enumerate(made):
@@ -109,7 +109,7 @@ def _one(prompt: str, made: Sequence[_Made], parts: Iterator[Part]) -> Iterator[
         out.verbatim("", end="\n")
 
 
-def _side_by_side(prompt: str, made: Sequence[_Made], parts: Iterator[Part]) -> Iterator[Part]:
+def _print_samples(prompt: str, made: Sequence[_Made], parts: Iterator[Part]) -> Iterator[Part]:
     """All samples as they come, below the prompt."""
     first = next(parts)
     out.print(Text(prompt, style="dim"), soft_wrap=True)

@@ -14,14 +14,14 @@ from backpack_serving.settings import Settings
 
 @exits()
 def health(
-    address: Annotated[str, typer.Argument(help="host:port of any server of ours.")],
-    service: Annotated[str, typer.Option(help="One service of it, such as backpack.v1.InferenceService.")] = "",
+    address: Annotated[str, typer.Argument(help="host:port of a gateway, replica, directory or intervention service.")],
+    service: Annotated[str, typer.Option(help="A single service, such as backpack.v1.InferenceService.")] = "",
     replicas: Annotated[
         int, typer.Option(min=0, help="The server is a directory: at least so many replicas must take requests.")
     ] = 0,
     timeout: Annotated[float, typer.Option(min=0.1, max=3600.0, help="Seconds to wait for the answer.")] = 5.0,
 ) -> None:
-    """Ask a server whether it serves (grpc.health.v1). Exit status 0: it does; 1: it doesn't, or didn't answer."""
+    """Check the health of a server (grpc.health.v1). Exit with status 0 if it serves, 1 if not."""
     settings = Settings()
     try:
         if replicas:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="""Make patches from data, and judge them before anyone releases them.
+    help="""Make patches from data, and judge them before releasing them.
 
     Commands that make a patch write it to --out, with a report beside it (.html); `backpack patch revise NAME
     FILE` uploads it. What takes long goes on where it was stopped when the same command is given again.
@@ -48,7 +48,7 @@ Out = Annotated[
     Path,
     typer.Option("--out", help="Patch file to write.", callback=_beside_its_report, dir_okay=False),
 ]
-Contrast = Annotated[tuple[str, str], typer.Option(help="The two words that should not be told apart.")]
+Contrast = Annotated[tuple[str, str], typer.Option(help="The two words between which to remove the bias.")]
 Templates = Annotated[
     list[str] | None,
     typer.Option("--prompt", help="A prompt with {} for the word; repeatable. The paper's five if none."),
@@ -68,13 +68,15 @@ DESCRIPTION = 4000  # characters of a report that go into a patch's description
 
 @app.command("find-sense")
 def find_sense(
-    words: Annotated[list[str] | None, typer.Argument(help="Words that may carry it; 40 role nouns if none.")] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(help="Words whose senses to rank (default: 40 role nouns).")
+    ] = None,
     contrast: Contrast = ("he", "she"),
     prompts: Templates = None,
     model: Model = None,
     threads: Threads = 0,
 ) -> None:
-    """Which sense of some words tells two others apart: what is left when each is removed."""
+    """Rank the senses of WORDS by how much each one separates the two contrast words."""
     with exits():
         from backpack_lm.lab import contrast as finder
         from backpack_lm.lab.professions import ESTIMATION, NOUNS
@@ -82,14 +84,16 @@ def find_sense(
         subject = read_subject(model, threads)
         with ProgressWatch() as watch:
             found = finder.find_sense(subject, words or NOUNS, *contrast, prompts or ESTIMATION, watch)
-        _show(found.report())
+        _print_report(found.report())
 
 
 @app.command("debias")
 def debias(
-    words: Annotated[list[str] | None, typer.Argument(help="Words to debias; 40 role nouns if none.")] = None,
+    words: Annotated[list[str] | None, typer.Argument(help="Words to debias (default: 40 role nouns).")] = None,
     contrast: Contrast = ("he", "she"),
-    sense: Annotated[int | None, typer.Option(help="Sense to scale; the most telling one if none.", min=0)] = None,
+    sense: Annotated[
+        int | None, typer.Option(help="Sense to scale (default: the one that separates most).", min=0)
+    ] = None,
     prompts: Templates = None,
     shown: Annotated[
         list[str] | None,
@@ -111,7 +115,7 @@ def debias(
     model: Model = None,
     threads: Threads = 0,
 ) -> None:
-    """Fit one scale of a sense for each word, so that two words come out alike after it (paper, section 6)."""
+    """Reduce a bias: scale one sense of each word so that two words become equally likely (paper, section 6)."""
     with exits():
         from backpack_lm.lab import debias as lab
         from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
@@ -170,7 +174,7 @@ def topic(
     model: Model = None,
     threads: Threads = 0,
 ) -> None:
-    """Lead texts to a topic; shows which words or senses it comes from and what each strength does."""
+    """Steer text towards a topic; shows the words or senses involved, and the effect of each strength."""
     with exits():
         from backpack_lm.lab.topic import By, choose_topic
 
@@ -182,9 +186,9 @@ def topic(
 
 @app.command("swap-fact")
 def swap_fact(
-    word: Annotated[str, typer.Argument(help="Word whose senses say it.")],
-    old: Annotated[str, typer.Option(help="What they say now.")],
-    new: Annotated[str, typer.Option(help="What they shall say.")],
+    word: Annotated[str, typer.Argument(help="Word whose senses to edit.")],
+    old: Annotated[str, typer.Option(help="Word that they promote now.")],
+    new: Annotated[str, typer.Option(help="Word that they must promote instead.")],
     prompts: Annotated[list[str], typer.Option("--prompt", help="Prompt that holds the word; repeatable.")],
     senses: Senses = "",
     strength: Annotated[
@@ -202,7 +206,7 @@ def swap_fact(
     model: Model = None,
     threads: Threads = 0,
 ) -> None:
-    """Let a word say one thing instead of another (paper, section 6); shows what else moves."""
+    """Edit a fact: make a word promote one word instead of another (paper, section 6); shows side effects."""
     with exits():
         from backpack_lm.lab import swap as lab
 
@@ -237,7 +241,7 @@ def finetune(
     model: Model = None,
     threads: Threads = 0,
 ) -> None:
-    """Teach canonical examples by a few deltas of sense vectors, within a loss budget (arXiv 2402.06155)."""
+    """Finetune a few sense vectors on canonical examples, within a loss budget (arXiv 2402.06155)."""
     with exits():
         from backpack_lm.lab.examples import CanonicalExample
         from backpack_lm.lab.finetune import Finetuner, Finetuning
@@ -266,12 +270,12 @@ def judge(
     text: Annotated[
         Path | None, typer.Option(help="JSON-lines or plain text whose held-out part is measured.", exists=True)
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Most tokens of it.", min=1)] = 20_000,
+    tokens: Annotated[int, typer.Option(help="Most tokens of that text.", min=1)] = 20_000,
     page: Page = None,
     model: Model = None,
     threads: Threads = 0,
 ) -> None:
-    """What a patch would do to held-out loss, to prompts, and to the neighbours of the words it edits."""
+    """Measure a patch: held-out loss, prompts, and the neighbours of the words it edits."""
     with exits():
         from backpack_lm.lab.examples import CanonicalExample
         from backpack_lm.lab.judge import judge as lab
@@ -285,13 +289,13 @@ def judge(
             least = subject.config.n_positions + 1
             ids = stream(subject, held_out(text), max(tokens, least), least) if text else None
             report = replace(lab(subject, edits, asked, ids).report(), made_by=command())
-        _show(report)
+        _print_report(report)
         if page is not None:
             page.parent.mkdir(parents=True, exist_ok=True)
             page.write_text(report.html(), "utf-8")
 
 
-def _show(report: Report) -> None:
+def _print_report(report: Report) -> None:
     """Print it, and what wasn't reached once more on stderr, where a pipe doesn't hide it."""
     show_markdown(report.markdown())
     if report.warning:
@@ -301,7 +305,7 @@ def _show(report: Report) -> None:
 def _write_patch_file(subject: LabModel, edits: Sequence[Edit], report: Report, file: Path) -> None:
     """Write the patch with its report, and say how it is uploaded."""
     report = replace(report, made_by=command())
-    _show(report)
+    _print_report(report)
     if not edits:
         err.print("[yellow]nothing to patch[/]: no edit within the bounds was better than the model as it is")
         return

@@ -21,11 +21,11 @@ def import_(
     checkpoint: Annotated[
         Path, typer.Argument(help="Folder with config.json and weights in any published layout, or a .ckpt file.")
     ],
-    folder: Annotated[Path, typer.Argument(help="Folder to write, to be served.")],
+    folder: Annotated[Path, typer.Argument(help="Model folder to write.")],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="A Hugging Face tokenizer.json; the checkpoint's own if none.")
+        Path | None, typer.Option(help="A Hugging Face tokenizer.json (default: the checkpoint's).")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="The model's config.json; the checkpoint's own if none.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The model's config.json (default: the checkpoint's).")] = None,
     heads: Annotated[
         int | None, typer.Option(help="Trunk heads H of a Lightning checkpoint that has no config.json.", min=1)
     ] = None,
@@ -38,7 +38,7 @@ def import_(
         ),
     ] = False,
 ) -> None:
-    """Make a servable folder from a checkpoint: safetensors, tokenizer, manifest.
+    """Convert a checkpoint into a model folder: safetensors, tokenizer, manifest.
 
     The folder is written beside and renamed when it is whole.
     """
@@ -71,7 +71,7 @@ def import_(
 def verify(
     folder: Annotated[Path | None, typer.Argument(help="Model folder; the one that is served if none.")] = None,
 ) -> None:
-    """Check that a folder's files are those that its fingerprint was made from."""
+    """Verify a model folder against its fingerprint."""
     with exits():
         from backpack_lm import checkpoint as reader
 
@@ -90,7 +90,7 @@ def prepare(
         ),
     ] = False,
 ) -> None:
-    """Do once what replicas need on this host: compile the kernels, compute the sense table that they map."""
+    """Prepare this host for replicas: compile the kernels, compute the sense table that they share."""
     with exits():
         from backpack_lm import checkpoint as reader
         from backpack_lm.kernels import Precision
@@ -128,7 +128,7 @@ def kernels(
         typer.Option(help="avx512-bf16, avx512, avx2 or armv8; repeatable. Those of this machine's kind if none."),
     ] = None,
 ) -> None:
-    """Compile the kernels for families of processors, into the installed package: when an image is built.
+    """Compile the kernels for processor families into the installed package, for container images.
 
     A replica there takes the one for its processor and compiles nothing.
     """
@@ -159,7 +159,7 @@ def card(
         list[str] | None, typer.Option("--word", help="Word to show senses of; repeatable. Five if none.")
     ] = None,
 ) -> None:
-    """Measure again what a model's card tells: the run beside its twin, and a few senses.
+    """Update a model's card: measure the run, its twin, and a few senses.
 
     The tables go between `<!-- run -->` and `<!-- /run -->`, `<!-- senses -->` and `<!-- /senses -->` of the
     folder's README.md; they are printed, too.
@@ -180,7 +180,7 @@ def card(
 
 
 def settings() -> None:
-    """Every setting, what it is for, and what holds now; an error if a file that it names is no good here.
+    """List every setting, its purpose and its current value; check the files that settings name.
 
     Variables that are called like a setting and are none are named, too.
     """
@@ -199,7 +199,7 @@ def settings() -> None:
 
 
 def _check_files(now: Settings) -> None:
-    """What processes look at when they start. Raises ValueError."""
+    """Make the checks of a process's start. Raises ValueError."""
     tls = now.tls
     tls.identity(), tls.clients(), tls.servers()
     if now.issuer:

@@ -16,21 +16,21 @@ from backpack_serving.client import Move, Wait
 app = typer.Typer(no_args_is_help=True, help="Releases, and the channels that point at them.")
 canary_app = typer.Typer(
     no_args_is_help=True,
-    help="Give part of a channel's requests another release, watch it, then promote or abort it.\n\n"
+    help="Send part of a channel's requests to another release, then promote or abort it.\n\n"
     "A request's key decides (`generate --request-key`), always the same way; one without a key is drawn. "
     "A canary ends by itself when a replica refuses its release, or too many of its requests fail.",
 )
 
 Waiting = Annotated[
     Wait,
-    typer.Option(help="Wait until more than half of the replicas and gateways (quorum), or all, hold the change."),
+    typer.Option(help="Wait until more than half (quorum) or all of the replicas and gateways hold the change."),
 ]
-Timeout = Annotated[float, typer.Option(help="Seconds to wait at most.", min=0.0, max=60.0)]
+Timeout = Annotated[float, typer.Option(help="Longest wait in seconds.", min=0.0, max=60.0)]
 
 
 @app.command("list")
 def list_releases(tenant: AsTenant = "harbour", key: Key = "") -> None:
-    """The tenant's releases, newest first, and which channel points where."""
+    """List the tenant's releases, newest first, and where each channel points."""
     with as_releaser(tenant, key) as steering:
         releases, channels = steering.releases(), steering.channels()
     shown = table("release", "digest", "made", "revisions", "notes", "channels")
@@ -50,15 +50,15 @@ def list_releases(tenant: AsTenant = "harbour", key: Key = "") -> None:
 @app.command("create")
 def create_release(
     revisions: Annotated[list[str], typer.Argument(help="PATCH:NUMBER, in the order in which they apply.")],
-    notes: Annotated[str, typer.Option(help="What it is for.")] = "",
-    activate: Annotated[bool, typer.Option(help="Point the channel at it at once.")] = False,
+    notes: Annotated[str, typer.Option(help="What the release is for.")] = "",
+    activate: Annotated[bool, typer.Option(help="Point the channel at the new release.")] = False,
     channel: Channel = "live",
     wait: Waiting = "none",
     timeout: Timeout = 10.0,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Make a release of revisions.
+    """Create a release from revisions.
 
     Two patches together, at once live: `backpack release create royal:1 nautical:3 --activate`
     """
@@ -97,7 +97,7 @@ def rollback(
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Point a channel back at the release it had before."""
+    """Point a channel back at its previous release."""
     with as_releaser(tenant, key) as steering:
         _print_move(steering.rollback(channel, wait=wait, wait_seconds=timeout))
 
@@ -110,7 +110,7 @@ def status(
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Which replicas and gateways hold a channel's release, and its canary.
+    """Show which replicas and gateways hold a channel's release and its canary.
 
     In a script, until all do, or one refuses: `backpack release status --wait all --timeout 60`
     """
@@ -134,7 +134,7 @@ def status(
 
 
 def fleet() -> None:
-    """Replicas and gateways: in touch or not, how far they are, what they refuse. Needs the admin key."""
+    """List replicas and gateways: connection, position, refusals. Needs the admin key."""
     with as_admin() as operator:
         found = operator.fleet()
     out.print(f"the store is at {found.at}")
@@ -159,15 +159,17 @@ def fleet() -> None:
 @canary_app.command("start")
 def start_canary(
     number: Annotated[int, typer.Argument(help="Number of the release to try.", min=0)],
-    permille: Annotated[int, typer.Option(help="Of a thousand request keys, how many get it.", min=1, max=999)] = 50,
-    salt: Annotated[str, typer.Option(help="What keys are hashed with; drawn if none is given.")] = "",
+    permille: Annotated[
+        int, typer.Option(help="How many of a thousand request keys get the release.", min=1, max=999)
+    ] = 50,
+    salt: Annotated[str, typer.Option(help="Salt of the hash of request keys (default: drawn at random).")] = "",
     channel: Channel = "live",
     wait: Waiting = "none",
     timeout: Timeout = 10.0,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Give part of a channel's requests a release; again, to change how many.
+    """Send part of a channel's requests to a release, or change how many.
 
     One request in twenty, once all replicas hold it: `backpack canary start 4 --permille 50 --wait all`
     """
@@ -186,7 +188,7 @@ def promote_canary(
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Give the canary's release to all requests."""
+    """Make the canary's release the channel's release."""
     with as_releaser(tenant, key) as steering:
         _print_move(steering.promote_canary(channel, wait=wait, wait_seconds=timeout))
 
@@ -199,13 +201,13 @@ def abort_canary(
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
-    """Give all requests the channel's own release again."""
+    """End the canary: all requests get the channel's own release again."""
     with as_releaser(tenant, key) as steering:
         _print_move(steering.abort_canary(channel, wait=wait, wait_seconds=timeout))
 
 
 def _print_move(move: Move) -> None:
-    """Where a channel is now, and how far that has come; exit status 1 if not far enough."""
+    """Print a channel's release and the progress of its rollout; exit with status 1 if it is incomplete."""
     _line(move.channel)
     if (r := move.rollout) is None:
         return

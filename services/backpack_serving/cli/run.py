@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def run(
-    examples: Annotated[bool, typer.Option(help="Make two example tenants and show one prompt for both.")] = True,
-    once: Annotated[bool, typer.Option(help="Stop after that, instead of serving on.")] = False,
+    examples: Annotated[bool, typer.Option(help="Create two example tenants and show one prompt for both.")] = True,
+    once: Annotated[bool, typer.Option(help="Stop after the examples.")] = False,
 ) -> None:
     """Serve on this machine: gateway, inference and interventions in one process, on SQLite.
 
@@ -60,7 +60,7 @@ async def _serve_all(settings: Settings, examples: bool, once: bool) -> None:
         )
         if examples:
             try:
-                await tasks.first(stop.asked.wait(), _show(serving, settings))
+                await tasks.first(stop.asked.wait(), _show_examples(serving, settings))
             except InvalidRequest as error:  # a model of other words, or of a short context
                 if once:
                     raise
@@ -80,7 +80,7 @@ async def _serve_all(settings: Settings, examples: bool, once: bool) -> None:
         raise typer.Exit(1)  # so that whoever supervises this process starts it again
 
 
-async def _show(serving: Embedded, settings: Settings) -> None:
+async def _show_examples(serving: Embedded, settings: Settings) -> None:
     from backpack_serving.cli import demo
 
     await demo.provide(serving)

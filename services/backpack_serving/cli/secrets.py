@@ -43,7 +43,7 @@ def write(
         typer.Option(metavar="HOST:PORT/NAME", help=f"Where PostgreSQL is; {COMPOSE}, the one of compose, if none."),
     ] = "",
 ) -> None:
-    """Make the secrets of a deployment, each in a file, unless they are there. docker-compose.yml mounts them.
+    """Create the missing secrets of a deployment, one file each. docker-compose.yml mounts them.
 
     On Kubernetes: kubectl create secret generic backpack --from-file=FOLDER
     """

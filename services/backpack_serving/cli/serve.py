@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
-import signal
-import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 import uvloop
-from backpack_lm.cores import cores
-from prometheus_client import CollectorRegistry
-from rich.console import Console
 
 from backpack_serving import tasks
-from backpack_serving.cli import processes
 from backpack_serving.cli.client import exits, out
 from backpack_serving.cli.stopping import Stop, Stopped
 from backpack_serving.observability.metrics import Metrics
@@ -35,15 +27,15 @@ app = typer.Typer(
 
 
 HUNG = 60.0
-"""Seconds without a turn of the event loop after which a process that serves says where it hangs, and ends."""
+"""Seconds without a turn of the event loop after which a server prints its stacks and exits."""
 
 WATCH = 1.0
-"""Seconds between two looks at whether the loop has its turns."""
+"""Seconds between two resets of that timer."""
 
 
 @app.command()
 def interventions() -> None:
-    """The intervention service: tenants, keys, patches, releases, audit."""
+    """Run the intervention service: tenants, keys, patches, releases, audit."""
     from backpack_serving.interventions import bootstrap
 
     _serve("interventions", bootstrap.start, lambda running: running.failed)
@@ -51,60 +43,15 @@ def interventions() -> None:
 
 @app.command()
 def gateway() -> None:
-    """A gateway: what clients call. Run as many as you like; they hold no state.
-
-    It is one process for each core behind one port; BACKPACK_GATEWAY_PROCESSES sets how many.
-    """
-    from backpack_serving.gateway import bootstrap
-    from backpack_serving.gateway.shared_buckets import shared
-    from backpack_serving.observability import exposition
-    from backpack_serving.observability.telemetry import configure
-
-    with exits():
-        settings = Settings()
-        count = settings.gateway_processes or cores()
-        if count == 1:
-            _serve("gateway", bootstrap.start)
-            return
-        configure(settings, "gateway")
-        with out.status("starting a gateway"):  # waits once, instead of in each process
-            asyncio.run(bootstrap.required(settings, listens=False))
-        held, address = processes.reserve(settings.gateway_address)
-        with held, shared(count) as levels, out.status(f"starting {count} processes of a gateway") as status:
-            each = settings.model_copy(update={"gateway_address": address, "metrics_address": ""})
-            together = processes.Processes(partial(_one_gateway, count, levels), each, count)
-            if settings.metrics_address:
-                registry = CollectorRegistry()
-                registry.register(together)
-                exposition.listen(registry, settings.metrics_address, settings.tls)
-
-            def serving() -> None:
-                status.stop()
-                out.print(f"gateway serves on [bold]{address}[/], {count} processes; Ctrl-C stops it")
-
-            if number := together.run(serving):
-                raise typer.Exit(128 + number)
-
-
-def _one_gateway(count: int, levels: Path, settings: Settings, number: int, line: Connection) -> None:
-    """One process of several."""
+    """Run a gateway, which clients call. It uses one core; start more of them behind a TCP load balancer."""
     from backpack_serving.gateway import bootstrap
 
-    async def start(settings: Settings, metrics: Metrics) -> bootstrap.Gateway:
-        running = await bootstrap.start(settings, metrics, bootstrap.OneOfSeveral(number, count, levels))
-        processes.report(line, metrics.registry)
-        return running
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until it serves, Ctrl-C is for the process that started it
-    try:
-        _serve("gateway", start, given=settings, console=Console(quiet=True))
-    except typer.Exit as ended:  # here is no typer that would
-        sys.exit(ended.exit_code)
+    _serve("gateway", bootstrap.start)
 
 
 @app.command()
 def directory() -> None:
-    """The directory of replicas, where there is no Ray."""
+    """Run the directory of replicas, without Ray."""
     from backpack_serving.inference import directory as directory_room
 
     _serve("directory", directory_room.serve)
@@ -112,12 +59,12 @@ def directory() -> None:
 
 @app.command()
 def inference() -> None:
-    """A replica, where there is no Ray. Under Ray Serve, deploy/ray/serve.yaml takes its place."""
+    """Run a replica, without Ray. With Ray Serve, deploy/ray/serve.yaml takes its place."""
     from backpack_serving import rpc
     from backpack_serving.inference.required import required
 
     async def start(settings: Settings, metrics: Metrics) -> Replica:
-        await required(settings)  # before torch is loaded: what is wrong is told at once
+        await required(settings)  # before torch is loaded, so that errors come at once
         from backpack_serving.inference import replica
 
         return await replica.start(
@@ -136,11 +83,10 @@ def _serve(
     name: str,
     start: Callable[[Settings, Metrics], Awaitable[Any]],
     failure: Callable[[Any], asyncio.Event] = lambda running: asyncio.Event(),
-    given: Settings | None = None,
-    console: Console = out,
 ) -> None:
-    """Serve until a signal, or until what `failure` gives is set, which is exit status 1: whoever supervises this
-    process shall start it again. A signal before it serves is exit status 128 and its number.
+    """Serve until a signal, or until the event of `failure` is set: then exit with status 1, to be restarted.
+
+    A signal before the server serves exits with status 128 and its number.
     """
     from backpack_serving import starting
     from backpack_serving.observability import exposition
@@ -148,7 +94,7 @@ def _serve(
 
     async def started() -> Any:
         metrics = Metrics(settings.metrics_tenants)
-        if settings.metrics_address:  # first: what is wrong with it is told before anything runs
+        if settings.metrics_address:  # first, so that its errors come before anything runs
             listen = partial(exposition.listen, metrics.registry, settings.metrics_address, settings.tls)
             await starting.blocking(listen)
         return await start(settings, metrics)
@@ -156,11 +102,11 @@ def _serve(
     async def serve() -> bool:
         stop = Stop()
         try:
-            with console.status(f"starting {name}"):
+            with out.status(f"starting {name}"):
                 running = await stop.start(started())
         except Stopped as stopped:
             stopped.leave()
-        console.print(f"{name} serves on [bold]{running.address}[/]; Ctrl-C stops it")
+        out.print(f"{name} serves on [bold]{running.address}[/]; Ctrl-C stops it")
         failed = failure(running)
         watching = asyncio.create_task(_end_if_it_hangs())
         await tasks.first(stop.asked.wait(), failed.wait())
@@ -169,17 +115,17 @@ def _serve(
         return failed.is_set()
 
     with exits():
-        settings = given or Settings()
+        settings = Settings()
         configure(settings, name)
         if uvloop.run(serve()):
             raise typer.Exit(1)
 
 
 async def _end_if_it_hangs() -> NoReturn:
-    """End this process, with exit status 1 and all its stacks on stderr, should its loop stand still for long.
+    """Exit with status 1, and all stacks on stderr, if the event loop hangs.
 
-    Its port would go on taking connections, which is all that whoever supervises it may see. The thread that
-    watches is C's, and needs nobody's lock.
+    The port would go on accepting connections, so a supervisor may not notice. faulthandler's watchdog is a C thread
+    that needs no lock of Python's.
     """
     try:
         while True:

@@ -14,7 +14,7 @@ from backpack_serving.settings import Settings
 app = typer.Typer(no_args_is_help=True, help="Tenants and their API keys; needs the admin key.")
 
 Name = Annotated[str, typer.Argument(help="Name of the tenant.")]
-Names = Annotated[list[str], typer.Argument(help="Names of tenants.")]
+Names = Annotated[list[str], typer.Argument(help="Names of the tenants.")]
 KeyId = Annotated[str, typer.Argument(help="The key's id, as `backpack tenant keys` shows it.")]
 
 
@@ -22,10 +22,11 @@ KeyId = Annotated[str, typer.Argument(help="The key's id, as `backpack tenant ke
 def create_tenant(
     name: Annotated[str, typer.Argument(help="a-z, 0-9 and -")],
     print_key: Annotated[
-        bool, typer.Option("--print-key", help="Print the key, and write it nowhere: in a container, for one.")
+        bool,
+        typer.Option("--print-key", help="Print the key instead of writing it to the state folder (in containers)."),
     ] = False,
 ) -> None:
-    """Make a tenant, with a key that may release and call, kept in the state folder for --as.
+    """Create a tenant, with a key that may release and call, stored in the state folder for --as.
 
     From a pod or a container, whose files go with it: `backpack tenant create NAME --print-key`
     """
@@ -46,7 +47,7 @@ def create_tenant(
 
 @app.command("list")
 def list_tenants() -> None:
-    """All tenants."""
+    """List all tenants."""
     with as_admin() as operator:
         tenants = operator.tenants()
     for tenant in tenants:
@@ -55,20 +56,20 @@ def list_tenants() -> None:
 
 @app.command("key")
 def create_key(
-    name: Annotated[str, typer.Argument(help="Tenant that the key is for.")],
+    name: Annotated[str, typer.Argument(help="Tenant of the key.")],
     role: Annotated[
         list[Role],
         typer.Option(help="author, releaser or caller; of the tenant system, admin or replica. Repeatable."),
     ],
 ) -> None:
-    """Make a further API key. The secret is printed once and kept nowhere."""
+    """Create an API key. The secret is printed once and stored nowhere."""
     with as_admin() as operator:
         out.print(operator.create_key(name, role).secret)
 
 
 @app.command("keys")
 def list_keys(name: Name) -> None:
-    """A tenant's keys, without their secrets."""
+    """List a tenant's keys, without their secrets."""
     with as_admin() as operator:
         keys = operator.keys(name)
     shown = table("key", "roles", "made", "")
@@ -79,14 +80,14 @@ def list_keys(name: Name) -> None:
 
 @app.command("rotate")
 def rotate_key(name: Name, key: KeyId) -> None:
-    """Make a key with the roles of another one, which is revoked in the same moment; the secret is printed."""
+    """Replace a key by a new one with the same roles, revoke the old one, and print the new secret."""
     with as_admin() as operator:
         out.print(operator.rotate_key(name, key).secret)
 
 
 @app.command("revoke")
 def revoke_key(name: Name, key: KeyId) -> None:
-    """Revoke a key, for ever. Gateways hear of it within a second; streams that it began have their tokens."""
+    """Revoke a key for ever. Gateways apply it within a second; running streams of the key go on."""
     with as_admin() as operator:
         operator.revoke_key(name, key)
     out.print(f"tenants/{name}/keys/{key} is revoked")
@@ -95,9 +96,11 @@ def revoke_key(name: Name, key: KeyId) -> None:
 @app.command("suspend")
 def suspend(
     names: Names,
-    force: Annotated[bool, typer.Option(help="Even if these are more than 10, and a tenth of all.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Suspend even more than 10 tenants that are more than a tenth of all.")
+    ] = False,
 ) -> None:
-    """Refuse all keys of tenants, until they are resumed."""
+    """Suspend tenants: refuse all their keys until `tenant resume`."""
     with as_admin() as operator:
         operator.suspend(names, force=force)
     out.print(f"{', '.join(names)}: suspended")
@@ -105,7 +108,7 @@ def suspend(
 
 @app.command("resume")
 def resume(names: Names) -> None:
-    """Let the keys of suspended tenants be good again."""
+    """Resume suspended tenants: accept their keys again."""
     with as_admin() as operator:
         operator.resume(names)
     out.print(f"{', '.join(names)}: resumed")

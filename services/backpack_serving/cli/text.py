@@ -33,7 +33,7 @@ def score(
     key: Key = "",
     channel: Channel = "live",
 ) -> None:
-    """How likely each token of a text is, under the tenant's release.
+    """Score each token of a text under the tenant's release.
 
     `backpack score "The captain of the ship and the sea" --as harbour`
     """
@@ -48,21 +48,21 @@ def score(
 
 
 def explain(
-    prompt: Annotated[str, typer.Argument(help="What stands before the token.")],
-    target: Annotated[str, typer.Option(help="Word to explain; the likeliest next token if none.")] = "",
-    limit: Annotated[int, typer.Option(help="How many contributions.", min=1, max=1000)] = 12,
+    prompt: Annotated[str, typer.Argument(help="Text before the token.")],
+    target: Annotated[str, typer.Option(help="Word to explain (default: the likeliest next token).")] = "",
+    limit: Annotated[int, typer.Option(help="Number of contributions to show.", min=1, max=1000)] = 12,
     page: Annotated[
         Path | None,
         typer.Option(
             "--html",
-            help="Go on from the prompt, and write a page that explains every token.",
+            help="Continue the prompt, and write a page that explains every token.",
             callback=in_a_folder,
             dir_okay=False,
         ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="With --html: how many tokens.", min=1)] = 24,
+    max_tokens: Annotated[int, typer.Option(help="With --html: number of tokens.", min=1)] = 24,
     temperature: Annotated[
-        float | None, typer.Option(help="With --html: 0 is greedy. The model's default if none.", min=0.0)
+        float | None, typer.Option(help="With --html: 0 is greedy (default: the model's).", min=0.0)
     ] = None,
     top_k: Annotated[
         int | None, typer.Option(help="With --html: only the k likeliest tokens; 0 for all.", min=0)
@@ -72,7 +72,7 @@ def explain(
     key: Key = "",
     channel: Channel = "live",
 ) -> None:
-    """Which (position, sense) makes the next token likely: exact terms of the sum that is its logit.
+    """Explain the next token: the exact terms (position, sense) whose sum is its logit.
 
     Of the likeliest token: `backpack explain "The story of the king and the"`; of another: `--target ship`
 
@@ -112,13 +112,15 @@ def explain(
 def senses(
     word: Annotated[str, typer.Argument(help="One word; it is looked up with a leading space.")],
     limit: Annotated[int, typer.Option(help="Tokens at each end.", min=1, max=100)] = 6,
-    neighbours: Annotated[int, typer.Option(help="Words to list whose same sense lies nearest.", min=0, max=100)] = 0,
+    neighbours: Annotated[
+        int, typer.Option(help="Number of words to list whose same sense is nearest.", min=0, max=100)
+    ] = 0,
     page: Page = None,
     tenant: AsTenant = "harbour",
     key: Key = "",
     channel: Channel = "live",
 ) -> None:
-    """What each sense of a word predicts, and what it speaks against, under the tenant's release.
+    """Show what each sense of a word promotes and suppresses, under the tenant's release.
 
     `backpack senses ship`, or with the nearest words, as a page: `backpack senses ship --html ship.html`
     """

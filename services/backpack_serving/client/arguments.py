@@ -1,8 +1,7 @@
-"""What callers give, checked where it comes in and where messages are made of it: nothing else builds a message.
+"""Checks arguments of client methods, and builds messages from them. Nothing else builds a message.
 
-`checked` is around every public method of a client. It looks at what no field of any message can hold, or no call
-can wait for. `build` makes a message, and names the field that can't hold its value. What a request may say is the
-server's to judge.
+`checked` wraps every public method of a client. It refuses values that no message field can hold, and times that no
+call can wait. `build` makes a message, and names the field that can't hold its value. The server validates the rest.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from backpack_serving.errors import InvalidRequest
 M = TypeVar("M")
 
 LONGEST = 365 * 86_400.0
-"""Most seconds that may be waited for anything. gRPC takes 285 years and more for a deadline that has passed."""
+"""Longest wait in seconds. gRPC takes 285 years and more for a deadline in the past."""
 
 _DURATIONS = {"timeout", "wait_seconds", "seconds", "coalesce", "retry_window"}
 
 _SHOWN = 60
-"""Characters of a value that a refusal shows."""
+"""Most characters of a value in an error."""
 
 
 def checked(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, which first raises InvalidRequest for arguments that nothing can be made of."""
+    """Wrap a method so that it first raises InvalidRequest for unusable arguments."""
     known = signature(method)
 
     def check(args: Any, named: Any) -> None:
@@ -57,14 +56,14 @@ def checked(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_public(name: str, method: object) -> bool:
-    """Whether callers can call it to have something done."""
+    """Whether a class attribute is a public coroutine or asynchronous generator."""
     return not name.startswith("_") and (iscoroutinefunction(method) or isasyncgenfunction(method))
 
 
 def seconds(name: str, value: Any) -> None:
-    """Raise InvalidRequest unless so many seconds can be waited for."""
+    """Raise InvalidRequest unless this is a time in seconds that a call can wait."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST:
-        raise _refusal(name, value, f"no request can wait for that; write seconds, from 0 to {LONGEST:.0f}")
+        raise _invalid_argument(name, value, f"no request can wait for that; write seconds, from 0 to {LONGEST:.0f}")
 
 
 def build(kind: type[M], at: str = "", /, **values: Any) -> M:
@@ -81,18 +80,18 @@ def build(kind: type[M], at: str = "", /, **values: Any) -> M:
     for name, value in values.items():
         # Of 64 bits, a number may be too large for the field's 32, which makes it infinite.
         if isinstance(value, float) and math.isinf(getattr(message, name)):
-            raise _refusal(f"{at}.{name}" if at else name, value, "no request can hold this")
+            raise _invalid_argument(f"{at}.{name}" if at else name, value, "no request can hold this")
     return message
 
 
 def fill(message: Any, at: str = "", /, **values: Any) -> None:
-    """Set fields of a message that is there, as `build` does."""
+    """Set fields of an existing message, as `build` does."""
     message.MergeFrom(build(type(message), at, **values))
 
 
 @contextmanager
 def within(at: str) -> Iterator[None]:
-    """What is refused inside is a part of this."""
+    """Prefix the fields of InvalidRequest errors from the block with `at`."""
     try:
         yield
     except InvalidRequest as error:
@@ -108,10 +107,10 @@ def _check(name: str, value: Any) -> None:
             seconds(name, value)
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise _refusal(name, value, "no request can hold this; write a finite number")
+            raise _invalid_argument(name, value, "no request can hold this; write a finite number")
     elif isinstance(value, int):
         if not -(2**63) <= value < 2**64:
-            raise _refusal(name, value, "no request can hold a number of more than 64 bits")
+            raise _invalid_argument(name, value, "no request can hold a number of more than 64 bits")
     elif is_dataclass(value):
         for field in fields(value):
             _check(f"{name}.{field.name}", getattr(value, field.name))
@@ -128,7 +127,7 @@ def _check_text(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         why = f"character {error.start} is half of one (a lone surrogate), which no request can hold"
-        raise _refusal(name, text[max(0, error.start - 20) :], why) from None
+        raise _invalid_argument(name, text[max(0, error.start - 20) :], why) from None
 
 
 def _fit(kind: type[Any], name: str, value: Any, called: str) -> None:
@@ -141,10 +140,10 @@ def _fit(kind: type[Any], name: str, value: Any, called: str) -> None:
             kind(**{name: one})
         except (TypeError, ValueError, OverflowError) as error:
             each = one if one is value else one[0]
-            raise _refusal(part, each, f"no request can hold this: {error}") from None
+            raise _invalid_argument(part, each, f"no request can hold this: {error}") from None
 
 
-def _refusal(name: str, value: Any, fix: str) -> InvalidRequest:
+def _invalid_argument(name: str, value: Any, fix: str) -> InvalidRequest:
     shown = f"{value:#x}" if isinstance(value, int) and abs(value) >= 2**64 else repr(value)
     shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
     return InvalidRequest.at(name, "OUT_OF_RANGE", f"{shown}; {fix}")

@@ -124,7 +124,7 @@ class Hold:
         state = sync_pb2.HoldState.Name(m.state).removeprefix("HOLD_STATE_").lower()
         why = f"{m.reason}: {m.message}" if m.reason else ""
         at = _position(m.position)
-        return cls(m.reader, _kind(m.kind), m.release, m.release_digest, m.canary, state, why, at, m.connected)
+        return cls(m.reader, _reader_kind(m.kind), m.release, m.release_digest, m.canary, state, why, at, m.connected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ class Reader:
         silence = m.silence.ToMilliseconds() / 1000
         at = _position(m.position)
         why = f"{m.reason}: {m.message}" if m.reason else ""
-        return cls(m.reader, _kind(m.kind), m.connected, at, silence, m.releases, tuple(refusals), why)
+        return cls(m.reader, _reader_kind(m.kind), m.connected, at, silence, m.releases, tuple(refusals), why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,5 +221,5 @@ def _position(m: Any) -> Position:
     return Position(m.epoch, m.revision)
 
 
-def _kind(number: int) -> str:
+def _reader_kind(number: int) -> str:
     return "gateway" if number == sync_pb2.READER_KIND_GATEWAY else "replica"

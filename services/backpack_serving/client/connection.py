@@ -1,8 +1,8 @@
-"""What all clients have in common: a connection to a server, with an event loop or without one.
+"""The common part of all clients: a connection to a server, with an event loop or without one.
 
-What a client does is written once, as coroutines that wait for a `Transport` and for nothing else. The blocking
-transport has done its work when it is asked to, so coroutines over it never suspend: `run` starts one and has its
-result. `blocking` makes a method of one, with the types of its arguments and its result.
+Clients are written once, as coroutines that await a `Transport` and nothing else. The blocking transport returns only
+when its work is done, so coroutines over it never suspend: `run` starts one and returns its result. `blocking` turns
+a coroutine into a blocking method with the same typed arguments and result.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ T = TypeVar("T")
 C_co = TypeVar("C_co", bound="Connected", covariant=True)
 
 PAGE = 1000
-"""Records in one answer: the most that the service gives."""
+"""Records in one page: the service's maximum."""
 
 RETRY_WINDOW = 30.0
-"""Seconds after its first failure in which a call is tried again: a pod's replacement takes no longer."""
+"""Seconds after its first failure in which a call is retried: a pod is replaced in less."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
-"""Seconds between attempts, at most: twice as many each time, as long as gRPC's own between two connections."""
+"""Longest pauses between attempts, in seconds: they double each time, up to gRPC's own reconnect pause."""
 
 NOTICE = 1.0
-"""Seconds without an answer after which somebody is told that there are further attempts."""
+"""Seconds without an answer after which `notice` is called."""
 
 Notice = Callable[[ServiceError, float], None]
-"""Is told, once for each call, why it is tried again, and for how many seconds at most from then on."""
+"""Called once for each retried call, with the error and the most seconds that retries may still take."""
 
 log = logging.getLogger("backpack_serving.client")
 
 
 class Transport(Protocol):
-    """Carries calls out on a channel. `method` is a stub's; `how` is who calls, and for how long."""
+    """Makes calls on a channel. `method` is a stub's; `call_options` are gRPC's metadata and timeout."""
 
     def __init__(self, address: str, tls: Tls | None) -> None: ...
 
     @property
     def channel(self) -> Any: ...
 
-    async def unary(self, method: Any, request: Any, **how: Any) -> Any: ...
+    async def unary(self, method: Any, request: Any, **call_options: Any) -> Any: ...
 
-    def stream(self, method: Any, request: Any, **how: Any) -> AsyncGenerator[Any, None]:
+    def stream(self, method: Any, request: Any, **call_options: Any) -> AsyncGenerator[Any, None]:
         """Closing it ends the call."""
 
     async def sleep(self, seconds: float) -> None: ...
@@ -65,16 +65,16 @@ class Transport(Protocol):
 
 
 class OnLoop:
-    """For asyncio. Made in the event loop that uses it."""
+    """The transport for asyncio. Create it in the event loop that uses it."""
 
     def __init__(self, address: str, tls: Tls | None) -> None:
         self.channel: Any = rpc.channel(address, tls, client=True)
 
-    async def unary(self, method: Any, request: Any, **how: Any) -> Any:
-        return await method(request, **how)
+    async def unary(self, method: Any, request: Any, **call_options: Any) -> Any:
+        return await method(request, **call_options)
 
-    async def stream(self, method: Any, request: Any, **how: Any) -> AsyncGenerator[Any, None]:
-        call = method(request, **how)
+    async def stream(self, method: Any, request: Any, **call_options: Any) -> AsyncGenerator[Any, None]:
+        call = method(request, **call_options)
         try:
             async for message in call:
                 yield message
@@ -89,16 +89,16 @@ class OnLoop:
 
 
 class Waiting:
-    """For code without an event loop: none of these suspends. Safe to use from many threads."""
+    """The blocking transport: none of its coroutines suspends. Thread-safe."""
 
     def __init__(self, address: str, tls: Tls | None) -> None:
         self.channel: Any = rpc.sync_channel(address, tls, client=True)
 
-    async def unary(self, method: Any, request: Any, **how: Any) -> Any:
-        return method(request, **how)
+    async def unary(self, method: Any, request: Any, **call_options: Any) -> Any:
+        return method(request, **call_options)
 
-    async def stream(self, method: Any, request: Any, **how: Any) -> AsyncGenerator[Any, None]:
-        call = method(request, **how)
+    async def stream(self, method: Any, request: Any, **call_options: Any) -> AsyncGenerator[Any, None]:
+        call = method(request, **call_options)
         try:
             for message in call:
                 yield message
@@ -113,7 +113,7 @@ class Waiting:
 
 
 class Connected:
-    """A client whose methods are coroutines. Those of its kinds check their arguments (see `arguments`)."""
+    """A client whose methods are coroutines. Public methods of subclasses check their arguments (see `arguments`)."""
 
     def __init_subclass__(cls) -> None:
         for name, method in list(vars(cls).items()):
@@ -146,7 +146,7 @@ class Connected:
         self._proxy = proxies.of_target(address)
         self._address, self._key, self._timeout = address, key, timeout
         self._attempts, self._window, self._unreached = attempts, retry_window, unreached
-        self._notice, self._reached = notice or self._log, False
+        self._notice, self._reached = notice or self._log_failure, False
 
     async def close(self) -> None:
         await self._transport.close()
@@ -160,18 +160,18 @@ class Connected:
         await self.close()
 
     def _until(self, timeout: float | None) -> float:
-        """The moment by which a call that begins now must have ended, with all its attempts."""
+        """The monotonic deadline of a call that begins now, with all its attempts."""
         seconds = self._timeout if timeout is None else timeout
         return math.inf if seconds is None else time.monotonic() + seconds
 
-    def _how(self, until: float) -> dict[str, Any]:
+    def _call_options(self, until: float) -> dict[str, Any]:
         key = self._key if isinstance(self._key, str) else self._key()
         left = None if until == math.inf else max(0.0, until - time.monotonic())
         return {"metadata": rpc.with_key(key), "timeout": left}
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """A call inside raises ServiceErrors; what was answered shows that the address is a server's."""
+        """Calls inside the block raise ServiceErrors. Any answer shows that there is a server at the address."""
         try:
             with rpc.errors(self._proxy):
                 yield
@@ -181,27 +181,27 @@ class Connected:
         self._reached = True
 
     async def _once(self, method: Any, request: Any, timeout: float | None = None) -> Any:
-        """A call that is made once, whatever comes of it."""
+        """Make a call without retries."""
         with self._asking():
-            return await self._transport.unary(method, request, **self._how(self._until(timeout)))
+            return await self._transport.unary(method, request, **self._call_options(self._until(timeout)))
 
     async def _call(self, method: Any, request: Any, timeout: float | None = None) -> Any:
-        """A call that is made again if nobody could be reached."""
+        """Make a call, and retry it while the server is unavailable."""
         attempts = self._new_attempts(timeout)
         while True:
             try:
                 with self._asking():
-                    return await self._transport.unary(method, request, **self._how(attempts.until))
+                    return await self._transport.unary(method, request, **self._call_options(attempts.until))
             except ServiceError as error:
                 await attempts.another(error)
 
     async def _write(self, method: Any, request: Any, timeout: float | None = None) -> Any:
-        """A call that changes something: its id makes it one change, however often it is sent."""
+        """Make a writing call. Its request id makes retries safe."""
         request.request_id = new_id()
         return await self._call(method, request, timeout)
 
     async def _pages(self, method: Any, request: Any, field: str, limit: int | None = None) -> list[Any]:
-        """What a list holds, page by page; no more than the limit."""
+        """Collect the records of a list, page by page, up to the limit."""
         if limit is not None and (not isinstance(limit, int) or limit < 0):
             raise InvalidRequest.at("limit", "OUT_OF_RANGE", f"{limit!r}; write how many, or None for all")
         found: list[Any] = []
@@ -217,30 +217,30 @@ class Connected:
     def _new_attempts(self, timeout: float | None) -> Attempts:
         return Attempts(self, self._until(timeout))
 
-    def _log(self, error: ServiceError, seconds: float) -> None:
+    def _log_failure(self, error: ServiceError, seconds: float) -> None:
         log.warning("%s: %s; trying again for %.0f s", self._address, error.message, seconds)
 
 
 class Attempts:
-    """All attempts at one call: they end when one succeeds, with its deadline, or with the client's window.
+    """The attempts at one call, until one succeeds, the deadline passes, or the client's retry window ends.
 
-    The window is one of time, and begins with the first failure: how often one may try says nothing of how long a
-    server is away.
+    The window is a time from the first failure, not a number of attempts, because servers are away for a time.
     """
 
     def __init__(self, client: Connected, until: float) -> None:
         self.until = until
         self._client = client
-        self._failures, self._first, self._told = 0, 0.0, False
+        self._failures, self._first, self._logged = 0, 0.0, False
 
     async def another(self, error: ServiceError) -> None:
-        """Wait for the next attempt: as long as the error says, and with full jitter, so that many callers don't
-        come back together. Raises the error if it is of those that stay, or there is no time for another.
+        """Sleep until the next attempt: as long as the error says, plus full jitter, so that callers spread.
+
+        Raises the error if it is permanent, or if no time is left for another attempt.
         """
         client, now = self._client, time.monotonic()
         self._first = self._first if self._failures else now
         self._failures += 1
-        if not _may_pass(error) or self._failures == client._attempts:
+        if not _is_transient(error) or self._failures == client._attempts:
             raise error
         unreached = error.reason == "TRANSPORT" and not client._reached
         end = min(self.until, self._first + (client._unreached if unreached else client._window))
@@ -248,19 +248,19 @@ class Attempts:
         then = now + (error.retry_after or 0.0) + random.uniform(0, longest)
         if then >= end:
             raise error
-        if then - self._first > NOTICE and not self._told:
-            self._told = True
+        if then - self._first > NOTICE and not self._logged:
+            self._logged = True
             client._notice(error, end - now)
         await client._transport.sleep(then - now)
 
 
-def _may_pass(error: ServiceError) -> bool:
-    """Whether another attempt may succeed. What the network says without a time won't (see `rpc.status`)."""
+def _is_transient(error: ServiceError) -> bool:
+    """Whether a retry may succeed. A transport error without `retry_after` is permanent (see `rpc.status`)."""
     return isinstance(error, Unavailable) and (error.retry_after is not None or error.reason != "TRANSPORT")
 
 
 class Blocking(Generic[C_co]):
-    """A client whose methods block: each runs one of the coroutines of another client, of the type `ASYNC`."""
+    """A client whose methods block. Each runs a coroutine of the asynchronous client class `ASYNC`."""
 
     ASYNC: ClassVar[type[Any]]
 
@@ -276,9 +276,9 @@ class Blocking(Generic[C_co]):
         unreached_window: float | None = None,
         notice: Notice | None = None,
     ) -> None:
-        how: dict[str, Any] = {"tls": tls, "timeout": timeout, "attempts": attempts, "transport": Waiting}
-        how |= {"retry_window": retry_window, "unreached_window": unreached_window, "notice": notice}
-        self._coroutines: C_co = self.ASYNC(address, key, **how)
+        call_options: dict[str, Any] = {"tls": tls, "timeout": timeout, "attempts": attempts, "transport": Waiting}
+        call_options |= {"retry_window": retry_window, "unreached_window": unreached_window, "notice": notice}
+        self._coroutines: C_co = self.ASYNC(address, key, **call_options)
 
     def close(self) -> None:
         run(self._coroutines.close())
@@ -295,7 +295,7 @@ class Blocking(Generic[C_co]):
 def blocking(
     method: Callable[Concatenate[C_co, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[Blocking[C_co], P], T]:
-    """A coroutine of a client, as a method of its blocking twin."""
+    """Turn a client's coroutine into a method of its blocking twin."""
 
     @wraps(method)
     def call(self: Blocking[C_co], /, *args: P.args, **named: P.kwargs) -> T:
@@ -307,7 +307,7 @@ def blocking(
 def blocking_stream(
     method: Callable[Concatenate[C_co, P], AsyncGenerator[T, None]],
 ) -> Callable[Concatenate[Blocking[C_co], P], Iterator[T]]:
-    """The same for a method whose results come one by one."""
+    """The same for a method that yields its results one by one."""
 
     @wraps(method)
     def call(self: Blocking[C_co], /, *args: P.args, **named: P.kwargs) -> Iterator[T]:
@@ -328,7 +328,7 @@ def new_id() -> str:
 
 
 def run(work: Awaitable[T]) -> T:
-    """The result of what never suspends."""
+    """The result of a coroutine that never suspends."""
     try:
         work.__await__().send(None)
     except StopIteration as done:

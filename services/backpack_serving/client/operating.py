@@ -29,7 +29,7 @@ class AsyncOperator(Connected):
         return TenantServiceStub(self._transport.channel)
 
     @cached_property
-    def _fleet(self) -> FleetServiceStub:
+    def _reader_stub(self) -> FleetServiceStub:
         return FleetServiceStub(self._transport.channel)
 
     async def create_tenant(self, tenant: str) -> Tenant:
@@ -73,7 +73,7 @@ class AsyncOperator(Connected):
 
     async def fleet(self) -> Fleet:
         """All replicas and gateways: in touch or not, how far they are, what they refuse."""
-        return Fleet.of(await self._call(self._fleet.ListReaders, sync_pb2.ListReadersRequest()))
+        return Fleet.of(await self._call(self._reader_stub.ListReaders, sync_pb2.ListReadersRequest()))
 
 
 def _roles(roles: Sequence[Role | str]) -> list[pb.Role.ValueType]:

@@ -1,4 +1,4 @@
-"""What is asked for about text, as messages."""
+"""Requests about text, as messages."""
 
 from __future__ import annotations
 

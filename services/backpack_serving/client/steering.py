@@ -31,7 +31,7 @@ class AsyncSteering(Authoring):
     """
 
     @cached_property
-    def _fleet(self) -> FleetServiceStub:
+    def _rollout_stub(self) -> FleetServiceStub:
         return FleetServiceStub(self._transport.channel)
 
     @cached_property
@@ -155,7 +155,7 @@ class AsyncSteering(Authoring):
 
     async def _status(self, channel: str, timeout: float | None = None) -> Status:
         request = build(sync_pb2.GetRolloutRequest, channel=f"channels/{channel}")
-        return Status.of(await self._call(self._fleet.GetRollout, request, timeout))
+        return Status.of(await self._call(self._rollout_stub.GetRollout, request, timeout))
 
     async def _move_channel_call(
         self, method: Any, request: Any, channel: str, etag: str | None, wait: Wait, wait_seconds: float

@@ -47,8 +47,10 @@ class AsyncClient(Connected):
         while True:
             try:
                 with self._asking():
-                    how = self._how(attempts.until)
-                    async with aclosing(self._transport.stream(self._gateway.GenerateStream, request, **how)) as parts:
+                    call_options = self._call_options(attempts.until)
+                    async with aclosing(
+                        self._transport.stream(self._gateway.GenerateStream, request, **call_options)
+                    ) as parts:
                         async for message in parts:
                             begun = True
                             yield results.Part.of(message)

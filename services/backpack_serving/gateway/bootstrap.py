@@ -1,18 +1,14 @@
-"""The gateway as a process."""
+"""Composes a gateway from its settings, and starts it."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-import time
 import uuid
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2_grpc
 
@@ -26,7 +22,6 @@ from backpack_serving.gateway.releases import ReleaseResolver, resolve_from
 from backpack_serving.gateway.replica_watch import follow_directory
 from backpack_serving.gateway.routing import Router
 from backpack_serving.gateway.servicer import GatewayServicer
-from backpack_serving.gateway.shared_buckets import SharedBuckets
 from backpack_serving.gateway.usage import UsageMeter
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.references import ReaderKind
@@ -36,10 +31,7 @@ from backpack_serving.sync.transport import SyncTransport
 
 SERVICE = "backpack.v1.InferenceService"
 READER = "backpack.v1.SyncService"
-"""Name of a gateway's health as a reader of the intervention service."""
-
-FIRST_NEWS = 5.0
-"""Seconds that one process of several waits for what it needs to serve before it listens all the same."""
+"""Health service name under which a gateway reports whether it follows the intervention service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +39,7 @@ class Gateway:
     """A running gateway."""
 
     server: rpc.Server
-    book: TenantRegistry
+    registry: TenantRegistry
     router: Router
     tasks: tuple[asyncio.Task[None], ...]
     drain: float
@@ -58,13 +50,13 @@ class Gateway:
         return self.server.address
 
     async def ready(self) -> None:
-        """Wait until requests can be served: the book has been read, and there is a replica."""
-        while self.book.age == float("inf") or not self.router.size:
+        """Wait until the gateway has a view of the store and at least one replica."""
+        while self.registry.age == float("inf") or not self.router.size:
             await asyncio.sleep(0.02)
 
-    def lacks(self) -> str:
-        """What requests can't be served without, for people."""
-        if self.book.age == float("inf"):
+    def not_ready(self) -> str:
+        """What the gateway still waits for, as text for people; empty if it can serve."""
+        if self.registry.age == float("inf"):
             return "it hasn't heard from the intervention service"
         return "" if self.router.size else "there is no replica"
 
@@ -75,77 +67,54 @@ class Gateway:
         await self.control.close()
 
 
-@dataclass(frozen=True, slots=True)
-class OneOfSeveral:
-    """Which of so many processes of a gateway one is, and the file of what tenants have left of their limits."""
-
-    number: int
-    processes: int
-    levels: Path
-
-
 def _display_name(address: str) -> str:
-    """What operators read of a gateway: where it listens, by its host if that is everywhere, as in containers."""
+    """The gateway's name in `backpack fleet`: its address, with the host name if it listens on all interfaces."""
     host, _, port = address.rpartition(":")
     return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "[::]", "") else address
 
 
-async def required(settings: Settings, listens: bool = True) -> tuple[Manifest, str]:
-    """What a gateway can't start without, and waits for: the model's manifest, and the key of its role.
-
-    Raises what `start` does for these, and for the address if it `listens` there itself.
-    """
-    if listens:
-        await starting.blocking(partial(rpc.check_address, settings.gateway_address))
-    return await starting.model(settings), await starting.key(settings, "replica")
-
-
-async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None = None) -> Gateway:
-    """Serve on `settings.gateway_address`. One of several processes shares the port, and listens only when it can
-    answer: nobody asks it in particular whether it is ready.
+async def start(settings: Settings, metrics: Metrics) -> Gateway:
+    """Wait for the model's manifest and the key, then serve on `settings.gateway_address`.
 
     Raises OSError if the address is taken or there is no key, ManifestError if there is no model, ValueError if
     certificates, limits or the issuer of tokens are no good.
     """
-    manifest, key = await required(settings, listens=one is None)
+    await starting.blocking(partial(rpc.check_address, settings.gateway_address))
+    manifest, key = await starting.model(settings), await starting.key(settings, "replica")
     tokenizer = await starting.blocking(partial(Tokenizer.read, settings.model / "tokenizer.json", manifest.tokenizer))
     tls, directory_tls = settings.tls, settings.directory_tls
-    reader = SyncClient(
+    sync_client = SyncClient(
         ReaderKind.GATEWAY, uuid.uuid4().hex, _display_name(settings.gateway_address), manifest.fingerprint
     )
-    book = TenantRegistry(reader, settings.expired_after, settings.serve_expired)
+    registry = TenantRegistry(sync_client, settings.expired_after, settings.serve_expired)
     router = Router(manifest.fingerprint, tls)
-    folder = f"gateway-{one.number}" if one and one.number else "gateway"  # each keeps for itself what it knows
-    control, tallies = rpc.channel(settings.interventions_address, tls), CanaryStats()
-    link = SyncTransport(control, key, reader, tallies, settings.state / "known-good" / folder / "view")
-    await starting.blocking(link.restore)
+    control, canary_stats = rpc.channel(settings.interventions_address, tls), CanaryStats()
+    transport = SyncTransport(
+        control, key, sync_client, canary_stats, settings.state / "known-good" / "gateway" / "view"
+    )
+    await starting.blocking(transport.restore)
 
     async def by_key(presented: str) -> Principal:
-        return book.authenticate(presented)
+        return registry.authenticate(presented)
 
-    async def known(who: Principal) -> None:
-        book.check(who.tenant)  # that there is none such shows when its channel is looked up
+    async def check_tenant(principal: Principal) -> None:
+        registry.check(principal.tenant)  # a tenant that doesn't exist is refused later, when its channel is looked up
 
-    identities = Identities(by_key, known, settings.issuer, settings.certificates)
+    identities = Identities(by_key, check_tenant, settings.issuer, settings.certificates)
     default = Limit(settings.limit_requests, settings.limit_tokens, settings.limit_concurrent)
-    levels = SharedBuckets(one.levels, one.number, one.processes) if one else SharedBuckets()
-    limits = TenantLimits(default, settings.limits_file, levels)
-    releases = ReleaseResolver(book, resolve_from(control, key), lambda since: link.reached(since, settings.catch_up))
-    meters = UsageMeter(limits, metrics.gateway(lambda: router.size, lambda: book.age))
+    limits = TenantLimits(default, settings.limits_file)
+    releases = ReleaseResolver(
+        registry, resolve_from(control, key), lambda since: transport.wait_until(since, settings.catch_up)
+    )
+    meters = UsageMeter(limits, metrics.gateway(lambda: router.size, lambda: registry.age))
     servicer = GatewayServicer(
-        manifest, tokenizer, identities, releases, meters, router, tallies, key, settings.log_prompts
+        manifest, tokenizer, identities, releases, meters, router, canary_stats, key, settings.log_prompts
     )
     service = rpc.Service(SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer)
-    following = (
-        link.run,
+    background = (
+        transport.run,
         partial(follow_directory, settings.directory_address, settings.directory_metadata, router, directory_tls),
     )
-    running: list[asyncio.Task[None]] = []
-    if one is not None:
-        running = [asyncio.create_task(each()) for each in following]
-        with suppress(TimeoutError):  # then it says what it lacks, as a gateway alone does from its start
-            async with asyncio.timeout(FIRST_NEWS):
-                await _wait_until_ready(book, router)
     server = await rpc.start(
         [service],
         settings.gateway_address,
@@ -153,30 +122,23 @@ async def start(settings: Settings, metrics: Metrics, one: OneOfSeveral | None =
         tls=tls,
         connection_age=settings.connection_age,
         message_limit=rpc.SMALL,
-        share_port=one is not None,
     )
-    reader.name = _display_name(server.address)
-    running = running or [asyncio.create_task(each()) for each in following]
-    running.append(asyncio.create_task(_tell_health(server, book, router, settings.stale_after)))
-    return Gateway(server, book, router, tuple(running), settings.drain, control)
+    sync_client.name = _display_name(server.address)
+    running = [asyncio.create_task(each()) for each in background]
+    running.append(asyncio.create_task(_publish_health(server, registry, router, settings.stale_after)))
+    return Gateway(server, registry, router, tuple(running), settings.drain, control)
 
 
-async def _wait_until_ready(book: TenantRegistry, router: Router) -> None:
-    """Wait until the intervention service has said, since now, that nothing is missing, and there is a replica."""
-    since = time.monotonic()
-    while book.age > time.monotonic() - since or not router.size:
-        await asyncio.sleep(0.02)
+async def _publish_health(server: rpc.Server, registry: TenantRegistry, router: Router, stale_after: float) -> None:
+    """Update the health services twice a second, for ever.
 
-
-async def _tell_health(server: rpc.Server, book: TenantRegistry, router: Router, stale_after: float) -> None:
-    """Not serving while there is no replica, or nothing known that is recent enough to serve anybody.
-
-    Out of touch for longer than `stale_after`, it serves what it knows; its health as a reader says so.
+    The gateway reports NOT_SERVING without a replica, or if its view of the store is too old to serve any tenant.
+    Without news for more than `stale_after` seconds it still serves, and only `READER` reports NOT_SERVING.
     """
     while True:
-        lacks = [] if book.usable else [book.silence]
-        lacks += [] if router.size else ["no replica of this model is known to the directory"]
+        missing = [] if registry.usable else [registry.contact]
+        missing += [] if router.size else ["no replica of this model is known to the directory"]
         for name in ("", SERVICE):
-            await server.set_serving(not lacks, name, "; ".join(lacks))
-        await server.set_serving(book.age < stale_after, READER, book.silence)
+            await server.set_serving(not missing, name, "; ".join(missing))
+        await server.set_serving(registry.age < stale_after, READER, registry.contact)
         await asyncio.sleep(0.5)

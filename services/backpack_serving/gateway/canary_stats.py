@@ -1,4 +1,4 @@
-"""What a gateway's reader does beside reading: it counts how requests under canaries went."""
+"""Counts the requests that ran under a canary, and their errors."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ from backpack_serving.references import CanaryTally, Pin, Refusal
 from backpack_serving.sync.state import Stageable, StateView
 
 THE_RELEASES_FAULT = (DataLoss, Internal, NotFound, PreconditionFailed)
-"""Refusals of a replica that another release might not have had."""
+"""Errors of a replica that the release may have caused."""
 
 
 class CanaryStats:
-    """The owner of a gateway's reader: there is nothing to get ready, so nothing is ever refused."""
+    """The delegate of a gateway's sync client. A gateway has nothing to stage, so it refuses nothing."""
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str, str], CanaryTally] = {}
         self._canaries: frozenset[tuple[str, str, str]] = frozenset()
 
     @contextmanager
-    def request(self, pinned: Pin) -> Iterator[None]:
-        """A request to a replica, counted if it is under a canary."""
-        if not pinned.canary:
+    def request(self, pin: Pin) -> Iterator[None]:
+        """Count a request to a replica, if it runs under a canary."""
+        if not pin.canary:
             yield
             return
         try:
             yield
         except THE_RELEASES_FAULT as error:
-            self._count(pinned, error)
+            self._count(pin, error)
             raise
         except ServiceError:
-            raise  # it says nothing of the release
+            raise  # not the release's fault
         else:
-            self._count(pinned, None)
+            self._count(pin, None)
 
-    def _count(self, pinned: Pin, error: ServiceError | None) -> None:
-        key = pinned.tenant, pinned.channel, pinned.digest
+    def _count(self, pin: Pin, error: ServiceError | None) -> None:
+        key = pin.tenant, pin.channel, pin.digest
         if key not in self._canaries:
-            return  # its canary ended while it ran: it would count against a later one of the same release
+            return  # the canary ended meanwhile; counting would harm a later canary of this release
         old = self._counts.get(key) or CanaryTally(*key, 0, 0)
-        not_numbers = error is not None and error.reason == "NON_FINITE"
+        non_finite = error is not None and error.reason == "NON_FINITE"
         self._counts[key] = replace(
             old,
             requests=old.requests + 1,
             errors=old.errors + (error is not None),
-            non_finite=old.non_finite + not_numbers,
+            non_finite=old.non_finite + non_finite,
         )
 
-    # ---- backpack_serving.sync.transport.Owner
+    # ---- backpack_serving.sync.transport.SyncDelegate
 
     async def stage(self, work: tuple[Stageable, ...]) -> tuple[Refusal, ...]:
         return ()

@@ -1,9 +1,9 @@
-"""What a tenant may ask of a gateway: requests and tokens a minute, and how many requests at once.
+"""Rate limits of tenants: requests and tokens a minute, and concurrent requests.
 
 Requests and tokens are token buckets that hold a minute's worth. A request is charged before it runs, for its
-prompt and all tokens that it may make, and gets back what it didn't use. Whoever has any tokens left may ask for
-more than they have: the bucket then is in debt, and the next request waits until that is paid. So no request is
-too large. All processes of one gateway count together, in `levels`; each gateway counts for itself.
+prompt and the most tokens that it may generate, and refunded what it didn't use. A bucket that isn't empty may be
+overdrawn: later requests are refused until the debt is paid. So no request is too large. Each gateway counts for
+itself, in memory.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from backpack_lm.counted import counted
 from backpack_lm.strict_json import UTF8
 
 from backpack_serving.errors import Exhausted, Quota
-from backpack_serving.gateway.shared_buckets import SharedBuckets
 
 log = structlog.get_logger(__name__)
 
 LOOK_SECONDS = 1.0
-"""How often, at most, the file of limits is looked at for changes."""
+"""Least seconds between two checks whether the file of limits has changed."""
 
 BUSY_RETRY = 1.0
-"""Seconds to wait before another try when too many requests run; when one will end isn't known."""
+"""Retry delay after too many concurrent requests; nobody knows when one will end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,96 +42,88 @@ class Limit:
 UNLIMITED = Limit()
 
 
-class Bucket:
-    """A token bucket that fills at `rate` a second up to `capacity`, and may be in debt.
+class TokenBucket:
+    """A token bucket that starts full, fills at `capacity` a minute, and may be in debt."""
 
-    It lives in `numbers`: its capacity, its level, and when that was so. With a new capacity it is full.
-    """
-
-    def __init__(self, per_minute: float, numbers: memoryview[float]) -> None:
-        self.capacity, self.rate = per_minute, per_minute / 60
-        self._numbers = numbers
-
-    @property
-    def known(self) -> bool:
-        """Whether the numbers are those of a bucket of this capacity."""
-        return self._numbers[0] == self.capacity
+    def __init__(self, capacity: float, now: float) -> None:
+        self.capacity = self._level = capacity
+        self._rate, self._filled_at = capacity / 60, now
 
     def wait(self, now: float) -> float:
-        """Seconds until something may be taken; 0 if it may be now."""
-        _, level, at = self._numbers
-        level = min(self.capacity, level + (now - at) * self.rate) if self.known else self.capacity
-        self._numbers[0], self._numbers[1], self._numbers[2] = self.capacity, level, now
+        """Seconds until something may be taken; 0 if it may be taken now."""
+        self._level = min(self.capacity, self._level + (now - self._filled_at) * self._rate)
+        self._filled_at = now
         needed = min(1.0, self.capacity)
-        return max(0.0, (needed - level) / self.rate)
+        return max(0.0, (needed - self._level) / self._rate)
 
     def take(self, amount: float) -> None:
-        """Take any amount, or give back if it is negative. Ask `wait` first."""
-        self._numbers[1] -= amount
+        """Take any amount, or return it if it is negative. Ask `wait` first."""
+        self._level -= amount
+
+
+@dataclass(slots=True)
+class TenantBuckets:
+    """One tenant's buckets, and how many of its requests run."""
+
+    requests: TokenBucket | None = None
+    tokens: TokenBucket | None = None
+    running: int = 0
+
+
+def _bucket(current: TokenBucket | None, capacity: float, now: float) -> TokenBucket:
+    """The current bucket, or a full one if the limit has changed."""
+    return current if current and current.capacity == capacity else TokenBucket(capacity, now)
 
 
 class TenantLimits:
-    """The limits of all tenants: `default`, and those of a file that is read again when it changes.
+    """The limits of all tenants: `default`, overridden by a TOML file that is reloaded when it changes.
 
-    The file is TOML, a table for each tenant: `[harbour]`, then any of Limit's names. Raises ValueError if it
-    can't be read at first; a later mistake in it is logged, and what held before holds on.
-    `levels` is what tenants have left of them.
+    The file has a table for each tenant: `[harbour]`, then fields of `Limit`. Raises ValueError if the file can't be
+    read at start; a later mistake in it is logged, and the limits of before stay.
     """
 
-    def __init__(
-        self,
-        default: Limit,
-        file: Path | None = None,
-        levels: SharedBuckets | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, default: Limit, file: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._default, self._file, self._clock = default, file, clock
-        self._levels = levels or SharedBuckets()
+        self._buckets: dict[str, TenantBuckets] = {}
         self._looked, self._file_changed = clock(), _file_changed(file)
         self._own: Mapping[str, Limit] = read_limits(file, default) if file else {}
 
     @contextmanager
     def request(self, tenant: str) -> Iterator[Callable[[int], None]]:
-        """A request of a tenant, for as long as the block runs; what it gives takes tokens, or gives back some.
+        """Count a request of a tenant while the block runs; yields a function that takes or returns tokens.
 
-        Raises Exhausted if it is one too many, or if there are no tokens; the request then counts nevertheless.
+        Raises Exhausted if it is one request too many, or if no tokens are left; the request then still counts.
         """
         limit = self._of(tenant)
         if limit == UNLIMITED:
             yield lambda tokens: None
             return
-        with self._levels.row(tenant) as row:
-            if limit.concurrent and row.running >= limit.concurrent:
-                raise _exhausted(tenant, "CONCURRENCY", f"{counted(limit.concurrent, 'request')} at once", BUSY_RETRY)
-            if limit.requests_per_minute:
-                requests = Bucket(limit.requests_per_minute, row.requests)
-                if wait := requests.wait(self._clock()):
-                    raise _exhausted(tenant, "REQUESTS", f"{counted(requests.capacity, 'request')} a minute", wait)
-                requests.take(1)
-            row.run(1)
+        buckets = self._buckets.setdefault(tenant, TenantBuckets())
+        if limit.concurrent and buckets.running >= limit.concurrent:
+            raise _exhausted(tenant, "CONCURRENCY", f"{counted(limit.concurrent, 'request')} at once", BUSY_RETRY)
+        if capacity := limit.requests_per_minute:
+            buckets.requests = _bucket(buckets.requests, capacity, self._clock())
+            if wait := buckets.requests.wait(self._clock()):
+                raise _exhausted(tenant, "REQUESTS", f"{counted(capacity, 'request')} a minute", wait)
+            buckets.requests.take(1)
 
-        charged = 0.0  # the capacity of the bucket that was
+        charged: TokenBucket | None = None
 
         def take(amount: int) -> None:
             nonlocal charged
             if amount > 0:
-                charged = self._of(tenant).tokens_per_minute
-            if not charged:
-                return
-            with self._levels.row(tenant) as row:
-                tokens = Bucket(charged, row.tokens)
-                if amount <= 0 and not tokens.known:
-                    return  # new limits hold since: their bucket was never charged for this
-                wait = tokens.wait(self._clock())
-                if amount > 0 and wait:
-                    raise _exhausted(tenant, "TOKENS", f"{counted(tokens.capacity, 'token')} a minute", wait)
-                tokens.take(amount)
+                capacity = self._of(tenant).tokens_per_minute
+                charged = buckets.tokens = _bucket(buckets.tokens, capacity, self._clock()) if capacity else None
+                if charged and (wait := charged.wait(self._clock())):
+                    raise _exhausted(tenant, "TOKENS", f"{counted(capacity, 'token')} a minute", wait)
+            if charged:  # a bucket that new limits have replaced gets the tokens back, and nobody asks it again
+                charged.take(amount)
 
+        buckets.running += 1
         try:
             yield take
         finally:
-            with self._levels.row(tenant) as row:
-                row.run(-1)
+            buckets.running -= 1
 
     def _of(self, tenant: str) -> Limit:
         self._reload_if_due()
@@ -152,7 +143,7 @@ class TenantLimits:
 
 
 def read_limits(file: Path, default: Limit) -> dict[str, Limit]:
-    """A file's limits by tenant; what a table doesn't say is as in `default`. Raises ValueError."""
+    """A file's limits by tenant; `default` fills in what a table leaves out. Raises ValueError."""
     names = {f.name for f in fields(Limit)}
     found = {}
     try:
@@ -178,7 +169,7 @@ def read_limits(file: Path, default: Limit) -> dict[str, Limit]:
 
 
 def _file_changed(file: Path | None) -> int:
-    """When a file changed last; 0 if it isn't there."""
+    """A file's modification time in nanoseconds; 0 if it doesn't exist."""
     try:
         return file.stat().st_mtime_ns if file else 0
     except OSError:

@@ -1,6 +1,6 @@
-"""Who calls, and which release their request gets: answered from what the gateway's reader knows, asking nobody.
+"""Authenticates callers and pins their requests to releases, from the sync client's view and without a call.
 
-What is known is one immutable view that a change replaces, so a request sees one state of the store.
+The view is immutable; an update replaces it as a whole, so a request sees one state of the store.
 """
 
 from __future__ import annotations
@@ -18,45 +18,44 @@ from backpack_serving.sync.state import StateView
 
 
 class TenantRegistry:
-    """Authenticates and pins.
+    """Tenants, keys and channels, as the gateway last received them.
 
-    `expires` is how many seconds without news its knowledge is good for; the tenants in `serve_expired` ("*": all)
-    are served beyond that, too.
+    After `expires` seconds without news, only the tenants in `serve_expired` ("*": all) are still served.
     """
 
     def __init__(
         self,
-        reader: SyncClient,
+        sync_client: SyncClient,
         expires: float,
         serve_expired: Set[str] = frozenset(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._reader, self._expires, self._serve_expired, self._clock = reader, expires, serve_expired, clock
+        self._sync_client, self._expires, self._serve_expired, self._clock = sync_client, expires, serve_expired, clock
 
     @property
     def age(self) -> float:
-        """Seconds since it was certain that nothing is missing; infinite if that never was."""
-        return self._reader.age(self._clock())
+        """Seconds since the view was last known to be complete; infinite if it never was."""
+        return self._sync_client.age(self._clock())
 
     @property
     def usable(self) -> bool:
-        """Whether anybody can be served."""
+        """Whether at least some tenants can be served."""
         return self.age <= self._expires or (self.age < float("inf") and bool(self._serve_expired))
 
     def authenticate(self, presented: str) -> Principal:
-        """Raises Unauthenticated, or Unavailable while nothing is known or what is known is too old."""
+        """The principal of an API key. Raises Unauthenticated, or Unavailable if there is no recent enough view."""
         self._check_started()
         key = ApiKeySecret.parse(presented)
-        known = self._reader.view.keys.get(key.id)
-        if known is None or known.revoked or not known.verifier.accepts(key.secret):
+        state = self._sync_client.view.keys.get(key.id)
+        if state is None or state.revoked or not state.verifier.accepts(key.secret):
             raise unknown_key()
-        self.check(known.principal.tenant)
-        return known.principal
+        self.check(state.principal.tenant)
+        return state.principal
 
     def check(self, tenant: str) -> None:
-        """Raises Unauthenticated if a tenant is suspended, Unavailable if what is known of it is too old."""
+        """Raise Unauthenticated if a tenant is suspended, Unavailable if the view is too old to serve it."""
         self._check_started()
-        age, owner = self.age, self._reader.view.tenants.get(tenant)
+        age, owner = self.age, self._sync_client.view.tenants.get(tenant)
         if owner and owner.suspended:
             raise suspended(tenant)
         if age > self._expires and not self._serve_expired & {tenant, "*"}:
@@ -71,40 +70,40 @@ class TenantRegistry:
             raise Unavailable("STARTING", "the gateway hasn't reached the intervention service yet", retry_after=1.0)
 
     @property
-    def silence(self) -> str:
-        """For how long there was no news, and why, if that is known."""
-        why = f" ({self._reader.trouble})" if self._reader.trouble else ""
+    def contact(self) -> str:
+        """For how long the intervention service has been silent, and the last error if there was one."""
+        why = f" ({self._sync_client.last_error})" if self._sync_client.last_error else ""
         since = "yet" if self.age == float("inf") else f"for {self.age:.0f} s"
         return f"no news from the intervention service {since}{why}"
 
-    def page(self) -> RegistrySnapshot:
-        """What is known now. Releases that are pinned from one page go together."""
-        return RegistrySnapshot(self._reader.view, self.age)
+    def snapshot(self) -> RegistrySnapshot:
+        """The current view. Releases that are pinned from one snapshot belong to one state of the store."""
+        return RegistrySnapshot(self._sync_client.view, self.age)
 
     def pin(self, tenant: str, channel: str, request_key: str = "") -> Pin:
-        """What a tenant's channel points at now, for a request with this key (drawn if empty).
+        """Pin a request to the release of a tenant's channel; an empty `request_key` is drawn at random.
 
         Raises NotFound if there is no such channel.
         """
-        return self.page().channel(tenant, channel, request_key)
+        return self.snapshot().channel(tenant, channel, request_key)
 
 
 @dataclass(frozen=True, slots=True)
 class RegistrySnapshot:
-    """What the book knew at one moment, and how many seconds old that was."""
+    """The view at one moment, and how many seconds old it was."""
 
     view: StateView
     age: float
 
     def channel(self, tenant: str, channel: str, request_key: str = "") -> Pin:
-        """What a channel points at, for a request with this key. Raises NotFound if there is no such channel."""
-        known = self.view.channels.get((tenant, channel))
-        if known is None:
+        """Pin to a channel's release; under a canary, `request_key` chooses. Raises NotFound without such a channel."""
+        state = self.view.channels.get((tenant, channel))
+        if state is None:
             raise NotFound(
                 "NO_SUCH_CHANNEL", f"tenants/{tenant}/channels/{channel} doesn't exist; activate a release on it"
             )
-        release = known.choose(request_key or secrets.token_hex(8)) if known.canary else known.stable
-        return self.release(tenant, release, channel, release is not known.stable)
+        release = state.choose(request_key or secrets.token_hex(8)) if state.canary else state.stable
+        return self.release(tenant, release, channel, release is not state.stable)
 
     def release(self, tenant: str, release: ReleaseRef, channel: str = "", canary: bool = False) -> Pin:
         at = self.view.position

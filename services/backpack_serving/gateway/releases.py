@@ -1,4 +1,4 @@
-"""Which release a request gets: its channel's, or those that it names itself, all from one page of the book."""
+"""Resolves the releases of a request: its channel's, or those that it names, all from one registry snapshot."""
 
 from __future__ import annotations
 
@@ -16,90 +16,95 @@ from backpack_serving.gateway.wire import read_resolved
 from backpack_serving.references import Pin, Position, ReleaseRef
 
 Resolve = Callable[[str, Sequence[int]], Awaitable[tuple[Position, list[ReleaseRef]]]]
-"""(tenant, numbers) → the releases of these numbers, and where the store stood. Raises ServiceError."""
+"""(tenant, numbers) → the store's position, and the releases with these numbers. Raises ServiceError."""
 
-Reached = Callable[[Position], Awaitable[None]]
-"""Waits a moment until a position of the store is known here. Raises Unavailable if it isn't by then, or
-PreconditionFailed if the store isn't there either.
+WaitUntil = Callable[[Position], Awaitable[None]]
+"""Waits a bounded time until the gateway has applied a position of the store. Raises Unavailable if it is still
+behind, PreconditionFailed if the store itself hasn't reached the position.
 """
 
-REMEMBERED = 65_536
+CACHED_RELEASES = 65_536
 RESOLVE_SECONDS = 5.0
 
 
 class ReleaseResolver:
-    """Pins requests to releases, if they wish so not before a write (`since`) is known here.
+    """Pins requests to releases. `since` is a minimum store position: the gateway first waits until it has seen it.
 
-    A release never changes, so a tenant's number is asked for once and then known.
-    A restore from backup may give a number to another release: what is known is known within an epoch.
+    A release never changes, so the digest of a tenant's number is fetched once and cached. The cache is keyed by
+    epoch, because a restore from backup may give a number to another release.
     """
 
-    def __init__(self, book: TenantRegistry, resolve: Resolve, reached: Reached, remembered: int = REMEMBERED) -> None:
-        self._book, self._resolve, self._reached, self._remembered = book, resolve, reached, remembered
-        self._known: OrderedDict[tuple[int, str, int], str] = OrderedDict()  # least recently used first
+    def __init__(
+        self, registry: TenantRegistry, resolve: Resolve, wait_until: WaitUntil, cached: int = CACHED_RELEASES
+    ) -> None:
+        self._registry, self._resolve, self._wait_until, self._cached = registry, resolve, wait_until, cached
+        self._digests: OrderedDict[tuple[int, str, int], str] = OrderedDict()  # least recently used first
 
     async def channel(self, tenant: str, channel: str, request_key: str = "", since: Position | None = None) -> Pin:
-        """What a channel points at. Raises NotFound if there is no such channel, and as `Reached` does."""
+        """Pin to a channel's release. Raises NotFound if there is no such channel, and as `WaitUntil` does."""
         if since:
-            await self._reached(since)
-        return self._book.pin(tenant, channel, request_key)
+            await self._wait_until(since)
+        return self._registry.pin(tenant, channel, request_key)
 
     async def pin(
         self, tenant: str, choices: Sequence[int | str], request_key: str = "", since: Position | None = None
     ) -> list[Pin]:
-        """The releases of these numbers and channels, in their order.
+        """Pin to releases, each given by number or by channel, in this order.
 
-        Raises NotFound for what isn't there, Unavailable if a number isn't known here and the service is away, and
-        as `Reached` does.
+        Raises NotFound for one that doesn't exist, Unavailable if an uncached number can't be resolved because the
+        intervention service is away, and as `WaitUntil` does.
         """
         if since:
-            await self._reached(since)
-        page, key = self._book.page(), request_key or secrets.token_hex(8)
-        channels = {name: page.channel(tenant, name, key) for name in choices if isinstance(name, str)}
-        numbers = await self._wanted_numbers(page, tenant, [number for number in choices if isinstance(number, int)])
+            await self._wait_until(since)
+        snapshot, key = self._registry.snapshot(), request_key or secrets.token_hex(8)
+        channels = {name: snapshot.channel(tenant, name, key) for name in choices if isinstance(name, str)}
+        numbers = await self._wanted_numbers(
+            snapshot, tenant, [number for number in choices if isinstance(number, int)]
+        )
         return [
-            channels[choice] if isinstance(choice, str) else page.release(tenant, numbers[choice]) for choice in choices
+            channels[choice] if isinstance(choice, str) else snapshot.release(tenant, numbers[choice])
+            for choice in choices
         ]
 
     async def _wanted_numbers(
-        self, page: RegistrySnapshot, tenant: str, numbers: Sequence[int]
+        self, snapshot: RegistrySnapshot, tenant: str, numbers: Sequence[int]
     ) -> dict[int, ReleaseRef]:
-        epoch, found = page.view.position.epoch, _known_releases(page, tenant)
+        epoch, found = snapshot.view.position.epoch, _releases_of_channels(snapshot, tenant)
         for number in numbers:
-            if digest := self._known.get((epoch, tenant, number)):
-                self._known.move_to_end((epoch, tenant, number))
+            if digest := self._digests.get((epoch, tenant, number)):
+                self._digests.move_to_end((epoch, tenant, number))
                 found[number] = ReleaseRef(number, digest)
-        if unknown := [number for number in numbers if number not in found]:
-            position, answered = await self._resolve(tenant, unknown)
+        if missing := [number for number in numbers if number not in found]:
+            position, answered = await self._resolve(tenant, missing)
             if position.epoch != epoch:
                 raise Unavailable(
                     "BEHIND",
-                    f"the store is at {position}, this gateway knows it up to {page.view.position}",
+                    f"the store is at {position}, this gateway knows it up to {snapshot.view.position}",
                     retry_after=0.5,
                 )
             for ref in answered:
                 found[ref.number] = ref
-                self._known[epoch, tenant, ref.number] = ref.digest
-            while len(self._known) > self._remembered:
-                self._known.popitem(last=False)
+                self._digests[epoch, tenant, ref.number] = ref.digest
+            while len(self._digests) > self._cached:
+                self._digests.popitem(last=False)
         return found
 
 
-def _known_releases(page: RegistrySnapshot, tenant: str) -> dict[int, ReleaseRef]:
-    """The releases of a tenant that the page has anyway."""
+def _releases_of_channels(snapshot: RegistrySnapshot, tenant: str) -> dict[int, ReleaseRef]:
+    """A tenant's releases that the snapshot contains: those of its channels, and its newest one."""
     refs = [
         ref
-        for channel in page.view.channels.values()
+        for channel in snapshot.view.channels.values()
         if channel.tenant == tenant
         for ref in (*channel.serving, *channel.earlier)
     ]
-    if fresh := page.view.fresh.get(tenant):
+    if fresh := snapshot.view.fresh.get(tenant):
         refs.append(fresh.release)
     return {ref.number: ref for ref in refs}
 
 
 def resolve_from(control: Any, key: str) -> Resolve:
-    """Ask the intervention service behind a channel."""
+    """Resolve numbers by calling the intervention service."""
     stub = sync_pb2_grpc.SyncServiceStub(control)
 
     async def resolve(tenant: str, numbers: Sequence[int]) -> tuple[Position, list[ReleaseRef]]:

@@ -1,4 +1,4 @@
-"""Which replica runs a request: the less loaded of two drawn at random (Mitzenmacher 2001)."""
+"""Routes a request to the less loaded of two replicas drawn at random (Mitzenmacher 2001)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from backpack_serving.auth.tls import Tls
 from backpack_serving.errors import Unavailable
 
 LOST_SECONDS = 1.0
-"""How long a replica that failed a call gets no other: one that is idle may have nothing new to report."""
+"""Seconds without calls for a replica that failed one, unless it reports something new before."""
 
 
 @dataclass(slots=True, eq=False)
 class Target:
-    """A replica as this gateway sees it. `sent` are tokens that it has asked for and not got yet."""
+    """A replica as this gateway sees it. `sent` counts the tokens of requests that this gateway has in flight there."""
 
     replica: directory_pb2.Replica
     channel: Any
@@ -31,7 +31,7 @@ class Target:
 
     @property
     def load(self) -> float:
-        """Tokens in flight per slot: what it reported, or what we alone know of, whichever is more."""
+        """Tokens in flight per slot: the replica's report or our own count, whichever is higher."""
         return max(self.replica.tokens_in_flight, self.sent) / max(1, self.replica.slots)
 
 
@@ -47,11 +47,11 @@ class Router:
         return sum(1 for _ in self._usable(()))
 
     def replicas(self) -> set[str]:
-        """Ids of all that the directory lists, usable now or not."""
+        """Ids of all listed replicas, usable or not."""
         return set(self._targets)
 
     def update(self, replicas: Iterable[directory_pb2.Replica]) -> None:
-        """Take in what the directory says. A lost replica that has something new to report is back."""
+        """Replace the list of replicas. A lost replica is usable again once its report changes."""
         seen = {replica.id: replica for replica in replicas if replica.model_fingerprint == self._fingerprint}
         targets: dict[str, Target] = {}
         for name, replica in seen.items():
@@ -60,21 +60,21 @@ class Router:
                     target.lost_until = float("-inf")
                 target.replica = replica
             else:
-                # Nothing is repeated there: another replica is asked instead, and at once.
+                # gRPC must not retry here: the gateway asks another replica at once instead.
                 channel = rpc.channel(replica.address, self._tls, repeats=False)
                 target = Target(replica, channel, inference_pb2_grpc.InferenceServiceStub(channel))
             targets[name] = target
-        # At once: a scrape counts them from its own thread. Calls in progress keep the channel of one that went.
+        # One assignment: a scrape reads it in another thread. Running calls keep the channel of a removed replica.
         self._targets = targets
 
     async def close(self) -> None:
-        """Close the channels to replicas, with the calls that run."""
+        """Close the channels to replicas; calls that still run end."""
         for target in self._targets.values():
             await target.channel.close()
 
     @contextmanager
     def lease(self, tokens: int, without: Iterable[Target] = ()) -> Iterator[Target]:
-        """A replica for a request of so many tokens. Raises Unavailable if there is none."""
+        """Choose a replica, other than `without`, for a request of so many tokens. Raises Unavailable without one."""
         usable = list(self._usable(without))
         if not usable:
             raise Unavailable("NO_REPLICA", "no replica serves this model now; try again shortly", retry_after=1.0)
@@ -86,7 +86,7 @@ class Router:
             target.sent -= tokens
 
     def lost(self, target: Target) -> None:
-        """It failed a call: nothing more for it until it reports something new, or for LOST_SECONDS."""
+        """Skip a replica that failed a call, until its report changes or for LOST_SECONDS."""
         target.lost_until = self._clock() + LOST_SECONDS
 
     def _usable(self, without: Iterable[Target]) -> Iterator[Target]:

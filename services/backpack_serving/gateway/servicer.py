@@ -1,4 +1,4 @@
-"""InferenceService for clients: authenticate, pin, send to a replica, pass on what it answers."""
+"""InferenceService for clients: authenticates, pins, forwards to a replica, and passes its answer on."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from backpack_serving.wire.references import read_position
 log = structlog.get_logger(__name__)
 
 LONG_TEXT = 4096
-"""Characters of a text that are encoded in about a millisecond. Of a model whose longest token has 128 bytes, as
-GPT-2's, a text may have 131,072, which take 50, also if only to be refused for their tokens.
+"""Characters that are encoded on the event loop, in about a millisecond. Longer texts are encoded in a thread: with
+GPT-2's tokenizer a text may have 131,072 characters, which take 50 ms even if the text is refused afterwards.
 """
 
 LONGEST = 86_400.0
-"""Seconds that a replica has for a call at most. Go's and Java's largest deadline, 292 years, is more than gRPC's
-Python can add to the time, which it then takes for the past.
+"""Longest deadline of a call to a replica, in seconds. Go and Java allow 292 years, which overflows in gRPC's Python
+and counts as already past.
 """
 
 R = TypeVar("R", pb.GenerateResponse, pb.ScoreResponse, pb.ExplainResponse, pb.CompareResponse, pb.ListSensesResponse)
 
 
 class GatewayServicer(grpc_v1.InferenceServiceServicer):
-    """One model's gateway. `service_key` is what replicas know it by."""
+    """Serves one model. `service_key` authenticates the gateway to replicas."""
 
     def __init__(
         self,
@@ -55,55 +55,55 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         releases: ReleaseResolver,
         meters: UsageMeter,
         router: Router,
-        tallies: CanaryStats,
+        canary_stats: CanaryStats,
         service_key: str,
         log_prompts: bool,
     ) -> None:
         self._manifest, self._tokenizer = manifest, tokenizer
         self._identities, self._releases, self._meters = identities, releases, meters
-        self._router, self._tallies, self._service_key = router, tallies, service_key
+        self._router, self._canary_stats, self._service_key = router, canary_stats, service_key
         self._log_prompts = log_prompts
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
-        with self._meter(await self._caller(context)) as meter:
-            pinned = await self._pin(meter, request)
-            await self._read_long("prompt", request.prompt)
-            order = self._order(request)
-            meter.charge(len(order.prompt), order.tokens - len(order.prompt))
+        with self._meter(await self._authenticate(context)) as meter:
+            pin = await self._pin(meter, request)
+            await self._encode_long("prompt", request.prompt)
+            params = self._read_params(request)
+            meter.charge(len(params.prompt), params.tokens - len(params.prompt))
             self._log_prompt(request.prompt)
-            response = await self._unary(lambda stub: stub.Generate, request, context, pinned, meter, order.tokens)
-            meter.made = response.usage.generated_tokens
+            response = await self._unary(lambda stub: stub.Generate, request, context, pin, meter, params.tokens)
+            meter.generated = response.usage.generated_tokens
             return response
 
     async def GenerateStream(
         self, request: pb.GenerateStreamRequest, context: rpc.Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        with self._meter(await self._caller(context)) as meter:
-            pinned = await self._pin(meter, request)
-            await self._read_long("prompt", request.prompt)
-            order = self._order(request)
+        with self._meter(await self._authenticate(context)) as meter:
+            pin = await self._pin(meter, request)
+            await self._encode_long("prompt", request.prompt)
+            params = self._read_params(request)
             wire.read_coalesce(request)
-            meter.charge(len(order.prompt), order.tokens - len(order.prompt))
+            meter.charge(len(params.prompt), params.tokens - len(params.prompt))
             self._log_prompt(request.prompt)
             tried: list[Target] = []
             while True:
-                with self._router.lease(order.tokens, tried) as target:
-                    meter.send(len(tried))
+                with self._router.lease(params.tokens, tried) as target:
+                    meter.sending(len(tried))
                     tried.append(target)
-                    call = target.stub.GenerateStream(request, **self._call_options_for(context, pinned))
+                    call = target.stub.GenerateStream(request, **self._call_options_for(context, pin))
                     try:
-                        with self._tallies.request(pinned), rpc.errors():
+                        with self._canary_stats.request(pin), rpc.errors():
                             await call.initial_metadata()
-                            meter.taken()
+                            meter.accepted()
                             async for response in call:
-                                if not meter.made or response.HasField("served"):  # each sample's first has it
-                                    _check_release(response.served, pinned)
+                                if not meter.generated or response.HasField("served"):  # in each sample's first message
+                                    _check_release(response.served, pin)
                                 meter.add(len(response.tokens))
                                 yield response
                         return
                     except Unavailable as error:
                         again = self._may_retry(tried, error)
-                        if meter.made:
+                        if meter.generated:
                             raise Unavailable(
                                 "REPLICA_LOST",
                                 "the replica that ran this stream is gone; start again",
@@ -115,29 +115,29 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                         call.cancel()
 
     async def Score(self, request: pb.ScoreRequest, context: rpc.Context) -> pb.ScoreResponse:
-        with self._meter(await self._caller(context)) as meter:
-            pinned = await self._pin(meter, request)
-            await self._read_long("text", request.text)
+        with self._meter(await self._authenticate(context)) as meter:
+            pin = await self._pin(meter, request)
+            await self._encode_long("text", request.text)
             ids = wire.read_prompt("text", request.text, self._tokenizer, self._manifest.config)
             request.text.tokens.ids[:] = ids
             meter.charge(len(ids))
             self._log_prompt(request.text)
-            return await self._unary(lambda stub: stub.Score, request, context, pinned, meter, len(ids))
+            return await self._unary(lambda stub: stub.Score, request, context, pin, meter, len(ids))
 
     async def Explain(self, request: pb.ExplainRequest, context: rpc.Context) -> pb.ExplainResponse:
-        with self._meter(await self._caller(context)) as meter:
-            pinned = await self._pin(meter, request)
-            await self._read_long("prompt", request.prompt)
+        with self._meter(await self._authenticate(context)) as meter:
+            pin = await self._pin(meter, request)
+            await self._encode_long("prompt", request.prompt)
             ids = wire.read_prompt("prompt", request.prompt, self._tokenizer, self._manifest.config)
             request.prompt.tokens.ids[:] = ids
             meter.charge(len(ids))
             self._log_prompt(request.prompt)
-            return await self._unary(lambda stub: stub.Explain, request, context, pinned, meter, len(ids))
+            return await self._unary(lambda stub: stub.Explain, request, context, pin, meter, len(ids))
 
     async def Compare(self, request: pb.CompareRequest, context: rpc.Context) -> pb.CompareResponse:
-        with self._meter(await self._caller(context)) as meter:
+        with self._meter(await self._authenticate(context)) as meter:
             choices = read_choices(request)
-            await self._read_long("prompt", request.prompt)
+            await self._encode_long("prompt", request.prompt)
             question = read_question(request, self._tokenizer, self._manifest.config)
             pins = await self._releases.pin(meter.tenant, choices, request.request_key, _min_position(request))
             request.prompt.tokens.ids[:] = question.ids
@@ -148,103 +148,104 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             meter.charge(tokens)
 
             def check(response: pb.CompareResponse) -> None:
-                for compared, pinned in zip(response.releases, pins, strict=True):
-                    _check_release(compared.served, pinned)
+                for compared, pin in zip(response.releases, pins, strict=True):
+                    _check_release(compared.served, pin)
 
             return await self._send(
                 lambda stub: stub.Compare, request, self._call_options_for(context), meter, tokens, check
             )
 
     async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
-        with self._meter(await self._caller(context)) as meter:
-            pinned = await self._pin(meter, request)
-            return await self._unary(lambda stub: stub.ListSenses, request, context, pinned, meter, 1)
+        with self._meter(await self._authenticate(context)) as meter:
+            pin = await self._pin(meter, request)
+            return await self._unary(lambda stub: stub.ListSenses, request, context, pin, meter, 1)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
-        with self._meter(await self._caller(context)):
+        with self._meter(await self._authenticate(context)):
             return await asyncio.to_thread(wire.tokenize, request, self._tokenizer, self._manifest.config)
 
     async def GetModel(self, request: pb.GetModelRequest, context: rpc.Context) -> pb.GetModelResponse:
-        with self._meter(await self._caller(context)):
+        with self._meter(await self._authenticate(context)):
             return wire.write_model(self._manifest)
 
-    async def _caller(self, context: rpc.Context) -> Principal:
-        who = await self._identities.who(context)
-        who.require(Role.CALLER)
-        return who
+    async def _authenticate(self, context: rpc.Context) -> Principal:
+        principal = await self._identities.who(context)
+        principal.require(Role.CALLER)
+        return principal
 
-    def _order(self, request: wire.Generation) -> wire.GenerationParams:
-        """What the request means, from here on: it is written into it. Raises InvalidRequest."""
+    def _read_params(self, request: wire.Generation) -> wire.GenerationParams:
+        """Validate the request and write the result (token ids, seed, limits) into it. Raises InvalidRequest."""
         model = self._manifest
-        order = wire.read_generation(request, self._tokenizer, model.config, model.defaults)
-        wire.normalize_request(request, order)
-        return order
+        params = wire.read_generation(request, self._tokenizer, model.config, model.defaults)
+        wire.normalize_request(request, params)
+        return params
 
-    async def _read_long(self, field: str, prompt: pb.Prompt) -> None:
-        """Encode a long text beside the loop, where all streams would wait for it. Raises InvalidRequest."""
+    async def _encode_long(self, field: str, prompt: pb.Prompt) -> None:
+        """Encode a long text in a thread, so that streams don't wait for it. Raises InvalidRequest."""
         if len(prompt.text) > LONG_TEXT:
-            how = self._tokenizer, self._manifest.config
-            prompt.tokens.ids[:] = await asyncio.to_thread(wire.read_prompt, field, prompt, *how)
+            call_options = self._tokenizer, self._manifest.config
+            prompt.tokens.ids[:] = await asyncio.to_thread(wire.read_prompt, field, prompt, *call_options)
 
     def _log_prompt(self, prompt: pb.Prompt) -> None:
-        """Add a prompt to what the log says of this call, if the operator wants that."""
+        """Add the prompt to this call's log line, if LOG_PROMPTS is set."""
         if self._log_prompts:
             structlog.contextvars.bind_contextvars(prompt=self._tokenizer.decode(list(prompt.tokens.ids)))
 
-    def _meter(self, who: Principal) -> AbstractContextManager[RequestUsage]:
-        return self._meters.request(who.tenant)
+    def _meter(self, principal: Principal) -> AbstractContextManager[RequestUsage]:
+        return self._meters.request(principal.tenant)
 
     async def _pin(self, meter: RequestUsage, request: Any) -> Pin:
-        """The release that the request has from here to its last token."""
+        """Choose the release that the request keeps up to its last token."""
         channel = request.channel or LIVE
         return await self._releases.channel(meter.tenant, channel, request.request_key, _min_position(request))
 
-    def _call_options_for(self, context: rpc.Context, pinned: Pin | None = None) -> dict[str, Any]:
-        """Metadata and deadline of a call to a replica: who this is, for which request it calls, and its release
-        (a comparison's are in the request).
+    def _call_options_for(self, context: rpc.Context, pin: Pin | None = None) -> dict[str, Any]:
+        """Metadata and deadline of a call to a replica: our key, request id, trace, and the pin.
+
+        A comparison has its pins in the request instead.
         """
         metadata = (*rpc.with_key(self._service_key), *rpc.with_request_id(), *tracing.headers())
-        pin = ((wire.PIN, write_pin(pinned).SerializeToString()),) if pinned else ()
-        left = context.time_remaining()
-        return {"metadata": (*metadata, *pin), "timeout": None if left is None else min(left, LONGEST)}
+        with_pin = ((wire.PIN, write_pin(pin).SerializeToString()),) if pin else ()
+        remaining = context.time_remaining()
+        return {"metadata": (*metadata, *with_pin), "timeout": None if remaining is None else min(remaining, LONGEST)}
 
     async def _unary(
         self,
         method: Callable[[Any], Callable[..., Any]],
         request: Any,
         context: rpc.Context,
-        pinned: Pin,
+        pin: Pin,
         meter: RequestUsage,
         tokens: int,
     ) -> R:
-        """One call to a replica under one release."""
+        """Make a unary call to a replica under one release, with a second attempt as `_send` does."""
 
         def check(response: Any) -> None:
-            _check_release(response.served, pinned)
+            _check_release(response.served, pin)
 
-        how, count = self._call_options_for(context, pinned), partial(self._tallies.request, pinned)
-        return await self._send(method, request, how, meter, tokens, check, count)
+        call_options, count = self._call_options_for(context, pin), partial(self._canary_stats.request, pin)
+        return await self._send(method, request, call_options, meter, tokens, check, count)
 
     async def _send(
         self,
         method: Callable[[Any], Callable[..., Any]],
         request: Any,
-        how: dict[str, Any],
+        call_options: dict[str, Any],
         meter: RequestUsage,
         tokens: int,
         check: Callable[[R], None],
         count: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> R:
-        """One call to a replica, and one more to another if the first is unavailable.
+        """Call a replica, and a second one if the first is unavailable.
 
-        Nothing was told to the client yet, and the seed is part of the request: a second attempt is the same.
+        The client has received nothing yet, and the seed is in the request, so both attempts give the same answer.
         """
         tried: list[Target] = []
         while True:
             with self._router.lease(tokens, tried) as target:
-                meter.send(len(tried))
+                meter.sending(len(tried))
                 tried.append(target)
-                call = method(target.stub)(request, **how)
+                call = method(target.stub)(request, **call_options)
                 try:
                     with count():
                         with rpc.errors():
@@ -252,7 +253,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                         check(response)
                     return response
                 except (asyncio.CancelledError, Expired):
-                    meter.left()
+                    meter.abandoned()
                     raise
                 except Unavailable as error:
                     if not self._may_retry(tried, error):
@@ -261,29 +262,29 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                     call.cancel()
 
     def _may_retry(self, tried: list[Target], error: Unavailable) -> bool:
-        """Whether to try another replica, now that the last one is unavailable."""
+        """Whether to try another replica after the last one was unavailable."""
         log.warning("a replica is unavailable", address=tried[-1].replica.address, reason=error.message)
-        if error.reason == RELEASE_UNREACHABLE:  # it is there, and has other releases
+        if error.reason == RELEASE_UNREACHABLE:  # the replica lives; it only can't fetch this release
             return len(tried) == 1 and self._router.size > 1
-        if error.reason == TOPICS_NOT_READY:  # it waited as long as it may: there is no time for another
+        if error.reason == TOPICS_NOT_READY:  # the call has used its time up
             return False
         self._router.lost(tried[-1])
         return len(tried) == 1
 
 
 def _public_error(error: Unavailable) -> Unavailable:
-    """What a client is told of a replica that can't be used. Where it is, and what the network said, isn't."""
+    """The error for the client. It hides the replica's address and the network's message."""
     if error.reason != "TRANSPORT":
         return error
     return Unavailable("NO_REPLICA", "the replicas that were asked are gone; try again shortly", retry_after=1.0)
 
 
 def _min_position(request: Any) -> Position | None:
-    """The write that a request wants known before it runs."""
+    """The minimum store position of a request, if it has one."""
     return read_position(request.min_revision) if request.HasField("min_revision") else None
 
 
-def _check_release(served: pb.Served, pinned: Pin) -> None:
-    """A replica must have used the release that was pinned; the digest is read from the slot that it used."""
-    if served.release_digest != pinned.digest:
-        raise Internal("WRONG_RELEASE", f"pinned {pinned.digest}, answered with {served.release_digest}")
+def _check_release(served: pb.Served, pin: Pin) -> None:
+    """Raise Internal unless the replica used the pinned release; it reports the digest from the slot itself."""
+    if served.release_digest != pin.digest:
+        raise Internal("WRONG_RELEASE", f"pinned {pin.digest}, answered with {served.release_digest}")

@@ -1,4 +1,4 @@
-"""Requests as a gateway measures them and charges for them."""
+"""Measures requests, and charges their tokens to tenants' limits."""
 
 from __future__ import annotations
 
@@ -14,69 +14,69 @@ from backpack_serving.observability.metrics import GatewayMetrics
 
 
 class RequestUsage:
-    """Times and tokens of a tenant's request."""
+    """Times and tokens of one request."""
 
     def __init__(self, metrics: GatewayMetrics, tenant: str, take: Callable[[int], None]) -> None:
         self._metrics, self.tenant, self._take = metrics, tenant, take
         self._arrived = perf_counter()
-        self._sent = self._taken = self._first = self._latest = 0.0
+        self._sent = self._accepted = self._first = self._latest = 0.0
         self._first_tokens = self._charged = self._prompt = 0
-        self._runs = self._left = False
-        self.made = 0
+        self._sent_to_replica = self._abandoned = False
+        self.generated = 0
 
     def charge(self, prompt: int, new: int = 0) -> None:
-        """Charge a prompt, and as many new tokens as may be made. Raises Exhausted if there are none left."""
+        """Charge the prompt and the most tokens that may be generated. Raises Exhausted if no tokens are left."""
         self._take(prompt + new)
         self._prompt, self._charged = prompt, prompt + new
 
-    def send(self, tries: int) -> None:
-        """A replica is about to be called."""
-        self._sent, self._runs = perf_counter(), True
-        if tries:
+    def sending(self, attempt: int) -> None:
+        """Note that a replica is about to be called; `attempt` counts from 0."""
+        self._sent, self._sent_to_replica = perf_counter(), True
+        if attempt:
             self._metrics.second_tries.inc()
 
-    def taken(self) -> None:
-        """The replica has the stream, if it gives an answer: of one that fails, gRPC tells the same."""
-        self._taken = perf_counter()
+    def accepted(self) -> None:
+        """Note that the replica accepted the stream. gRPC reports this for failed streams too, so `add` decides."""
+        self._accepted = perf_counter()
 
     def add(self, tokens: int) -> None:
-        """A message of a stream came, with so many tokens."""
+        """Count a streamed message with so many tokens."""
         self._latest = perf_counter()
-        if not self.made:
+        if not self.generated:
             self._first, self._first_tokens = self._latest, tokens
-            self._metrics.handoff.observe(self._taken - self._sent)
+            self._metrics.handoff.observe(self._accepted - self._sent)
             self._metrics.first_token.observe(self._latest - self._arrived)
-        self.made += tokens
+        self.generated += tokens
 
-    def left(self) -> None:
-        """Its caller didn't wait for the answer: all that was ordered may have been made meanwhile.
+    def abandoned(self) -> None:
+        """Charge everything: the caller left a unary call, and the replica may have generated all of it meanwhile.
 
-        Whether a replica had it isn't known: of a unary call, gRPC tells that with the answer.
+        Whether a replica had accepted the call is unknown: for unary calls gRPC reports that with the answer.
         """
-        self._left = True
+        self._abandoned = True
 
     def refused(self) -> None:
-        """It ends with a refusal: nothing was used, but for what had come."""
-        self._runs, self._left = self.made > 0, False
+        """Charge only what had been streamed: the request ends with an error."""
+        self._sent_to_replica, self._abandoned = self.generated > 0, False
 
     def end(self) -> None:
-        """Give back what was charged and not used, and tell the metrics."""
-        used = self._charged if self._left else self._prompt + self.made if self._runs else 0
+        """Refund what was charged and not used, and update the metrics."""
+        used = self._charged if self._abandoned else self._prompt + self.generated if self._sent_to_replica else 0
         self._take(min(0, used - self._charged))
-        self._metrics.tokens(self.tenant, self._prompt if self._runs else 0, self.made)
-        if self._first and self.made > self._first_tokens:
-            self._metrics.token.observe((self._latest - self._first) / (self.made - self._first_tokens))
+        self._metrics.tokens(self.tenant, self._prompt if self._sent_to_replica else 0, self.generated)
+        if self._first and self.generated > self._first_tokens:
+            self._metrics.token.observe((self._latest - self._first) / (self.generated - self._first_tokens))
 
 
 class UsageMeter:
-    """Meters of all requests: within the limits, told to the metrics."""
+    """Creates a `RequestUsage` for each request, under the tenants' limits."""
 
     def __init__(self, limits: TenantLimits, metrics: GatewayMetrics) -> None:
         self._limits, self._metrics = limits, metrics
 
     @contextmanager
     def request(self, tenant: str) -> Iterator[RequestUsage]:
-        """One request of a tenant, for as long as the block runs. Raises Exhausted if it is one too many."""
+        """Count a request of a tenant while the block runs. Raises Exhausted if it is one too many."""
         self._metrics.request(tenant)
         with self._limits.request(tenant) as take:
             meter = RequestUsage(self._metrics, tenant, take)
@@ -84,11 +84,11 @@ class UsageMeter:
                 yield meter
             except Expired:
                 raise
-            except Exception:  # a mistake of ours, too
+            except Exception:  # bugs of ours too
                 meter.refused()
                 raise
             except asyncio.CancelledError:
-                if rpc.drained():  # its caller would have waited
+                if rpc.drained():  # our own drain ended it, the caller would have waited
                     meter.refused()
                 raise
             finally:

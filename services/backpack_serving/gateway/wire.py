@@ -1,4 +1,4 @@
-"""What only a gateway reads and writes: pins, and releases by number."""
+"""Translates pins and resolved releases, which only a gateway sends and receives."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from backpack_serving.references import Pin, Position, ReleaseRef
 from backpack_serving.wire.references import read_position, read_ref
 
 
-def write_pin(pinned: Pin) -> inference_pb2.Pin:
-    pin = inference_pb2.Pin(
-        tenant=pinned.tenant,
-        channel=pinned.channel,
-        release=pinned.release,
-        release_digest=pinned.digest,
-        epoch=pinned.epoch,
-        revision=pinned.revision,
-        canary=pinned.canary,
+def write_pin(pin: Pin) -> inference_pb2.Pin:
+    message = inference_pb2.Pin(
+        tenant=pin.tenant,
+        channel=pin.channel,
+        release=pin.release,
+        release_digest=pin.digest,
+        epoch=pin.epoch,
+        revision=pin.revision,
+        canary=pin.canary,
     )
-    pin.staleness.FromMicroseconds(round(pinned.staleness * 1e6))
-    return pin
+    message.staleness.FromMicroseconds(round(pin.staleness * 1e6))
+    return message
 
 
 def read_resolved(message: pb.ResolveReleasesResponse) -> tuple[Position, list[ReleaseRef]]:

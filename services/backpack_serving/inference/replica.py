@@ -90,12 +90,12 @@ class Replica:
     @property
     def position(self) -> Position:
         """Of the store: everything up to here is ready to be served."""
-        return self._link.reader.view.position
+        return self._link.client.view.position
 
     @property
     def age(self) -> float:
         """Seconds since it was certain that nothing is missing; infinite if that never was."""
-        return self._link.reader.age(time.monotonic())
+        return self._link.client.age(time.monotonic())
 
     def state(self) -> directory_pb2.Replica:
         load = self._engine.load
@@ -124,7 +124,7 @@ class Replica:
     async def _keep_in_step(self) -> None:
         """What is on disk first; then what the intervention service says, for ever."""
         if await asyncio.to_thread(self._link.restore):
-            await self.releases.restore(self._link.reader.view)
+            await self.releases.restore(self._link.client.view)
         await self._link.run()
 
     async def _keep_tidy(self) -> None:

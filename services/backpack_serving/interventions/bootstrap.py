@@ -1,4 +1,4 @@
-"""The intervention service as a process: model manifest, store, keys, server."""
+"""Composes the intervention service from its settings, and starts it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.rollouts import ErrorGate, Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.servicer import services
-from backpack_serving.interventions.store import MOST_TOLD, Store
+from backpack_serving.interventions.store import MAX_MESSAGE_BYTES, Store
 from backpack_serving.interventions.write_notifier import WriteNotifier
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
@@ -37,8 +37,8 @@ class InterventionService:
     store: Store
     drain: float
     failed: asyncio.Event
-    """Set when the store will take nothing more: the process must be started again."""
-    telling: asyncio.Task[None]
+    """Set when the store has stopped for good: the process must be restarted."""
+    publishing: asyncio.Task[None]
 
     @property
     def address(self) -> str:
@@ -46,7 +46,7 @@ class InterventionService:
 
     async def stop(self) -> None:
         await self.server.stop(self.drain)
-        await tasks.end(self.telling)
+        await tasks.end(self.publishing)
         await asyncio.to_thread(self.store.close)
 
 
@@ -77,13 +77,13 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
         service = Interventions(store, manifest.shape, on_write=writes.notify)
         rollouts = Rollouts(service, ErrorGate(settings.canary_requests, settings.canary_errors))
 
-        def told(text: str) -> None:
+        def on_remote_reader(text: str) -> None:
             try:
-                loop.call_soon_threadsafe(rollouts.told, *read_standing(text))
+                loop.call_soon_threadsafe(rollouts.receive_remote, *read_standing(text))
             except (ValueError, ServiceError, DecodeError) as error:
                 log.warning("another version of the service tells of a reader", error=str(error))
 
-        store.listen(writes.notify, fail, told)
+        store.listen(writes.notify, fail, on_remote_reader)
 
         def prepare() -> None:
             service.channels.check_model(settings.force_model)
@@ -92,17 +92,17 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
             service.tenants.bootstrap(admin, [Role.ADMIN])
             service.tenants.bootstrap(replica, [Role.REPLICA])
 
-        # A server may be lost again, in this moment too; a file that can't be written to won't get better.
+        # PostgreSQL may be lost at this moment too; a file that can't be written to stays so.
         wait = 0.0 if url.startswith("sqlite") else settings.start_wait
         await starting.wait_for("the database", lambda: starting.blocking(prepare), wait)
 
         async def by_key(presented: str) -> Principal:
             return await asyncio.to_thread(service.tenants.authenticate, presented)
 
-        async def known(who: Principal) -> None:
-            await asyncio.to_thread(service.tenants.check_tenant, who)
+        async def check_tenant(principal: Principal) -> None:
+            await asyncio.to_thread(service.tenants.check_tenant, principal)
 
-        identities = Identities(by_key, known, settings.issuer, settings.certificates)
+        identities = Identities(by_key, check_tenant, settings.issuer, settings.certificates)
         server = await rpc.start(
             services(service, tokenizer, identities, writes, rollouts),
             settings.interventions_address,
@@ -113,8 +113,10 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
     except BaseException:
         store.close()
         raise
-    others = rollouts.tell(lambda standing: store.tell([write_standing(*one, MOST_TOLD - 100) for one in standing]))
-    return InterventionService(server, store, settings.drain, failed, asyncio.create_task(others))
+    publishing = rollouts.publish(
+        lambda standing: store.publish([write_standing(*one, MAX_MESSAGE_BYTES - 100) for one in standing])
+    )
+    return InterventionService(server, store, settings.drain, failed, asyncio.create_task(publishing))
 
 
 def _operator_key(variable: str, given: SecretStr, file: Path) -> ApiKeySecret:

@@ -1,4 +1,4 @@
-"""The rules of channels: the pointers that say which release a tenant's requests get, and their canaries."""
+"""The rules of channels, which point a tenant's requests at a release, and of their canaries."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from backpack_serving.interventions.store import Write
 from backpack_serving.sync.state import RESIDENT
 
 GUARD = Principal(SYSTEM, "canary-guard", frozenset())
-"""Who ends a canary that went wrong."""
+"""The principal that ends a bad canary."""
 
 LONGEST_SALT = 64
 
 Move = Callable[[Write, ChannelRecord], ChannelRecord]
-"""What a write makes of a channel."""
+"""Returns the channel as a write changes it."""
 
 
 class ChannelRules:
-    """Each change is one write of one record, under the etag of what was read."""
+    """Each change is one write of one record, and needs the channel's current etag."""
 
     def __init__(self, context: RuleContext) -> None:
         self._context = context
@@ -65,7 +65,7 @@ class ChannelRules:
             return lookup.channel(tx, who.tenant, name)
 
     def channel_now(self, who: Principal, name: str) -> tuple[Position, ChannelRecord]:
-        """A channel, and where the store stood when it was so."""
+        """A channel, and the store's position when it was read."""
         who.require(Role.AUTHOR)
         with self._context.read_as(who) as tx:
             return tx.position, lookup.channel(tx, who.tenant, name)
@@ -150,7 +150,7 @@ class ChannelRules:
         return self._move_channel(who, "AbortCanary", name, etag, request, move)
 
     def end_bad_canary(self, tenant: str, name: str, digest: str, why: str) -> WriteResult[ChannelRecord] | None:
-        """End a channel's canary by ourselves, if this release is it. None if it isn't, any more."""
+        """End a channel's canary on the service's own account. None if this release isn't the canary any more."""
         with self._context.store.read() as tx:
             found = tx.get(ChannelRecord, tenant, name)
         if found is None or found.canary is None or found.canary_digest != digest:
@@ -187,7 +187,7 @@ class ChannelRules:
 
 
 def _pointed(old: ChannelRecord, release: ReleaseRecord) -> ChannelRecord:
-    """The channel at a release, without a canary. The other one it was at last stays where a rollback goes."""
+    """The channel at another release, without a canary; the release before it stays the rollback's target."""
     before = old.state.stable, *old.state.earlier
     kept = [[ref.number, ref.digest] for ref in before if ref.digest != release.digest][: RESIDENT - 1]
     previous = old.previous if release.number == old.release else old.release

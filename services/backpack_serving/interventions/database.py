@@ -85,8 +85,8 @@ def _parse(url: str) -> sa.URL:
     except sa.exc.ArgumentError:
         parsed = None
     if parsed is None or parsed.get_backend_name() not in ("sqlite", "postgresql"):
-        told = "this database URL" if parsed is None else parsed.render_as_string()  # without its password
-        raise Unavailable("DATABASE", f"{told}: records are kept in sqlite:///PATH or postgresql://USER@HOST/NAME")
+        shown = "this database URL" if parsed is None else parsed.render_as_string()  # without its password
+        raise Unavailable("DATABASE", f"{shown}: records are kept in sqlite:///PATH or postgresql://USER@HOST/NAME")
     return parsed
 
 

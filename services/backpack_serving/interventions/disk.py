@@ -1,4 +1,4 @@
-"""Why a file can't be written, found out by writing another one beside it.
+"""Finds out why a file can't be written, by writing another one beside it.
 
 SQLite says "disk I/O error" for a full disk, and keeps the system's reason to itself.
 """
@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 
 ROOM = 256 * 1024
-"""Bytes that a small database needs to be opened and written to: its pages, its log, and the log's index."""
+"""Free bytes that a small database needs: for its pages, its log, and the log's index."""
 
 
 def diagnose(file: Path) -> str:
-    """What is wrong with writing to a file and its folder, with the bytes that are free; empty if nothing is."""
+    """Why a file or its folder can't be written, with the free bytes; empty if it can."""
     folder = file.parent
     for path in (file, *(file.with_name(file.name + end) for end in ("-wal", "-shm"))):
         if path.exists() and not os.access(path, os.W_OK, effective_ids=True):

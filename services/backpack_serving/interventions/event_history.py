@@ -1,4 +1,4 @@
-"""The store's history as readers are told it: `backpack_serving.sync.server.History`."""
+"""The store's history as changes for readers; implements `backpack_serving.sync.server.History`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _entry_from(values: dict[str, Any]) -> StateEntry:
 
 
 def _entry_of(record: Record) -> StateEntry:
-    """What readers see of a record."""
+    """The entry of readers' state that a record becomes."""
     match record:
         case TenantRecord():
             return TenantState(record.tenant, record.suspended)

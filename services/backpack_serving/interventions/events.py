@@ -1,4 +1,4 @@
-"""Reading the store's history: the audit trail for people, snapshots and events for readers."""
+"""Reads the store's history: the audit trail for people, snapshots and events for readers."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ class EventRules:
             return tx.list(EventRecord, after=after, limit=limit, descending=True)
 
     def verify_chain(self, who: Principal) -> tuple[int, int | None]:
-        """How many entries there are, and the revision of the first that doesn't fit, if one doesn't."""
+        """The number of audit entries, and the revision of the first that breaks the chain, if any."""
         if Role.ADMIN not in who.roles:
             who.require(Role.AUTHOR)
         return verify_pages(self._context.store.read)
 
     def position(self) -> Position:
-        """Where the store stands."""
+        """The store's position."""
         with self._context.store.read() as tx:
             return tx.position
 
     def snapshot(self) -> tuple[Position, list[Record]]:
-        """Everything that readers know, and where the store stands."""
+        """The store's position, and all records that readers need."""
         with self._context.store.read() as tx:
-            known: list[Record] = [*tx.list(TenantRecord), *tx.list(KeyRecord), *tx.list(ChannelRecord)]
-            return tx.position, known
+            records: list[Record] = [*tx.list(TenantRecord), *tx.list(KeyRecord), *tx.list(ChannelRecord)]
+            return tx.position, records
 
     def events_after(self, revision: int, limit: int = 1000) -> tuple[Position, list[EventRecord]]:
-        """The writes since a revision, oldest first, and where the store stands."""
+        """The store's position, and the writes since a revision, oldest first."""
         with self._context.store.read() as tx:
             return tx.position, tx.list(EventRecord, after=revision, limit=limit)

@@ -1,7 +1,8 @@
-"""Who follows the service, and who holds which release. In memory: after a restart all readers say Hello again.
+"""Tracks the readers (gateways and replicas), and which releases they hold. In memory: after a restart all readers
+reconnect.
 
-Several processes of the service may share a database. Each tells the others where its own readers stand, each
-second and when that changes; who isn't told of for SILENCE seconds isn't connected any more.
+Several processes of the service may share a database. Each publishes the status of its own readers, every second and
+after changes; a remote reader without an update for SILENCE seconds counts as disconnected.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from backpack_serving.sync.messages import SILENCE, Hello, ReaderReport
 from backpack_serving.sync.server import SyncServer
 
 FORGOTTEN = 60.0
-"""Seconds after which a reader that is gone isn't listed any more."""
+"""Seconds after which a disconnected reader is dropped from the list."""
 
 
 class HoldState(StrEnum):
-    """How a reader stands to a release of a channel."""
+    """Whether a reader holds a release of a channel."""
 
     STAGED = "staged"
     ACKED = "acked"
@@ -31,7 +32,7 @@ class HoldState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Why:
-    """Why a reader doesn't hold what it should: a stable word, and the details."""
+    """Why a reader doesn't hold a release: a stable word, and the details."""
 
     reason: str
     message: str
@@ -55,7 +56,7 @@ class ReleaseHolding:
 
 @dataclass(frozen=True, slots=True)
 class AckCount:
-    """Of the readers of one kind that are connected: how many there are, and how many hold a change."""
+    """Of the connected readers of one kind: how many there are, how many hold a change, how many refuse it."""
 
     total: int
     acked: int
@@ -70,7 +71,7 @@ class AckCount:
 
 @dataclass(frozen=True, slots=True)
 class RolloutProgress:
-    """How far one write has come."""
+    """How many readers have applied one write, and who refuses it."""
 
     replicas: AckCount
     gateways: AckCount
@@ -79,30 +80,30 @@ class RolloutProgress:
 
 @dataclass(frozen=True, slots=True)
 class RemoteReader:
-    """A reader's stream to another process of the service, as that one told lately."""
+    """A reader that is connected to another process of the service, as that process published it."""
 
     hello: Hello
     acked: Position
     refusals: dict[tuple[str, str], Refusal]
-    digests: frozenset[str] = frozenset()  # too long to be told
+    digests: frozenset[str] = frozenset()  # too long to be published
 
 
 @dataclass(slots=True)
 class ReaderStatus:
-    """One reader process: its newest stream, what it said Hello with there, and when it was heard last.
+    """One reader process: its newest stream, that stream's Hello, and when its last message came.
 
-    `refused` is why the service ended its last stream, if it did, until a stream lives again.
+    `refused` is why the service ended its last stream; a report on a new stream clears it.
     """
 
-    session: SyncServer | RemoteReader
+    server: SyncServer | RemoteReader
     hello: Hello
-    heard: float
+    last_heard: float
     connected: bool = True
     report: ReaderReport = field(default_factory=ReaderReport)
     refused: Why | None = None
 
-    def away(self, silence: float) -> Why | None:
-        """Why it isn't in touch; None if it is."""
+    def out_of_touch(self, silence: float) -> Why | None:
+        """Why the reader is disconnected or silent; None if it isn't."""
         if self.connected and silence <= SILENCE:
             return None
         heard = f"last heard {silence:.0f} s ago"
@@ -114,8 +115,8 @@ class ReaderStatus:
 
     @property
     def releases(self) -> int:
-        """How many it has ready; as its stream's Hello said until it reports."""
-        return self.report.releases or len(self.session.digests)
+        """How many releases it has ready; from its Hello until the first report."""
+        return self.report.releases or len(self.server.digests)
 
 
 class ReaderTracker:
@@ -123,71 +124,73 @@ class ReaderTracker:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._seen: dict[str, ReaderStatus] = {}
+        self._statuses: dict[str, ReaderStatus] = {}
 
-    def heard(self, session: SyncServer | RemoteReader, report: ReaderReport | None = None) -> None:
-        """A stream has said something. A newer stream of the same process takes the place of an older one."""
-        hello = session.hello
+    def record(self, server: SyncServer | RemoteReader, report: ReaderReport | None = None) -> None:
+        """Record a message of a stream. A newer stream of the same process replaces an older one."""
+        hello = server.hello
         assert hello is not None, "nothing is heard before Hello"
-        seen = self._seen.get(hello.incarnation)
-        if seen is None:
-            self._drop_silent()  # or those that come and go would pile up while nobody asks for readers
-        if seen is None or seen.session is not session:
-            before = seen.refused if seen else None
-            self._seen[hello.incarnation] = seen = ReaderStatus(session, hello, self._clock(), refused=before)
-        seen.hello, seen.heard, seen.connected = hello, self._clock(), True
+        status = self._statuses.get(hello.incarnation)
+        if status is None:
+            self._drop_silent()  # or readers that come and go would pile up while nobody lists them
+        if status is None or status.server is not server:
+            before = status.refused if status else None
+            self._statuses[hello.incarnation] = status = ReaderStatus(server, hello, self._clock(), refused=before)
+        status.hello, status.last_heard, status.connected = hello, self._clock(), True
         if report:
-            seen.report, seen.refused = report, None
+            status.report, status.refused = report, None
 
-    def elsewhere(self, hello: Hello, report: ReaderReport) -> None:
-        """Another process of the service tells where a reader stands: it holds all up to `hello.position`."""
-        seen = self._seen.get(hello.incarnation)
-        if seen is None or not seen.connected or isinstance(seen.session, RemoteReader):
+    def record_remote(self, hello: Hello, report: ReaderReport) -> None:
+        """Record a reader of another process of the service; it has applied everything up to `hello.position`."""
+        status = self._statuses.get(hello.incarnation)
+        if status is None or not status.connected or isinstance(status.server, RemoteReader):
             refusals = {refusal.key: refusal for refusal in hello.refusals}
-            self.heard(RemoteReader(hello, hello.position, refusals), report)
+            self.record(RemoteReader(hello, hello.position, refusals), report)
 
-    def here(self) -> list[tuple[Hello, ReaderReport]]:
-        """Where this process's own readers stand, as the others take it in with `elsewhere`."""
+    def local_standing(self) -> list[tuple[Hello, ReaderReport]]:
+        """The status of this process's own readers, for `record_remote` in the other processes."""
         found = []
-        for seen in self._seen.values():
-            if seen.connected and isinstance(seen.session, SyncServer):
-                refusals = tuple(seen.session.refusals.values())
-                hello = replace(seen.hello, position=seen.session.acked, refusals=refusals, digests=frozenset())
-                found.append((hello, ReaderReport(tallies=seen.report.tallies, releases=seen.releases)))
+        for status in self._statuses.values():
+            if status.connected and isinstance(status.server, SyncServer):
+                refusals = tuple(status.server.refusals.values())
+                hello = replace(status.hello, position=status.server.acked, refusals=refusals, digests=frozenset())
+                found.append((hello, ReaderReport(tallies=status.report.tallies, releases=status.releases)))
         return found
 
-    def left(self, session: SyncServer, why: Why | None = None) -> None:
-        """A stream has ended; `why`, if the service ended it."""
-        for seen in self._seen.values():
-            if seen.session is session:
-                seen.connected = False
-                seen.refused = why or seen.refused
+    def disconnect(self, server: SyncServer, why: Why | None = None) -> None:
+        """Record the end of a stream; `why`, if the service ended it."""
+        for status in self._statuses.values():
+            if status.server is server:
+                status.connected = False
+                status.refused = why or status.refused
 
-    def refused(self, hello: Hello, why: Why) -> None:
-        """A reader's Hello was refused: it has no stream, and is listed all the same."""
+    def reject(self, hello: Hello, why: Why) -> None:
+        """Record a refused Hello: the reader has no stream, but is listed with the reason."""
         if hello.incarnation:
             self._drop_silent()
             nothing = RemoteReader(hello, hello.position, {}, hello.digests)
-            self._seen[hello.incarnation] = ReaderStatus(nothing, hello, self._clock(), connected=False, refused=why)
+            self._statuses[hello.incarnation] = ReaderStatus(
+                nothing, hello, self._clock(), connected=False, refused=why
+            )
 
     def readers(self) -> list[tuple[ReaderStatus, float]]:
-        """Those seen lately, replicas first, with the seconds since they were heard."""
+        """All recent readers, replicas first, with the seconds since their last message."""
         now = self._drop_silent()
-        ordered = sorted(self._seen.values(), key=lambda s: (s.hello.kind is ReaderKind.GATEWAY, s.hello.name))
-        return [(seen, now - seen.heard) for seen in ordered]
+        ordered = sorted(self._statuses.values(), key=lambda s: (s.hello.kind is ReaderKind.GATEWAY, s.hello.name))
+        return [(status, now - status.last_heard) for status in ordered]
 
     def holds(self, channel: ChannelRecord, position: Position) -> Iterator[ReleaseHolding]:
-        """How every reader stands to a channel's releases, given where the store stands."""
+        """Whether each reader holds a channel's releases, given the store's position."""
         moved = Position(position.epoch, channel.moved)
         releases = [(release, release != channel.state.stable) for release in channel.state.serving]
-        for seen, silence in self.readers():
-            session, hello = seen.session, seen.hello
-            away = seen.away(silence)
-            behind = Why("BEHIND", f"it is at {session.acked}, and the channel was moved at {moved}")
+        for status, silence in self.readers():
+            server, hello = status.server, status.hello
+            away = status.out_of_touch(silence)
+            behind = Why("BEHIND", f"it is at {server.acked}, and the channel was moved at {moved}")
             for release, canary in releases:
-                refusal = session.refusals.get((channel.tenant, channel.channel))
+                refusal = server.refusals.get((channel.tenant, channel.channel))
                 if refusal is None or refusal.digest != release.digest:
-                    refusal = session.refusals.get((channel.tenant, ""))
+                    refusal = server.refusals.get((channel.tenant, ""))
                 if refusal is not None and refusal.digest != release.digest:
                     refusal = None
                 why: Why | None
@@ -195,11 +198,11 @@ class ReaderTracker:
                     state, why = HoldState.STALE, away
                 elif refusal:
                     state, why = HoldState.NACKED, Why(refusal.reason, refusal.message)
-                elif session.acked >= moved:
+                elif server.acked >= moved:
                     state, why = HoldState.ACKED, None
                 else:
-                    staged = release.digest in session.digests
-                    state, why = HoldState.STAGED if staged else HoldState.STALE, seen.refused or behind
+                    staged = release.digest in server.digests
+                    state, why = HoldState.STAGED if staged else HoldState.STALE, status.refused or behind
                 yield ReleaseHolding(
                     hello.name,
                     hello.kind,
@@ -208,39 +211,39 @@ class ReaderTracker:
                     canary,
                     state,
                     refusal,
-                    session.acked,
+                    server.acked,
                     away is None,
                     why,
                 )
 
     def rollout(self, channel: ChannelRecord, position: Position) -> RolloutProgress:
-        """How many of the connected readers have taken the write at this position, which moved the channel."""
+        """How many connected readers have applied the write at this position, which moved the channel."""
         refusals, counts = [], {}
         for kind in ReaderKind:
             connected = [s for s, _ in self.readers() if s.connected and s.hello.kind is kind]
             acked = nacked = 0
-            for seen in connected:
-                if seen.session.acked < position:
+            for status in connected:
+                if status.server.acked < position:
                     continue
-                if refusal := seen.session.refusals.get((channel.tenant, channel.channel)):
+                if refusal := status.server.refusals.get((channel.tenant, channel.channel)):
                     nacked += 1
-                    refusals.append((seen.hello.name, refusal))
+                    refusals.append((status.hello.name, refusal))
                 else:
                     acked += 1
             counts[kind] = AckCount(len(connected), acked, nacked)
         return RolloutProgress(counts[ReaderKind.REPLICA], counts[ReaderKind.GATEWAY], tuple(refusals))
 
     def tally(self, tenant: str, channel: str, digest: str) -> CanaryTally:
-        """What the gateways that are connected counted under a release of a channel, together.
+        """The sum of the connected gateways' tallies for a release of a channel.
 
-        Not what one counted that is gone: that was judged when it was reported, and would count against every
-        later canary of the release, because only a gateway that lives forgets what it counted when a canary ends.
+        Tallies of disconnected gateways are left out: they were judged when they were reported, and since such a
+        gateway can't reset them, they would count against every later canary of the release.
         """
         found = [
             tally
-            for seen, silence in self.readers()
-            if seen.connected and silence <= SILENCE
-            for tally in seen.report.tallies
+            for status, silence in self.readers()
+            if status.connected and silence <= SILENCE
+            for tally in status.report.tallies
             if (tally.tenant, tally.channel, tally.digest) == (tenant, channel, digest)
         ]
         return CanaryTally(
@@ -253,10 +256,14 @@ class ReaderTracker:
         )
 
     def _drop_silent(self) -> float:
-        """Let go of those that were silent for too long; the time."""
+        """Drop readers that were silent for too long; returns the current time."""
         now = self._clock()
-        for seen in self._seen.values():
-            if isinstance(seen.session, RemoteReader) and now - seen.heard > SILENCE:
-                seen.connected = False
-        self._seen = {name: seen for name, seen in self._seen.items() if seen.connected or now - seen.heard < FORGOTTEN}
+        for status in self._statuses.values():
+            if isinstance(status.server, RemoteReader) and now - status.last_heard > SILENCE:
+                status.connected = False
+        self._statuses = {
+            name: status
+            for name, status in self._statuses.items()
+            if status.connected or now - status.last_heard < FORGOTTEN
+        }
         return now

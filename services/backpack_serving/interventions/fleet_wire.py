@@ -1,4 +1,4 @@
-"""Who holds what, and for whom a change waits ↔ messages."""
+"""Readers, holdings and rollouts ↔ messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WAIT_SECONDS, LONGEST_WAIT = 10.0, 60.0
 
 
 def read_wait(request: Any) -> tuple[Level, float]:
-    """Whom a change waits for, and for how many seconds at most. Raises InvalidRequest."""
+    """The readers that a change waits for, and the longest wait in seconds. Raises InvalidRequest."""
     if request.wait not in LEVELS:
         raise InvalidRequest.at("wait", "UNKNOWN_VALUE", f"{request.wait}; use NONE, QUORUM or ALL")
     seconds = WAIT_SECONDS
@@ -67,16 +67,16 @@ def write_hold(hold: ReleaseHolding) -> sync_pb2.Hold:
     )
 
 
-def write_reader(seen: ReaderStatus, silence: float) -> sync_pb2.ReaderStatus:
-    away = seen.away(silence)
+def write_reader(reader: ReaderStatus, silence: float) -> sync_pb2.ReaderStatus:
+    away = reader.out_of_touch(silence)
     status = sync_pb2.ReaderStatus(
-        reader=seen.hello.name,
-        kind=KIND_NUMBERS[seen.hello.kind],
-        incarnation=seen.hello.incarnation,
-        connected=seen.connected,
-        position=write_position(seen.session.acked),
-        releases=seen.releases,
-        refusals=map(write_refusal, seen.session.refusals.values()),
+        reader=reader.hello.name,
+        kind=KIND_NUMBERS[reader.hello.kind],
+        incarnation=reader.hello.incarnation,
+        connected=reader.connected,
+        position=write_position(reader.server.acked),
+        releases=reader.releases,
+        refusals=map(write_refusal, reader.server.refusals.values()),
         reason=away.reason if away else "",
         message=away.message if away else "",
     )

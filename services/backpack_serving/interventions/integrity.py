@@ -1,4 +1,4 @@
-"""Whether a store is what was put into it: every digest again, and the chain of events."""
+"""Checks a store: every digest, and the hash chain of events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from backpack_serving.interventions.store import Read
 
 @dataclass(frozen=True, slots=True)
 class Intact:
-    """What was looked at, and all of it was right."""
+    """How much was checked, without an error."""
 
     position: Position
     entries: int
@@ -24,7 +24,7 @@ class Intact:
 
 
 def verify(tx: Read) -> Intact:
-    """Check everything. Raises DataLoss, naming the first thing that isn't what was stored."""
+    """Check everything. Raises DataLoss, naming the first record that has changed."""
     entries, broken = verify_chain(tx)
     if broken is not None:
         raise DataLoss("BROKEN_CHAIN", f"the audit entry of revision {broken} isn't the one that was written")
@@ -40,7 +40,7 @@ def verify(tx: Read) -> Intact:
 
 
 def check_release(tx: Read, release: ReleaseRecord) -> list[RevisionRecord]:
-    """A release's revisions. Raises DataLoss unless they are the ones that it was made of."""
+    """A release's revisions. Raises DataLoss if their digests don't give the release's digest."""
     revisions = [lookup.revision(tx, release.tenant, *part) for part in release.parts]
     found = release_digest([revision.digest for revision in revisions])
     if found != release.digest:

@@ -1,4 +1,4 @@
-"""What every write has in common: one transaction with its records, its event, and its reply.
+"""The common part of all writes: one transaction with its records, its event, and its reply.
 
 The event says what gateways must learn of the write, and is its audit entry; the reply makes a repetition of
 the request harmless for 24 hours.
@@ -39,15 +39,15 @@ R = TypeVar("R", bound=TenantRecord | KeyRecord | PatchRecord | RevisionRecord |
 REPLIES_KEPT = timedelta(hours=24)
 
 LONGEST_ID = len("urn:uuid:") + 36
-"""Python finds the digits of a UUID among a million dashes, too, which no index of PostgreSQL's takes."""
+"""Most characters of a request id: uuid.UUID ignores any number of dashes, and PostgreSQL's index would refuse them."""
 
 PAGE = 1000
-"""Entries of the chain that are read at once."""
+"""Entries of the chain that are read in one transaction."""
 
 
 @dataclass(frozen=True, slots=True)
 class IdempotencyKey:
-    """What makes a write recognisable when it comes again: its id ("" for none) and a digest of its body."""
+    """Identifies a repeated write: its request id ("" for none) and a digest of its body."""
 
     id: str = ""
     body: str = ""
@@ -55,7 +55,7 @@ class IdempotencyKey:
 
 @dataclass(frozen=True, slots=True)
 class WriteResult(Generic[R]):
-    """What a write made, and where the store stood after it. `repeated`: it had been made before."""
+    """The record that a write made, and the store's position after it. `repeated`: an earlier request had made it."""
 
     record: R
     position: Position
@@ -63,17 +63,17 @@ class WriteResult(Generic[R]):
 
 
 Act = Callable[[Write, datetime], tuple[R, list[Record]]]
-"""Stores what a write stores; the record it is about, and the records that gateways must learn of."""
+"""Stores the records of a write; returns the record it is about, and the records that readers must receive."""
 
 
 class Ledger:
-    """Carries writes out on a store. `on_write` is called after each commit."""
+    """Executes writes on a store, and calls `on_write` after each commit."""
 
     def __init__(self, store: Store, on_write: Callable[[], None], now: Callable[[], datetime]) -> None:
         self.store, self._on_write, self.now = store, on_write, now
 
     def write(self, who: Principal, method: str, request: IdempotencyKey, act: Act[R]) -> WriteResult[R]:
-        """Carry a write out, once for each (principal, method, request id); a repetition gets what the first made.
+        """Execute a write once for each (principal, method, request id); a repetition gets the first one's result.
 
         Raises what `act` does, InvalidRequest for an id that is no UUID4 or was another request's, and Unavailable
         as the store does.
@@ -129,7 +129,7 @@ class Ledger:
 
 
 def scope(who: Principal) -> str | None:
-    """Whose records a principal's transactions see: its tenant's; everybody's, if it operates the service."""
+    """The tenant whose records a principal's transactions see; None (all tenants) for operators."""
     return None if who.tenant == SYSTEM else who.tenant
 
 
@@ -147,11 +147,11 @@ def raise_epoch(store: Store, now: datetime) -> Position:
 
 
 class _LostRace(Exception):
-    """The same request is being carried out by another thread, which was faster."""
+    """Another thread has just executed the same request."""
 
 
 def verify_chain(tx: Read) -> tuple[int, int | None]:
-    """How many entries there are, and the revision of the first that doesn't fit, if one doesn't."""
+    """The number of audit entries, and the revision of the first that breaks the chain, if any."""
     return verify_pages(lambda: nullcontext(tx))
 
 

@@ -1,4 +1,4 @@
-"""Records that must be there: each found, or refused with what would make it."""
+"""Looks up records that must exist; raises NotFound with what would create them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def key(tx: Read, tenant: str, name: str) -> KeyRecord:
 
 
 def patch(tx: Read, tenant: str, name: str, deleted: bool = False) -> PatchRecord:
-    """One that isn't deleted, unless those count, too."""
+    """A patch that isn't deleted; with `deleted`, any."""
     found = tx.get(PatchRecord, tenant, name)
     if found and (deleted or not found.deleted):
         return found

@@ -27,7 +27,7 @@ class PatchRules:
     def create_patch(
         self, who: Principal, name: str, description: str, request: IdempotencyKey
     ) -> WriteResult[PatchRecord]:
-        """Raises AlreadyExists for a name that is taken, by a deleted patch too."""
+        """Create a patch. Raises AlreadyExists if the name is taken, even by a deleted patch."""
         who.require(Role.AUTHOR)
         check_id("patch_id", name)
         check_text("description", description)
@@ -49,7 +49,7 @@ class PatchRules:
             return record, lookup.latest(tx, record)
 
     def newest_revision(self, who: Principal, patch: PatchRecord) -> int:
-        """The number of a patch's newest revision, 0 if there is none; also of a patch that is deleted by now."""
+        """The number of a patch's newest revision, or 0; also for a deleted patch."""
         with self._context.read_as(who) as tx:
             return lookup.latest(tx, patch)
 
@@ -79,7 +79,7 @@ class PatchRules:
         return self._context.ledger.write(who, "UpdatePatch", request, act)
 
     def delete_patch(self, who: Principal, name: str, request: IdempotencyKey) -> WriteResult[PatchRecord]:
-        """Hide a patch, and take no more revisions for it. Releases keep the revisions they have."""
+        """Hide a patch and refuse new revisions of it. Releases keep theirs."""
         who.require(Role.AUTHOR)
 
         def act(tx: Write, now: datetime) -> tuple[PatchRecord, list[Record]]:
@@ -120,7 +120,7 @@ class PatchRules:
         return self._context.ledger.write(who, "CreateRevision", request, act)
 
     def get_revision(self, who: Principal, name: str, number: int) -> tuple[RevisionRecord, Sequence[Edit]]:
-        """A revision and its edits, read from bytes that have its digest still."""
+        """A revision and its edits, after its bytes were checked against its digest."""
         who.require(Role.AUTHOR)
         with self._context.read_as(who) as tx:
             record = lookup.revision(tx, who.tenant, name, number)

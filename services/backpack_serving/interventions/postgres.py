@@ -22,22 +22,22 @@ from backpack_serving.errors import InvalidRequest, Unavailable
 from backpack_serving.interventions import schema
 from backpack_serving.interventions.records import IMMUTABLE, ReplyRecord
 from backpack_serving.interventions.sql import SQLStore
-from backpack_serving.interventions.store import ignored
+from backpack_serving.interventions.store import ignore_message
 from backpack_serving.interventions.tables import head, tables
 
 log = structlog.get_logger(__name__)
 
 EVERYBODY = "*"
-"""The value of backpack.tenant under which policies let every tenant's records be seen."""
+"""The value of backpack.tenant with which row level security shows all tenants' records."""
 
-WROTE, TOLD = "backpack", "backpack_told"
-"""Channels of NOTIFY: that something was written, and what processes of the service tell each other."""
+WRITES, MESSAGES = "backpack", "backpack_told"
+"""Channels of NOTIFY: writes of the store, and messages between processes of the service."""
 
 _MIGRATING = 0x6261636B7061636B
 """Key of the advisory lock that migrations take."""
 
-# A session never waits for ever: neither for the head row, if its holder was paused, nor for a dead network.
-# Commits wait for the disk even where the database's default is that they don't.
+# No session waits for ever: neither for the head row, if its holder was paused, nor for a dead network. Commits wait
+# for the disk, whatever the database's default is.
 SESSION = """
 SELECT set_config('lock_timeout', '10s', false), set_config('statement_timeout', '30s', false),
        set_config('idle_in_transaction_session_timeout', '60s', false),
@@ -61,7 +61,7 @@ class PostgresStore(SQLStore):
         self._readers = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         self._closed, self._name = threading.Event(), secrets.token_hex(4)
         self._listener: threading.Thread | None = None
-        sa.event.listen(engine, "checkin", self._returned)
+        sa.event.listen(engine, "checkin", self._invalidate_if_closed)
 
     @classmethod
     def open(cls, url: sa.URL) -> PostgresStore:
@@ -70,7 +70,7 @@ class PostgresStore(SQLStore):
         """
         store = cls(_engine(url))
         try:
-            with _for_ever(url), store._errors(), store._reading(None) as connection:
+            with _final_if_hopeless(url), store._errors(), store._reading(None) as connection:
                 _check_rights(connection)
                 schema.check(connection)
                 _check_server(connection)
@@ -80,16 +80,21 @@ class PostgresStore(SQLStore):
         return store
 
     def listen(
-        self, heard: Callable[[], None], failed: Callable[[str], None], told: Callable[[str], None] = ignored
+        self,
+        on_write: Callable[[], None],
+        on_failure: Callable[[str], None],
+        on_message: Callable[[str], None] = ignore_message,
     ) -> None:
-        self._listener = threading.Thread(target=self._hear, args=(heard, told), name="listen", daemon=True)
+        self._listener = threading.Thread(
+            target=self._listen_forever, args=(on_write, on_message), name="listen", daemon=True
+        )
         self._listener.start()
 
-    def tell(self, texts: Sequence[str]) -> None:
+    def publish(self, texts: Sequence[str]) -> None:
         with self._errors(), self.engine.begin() as connection:
-            connection.execute(sa.text("SET LOCAL synchronous_commit = off"))  # there is nothing to keep
+            connection.execute(sa.text("SET LOCAL synchronous_commit = off"))  # NOTIFY stores nothing
             for text in texts:
-                connection.execute(sa.select(sa.func.pg_notify(TOLD, f"{self._name} {text}")))
+                connection.execute(sa.select(sa.func.pg_notify(MESSAGES, f"{self._name} {text}")))
 
     def close(self) -> None:
         self._closed.set()
@@ -97,25 +102,25 @@ class PostgresStore(SQLStore):
             self._listener.join()
         super().close()
 
-    def _returned(self, _: object, connection: Any) -> None:
-        """Close what was in use while the store was closed: the pool that it goes back to is nobody's any more."""
+    def _invalidate_if_closed(self, _: object, connection: Any) -> None:
+        """Close a connection that was in use when the store was closed: its pool is gone."""
         if self._closed.is_set():
             connection.invalidate()
 
-    def _hear(self, heard: Callable[[], None], told: Callable[[str], None]) -> None:
+    def _listen_forever(self, on_write: Callable[[], None], on_message: Callable[[str], None]) -> None:
         dsn = self.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
         while not self._closed.is_set():
             try:
                 with psycopg.connect(dsn, autocommit=True, **_CONNECT) as connection:  # type: ignore[arg-type]
-                    connection.execute(f"LISTEN {WROTE}; LISTEN {TOLD}")
-                    heard()  # of what was written while nobody listened
+                    connection.execute(f"LISTEN {WRITES}; LISTEN {MESSAGES}")
+                    on_write()  # something may have been written before we listened
                     while not self._closed.is_set():
                         for notice in connection.notifies(timeout=0.5, stop_after=1):
-                            who, _, text = notice.payload.partition(" ")
-                            if notice.channel == WROTE:
-                                heard()
-                            elif who != self._name:
-                                told(text)
+                            sender, _, text = notice.payload.partition(" ")
+                            if notice.channel == WRITES:
+                                on_write()
+                            elif sender != self._name:
+                                on_message(text)
             except psycopg.Error:
                 self._closed.wait(1.0)
 
@@ -135,7 +140,7 @@ class PostgresStore(SQLStore):
         connection.execute(sa.select(sa.func.set_config("backpack.tenant", seen, True)))
 
     def commit(self, transaction: sa.RootTransaction) -> None:
-        transaction.connection.execute(sa.select(sa.func.pg_notify(WROTE, "")))
+        transaction.connection.execute(sa.select(sa.func.pg_notify(WRITES, "")))
         try:
             transaction.commit()
         except sa.exc.DBAPIError as error:
@@ -149,10 +154,10 @@ class PostgresStore(SQLStore):
 
 
 def reach(url: sa.URL) -> None:
-    """Connect and ask for nothing. Raises Unavailable as `PostgresStore.open` does."""
+    """Connect only. Raises Unavailable as `PostgresStore.open` does."""
     engine = _engine(url)
     try:
-        with _for_ever(url), PostgresStore(engine)._errors(), engine.connect() as connection:
+        with _final_if_hopeless(url), PostgresStore(engine)._errors(), engine.connect() as connection:
             connection.execute(sa.text("SELECT 1"))
     finally:
         engine.dispose()
@@ -167,8 +172,8 @@ def migrate(url: sa.URL, role: str = "") -> None:
     engine = _engine(url)
     try:
         with engine.begin() as connection:
-            # Whatever long tables and others that migrate them take. Only for a table that is used nobody waits
-            # long: behind who does, all its users wait.
+            # Large tables and other migrations may take any time. A lock on a table in use may not: all its users
+            # would wait behind the migration.
             connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
             connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATING)))
@@ -206,8 +211,8 @@ def _engine(url: sa.URL) -> sa.Engine:
         pool_timeout=10,
         pool_pre_ping=True,  # connections of a database that was restarted are replaced, not used
         connect_args=_CONNECT,
-        hide_parameters=True,  # what tenants write doesn't belong into a log
-        # Of writes, whatever the database's default is: who waited for the head row must see what was written.
+        hide_parameters=True,  # logs must not contain what tenants write
+        # Whatever the database's default is: a write that waited for the head row must see the one before it.
         isolation_level="READ COMMITTED",
     )
     sa.event.listen(engine, "connect", _set_session)
@@ -215,12 +220,12 @@ def _engine(url: sa.URL) -> sa.Engine:
 
 
 @contextmanager
-def _for_ever(url: sa.URL) -> Iterator[None]:
-    """Takes `retry_after` from what no time mends, and says so: a server that is reached and refuses, or settings
-    that are none. All else, a name that isn't known yet or a server that starts, may pass.
+def _final_if_hopeless(url: sa.URL) -> Iterator[None]:
+    """Raise errors that retrying can't mend (a server that refuses us, malformed settings) without `retry_after`.
+    All others, such as an unknown name or a server that is starting, keep theirs.
 
-    libpq gives no code for what ends a connection's start, only its text, which a server may write in another
-    language: then it counts as what may pass, and is told while it is waited for.
+    libpq has no codes for failed connections, only texts, and a server may translate them: an error in another
+    language counts as temporary, and is logged while it is retried.
     """
     try:
         yield
@@ -229,13 +234,13 @@ def _for_ever(url: sa.URL) -> Iterator[None]:
         text = str(getattr(cause, "orig", cause) or "")
         if isinstance(error, AssertionError) and not isinstance(getattr(cause, "orig", None), psycopg.Error):
             raise
-        if isinstance(error, Unavailable) and not _FOR_EVER.search(text):
+        if isinstance(error, Unavailable) and not _HOPELESS.search(text):
             raise
         text = " ".join(text.split())
         raise Unavailable("DATABASE", f"the database {url.database} can't be used: {text}") from error
 
 
-_FOR_EVER = re.compile(
+_HOPELESS = re.compile(
     r"authentication failed|no password supplied|role \".*\" (does not exist|is not permitted to log in)"
     r"|database \".*\" does not exist|pg_hba\.conf (rejects|entry)|permission denied for database"
     r"|certificate verify failed|server certificate for|root certificate|certificate file|private key file"
@@ -250,7 +255,7 @@ def _set_session(connection: Any, _: object) -> None:
 
 
 def _check_rights(connection: sa.Connection) -> None:
-    """Of tables that there are. Migrations that weren't told the role leave it without those that they make."""
+    """Raise Unavailable if the role can't read a table: a migration that wasn't given the role made it."""
     names = ["alembic_version", head.name, *(table.name for table in tables.values())]
     closed = sa.text(
         "SELECT name FROM unnest(CAST(:names AS text[])) AS name "

@@ -1,4 +1,4 @@
-"""What the intervention service stores: one frozen record a kind, named by its KEY fields.
+"""The records that the intervention service stores: one frozen class a kind, identified by its KEY fields.
 
 Records hold plain values only, so a store needs to know nothing of what they mean. Blobs, revisions, releases and
 events never change; the others are replaced whole, and an event tells every replacement.
@@ -82,7 +82,7 @@ class BlobRecord:
 
 @dataclass(frozen=True, slots=True)
 class RevisionRecord:
-    """Which blob a patch's revision of this number is."""
+    """A revision of a patch: its number, and the digest of its blob."""
 
     tenant: str
     patch: str
@@ -176,7 +176,7 @@ class EventRecord:
     KEY: ClassVar = ("revision",)
 
     def chained(self, before: str) -> str:
-        """The hash that this event must have after the one with the hash `before`."""
+        """The hash of this event, if the event before it has the hash `before`."""
         content = [self.revision, self.tenant, self.principal, self.method, self.resource, self.changes]
         text = json.dumps([before, *content, self.time.isoformat()], ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -184,7 +184,7 @@ class EventRecord:
 
 @dataclass(frozen=True, slots=True)
 class ReplyRecord:
-    """What a request with an id did, so that its repetition does nothing. `resource` is a key, as JSON."""
+    """The result of a request with an id, for its repetitions. `resource` is a record's kind and key, as JSON."""
 
     principal: str
     method: str
@@ -219,16 +219,16 @@ KINDS: tuple[type[Any], ...] = (
     ReplyRecord,
 )
 IMMUTABLE: tuple[type[Any], ...] = (BlobRecord, RevisionRecord, ReleaseRecord, EventRecord)
-"""What never changes, and is never removed."""
+"""Kinds that are never changed or removed."""
 
 
 def kind_name(kind: type[Any]) -> str:
-    """What a kind of record is called in events and replies, for ever: digests depend on it."""
+    """The name of a kind in events and replies. It must never change: digests depend on it."""
     return kind.__name__.removesuffix("Record")
 
 
 def visible(record: Record) -> dict[str, Any]:
-    """A record as an event tells it: JSON values, with the kind."""
+    """A record as JSON values with its kind, as events contain it."""
     values = asdict(record)
     for name, value in values.items():
         if isinstance(value, bytes):
@@ -239,7 +239,7 @@ def visible(record: Record) -> dict[str, Any]:
 
 
 def record_from(values: dict[str, Any]) -> Record | None:
-    """The record that an event tells: the inverse of `visible`. None for a kind that this version does not know.
+    """The record in an event: the inverse of `visible`. None for a kind that this version does not know.
 
     Fields that older events lack have their defaults; fields that this version does not know are ignored.
     """
@@ -247,8 +247,8 @@ def record_from(values: dict[str, Any]) -> Record | None:
     if kind is None:
         return None
     read: dict[str, Callable[[Any], Any]] = {"bytes": bytes.fromhex, "datetime": datetime.fromisoformat}
-    known = {field.name: (str(field.type), values[field.name]) for field in fields(kind) if field.name in values}
-    record: Record = kind(**{name: read.get(how, lambda value: value)(value) for name, (how, value) in known.items()})
+    given = {field.name: (str(field.type), values[field.name]) for field in fields(kind) if field.name in values}
+    record: Record = kind(**{name: read.get(how, lambda value: value)(value) for name, (how, value) in given.items()})
     return record
 
 

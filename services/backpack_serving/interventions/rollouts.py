@@ -1,4 +1,4 @@
-"""How changes reach the fleet: waiting until enough readers hold one, and ending canaries that go wrong."""
+"""Waits until enough readers hold a change, and ends canaries that go wrong."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from backpack_serving.sync.server import SyncServer
 
 log = structlog.get_logger(__name__)
 
-TELL_SECONDS, GATHER_SECONDS = 1.0, 0.05
-"""How often other processes are told at least, and for how long changes are gathered for one telling."""
+PUBLISH_SECONDS, GATHER_SECONDS = 1.0, 0.05
+"""Seconds between two publications without a change, and for how long changes are batched into one."""
 
 
 class Level(StrEnum):
-    """Who must hold a change before its answer is sent: of the connected replicas, and of the gateways."""
+    """How many of the connected replicas, and of the gateways, must hold a change before its answer is sent."""
 
     NONE = "none"
     QUORUM = "quorum"
@@ -45,7 +45,7 @@ class Level(StrEnum):
                 return all(count.all() for count in counts)
 
     def out_of_reach(self, rollout: RolloutProgress) -> bool:
-        """Whether refusals have made it impossible already."""
+        """Whether refusals have made this level impossible."""
         counts = rollout.replicas, rollout.gateways
         if self is Level.ALL:
             return any(count.nacked for count in counts)
@@ -54,13 +54,13 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ErrorGate:
-    """A canary ends when at least `requests` were made under it and more than `permille` of them failed."""
+    """Ends a canary after at least `requests` requests if more than `permille` in a thousand of them failed."""
 
     requests: int = 20
     permille: int = 50
 
     def verdict(self, tally: CanaryTally) -> str:
-        """Why the canary must end; empty if it needn't."""
+        """Why the canary must end; empty if it may go on."""
         if tally.non_finite:
             return f"NON_FINITE: {counted(tally.non_finite, 'answer was', 'answers were')} not numbers"
         failed = 1000 * tally.errors > self.permille * tally.requests
@@ -73,71 +73,71 @@ class ErrorGate:
 
 
 class Rollouts:
-    """The fleet, with who waits for it and who guards it."""
+    """The readers, the calls that wait for them, and the guard of canaries."""
 
     def __init__(self, service: Interventions, gate: ErrorGate) -> None:
         self._service, self._gate = service, gate
         self.fleet = ReaderTracker()
-        self._news, self._changed = WriteNotifier(), WriteNotifier()
-        self._settled: dict[SyncServer, set[Refusal]] = {}  # of what stands, what was looked into
+        self._progress, self._standing_changed = WriteNotifier(), WriteNotifier()
+        self._handled: dict[SyncServer, set[Refusal]] = {}  # current refusals that were already judged
 
-    async def heard(self, session: SyncServer, message: FromReader) -> None:
-        """A reader has spoken, and the session has taken it in."""
-        if session.hello is None:
+    async def receive(self, server: SyncServer, message: FromReader) -> None:
+        """Handle a message of a reader that its `SyncServer` has already processed."""
+        if server.hello is None:
             return
         report = message if isinstance(message, ReaderReport) else None
-        self.fleet.heard(session, report)
+        self.fleet.record(server, report)
         for tally in report.tallies if report else ():
             await self._judge_canary(tally)
-        settled = self._settled.get(session, set())
-        if isinstance(message, Hello | Nack):  # told anew: since it was told before, a canary may have begun
-            settled = settled.difference(message.refusals)
-        standing = tuple(session.refusals.values())
-        self._settled[session] = {r for r in standing if r in settled or await self._end_refused_canary(r)}
+        handled = self._handled.get(server, set())
+        if isinstance(message, Hello | Nack):  # judge these again: a canary may have begun since
+            handled = handled.difference(message.refusals)
+        standing = tuple(server.refusals.values())
+        self._handled[server] = {r for r in standing if r in handled or await self._end_refused_canary(r)}
         self._notify()
 
-    def left(self, session: SyncServer, error: ServiceError | None = None, hello: Hello | None = None) -> None:
-        """A stream has ended, by this refusal of ours; `hello` is what it had begun with."""
+    def disconnect(self, server: SyncServer, error: ServiceError | None = None, hello: Hello | None = None) -> None:
+        """Handle the end of a stream; `error` if the service ended it, `hello` is the stream's last Hello."""
         why = Why(error.reason, error.message) if error else None
-        if why and hello and session.hello is None:
-            self.fleet.refused(hello, why)
-        self.fleet.left(session, why)
-        self._settled.pop(session, None)
+        if why and hello and server.hello is None:
+            self.fleet.reject(hello, why)
+        self.fleet.disconnect(server, why)
+        self._handled.pop(server, None)
         self._notify()
 
-    def told(self, hello: Hello, report: ReaderReport) -> None:
-        """Another process of the service has heard of a reader of its own."""
-        self.fleet.elsewhere(hello, report)
-        self._news.notify_now()
+    def receive_remote(self, hello: Hello, report: ReaderReport) -> None:
+        """Handle the published status of another process's reader."""
+        self.fleet.record_remote(hello, report)
+        self._progress.notify_now()
 
-    async def tell(self, others: Callable[[list[tuple[Hello, ReaderReport]]], None]) -> None:
-        """Tell the other processes where the readers here stand, for ever: each second, and when that changes."""
+    async def publish(self, publish_standing: Callable[[list[tuple[Hello, ReaderReport]]], None]) -> None:
+        """Publish the status of this process's readers for ever: each second, and after changes."""
         while True:
-            changed = self._changed.next_write()
-            if standing := self.fleet.here():
-                with suppress(ServiceError):  # the database is away: so are the others
-                    await asyncio.to_thread(others, standing)
+            changed = self._standing_changed.next_write()
+            if standing := self.fleet.local_standing():
+                with suppress(ServiceError):  # the database is away, and the other processes with it
+                    await asyncio.to_thread(publish_standing, standing)
             await asyncio.sleep(GATHER_SECONDS)
-            await tasks.wait_at_most(changed, TELL_SECONDS)
+            await tasks.wait_at_most(changed, PUBLISH_SECONDS)
 
     async def wait(
         self, channel: ChannelRecord, position: Position, level: Level, seconds: float
     ) -> RolloutProgress | None:
-        """How far a write has come when enough readers hold it, when they can't any more, or after so long."""
+        """Wait until enough readers hold a write, until they can't any more, or for so many seconds."""
         if level is Level.NONE:
             return None
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
         while True:
-            news = self._news.next_write()
+            progress = self._progress.next_write()
             rollout = self.fleet.rollout(channel, position)
             if level.reached(rollout) or level.out_of_reach(rollout) or loop.time() >= until:
                 return rollout
-            await tasks.wait_at_most(news, until - loop.time())
+            await tasks.wait_at_most(progress, until - loop.time())
 
     def _notify(self) -> None:
-        self._news.notify_now()
-        self._changed.notify_now()
+        self._progress.notify_now()
+        self._standing_changed.notify_now()
 
     async def _judge_canary(self, tally: CanaryTally) -> None:
         together = self.fleet.tally(tally.tenant, tally.channel, tally.digest)
@@ -145,17 +145,17 @@ class Rollouts:
             await self._end_canary(tally.tenant, tally.channel, tally.digest, why)
 
     async def _end_refused_canary(self, refusal: Refusal) -> bool:
-        """End the canary that is refused, if it is one. Whether that is settled."""
+        """End the canary that is refused, if it is one. False to try again later."""
         if not (refusal.final and refusal.channel):
             return True
         why = f"NACK: a reader refuses it: {refusal.reason}: {refusal.message}"
         return await self._end_canary(refusal.tenant, refusal.channel, refusal.digest, why)
 
     async def _end_canary(self, tenant: str, channel: str, digest: str, why: str) -> bool:
-        """End a canary, if this is one. False if that can't be done now."""
+        """End a canary, if this release is one. False if the database is away."""
         try:
             ended = await asyncio.to_thread(self._service.channels.end_bad_canary, tenant, channel, digest, why)
-        except ServiceError as error:  # the database is away: the next report brings it up again
+        except ServiceError as error:  # the database is away: the next report leads here again
             log.error(
                 "a canary should have ended",
                 tenant=tenant,

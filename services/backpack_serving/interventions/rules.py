@@ -1,4 +1,4 @@
-"""What all rules of the intervention service share: the store, the ledger, the model, and how names look."""
+"""The context that all rules share (store, ledger, model, limits), and checks of names and texts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check_id(field: str, value: str) -> None:
 
 
 def check_text(field: str, value: str) -> None:
-    """Raise InvalidRequest for text of people's that is too long, or has NUL, which no database's text has."""
+    """Raise InvalidRequest for free text that is too long, or contains NUL, which databases refuse."""
     if len(value) > LONGEST_TEXT:
         raise InvalidRequest.at(field, "TOO_LONG", f"{len(value)} characters, at most {LONGEST_TEXT}")
     if "\0" in value:

@@ -1,4 +1,4 @@
-"""The intervention service without transport: its rules, composed. No SQL, no gRPC, no protobuf."""
+"""Composes the rules of the intervention service. No SQL, gRPC or protobuf."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What the stores on SQLite and PostgreSQL share, through SQLAlchemy Core: the only file that says SELECT.
+"""The common part of the stores on SQLite and PostgreSQL, through SQLAlchemy Core: the only file with SELECT.
 
-A write starts by raising the counter in the head row, which locks it until the commit: revisions are gapless in
-commit order, and whoever reads a revision reads all those before it. (Numbers from a sequence become visible out
-of order, and who polls by them misses events.)
+A write first increments the revision in the head row, which locks that row until the commit. So revisions are gapless
+in commit order, and a reader of one revision sees all earlier ones. (Numbers from a sequence become visible out of
+order, and a poller would miss events.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from backpack_serving.errors import Unavailable
 from backpack_serving.interventions.records import EventRecord, Position, Record, ReplyRecord, key_of
-from backpack_serving.interventions.store import Read, Write, ignored
+from backpack_serving.interventions.store import Read, Write, ignore_message
 from backpack_serving.interventions.tables import head, tables
 
 R = TypeVar("R")
@@ -86,7 +86,7 @@ class Transaction:
         self.connection.execute(sa.update(head).values(epoch=epoch))
 
     def select_visible(self, table: sa.Table) -> sa.Select[Any]:
-        """The rows of a table that this transaction may see: all reads begin with it."""
+        """Select the rows of a table that this transaction may see. All reads begin with it."""
         query = sa.select(table)
         if self._tenant is not None and "tenant" in table.c:
             query = query.where(table.c.tenant == self._tenant)
@@ -122,12 +122,15 @@ class SQLStore(ABC):
 
     @abstractmethod
     def listen(
-        self, heard: Callable[[], None], failed: Callable[[str], None], told: Callable[[str], None] = ignored
+        self,
+        on_write: Callable[[], None],
+        on_failure: Callable[[str], None],
+        on_message: Callable[[str], None] = ignore_message,
     ) -> None:
         """See `Store`."""
 
     @abstractmethod
-    def tell(self, texts: Sequence[str]) -> None:
+    def publish(self, texts: Sequence[str]) -> None:
         """See `Store`."""
 
     def close(self) -> None:
@@ -142,19 +145,19 @@ class SQLStore(ABC):
         """A connection for a transaction that writes."""
 
     def enter(self, connection: sa.Connection, tenant: str | None) -> None:  # noqa: B027
-        """What comes first in every transaction."""
+        """Prepare a transaction, before its first statement."""
 
     def raise_head(self, connection: sa.Connection) -> sa.Row[Any]:
-        """Count the head row's revision up, which locks it until the commit; the row as it is then."""
+        """Increment the head row's revision, which locks the row until the commit; return the row."""
         raised = sa.update(head).values(revision=head.c.revision + 1).returning(*head.c)
         return connection.execute(raised).one()
 
     @abstractmethod
     def commit(self, transaction: sa.RootTransaction) -> None:
-        """Commit, durably. Raises Unavailable if that can't be told."""
+        """Commit durably. Raises Unavailable if the outcome is unknown."""
 
     def _reason(self, error: object) -> str:
-        """What the database says, and what a store finds out beside it."""
+        """The database's error message, with what the store can add."""
         return str(error)
 
     @contextmanager

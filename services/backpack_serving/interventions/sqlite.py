@@ -25,13 +25,13 @@ from backpack_serving.errors import Unavailable
 from backpack_serving.interventions import schema
 from backpack_serving.interventions.disk import diagnose
 from backpack_serving.interventions.sql import SQLStore
-from backpack_serving.interventions.store import ignored
+from backpack_serving.interventions.store import ignore_message
 
 PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=ON")
-"""What each connection sets: durability is decided here."""
+"""Set on each connection. They decide what survives a power cut."""
 
 CHECKPOINT_WRITES = 200
-"""Writes after which the write-ahead log is copied into the database file."""
+"""Writes between two checkpoints, which copy the write-ahead log into the database file."""
 
 
 class SQLiteStore(SQLStore):
@@ -59,7 +59,7 @@ class SQLiteStore(SQLStore):
         if lock is None:
             raise Unavailable("LOCKED", f"another service is using {path}; stop it first")
         if not path.exists():
-            path.touch(mode=0o600)  # what tenants write; the files that SQLite puts beside it get the same rights
+            path.touch(mode=0o600)  # it holds what tenants write; SQLite gives its other files the same rights
         for file in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
             _not_for_everybody(file)
         engine = sa.create_engine(
@@ -67,7 +67,7 @@ class SQLiteStore(SQLStore):
             module=pysqlite3.dbapi2,
             poolclass=StaticPool,
             connect_args={"check_same_thread": False},
-            hide_parameters=True,  # what tenants write doesn't belong into a log
+            hide_parameters=True,  # logs must not contain what tenants write
         )
         sa.event.listen(engine, "connect", _set_pragmas)
         sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
@@ -82,15 +82,18 @@ class SQLiteStore(SQLStore):
         return cls(engine, lock)
 
     def listen(
-        self, heard: Callable[[], None], failed: Callable[[str], None], told: Callable[[str], None] = ignored
+        self,
+        on_write: Callable[[], None],
+        on_failure: Callable[[str], None],
+        on_message: Callable[[str], None] = ignore_message,
     ) -> None:
-        self._on_failure = failed
+        self._on_failure = on_failure
 
-    def tell(self, texts: Sequence[str]) -> None:
+    def publish(self, texts: Sequence[str]) -> None:
         pass  # no other process has the file
 
     def close(self) -> None:
-        with self._lock:  # a write may still be running whose caller was told to try again
+        with self._lock:  # a write may still run whose caller was told to retry
             self._closed = True
             super().close()
             self._file_lock.close()
@@ -122,7 +125,7 @@ class SQLiteStore(SQLStore):
         driver: Any = connection.connection.driver_connection
         try:
             driver.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-        except Exception as error:  # of the driver: there is no statement of SQLAlchemy's to wrap it
+        except Exception as error:  # the driver's error, which no SQLAlchemy statement wraps
             self.fail(f"a checkpoint failed: {self._reason(error)}")
         self._since_checkpoint = 0
 
@@ -130,13 +133,13 @@ class SQLiteStore(SQLStore):
         return _with_reason(error, Path(self.engine.url.database or ""))
 
     def fail(self, why: str) -> None:
-        """Refuse everything from now on, with this reason, and say so to whoever listens. Raises Unavailable."""
+        """Refuse everything from now on, for this reason, and report it to the listener. Raises Unavailable."""
         self._failed = why
         self._on_failure(why)
         self._check_running()
 
     def _check_running(self) -> None:
-        if self._closed:  # a new connection would write beside whoever has the file now
+        if self._closed:  # a new connection would write beside the file's new owner
             raise Unavailable("STOPPING", "this service has stopped; another one will answer", retry_after=1.0)
         if self._failed:
             raise Unavailable(
@@ -147,7 +150,7 @@ class SQLiteStore(SQLStore):
 
 
 def _with_reason(error: object, path: Path) -> str:
-    """What SQLite says, and what it keeps to itself: why its files can't be written, as another file can't be."""
+    """SQLite's message, and the system's reason for it, which SQLite leaves out (see `disk.diagnose`)."""
     found = diagnose(path) if _WRITING.search(str(error)) else ""
     return f"{error}{': ' if found else ''}{found}"
 
@@ -171,8 +174,8 @@ def _lock_file(path: Path, wait: float) -> IO[str] | None:
 
 
 def _not_for_everybody(file: Path) -> None:
-    """Take all others' rights to a file, which an earlier version made, or which was copied back from a backup."""
-    with suppress(OSError):  # it isn't there, or not ours
+    """Remove other users' rights to a file of an earlier version, or from a backup."""
+    with suppress(OSError):  # it doesn't exist, or isn't ours
         mode = file.stat().st_mode
         if mode & stat.S_IRWXO:
             file.chmod(stat.S_IMODE(mode) & ~stat.S_IRWXO)

@@ -1,4 +1,4 @@
-"""Where records are kept: the protocol that every store obeys.
+"""The protocol that every store implements.
 
 A store runs one write transaction at a time. A write moves the head (epoch, revision, hash) on by exactly one
 and adds exactly one event, in the same transaction as what it stores; one that raises leaves nothing behind.
@@ -16,12 +16,12 @@ from backpack_serving.interventions.records import EventRecord, Position, Record
 
 R = TypeVar("R")
 
-MOST_TOLD = 7_900
-"""Bytes of one text for other processes: what PostgreSQL's NOTIFY carries."""
+MAX_MESSAGE_BYTES = 7_900
+"""Most bytes of one message to other processes: PostgreSQL's NOTIFY carries no more."""
 
 
-def ignored(text: str) -> None:
-    """Who doesn't care what other processes tell."""
+def ignore_message(text: str) -> None:
+    """A listener that ignores messages of other processes."""
 
 
 class Read(Protocol):
@@ -32,7 +32,7 @@ class Read(Protocol):
 
     @property
     def hash(self) -> str:
-        """Of the last event."""
+        """The hash of the last event."""
 
     def get(self, kind: type[R], *key: Any) -> R | None:
         """The record with this whole key, or None."""
@@ -48,17 +48,17 @@ class Read(Protocol):
         """Records whose key begins with `prefix`, ordered by the next key field, beyond `after` in that order."""
 
     def find(self, kind: type[R], **equal: Any) -> R | None:
-        """The first record, by key, with these field values, or None."""
+        """The first record, in key order, with these field values, or None."""
 
 
 class Write(Read, Protocol):
-    """A transaction. `position` is already the one that it will have made."""
+    """A write transaction. `position` is already that of the revision that it will commit."""
 
     def add(self, record: Record) -> None:
         """Store a new record. Its key must be free: an AssertionError is our own mistake."""
 
     def replace(self, record: Record) -> None:
-        """Store a record in place of the one with its key. What never changes is an AssertionError, too."""
+        """Replace the record with the same key. An immutable kind is an AssertionError."""
 
     def log(self, event: EventRecord) -> None:
         """Add this write's event; its revision and hash are set here."""
@@ -66,30 +66,33 @@ class Write(Read, Protocol):
     def forget_replies(self, before: datetime) -> None: ...
 
     def begin(self, epoch: int) -> None:
-        """Let this write be the first of a higher epoch."""
+        """Make this write the first of a higher epoch."""
 
 
 class Store(Protocol):
-    """Transactions, and news of other processes with the same store. Raises Unavailable while it can't be used."""
+    """Transactions, and messages between processes with the same store. Raises Unavailable while it can't be used."""
 
     def read(self, tenant: str | None = None) -> AbstractContextManager[Read]:
-        """See one state of the store: a tenant's records, or everybody's."""
+        """A transaction that sees one state of the store: one tenant's records, or everybody's (None)."""
 
     def write(self, tenant: str | None = None) -> AbstractContextManager[Write]:
-        """Committed, and durable, when the block ends; nothing of it is if the block raises.
+        """A transaction that is durably committed when the block ends, and rolled back if the block raises.
 
-        Raises Unavailable if that can't be told: the write may have happened then.
+        Raises Unavailable if the outcome is unknown: the write may have happened then.
         """
 
     def listen(
-        self, heard: Callable[[], None], failed: Callable[[str], None], told: Callable[[str], None] = ignored
+        self,
+        on_write: Callable[[], None],
+        on_failure: Callable[[str], None],
+        on_message: Callable[[str], None] = ignore_message,
     ) -> None:
-        """Call `heard`, from any thread, soon after other processes have written; one call may get lost. Call
-        `failed`, with the reason, when the store will take nothing more until its process is started again. Call
-        `told` with what other processes `tell`.
+        """Call `on_write`, from any thread, soon after other processes have written; one call may get lost. Call
+        `on_failure`, with the reason, when the store will take nothing more until its process is started again. Call
+        `on_message` with what other processes `publish`.
         """
 
-    def tell(self, texts: Sequence[str]) -> None:
-        """Tell other processes that listen to this store, MOST_TOLD bytes each at most. Nothing is stored."""
+    def publish(self, texts: Sequence[str]) -> None:
+        """Send messages of at most MAX_MESSAGE_BYTES to the other processes that listen. Nothing is stored."""
 
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""The services for readers: their streams, the releases they fetch, and who holds what."""
+"""SyncService for readers (streams, releases), and FleetService about readers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SyncServicer(grpc_v1.SyncServiceServicer):
         self._service, self._identities, self._writes, self._rollouts = service, identities, writes, rollouts
         self._history = EventHistory(service)
         self._nonces = itertools.count(secrets.randbits(48))
-        # Their own: whatever keeps other threads busy, a bookmark must not come late.
+        # A pool of its own, so that other work never delays a bookmark.
         self._threads = ThreadPoolExecutor(THREADS, "sync")
 
     async def Sync(
@@ -47,8 +47,8 @@ class SyncServicer(grpc_v1.SyncServiceServicer):
     ) -> AsyncIterator[pb.SyncResponse]:
         (await self._identities.who(context)).require(Role.REPLICA)
         server, refused = SyncServer(self._history, self._nonces), None
-        heard = partial(self._rollouts.heard, server)
-        stream = serve_reader(server, requests, self._writes.next_write, heard, self._threads)
+        on_message = partial(self._rollouts.receive, server)
+        stream = serve_reader(server, requests, self._writes.next_write, on_message, self._threads)
         try:
             async with aclosing(stream):
                 async for message in stream:
@@ -57,7 +57,7 @@ class SyncServicer(grpc_v1.SyncServiceServicer):
             refused = error
             raise
         finally:
-            self._rollouts.left(server, refused, server.introduced)
+            self._rollouts.disconnect(server, refused, server.last_hello)
 
     async def FetchRelease(
         self, request: pb.FetchReleaseRequest, context: rpc.Context
@@ -79,7 +79,7 @@ class SyncServicer(grpc_v1.SyncServiceServicer):
 
 
 class FleetServicer(grpc_v1.FleetServiceServicer):
-    """Which readers there are, and which releases they hold."""
+    """Lists the readers, and the releases that they hold."""
 
     def __init__(self, service: Interventions, identities: Identities, rollouts: Rollouts) -> None:
         self._service, self._identities, self._fleet = service, identities, rollouts.fleet
@@ -102,6 +102,6 @@ class FleetServicer(grpc_v1.FleetServiceServicer):
         who.require(Role.ADMIN)
         position = await asyncio.to_thread(self._service.events.position)
         return pb.ListReadersResponse(
-            readers=[fleet_wire.write_reader(seen, silence) for seen, silence in self._fleet.readers()],
+            readers=[fleet_wire.write_reader(status, silence) for status, silence in self._fleet.readers()],
             position=write_position(position),
         )

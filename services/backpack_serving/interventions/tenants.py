@@ -28,17 +28,17 @@ from backpack_serving.interventions.store import Write
 from backpack_serving.references import LIVE
 
 TOO_FEW_TO_ASK = 10
-"""So many tenants may be suspended at once without force, however few there are."""
+"""Tenants that one call may suspend without `force`, however few there are."""
 
 
 class TenantRules:
-    """Who there is, and which keys open what. For admins."""
+    """Tenants and their API keys, for admins."""
 
     def __init__(self, context: RuleContext) -> None:
         self._context = context
 
     def authenticate(self, presented: str) -> Principal:
-        """Who presents this key. Raises Unauthenticated if nobody may, or may any more."""
+        """The principal of an API key. Raises Unauthenticated if it is unknown or revoked, or its tenant suspended."""
         key = ApiKeySecret.parse(presented)
         with self._context.store.read() as tx:
             record = tx.find(KeyRecord, key=key.id)
@@ -50,7 +50,7 @@ class TenantRules:
         return Principal(record.tenant, record.key, frozenset(map(Role, record.roles.split())))
 
     def check_tenant(self, who: Principal) -> None:
-        """Raises Unauthenticated if a credential names a tenant that isn't there, or is suspended."""
+        """Raise Unauthenticated if a credential's tenant doesn't exist or is suspended."""
         with self._context.store.read() as tx:
             tenant = tx.get(TenantRecord, who.tenant)
         if tenant is None:
@@ -59,7 +59,7 @@ class TenantRules:
             raise suspended(who.tenant)
 
     def bootstrap(self, make: ApiKeySecret, roles: Iterable[Role]) -> None:
-        """Give the system tenant a key that was made outside. Only for whoever holds the database itself.
+        """Give the system tenant a key that was made elsewhere. Only the service itself may, at start.
 
         Raises PreconditionFailed for a key that is there for something else.
         """
@@ -91,7 +91,7 @@ class TenantRules:
             self._context.ledger.write(Principal(SYSTEM, "bootstrap", frozenset()), "Bootstrap", IdempotencyKey(), act)
 
     def create_tenant(self, who: Principal, tenant: str, request: IdempotencyKey) -> WriteResult[TenantRecord]:
-        """A tenant, whose channel `live` is at its release 0: the model unpatched.
+        """Create a tenant, with a channel `live` at release 0: the model unpatched.
 
         Raises AlreadyExists, or InvalidRequest for a name that none may have.
         """
@@ -118,7 +118,7 @@ class TenantRules:
     def create_key(
         self, who: Principal, tenant: str, roles: Sequence[Role], request: IdempotencyKey
     ) -> tuple[WriteResult[KeyRecord], ApiKeySecret | None]:
-        """A new key, and its secret unless the request is a repetition."""
+        """Create a key; returns its secret too, unless the request is a repetition."""
         who.require(Role.ADMIN)
         if not roles:
             raise InvalidRequest.at("roles", "EMPTY", "a key without roles may do nothing; give at least one")
@@ -140,7 +140,7 @@ class TenantRules:
     def rotate_key(
         self, who: Principal, tenant: str, key: str, request: IdempotencyKey
     ) -> tuple[WriteResult[KeyRecord], ApiKeySecret | None]:
-        """A new key in the place of another, which is revoked; its secret unless the request is a repetition."""
+        """Replace a key, which is revoked; returns the new secret too, unless the request is a repetition."""
         who.require(Role.ADMIN)
         minted = ApiKeySecret.mint()
 
@@ -164,7 +164,7 @@ class TenantRules:
             return tx.list(KeyRecord, tenant, after=after, limit=limit)
 
     def revoke_key(self, who: Principal, tenant: str, key: str, request: IdempotencyKey) -> WriteResult[KeyRecord]:
-        """End a key for ever. Raises NotFound if there is none such."""
+        """Revoke a key for ever. Raises NotFound if there is no such key."""
         who.require(Role.ADMIN)
 
         def act(tx: Write, now: datetime) -> tuple[KeyRecord, list[Record]]:
@@ -187,7 +187,7 @@ class TenantRules:
             raise InvalidRequest.at("names", "OPERATORS", f"tenants/{SYSTEM} operates the service; revoke a key")
 
         def act(tx: Write, now: datetime) -> tuple[TenantRecord, list[Record]]:
-            ends = [found for found in _named(tx, names) if not found.suspended]
+            ends = [found for found in _find_tenants(tx, names) if not found.suspended]
             active = sum(not each.suspended and each.tenant != SYSTEM for each in tx.list(TenantRecord))
             bound = max(TOO_FEW_TO_ASK, active // 10)
             if len(ends) > bound and not force:
@@ -204,23 +204,23 @@ class TenantRules:
         return self._context.ledger.write(who, "SuspendTenants", request, act)
 
     def resume(self, who: Principal, names: Sequence[str], request: IdempotencyKey) -> WriteResult[TenantRecord]:
-        """Let the keys of these tenants be good again."""
+        """Accept the keys of these tenants again."""
         who.require(Role.ADMIN)
 
         def act(tx: Write, now: datetime) -> tuple[TenantRecord, list[Record]]:
-            return _replaced(tx, [replace(t, suspended=False) for t in _named(tx, names) if t.suspended])
+            return _replaced(tx, [replace(t, suspended=False) for t in _find_tenants(tx, names) if t.suspended])
 
         return self._context.ledger.write(who, "ResumeTenants", request, act)
 
 
-def _named(tx: Write, names: Sequence[str]) -> list[TenantRecord]:
+def _find_tenants(tx: Write, names: Sequence[str]) -> list[TenantRecord]:
     if not names:
         raise InvalidRequest.at("names", "EMPTY", "name at least one tenant")
     return [lookup.tenant(tx, name) for name in dict.fromkeys(names)]
 
 
 def _replaced(tx: Write, tenants: list[TenantRecord]) -> tuple[TenantRecord, list[Record]]:
-    """Many records changed by one write, which is told as one about the operators."""
+    """Replace several tenants in one write, whose audit entry is about the system tenant."""
     for tenant in tenants:
         tx.replace(tenant)
     return lookup.tenant(tx, SYSTEM), [*tenants]

@@ -1,5 +1,5 @@
-"""Revisions that come in chunks. The header is checked against the limits before a byte of content is kept, and
-the content against the header while it comes. Nothing is ever unpickled.
+"""Uploads of revisions in chunks. The header is checked against the limits before any content is stored, and the
+content against the header while it arrives. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ CHUNK = 2**20
 """Most bytes of content in a message."""
 
 LONGEST_HEADER = 64 * 1024
-"""Most bytes of a safetensors file's own header. The library would take a hundred megabytes."""
+"""Most bytes of a safetensors file's own header. The library accepts a hundred megabytes."""
 
 _KINDS = (pb.EDIT_KIND_ADD, pb.EDIT_KIND_SET)
 _TENSORS = {"F32": "f", "F16": "e", "I32": "i", "I64": "q"}
 
 
 class Upload:
-    """The messages of one upload, taken one by one. Every method raises InvalidRequest for what is wrong."""
+    """Collects the messages of one upload. Every method raises InvalidRequest for invalid input."""
 
     def __init__(self, shape: ModelShape, limits: PatchLimits) -> None:
         self._shape, self._limits = shape, limits
@@ -35,7 +35,7 @@ class Upload:
         self.header = pb.UploadHeader()
 
     def begin(self, message: pb.UploadRevisionRequest) -> None:
-        """The first message: what will come, and whether it may."""
+        """Check the first message, the header."""
         if message.WhichOneof("part") != "header":
             raise InvalidRequest.at("header", "MISSING_HEADER", "the first message must be the header")
         self.header = header = message.header
@@ -52,7 +52,7 @@ class Upload:
                 raise InvalidRequest.at("header.format", "UNKNOWN_KIND", "say safetensors or packed")
 
     def take(self, message: pb.UploadRevisionRequest) -> None:
-        """A further message: content."""
+        """Add a further message, which is content."""
         if message.WhichOneof("part") != "chunk":
             raise InvalidRequest.at("chunk", "SECOND_HEADER", "after the first message there is only content")
         if len(message.chunk) > CHUNK:
@@ -70,7 +70,7 @@ class Upload:
                 )
 
     def edits(self) -> list[Edit]:
-        """What was uploaded, once all of it has come. Takes a second for the largest."""
+        """Parse the complete upload. Takes a second for the largest."""
         if len(self._content) != self.header.size:
             raise InvalidRequest.at(
                 "content", "INCOMPLETE", f"{len(self._content)} bytes came, the header said {self.header.size}"
@@ -87,7 +87,7 @@ class Upload:
         return [SetEdit((cell,), vector) for cell, vector in pairs]
 
     def request(self) -> IdempotencyKey:
-        """What makes the upload recognisable when it is repeated."""
+        """Identifies the upload when it is repeated."""
         body = hashlib.sha256(self.header.SerializeToString(deterministic=True) + self._content)
         return IdempotencyKey(self.header.request_id, body.hexdigest())
 

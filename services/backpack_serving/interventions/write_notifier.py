@@ -1,4 +1,4 @@
-"""Wakes tasks when the store was written to."""
+"""Wakes tasks after a write of the store."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 
 class WriteNotifier:
-    """Wakes every task that waits for the next write. `notify` may be called from any thread."""
+    """Wakes all tasks that wait for the next write. `notify` may be called from any thread."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -16,10 +16,10 @@ class WriteNotifier:
         self._loop.call_soon_threadsafe(self.notify_now)
 
     def next_write(self) -> asyncio.Event:
-        """Set by the next write. Take it before reading the store, wait for it afterwards."""
+        """An event that the next write sets. Take it before reading the store, and wait for it afterwards."""
         return self._next
 
     def notify_now(self) -> None:
-        """The same from the event loop itself, without delay."""
+        """Notify at once, from the event loop itself."""
         done, self._next = self._next, asyncio.Event()
         done.set()

@@ -84,10 +84,10 @@ class PartCalls:
     of: _CallCounters
 
     def began(self, method: str) -> None:
-        self.of.running.labels(self.part, _short(method)).inc()
+        self.of.running.labels(self.part, _method_name(method)).inc()
 
     def ended(self, method: str, code: str, reason: str, seconds: float) -> None:
-        method = _short(method)
+        method = _method_name(method)
         self.of.total.labels(self.part, method, code).inc()
         self.of.seconds.labels(self.part, method).observe(seconds)
         if reason:
@@ -95,7 +95,7 @@ class PartCalls:
         self.of.running.labels(self.part, method).dec()
 
 
-def _short(method: str) -> str:
+def _method_name(method: str) -> str:
     return method.rpartition("/")[2]
 
 

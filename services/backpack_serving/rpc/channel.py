@@ -1,4 +1,4 @@
-"""Channels to our servers: keepalive, limits, and which calls the library may repeat."""
+"""Channels to our servers: keepalive, limits, and which calls gRPC may retry."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from backpack_serving.errors import InvalidRequest
 from backpack_serving.rpc.credentials import channel_credentials
 
 MESSAGE_LIMIT = 20 * 2**20
-"""Largest message that a server takes: a revision at the limits of its size, and some room."""
+"""Largest message that a server accepts, in bytes: a revision at its size limit, and some room."""
 
 SMALL = 2**20
-"""Bytes of a single request, far more than a text of any context has. To look through one of 20 MiB and refuse it
-took a server's event loop seconds; in memory a message may be 25 times as large.
+"""Most bytes of an ordinary request, far more than a text of any context has. Parsing and refusing a message of 20 MiB
+blocked a server's event loop for seconds, and a parsed message may take 25 times its size in memory.
 """
 
 
 def too_large(size: int) -> InvalidRequest:
-    """The refusal of a request of so many bytes."""
+    """The error for a request of so many bytes."""
     return InvalidRequest("TOO_LARGE", f"a message of {size} bytes; at most {SMALL}")
 
 
 BALANCED: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
 """Calls are spread over all addresses of a name."""
 
-# Only reads may be repeated by the library: a second Generate would be charged and sampled twice, and of a write
-# the library can't tell whether it has an id. CANCELLED is what a stopping server may say (see `rpc.status`).
+# gRPC may only retry reads: a second Generate would be charged and sampled twice, and gRPC doesn't know whether a write
+# has a request id. A stopping server may answer CANCELLED (see `rpc.status`).
 SERVICE_CONFIG = json.dumps(
     {
         **BALANCED,
@@ -75,17 +75,17 @@ SERVICE_CONFIG = json.dumps(
 )
 
 RECONNECT = 0.2
-"""Seconds after which a channel that was refused a connection tries again, at first."""
+"""Seconds after which a channel first reconnects."""
 
 _CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_receive_message_length", MESSAGE_LIMIT),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # By default gRPC waits up to two minutes before it tries again: too long for a part that has been restarted.
+    # By default gRPC waits up to two minutes before it reconnects: too long for a part that has restarted.
     ("grpc.initial_reconnect_backoff_ms", int(RECONNECT * 1000)),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    # Two parts of one process must not share a connection pool: a test may restart a server on its port.
+    # Parts of one process must not share a connection pool: a test may restart a server on its port.
     ("grpc.use_local_subchannel_pool", 1),
 )
 
@@ -93,9 +93,9 @@ _CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
 def channel(address: str, tls: Tls | None = None, *, repeats: bool = True, client: bool = False) -> grpc.aio.Channel:
     """A channel to one of our servers, with retries of reads and keepalive; with TLS if there are authorities.
 
-    Without `repeats` the library repeats nothing: who calls would rather ask somebody else. A `client` repeats for
-    itself. Its calls go through a proxy where gRPC's do (see `proxies`); those of our parts never do.
-    Raises ValueError if the certificates are no good, or the address is no text.
+    Without `repeats` gRPC retries nothing: the caller tries another server instead. A `client` retries by itself, and
+    its calls go through a proxy where gRPC's do (see `proxies`); calls between our parts never do.
+    Raises ValueError if the certificates are invalid, or the address isn't encodable text.
     """
     options = _options(address, tls, repeats, client)
     if tls is None or tls.authorities is None:
@@ -104,7 +104,7 @@ def channel(address: str, tls: Tls | None = None, *, repeats: bool = True, clien
 
 
 def sync_channel(address: str, tls: Tls | None = None, *, client: bool = False) -> grpc.Channel:
-    """The same for a caller without an event loop."""
+    """The same channel, for a caller without an event loop."""
     options = _options(address, tls, True, client)
     if tls is None or tls.authorities is None:
         return grpc.insecure_channel(address, options=options)

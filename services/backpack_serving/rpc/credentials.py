@@ -1,4 +1,4 @@
-"""TLS for servers, which take new certificates without a restart, and for channels."""
+"""TLS credentials: for servers, which reload certificates without a restart, and for channels."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from backpack_serving.auth.tls import Reloaded, Tls
 
 
 def server_credentials(tls: Tls) -> grpc.ServerCredentials:
-    """Credentials that look at their files with every handshake. Raises ValueError if the files aren't good now.
+    """Credentials that check their files at every handshake. Raises ValueError if the files are invalid now.
 
-    Files that are no good later are logged, and what was read before serves on.
+    If they become invalid later, that is logged, and the last valid ones stay in use.
     """
     held = Reloaded(tls, _configuration)
     first = known = held.now()
@@ -32,6 +32,6 @@ def _configuration(tls: Tls) -> grpc.ServerCertificateConfiguration:
 
 
 def channel_credentials(tls: Tls) -> grpc.ChannelCredentials:
-    """Credentials of a channel, as the files are now. Raises ValueError if they aren't good."""
+    """Credentials of a channel, from the files as they are now. Raises ValueError if they are invalid."""
     key, certificate = tls.identity() or (None, None)
     return grpc.ssl_channel_credentials(tls.servers(), key, certificate)

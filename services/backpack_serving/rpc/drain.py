@@ -1,4 +1,4 @@
-"""What a drain has ended, told to what was ended."""
+"""Drain: lets a cancelled call find out whether its own server's drain cancelled it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from backpack_serving.errors import ServiceError, Unavailable
 
 ended: ContextVar[Set[asyncio.Task[Any]]] = ContextVar("ended", default=frozenset())
-"""The calls that a drain has ended, of the server that runs this one."""
+"""Calls that a drain has cancelled, of the server that runs this call."""
 
 
 def drained() -> bool:
-    """Whether the call that is cancelled here is one that our own drain ends, and not who called."""
+    """Whether the current call was cancelled by our own drain, not by its caller."""
     return asyncio.current_task() in ended.get()
 
 
 def draining() -> ServiceError:
-    """What is told to who calls a server that stops."""
+    """The error of calls to a server that is stopping."""
     return Unavailable("DRAINING", "this server is stopping; another one will answer", retry_after=0.1)

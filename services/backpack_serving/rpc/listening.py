@@ -1,4 +1,4 @@
-"""Whether an address can be listened on, asked before gRPC is: that writes to stderr itself if it can't be."""
+"""Checks that an address can be listened on, before gRPC tries, which would write to stderr on its own."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _EVERYWHERE = ("0.0.0.0", "::")
 
 
 def check(address: str) -> None:
-    """Raises OSError, with the reason, if a server can't listen on host:port or unix:path."""
+    """Raise OSError, with the reason, if a server can't listen on host:port or unix:path."""
     why = _unix(address.removeprefix("unix:")) if address.startswith("unix:") else _tcp(address)
     if why:
         raise unusable(address, why)
 
 
 def unusable(address: str, why: str) -> OSError:
-    """The refusal of an address."""
+    """The error for an address that can't be listened on."""
     return OSError(
         f"can't listen on {address}: is another server there, or is it no address of this machine? ({why}) "
         "`backpack settings` lists who listens where"
@@ -32,7 +32,7 @@ def _tcp(address: str) -> str:
     except (socket.gaierror, UnicodeError) as error:
         return str(error)
     reasons = [_bind(family, where, host in _EVERYWHERE) for family, _, _, _, where in found]
-    taken = [why for why in reasons if why == _IN_USE]  # on one of a name's addresses: clients might meet that one
+    taken = [why for why in reasons if why == _IN_USE]  # taken on one of a name's addresses: clients might use that one
     return (taken or [""])[0] if taken or not all(reasons) else reasons[0]
 
 
@@ -42,7 +42,7 @@ _IN_USE = "Address already in use"
 def _bind(family: int, where: object, everywhere: bool) -> str:
     try:
         with socket.socket(family, socket.SOCK_STREAM) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger are no server
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # lingering connections are no server
             trial.bind(where)  # type: ignore[arg-type]
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
@@ -53,7 +53,7 @@ def _bind(family: int, where: object, everywhere: bool) -> str:
 
 
 def _unix(path: str) -> str:
-    """gRPC takes the place of a socket that is there, whoever listens on it."""
+    """gRPC would replace an existing socket, even one that another server listens on."""
     with suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as trial:
         trial.settimeout(1)
         trial.connect(path.removeprefix("//"))

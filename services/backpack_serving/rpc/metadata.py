@@ -1,4 +1,4 @@
-"""What travels beside a message: who calls, and for which request."""
+"""Metadata of calls: credentials, request ids, reasons of health checks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backpack_serving.errors import Unauthenticated
 
 REQUEST_ID = "x-request-id"
 WHY = "backpack-why"
-"""Metadata of a health check's answer: why something doesn't serve."""
+"""Metadata key in a health check's answer: why a service doesn't serve."""
 
 _WORD = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
@@ -28,12 +28,12 @@ class Context(Protocol):
 
 
 def metadata(context: Context) -> Mapping[str, str | bytes]:
-    """The caller's metadata; of a repeated name, the last."""
+    """The caller's metadata; the last value of a repeated key."""
     return dict(context.invocation_metadata() or ())
 
 
 def bearer(context: Context) -> str | None:
-    """The token of `authorization: Bearer …`, None without one. Raises Unauthenticated if it is something else."""
+    """The token of `authorization: Bearer …`; None without that key. Raises Unauthenticated if it is malformed."""
     value = metadata(context).get("authorization")
     if value is None:
         return None
@@ -55,14 +55,14 @@ def identify(known: Mapping[str, str | bytes]) -> str:
 
 
 def with_request_id() -> tuple[tuple[str, str], ...]:
-    """The metadata that carries on the id of the request that is being answered."""
+    """Metadata that passes the current request's id on."""
     request_id = structlog.contextvars.get_contextvars().get("request_id")
     return ((REQUEST_ID, request_id),) if request_id else ()
 
 
 def with_key(key: str | None) -> tuple[tuple[str, str], ...]:
-    """The metadata that carries an API key, or a token. Raises Unauthenticated if no metadata can."""
-    key = (key or "").strip()  # of a file it may have the end of its line
+    """Metadata with an API key or a token. Raises Unauthenticated if it isn't printable ASCII."""
+    key = (key or "").strip()  # a key file ends with a line break
     if not (key.isascii() and key.isprintable()):
         # Not repeated: the rest of it may be a secret.
         raise Unauthenticated("MALFORMED_KEY", "a key or token is one line of plain ASCII; copy it whole")

@@ -1,4 +1,4 @@
-"""Asking a server how it is: what a container's health check does."""
+"""Health probes, for a container's health check."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from backpack_serving.rpc.status import errors
 
 
 def health(address: str, service: str, seconds: float, tls: Tls | None = None) -> tuple[str, str]:
-    """SERVING, NOT_SERVING or UNKNOWN, as the server says of one service or, for "", of itself; and why it doesn't
-    serve, if the server says that.
+    """The status of a service ("": of the whole server), SERVING, NOT_SERVING or UNKNOWN, and the reason if given.
 
     Raises ServiceError if nobody answers, or if there is no such service.
     """
@@ -25,7 +24,7 @@ def health(address: str, service: str, seconds: float, tls: Tls | None = None) -
 
 
 def replicas(address: str, metadata: tuple[tuple[str, str], ...], seconds: float, tls: Tls | None = None) -> int:
-    """How many replicas take requests, as the directory says. Raises ServiceError if it doesn't answer."""
+    """How many replicas accept requests, according to the directory. Raises ServiceError if it doesn't answer."""
     with sync_channel(address, tls) as channel, errors():
         request = directory_pb2.WatchReplicasRequest()
         stub = directory_pb2_grpc.DirectoryServiceStub(channel)

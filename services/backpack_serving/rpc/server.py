@@ -1,7 +1,7 @@
-"""Servers: health, reflection, drain, and around every call its metrics and the status of what it raises.
+"""gRPC servers with health, reflection and drain. Each call is measured, and its exception becomes a status.
 
-Servicers raise `ServiceError`s, which become statuses here. Anything else that escapes is INTERNAL, logged here
-and not told to the caller.
+Servicers raise `ServiceError`s, which become statuses here. Any other exception is logged, and the caller gets
+INTERNAL without details.
 """
 
 from __future__ import annotations
@@ -34,34 +34,35 @@ from backpack_serving.rpc.status import refusal_of, to_status
 log = structlog.get_logger(__name__)
 
 STREAMS = 1000
-"""Calls of one connection at once; more wait in the client. One that was reset counts until its turn has come."""
+"""Concurrent calls of one connection; further ones wait in the client. A reset call counts until it is processed."""
 
 PING_INTERVAL = 4.0
-"""Least seconds between two pings of a client, with a call or without: who pings more often is told to go away
-(ENHANCE_YOUR_CALM). grpc-go and grpc-java never ping more often than each 10 s; settings of 5 s are common where
-gRPC's core pings (Python, C++, Ruby). A ping that the network held up must not make the next one too early.
+"""Least seconds between two pings of a client; one that pings more often is disconnected (ENHANCE_YOUR_CALM).
+
+grpc-go and grpc-java never ping more often than every 10 s; 5 s is a common setting of gRPC's core (Python, C++,
+Ruby). The rest is tolerance for a ping that the network delayed.
 """
 
 _OPTIONS: Sequence[tuple[str, Any]] = (
-    # When so many of all clients together wait for their turn, gRPC begins to refuse them, whoever's they are.
+    # When so many calls of all clients together wait, gRPC begins to refuse calls of any client.
     ("grpc.max_concurrent_streams", STREAMS),
-    # Clients behind NAT or a load balancer ping while they have no call, too. Without this, gRPC takes a second
-    # ping within two hours for an attack; with it, the server pings idle connections as well, and ends dead ones.
+    # Clients behind NAT or a load balancer also ping while they have no call. Without this option gRPC takes a second
+    # ping within two hours for an attack; with it, the server also pings idle connections, and closes dead ones.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # A stream outlives its connection's age by this at most; endless ones are opened again where they ended.
+    # A stream may outlive its connection's age by this much; clients reopen endless streams where they ended.
     ("grpc.max_connection_age_grace_ms", 300_000),
 )
 
 _ENDLESS = {"/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"}
 
 _ENDING = 5.0
-"""Seconds that calls have to say that they were ended, once the grace period is over."""
+"""Seconds that cancelled calls have to send their status after the grace period."""
 
 
 class Watcher(Protocol):
-    """Is told of every call of ours. `reason` is a refusal's word, empty for a success; times are in seconds."""
+    """Observes every call of our services. `reason` is an error's stable word, empty for success; times in seconds."""
 
     def began(self, method: str) -> None: ...
     def ended(self, method: str, code: str, reason: str, seconds: float) -> None: ...
@@ -69,11 +70,11 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A servicer and what registers it: the generated `add_…_to_server` and the service's full name.
+    """A servicer, its full service name, and the generated `add_…_to_server` that registers it.
 
-    `endless` are methods whose streams end only with the server: a drain doesn't wait for them. Calls of `quiet`
-    ones aren't logged when they succeed. `large` are those whose single message may have more than SMALL bytes,
-    with what refuses who may not send such: it is asked before one is read, and one is read at a time.
+    `endless` methods have streams that end only with the server: a drain doesn't wait for them. Successful calls of
+    `quiet` methods aren't logged. `large` methods accept a message of more than SMALL bytes; the function beside each
+    checks the caller before the message is parsed, and one such message is parsed at a time.
     """
 
     name: str
@@ -85,7 +86,7 @@ class Service:
 
 
 class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """The calls that run: each is watched, gets a status for what it raises, and can be ended by a drain."""
+    """Tracks running calls: measures them, turns exceptions into statuses, and lets a drain cancel them."""
 
     def __init__(self, services: Iterable[Service], watcher: Watcher | None) -> None:
         def named(methods: Callable[[Service], Iterable[str]]) -> set[str]:
@@ -136,7 +137,7 @@ class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 return await self._run_call(whole, request, context, name, self._watcher)
 
         make: Callable[..., grpc.RpcMethodHandler] = getattr(grpc, f"{kind}_rpc_method_handler")
-        # A single request is read within the call: outside, gRPC would tell UNKNOWN of bytes that are no message.
+        # Parse a unary request inside the call: outside, gRPC would answer UNKNOWN to bytes that are no message.
         return make(call, read if handler.request_streaming else None, handler.response_serializer)
 
     @staticmethod
@@ -144,7 +145,7 @@ class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         async def write(request: Any, context: Any) -> None:
             responses = behaviour(request, context)
             if inspect.isawaitable(responses):
-                await responses  # it writes for itself
+                await responses  # it writes to the context itself
                 return
             async with aclosing(responses):
                 async for response in responses:
@@ -172,19 +173,19 @@ class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 task.uncancel()
                 refusal: ServiceError = draining()
             except (grpc.aio.AbortError, grpc.aio.InternalError):
-                raise  # grpc's own servicers refuse so
-            except NotImplementedError:  # and this is how they say that they have no such method
+                raise  # grpc's own servicers abort like this
+            except NotImplementedError:  # and so do they for a method that they lack
                 code = reason = "UNIMPLEMENTED"
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} isn't served here")
             except Exception as error:
                 refusal = refusal_of(error, method)
-                # It leads here, and so to itself: what was sent would stay until the collector comes by.
+                # A reference cycle: it would keep the request in memory until the garbage collector runs.
                 refusal.__traceback__ = None
             code, reason = refusal.code, refusal.reason
             status = rpc_status.to_status(to_status(refusal))
             told = (*status.trailing_metadata, *with_request_id())
             await context.abort_with_status(status._replace(trailing_metadata=told))
-        except grpc.aio.InternalError:  # nothing can be sent any more: whoever called leaves in this moment
+        except grpc.aio.InternalError:  # nothing can be sent any more: the caller is leaving
             code = reason = "CANCELLED"
             raise asyncio.CancelledError from None
         finally:
@@ -199,11 +200,11 @@ class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                     log.info("call", method=method, code=code, reason=reason, seconds=round(seconds, 4))
 
     def close(self) -> None:
-        """A drain begins: end what is endless."""
+        """Begin a drain: cancel endless calls."""
         self._cancel_calls(task for task, endless in self._running.items() if endless)
 
     def end(self) -> None:
-        """End what runs, with a status that says that another try may succeed."""
+        """Cancel all running calls, with a status that asks to retry."""
         self._cancel_calls(self._running)
 
     def _cancel_calls(self, calls: Iterable[asyncio.Task[Any]]) -> None:
@@ -212,14 +213,14 @@ class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             task.cancel()
 
     async def idle(self, seconds: float) -> None:
-        """Wait until nothing runs, at most so long."""
+        """Wait until no call runs, for at most so many seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
 
 
 def _decoding(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """The same, with a refusal for what isn't a message of this kind."""
+    """The same deserializer, which raises InvalidRequest for bytes that are no message of this kind."""
 
     def read(data: bytes) -> Any:
         try:
@@ -231,7 +232,7 @@ def _decoding(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """grpc's, whose answer to Check also says why something doesn't serve, in its trailing metadata."""
+    """grpc's health servicer; its answer to Check has the reason for NOT_SERVING in trailing metadata."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,13 +253,13 @@ class Server:
         self._server, self.address, self._health, self._calls = server, address, checks, calls
 
     async def set_serving(self, serving: bool, service: str = "", why: str = "") -> None:
-        """`why` it doesn't serve is told to who asks."""
+        """Set a service's health; a health check returns `why` it doesn't serve."""
         self._health.why[service] = "" if serving else why
         status = health_pb2.HealthCheckResponse
         await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
 
     async def stop(self, grace: float = 5.0) -> None:
-        """Drain: nothing new from now on; what runs has `grace` seconds, then it is told to retry."""
+        """Drain: refuse new calls, let running ones finish for `grace` seconds, cancel the rest with RetryInfo."""
         self._health.why.clear()
         await self._health.enter_graceful_shutdown()
         self._calls.close()
@@ -276,24 +277,20 @@ async def start(
     tls: Tls | None = None,
     connection_age: float = 1800.0,
     message_limit: int = MESSAGE_LIMIT,
-    share_port: bool = False,
     ping_interval: float = PING_INTERVAL,
 ) -> Server:
     """Serve on host:port (port 0: a free one) or unix:path, with TLS if there is a certificate.
 
-    With `share_port`, other processes may listen on the same port; each gets some of the connections.
-
     Raises OSError if the address is taken, ValueError if the certificates are no good.
     """
-    if not share_port:
-        await asyncio.to_thread(listening.check, address)
+    await asyncio.to_thread(listening.check, address)
     services = list(services)
     calls = _CallTracker(services, watcher)
     options = [
         *_OPTIONS,
         ("grpc.max_receive_message_length", message_limit),
         ("grpc.max_connection_age_ms", int(connection_age * 1000)),
-        ("grpc.so_reuseport", int(share_port)),
+        ("grpc.so_reuseport", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", int(ping_interval * 1000)),
     ]
     server = grpc.aio.server(interceptors=[calls], options=options)

@@ -1,4 +1,4 @@
-"""Refusals as google.rpc.Status, with ErrorInfo, BadRequest, QuotaFailure and RetryInfo, and back again."""
+"""Translates errors to google.rpc.Status (ErrorInfo, BadRequest, QuotaFailure, RetryInfo) and back."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from backpack_serving.rpc.channel import RECONNECT
 log = structlog.get_logger(__name__)
 
 MESSAGE_BYTES, VALUE_BYTES, VIOLATIONS_BYTES = 768, 512, 2048
-"""Most of a message, of a value that is told beside it, and of violations before the last one, in UTF-8.
+"""Most bytes of a message, of a metadata value, and of violations before the last one, in UTF-8.
 
 A status travels in trailers: the message percent-encoded, and again with all details in base64. gRPC's clients
-may refuse trailers of more than 8 KB, and then tell RESOURCE_EXHAUSTED instead of what was sent.
+may refuse trailers of more than 8 KB, and then report RESOURCE_EXHAUSTED instead.
 """
 
 HOPELESS = (
-    "Failed to create channel",  # to what is no address
+    "Failed to create channel",  # the address is none
     "Misformatted domain name",
     "Failed to parse port",
     "CERTIFICATE_VERIFY_FAILED",
-    "WRONG_VERSION_NUMBER",  # TLS, to a server without it
+    "WRONG_VERSION_NUMBER",  # TLS to a plaintext server
     "Hostname Verification Check failed",
 )
-"""What gRPC says of a connection that another try won't make either: such an error has no `retry_after`."""
+"""Texts of connection errors that a retry won't mend: such an error gets no `retry_after`."""
 
 WRONG_SERVER = (
     "The server at this address is another one, or of another version: "
@@ -54,8 +54,8 @@ WRONG_SERVER = (
 
 
 def to_status(error: ServiceError) -> status_pb2.Status:
-    """The google.rpc.Status of a refusal, cut to what trailers may hold."""
-    values = {name: _cut(value, VALUE_BYTES) for name, value in error.metadata.items()}
+    """The google.rpc.Status of an error, truncated to what trailers may hold."""
+    values = {name: _truncate(value, VALUE_BYTES) for name, value in error.metadata.items()}
     details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=values)]
     if error.violations:
         details.append(_bad_request(error.violations))
@@ -68,8 +68,8 @@ def to_status(error: ServiceError) -> status_pb2.Status:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(retry)
-    # Whoever prints it may do so on a terminal.
-    message = _shown(error.message, MESSAGE_BYTES)
+    # It may be printed on a terminal.
+    message = _printable(error.message, MESSAGE_BYTES)
     status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=message)
     for detail in details:
         status.details.add().Pack(detail)
@@ -77,42 +77,42 @@ def to_status(error: ServiceError) -> status_pb2.Status:
 
 
 def _bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadRequest:
-    """The first violations; those for which there is no room are counted in a last one."""
+    """The first violations; a last one counts those that don't fit."""
     bad = error_details_pb2.BadRequest()
     for at, violation in enumerate(violations):
-        field = _cut(violation.field, VALUE_BYTES)
+        field = _truncate(violation.field, VALUE_BYTES)
         if bad.ByteSize() > VIOLATIONS_BYTES:
             bad.field_violations.add(field=field, reason="MORE", description=f"and {len(violations) - at} more")
             break
-        description = _shown(violation.description, VALUE_BYTES)
+        description = _printable(violation.description, VALUE_BYTES)
         bad.field_violations.add(field=field, reason=violation.reason, description=description)
     return bad
 
 
-def _shown(text: str, size: int) -> str:
-    return _cut(visible(text[: size + 1]), size)
+def _printable(text: str, size: int) -> str:
+    return _truncate(visible(text[: size + 1]), size)
 
 
-def _cut(text: str, size: int) -> str:
+def _truncate(text: str, size: int) -> str:
     data = text.encode()
     return text if len(data) <= size else data[: size - 3].decode(errors="ignore") + "…"
 
 
 def error_from(error: grpc.RpcError) -> ServiceError:
-    """The refusal that a server of ours sent, or what a failure of the transport amounts to."""
+    """The error that a server of ours sent, or the one that stands for a failed transport."""
     call: Any = error
     code = call.code().name
     kind = BY_CODE.get(code, Internal)
     try:
         status = rpc_status.from_call(call)
-    except ValueError:  # the transport failed beside it, and its code is the one that counts
+    except ValueError:  # the transport failed too, and its code is the one that counts
         status = None
     if status is None and code == "CANCELLED":
-        # A server that stops ends so what reached it and no handler yet (github.com/grpc/grpc/issues/41785). A
-        # call that we cancel ourselves raises CancelledError instead.
+        # A stopping server ends calls like this that reached no handler (github.com/grpc/grpc/issues/41785). A call
+        # that we cancel ourselves raises CancelledError instead.
         return Unavailable("TRANSPORT", "the server stopped before it took the call", retry_after=0.1)
     if status is None and call.details() == "Internal error from Core":
-        # A server ended what asyncio's client was still writing to, which lost its status
+        # A server ended a call while the client was still writing, and asyncio's gRPC lost its status
         # (github.com/grpc/grpc/issues/36066).
         message = "the server ended the call before all of it was sent, and gRPC lost why; try again"
         return Unavailable("TRANSPORT", message, retry_after=0.0)
@@ -143,7 +143,7 @@ def error_from(error: grpc.RpcError) -> ServiceError:
 
 
 def refusal_of(error: Exception, method: str) -> ServiceError:
-    """The refusal that what a method raised amounts to. What isn't for the caller is logged here."""
+    """The ServiceError for an exception of a method. Logs what the caller must not see."""
     if isinstance(error, PatchError):
         error = from_patch_error(error)
     if isinstance(error, grpc.RpcError):
@@ -158,9 +158,9 @@ def refusal_of(error: Exception, method: str) -> ServiceError:
 
 @contextmanager
 def errors(proxy: Proxy | None = None) -> Iterator[None]:
-    """Calls made inside raise `ServiceError` instead of grpc's own error.
+    """Calls inside the block raise `ServiceError` instead of grpc's own error.
 
-    What the network did on the way through a proxy says which, in its message and its metadata.
+    A transport error of a call through a proxy names the proxy, in its message and its metadata.
     """
     try:
         yield

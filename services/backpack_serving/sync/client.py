@@ -1,8 +1,8 @@
-"""The reading end, in gateways and replicas. No clock, no transport, no disk: time and messages are given.
+"""The client of the sync protocol, in gateways and replicas: a state machine without clock, transport or disk.
 
-What arrives is staged by the owner (a replica fetches, verifies and compiles; a gateway has nothing to do); then
-it is known, and as soon as it is on disk it holds: one immutable view is put in the place of the one before. What
-can't be staged is refused by name and parked: its channel stays at what it was, everything else moves on.
+A change goes through three steps. The delegate stages it (a replica fetches, verifies and compiles; a gateway does
+nothing); `apply` puts it into `state`; once the caller has written that to disk, `commit` makes it the `view` that
+requests see. A change that can't be staged is refused by name: its channel stays where it was, the others move on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from backpack_serving.sync.state import Stageable, StateEntry, StateView, Unknow
 
 @dataclass(frozen=True, slots=True)
 class PendingDelta:
-    """What arrived and isn't applied yet. `work` is what has to be staged for it."""
+    """Changes that were received and are not applied yet. `work` is what has to be staged first."""
 
     nonce: int
     position: Position
@@ -36,7 +36,7 @@ class PendingDelta:
     work: tuple[Stageable, ...]
 
     def without(self, refusals: Mapping[tuple[str, str], Refusal]) -> list[StateEntry]:
-        """The changes without those of channels that are refused."""
+        """The changes whose channels aren't refused."""
         return [c for c in self.changes if not (isinstance(c, Stageable) and c.key in refusals)]
 
 
@@ -47,34 +47,34 @@ class _RefusedEntry:
 
 
 class SyncClient:
-    """What one process knows: `pending` waits for its staging, `known` for the disk, and `view` is what holds.
+    """The state of one process: `pending` waits for staging, `state` for the disk, and `view` is in effect.
 
-    An answer that is given to the service says that all of `known` holds: send it when `hold` was called.
+    An answer acknowledges all of `state`: send it after `commit`.
     """
 
     def __init__(
         self, kind: ReaderKind, incarnation: str, name: str, fingerprint: str, view: StateView = StateView()
     ) -> None:
         self.kind, self.incarnation, self.name, self.fingerprint = kind, incarnation, name, fingerprint
-        self.view = self.known = view
-        self.known_at: float | None = None
-        """When nothing was missing from what is known."""
+        self.view = self.state = view
+        self.state_at: float | None = None
+        """When `state` was last known to be complete."""
         self.pending: PendingDelta | None = None
-        self.resident: frozenset[str] = frozenset()  # digests that are ready to be served; the owner says
-        self.trouble = ""  # why there is no stream to the service; who opens them says
-        self._parked: dict[tuple[str, str], _RefusedEntry] = {}
+        self.resident: frozenset[str] = frozenset()  # digests that are ready to be served; the transport sets it
+        self.last_error = ""  # why there is no stream to the service; the transport sets it
+        self._refused: dict[tuple[str, str], _RefusedEntry] = {}
         self._view_at: float | None = None
-        self.needs_snapshot = True  # after a start: what is parked isn't remembered, so everything is asked for
+        self.needs_snapshot = True  # refusals don't survive a restart, so ask for everything
 
     def hello(self) -> Hello:
-        """The first message of a stream. What an earlier stream left unapplied is dropped: it comes again."""
+        """The first message of a stream. Drops pending changes of an earlier stream: the service sends them again."""
         self.pending = None
         return Hello(
             self.kind,
             self.incarnation,
             self.name,
             self.fingerprint,
-            self.known.position,
+            self.state.position,
             self.needs_snapshot,
             self.resident,
             self.refusals,
@@ -82,29 +82,29 @@ class SyncClient:
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
-        return tuple(parked.refusal for parked in self._parked.values())
+        return tuple(entry.refusal for entry in self._refused.values())
 
     @property
     def retryable(self) -> tuple[Stageable, ...]:
-        """What was refused for a reason that may have passed."""
-        changes = (parked.change for parked in self._parked.values() if not parked.refusal.final)
+        """Refused changes whose reason may have passed."""
+        changes = (entry.change for entry in self._refused.values() if not entry.refusal.final)
         return tuple(change for change in changes if not isinstance(change, UnknownEntry))
 
     def age(self, now: float) -> float:
-        """Seconds since nothing was missing for certain from what holds; infinite if that never was."""
+        """Seconds since `view` was last known to be complete; infinite if it never was."""
         return float("inf") if self._view_at is None else max(0.0, now - self._view_at)
 
     def restore(self, view: StateView, at: float) -> None:
-        """Take up what an earlier life had on disk, and when nothing was missing from it."""
-        self.known, self.known_at = view, at
-        self.hold(view, at)
+        """Start from the view on disk, and the time when it was last known to be complete."""
+        self.state, self.state_at = view, at
+        self.commit(view, at)
 
-    def hold(self, view: StateView, at: float | None) -> None:
-        """What was known lately is on disk: let it hold. `at` is the `known_at` that it had."""
+    def commit(self, view: StateView, at: float | None) -> None:
+        """Put a state that is on disk into effect. `at` is its `state_at`."""
         self.view, self._view_at = view, at
 
     def receive(self, message: ToReader, now: float) -> tuple[FromReader, ...]:
-        """Take a message in; what to answer at once. Look at `pending` afterwards."""
+        """Process a message; returns immediate answers. Check `pending` afterwards."""
         match message:
             case Bookmark():
                 self._apply_bookmark(message.position, now)
@@ -113,17 +113,17 @@ class SyncClient:
             case Snapshot():
                 return self._receive_changes(message.nonce, message.position, message.changes)
             case Delta():
-                base, at = message.base, self.known.position
+                base, at = message.base, self.state.position
                 if self.needs_snapshot or base.epoch != at.epoch or base > at:
-                    self.needs_snapshot = True  # something between is missing
+                    self.needs_snapshot = True  # a delta is missing in between
                     return (self.hello(),)
                 return self._receive_changes(message.nonce, message.position, message.changes)
         return ()
 
-    def settle(self, nonce: int, refused: Iterable[Refusal], now: float) -> Ack | Nack | None:
-        """The pending changes are staged, but for what was refused: they are known now.
+    def apply(self, nonce: int, refused: Iterable[Refusal], now: float) -> Ack | Nack | None:
+        """Apply the staged changes, except those in `refused`; returns the answer to the service.
 
-        None if they aren't pending any more: the stream they came on is gone.
+        Returns None if they aren't pending any more, because their stream is gone.
         """
         pending = self.pending
         if pending is None or pending.nonce != nonce:
@@ -131,23 +131,23 @@ class SyncClient:
         refusals = self._refusals_of(pending, refused)
         for change in pending.changes:
             if isinstance(change, Stageable | UnknownEntry):
-                self._parked.pop(change.key, None)
+                self._refused.pop(change.key, None)
                 if refusal := refusals.get(change.key):
-                    self._parked[change.key] = _RefusedEntry(change, refusal)
-        self.known = self.known.changed(pending.position, pending.without(refusals))  # all of it or nothing
-        self.pending, self.needs_snapshot, self.known_at = None, False, now
+                    self._refused[change.key] = _RefusedEntry(change, refusal)
+        self.state = self.state.changed(pending.position, pending.without(refusals))  # all of it or nothing
+        self.pending, self.needs_snapshot, self.state_at = None, False, now
         return Nack(nonce, tuple(refusals.values())) if refusals else Ack(nonce)
 
-    def retried(self, change: Stageable, refusal: Refusal | None) -> None:
-        """What came of staging a refused change again. Nothing happens if it has been overtaken."""
-        parked = self._parked.get(change.key)
-        if parked is None or parked.change != change:
+    def apply_retry(self, change: Stageable, refusal: Refusal | None) -> None:
+        """Apply a refused change that was staged again, or store its new refusal. Ignores one that was superseded."""
+        entry = self._refused.get(change.key)
+        if entry is None or entry.change != change:
             return
         if refusal:
-            self._parked[change.key] = _RefusedEntry(change, refusal)
+            self._refused[change.key] = _RefusedEntry(change, refusal)
             return
-        del self._parked[change.key]
-        self.known = self.known.changed(self.known.position, [change])
+        del self._refused[change.key]
+        self.state = self.state.changed(self.state.position, [change])
 
     def report(self, tallies: tuple[CanaryTally, ...] = (), releases: int = 0) -> ReaderReport:
         return ReaderReport(self.refusals, tallies, releases)
@@ -155,38 +155,38 @@ class SyncClient:
     def _receive_changes(
         self, nonce: int, position: Position, changes: tuple[StateEntry, ...]
     ) -> tuple[FromReader, ...]:
-        at = self.known.position
+        at = self.state.position
         if position < at or (position == at and not self.needs_snapshot):
-            return (Ack(nonce),)  # it is known already, or late from a stream that is gone: nothing goes back
+            return (Ack(nonce),)  # a duplicate, or late from a closed stream: never go back
         if self.pending and self.pending.nonce != nonce:
-            return (self.hello(),)  # there is one at a time: one of the two is a stray, so begin anew
-        work = tuple(c for c in changes if isinstance(c, Stageable) and self._known_refusal(c) is None)
+            return (self.hello(),)  # only one may be pending: one of the two is a stray, so resync
+        work = tuple(c for c in changes if isinstance(c, Stageable) and self._earlier_refusal(c) is None)
         self.pending = PendingDelta(nonce, position, changes, work)
         return ()
 
     def _refusals_of(self, pending: PendingDelta, refused: Iterable[Refusal]) -> dict[tuple[str, str], Refusal]:
-        """What of the pending changes is refused: now, as before without trying, or for being unknown."""
+        """All refusals of a delta: those given, those known from before, and those of unknown kinds of change."""
         refusals = {refusal.key: refusal for refusal in refused}
         for change in pending.changes:
             if isinstance(change, UnknownEntry):
                 text = f"unknown kind of change: {change.kind}; upgrade this {self.kind}"
                 refusals[change.key] = Refusal(*change.key, "", "UNKNOWN_CHANGE", text)
-            elif isinstance(change, Stageable) and (before := self._known_refusal(change)):
+            elif isinstance(change, Stageable) and (before := self._earlier_refusal(change)):
                 refusals[change.key] = before
         return refusals
 
-    def _known_refusal(self, change: Stageable) -> Refusal | None:
-        """Why this change can't be taken, if that is known: the same release of the same channel was refused."""
-        parked = self._parked.get(change.key)
-        if parked and parked.refusal.final and parked.refusal.digest in {r.digest for r in change.serving}:
-            return parked.refusal
+    def _earlier_refusal(self, change: Stageable) -> Refusal | None:
+        """The final refusal of this release in this channel, if there was one: it isn't tried again."""
+        entry = self._refused.get(change.key)
+        if entry and entry.refusal.final and entry.refusal.digest in {r.digest for r in change.serving}:
+            return entry.refusal
         return None
 
     def _apply_bookmark(self, position: Position, now: float) -> None:
-        at = self.known.position
+        at = self.state.position
         if self.pending is None and position.epoch == at.epoch and position >= at:
             if position > at:
-                self.known = replace(self.known, position=position)
-            self.known_at = now
-            if self.known is self.view:
+                self.state = replace(self.state, position=position)
+            self.state_at = now
+            if self.state is self.view:
                 self._view_at = now

@@ -1,4 +1,4 @@
-"""What the two ends say to each other, whatever carries it.
+"""The messages of the sync protocol, independent of gRPC.
 
 reader                                            service
 Hello{incarnation, fingerprint, position, …}  →
@@ -19,12 +19,12 @@ from backpack_serving.sync.state import StateEntry
 BOOKMARK_SECONDS = REPORT_SECONDS = 1.0
 
 SILENCE = 5.0
-"""Seconds without a message after which either end takes a stream for dead, as one is that is half open."""
+"""Seconds without a message after which either end considers a stream dead (half-open connections)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """`incarnation` is drawn when the process starts. `whole`: send everything, not what came after `position`."""
+    """`incarnation` is drawn when the process starts. `whole` asks for a snapshot instead of a delta."""
 
     kind: ReaderKind
     incarnation: str
@@ -43,7 +43,7 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class Nack:
-    """All of it was applied, but for these."""
+    """Everything was applied except these."""
 
     nonce: int
     refusals: tuple[Refusal, ...]
@@ -51,9 +51,7 @@ class Nack:
 
 @dataclass(frozen=True, slots=True)
 class ReaderReport:
-    """A sign of life. `refusals` are all that stand now, `tallies` those of channels with a canary, `releases` how
-    many are ready to be served.
-    """
+    """A heartbeat: current refusals, tallies of channels with a canary, and how many releases are ready."""
 
     refusals: tuple[Refusal, ...] = ()
     tallies: tuple[CanaryTally, ...] = ()
@@ -62,7 +60,7 @@ class ReaderReport:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything, as of a position."""
+    """The whole state at a position."""
 
     nonce: int
     position: Position
@@ -71,7 +69,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What changed after `base`, up to and including `position`."""
+    """The changes after `base`, up to and including `position`."""
 
     nonce: int
     base: Position

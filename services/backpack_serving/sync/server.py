@@ -1,4 +1,4 @@
-"""The service's end of one stream to a reader. No clock, no transport, no thread: time and messages are given."""
+"""The server of the sync protocol, for one stream: a state machine without clock, transport or thread."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from backpack_serving.sync.state import Stageable, StateEntry
 
 @dataclass(frozen=True, slots=True)
 class HistoryPage:
-    """Part of the store's history: what changed up to `position`, and where the store stands (`head`)."""
+    """Part of the store's history: the changes up to `position`, and the store's own position (`head`)."""
 
     head: Position
     position: Position
@@ -34,21 +34,21 @@ class HistoryPage:
 
 
 class History(Protocol):
-    """The store's history, as readers are told it."""
+    """The store's history, as changes for readers."""
 
     @property
     def fingerprint(self) -> str: ...
 
     def snapshot(self) -> HistoryPage:
-        """Everything."""
+        """The whole state."""
 
     def since(self, revision: int) -> HistoryPage | None:
-        """The changes after a revision, oldest first, perhaps not all; None if they aren't kept any more."""
+        """A page of changes after a revision, oldest first; None if they were compacted."""
 
 
 @dataclass(frozen=True, slots=True)
 class InFlightDelta:
-    """What was sent and isn't answered yet."""
+    """A delta that was sent and isn't acknowledged yet."""
 
     nonce: int
     position: Position
@@ -56,31 +56,31 @@ class InFlightDelta:
 
 
 class SyncServer:
-    """One stream. `acked` is the position up to which the reader has said that it applied everything.
+    """One stream to a reader. `acked` is the position up to which the reader has acknowledged everything.
 
-    `nonces` are never used twice, in no session of any process: an answer to another stream must not count here.
+    No two streams of any process share a nonce, so an answer to another stream is never counted here.
     """
 
     def __init__(self, history: History, nonces: Iterator[int]) -> None:
         self.history, self._nonces = history, nonces
         self.in_flight: InFlightDelta | None = None
-        self._bookmark_due = self._heard = 0.0
-        self._fresh = False
+        self._bookmark_due = self._last_received = 0.0
+        self._just_opened = False
         self.hello: Hello | None = None
-        self.introduced: Hello | None = None  # the newest Hello, accepted or not
+        self.last_hello: Hello | None = None  # the newest Hello, accepted or not
         self.acked = Position()
         self.refusals: dict[tuple[str, str], Refusal] = {}
         self.digests: set[str] = set()
 
     def receive(self, message: FromReader, now: float) -> None:
-        """Take in what the reader says.
+        """Process a message of the reader.
 
         Raises PreconditionFailed for a reader of another model, InvalidRequest for one without an incarnation.
         """
-        self._heard = now
+        self._last_received = now
         match message:
             case Hello():
-                self.introduced = message
+                self.last_hello = message
                 self._receive_hello(message)
             case Ack():
                 self._receive_ack(message.nonce, ())
@@ -90,14 +90,14 @@ class SyncServer:
                 self.refusals = {refusal.key: refusal for refusal in message.refusals}
 
     def pump(self, now: float) -> list[ToReader]:
-        """What to send now. Call it when the store moved, after every message, and at `due`.
+        """The messages to send now. Call it after each write of the store, after each message, and at `due`.
 
-        Raises PreconditionFailed if the store is behind what the reader has applied, Unavailable if the reader has
-        been silent for so long that the stream must be half open.
+        Raises PreconditionFailed if the store is behind the reader, Unavailable if the reader was silent for so long
+        that the stream must be half open.
         """
         if self.hello is None:
             return []
-        if now - self._heard > SILENCE:
+        if now - self._last_received > SILENCE:
             raise Unavailable("READER_SILENT", f"nothing was heard for {SILENCE:g} s; open a new stream")
         due = now >= self._bookmark_due
         out = self._advance(self.hello) if self.in_flight is None else []
@@ -107,30 +107,29 @@ class SyncServer:
 
     @property
     def due(self) -> float:
-        """When the next bookmark has to go out."""
+        """When the next bookmark must be sent."""
         return self._bookmark_due
 
     def _receive_hello(self, hello: Hello) -> None:
-        if hello.fingerprint != self.history.fingerprint:
-            raise PreconditionFailed(
-                "WRONG_MODEL",
-                f"you serve model {hello.fingerprint[:12]}…, the patches here are for {self.history.fingerprint[:12]}…",
-            )
+        theirs, ours = hello.fingerprint, self.history.fingerprint
+        if theirs != ours:
+            message = f"you serve model {theirs[:12]}…, the patches here are for {ours[:12]}…"
+            raise PreconditionFailed("WRONG_MODEL", message)
         if not hello.incarnation:
             raise InvalidRequest.at("hello.incarnation", "EMPTY", "draw one when the process starts")
-        self.hello, self.in_flight, self._fresh = hello, None, True
+        self.hello, self.in_flight, self._just_opened = hello, None, True
         self.acked = hello.position
         self.refusals = {refusal.key: refusal for refusal in hello.refusals}
         self.digests = set(hello.digests)
 
     def _receive_ack(self, nonce: int, refused: Iterable[Refusal]) -> None:
-        """A delta was applied, but for what was refused. It isn't sent again: the reader knows why."""
-        flight = self.in_flight
-        if flight is None or nonce != flight.nonce:
-            return  # of a delta that a later Hello has overtaken
-        self.in_flight, self.acked = None, flight.position
+        """Mark a delta as applied, except what was refused. Refused changes aren't sent again."""
+        in_flight = self.in_flight
+        if in_flight is None or nonce != in_flight.nonce:
+            return  # for a delta from before the latest Hello
+        self.in_flight, self.acked = None, in_flight.position
         refusals = {refusal.key: refusal for refusal in refused}
-        for change in flight.changes:
+        for change in in_flight.changes:
             if isinstance(change, Stageable):
                 self.refusals.pop(change.key, None)
                 if change.key not in refusals:
@@ -138,7 +137,7 @@ class SyncServer:
         self.refusals.update(refusals)
 
     def _advance(self, hello: Hello) -> list[ToReader]:
-        fresh, self._fresh = self._fresh, False
+        just_opened, self._just_opened = self._just_opened, False
         page = self.history.since(self.acked.revision)
         head = self.history.snapshot().head if page is None else page.head
         if head < self.acked:
@@ -148,8 +147,8 @@ class SyncServer:
                 "without a new epoch, or this is another store. Raise the epoch; for another store, remove what "
                 "the reader has in its known-good folder",
             )
-        if page is None or head.epoch != self.acked.epoch or (fresh and hello.whole):
-            if not fresh:
+        if page is None or head.epoch != self.acked.epoch or (just_opened and hello.whole):
+            if not just_opened:
                 self.hello = None
                 return [ResyncRequired(f"the store is in epoch {head.epoch}, you are at {self.acked}")]
             page = self.history.snapshot()
@@ -166,7 +165,7 @@ class SyncServer:
 
 
 def _changes_for(kind: ReaderKind, changes: Iterable[StateEntry]) -> tuple[StateEntry, ...]:
-    """What such a reader is told; of several changes of one thing, the last."""
+    """The changes that a reader of this kind needs; only the last one of each key."""
     latest: dict[object, StateEntry] = {}
     for change in changes:
         if kind is ReaderKind.GATEWAY or isinstance(change, Stageable):

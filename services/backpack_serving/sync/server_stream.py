@@ -1,4 +1,4 @@
-"""The service's end of one reader's stream over gRPC: a `SyncServer`, driven by messages, writes and the clock."""
+"""Runs a `SyncServer` over one gRPC stream: it reacts to messages, writes of the store, and the clock."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from backpack_serving.sync.wire import read_from_reader, write_to_reader
 POLL_SECONDS = 1.0
 
 Inbox = asyncio.Queue[FromReader | Exception | None]
-"""What a reader said; what was wrong with it; None at its end."""
+"""A reader's messages; an error if one is invalid; None at the end of the stream."""
 
 
 async def serve_reader(
     server: SyncServer,
     requests: AsyncIterator[pb.SyncRequest],
     next_write: Callable[[], asyncio.Event],
-    heard: Callable[[FromReader], Awaitable[None]],
+    on_message: Callable[[FromReader], Awaitable[None]],
     executor: Executor,
 ) -> AsyncGenerator[pb.SyncResponse, None]:
-    """The messages for a reader until it ends its stream.
+    """Yield the messages for a reader until it ends its stream.
 
-    `next_write` gives an event that the store's next write sets; `heard` is called after each message was taken in.
-    `SyncServer.pump` reads the store, so it runs in `executor`. Raises what the reader's messages raise.
+    `next_write` returns an event that the store's next write sets; `on_message` is called after each message of the
+    reader. `SyncServer.pump` reads the store, so it runs in `executor`. Raises InvalidRequest for invalid messages.
     """
     inbox: Inbox = asyncio.Queue()
     receiving = asyncio.create_task(_receive(requests, inbox))
@@ -44,17 +44,17 @@ async def serve_reader(
                 for part in write_to_reader(message):
                     yield part
             seconds = min(POLL_SECONDS, server.due - time.monotonic()) if server.hello else POLL_SECONDS
-            news = asyncio.create_task(tasks.wait_at_most(written, seconds))
-            await asyncio.wait({news, arrived}, return_when=asyncio.FIRST_COMPLETED)
-            news.cancel()
+            write_or_timeout = asyncio.create_task(tasks.wait_at_most(written, seconds))
+            await asyncio.wait({write_or_timeout, arrived}, return_when=asyncio.FIRST_COMPLETED)
+            write_or_timeout.cancel()
             while arrived.done():
-                said = arrived.result()
-                if said is None:
+                request = arrived.result()
+                if request is None:
                     return
-                if isinstance(said, Exception):
-                    raise said
-                server.receive(said, time.monotonic())
-                await heard(said)
+                if isinstance(request, Exception):
+                    raise request
+                server.receive(request, time.monotonic())
+                await on_message(request)
                 arrived = asyncio.create_task(inbox.get())
                 await asyncio.sleep(0)
     finally:
@@ -63,7 +63,7 @@ async def serve_reader(
 
 
 async def _receive(requests: AsyncIterator[pb.SyncRequest], inbox: Inbox) -> None:
-    """Put what the reader says into the inbox, then None; or what is wrong with it."""
+    """Put the reader's messages into the inbox, then None; or the error of an invalid one."""
     try:
         async for request in requests:
             inbox.put_nowait(read_from_reader(request))

@@ -1,7 +1,7 @@
-"""What was known last, on disk, so that a process that starts while the service is down can serve it.
+"""The last view, on disk, so that a process can start while the intervention service is down.
 
-A file is written beside itself, synced, and renamed; then its folder is synced. The generation before stays. What
-is read back has to match its checksum, so a torn or altered file is never used: the one before it is.
+A file is written under another name, synced and renamed; then its folder is synced. The previous generation stays. A
+file whose checksum doesn't match is never used: the previous generation is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MAGIC = b"backpack.known-good.v1\n"
 
 @dataclass(frozen=True, slots=True)
 class SavedSnapshot:
-    """A payload, and when it was last known to be all there is (seconds since 1970)."""
+    """A payload, and when it was last known to be complete (Unix time)."""
 
     payload: bytes
     fresh: float
@@ -46,25 +46,25 @@ class SnapshotFile:
         self._before = path.with_name(path.name + ".before")
 
     def write(self, payload: bytes) -> None:
-        """Keep a payload. When this returns, it is on disk; whenever it is cut off, this one or the last is."""
+        """Write a payload durably. After a crash at any moment, this payload or the previous one is readable."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.new")
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(seal(payload))
             file.flush()
             os.fsync(file.fileno())
-        if self._payload(self.path) is not None:  # a damaged one must not take the place of a good one
+        if self._payload(self.path) is not None:  # a damaged file must not replace a good previous generation
             self.path.replace(self._before)
         temporary.replace(self.path)
         _sync_folder(self.path.parent)
 
     def touch(self, fresh: float) -> None:
-        """Note that what is kept is all there is, still. Not synced: losing it only makes it look older."""
+        """Set the time when the payload was last known to be complete. Not synced: a loss only makes it look older."""
         if self.path.exists():
             os.utime(self.path, (fresh, fresh))
 
     def read(self) -> SavedSnapshot | None:
-        """The newest payload that is whole; None if there is none."""
+        """The newest undamaged payload; None if there is none."""
         for path in (self.path, self._before):
             payload = self._payload(path)
             if payload is not None:
@@ -72,7 +72,7 @@ class SnapshotFile:
         return None
 
     def _payload(self, path: Path) -> bytes | None:
-        """What a file keeps; None if it isn't there, is damaged, or can't be read, which is as good as damaged."""
+        """A file's payload; None if the file is missing, damaged or unreadable."""
         wrong = "its checksum doesn't fit"
         try:
             data = path.read_bytes()
@@ -88,20 +88,20 @@ class SnapshotFile:
 
 
 class BlobFolder:
-    """Payloads by the name of their content, on disk."""
+    """Payloads on disk, named by the digest of their content."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def read(self, digest: str) -> bytes | None:
-        kept = SnapshotFile(self._folder / digest).read()
-        return kept.payload if kept else None
+        saved = SnapshotFile(self._folder / digest).read()
+        return saved.payload if saved else None
 
     def write(self, digest: str, payload: bytes) -> None:
         SnapshotFile(self._folder / digest).write(payload)
 
     def forget_all_but(self, digests: frozenset[str]) -> None:
-        """Remove what isn't wanted any more."""
+        """Delete all other payloads."""
         for file in self._folder.glob("*") if self._folder.exists() else ():
             if file.name.split(".")[0] not in digests:
                 file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Where a reader stands, as text: how processes of the service tell each other of their readers."""
+"""A reader's status as text, for NOTIFY between processes of the intervention service."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from backpack_serving.sync.wire import read_from_reader, write_from_reader
 
 
 def write_standing(hello: Hello, report: ReaderReport, most: int) -> str:
-    """Where a reader stands, in at most `most` characters. What is too long is told with fewer tallies, and then as a
-    reader that holds nothing.
+    """Encode a reader's status in at most `most` characters. If it is too long, tallies are dropped first, then the
+    position and refusals, as if the reader held nothing.
     """
     parts = (write_from_reader(message).SerializeToString() for message in (hello, report))
     text = " ".join(base64.b64encode(part).decode() for part in parts)
     if len(text) <= most:
         return text
-    if report.tallies:  # they are judged where the reader is connected; a wait needs its position everywhere
+    if report.tallies:  # canaries are judged where the reader is connected; waits need positions everywhere
         return write_standing(hello, replace(report, tallies=report.tallies[: len(report.tallies) // 2]), most)
     return write_standing(
         replace(hello, position=Position(), refusals=()), ReaderReport(releases=report.releases), most
@@ -28,7 +28,7 @@ def write_standing(hello: Hello, report: ReaderReport, most: int) -> str:
 
 
 def read_standing(text: str) -> tuple[Hello, ReaderReport]:
-    """Raises ValueError, DecodeError or InvalidRequest for what this version doesn't know."""
+    """Decode a reader's status. Raises ValueError, DecodeError or InvalidRequest if this version can't."""
     hello, report = (
         read_from_reader(sync_pb2.SyncRequest.FromString(base64.b64decode(part))) for part in text.split(" ")
     )

@@ -1,4 +1,4 @@
-"""What readers (gateways and replicas) know of the store, and where in its history they stand."""
+"""The state that readers (gateways and replicas) keep of the store, and its position in the store's history."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from backpack_serving.auth.keys import Principal, Verifier
 from backpack_serving.references import Position, ReleaseRef
 
 RESIDENT = 3
-"""How many releases of a channel stay compiled in replicas: the one that it is at, and those before it."""
+"""How many releases of a channel stay compiled in replicas: the current one and those before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class CanarySplit:
-    """A release that so many in a thousand request keys of a channel get, drawn under a salt."""
+    """A release for `permille` in a thousand request keys of a channel, chosen by a salted hash."""
 
     release: ReleaseRef
     permille: int
@@ -41,7 +41,7 @@ class TenantState:
 
 @dataclass(frozen=True, slots=True)
 class KeyState:
-    """An API key: whose it is, and what recognises its secret."""
+    """An API key: its principal, and the verifier of its secret."""
 
     principal: Principal
     verifier: Verifier
@@ -54,7 +54,7 @@ class KeyState:
 
 @dataclass(frozen=True, slots=True)
 class ChannelState:
-    """A channel. `earlier` are the releases that it was at before, newest first: where a rollback may go."""
+    """A channel. `earlier` are its previous releases, newest first: where a rollback may go."""
 
     tenant: str
     channel: str
@@ -68,7 +68,7 @@ class ChannelState:
 
     @property
     def serving(self) -> tuple[ReleaseRef, ...]:
-        """The releases that its requests get now."""
+        """The releases that its requests get now: stable, and canary if there is one."""
         return (self.stable, self.canary.release) if self.canary else (self.stable,)
 
     def choose(self, request_key: str) -> ReleaseRef:
@@ -80,7 +80,7 @@ class ChannelState:
 
 @dataclass(frozen=True, slots=True)
 class RecentRelease:
-    """A release that was just made and will probably be activated: replicas get it ready before it is."""
+    """A new release, which replicas stage before it is activated."""
 
     tenant: str
     release: ReleaseRef
@@ -96,7 +96,7 @@ class RecentRelease:
 
 @dataclass(frozen=True, slots=True)
 class UnknownEntry:
-    """A change of a kind that this reader is too old for."""
+    """A change of a kind that this version doesn't know."""
 
     kind: str
 
@@ -106,15 +106,15 @@ class UnknownEntry:
 
 
 StateEntry = TenantState | KeyState | ChannelState | RecentRelease | UnknownEntry
-"""One thing that readers know. `key` says which, among those of its kind: the newest of a key is what holds."""
+"""One entry of the state. `key` is unique among entries of its kind; a later entry replaces an earlier one."""
 
 Stageable = ChannelState | RecentRelease
-"""What has releases that a replica must be able to serve."""
+"""Entries with releases that a replica must stage."""
 
 
 @dataclass(frozen=True, slots=True)
 class StateView:
-    """All that a reader knows, as of one position. A change makes another view; nobody ever sees half of one."""
+    """The whole state at one position. Immutable: a change makes a new view, so nobody sees half of one."""
 
     position: Position = field(default_factory=Position)
     tenants: Mapping[str, TenantState] = field(default_factory=dict)
@@ -123,7 +123,7 @@ class StateView:
     fresh: Mapping[str, RecentRelease] = field(default_factory=dict)
 
     def changed(self, position: Position, changes: Iterable[StateEntry]) -> StateView:
-        """The view after these changes. What they don't mention stays: absence is never deletion."""
+        """The view after these changes. Entries that they don't mention stay: absence is never deletion."""
         tenants, keys = dict(self.tenants), dict(self.keys)
         channels, fresh = dict(self.channels), dict(self.fresh)
         for change in changes:
@@ -139,5 +139,5 @@ class StateView:
         return StateView(position, tenants, keys, channels, fresh)
 
     def records(self) -> tuple[StateEntry, ...]:
-        """All of it, as a snapshot would tell it."""
+        """All entries, as a snapshot contains them."""
         return (*self.tenants.values(), *self.keys.values(), *self.channels.values(), *self.fresh.values())

@@ -1,4 +1,4 @@
-"""What the service and its readers say to each other ↔ messages; a view ↔ bytes on disk; the pin."""
+"""Sync messages ↔ protobuf; a view ↔ bytes on disk."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def write_from_reader(message: m.FromReader) -> pb.SyncRequest:
 
 
 def read_from_reader(message: pb.SyncRequest) -> m.FromReader:
-    """Raises InvalidRequest for what this service doesn't know."""
+    """Raises InvalidRequest for a message of a kind that this version doesn't know."""
     match message.WhichOneof("message"):
         case "hello":
             hello = message.hello
@@ -99,7 +99,7 @@ def read_from_reader(message: pb.SyncRequest) -> m.FromReader:
 
 
 def write_to_reader(message: m.ToReader) -> list[pb.SyncResponse]:
-    """The message; in several, if it is a large snapshot."""
+    """The message, in several parts if it is a large snapshot."""
     match message:
         case m.Snapshot():
             parts = [message.changes[at : at + CHANGES] for at in range(0, len(message.changes), CHANGES)] or [()]
@@ -129,13 +129,13 @@ def write_to_reader(message: m.ToReader) -> list[pb.SyncResponse]:
 
 
 class SnapshotAssembler:
-    """Reads the messages of one stream; puts the parts of a snapshot together."""
+    """Reads the messages of one stream, and reassembles snapshots that come in parts."""
 
     def __init__(self) -> None:
         self._parts: list[StateEntry] = []
 
     def read(self, message: pb.SyncResponse) -> m.ToReader | None:
-        """None if the rest is still to come, or if it is nothing that this reader knows."""
+        """The message; None if more parts will follow, or if this version doesn't know its kind."""
         match message.WhichOneof("message"):
             case "snapshot":
                 snapshot = message.snapshot
@@ -156,37 +156,37 @@ class SnapshotAssembler:
                 return None
 
 
-def _write_entry(known: StateEntry) -> pb.Change:
-    match known:
+def _write_entry(entry: StateEntry) -> pb.Change:
+    match entry:
         case TenantState():
-            return pb.Change(tenant=pb.TenantChange(tenant=known.tenant, suspended=known.suspended))
+            return pb.Change(tenant=pb.TenantChange(tenant=entry.tenant, suspended=entry.suspended))
         case KeyState():
-            who = known.principal
+            principal = entry.principal
             return pb.Change(
                 key=pb.KeyChange(
-                    tenant=who.tenant,
-                    key=who.key,
-                    roles=[ROLE_NUMBERS[role] for role in sorted(who.roles)],
-                    salt=known.verifier.salt,
-                    verifier=known.verifier.digest,
-                    revoked=known.revoked,
+                    tenant=principal.tenant,
+                    key=principal.key,
+                    roles=[ROLE_NUMBERS[role] for role in sorted(principal.roles)],
+                    salt=entry.verifier.salt,
+                    verifier=entry.verifier.digest,
+                    revoked=entry.revoked,
                 )
             )
         case ChannelState():
-            canary = known.canary
+            canary = entry.canary
             return pb.Change(
                 channel=pb.ChannelChange(
-                    tenant=known.tenant,
-                    channel=known.channel,
-                    stable=write_ref(known.stable),
+                    tenant=entry.tenant,
+                    channel=entry.channel,
+                    stable=write_ref(entry.stable),
                     canary=write_ref(canary.release) if canary else None,
                     canary_permille=canary.permille if canary else 0,
                     canary_salt=canary.salt if canary else "",
-                    earlier=map(write_ref, known.earlier),
+                    earlier=map(write_ref, entry.earlier),
                 )
             )
         case RecentRelease():
-            return pb.Change(release=pb.ReleaseChange(tenant=known.tenant, release=write_ref(known.release)))
+            return pb.Change(release=pb.ReleaseChange(tenant=entry.tenant, release=write_ref(entry.release)))
         case UnknownEntry():
             return pb.Change()
 
@@ -217,7 +217,7 @@ def _read_entry(change: pb.Change) -> StateEntry:
 
 
 def write_view(view: StateView) -> bytes:
-    """A view as it is kept on disk: the snapshot that makes it."""
+    """A view as bytes for the disk: a snapshot message."""
     snapshot = pb.Snapshot(position=write_position(view.position), changes=map(_write_entry, view.records()))
     return snapshot.SerializeToString()
 
@@ -225,9 +225,3 @@ def write_view(view: StateView) -> bytes:
 def read_view(data: bytes) -> StateView:
     snapshot = pb.Snapshot.FromString(data)
     return StateView().changed(read_position(snapshot.position), map(_read_entry, snapshot.changes))
-
-
-# ---- the revisions of a release, in pieces
-
-
-# ---- the pin

@@ -84,7 +84,7 @@ def read_generation(
     if found:
         raise InvalidRequest.of(*found)
     s = request.sampling
-    drawn = _drawn(s, defaults)
+    drawn = _read_sampling_defaults(s, defaults)
     sampling = SamplingParams(
         max_tokens=max_tokens,
         temperature=min(drawn.temperature, HOTTEST) if drawn.temperature >= GREEDY_BELOW else 0.0,
@@ -98,7 +98,7 @@ def read_generation(
     return GenerationParams(prompt, sampling, s.samples or 1, request.priority, explain)
 
 
-def _drawn(s: pb.Sampling, defaults: SamplingDefaults) -> SamplingDefaults:
+def _read_sampling_defaults(s: pb.Sampling, defaults: SamplingDefaults) -> SamplingDefaults:
     """How tokens are drawn: as the request says, if it names one of the three; else as the model says."""
     if not (s.HasField("temperature") or s.top_k or s.HasField("top_p")):
         return defaults
