@@ -69,7 +69,7 @@ def test_files_hold_one_noun(room: str, most: int) -> None:
     assert {name: lines for name, lines in files.items() if lines > most} == {}
 
 
-OVERRIDES = {"_commit", "_enter", "_reading", "_writing", "_reason"}
+OVERRIDES = {"_reading", "_writing", "_reason"}
 """Private methods that several files define because they implement one interface: `interventions.sql.SQLStore`."""
 
 

@@ -131,7 +131,7 @@ class NativeKernels:
         rows, topics = self._describe([prediction])
         self._update_annealing(self._with(topics), rows.ctypes.data_as(ctypes.c_void_p), start)
 
-    def _mixing(self) -> tuple[structs.Mix, tuple[Tensor, ...]]:
+    def _mixing(self) -> tuple[structs.MixState, tuple[Tensor, ...]]:
         """What the mix works on but for topics, and the buffers in it."""
         c = self.caches
         (slots, context, senses), width = c.rows.shape, c.table.shape[1]
@@ -140,7 +140,7 @@ class NativeKernels:
         starts, words = (torch.empty(slots, n, dtype=torch.int32) for n in (GROUPS + 1, 2 * context))
         tensors = (c.table, c.embedding, c.rows, c.ids, c.previous, c.following, c.annealed_sum, alpha, parts)
         lists = structs.Lists(at(starts), at(words), context, len(c.embedding))
-        state = structs.Mix(*(at(tensor) for tensor in tensors), lists, None, senses, width, context, slots)
+        state = structs.MixState(*(at(tensor) for tensor in tensors), lists, None, senses, width, context, slots)
         return state, (alpha, parts, starts, words)
 
     def _with(self, topics: bytes) -> object:

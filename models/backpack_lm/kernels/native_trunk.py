@@ -30,8 +30,10 @@ class NativeTrunk:
         self.seconds = torch.zeros(len(PARTS), dtype=torch.float64)
         """What each of `PARTS` has taken so far."""
         config, layers = weights.config, weights.layers
-        self._layers = (structs.Layer * len(layers))(*(self._layer_table(n, layer) for n, layer in enumerate(layers)))
-        self._state = structs.Trunk(
+        self._layers = (structs.LayerTable * len(layers))(
+            *(self._layer_table(n, layer) for n, layer in enumerate(layers))
+        )
+        self._state = structs.TrunkState(
             self._layers, _matrix(weights.sense_weights), _norm(weights.first),
             at(weights.tokens), at(weights.positions), at(caches.sense_keys), at(self.seconds),
             len(layers), config.n_embd, config.n_head, config.num_senses, caches.ids.shape[1], weights.first.eps,
@@ -48,10 +50,10 @@ class NativeTrunk:
         )  # fmt: skip
         return queries
 
-    def _layer_table(self, n: int, layer: Layer) -> structs.Layer:
+    def _layer_table(self, n: int, layer: Layer) -> structs.LayerTable:
         products = (_matrix(product) for product in (layer.qkv, layer.proj, layer.fc, layer.out))
         norms = (_norm(layer.middle), _norm(layer.after))
-        return structs.Layer(*products, *norms, at(self._caches.keys[n]), at(self._caches.values[n]), layer.scale)
+        return structs.LayerTable(*products, *norms, at(self._caches.keys[n]), at(self._caches.values[n]), layer.scale)
 
 
 def _matrix(linear: Linear) -> structs.Matrix:

@@ -35,7 +35,7 @@ class Lists(ctypes.Structure):
     _fields_ = (*_pointers("starts", "words"), *_ints("context", "vocabulary"))
 
 
-class Mix(ctypes.Structure):
+class MixState(ctypes.Structure):
     _fields_ = (
         *_pointers("table", "embedding", "rows", "ids", "previous", "following", "annealed_sum", "alpha", "parts"),
         ("lists", Lists),
@@ -56,7 +56,7 @@ class Norm(ctypes.Structure):
     _fields_ = _pointers("gain", "bias")
 
 
-class Layer(ctypes.Structure):
+class LayerTable(ctypes.Structure):
     _fields_ = (
         *((name, Matrix) for name in ("qkv", "proj", "fc", "out")),
         *((name, Norm) for name in ("middle", "after")),
@@ -65,9 +65,9 @@ class Layer(ctypes.Structure):
     )
 
 
-class Trunk(ctypes.Structure):
+class TrunkState(ctypes.Structure):
     _fields_ = (
-        ("layers", ctypes.POINTER(Layer)),
+        ("layers", ctypes.POINTER(LayerTable)),
         ("sense_weights", Matrix),
         ("first", Norm),
         *_pointers("tokens", "positions", "sense_keys", "seconds"),
@@ -97,16 +97,16 @@ SPAN = np.dtype([(name, "i4") for name in TokenSpan._fields])
 LAYOUTS: Mapping[str, type[ctypes.Structure] | np.dtype[np.void]] = {
     "AppendTargets": AppendTargets,
     "DrawParams": DRAW_PARAMS,
-    "Layer": Layer,
+    "Layer": LayerTable,
     "Lists": Lists,
     "Matrix": Matrix,
-    "Mix": Mix,
+    "Mix": MixState,
     "NewTokens": NewTokens,
     "Norm": Norm,
     "Prediction": PREDICTION,
     "Span": SPAN,
     "Topic": TOPIC,
-    "Trunk": Trunk,
+    "Trunk": TrunkState,
 }
 """By their names in cpp/layouts.h."""
 
