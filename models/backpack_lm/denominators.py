@@ -153,7 +153,7 @@ def _whole_blocks(file: BinaryIO, vocabulary: int, senses: int, tokens: int) -> 
     for at in range(0, vocabulary, tokens):
         count = min(tokens, vocabulary - at)
         data, checksum = file.read(4 * count * senses), file.read(_CHECKSUM)
-        if checksum != _checksum(data, at):
+        if checksum != _digest_of_tables(data, at):
             return
         yield torch.frombuffer(bytearray(data), dtype=torch.float32).view(count, senses)
 
@@ -177,7 +177,7 @@ def _append(file: BinaryIO, block: Tensor, at: int) -> BinaryIO:
     """Keep one more block; where the next goes: into memory, once the disk takes no more."""
     data = block.contiguous().numpy().tobytes()
     try:
-        file.write(data + _checksum(data, at))
+        file.write(data + _digest_of_tables(data, at))
         file.flush()
     except OSError as error:
         with suppress(OSError):
@@ -186,5 +186,5 @@ def _append(file: BinaryIO, block: Tensor, at: int) -> BinaryIO:
     return file
 
 
-def _checksum(data: bytes, at: int) -> bytes:
+def _digest_of_tables(data: bytes, at: int) -> bytes:
     return hashlib.sha256(at.to_bytes(8, "little") + data).digest()

@@ -49,7 +49,7 @@ class Denominators:
             self._told = Told()
             arguments = asyncio.get_running_loop(), self._making
             # A thread of its own, and a daemon: the end of the process doesn't wait for it.
-            threading.Thread(target=self._run, args=arguments, name="denominators", daemon=True).start()
+            threading.Thread(target=self._measure, args=arguments, name="denominators", daemon=True).start()
         await asyncio.shield(self._making)  # one who leaves must not cancel what others wait for
 
     def stop(self) -> None:
@@ -69,7 +69,7 @@ class Denominators:
 
     # ---- in the thread
 
-    def _run(self, loop: asyncio.AbstractEventLoop, making: asyncio.Future[None]) -> None:
+    def _measure(self, loop: asyncio.AbstractEventLoop, making: asyncio.Future[None]) -> None:
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         failure: Exception | None = None

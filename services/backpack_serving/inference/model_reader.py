@@ -36,31 +36,31 @@ class ModelReader:
 
     async def score(self, tenant: str, ids: tuple[int, ...], overlay: Overlay) -> list[float]:
         """log p of each token but the first, of two at least."""
-        logs = await self._run(tenant, self._served.score, ids, overlay)
+        logs = await self._run_in_turn(tenant, self._served.score, ids, overlay)
         _check_finite(logs)
         return logs
 
     async def explain(self, tenant: str, ids: tuple[int, ...], overlay: Overlay, target: int | None) -> Attribution:
         """The terms of the logit of `target`, or of the likeliest token, after `ids`."""
-        found = await self._run(tenant, self._served.explain, ids, overlay, target)
+        found = await self._run_in_turn(tenant, self._served.explain, ids, overlay, target)
         _check_finite([found.terms.logit, found.log_probability])
         return found
 
     async def explain_text(self, tenant: str, ids: Sequence[int], overlay: Overlay, start: int) -> list[Terms]:
         """The terms of the logit of each token from position `start` on."""
-        return await self._run(tenant, self._served.explain_text, ids, overlay, start)
+        return await self._run_in_turn(tenant, self._served.explain_text, ids, overlay, start)
 
     async def compare(
         self, query: ComparisonQuery, pins: Sequence[pb.Pin], compiled: CompiledReleases
     ) -> dict[str, list[float] | Distribution]:
         """The answer under each pinned release, by its digest. All pins are of one tenant."""
         tenant = pins[0].tenant
-        text = await self._run(tenant, self._served.compare, query)
+        text = await self._run_in_turn(tenant, self._served.compare, query)
         distinct = list({pin.release_digest: pin for pin in pins}.values())
         answers: dict[str, list[float] | Distribution] = {}
         for at in range(0, len(distinct), COMPARED_AT_ONCE):
             async with compiled(distinct[at : at + COMPARED_AT_ONCE]) as overlays:
-                found = await self._run(tenant, text.read, overlays)
+                found = await self._run_in_turn(tenant, text.read, overlays)
                 for overlay, answer in zip(overlays, found, strict=True):
                     _check_finite(
                         answer if isinstance(answer, list) else (value for _, value in (*answer.top, *answer.targets))
@@ -72,9 +72,9 @@ class ModelReader:
         self, tenant: str, token: int, overlay: Overlay, limit: int, neighbours: int
     ) -> list[SenseReading]:
         """Every sense of a token, with its `limit` best and worst predictions and `neighbours` nearest words."""
-        return await self._run(tenant, self._served.senses, token, overlay, limit, neighbours)
+        return await self._run_in_turn(tenant, self._served.senses, token, overlay, limit, neighbours)
 
-    async def _run(self, tenant: str, work: Callable[..., T], *arguments: object) -> T:
+    async def _run_in_turn(self, tenant: str, work: Callable[..., T], *arguments: object) -> T:
         """Run this in a thread when the tenant has its turn.
 
         The lock is kept until the thread ends, also if the caller is cancelled: a thread can't be stopped, and
