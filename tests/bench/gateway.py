@@ -25,6 +25,7 @@ from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_serving import rpc
 from backpack_serving.inference import replica
+from backpack_serving.inference import wire as answers
 from backpack_serving.interventions import bootstrap as interventions
 from backpack_serving.settings import Settings
 from backpack_serving.wire import inference as wire
@@ -46,10 +47,10 @@ class Endless(inference_pb2_grpc.InferenceServiceServicer):
     async def GenerateStream(
         self, request: pb.GenerateStreamRequest, context: rpc.Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        pin = wire.read_pin(context)
+        pin = answers.read_pin(context)
         await context.send_initial_metadata(())
         message = pb.GenerateStreamResponse(text=" ship", tokens=[pb.Token(id=1234, text=" ship")])
-        first = pb.GenerateStreamResponse(served=wire.served(pin, pin.release_digest, self._manifest))
+        first = pb.GenerateStreamResponse(served=answers.served(pin, pin.release_digest, self._manifest))
         first.MergeFrom(message)
         yield first
         for _ in range(MESSAGES - 2):

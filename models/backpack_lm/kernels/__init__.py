@@ -1,4 +1,4 @@
-"""What the engine asks of a processor: one function per operation, and who carries it out.
+"""The operations that the engine needs, and their implementations on each processor.
 
 `plain` says in torch what each operation means, on any device; `native` does it on a CPU with a compiled library,
 `cuda` on a CUDA device with Triton. All of them work on the same `Caches`, and tests hold them equal.

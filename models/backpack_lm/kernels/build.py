@@ -71,13 +71,13 @@ def compile_for(family: Family) -> Path:
 
 
 def _prebuilt() -> Path | None:
-    """What `compile_for` left for the newest family that this processor is of."""
+    """The library that `compile_for` made for the newest family that this processor belongs to."""
     files = (PREBUILT / _name(family.name, *family.options) for family in fitting())
     return next((file for file in files if _whole(file)), None)
 
 
 def _path() -> Path:
-    """Named by source, options and processor: a library of another machine's instructions is never loaded."""
+    """The file's name depends on sources, options and processor, so another machine's library is never loaded."""
     return folder("kernels") / _name("native", *compiler_options(), platform.machine(), _processor())
 
 
@@ -88,7 +88,7 @@ def _name(kind: str, *made_for: str) -> str:
 
 
 def _whole(file: Path) -> bool:
-    """Whether it is there as `_compile_library` left it. Loading a damaged one may kill the process."""
+    """Whether the file is exactly what `_compile_library` wrote. Loading a damaged one may kill the process."""
     with suppress(FileNotFoundError):
         data = file.read_bytes()
         return _checksum(data[:-_CHECKSUM]) == data[-_CHECKSUM:]

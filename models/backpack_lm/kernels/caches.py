@@ -51,7 +51,7 @@ class MixSpan(NamedTuple):
 
 
 class DrawParams(NamedTuple):
-    """How a token is chosen: the greatest logit at `temperature` 0, else drawn with the noise of `seed` and
+    """How a token is chosen: the greatest logit at `temperature` 0, otherwise drawn with the noise of `seed` and
     `position`: of the `top_k` likeliest (0: of all) the smallest set that has at least `top_p` of their
     probability. Of equal ones the first in the vocabulary is the likelier.
     """
@@ -118,14 +118,14 @@ class Caches:
         )
 
     def copy_prefix(self, donor: int, slot: int, count: int) -> None:
-        """Give a slot the first `count` positions of another's, all that is the model's own."""
+        """Copy the first `count` positions from a donor slot: keys, values and sense keys, which no patch changes."""
         tiles = -(-count // LANES)  # what lies beyond in the last one is overwritten before it is read
         self.keys[:, slot, :, :tiles] = self.keys[:, donor, :, :tiles]
         self.values[:, slot, :, :count] = self.values[:, donor, :, :count]
         self.sense_keys[slot, :, :tiles] = self.sense_keys[donor, :, :tiles]
 
     def write_sense_keys(self, keys: Tensor, slots: Tensor, positions: Tensor) -> None:
-        """Keep the sense weights' keys [N, k, d/k] of new tokens."""
+        """Write the sense weights' keys [N, k, d/k] of new tokens."""
         self.sense_keys[slots, :, positions // LANES, :, positions % LANES] = keys
 
 

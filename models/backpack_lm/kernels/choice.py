@@ -1,4 +1,4 @@
-"""Where, with which kernels, in which dtype: the fastest that this machine has."""
+"""Choose the device, the kernels and the dtype: the fastest that this machine has."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Precision(StrEnum):
 
 
 def choose(caches: Caches) -> Kernels:
-    """The fastest kernels for where the caches are."""
+    """The fastest kernels for the caches' device."""
     from backpack_lm.kernels.cuda import CudaKernels
     from backpack_lm.kernels.native import NativeKernels
 

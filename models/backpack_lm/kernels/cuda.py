@@ -50,7 +50,7 @@ class CudaKernels:
         self._topics: dict[int, tuple[Topics, Tensor]] = {}
 
     def describe(self, spans: Sequence[TokenSpan], predictions: Sequence[MixSpan]) -> None:
-        """Say what the next step works on. `attend` and `mix` know these lists again by their identity."""
+        """Describe the next step on the device. `attend` and `mix` recognize these lists by their identity."""
         self._describe_spans(spans)
         self._describe_predictions(predictions)
 
@@ -111,7 +111,7 @@ class CudaKernels:
         self._to_device(self._predictions, rows)
 
     def _launch_table(self, topics: Topics) -> tuple[Topics, Tensor]:
-        """Topics and their description on the device, which the last step may have left there."""
+        """Topics and their description on the device, reused if the last step had the same topics."""
         if held := self._topics.get(id(topics)):
             return held
         records = bytearray(b"".join(map(describe, topics)))

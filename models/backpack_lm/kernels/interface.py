@@ -12,7 +12,7 @@ from backpack_lm.model import Backpack
 
 
 class Linear(Protocol):
-    """x [N, in] → [N, out], in the kernels' dtype; with GPT-2's gelu behind it if so made."""
+    """x [N, in] → [N, out], in the kernels' dtype; followed by GPT-2's gelu if it was made with it."""
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
 

@@ -76,7 +76,7 @@ class NativeKernels:
         return NativeTrunk(self._library, self.caches, TrunkWeights.prepare(self, model), self._spans)
 
     def has_trunk(self, config: BackpackConfig) -> bool:
-        """Whether the library computes a trunk in one call: all products are its own, and none is filled up."""
+        """Whether the library computes a trunk in one call: all products are its own, and no input is padded."""
         return not self._packs and config.n_embd * self._dtype.itemsize % 4 == 0
 
     def append_tokens(self, new: StepInput, spans: Sequence[TokenSpan]) -> None:
@@ -132,7 +132,7 @@ class NativeKernels:
         self._update_annealing(self._with(topics), rows.ctypes.data_as(ctypes.c_void_p), start)
 
     def _mixing(self) -> tuple[structs.MixState, tuple[Tensor, ...]]:
-        """What the mix works on but for topics, and the buffers in it."""
+        """The mix's state without topics, and the buffers that it points to."""
         c = self.caches
         (slots, context, senses), width = c.rows.shape, c.table.shape[1]
         alpha = torch.empty(slots, context, -(-senses // LANES) * LANES)

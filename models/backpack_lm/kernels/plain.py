@@ -1,4 +1,4 @@
-"""Every operation in torch: what it means, on any device, and the fallback where nothing faster is to be had."""
+"""Every operation in torch: the definition, on any device, and the fallback where nothing faster exists."""
 
 from __future__ import annotations
 

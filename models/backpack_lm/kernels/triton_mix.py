@@ -1,7 +1,7 @@
 """The sense mix in Triton, with releases' topics and their annealing.
 
     weigh   for a prediction and a sense: the scores of all positions, their peak and Σ exp(score − peak); and how
-            far the newest token's own cell has been annealed_sum
+            far the newest token's own cell is annealed
     mix     for a prediction and 16 positions: gather the senses by their row numbers, bring their annealing up to
             date, weighted sum with α times the multipliers
     total   the sums of a prediction's positions, in their order
@@ -115,7 +115,7 @@ def weigh(
     if (fresh != 0) & (topics > 0):
         first = slot * CONTEXT
         cell = (first + length - 1) * SENSES + sense
-        changeable = 0  # a multiplier of 1 stays 1, however much the cell is annealed_sum
+        changeable = 0  # a multiplier of 1 stays 1, however far the cell is annealed
         for n in range(topics):
             target, _, annealed = topic(address, n, tl.load(ids + first + length - 1), sense, SENSES)
             changeable += (annealed & (target != 1.0)).to(tl.int32)

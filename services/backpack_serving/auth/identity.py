@@ -10,9 +10,9 @@ from urllib.parse import quote
 
 import structlog
 
-from backpack_serving import rpc
 from backpack_serving.auth.keys import PREFIX, SYSTEM, Holder, Principal, Role, misplaced
 from backpack_serving.auth.oidc import Issuer, TokenVerifier
+from backpack_serving.auth.presented import Call, bearer, certificate_names
 from backpack_serving.errors import Unauthenticated
 
 
@@ -33,16 +33,16 @@ class Identities:
         self._by_key, self._check = by_key, check
         self._tokens, self._holders = TokenVerifier(issuer) if issuer else None, holders or {}
 
-    async def who(self, context: rpc.Context) -> Principal:
+    async def who(self, call: Call) -> Principal:
         """Raises Unauthenticated, or Unavailable while that can't be told."""
-        who = await self._who(context)
+        who = await self._who(call)
         structlog.contextvars.bind_contextvars(tenant=who.tenant)
         return who
 
-    async def _who(self, context: rpc.Context) -> Principal:
-        presented = rpc.bearer(context)
+    async def _who(self, call: Call) -> Principal:
+        presented = bearer(call)
         if presented is None:
-            who = self._by_certificate(rpc.certificate_names(context))
+            who = self._by_certificate(certificate_names(call))
         elif self._tokens is None or presented.startswith(PREFIX):
             return await self._by_key(presented)
         else:

@@ -15,11 +15,11 @@ from backpack_serving.engine.slots import OverlayRows, Slots
 
 
 class QueueFull(Exception):
-    """As many requests are waiting as may."""
+    """The queue is full."""
 
 
 class TooManyRows(Exception):
-    """A release replaces more cells than there is space for behind the table, used by nobody else."""
+    """A release replaces more cells than the table has overlay rows in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,9 @@ class Engine:
         )
 
     def add(self, request: GenerationRequest) -> str | None:
-        """Take a request in. If the queue is full, one of the tenant that fills it has to go: its id.
+        """Queue a request. If the queue is full, evict one of the tenant with the most waiting, and return its id.
 
-        Raises QueueFull if none has, or TooManyRows if its release could never be loaded.
+        Raises QueueFull if none can be evicted, or TooManyRows if its release could never be loaded.
         """
         if len(request.overlay.rows) > self._rows.size:
             raise TooManyRows(
@@ -101,7 +101,7 @@ class Engine:
         return crowding.request.id if crowding else None
 
     def abort(self, request_id: str) -> None:
-        """Drop a request; its slot is free at once. One that has ended, or never was, is no error."""
+        """Drop a request and free its slot at once. A request that has ended, or is unknown, is no error."""
         if sequence := self._sequences.get(request_id):
             self._finish(sequence)
 
@@ -126,7 +126,7 @@ class Engine:
         return [self._commit_token(*made) for made in zip(sampled, tokens, logs, strict=True)]
 
     def _start_sequence(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence a slot and its release's rows, if there are any to give."""
+        """Give a waiting sequence a slot and its release's rows. False if none are free."""
         overlay = sequence.request.overlay
         if not self._slots.free or not self._rows.can_hold(overlay.digest, len(overlay.rows)):
             return False

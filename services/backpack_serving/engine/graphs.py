@@ -61,7 +61,7 @@ class Graphs:
     def _fill(
         self, into: _Recorded, new: StepInput, spans: Sequence[TokenSpan], predictions: Sequence[MixSpan]
     ) -> None:
-        """Put what a step works on where a recorded one looks for it; the scratch slot fills it up."""
+        """Copy a step's input to where the graph reads it, padded with tokens of the scratch slot."""
         count, size, scratch = len(spans), len(into.spans), self._scratch
         for place, part, rest in zip(into.new, new, (0, scratch, 0, 0), strict=True):
             padding = (0,) * (2 * part.ndim - 1) + (size - count,)  # behind the first dimension

@@ -80,9 +80,9 @@ class Runner:
 
     @torch.inference_mode()
     def reuse(self, donor: int, slot: int, tokens: Many[int]) -> None:
-        """Begin a slot with tokens whose caches another slot, or this one, holds: a copy, not a computation.
+        """Begin a slot with tokens that are cached already, in a donor slot or in this one, by copying.
 
-        Caches are the model's alone; rows and annealing are the new occupant's own.
+        Only what no patch changes is copied; rows and annealing are made for the new sequence.
         """
         if donor != slot:
             self.caches.copy_prefix(donor, slot, len(tokens))

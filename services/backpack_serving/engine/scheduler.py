@@ -78,13 +78,13 @@ class Scheduler:
         return self.waiting < self.queue + free_slots
 
     def crowding(self, tenant: str) -> Sequence | None:
-        """Who waits in a tenant's way: the last of whoever has the most waiting, if that is more than its own."""
+        """The last waiting sequence of the tenant with the most waiting, if those are more than this tenant's own."""
         own = len(self._tenants[tenant].waiting) if tenant in self._tenants else 0
         most = max((other.waiting for other in self._tenants.values()), key=len, default=[])
         return most[-1] if len(most) > own + 1 else None
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn; ask `can_add` first."""
+        """Queue a sequence. Ask `can_add` first."""
         tenant = self._tenants.setdefault(sequence.request.tenant, _TenantQueue())
         if not tenant.waiting:
             least = min((t.served for t in self._tenants.values() if t.waiting), default=self._level)

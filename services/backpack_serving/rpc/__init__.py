@@ -1,9 +1,10 @@
 """The mechanics of gRPC: servers, channels, metadata, errors as statuses and back. Nobody else imports grpc."""
 
+from backpack_serving.auth.presented import bearer, certificate_names
 from backpack_serving.rpc.channel import SMALL, channel, sync_channel
 from backpack_serving.rpc.drain import drained
 from backpack_serving.rpc.listening import check as check_address
-from backpack_serving.rpc.metadata import Context, bearer, certificate_names, metadata, with_key, with_request_id
+from backpack_serving.rpc.metadata import Context, metadata, with_key, with_request_id
 from backpack_serving.rpc.server import Server, Service, Watcher, start
 from backpack_serving.rpc.status import errors, to_status
 

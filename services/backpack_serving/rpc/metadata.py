@@ -32,22 +32,6 @@ def metadata(context: Context) -> Mapping[str, str | bytes]:
     return dict(context.invocation_metadata() or ())
 
 
-def bearer(context: Context) -> str | None:
-    """The token of `authorization: Bearer …`; None without that key. Raises Unauthenticated if it is malformed."""
-    value = metadata(context).get("authorization")
-    if value is None:
-        return None
-    scheme, _, token = str(value).partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
-        raise Unauthenticated("NO_CREDENTIAL", "the metadata `authorization` must be `Bearer <key>`")
-    return token.strip()
-
-
-def certificate_names(context: Context) -> tuple[str, ...]:
-    """The alternative names of the client's certificate, which was verified; none without one."""
-    return tuple(name.decode() for name in context.auth_context().get("x509_subject_alternative_name", ()))
-
-
 def identify(known: Mapping[str, str | bytes]) -> str:
     """The request's id: the caller's `x-request-id` if it is a plain word, else a new one."""
     given = known.get(REQUEST_ID, "")
