@@ -41,7 +41,7 @@ for, is InvalidRequest before anything is sent.
 under an id that makes it one change however often it is sent; and generations of which nothing has come yet,
 because half a text can't be taken back. `attempts` bounds how often; 1 is once. `unreached_window` takes the
 window's place while nobody has ever answered this client, and the address may be wrong. A call that is tried for
-longer than a second is told to `notice`; by default the logger backpack_serving.client warns of it.
+longer than a second is reported to `notice`; by default the logger backpack_serving.client warns of it.
 
 **Proxies.** As with all of gRPC, calls go through the proxy that `grpc_proxy`, `https_proxy` or `http_proxy`
 names, unless `no_grpc_proxy` or `no_proxy` excepts the address; never to this machine. Errors say so.

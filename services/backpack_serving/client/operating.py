@@ -43,7 +43,7 @@ class AsyncOperator(Connected):
         return tuple(map(Tenant.of, found))
 
     async def create_key(self, tenant: str, roles: Sequence[Role | str]) -> NewKey:
-        """A further key of a tenant; its secret is told once, so this isn't tried again by itself."""
+        """A further key of a tenant; its secret is returned once, so this isn't tried again by itself."""
         request = build(pb.CreateApiKeyRequest, parent=f"tenants/{tenant}", roles=_roles(roles))
         return NewKey.of(await self._once(self._tenants.CreateApiKey, request))
 

@@ -12,16 +12,16 @@ def server_credentials(tls: Tls) -> grpc.ServerCredentials:
 
     If they become invalid later, that is logged, and the last valid ones stay in use.
     """
-    held = Reloaded(tls, _configuration)
-    first = known = held.now()
+    files = Reloaded(tls, _configuration)
+    first = current = files.now()
 
-    def again() -> grpc.ServerCertificateConfiguration | None:
-        nonlocal known
-        before, known = known, held.now()
-        return None if known is before else known
+    def reload() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal current
+        previous, current = current, files.now()
+        return None if current is previous else current
 
     return grpc.dynamic_ssl_server_credentials(
-        first, again, require_client_authentication=tls.client_authorities is not None
+        first, reload, require_client_authentication=tls.client_authorities is not None
     )
 
 

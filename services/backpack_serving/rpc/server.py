@@ -89,10 +89,10 @@ class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Tracks running calls: measures them, turns exceptions into statuses, and lets a drain cancel them."""
 
     def __init__(self, services: Iterable[Service], watcher: Watcher | None) -> None:
-        def named(methods: Callable[[Service], Iterable[str]]) -> set[str]:
+        def full_names(methods: Callable[[Service], Iterable[str]]) -> set[str]:
             return {f"/{service.name}/{method}" for service in services for method in methods(service)}
 
-        self._endless, self._quiet = named(lambda s: s.endless) | _ENDLESS, named(lambda s: s.quiet)
+        self._endless, self._quiet = full_names(lambda s: s.endless) | _ENDLESS, full_names(lambda s: s.quiet)
         self._large = {f"/{s.name}/{method}": admit for s in services for method, admit in s.large.items()}
         self._turn = asyncio.Lock()
         self._watcher = watcher
@@ -112,38 +112,38 @@ class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         kind = ("stream" if handler.request_streaming else "unary") + (
             "_stream" if handler.response_streaming else "_unary"
         )
-        behaviour = getattr(handler, kind)
-        guarded = self._stream(behaviour) if handler.response_streaming else behaviour
+        handler_function = getattr(handler, kind)
+        respond = self._stream(handler_function) if handler.response_streaming else handler_function
         read = _decoding(handler.request_deserializer)
 
-        async def whole(request: Any, context: Any) -> Any:
+        async def dispatch(request: Any, context: Any) -> Any:
             if handler.request_streaming:
-                return await guarded(request, context)
+                return await respond(request, context)
             if len(request) <= SMALL:
-                return await guarded(read(request), context)
+                return await respond(read(request), context)
             if not (admit := self._large.get(name)):
                 raise too_large(len(request))
             await admit(context)
             async with self._turn:
-                return await guarded(read(request), context)
+                return await respond(read(request), context)
 
         async def call(request: Any, context: Any) -> Any:
             if not name.startswith("/backpack."):
-                return await self._run_call(whole, request, context, name, None)
-            known = metadata(context)
-            structlog.contextvars.bind_contextvars(request_id=identify(known))
+                return await self._run_call(dispatch, request, context, name, None)
+            call_metadata = metadata(context)
+            structlog.contextvars.bind_contextvars(request_id=identify(call_metadata))
             context.set_trailing_metadata(with_request_id())
-            with tracing.served(name, known):
-                return await self._run_call(whole, request, context, name, self._watcher)
+            with tracing.served(name, call_metadata):
+                return await self._run_call(dispatch, request, context, name, self._watcher)
 
         make: Callable[..., grpc.RpcMethodHandler] = getattr(grpc, f"{kind}_rpc_method_handler")
         # Parse a unary request inside the call: outside, gRPC would answer UNKNOWN to bytes that are no message.
         return make(call, read if handler.request_streaming else None, handler.response_serializer)
 
     @staticmethod
-    def _stream(behaviour: Any) -> Any:
+    def _stream(handler_function: Any) -> Any:
         async def write(request: Any, context: Any) -> None:
-            responses = behaviour(request, context)
+            responses = handler_function(request, context)
             if inspect.isawaitable(responses):
                 await responses  # it writes to the context itself
                 return
@@ -153,7 +153,9 @@ class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         return write
 
-    async def _run_call(self, behaviour: Any, request: Any, context: Any, method: str, watcher: Watcher | None) -> Any:
+    async def _run_call(
+        self, handler_function: Any, request: Any, context: Any, method: str, watcher: Watcher | None
+    ) -> Any:
         task = asyncio.current_task()
         assert task is not None, "grpc runs every call in a task"
         started, code, reason = time.perf_counter(), "OK", ""
@@ -164,11 +166,11 @@ class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             watcher.began(method)
         try:
             try:
-                return await behaviour(request, context)
+                return await handler_function(request, context)
             except asyncio.CancelledError:
                 if task not in self._ended:
-                    left = context.time_remaining()
-                    code = reason = "CANCELLED" if left is None or left > 0 else "DEADLINE_EXCEEDED"
+                    remaining = context.time_remaining()
+                    code = reason = "CANCELLED" if remaining is None or remaining > 0 else "DEADLINE_EXCEEDED"
                     raise
                 task.uncancel()
                 refusal: ServiceError = draining()
@@ -183,8 +185,8 @@ class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 refusal.__traceback__ = None
             code, reason = refusal.code, refusal.reason
             status = rpc_status.to_status(to_status(refusal))
-            told = (*status.trailing_metadata, *with_request_id())
-            await context.abort_with_status(status._replace(trailing_metadata=told))
+            trailing = (*status.trailing_metadata, *with_request_id())
+            await context.abort_with_status(status._replace(trailing_metadata=trailing))
         except grpc.aio.InternalError:  # nothing can be sent any more: the caller is leaving
             code = reason = "CANCELLED"
             raise asyncio.CancelledError from None
