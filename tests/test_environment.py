@@ -43,6 +43,6 @@ def test_a_command_says_the_same_at_a_width_that_is_none(name: str, value: str) 
         ).stdout
 
     if name == "TERMINAL_WIDTH":
-        assert "Bring the schema up to date" in said("database", "migrate", "--help", **{name: value})
+        assert "Migrate the schema" in said("database", "migrate", "--help", **{name: value})
     else:
         assert len(said("settings", **{name: value}).splitlines()) == 1 + len(Settings.model_fields)

@@ -71,7 +71,7 @@ async def story(settings: Settings, front: gateway.Gateway) -> None:
 
     # Kill one under load.
     outcomes: list[str] = []
-    begun: set[int] = set()
+    running: set[int] = set()
 
     async def one(number: int, key: Metadata) -> None:
         request = pb.GenerateStreamRequest(
@@ -81,14 +81,16 @@ async def story(settings: Settings, front: gateway.Gateway) -> None:
         try:
             with rpc.errors():
                 async for _ in system.inference.GenerateStream(request, metadata=key):
-                    begun.add(number)
+                    running.add(number)
             outcomes.append("ok")
         except ServiceError as error:
             outcomes.append(error.reason)
+        finally:
+            running.discard(number)
 
-    load = [asyncio.create_task(one(number, key)) for number, key in enumerate(6 * keys)]
-    await until("both have four streams, as many as their slots", lambda: len(begun) == 8)
-    victim = sorted(actors(app.REPLICAS))[0]
+    victim = sorted(actors(app.REPLICAS))[0]  # looked for now: that takes as long as some streams
+    load = [asyncio.create_task(one(number, key)) for number, key in enumerate(10 * keys)]
+    await until("both have four streams, as many as their slots", lambda: len(running) == 8)
     os.kill(victim, signal.SIGKILL)
     await asyncio.gather(*load)
     print(f"streams that ran when a replica was killed: {sorted(outcomes)}", flush=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -34,17 +37,23 @@ def _key(metadata: Metadata) -> str:
     return metadata[0][1].removeprefix("Bearer ")
 
 
-async def _cli(system: System, *words: str, code: int = 0) -> str:
+async def _cli(system: System, *words: str) -> str:
+    """A command in a process of its own: a console keeps the width that it was made with."""
     environment = {
+        **os.environ,
         "BACKPACK_GATEWAY_ADDRESS": system.gateway,
         "BACKPACK_INTERVENTIONS_ADDRESS": system.interventions,
         "BACKPACK_STATE": str(system.settings.state),
         "NO_COLOR": "1",
         "COLUMNS": "400",
+        "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    result = await asyncio.to_thread(CliRunner(env=environment).invoke, app, list(words))
-    assert result.exit_code == code, result.output
-    return result.output
+    command = [sys.executable, "-m", "backpack_serving.cli.main", *words]
+    done = await asyncio.to_thread(
+        subprocess.run, command, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 async def test_who_names_no_sampling_gets_the_same_text_from_everywhere(system: System) -> None:

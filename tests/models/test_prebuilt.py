@@ -55,7 +55,7 @@ def _there(*made: Family) -> None:
     build.PREBUILT.mkdir(exist_ok=True)
     for family in made:
         body = family.name.encode()
-        (build.PREBUILT / build._name(family.name, *family.options)).write_bytes(body + build._source_digest(body))
+        (build.PREBUILT / build._name(family.name, *family.options)).write_bytes(body + build._checksum(body))
 
 
 def _taken() -> str | None:
