@@ -57,32 +57,6 @@ async def test_tokens_are_gathered_between_the_first_and_the_last(
     assert len(batches[0.0]) > 2
 
 
-async def test_the_first_token_is_with_its_reader_before_the_next_step(
-    make_engine: MakeEngine, overlays: dict[str, Overlay], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The engine waits for that, however busy the event loop is."""
-    monkeypatch.setattr("backpack_serving.engine.loop.HAND_OVER", 60.0)
-    had: list[int] = []  # by the reader, when each step began
-    count = 0
-
-    def begin(step: int) -> float:
-        had.append(count)
-        return 0.0
-
-    async with _loop(make_engine(), begin) as (loop, over):
-        asyncio.get_running_loop().call_soon(lambda: _hold_up(over))
-        async for outputs in loop.generate(_request(overlays, 10), 0.0):
-            count += len(outputs)
-    assert had[1] == 1
-
-
-def _hold_up(over: list[float]) -> None:
-    """Keep the event loop busy until some time after the engine's first step."""
-    while not over:
-        time.sleep(0.001)
-    time.sleep(0.2)
-
-
 class _SteadyLoop:
     """The event loop as the engine's loop sees it, where half a second goes by with each step, and no timer ends."""
 

@@ -24,10 +24,6 @@ SWITCH_INTERVAL = 1e-4
 several times a step and wants back in each time: behind an event loop that is writing messages it would wait
 Python's own 5 ms, as long as a step."""
 
-HAND_OVER = 1e-3
-"""Seconds that the engine waits, at most, until a first token is on its way to whoever waits for it. An event
-loop that takes turns in Python with the engine's next step sends it a millisecond later."""
-
 log = structlog.get_logger(__name__)
 
 
@@ -88,7 +84,6 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _TokenStream] = {}
         self._delivered = 0.0
-        self._sent = threading.Event()  # what was delivered last, if it had a first token
         self._timer: asyncio.TimerHandle | None = None
         self._failure: Exception | None = None
         self.load: Load = engine.load  # at most `LOAD_AGE` old
@@ -145,11 +140,7 @@ class EngineLoop:
         try:
             while self._receive_commands():
                 outputs = self._engine.step()
-                begins = any(output.first for output in outputs)
-                self._sent.clear()
-                self._post(self._deliver, outputs, begins)
-                if begins:
-                    self._sent.wait(HAND_OVER)
+                self._post(self._deliver, outputs)
                 self._update_load()
         except Exception as error:
             log.exception("the engine failed")
@@ -193,7 +184,7 @@ class EngineLoop:
 
     # ---- in the event loop
 
-    def _deliver(self, outputs: list[Output], begins: bool) -> None:
+    def _deliver(self, outputs: list[Output]) -> None:
         now = self._loop.time()
         for output in outputs:
             if stream := self._streams.get(output.request_id):
@@ -201,8 +192,6 @@ class EngineLoop:
         # Whoever would be late after one more step is woken now: readers go by steps, together, not by timers.
         self._wake_due(now + (now - self._delivered))
         self._delivered = now
-        if begins:
-            self._loop.call_soon(self._sent.set)  # behind the readers that were woken
 
     def _wake_due(self, until: float) -> None:
         """Give readers what is due until then; look again when more is, should the next step not come before."""
