@@ -62,7 +62,7 @@ def read_choices(request: pb.CompareRequest) -> tuple[int | str, ...]:
     return tuple(choices)
 
 
-def read_question(request: pb.CompareRequest, tokenizer: Tokenizer, config: BackpackConfig) -> ComparisonQuery:
+def read_comparison(request: pb.CompareRequest, tokenizer: Tokenizer, config: BackpackConfig) -> ComparisonQuery:
     """Raises InvalidRequest with everything that is wrong beside the prompt."""
     ids = read_prompt("prompt", request.prompt, tokenizer, config)
     score = request.mode == pb.COMPARE_MODE_SCORE

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from backpack_lm.config import BackpackConfig
-from backpack_lm.generation import WHOLE, SamplingDefaults
+from backpack_lm.generation import UNTRUNCATED, SamplingDefaults
 from backpack_lm.manifest import Manifest
 from backpack_lm.patch import Violation
 from backpack_lm.tokenizer import Tokenizer
@@ -102,8 +102,8 @@ def _read_sampling_defaults(s: pb.Sampling, defaults: SamplingDefaults) -> Sampl
     """How tokens are drawn: as the request says, if it names one of the three; else as the model says."""
     if not (s.HasField("temperature") or s.top_k or s.HasField("top_p")):
         return defaults
-    temperature = s.temperature if s.HasField("temperature") else WHOLE.temperature
-    return SamplingDefaults(temperature, s.top_k, s.top_p if s.HasField("top_p") else WHOLE.top_p)
+    temperature = s.temperature if s.HasField("temperature") else UNTRUNCATED.temperature
+    return SamplingDefaults(temperature, s.top_k, s.top_p if s.HasField("top_p") else UNTRUNCATED.top_p)
 
 
 def normalize_request(request: Generation, params: GenerationParams) -> None:
