@@ -198,9 +198,6 @@ def _sampling_violations(s: pb.Sampling) -> Iterator[Violation]:
             yield Violation(f"sampling.stop[{at}]", "OUT_OF_RANGE", f"{len(stop)} characters; 1 to {LARGEST_STOP}")
 
 
-# ---- the pin
-
-
 # ---- answers
 
 
