@@ -10,7 +10,8 @@ A servable folder holds
     manifest.json       the fingerprint and norms, for those who don't load tensors (`manifest.py`)
     generation_config.json  if there is one: how tokens are drawn where nobody says (`generation.py`)
 
-Tensors are read by safetensors, or out of pickles that nothing can run in (`pickle_machine.py`).
+Tensors are read by safetensors, or from `torch.save` archives whose pickles run nothing (`pickle_machine.py`). Files
+that torch wrote before 1.6 are read by `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations

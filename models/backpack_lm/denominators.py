@@ -1,8 +1,8 @@
 """max_y (E C)_y of every cell of a model, the denominator of topic scores: V²·k·d operations.
 
 They don't depend on the topic, and a model may ship them (`checkpoint.py`). Otherwise they are computed when a
-topic is first wanted, one block of tokens after another. The host's cache keeps every block: a process that was
-stopped goes on from there, and other processes read what one has computed.
+topic is first used, in blocks of tokens. The host's cache stores every block: a restarted process resumes from the
+last one, and other processes read them.
 """
 
 from __future__ import annotations
@@ -26,34 +26,35 @@ from backpack_lm.cache import folder
 log = logging.getLogger(__name__)
 
 CELLS, WORDS = 1024, 8192
-"""Cells, and words of the vocabulary, that are multiplied at a time: 32 MB of scores in float32."""
+"""Cells and words of the vocabulary in one product: 32 MB of scores in float32."""
 
 WORTH_ROUNDING = 1e11
-"""Multiplications, about a second of them, from which on bfloat16 finds the greatest, where it is the faster."""
+"""Multiplications (about a second's) above which bfloat16 finds the maximum, on processors where it is faster."""
 
-WORTH_TELLING = 10.0
-"""Seconds of work that is announced; it is told of as often as three times a minute."""
+WORTH_LOGGING = 10.0
+"""Log progress only if more than this many seconds are left."""
 
-TOLD_EVERY = 20.0
+LOG_EVERY = 20.0
+"""Seconds between two log lines."""
 
 WAIT = 0.2
-"""Seconds between looks at what another process computes."""
+"""Seconds between two attempts to lock the file while another process computes."""
 
 _CHECKSUM = hashlib.sha256().digest_size
 
 Progress = Callable[[int, int], None]
-"""Called with how many tokens of how many are done. What it raises stops the work."""
+"""Called with (tokens done, tokens in all). An exception stops the work."""
 
 
-class Told:
-    """A Progress that logs how far it is, and about when it will be done."""
+class ProgressLog:
+    """A Progress that logs the share done and the estimated time left."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._begun: tuple[float, int] | None = None
-        self._told = -math.inf
+        self._logged_at = -math.inf
         self.seconds_left: float | None = None
-        """None until that can be estimated."""
+        """None until it can be estimated."""
 
     def __call__(self, done: int, of: int) -> None:
         now = self._clock()
@@ -63,8 +64,8 @@ class Told:
         if done > before:
             self.seconds_left = (now - since) / (done - before) * (of - done)
         left = self.seconds_left
-        if left is not None and left > WORTH_TELLING and now - self._told >= TOLD_EVERY:
-            self._told = now
+        if left is not None and left > WORTH_LOGGING and now - self._logged_at >= LOG_EVERY:
+            self._logged_at = now
             log.warning(
                 "computing the denominators of topic scores, once for this model: %d %%, about %s left",
                 100 * done // of,
@@ -81,10 +82,10 @@ def compute(
 ) -> Tensor:
     """max_y (E C)_y for C [V, k, d] and E = embedding [V, d]: [V, k] float32, of that `shape`.
 
-    `rows` gives the sense vectors of some tokens, [n, k, d]. Blocks are kept under `name` in the cache folder, if
-    one is given and that can be written.
+    `rows` returns the sense vectors of a slice of tokens, [n, k, d]. With a `name`, blocks are stored under it in
+    the cache folder, if that is writable.
     """
-    progress = progress or Told()
+    progress = progress or ProgressLog()
     vocabulary, senses = shape
     tokens = max(1, CELLS // senses)
     with _open_locked(name, progress, vocabulary) as kept:
@@ -103,7 +104,7 @@ def compute(
 
 
 class _Multiplied:
-    """Products with every row of E, in which the greatest is looked for."""
+    """Finds the largest product of a cell with any row of E."""
 
     def __init__(self, embedding: Tensor, operations: float) -> None:
         self._parts = embedding.float().split(WORDS)
@@ -118,16 +119,16 @@ class _Multiplied:
             return torch.stack([(exact @ part.t()).amax(1) for part in self._parts]).amax(0)
         found, rounded = [], cells.bfloat16()
         for part, narrow in zip(self._parts, self._rounded, strict=True):
-            # Rounded products say which word of a part has the greatest one; it is computed again, unrounded.
+            # The rounded products select the word; its product is computed again in float32.
             likeliest = (rounded @ narrow.t()).argmax(1)
             found.append((exact * part[likeliest]).sum(1))
         return torch.stack(found).amax(0)
 
 
 def _open_locked(name: str | None, progress: Progress, vocabulary: int) -> BinaryIO:
-    """The file of a name, for this process alone; where there is none, memory that is as good to write to.
+    """Open the file of a name with an exclusive lock; without a name or a writable folder, a buffer in memory.
 
-    Another process that computes the same is waited for: what it leaves is gone on with.
+    Waits while another process holds the lock; the caller then resumes from the blocks in the file.
     """
     if name is None:
         return io.BytesIO()
@@ -141,14 +142,14 @@ def _open_locked(name: str | None, progress: Progress, vocabulary: int) -> Binar
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return file
             time.sleep(WAIT)
-            progress(0, vocabulary)  # it isn't known how far the other is; but whoever waits may be stopped
+            progress(0, vocabulary)  # the other's progress is unknown, but `progress` may stop the wait
     except BaseException:
         file.close()
         raise
 
 
 def _whole_blocks(file: BinaryIO, vocabulary: int, senses: int, tokens: int) -> Iterator[Tensor]:
-    """The blocks at the beginning of a file that are as they were written."""
+    """Yield the blocks from the start of a file up to the first incomplete or damaged one."""
     file.seek(0)
     for at in range(0, vocabulary, tokens):
         count = min(tokens, vocabulary - at)
@@ -159,7 +160,7 @@ def _whole_blocks(file: BinaryIO, vocabulary: int, senses: int, tokens: int) -> 
 
 
 def _truncate_file(file: BinaryIO, size: int) -> BinaryIO:
-    """A file without what is behind its whole blocks; memory, if that can't be removed."""
+    """Cut a file after its whole blocks; returns a buffer in memory if that fails."""
     try:
         file.seek(size)
         file.truncate()
@@ -174,7 +175,7 @@ def _in_memory(error: OSError) -> BinaryIO:
 
 
 def _append(file: BinaryIO, block: Tensor, at: int) -> BinaryIO:
-    """Keep one more block; where the next goes: into memory, once the disk takes no more."""
+    """Append a block; returns where to write the next one: memory, once the disk is full."""
     data = block.contiguous().numpy().tobytes()
     try:
         file.write(data + _digest_of_tables(data, at))

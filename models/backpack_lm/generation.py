@@ -67,5 +67,5 @@ FALLBACK = SamplingDefaults()
 
 _UNNAMED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
-WHOLE = SamplingDefaults(**_UNNAMED)  # type: ignore[arg-type]
+UNTRUNCATED = SamplingDefaults(**_UNNAMED)  # type: ignore[arg-type]
 """The model's own distribution: temperature 1 over the whole vocabulary."""

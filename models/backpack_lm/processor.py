@@ -1,6 +1,6 @@
-"""What the processor has, as far as it may be used: the one place that asks.
+"""Detects the processor's vector instructions; the only file that does.
 
-oneDNN's own limit, ONEDNN_MAX_CPU_ISA, holds for our library too. So any machine can be tried out as a lesser one:
+oneDNN's limit, ONEDNN_MAX_CPU_ISA, applies to our library too, so that a machine can stand in for an older one:
 `ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2` hides AVX-512 from oneDNN, from our library, and from torch.
 """
 
@@ -18,7 +18,7 @@ _NEEDED = {
     AVX512_BF16: ("avx512_bf16",),
     AMX_BF16: ("amx_tile", "amx_bf16"),
 }
-"""Our names for what torch has several for."""
+"""torch's capabilities that each of our names requires."""
 
 _NOT_BEYOND = {
     **dict.fromkeys(("SSE41", "AVX"), ()),
@@ -26,18 +26,18 @@ _NOT_BEYOND = {
     **dict.fromkeys(("AVX512_CORE", "AVX512_CORE_VNNI"), (AVX2, AVX512)),
     **dict.fromkeys(("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"), (AVX2, AVX512, AVX512_BF16)),
 }
-"""What values of ONEDNN_MAX_CPU_ISA leave. oneDNN ignores values that it doesn't know, as we do."""
+"""The features that each value of ONEDNN_MAX_CPU_ISA allows. Unknown values are ignored, as by oneDNN."""
 
 
 def features() -> tuple[str, ...]:
-    """Those of our names that this process may use, the oldest first; none on a processor that isn't x86."""
+    """The features that this process may use, oldest first; empty on processors other than x86."""
     found = torch.cpu.get_capabilities()
     allowed = _NOT_BEYOND.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), tuple(_NEEDED))
     return tuple(name for name, needed in _NEEDED.items() if name in allowed and all(map(found.get, needed)))
 
 
 def compiler_options() -> tuple[str, ...]:
-    """What tells a C++ compiler for this machine what it may use."""
+    """Options that make a C++ compiler target the allowed features."""
     found, hidden = features(), "ONEDNN_MAX_CPU_ISA" in os.environ
     if not hidden or AVX512_BF16 in found or torch.cpu.get_capabilities().get("architecture") != "x86_64":
         return ("-march=native",)
@@ -46,17 +46,17 @@ def compiler_options() -> tuple[str, ...]:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether bfloat16 is the faster precision here."""
+    """Whether bfloat16 is faster than float32 on this processor."""
     return AVX512_BF16 in features() or AMX_BF16 in features()
 
 
 def onednn_packs_bfloat16() -> bool:
-    """Whether oneDNN has packed products of bfloat16 here that are faster than our library's: those with AMX."""
+    """Whether oneDNN's packed bfloat16 products are available and faster than our library's (with AMX)."""
     return AMX_BF16 in features() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def described() -> str:
-    """For logs."""
+    """A description for logs."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
     return f"{' '.join(features()) or 'no AVX2'}; torch uses {torch.backends.cpu.get_cpu_capability()}" + (
         f"; ONEDNN_MAX_CPU_ISA={limit}" if limit else ""

@@ -124,7 +124,7 @@ class Internal(ServiceError):
 BY_CODE: Mapping[str, type[ServiceError]] = {kind.code: kind for kind in ServiceError.__subclasses__()}
 
 NOT_THE_CALLERS = (Unavailable, Expired, Unauthenticated, Forbidden)
-"""What a call of our own may end with that is about us: whoever we make it for must not take it for theirs."""
+"""Errors of a call that we make on our own account. A caller must not receive them as errors of its own request."""
 
 RELEASE_UNREACHABLE = "RELEASE_UNREACHABLE"
 """Reason of an Unavailable: this replica serves, but can't get this release now; another may have it."""

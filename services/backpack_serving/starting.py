@@ -1,6 +1,6 @@
-"""Waiting, at a start, for what isn't there yet; every few seconds a log line says what is awaited, and why.
+"""Wait, at a start, for dependencies that aren't there yet, and log every few seconds what is missing and why.
 
-A start never waits longer than `start_wait`, nor in a thread that keeps the process from ending.
+A start waits at most `start_wait`, and never in a thread that keeps the process from ending.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
-TELL_SECONDS = 5.0
-"""Between two lines that say what is awaited."""
+LOG_INTERVAL = 5.0
+"""Seconds between two log lines of a wait."""
 
 SILENT_SECONDS = 3.0
-"""That an attempt may take before the first line."""
+"""Seconds before the first log line."""
 
 PAUSE = 1.0
 """Seconds between an attempt that failed and the next one."""
@@ -88,14 +88,14 @@ async def wait_for(
     until, next_line = began + seconds, began + SILENT_SECONDS
     gives_up = until if seconds else math.inf  # with an attempt that lasts
     last: Exception | None = None
-    told = ""
+    logged = ""
     running: asyncio.Future[T] = asyncio.ensure_future(attempt())
     try:
         while True:
             wake = max(0.0, min(gives_up, next_line) - loop.time())
             done, _ = await asyncio.wait({running}, timeout=wake)
             if done and (last := running.exception()) is None:  # type: ignore[assignment]
-                if told:
+                if logged:
                     log.warning(f"{what} is there", waited=round(loop.time() - began, 1))
                 return running.result()
             if last is not None and not _may_pass(last, passing):
@@ -106,10 +106,10 @@ async def wait_for(
                     "NOT_READY",
                     f"{what}: {reason} after {seconds:g} s; BACKPACK_START_WAIT sets how long a start waits",
                 )
-            if now >= next_line or (done and reason != told):
+            if now >= next_line or (done and reason != logged):
                 waited = round(now - began, 1)
                 log.warning(f"waiting for {what}", reason=reason, waited=waited, at_most=seconds)
-                told, next_line = reason, now + TELL_SECONDS
+                logged, next_line = reason, now + LOG_INTERVAL
             if done:
                 await asyncio.sleep(min(PAUSE, max(0.0, until - now)))
                 running = asyncio.ensure_future(attempt())

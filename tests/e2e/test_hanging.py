@@ -11,7 +11,7 @@ import asyncio, sys, time
 from types import SimpleNamespace
 from backpack_serving.cli import serve
 
-serve.HUNG, serve.WATCH = 1.0, 0.1
+serve.HANG_TIMEOUT, serve.WATCH = 1.0, 0.1
 
 async def start(settings, metrics):
     async def stop():

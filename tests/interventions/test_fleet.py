@@ -109,7 +109,7 @@ def test_a_reader_that_does_not_hold_a_release_says_why() -> None:
 
     assert hold() == ("stale", "BEHIND", "it is at 1.0, and the channel was moved at 1.9")
     clock.now = SILENCE + 1
-    assert hold() == ("stale", "SILENT", "its stream is open, but half so: last heard 6 s ago")
+    assert hold() == ("stale", "SILENT", "its stream is half open: last heard 6 s ago")
     fleet.disconnect(stream)
     assert hold() == (
         "stale",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from backpack_lm import denominators
-from backpack_lm.denominators import Told, compute
+from backpack_lm.denominators import ProgressLog, compute
 from torch import Tensor
 
 V, K, D = 50, 3, 8
@@ -124,7 +124,7 @@ def test_a_full_disk_ends_nothing(senses: Senses, cache: Path) -> None:
 def test_how_long_it_takes_is_told(caplog: pytest.LogCaptureFixture) -> None:
     """From the rate so far; not after each block, nor of what is over in seconds."""
     times = iter((0.0, 10.0, 11.0, 40.0, 89.0))
-    told = Told(lambda: next(times))
+    told = ProgressLog(lambda: next(times))
     for done in (100, 200, 210, 500, 990):  # the first were there already
         told(done, 1000)
     assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == [

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backpack_lm.generation import NAME, WHOLE, SamplingDefaults
+from backpack_lm.generation import NAME, UNTRUNCATED, SamplingDefaults
 from backpack_lm.manifest import Manifest, ManifestError
 from backpack_serving.settings import default_model
 
@@ -32,7 +32,7 @@ def test_a_models_generation_config_is_read(tmp_path: Path, values: dict[str, An
 
 def test_a_model_without_one_gets_the_one_table(tmp_path: Path) -> None:
     assert SamplingDefaults.read(tmp_path) == SamplingDefaults()
-    assert SamplingDefaults(1.0, 0, 1.0) == WHOLE
+    assert SamplingDefaults(1.0, 0, 1.0) == UNTRUNCATED
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving.client import Sampling
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.settings import default_model
-from backpack_serving.wire.compare import read_question
+from backpack_serving.wire.compare import read_comparison
 from backpack_serving.wire.inference import normalize_request, read_generation, read_word
 
 TOKENIZER = Tokenizer.read(default_model() / "tokenizer.json")
@@ -28,7 +28,7 @@ def _generate(*stop: str) -> object:
 
 
 def _compare(*targets: pb.Word) -> object:
-    return read_question(pb.CompareRequest(prompt=PROMPT, targets=targets), TOKENIZER, CONFIG)
+    return read_comparison(pb.CompareRequest(prompt=PROMPT, targets=targets), TOKENIZER, CONFIG)
 
 
 @pytest.mark.parametrize(

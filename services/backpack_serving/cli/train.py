@@ -37,7 +37,7 @@ def train(
         list[str],
         typer.Argument(help="JSON-lines files (.xz or not), each record with a `text`; PATH or PATH:SHARE."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the run; the same folder again goes on.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run there resumes.")],
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)],
     twin: Annotated[bool, typer.Option(help="Train the Transformer of the same trunk instead.")] = False,
     layers: Annotated[int, typer.Option(help="Trunk layers L.", min=1)] = 6,
@@ -45,28 +45,30 @@ def train(
     width: Annotated[int, typer.Option(help="Width d.", min=1)] = 192,
     senses: Annotated[int, typer.Option(help="Senses k of each word.", min=1)] = 16,
     context: Annotated[int, typer.Option(help="Context T in tokens.", min=1)] = 512,
-    vocabulary: Annotated[int, typer.Option(help="Size of the byte-level BPE learnt first.", min=1, max=2**16)] = 16384,
+    vocabulary: Annotated[
+        int, typer.Option(help="Size of the byte-level BPE vocabulary to train first.", min=1, max=2**16)
+    ] = 16384,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of one optimiser step.", min=1)] = 2048,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.", min=0)] = 3e-3,
     matrix_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon (matrices of layers).", min=0)] = 6e-3,
     decay: Annotated[
         float,
-        typer.Option(help="Share of the steps, the last, over which learning rates fall to zero.", min=0, max=1),
+        typer.Option(help="Share of the steps, at the end, over which learning rates fall to zero.", min=0, max=1),
     ] = 0.5,
     short_row: Annotated[int, typer.Option(help="Tokens of a row in the first 70 % of the steps.", min=1)] = 256,
     after: Annotated[
-        Path | None, typer.Option(help="Begin with the weights and the tokenizer of this run: its --out.")
+        Path | None, typer.Option(help="Start from the weights and the tokenizer of this run (its --out).")
     ] = None,
-    precision: Annotated[PrecisionName, typer.Option(help="Of products; weights are float32.")] = "auto",
+    precision: Annotated[PrecisionName, typer.Option(help="Precision of products; weights are float32.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="Threads; 0 for torch's choice, at most one for each core.", min=0)] = 0,
 ) -> None:
     """Train a Backpack (or its Transformer twin) from text.
 
-    Learns a tokenizer, tokenises the text, trains, and at the end writes OUT/model (a folder to serve),
-    OUT/loss.svg and held-out perplexities. Stop it whenever you like: the same command goes on from the
-    last checkpoint, and ends with the same weights as if it had never been stopped. To train a finished run
-    on, or on other text, begin another one after it: --after RUN --seed 1 --out RUN2.
+    Trains a tokenizer, tokenises the text, trains the model, and writes OUT/model (a folder to serve),
+    OUT/loss.svg and held-out perplexities. A stopped run resumes from its last checkpoint with the same command
+    and ends with the same weights. To continue a finished run, or on other text, start another one after it:
+    --after RUN --seed 1 --out RUN2.
     """
     Settings.check_threads()
     import torch
@@ -111,8 +113,8 @@ def train(
     (run / "perplexity.json").write_text(json.dumps(perplexities, indent=2) + "\n")
     for source in corpus:
         value = perplexities.get(source.name)
-        told = f"none, fewer than {context + 1} tokens are held out" if value is None else f"{value:.2f}"
-        err.print(f"held-out perplexity, {source.name}: {told}", markup=False)
+        shown = f"none, fewer than {context + 1} tokens are held out" if value is None else f"{value:.2f}"
+        err.print(f"held-out perplexity, {source.name}: {shown}", markup=False)
     parts = [after, out] if after else [out]
     made = [name for name in ("backpack", "twin") if (out / name / "log.jsonl").exists()]
     plot({name: [part / name for part in parts] for name in made}, out / "loss.svg")
@@ -123,7 +125,7 @@ def train(
 
 
 def _tokenizer(corpus: Sequence[Source], folder: Path, vocabulary: int, after: Path | None) -> Tokenizer:
-    """The run's tokenizer: the one in its folder, that of the run before, or one that is learnt now."""
+    """The tokenizer of the run: from its folder, from the previous run, or newly trained."""
     from backpack_lm.checkpoint import TOKENIZER
     from backpack_lm.tokenizer import Tokenizer
     from backpack_lm.training import data
@@ -142,7 +144,7 @@ def _tokenizer(corpus: Sequence[Source], folder: Path, vocabulary: int, after: P
 
 
 def _same_tokenizer(before: Path, here: Path) -> None:
-    """Take over the tokenizer of the run before. Raises ValueError if another one is here already."""
+    """Copy the tokenizer of the previous run. Raises ValueError if the folder has a different one."""
     if not before.exists():
         raise ValueError(f"{before.parent.parent} is no run to begin after: it has no {before.name}")
     if not here.exists():
@@ -152,7 +154,7 @@ def _same_tokenizer(before: Path, here: Path) -> None:
 
 
 def _tokenise(corpus: Sequence[Source], tokenizer: Tokenizer, folder: Path, progress: Progress) -> None:
-    """Write the token streams that aren't there yet."""
+    """Write the missing token streams."""
     from backpack_lm.training import data
 
     for source in corpus:
@@ -163,7 +165,7 @@ def _tokenise(corpus: Sequence[Source], tokenizer: Tokenizer, folder: Path, prog
 
 
 def _train_with_progress(trainer: Trainer, progress: Progress) -> None:
-    """Take the steps that are left."""
+    """Run the remaining steps, with a progress bar."""
     task = progress.add_task("train", total=trainer.recipe.steps, completed=trainer.step, note="")
     for step in trainer.run():
         speed = step.tokens / step.seconds

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from backpack_lm.generation import WHOLE
+from backpack_lm.generation import UNTRUNCATED
 from backpack_proto.v1 import inference_pb2 as pb
 
 from backpack_serving.client.arguments import build, fill
@@ -51,7 +51,7 @@ class Sampling:
     def message(self) -> pb.Sampling:
         temperature = self.temperature
         if temperature is None and self.top_k is not None:
-            temperature = WHOLE.temperature  # no message says of a top_k of 0 that it is given
+            temperature = UNTRUNCATED.temperature  # no message says of a top_k of 0 that it is given
         return build(
             pb.Sampling,
             "sampling",

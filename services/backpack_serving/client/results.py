@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from backpack_lm.generation import WHOLE, SamplingDefaults
+from backpack_lm.generation import UNTRUNCATED, SamplingDefaults
 from backpack_proto.v1 import inference_pb2 as pb
 
 from backpack_serving.references import Position
@@ -300,7 +300,7 @@ class Model:
 
     @classmethod
     def of(cls, m: pb.GetModelResponse) -> Model:
-        defaults, given = WHOLE, m.sampling_defaults  # those of a gateway that is older than the message
+        defaults, given = UNTRUNCATED, m.sampling_defaults  # those of a gateway that is older than the message
         if m.HasField("sampling_defaults"):
             defaults = SamplingDefaults(given.temperature, given.top_k, given.top_p)
         return cls(m.fingerprint, m.vocab_size, m.context_size, m.num_senses, m.width, m.num_layers, defaults)

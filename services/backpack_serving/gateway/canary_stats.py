@@ -10,8 +10,8 @@ from backpack_serving.errors import DataLoss, Internal, NotFound, PreconditionFa
 from backpack_serving.references import CanaryTally, Pin, Refusal
 from backpack_serving.sync.state import Stageable, StateView
 
-THE_RELEASES_FAULT = (DataLoss, Internal, NotFound, PreconditionFailed)
-"""Errors of a replica that the release may have caused."""
+RELEASE_ERRORS = (DataLoss, Internal, NotFound, PreconditionFailed)
+"""Errors of a replica that count against the canary's release."""
 
 
 class CanaryStats:
@@ -29,7 +29,7 @@ class CanaryStats:
             return
         try:
             yield
-        except THE_RELEASES_FAULT as error:
+        except RELEASE_ERRORS as error:
             self._count(pin, error)
             raise
         except ServiceError:

@@ -26,7 +26,7 @@ from backpack_serving.gateway.wire import write_pin
 from backpack_serving.observability import tracing
 from backpack_serving.references import LIVE, Pin, Position
 from backpack_serving.wire import inference as wire
-from backpack_serving.wire.compare import read_choices, read_question
+from backpack_serving.wire.compare import read_choices, read_comparison
 from backpack_serving.wire.references import read_position
 
 log = structlog.get_logger(__name__)
@@ -138,13 +138,13 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         with self._meter(await self._authenticate(context)) as meter:
             choices = read_choices(request)
             await self._encode_long("prompt", request.prompt)
-            question = read_question(request, self._tokenizer, self._manifest.config)
+            query = read_comparison(request, self._tokenizer, self._manifest.config)
             pins = await self._releases.pin(meter.tenant, choices, request.request_key, _min_position(request))
-            request.prompt.tokens.ids[:] = question.ids
+            request.prompt.tokens.ids[:] = query.ids
             self._log_prompt(request.prompt)
             del request.pins[:]
             request.pins.extend(map(write_pin, pins))
-            tokens = question.tokens(len(pins))
+            tokens = query.tokens(len(pins))
             meter.charge(tokens)
 
             def check(response: pb.CompareResponse) -> None:
@@ -183,8 +183,8 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
     async def _encode_long(self, field: str, prompt: pb.Prompt) -> None:
         """Encode a long text in a thread, so that streams don't wait for it. Raises InvalidRequest."""
         if len(prompt.text) > LONG_TEXT:
-            call_options = self._tokenizer, self._manifest.config
-            prompt.tokens.ids[:] = await asyncio.to_thread(wire.read_prompt, field, prompt, *call_options)
+            tokenizer, config = self._tokenizer, self._manifest.config
+            prompt.tokens.ids[:] = await asyncio.to_thread(wire.read_prompt, field, prompt, tokenizer, config)
 
     def _log_prompt(self, prompt: pb.Prompt) -> None:
         """Add the prompt to this call's log line, if LOG_PROMPTS is set."""

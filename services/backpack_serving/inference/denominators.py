@@ -1,4 +1,4 @@
-"""The denominators of topic scores, computed beside the engine when a topic is first wanted."""
+"""Computes the denominators of topic scores beside the engine, when a topic is first needed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from contextlib import suppress
 
 import structlog
-from backpack_lm.denominators import Told
+from backpack_lm.denominators import ProgressLog
 from backpack_lm.overlay import SenseTable
 
 from backpack_serving.errors import TOPICS_NOT_READY, Unavailable
@@ -16,22 +16,22 @@ from backpack_serving.errors import TOPICS_NOT_READY, Unavailable
 log = structlog.get_logger(__name__)
 
 NICE = 19
-"""The engine's threads go first."""
+"""Niceness of the thread; the engine's threads have priority."""
 
 LONGEST_PAUSE = 60.0
-"""Seconds, at most, after which whoever was refused is told to try again."""
+"""Longest `retry_after` of a refusal, in seconds."""
 
 
 class _Stopped(Exception):
-    """The replica ends."""
+    """Ends the computation when the replica stops."""
 
 
 class Denominators:
-    """Those of one table. All who want them wait for one thread; if that is stopped, the next start goes on."""
+    """The denominators of one table. One thread computes them for all waiters; a restart resumes where it stopped."""
 
     def __init__(self, table: SenseTable) -> None:
         self._table = table
-        self._told = Told()
+        self._progress_log = ProgressLog()
         self._making: asyncio.Future[None] | None = None
         self._stopped = threading.Event()
 
@@ -40,30 +40,30 @@ class Denominators:
         return self._table.measured
 
     async def wait(self) -> None:
-        """Until they are there. Raises what computing them raised."""
+        """Wait until they are computed. Raises the error of the computation."""
         if self.ready:
             return
         if self._making is None or self._making.done():
             self._making = asyncio.get_running_loop().create_future()
             self._making.add_done_callback(lambda made: made.exception())  # or asyncio logs it, if nobody waits
-            self._told = Told()
+            self._progress_log = ProgressLog()
             arguments = asyncio.get_running_loop(), self._making
             # A thread of its own, and a daemon: the end of the process doesn't wait for it.
             threading.Thread(target=self._measure, args=arguments, name="denominators", daemon=True).start()
-        await asyncio.shield(self._making)  # one who leaves must not cancel what others wait for
+        await asyncio.shield(self._making)  # cancelling one waiter must not cancel the others
 
     def stop(self) -> None:
-        """End the thread after the block that it computes."""
+        """Stop the thread after its current block."""
         self._stopped.set()
 
     def refusal(self) -> Unavailable:
-        """What is told whoever can't wait any longer."""
-        left = self._told.seconds_left
+        """The error for a request whose deadline is too short to wait."""
+        left = self._progress_log.seconds_left
         how_long = "" if left is None else f", about {left:.0f} s more"
         return Unavailable(
             TOPICS_NOT_READY,
-            "this replica computes what topics need, once for its model"
-            f"{how_long}; try again then, or wait with a longer deadline",
+            "topic scores aren't ready: this replica is computing their denominators (once per model)"
+            f"{how_long}; try again later, or call with a longer deadline",
             retry_after=min(LONGEST_PAUSE, max(1.0, left or 1.0)),
         )
 
@@ -83,7 +83,7 @@ class Denominators:
     def _progress(self, done: int, of: int) -> None:
         if self._stopped.is_set():
             raise _Stopped
-        self._told(done, of)
+        self._progress_log(done, of)
 
 
 def _settle(making: asyncio.Future[None], failure: Exception | None) -> None:

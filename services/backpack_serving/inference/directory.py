@@ -1,4 +1,4 @@
-"""Who serves, where, how loaded. Replicas report; gateways watch; whoever is silent is dropped."""
+"""The directory of replicas: addresses and loads. Replicas report, gateways watch, silent replicas are dropped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WATCH_SECONDS = 1.0
 
 
 class Directory:
-    """The replicas that have reported lately. Kept in memory only: after a restart everyone reports again."""
+    """The replicas with a recent report. In memory only: after a restart, the next reports rebuild it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -30,7 +30,7 @@ class Directory:
         self._changed = asyncio.Event()
 
     def report(self, replica: pb.Replica) -> None:
-        """Note what a replica says of itself."""
+        """Store a replica's report."""
         old = self._known.get(replica.id)
         self._known[replica.id] = (self._clock(), replica)
         if old is None or old[1] != replica:
@@ -38,13 +38,13 @@ class Directory:
             changed.set()
 
     def replicas(self) -> list[pb.Replica]:
-        """Those that live, by id."""
+        """The replicas that reported within SILENCE, sorted by id."""
         oldest = self._clock() - SILENCE
         self._known = {name: seen for name, seen in self._known.items() if seen[0] >= oldest}
         return [replica for _, (_, replica) in sorted(self._known.items())]
 
     async def watch(self) -> AsyncIterator[list[pb.Replica]]:
-        """The replicas now, then whenever that changes, and every WATCH_SECONDS."""
+        """Yield the replicas now, after each change, and at least every WATCH_SECONDS."""
         while True:
             changed = self._changed
             yield self.replicas()
@@ -54,7 +54,7 @@ class Directory:
 
 
 class DirectoryServicer(grpc_v1.DirectoryServiceServicer):
-    """The directory behind gRPC: ours in one process, Ray Serve's gRPC proxy on a cluster."""
+    """The gRPC service of the directory, in our server or behind Ray Serve's gRPC proxy."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
@@ -71,7 +71,7 @@ class DirectoryServicer(grpc_v1.DirectoryServiceServicer):
 
 
 async def serve(settings: Settings, metrics: Metrics) -> rpc.Server:
-    """A directory of its own, for a deployment without Ray. Raises OSError if the address is taken."""
+    """Start a standalone directory, for deployments without Ray. Raises OSError if the address is in use."""
     service = rpc.Service(
         "backpack.v1.DirectoryService",
         grpc_v1.add_DirectoryServiceServicer_to_server,

@@ -1,4 +1,4 @@
-"""What a replica can't start without. No torch here: what is wrong is told before that is loaded."""
+"""Checks what a replica needs to start. Imports no torch, so that errors appear before that loads."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from backpack_serving.settings import Settings
 
 
 async def required(settings: Settings) -> str:
-    """Wait for the model's files and the key of the role; the key.
+    """Wait for the model's files and the replica key; returns the key.
 
-    Raises ManifestError or ModelNotThere for the model, OSError for the address or the key, ValueError for numbers
-    of the environment that no arithmetic could use, ModuleNotFoundError where torch isn't installed.
+    Raises ManifestError or ModelNotThere for the model, OSError for the address or the key, ValueError for invalid
+    thread counts in the environment, ModuleNotFoundError if torch isn't installed.
     """
     if importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")

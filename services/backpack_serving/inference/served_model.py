@@ -102,12 +102,12 @@ class ServedModel:
         """What made each token from position `start` on likely."""
         return attribute_text(self.model, self.table, torch.tensor(ids), overlay, start)
 
-    def compare(self, question: ComparisonQuery) -> Comparison[list[float] | Distribution]:
-        """The text of a question, read once by the trunk, to be read under any releases."""
-        ids = torch.tensor(question.ids)
-        if question.score:
+    def compare(self, query: ComparisonQuery) -> Comparison[list[float] | Distribution]:
+        """One trunk pass over the text of a query, to be compared under any releases."""
+        ids = torch.tensor(query.ids)
+        if query.score:
             return Scoring(self.model, self.table, ids)
-        return Predicting(self.model, self.table, ids, question.top, question.targets)
+        return Predicting(self.model, self.table, ids, query.top, query.targets)
 
     def senses(self, token: int, overlay: Overlay, limit: int, neighbours: int) -> list[SenseReading]:
         return read_senses(self.model, self.table, token, overlay, limit, neighbours)

@@ -24,7 +24,7 @@ from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.inference.text_generator import TextGenerator
 from backpack_serving.observability.metrics import ReplicaMetrics
 from backpack_serving.wire import inference as wire
-from backpack_serving.wire.compare import read_question
+from backpack_serving.wire.compare import read_comparison
 
 
 class InferenceServicer(grpc_v1.InferenceServiceServicer):
@@ -104,7 +104,7 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
         self._check_gateway(context)
         pins = answers.read_pins(request)
         structlog.contextvars.bind_contextvars(tenant=pins[0].tenant)
-        query = read_question(request, self._tokenizer, self._config)
+        query = read_comparison(request, self._tokenizer, self._config)
         await context.send_initial_metadata(())
         found = await self._reader.compare(query, pins, lambda some: self._releases.use(some, context.time_remaining()))
         written = {digest: answers.write_compared(answer, self._tokenizer) for digest, answer in found.items()}

@@ -87,9 +87,11 @@ class ChannelRules:
             old = tx.get(ChannelRecord, who.tenant, name)
             check_etag(old.etag if old else "", etag)
             made = (
-                _pointed(old, wanted) if old else ChannelRecord(who.tenant, name, release, wanted.digest, None, 0, now)
+                _at_release(old, wanted)
+                if old
+                else ChannelRecord(who.tenant, name, release, wanted.digest, None, 0, now)
             )
-            return _put(tx, made, now)
+            return _store_moved(tx, made, now)
 
         return self._context.ledger.write(who, "Activate", request, act)
 
@@ -101,7 +103,7 @@ class ChannelRules:
                 raise PreconditionFailed(
                     "NO_PREVIOUS_RELEASE", f"{old.name} has had no release but {old.release}; activate one"
                 )
-            return _pointed(old, self._release_to_move_to(tx, who.tenant, old.previous))
+            return _at_release(old, self._release_to_move_to(tx, who.tenant, old.previous))
 
         return self._move_channel(who, "Rollback", name, etag, request, move)
 
@@ -136,7 +138,7 @@ class ChannelRules:
         """Make the canary the channel's release."""
 
         def move(tx: Write, old: ChannelRecord) -> ChannelRecord:
-            return _pointed(old, self._release_to_move_to(tx, who.tenant, _canary_of(old)))
+            return _at_release(old, self._release_to_move_to(tx, who.tenant, _canary_of(old)))
 
         return self._move_channel(who, "PromoteCanary", name, etag, request, move)
 
@@ -145,7 +147,7 @@ class ChannelRules:
 
         def move(tx: Write, old: ChannelRecord) -> ChannelRecord:
             _canary_of(old)
-            return _alone(old)
+            return _without_canary(old)
 
         return self._move_channel(who, "AbortCanary", name, etag, request, move)
 
@@ -160,7 +162,7 @@ class ChannelRules:
             old = lookup.channel(tx, tenant, name)
             if old.canary_digest != digest:
                 raise Conflict("CANARY_OVER", f"{old.name} has another canary, or none")
-            return _put(tx, replace(_alone(old), aborted=why), now)
+            return _store_moved(tx, replace(_without_canary(old), aborted=why), now)
 
         try:
             return self._context.ledger.write(GUARD, "AbortCanary", IdempotencyKey(), act)
@@ -175,7 +177,7 @@ class ChannelRules:
         def act(tx: Write, now: datetime) -> tuple[ChannelRecord, list[Record]]:
             old = lookup.channel(tx, who.tenant, name)
             check_etag(old.etag, etag)
-            return _put(tx, move(tx, old), now)
+            return _store_moved(tx, move(tx, old), now)
 
         return self._context.ledger.write(who, method, request, act)
 
@@ -186,20 +188,20 @@ class ChannelRules:
         return wanted
 
 
-def _pointed(old: ChannelRecord, release: ReleaseRecord) -> ChannelRecord:
+def _at_release(old: ChannelRecord, release: ReleaseRecord) -> ChannelRecord:
     """The channel at another release, without a canary; the release before it stays the rollback's target."""
     before = old.state.stable, *old.state.earlier
     kept = [[ref.number, ref.digest] for ref in before if ref.digest != release.digest][: RESIDENT - 1]
     previous = old.previous if release.number == old.release else old.release
     made = replace(old, release=release.number, digest=release.digest, previous=previous)
-    return replace(_alone(made), earlier=json.dumps(kept))
+    return replace(_without_canary(made), earlier=json.dumps(kept))
 
 
-def _alone(old: ChannelRecord) -> ChannelRecord:
+def _without_canary(old: ChannelRecord) -> ChannelRecord:
     return replace(old, canary=None, canary_digest="", permille=0, salt="", aborted="")
 
 
-def _put(tx: Write, channel: ChannelRecord, now: datetime) -> tuple[ChannelRecord, list[Record]]:
+def _store_moved(tx: Write, channel: ChannelRecord, now: datetime) -> tuple[ChannelRecord, list[Record]]:
     made = replace(channel, generation=channel.generation + 1, updated=now, moved=tx.position.revision)
     tx.replace(made)
     return made, [made]

@@ -108,7 +108,7 @@ class ReaderStatus:
             return None
         heard = f"last heard {silence:.0f} s ago"
         if self.connected:
-            return Why("SILENT", f"its stream is open, but half so: {heard}")
+            return Why("SILENT", f"its stream is half open: {heard}")
         if self.refused:
             return Why(self.refused.reason, f"{self.refused.message} ({heard})")
         return Why("DISCONNECTED", f"it has no stream to the intervention service: {heard}")

@@ -25,7 +25,7 @@ from backpack_serving.wire.edits import read_edits
 from backpack_serving.wire.references import write_position
 
 UPLOADS = 8
-"""Uploads of a tenant that may run at once: each keeps what has come, and whoever sends it says when it ends."""
+"""Concurrent uploads of a tenant; each buffers its content until the client finishes."""
 
 
 class PatchServicer(grpc_v1.PatchServiceServicer):
@@ -37,9 +37,9 @@ class PatchServicer(grpc_v1.PatchServiceServicer):
 
     async def CreatePatch(self, request: pb.CreatePatchRequest, context: rpc.Context) -> pb.CreatePatchResponse:
         who = await self._identities.who(context)
-        again = wire.identify(request, request.request_id)
+        idempotency_key = wire.read_idempotency_key(request, request.request_id)
         written = await asyncio.to_thread(
-            self._service.patches.create_patch, who, request.patch_id, request.description, again
+            self._service.patches.create_patch, who, request.patch_id, request.description, idempotency_key
         )
         return pb.CreatePatchResponse(**await self._patch_answer(who, written))
 
@@ -54,17 +54,17 @@ class PatchServicer(grpc_v1.PatchServiceServicer):
         who = await self._identities.who(context)
         (name,) = wire.parse_name("patch.name", request.patch.name, "patches/{}", who)
         wire.check_mask("update_mask", request.update_mask, ["description"])
-        again = wire.identify(request, request.request_id)
+        idempotency_key = wire.read_idempotency_key(request, request.request_id)
         written = await asyncio.to_thread(
-            self._service.patches.describe_patch, who, name, request.patch.description, again
+            self._service.patches.describe_patch, who, name, request.patch.description, idempotency_key
         )
         return pb.UpdatePatchResponse(**await self._patch_answer(who, written))
 
     async def DeletePatch(self, request: pb.DeletePatchRequest, context: rpc.Context) -> pb.DeletePatchResponse:
         who = await self._identities.who(context)
         (name,) = wire.parse_name("name", request.name, "patches/{}", who)
-        again = wire.identify(request, request.request_id)
-        written = await asyncio.to_thread(self._service.patches.delete_patch, who, name, again)
+        idempotency_key = wire.read_idempotency_key(request, request.request_id)
+        written = await asyncio.to_thread(self._service.patches.delete_patch, who, name, idempotency_key)
         return pb.DeletePatchResponse(**await self._patch_answer(who, written))
 
     async def _patch_answer(self, who: Principal, written: WriteResult[PatchRecord]) -> dict[str, Any]:
@@ -98,8 +98,8 @@ class PatchServicer(grpc_v1.PatchServiceServicer):
         if request.validate_only:
             draft = await asyncio.to_thread(self._service.patches.draft_revision, who, patch, edits)
             return pb.CreateRevisionResponse(revision=wire.write_revision(draft, edits, self._tokenizer))
-        again = await asyncio.to_thread(wire.identify, request, request.request_id)
-        written = await asyncio.to_thread(self._service.patches.create_revision, who, patch, edits, again)
+        idempotency_key = await asyncio.to_thread(wire.read_idempotency_key, request, request.request_id)
+        written = await asyncio.to_thread(self._service.patches.create_revision, who, patch, edits, idempotency_key)
         return pb.CreateRevisionResponse(
             revision=wire.write_revision(written.record, edits, self._tokenizer),
             position=write_position(written.position),
@@ -140,8 +140,8 @@ class PatchServicer(grpc_v1.PatchServiceServicer):
         if upload.header.validate_only:
             draft = await asyncio.to_thread(self._service.patches.draft_revision, who, patch, edits)
             return pb.UploadRevisionResponse(revision=wire.write_revision(draft))
-        again = await asyncio.to_thread(upload.request)
-        written = await asyncio.to_thread(self._service.patches.create_revision, who, patch, edits, again)
+        idempotency_key = await asyncio.to_thread(upload.request)
+        written = await asyncio.to_thread(self._service.patches.create_revision, who, patch, edits, idempotency_key)
         return pb.UploadRevisionResponse(
             revision=wire.write_revision(written.record), position=write_position(written.position)
         )

@@ -38,8 +38,10 @@ class ReleaseServicer(grpc_v1.ReleaseServiceServicer):
             field = f"revisions[{at}]"
             patch, number = wire.parse_name(field, name, "patches/{}/revisions/{}", who)
             parts.append((patch, wire.parse_number(field, number)))
-        again = wire.identify(request, request.request_id)
-        written = await asyncio.to_thread(self._service.releases.create_release, who, parts, request.notes, again)
+        idempotency_key = wire.read_idempotency_key(request, request.request_id)
+        written = await asyncio.to_thread(
+            self._service.releases.create_release, who, parts, request.notes, idempotency_key
+        )
         return pb.CreateReleaseResponse(
             release=wire.write_release(written.record), position=write_position(written.position)
         )
@@ -101,8 +103,8 @@ class ReleaseServicer(grpc_v1.ReleaseServiceServicer):
         who = await self._identities.who(context)
         (name,) = wire.parse_name("channel", request.channel, "channels/{}", who)
         level, seconds = fleet_wire.read_wait(request)
-        again = wire.identify(request, request.request_id)
-        written = await asyncio.to_thread(rule, who, name, *how, request.etag, again)
+        idempotency_key = wire.read_idempotency_key(request, request.request_id)
+        written = await asyncio.to_thread(rule, who, name, *how, request.etag, idempotency_key)
         rollout = await self._rollouts.wait(written.record, written.position, level, seconds)
         return {
             "channel": wire.write_channel(written.record),

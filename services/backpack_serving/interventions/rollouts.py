@@ -157,7 +157,7 @@ class Rollouts:
             ended = await asyncio.to_thread(self._service.channels.end_bad_canary, tenant, channel, digest, why)
         except ServiceError as error:  # the database is away: the next report leads here again
             log.error(
-                "a canary should have ended",
+                "can't end a canary: the database is unavailable; will retry",
                 tenant=tenant,
                 channel=channel,
                 why=why,

@@ -22,8 +22,8 @@ class TenantServicer(grpc_v1.TenantServiceServicer):
 
     async def CreateTenant(self, request: pb.CreateTenantRequest, context: rpc.Context) -> pb.CreateTenantResponse:
         who = await self._identities.who(context)
-        again = wire.identify(request, request.request_id)
-        written = await asyncio.to_thread(self._service.tenants.create_tenant, who, request.tenant_id, again)
+        idempotency_key = wire.read_idempotency_key(request, request.request_id)
+        written = await asyncio.to_thread(self._service.tenants.create_tenant, who, request.tenant_id, idempotency_key)
         return pb.CreateTenantResponse(
             tenant=wire.write_tenant(written.record), position=write_position(written.position)
         )
@@ -40,8 +40,8 @@ class TenantServicer(grpc_v1.TenantServiceServicer):
     async def CreateApiKey(self, request: pb.CreateApiKeyRequest, context: rpc.Context) -> pb.CreateApiKeyResponse:
         who = await self._identities.who(context)
         tenant = wire.parse_tenant("parent", request.parent)
-        roles, again = wire.read_roles(request.roles), wire.identify(request, request.request_id)
-        written, key = await asyncio.to_thread(self._service.tenants.create_key, who, tenant, roles, again)
+        roles, idempotency_key = wire.read_roles(request.roles), wire.read_idempotency_key(request, request.request_id)
+        written, key = await asyncio.to_thread(self._service.tenants.create_key, who, tenant, roles, idempotency_key)
         return pb.CreateApiKeyResponse(
             key=wire.write_key(written.record),
             secret=str(key) if key else "",
@@ -61,15 +61,15 @@ class TenantServicer(grpc_v1.TenantServiceServicer):
     async def RevokeApiKey(self, request: pb.RevokeApiKeyRequest, context: rpc.Context) -> pb.RevokeApiKeyResponse:
         who = await self._identities.who(context)
         tenant, key = wire.parse_key("name", request.name)
-        again = wire.identify(request, request.request_id)
-        written = await asyncio.to_thread(self._service.tenants.revoke_key, who, tenant, key, again)
+        idempotency_key = wire.read_idempotency_key(request, request.request_id)
+        written = await asyncio.to_thread(self._service.tenants.revoke_key, who, tenant, key, idempotency_key)
         return pb.RevokeApiKeyResponse(position=write_position(written.position))
 
     async def RotateApiKey(self, request: pb.RotateApiKeyRequest, context: rpc.Context) -> pb.RotateApiKeyResponse:
         who = await self._identities.who(context)
         tenant, old = wire.parse_key("name", request.name)
-        again = wire.identify(request, request.request_id)
-        written, key = await asyncio.to_thread(self._service.tenants.rotate_key, who, tenant, old, again)
+        idempotency_key = wire.read_idempotency_key(request, request.request_id)
+        written, key = await asyncio.to_thread(self._service.tenants.rotate_key, who, tenant, old, idempotency_key)
         return pb.RotateApiKeyResponse(
             key=wire.write_key(written.record),
             secret=str(key) if key else "",
@@ -81,13 +81,13 @@ class TenantServicer(grpc_v1.TenantServiceServicer):
     ) -> pb.SuspendTenantsResponse:
         who = await self._identities.who(context)
         names = [wire.parse_tenant(f"names[{at}]", name) for at, name in enumerate(request.names)]
-        again = wire.identify(request, request.request_id)
-        written = await asyncio.to_thread(self._service.tenants.suspend, who, names, request.force, again)
+        idempotency_key = wire.read_idempotency_key(request, request.request_id)
+        written = await asyncio.to_thread(self._service.tenants.suspend, who, names, request.force, idempotency_key)
         return pb.SuspendTenantsResponse(position=write_position(written.position))
 
     async def ResumeTenants(self, request: pb.ResumeTenantsRequest, context: rpc.Context) -> pb.ResumeTenantsResponse:
         who = await self._identities.who(context)
         names = [wire.parse_tenant(f"names[{at}]", name) for at, name in enumerate(request.names)]
-        again = wire.identify(request, request.request_id)
-        written = await asyncio.to_thread(self._service.tenants.resume, who, names, again)
+        idempotency_key = wire.read_idempotency_key(request, request.request_id)
+        written = await asyncio.to_thread(self._service.tenants.resume, who, names, idempotency_key)
         return pb.ResumeTenantsResponse(position=write_position(written.position))

@@ -103,7 +103,7 @@ def read_roles(numbers: Sequence[int]) -> list[Role]:
     return [ROLES[n] for n in numbers]  # type: ignore[index]
 
 
-def identify(request: Message, request_id: str) -> IdempotencyKey:
+def read_idempotency_key(request: Message, request_id: str) -> IdempotencyKey:
     """What makes a write recognisable. Only compared within a service version, so protobuf's bytes will do."""
     return IdempotencyKey(request_id, hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest())
 

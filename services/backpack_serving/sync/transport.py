@@ -72,12 +72,12 @@ class SyncTransport:
         try:
             view = wire.read_view(saved.payload)
         except DecodeError as error:  # another file; exiting here would mean exiting at every start
-            log.error("what was kept isn't what a reader knows", file=str(self._file.path), error=str(error))
+            log.error("the view file isn't a snapshot; ignoring it", file=str(self._file.path), error=str(error))
             return False
         self._on_disk = view
         self.client.restore(view, time.monotonic() - max(0.0, time.time() - saved.fresh))
         self._delegate.swapped(view)
-        log.info("took up what was known last", position=str(view.position), file=str(self._file.path))
+        log.info("restored the last view from disk", position=str(view.position), file=str(self._file.path))
         return True
 
     async def run(self) -> None:
@@ -204,7 +204,11 @@ class SyncTransport:
                 await asyncio.to_thread(lambda: self._file.write(wire.write_view(view)))
                 self._on_disk = view
             except OSError as error:  # a full disk must not stop what is in memory
-                log.error("what is known can't be kept on disk", file=str(self._file.path), error=str(error))
+                log.error(
+                    "can't write the view to disk; it takes effect in memory only",
+                    file=str(self._file.path),
+                    error=str(error),
+                )
             self.client.commit(view, at)
             self._delegate.swapped(view)
             view_moved, self._view_moved = self._view_moved, asyncio.Event()

@@ -1,1 +1,1 @@
-"""Domain ↔ messages: the only place, beside servicers' signatures, that knows protobuf."""
+"""Messages that several rooms share ↔ domain values. What one room alone translates is in its own `wire.py`."""

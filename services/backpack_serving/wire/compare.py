@@ -1,4 +1,4 @@
-"""Comparisons: which releases, what is asked about them, and the answers."""
+"""Reads comparisons: the releases, and the query to evaluate under each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_RELEASES, MOST_TOP, DEFAULT_TOP, MOST_TARGETS = 256, 100, 10, 64
 
 @dataclass(frozen=True, slots=True)
 class ComparisonQuery:
-    """What is asked about a text under each release: its score, or the `top` next tokens and `targets`."""
+    """A query to evaluate under each release: the text's score, or its `top` next tokens and `targets`."""
 
     ids: tuple[int, ...]
     score: bool
@@ -26,12 +26,12 @@ class ComparisonQuery:
     targets: tuple[int, ...] = ()
 
     def tokens(self, releases: int) -> int:
-        """What it costs: the text once, and each prediction under each release."""
+        """The cost in tokens: the text once, and each prediction under each release."""
         return len(self.ids) + releases * (len(self.ids) - 1 if self.score else 1)
 
 
 def read_choices(request: pb.CompareRequest) -> tuple[int | str, ...]:
-    """Numbers and channels of the releases; unpatched is number 0. Raises InvalidRequest."""
+    """Read the releases, by number or channel; unpatched is number 0. Raises InvalidRequest."""
     found: list[Violation] = []
     count = len(request.releases)
     if not 1 <= count <= MOST_RELEASES:
@@ -62,8 +62,8 @@ def read_choices(request: pb.CompareRequest) -> tuple[int | str, ...]:
     return tuple(choices)
 
 
-def read_question(request: pb.CompareRequest, tokenizer: Tokenizer, config: BackpackConfig) -> ComparisonQuery:
-    """Raises InvalidRequest with everything that is wrong beside the prompt."""
+def read_comparison(request: pb.CompareRequest, tokenizer: Tokenizer, config: BackpackConfig) -> ComparisonQuery:
+    """Read the query. Raises InvalidRequest for a bad prompt, else with all other violations."""
     ids = read_prompt("prompt", request.prompt, tokenizer, config)
     score = request.mode == pb.COMPARE_MODE_SCORE
     reader = WordReader(tokenizer, config.num_senses)

@@ -1,7 +1,7 @@
-"""Edits on the wire ↔ edits of `backpack_lm.patch`: words become token ids here, cells are spelled out.
+"""Edits on the wire ↔ edits of `backpack_lm.patch`: resolves words to token ids and expands cells.
 
-Everything that is wrong with a list of edits is reported at once, each with the path of its field; but where
-there are more cells than a revision may have, or MOST_WRONG mistakes, reading ends.
+All violations of a list of edits are reported together, each with its field's path. Reading stops early at more
+cells than a revision may have, or at MOST_WRONG violations.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ WORD_POLICIES = {
 }
 
 LONGEST_WORD = 256
-"""Most bytes of a word that stands for one token: reading a megabyte would keep a server's event loop busy."""
+"""Most bytes of a word for one token: encoding a megabyte would block a server's event loop."""
 
 MOST_WRONG = 1000
-"""Mistakes that are looked for: a megabyte may hold half a million, each of which would take 400 bytes."""
+"""Most violations reported: a megabyte may hold half a million, at 400 bytes each."""
 
 MOST_WORDS = 4096
-"""Words of a topic that are looked at; they may be more than its tokens, because some begin alike."""
+"""Most words of a topic. They may outnumber its tokens, because several can share a first token."""
 
 FORMS = {interventions_pb2.DATA_TYPE_FLOAT32: "f", interventions_pb2.DATA_TYPE_FLOAT16: "e"}
-"""Types of packed numbers, as `struct` calls them."""
+"""`struct` format of each data type."""
 
 
 class WordReader:
-    """Words of requests → token ids of one model; senses left out mean all of them."""
+    """Resolves words of requests to token ids of one model. Omitted senses mean all senses."""
 
     def __init__(self, tokenizer: Tokenizer, num_senses: int, limits: PatchLimits = PatchLimits()) -> None:
         self._tokenizer, self._num_senses, self._limits = tokenizer, num_senses, limits
@@ -47,13 +47,13 @@ class WordReader:
         self.violations: list[Violation] = []
 
     def refuse(self, field: str, reason: str, description: str) -> None:
-        """Note a mistake. Raises InvalidRequest with all of them when there are too many to go on."""
+        """Record a violation. Raises InvalidRequest with all of them once there are MOST_WRONG."""
         self.violations.append(Violation(field, reason, description))
         if len(self.violations) == MOST_WRONG:
             raise InvalidRequest.of(*self.violations)
 
     def tokens(self, field: str, word: inference_pb2.Word) -> tuple[int, ...]:
-        """The ids of a word; none, and a violation, if there are none."""
+        """The token ids of a word; empty, with a violation recorded, for an invalid word."""
         if word.HasField("token"):
             if word.token >= self._tokenizer.vocab_size:
                 last = self._tokenizer.vocab_size - 1
@@ -76,7 +76,7 @@ class WordReader:
             return ()
 
     def token(self, field: str, word: inference_pb2.Word) -> int:
-        """The one id of a word; 0, and a violation, if it has several."""
+        """The single token id of a word; 0, with a violation recorded, if it has several or none."""
         if not word.HasField("token") and (size := len(word.text.encode())) > LONGEST_WORD:
             self.refuse(field, "TOO_LONG", f"a word of {size} bytes; at most {LONGEST_WORD}")
             return 0
@@ -86,8 +86,9 @@ class WordReader:
         return found[0] if found else 0
 
     def cells(self, field: str, message: interventions_pb2.Cells) -> tuple[Cell, ...]:
-        """The cells that a word and senses stand for. Raises InvalidRequest for too many before they are made:
-        a short message may stand for more than memory holds.
+        """Expand a word and its senses into cells.
+
+        Raises InvalidRequest for too many before it allocates them: a short message may expand beyond memory.
         """
         tokens = self.tokens(f"{field}.word", message.word)
         if not tokens:
@@ -100,14 +101,14 @@ class WordReader:
         return tuple(Cell(t, s) for t, s in product(tokens, senses))
 
     def all_cells(self, field: str, messages: Sequence[interventions_pb2.Cells]) -> tuple[Cell, ...]:
-        """The cells of an edit; a violation if it names none. Raises as `cells`."""
+        """The cells of an edit; records a violation if it names no word. Raises as `cells` does."""
         if not messages:
             self.refuse(field, "EMPTY", "names no word; give at least one")
         parts = (self.cells(f"{field}[{at}]", message) for at, message in enumerate(messages))
         return tuple(cell for part in parts for cell in part)
 
     def vector(self, field: str, message: interventions_pb2.Vector) -> Vector:
-        """The numbers of a vector; none, and a violation, if they aren't of its type and shape."""
+        """The numbers of a vector; empty, with a violation recorded, if the data don't match type and shape."""
         if (form := FORMS.get(message.dtype)) is None:
             self.refuse(f"{field}.dtype", "UNKNOWN_VALUE", f"{message.dtype}; use FLOAT32 or FLOAT16")
             return Vector()
@@ -123,7 +124,7 @@ class WordReader:
 
 
 def _shape_text(shape: Sequence[int]) -> str:
-    """As people read it; of a bad one, which may have millions of sizes, how it begins."""
+    """A shape for an error message; long ones (up to millions of sizes) are cut."""
     return str(list(shape)) if len(shape) <= 8 else f"{list(shape[:8])}… of {len(shape)} sizes"
 
 
@@ -133,7 +134,7 @@ def read_edits(
     num_senses: int,
     limits: PatchLimits = PatchLimits(),
 ) -> list[patch.Edit]:
-    """Edits of a request. Raises InvalidRequest with everything that is wrong with them."""
+    """Read the edits of a request. Raises InvalidRequest with all violations."""
     if len(messages) > (most := limits.cells + limits.topics):  # each has a cell, or is a topic
         raise InvalidRequest.at("edits", "TOO_MANY_EDITS", f"{len(messages)}, at most {most}")
     reader = WordReader(tokenizer, num_senses, limits)

@@ -1,4 +1,4 @@
-"""Requests for text ↔ what the engine is asked for, and its tokens ↔ answers. Gateway and replica share this."""
+"""Generation requests and answers ↔ messages, shared by gateway and replica."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from backpack_lm.config import BackpackConfig
-from backpack_lm.generation import WHOLE, SamplingDefaults
+from backpack_lm.generation import UNTRUNCATED, SamplingDefaults
 from backpack_lm.manifest import Manifest
 from backpack_lm.patch import Violation
 from backpack_lm.tokenizer import Tokenizer
@@ -27,17 +27,17 @@ HIGHEST_PRIORITY = 100
 DEFAULT_EXPLAINED, MOST_EXPLAINED, MOST_IN_ONE_ANSWER = 8, 64, 40_000
 COALESCE, LONGEST_COALESCE = 0.03, 1.0
 GREEDY_BELOW = 1e-6
-"""A temperature that draws the likeliest token anyway. Logits that are divided by much less are beyond float32."""
+"""Lower temperatures are read as 0 (greedy): dividing logits by much less overflows float32."""
 
 HOTTEST = 1e30
-"""A temperature at which any token is as likely as any other. Much more is beyond float32."""
+"""Higher temperatures are read as this one, which is uniform already: much more overflows float32."""
 
 Generation = pb.GenerateRequest | pb.GenerateStreamRequest
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
-    """A validated request to generate: prompt ids, how to go on, and how many contributions explain each token."""
+    """A validated generation request: prompt ids, sampling, and how many contributions explain each token."""
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
@@ -47,11 +47,11 @@ class GenerationParams:
 
     @property
     def tokens(self) -> int:
-        """What it may cost: tokens to read and to make."""
+        """Upper bound of the cost: prompt tokens and new tokens of all samples."""
         return len(self.prompt) + self.samples * self.sampling.max_tokens
 
     def sample(self, number: int) -> SamplingParams:
-        """How one of the samples is drawn: that of number n as if n had been added to the seed."""
+        """The sampling parameters of one sample: the seed plus its number."""
         assert self.sampling.seed is not None, "read_generation draws one"
         return replace(self.sampling, seed=(self.sampling.seed + number) % 2**64)
 
@@ -59,7 +59,10 @@ class GenerationParams:
 def read_generation(
     request: Generation, tokenizer: Tokenizer, config: BackpackConfig, defaults: SamplingDefaults
 ) -> GenerationParams:
-    """Raises InvalidRequest with everything that is wrong beside the prompt. `defaults` are the model's."""
+    """Validate a request; `defaults` are the model's.
+
+    Raises InvalidRequest for a bad prompt, else with all other violations.
+    """
     found: list[Violation] = []
     prompt = read_prompt("prompt", request.prompt, tokenizer, config)
     found += _sampling_violations(request.sampling)
@@ -99,17 +102,17 @@ def read_generation(
 
 
 def _read_sampling_defaults(s: pb.Sampling, defaults: SamplingDefaults) -> SamplingDefaults:
-    """How tokens are drawn: as the request says, if it names one of the three; else as the model says."""
+    """Temperature, top_k and top_p of the request if it sets any of them, else the model's defaults."""
     if not (s.HasField("temperature") or s.top_k or s.HasField("top_p")):
         return defaults
-    temperature = s.temperature if s.HasField("temperature") else WHOLE.temperature
-    return SamplingDefaults(temperature, s.top_k, s.top_p if s.HasField("top_p") else WHOLE.top_p)
+    temperature = s.temperature if s.HasField("temperature") else UNTRUNCATED.temperature
+    return SamplingDefaults(temperature, s.top_k, s.top_p if s.HasField("top_p") else UNTRUNCATED.top_p)
 
 
 def normalize_request(request: Generation, params: GenerationParams) -> None:
-    """Write into a request what validation decided: ids for the text, the number of tokens, how they are drawn.
+    """Write token ids, max_tokens, seed, temperature, top_k and top_p into a request.
 
-    The replica then sees the same parameters, and a second attempt elsewhere draws the same tokens.
+    Every replica then sees the same parameters, so a retry draws the same tokens.
     """
     request.prompt.tokens.ids[:] = params.prompt
     sampling, decided = request.sampling, params.sampling
@@ -136,7 +139,7 @@ def read_prompt(field: str, prompt: pb.Prompt, tokenizer: Tokenizer, config: Bac
 
 
 def _encode(field: str, text: str, tokenizer: Tokenizer, config: BackpackConfig) -> tuple[int, ...]:
-    """Raises InvalidRequest, before any work, for a text that is longer than a whole context of longest tokens."""
+    """Encode a text. Raises InvalidRequest, before encoding, if it is longer than a context of longest tokens."""
     size, most = len(text.encode()), config.n_positions * tokenizer.longest
     if size > most:
         limit = f"the context's {config.n_positions} tokens hold at most {most}"
@@ -145,7 +148,7 @@ def _encode(field: str, text: str, tokenizer: Tokenizer, config: BackpackConfig)
 
 
 def tokenize(request: pb.TokenizeRequest, tokenizer: Tokenizer, config: BackpackConfig) -> pb.TokenizeResponse:
-    """Blocks while it encodes. Raises InvalidRequest."""
+    """Encode a text; blocks. Raises InvalidRequest."""
     ids = _encode("text", request.text, tokenizer, config)
     return pb.TokenizeResponse(tokens=[write_token(i, tokenizer) for i in ids])
 
@@ -160,14 +163,14 @@ def read_word(field: str, word: pb.Word, tokenizer: Tokenizer, config: BackpackC
 
 
 def read_limit(limit: int, default: int, largest: int, field: str = "limit") -> int:
-    """How many to list. Raises InvalidRequest."""
+    """The number of results to list. Raises InvalidRequest."""
     if not 0 <= limit <= largest:
         raise InvalidRequest.at(field, "OUT_OF_RANGE", f"{limit}; 1 to {largest}, or 0 for {default}")
     return limit or default
 
 
 def read_coalesce(request: pb.GenerateStreamRequest) -> float:
-    """Seconds for which tokens are gathered into one message. Raises InvalidRequest."""
+    """Seconds of tokens to batch into one message. Raises InvalidRequest."""
     if not request.HasField("coalesce"):
         return COALESCE
     seconds = request.coalesce.ToNanoseconds() / 1e9
@@ -196,9 +199,6 @@ def _sampling_violations(s: pb.Sampling) -> Iterator[Violation]:
     for at, stop in enumerate(s.stop[:MOST_STOPS]):
         if not 0 < len(stop) <= LARGEST_STOP:
             yield Violation(f"sampling.stop[{at}]", "OUT_OF_RANGE", f"{len(stop)} characters; 1 to {LARGEST_STOP}")
-
-
-# ---- the pin
 
 
 # ---- answers

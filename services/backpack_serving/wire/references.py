@@ -15,7 +15,7 @@ KIND_NUMBERS = {kind: number for number, kind in KINDS.items()}
 
 
 MOST_REQUESTS = 2**53
-"""Of one tally. What all readers counted together has to fit into a message as well."""
+"""Most requests of one tally, so that the sum over all readers fits into a message, too."""
 
 
 def read_position(message: inference_pb2.Position) -> Position:
@@ -50,7 +50,7 @@ def write_refusal(refusal: Refusal) -> pb.Refusal:
 
 
 def read_tally(tally: pb.Tally) -> CanaryTally:
-    """Raises InvalidRequest for counts that no gateway can have."""
+    """Read a tally. Raises InvalidRequest for impossible counts."""
     counts = tally.requests, tally.errors, tally.non_finite
     if not MOST_REQUESTS >= counts[0] >= counts[1] >= counts[2] >= 0:
         text = "{} requests, {} failed, {} not numbers; each 0 to the one before it".format(*counts)
