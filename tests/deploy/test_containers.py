@@ -10,8 +10,10 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from itertools import count
+from pathlib import Path
 
 import pytest
+from backpack_lm.kernels.families import fitting
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_proto.v1 import sync_pb2
 from backpack_serving import rpc
@@ -96,6 +98,29 @@ def test_processes_run_as_nobody_special_and_write_nothing(stack: Stack) -> None
         assert stack.inside(part, "import os; print(os.getuid())").strip() == "10001"
     with pytest.raises(AssertionError, match="Read-only file system"):
         stack.inside("gateway", "open('/opt/backpack/x', 'w')")
+
+
+def test_replicas_load_the_kernels_that_the_image_has_for_their_processor(stack: Stack) -> None:
+    if not fitting():
+        pytest.skip("the image has none for this processor")
+    loaded = (
+        "from pathlib import Path\n"
+        "found = set()\n"
+        "for maps in Path('/proc').glob('[0-9]*/maps'):\n"
+        "    try: found |= {line.split()[-1] for line in maps.read_text().splitlines() if '/kernels/' in line}\n"
+        "    except OSError: pass\n"
+        "print(*found)"
+    )
+    (library,) = stack.inside("inference", loaded).split()
+    assert Path(library).parent.name == "prebuilt"
+    assert Path(library).name.startswith(f"{fitting()[0].name}-")
+
+
+async def test_a_tenant_s_key_is_printed_where_no_file_can_be_kept(stack: Stack, system: System) -> None:
+    create = ("backpack", "tenant", "create", "printed", "--print-key")
+    printed = stack.compose("exec", "--no-TTY", "interventions", *create)
+    key = rpc.with_key(printed.strip())
+    assert await again(lambda: text(system, key))
 
 
 def test_ray_is_not_reached_from_outside(stack: Stack) -> None:
