@@ -26,6 +26,8 @@ COMPOSE = str(Path(sys.executable).parent / "docker-compose")
 PROMPT = "The story of the king and the"
 OURS = ("migrations", "interventions", "inference", "gateway")
 GATEWAY, INTERVENTIONS = "127.0.0.1:18470", "127.0.0.1:18471"
+PROXIES = {v: "http://proxy.invalid:3128" for name in ("http_proxy", "https_proxy") for v in (name, name.upper())}
+"""What Docker puts into every container where its configuration names a proxy. No part is to be reached by it."""
 
 
 def _why_not() -> str:
@@ -77,6 +79,9 @@ class Stack:
         self._environment["BACKPACK_MODEL"] = str(ROOT / "models" / "weights" / "default")
         self.services = [*OURS, "postgres", "prometheus", "grafana"]
         self.secrets, self.deploy = folder / "var" / "secrets", folder / "deploy"
+        self._files = [ROOT / "docker-compose.yml", folder / "proxies.json"]
+        with_proxies = {service: {"environment": PROXIES} for service in self.services}
+        self._files[1].write_text(json.dumps({"services": with_proxies}))
         shutil.copytree(ROOT / "deploy", self.deploy)
         self.secrets.mkdir(parents=True)
 
@@ -86,7 +91,7 @@ class Stack:
     def output(self, *arguments: str, stdin: bytes | None = None) -> bytes:
         """What Compose prints."""
         where = ["--project-name", self.project, "--project-directory", str(self._folder)]
-        command = [COMPOSE, "--file", str(ROOT / "docker-compose.yml"), *where, *arguments]
+        command = [COMPOSE, *(f"--file={file}" for file in self._files), *where, *arguments]
         return output(*command, stdin=stdin, **self._environment)
 
     def build(self) -> None:

@@ -47,8 +47,9 @@ TENANTS = count()
 TOKEN = "0123456789abcdef0123456789abcdef"  # KubeRay makes one for each cluster
 # As KubeRay writes them, with the resources of the chart's defaults.
 RAY = "--block --dashboard-agent-listen-port=52365 --metrics-export-port=8080"
-HEAD = f"ray start --head {RAY} --dashboard-host=0.0.0.0 --no-monitor --num-cpus=0 --memory=4294967296"
-WORKER = f"ray start --address=r-head:6379 {RAY} --num-cpus=2 --memory=4294967296"
+HEAD = f"ulimit -n 65536; ray start --head {RAY} --dashboard-host=0.0.0.0 --no-monitor --num-cpus=0 --memory=4294967296"
+WORKER = f"ulimit -n 65536; ray start --address=r-head:6379 {RAY} --num-cpus=2 --memory=4294967296"
+KILLED = 128 + 9  # what a container exits with that had no time left
 HEALTHY = "wget --tries 1 -T 10 -q -O- http://localhost:{} | grep success"
 
 
@@ -228,14 +229,19 @@ async def test_a_pod_that_is_stopped_lets_its_streams_finish_or_be_tried_again(r
 
     run("docker", "start", "r-gateway")
     await again(lambda: text(system, key))
-    _, ended = await while_streaming(system, key, lambda: _stop(running, "Ray replicas", "r-worker"))
+    code, ended = await while_streaming(system, key, lambda: _stop(running, "Ray replicas", "r-worker"))
+    assert code != KILLED
     assert {error.code for _, error in ended} == {"UNAVAILABLE"}
-    assert {error.reason for tokens, error in ended if tokens} <= {"REPLICA_LOST", "DRAINING"}
+    assert {error.reason for tokens, error in ended if tokens} <= {"DRAINING"}, "Ray drained the node first"
+
+
+def test_a_head_that_is_stopped_ends_in_its_time(running: Pods) -> None:
+    assert _stop(running, "Ray head", "r-head") != KILLED
 
 
 def _stop(running: Pods, pod: str, name: str) -> int:
     spec = pods(VALUES)[pod]["spec"]
     if hook := spec["containers"][0].get("lifecycle", {}).get("preStop"):
         run("docker", "exec", name, *hook["exec"]["command"])
-    run("docker", "stop", "--time", str(spec["terminationGracePeriodSeconds"]), name)
+    run("docker", "stop", "--time", str(spec.get("terminationGracePeriodSeconds", 30)), name)
     return int(run("docker", "inspect", "--format", "{{.State.ExitCode}}", name))

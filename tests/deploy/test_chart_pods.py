@@ -46,7 +46,7 @@ def test_ray_serve_itself_takes_the_config(values: str) -> None:
 def test_processes_get_settings_that_exist_and_secrets_by_reference(values: str) -> None:
     for name, template in pods(values).items():
         found = environment(template)
-        if name == "Ray replicas":
+        if name.startswith("Ray "):
             assert found.pop("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"), "Ray's own"
         assert {n.removeprefix("BACKPACK_").lower() for n in found} <= Settings.model_fields.keys(), name
         secret = {"BACKPACK_SERVICE_KEY", "BACKPACK_ADMIN_KEY", "BACKPACK_DATABASE"} & found.keys()

@@ -303,6 +303,8 @@ def test_a_worker_has_no_hook_that_ends_itself_and_the_time_to_drain() -> None:
         drain = float(environment({"spec": worker})["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
         calls = float(environment({"spec": worker})["BACKPACK_DRAIN"])
         assert calls + 10 < drain < worker["terminationGracePeriodSeconds"], "Serve gives a replica ten seconds more"
+        head = environment(pods(values)["Ray head"])
+        assert head["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "0", "nothing moves away from it: it would wait in vain"
 
 
 def test_ray_knows_the_variable_that_says_how_long_a_node_drains() -> None:

@@ -62,6 +62,14 @@ def test_every_process_is_a_target_and_runs_as_nobody_special() -> None:
         assert theirs < ours, "so that a release needn't bring other people's packages again"
 
 
+def test_each_process_is_stopped_by_the_signal_that_it_drains_on(compose: dict[str, Any]) -> None:
+    """Kubernetes sends what the image names, and Ray drains a node on SIGTERM only; `serve run` obeys SIGINT only."""
+    assert not re.search(r"^STOPSIGNAL", DOCKERFILE.read_text(), re.M)
+    signals = {name: service.get("stop_signal", "SIGTERM") for name, service in _ours(compose).items()}
+    assert {name for name, signal in signals.items() if signal != "SIGTERM"} == {"inference"}
+    assert signals["inference"] == "SIGINT"
+
+
 @pytest.mark.parametrize(
     "module", ["gateway.bootstrap", "interventions.bootstrap", "interventions.postgres", "cli.main"]
 )

@@ -10,8 +10,10 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from itertools import count
+from pathlib import Path
 
 import pytest
+from backpack_lm.kernels.families import fitting
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_proto.v1 import sync_pb2
 from backpack_serving import rpc
@@ -98,6 +100,29 @@ def test_processes_run_as_nobody_special_and_write_nothing(stack: Stack) -> None
         stack.inside("gateway", "open('/opt/backpack/x', 'w')")
 
 
+def test_replicas_load_the_kernels_that_the_image_has_for_their_processor(stack: Stack) -> None:
+    if not fitting():
+        pytest.skip("the image has none for this processor")
+    loaded = (
+        "from pathlib import Path\n"
+        "found = set()\n"
+        "for maps in Path('/proc').glob('[0-9]*/maps'):\n"
+        "    try: found |= {line.split()[-1] for line in maps.read_text().splitlines() if '/kernels/' in line}\n"
+        "    except OSError: pass\n"
+        "print(*found)"
+    )
+    (library,) = stack.inside("inference", loaded).split()
+    assert Path(library).parent.name == "prebuilt"
+    assert Path(library).name.startswith(f"{fitting()[0].name}-")
+
+
+async def test_a_tenant_s_key_is_printed_where_no_file_can_be_kept(stack: Stack, system: System) -> None:
+    create = ("backpack", "tenant", "create", "printed", "--print-key")
+    printed = stack.compose("exec", "--no-TTY", "interventions", *create)
+    key = rpc.with_key(printed.strip())
+    assert await again(lambda: text(system, key))
+
+
 def test_ray_is_not_reached_from_outside(stack: Stack) -> None:
     reach = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 5)"
     address = stack.inside("inference", "import socket; print(socket.gethostbyname('inference'))").strip()
@@ -134,9 +159,10 @@ def test_ray_is_not_reached_from_outside(stack: Stack) -> None:
 def test_prometheus_reads_every_process(stack: Stack) -> None:
     ask = (
         "import json, time, urllib.request as u, urllib.parse as p\n"
+        "opened = u.build_opener(u.ProxyHandler({})).open\n"
         "url = 'http://prometheus:9090/api/v1/query?' + p.urlencode({'query': 'up == 1'})\n"
         "for _ in range(60):\n"
-        "    found = {r['metric']['process'] for r in json.load(u.urlopen(url))['data']['result']}\n"
+        "    found = {r['metric']['process'] for r in json.load(opened(url))['data']['result']}\n"
         "    if len(found) == 3: break\n"
         "    time.sleep(1)\n"
         "print(*sorted(found))"

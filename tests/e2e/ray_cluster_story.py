@@ -42,7 +42,9 @@ async def deploy(dashboard: str, state: Path, **arguments: Any) -> None:
     replicas["args"] |= arguments
     file = state / "serve.yaml"
     file.write_text(yaml.safe_dump(config))
-    process = await asyncio.create_subprocess_exec("serve", "deploy", str(file), "-a", f"http://{dashboard}")
+    direct = {**os.environ, "no_proxy": dashboard.partition(":")[0]}  # as compose has it
+    command = ["serve", "deploy", str(file), "-a", f"http://{dashboard}"]
+    process = await asyncio.create_subprocess_exec(*command, env=direct)
     assert await process.wait() == 0, "serve deploy failed"
 
 

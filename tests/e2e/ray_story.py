@@ -30,9 +30,10 @@ PROMPT = "The story of the king and the"
 
 
 def actors(application: str) -> dict[int, psutil.Process]:
-    """Ray names the processes of its actors."""
+    """Ray names the processes of its actors. Those that this one started: a story kills some, and another's Ray, in a
+    container for one, has actors of the same names."""
     found = {}
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         try:
             if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::ServeReplica:{application}:"):
                 found[process.pid] = process

@@ -7,10 +7,13 @@ told.
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import PROXY_VARIABLES
@@ -44,6 +47,24 @@ def _tell(story: str, seconds: float) -> None:
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert "the story ends well" in done.stdout
+
+
+def test_a_story_finds_the_actors_of_its_own_ray_only() -> None:
+    from tests.e2e.ray_story import actors
+
+    name = "ray::ServeReplica:replicas:Replica"
+    sleep = shutil.which("sleep")
+    ours = subprocess.Popen([name, "60"], executable=sleep)
+    made = ["bash", "-c", f"(exec -a {name} sleep 60) >&- 2>&- & echo $!"]
+    another = psutil.Process(int(subprocess.run(made, capture_output=True, text=True, check=True).stdout))
+    try:
+        while another.cmdline()[:1] != [name]:
+            pass
+        assert actors("replicas").keys() == {ours.pid}
+    finally:
+        for process in (ours, another):
+            process.send_signal(signal.SIGKILL)
+        ours.wait()
 
 
 def test_replicas_under_ray_are_killed_and_recover() -> None:
