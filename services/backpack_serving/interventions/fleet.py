@@ -56,11 +56,15 @@ class ReleaseHolding:
 
 @dataclass(frozen=True, slots=True)
 class AckCount:
-    """Of the connected readers of one kind: how many there are, how many hold a change, how many refuse it."""
+    """Of the connected readers of one kind: how many there are, how many hold a change, how many refuse it.
+
+    `final` counts those of the `nacked` whose refusal is final; the others try again and may hold the change yet.
+    """
 
     total: int
     acked: int
     nacked: int
+    final: int = 0
 
     def quorum(self) -> bool:
         return 2 * self.acked > self.total
@@ -221,16 +225,17 @@ class ReaderTracker:
         refusals, counts = [], {}
         for kind in ReaderKind:
             connected = [s for s, _ in self.readers() if s.connected and s.hello.kind is kind]
-            acked = nacked = 0
+            acked = nacked = final = 0
             for status in connected:
                 if status.server.acked < position:
                     continue
                 if refusal := status.server.refusals.get((channel.tenant, channel.channel)):
                     nacked += 1
+                    final += refusal.final
                     refusals.append((status.hello.name, refusal))
                 else:
                     acked += 1
-            counts[kind] = AckCount(len(connected), acked, nacked)
+            counts[kind] = AckCount(len(connected), acked, nacked, final)
         return RolloutProgress(counts[ReaderKind.REPLICA], counts[ReaderKind.GATEWAY], tuple(refusals))
 
     def tally(self, tenant: str, channel: str, digest: str) -> CanaryTally:

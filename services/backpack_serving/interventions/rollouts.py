@@ -45,11 +45,11 @@ class Level(StrEnum):
                 return all(count.all() for count in counts)
 
     def out_of_reach(self, rollout: RolloutProgress) -> bool:
-        """Whether refusals have made this level impossible."""
+        """Whether final refusals have made this level impossible. What is refused for now is tried again."""
         counts = rollout.replicas, rollout.gateways
         if self is Level.ALL:
-            return any(count.nacked for count in counts)
-        return any(count.nacked and 2 * count.nacked >= count.total for count in counts)
+            return any(count.final for count in counts)
+        return any(count.final and 2 * count.final >= count.total for count in counts)
 
 
 @dataclass(frozen=True, slots=True)
