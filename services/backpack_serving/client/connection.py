@@ -311,16 +311,20 @@ def blocking_stream(
 
     @wraps(method)
     def call(self: Blocking[C_co], /, *args: P.args, **named: P.kwargs) -> Iterator[T]:
-        parts = method(self._coroutines, *args, **named)
-        try:
-            while True:
-                yield run(anext(parts))
-        except StopAsyncIteration:
-            return
-        finally:
-            run(parts.aclose())
+        return _drain(method(self._coroutines, *args, **named))  # checks the arguments now, not at the first `next`
 
     return call
+
+
+def _drain(parts: AsyncGenerator[T, None]) -> Iterator[T]:
+    """The results of an asynchronous generator that never suspends."""
+    try:
+        while True:
+            yield run(anext(parts))
+    except StopAsyncIteration:
+        return
+    finally:
+        run(parts.aclose())
 
 
 def new_id() -> str:
