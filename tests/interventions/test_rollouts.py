@@ -9,8 +9,9 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import pytest
+from backpack_serving import tasks
 from backpack_serving.auth.keys import Principal
-from backpack_serving.errors import Unavailable
+from backpack_serving.errors import InvalidRequest, Unavailable
 from backpack_serving.interventions.event_history import EventHistory
 from backpack_serving.interventions.ledger import IdempotencyKey
 from backpack_serving.interventions.rollouts import ErrorGate, Level, Rollouts
@@ -18,7 +19,7 @@ from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Read, Store
 from backpack_serving.references import LIVE, ReaderKind, Refusal
 from backpack_serving.sync.messages import Ack, FromReader, Hello, Nack, ReaderReport
-from backpack_serving.sync.server import SyncServer
+from backpack_serving.sync.server import LONGEST_NAME, SyncServer
 
 from tests.interventions.conftest import HALVE, SHAPE
 
@@ -105,6 +106,35 @@ async def test_a_wait_outlasts_what_is_refused_for_now_and_no_final_refusal(
     rollout = await rollouts.wait(channel, position, level, 60.0)
     assert rollout is not None
     assert level.out_of_reach(rollout)
+
+
+@pytest.mark.parametrize("field", ["name", "incarnation"])
+async def test_a_reader_whose_name_is_too_long_is_refused_and_not_kept(service: Interventions, field: str) -> None:
+    at, _ = service.events.snapshot()
+    stream, hello = Stream(service), Hello(ReaderKind.REPLICA, "i", "r", SHAPE.fingerprint, at)
+    with pytest.raises(InvalidRequest, match=f"hello.{field}: .* has 513 characters; at most 512"):
+        await stream.say(replace(hello, **{field: "x" * (LONGEST_NAME + 1)}))  # type: ignore[arg-type]
+    assert (stream.server.hello, stream.server.last_hello) == (None, None)
+    await stream.say(replace(hello, **{field: "x" * LONGEST_NAME}))  # type: ignore[arg-type]
+    assert stream.server.hello is not None
+
+
+async def test_publishing_goes_on_after_a_mistake(service: Interventions) -> None:
+    rollouts = Rollouts(service, ErrorGate())
+    stream, published, loop = Stream(service, rollouts=rollouts), asyncio.Event(), asyncio.get_running_loop()
+    await stream.hello(service)
+    mistakes = [RecursionError("a mistake")]
+
+    def publish(standing: list[tuple[Hello, ReaderReport]]) -> None:
+        if mistakes:
+            raise mistakes.pop()
+        loop.call_soon_threadsafe(published.set)
+
+    publishing = asyncio.create_task(rollouts.publish(publish))
+    waiting = asyncio.create_task(published.wait())
+    await asyncio.wait([publishing, waiting], return_when=asyncio.FIRST_COMPLETED)
+    assert published.is_set()
+    await tasks.end(publishing, waiting)
 
 
 async def test_p12_a_canary_that_was_refused_before_ends_when_it_is_refused_again(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -111,12 +110,19 @@ class Rollouts:
         self._progress.notify_now()
 
     async def publish(self, publish_standing: Callable[[list[tuple[Hello, ReaderReport]]], None]) -> None:
-        """Publish the status of this process's readers for ever: each second, and after changes."""
+        """Publish the status of this process's readers for ever: each second, and after changes.
+
+        No error ends it: the other processes would take these readers for disconnected.
+        """
         while True:
             changed = self._standing_changed.next_write()
             if standing := self.fleet.local_standing():
-                with suppress(ServiceError):  # the database is away, and the other processes with it
+                try:
                     await asyncio.to_thread(publish_standing, standing)
+                except ServiceError:
+                    pass  # the database is away, and the other processes with it
+                except Exception:
+                    log.exception("a mistake of ours; going on")
             await asyncio.sleep(GATHER_SECONDS)
             await tasks.wait_at_most(changed, PUBLISH_SECONDS)
 
