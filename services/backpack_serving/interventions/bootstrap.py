@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,9 @@ from backpack_serving.sync.messages import Hello, ReaderReport
 from backpack_serving.sync.standing import read_standing, write_standing
 
 log = structlog.get_logger(__name__)
+
+CLOSE_SECONDS = 2.0
+"""How long a start that failed or was cancelled waits for its store to close: one of its threads may still use it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,9 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
             connection_age=settings.connection_age,
         )
     except BaseException:
-        store.close()
+        with suppress(TimeoutError):  # its thread goes on; that doesn't keep the process from ending
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await starting.blocking(store.close)
         raise
     publishing = rollouts.publish(lambda standing: store.publish(list(_write_all(standing))))
     return InterventionService(server, store, settings.drain, failed, asyncio.create_task(publishing))
