@@ -9,15 +9,20 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import pytest
+from backpack_proto.v1 import sync_pb2
 from backpack_serving import tasks
 from backpack_serving.auth.keys import Principal
+from backpack_serving.client.channels import Status
 from backpack_serving.errors import InvalidRequest, Unavailable
 from backpack_serving.interventions.event_history import EventHistory
+from backpack_serving.interventions.fleet_wire import write_hold
 from backpack_serving.interventions.ledger import IdempotencyKey
+from backpack_serving.interventions.records import ChannelRecord
 from backpack_serving.interventions.rollouts import ErrorGate, Level, Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Read, Store
-from backpack_serving.references import LIVE, ReaderKind, Refusal
+from backpack_serving.interventions.wire import write_channel
+from backpack_serving.references import LIVE, Position, ReaderKind, Refusal
 from backpack_serving.sync.messages import Ack, FromReader, Hello, Nack, ReaderReport
 from backpack_serving.sync.server import LONGEST_NAME, SyncServer
 
@@ -97,6 +102,7 @@ async def test_a_wait_outlasts_what_is_refused_for_now_and_no_final_refusal(
     rollout = await rollouts.wait(channel, position, level, 0.0)
     assert rollout is not None
     assert (rollout.replicas.nacked, level.reached(rollout), level.out_of_reach(rollout)) == (1, False, False)
+    assert _status(rollouts, channel, position).refused(level.value) == (), "nor does a client give up"
     waiting = asyncio.create_task(rollouts.wait(channel, position, level, 60.0))
     await replica.say(ReaderReport())
     rollout = await waiting
@@ -106,6 +112,13 @@ async def test_a_wait_outlasts_what_is_refused_for_now_and_no_final_refusal(
     rollout = await rollouts.wait(channel, position, level, 60.0)
     assert rollout is not None
     assert level.out_of_reach(rollout)
+    assert len(_status(rollouts, channel, position).refused(level.value)) == 1
+
+
+def _status(rollouts: Rollouts, channel: ChannelRecord, position: Position) -> Status:
+    """As a client gets it."""
+    holds = map(write_hold, rollouts.fleet.holds(channel, position))
+    return Status.of(sync_pb2.GetRolloutResponse(channel=write_channel(channel), holds=holds))
 
 
 @pytest.mark.parametrize("field", ["name", "incarnation"])
