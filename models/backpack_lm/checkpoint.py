@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from backpack_lm.config import BackpackConfig, ConfigError, read_object
+from backpack_lm.generation import NAME as GENERATION
 from backpack_lm.layouts import CheckpointError, Tensors, is_lightning, to_hugging_face
 from backpack_lm.manifest import NAME as MANIFEST
 from backpack_lm.manifest import Manifest, ManifestError, tokenizer_digest
@@ -42,6 +43,8 @@ from backpack_lm.weight_files import read_safetensors, read_weights, write_safet
 from backpack_lm.whole_folder import whole
 
 CONFIG, TOKENIZER, TOPICS = "config.json", "tokenizer.json", "topics.safetensors"
+OPTIONAL = (TOPICS, GENERATION)
+"""Files that a model may come with; those of another must not stay beside it."""
 _PREFIX = "backpack."
 
 
@@ -133,11 +136,12 @@ def from_tensors(tensors: Tensors, config: dict[str, Any]) -> Backpack:
 
 
 def save(model: Backpack, tokenizer: Path, folder: Path, topics: bool = False) -> Manifest:
-    """Make `folder` servable, whole or not at all; the manifest that was written.
+    """Make `folder` servable, whole or not at all (see `whole`); the manifest that was written. Optional files of a
+    model that was there before are removed, files of others stay.
 
     With `topics`, their denominators are computed now: V²·k·d operations. Raises OSError if it can't be written.
     """
-    with whole(folder, MANIFEST) as scratch:
+    with whole(folder, MANIFEST, OPTIONAL) as scratch:
         return write(model, tokenizer, scratch, topics)
 
 

@@ -123,7 +123,7 @@ class Internal(ServiceError):
 
 BY_CODE: Mapping[str, type[ServiceError]] = {kind.code: kind for kind in ServiceError.__subclasses__()}
 
-NOT_THE_CALLERS = (Unavailable, Expired, Unauthenticated, Forbidden)
+INTERNAL_CALL_ERRORS = (Unavailable, Expired, Unauthenticated, Forbidden)
 """Errors of a call that we make on our own account. A caller must not receive them as errors of its own request."""
 
 RELEASE_UNREACHABLE = "RELEASE_UNREACHABLE"

@@ -200,6 +200,12 @@ def test_half_a_character_is_refused_in_every_text_of_every_method(clients: dict
     assert tried > 80
 
 
+def test_a_blocking_stream_refuses_its_arguments_when_it_is_called() -> None:
+    """Not at its first part, which may be read elsewhere, or never."""
+    with Client("127.0.0.1:1") as client, pytest.raises(InvalidRequest, match="timeout"):
+        client.stream("king", timeout=-1.0)
+
+
 def test_numbers_beyond_all_bounds_are_refused_in_every_place_of_every_method(
     clients: dict[type[Any], Any],
 ) -> None:

@@ -53,6 +53,18 @@ def test_a_checkpoints_generation_config_comes_along_and_is_no_part_of_the_finge
     assert "generation_config.json: top_p is 7" in result.output
 
 
+def test_nothing_of_the_model_that_was_there_before_stays(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 7}')
+    assert _import(tmp_path, TOKENS).exit_code == 0
+    for name in ("topics.safetensors", "README.md"):
+        (tmp_path / "served" / name).write_text("of the model before")
+    (tmp_path / "generation_config.json").unlink()
+    assert _import(tmp_path, TOKENS).exit_code == 0
+    assert verify(tmp_path / "served").defaults == SamplingDefaults()
+    there = {file.name for file in (tmp_path / "served").iterdir()}
+    assert there == {"config.json", "model.safetensors", "tokenizer.json", "manifest.json", "README.md"}
+
+
 def test_a_release_is_tried_out_on_no_more_words_than_a_text_has(tmp_path: Path) -> None:
     _import(tmp_path, TOKENS)
     served = ServedModel.read(tmp_path / "served")

@@ -21,6 +21,8 @@ from backpack_serving.inference.release_cache import ReleaseCache
 from backpack_serving.inference.release_files import ReleaseFiles
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.settings import default_model
+from backpack_serving.sync.state import StateView
+from structlog.testing import capture_logs
 
 from tests.inference.test_release_cache import Shelf, _channel, _scale
 
@@ -106,6 +108,64 @@ async def test_a_channel_is_refused_for_now_and_the_others_go_on(
     other()
     async with releases.use("acme", topic.serving[0].digest):
         assert await releases.stage((topic,)) == ()
+
+
+async def test_what_is_on_disk_is_restored_without_waiting_for_denominators(
+    unmeasured: ServedModel,
+    shelf: Shelf,
+    releases: ReleaseCache,
+    other: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """A replica opens its stream after that: it would be out of touch for two seconds a release."""
+    monkeypatch.setattr(module, "STAGING_PATIENCE", 3600.0)
+    topics = [shelf.put(unmeasured, (TopicEdit((n, n + 1), 2),)) for n in range(5, 10)]
+    plain, files = shelf.put(unmeasured, _scale(5)), ReleaseFiles(tmp_path / "blobs")
+    for digest in (*topics, plain):
+        files.write(digest, shelf.blobs[digest])
+    channels = [_channel(digest, topics[-1], name=f"c{n}") for n, digest in enumerate((*topics, plain))]
+    view = StateView(channels={channel.key: channel for channel in channels})
+    releases.swapped(view)
+    await asyncio.wait_for(releases.restore(view), 30)
+    assert releases.resident() == {plain}
+    other()
+    for digest in topics:
+        await _use(releases, digest)
+    assert (releases.resident(), releases.fetched) == ({*topics, plain}, 0)
+
+
+async def test_who_comes_while_denominators_are_computed_is_refused_at_once(
+    unmeasured: ServedModel,
+    shelf: Shelf,
+    releases: ReleaseCache,
+    other: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And a channel at a release without topics doesn't wait for those that it was at before."""
+    monkeypatch.setattr(module, "STAGING_PATIENCE", 3600.0)
+    topics = [shelf.put(unmeasured, (TopicEdit((n, n + 1), 2),)) for n in range(5, 10)]
+    plain = _channel(shelf.put(unmeasured, _scale(5)), *topics, name="plain")
+    assert await asyncio.wait_for(releases.stage((plain,)), 30) == ()
+    for digest in topics:
+        (refusal,) = await asyncio.wait_for(releases.stage((_channel(digest),)), 30)
+        assert (refusal.reason, refusal.final) == ("TOPICS_NOT_READY", False)
+    other()
+    await _use(releases, topics[0])
+    assert await releases.stage((_channel(topics[0]),)) == ()
+
+
+async def test_a_stop_while_denominators_are_computed_is_no_mistake(
+    unmeasured: ServedModel, shelf: Shelf, releases: ReleaseCache, other: Callable[[], None]
+) -> None:
+    waiting = asyncio.create_task(_use(releases, shelf.put(unmeasured, TOPIC)))
+    await _use(releases, shelf.put(unmeasured, _scale(5)))
+    with capture_logs() as logs:
+        releases.stop()
+        with pytest.raises(Unavailable, match="this replica ends") as refused:
+            await waiting
+    assert refused.value.reason == "TOPICS_NOT_READY"
+    assert not [line for line in logs if line["log_level"] == "error"]
 
 
 async def test_those_that_a_model_comes_with_are_used(

@@ -6,7 +6,7 @@ import itertools
 import random
 from datetime import UTC, datetime
 
-from backpack_serving.interventions.fleet import FORGOTTEN, ReaderTracker, Why
+from backpack_serving.interventions.fleet import FORGOTTEN, ReaderTracker, StatusReason
 from backpack_serving.interventions.fleet_wire import write_reader
 from backpack_serving.interventions.records import ChannelRecord
 from backpack_serving.interventions.rollouts import ErrorGate
@@ -118,7 +118,7 @@ def test_a_reader_that_does_not_hold_a_release_says_why() -> None:
     )
     again = _stream("gateway")
     fleet.record(again)
-    fleet.disconnect(again, Why("STORE_WENT_BACK", "a backup was restored"))
+    fleet.disconnect(again, StatusReason("STORE_WENT_BACK", "a backup was restored"))
     refused = ("stale", "STORE_WENT_BACK", "a backup was restored (last heard 0 s ago)")
     assert hold() == refused
     trying = _stream("gateway")

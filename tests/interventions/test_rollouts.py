@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import pytest
+from backpack_proto.v1 import sync_pb2
+from backpack_serving import tasks
 from backpack_serving.auth.keys import Principal
-from backpack_serving.errors import Unavailable
+from backpack_serving.client.channels import Status
+from backpack_serving.errors import InvalidRequest, Unavailable
 from backpack_serving.interventions.event_history import EventHistory
+from backpack_serving.interventions.fleet_wire import write_hold
 from backpack_serving.interventions.ledger import IdempotencyKey
-from backpack_serving.interventions.rollouts import ErrorGate, Rollouts
+from backpack_serving.interventions.records import ChannelRecord
+from backpack_serving.interventions.rollouts import ErrorGate, Level, Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Read, Store
-from backpack_serving.references import LIVE, ReaderKind, Refusal
+from backpack_serving.interventions.wire import write_channel
+from backpack_serving.references import LIVE, Position, ReaderKind, Refusal
 from backpack_serving.sync.messages import Ack, FromReader, Hello, Nack, ReaderReport
-from backpack_serving.sync.server import SyncServer
+from backpack_serving.sync.server import LONGEST_NAME, SyncServer
 
 from tests.interventions.conftest import HALVE, SHAPE
 
@@ -38,11 +46,13 @@ class Reads:
 
 
 class Stream:
-    """A replica's, to a service; what it says is taken in as from a stream."""
+    """A reader's, to a service; what it says is taken in as from a stream."""
 
-    def __init__(self, service: Interventions) -> None:
-        self.server = SyncServer(EventHistory(service), itertools.count(1))
-        self._rollouts = Rollouts(service, ErrorGate())
+    def __init__(
+        self, service: Interventions, kind: ReaderKind = ReaderKind.REPLICA, rollouts: Rollouts | None = None
+    ) -> None:
+        self.server, self._kind = SyncServer(EventHistory(service), itertools.count(1)), kind
+        self._rollouts = rollouts or Rollouts(service, ErrorGate())
 
     async def say(self, message: FromReader) -> None:
         self.server.receive(message, 0.0)
@@ -50,7 +60,7 @@ class Stream:
 
     async def hello(self, service: Interventions, *refusals: Refusal) -> None:
         at, _ = service.events.snapshot()
-        await self.say(Hello(ReaderKind.REPLICA, "i", "r", SHAPE.fingerprint, at, refusals=refusals))
+        await self.say(Hello(self._kind, self._kind.name, "r", SHAPE.fingerprint, at, refusals=refusals))
 
 
 async def test_p12_what_a_replica_refuses_is_looked_into_once(
@@ -68,6 +78,76 @@ async def test_p12_what_a_replica_refuses_is_looked_into_once(
     for _ in range(3):
         await stream.say(ReaderReport((*refusals, more)))
     assert reads.count == 1
+
+
+@pytest.mark.parametrize("level", [Level.QUORUM, Level.ALL])
+async def test_a_wait_outlasts_what_is_refused_for_now_and_no_final_refusal(
+    service: Interventions, acme: Principal, level: Level
+) -> None:
+    """A replica refuses the first topics for as long as it computes what they need."""
+    rollouts = Rollouts(service, ErrorGate())
+    replica, gateway = (Stream(service, kind, rollouts) for kind in (ReaderKind.REPLICA, ReaderKind.GATEWAY))
+    for stream in (replica, gateway):
+        await stream.hello(service)
+    service.patches.create_revision(acme, "debias", [HALVE], IdempotencyKey())
+    release = service.releases.create_release(acme, [("debias", 1)], "", IdempotencyKey()).record
+    etag = service.channels.get_channel(acme, LIVE).etag
+    service.channels.activate(acme, LIVE, release.number, etag, IdempotencyKey())
+    position, channel = service.channels.channel_now(acme, LIVE)
+    for_now = Refusal("acme", LIVE, release.digest, "TOPICS_NOT_READY", "not yet", final=False)
+    (delta,) = gateway.server.pump(0.0)
+    await gateway.say(Ack(delta.nonce))  # type: ignore[union-attr]
+    (delta,) = replica.server.pump(0.0)
+    await replica.say(Nack(delta.nonce, (for_now,)))  # type: ignore[union-attr]
+    rollout = await rollouts.wait(channel, position, level, 0.0)
+    assert rollout is not None
+    assert (rollout.replicas.nacked, level.reached(rollout), level.out_of_reach(rollout)) == (1, False, False)
+    assert _status(rollouts, channel, position).refused(level.value) == (), "nor does a client give up"
+    waiting = asyncio.create_task(rollouts.wait(channel, position, level, 60.0))
+    await replica.say(ReaderReport())
+    rollout = await waiting
+    assert rollout is not None
+    assert level.reached(rollout)
+    await replica.say(ReaderReport((replace(for_now, final=True),)))
+    rollout = await rollouts.wait(channel, position, level, 60.0)
+    assert rollout is not None
+    assert level.out_of_reach(rollout)
+    assert len(_status(rollouts, channel, position).refused(level.value)) == 1
+
+
+def _status(rollouts: Rollouts, channel: ChannelRecord, position: Position) -> Status:
+    """As a client gets it."""
+    holds = map(write_hold, rollouts.fleet.holds(channel, position))
+    return Status.of(sync_pb2.GetRolloutResponse(channel=write_channel(channel), holds=holds))
+
+
+@pytest.mark.parametrize("field", ["name", "incarnation"])
+async def test_a_reader_whose_name_is_too_long_is_refused_and_not_kept(service: Interventions, field: str) -> None:
+    at, _ = service.events.snapshot()
+    stream, hello = Stream(service), Hello(ReaderKind.REPLICA, "i", "r", SHAPE.fingerprint, at)
+    with pytest.raises(InvalidRequest, match=f"hello.{field}: .* has 513 characters; at most 512"):
+        await stream.say(replace(hello, **{field: "x" * (LONGEST_NAME + 1)}))  # type: ignore[arg-type]
+    assert (stream.server.hello, stream.server.last_hello) == (None, None)
+    await stream.say(replace(hello, **{field: "x" * LONGEST_NAME}))  # type: ignore[arg-type]
+    assert stream.server.hello is not None
+
+
+async def test_publishing_goes_on_after_a_mistake(service: Interventions) -> None:
+    rollouts = Rollouts(service, ErrorGate())
+    stream, published, loop = Stream(service, rollouts=rollouts), asyncio.Event(), asyncio.get_running_loop()
+    await stream.hello(service)
+    mistakes = [RecursionError("a mistake")]
+
+    def publish(standing: list[tuple[Hello, ReaderReport]]) -> None:
+        if mistakes:
+            raise mistakes.pop()
+        loop.call_soon_threadsafe(published.set)
+
+    publishing = asyncio.create_task(rollouts.publish(publish))
+    waiting = asyncio.create_task(published.wait())
+    await asyncio.wait([publishing, waiting], return_when=asyncio.FIRST_COMPLETED)
+    assert published.is_set()
+    await tasks.end(publishing, waiting)
 
 
 async def test_p12_a_canary_that_was_refused_before_ends_when_it_is_refused_again(

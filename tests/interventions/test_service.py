@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import threading
 import uuid
@@ -30,7 +31,7 @@ from backpack_serving.interventions.store import Read, Store
 from backpack_serving.references import LIVE, ReaderKind
 from backpack_serving.sync.messages import Ack, Delta, Hello
 from backpack_serving.sync.server import SyncServer
-from backpack_serving.sync.state import StateView
+from backpack_serving.sync.state import StateView, UnknownEntry
 
 from tests.interventions.conftest import ADMIN, HALVE, REMOVE, REPLICA, SHAPE, releaser
 
@@ -223,6 +224,19 @@ def test_who_was_away_learns_how_a_tenant_is_now(service: Interventions, acme: P
     (told,) = gateway.pump(0.0)
     assert isinstance(told, Delta)
     assert StateView().changed(told.position, told.changes).tenants["acme"].suspended == suspended
+
+
+def test_entries_that_readers_do_not_need_are_called_what_events_call_them(
+    service: Interventions, acme: Principal
+) -> None:
+    """And not what their classes are called."""
+    before, _ = service.events.snapshot()
+    service.patches.create_revision(acme, "debias", [HALVE], IdempotencyKey())
+    page = EventHistory(service).since(before.revision)
+    assert page is not None
+    _, (event,) = service.events.events_after(before.revision, 10)
+    kinds = {values["kind"] for values in json.loads(event.changes)}
+    assert {entry.kind for entry in page.changes if isinstance(entry, UnknownEntry)} == kinds
 
 
 def test_p11_a_new_tenants_channel_is_held_by_who_was_told_of_it(service: Interventions) -> None:

@@ -6,9 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from backpack_lm.manifest import Manifest
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_proto.v1 import sync_pb2 as spb
@@ -19,6 +21,7 @@ from backpack_serving.observability.metrics import Metrics
 from backpack_serving.references import CanaryTally, Position, ReaderKind, Refusal
 from backpack_serving.settings import Settings
 from backpack_serving.sync.messages import Hello, ReaderReport
+from backpack_serving.sync.server import LONGEST_NAME
 from backpack_serving.sync.standing import read_standing, write_standing
 from backpack_serving.sync.state import Stageable
 
@@ -146,6 +149,17 @@ async def test_where_a_reader_stands_is_read_as_it_was_written_and_fits_a_notice
     assert len(text) < MAX_MESSAGE_BYTES
     told, _ = read_standing(text)
     assert (told.position, told.incarnation) == (Position(), "i1"), "who can't be told of in full holds nothing"
+
+
+async def test_names_that_the_service_takes_fit_a_notice_and_longer_ones_are_an_error() -> None:
+    """The longest characters there are, in UTF-8."""
+    longest = "\U0001f600" * LONGEST_NAME
+    hello = Hello(ReaderKind.REPLICA, longest, longest, "ef" * 32, Position(2**62, 2**62))
+    tallies = tuple(CanaryTally(f"tenant-{n}", "live", "cd" * 32, 1000, 3) for n in range(60))
+    told, _ = read_standing(write_standing(hello, ReaderReport(tallies=tallies), MAX_MESSAGE_BYTES - 100))
+    assert (told.name, told.incarnation) == (longest, longest)
+    with pytest.raises(ValueError, match="at most 7800"):
+        write_standing(replace(hello, name=longest * 4), ReaderReport(tallies=tallies), MAX_MESSAGE_BYTES - 100)
 
 
 async def test_a_gateway_under_more_canaries_than_a_notice_holds_is_told_of_with_fewer_counts() -> None:

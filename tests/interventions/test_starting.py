@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import os
 import shutil
 import socket
@@ -12,16 +14,19 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 import trustme
 from backpack_serving.auth.keys import ApiKeySecret, write_key_file
 from backpack_serving.errors import Unavailable
-from backpack_serving.interventions import database
+from backpack_serving.interventions import bootstrap, database
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import IdempotencyKey
 from backpack_serving.interventions.service import Interventions
+from backpack_serving.observability.metrics import Metrics
+from backpack_serving.settings import Settings
 
 from tests.e2e.starts import silent, started
 from tests.interventions.conftest import ADMIN, SHAPE
@@ -249,3 +254,51 @@ def test_a_file_that_changed_hands_says_so(sqlite_url: str) -> None:
     finally:
         os.seteuid(we)
         shutil.rmtree(folder)
+
+
+async def test_a_start_is_cancelled_while_a_thread_of_it_uses_the_store(
+    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store closes after that; neither the start nor the event loop waits for it for long."""
+    monkeypatch.setattr(bootstrap, "CLOSE_SECONDS", 0.1)
+    store, preparing, release, held = open_store(sqlite_url), asyncio.Event(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with store.read():
+            held.set()
+            release.wait(20)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    listen = store.listen
+
+    def last_step_before_prepare(*how: Any) -> None:
+        listen(*how)
+        preparing.set()
+
+    monkeypatch.setattr(store, "listen", last_step_before_prepare)
+    monkeypatch.setattr(bootstrap, "open_store", lambda url: store)
+    settings = Settings(state=tmp_path, database=sqlite_url, interventions_address="127.0.0.1:0")
+    try:
+        start = asyncio.create_task(bootstrap.start(settings, Metrics()))
+        await preparing.wait()
+        start.cancel()
+        await asyncio.wait([start])
+        assert start.cancelled()
+        assert holder.is_alive(), "the start has waited for who uses the store"
+    finally:
+        release.set()
+        holder.join()
+    while not _free(Path(sa.make_url(sqlite_url).database or "").with_suffix(".lock")):
+        await asyncio.sleep(0.01)
+
+
+def _free(lock: Path) -> bool:
+    """Whether the store that held this lock file is closed."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

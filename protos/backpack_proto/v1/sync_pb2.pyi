@@ -735,6 +735,7 @@ class Hold(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
     CONNECTED_FIELD_NUMBER: _builtins.int
+    RETRIED_FIELD_NUMBER: _builtins.int
     reader: _builtins.str
     """Where the reader serves."""
     kind: Global___ReaderKind.ValueType
@@ -748,6 +749,8 @@ class Hold(_message.Message):
     message: _builtins.str
     connected: _builtins.bool
     """In touch, so STALE means behind. Only who is connected is waited for."""
+    retried: _builtins.bool
+    """NACKED for now: the reader itself tries again, without a new change."""
     @_builtins.property
     def position(self) -> _inference_pb2.Position:
         """Up to where the reader has applied everything."""
@@ -766,10 +769,11 @@ class Hold(_message.Message):
         message: _builtins.str = ...,
         position: _inference_pb2.Position | None = ...,
         connected: _builtins.bool = ...,
+        retried: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "connected", b"connected", "incarnation", b"incarnation", "kind", b"kind", "message", b"message", "position", b"position", "reader", b"reader", "reason", b"reason", "release", b"release", "release_digest", b"release_digest", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "connected", b"connected", "incarnation", b"incarnation", "kind", b"kind", "message", b"message", "position", b"position", "reader", b"reader", "reason", b"reason", "release", b"release", "release_digest", b"release_digest", "retried", b"retried", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

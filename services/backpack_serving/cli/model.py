@@ -40,7 +40,9 @@ def import_(
 ) -> None:
     """Convert a checkpoint into a model folder: safetensors, tokenizer, manifest.
 
-    The folder is written beside and renamed when it is whole.
+    The folder is written beside and renamed when it is whole. Of an existing folder, all files of a model are
+    replaced or removed; other files stay. If it can't be renamed (a mount point, the working directory), files are
+    replaced one after the other, the manifest last.
     """
     with exits(), out.status("looking at what there is") as status:
         from backpack_lm import checkpoint as reader
@@ -55,7 +57,7 @@ def import_(
         tokenizer, tokens = reader.tokenizer_for(checkpoint, tokenizer)
         if values := reader.read_config(checkpoint, config, heads):
             BackpackConfig.from_json(values).with_tokens(tokens)
-        with whole(folder, MANIFEST) as scratch:
+        with whole(folder, MANIFEST, reader.OPTIONAL) as scratch:
             status.update("reading the checkpoint")
             model = reader.load(checkpoint, config, heads)
             model.config = model.config.with_tokens(tokens)

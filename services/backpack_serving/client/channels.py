@@ -107,6 +107,7 @@ class Hold:
 
     `kind` is "replica" or "gateway". `state` is "acked" (its requests get it), "staged" (it is ready), "nacked"
     (refused) or "stale" (behind, or not `connected`); `why` it isn't "acked". `at` is how far the reader is.
+    `retried`: it is refused for now, and the reader itself tries again.
     """
 
     reader: str
@@ -118,13 +119,25 @@ class Hold:
     why: str
     at: Position
     connected: bool
+    retried: bool = False
 
     @classmethod
     def of(cls, m: sync_pb2.Hold) -> Hold:
         state = sync_pb2.HoldState.Name(m.state).removeprefix("HOLD_STATE_").lower()
         why = f"{m.reason}: {m.message}" if m.reason else ""
         at = _position(m.position)
-        return cls(m.reader, _reader_kind(m.kind), m.release, m.release_digest, m.canary, state, why, at, m.connected)
+        return cls(
+            m.reader,
+            _reader_kind(m.kind),
+            m.release,
+            m.release_digest,
+            m.canary,
+            state,
+            why,
+            at,
+            m.connected,
+            m.retried,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +161,9 @@ class Status:
         return all(_enough(wait, len(g), sum(hold.state == "acked" for hold in g)) for g in self._groups())
 
     def refused(self, wait: Wait) -> tuple[Hold, ...]:
-        """Who refuses a release, if so many do that it can't be held by as many as `wait` says."""
+        """Who refuses a release for good, if so many do that it can't be held by as many as `wait` says."""
         for group in self._groups():
-            nacked = tuple(hold for hold in group if hold.state == "nacked")
+            nacked = tuple(hold for hold in group if hold.state == "nacked" and not hold.retried)
             if nacked and not _enough(wait, len(group), len(group) - len(nacked)):
                 return nacked
         return ()

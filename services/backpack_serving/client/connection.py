@@ -64,7 +64,7 @@ class Transport(Protocol):
     async def close(self) -> None: ...
 
 
-class OnLoop:
+class AsyncioTransport:
     """The transport for asyncio. Create it in the event loop that uses it."""
 
     def __init__(self, address: str, tls: Tls | None) -> None:
@@ -88,7 +88,7 @@ class OnLoop:
         await self.channel.close()
 
 
-class Waiting:
+class BlockingTransport:
     """The blocking transport: none of its coroutines suspends. Thread-safe."""
 
     def __init__(self, address: str, tls: Tls | None) -> None:
@@ -131,7 +131,7 @@ class Connected:
         retry_window: float = RETRY_WINDOW,
         unreached_window: float | None = None,
         notice: Notice | None = None,
-        transport: type[Transport] = OnLoop,
+        transport: type[Transport] = AsyncioTransport,
     ) -> None:
         if attempts is not None and not 1 <= attempts < math.inf:
             raise ValueError(f"attempts={attempts}; 1 for no second one, or more; None for all that the window has")
@@ -276,7 +276,12 @@ class Blocking(Generic[C_co]):
         unreached_window: float | None = None,
         notice: Notice | None = None,
     ) -> None:
-        call_options: dict[str, Any] = {"tls": tls, "timeout": timeout, "attempts": attempts, "transport": Waiting}
+        call_options: dict[str, Any] = {
+            "tls": tls,
+            "timeout": timeout,
+            "attempts": attempts,
+            "transport": BlockingTransport,
+        }
         call_options |= {"retry_window": retry_window, "unreached_window": unreached_window, "notice": notice}
         self._coroutines: C_co = self.ASYNC(address, key, **call_options)
 
@@ -311,16 +316,20 @@ def blocking_stream(
 
     @wraps(method)
     def call(self: Blocking[C_co], /, *args: P.args, **named: P.kwargs) -> Iterator[T]:
-        parts = method(self._coroutines, *args, **named)
-        try:
-            while True:
-                yield run(anext(parts))
-        except StopAsyncIteration:
-            return
-        finally:
-            run(parts.aclose())
+        return _drain(method(self._coroutines, *args, **named))  # checks the arguments now, not at the first `next`
 
     return call
+
+
+def _drain(parts: AsyncGenerator[T, None]) -> Iterator[T]:
+    """The results of an asynchronous generator that never suspends."""
+    try:
+        while True:
+            yield run(anext(parts))
+    except StopAsyncIteration:
+        return
+    finally:
+        run(parts.aclose())
 
 
 def new_id() -> str:

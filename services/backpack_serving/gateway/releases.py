@@ -10,7 +10,7 @@ from typing import Any
 from backpack_proto.v1 import sync_pb2, sync_pb2_grpc
 
 from backpack_serving import rpc
-from backpack_serving.errors import NOT_THE_CALLERS, Unavailable
+from backpack_serving.errors import INTERNAL_CALL_ERRORS, Unavailable
 from backpack_serving.gateway.registry import RegistrySnapshot, TenantRegistry
 from backpack_serving.gateway.wire import read_resolved
 from backpack_serving.references import Pin, Position, ReleaseRef
@@ -112,7 +112,7 @@ def resolve_from(control: Any, key: str) -> Resolve:
         try:
             with rpc.errors():
                 answer = await stub.ResolveReleases(request, metadata=rpc.with_key(key), timeout=RESOLVE_SECONDS)
-        except NOT_THE_CALLERS as error:
+        except INTERNAL_CALL_ERRORS as error:
             message = "releases of other numbers than channels are at can't be asked for now; try again shortly"
             raise Unavailable("NOT_RESOLVED", message, retry_after=1.0, why=error.message) from None
         return read_resolved(answer)

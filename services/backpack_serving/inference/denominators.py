@@ -39,8 +39,13 @@ class Denominators:
     def ready(self) -> bool:
         return self._table.measured
 
+    @property
+    def computing(self) -> bool:
+        """Whether the thread runs that computes them."""
+        return self._making is not None and not self._making.done()
+
     async def wait(self) -> None:
-        """Wait until they are computed. Raises the error of the computation."""
+        """Wait until they are computed. Raises the error of the computation, or Unavailable if the replica stops."""
         if self.ready:
             return
         if self._making is None or self._making.done():
@@ -50,7 +55,11 @@ class Denominators:
             arguments = asyncio.get_running_loop(), self._making
             # A thread of its own, and a daemon: the end of the process doesn't wait for it.
             threading.Thread(target=self._measure, args=arguments, name="denominators", daemon=True).start()
-        await asyncio.shield(self._making)  # cancelling one waiter must not cancel the others
+        try:
+            await asyncio.shield(self._making)  # cancelling one waiter must not cancel the others
+        except _Stopped:
+            message = "this replica stops before it has computed the denominators of topics; try again"
+            raise Unavailable(TOPICS_NOT_READY, message, retry_after=1.0) from None
 
     def stop(self) -> None:
         """Stop the thread after its current block."""

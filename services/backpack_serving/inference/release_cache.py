@@ -14,7 +14,7 @@ from backpack_lm.overlay import Overlay
 from backpack_lm.patch import PatchError, PatchLimits, ReleaseContent, RevisionContent, TopicEdit, Violation
 
 from backpack_serving.errors import (
-    NOT_THE_CALLERS,
+    INTERNAL_CALL_ERRORS,
     RELEASE_UNREACHABLE,
     Internal,
     ServiceError,
@@ -36,11 +36,8 @@ AT_ONCE = 4
 """Releases that are fetched and compiled side by side."""
 
 STAGING_PATIENCE = 2.0
-"""Seconds that a channel's change waits for the denominators of topic scores. Then it is refused for now and tried
-again: the changes of other channels don't wait for minutes."""
-
-LOOK_SECONDS = 0.05
-"""Between looks at what keeps a release, once there is no more patience."""
+"""Seconds that a channel's change waits for the denominators of topic scores if it is the first to need them. Then it
+is refused for now and tried again: the changes of other channels don't wait for minutes."""
 
 MOST_REFUSED = 1024
 
@@ -82,7 +79,7 @@ class ReleaseCache:
         self._channels: dict[str, list[ChannelState]] = {}  # the view's, by tenant
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._denominators = Denominators(served.table)
-        self._measuring: set[str] = set()  # releases that wait for those
+        self._measuring: dict[str, asyncio.Event] = {}  # of releases that load; set once one waits for those
         self.fetched = 0
 
     @property
@@ -113,6 +110,7 @@ class ReleaseCache:
         if refused := self._refused.get(digest):
             raise PatchError(*refused)  # a new one: those that are raised gather where they came by, and keep it
         if digest not in self._loading:
+            self._measuring[digest] = asyncio.Event()
             task = self._loading[digest] = asyncio.create_task(self._load_release(tenant, digest))
             task.add_done_callback(partial(self._loaded, digest))
         making = self._loading[digest]
@@ -123,15 +121,20 @@ class ReleaseCache:
 
     async def _measured(self, digest: str, making: asyncio.Task[Overlay], patience: float) -> None:
         """Wait until a release is made. Raises Unavailable if it waits for denominators after so many seconds."""
-        clock = asyncio.get_running_loop().time
-        until = clock() + patience
-        while not making.done():
-            await asyncio.wait([making], timeout=max(LOOK_SECONDS, until - clock()))
-            if digest in self._measuring and clock() >= until:
-                raise self._denominators.refusal()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + patience
+        waits = asyncio.create_task(self._measuring[digest].wait())
+        try:
+            await asyncio.wait([making, waits], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waits.cancel()
+        await asyncio.wait([making], timeout=max(0.0, until - loop.time()))
+        if not making.done() and not self._denominators.ready:
+            raise self._denominators.refusal()
 
     def _loaded(self, digest: str, task: asyncio.Task[Overlay]) -> None:
         self._loading.pop(digest, None)
+        self._measuring.pop(digest, None)
         if not task.cancelled():
             task.exception()  # or asyncio logs it, when all who asked have left
 
@@ -158,11 +161,8 @@ class ReleaseCache:
                     revisions = await self._fetched(tenant, digest)
                 release = await asyncio.to_thread(self._verified, revisions, digest)
             if any(isinstance(edit, TopicEdit) for edit in release.edits) and not self._denominators.ready:
-                self._measuring.add(digest)
-                try:  # without a slot: releases without topics are made meanwhile
-                    await self._denominators.wait()
-                finally:
-                    self._measuring.discard(digest)
+                self._measuring[digest].set()
+                await self._denominators.wait()  # without a slot: releases without topics are made meanwhile
             async with self._slots:
                 overlay = await asyncio.to_thread(self._compile_release, release)
         except PatchError as error:
@@ -180,7 +180,7 @@ class ReleaseCache:
     async def _fetched(self, tenant: str, digest: str) -> list[bytes]:
         try:
             return await self._fetch(tenant, digest)
-        except NOT_THE_CALLERS as error:  # nor must a gateway take it for ours: we are here
+        except INTERNAL_CALL_ERRORS as error:  # nor must a gateway take it for ours: we are here
             message = f"this replica can't fetch release {digest} now"
             log.warning("a release can't be fetched", tenant=tenant, digest=digest, error=error.message)
             raise Unavailable(RELEASE_UNREACHABLE, message, retry_after=1.0) from None
@@ -217,7 +217,11 @@ class ReleaseCache:
     # ---- backpack_serving.sync.transport.Owner
 
     async def stage(self, work: tuple[Stageable, ...]) -> tuple[Refusal, ...]:
-        """Get the releases that these channels are at ready; those that they were at before if that can be."""
+        """Get the releases that these channels are at ready; those that they were at before if that can be.
+
+        If the denominators of topic scores are being computed already, what needs them is refused at once, for now.
+        Releases that channels were at before never wait for them; they are compiled when the denominators are there.
+        """
         found = await asyncio.gather(*map(self._stage, work))
         return tuple(refusal for refusal in found if refusal)
 
@@ -233,7 +237,7 @@ class ReleaseCache:
         elif not refusal:
             for release in _earlier(change):
                 with suppress(ServiceError, PatchError):
-                    await self._get_overlay(change.tenant, release.digest, STAGING_PATIENCE)
+                    await self._get_overlay(change.tenant, release.digest, patience=0.0)
         return refusal
 
     def _unstage(self, *changes: Stageable) -> None:
@@ -245,9 +249,10 @@ class ReleaseCache:
 
     async def _get_ready(self, change: Stageable) -> Refusal | None:
         """What a change serves, if it fits beside what else its tenant's channels are at or are about to be."""
+        patience = 0.0 if self._denominators.computing else STAGING_PATIENCE
         for release in change.serving:
             try:
-                await self._get_overlay(change.tenant, release.digest, STAGING_PATIENCE)
+                await self._get_overlay(change.tenant, release.digest, patience)
             except (ServiceError, PatchError) as error:
                 return _refusal(change, release, error)
         size = sum(self._overlay_sizes(self._serving(change.tenant)))
@@ -306,12 +311,15 @@ class ReleaseCache:
         return ()
 
     async def restore(self, view: StateView) -> None:
-        """Compile what is on disk of a view that was taken up from there, without asking anybody."""
+        """Compile what is on disk of a view that was taken up from there, without asking anybody.
+
+        Releases whose denominators aren't there aren't waited for; they are compiled when those are computed.
+        """
         for channel in view.channels.values():
             for release in (*channel.serving, *channel.earlier):
                 if await asyncio.to_thread(self._blobs.has, release.digest):
                     with suppress(ServiceError, PatchError):
-                        await self._get_overlay(channel.tenant, release.digest, STAGING_PATIENCE)
+                        await self._get_overlay(channel.tenant, release.digest, patience=0.0)
 
     async def tidy(self) -> None:
         """Forget on disk what no channel needs. What can't be removed stays until the next time."""

@@ -75,8 +75,8 @@ class Replica:
         """Set when the engine will make nothing more: the process must be started again."""
         self._tasks = [
             asyncio.create_task(self._keep_reporting()),
-            asyncio.create_task(self._keep_in_step()),
-            asyncio.create_task(self._keep_tidy()),
+            asyncio.create_task(self._run_sync()),
+            asyncio.create_task(self._run_cleanup()),
         ]
 
     @property
@@ -121,13 +121,13 @@ class Replica:
         self.releases.stop()
         await self._engine.stop()
 
-    async def _keep_in_step(self) -> None:
+    async def _run_sync(self) -> None:
         """What is on disk first; then what the intervention service says, for ever."""
         if await asyncio.to_thread(self._link.restore):
             await self.releases.restore(self._link.client.view)
         await self._link.run()
 
-    async def _keep_tidy(self) -> None:
+    async def _run_cleanup(self) -> None:
         """On disk, only releases that channels need; never on the word of a service that wasn't heard yet."""
         while True:
             await asyncio.sleep(TIDY_SECONDS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,9 +26,13 @@ from backpack_serving.interventions.store import MAX_MESSAGE_BYTES, Store
 from backpack_serving.interventions.write_notifier import WriteNotifier
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
+from backpack_serving.sync.messages import Hello, ReaderReport
 from backpack_serving.sync.standing import read_standing, write_standing
 
 log = structlog.get_logger(__name__)
+
+CLOSE_SECONDS = 2.0
+"""How long a start that failed or was cancelled waits for its store to close: one of its threads may still use it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +117,21 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
             connection_age=settings.connection_age,
         )
     except BaseException:
-        store.close()
+        with suppress(TimeoutError):  # its thread goes on; that doesn't keep the process from ending
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await starting.blocking(store.close)
         raise
-    publishing = rollouts.publish(
-        lambda standing: store.publish([write_standing(*one, MAX_MESSAGE_BYTES - 100) for one in standing])
-    )
+    publishing = rollouts.publish(lambda standing: store.publish(list(_write_all(standing))))
     return InterventionService(server, store, settings.drain, failed, asyncio.create_task(publishing))
+
+
+def _write_all(standing: Iterable[tuple[Hello, ReaderReport]]) -> Iterator[str]:
+    """The status of readers as messages; a reader whose status can't be sent doesn't keep the others' from it."""
+    for hello, report in standing:
+        try:
+            yield write_standing(hello, report, MAX_MESSAGE_BYTES - 100)
+        except ValueError as error:
+            log.error("a reader is unknown to the other processes of the service", error=str(error))
 
 
 def _operator_key(variable: str, given: SecretStr, file: Path) -> ApiKeySecret:

@@ -14,6 +14,7 @@ from backpack_serving.interventions.records import (
     Record,
     ReleaseRecord,
     TenantRecord,
+    kind_name,
     record_from,
 )
 from backpack_serving.interventions.service import Interventions
@@ -66,4 +67,4 @@ def _entry_of(record: Record) -> StateEntry:
         case ReleaseRecord():
             return RecentRelease(record.tenant, ReleaseRef(record.number, record.digest))
         case _:
-            return UnknownEntry(type(record).__name__)
+            return UnknownEntry(kind_name(type(record)))

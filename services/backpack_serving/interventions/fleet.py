@@ -31,7 +31,7 @@ class HoldState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Why:
+class StatusReason:
     """Why a reader doesn't hold a release: a stable word, and the details."""
 
     reason: str
@@ -51,16 +51,20 @@ class ReleaseHolding:
     refusal: Refusal | None
     position: Position
     connected: bool
-    why: Why | None = None
+    why: StatusReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AckCount:
-    """Of the connected readers of one kind: how many there are, how many hold a change, how many refuse it."""
+    """Of the connected readers of one kind: how many there are, how many hold a change, how many refuse it.
+
+    `final` counts those of the `nacked` whose refusal is final; the others try again and may hold the change yet.
+    """
 
     total: int
     acked: int
     nacked: int
+    final: int = 0
 
     def quorum(self) -> bool:
         return 2 * self.acked > self.total
@@ -100,18 +104,18 @@ class ReaderStatus:
     last_heard: float
     connected: bool = True
     report: ReaderReport = field(default_factory=ReaderReport)
-    refused: Why | None = None
+    refused: StatusReason | None = None
 
-    def out_of_touch(self, silence: float) -> Why | None:
+    def out_of_touch(self, silence: float) -> StatusReason | None:
         """Why the reader is disconnected or silent; None if it isn't."""
         if self.connected and silence <= SILENCE:
             return None
         heard = f"last heard {silence:.0f} s ago"
         if self.connected:
-            return Why("SILENT", f"its stream is half open: {heard}")
+            return StatusReason("SILENT", f"its stream is half open: {heard}")
         if self.refused:
-            return Why(self.refused.reason, f"{self.refused.message} ({heard})")
-        return Why("DISCONNECTED", f"it has no stream to the intervention service: {heard}")
+            return StatusReason(self.refused.reason, f"{self.refused.message} ({heard})")
+        return StatusReason("DISCONNECTED", f"it has no stream to the intervention service: {heard}")
 
     @property
     def releases(self) -> int:
@@ -157,14 +161,14 @@ class ReaderTracker:
                 found.append((hello, ReaderReport(tallies=status.report.tallies, releases=status.releases)))
         return found
 
-    def disconnect(self, server: SyncServer, why: Why | None = None) -> None:
+    def disconnect(self, server: SyncServer, why: StatusReason | None = None) -> None:
         """Record the end of a stream; `why`, if the service ended it."""
         for status in self._statuses.values():
             if status.server is server:
                 status.connected = False
                 status.refused = why or status.refused
 
-    def reject(self, hello: Hello, why: Why) -> None:
+    def reject(self, hello: Hello, why: StatusReason) -> None:
         """Record a refused Hello: the reader has no stream, but is listed with the reason."""
         if hello.incarnation:
             self._drop_silent()
@@ -186,18 +190,18 @@ class ReaderTracker:
         for status, silence in self.readers():
             server, hello = status.server, status.hello
             away = status.out_of_touch(silence)
-            behind = Why("BEHIND", f"it is at {server.acked}, and the channel was moved at {moved}")
+            behind = StatusReason("BEHIND", f"it is at {server.acked}, and the channel was moved at {moved}")
             for release, canary in releases:
                 refusal = server.refusals.get((channel.tenant, channel.channel))
                 if refusal is None or refusal.digest != release.digest:
                     refusal = server.refusals.get((channel.tenant, ""))
                 if refusal is not None and refusal.digest != release.digest:
                     refusal = None
-                why: Why | None
+                why: StatusReason | None
                 if away:
                     state, why = HoldState.STALE, away
                 elif refusal:
-                    state, why = HoldState.NACKED, Why(refusal.reason, refusal.message)
+                    state, why = HoldState.NACKED, StatusReason(refusal.reason, refusal.message)
                 elif server.acked >= moved:
                     state, why = HoldState.ACKED, None
                 else:
@@ -221,16 +225,17 @@ class ReaderTracker:
         refusals, counts = [], {}
         for kind in ReaderKind:
             connected = [s for s, _ in self.readers() if s.connected and s.hello.kind is kind]
-            acked = nacked = 0
+            acked = nacked = final = 0
             for status in connected:
                 if status.server.acked < position:
                     continue
                 if refusal := status.server.refusals.get((channel.tenant, channel.channel)):
                     nacked += 1
+                    final += refusal.final
                     refusals.append((status.hello.name, refusal))
                 else:
                     acked += 1
-            counts[kind] = AckCount(len(connected), acked, nacked)
+            counts[kind] = AckCount(len(connected), acked, nacked, final)
         return RolloutProgress(counts[ReaderKind.REPLICA], counts[ReaderKind.GATEWAY], tuple(refusals))
 
     def tally(self, tenant: str, channel: str, digest: str) -> CanaryTally:

@@ -64,6 +64,7 @@ def write_hold(hold: ReleaseHolding) -> sync_pb2.Hold:
         message=hold.why.message if hold.why else "",
         position=write_position(hold.position),
         connected=hold.connected,
+        retried=hold.state is HoldState.NACKED and hold.refusal is not None and not hold.refusal.final,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -13,7 +12,7 @@ from backpack_lm.counted import counted
 
 from backpack_serving import tasks
 from backpack_serving.errors import ServiceError
-from backpack_serving.interventions.fleet import ReaderTracker, RolloutProgress, Why
+from backpack_serving.interventions.fleet import ReaderTracker, RolloutProgress, StatusReason
 from backpack_serving.interventions.records import ChannelRecord, Position
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.write_notifier import WriteNotifier
@@ -45,11 +44,11 @@ class Level(StrEnum):
                 return all(count.all() for count in counts)
 
     def out_of_reach(self, rollout: RolloutProgress) -> bool:
-        """Whether refusals have made this level impossible."""
+        """Whether final refusals have made this level impossible. What is refused for now is tried again."""
         counts = rollout.replicas, rollout.gateways
         if self is Level.ALL:
-            return any(count.nacked for count in counts)
-        return any(count.nacked and 2 * count.nacked >= count.total for count in counts)
+            return any(count.final for count in counts)
+        return any(count.final and 2 * count.final >= count.total for count in counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +97,7 @@ class Rollouts:
 
     def disconnect(self, server: SyncServer, error: ServiceError | None = None, hello: Hello | None = None) -> None:
         """Handle the end of a stream; `error` if the service ended it, `hello` is the stream's last Hello."""
-        why = Why(error.reason, error.message) if error else None
+        why = StatusReason(error.reason, error.message) if error else None
         if why and hello and server.hello is None:
             self.fleet.reject(hello, why)
         self.fleet.disconnect(server, why)
@@ -111,12 +110,19 @@ class Rollouts:
         self._progress.notify_now()
 
     async def publish(self, publish_standing: Callable[[list[tuple[Hello, ReaderReport]]], None]) -> None:
-        """Publish the status of this process's readers for ever: each second, and after changes."""
+        """Publish the status of this process's readers for ever: each second, and after changes.
+
+        No error ends it: the other processes would take these readers for disconnected.
+        """
         while True:
             changed = self._standing_changed.next_write()
             if standing := self.fleet.local_standing():
-                with suppress(ServiceError):  # the database is away, and the other processes with it
+                try:
                     await asyncio.to_thread(publish_standing, standing)
+                except ServiceError:
+                    pass  # the database is away, and the other processes with it
+                except Exception:
+                    log.exception("a mistake of ours; going on")
             await asyncio.sleep(GATHER_SECONDS)
             await tasks.wait_at_most(changed, PUBLISH_SECONDS)
 

@@ -23,6 +23,9 @@ from backpack_serving.sync.messages import (
 )
 from backpack_serving.sync.state import Stageable, StateEntry
 
+LONGEST_NAME = 512
+"""Characters of a reader's name and of its incarnation: room for any host name with a port."""
+
 
 @dataclass(frozen=True, slots=True)
 class HistoryPage:
@@ -75,11 +78,13 @@ class SyncServer:
     def receive(self, message: FromReader, now: float) -> None:
         """Process a message of the reader.
 
-        Raises PreconditionFailed for a reader of another model, InvalidRequest for one without an incarnation.
+        Raises PreconditionFailed for a reader of another model, InvalidRequest for one without an incarnation, or
+        whose name or incarnation is too long.
         """
         self._last_received = now
         match message:
             case Hello():
+                _check_names(message)  # before it is kept: a reader that is refused is listed by its name
                 self.last_hello = message
                 self._receive_hello(message)
             case Ack():
@@ -162,6 +167,14 @@ class SyncServer:
             return [Bookmark(self.acked)]
         self.in_flight = InFlightDelta(next(self._nonces), page.position, changes)
         return [Delta(self.in_flight.nonce, self.acked, page.position, changes)]
+
+
+def _check_names(hello: Hello) -> None:
+    """Raises InvalidRequest. Each name is kept, listed, and published to the other processes of the service."""
+    for field, text in (("name", hello.name), ("incarnation", hello.incarnation)):
+        if len(text) > LONGEST_NAME:
+            message = f"{text[:40]!r}… has {len(text)} characters; at most {LONGEST_NAME}"
+            raise InvalidRequest.at(f"hello.{field}", "TOO_LONG", message)
 
 
 def _changes_for(kind: ReaderKind, changes: Iterable[StateEntry]) -> tuple[StateEntry, ...]:

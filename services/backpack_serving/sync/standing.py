@@ -14,7 +14,7 @@ from backpack_serving.sync.wire import read_from_reader, write_from_reader
 
 def write_standing(hello: Hello, report: ReaderReport, most: int) -> str:
     """Encode a reader's status in at most `most` characters. If it is too long, tallies are dropped first, then the
-    position and refusals, as if the reader held nothing.
+    position and refusals, as if the reader held nothing. Raises ValueError if its names alone are too long.
     """
     parts = (write_from_reader(message).SerializeToString() for message in (hello, report))
     text = " ".join(base64.b64encode(part).decode() for part in parts)
@@ -22,9 +22,11 @@ def write_standing(hello: Hello, report: ReaderReport, most: int) -> str:
         return text
     if report.tallies:  # canaries are judged where the reader is connected; waits need positions everywhere
         return write_standing(hello, replace(report, tallies=report.tallies[: len(report.tallies) // 2]), most)
-    return write_standing(
-        replace(hello, position=Position(), refusals=()), ReaderReport(releases=report.releases), most
-    )
+    least = replace(hello, position=Position(), refusals=(), digests=frozenset())
+    counts = ReaderReport(releases=report.releases)
+    if (hello, report) == (least, counts):
+        raise ValueError(f"the status of reader {hello.name[:40]!r} takes {len(text)} characters; at most {most}")
+    return write_standing(least, counts, most)
 
 
 def read_standing(text: str) -> tuple[Hello, ReaderReport]:
