@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +16,7 @@ from backpack_serving.auth.keys import read_key_file, write_key_file
 from backpack_serving.cli.client import out
 from backpack_serving.client import AsyncClient, AsyncOperator, AsyncSteering, Copy, Role, Sampling, Served
 from backpack_serving.embedded import Embedded
-from backpack_serving.errors import AlreadyExists, Unauthenticated
+from backpack_serving.errors import AlreadyExists, ServiceError, Unauthenticated
 
 PROMPT = "The story of the king and the"
 SAMPLING = Sampling(max_tokens=36, seed=29)
@@ -64,13 +65,15 @@ async def _provide(serving: Embedded, example: ExampleTenant) -> None:
 @dataclass(slots=True)
 class _Column:
     example: ExampleTenant
+    steering: str = ""
+    """What its live release does, as the notes of that release say: somebody may have moved the channel."""
     served: Served | None = None
     text: str = ""
 
 
 async def side_by_side(serving: Embedded) -> None:
     """Stream PROMPT for every example at once, in columns that grow."""
-    columns = [_Column(example) for example in EXAMPLES]
+    columns = [_Column(example, await _live_notes(serving, example)) for example in EXAMPLES]
     with Live(_columns_table(columns), console=out, refresh_per_second=20) as live:
 
         async def follow(column: _Column) -> None:
@@ -88,12 +91,22 @@ async def side_by_side(serving: Embedded) -> None:
         await asyncio.gather(*map(follow, columns))
 
 
+async def _live_notes(serving: Embedded, example: ExampleTenant) -> str:
+    """What the release says that a tenant's channel is at; empty if that can't be asked with its key."""
+    key, tls = read_key_file(serving.settings.key_file(example.tenant)), serving.settings.tls
+    with suppress(ServiceError):  # the stream tells what is wrong with the key
+        async with AsyncSteering(serving.interventions, key, tls=tls) as steering:
+            release = await steering.release((await steering.channel()).release)
+            return release.notes or f"release {release.number}"
+    return ""
+
+
 def _columns_table(columns: Sequence[_Column]) -> Table:
     table = Table(title=f"One prompt, one batch, two tenants: “{PROMPT}…”", title_justify="left")
     table.width = min(out.width, 120)  # readable in a log, too
     for column in columns:
         served = column.served
         steered = f"release {served.release}, {served.digest[:12]}" if served else "…"
-        table.add_column(f"{column.example.tenant}: {column.example}\n[dim]{steered}[/]", ratio=1)
+        table.add_column(f"{column.example.tenant}: {escape(column.steering)}\n[dim]{steered}[/]", ratio=1)
     table.add_row(*(Text(PROMPT, style="dim") + Text(column.text) for column in columns))
     return table

@@ -102,7 +102,7 @@ From the command line (in another terminal, here):
 
     {backpack} generate "The story of the king" --as harbour
     {backpack} explain "The story of the king and the" --as harbour
-    {backpack} release rollback --as harbour      # and harbour is unpatched again
+    {backpack} release activate 0 --as harbour    # harbour without a patch; `release rollback` undoes it
 
 From Python:
 
