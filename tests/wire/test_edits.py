@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from backpack_lm import patch
@@ -11,6 +12,7 @@ from backpack_lm.patch import Cell
 from backpack_lm.tokenizer import Tokenizer, WordPolicy
 from backpack_proto.v1 import inference_pb2
 from backpack_proto.v1 import interventions_pb2 as pb
+from backpack_serving.cli.patch_file import PatchFile
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.settings import default_model
 from backpack_serving.wire.edits import read_edits, write_edit
@@ -251,3 +253,18 @@ def test_reading_ends_where_there_are_more_mistakes_than_anybody_reads(edits: li
     with pytest.raises(InvalidRequest) as refused:
         read_edits(edits, TOKENIZER, SENSES)
     assert len(refused.value.violations) <= 1000
+
+
+def test_a_patch_file_may_have_plain_words(tmp_path: Path) -> None:
+    plain, spelled = tmp_path / "plain.json", tmp_path / "spelled.json"
+    plain.write_text(
+        '[{"topic": {"words": ["sea", "ship"], "strength": 1}}, {"scale": {"cells": [{"word": "king"}], "factor": 0}}]'
+    )
+    spelled.write_text(
+        '[{"topic": {"words": [{"text": "sea"}, {"text": "ship"}], "strength": 1}},'
+        ' {"scale": {"cells": [{"word": {"text": "king"}}], "factor": 0}}]'
+    )
+    assert PatchFile.read(plain) == PatchFile.read(spelled)
+    plain.write_text('[{"scale": {"cells": "king", "factor": 0}}]')
+    with pytest.raises(ValueError, match="is not a patch file"):
+        PatchFile.read(plain)

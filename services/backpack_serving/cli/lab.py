@@ -315,4 +315,5 @@ def _write_patch_file(subject: LabModel, edits: Sequence[Edit], report: Report, 
     out.print(f"{file}: {counted(len(edits), 'edit')}; the report is {page}", markup=False)  # a name may have brackets
     named = re.sub("[^a-z0-9]+", "-", file.stem.lower()).lstrip("-0123456789").rstrip("-")[:63]
     upload = f"patch revise {named or 'patch'} {shlex.quote(str(file))}"
-    out.print(Text(f"upload it: {hints.backpack(upload)}", "dim"))
+    advice = "it falls short, as said above; to upload it all the same" if report.warning else "upload it"
+    out.print(Text(f"{advice}: {hints.backpack(upload)}", "dim"))
