@@ -278,7 +278,7 @@ if __name__ == "__main__":
         figures = asyncio.run(measure(processes.settings, servers, small))
         for part in ("gateway", "inference", "directory"):
             processes.kill(part)
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         app.start(on_ray, int(on_ray.directory_address.rpartition(":")[2]))
         rays = [process for process in me.children(recursive=True) if process.pid not in processes.pids()]
         processes.start(

@@ -136,7 +136,7 @@ if __name__ == "__main__":
         directory_application=app.DIRECTORY,
         service_key=interventions.mint_key(Settings(state=state).key_file("replica")),
     )
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         # Ray forks; it must be up before this process opens its first gRPC channel.
         app.start(chosen, grpc_port, count=2)

@@ -162,7 +162,7 @@ async def test_a_stop_while_denominators_are_computed_is_no_mistake(
     await _use(releases, shelf.put(unmeasured, _scale(5)))
     with capture_logs() as logs:
         releases.stop()
-        with pytest.raises(Unavailable, match="this replica ends") as refused:
+        with pytest.raises(Unavailable, match="this replica stops") as refused:
             await waiting
     assert refused.value.reason == "TOPICS_NOT_READY"
     assert not [line for line in logs if line["log_level"] == "error"]
