@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 
+import torch
 from platformdirs import user_cache_path
 
 
@@ -23,3 +24,8 @@ def folder(name: str) -> Path:
             "there; remove it, or let XDG_CACHE_HOME name another folder"
         )
     return path
+
+
+def cached_name(fingerprint: str, dtype: torch.dtype) -> str:
+    """What is computed from a model's sense table in a dtype is stored under this name, or one that starts so."""
+    return f"{fingerprint[:32]}.{str(dtype).removeprefix('torch.')}"

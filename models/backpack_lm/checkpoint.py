@@ -20,7 +20,6 @@ import hashlib
 import json
 import re
 import shutil
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from backpack_lm.cache import cached_name
 from backpack_lm.config import BackpackConfig, ConfigError, read_object
 from backpack_lm.generation import NAME as GENERATION
 from backpack_lm.layouts import CheckpointError, Tensors, is_lightning, to_hugging_face
 from backpack_lm.manifest import NAME as MANIFEST
-from backpack_lm.manifest import Manifest, ManifestError, tokenizer_digest
+from backpack_lm.manifest import TOKENIZER as TOKENIZER
+from backpack_lm.manifest import TOPICS as TOPICS
+from backpack_lm.manifest import Manifest, tokenizer_digest
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import SenseTable
 from backpack_lm.tokenizer import Tokenizer
@@ -42,7 +44,7 @@ from backpack_lm.weight_files import WEIGHTS as WEIGHTS
 from backpack_lm.weight_files import read_safetensors, read_weights, write_safetensors
 from backpack_lm.whole_folder import whole
 
-CONFIG, TOKENIZER, TOPICS = "config.json", "tokenizer.json", "topics.safetensors"
+CONFIG = "config.json"
 OPTIONAL = (TOPICS, GENERATION)
 """Files that a model may come with; those of another must not stay beside it."""
 _PREFIX = "backpack."
@@ -153,7 +155,7 @@ def write(model: Backpack, tokenizer: Path, folder: Path, topics: bool = False) 
     shutil.copyfile(tokenizer, folder / TOKENIZER)
     manifest = Manifest(_fingerprint(folder, state), model.config, model.sense_rms())
     if topics:
-        metadata, kept_as = {"fingerprint": manifest.fingerprint}, denominators_name(manifest, torch.float32)
+        metadata, kept_as = {"fingerprint": manifest.fingerprint}, cached_name(manifest.fingerprint, torch.float32)
         save_file({"peaks": model.topic_denominators(kept_as)}, folder / TOPICS, metadata=metadata)
     for file in folder.iterdir():  # safetensors makes them for their owner alone, who needn't be who serves them
         file.chmod((folder / CONFIG).stat().st_mode)
@@ -161,19 +163,18 @@ def write(model: Backpack, tokenizer: Path, folder: Path, topics: bool = False) 
     return manifest
 
 
-def load_table(folder: Path, model: Backpack, rows: Tensor | None = None) -> SenseTable:
+def load_table(folder: Path, model: Backpack, manifest: Manifest, rows: Tensor | None = None) -> SenseTable:
     """The model's sense table, computed unless its rows [V, k, d] are given; with the denominators that are kept
-    beside it, if they are this model's. Those of another are computed when they are first wanted.
+    beside it, if they have the `manifest`'s fingerprint. Otherwise they are computed when they are first wanted.
 
     Raises CheckpointError if there are some that can't be read or used.
     """
     table = model.sense_table() if rows is None else model.table_of(rows)
-    with suppress(ManifestError):
-        table.kept_as = denominators_name(Manifest.read(folder), table.rows.dtype)
+    table.kept_as = cached_name(manifest.fingerprint, table.rows.dtype)
     if (folder / TOPICS).exists():
         try:
             with safe_open(folder / TOPICS, framework="pt") as file:
-                if (file.metadata() or {}).get("fingerprint") == Manifest.read(folder).fingerprint:
+                if (file.metadata() or {}).get("fingerprint") == manifest.fingerprint:
                     peaks = file.get_tensor("peaks")
                     if peaks.shape != table.rows.shape[:2] or not peaks.is_floating_point() or not _is_finite(peaks):
                         raise ValueError(f"not a number for each of {list(table.rows.shape[:2])} cells")
@@ -190,11 +191,6 @@ def fingerprint(folder: Path) -> str:
     between processors.
     """
     return _fingerprint(folder, read_safetensors(folder / WEIGHTS))
-
-
-def denominators_name(manifest: Manifest, dtype: torch.dtype) -> str:
-    """What the denominators of a model's table in a dtype are called in the host's cache."""
-    return f"{manifest.fingerprint[:32]}.{str(dtype).removeprefix('torch.')}"
 
 
 def _fingerprint(folder: Path, tensors: Tensors) -> str:

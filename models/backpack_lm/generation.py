@@ -36,7 +36,7 @@ class SamplingDefaults:
             return cls.of(read_object(path))
         except FileNotFoundError:
             return cls()
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod

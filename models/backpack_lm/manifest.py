@@ -17,8 +17,7 @@ from backpack_lm.config import BackpackConfig
 from backpack_lm.generation import FALLBACK, SamplingDefaults
 from backpack_lm.patch import ModelShape
 
-NAME = "manifest.json"
-
+NAME, TOKENIZER, TOPICS = "manifest.json", "tokenizer.json", "topics.safetensors"
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -87,5 +86,5 @@ class Manifest:
 
 def tokenizer_digest(folder: Path) -> str | None:
     """SHA-256, hex, of a model folder's tokenizer.json; None if there is none."""
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None

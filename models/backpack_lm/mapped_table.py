@@ -10,14 +10,14 @@ import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from backpack_lm.cache import folder
+from backpack_lm.cache import cached_name, folder
+from backpack_lm.denominators import Progress
 from backpack_lm.model import Backpack
 
 CHUNK = 1024
@@ -25,9 +25,6 @@ CHUNK = 1024
 
 PARTIAL = ".partial"
 """How the name of a file ends that isn't whole yet."""
-
-Progress = Callable[[int, int], None]
-"""Called with how many tokens of how many are done."""
 
 
 @torch.inference_mode()
@@ -37,7 +34,7 @@ def prepare(model: Backpack, fingerprint: str, dtype: torch.dtype, progress: Pro
     If there is none, or it is damaged, it is written, whole or not at all. Raises OSError if it can't be.
     """
     embedding, there = model.embedding.detach(), folder("tables")
-    start = f"{fingerprint[:32]}.{str(dtype).removeprefix('torch.')}"
+    start = cached_name(fingerprint, dtype)
     size = _table_rows(model) * model.config.n_embd * dtype.itemsize
     for path in there.glob(f"{start}*"):
         with suppress(FileNotFoundError):  # another replica removes it, too

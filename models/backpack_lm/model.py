@@ -25,6 +25,9 @@ from backpack_lm.config import BackpackConfig
 from backpack_lm.denominators import Progress, compute
 from backpack_lm.overlay import Overlay, SenseTable
 
+TABLE_CHUNK, NORMS_CHUNK = 2048, 256
+"""Tokens whose senses are computed at a time: for the table, and for norms alone, in double."""
+
 
 class Conv1D(nn.Module):
     """Linear layer with its weight stored [in, out], as GPT-2 checkpoints store it."""
@@ -203,15 +206,15 @@ class Backpack(nn.Module):
         return alpha
 
     @torch.no_grad()
-    def sense_table(self, chunk: int = 2048) -> SenseTable:
+    def sense_table(self) -> SenseTable:
         """Every sense vector of the vocabulary, computed once: rows [V, k, d]."""
-        return self.table_of(torch.cat([self.sense_network(part) for part in self.embedding.split(chunk)]))
+        return self.table_of(torch.cat([self.sense_network(part) for part in self.embedding.split(TABLE_CHUNK)]))
 
     @torch.no_grad()
-    def sense_rms(self, chunk: int = 256) -> tuple[float, ...]:
-        """As `SenseTable.sense_rms`, without a table."""
+    def sense_rms(self) -> tuple[float, ...]:
+        """For each sense, the root mean square over the vocabulary of its vectors' norms; needs no table."""
         squares: Tensor = sum(
-            self.sense_network(part).double().square().sum(-1).sum(0) for part in self.embedding.split(chunk)
+            self.sense_network(part).double().square().sum(-1).sum(0) for part in self.embedding.split(NORMS_CHUNK)
         )
         return tuple((squares / len(self.embedding)).sqrt().tolist())
 

@@ -70,12 +70,6 @@ class SenseTable:
             found: Tensor = self.__dict__["peaks"]
             return found
 
-    @cached_property
-    def sense_rms(self) -> tuple[float, ...]:
-        """For each sense, the root mean square over the vocabulary of its vectors' norms."""
-        squares = torch.stack([part.double().square().sum(-1).sum(0) for part in self.rows.split(4096)])
-        return tuple((squares.sum(0) / len(self.rows)).sqrt().tolist())
-
     def topic_scores(self, tokens: tuple[int, ...]) -> Tensor:
         """(E C)·b / max_y (E C)_y of every cell, [V, k], with b the many-hot vector of `tokens`."""
         many_hot = self.embedding[torch.tensor(tokens).unique()].sum(0)

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from backpack_lm import strict_json
 from backpack_lm.layouts import CheckpointError, Tensors
+from backpack_lm.manifest import NAME as MANIFEST
+from backpack_lm.manifest import TOPICS
 from backpack_lm.pickle_machine import Inert, StoredTensor
 from backpack_lm.strict_json import JsonError, is_lfs_pointer
 from backpack_lm.torch_archive import TorchArchive
 
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
-_OURS = ("topics.safetensors", "manifest.json")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.\w+")
 _MOST_HEADER = 10**8  # bytes; the safetensors library takes no more
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -48,14 +49,14 @@ def read_weights(where: Path) -> Tensors:
     for whole, loose in ((WEIGHTS, "*.safetensors"), (PICKLED, "pytorch_model-*.bin")):
         index, shards = where / (whole + INDEX), sorted(where.glob(loose))
         if (where / whole).exists():
-            if index.exists() and not (where / _OURS[1]).exists() and set(_weight_map(index).values()) != {whole}:
+            if index.exists() and not (where / MANIFEST).exists() and set(_weight_map(index).values()) != {whole}:
                 raise CheckpointError(
                     f"{where} has {whole}, and {index.name} names other files; leave the checkpoint that is meant"
                 )
             return read_file(where / whole)
         if index.exists():
             return _follow(index)
-        if shards := [path for path in shards if path.name not in _OURS]:
+        if shards := [path for path in shards if path.name != TOPICS]:
             return _merge_files(shards)
     found = sorted(where.glob("*.ckpt"))
     if len(found) > 1:
@@ -196,7 +197,7 @@ def _follow(index: Path) -> Tensors:
     return out
 
 
-def _inside(folder: Path, name: str, said_by: Path, suffix: str = "") -> Path:
+def _inside(folder: Path, name: str, said_by: Path, suffix: str) -> Path:
     """The file of a name in a folder. Raises CheckpointError if there is none, or it lies elsewhere."""
     path = folder / name
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import structlog
-from backpack_lm.manifest import Manifest
+from backpack_lm.manifest import TOKENIZER, TOPICS, Manifest
 
 from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.settings import Settings
@@ -34,7 +34,6 @@ PAUSE = 1.0
 """Seconds between an attempt that failed and the next one."""
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.ckpt")
-_TOPICS = "topics.safetensors"
 
 
 class ModelNotThere(FileNotFoundError):
@@ -156,11 +155,11 @@ def complete(folder: Path, weights: bool) -> Manifest:
     if _is_empty(folder):
         raise ModelNotThere(f"{folder} (BACKPACK_MODEL) is empty")
     manifest = Manifest.read(folder)
-    wanted: list[tuple[str, tuple[str, ...]]] = [("tokenizer.json", ("tokenizer.json",))]
+    wanted: list[tuple[str, tuple[str, ...]]] = [(TOKENIZER, (TOKENIZER,))]
     if weights:
         wanted += [("config.json", ("config.json",)), ("weights", _WEIGHTS)]
     for name, patterns in wanted:
-        if not any(one.name != _TOPICS for pattern in patterns for one in folder.glob(pattern)):
+        if not any(one.name != TOPICS for pattern in patterns for one in folder.glob(pattern)):
             raise ModelNotThere(f"{folder} (BACKPACK_MODEL) has a manifest.json and no {name}")
     return manifest
 

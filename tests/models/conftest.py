@@ -39,5 +39,5 @@ def table(model: Backpack) -> SenseTable:
 
 
 @pytest.fixture(scope="session")
-def shape(table: SenseTable) -> ModelShape:
-    return ModelShape("ab" * 32, REAL, K, D, table.sense_rms)
+def shape(model: Backpack) -> ModelShape:
+    return ModelShape("ab" * 32, REAL, K, D, model.sense_rms())

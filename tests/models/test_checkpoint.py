@@ -265,7 +265,7 @@ def test_a_saved_model_is_in_the_hugging_face_layout_and_comes_back(folder: Path
     assert "backpack.gpt2_model.h.0.attn.c_attn.weight" in names
     assert not any("lm_head" in name for name in names)
     torch.testing.assert_close(load(folder)(ids), model(ids))
-    table = load_table(folder, model)
+    table = load_table(folder, model, Manifest.read(folder))
     torch.testing.assert_close(table.peaks, model.sense_table().peaks)
 
 
@@ -362,10 +362,10 @@ def test_what_is_served_are_the_weights_of_the_fingerprint(folder: Path) -> None
 
 def test_damaged_denominators_are_refused_and_those_of_nobody_not_used(folder: Path) -> None:
     save_file({"peaks": torch.ones(1)}, folder / checkpoint.TOPICS)
-    assert "peaks" not in load_table(folder, load(folder)).__dict__
+    assert "peaks" not in load_table(folder, load(folder), Manifest.read(folder)).__dict__
     (folder / checkpoint.TOPICS).write_bytes(b"cut off")
     with pytest.raises(CheckpointError, match="import the model again"):
-        load_table(folder, load(folder))
+        load_table(folder, load(folder), Manifest.read(folder))
 
 
 @pytest.mark.parametrize(
@@ -375,13 +375,13 @@ def test_denominators_that_are_none_are_refused(folder: Path, peaks: Tensor) -> 
     metadata = {"fingerprint": Manifest.read(folder).fingerprint}
     save_file({"peaks": peaks}, folder / checkpoint.TOPICS, metadata=metadata)
     with pytest.raises(CheckpointError, match=r"not a number for each of \[64, 5\] cells; import the model again"):
-        load_table(folder, load(folder))
+        load_table(folder, load(folder), Manifest.read(folder))
 
 
 def test_denominators_of_another_model_are_not_used(folder: Path) -> None:
     manifest = Manifest.read(folder)
     Manifest("00" * 32, manifest.config, manifest.sense_rms).write(folder)
-    assert "peaks" not in load_table(folder, load(folder)).__dict__
+    assert "peaks" not in load_table(folder, load(folder), Manifest.read(folder)).__dict__
 
 
 def test_a_folder_without_a_model_says_what_makes_one(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from backpack_lm.cache import folder
-from backpack_lm.kernels.families import Family, fitting
+from backpack_lm.kernels.families import Family, fitting, flags_line
 from backpack_lm.kernels.structs import check_layouts
 from backpack_lm.processor import compiler_options
 
@@ -78,7 +78,8 @@ def _prebuilt() -> Path | None:
 
 def _path() -> Path:
     """The file's name depends on sources, options and processor, so another machine's library is never loaded."""
-    return folder("kernels") / _name("native", *compiler_options(), platform.machine(), _processor())
+    processor = flags_line() or platform.processor()
+    return folder("kernels") / _name("native", *compiler_options(), platform.machine(), processor)
 
 
 def _name(kind: str, *made_for: str) -> str:
@@ -97,14 +98,6 @@ def _whole(file: Path) -> bool:
 
 def _checksum(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def _compile_library(file: Path, processor: tuple[str, ...]) -> None:

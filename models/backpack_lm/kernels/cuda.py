@@ -15,6 +15,7 @@ from backpack_lm.kernels.build import NotBuilt
 from backpack_lm.kernels.caches import Caches, DrawParams, MixSpan, StepInput, TokenSpan
 from backpack_lm.kernels.interface import Linear
 from backpack_lm.kernels.plain import PlainKernels, kept
+from backpack_lm.kernels.products import name
 from backpack_lm.kernels.topics import describe
 from backpack_lm.kernels.trunk import CachedTrunk
 from backpack_lm.model import Backpack
@@ -40,7 +41,7 @@ class CudaKernels:
         self.caches, self._plain, device = caches, PlainKernels(caches), caches.table.device
         if device.type != "cuda" and not triton.knobs.runtime.interpret:
             raise NotBuilt(f"the caches are on {device}")
-        self.name = f"triton {str(caches.table.dtype).removeprefix('torch.')}"
+        self.name = f"triton {name(caches.table.dtype)}"
         slots = len(caches.ids)
         self._attend_single, self._draw, self._mix = attend_single, draw, Mix(caches)
         self._singles = torch.zeros(slots, 3, dtype=torch.int64, device=device)

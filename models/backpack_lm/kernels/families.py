@@ -45,9 +45,13 @@ def fitting() -> list[Family]:
 
 def flags() -> frozenset[str]:
     """What the processor has, by /proc/cpuinfo: nothing where there is none."""
+    return frozenset(flags_line().partition(":")[2].split())
+
+
+def flags_line() -> str:
+    """The first line of /proc/cpuinfo that lists what a processor has; empty where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return frozenset()
-    line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return frozenset(line.partition(":")[2].split())
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -194,7 +194,7 @@ def debias(
 
     def fit(word: str) -> dict[str, Any]:
         asked, beside = (Noun(subject, word, some, contrast) for some in (estimation, NEUTRAL))
-        low, high = scales_within(asked, chosen, most_moved)
+        low, high = scales_within(asked, beside, chosen, most_moved)
         scale = least(lambda factor: asked.bias(*asked.scaled(chosen, factor)), penalty, low, high)
         held = any(abs(end) < PatchLimits().norm_factor and abs(scale - end) < 1e-3 for end in (low, high))
         judged = Noun(subject, word, evaluation, contrast)
@@ -210,17 +210,10 @@ def debias(
     return Debiased(one, other, chosen, search, found, most_moved)
 
 
-def fit_scale(noun: Noun, sense: int, penalty: float, most_moved: float = 1.0) -> float:
-    """The factor c that makes bias + penalty · |1 − c| least, within what a patch may scale by and what moves at
-    most so much elsewhere; a penalty of 1 is the paper's."""
-    low, high = scales_within(noun, sense, most_moved)
-    return least(lambda factor: noun.bias(*noun.scaled(sense, factor)), penalty, low, high)
-
-
-def scales_within(noun: Noun, sense: int, most_moved: float) -> tuple[float, float]:
+def scales_within(noun: Noun, beside: Noun, sense: int, most_moved: float) -> tuple[float, float]:
     """The scales around 1, as far as a patch may go, that move at most so much of the probability elsewhere, after
-    any prompt of the noun's and on the average after NEUTRAL ones."""
-    bound, beside = PatchLimits().norm_factor, Noun(noun.subject, noun.word, NEUTRAL, noun.contrast)
+    any prompt of `noun` and on the average after those of `beside`, the same word in NEUTRAL ones."""
+    bound = PatchLimits().norm_factor
     if most_moved >= 1:
         return -bound, bound
 

@@ -18,9 +18,9 @@ def neutral(word: str) -> list[str]:
     return [template.format(word) for template in NEUTRAL]
 
 
-def moved_elsewhere(before: Tensor, after: Tensor, aimed: Sequence[int]) -> Tensor:
-    """Total variation distance [P] of two distributions [P, tokens] over all tokens but those that are aimed at:
-    half of the sum of what each gained or lost."""
+def moved_elsewhere(before: Tensor, after: Tensor, aimed: Sequence[int] = ()) -> Tensor:
+    """Total variation distance [P] of two distributions [P, tokens] over all tokens but those that are aimed at, if
+    any: half of the sum of what each gained or lost."""
     others = (after - before).abs()
     others[:, list(aimed)] = 0
     return others.sum(1) / 2

@@ -76,17 +76,17 @@ def positions_of(subject: LabModel, rows: Sequence[Tensor], firsts: Sequence[int
         here = [token for token in tokens if bool((ids == token).any())]
         if not here:
             continue
-        alpha = subject.model.sense_weights(ids[None])[0]  # [k, T, T]
+        alpha = subject.model.sense_weights(ids[None])  # [1, k, T, T]
         influence = torch.zeros(len(ids), len(cells))
         for token in here:
-            given = alpha[:, :, ids == token].sum(-1)  # [k, T]
+            given = alpha[0][:, :, ids == token].sum(-1)  # [k, T]
             for sense in range(len(given)):
                 if (at := column.get(Cell(token, sense))) is not None:
                     influence[:, at] = given[sense]
         kept = influence.any(1)
         kept[:first] = False
         weights.append(influence[kept])
-        outputs.append(model.mix(ids[None])[0, kept])
+        outputs.append(model.mix_by(alpha, ids[None])[0, kept])
         targets.append(row[1:][kept])
     if not weights:
         width = subject.config.n_embd

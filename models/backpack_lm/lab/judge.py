@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from backpack_lm.counted import counted
+from backpack_lm.lab.elsewhere import moved_elsewhere
 from backpack_lm.lab.examples import CanonicalExample
 from backpack_lm.lab.lab_model import LabModel, Prompts, SteeredModel
 from backpack_lm.overlay import Overlay
@@ -139,7 +140,7 @@ def _judge_prompt(subject: LabModel, plain: Overlay, steered: Overlay, example: 
         None if target is None else float(after[target]),
         subject.shown(int(before.argmax())),
         subject.shown(int(after.argmax())),
-        float((after - before).abs().sum()) / 2,
+        float(moved_elsewhere(before[None], after[None])),
     )
 
 
@@ -156,7 +157,7 @@ def _neighbours(
             # By token: in the text, " a" is the beginning of " and", too.
             instead = Prompts(subject, [[neighbour if one == token else one for one in row] for row in about])
             one, two = (instead.log_probabilities(overlay).exp() for overlay in (plain, steered))
-            moved = float((two - one).abs().sum(1).mean()) / 2
+            moved = float(moved_elsewhere(one, two).mean())
             change = float((after - before)[:, neighbour].mean())
             found.append(JudgedNeighbour(subject.shown(token), subject.shown(neighbour), similarity, moved, change))
     return found

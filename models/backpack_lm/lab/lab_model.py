@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backpack_lm.checkpoint import TOKENIZER, load, load_table
+from backpack_lm.checkpoint import load, load_table
 from backpack_lm.config import BackpackConfig
-from backpack_lm.manifest import Manifest
+from backpack_lm.manifest import TOKENIZER, Manifest
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import Edit, ReleaseContent, RevisionContent
@@ -31,7 +31,8 @@ class LabModel:
     def read(cls, folder: Path) -> LabModel:
         """Raises ManifestError, CheckpointError or ValueError if there is no servable model in the folder."""
         manifest, model = Manifest.read(folder), load(folder)
-        return cls(manifest, model, load_table(folder, model), Tokenizer.read(folder / TOKENIZER, manifest.tokenizer))
+        table, tokenizer = load_table(folder, model, manifest), Tokenizer.read(folder / TOKENIZER, manifest.tokenizer)
+        return cls(manifest, model, table, tokenizer)
 
     @property
     def config(self) -> BackpackConfig:
@@ -102,9 +103,12 @@ class SteeredModel:
 
     def mix(self, ids: Tensor) -> Tensor:
         """o [B, T, d], as `Backpack.mix`, but its senses read from the table."""
+        return self.mix_by(self.subject.model.sense_weights(ids), ids)
+
+    def mix_by(self, alpha: Tensor, ids: Tensor) -> Tensor:
+        """`mix` for sense weights α [B, k, T, T] that were computed before."""
         subject = self.subject
         senses = self.overlay.replace(ids, subject.table.rows[ids])
-        alpha = subject.model.sense_weights(ids)
         if self.overlay.topics:
             alpha = alpha * self.overlay.multipliers(ids, senses, subject.model.embedding).movedim(-1, 1)
         return (alpha @ senses.transpose(1, 2)).sum(1)

@@ -194,6 +194,50 @@ def _quietest(table: SenseTable) -> Tensor:
     return inverse
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _PreparedSwap:
+    """What every strength of a swap shares: the ids of `old` and `new`, its prompts (`asked`), NEUTRAL ones about
+    the word (`beside`), and the unedited probabilities [P, tokens] after each: `before` and `plain`."""
+
+    subject: LabModel
+    word: str
+    old: str
+    new: str
+    prompts: Sequence[str]
+    senses: list[int]
+    ids: tuple[int, int]
+    asked: Prompts
+    beside: Prompts
+    before: Tensor
+    plain: Tensor
+
+    @classmethod
+    def of(
+        cls, subject: LabModel, word: str, old: str, new: str, prompts: Sequence[str], senses: Sequence[int]
+    ) -> _PreparedSwap:
+        """Raises WordError if a word is not one token, ValueError for a prompt without the word or no prompts."""
+        ids = subject.token(old), subject.token(new)
+        for prompt in prompts:
+            subject.check_names(prompt, word)
+        chosen = list(senses) or list(range(subject.config.num_senses))
+        asked, beside, unedited = Prompts(subject, prompts), Prompts(subject, neutral(word)), subject.overlay()
+        before, plain = (some.log_probabilities(unedited).exp() for some in (asked, beside))
+        return cls(subject, word, old, new, prompts, chosen, ids, asked, beside, before, plain)
+
+    def measure(self, strength: float, wanted: float, most_moved: float) -> SwappedFact:
+        """Make the swap at a strength and measure it. Raises as `swap_fact`."""
+        subject, ids = self.subject, self.ids
+        overlay = subject.overlay(*swap_edits(subject, self.word, self.old, self.new, self.senses, strength))
+        after, edited = (some.log_probabilities(overlay).exp() for some in (self.asked, self.beside))
+        others = moved_elsewhere(self.before, after, ids).tolist()
+        aside = float(moved_elsewhere(self.plain, edited, ids).mean())
+        found = []
+        for prompt, b, a, moved in zip(self.prompts, self.before.tolist(), after.tolist(), others, strict=True):
+            found.append(Swapped(prompt, b[ids[0]], a[ids[0]], b[ids[1]], a[ids[1]], moved))
+        bound = check_bound(most_moved)
+        return SwappedFact(self.word, self.old, self.new, self.senses, strength, found, wanted, bound, neutral=aside)
+
+
 def swap_fact(
     subject: LabModel,
     word: str,
@@ -210,22 +254,7 @@ def swap_fact(
     Raises as `swap_edits`, and ValueError for a prompt without the word, as nothing would change, or for a
     `most_moved` that is no share.
     """
-    ids = subject.token(old), subject.token(new)
-    for prompt in prompts:
-        subject.check_names(prompt, word)
-    chosen = list(senses) or list(range(subject.config.num_senses))
-    asked = Prompts(subject, prompts)
-    edits = swap_edits(subject, word, old, new, chosen, strength)
-    beside = Prompts(subject, neutral(word))
-    (before, after), (plain, edited) = (
-        [some.log_probabilities(subject.overlay(*those)).exp() for those in ((), edits)] for some in (asked, beside)
-    )
-    others = moved_elsewhere(before, after, ids).tolist()
-    aside = float(moved_elsewhere(plain, edited, ids).mean())
-    found = []
-    for prompt, b, a, moved in zip(prompts, before.tolist(), after.tolist(), others, strict=True):
-        found.append(Swapped(prompt, b[ids[0]], a[ids[0]], b[ids[1]], a[ids[1]], moved))
-    return SwappedFact(word, old, new, chosen, strength, found, wanted, check_bound(most_moved), neutral=aside)
+    return _PreparedSwap.of(subject, word, old, new, prompts, senses).measure(strength, wanted, most_moved)
 
 
 def fit_swap(
@@ -244,9 +273,10 @@ def fit_swap(
     least; the plain swap if that one moves more already. Raises as `swap_fact`.
     """
     tried: list[SwappedFact] = []
+    prepared = _PreparedSwap.of(subject, word, old, new, prompts, senses)
     stopped = f"{STRENGTHS[-1]:g} is the greatest strength that is tried"
     for strength in STRENGTHS:
-        found = swap_fact(subject, word, old, new, prompts, senses, strength, FITTED, most_moved)
+        found = prepared.measure(strength, FITTED, most_moved)
         if found.reached:
             return found
         if not found.bounded:
@@ -255,16 +285,3 @@ def fit_swap(
             break
         tried.append(found)
     return replace(max(tried, key=lambda one: one.least), stopped=stopped)
-
-
-def fit_strength(
-    subject: LabModel,
-    word: str,
-    old: str,
-    new: str,
-    prompts: Sequence[str],
-    senses: Sequence[int] = (),
-    most_moved: float = MOST_MOVED,
-) -> float:
-    """The strength of `fit_swap`."""
-    return fit_swap(subject, word, old, new, prompts, senses, most_moved).strength

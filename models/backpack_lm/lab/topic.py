@@ -106,10 +106,11 @@ def choose_topic(
     for step in sorted({*STRENGTHS, strength}):
         topic: list[Edit] = [TopicEdit(tuple(tokens), step)]
         by_strength[step] = topic if frequent is None else topic_vector_edits(subject, tokens, step, frequent)
-    subject.overlay(*by_strength[strength])  # refused here rather than by the server
+    # Refused here rather than by the server: the strength that is asked for first.
+    compiled = {step: subject.overlay(*by_strength[step]) for step in dict.fromkeys((strength, *STRENGTHS))}
     mass: dict[str, list[float]] = {}
     moved: dict[str, list[float]] = {}
-    overlays = [subject.overlay(), *(subject.overlay(*by_strength[step]) for step in STRENGTHS)]
+    overlays = [subject.overlay(), *(compiled[step] for step in STRENGTHS)]
     for prompt in prompts:
         asked = Prompts(subject, [prompt])
         found = [asked.log_probabilities(o).exp() for o in overlays]

@@ -115,7 +115,7 @@ def prepare(
             )
         if topics:
             rows = mapped(path, model, dtype, 0).view(model.config.vocab_size, model.config.num_senses, -1)
-            measured = reader.load_table(folder, model, rows)
+            measured = reader.load_table(folder, model, manifest, rows)
             with progress() as bar:
                 task = bar.add_task("denominators of topic scores, by token", total=model.config.vocab_size)
                 measured.measure(lambda done, of: bar.update(task, completed=done, total=of))

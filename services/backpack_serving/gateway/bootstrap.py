@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from backpack_lm.manifest import TOKENIZER
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2_grpc
 
@@ -81,7 +82,7 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
     """
     await starting.blocking(partial(rpc.check_address, settings.gateway_address))
     manifest, key = await starting.model(settings), await starting.key(settings, "replica")
-    tokenizer = await starting.blocking(partial(Tokenizer.read, settings.model / "tokenizer.json", manifest.tokenizer))
+    tokenizer = await starting.blocking(partial(Tokenizer.read, settings.model / TOKENIZER, manifest.tokenizer))
     tls, directory_tls = settings.tls, settings.directory_tls
     sync_client = SyncClient(
         ReaderKind.GATEWAY, uuid.uuid4().hex, _display_name(settings.gateway_address), manifest.fingerprint

@@ -16,10 +16,10 @@ from backpack_lm.attribution import (
     attribute_text,
     read_senses,
 )
-from backpack_lm.checkpoint import TOKENIZER, load, load_table, verify
+from backpack_lm.checkpoint import load, load_table, verify
 from backpack_lm.compare import Comparison, Distribution, Predicting, Scoring
 from backpack_lm.kernels import Precision
-from backpack_lm.manifest import Manifest
+from backpack_lm.manifest import TOKENIZER, Manifest
 from backpack_lm.mapped_table import mapped, prepare
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
@@ -70,7 +70,7 @@ class ServedModel:
             storage = model.sense_table().with_room(room, dtype)
         config = model.config
         own = storage[: config.vocab_size * config.num_senses]
-        table = load_table(folder, model, own.view(config.vocab_size, config.num_senses, config.n_embd))
+        table = load_table(folder, model, manifest, own.view(config.vocab_size, config.num_senses, config.n_embd))
         return cls(manifest, model, table, Tokenizer.read(folder / TOKENIZER, manifest.tokenizer), storage.to(device))
 
     def try_out(self, overlay: Overlay) -> None:

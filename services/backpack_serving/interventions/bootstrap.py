@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import structlog
+from backpack_lm.manifest import TOKENIZER
 from backpack_lm.tokenizer import Tokenizer
 from google.protobuf.message import DecodeError
 from pydantic import SecretStr
@@ -65,7 +66,7 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
     """
     await starting.blocking(partial(rpc.check_address, settings.interventions_address))
     manifest = await starting.model(settings)
-    tokenizer = await starting.blocking(partial(Tokenizer.read, settings.model / "tokenizer.json", manifest.tokenizer))
+    tokenizer = await starting.blocking(partial(Tokenizer.read, settings.model / TOKENIZER, manifest.tokenizer))
     url = settings.database_url
 
     async def opened() -> Store:

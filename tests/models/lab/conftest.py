@@ -55,5 +55,5 @@ def small(subject: LabModel) -> LabModel:
     model = Backpack(config).eval().requires_grad_(False)
     model.embedding.mul_(10)
     torch.nn.init.normal_(model.sense_weight_net.c_attn.weight, std=0.1)
-    table = model.sense_table()
-    return LabModel(Manifest("ab" * 32, config, table.sense_rms), model, table, subject.tokenizer)
+    manifest = Manifest("ab" * 32, config, model.sense_rms())
+    return LabModel(manifest, model, model.sense_table(), subject.tokenizer)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from backpack_lm.lab.lab_model import LabModel
-from backpack_lm.lab.swap import fit_strength, fit_swap, swap_edits
+from backpack_lm.lab.swap import fit_swap, swap_edits
 from backpack_lm.lab.text import background, held_out, plain, shipped
 from backpack_lm.lab.topic_vector import FrequentWords, topic_vector_edits
 from backpack_lm.patch import AddEdit, ScaleEdit, TopicEdit
@@ -75,7 +75,7 @@ def test_a_topic_word_of_several_tokens_is_told(folder: Path, subject: LabModel,
 
 def test_swap_fact_fits_its_strength(folder: Path, subject: LabModel, tmp_path: Path) -> None:
     prompt, words = "The captain of the ship saw the", ("ship", "--old", "sea", "--new", "land", "--prompt")
-    for given, wanted in ((("--fit",), fit_strength(subject, "ship", "sea", "land", [prompt])), ((), 1.0)):
+    for given, wanted in ((("--fit",), fit_swap(subject, "ship", "sea", "land", [prompt]).strength), ((), 1.0)):
         file = tmp_path / "swap.json"
         shown = _call("swap-fact", *words, prompt, *given, "--model", folder, "--out", file)
         assert f"at strength {wanted:g}" in shown

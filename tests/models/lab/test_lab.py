@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from html import escape
 from itertools import product
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backpack_lm.lab.contrast import Contrast, Noun, SenseEffect, SenseSearch, find_sense
-from backpack_lm.lab.debias import Debiased, DebiasedNoun, debias, fit_scale
+from backpack_lm.lab.debias import Debiased, DebiasedNoun, debias, least
 from backpack_lm.lab.elsewhere import NEUTRAL
 from backpack_lm.lab.examples import CanonicalExample
 from backpack_lm.lab.finetune import Finetuner, Finetuning
@@ -26,7 +27,7 @@ from backpack_lm.lab.progress import ResumeJournal, unwatched
 from backpack_lm.lab.text import rows
 from backpack_lm.lab.topic import By, choose_topic
 from backpack_lm.lab.topic_vector import CELLS, FrequentWords, topic_vector_edits
-from backpack_lm.patch import AddEdit, Cell, Edit, PatchError, ScaleEdit, TopicEdit, Vector
+from backpack_lm.patch import AddEdit, Cell, Edit, PatchError, PatchLimits, ScaleEdit, TopicEdit, Vector
 from backpack_lm.reports.report import Entry, Report, Table
 from markdown_it import MarkdownIt
 
@@ -63,12 +64,16 @@ def test_the_guilty_sense_is_found(biased: LabModel) -> None:
         Noun(biased, "nurse", ["The nurse"], Contrast.of(biased, "he", "she"))
 
 
+def _scaled_bias(noun: Noun, factor: float) -> float:
+    return noun.bias(*noun.scaled(2, factor))
+
+
 def test_a_fitted_scale_is_the_least_cost_of_a_grid(biased: LabModel) -> None:
-    gains = []
+    gains, bound = [], PatchLimits().norm_factor
     for word, penalty in product(("nurse", "lawyer", "cook"), (1.0, 0.0)):
         noun = Noun(biased, word, (*TEMPLATES, "The {}"), Contrast.of(biased, "he", "she"))
         costs = {c: noun.bias(*noun.scaled(2, c)) + penalty * abs(1 - c) for c in (n / 10 for n in range(-80, 81))}
-        fitted = fit_scale(noun, 2, penalty)
+        fitted = least(partial(_scaled_bias, noun), penalty, -bound, bound)
         cost = noun.bias(*noun.scaled(2, fitted)) + penalty * abs(1 - fitted)
         assert cost <= min(costs.values()) + 1e-3
         gains.append(costs[1.0] - cost)
