@@ -75,6 +75,17 @@ def started(state: Path, *words: str, **settings: str) -> Iterator[Started]:
         one.process.wait()
 
 
+def read_until_served(process: subprocess.Popen[str]) -> str:
+    """What `backpack run` prints until it serves, its last line included."""
+    assert process.stdout is not None
+    shown = ""
+    for line in process.stdout:
+        shown += line
+        if line.startswith("Serving until"):
+            return shown
+    raise AssertionError(f"it ended with {process.wait()}: {shown}")
+
+
 @contextmanager
 def silent() -> Iterator[str]:
     """The address of a server that takes connections and never says a word."""

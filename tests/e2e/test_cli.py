@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from tests.conftest import PROXY_VARIABLES, free_port
+from tests.e2e.starts import read_until_served
 
 RUN = [sys.executable, "-m", "backpack_serving.cli.main", "run"]
 
@@ -44,13 +45,7 @@ def environment(tmp_path_factory: Any) -> Iterator[dict[str, str]]:
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
-    shown = ""
-    for line in process.stdout:
-        shown += line
-        if line.startswith("Serving until"):
-            break
-    environment["SHOWN"] = shown
+    environment["SHOWN"] = read_until_served(process)
     yield environment
     process.terminate()
     assert "Finishing" in process.stdout.read()
@@ -109,12 +104,7 @@ def test_a_model_that_the_examples_are_not_for_is_served(tmp_path: Path, environ
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout is not None
-        shown = ""
-        for line in process.stdout:
-            if line.startswith("Serving until"):
-                break
-            shown += line
+        shown = read_until_served(process)
         process.terminate()
         assert "Finishing" in process.stdout.read()
     assert "The examples aren't for this model: edits[0].copy.source: 'nurse' is" in shown

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import free_port
+from tests.e2e.starts import read_until_served
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "docs/quickstart.md"]
@@ -60,17 +61,11 @@ def _serving(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     """`backpack run`, which `make run` ends in; gives what it prints before it serves."""
     command = [folder / ".venv/bin/backpack", "run"]
     with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        printed = ""
-        for line in process.stdout:
-            printed += line
-            if line.startswith("Serving until"):
-                break
         try:
-            yield printed
+            yield read_until_served(process)
         finally:
             process.terminate()
-            process.stdout.read()
+            process.communicate()
 
 
 @pytest.mark.parametrize("page", [*PAGES, *FURTHER])

@@ -17,6 +17,7 @@ from backpack_serving.cli.main import app
 from typer.testing import CliRunner
 
 from tests.conftest import free_port
+from tests.e2e.starts import read_until_served
 
 PATHS = {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": "/usr/bin:/bin", "NO_COLOR": "1"}
 
@@ -37,13 +38,7 @@ def running(tmp_path_factory: Any) -> Iterator[dict[str, str]]:
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
-    shown = ""
-    for line in process.stdout:
-        shown += line
-        if line.startswith("Serving until"):
-            break
-    yield {**variables, "SHOWN": shown, "FOLDER": str(folder)}
+    yield {**variables, "SHOWN": read_until_served(process), "FOLDER": str(folder)}
     process.terminate()
     process.stdout.read()
     assert process.wait(40) == 0

@@ -20,6 +20,7 @@ from backpack_serving.settings import Settings
 
 from tests.conftest import PROXY_VARIABLES, free_port
 from tests.e2e.conftest import Metadata, System, copy
+from tests.e2e.starts import read_until_served
 from tests.waiting import eventually
 
 PASSING = ("UNAVAILABLE", "UNAUTHENTICATED")
@@ -240,8 +241,7 @@ def test_a_second_ctrl_c_ends_what_still_runs(tmp_path: Path) -> None:
     )
     assert running.stdout is not None
     with running:
-        while not (line := running.stdout.readline()).startswith("Serving until"):
-            assert line, "it ended"
+        read_until_served(running)
         with Client(address, (tmp_path / "clinic.key").read_text().strip()) as client:
             parts = client.stream(PROMPT, Sampling(max_tokens=500, ignore_end_of_text=True))
             assert next(parts).text
@@ -262,10 +262,7 @@ def test_examples_whose_key_is_of_another_store_keep_nobody_from_being_served(tm
     told = "harbour.key: this API key is unknown or revoked; if its store is another one, remove it for a new key"
     with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
-        shown = ""
-        while not (line := running.stdout.readline()).startswith("Serving until"):
-            assert line, "it ended"
-            shown += line
+        shown = read_until_served(running)
         running.send_signal(signal.SIGINT)
         assert running.stdout.read().startswith("Finishing what runs")
     assert told in shown

@@ -58,12 +58,12 @@ def registry(told: Told) -> TenantRegistry:
 
 def test_authenticates_and_pins(registry: TenantRegistry) -> None:
     assert registry.authenticate(str(KEY)) == WHO
-    assert registry.pin("acme", "live") == Pin("acme", "live", 3, "ab" * 32, 1, 7)
+    assert registry.snapshot().channel("acme", "live") == Pin("acme", "live", 3, "ab" * 32, 1, 7)
 
 
 def test_a_change_replaces_and_moves_the_position(told: Told) -> None:
     told.hear((1, 8), ChannelState("acme", "live", OTHER))
-    assert told.registry.pin("acme", "live") == Pin("acme", "live", 4, "cd" * 32, 1, 8)
+    assert told.registry.snapshot().channel("acme", "live") == Pin("acme", "live", 4, "cd" * 32, 1, 8)
     assert told.registry.authenticate(str(KEY)) == WHO
 
 
@@ -71,7 +71,7 @@ def test_absence_is_never_deletion(told: Told) -> None:
     told.hear((2, 1), whole=True)
     assert told.client.view.position == Position(2, 1)
     assert told.registry.authenticate(str(KEY)) == WHO
-    assert told.registry.pin("acme", "live").digest == STABLE.digest
+    assert told.registry.snapshot().channel("acme", "live").digest == STABLE.digest
 
 
 def test_a_suspended_tenant_has_no_good_key(told: Told) -> None:
@@ -84,15 +84,17 @@ def test_a_suspended_tenant_has_no_good_key(told: Told) -> None:
 
 def test_a_canary_takes_its_share_of_the_keys_and_the_same_ones_always(told: Told) -> None:
     told.hear((1, 8), ChannelState("acme", "live", STABLE, CanarySplit(OTHER, 250, "salt")))
-    pins = {f"user-{n}": told.registry.pin("acme", "live", f"user-{n}") for n in range(4000)}
+    pins = {f"user-{n}": told.registry.snapshot().channel("acme", "live", f"user-{n}") for n in range(4000)}
     taken = {key for key, pinned in pins.items() if pinned.canary}
     assert {pins[key].digest for key in taken} == {OTHER.digest}
     assert {p.digest for key, p in pins.items() if key not in taken} == {STABLE.digest}
     assert abs(len(taken) - 1000) < 3 * (4000 * 0.25 * 0.75) ** 0.5
-    assert all(told.registry.pin("acme", "live", key).canary for key in taken)
+    assert all(told.registry.snapshot().channel("acme", "live", key).canary for key in taken)
     told.hear((1, 9), ChannelState("acme", "live", STABLE, CanarySplit(OTHER, 500, "salt")))
-    assert all(told.registry.pin("acme", "live", key).canary for key in taken), "who had it keeps it when it grows"
-    drawn = sum(told.registry.pin("acme", "live").canary for _ in range(1000))
+    assert all(told.registry.snapshot().channel("acme", "live", key).canary for key in taken), (
+        "who had it keeps it when it grows"
+    )
+    drawn = sum(told.registry.snapshot().channel("acme", "live").canary for _ in range(1000))
     assert abs(drawn - 500) < 5 * 16, "without a key, each request is drawn"
 
 
@@ -107,7 +109,7 @@ def test_unknown_wrong_and_revoked_keys_are_nobody(told: Told, registry: TenantR
 
 def test_a_channel_of_another_tenant_is_not_there(registry: TenantRegistry) -> None:
     with pytest.raises(NotFound):
-        registry.pin("other", "live")
+        registry.snapshot().channel("other", "live")
 
 
 def test_nothing_is_served_before_the_first_news() -> None:
@@ -120,7 +122,7 @@ def test_nothing_is_served_before_the_first_news() -> None:
 def test_p10_known_good_survives_silence_up_to_the_bound(told: Told, registry: TenantRegistry) -> None:
     told.now = 59
     assert registry.authenticate(str(KEY)) == WHO
-    assert registry.pin("acme", "live").staleness == 59
+    assert registry.snapshot().channel("acme", "live").staleness == 59
     told.now = 61
     assert not registry.usable
     with pytest.raises(Unavailable, match="no news from the intervention service for 61 s"):
@@ -137,7 +139,7 @@ def test_p10_beyond_the_bound_each_tenant_is_served_or_not_as_the_operator_said(
     assert told.registry.usable
     if served:
         assert told.registry.authenticate(str(KEY)) == WHO
-        assert told.registry.pin("acme", "live").staleness == 1e6
+        assert told.registry.snapshot().channel("acme", "live").staleness == 1e6
         return
     with pytest.raises(Unavailable, match="the bound is 60 s"):
         told.registry.authenticate(str(KEY))

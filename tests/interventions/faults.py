@@ -25,10 +25,11 @@ from backpack_serving.auth.keys import Principal
 from backpack_serving.interventions import channels, postgres, sqlite, tenants
 from backpack_serving.interventions.events import EventRules
 from backpack_serving.interventions.ledger import IdempotencyKey, Ledger, WriteResult
-from backpack_serving.interventions.records import BlobRecord, EventRecord, Position, ReplyRecord, key_of, kind_name
+from backpack_serving.interventions.records import BlobRecord, EventRecord, ReplyRecord, key_of, kind_name
 from backpack_serving.interventions.sql import Transaction
 from backpack_serving.interventions.sqlite import SQLiteStore
 from backpack_serving.interventions.tables import head
+from backpack_serving.references import Position
 
 from tests.interventions.memory import MemoryStore, Tables
 

@@ -10,8 +10,9 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, TypeVar
 
-from backpack_serving.interventions.records import IMMUTABLE, KINDS, EventRecord, Position, Record, ReplyRecord, key_of
+from backpack_serving.interventions.records import IMMUTABLE, KINDS, EventRecord, Record, ReplyRecord, key_of
 from backpack_serving.interventions.store import Read, Write, ignore_message
+from backpack_serving.references import Position
 
 R = TypeVar("R")
 

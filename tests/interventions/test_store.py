@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from backpack_serving.interventions.ledger import raise_epoch, verify_chain
 from backpack_serving.interventions.records import (
+    KINDS,
     BlobRecord,
     ChannelRecord,
     EventRecord,
     KeyRecord,
     PatchRecord,
-    Position,
     Record,
     ReleaseRecord,
     ReplyRecord,
@@ -27,6 +27,7 @@ from backpack_serving.interventions.records import (
     key_of,
 )
 from backpack_serving.interventions.store import Store, Write
+from backpack_serving.references import Position
 
 NOW = datetime(2026, 11, 24, 7, 30, 0, 123_456, tzinfo=UTC)
 EVENT = EventRecord(0, "acme", "tenants/acme/keys/k", "Test", "tenants/acme", "[]", NOW)
@@ -157,16 +158,7 @@ def check_tenants_apart(store: Store) -> None:
     put(store, TenantRecord("other", NOW), mine)
     for look in (store.read, store.write):
         with suppress(Broken), look("other") as tx:
-            for kind in (
-                TenantRecord,
-                KeyRecord,
-                PatchRecord,
-                BlobRecord,
-                RevisionRecord,
-                ReleaseRecord,
-                ChannelRecord,
-                EventRecord,
-            ):
+            for kind in (kind for kind in KINDS if kind is not ReplyRecord):
                 assert {r.tenant for r in tx.list(kind)} <= {"other"}
             assert tx.list(PatchRecord) == [mine]
             assert [tx.get(type(r), *key_of(r)) for r in ONE_OF_EACH[:-1]] == [None] * 7

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import IdempotencyKey, raise_epoch
-from backpack_serving.interventions.records import EventRecord, Position, visible
+from backpack_serving.interventions.records import EventRecord, visible
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
-from backpack_serving.references import LIVE
+from backpack_serving.references import LIVE, Position
 
 from tests.interventions.conftest import ADMIN, SHAPE, releaser
 from tests.interventions.crashes import patiently, request

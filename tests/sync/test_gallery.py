@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from backpack_lm.patch import Cell, ReleaseContent, ScaleEdit
-from backpack_serving.gateway.registry import TenantRegistry
+from backpack_serving.gateway.registry import RegistrySnapshot
 from backpack_serving.inference import release_cache
 from backpack_serving.inference.release_cache import ReleaseCache
 from backpack_serving.inference.release_files import ReleaseFiles
@@ -201,13 +201,13 @@ def _canary_is_drawn_each_time(patch: Patch) -> None:
 
 def _missing_tenant_filter(patch: Patch) -> None:
     """A channel is found by its name alone."""
-    pin = TenantRegistry.pin
+    pin = RegistrySnapshot.channel
 
-    def any_tenant(self: TenantRegistry, tenant: str, channel: str, request_key: str = "") -> Pin:
-        owner = next(t for t, c in self.snapshot().view.channels if c == channel)
+    def any_tenant(self: RegistrySnapshot, tenant: str, channel: str, request_key: str = "") -> Pin:
+        owner = next(t for t, c in self.view.channels if c == channel)
         return pin(self, owner, channel, request_key)
 
-    patch.setattr(TenantRegistry, "pin", any_tenant)
+    patch.setattr(RegistrySnapshot, "channel", any_tenant)
 
 
 def _eviction_of_what_is_in_use(patch: Patch) -> None:

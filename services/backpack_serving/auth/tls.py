@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,7 +62,7 @@ class Tls:
 
     def stamp(self) -> tuple[int, ...]:
         """The modification times of the listener's files."""
-        return tuple(_modification_times(self.certificate, self.key, self.client_authorities))
+        return tuple(map(modification_time, (self.certificate, self.key, self.client_authorities)))
 
 
 class Reloaded(Generic[T]):
@@ -112,9 +112,9 @@ def _authorities(file: Path | None) -> bytes | None:
     return file.read_bytes()
 
 
-def _modification_times(*files: Path | None) -> Iterator[int]:
-    for file in files:
-        try:
-            yield file.stat().st_mtime_ns if file else 0
-        except OSError:
-            yield 0
+def modification_time(file: Path | None) -> int:
+    """A file's modification time in nanoseconds; 0 if it doesn't exist."""
+    try:
+        return file.stat().st_mtime_ns if file else 0
+    except OSError:
+        return 0

@@ -19,6 +19,7 @@ import structlog
 from backpack_lm.counted import counted
 from backpack_lm.strict_json import UTF8
 
+from backpack_serving.auth.tls import modification_time
 from backpack_serving.errors import Exhausted, Quota
 
 log = structlog.get_logger(__name__)
@@ -85,7 +86,7 @@ class TenantLimits:
     def __init__(self, default: Limit, file: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._default, self._file, self._clock = default, file, clock
         self._buckets: dict[str, TenantBuckets] = {}
-        self._looked, self._file_changed = clock(), _file_changed(file)
+        self._looked, self._file_changed = clock(), modification_time(file)
         self._own: Mapping[str, Limit] = read_limits(file, default) if file else {}
 
     @contextmanager
@@ -133,7 +134,7 @@ class TenantLimits:
         if self._file is None or self._clock() - self._looked < LOOK_SECONDS:
             return
         self._looked = self._clock()
-        if (changed := _file_changed(self._file)) != self._file_changed:
+        if (changed := modification_time(self._file)) != self._file_changed:
             self._file_changed = changed
             try:
                 self._own = read_limits(self._file, self._default)
@@ -166,14 +167,6 @@ def read_limits(file: Path, default: Limit) -> dict[str, Limit]:
         known = {name: getattr(default, name) for name in names}
         found[tenant] = Limit(**{**known, **values})
     return found
-
-
-def _file_changed(file: Path | None) -> int:
-    """A file's modification time in nanoseconds; 0 if it doesn't exist."""
-    try:
-        return file.stat().st_mtime_ns if file else 0
-    except OSError:
-        return 0
 
 
 def _exhausted(tenant: str, what: str, limit: str, wait: float) -> Exhausted:

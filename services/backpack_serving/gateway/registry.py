@@ -80,13 +80,6 @@ class TenantRegistry:
         """The current view. Releases that are pinned from one snapshot belong to one state of the store."""
         return RegistrySnapshot(self._sync_client.view, self.age)
 
-    def pin(self, tenant: str, channel: str, request_key: str = "") -> Pin:
-        """Pin a request to the release of a tenant's channel; an empty `request_key` is drawn at random.
-
-        Raises NotFound if there is no such channel.
-        """
-        return self.snapshot().channel(tenant, channel, request_key)
-
 
 @dataclass(frozen=True, slots=True)
 class RegistrySnapshot:

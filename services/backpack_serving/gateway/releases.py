@@ -44,7 +44,7 @@ class ReleaseResolver:
         """Pin to a channel's release. Raises NotFound if there is no such channel, and as `WaitUntil` does."""
         if since:
             await self._wait_until(since)
-        return self._registry.pin(tenant, channel, request_key)
+        return self._registry.snapshot().channel(tenant, channel, request_key)
 
     async def pin(
         self, tenant: str, choices: Sequence[int | str], request_key: str = "", since: Position | None = None

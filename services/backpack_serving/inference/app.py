@@ -10,7 +10,6 @@ call it before the process opens a gRPC channel: Ray forks.
 # No `from __future__ import annotations`: Ray Serve reads the builders' annotations to check their arguments.
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
@@ -210,9 +209,8 @@ def _listen_address(host: str, chosen: str) -> str:
     if first == 0:
         return f"{host}:0"
     for port in ports_from(first):
-        with socket.socket() as trial, suppress(OSError):
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind((host, port))
+        with suppress(OSError):
+            rpc.check_address(f"{host}:{port}")
             return f"{host}:{port}"
     raise OSError(f"no free port for a replica on {host}: {first} and the {PORTS - 1} after it are taken")
 

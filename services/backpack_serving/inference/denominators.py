@@ -12,6 +12,7 @@ from backpack_lm.denominators import ProgressLog
 from backpack_lm.overlay import SenseTable
 
 from backpack_serving.errors import TOPICS_NOT_READY, Unavailable
+from backpack_serving.starting import blocking
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +33,7 @@ class Denominators:
     def __init__(self, table: SenseTable) -> None:
         self._table = table
         self._progress_log = ProgressLog()
-        self._making: asyncio.Future[None] | None = None
+        self._making: asyncio.Task[None] | None = None
         self._stopped = threading.Event()
 
     @property
@@ -49,12 +50,10 @@ class Denominators:
         if self.ready:
             return
         if self._making is None or self._making.done():
-            self._making = asyncio.get_running_loop().create_future()
-            self._making.add_done_callback(lambda made: made.exception())  # or asyncio logs it, if nobody waits
             self._progress_log = ProgressLog()
-            arguments = asyncio.get_running_loop(), self._making
-            # A thread of its own, and a daemon: the end of the process doesn't wait for it.
-            threading.Thread(target=self._measure, args=arguments, name="denominators", daemon=True).start()
+            self._making = asyncio.create_task(blocking(self._measure))
+            # Asking for the exception keeps asyncio from logging it, if nobody waits.
+            self._making.add_done_callback(lambda made: made.cancelled() or made.exception())
         try:
             await asyncio.shield(self._making)  # cancelling one waiter must not cancel the others
         except _Stopped:
@@ -78,27 +77,12 @@ class Denominators:
 
     # ---- in the thread
 
-    def _measure(self, loop: asyncio.AbstractEventLoop, making: asyncio.Future[None]) -> None:
+    def _measure(self) -> None:
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        failure: Exception | None = None
-        try:
-            self._table.measure(self._progress)
-        except Exception as error:
-            failure = error
-        with suppress(RuntimeError):  # the loop is gone
-            loop.call_soon_threadsafe(_settle, making, failure)
+        self._table.measure(self._progress)
 
     def _progress(self, done: int, of: int) -> None:
         if self._stopped.is_set():
             raise _Stopped
         self._progress_log(done, of)
-
-
-def _settle(making: asyncio.Future[None], failure: Exception | None) -> None:
-    if making.done():
-        return
-    if failure:
-        making.set_exception(failure)
-    else:
-        making.set_result(None)

@@ -159,7 +159,8 @@ class ReleaseCache:
                 if revisions is None:
                     self.fetched += 1
                     revisions = await self._fetched(tenant, digest)
-                release = await asyncio.to_thread(self._verified, revisions, digest)
+                    await asyncio.to_thread(check_digest, revisions, digest)  # a file's digest is checked by its read
+                release = await asyncio.to_thread(self._parse_release, revisions)
             if any(isinstance(edit, TopicEdit) for edit in release.edits) and not self._denominators.ready:
                 self._measuring[digest].set()
                 await self._denominators.wait()  # without a slot: releases without topics are made meanwhile
@@ -185,9 +186,8 @@ class ReleaseCache:
             log.warning("a release can't be fetched", tenant=tenant, digest=digest, error=error.message)
             raise Unavailable(RELEASE_UNREACHABLE, message, retry_after=1.0) from None
 
-    def _verified(self, revisions: list[bytes], digest: str) -> ReleaseContent:
-        """Verify every byte, and validate again."""
-        check_digest(revisions, digest)
+    def _parse_release(self, revisions: list[bytes]) -> ReleaseContent:
+        """Parse the canonical bytes, and validate again."""
         release = ReleaseContent(tuple(map(RevisionContent.from_bytes, revisions)))
         release.validate(self._served.manifest.shape, self._limits)
         return release

@@ -12,9 +12,10 @@ from backpack_serving.auth.keys import SYSTEM, Principal, Role
 from backpack_serving.errors import Conflict, InvalidRequest, PreconditionFailed
 from backpack_serving.interventions import lookup
 from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult
-from backpack_serving.interventions.records import ChannelRecord, Position, Record, ReleaseRecord
+from backpack_serving.interventions.records import ChannelRecord, Record, ReleaseRecord
 from backpack_serving.interventions.rules import RuleContext, check_id
 from backpack_serving.interventions.store import Write
+from backpack_serving.references import Position
 from backpack_serving.sync.state import RESIDENT
 
 GUARD = Principal(SYSTEM, "canary-guard", frozenset())

@@ -11,9 +11,9 @@ import sqlalchemy as sa
 from backpack_serving.errors import InvalidRequest, Unavailable
 from backpack_serving.install import install_command
 from backpack_serving.interventions import integrity, ledger
-from backpack_serving.interventions.records import Position
 from backpack_serving.interventions.sql import SQLStore
 from backpack_serving.interventions.sqlite import SQLiteStore
+from backpack_serving.references import Position
 
 
 def open_store(url: str) -> SQLStore:

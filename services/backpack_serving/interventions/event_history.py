@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from backpack_serving.auth.keys import Principal, Role, Verifier
 from backpack_serving.interventions.records import (
     ChannelRecord,
     EventRecord,
     KeyRecord,
-    Position,
     Record,
     ReleaseRecord,
     TenantRecord,
@@ -18,9 +16,9 @@ from backpack_serving.interventions.records import (
     record_from,
 )
 from backpack_serving.interventions.service import Interventions
-from backpack_serving.references import ReleaseRef
+from backpack_serving.references import Position
 from backpack_serving.sync.server import HistoryPage
-from backpack_serving.sync.state import KeyState, RecentRelease, StateEntry, TenantState, UnknownEntry
+from backpack_serving.sync.state import RecentRelease, StateEntry, TenantState, UnknownEntry
 
 
 class EventHistory:
@@ -59,12 +57,9 @@ def _entry_of(record: Record) -> StateEntry:
     match record:
         case TenantRecord():
             return TenantState(record.tenant, record.suspended)
-        case KeyRecord():
-            who = Principal(record.tenant, record.key, frozenset(map(Role, record.roles.split())))
-            return KeyState(who, Verifier(record.salt, record.verifier), record.revoked)
-        case ChannelRecord():
+        case KeyRecord() | ChannelRecord():
             return record.state
         case ReleaseRecord():
-            return RecentRelease(record.tenant, ReleaseRef(record.number, record.digest))
+            return RecentRelease(record.tenant, record.ref)
         case _:
             return UnknownEntry(kind_name(type(record)))

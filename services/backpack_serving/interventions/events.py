@@ -17,15 +17,13 @@ class EventRules:
 
     def list_entries(self, who: Principal, after: int | None, limit: int) -> list[EventRecord]:
         """Newest first: the whole service's entries for an admin, its tenant's for an author."""
-        if Role.ADMIN not in who.roles:
-            who.require(Role.AUTHOR)
+        _require_auditor(who)
         with self._context.read_as(who) as tx:
             return tx.list(EventRecord, after=after, limit=limit, descending=True)
 
     def verify_chain(self, who: Principal) -> tuple[int, int | None]:
         """The number of audit entries, and the revision of the first that breaks the chain, if any."""
-        if Role.ADMIN not in who.roles:
-            who.require(Role.AUTHOR)
+        _require_auditor(who)
         return verify_pages(self._context.store.read)
 
     def position(self) -> Position:
@@ -43,3 +41,8 @@ class EventRules:
         """The store's position, and the writes since a revision, oldest first."""
         with self._context.store.read() as tx:
             return tx.position, tx.list(EventRecord, after=revision, limit=limit)
+
+
+def _require_auditor(who: Principal) -> None:
+    if Role.ADMIN not in who.roles:
+        who.require(Role.AUTHOR)

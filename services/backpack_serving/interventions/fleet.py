@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from backpack_serving.interventions.records import ChannelRecord, Position
-from backpack_serving.references import CanaryTally, ReaderKind, Refusal, ReleaseRef
+from backpack_serving.interventions.records import ChannelRecord
+from backpack_serving.references import CanaryTally, Position, ReaderKind, Refusal, ReleaseRef
 from backpack_serving.sync.messages import SILENCE, Hello, ReaderReport
 from backpack_serving.sync.server import SyncServer
 
@@ -87,9 +87,12 @@ class RemoteReader:
     """A reader that is connected to another process of the service, as that process published it."""
 
     hello: Hello
-    acked: Position
     refusals: dict[tuple[str, str], Refusal]
     digests: frozenset[str] = frozenset()  # too long to be published
+
+    @property
+    def acked(self) -> Position:
+        return self.hello.position
 
 
 @dataclass(slots=True)
@@ -149,7 +152,7 @@ class ReaderTracker:
         status = self._statuses.get(hello.incarnation)
         if status is None or not status.connected or isinstance(status.server, RemoteReader):
             refusals = {refusal.key: refusal for refusal in hello.refusals}
-            self.record(RemoteReader(hello, hello.position, refusals), report)
+            self.record(RemoteReader(hello, refusals), report)
 
     def local_standing(self) -> list[tuple[Hello, ReaderReport]]:
         """The status of this process's own readers, for `record_remote` in the other processes."""
@@ -172,7 +175,7 @@ class ReaderTracker:
         """Record a refused Hello: the reader has no stream, but is listed with the reason."""
         if hello.incarnation:
             self._drop_silent()
-            nothing = RemoteReader(hello, hello.position, {}, hello.digests)
+            nothing = RemoteReader(hello, {}, hello.digests)
             self._statuses[hello.incarnation] = ReaderStatus(
                 nothing, hello, self._clock(), connected=False, refused=why
             )

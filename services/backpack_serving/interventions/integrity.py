@@ -9,8 +9,9 @@ from backpack_lm.patch import release_digest
 from backpack_serving.errors import DataLoss
 from backpack_serving.interventions import lookup
 from backpack_serving.interventions.ledger import verify_chain
-from backpack_serving.interventions.records import Position, ReleaseRecord, RevisionRecord, TenantRecord
+from backpack_serving.interventions.records import ReleaseRecord, RevisionRecord, TenantRecord
 from backpack_serving.interventions.store import Read
+from backpack_serving.references import Position
 
 
 @dataclass(frozen=True, slots=True)

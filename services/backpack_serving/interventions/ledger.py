@@ -21,7 +21,6 @@ from backpack_serving.interventions.records import (
     EventRecord,
     KeyRecord,
     PatchRecord,
-    Position,
     Record,
     ReleaseRecord,
     ReplyRecord,
@@ -33,6 +32,7 @@ from backpack_serving.interventions.records import (
     visible,
 )
 from backpack_serving.interventions.store import Read, Store, Write
+from backpack_serving.references import Position
 
 R = TypeVar("R", bound=TenantRecord | KeyRecord | PatchRecord | RevisionRecord | ReleaseRecord | ChannelRecord)
 

@@ -11,11 +11,11 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
-from backpack_serving.references import Position as Position
+from backpack_serving.auth.keys import Principal, Role, Verifier
 from backpack_serving.references import ReleaseRef
-from backpack_serving.sync.state import CanarySplit, ChannelState
+from backpack_serving.sync.state import CanarySplit, ChannelState, KeyState
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,12 @@ class KeyRecord:
     @property
     def name(self) -> str:
         return f"tenants/{self.tenant}/keys/{self.key}"
+
+    @property
+    def state(self) -> KeyState:
+        """The key as gateways see it: its principal, and the verifier of its secret."""
+        who = Principal(self.tenant, self.key, frozenset(map(Role, self.roles.split())))
+        return KeyState(who, Verifier(self.salt, self.verifier), self.revoked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +118,10 @@ class ReleaseRecord:
     @property
     def name(self) -> str:
         return f"tenants/{self.tenant}/releases/{self.number}"
+
+    @property
+    def ref(self) -> ReleaseRef:
+        return ReleaseRef(self.number, self.digest)
 
     @property
     def parts(self) -> list[tuple[str, int]]:
@@ -207,17 +217,7 @@ Record = (
     | EventRecord
     | ReplyRecord
 )
-KINDS: tuple[type[Any], ...] = (
-    TenantRecord,
-    KeyRecord,
-    PatchRecord,
-    BlobRecord,
-    RevisionRecord,
-    ReleaseRecord,
-    ChannelRecord,
-    EventRecord,
-    ReplyRecord,
-)
+KINDS: tuple[type[Any], ...] = get_args(Record)
 IMMUTABLE: tuple[type[Any], ...] = (BlobRecord, RevisionRecord, ReleaseRecord, EventRecord)
 """Kinds that are never changed or removed."""
 

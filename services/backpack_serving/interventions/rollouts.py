@@ -13,10 +13,10 @@ from backpack_lm.counted import counted
 from backpack_serving import tasks
 from backpack_serving.errors import ServiceError
 from backpack_serving.interventions.fleet import ReaderTracker, RolloutProgress, StatusReason
-from backpack_serving.interventions.records import ChannelRecord, Position
+from backpack_serving.interventions.records import ChannelRecord
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.write_notifier import WriteNotifier
-from backpack_serving.references import CanaryTally, Refusal
+from backpack_serving.references import CanaryTally, Position, Refusal
 from backpack_serving.sync.messages import FromReader, Hello, Nack, ReaderReport
 from backpack_serving.sync.server import SyncServer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from datetime import UTC, datetime
+from datetime import datetime
 
 from backpack_lm.patch import ModelShape, PatchLimits
 
@@ -30,9 +30,9 @@ class RuleContext:
         self,
         store: Store,
         shape: ModelShape,
-        limits: PatchLimits = PatchLimits(),
-        on_write: Callable[[], None] = lambda: None,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        limits: PatchLimits,
+        on_write: Callable[[], None],
+        now: Callable[[], datetime],
     ) -> None:
         self.store, self.shape, self.limits, self.now = store, shape, limits, now
         self.ledger = Ledger(store, on_write, now)

@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from backpack_serving.errors import Unavailable
-from backpack_serving.interventions.records import EventRecord, Position, Record, ReplyRecord, key_of
+from backpack_serving.interventions.records import EventRecord, Record, ReplyRecord, key_of
 from backpack_serving.interventions.store import Read, Write, ignore_message
 from backpack_serving.interventions.tables import head, tables
+from backpack_serving.references import Position
 
 R = TypeVar("R")
 

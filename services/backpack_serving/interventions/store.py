@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
-from backpack_serving.interventions.records import EventRecord, Position, Record
+from backpack_serving.interventions.records import EventRecord, Record
+from backpack_serving.references import Position
 
 R = TypeVar("R")
 

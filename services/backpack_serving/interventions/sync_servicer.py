@@ -22,7 +22,6 @@ from backpack_serving.interventions.event_history import EventHistory
 from backpack_serving.interventions.rollouts import Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.write_notifier import WriteNotifier
-from backpack_serving.references import ReleaseRef
 from backpack_serving.sync.server import SyncServer
 from backpack_serving.sync.server_stream import serve_reader
 from backpack_serving.wire.references import write_position, write_tally
@@ -74,7 +73,7 @@ class SyncServicer(grpc_v1.SyncServiceServicer):
         position, found = await asyncio.to_thread(
             self._service.releases.resolve_releases, who, request.tenant, request.numbers
         )
-        refs = [ReleaseRef(release.number, release.digest) for release in found]
+        refs = [release.ref for release in found]
         return wire.write_resolved(position, refs)
 
 

@@ -43,11 +43,12 @@ class TenantRules:
         with self._context.store.read() as tx:
             record = tx.find(KeyRecord, key=key.id)
             owner = tx.get(TenantRecord, record.tenant) if record else None
-        if record is None or record.revoked or not Verifier(record.salt, record.verifier).accepts(key.secret):
+        state = record.state if record else None
+        if state is None or state.revoked or not state.verifier.accepts(key.secret):
             raise unknown_key()
         if owner is not None and owner.suspended:
             raise suspended(owner.tenant)
-        return Principal(record.tenant, record.key, frozenset(map(Role, record.roles.split())))
+        return state.principal
 
     def check_tenant(self, who: Principal) -> None:
         """Raise Unauthenticated if a credential's tenant doesn't exist or is suspended."""

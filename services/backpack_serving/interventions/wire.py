@@ -27,12 +27,11 @@ from backpack_serving.interventions.records import (
     EventRecord,
     KeyRecord,
     PatchRecord,
-    Position,
     ReleaseRecord,
     RevisionRecord,
     TenantRecord,
 )
-from backpack_serving.references import ReleaseRef
+from backpack_serving.references import Position, ReleaseRef
 from backpack_serving.wire.edits import write_edit
 from backpack_serving.wire.references import write_position, write_ref
 from backpack_serving.wire.roles import ROLE_NUMBERS, ROLES

@@ -13,7 +13,6 @@ from backpack_serving.references import CanaryTally, Position, ReaderKind, Refus
 KINDS = {pb.READER_KIND_GATEWAY: ReaderKind.GATEWAY, pb.READER_KIND_REPLICA: ReaderKind.REPLICA}
 KIND_NUMBERS = {kind: number for number, kind in KINDS.items()}
 
-
 MOST_REQUESTS = 2**53
 """Most requests of one tally, so that the sum over all readers fits into a message, too."""
 
