@@ -29,8 +29,8 @@ class VLLM:
     def __init__(self, python: Path, config: BackpackConfig, dtype: str, batch: int, threads: int) -> None:
         """Raises RuntimeError, with the last of what it wrote, if vLLM doesn't start."""
         sizes = {
-            "layers": config.n_layer,
-            "heads": config.n_head,
+            "layers": config.trunk.depth,
+            "heads": config.trunk.layer.heads,
             "width": config.n_embd,
             "vocabulary": config.vocab_size,
             "positions": config.n_positions,

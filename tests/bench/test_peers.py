@@ -14,7 +14,7 @@ from backpack_lm.config import BackpackConfig
 from tests.bench import peers
 from tests.bench.peers import VLLM
 
-TINY = BackpackConfig(vocab_size=512, n_positions=128, n_embd=64, n_layer=2, n_head=2)
+TINY = BackpackConfig.gpt2(vocab_size=512, n_positions=128, n_embd=64, n_layer=2, n_head=2)
 
 
 def test_without_vllm_it_is_left_out_aloud(

@@ -35,7 +35,7 @@ V, T, D, K = 97, 48, 32, 4
 def model() -> Backpack:
     """Random weights, large enough that senses, positions and patches all matter to the argmax."""
     torch.manual_seed(0)
-    config = BackpackConfig(V, T, D, n_layer=3, n_head=4, num_senses=K, eos_token_id=0, num_tokens=V - 4)
+    config = BackpackConfig.gpt2(V, T, D, n_layer=3, n_head=4, num_senses=K, eos_token_id=0, num_tokens=V - 4)
     model = Backpack(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -16,7 +16,7 @@ GPU = torch.cuda.is_available()
 
 @pytest.fixture
 def caches() -> Caches:
-    config = BackpackConfig(11, 8, 16, n_layer=1, n_head=2, num_senses=2)
+    config = BackpackConfig.gpt2(11, 8, 16, n_layer=1, n_head=2, num_senses=2)
     return Caches.empty(config, 1, torch.zeros(22, 16), torch.zeros(11, 16))
 
 

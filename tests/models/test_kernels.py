@@ -43,9 +43,9 @@ from torch import nn
 
 # Widths that fill whole vectors and widths that don't; a context that is no multiple of 16.
 SHAPES = {
-    "of the published kind": BackpackConfig(60, 80, 128, n_layer=2, n_head=2, num_senses=16),
-    "of our default model's kind": BackpackConfig(60, 80, 96, n_layer=2, n_head=3, num_senses=16),
-    "odd": BackpackConfig(50, 70, 60, n_layer=1, n_head=3, num_senses=5),
+    "of the published kind": BackpackConfig.gpt2(60, 80, 128, n_layer=2, n_head=2, num_senses=16),
+    "of our default model's kind": BackpackConfig.gpt2(60, 80, 96, n_layer=2, n_head=3, num_senses=16),
+    "odd": BackpackConfig.gpt2(50, 70, 60, n_layer=1, n_head=3, num_senses=5),
 }
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -109,7 +109,7 @@ SPANS = (TokenSpan(0, 0, 40, 1), TokenSpan(1, 3, 0, 1), TokenSpan(2, 1, 16, 21),
 def test_attention(config: BackpackConfig, dtype: torch.dtype) -> None:
     native, plain = _both(config, dtype)
     qkv = torch.randn(24, 3 * config.n_embd).to(dtype)
-    for layer in range(config.n_layer):
+    for layer in range(config.trunk.depth):
         _close(native.attend(qkv, layer, SPANS, 0.2), plain.attend(qkv, layer, SPANS, 0.2), dtype)
     assert torch.equal(native.caches.values, plain.caches.values)
     assert torch.equal(untiled(native.caches.keys), untiled(plain.caches.keys))
@@ -251,7 +251,7 @@ def test_a_model_of_odd_width_has_no_whole_trunk_in_bfloat16_and_one_of_even_wid
 ) -> None:
     """The library reads pairs of bfloat16; a product of another number of inputs is filled up."""
     monkeypatch.setattr(processor, "onednn_packs_bfloat16", lambda: False)
-    config = BackpackConfig(11, 16, width, n_layer=1, n_head=1, num_senses=3)
+    config = BackpackConfig.gpt2(11, 16, width, n_layer=1, n_head=1, num_senses=3)
     model, kernels = Backpack(config).eval().requires_grad_(False), NativeKernels(_filled(config, dtype))
     assert isinstance(kernels.trunk(model), NativeTrunk) is (dtype is torch.float32 or width == 16)
     x, weight, bias = torch.randn(5, width), torch.randn(7, width), torch.randn(7)

@@ -23,7 +23,7 @@ from backpack_serving.cli.main import app
 from backpack_serving.install import install_command
 from typer.testing import CliRunner
 
-CONFIG = BackpackConfig(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2, num_senses=4)
+CONFIG = BackpackConfig.gpt2(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2, num_senses=4)
 RECIPE = Recipe(steps=6, tokens_per_step=128, tokens_per_pass=64, short_row=16)
 
 

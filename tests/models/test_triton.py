@@ -24,8 +24,8 @@ pytest.importorskip("triton", reason="Triton isn't installed; it is for Linux")
 
 # Few senses: the interpreter takes them one by one.
 SMALL = {
-    "whole vectors": BackpackConfig(60, 80, 64, n_layer=1, n_head=2, num_senses=4),
-    "odd": BackpackConfig(50, 70, 60, n_layer=1, n_head=3, num_senses=5),
+    "whole vectors": BackpackConfig.gpt2(60, 80, 64, n_layer=1, n_head=2, num_senses=4),
+    "odd": BackpackConfig.gpt2(50, 70, 60, n_layer=1, n_head=3, num_senses=5),
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -66,7 +66,7 @@ def _queries(config: BackpackConfig, dtype: torch.dtype) -> torch.Tensor:
 def test_attention_of_single_tokens_and_of_chunks(config: BackpackConfig, dtype: torch.dtype) -> None:
     triton, plain = _both(config, dtype)
     qkv = torch.randn(24, 3 * config.n_embd).to(DEVICE, dtype)
-    for layer in range(config.n_layer):
+    for layer in range(config.trunk.depth):
         _close(triton.attend(qkv, layer, SPANS, 0.2), plain.attend(qkv, layer, SPANS, 0.2), dtype)
     assert torch.equal(triton.caches.values, plain.caches.values)
     assert torch.equal(untiled(triton.caches.keys), untiled(plain.caches.keys))

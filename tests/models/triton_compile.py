@@ -22,7 +22,7 @@ ARCHITECTURES = {"A100": 80, "H100": 90}
 CONSTANTS = {
     "CONTEXT": SMALL.n_positions,
     "SENSES": SMALL.num_senses,
-    "HEADS": SMALL.n_head,
+    "HEADS": SMALL.trunk.layer.heads,
     "HEAD": SMALL.sense_head_width,
     "HEAD_UP": triton.next_power_of_2(SMALL.sense_head_width),
     "TILE": LANES,
@@ -34,7 +34,7 @@ CONSTANTS = {
     "COUNTERS": triton_draw.COUNTERS,
 }
 OF_THE_MIX = {"WIDTH": SMALL.n_embd, "WIDTH_UP": triton.next_power_of_2(SMALL.n_embd)}
-OF_ATTENTION = {"WIDTH": SMALL.n_embd // SMALL.n_head, "WIDTH_UP": SMALL.n_embd // SMALL.n_head}
+OF_ATTENTION = {"WIDTH": SMALL.n_embd // SMALL.trunk.layer.heads, "WIDTH_UP": SMALL.n_embd // SMALL.trunk.layer.heads}
 TYPES = {
     **dict.fromkeys(("ids", "rows"), "*i32"),
     **dict.fromkeys(("predictions", "spans"), "*i64"),

@@ -67,9 +67,10 @@ class DrawParams(NamedTuple):
 class Caches:
     """Tensors of S slots with T positions (the context, rounded up to a multiple of 16):
 
-    keys        [L, S, H, T/16, d/H, 16]  of the trunk, in tiles of 16 positions: kernels score a tile at a time
-    values      [L, S, H, T, d/H]
-    sense_keys  [S, k, T/16, d/k, 16]     of the sense weights
+    keys        [L, S, G, T/16, w, 16]  of the trunk's G key/value heads, in tiles of 16 positions: kernels score a
+                                        tile at a time
+    values      [L, S, G, T, w]
+    sense_keys  [S, k, T/16, w, 16]     of the sense weights, whose heads have a width of their own
     ids         [S, T] int32       tokens
     rows        [S, T, k] int32    row of `table` for each sense of each position
     previous    [S, T] int32       where the same token stood last before, −1 if nowhere
@@ -95,8 +96,8 @@ class Caches:
     @classmethod
     def empty(cls, config: BackpackConfig, slots: int, table: Tensor, embedding: Tensor) -> Caches:
         """Caches on the table's device and in its dtype."""
-        L, S, H, k = config.n_layer, slots, config.n_head, config.num_senses
-        w, dk = config.n_embd // H, config.sense_head_width
+        L, S, k, dk = config.trunk.depth, slots, config.num_senses, config.sense_head_width
+        G, w = config.trunk.layer.kv_heads, config.trunk.layer.head_width
         T = -(-config.n_positions // LANES) * LANES
 
         def zeros(*shape: int, dtype: torch.dtype = table.dtype) -> Tensor:
@@ -105,8 +106,8 @@ class Caches:
             return torch.zeros(shape, dtype=dtype, device=table.device)
 
         return cls(
-            zeros(L, S, H, T // LANES, w, LANES),
-            zeros(L, S, H, T, w),
+            zeros(L, S, G, T // LANES, w, LANES),
+            zeros(L, S, G, T, w),
             zeros(S, k, T // LANES, dk, LANES),
             zeros(S, T, dtype=torch.int32),
             zeros(S, T, k, dtype=torch.int32),

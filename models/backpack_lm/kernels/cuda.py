@@ -67,8 +67,14 @@ class CudaKernels:
     def append_tokens(self, new: StepInput, spans: Sequence[TokenSpan]) -> None:
         self._plain.append_tokens(new, spans)
 
-    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.Module) -> Tensor:
         return self._plain.residual_norm(x, delta, norm)
+
+    def rotate(self, qkv: Tensor, positions: Tensor, turns: Tensor, heads: int) -> None:
+        self._plain.rotate(qkv, positions, turns, heads)
+
+    def gate(self, wide: Tensor) -> Tensor:
+        return self._plain.gate(wide)
 
     def attend(self, qkv: Tensor, layer: int, spans: Sequence[TokenSpan], scale: float) -> Tensor:
         if spans is not self._spans:

@@ -45,8 +45,9 @@ class NativeKernels:
         self._packs = self._dtype == torch.bfloat16 and processor.onednn_packs_bfloat16()
         kind = name(self._dtype)
         self.name = f"native {kind}"
-        self._attend, self._mix, self._update_annealing, self._residual_norm = (
-            getattr(self._library, f"{what}_{kind}") for what in ("attend", "mix", "update_annealing", "residual_norm")
+        self._attend, self._mix, self._update_annealing, self._residual_norm, self._rotate, self._gate = (
+            getattr(self._library, f"{what}_{kind}")
+            for what in ("attend", "mix", "update_annealing", "residual_norm", "rotate", "gate")
         )
         self._state, self._buffers = self._mixing()
         targets = (at(tensor) for tensor in (caches.ids, caches.rows, caches.previous, caches.following))
@@ -77,18 +78,30 @@ class NativeKernels:
 
     def has_trunk(self, config: BackpackConfig) -> bool:
         """Whether the library computes a trunk in one call: all products are its own, and no input is padded."""
-        return not self._packs and config.n_embd * self._dtype.itemsize % 4 == 0
+        layer = config.trunk.layer
+        inputs = config.n_embd, layer.heads * layer.head_width, layer.inner
+        return not self._packs and all(width * self._dtype.itemsize % 4 == 0 for width in inputs)
 
     def append_tokens(self, new: StepInput, spans: Sequence[TokenSpan]) -> None:
         self._library.append_tokens_int32(
             ctypes.byref(self._append_targets), self._spans.pointer(spans), len(spans), at(new.tokens), at(new.rows)
         )
 
-    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.Module) -> Tensor:
+        assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
+        assert norm.eps is not None
         out = torch.empty(x.shape, dtype=self._dtype)
-        epsilon = ctypes.c_float(norm.eps)
-        old = None if delta is None else at(delta)
-        self._residual_norm(at(x), old, at(norm.weight), at(norm.bias), epsilon, *x.shape, at(out))
+        epsilon, old = ctypes.c_float(norm.eps), None if delta is None else at(delta)
+        bias = at(norm.bias) if isinstance(norm, nn.LayerNorm) else None
+        self._residual_norm(at(x), old, at(norm.weight), bias, epsilon, *x.shape, at(out))
+        return out
+
+    def rotate(self, qkv: Tensor, positions: Tensor, turns: Tensor, heads: int) -> None:
+        self._rotate(at(qkv), *qkv.shape, heads, 2 * turns.shape[2], at(turns), at(positions))
+
+    def gate(self, wide: Tensor) -> Tensor:
+        out = torch.empty(len(wide), wide.shape[1] // 2, dtype=self._dtype)
+        self._gate(at(wide), *out.shape, at(out))
         return out
 
     def attend(self, qkv: Tensor, layer: int, spans: Sequence[TokenSpan], scale: float) -> Tensor:

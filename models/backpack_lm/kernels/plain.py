@@ -13,7 +13,7 @@ from backpack_lm.kernels.caches import LANES, Caches, DrawParams, MixSpan, StepI
 from backpack_lm.kernels.interface import Linear
 from backpack_lm.kernels.noise import log_exponentials
 from backpack_lm.kernels.trunk import CachedTrunk
-from backpack_lm.model import Backpack
+from backpack_lm.model import Backpack, rotated
 
 
 class PlainKernels:
@@ -47,16 +47,26 @@ class PlainKernels:
         self.caches.rows[new.slots, new.positions] = new.rows
         self.caches.ids[new.slots, new.positions] = new.tokens.int()
 
-    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.Module) -> Tensor:
         if delta is not None:
             x += delta
         y: Tensor = norm(x)
         return y.to(self.caches.table.dtype)
 
+    def rotate(self, qkv: Tensor, positions: Tensor, turns: Tensor, heads: int) -> None:
+        turned = qkv[:, : heads * 2 * turns.shape[2]].unflatten(1, (heads, -1))  # [N, heads, w]
+        turned.copy_(rotated(turned.float(), turns[positions][:, None]))
+
+    def gate(self, wide: Tensor) -> Tensor:
+        gate, values = wide.float().chunk(2, dim=1)
+        return (F.silu(gate) * values).to(wide.dtype)
+
     def attend(self, qkv: Tensor, layer: int, spans: Sequence[TokenSpan], scale: float) -> Tensor:
         caches = self.caches
         keys, values = caches.keys[layer], caches.values[layer]  # [S, H, T/16, w, 16], [S, H, T, w]
-        q, k, v = qkv.view(len(qkv), 3, keys.shape[1], -1).unbind(1)  # [N, H, w]
+        groups, width = values.shape[1], values.shape[3]
+        heads = qkv.shape[1] // width - 2 * groups
+        q, k, v = qkv.unflatten(1, (-1, width)).split([heads, groups, groups], dim=1)  # [N, H, w], [N, G, w]
         mixed = torch.empty_like(q)
         for span in spans:
             new, end = slice(span.token, span.token + span.size), span.position + span.size
@@ -72,15 +82,17 @@ class PlainKernels:
                 values[span.slot, :, :end][None],
                 attn_mask=seen,
                 scale=scale,
+                enable_gqa=heads > groups,
             )[0].transpose(0, 1)
         if single := [span for span in spans if span.size == 1]:
             at = torch.tensor([span.token for span in single], device=self._device)
             slots = torch.tensor([span.slot for span in single], device=self._device)
             last = torch.tensor([span.position for span in single], device=self._device)
             length = int(last.max()) + 1
-            scores = (q[at][:, :, None] @ untiled(keys[slots])[..., :length]).float() * scale  # [G, H, 1, T]
+            shared = q[at].unflatten(1, (groups, -1))  # [B, G, H/G, w]
+            scores = (shared @ untiled(keys[slots])[..., :length]).float() * scale  # [B, G, H/G, T]
             scores.masked_fill_((self._places[:length] > last[:, None])[:, None, None], float("-inf"))
-            mixed[at] = (scores.softmax(-1).to(values.dtype) @ values[slots, :, :length])[:, :, 0]
+            mixed[at] = (scores.softmax(-1).to(values.dtype) @ values[slots, :, :length]).flatten(1, 2)
         return mixed.flatten(1)
 
     def mix(self, queries: Tensor, predictions: Sequence[MixSpan]) -> Tensor:

@@ -65,13 +65,19 @@ class LayerTable(ctypes.Structure):
     )
 
 
+class Tap(ctypes.Structure):
+    _fields_ = (("norm", Norm), *_ints("layer", "query_part", "key_part"))
+
+
 class TrunkState(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.POINTER(LayerTable)),
-        ("sense_weights", Matrix),
+        ("taps", ctypes.POINTER(Tap)),
+        *((name, Matrix) for name in ("together", "query", "key")),
         ("first", Norm),
-        *_pointers("tokens", "positions", "sense_keys", "seconds"),
-        *_ints("count", "width", "heads", "senses", "context"),
+        *_pointers("tokens", "positions", "turns", "sense_keys", "seconds"),
+        *_ints("count", "width", "heads", "kv_heads", "head_width", "inner", "gated"),
+        *_ints("senses", "sense_width", "context", "tapped", "query_states", "key_states"),
         ("epsilon", ctypes.c_float),
     )
 
@@ -105,6 +111,7 @@ LAYOUTS: Mapping[str, type[ctypes.Structure] | np.dtype[np.void]] = {
     "Norm": Norm,
     "Prediction": PREDICTION,
     "Span": SPAN,
+    "Tap": Tap,
     "Topic": TOPIC,
     "Trunk": TrunkState,
 }

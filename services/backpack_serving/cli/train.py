@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile
 from typing import TYPE_CHECKING, Annotated
@@ -84,7 +83,7 @@ def train(
 
     set_threads(threads)
     corpus = data.parse_sources(sources)
-    config = BackpackConfig(vocabulary, context, width, layers, heads, num_senses=senses)
+    config = BackpackConfig.gpt2(vocabulary, context, width, n_layer=layers, n_head=heads, num_senses=senses)
     recipe = Recipe(
         steps,
         seed=seed,
@@ -99,7 +98,7 @@ def train(
     tokenizer = _tokenizer(corpus, folder, vocabulary, after)
     with Progress(*COLUMNS, console=err) as progress:
         _tokenise(corpus, tokenizer, folder, progress)
-        config = replace(config, vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.end_of_text)
+        config = config.with_vocabulary(tokenizer.vocab_size, tokenizer.end_of_text)
         name = "twin" if twin else "backpack"
         run, rows = out / name, data.Rows.open(corpus, folder, seed, tokenizer.end_of_text)
         trainer = Trainer(config, recipe, rows, run, twin, after / name if after else None)

@@ -1,5 +1,5 @@
 // The engine's own operations on a CPU, behind ctypes (native.py): products, attention over caches, residual +
-// LayerNorm, all of them together as the trunk, the sense mix with its annealing, and drawing.
+// norm, rotary positions, gates, all of them together as the trunk, the sense mix with its annealing, and drawing.
 //
 // Every output element is computed by one fixed order of additions, whatever else is in the batch and however a
 // prompt was cut into chunks. So a sequence gets the same bits alone and in any company.
@@ -14,6 +14,7 @@
 #include "append.h"
 #include "layouts.h"
 #include "product.h"
+#include "rotary.h"
 #include "trunk.h"
 
 #define EXPORTS(NAME, Value)                                                                                         \
@@ -26,6 +27,10 @@
         mix(*state, rows, count, queries, keys, head_width, out);                                                    \
     }                                                                                                                \
     void update_annealing_##NAME(const Mix<Value>* state, const Prediction* row, int start) { update_annealing(*state, *row, start); }        \
+    void rotate_##NAME(Value* x, int count, int row, int heads, int width, const float* turns, const int64_t* positions) { \
+        rotate(x, count, row, heads, width, turns, positions);                                                        \
+    }                                                                                                                \
+    void gate_##NAME(const Value* wide, int count, int inner, Value* out) { gate(wide, count, inner, out); }           \
     void residual_norm_##NAME(float* x, const Value* delta, const float* gain, const float* bias, float epsilon,     \
                               int count, int width, Value* out) {                                                    \
         residual_norm(x, delta, gain, bias, epsilon, count, width, out);                                             \

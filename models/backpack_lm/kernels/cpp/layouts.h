@@ -48,8 +48,10 @@ std::string all_layouts() {
     LAYOUT("Prediction", Prediction, slot, length, fresh, topics, first_topic)
     LAYOUT("Span", Span, token, slot, position, size)
     LAYOUT("Topic", Topic, levels, multipliers, scale, annealed)
-    LAYOUT("Trunk", Trunk<float>, layers, sense_weights, first, tokens, positions, sense_keys, seconds, count, width, heads,
-           senses, context, epsilon)
+    LAYOUT("Tap", Tap, norm, layer, query_part, key_part)
+    LAYOUT("Trunk", Trunk<float>, layers, taps, together, query, key, first, tokens, positions, turns, sense_keys, seconds, count,
+           width, heads, kv_heads, head_width, inner, gated, senses, sense_width, context, tapped, query_states, key_states,
+           epsilon)
     return report.str();
 }
 
