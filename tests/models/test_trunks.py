@@ -105,7 +105,7 @@ def test_a_trunk_is_transformers(name: str, tmp_path: Path) -> None:
     assert float((twin(ids) - expected).abs().max()) <= 1e-4
     trunk, tensors = read_transformer(tmp_path)
     assert trunks.read(trunks.write(trunk)) == trunk
-    ours = Trunk(trunk).eval()
+    ours = Trunk(trunk).eval().requires_grad_(False)
     ours.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"})
     states = theirs(ids, output_hidden_states=True).hidden_states
     for mine, other in zip(ours.states(ids), states, strict=True):  # their last one has the final norm, too
