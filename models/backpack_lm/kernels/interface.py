@@ -45,7 +45,8 @@ class Kernels(Protocol):
         """x += delta, in place, x [N, d] float32; then LayerNorm(x) in the kernels' dtype."""
 
     def attend(self, qkv: Tensor, layer: int, spans: Sequence[TokenSpan], scale: float) -> Tensor:
-        """Write keys and values of new tokens qkv [N, 3·d]; each token's attention over its slot, [N, d]."""
+        """Write keys and values of new tokens qkv [N, (H + 2·G)·w], H heads in G groups that share keys and values;
+        each token's attention over its slot, [N, H·w]."""
 
     def mix(self, queries: Tensor, predictions: Sequence[MixSpan]) -> Tensor:
         """o [B, d] float32 = Σ_j Σ_l α[l,j] m[l,j] C(x_j)_l for queries [B, k, d/k], α a softmax over the slot."""

@@ -22,7 +22,14 @@ PARTS = ("qkv", "attention", "proj", "fc", "out", "residual and LayerNorm", "sen
 class NativeTrunk:
     """The same as `CachedTrunk`, to the last bit, for weights whose products are all the library's own."""
 
-    def __init__(self, library: ctypes.CDLL, caches: Caches, weights: TrunkWeights, spans: SpanArray) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        caches: Caches,
+        weights: TrunkWeights,
+        pages: structs.PageTable,
+        spans: SpanArray,
+    ) -> None:
         """`spans` is shared with the kernels, whose other operations read the same spans in the same step."""
         self._weights, self._caches, self._spans = weights, caches, spans
         self._dtype = caches.table.dtype
@@ -35,8 +42,8 @@ class NativeTrunk:
         )
         self._state = structs.TrunkState(
             self._layers, _matrix(weights.sense_weights), _norm(weights.first),
-            at(weights.tokens), at(weights.positions), at(caches.sense_keys), at(self.seconds),
-            len(layers), config.n_embd, config.n_head, config.num_senses, caches.ids.shape[1], weights.first.eps,
+            at(weights.tokens), at(weights.positions), at(caches.sense_keys), at(self.seconds), pages,
+            len(layers), config.n_embd, config.n_head, caches.values.shape[2], config.num_senses, weights.first.eps,
         )  # fmt: skip
 
     def __call__(self, new: StepInput, spans: Sequence[TokenSpan]) -> Tensor:

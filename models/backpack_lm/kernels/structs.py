@@ -35,11 +35,16 @@ class Lists(ctypes.Structure):
     _fields_ = (*_pointers("starts", "words"), *_ints("context", "vocabulary"))
 
 
+class PageTable(ctypes.Structure):
+    _fields_ = (*_pointers("pages"), *_ints("each", "size"))
+
+
 class MixState(ctypes.Structure):
     _fields_ = (
         *_pointers("table", "embedding", "rows", "ids", "previous", "following", "annealed_sum", "alpha", "parts"),
         ("lists", Lists),
         *_pointers("topics"),
+        ("pages", PageTable),
         *_ints("senses", "width", "context", "slots"),
     )
 
@@ -71,7 +76,8 @@ class TrunkState(ctypes.Structure):
         ("sense_weights", Matrix),
         ("first", Norm),
         *_pointers("tokens", "positions", "sense_keys", "seconds"),
-        *_ints("count", "width", "heads", "senses", "context"),
+        ("pages", PageTable),
+        *_ints("count", "width", "heads", "groups", "senses"),
         ("epsilon", ctypes.c_float),
     )
 
@@ -103,6 +109,7 @@ LAYOUTS: Mapping[str, type[ctypes.Structure] | np.dtype[np.void]] = {
     "Mix": MixState,
     "NewTokens": NewTokens,
     "Norm": Norm,
+    "PageTable": PageTable,
     "Prediction": PREDICTION,
     "Span": SPAN,
     "Topic": TOPIC,

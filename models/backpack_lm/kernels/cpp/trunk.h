@@ -35,9 +35,10 @@ struct Trunk {
     Matrix<Value> sense_weights;
     Norm first;
     const float *tokens, *positions;  // embeddings
-    Value* sense_keys;  // [S, k, T/16, d/k, 16]
+    Value* sense_keys;  // [pages, k, P/16, d/k, 16]
     double* seconds;  // [PARTS], what each has taken so far
-    int count, width, heads, senses, context;
+    PageTable pages;
+    int count, width, heads, groups, senses;
     float epsilon;
 };
 
@@ -71,8 +72,8 @@ void trunk(const Trunk<Value>& t, const NewTokens& in, int count, const Span* sp
     add_and_norm(nullptr, t.first);
     for (const Layer<Value>* layer = t.layers; layer < t.layers + t.count; layer++) {
         int width = t.width / t.heads;
-        multiply(y, layer->qkv, d, 3 * d, wide, QKV);
-        attention(Attention<Value>{wide, layer->keys, layer->values, delta, t.heads, width, t.context, layer->scale}, spans, how_many);
+        multiply(y, layer->qkv, d, (t.heads + 2 * t.groups) * width, wide, QKV);
+        attention(Attention<Value>{wide, layer->keys, layer->values, delta, t.heads, t.groups, width, layer->scale, t.pages}, spans, how_many);
         done(ATTENTION);
         multiply(delta, layer->proj, d, d, y, PROJ);
         add_and_norm(y, layer->middle);
@@ -85,8 +86,9 @@ void trunk(const Trunk<Value>& t, const NewTokens& in, int count, const Span* sp
     for (int n = 0; n < count; n++) {
         const Value* from = wide + n * 2 * keyed;
         std::memcpy(queries + n * keyed, from, keyed * sizeof(Value));
-        Value* to = t.sense_keys + (in.slots[n] * t.senses * t.context + in.positions[n] / LANES * LANES) * head + in.positions[n] % LANES;
-        for (int l = 0; l < t.senses; l++, to += t.context * head)
+        int page = t.pages.of(in.slots[n])[in.positions[n] / t.pages.size], at = in.positions[n] % t.pages.size;
+        Value* to = t.sense_keys + (size_t(page) * t.senses * t.pages.size + at / LANES * LANES) * head + at % LANES;
+        for (int l = 0; l < t.senses; l++, to += t.pages.size * head)
             for (size_t c = 0; c < head; c++) to[c * LANES] = from[keyed + l * head + c];
     }
     done(SENSE_WEIGHTS);
