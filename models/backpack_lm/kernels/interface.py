@@ -49,8 +49,8 @@ class Kernels(Protocol):
         the angles of its position, cosines and sines `turns` [T, 2, w/2]."""
 
     def attend(self, qkv: Tensor, layer: int, spans: Sequence[TokenSpan], scale: float) -> Tensor:
-        """Write keys and values of new tokens qkv [N, (H + 2G)·w]; each token's attention over its slot, [N, H·w].
-        Query head h reads key/value head h·G // H."""
+        """Write keys and values of new tokens qkv [N, (H + 2G)·w], H heads in G groups that share keys and values; each
+        token's attention over its slot, [N, H·w]."""
 
     def gate(self, wide: Tensor) -> Tensor:
         """silu of the first half of [N, 2·inner] times the second: [N, inner]."""

@@ -49,6 +49,7 @@ class NativeKernels:
             getattr(self._library, f"{what}_{kind}")
             for what in ("attend", "mix", "update_annealing", "residual_norm", "rotate", "gate")
         )
+        self._pages = structs.PageTable(at(caches.page_table), caches.page_table.shape[1], caches.page_size)
         self._state, self._buffers = self._mixing()
         targets = (at(tensor) for tensor in (caches.ids, caches.rows, caches.previous, caches.following))
         self._append_targets = structs.AppendTargets(*targets, caches.rows.shape[2], caches.rows.shape[1])
@@ -74,7 +75,7 @@ class NativeKernels:
     def trunk(self, model: Backpack) -> Compute:
         if not self.has_trunk(model.config):
             return CachedTrunk(self, model)
-        return NativeTrunk(self._library, self.caches, TrunkWeights.prepare(self, model), self._spans)
+        return NativeTrunk(self._library, self.caches, TrunkWeights.prepare(self, model), self._pages, self._spans)
 
     def has_trunk(self, config: BackpackConfig) -> bool:
         """Whether the library computes a trunk in one call: all products are its own, and no input is padded."""
@@ -106,11 +107,12 @@ class NativeKernels:
 
     def attend(self, qkv: Tensor, layer: int, spans: Sequence[TokenSpan], scale: float) -> Tensor:
         keys, values = self.caches.keys[layer], self.caches.values[layer]
-        _, heads, context, width = values.shape
+        _, groups, _, width = values.shape
+        heads = qkv.shape[1] // width - 2 * groups
         out = torch.empty(len(qkv), heads * width, dtype=self._dtype)
         self._attend(
-            at(qkv), at(keys), at(values), self._spans.pointer(spans), len(spans),
-            heads, width, context, ctypes.c_float(scale), at(out),
+            at(qkv), at(keys), at(values), ctypes.byref(self._pages), self._spans.pointer(spans), len(spans),
+            heads, groups, width, ctypes.c_float(scale), at(out),
         )  # fmt: skip
         return out
 
@@ -153,7 +155,8 @@ class NativeKernels:
         starts, words = (torch.empty(slots, n, dtype=torch.int32) for n in (GROUPS + 1, 2 * context))
         tensors = (c.table, c.embedding, c.rows, c.ids, c.previous, c.following, c.annealed_sum, alpha, parts)
         lists = structs.Lists(at(starts), at(words), context, len(c.embedding))
-        state = structs.MixState(*(at(tensor) for tensor in tensors), lists, None, senses, width, context, slots)
+        addresses = (at(tensor) for tensor in tensors)
+        state = structs.MixState(*addresses, lists, None, self._pages, senses, width, context, slots)
         return state, (alpha, parts, starts, words)
 
     def _with(self, topics: bytes) -> object:

@@ -22,7 +22,14 @@ PARTS = ("qkv", "attention", "proj", "fc", "out", "residual and norm", "sense we
 class NativeTrunk:
     """The same as `CachedTrunk`, to the last bit, for weights whose products are all the library's own."""
 
-    def __init__(self, library: ctypes.CDLL, caches: Caches, weights: TrunkWeights, spans: SpanArray) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        caches: Caches,
+        weights: TrunkWeights,
+        pages: structs.PageTable,
+        spans: SpanArray,
+    ) -> None:
         """`spans` is shared with the kernels, whose other operations read the same spans in the same step."""
         self._weights, self._caches, self._spans = weights, caches, spans
         self._dtype = caches.table.dtype
@@ -40,10 +47,9 @@ class NativeTrunk:
         self._state = structs.TrunkState(
             self._layers, self._tapped, *map(_matrix, matrices), _norm(weights.first),
             at(weights.tokens), _place(weights.positions), _place(weights.turns),
-            at(caches.sense_keys), at(self.seconds),
+            at(caches.sense_keys), at(self.seconds), pages,
             len(layers), trunk.width, shape.heads, shape.kv_heads, shape.head_width, shape.inner, shape.gated,
-            config.num_senses, config.sense_head_width, caches.ids.shape[1], len(taps), len(queried), len(keyed),
-            trunk.epsilon,
+            config.num_senses, config.sense_head_width, len(taps), len(queried), len(keyed), trunk.epsilon,
         )  # fmt: skip
         self._scratch = _scratch_of(weights)
 

@@ -4,9 +4,10 @@
 // Every output element is computed by one fixed order of additions, whatever else is in the batch and however a
 // prompt was cut into chunks. So a sequence gets the same bits alone and in any company.
 //
-// T is the context, S slots, H heads, w a head's width, k senses, d the model's width. Keys lie in tiles of 16
-// positions, [.., T/16, w, 16]: scores are computed for 16 positions at a time without a horizontal sum, and memory is
-// read in one stream.
+// T is the context, S slots, H heads in G groups, w a head's width, k senses, d the model's width. Keys and values lie
+// in pages of P positions, keys in tiles of 16 of them, [.., P/16, w, 16]: scores are computed for 16 positions at a
+// time without a horizontal sum. What is added up across pages is added in the order of positions: where the pages
+// are changes no bit.
 
 #include "draw.h"
 #include "mix.h"
@@ -18,9 +19,9 @@
 #include "trunk.h"
 
 #define EXPORTS(NAME, Value)                                                                                         \
-    void attend_##NAME(const Value* qkv, Value* keys, Value* values, const Span* spans, int count, int heads,          \
-                       int width, int context, float scale, Value* out) {                                            \
-        attention(Attention<Value>{qkv, keys, values, out, heads, width, context, scale}, spans, count);              \
+    void attend_##NAME(const Value* qkv, Value* keys, Value* values, const PageTable* pages, const Span* spans,       \
+                       int count, int heads, int groups, int width, float scale, Value* out) {                       \
+        attention(Attention<Value>{qkv, keys, values, out, heads, groups, width, scale, *pages}, spans, count);       \
     }                                                                                                                \
     void mix_##NAME(const Mix<Value>* state, const Prediction* rows, int count, const Value* queries, const Value* keys,    \
                     int head_width, float* out) {                                                                    \

@@ -45,10 +45,10 @@ struct Trunk {
     Norm first;
     const float *tokens, *positions;  // embeddings; no positions where heads are turned:
     const float* turns;  // [T, 2, w/2]
-    Value* sense_keys;  // [S, k, T/16, sense_width, 16]
+    Value* sense_keys;  // [pages, k, P/16, sense_width, 16]
     double* seconds;  // [PARTS], what each has taken so far
-    int count, width, heads, kv_heads, head_width, inner, gated, senses, sense_width, context;
-    int tapped, query_states, key_states;
+    PageTable pages;
+    int count, width, heads, groups, head_width, inner, gated, senses, sense_width, tapped, query_states, key_states;
     float epsilon;
 };
 
@@ -60,7 +60,7 @@ struct NewTokens {  // each token's id, slot and position
 template <typename Value>
 void trunk(const Trunk<Value>& t, const NewTokens& in, int count, const Span* spans, int how_many, float* scratch, Value* queries) {
     size_t d = t.width, keyed = size_t(t.senses) * t.sense_width, mixed = size_t(t.heads) * t.head_width;
-    size_t qkv = mixed + 2 * size_t(t.kv_heads) * t.head_width, fc = t.gated ? 2 * t.inner : t.inner;
+    size_t qkv = mixed + 2 * size_t(t.groups) * t.head_width, fc = t.gated ? 2 * t.inner : t.inner;
     float* x = scratch;
     auto* y = reinterpret_cast<Value*>(x + count * d);
     Value *delta = y + count * d, *wide = delta + count * std::max(d, mixed);
@@ -105,8 +105,8 @@ void trunk(const Trunk<Value>& t, const NewTokens& in, int count, const Span* sp
     for (int l = 0; l < t.count; l++) {
         const Layer<Value>& layer = t.layers[l];
         multiply(y, layer.qkv, d, qkv, wide, QKV);
-        if (t.turns) rotate(wide, count, qkv, t.heads + t.kv_heads, t.head_width, t.turns, in.positions);
-        attention(Attention<Value>{wide, layer.keys, layer.values, delta, t.heads, t.head_width, t.context, layer.scale}, spans, how_many);
+        if (t.turns) rotate(wide, count, qkv, t.heads + t.groups, t.head_width, t.turns, in.positions);
+        attention(Attention<Value>{wide, layer.keys, layer.values, delta, t.heads, t.groups, t.head_width, layer.scale, t.pages}, spans, how_many);
         done(ATTENTION);
         multiply(delta, layer.proj, mixed, d, y, PROJ);
         add_and_norm(y, layer.middle);
@@ -129,8 +129,9 @@ void trunk(const Trunk<Value>& t, const NewTokens& in, int count, const Span* sp
 #pragma omp parallel for schedule(static) if (count > 4)
     for (int n = 0; n < count; n++) {
         std::memcpy(queries + n * keyed, query + n * row, keyed * sizeof(Value));
-        Value* to = t.sense_keys + (in.slots[n] * t.senses * t.context + in.positions[n] / LANES * LANES) * head + in.positions[n] % LANES;
-        for (int l = 0; l < t.senses; l++, to += t.context * head)
+        int page = t.pages.of(in.slots[n])[in.positions[n] / t.pages.size], at = in.positions[n] % t.pages.size;
+        Value* to = t.sense_keys + (size_t(page) * t.senses * t.pages.size + at / LANES * LANES) * head + at % LANES;
+        for (int l = 0; l < t.senses; l++, to += t.pages.size * head)
             for (size_t c = 0; c < head; c++) to[c * LANES] = from[n * row + l * head + c];
     }
     done(SENSE_WEIGHTS);

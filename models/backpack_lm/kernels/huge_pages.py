@@ -13,13 +13,14 @@ HUGE = 2 << 20
 """Bytes of a huge page. What is smaller is left to torch."""
 
 
-def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU."""
+def zeros(*shape: int, dtype: torch.dtype, at_once: bool = True) -> Tensor:
+    """Zeros on the CPU. `at_once`: memory is taken now, else when something is written there."""
     size = math.prod(shape) * dtype.itemsize
     if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE)  # of shared memory Linux makes no huge pages by default
     with suppress(OSError):  # of a kernel that has none
         memory.madvise(mmap.MADV_HUGEPAGE)
-    # Written to, they are all made now: made at its first use, a slot's kept its first token waiting for 0.15 s.
-    return torch.frombuffer(memory, dtype=dtype).view(shape).zero_()
+    made = torch.frombuffer(memory, dtype=dtype).view(shape)
+    # Written to, they are all made now: made at its first use, a cache kept a first token waiting for 0.15 s.
+    return made.zero_() if at_once else made
