@@ -34,6 +34,8 @@ from backpack_lm import trunks
 from backpack_lm.cache import cached_name
 from backpack_lm.config import BackpackConfig, ConfigError, read_object
 from backpack_lm.generation import NAME as GENERATION
+from backpack_lm.gguf_file import SUFFIX as GGUF
+from backpack_lm.gguf_file import read_gguf
 from backpack_lm.layouts import CheckpointError, Tensors, is_lightning, to_hugging_face
 from backpack_lm.manifest import NAME as MANIFEST
 from backpack_lm.manifest import TOKENIZER as TOKENIZER
@@ -144,16 +146,19 @@ def from_tensors(tensors: Tensors, config: dict[str, Any]) -> Backpack:
     return model.eval().requires_grad_(False)
 
 
-def read_transformer(folder: Path) -> tuple[TrunkSpec, dict[str, Tensor]]:
-    """A Transformer of any family in `trunks`, from a Hugging Face folder: its trunk and the tensors of that, float32,
-    under the names of `model.Trunk`; with `lm_head.weight` where embeddings aren't tied.
+def read_transformer(where: Path) -> tuple[TrunkSpec, dict[str, Tensor]]:
+    """A Transformer of any family in `trunks`, from a Hugging Face folder or a GGUF file: its trunk and the tensors of
+    that, float32, under the names of `model.Trunk`; with `lm_head.weight` where embeddings aren't tied.
 
     Raises CheckpointError naming the file or tensor that is missing or wrong, ConfigError.
     """
-    values = read_config(folder)
-    assert values is not None
+    if where.suffix == GGUF:
+        model = read_gguf(where)
+        values, published = model.config, model.tensors
+    else:
+        values, published = read_config(where) or {}, {}
     if "num_senses" in values:
-        raise CheckpointError(f"{folder} is a Backpack; a Transformer has no num_senses")
+        raise CheckpointError(f"{where} is a Backpack; a Transformer has no num_senses")
     # GPT-2 itself doesn't divide its scores by their layer's number.
     defaults = {"scaled_by_layer": False} if "n_embd" in values else {}
     trunk = trunks.read(values, **defaults)
@@ -161,7 +166,7 @@ def read_transformer(folder: Path) -> tuple[TrunkSpec, dict[str, Tensor]]:
         wanted: dict[str, Tensor] = Trunk(trunk).state_dict()
     if not trunk.tied:
         wanted["lm_head.weight"] = wanted["wte.weight"]
-    there = {_published_name(name): tensor for name, tensor in read_weights(folder).items()}
+    there = {_published_name(name): tensor for name, tensor in (published or read_weights(where)).items()}
     if trunk.tied:
         there.pop("lm_head.weight", None)
     tensors: dict[str, Tensor] = {}
@@ -175,7 +180,7 @@ def read_transformer(folder: Path) -> tuple[TrunkSpec, dict[str, Tensor]]:
             tensors[name] = torch.cat(whole, dim=-1).float().contiguous()
     faults += [f"unknown: {name}" for name in there if not _MASK.search(name)]
     if faults:
-        raise CheckpointError(f"{folder} is no {trunk.family}:\n  " + "\n  ".join(sorted(faults)))
+        raise CheckpointError(f"{where} is no {trunk.family}:\n  " + "\n  ".join(sorted(faults)))
     _check_names_and_shapes(tensors, wanted)
     return trunk, tensors
 

@@ -9,7 +9,17 @@ import torch
 from backpack_lm.kernels import Caches, Kernels, choose
 from backpack_lm.kernels.plain import PlainKernels
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import AddEdit, Cell, Edit, ReleaseContent, RevisionContent, ScaleEdit, SwapEdit, TopicEdit, Vector
+from backpack_lm.patch import (
+    AddEdit,
+    Cell,
+    Edit,
+    ReleaseContent,
+    RevisionContent,
+    ScaleEdit,
+    SwapEdit,
+    TopicEdit,
+    Vector,
+)
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.runner import Runner
 from backpack_serving.engine.scheduler import Scheduler

@@ -47,6 +47,10 @@ def train(
     vocabulary: Annotated[
         int, typer.Option(help="Size of the byte-level BPE vocabulary to train first.", min=1, max=2**16)
     ] = 16384,
+    shape: Annotated[
+        Path | None,
+        typer.Option("--config", help="A config.json with the whole shape, of any family of trunks, instead of sizes."),
+    ] = None,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of one optimiser step.", min=1)] = 2048,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.", min=0)] = 3e-3,
     matrix_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon (matrices of layers).", min=0)] = 6e-3,
@@ -83,7 +87,11 @@ def train(
 
     set_threads(threads)
     corpus = data.parse_sources(sources)
-    config = BackpackConfig.gpt2(vocabulary, context, width, n_layer=layers, n_head=heads, num_senses=senses)
+    if shape is not None:
+        config = BackpackConfig.read(shape)
+        vocabulary = config.vocab_size
+    else:
+        config = BackpackConfig.gpt2(vocabulary, context, width, layers, heads, num_senses=senses)
     recipe = Recipe(
         steps,
         seed=seed,
