@@ -186,6 +186,7 @@ async def test_names_are_for_ever() -> None:
         "backpack_errors_total",
         "backpack_replica_cache_capacity_tokens",
         "backpack_replica_cache_tokens",
+        "backpack_replica_preemptions_total",
         "backpack_replica_prefix_hits_total",
         "backpack_replica_prompts_total",
         "backpack_replica_queued",

@@ -83,7 +83,7 @@ def overlays(table: SenseTable) -> dict[str, Overlay]:
 MakeEngine = Callable[..., Engine]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_engine(model: Backpack, table: SenseTable) -> MakeEngine:
     def make(
         slots: int = 4,
@@ -91,9 +91,10 @@ def make_engine(model: Backpack, table: SenseTable) -> MakeEngine:
         queue: int = 64,
         overlay_rows: int = 4 * V * K,
         share_prefixes: bool = False,
+        **caches: int,
     ) -> Engine:
         return Engine(
-            Runner(model, table.with_room(overlay_rows), slots),
+            Runner(model, table.with_room(overlay_rows), slots, **caches),
             Slots(slots),
             OverlayRows(overlay_rows),
             Scheduler(step_tokens, queue),

@@ -151,11 +151,6 @@ class Caches:
         """Pages in all."""
         return self.values.shape[1]
 
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of a page: of its keys, values and sense keys."""
-        return sum(tensor.nbytes for tensor in (self.keys, self.values, self.sense_keys)) // max(1, self.pages)
-
     def copy_page(self, donor: int, page: int, count: int) -> None:
         """Copy the first `count` positions of a page into another: keys, values and sense keys."""
         tiles = -(-count // LANES)  # what lies beyond in the last one is overwritten before it is read
