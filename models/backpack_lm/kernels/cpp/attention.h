@@ -10,7 +10,7 @@ namespace {
 template <int N, typename Value>
 void score(const float* const* queries, const Value* keys, int width, int length, const Value* ahead,
            float* const* scores) {
-    constexpr int TILES = 2;
+    constexpr int TILES = N == 1 || 2 * N <= SUMS ? 2 : 1;
     int tiles = (length + LANES - 1) / LANES, t = 0;
     size_t tile = size_t(width) * LANES;
     auto some = [&](auto count) {
@@ -38,7 +38,7 @@ void softmax(float* scores, int length) {
     Floats peaks = load(scores), sums{};
     for (int t = LANES; t < end; t += LANES) {
         Floats next = load(scores + t);
-        peaks = next > peaks ? next : peaks;
+        peaks = pick(next > peaks, next, peaks);
     }
     float largest = peaks[0];
     for (int n = 1; n < LANES; n++) largest = std::max(largest, peaks[n]);
@@ -51,12 +51,14 @@ void softmax(float* scores, int length) {
     for (int t = 0; t < end; t += LANES) store(scores + t, load(scores + t) * scale);
 }
 
-constexpr int QUERIES = 8;  // of one chunk that share a pass over the keys
+constexpr int QUERIES = std::min(8, SUMS);  // of one chunk that share a pass over the keys
 
-// out[q] = Σ_t weights[q][t]·values[t] for t < lengths[q] (ascending in q), width 16·VECTORS; `ahead` as in `score`.
+// out[q] = Σ_t weights[q][t]·values[t] for t < lengths[q] (ascending in q), of the 16·VECTORS columns from the first on;
+// `ahead` as in `score`.
 template <int N, int VECTORS, typename Value>
-void gather(float* const* weights, const int* lengths, const Value* values, int width, const Value* ahead,
+void gather(float* const* weights, const int* lengths, const Value* values, int width, int first, const Value* ahead,
             Value* const* out) {
+    values += first, ahead += first;
     Floats sums[N][VECTORS] = {};
     int common = lengths[0];
     auto row = [&](int t, int v) {
@@ -72,15 +74,23 @@ void gather(float* const* weights, const int* lengths, const Value* values, int 
         for (int t = common; t < lengths[q]; t++)
             for (int v = 0; v < VECTORS; v++) sums[q][v] += row(t, v) * weights[q][t];
     for (int q = 0; q < N; q++)
-        for (int v = 0; v < VECTORS; v++) store(out[q] + v * LANES, sums[q][v]);
+        for (int v = 0; v < VECTORS; v++) store(out[q] + first + v * LANES, sums[q][v]);
 }
 
 // Any width; 64 and 32 are those of the published models and of ours.
 template <int N, typename Value>
 void gather_any(float* const* weights, const int* lengths, const Value* values, int width, const Value* ahead,
                 Value* const* out) {
-    if (width == 64) return gather<N, 4>(weights, lengths, values, width, ahead, out);
-    if (width == 32) return gather<N, 2>(weights, lengths, values, width, ahead, out);
+    constexpr int VECTORS = std::max(1, std::min(4, SUMS / N));  // as many as stay in registers
+    constexpr int HALF = std::min(2, VECTORS);
+    if (width == 64) {
+        for (int c = 0; c < width; c += VECTORS * LANES) gather<N, VECTORS>(weights, lengths, values, width, c, ahead, out);
+        return;
+    }
+    if (width == 32) {
+        for (int c = 0; c < width; c += HALF * LANES) gather<N, HALF>(weights, lengths, values, width, c, ahead, out);
+        return;
+    }
     for (int q = 0; q < N; q++)
         for (int c = 0; c < width; c++) {
             float sum = 0;
