@@ -103,8 +103,12 @@ inline void store(bf16* to, float x) {  // round to nearest, ties to even; NaN s
 }
 
 inline Floats load(const float* from) EACH(Floats, reinterpret_cast<const Register*>(from)[i])
+#ifdef __ARM_NEON  // GCC loads a half register's numbers one by one
+inline Floats load(const bf16* from) EACH(Floats, vshlq_n_u32(vmovl_u16(vld1_u16(&from[i * WIDTH].bits)), 16))
+#else
 inline Floats load(const bf16* from)
     EACH(Floats, __builtin_convertvector(reinterpret_cast<const HalfBits*>(from)[i], Bits) << 16)
+#endif
 inline void store(float* to, Floats x) {
     for (int i = 0; i < REGISTERS; i++) reinterpret_cast<Register*>(to)[i] = x.part[i];
 }
