@@ -419,6 +419,16 @@ def test_drawing_is_one_function_of_seed_position_and_token(config: BackpackConf
     assert len(set(drawn.tolist())) > 30
 
 
+def test_log_probabilities(config: BackpackConfig) -> None:
+    native, plain = _both(config, torch.float32)
+    logits, chosen = torch.randn(5, 1003) * 3, [0, 7, 1002, 31, 500]
+    own, tokens, logs = native.log_probabilities(logits, chosen, 4)
+    expected, likeliest, their_logs = plain.log_probabilities(logits, chosen, 4)
+    assert tokens.tolist() == likeliest.tolist()
+    torch.testing.assert_close(own, expected.double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logs, their_logs.double(), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", list(structs.LAYOUTS))
 def test_a_field_that_only_python_has_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the structure has padding, too, in which a field more doesn't change its size."""

@@ -18,7 +18,7 @@ struct PageTable {
 template <int N, typename Value>
 void score(const float* const* queries, const Value* keys, int width, int length, const Value* ahead,
            float* const* scores, int start) {
-    constexpr int TILES = 2;
+    constexpr int TILES = N == 1 || 2 * N <= SUMS ? 2 : 1;
     int tiles = (length + LANES - 1) / LANES, t = 0;
     size_t tile = size_t(width) * LANES;
     auto some = [&](auto count) {
@@ -46,7 +46,7 @@ void softmax(float* scores, int length) {
     Floats peaks = load(scores), sums{};
     for (int t = LANES; t < end; t += LANES) {
         Floats next = load(scores + t);
-        peaks = next > peaks ? next : peaks;
+        peaks = pick(next > peaks, next, peaks);
     }
     float largest = peaks[0];
     for (int n = 1; n < LANES; n++) largest = std::max(largest, peaks[n]);
@@ -99,9 +99,10 @@ void gather(float* const* weights, const int* lengths, const Rows<Value>& rows, 
 // Any width, as many dimensions at a time as fit into registers.
 template <int N, typename Value>
 void gather_all(float* const* weights, const int* lengths, const Rows<Value>& rows, Value* const* out) {
+    constexpr int VECTORS = std::max(1, std::min(4, SUMS / N)), HALF = std::min(2, VECTORS);
     int c = 0;
-    for (; c + 4 * LANES <= rows.width; c += 4 * LANES) gather<N, 4>(weights, lengths, rows, c, out);
-    for (; c + 2 * LANES <= rows.width; c += 2 * LANES) gather<N, 2>(weights, lengths, rows, c, out);
+    for (; c + VECTORS * LANES <= rows.width; c += VECTORS * LANES) gather<N, VECTORS>(weights, lengths, rows, c, out);
+    for (; c + HALF * LANES <= rows.width; c += HALF * LANES) gather<N, HALF>(weights, lengths, rows, c, out);
     for (; c + LANES <= rows.width; c += LANES) gather<N, 1>(weights, lengths, rows, c, out);
     for (; c < rows.width; c++)
         for (int q = 0; q < N; q++) {
@@ -115,7 +116,7 @@ struct Span {
     int32_t token, slot, position, size;
 };
 
-constexpr int QUERIES = 8;  // at most, that share a pass over the keys: of a chunk, or of the heads of a group
+constexpr int QUERIES = std::min(8, SUMS);  // at most, that share a pass over the keys: of a chunk, or of the heads of a group
 
 // Query heads h·G/H share a head of keys and values: H heads in G groups.
 template <typename Value>

@@ -104,8 +104,8 @@ struct Mix {
             Floats factor = target_multipliers(topics[n], r.slot, first, l, count);
             if (topics[n].annealed) {
                 Floats x = 6.0f - sum * topics[n].scale;
-                Floats e = exponential(x < 0.0f ? x : -x);
-                Floats keep = (x < 0.0f ? e : Floats{} + 1.0f) / (1.0f + e) * (1.0f + t / 100.0f);
+                Floats e = exponential(pick(x < 0.0f, x, -x));
+                Floats keep = pick(x < 0.0f, e, Floats{} + 1.0f) / (1.0f + e) * (1.0f + t / 100.0f);
                 factor = keep * factor + (1.0f - keep);
             }
             product *= factor;
@@ -147,7 +147,8 @@ struct Mix {
             for (int i = 0; i < 2 * M; i++) store(out + c + i * LANES, sums[i]);
         };
         int c = 0;
-        for (; c + 2 * BOTH <= width; c += 2 * BOTH) some(c, std::integral_constant<int, 2>{});
+        if (SUMS >= 4)
+            for (; c + 2 * BOTH <= width; c += 2 * BOTH) some(c, std::integral_constant<int, 2>{});
         for (; c + BOTH <= width; c += BOTH) some(c, std::integral_constant<int, 1>{});
         for (; c < width; c++)
             for (int l = 0; l < senses; l++) out[c] = std::fma(to_float(table[size_t(own[l]) * width + c]), weights[l], out[c]);
@@ -258,7 +259,7 @@ void mix(const Mix<Value>& m, const Prediction* predictions, int count, const Va
             std::fill(to, to + m.width, 0.0f);
             for (int group = 0; group < GROUPS; group++)
                 for (int c = 0; c < m.width; c++) to[c] += m.part(b, group)[c];
-            for (int c = 0; c + 2 * LANES <= m.width; c += 2 * LANES) order(m.table, reinterpret_cast<Floats*>(to + c));
+            for (int c = 0; c + 2 * LANES <= m.width; c += 2 * LANES) order(m.table, to + c);
         }
     }
 }

@@ -12,18 +12,7 @@
 
 namespace {
 
-// Floats of a register, and rows of one pass: all sums stay in registers. Compilers keep no vector in them that is wider.
-#if defined(__AVX512F__)
-constexpr int WIDTH = 16, ROWS = 8;
-#elif defined(__AVX__)
-constexpr int WIDTH = 8, ROWS = 2;
-#else
-constexpr int WIDTH = 4, ROWS = 2;
-#endif
-typedef float Register __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
-constexpr int REGISTERS = LANES / WIDTH;  // of 16 floats
-
+constexpr int ROWS = SUMS >= 16 ? 8 : SUMS >= 4 ? 2 : 1;  // of one pass: all sums stay in registers
 constexpr int COLUMNS = 3, GROUP = LANES * COLUMNS;  // outputs of one pass over the inner dimension
 constexpr int AHEAD = 8192;  // bytes
 
@@ -39,8 +28,8 @@ struct Product {
 // x·sigmoid(2u), u = √(2/π)(x + 0.044715 x³): GPT-2's gelu, its tanh written with exp.
 inline Floats gelu(Floats x) {
     Floats u = (x + x * x * x * 0.044715f) * 1.5957691216057308f;
-    Floats e = exponential(u < 0.0f ? u : -u);
-    return x * (u < 0.0f ? e : Floats{} + 1.0f) / (1.0f + e);
+    Floats e = exponential(pick(u < 0.0f, u, -u));
+    return x * pick(u < 0.0f, e, Floats{} + 1.0f) / (1.0f + e);
 }
 
 // sum + weights·x for 4 bytes of weights a lane, and the values of x at `at` that belong to them.
@@ -72,13 +61,20 @@ void tile(const Product<X, Value, Out>& p, int row, int group, bool ask) {
     for (int i = 0; i < p.inner; i += STEP, from += COLUMNS * LINE_STEP) {
         if (ask)
             for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from) + AHEAD + c * 64);
-        for (int n = 0; n < N; n++)
+        auto step = [&](int n, int c) {
+            sums[n][c] = multiply(sums[n][c], from + c * PART_STEP, x + size_t(n) * p.inner + i);
+        };
+        if (N > PARTS)  // the inner loop's operands are in registers all at once
+            for (int n = 0; n < N; n++)
+                for (int c = 0; c < PARTS; c++) step(n, c);
+        else
             for (int c = 0; c < PARTS; c++)
-                sums[n][c] = multiply(sums[n][c], from + c * PART_STEP, x + size_t(n) * p.inner + i);
+                for (int n = 0; n < N; n++) step(n, c);
     }
     for (int n = 0; n < N; n++)
         for (int c = 0; c < COLUMNS; c++) {
-            Floats sum = load(reinterpret_cast<const float*>(&sums[n][c * REGISTERS]));
+            Floats sum;
+            for (int i = 0; i < REGISTERS; i++) sum.part[i] = sums[n][c * REGISTERS + i];
             if (p.gelu) sum = gelu(sum);
             int at = group * GROUP + c * LANES, count = std::min(LANES, p.outer - at);
             Out* to = p.out + size_t(row + n) * p.outer + at;

@@ -31,8 +31,8 @@ void rotate(Value* x, int count, int row, int heads, int width, const float* tur
 }
 
 inline Floats silu(Floats x) {
-    Floats e = exponential(x < 0.0f ? x : -x);
-    return x * (x < 0.0f ? e : Floats{} + 1.0f) / (1.0f + e);
+    Floats e = exponential(pick(x < 0.0f, x, -x));
+    return x * pick(x < 0.0f, e, Floats{} + 1.0f) / (1.0f + e);
 }
 
 // out [N, inner] = silu of the first half of each row of `wide` [N, 2·inner], times the second.
