@@ -10,9 +10,9 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import psutil
@@ -37,15 +37,39 @@ from backpack_lm.kernels.native_trunk import NativeTrunk
 from backpack_lm.kernels.noise import philox
 from backpack_lm.kernels.plain import PlainKernels
 from backpack_lm.kernels.trunk import CachedTrunk
-from backpack_lm.model import Backpack
+from backpack_lm.model import Backpack, turns_of
 from backpack_lm.overlay import TopicMultipliers
+from backpack_lm.trunks import Rotary
 from torch import nn
+
+
+def _llama(vocabulary: int, width: int, layers: int, heads: int, groups: int, **more: Any) -> BackpackConfig:
+    return BackpackConfig.from_json(
+        {
+            "model_type": "llama",
+            "vocab_size": vocabulary,
+            "max_position_embeddings": 80,
+            "hidden_size": width,
+            "intermediate_size": width + 14,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "tie_word_embeddings": True,
+            "num_senses": 16,
+            **more,
+        }
+    )
+
 
 # Widths that fill whole vectors and widths that don't; a context that is no multiple of 16.
 SHAPES = {
     "of the published kind": BackpackConfig.gpt2(60, 80, 128, n_layer=2, n_head=2, num_senses=16),
     "of our default model's kind": BackpackConfig.gpt2(60, 80, 96, n_layer=2, n_head=3, num_senses=16),
     "odd": BackpackConfig.gpt2(50, 70, 60, n_layer=1, n_head=3, num_senses=5),
+    "llama": _llama(60, 72, 2, 9, 3, num_senses=5),
+    "qwen2, whose sense weights read several states": _llama(
+        60, 64, 2, 4, 2, model_type="qwen2", head_dim=32, sense_head=24, query_layers=[1, 2], key_layers=[0, 1]
+    ),
 }
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -118,18 +142,11 @@ SPANS = (TokenSpan(0, 0, 40, 1), TokenSpan(1, 3, 0, 1), TokenSpan(2, 1, 16, 21),
 
 def test_attention(config: BackpackConfig, dtype: torch.dtype) -> None:
     native, plain = _both(config, dtype)
-    qkv = torch.randn(24, 3 * config.n_embd).to(dtype)
+    qkv = torch.randn(24, config.trunk.layer.qkv_width).to(dtype)
     for layer in range(config.trunk.depth):
         _close(native.attend(qkv, layer, SPANS, 0.2), plain.attend(qkv, layer, SPANS, 0.2), dtype)
     assert torch.equal(native.caches.values, plain.caches.values)
     assert torch.equal(native.caches.keys, plain.caches.keys)
-
-
-@dataclass(frozen=True)
-class Grouped(BackpackConfig):
-    """Until a config says how many heads keys and values have."""
-
-    kv_heads: int = 1
 
 
 @pytest.mark.parametrize(("heads", "groups", "width"), [(9, 3, 16), (4, 4, 20), (14, 2, 64), (10, 1, 8)])
@@ -139,7 +156,7 @@ def test_heads_of_a_group_share_keys_and_values(
 ) -> None:
     """Query head h reads head h // (H / G): as if each had keys and values of its own, which are the same; a token by
     itself to the last bit as in a chunk."""
-    config = Grouped(50, 80, heads * width, n_layer=1, n_head=heads, num_senses=5, kv_heads=groups)
+    config = _llama(50, heads * width, 1, heads, groups, num_senses=5)
     native, apart, plain = (
         make(_filled(config, dtype, page_size)) for make in (NativeKernels, NativeKernels, PlainKernels)
     )
@@ -151,10 +168,14 @@ def test_heads_of_a_group_share_keys_and_values(
             one = apart.attend(qkv[span.token + n][None], 0, [TokenSpan(0, span.slot, span.position + n, 1)], 0.2)
             assert torch.equal(one[0], found[span.token + n])
 
-    single = NativeKernels(_filled(BackpackConfig(50, 80, heads * width, 1, heads, 5), dtype, page_size))
+    single = NativeKernels(
+        _filled(BackpackConfig.gpt2(50, 80, heads * width, 1, heads, num_senses=5), dtype, page_size)
+    )
     caches, each = single.caches, heads // groups
     for slot in range(4):
-        keys, values = (native.caches.read(0, torch.tensor([slot]), 80)[n][0].repeat_interleave(each, 0) for n in (0, 1))
+        keys, values = (
+            native.caches.read(0, torch.tensor([slot]), 80)[n][0].repeat_interleave(each, 0) for n in (0, 1)
+        )
         caches.write(0, slot, 0, keys.permute(2, 0, 1), values.transpose(0, 1))
     q, kv = qkv.view(24, -1, width).split([heads, 2 * groups], 1)
     assert torch.equal(single.attend(torch.cat([q, kv.repeat_interleave(each, 1)], 1).flatten(1), 0, SPANS, 0.2), found)
@@ -164,7 +185,7 @@ def test_heads_of_a_group_share_keys_and_values(
 def test_where_pages_are_changes_no_bit(config: BackpackConfig, dtype: torch.dtype, page_size: int) -> None:
     """Pages of 16 in no order against larger ones, up to one for a whole slot."""
     small, large = (NativeKernels(_filled(config, dtype, size)) for size in (16, page_size))
-    qkv = torch.randn(24, 3 * config.n_embd).to(dtype)
+    qkv = torch.randn(24, config.trunk.layer.qkv_width).to(dtype)
     spans = [TokenSpan(0, 3, 33, 21), TokenSpan(21, 2, 69, 1)]  # of slots that share nothing
     assert torch.equal(small.attend(qkv, 0, spans, 0.2)[:22], large.attend(qkv, 0, spans, 0.2)[:22])
     queries = torch.randn(2, config.num_senses, config.sense_head_width).to(dtype)
@@ -229,6 +250,37 @@ def test_residual_and_norm(config: BackpackConfig, dtype: torch.dtype) -> None:
     _close(values[1], values[3], dtype)
 
 
+def test_root_mean_square_norm(config: BackpackConfig, dtype: torch.dtype) -> None:
+    native, plain = _both(config, dtype)
+    norm = nn.RMSNorm(config.n_embd, 1e-5).requires_grad_(False)
+    norm.weight.normal_()
+    x, delta = torch.randn(9, config.n_embd), torch.randn(9, config.n_embd).to(dtype)
+    found, wanted = (kernels.residual_norm(x.clone(), delta, norm) for kernels in (native, plain))
+    _close(found, wanted, dtype)
+
+
+@pytest.mark.parametrize(("heads", "groups", "width"), [(9, 3, 64), (3, 1, 20), (2, 2, 32)])
+def test_heads_are_turned_in_place(heads: int, groups: int, width: int, dtype: torch.dtype) -> None:
+    native, plain = _both(SHAPES["odd"], dtype)
+    turns = turns_of(Rotary(100_000.0), 80, width)
+    positions, qkv = torch.tensor([0, 79, 13, 13, 40]), torch.randn(5, (heads + 2 * groups) * width).to(dtype)
+    found, wanted = qkv.clone(), qkv.clone()
+    native.rotate(found, positions, turns, heads + groups)
+    plain.rotate(wanted, positions, turns, heads + groups)
+    _close(found, wanted, dtype)
+    values = (heads + groups) * width
+    assert torch.equal(found[:, values:], qkv[:, values:])
+    lengths = (v.float().view(5, -1, width).norm(dim=-1) for v in (found, qkv))
+    _close(*lengths, dtype)
+
+
+@pytest.mark.parametrize("inner", [1536, 50, 16])
+def test_a_gate(inner: int, dtype: torch.dtype) -> None:
+    native, plain = _both(SHAPES["odd"], dtype)
+    wide = (torch.randn(7, 2 * inner) * 4).to(dtype)
+    _close(native.gate(wide), plain.gate(wide), dtype)
+
+
 def test_matrix_products_and_head(config: BackpackConfig, dtype: torch.dtype) -> None:
     native, plain = _both(config, dtype)
     weight, bias = torch.randn(33, config.n_embd), torch.randn(33)
@@ -244,7 +296,7 @@ def test_matrix_products_and_head(config: BackpackConfig, dtype: torch.dtype) ->
 def test_the_same_bits_alone_and_in_any_company(config: BackpackConfig, dtype: torch.dtype) -> None:
     """Row by row, and a prompt token by token, against all at once."""
     together, apart = NativeKernels(_filled(config, dtype)), NativeKernels(_filled(config, dtype))
-    qkv = torch.randn(24, 3 * config.n_embd).to(dtype)
+    qkv = torch.randn(24, config.trunk.layer.qkv_width).to(dtype)
     whole = together.attend(qkv, 0, SPANS, 0.2)
     for span in SPANS:
         for n in range(span.size):
