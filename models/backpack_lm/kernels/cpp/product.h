@@ -25,7 +25,7 @@ typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH), aligned(2), may_ali
 constexpr int REGISTERS = LANES / WIDTH;  // of 16 floats
 
 constexpr int COLUMNS = 3, GROUP = LANES * COLUMNS;  // outputs of one pass over the inner dimension
-constexpr int AHEAD = 8192;  // bytes
+constexpr int AHEAD = 8192, NEAR = 2048;  // bytes, for a whole tile and for fewer rows
 
 template <typename X, typename Value, typename Out>
 struct Product {
@@ -71,7 +71,7 @@ void tile(const Product<X, Value, Out>& p, int row, int group, bool ask) {
     const X* x = p.x + size_t(row) * p.inner;
     for (int i = 0; i < p.inner; i += STEP, from += COLUMNS * LINE_STEP) {
         if (ask)
-            for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from) + AHEAD + c * 64);
+            for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from) + (N < ROWS ? NEAR : AHEAD) + c * 64);
         for (int n = 0; n < N; n++)
             for (int c = 0; c < PARTS; c++)
                 sums[n][c] = multiply(sums[n][c], from + c * PART_STEP, x + size_t(n) * p.inner + i);
