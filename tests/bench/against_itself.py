@@ -49,7 +49,7 @@ def mix(bench: Bench, batch: int, length: int) -> None:
         times[mixed].append(time.perf_counter() - started)
     what = f"a decode step with the sense mix, against without, context {length}, batch {batch}"
     ratios = [a / b for a, b in zip(times[True], times[False], strict=True)]
-    bench.append_tokens(what, times[True], times[False], ratios, "s", "at most 1.12")
+    bench.note(what, times[True], times[False], ratios, "s", "at most 1.12")
 
 
 def int8(bench: Bench) -> None:
