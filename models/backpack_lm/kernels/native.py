@@ -21,6 +21,7 @@ from backpack_lm.kernels.build import NotBuilt, library
 from backpack_lm.kernels.caches import LANES, Caches, DrawParams, MixSpan, StepInput, TokenSpan
 from backpack_lm.kernels.interface import Compute, Linear
 from backpack_lm.kernels.native_trunk import NativeTrunk
+from backpack_lm.kernels.huge_pages import Room
 from backpack_lm.kernels.products import Product, at, name
 from backpack_lm.kernels.topics import describe
 from backpack_lm.kernels.trunk import CachedTrunk, TrunkWeights
@@ -55,10 +56,11 @@ class NativeKernels:
         self._append_targets = structs.AppendTargets(*targets, caches.rows.shape[2], caches.rows.shape[1])
         self._topics: WeakKeyDictionary[TopicMultipliers, bytes] = WeakKeyDictionary()
         self._spans = structs.SpanArray()
+        self._weights = Room()
 
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
         if not self._packs:
-            return Product(self._library, weight, bias, gelu, self._dtype, self._dtype)
+            return Product(self._library, weight, bias, gelu, self._dtype, self._dtype, self._weights)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous(), 32)
         bias = bias.detach().to(self._dtype)
         apply = torch.ops.mkldnn._linear_pointwise.default
@@ -68,7 +70,7 @@ class NativeKernels:
     def head(self, embedding: Tensor) -> Linear:
         none = torch.zeros(len(embedding))
         if not self._packs:
-            return Product(self._library, embedding, none, False, self._dtype, torch.float32)
+            return Product(self._library, embedding, none, False, self._dtype, torch.float32, self._weights)
         linear = self.linear(embedding, none)
         return lambda o: linear(o.to(self._dtype)).float()
 

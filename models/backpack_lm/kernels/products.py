@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backpack_lm.kernels.huge_pages import Room
+
 GROUP = 48
 """Outputs of one pass, as in cpp/product.h."""
 
@@ -23,6 +25,7 @@ class Product:
         gelu: bool,
         dtype: torch.dtype,
         result: torch.dtype,
+        room: Room,
     ) -> None:
         self._compute = getattr(library, f"product_{name(dtype)}_{name(result)}")
         (self._outer, given), step = weight.shape, 4 // dtype.itemsize
@@ -33,7 +36,7 @@ class Product:
         padded, self.bias = torch.zeros(whole, self._inner, dtype=dtype), torch.zeros(whole)
         padded[: self._outer, :given], self.bias[: self._outer] = weight.detach(), bias.detach()
         # [out/48, in/s, 48, s] with s values in 4 bytes
-        self.packed = padded.view(-1, GROUP, self._inner // step, step).transpose(1, 2).contiguous()
+        self.packed = room.copy(padded.view(-1, GROUP, self._inner // step, step).transpose(1, 2))
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self._dtype)

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int ROWS = SUMS >= 16 ? 8 : SUMS >= 4 ? 2 : 1;  // of one pass: all sums stay in registers
 constexpr int COLUMNS = 3, GROUP = LANES * COLUMNS;  // outputs of one pass over the inner dimension
-constexpr int AHEAD = 8192;  // bytes
+constexpr int AHEAD = 8192, NEAR = 2048;  // bytes, for a whole tile and for fewer rows
 
 template <typename X, typename Value, typename Out>
 struct Product {
@@ -60,7 +60,7 @@ void tile(const Product<X, Value, Out>& p, int row, int group, bool ask) {
     const X* x = p.x + size_t(row) * p.inner;
     for (int i = 0; i < p.inner; i += STEP, from += COLUMNS * LINE_STEP) {
         if (ask)
-            for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from) + AHEAD + c * 64);
+            for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from) + (N < ROWS ? NEAR : AHEAD) + c * 64);
         auto step = [&](int n, int c) {
             sums[n][c] = multiply(sums[n][c], from + c * PART_STEP, x + size_t(n) * p.inner + i);
         };
