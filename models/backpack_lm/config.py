@@ -118,6 +118,10 @@ class BackpackConfig:
         """The same with an embedding of so many tokens, all of them real, one of which ends a text."""
         return replace(self, trunk=replace(self.trunk, vocab_size=size), num_tokens=None, eos_token_id=eos_token_id)
 
+    def with_context(self, positions: int) -> BackpackConfig:
+        """The same with texts of at most so many tokens."""
+        return replace(self, trunk=replace(self.trunk, context=positions))
+
     def with_tokens(self, count: int) -> BackpackConfig:
         """The same beside a tokenizer of so many tokens: ids that it hasn't are padding of the embedding.
 

@@ -50,7 +50,7 @@ class Manifest:
     def with_context(self, most: int) -> Manifest:
         """The same model where no text is longer than `most` tokens; 0: as long as it can be."""
         context = min(most or self.config.n_positions, self.config.n_positions)
-        return replace(self, config=replace(self.config, n_positions=context))
+        return replace(self, config=self.config.with_context(context))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -35,12 +35,12 @@ async def test_a_longer_request_gets_the_error_of_the_models_context(tmp_path: P
 
 
 async def test_more_than_the_caches_hold_is_refused_and_what_they_hold_in_turn_is_made(tmp_path: Path) -> None:
-    """Four streams that grow, in memory for two."""
-    async with running(tmp_path, slots=4, cache_tokens=200) as system:
+    """Four streams that grow, in memory for two and a half."""
+    async with running(tmp_path, slots=4, cache_tokens=300) as system:
         key = await system.tenant()
-        error = await _refused(system, key, 200, 58)
+        error = await _refused(system, key, 260, 70)
         assert error.reason == "REQUEST_TOO_LARGE"
-        assert error.message == "200 prompt tokens and 58 new ones; this replica's caches hold 256"
+        assert error.message == "260 prompt tokens and 70 new ones; this replica's caches hold 320"
         how = {"max_tokens": 120, "ignore_end_of_text": True, "temperature": 0}
         texts = [f"The story of the {word} and the" for word in ("king", "ship", "sea", "war")]
         together = await asyncio.gather(*(system.stream(key, text, **how) for text in texts))

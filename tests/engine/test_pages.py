@@ -125,8 +125,9 @@ def test_by_default_each_slot_has_a_thousand_positions_and_one_sequence_a_whole_
 def test_a_beginning_is_in_the_same_pages_for_all_who_use_it(make_engine, model, overlays) -> None:
     """Two whole pages of it, and a copy of what is in the third: four sequences of 41 tokens in 2 + 4 pages."""
     engine: Engine = make_engine(slots=4, cache_tokens=6 * 16, share_prefixes=True, **SMALL_PAGES)
+    three = SamplingParams(max_tokens=3, temperature=0.0)
     requests = [
-        GenerationRequest(name, name, prompt(1, 38) + prompt(n, 3), SamplingParams(max_tokens=3, temperature=0.0), overlay)
+        GenerationRequest(name, name, prompt(1, 38) + prompt(n, 3), three, overlay)
         for n, (name, overlay) in enumerate(list(overlays.items())[:4])
     ]
     for request in requests:
@@ -214,9 +215,7 @@ class PreemptingEngine(RuleBasedStateMachine):
         assert self.engine
         sampling = SamplingParams(max_tokens=new, temperature=1.0 if drawn else 0.0, seed=7, ignore_end_of_text=True)
         name = f"r{len(self.requests)}"
-        request = GenerationRequest(
-            name, tenant, prompt(beginning, length), sampling, self.overlays[release], priority
-        )
+        request = GenerationRequest(name, tenant, prompt(beginning, length), sampling, self.overlays[release], priority)
         try:
             crowded_out = self.engine.add(request)
         except QueueFull:

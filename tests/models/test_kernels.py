@@ -173,9 +173,8 @@ def test_heads_of_a_group_share_keys_and_values(
     )
     caches, each = single.caches, heads // groups
     for slot in range(4):
-        keys, values = (
-            native.caches.read(0, torch.tensor([slot]), 80)[n][0].repeat_interleave(each, 0) for n in (0, 1)
-        )
+        read = native.caches.read(0, torch.tensor([slot]), 80)
+        keys, values = (part[0].repeat_interleave(each, 0) for part in read)
         caches.write(0, slot, 0, keys.permute(2, 0, 1), values.transpose(0, 1))
     q, kv = qkv.view(24, -1, width).split([heads, 2 * groups], 1)
     assert torch.equal(single.attend(torch.cat([q, kv.repeat_interleave(each, 1)], 1).flatten(1), 0, SPANS, 0.2), found)
@@ -397,13 +396,13 @@ def test_a_copied_page_is_the_same_as_far_as_it_is_copied(config: BackpackConfig
     caches = _filled(config, torch.float32, page_size=32)
     donor, page = (int(caches.page_table[slot, 1]) for slot in (2, 3))
     caches.copy_page(donor, page, 21)
-    for slots in (torch.tensor([2, 3]),):
-        for layer in range(config.trunk.depth):
-            keys, values = caches.read(layer, slots, 53)
-            assert torch.equal(keys[0, ..., 32:], keys[1, ..., 32:])
-            assert torch.equal(values[0, :, 32:], values[1, :, 32:])
-        sense_keys = caches.read_sense_keys(slots, 53)
-        assert torch.equal(sense_keys[0, ..., 32:], sense_keys[1, ..., 32:])
+    slots = torch.tensor([2, 3])
+    for layer in range(config.trunk.depth):
+        keys, values = caches.read(layer, slots, 53)
+        assert torch.equal(keys[0, ..., 32:], keys[1, ..., 32:])
+        assert torch.equal(values[0, :, 32:], values[1, :, 32:])
+    sense_keys = caches.read_sense_keys(slots, 53)
+    assert torch.equal(sense_keys[0, ..., 32:], sense_keys[1, ..., 32:])
 
 
 def test_memory_in_huge_pages_is_memory() -> None:

@@ -19,9 +19,9 @@ from backpack_lm.config import BackpackConfig
 from backpack_lm.kernels import structs
 from backpack_lm.kernels.build import NotBuilt, library
 from backpack_lm.kernels.caches import LANES, Caches, DrawParams, MixSpan, StepInput, TokenSpan
+from backpack_lm.kernels.huge_pages import Room
 from backpack_lm.kernels.interface import Compute, Linear
 from backpack_lm.kernels.native_trunk import NativeTrunk
-from backpack_lm.kernels.huge_pages import Room
 from backpack_lm.kernels.products import Product, at, name
 from backpack_lm.kernels.topics import describe
 from backpack_lm.kernels.trunk import CachedTrunk, TrunkWeights

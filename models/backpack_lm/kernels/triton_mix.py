@@ -57,7 +57,8 @@ class Mix:
         weigh[(count, self._senses)](
             queries, c.sense_keys, c.page_table, c.table, c.embedding, c.ids, c.rows, c.annealed_sum, predictions,
             self._scores, self._norms, 1 / math.sqrt(head),
-            self._context, c.page_size, self._senses, head, triton.next_power_of_2(head), self._width, self._whole, LANES,
+            self._context, c.page_size, self._senses, head, triton.next_power_of_2(head),
+            self._width, self._whole, LANES,
         )  # fmt: skip
         mix[(count, self._context // BLOCK)](
             c.table, c.embedding, c.ids, c.rows, c.annealed_sum, predictions, self._scores, self._norms, self._parts,

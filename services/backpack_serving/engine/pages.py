@@ -98,7 +98,8 @@ class PagePool:
         self.copied(sequence)
         for page in reversed(sequence.pages):
             if page.owner is sequence:
-                page.tokens, page.owner = sequence.tokens[page.start : min(page.start + self.size, sequence.computed)], None
+                page.tokens, _ = page.held(self.size)
+                page.owner = None
             self._leave(page)
         sequence.pages = []
 

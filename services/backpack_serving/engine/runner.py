@@ -1,8 +1,8 @@
 """One step of the model over a mixed batch, with caches: the only file that touches device memory.
 
-Linear layers run over all new tokens at once, flattened [N, d]; attention reads of each sequence's pages what is valid. The
-sense mix is a lookup: every position of a slot keeps the k rows of the sense table that are its senses, and a
-release's rows lie behind the table, so a patched sense costs what any sense costs.
+Linear layers run over all new tokens at once, flattened [N, d]; attention reads of each sequence's pages what is
+valid. The sense mix is a lookup: every position of a slot keeps the k rows of the sense table that are its senses, and
+a release's rows lie behind the table, so a patched sense costs what any sense costs.
 """
 
 from __future__ import annotations

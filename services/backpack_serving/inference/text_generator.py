@@ -38,8 +38,8 @@ class TextGenerator:
     async def generate(self, params: wire.GenerationParams, pin: pb.Pin, overlay: Overlay, coalesce: float) -> Parts:
         """The parts of a generation: of each sample the first token at once, then those of `coalesce` seconds.
 
-        Raises Exhausted if the queue is full, PreconditionFailed for a release or a request that is too large, Internal for one
-        that makes the model predict no finite numbers, Unavailable if the engine has stopped.
+        Raises Exhausted if the queue is full, PreconditionFailed for a release or a request that is too large, Internal
+        for a release that makes the model predict no finite numbers, Unavailable if the engine has stopped.
         """
         self._prompts.inc()
         self._read.inc(len(params.prompt))

@@ -235,7 +235,7 @@ class ReplicaMetrics:
                 "Tokens that are still to be read or made for all of them.",
                 lambda: load().tokens_in_flight,
             ),
-            Reading(gauge, f"{name}cache_tokens", "Positions of the pages that sequences use.", lambda: load().cached_tokens),
+            Reading(gauge, f"{name}cache_tokens", "Positions of pages in use.", lambda: load().cached_tokens),
             Reading(gauge, f"{name}cache_capacity_tokens", "Positions of all pages.", lambda: load().cache_capacity),
             Reading(
                 counter,
@@ -255,7 +255,8 @@ class ReplicaMetrics:
 
 
 class _NoEngine:
-    slots = running = queued = tokens_in_flight = cached_tokens = cache_capacity = reused_tokens = prefix_hits = preemptions = 0
+    slots = running = queued = tokens_in_flight = cached_tokens = cache_capacity = 0
+    reused_tokens = prefix_hits = preemptions = 0
 
 
 # ---- values that are read when somebody scrapes
