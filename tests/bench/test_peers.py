@@ -12,7 +12,7 @@ from backpack_lm.config import SMALL, BackpackConfig
 
 from tests.bench.peers import VLLM, LlamaCpp, Peer, transformer
 
-TINY = BackpackConfig.gpt2(vocab_size=512, n_positions=128, n_embd=64, n_layer=2, n_head=2)
+TINY = transformer(BackpackConfig.gpt2(512, 128, 64, n_layer=2, n_head=2))
 TINY_LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],

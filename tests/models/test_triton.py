@@ -17,7 +17,7 @@ from backpack_lm.kernels.build import NotBuilt
 from backpack_lm.kernels.cuda import CudaKernels
 from backpack_lm.kernels.plain import PlainKernels
 
-from tests.models.test_kernels import SPANS, Grouped, _close, _filled, _predictions
+from tests.models.test_kernels import SPANS, _close, _filled, _llama, _predictions
 
 pytest.importorskip("triton", reason="Triton isn't installed; it is for Linux")
 
@@ -73,7 +73,7 @@ def test_attention_of_single_tokens_and_of_chunks(config: BackpackConfig, dtype:
 
 @pytest.mark.parametrize(("heads", "groups", "width"), [(9, 3, 16), (4, 4, 20), (14, 2, 8)])
 def test_heads_of_a_group_share_keys_and_values(heads: int, groups: int, width: int, dtype: torch.dtype) -> None:
-    config = Grouped(50, 80, heads * width, n_layer=1, n_head=heads, num_senses=5, kv_heads=groups)
+    config = _llama(50, heads * width, 1, heads, groups, num_senses=5)
     triton, plain = _both(config, dtype)
     qkv = torch.randn(24, (heads + 2 * groups) * width).to(DEVICE, dtype)
     _close(triton.attend(qkv, 0, SPANS, 0.2), plain.attend(qkv, 0, SPANS, 0.2), dtype)
