@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backpack_lm import processor
 from backpack_lm.config import BackpackConfig
 from backpack_lm.kernels import pages
 from backpack_lm.overlay import TopicMultipliers
@@ -75,7 +76,7 @@ class Caches:
     previous    [S, T] int32       where the same token stood last before, −1 if nowhere
     following   [S, T] int32       where it stands next, 0 if nowhere: a repeated token is mixed in once
     annealed_sum   [S, T, k] float32  a = Σ_i relu(E[x_i]·C(x_j)_l), where a topic is annealed
-    table       [V·k + R, d]       sense vectors; R rows of releases behind the model's own
+    table       [V·k + R, d]       sense vectors, as int8.py stores them; R rows of releases behind the model's own
     embedding   [V, d]             E
 
     Of all these, only `rows` and `annealed_sum` depend on a patch, and they follow from `ids`.
@@ -93,13 +94,24 @@ class Caches:
     embedding: Tensor
 
     @classmethod
-    def empty(cls, config: BackpackConfig, slots: int, table: Tensor, embedding: Tensor) -> Caches:
-        """Caches on the table's device and in its dtype."""
+    def empty(
+        cls,
+        config: BackpackConfig,
+        slots: int,
+        table: Tensor,
+        embedding: Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> Caches:
+        """Caches on the table's device and in its dtype; beside a table of int8, unless `dtype` says otherwise, in
+        bfloat16 where the processor multiplies it, else in float32."""
+        if dtype is None:
+            fast = torch.bfloat16 if processor.multiplies_bfloat16() else torch.float32
+            dtype = fast if table.dtype is torch.int8 else table.dtype
         L, S, H, k = config.n_layer, slots, config.n_head, config.num_senses
         w, dk = config.n_embd // H, config.sense_head_width
         T = -(-config.n_positions // LANES) * LANES
 
-        def zeros(*shape: int, dtype: torch.dtype = table.dtype) -> Tensor:
+        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             if table.device.type == "cpu":
                 return pages.zeros(*shape, dtype=dtype)
             return torch.zeros(shape, dtype=dtype, device=table.device)
@@ -114,8 +126,13 @@ class Caches:
             zeros(S, T, dtype=torch.int32),
             zeros(S, T, k, dtype=torch.float32),
             table,
-            embedding.to(table),
+            embedding.to(table.device, dtype),
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys, values and embedding, and of what goes from one operation to the next."""
+        return self.keys.dtype
 
     def copy_prefix(self, donor: int, slot: int, count: int) -> None:
         """Copy the first `count` positions from a donor slot: keys, values and sense keys, which no patch changes."""

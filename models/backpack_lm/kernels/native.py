@@ -41,12 +41,16 @@ class NativeKernels:
             raise NotBuilt(f"the caches are on {caches.table.device}")
         self._library = library()
         self.caches = caches
-        self._dtype = caches.table.dtype
-        self._packs = self._dtype == torch.bfloat16 and processor.onednn_packs_bfloat16()
+        self._dtype, self._int8 = caches.dtype, caches.table.dtype is torch.int8
+        self._packs = caches.table.dtype is torch.bfloat16 and processor.onednn_packs_bfloat16()
         kind = name(self._dtype)
-        self.name = f"native {kind}"
-        self._attend, self._mix, self._update_annealing, self._residual_norm = (
-            getattr(self._library, f"{what}_{kind}") for what in ("attend", "mix", "update_annealing", "residual_norm")
+        weighted = f"int8_{kind}" if self._int8 else kind
+        self.name = f"native {weighted}"
+        self._attend, self._residual_norm = (
+            getattr(self._library, f"{what}_{kind}") for what in ("attend", "residual_norm")
+        )
+        self._mix, self._update_annealing = (
+            getattr(self._library, f"{what}_{weighted}") for what in ("mix", "update_annealing")
         )
         self._state, self._buffers = self._mixing()
         targets = (at(tensor) for tensor in (caches.ids, caches.rows, caches.previous, caches.following))
@@ -56,7 +60,7 @@ class NativeKernels:
 
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
         if not self._packs:
-            return Product(self._library, weight, bias, gelu, self._dtype, self._dtype)
+            return Product(self._library, weight, bias, gelu, self._dtype, self._dtype, self._int8)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous(), 32)
         bias = bias.detach().to(self._dtype)
         apply = torch.ops.mkldnn._linear_pointwise.default
@@ -66,7 +70,9 @@ class NativeKernels:
     def head(self, embedding: Tensor) -> Linear:
         none = torch.zeros(len(embedding))
         if not self._packs:
-            return Product(self._library, embedding, none, False, self._dtype, torch.float32)
+            # int8 is made of what is given: of float32, it isn't rounded twice.
+            dtype = torch.float32 if self._int8 else self._dtype
+            return Product(self._library, embedding, none, False, dtype, torch.float32, self._int8)
         linear = self.linear(embedding, none)
         return lambda o: linear(o.to(self._dtype)).float()
 
@@ -77,7 +83,7 @@ class NativeKernels:
 
     def has_trunk(self, config: BackpackConfig) -> bool:
         """Whether the library computes a trunk in one call: all products are its own, and no input is padded."""
-        return not self._packs and config.n_embd * self._dtype.itemsize % 4 == 0
+        return not self._packs and (self._int8 or config.n_embd * self._dtype.itemsize % 4 == 0)
 
     def append_tokens(self, new: StepInput, spans: Sequence[TokenSpan]) -> None:
         self._library.append_tokens_int32(
@@ -103,7 +109,7 @@ class NativeKernels:
 
     def mix(self, queries: Tensor, predictions: Sequence[MixSpan]) -> Tensor:
         rows, topics = self._describe(predictions)
-        out = torch.empty(len(predictions), self.caches.table.shape[1])
+        out = torch.empty(len(predictions), self.caches.embedding.shape[1])
         queries = queries.contiguous()
         self._mix(
             self._with(topics), rows.ctypes.data_as(ctypes.c_void_p), len(predictions), at(queries),
@@ -134,7 +140,7 @@ class NativeKernels:
     def _mixing(self) -> tuple[structs.MixState, tuple[Tensor, ...]]:
         """The mix's state without topics, and the buffers that it points to."""
         c = self.caches
-        (slots, context, senses), width = c.rows.shape, c.table.shape[1]
+        (slots, context, senses), width = c.rows.shape, c.embedding.shape[1]
         alpha = torch.empty(slots, context, -(-senses // LANES) * LANES)
         parts = torch.empty(GROUPS, slots, width)
         starts, words = (torch.empty(slots, n, dtype=torch.int32) for n in (GROUPS + 1, 2 * context))

@@ -25,8 +25,8 @@ class NativeTrunk:
     def __init__(self, library: ctypes.CDLL, caches: Caches, weights: TrunkWeights, spans: SpanArray) -> None:
         """`spans` is shared with the kernels, whose other operations read the same spans in the same step."""
         self._weights, self._caches, self._spans = weights, caches, spans
-        self._dtype = caches.table.dtype
-        self._compute = getattr(library, f"trunk_{name(self._dtype)}")
+        self._dtype, kind = caches.dtype, name(caches.dtype)
+        self._compute = getattr(library, f"trunk_int8_{kind}" if caches.table.dtype is torch.int8 else f"trunk_{kind}")
         self.seconds = torch.zeros(len(PARTS), dtype=torch.float64)
         """What each of `PARTS` has taken so far."""
         config, layers = weights.config, weights.layers

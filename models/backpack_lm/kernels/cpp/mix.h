@@ -22,9 +22,22 @@ struct Prediction {  // one prediction: the newest of `length` tokens in a slot
 constexpr float FULLY_ANNEALED = 32.0f;  // scale·a from which sigmoid(6 − scale·a) is lost in 1 − it, in float32
 constexpr int SOON = 4;  // words ahead, whose rows are asked for; their numbers and weights twice as far
 
-template <typename Value>
+// What stands behind the values of a row of the table: of int8, the float32 that they are multiplied by.
+template <typename Cell>
+constexpr size_t SCALE = 0;  // bytes
+template <>
+constexpr size_t SCALE<int8_t> = sizeof(float);
+
+template <typename Cell>
+inline float scale_of(const Cell* row, int width) {
+    float scale = 1.0f;
+    std::memcpy(&scale, row + width, SCALE<Cell>);
+    return scale;
+}
+
+template <typename Value, typename Cell = Value>
 struct Mix {
-    const Value* table;  // [V·k + overlay rows, d]
+    const Cell* table;  // [V·k + overlay rows, d], of int8 with a scale behind each row
     const Value* embedding;  // [V, d]
     const int32_t *rows, *ids;  // [S, T, k], [S, T]
     const int32_t *previous, *following;  // where the same token stands before (−1: nowhere) and next (0), [S, T]
@@ -36,7 +49,8 @@ struct Mix {
 
     int padded() const { return (senses + LANES - 1) / LANES * LANES; }
     const int32_t* rows_of(int slot, int t) const { return rows + (size_t(slot) * context + t) * senses; }
-    const Value* row(int slot, int t, int sense) const { return table + size_t(rows_of(slot, t)[sense]) * width; }
+    const Cell* row(int32_t number) const { return table + number * (width + SCALE<Cell>); }
+    const Cell* row(int slot, int t, int sense) const { return row(rows_of(slot, t)[sense]); }
     const Value* token(int slot, int t) const { return embedding + size_t(ids[size_t(slot) * context + t]) * width; }
     bool first(int slot, int t) const { return previous[size_t(slot) * context + t] < 0; }
     int next(int slot, int t) const { return following[size_t(slot) * context + t]; }
@@ -68,14 +82,15 @@ struct Mix {
 
     // Count tokens [from, to) for a cell, in their order; four at a time share the horizontal sums.
     void add_tokens(const Prediction& r, int t, int sense, int from, int to) const {
-        const Value* vector = row(r.slot, t, sense);
+        const Cell* vector = row(r.slot, t, sense);
+        float scale = scale_of(vector, width);
         float& sum = sums(r.slot, t)[sense];
         for (int i = from; i < to; i += 4) {
             Floats part[4] = {};
             int count = std::min(4, to - i);
             for (int n = 0; n < count; n++) part[n] = products(token(r.slot, i + n), vector, width);
             Floats dots = horizontal(part[0], part[1], part[2], part[3]);
-            for (int n = 0; n < count; n++) sum += std::max(0.0f, dots[4 * n]);
+            for (int n = 0; n < count; n++) sum += std::max(0.0f, dots[4 * n] * scale);
         }
     }
 
@@ -86,7 +101,10 @@ struct Mix {
             int some = std::min(4, count - i);
             for (int n = 0; n < some; n++) part[n] = products(token(r.slot, newest), row(r.slot, t, open[i + n]), width);
             Floats dots = horizontal(part[0], part[1], part[2], part[3]);
-            for (int n = 0; n < some; n++) sums(r.slot, t)[open[i + n]] += std::max(0.0f, dots[4 * n]);
+            for (int n = 0; n < some; n++) {
+                float scale = scale_of(row(r.slot, t, open[i + n]), width);
+                sums(r.slot, t)[open[i + n]] += std::max(0.0f, dots[4 * n] * scale);
+            }
         }
     }
 
@@ -126,16 +144,19 @@ struct Mix {
     }
 
     // out += Σ_l weights[l]·C_l for the rows `own`, in the order of `widen`; `ahead`, if there are any, are asked for.
-    void add(const int32_t* own, const int32_t* ahead, const float* weights, float* out) const {
+    // `weights` are multiplied by the rows' scales.
+    void add(const int32_t* own, const int32_t* ahead, float* weights, float* out) const {
         constexpr int BOTH = 2 * LANES;
+        if (SCALE<Cell>)
+            for (int l = 0; l < senses; l++) weights[l] *= scale_of(row(own[l]), width);
         auto some = [&](int c, auto count) {
             constexpr int M = decltype(count)::value;
             Floats sums[2 * M];
             for (int i = 0; i < 2 * M; i++) sums[i] = load(out + c + i * LANES);
             for (int l = 0; l < senses; l++) {
-                const Value* sense = table + size_t(own[l]) * width + c;
+                const Cell* sense = row(own[l]) + c;
                 if (ahead)
-                    for (int i = 0; i < M * BOTH; i += LINE<Value>) fetch(table + size_t(ahead[l]) * width + c + i);
+                    for (int i = 0; i < M * BOTH; i += LINE<Cell>) fetch(row(ahead[l]) + c + i);
                 for (int i = 0; i < M; i++) {
                     Floats two[2];
                     widen(sense + i * BOTH, two);
@@ -149,7 +170,9 @@ struct Mix {
         for (; c + 2 * BOTH <= width; c += 2 * BOTH) some(c, std::integral_constant<int, 2>{});
         for (; c + BOTH <= width; c += BOTH) some(c, std::integral_constant<int, 1>{});
         for (; c < width; c++)
-            for (int l = 0; l < senses; l++) out[c] = std::fma(to_float(table[size_t(own[l]) * width + c]), weights[l], out[c]);
+            for (int l = 0; l < senses; l++) out[c] = std::fma(to_float(row(own[l])[c]), weights[l], out[c]);
+        if (SCALE<Cell> && ahead)
+            for (int l = 0; l < senses; l++) fetch(row(ahead[l]) + width);
     }
 
     // α of prediction b [T, k]: for each sense, a softmax over its positions.
@@ -204,7 +227,7 @@ struct Mix {
             }
             const Place& place = places[n];
             const Prediction& r = predictions[place.prediction];
-            const float* own = alphas(place);
+            float* own = alphas(place);
             if (r.topics) {
                 int t = place.position, newest = r.length - 1, some = 0;
                 if (r.fresh && t < newest) {
@@ -223,8 +246,8 @@ struct Mix {
     float* part(int b, int group) const { return parts + (size_t(group) * slots + b) * width; }
 };
 
-template <typename Value>
-void mix(const Mix<Value>& m, const Prediction* predictions, int count, const Value* queries, const Value* sense_keys,
+template <typename Value, typename Cell>
+void mix(const Mix<Value, Cell>& m, const Prediction* predictions, int count, const Value* queries, const Value* sense_keys,
          int head_width, float* out) {
 #pragma omp parallel
     {
@@ -255,8 +278,8 @@ void mix(const Mix<Value>& m, const Prediction* predictions, int count, const Va
 }
 
 // Bring `annealed_sum` up to date with the tokens [start, r.length) of a slot.
-template <typename Value>
-void update_annealing(const Mix<Value>& m, const Prediction& r, int start) {
+template <typename Value, typename Cell>
+void update_annealing(const Mix<Value, Cell>& m, const Prediction& r, int start) {
 #pragma omp parallel for schedule(dynamic, 4)
     for (int t = 0; t < r.length; t++)
         if (t >= start && m.first(r.slot, t))

@@ -1,14 +1,22 @@
-// y = x·Wᵀ + b in float32 or bfloat16, with gelu if asked for. Of bfloat16, results may stay float32 where rounding them
-// would hurt.
+// y = x·Wᵀ + b with gelu if asked for; x is float32 or bfloat16, weights are the same or int8. Of bfloat16, results may
+// stay float32 where rounding them would hurt.
 //
 // Processors without AVX512-BF16 don't multiply bfloat16, and Intel's multiply pairs of it at half the rate of float32:
 // there the weights are widened on their way into the registers, and x beforehand, once.
 //
+// Of int8, each 64 inputs share a scale, and x is quantised the same way as it comes in. Products of whole numbers are
+// added up exactly within these 64, by whatever instruction a processor has for it, and only then in float32.
+//
 // Where few rows meet many weights, memory decides: weights lie in the order in which they are read, and are asked for
-// ahead. oneDNN reads them half as fast on the processors that we have measured.
+// ahead. oneDNN reads them half as fast on the processors that we have measured. Where many rows meet them, they are
+// read from the first-level cache: a part of the inner dimension that fits it is multiplied with all rows, and then
+// the next.
 #pragma once
 
 #include "vectors.h"
+#ifdef __ARM_FEATURE_DOTPROD
+#include <arm_neon.h>
+#endif
 
 namespace {
 
@@ -22,15 +30,17 @@ constexpr int WIDTH = 4, ROWS = 2;
 #endif
 typedef float Register __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
-constexpr int REGISTERS = LANES / WIDTH;  // of 16 floats
+typedef int32_t Counts __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 constexpr int COLUMNS = 3, GROUP = LANES * COLUMNS;  // outputs of one pass over the inner dimension
+constexpr int REGISTERS = GROUP / WIDTH;  // registers of them
+constexpr int WAITING = 64;  // rows whose sums wait in the cache
 constexpr int AHEAD = 8192;  // bytes
 
-template <typename X, typename Value, typename Out>
+template <typename X, typename Weight, typename Out>
 struct Product {
     const X* x;            // [count, inner]
-    const Value* weights;  // [outer / 48, inner / s, 3, 16, s] with s values in 4 bytes
+    const Weight* weights;  // [outer / 48, inner / s, 48, s] with s values in 4 bytes; of int8, see `Block`
     const float* bias;  // [outer, rounded up to 48]
     int inner, outer, gelu;
     Out* out;  // [count, outer]
@@ -59,61 +69,223 @@ inline Register multiply(Register sum, const bf16* weights, const float* at) {
     return sum + (Register)(pairs << 16) * at[0] + (Register)(pairs & 0xffff0000u) * at[1];
 }
 
-// N rows by 48 outputs in registers.
-template <int N, typename X, typename Value, typename Out>
-void tile(const Product<X, Value, Out>& p, int row, int group, bool ask) {
-    constexpr int STEP = 4 / sizeof(Value), LINE_STEP = 64 / sizeof(Value);
-    constexpr int PARTS = COLUMNS * REGISTERS, PART_STEP = LINE_STEP / REGISTERS;
-    Register sums[N][PARTS];
-    for (int c = 0; c < PARTS; c++)
-        for (int n = 0; n < N; n++) sums[n][c] = *reinterpret_cast<const Register*>(p.bias + group * GROUP + c * WIDTH);
-    const Value* from = p.weights + size_t(group) * GROUP * p.inner;
-    const X* x = p.x + size_t(row) * p.inner;
-    for (int i = 0; i < p.inner; i += STEP, from += COLUMNS * LINE_STEP) {
-        if (ask)
-            for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from) + AHEAD + c * 64);
+// x and weights of float32 or bfloat16.
+template <typename X, typename Value>
+struct Factors {
+    const X* x;
+    const Value* weights;
+    int inner;
+
+    static constexpr int PART = 24576 / (GROUP * sizeof(Value));  // inputs whose weights fit the first-level cache
+    int parts() const { return (inner + PART - 1) / PART; }
+
+    // Adds N rows by 48 outputs of a part of the inner dimension to sums [N, 48].
+    template <int N>
+    void add(int row, int group, int part, bool ask, float* sums) const {
+        constexpr int STEP = 4 / sizeof(Value);
+        int start = part * PART, end = std::min(start + PART, inner);
+        const Value* from = weights + (size_t(group) * inner + start) * GROUP;
+        const X* at = x + size_t(row) * inner;
+        Register sum[N][REGISTERS];
         for (int n = 0; n < N; n++)
-            for (int c = 0; c < PARTS; c++)
-                sums[n][c] = multiply(sums[n][c], from + c * PART_STEP, x + size_t(n) * p.inner + i);
-    }
-    for (int n = 0; n < N; n++)
-        for (int c = 0; c < COLUMNS; c++) {
-            Floats sum = load(reinterpret_cast<const float*>(&sums[n][c * REGISTERS]));
-            if (p.gelu) sum = gelu(sum);
-            int at = group * GROUP + c * LANES, count = std::min(LANES, p.outer - at);
-            Out* to = p.out + size_t(row + n) * p.outer + at;
-            if (count == LANES)
-                store(to, sum);
-            else
-                for (int l = 0; l < count; l++) store(to + l, sum[l]);
+            for (int c = 0; c < REGISTERS; c++) sum[n][c] = *reinterpret_cast<const Register*>(sums + n * GROUP + c * WIDTH);
+        for (int i = start; i < end; i += STEP, from += GROUP * STEP) {
+            if (ask)
+                for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from) + AHEAD + c * 64);
+            for (int n = 0; n < N; n++)
+                for (int c = 0; c < REGISTERS; c++)
+                    sum[n][c] = multiply(sum[n][c], from + c * WIDTH * STEP, at + size_t(n) * inner + i);
         }
+        for (int n = 0; n < N; n++)
+            for (int c = 0; c < REGISTERS; c++) *reinterpret_cast<Register*>(sums + n * GROUP + c * WIDTH) = sum[n][c];
+    }
+};
+
+constexpr int BLOCK = 64;  // inputs that share a scale
+
+struct Block {  // 48 outputs by 64 inputs
+    float scales[GROUP];
+    uint8_t weights[BLOCK / 4][GROUP][4];  // 128 more than what is multiplied by the scale
+};
+
+// Σ (128 + w)·x for four weights a lane and the four of x that belong to them.
+#if defined(__AVX512VNNI__)
+typedef int8_t Narrow;
+constexpr bool SPLIT = false;
+inline Counts multiply(Counts sum, const uint8_t* weights, const Narrow* at) {
+    int32_t four;
+    std::memcpy(&four, at, 4);
+    return (Counts)_mm512_dpbusd_epi32((__m512i)sum, _mm512_loadu_si512(weights), _mm512_set1_epi32(four));
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+typedef int8_t Narrow;
+constexpr bool SPLIT = false;
+inline Counts multiply(Counts sum, const uint8_t* weights, const Narrow* at) {
+    int32_t four;
+    std::memcpy(&four, at, 4);
+    int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four)), w = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(weights), vdupq_n_u8(128)));
+    return (Counts)vdotq_s32((int32x4_t)sum, w, x);  // of w without the 128, which is in no sum then
+}
+#else
+typedef int16_t Narrow;
+constexpr bool SPLIT = true;  // x in the order 0, 2, 1, 3
+// Σ a·b of the two halves of each lane.
+inline Counts multiply_halves(Bits a, int32_t b) {
+#if defined(__AVX512BW__)
+    return (Counts)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi32(b));
+#elif defined(__AVX2__)
+    return (Counts)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi32(b));
+#elif defined(__SSE2__)
+    return (Counts)_mm_madd_epi16((__m128i)a, _mm_set1_epi32(b));
+#else
+    return (Counts)(a & 0xffffu) * int32_t(int16_t(b)) + (Counts)(a >> 16) * (b >> 16);
+#endif
+}
+inline Counts multiply(Counts sum, const uint8_t* weights, const Narrow* at) {
+    Bits four = *reinterpret_cast<const Bits*>(weights);
+    int32_t even, odd;
+    std::memcpy(&even, at, 4), std::memcpy(&odd, at + 2, 4);
+    return sum + (multiply_halves(four & 0x00ff00ffu, even) + multiply_halves(four >> 8 & 0x00ff00ffu, odd));
+}
+#endif
+
+struct Quantised {  // 64 values of x
+    float scale;
+    int32_t offset;  // what Σ (128 + w)·x has too much
+    Narrow values[BLOCK];
+};
+
+// x as int8, which is x / scale to the nearest even, of a scale that makes the largest one 127. What isn't a number, or
+// infinite, makes the scale so.
+template <typename X>
+void quantise(const X* x, int count, Quantised& to) {
+    typedef Narrow Some __attribute__((vector_size(LANES * sizeof(Narrow)), aligned(sizeof(Narrow)), may_alias));
+    constexpr int VECTORS = BLOCK / LANES;
+    Floats values[VECTORS];
+    Ints peaks{};
+    for (int n = 0; n < VECTORS; n++) {
+        int some = std::min(LANES, count - n * LANES);
+        values[n] = some == LANES ? load(x + n * LANES) : some > 0 ? load_some(x + n * LANES, some) : Floats{};
+        Ints size = (Ints)values[n] & 0x7fffffff;  // as whole numbers they are in the same order, NaN the largest
+        peaks = size > peaks ? size : peaks;
+    }
+    int32_t largest = peaks[0];
+    for (int n = 1; n < LANES; n++) largest = std::max(largest, peaks[n]);
+    float peak, sum = 0;
+    std::memcpy(&peak, &largest, 4);
+    to.scale = peak / 127.0f;
+    float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
+    Floats sums{};
+    for (int n = 0; n < VECTORS; n++) {
+        Floats shifted = values[n] * inverse + 12582912.0f;  // 1.5·2²³: its last bits are the nearest whole number
+        sums += shifted - 12582912.0f;
+        Some narrow = __builtin_convertvector((Ints)shifted << 24 >> 24, Some);
+        if (SPLIT) narrow = __builtin_shufflevector(narrow, narrow, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+        *reinterpret_cast<Some*>(to.values + n * LANES) = narrow;
+    }
+#ifdef __ARM_FEATURE_DOTPROD
+    to.offset = 0;
+#else
+    sum = horizontal(sums);
+    to.offset = sum == sum ? -128 * int32_t(sum) : 0;
+#endif
 }
 
-template <typename X, typename Value, typename Out>
-void multiply_all(const Product<X, Value, Out>& p, int count) {
-    int groups = (p.outer + GROUP - 1) / GROUP;
+// Of x quantised, and weights of int8.
+struct Blocks {
+    const Quantised* x;
+    const Block* weights;
+    int count;
+
+    int parts() const { return count; }
+
+    template <int N>
+    void add(int row, int group, int part, bool ask, float* sums) const {
+        const Block* from = weights + size_t(group) * count + part;
+        const Quantised* at = x + size_t(row) * count + part;
+        Counts sum[N][REGISTERS];
+        for (int n = 0; n < N; n++)
+            for (int c = 0; c < REGISTERS; c++) sum[n][c] = Counts{} + at[size_t(n) * count].offset;
+        for (int i = 0; i < BLOCK / 4; i++) {
+            if (ask)
+                for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from->weights[i]) + AHEAD + c * 64);
+            for (int n = 0; n < N; n++)
+                for (int c = 0; c < REGISTERS; c++)
+                    sum[n][c] = multiply(sum[n][c], from->weights[i][c * WIDTH], at[size_t(n) * count].values + i * 4);
+        }
+        if (ask)
+            for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from + 1) + AHEAD + c * 64);
+        for (int n = 0; n < N; n++)
+            for (int c = 0; c < REGISTERS; c++) {
+                Register scale = *reinterpret_cast<const Register*>(from->scales + c * WIDTH) * at[size_t(n) * count].scale;
+                *reinterpret_cast<Register*>(sums + n * GROUP + c * WIDTH) += __builtin_convertvector(sum[n][c], Register) * scale;
+            }
+    }
+};
+
+template <typename Source, typename Out>
+void multiply_all(const Source& source, const float* bias, int outer, bool with_gelu, Out* out, int count) {
+    int groups = (outer + GROUP - 1) / GROUP;
 #pragma omp parallel for schedule(static)
     for (int group = 0; group < groups; group++) {
-        int row = 0;
-        for (; row + ROWS <= count; row += ROWS) tile<ROWS>(p, row, group, row == 0);
-        if (ROWS > 4 && row + 4 <= count) tile<std::min(ROWS, 4)>(p, row, group, row == 0), row += 4;
-        if (ROWS > 2 && row + 2 <= count) tile<2>(p, row, group, row == 0), row += 2;
-        if (row < count) tile<1>(p, row, group, row == 0);
+        float sums[WAITING][GROUP];
+        for (int first = 0; first < count; first += WAITING) {
+            int rows = std::min(WAITING, count - first);
+            for (int n = 0; n < rows; n++) std::memcpy(sums[n], bias + group * GROUP, sizeof(sums[n]));
+            for (int part = 0; part < source.parts(); part++) {
+                int n = 0;
+                auto some = [&](auto size) {
+                    source.template add<size>(first + n, group, part, first + n == 0, sums[n]);
+                    n += size;
+                };
+                while (n + ROWS <= rows) some(std::integral_constant<int, ROWS>{});
+                if (ROWS > 4 && n + 4 <= rows) some(std::integral_constant<int, std::min(ROWS, 4)>{});
+                if (ROWS > 2 && n + 2 <= rows) some(std::integral_constant<int, 2>{});
+                if (n < rows) some(std::integral_constant<int, 1>{});
+            }
+            for (int n = 0; n < rows; n++)
+                for (int c = 0; c < COLUMNS; c++) {
+                    Floats sum = load(sums[n] + c * LANES);
+                    if (with_gelu) sum = gelu(sum);
+                    int at = group * GROUP + c * LANES, some = std::min(LANES, outer - at);
+                    Out* to = out + size_t(first + n) * outer + at;
+                    if (some == LANES)
+                        store(to, sum);
+                    else
+                        for (int l = 0; l < some; l++) store(to + l, sum[l]);
+                }
+        }
     }
 }
 
 template <typename Out>
-void product(const Product<float, float, Out>& p, int count) { multiply_all(p, count); }
+void product(const Product<float, float, Out>& p, int count) {
+    multiply_all(Factors<float, float>{p.x, p.weights, p.inner}, p.bias, p.outer, p.gelu, p.out, count);
+}
+
 template <typename Out>
 void product(const Product<bf16, bf16, Out>& p, int count) {
 #ifdef __AVX512BF16__
     static const bool narrow = !__builtin_cpu_is("intel");
-    if (narrow) return multiply_all(p, count);
+    if (narrow) return multiply_all(Factors<bf16, bf16>{p.x, p.weights, p.inner}, p.bias, p.outer, p.gelu, p.out, count);
 #endif
     static thread_local std::vector<float> wide;
     wide.resize(size_t(count) * p.inner);
     for (size_t n = 0; n < wide.size(); n++) wide[n] = to_float(p.x[n]);
-    multiply_all(Product<float, bf16, Out>{wide.data(), p.weights, p.bias, p.inner, p.outer, p.gelu, p.out}, count);
+    multiply_all(Factors<float, bf16>{wide.data(), p.weights, p.inner}, p.bias, p.outer, p.gelu, p.out, count);
+}
+
+template <typename X, typename Out>
+void product(const Product<X, Block, Out>& p, int count) {
+    static thread_local std::vector<Quantised> quantised;
+    int blocks = (p.inner + BLOCK - 1) / BLOCK;
+    quantised.resize(size_t(count) * blocks);
+    Quantised* to = quantised.data();
+#pragma omp parallel for schedule(static) if (count > 4)
+    for (int n = 0; n < count; n++)
+        for (int b = 0; b < blocks; b++)
+            quantise(p.x + size_t(n) * p.inner + b * BLOCK, p.inner - b * BLOCK, to[size_t(n) * blocks + b]);
+    multiply_all(Blocks{to, p.weights, blocks}, p.bias, p.outer, p.gelu, p.out, count);
 }
 
 }  // namespace

@@ -9,9 +9,9 @@
 
 namespace {
 
-template <typename Value>
+template <typename Weight>
 struct Matrix {
-    const Value* weights;  // as `Product` reads them
+    const Weight* weights;  // as `Product` reads them
     const float* bias;
 };
 
@@ -19,9 +19,9 @@ struct Norm {
     const float *gain, *bias;
 };
 
-template <typename Value>
+template <typename Value, typename Weight = Value>
 struct Layer {
-    Matrix<Value> qkv, proj, fc, out;
+    Matrix<Weight> qkv, proj, fc, out;
     Norm middle, after;  // the LayerNorms within the block, and behind it
     Value *keys, *values;  // of this layer's caches
     float scale;
@@ -29,10 +29,10 @@ struct Layer {
 
 enum Part { QKV, ATTENTION, PROJ, FC, OUT, NORMS, SENSE_WEIGHTS, PARTS };
 
-template <typename Value>
+template <typename Value, typename Weight = Value>
 struct Trunk {
-    const Layer<Value>* layers;
-    Matrix<Value> sense_weights;
+    const Layer<Value, Weight>* layers;
+    Matrix<Weight> sense_weights;
     Norm first;
     const float *tokens, *positions;  // embeddings
     Value* sense_keys;  // [S, k, T/16, d/k, 16]
@@ -46,8 +46,8 @@ struct NewTokens {  // each token's id, slot and position
 };
 
 // `scratch` [N, 7·d] floats; queries [N, k, d/k].
-template <typename Value>
-void trunk(const Trunk<Value>& t, const NewTokens& in, int count, const Span* spans, int how_many, float* scratch, Value* queries) {
+template <typename Value, typename Weight>
+void trunk(const Trunk<Value, Weight>& t, const NewTokens& in, int count, const Span* spans, int how_many, float* scratch, Value* queries) {
     size_t d = t.width, head = d / t.senses, keyed = head * t.senses;
     float* x = scratch;
     auto* y = reinterpret_cast<Value*>(x + count * d);
@@ -58,8 +58,8 @@ void trunk(const Trunk<Value>& t, const NewTokens& in, int count, const Span* sp
         t.seconds[part] += std::chrono::duration<double>(now - last).count();
         last = now;
     };
-    auto multiply = [&](const Value* from, const Matrix<Value>& by, int inner, int outer, Value* to, Part part) {
-        product(Product<Value, Value, Value>{from, by.weights, by.bias, inner, outer, part == FC, to}, count);
+    auto multiply = [&](const Value* from, const Matrix<Weight>& by, int inner, int outer, Value* to, Part part) {
+        product(Product<Value, Weight, Value>{from, by.weights, by.bias, inner, outer, part == FC, to}, count);
         done(part);
     };
     auto add_and_norm = [&](const Value* more, const Norm& norm) {
@@ -69,7 +69,7 @@ void trunk(const Trunk<Value>& t, const NewTokens& in, int count, const Span* sp
     for (int n = 0; n < count; n++)
         for (size_t c = 0; c < d; c++) x[n * d + c] = t.tokens[in.tokens[n] * d + c] + t.positions[in.positions[n] * d + c];
     add_and_norm(nullptr, t.first);
-    for (const Layer<Value>* layer = t.layers; layer < t.layers + t.count; layer++) {
+    for (const Layer<Value, Weight>* layer = t.layers; layer < t.layers + t.count; layer++) {
         int width = t.width / t.heads;
         multiply(y, layer->qkv, d, 3 * d, wide, QKV);
         attention(Attention<Value>{wide, layer->keys, layer->values, delta, t.heads, width, t.context, layer->scale}, spans, how_many);

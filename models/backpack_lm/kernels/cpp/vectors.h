@@ -1,4 +1,4 @@
-// 16 floats at a time, of float32 or bfloat16 values.
+// 16 floats at a time, of float32, bfloat16 or int8 values.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 #include <memory>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
@@ -19,6 +19,7 @@ constexpr int LANES = 16;
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));  // pairs of bfloat16, too
 
 struct bf16 {
@@ -26,6 +27,7 @@ struct bf16 {
 };
 
 inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
 inline float to_float(bf16 x) {
     uint32_t bits = uint32_t(x.bits) << 16;
     float out;
@@ -49,6 +51,10 @@ inline Floats load(const bf16* from) {
     Words wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16;
     return (Floats)wide;  // the same bits
 }
+inline Floats load(const int8_t* from) {
+    Ints wide = __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Ints);
+    return __builtin_convertvector(wide, Floats);
+}
 inline void store(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
 inline void store(bf16* to, Floats x) {
     Words bits = (Words)x;
@@ -59,6 +65,7 @@ inline void store(bf16* to, Floats x) {
 }
 
 // 32 values as two vectors: of bfloat16 the even ones and the odd ones, which costs half of bringing them into order.
+inline void widen(const int8_t* from, Floats* two) { two[0] = load(from), two[1] = load(from + LANES); }
 inline void widen(const float* from, Floats* two) { two[0] = load(from), two[1] = load(from + LANES); }
 inline void widen(const bf16* from, Floats* two) {
     Words pairs = *reinterpret_cast<const Words*>(from);
@@ -66,6 +73,7 @@ inline void widen(const bf16* from, Floats* two) {
 }
 
 // Brings what was added up in such vectors into order.
+inline void order(const int8_t*, Floats*) {}
 inline void order(const float*, Floats*) {}
 inline void order(const bf16*, Floats* two) {
     Floats even = two[0], odd = two[1];
@@ -166,8 +174,8 @@ inline void transpose(Floats* rows) {
 }
 
 // 16 running sums of the products of a and b.
-template <typename Value>
-inline Floats products(const Value* a, const Value* b, int width) {
+template <typename A, typename B>
+inline Floats products(const A* a, const B* b, int width) {
     Floats sums{};
     int n = 0;
     for (; n + LANES <= width; n += LANES) sums += load(a + n) * load(b + n);
@@ -181,7 +189,6 @@ inline __m512bh pairs(const bf16* from, int count) {
     return (__m512bh)_mm512_maskz_loadu_epi16(some, from);
 }
 
-template <>
 inline Floats products(const bf16* a, const bf16* b, int width) {
     __m512 sums = _mm512_setzero_ps();
     for (int n = 0; n < width; n += 32)
