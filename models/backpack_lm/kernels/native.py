@@ -59,8 +59,10 @@ class NativeKernels:
         self._spans = structs.SpanArray()
 
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
+        if self._int8:
+            return Product.int8(self._library, weight, bias, gelu, self._dtype)
         if not self._packs:
-            return Product(self._library, weight, bias, gelu, self._dtype, self._dtype, self._int8)
+            return Product.of(self._library, weight, bias, gelu, self._dtype, self._dtype)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous(), 32)
         bias = bias.detach().to(self._dtype)
         apply = torch.ops.mkldnn._linear_pointwise.default
@@ -68,11 +70,11 @@ class NativeKernels:
         return lambda x: apply(x, packed, bias, activation, [], variant)
 
     def head(self, embedding: Tensor) -> Linear:
+        if self._int8:
+            return Product.int8_head(self._library, embedding)
         none = torch.zeros(len(embedding))
         if not self._packs:
-            # int8 is made of what is given: of float32, it isn't rounded twice.
-            dtype = torch.float32 if self._int8 else self._dtype
-            return Product(self._library, embedding, none, False, dtype, torch.float32, self._int8)
+            return Product.of(self._library, embedding, none, False, self._dtype, torch.float32)
         linear = self.linear(embedding, none)
         return lambda o: linear(o.to(self._dtype)).float()
 

@@ -42,19 +42,19 @@ class PlainKernels:
 
         return apply
 
-    def _int8_linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
-        """Of whatever x, float32."""
+    def _int8_linear(self, weight: Tensor, bias: Tensor, gelu: bool = False, limit: int = 127) -> Linear:
+        """Of x in any dtype, as whole numbers up to `limit`; float32."""
         weight, bias = round_in_blocks(weight.detach().to(self._device)), bias.detach().to(self._device)
 
         def apply(x: Tensor) -> Tensor:
-            y = F.linear(round_in_blocks(x), weight, bias)
+            y = F.linear(round_in_blocks(x, limit), weight, bias)
             return F.gelu(y, approximate="tanh") if gelu else y
 
         return apply
 
     def head(self, embedding: Tensor) -> Linear:
         if self._int8:
-            return self._int8_linear(embedding, torch.zeros(len(embedding)))
+            return self._int8_linear(embedding, torch.zeros(len(embedding)), limit=32767)
         weight = embedding.detach().to(self.caches.embedding)
         return lambda o: F.linear(o.to(weight.dtype), weight).float()
 

@@ -3,69 +3,93 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backpack_lm.int8 import BLOCK, quantise
+from backpack_lm.int8 import quantise
 
 GROUP = 48
 """Outputs of one pass, as in cpp/product.h."""
 
+_CHUNK = 64 * GROUP
+"""Outputs whose weights are quantised at a time."""
 
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Product:
-    """x [N, in] → x·Wᵀ + b [N, out] by cpp/product.h, for weight [out, in].
+    """x [N, in] → x·Wᵀ + b [N, out] by cpp/product.h: x is read in `dtype`, y written in `result`."""
 
-    x is read in `dtype`, and returned as `result`; weights are in `dtype` too, or int8.
-    """
+    compute: Any
+    packed: Tensor
+    bias: Tensor
+    inner: int
+    outer: int
+    gelu: bool
+    dtype: torch.dtype
+    result: torch.dtype
 
-    def __init__(
-        self,
+    @classmethod
+    def of(
+        cls,
         library: ctypes.CDLL,
         weight: Tensor,
         bias: Tensor,
         gelu: bool,
         dtype: torch.dtype,
         result: torch.dtype,
-        int8: bool = False,
-    ) -> None:
-        kind = f"{name(dtype)}_{name(result)}"
-        self._compute = getattr(library, f"product_int8_{kind}" if int8 else f"product_{kind}")
-        (self._outer, given), step = weight.shape, 1 if int8 else 4 // dtype.itemsize
-        self._inner = -(-given // step) * step
-        self._added = self._inner - given
-        self._gelu, self._dtype, self._result = gelu, dtype, result
-        whole = -(-self._outer // GROUP) * GROUP
-        self.bias = torch.zeros(whole)
-        self.bias[: self._outer] = bias.detach()
-        if int8:
-            self.packed = packed_blocks(weight.detach())
-            return
-        padded = torch.zeros(whole, self._inner, dtype=dtype)
-        padded[: self._outer, :given] = weight.detach()
+    ) -> Product:
+        """For weight [out, in], kept in `dtype`."""
+        compute = getattr(library, f"product_{name(dtype)}_{name(result)}")
+        (outer, given), step = weight.shape, 4 // dtype.itemsize
+        inner = -(-given // step) * step
+        padded = _whole_groups(F.pad(weight.detach().to(dtype), (0, inner - given)))
         # [out/48, in/s, 48, s] with s values in 4 bytes
-        self.packed = padded.view(-1, GROUP, self._inner // step, step).transpose(1, 2).contiguous()
+        packed = padded.view(-1, GROUP, inner // step, step).transpose(1, 2).contiguous()
+        return cls(compute, packed, _padded(bias), inner, outer, gelu, dtype, result)
+
+    @classmethod
+    def int8(cls, library: ctypes.CDLL, weight: Tensor, bias: Tensor, gelu: bool, dtype: torch.dtype) -> Product:
+        """For weight [out, in], kept in int8, from `dtype` to `dtype`."""
+        compute = getattr(library, f"product_int8_{name(dtype)}_{name(dtype)}")
+        return cls(compute, _in_blocks(weight.detach()), _padded(bias), *weight.shape[::-1], gelu, dtype, dtype)
+
+    @classmethod
+    def int8_head(cls, library: ctypes.CDLL, embedding: Tensor) -> Product:
+        """For E [V, d], kept in int8; x is rounded to 16 bits only."""
+        bias, sizes = _padded(torch.zeros(len(embedding))), embedding.shape[::-1]
+        return cls(library.head_int8, _in_blocks(embedding.detach()), bias, *sizes, False, torch.float32, torch.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.to(self._dtype)
-        if self._added:  # inputs that fill up the last 4 bytes
-            x = F.pad(x, (0, self._added))
-        out = torch.empty(len(x), self._outer, dtype=self._result)
-        self._compute(at(x), len(x), at(self.packed), at(self.bias), self._inner, self._outer, self._gelu, at(out))
+        x = x.to(self.dtype)
+        if self.inner > x.shape[1]:  # inputs that fill up the last 4 bytes
+            x = F.pad(x, (0, self.inner - x.shape[1]))
+        out = torch.empty(len(x), self.outer, dtype=self.result)
+        self.compute(at(x), len(x), at(self.packed), at(self.bias), self.inner, self.outer, self.gelu, at(out))
         return out
 
 
-def packed_blocks(weight: Tensor) -> Tensor:
-    """A weight [out, in] as blocks of 48 outputs by 64 inputs [out/48, in/64, 3264] uint8, each the float32 scales of
-    its outputs and then its weights, four of one output beside each other, plus 128."""
-    outer, inner = weight.shape
-    blocks = []
-    for rows in F.pad(weight.float(), (0, -inner % BLOCK, 0, -outer % GROUP)).split(GROUP * 64):
-        small, scales = quantise(rows.view(-1, GROUP, rows.shape[1] // BLOCK, BLOCK))  # [G, 48, B, 64], [G, 48, B]
-        weights = (small.view(torch.uint8) ^ 128).unflatten(-1, (-1, 4)).permute(0, 2, 3, 1, 4)
-        blocks.append(torch.cat([scales.mT.contiguous().view(torch.uint8), weights.flatten(2)], -1))
-    return torch.cat(blocks)
+def _whole_groups(weight: Tensor) -> Tensor:
+    """A weight [out, in] or a bias [out, 1], filled up with zeros to whole groups of outputs."""
+    return F.pad(weight, (0, 0, 0, -len(weight) % GROUP))
+
+
+def _padded(bias: Tensor) -> Tensor:
+    return _whole_groups(bias.detach().float()[:, None])[:, 0].contiguous()
+
+
+def _in_blocks(weight: Tensor) -> Tensor:
+    """A weight [out, in] as blocks of 48 outputs by 64 inputs, [out/48, in/64, 3264] uint8: each is the float32 scales
+    of its outputs and then its weights plus 128, four of one output beside each other."""
+    parts = []
+    for rows in _whole_groups(weight.float()).split(_CHUNK):
+        whole, scales = quantise(rows.unflatten(0, (-1, GROUP)))  # [G, 48, B, 64], [G, 48, B]
+        weights = (whole + 128).to(torch.uint8).unflatten(-1, (-1, 4)).permute(0, 2, 3, 1, 4)
+        parts.append(torch.cat([scales.mT.contiguous().view(torch.uint8), weights.flatten(2)], -1))
+    return torch.cat(parts)
 
 
 def at(tensor: Tensor) -> ctypes.c_void_p:

@@ -41,10 +41,10 @@
         trunk(*state, *in, count, spans, how_many, scratch, queries);                                                \
     }
 
-#define PRODUCT(NAME, Value, Weight, Out)                                                                            \
-    void product_##NAME(const Value* x, int count, const Weight* weights, const float* bias, int inner, int outer,   \
-                        int gelu, Out* out) {                                                                        \
-        product(Product<Value, Weight, Out>{x, weights, bias, inner, outer, gelu, out}, count);                      \
+#define PRODUCT(WHAT, NAME, Value, Weight, Out)                                                                      \
+    void WHAT##_##NAME(const Value* x, int count, const Weight* weights, const float* bias, int inner, int outer,    \
+                       int gelu, Out* out) {                                                                         \
+        WHAT(Product<Value, Weight, Out>{x, weights, bias, inner, outer, gelu, out}, count);                         \
     }
 
 extern "C" {
@@ -60,12 +60,12 @@ WEIGHTED(float32, float, float, float)
 WEIGHTED(bfloat16, bf16, bf16, bf16)
 WEIGHTED(int8_float32, float, Block, int8_t)
 WEIGHTED(int8_bfloat16, bf16, Block, int8_t)
-PRODUCT(float32_float32, float, float, float)
-PRODUCT(bfloat16_bfloat16, bf16, bf16, bf16)
-PRODUCT(bfloat16_float32, bf16, bf16, float)
-PRODUCT(int8_float32_float32, float, Block, float)
-PRODUCT(int8_bfloat16_bfloat16, bf16, Block, bf16)
-PRODUCT(int8_bfloat16_float32, bf16, Block, float)
+PRODUCT(product, float32_float32, float, float, float)
+PRODUCT(product, bfloat16_bfloat16, bf16, bf16, bf16)
+PRODUCT(product, bfloat16_float32, bf16, bf16, float)
+PRODUCT(product, int8_float32_float32, float, Block, float)
+PRODUCT(product, int8_bfloat16_bfloat16, bf16, Block, bf16)
+PRODUCT(head, int8, float, Block, float)
 
 void draw_float32(const float* logits, int count, int vocabulary, const DrawParams* how, int32_t* out) {
 #pragma omp parallel for schedule(dynamic, 1) if (count > 1)

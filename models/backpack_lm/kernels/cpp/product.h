@@ -4,8 +4,9 @@
 // Processors without AVX512-BF16 don't multiply bfloat16, and Intel's multiply pairs of it at half the rate of float32:
 // there the weights are widened on their way into the registers, and x beforehand, once.
 //
-// Of int8, each 64 inputs share a scale, and x is quantised the same way as it comes in. Products of whole numbers are
-// added up exactly within these 64, by whatever instruction a processor has for it, and only then in float32.
+// Of int8, each 64 inputs share a scale, and x is quantised the same way as it comes in: to 8 bits, or for the head, whose
+// errors nothing smooths, to 16. Products of whole numbers are added up exactly within these 64, by whatever instruction
+// a processor has for it, and only then in float32.
 //
 // Where few rows meet many weights, memory decides: weights lie in the order in which they are read, and are asked for
 // ahead. oneDNN reads them half as fast on the processors that we have measured. Where many rows meet them, they are
@@ -101,99 +102,106 @@ struct Factors {
     }
 };
 
-constexpr int BLOCK = 64;  // inputs that share a scale
-
 struct Block {  // 48 outputs by 64 inputs
     float scales[GROUP];
     uint8_t weights[BLOCK / 4][GROUP][4];  // 128 more than what is multiplied by the scale
 };
 
-// Σ (128 + w)·x for four weights a lane and the four of x that belong to them.
+// sum + Σ a·b of the two halves of each lane; of a, they are positive.
+inline Counts multiply_halves(Counts sum, Bits a, int32_t b) {
+#if defined(__AVX512VNNI__)
+    return (Counts)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, _mm512_set1_epi32(b));
+#elif defined(__AVX512BW__)
+    return sum + (Counts)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi32(b));
+#elif defined(__AVX2__)
+    return sum + (Counts)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi32(b));
+#elif defined(__SSE2__)
+    return sum + (Counts)_mm_madd_epi16((__m128i)a, _mm_set1_epi32(b));
+#else
+    return sum + (Counts)(a & 0xffffu) * int32_t(int16_t(b)) + (Counts)(a >> 16) * (b >> 16);
+#endif
+}
+
+// sum + Σ (128 + w)·x for four weights a lane and the four of x that belong to them, in the order 0, 2, 1, 3.
+inline Counts multiply(Counts sum, const uint8_t* weights, const int16_t* at) {
+    Bits four = *reinterpret_cast<const Bits*>(weights);
+    int32_t even, odd;
+    std::memcpy(&even, at, 4), std::memcpy(&odd, at + 2, 4);
+    return multiply_halves(multiply_halves(sum, four & 0x00ff00ffu, even), four >> 8 & 0x00ff00ffu, odd);
+}
+
+// The same of x in its own order, where there is an instruction for it. `Narrow` is what x of 8 bits is kept in.
 #if defined(__AVX512VNNI__)
 typedef int8_t Narrow;
-constexpr bool SPLIT = false;
-inline Counts multiply(Counts sum, const uint8_t* weights, const Narrow* at) {
+inline Counts multiply(Counts sum, const uint8_t* weights, const int8_t* at) {
     int32_t four;
     std::memcpy(&four, at, 4);
     return (Counts)_mm512_dpbusd_epi32((__m512i)sum, _mm512_loadu_si512(weights), _mm512_set1_epi32(four));
 }
 #elif defined(__ARM_FEATURE_DOTPROD)
 typedef int8_t Narrow;
-constexpr bool SPLIT = false;
-inline Counts multiply(Counts sum, const uint8_t* weights, const Narrow* at) {
+inline Counts multiply(Counts sum, const uint8_t* weights, const int8_t* at) {  // Σ w·x: it has a sign on both sides
     int32_t four;
     std::memcpy(&four, at, 4);
-    int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four)), w = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(weights), vdupq_n_u8(128)));
-    return (Counts)vdotq_s32((int32x4_t)sum, w, x);  // of w without the 128, which is in no sum then
+    int8x16_t w = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(weights), vdupq_n_u8(128)));
+    return (Counts)vdotq_s32((int32x4_t)sum, w, vreinterpretq_s8_s32(vdupq_n_s32(four)));
 }
 #else
 typedef int16_t Narrow;
-constexpr bool SPLIT = true;  // x in the order 0, 2, 1, 3
-// Σ a·b of the two halves of each lane.
-inline Counts multiply_halves(Bits a, int32_t b) {
-#if defined(__AVX512BW__)
-    return (Counts)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi32(b));
-#elif defined(__AVX2__)
-    return (Counts)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi32(b));
-#elif defined(__SSE2__)
-    return (Counts)_mm_madd_epi16((__m128i)a, _mm_set1_epi32(b));
-#else
-    return (Counts)(a & 0xffffu) * int32_t(int16_t(b)) + (Counts)(a >> 16) * (b >> 16);
-#endif
-}
-inline Counts multiply(Counts sum, const uint8_t* weights, const Narrow* at) {
-    Bits four = *reinterpret_cast<const Bits*>(weights);
-    int32_t even, odd;
-    std::memcpy(&even, at, 4), std::memcpy(&odd, at + 2, 4);
-    return sum + (multiply_halves(four & 0x00ff00ffu, even) + multiply_halves(four >> 8 & 0x00ff00ffu, odd));
-}
 #endif
 
+// How much Σ (128 + w)·x is greater than Σ w·x, for each one that x sums up to.
+template <typename Small>
+constexpr int EXCESS = 128;
+#ifdef __ARM_FEATURE_DOTPROD
+template <>
+constexpr int EXCESS<int8_t> = 0;
+#endif
+
+template <typename Small>
 struct Quantised {  // 64 values of x
     float scale;
-    int32_t offset;  // what Σ (128 + w)·x has too much
-    Narrow values[BLOCK];
+    int32_t offset;  // minus what a sum has too much
+    Small values[BLOCK];
 };
 
-// x as int8, which is x / scale to the nearest even, of a scale that makes the largest one 127. What isn't a number, or
-// infinite, makes the scale so.
-template <typename X>
-void quantise(const X* x, int count, Quantised& to) {
-    typedef Narrow Some __attribute__((vector_size(LANES * sizeof(Narrow)), aligned(sizeof(Narrow)), may_alias));
+// x as whole numbers: x / scale to the nearest even, of a scale that makes the greatest of them `limit`. Where x has NaN
+// or infinity, so is the scale.
+template <typename X, typename Small>
+void quantise(const X* x, int count, float limit, Quantised<Small>& to) {
+    typedef Small Some __attribute__((vector_size(LANES * sizeof(Small)), aligned(sizeof(Small)), may_alias));
     constexpr int VECTORS = BLOCK / LANES;
     Floats values[VECTORS];
     Ints peaks{};
     for (int n = 0; n < VECTORS; n++) {
         int some = std::min(LANES, count - n * LANES);
         values[n] = some == LANES ? load(x + n * LANES) : some > 0 ? load_some(x + n * LANES, some) : Floats{};
-        Ints size = (Ints)values[n] & 0x7fffffff;  // as whole numbers they are in the same order, NaN the largest
+        Ints size = (Ints)values[n] & 0x7fffffff;  // as whole numbers they are in the same order, NaN the greatest
         peaks = size > peaks ? size : peaks;
     }
-    int32_t largest = peaks[0];
-    for (int n = 1; n < LANES; n++) largest = std::max(largest, peaks[n]);
-    float peak, sum = 0;
-    std::memcpy(&peak, &largest, 4);
-    to.scale = peak / 127.0f;
-    float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
+    int32_t greatest = peaks[0];
+    for (int n = 1; n < LANES; n++) greatest = std::max(greatest, peaks[n]);
+    float peak;
+    std::memcpy(&peak, &greatest, 4);
+    to.scale = peak / limit;
+    float inverse = peak > 1e-30f ? limit / peak : 0.0f;
     Floats sums{};
     for (int n = 0; n < VECTORS; n++) {
-        Floats shifted = values[n] * inverse + 12582912.0f;  // 1.5·2²³: its last bits are the nearest whole number
-        sums += shifted - 12582912.0f;
-        Some narrow = __builtin_convertvector((Ints)shifted << 24 >> 24, Some);
-        if (SPLIT) narrow = __builtin_shufflevector(narrow, narrow, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
-        *reinterpret_cast<Some*>(to.values + n * LANES) = narrow;
+        constexpr float SHIFT = 12582912.0f;  // 1.5·2²³: the last bits of a sum with it are the nearest whole number
+        Floats shifted = values[n] * inverse + SHIFT;
+        sums += shifted - SHIFT;
+        Some small = __builtin_convertvector((Ints)shifted, Some);
+        if (sizeof(Small) == 2) small = __builtin_shufflevector(small, small, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+        *reinterpret_cast<Some*>(to.values + n * LANES) = small;
     }
-#ifdef __ARM_FEATURE_DOTPROD
-    to.offset = 0;
-#else
-    sum = horizontal(sums);
-    to.offset = sum == sum ? -128 * int32_t(sum) : 0;
-#endif
+    float sum = horizontal(sums);
+    to.offset = std::isfinite(sum) ? -EXCESS<Small> * int32_t(sum) : 0;
 }
 
-// Of x quantised, and weights of int8.
+// x quantised and weights of int8.
+template <typename Small>
 struct Blocks {
-    const Quantised* x;
+    const Quantised<Small>* x;
     const Block* weights;
     int count;
 
@@ -202,7 +210,7 @@ struct Blocks {
     template <int N>
     void add(int row, int group, int part, bool ask, float* sums) const {
         const Block* from = weights + size_t(group) * count + part;
-        const Quantised* at = x + size_t(row) * count + part;
+        const Quantised<Small>* at = x + size_t(row) * count + part;
         Counts sum[N][REGISTERS];
         for (int n = 0; n < N; n++)
             for (int c = 0; c < REGISTERS; c++) sum[n][c] = Counts{} + at[size_t(n) * count].offset;
@@ -275,17 +283,23 @@ void product(const Product<bf16, bf16, Out>& p, int count) {
     multiply_all(Factors<float, bf16>{wide.data(), p.weights, p.inner}, p.bias, p.outer, p.gelu, p.out, count);
 }
 
-template <typename X, typename Out>
-void product(const Product<X, Block, Out>& p, int count) {
-    static thread_local std::vector<Quantised> quantised;
+template <typename Small, typename X, typename Out>
+void product_of_blocks(const Product<X, Block, Out>& p, int count, float limit) {
+    static thread_local std::vector<Quantised<Small>> quantised;
     int blocks = (p.inner + BLOCK - 1) / BLOCK;
     quantised.resize(size_t(count) * blocks);
-    Quantised* to = quantised.data();
+    Quantised<Small>* to = quantised.data();
 #pragma omp parallel for schedule(static) if (count > 4)
     for (int n = 0; n < count; n++)
         for (int b = 0; b < blocks; b++)
-            quantise(p.x + size_t(n) * p.inner + b * BLOCK, p.inner - b * BLOCK, to[size_t(n) * blocks + b]);
-    multiply_all(Blocks{to, p.weights, blocks}, p.bias, p.outer, p.gelu, p.out, count);
+            quantise(p.x + size_t(n) * p.inner + b * BLOCK, p.inner - b * BLOCK, limit, to[size_t(n) * blocks + b]);
+    multiply_all(Blocks<Small>{to, p.weights, blocks}, p.bias, p.outer, p.gelu, p.out, count);
 }
+
+template <typename X, typename Out>
+void product(const Product<X, Block, Out>& p, int count) { product_of_blocks<Narrow>(p, count, 127.0f); }
+
+// The head's: x of 16 bits.
+inline void head(const Product<float, Block, float>& p, int count) { product_of_blocks<int16_t>(p, count, 32767.0f); }
 
 }  // namespace

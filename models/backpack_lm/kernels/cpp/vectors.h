@@ -16,6 +16,7 @@
 namespace {
 
 constexpr int LANES = 16;
+constexpr int BLOCK = 64;  // values of int8 that share a scale
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
