@@ -21,20 +21,26 @@
 
 namespace {
 
-// Floats of a register, and rows of one pass: all sums stay in registers. Compilers keep no vector in them that is wider.
+// Floats of a register, rows of one pass, and the sums of a pass, which all stay in registers. Compilers keep no vector in
+// them that is wider. With 12 sums of the 16 registers, 4 rows by 3 registers of outputs load least: 7 for 12 products.
 #if defined(__AVX512F__)
-constexpr int WIDTH = 16, ROWS = 8;
+constexpr int WIDTH = 16, ROWS = 8, SUMS = 24;
 #elif defined(__AVX__)
-constexpr int WIDTH = 8, ROWS = 2;
+constexpr int WIDTH = 8, ROWS = 4, SUMS = 12;
+#elif defined(__aarch64__)
+constexpr int WIDTH = 4, ROWS = 4, SUMS = 24;
 #else
-constexpr int WIDTH = 4, ROWS = 2;
+constexpr int WIDTH = 4, ROWS = 4, SUMS = 12;
 #endif
 typedef float Register __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
+typedef uint16_t Pairs __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
 typedef int32_t Counts __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 constexpr int COLUMNS = 3, GROUP = LANES * COLUMNS;  // outputs of one pass over the inner dimension
-constexpr int REGISTERS = GROUP / WIDTH;  // registers of them
+constexpr int REGISTERS = GROUP / WIDTH;  // of them
+template <int N>
+constexpr int ACROSS = std::min(REGISTERS, SUMS / N);  // registers of outputs in a pass of N rows
 constexpr int WAITING = 64;  // rows whose sums wait in the cache
 constexpr int AHEAD = 8192;  // bytes
 
@@ -87,18 +93,21 @@ struct Factors {
         int start = part * PART, end = std::min(start + PART, inner);
         const Value* from = weights + (size_t(group) * inner + start) * GROUP;
         const X* at = x + size_t(row) * inner;
-        Register sum[N][REGISTERS];
-        for (int n = 0; n < N; n++)
-            for (int c = 0; c < REGISTERS; c++) sum[n][c] = *reinterpret_cast<const Register*>(sums + n * GROUP + c * WIDTH);
-        for (int i = start; i < end; i += STEP, from += GROUP * STEP) {
-            if (ask)
-                for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from) + AHEAD + c * 64);
+        for (int first = 0; first < REGISTERS; first += ACROSS<N>, sums += ACROSS<N> * WIDTH) {
+            const Value* to = from + first * WIDTH * STEP;
+            Register sum[N][ACROSS<N>];
             for (int n = 0; n < N; n++)
-                for (int c = 0; c < REGISTERS; c++)
-                    sum[n][c] = multiply(sum[n][c], from + c * WIDTH * STEP, at + size_t(n) * inner + i);
+                for (int c = 0; c < ACROSS<N>; c++) sum[n][c] = *reinterpret_cast<const Register*>(sums + n * GROUP + c * WIDTH);
+            for (int i = start; i < end; i += STEP, to += GROUP * STEP) {
+                if (ask && first == 0)
+                    for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(to) + AHEAD + c * 64);
+                for (int n = 0; n < N; n++)
+                    for (int c = 0; c < ACROSS<N>; c++)
+                        sum[n][c] = multiply(sum[n][c], to + c * WIDTH * STEP, at + size_t(n) * inner + i);
+            }
+            for (int n = 0; n < N; n++)
+                for (int c = 0; c < ACROSS<N>; c++) *reinterpret_cast<Register*>(sums + n * GROUP + c * WIDTH) = sum[n][c];
         }
-        for (int n = 0; n < N; n++)
-            for (int c = 0; c < REGISTERS; c++) *reinterpret_cast<Register*>(sums + n * GROUP + c * WIDTH) = sum[n][c];
     }
 };
 
@@ -127,7 +136,7 @@ inline Counts multiply(Counts sum, const uint8_t* weights, const int16_t* at) {
     Bits four = *reinterpret_cast<const Bits*>(weights);
     int32_t even, odd;
     std::memcpy(&even, at, 4), std::memcpy(&odd, at + 2, 4);
-    return multiply_halves(multiply_halves(sum, four & 0x00ff00ffu, even), four >> 8 & 0x00ff00ffu, odd);
+    return multiply_halves(multiply_halves(sum, four & 0x00ff00ffu, even), (Bits)((Pairs)four >> 8), odd);
 }
 
 // The same of x in its own order, where there is an instruction for it. `Narrow` is what x of 8 bits is kept in.
@@ -211,23 +220,26 @@ struct Blocks {
     void add(int row, int group, int part, bool ask, float* sums) const {
         const Block* from = weights + size_t(group) * count + part;
         const Quantised<Small>* at = x + size_t(row) * count + part;
-        Counts sum[N][REGISTERS];
-        for (int n = 0; n < N; n++)
-            for (int c = 0; c < REGISTERS; c++) sum[n][c] = Counts{} + at[size_t(n) * count].offset;
-        for (int i = 0; i < BLOCK / 4; i++) {
-            if (ask)
-                for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from->weights[i]) + AHEAD + c * 64);
+        for (int first = 0; first < GROUP; first += ACROSS<N> * WIDTH) {
+            Counts sum[N][ACROSS<N>];
             for (int n = 0; n < N; n++)
-                for (int c = 0; c < REGISTERS; c++)
-                    sum[n][c] = multiply(sum[n][c], from->weights[i][c * WIDTH], at[size_t(n) * count].values + i * 4);
+                for (int c = 0; c < ACROSS<N>; c++) sum[n][c] = Counts{} + at[size_t(n) * count].offset;
+            for (int i = 0; i < BLOCK / 4; i++) {
+                if (ask && first == 0)
+                    for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from->weights[i]) + AHEAD + c * 64);
+                for (int c = 0; c < ACROSS<N>; c++)
+                    for (int n = 0; n < N; n++)
+                        sum[n][c] = multiply(sum[n][c], from->weights[i][first + c * WIDTH], at[size_t(n) * count].values + i * 4);
+            }
+            for (int n = 0; n < N; n++)
+                for (int c = 0; c < ACROSS<N>; c++) {
+                    int output = first + c * WIDTH;
+                    Register scale = *reinterpret_cast<const Register*>(from->scales + output) * at[size_t(n) * count].scale;
+                    *reinterpret_cast<Register*>(sums + n * GROUP + output) += __builtin_convertvector(sum[n][c], Register) * scale;
+                }
         }
         if (ask)
             for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from + 1) + AHEAD + c * 64);
-        for (int n = 0; n < N; n++)
-            for (int c = 0; c < REGISTERS; c++) {
-                Register scale = *reinterpret_cast<const Register*>(from->scales + c * WIDTH) * at[size_t(n) * count].scale;
-                *reinterpret_cast<Register*>(sums + n * GROUP + c * WIDTH) += __builtin_convertvector(sum[n][c], Register) * scale;
-            }
     }
 };
 
