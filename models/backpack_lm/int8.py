@@ -54,7 +54,7 @@ def store(rows: Tensor, dtype: torch.dtype) -> Tensor:
     for part, row in zip(flat.split(_CHUNK), to.split(_CHUNK), strict=True):
         whole, scales = quantise(part)
         row[:, :width] = whole.flatten(1)[:, :width]
-        row[:, width:] = scales.view(-1).view(torch.int8).view(len(row), out.shape[-1] - width)
+        row[:, width:] = scales.flatten().view(torch.int8).view(len(row), out.shape[-1] - width)
     return out
 
 
@@ -64,5 +64,5 @@ def restore(stored: Tensor) -> Tensor:
         return stored.float()
     count = -(-stored.shape[-1] // (BLOCK + _SCALE))
     width = stored.shape[-1] - count * _SCALE
-    scales = stored[..., width:].contiguous().view(torch.float32)  # [..., blocks]
+    scales = stored[..., width:].flatten().clone().view(torch.float32).view(*stored.shape[:-1], count)  # aligned
     return stored[..., :width] * scales.repeat_interleave(BLOCK, -1)[..., :width]

@@ -215,6 +215,19 @@ def test_the_same_bits_alone_and_in_any_company(config: BackpackConfig, dtype: t
         assert torch.equal(head(x[:rows]), logits[:rows])
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_no_finite_logits_come_of_an_output_that_is_no_number(wrong: float, dtype: torch.dtype, int8: bool) -> None:
+    """In int8 it would be a whole number like others."""
+    config = SHAPES["of the published kind"]
+    native, plain = _both(config, dtype, int8)
+    o = torch.randn(3, config.n_embd)
+    o[1, 70] = wrong
+    for kernels in (native, plain):
+        logits = kernels.head(torch.randn(60, config.n_embd))(o)
+        assert not logits[1].isfinite().any()
+        assert bool(logits[[0, 2]].isfinite().all())
+
+
 def test_new_tokens_are_appended_and_linked(config: BackpackConfig) -> None:
     """A text in two parts over another one, as slots are used again."""
     native, plain = _both(config, torch.float32)

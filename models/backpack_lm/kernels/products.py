@@ -55,13 +55,15 @@ class Product:
     def int8(cls, library: ctypes.CDLL, weight: Tensor, bias: Tensor, gelu: bool, dtype: torch.dtype) -> Product:
         """For weight [out, in], kept in int8, from `dtype` to `dtype`."""
         compute = getattr(library, f"product_int8_{name(dtype)}_{name(dtype)}")
-        return cls(compute, _in_blocks(weight.detach()), _padded(bias), *weight.shape[::-1], gelu, dtype, dtype)
+        outer, inner = weight.shape
+        return cls(compute, _in_blocks(weight.detach()), _padded(bias), inner, outer, gelu, dtype, dtype)
 
     @classmethod
     def int8_head(cls, library: ctypes.CDLL, embedding: Tensor) -> Product:
         """For E [V, d], kept in int8; x is rounded to 16 bits only."""
-        bias, sizes = _padded(torch.zeros(len(embedding))), embedding.shape[::-1]
-        return cls(library.head_int8, _in_blocks(embedding.detach()), bias, *sizes, False, torch.float32, torch.float32)
+        (outer, inner), weights = embedding.shape, _in_blocks(embedding.detach())
+        bias, dtype = _padded(torch.zeros(outer)), torch.float32
+        return cls(library.head_int8, weights, bias, inner, outer, False, dtype, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)

@@ -40,8 +40,8 @@ class Runner:
     """The tensors of one replica.
 
     `table` [V·k + R, d] holds the model's sense vectors, as int8.py stores them, and has room for R rows of releases
-    behind them; its device and dtype are those of the computation, wherever the model is. On a CUDA device decode steps are
-    captured graphs; `record` is for tests without one.
+    behind them; its device and dtype are those of the computation, wherever the model is. On a CUDA device decode
+    steps are captured graphs; `record` is for tests without one.
     """
 
     def __init__(
