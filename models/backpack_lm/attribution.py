@@ -110,12 +110,12 @@ def read_senses(
 ) -> list[SenseReading]:
     """Every sense of a token as it stands under an overlay (paper, section 5 and table 2)."""
     ids = torch.tensor([token])
-    vectors = overlay.replace(ids, table.rows[ids].float())[0]  # [k, d]
+    vectors = overlay.replace(ids, table.vectors(ids))[0]  # [k, d]
     edited = (overlay.row_index(ids)[0] >= 0).tolist()
     scores = vectors @ model.embedding[: model.config.tokens].t()  # [k, V]
     high, low = scores.topk(limit), scores.topk(limit, largest=False)
     norms = vectors.norm(dim=-1).tolist()
-    near = _nearest(table.rows[: model.config.tokens], vectors, token, neighbours)
+    near = _nearest(table, model.config.tokens, vectors, token, neighbours)
     return [
         SenseReading(
             norms[sense],
@@ -128,11 +128,12 @@ def read_senses(
     ]
 
 
-def _nearest(rows: Tensor, vectors: Tensor, token: int, count: int) -> torch.return_types.topk:
-    """For each sense the `count` tokens, but not `token`, whose vectors [V, k, d] lie nearest to `vectors`."""
+def _nearest(table: SenseTable, tokens: int, vectors: Tensor, token: int, count: int) -> torch.return_types.topk:
+    """For each sense the `count` of so many tokens, but not `token`, whose vectors lie nearest to `vectors` [k, d]."""
     if count == 0:
         return vectors[:, :0].topk(0)
-    parts = [torch.cosine_similarity(part, vectors, dim=-1) for part in rows.split(4096)]
+    slices = (slice(at, min(at + 4096, tokens)) for at in range(0, tokens, 4096))
+    parts = [torch.cosine_similarity(table.vectors(part), vectors, dim=-1) for part in slices]
     cosines = torch.cat(parts)  # [V, k]
     cosines[token] = float("-inf")
     return cosines.t().topk(count)

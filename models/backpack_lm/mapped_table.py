@@ -18,6 +18,7 @@ from torch import Tensor
 
 from backpack_lm.cache import cached_name, folder
 from backpack_lm.denominators import Progress
+from backpack_lm.int8 import store, stored_width
 from backpack_lm.model import Backpack
 
 CHUNK = 1024
@@ -35,7 +36,7 @@ def prepare(model: Backpack, fingerprint: str, dtype: torch.dtype, progress: Pro
     """
     ids, there = torch.arange(model.config.vocab_size), folder("tables")
     start = cached_name(fingerprint, dtype)
-    size = _table_rows(model) * model.config.n_embd * dtype.itemsize
+    size = _table_rows(model) * stored_width(model.config.n_embd, dtype) * dtype.itemsize
     for path in there.glob(f"{start}*"):
         with suppress(FileNotFoundError):  # another replica removes it, too
             if path.suffix[1:] == _file_digest(path, size):
@@ -46,7 +47,7 @@ def prepare(model: Backpack, fingerprint: str, dtype: torch.dtype, progress: Pro
         try:
             fcntl.flock(scratch, fcntl.LOCK_EX)
             for at in range(0, len(ids), CHUNK):
-                senses = model.compute_senses(ids[at : at + CHUNK]).to(dtype)
+                senses = store(model.compute_senses(ids[at : at + CHUNK]), dtype)
                 scratch.write(senses.contiguous().view(torch.uint8).numpy().data)
                 progress(min(at + CHUNK, len(ids)), len(ids))
             scratch.flush()
@@ -81,8 +82,9 @@ def _table_rows(model: Backpack) -> int:
 
 
 def mapped(path: Path, model: Backpack, dtype: torch.dtype, room: int) -> Tensor:
-    """The table in a file of `prepare`, [V·k + room, d], with `room` rows of zeros behind the model's own."""
-    shape = (_table_rows(model) + room, model.config.n_embd)
+    """The table in a file of `prepare`, [V·k + room, d] (of int8 with each row's scale, int8.py), with `room` rows of
+    zeros behind the model's own."""
+    shape = (_table_rows(model) + room, stored_width(model.config.n_embd, dtype))
     if path.stat().st_size < (whole := math.prod(shape) * dtype.itemsize):
         with path.open("r+b") as file:
             # A hole takes no space on disk. Not truncated to this length: a replica with more room may have mapped

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from backpack_lm.denominators import Progress, compute
+from backpack_lm.int8 import restore, store
 from backpack_lm.patch import (
     TOPIC_QUANTILES,
     AddEdit,
@@ -37,6 +38,7 @@ from backpack_lm.patch import (
 class SenseTable:
     """Every sense vector of a model: rows [V, k, d], beside the embedding E [V, d] that scores them.
 
+    `rows` are as the table stores them, of int8 with each row's scale (int8.py); `vectors` reads them of any dtype.
     `unscored` [V] marks ids that no topic may touch: end of text and the padding of the vocabulary.
     """
 
@@ -46,6 +48,14 @@ class SenseTable:
         self.kept_as: str | None = None
         """What its denominators are called in the host's cache, if they may be kept there."""
         self._measuring = Lock()
+
+    def vectors(self, *index: Tensor | slice) -> Tensor:
+        """The sense vectors of tokens, or of tokens and senses, [..., d] float32."""
+        return restore(self.rows[index])
+
+    def as_stored(self, vectors: Tensor) -> Tensor:
+        """What is read of vectors [..., d] float32 that are written into a table of this dtype."""
+        return restore(store(vectors, self.rows.dtype))
 
     @cached_property
     def peaks(self) -> Tensor:
@@ -65,7 +75,7 @@ class SenseTable:
         with self._measuring:
             if not self.measured:
                 self.__dict__["peaks"] = compute(
-                    lambda part: self.rows[part], self.rows.shape[:2], self.embedding, self.kept_as, progress
+                    self.vectors, self.rows.shape[:2], self.embedding, self.kept_as, progress
                 )
             found: Tensor = self.__dict__["peaks"]
             return found
@@ -73,15 +83,16 @@ class SenseTable:
     def topic_scores(self, tokens: tuple[int, ...]) -> Tensor:
         """(E C)·b / max_y (E C)_y of every cell, [V, k], with b the many-hot vector of `tokens`."""
         many_hot = self.embedding[torch.tensor(tokens).unique()].sum(0)
-        scores = torch.cat([part.float() @ many_hot for part in self.rows.split(4096)]) / self.peaks
+        parts = (slice(at, at + 4096) for at in range(0, len(self.rows), 4096))
+        scores = torch.cat([self.vectors(part) @ many_hot for part in parts]) / self.peaks
         return scores.nan_to_num(0.0).masked_fill(self.unscored[:, None], 0.0)
 
     def with_room(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A copy as the engine gathers from it, [V·k + rows, d]: releases' rows go behind the model's own."""
-        flat = self.rows.flatten(0, 1)
-        out = torch.zeros(len(flat) + rows, flat.shape[1], dtype=dtype or flat.dtype)
-        out[: len(flat)] = flat
-        return out
+        """A copy as the engine gathers from it, [V·k + rows, d]: releases' rows go behind the model's own. In another
+        dtype if one is given and this table isn't int8."""
+        dtype, flat = dtype or self.rows.dtype, self.rows.flatten(0, 1)
+        stored = flat if dtype is flat.dtype else store(flat, dtype)
+        return torch.cat([stored, stored.new_zeros(rows, stored.shape[1])])
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,14 +158,15 @@ class Overlay:
     def compile(cls, release: ReleaseContent, table: SenseTable) -> Overlay:
         """Apply a release's edits in order, each to what the one before it left.
 
-        Raises PatchError if a vector that comes out can't be stored in the table's dtype.
+        The rows that come out are as the table stores them, so what is explained and scored is what is served. Raises
+        PatchError if one can't be stored in the table's dtype.
         """
         edits = [edit for edit in release.edits if not isinstance(edit, TopicEdit)]
         vectors = _Vectors((cell for edit in edits for cell in edit.cells), table)
         for edit in edits:
             vectors.apply(edit)
-        # NaN compares with nothing.
-        wrong = ~(vectors.rows.abs() <= torch.finfo(table.rows.dtype).max).all(1)
+        rows = table.as_stored(vectors.rows)
+        wrong = ~rows.isfinite().all(1)
         if bool(wrong.any()):
             cell = list(vectors.places)[int(wrong.int().argmax())]
             raise PatchError(
@@ -165,7 +177,7 @@ class Overlay:
                 )
             )
         topics = tuple(TopicMultipliers.of(e, table) for e in release.edits if isinstance(e, TopicEdit))
-        return cls(release.digest, vectors.places, vectors.rows, topics, table.rows.shape[1])
+        return cls(release.digest, vectors.places, rows, topics, table.rows.shape[1])
 
     @property
     def empty(self) -> bool:
@@ -218,7 +230,7 @@ class _Vectors:
     def __init__(self, cells: Iterable[Cell], table: SenseTable) -> None:
         self._table = table
         self.places = {cell: row for row, cell in enumerate(dict.fromkeys(cells))}
-        self.rows = table.rows[_cell_indices(self.places)].float()
+        self.rows = table.vectors(*_cell_indices(self.places))
 
     def apply(self, edit: Edit) -> None:
         """All of an edit's cells at once: they are read before any is written, and one that it names twice is
@@ -246,7 +258,7 @@ class _Vectors:
 
     def _now(self, cells: Sequence[Cell]) -> Tensor:
         """Cells as the edits so far have left them, changed or not [m, d]."""
-        out = self._table.rows[_cell_indices(cells)].float()
+        out = self._table.vectors(*_cell_indices(cells))
         changed = {n: row for n, cell in enumerate(cells) if (row := self.places.get(cell)) is not None}
         out[list(changed)] = self.rows[list(changed.values())]
         return out

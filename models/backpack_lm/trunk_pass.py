@@ -28,7 +28,7 @@ class TrunkPass:
     def __init__(self, model: Backpack, table: SenseTable, ids: Tensor, start: int = 0) -> None:
         self.ids, self.start = ids, start
         self.alpha = model.sense_weights(ids[None])[0, :, start:].permute(1, 2, 0).contiguous()
-        self.senses = table.rows[ids].float()
+        self.senses = table.vectors(ids)
         self._embedded = model.embedding.detach()[ids].float()  # [T, d]
 
     @property

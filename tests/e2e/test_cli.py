@@ -391,7 +391,7 @@ def test_a_bad_patch_file_is_one_line_and_makes_no_patch(backpack: Any, tmp_path
         (("tenant", "key", "harbour", "--role", "king"), "'author', 'releaser', 'caller'"),
         (("patch", "revise", "p", "/nowhere.json"), "does not exist"),
         (("release", "rollback", "--wait", "some"), "'none', 'quorum', 'all'"),
-        (("model", "prepare", "--precision", "half"), "'float32', 'bfloat16'"),
+        (("model", "prepare", "--precision", "half"), "'float32', 'bfloat16', 'int8'"),
     ],
 )
 def test_wrong_use_names_the_value_and_the_fix(backpack: Any, words: tuple[str, ...], says: str) -> None:

@@ -18,7 +18,7 @@ from backpack_serving.sampling import SamplingParams
 from tests.engine.conftest import K, V
 from tests.engine.test_oracle import GREEDY, prompt, run
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def engine_in(

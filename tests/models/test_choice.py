@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from backpack_lm import processor
 from backpack_lm.config import BackpackConfig
+from backpack_lm.int8 import store
 from backpack_lm.kernels import Caches, Device, Precision, choose, native
 from backpack_lm.kernels.native import NativeKernels, NotBuilt
 from backpack_lm.kernels.plain import PlainKernels
@@ -52,3 +54,17 @@ def test_a_cpu_gets_the_compiled_kernels_or_without_a_compiler_the_plain_ones(
 
     monkeypatch.setattr(native, "library", fails)
     assert type(choose(caches)) is PlainKernels
+
+
+def test_int8_is_for_a_cpu_only() -> None:
+    assert Precision.INT8.dtype() is torch.int8
+    with pytest.raises(ValueError, match="computed on a CPU only; use bfloat16, or device cpu"):
+        Precision.INT8.dtype("cuda")
+
+
+@pytest.mark.parametrize(("narrow", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_beside_int8_caches_are_what_auto_is(narrow: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: narrow)
+    config = BackpackConfig(11, 8, 16, n_layer=1, n_head=2, num_senses=2)
+    caches = Caches.empty(config, 1, store(torch.zeros(22, 16), torch.int8), torch.zeros(11, 16))
+    assert caches.dtype is caches.values.dtype is caches.sense_keys.dtype is caches.embedding.dtype is dtype

@@ -20,6 +20,7 @@ import pytest
 import torch
 from backpack_lm import processor
 from backpack_lm.config import BackpackConfig
+from backpack_lm.int8 import store
 from backpack_lm.kernels import (
     Caches,
     DrawParams,
@@ -84,13 +85,19 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-def _filled(config: BackpackConfig, dtype: torch.dtype, page_size: int = 16) -> Caches:
+@pytest.fixture(params=[False, True], ids=["whole", "int8"])
+def int8(request: pytest.FixtureRequest) -> bool:
+    """Whether weights and sense vectors are."""
+    return request.param
+
+
+def _filled(config: BackpackConfig, dtype: torch.dtype, page_size: int = 16, *, int8: bool = False) -> Caches:
     """Caches in which each of four slots holds random tokens with random keys, values and annealing. Their pages lie in
     no order; of 16, the first two slots share the first one."""
     torch.manual_seed(3)
     V, k, d = config.vocab_size, config.num_senses, config.n_embd
-    table, embedding = (torch.randn(V * k + 7, d) * 0.3).to(dtype), torch.randn(V, d) * 0.3
-    caches = Caches.empty(config, 4, table, embedding, page_size=page_size)
+    table, embedding = store(torch.randn(V * k + 7, d) * 0.3, torch.int8 if int8 else dtype), torch.randn(V, d) * 0.3
+    caches = Caches.empty(config, 4, table, embedding, dtype, page_size=page_size)
     caches.page_table.copy_(torch.tensor(Random(page_size).sample(range(caches.pages), caches.pages)).view(4, -1))
     if page_size == 16:
         caches.page_table[1, 0] = caches.page_table[0, 0]
@@ -114,8 +121,8 @@ def _filled(config: BackpackConfig, dtype: torch.dtype, page_size: int = 16) -> 
     return caches
 
 
-def _both(config: BackpackConfig, dtype: torch.dtype) -> tuple[NativeKernels, PlainKernels]:
-    return NativeKernels(_filled(config, dtype)), PlainKernels(_filled(config, dtype))
+def _both(config: BackpackConfig, dtype: torch.dtype, int8: bool = False) -> tuple[NativeKernels, PlainKernels]:
+    return NativeKernels(_filled(config, dtype, int8=int8)), PlainKernels(_filled(config, dtype, int8=int8))
 
 
 def _topics(config: BackpackConfig) -> tuple[TopicMultipliers, ...]:
@@ -212,8 +219,8 @@ def _counted(config: BackpackConfig, *kernels: Kernels) -> list[MixSpan]:
     return predictions
 
 
-def test_the_mix_and_annealing(config: BackpackConfig, dtype: torch.dtype) -> None:
-    native, plain = _both(config, dtype)
+def test_the_mix_and_annealing(config: BackpackConfig, dtype: torch.dtype, int8: bool) -> None:
+    native, plain = _both(config, dtype, int8)
     queries = torch.randn(4, config.num_senses, config.sense_head_width).to(dtype)
     predictions = _counted(config, native, plain)
     for _ in range(3):  # the second and third time on what the one before has left behind
@@ -221,9 +228,9 @@ def test_the_mix_and_annealing(config: BackpackConfig, dtype: torch.dtype) -> No
         predictions = [p._replace(length=p.length + 1, fresh=True) for p in predictions]
 
 
-def test_counting_a_chunk_for_annealing(config: BackpackConfig, dtype: torch.dtype) -> None:
+def test_counting_a_chunk_for_annealing(config: BackpackConfig, dtype: torch.dtype, int8: bool) -> None:
     """Cells whose multiplier can no longer change are left uncounted, so multipliers are compared."""
-    native, plain = _both(config, dtype)
+    native, plain = _both(config, dtype, int8)
     for start, length in ((0, 20), (20, 60)):
         prediction = MixSpan(1, length, False, _topics(config))
         for kernels in (native, plain):
@@ -280,10 +287,11 @@ def test_a_gate(inner: int, dtype: torch.dtype) -> None:
     _close(native.gate(wide), plain.gate(wide), dtype)
 
 
-def test_matrix_products_and_head(config: BackpackConfig, dtype: torch.dtype) -> None:
-    native, plain = _both(config, dtype)
-    weight, bias = torch.randn(33, config.n_embd), torch.randn(33)
+def test_matrix_products_and_head(config: BackpackConfig, dtype: torch.dtype, int8: bool) -> None:
+    native, plain = _both(config, dtype, int8)
+    weight, bias = torch.randn(133, config.n_embd), torch.randn(133)
     x = torch.randn(11, config.n_embd)
+    x[3] = 0.0
     for gelu in (False, True):
         _close(native.linear(weight, bias, gelu)(x.to(dtype)), plain.linear(weight, bias, gelu)(x.to(dtype)), dtype)
     for rows in (1, 5, 8, 11):
@@ -292,9 +300,9 @@ def test_matrix_products_and_head(config: BackpackConfig, dtype: torch.dtype) ->
         _close(logits, plain.head(weight)(x[:rows]), dtype)
 
 
-def test_the_same_bits_alone_and_in_any_company(config: BackpackConfig, dtype: torch.dtype) -> None:
+def test_the_same_bits_alone_and_in_any_company(config: BackpackConfig, dtype: torch.dtype, int8: bool) -> None:
     """Row by row, and a prompt token by token, against all at once."""
-    together, apart = NativeKernels(_filled(config, dtype)), NativeKernels(_filled(config, dtype))
+    together, apart = (NativeKernels(_filled(config, dtype, int8=int8)) for _ in range(2))
     qkv = torch.randn(24, config.trunk.layer.qkv_width).to(dtype)
     whole = together.attend(qkv, 0, SPANS, 0.2)
     for span in SPANS:
@@ -306,12 +314,25 @@ def test_the_same_bits_alone_and_in_any_company(config: BackpackConfig, dtype: t
     mixed = together.mix(queries, predictions)
     for n, prediction in enumerate(predictions):
         assert torch.equal(apart.mix(queries[n : n + 1], [prediction])[0], mixed[n])
-    weight, bias, x = torch.randn(33, config.n_embd), torch.randn(33), torch.randn(40, config.n_embd)
+    weight, bias, x = torch.randn(33, config.n_embd), torch.randn(33), torch.randn(90, config.n_embd)
     linear, head = together.linear(weight, bias, gelu=True), together.head(weight)
     products, logits = linear(x.to(dtype)), head(x)
-    for rows in (1, 2, 7, 33):
+    for rows in (1, 2, 7, 33, 71):
         assert torch.equal(linear(x[:rows].to(dtype)), products[:rows])
         assert torch.equal(head(x[:rows]), logits[:rows])
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_no_finite_logits_come_of_an_output_that_is_no_number(wrong: float, dtype: torch.dtype, int8: bool) -> None:
+    """In int8 it would be a whole number like others."""
+    config = SHAPES["of the published kind"]
+    native, plain = _both(config, dtype, int8)
+    o = torch.randn(3, config.n_embd)
+    o[1, 70] = wrong
+    for kernels in (native, plain):
+        logits = kernels.head(torch.randn(60, config.n_embd))(o)
+        assert not logits[1].isfinite().any()
+        assert bool(logits[[0, 2]].isfinite().all())
 
 
 def test_new_tokens_are_appended_and_linked(config: BackpackConfig) -> None:
@@ -334,13 +355,13 @@ def test_new_tokens_are_appended_and_linked(config: BackpackConfig) -> None:
 
 
 def test_the_trunk_in_one_call_is_its_operations(
-    config: BackpackConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    config: BackpackConfig, dtype: torch.dtype, int8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the last bit, whatever it computes and caches; on a processor with AMX with the library's products too."""
     monkeypatch.setattr(processor, "onednn_packs_bfloat16", lambda: False)
     torch.manual_seed(4)
     model = Backpack(config).eval().requires_grad_(False)
-    one, other = NativeKernels(_filled(config, dtype)), NativeKernels(_filled(config, dtype))
+    one, other = NativeKernels(_filled(config, dtype, int8=int8)), NativeKernels(_filled(config, dtype, int8=int8))
     whole, steps = one.trunk(model), CachedTrunk(other, model)
     assert isinstance(whole, NativeTrunk)
     slots = torch.tensor([span.slot for span in SPANS for _ in range(span.size)])
@@ -355,15 +376,16 @@ def test_the_trunk_in_one_call_is_its_operations(
 
 @pytest.mark.parametrize("width", [16, 15])
 def test_a_model_of_odd_width_has_no_whole_trunk_in_bfloat16_and_one_of_even_width_has(
-    width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    width: int, dtype: torch.dtype, int8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library reads pairs of bfloat16; a product of another number of inputs is filled up."""
+    """The library reads pairs of bfloat16; a product of another number of inputs is filled up. Of int8, inputs are
+    filled up as they are quantised."""
     monkeypatch.setattr(processor, "onednn_packs_bfloat16", lambda: False)
     config = BackpackConfig.gpt2(11, 16, width, n_layer=1, n_head=1, num_senses=3)
-    model, kernels = Backpack(config).eval().requires_grad_(False), NativeKernels(_filled(config, dtype))
-    assert isinstance(kernels.trunk(model), NativeTrunk) is (dtype is torch.float32 or width == 16)
+    model, kernels = Backpack(config).eval().requires_grad_(False), NativeKernels(_filled(config, dtype, int8=int8))
+    assert isinstance(kernels.trunk(model), NativeTrunk) is (dtype is torch.float32 or width == 16 or int8)
     x, weight, bias = torch.randn(5, width), torch.randn(7, width), torch.randn(7)
-    plain = PlainKernels(_filled(config, dtype))
+    plain = PlainKernels(_filled(config, dtype, int8=int8))
     _close(kernels.linear(weight, bias)(x.to(dtype)), plain.linear(weight, bias)(x.to(dtype)), dtype)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backpack_lm import processor
 from backpack_lm.config import BackpackConfig
 from backpack_lm.kernels import huge_pages
 from backpack_lm.overlay import TopicMultipliers
@@ -81,7 +82,7 @@ class Caches:
     previous    [S, T] int32       where the same token stood last before, −1 if nowhere
     following   [S, T] int32       where it stands next, 0 if nowhere: a repeated token is mixed in once
     annealed_sum   [S, T, k] float32  a = Σ_i relu(E[x_i]·C(x_j)_l), where a topic is annealed
-    table       [V·k + R, d]       sense vectors; R rows of releases behind the model's own
+    table       [V·k + R, d]       sense vectors, as int8.py stores them; R rows of releases behind the model's own
     embedding   [V, d]             E
 
     Keys and values follow from tokens alone: whatever their releases, sequences that begin alike share pages. What
@@ -109,20 +110,26 @@ class Caches:
         slots: int,
         table: Tensor,
         embedding: Tensor,
+        dtype: torch.dtype | None = None,
         *,
         context: int | None = None,
         pages: int | None = None,
         page_size: int = PAGE,
     ) -> Caches:
         """Caches on the table's device and in its dtype, of slots with `context` positions, rounded up to whole pages
-        (default: the model's). There are as many pages as all slots can fill, unless `pages` says how many."""
+        (default: the model's). There are as many pages as all slots can fill, unless `pages` says how many. Beside a
+        table of int8, they are in bfloat16 where the processor multiplies it, else in float32, unless `dtype` says
+        otherwise."""
         assert page_size % LANES == 0, "kernels read whole tiles"
+        if dtype is None:
+            fast = torch.bfloat16 if processor.multiplies_bfloat16() else torch.float32
+            dtype = fast if table.dtype is torch.int8 else table.dtype
         L, k, dk, P = config.trunk.depth, config.num_senses, config.sense_head_width, page_size
         G, w = config.trunk.layer.kv_heads, config.trunk.layer.head_width
         each = -(-(context or config.n_positions) // P)
         S, T, N = slots, each * P, slots * each if pages is None else pages
 
-        def zeros(*shape: int, dtype: torch.dtype = table.dtype, at_once: bool = True) -> Tensor:
+        def zeros(*shape: int, dtype: torch.dtype = dtype, at_once: bool = True) -> Tensor:
             if table.device.type == "cpu":
                 return huge_pages.zeros(*shape, dtype=dtype, at_once=at_once)
             return torch.zeros(shape, dtype=dtype, device=table.device)
@@ -138,8 +145,13 @@ class Caches:
             zeros(S, T, dtype=torch.int32, at_once=False),
             zeros(S, T, k, dtype=torch.float32, at_once=False),
             table,
-            embedding.to(table),
+            embedding.to(table.device, dtype),
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys, values and embedding, and of what goes from one operation to the next."""
+        return self.keys.dtype
 
     @property
     def page_size(self) -> int:

@@ -36,16 +36,21 @@ class Device(StrEnum):
 
 
 class Precision(StrEnum):
-    """Of weights, caches and sense vectors; sums are float32 in both."""
+    """Of weights and sense vectors, and of caches but for int8; sums are float32 in all."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    INT8 = "int8"
 
     def dtype(self, device: str = "cpu") -> torch.dtype:
-        """What it means on a device: `auto` is bfloat16 where the processor multiplies it."""
+        """What it means on a device: `auto` is bfloat16 where the processor multiplies it. Raises ValueError for int8
+        on CUDA."""
+        if self is Precision.INT8 and device == "cuda":
+            raise ValueError("precision is int8, which is computed on a CPU only; use bfloat16, or device cpu")
         if self is not Precision.AUTO:
-            return torch.bfloat16 if self is Precision.BFLOAT16 else torch.float32
+            fixed: torch.dtype = getattr(torch, self.value)
+            return fixed
         if device == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)  # from Ampere on
         else:

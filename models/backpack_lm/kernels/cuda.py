@@ -38,6 +38,8 @@ class CudaKernels:
             from backpack_lm.kernels.triton_mix import FIELDS, Mix
         except ImportError as error:
             raise NotBuilt(f"Triton is missing: {error}; install triton for the fast CUDA kernels") from None
+        if caches.table.dtype is torch.int8:
+            raise NotBuilt("int8 is computed on a CPU")
         self.caches, self._plain, device = caches, PlainKernels(caches), caches.table.device
         if device.type != "cuda" and not triton.knobs.runtime.interpret:
             raise NotBuilt(f"the caches are on {device}")

@@ -22,7 +22,12 @@ class Family:
 
 
 FAMILIES = (
-    Family("avx512-bf16", "x86_64", ("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
+    Family(
+        "avx512-bf16",
+        "x86_64",
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
+        _V4 | {"avx512_bf16", "avx512_vnni"},
+    ),
     Family("avx512", "x86_64", ("-march=x86-64-v4",), _V4),
     Family("avx2", "x86_64", ("-march=x86-64-v3",), _V3),
     Family("armv8", "aarch64", ("-march=armv8-a",), frozenset({"asimd"})),

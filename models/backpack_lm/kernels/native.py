@@ -42,13 +42,16 @@ class NativeKernels:
             raise NotBuilt(f"the caches are on {caches.table.device}")
         self._library = library()
         self.caches = caches
-        self._dtype = caches.table.dtype
-        self._packs = self._dtype == torch.bfloat16 and processor.onednn_packs_bfloat16()
+        self._dtype, self._int8 = caches.dtype, caches.table.dtype is torch.int8
+        self._packs = caches.table.dtype is torch.bfloat16 and processor.onednn_packs_bfloat16()
         kind = name(self._dtype)
-        self.name = f"native {kind}"
-        self._attend, self._mix, self._update_annealing, self._residual_norm, self._rotate, self._gate = (
-            getattr(self._library, f"{what}_{kind}")
-            for what in ("attend", "mix", "update_annealing", "residual_norm", "rotate", "gate")
+        weighted = f"int8_{kind}" if self._int8 else kind
+        self.name = f"native {weighted}"
+        self._attend, self._residual_norm, self._rotate, self._gate = (
+            getattr(self._library, f"{what}_{kind}") for what in ("attend", "residual_norm", "rotate", "gate")
+        )
+        self._mix, self._update_annealing = (
+            getattr(self._library, f"{what}_{weighted}") for what in ("mix", "update_annealing")
         )
         self._pages = structs.PageTable(at(caches.page_table), caches.page_table.shape[1], caches.page_size)
         self._state, self._buffers = self._mixing()
@@ -59,8 +62,10 @@ class NativeKernels:
         self._weights = Room()
 
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
+        if self._int8:
+            return Product.int8(self._library, weight, bias, gelu, self._dtype, self._weights)
         if not self._packs:
-            return Product(self._library, weight, bias, gelu, self._dtype, self._dtype, self._weights)
+            return Product.of(self._library, weight, bias, gelu, self._dtype, self._dtype, self._weights)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous(), 32)
         bias = bias.detach().to(self._dtype)
         apply = torch.ops.mkldnn._linear_pointwise.default
@@ -68,9 +73,11 @@ class NativeKernels:
         return lambda x: apply(x, packed, bias, activation, [], variant)
 
     def head(self, embedding: Tensor) -> Linear:
+        if self._int8:
+            return Product.int8_head(self._library, embedding, self._weights)
         none = torch.zeros(len(embedding))
         if not self._packs:
-            return Product(self._library, embedding, none, False, self._dtype, torch.float32, self._weights)
+            return Product.of(self._library, embedding, none, False, self._dtype, torch.float32, self._weights)
         linear = self.linear(embedding, none)
         return lambda o: linear(o.to(self._dtype)).float()
 
@@ -83,7 +90,7 @@ class NativeKernels:
         """Whether the library computes a trunk in one call: all products are its own, and no input is padded."""
         layer = config.trunk.layer
         inputs = config.n_embd, layer.heads * layer.head_width, layer.inner
-        return not self._packs and all(width * self._dtype.itemsize % 4 == 0 for width in inputs)
+        return not self._packs and (self._int8 or all(width * self._dtype.itemsize % 4 == 0 for width in inputs))
 
     def append_tokens(self, new: StepInput, spans: Sequence[TokenSpan]) -> None:
         self._library.append_tokens_int32(
@@ -120,7 +127,7 @@ class NativeKernels:
 
     def mix(self, queries: Tensor, predictions: Sequence[MixSpan]) -> Tensor:
         rows, topics = self._describe(predictions)
-        out = torch.empty(len(predictions), self.caches.table.shape[1])
+        out = torch.empty(len(predictions), self.caches.embedding.shape[1])
         queries = queries.contiguous()
         self._mix(
             self._with(topics), rows.ctypes.data_as(ctypes.c_void_p), len(predictions), at(queries),
@@ -151,7 +158,7 @@ class NativeKernels:
     def _mixing(self) -> tuple[structs.MixState, tuple[Tensor, ...]]:
         """The mix's state without topics, and the buffers that it points to."""
         c = self.caches
-        (slots, context, senses), width = c.rows.shape, c.table.shape[1]
+        (slots, context, senses), width = c.rows.shape, c.embedding.shape[1]
         alpha = torch.empty(slots, context, -(-senses // LANES) * LANES)
         parts = torch.empty(GROUPS, slots, width)
         starts, words = (torch.empty(slots, n, dtype=torch.int32) for n in (GROUPS + 1, 2 * context))

@@ -32,8 +32,8 @@ class NativeTrunk:
     ) -> None:
         """`spans` is shared with the kernels, whose other operations read the same spans in the same step."""
         self._weights, self._caches, self._spans = weights, caches, spans
-        self._dtype = caches.table.dtype
-        self._compute = getattr(library, f"trunk_{name(self._dtype)}")
+        self._dtype, kind = caches.dtype, name(caches.dtype)
+        self._compute = getattr(library, f"trunk_int8_{kind}" if caches.table.dtype is torch.int8 else f"trunk_{kind}")
         self.seconds = torch.zeros(len(PARTS), dtype=torch.float64)
         """What each of `PARTS` has taken so far."""
         config, trunk, layers = weights.config, weights.config.trunk, weights.layers

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backpack_lm.int8 import restore, round_in_blocks
 from backpack_lm.kernels.caches import Caches, DrawParams, MixSpan, StepInput, TokenSpan
 from backpack_lm.kernels.interface import Linear
 from backpack_lm.kernels.noise import log_exponentials
@@ -23,15 +24,17 @@ class PlainKernels:
 
     def __init__(self, caches: Caches) -> None:
         self.caches = caches
-        self._device = caches.table.device
+        self._device, self._int8 = caches.table.device, caches.table.dtype is torch.int8
         self._places = torch.arange(caches.ids.shape[1], device=self._device)
 
     def trunk(self, model: Backpack) -> CachedTrunk:
         return CachedTrunk(self, model)
 
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
-        like = self.caches.table
-        weight, bias = weight.detach().to(like), bias.detach().to(like)
+        if self._int8:
+            exact = self._int8_linear(weight, bias, gelu)
+            return lambda x: exact(x).to(self.caches.dtype)
+        weight, bias = (part.detach().to(self.caches.embedding) for part in (weight, bias))
 
         def apply(x: Tensor) -> Tensor:
             y = F.linear(x, weight, bias)
@@ -39,8 +42,20 @@ class PlainKernels:
 
         return apply
 
+    def _int8_linear(self, weight: Tensor, bias: Tensor, gelu: bool = False, limit: int = 127) -> Linear:
+        """Of x in any dtype, as whole numbers up to `limit`; float32."""
+        weight, bias = round_in_blocks(weight.detach().to(self._device)), bias.detach().to(self._device)
+
+        def apply(x: Tensor) -> Tensor:
+            y = F.linear(round_in_blocks(x, limit), weight, bias)
+            return F.gelu(y, approximate="tanh") if gelu else y
+
+        return apply
+
     def head(self, embedding: Tensor) -> Linear:
-        weight = embedding.detach().to(self.caches.table)
+        if self._int8:
+            return self._int8_linear(embedding, torch.zeros(len(embedding)), limit=32767)
+        weight = embedding.detach().to(self.caches.embedding)
         return lambda o: F.linear(o.to(weight.dtype), weight).float()
 
     def append_tokens(self, new: StepInput, spans: Sequence[TokenSpan]) -> None:
@@ -51,7 +66,7 @@ class PlainKernels:
         if delta is not None:
             x += delta
         y: Tensor = norm(x)
-        return y.to(self.caches.table.dtype)
+        return y.to(self.caches.dtype)
 
     def rotate(self, qkv: Tensor, positions: Tensor, turns: Tensor, heads: int) -> None:
         turned = qkv[:, : heads * 2 * turns.shape[2]].unflatten(1, (heads, -1))  # [N, heads, w]
@@ -110,6 +125,8 @@ class PlainKernels:
                 alpha[n, : prediction.length] *= self.multipliers(prediction)
         # Places beyond a sequence have weight zero; row 0 stands in for whatever the slot held there before.
         rows = caches.rows[slots, :length].masked_fill_(future[..., None], 0)
+        if self._int8:
+            return torch.einsum("btk,btkd->bd", alpha, restore(caches.table[rows.long()]))
         return F.embedding_bag(
             rows.flatten(1), caches.table, per_sample_weights=alpha.flatten(1).to(caches.table.dtype), mode="sum"
         ).float()
@@ -149,7 +166,7 @@ class PlainKernels:
 
         def sums(cells: slice, tokens: slice) -> Tensor:
             """Σ over some tokens of relu(E[x]·C) for each cell: [·, k]."""
-            vectors = caches.table[rows[cells].long()].float()
+            vectors = restore(caches.table[rows[cells].long()])
             return (vectors @ caches.embedding[ids[tokens]].float().t()).relu().sum(-1)
 
         annealed_sum[:start] += sums(slice(start), slice(start, length))

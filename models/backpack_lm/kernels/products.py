@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backpack_lm.int8 import quantise
 from backpack_lm.kernels.huge_pages import Room
 
 GROUP = 48
 """Outputs of one pass, as in cpp/product.h."""
 
+_CHUNK = 64 * GROUP
+"""Outputs whose weights are quantised at a time."""
 
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Product:
-    """x [N, in] → x·Wᵀ + b [N, out] by cpp/product.h, for weight [out, in]."""
+    """x [N, in] → x·Wᵀ + b [N, out] by cpp/product.h: x is read in `dtype`, y written in `result`."""
 
-    def __init__(
-        self,
+    compute: Any
+    packed: Tensor
+    bias: Tensor
+    inner: int
+    outer: int
+    gelu: bool
+    dtype: torch.dtype
+    result: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
         library: ctypes.CDLL,
         weight: Tensor,
         bias: Tensor,
@@ -26,25 +43,59 @@ class Product:
         dtype: torch.dtype,
         result: torch.dtype,
         room: Room,
-    ) -> None:
-        self._compute = getattr(library, f"product_{name(dtype)}_{name(result)}")
-        (self._outer, given), step = weight.shape, 4 // dtype.itemsize
-        self._inner = -(-given // step) * step
-        self._added = self._inner - given
-        self._gelu, self._dtype, self._result = gelu, dtype, result
-        whole = -(-self._outer // GROUP) * GROUP
-        padded, self.bias = torch.zeros(whole, self._inner, dtype=dtype), torch.zeros(whole)
-        padded[: self._outer, :given], self.bias[: self._outer] = weight.detach(), bias.detach()
+    ) -> Product:
+        """For weight [out, in], kept in `dtype`, in `room`."""
+        compute = getattr(library, f"product_{name(dtype)}_{name(result)}")
+        (outer, given), step = weight.shape, 4 // dtype.itemsize
+        inner = -(-given // step) * step
+        padded = _whole_groups(F.pad(weight.detach().to(dtype), (0, inner - given)))
         # [out/48, in/s, 48, s] with s values in 4 bytes
-        self.packed = room.copy(padded.view(-1, GROUP, self._inner // step, step).transpose(1, 2))
+        packed = room.copy(padded.view(-1, GROUP, inner // step, step).transpose(1, 2))
+        return cls(compute, packed, _padded(bias), inner, outer, gelu, dtype, result)
+
+    @classmethod
+    def int8(
+        cls, library: ctypes.CDLL, weight: Tensor, bias: Tensor, gelu: bool, dtype: torch.dtype, room: Room
+    ) -> Product:
+        """For weight [out, in], kept in int8, from `dtype` to `dtype`."""
+        compute = getattr(library, f"product_int8_{name(dtype)}_{name(dtype)}")
+        (outer, inner), packed = weight.shape, room.copy(_in_blocks(weight.detach()))
+        return cls(compute, packed, _padded(bias), inner, outer, gelu, dtype, dtype)
+
+    @classmethod
+    def int8_head(cls, library: ctypes.CDLL, embedding: Tensor, room: Room) -> Product:
+        """For E [V, d], kept in int8; x is rounded to 16 bits only."""
+        (outer, inner), weights = embedding.shape, room.copy(_in_blocks(embedding.detach()))
+        bias, dtype = _padded(torch.zeros(outer)), torch.float32
+        return cls(library.head_int8, weights, bias, inner, outer, False, dtype, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.to(self._dtype)
-        if self._added:  # inputs that fill up the last 4 bytes
-            x = F.pad(x, (0, self._added))
-        out = torch.empty(len(x), self._outer, dtype=self._result)
-        self._compute(at(x), len(x), at(self.packed), at(self.bias), self._inner, self._outer, self._gelu, at(out))
+        x = x.to(self.dtype)
+        if self.inner > x.shape[1]:  # inputs that fill up the last 4 bytes
+            x = F.pad(x, (0, self.inner - x.shape[1]))
+        out = torch.empty(len(x), self.outer, dtype=self.result)
+        self.compute(at(x), len(x), at(self.packed), at(self.bias), self.inner, self.outer, self.gelu, at(out))
         return out
+
+
+def _whole_groups(weight: Tensor) -> Tensor:
+    """A weight [out, in] or a bias [out, 1], filled up with zeros to whole groups of outputs."""
+    return F.pad(weight, (0, 0, 0, -len(weight) % GROUP))
+
+
+def _padded(bias: Tensor) -> Tensor:
+    return _whole_groups(bias.detach().float()[:, None])[:, 0].contiguous()
+
+
+def _in_blocks(weight: Tensor) -> Tensor:
+    """A weight [out, in] as blocks of 48 outputs by 64 inputs, [out/48, in/64, 3264] uint8: each is the float32 scales
+    of its outputs and then its weights plus 128, four of one output beside each other."""
+    parts = []
+    for rows in _whole_groups(weight.float()).split(_CHUNK):
+        whole, scales = quantise(rows.unflatten(0, (-1, GROUP)))  # [G, 48, B, 64], [G, 48, B]
+        weights = (whole + 128).to(torch.uint8).unflatten(-1, (-1, 4)).permute(0, 2, 3, 1, 4)
+        parts.append(torch.cat([scales.mT.contiguous().view(torch.uint8), weights.flatten(2)], -1))
+    return torch.cat(parts)
 
 
 def at(tensor: Tensor) -> ctypes.c_void_p:

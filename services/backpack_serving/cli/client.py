@@ -139,7 +139,7 @@ def table(*names: str) -> Table:
     return Table(*(Column(name, overflow="fold") for name in names), box=None)
 
 
-PrecisionName = Literal["auto", "float32", "bfloat16"]
+PrecisionName = Literal["auto", "float32", "bfloat16", "int8"]
 """The values of `backpack_lm.kernels.Precision`, repeated so that help needs no torch."""
 
 

@@ -7,19 +7,21 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from shutil import copyfile
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from backpack_serving.cli import hints
-from backpack_serving.cli.client import PrecisionName, err, exits
+from backpack_serving.cli.client import err, exits
 from backpack_serving.settings import Settings
 
 if TYPE_CHECKING:
     from backpack_lm.tokenizer import Tokenizer
     from backpack_lm.training.data import Source
     from backpack_lm.training.trainer import Trainer
+
+TrainingPrecision = Literal["auto", "float32", "bfloat16"]
 
 COLUMNS = (
     TextColumn("{task.description}"),
@@ -62,7 +64,7 @@ def train(
     after: Annotated[
         Path | None, typer.Option(help="Start from the weights and the tokenizer of this run (its --out).")
     ] = None,
-    precision: Annotated[PrecisionName, typer.Option(help="Precision of products; weights are float32.")] = "auto",
+    precision: Annotated[TrainingPrecision, typer.Option(help="Precision of products; weights are float32.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="Threads; 0 for torch's choice, at most one for each core.", min=0)] = 0,
 ) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from backpack_lm.int8 import store
 from backpack_lm.kernels import Caches, Kernels, MixSpan, StepInput, TokenSpan, choose
 from backpack_lm.kernels.caches import PAGE
 from backpack_lm.kernels.cuda import CudaKernels
@@ -42,9 +43,9 @@ class _Occupant:
 class Runner:
     """The tensors of one replica.
 
-    `table` [V·k + R, d] holds the model's sense vectors and has room for R rows of releases behind them; its
-    device and dtype are those of the computation, wherever the model is. On a CUDA device decode steps are
-    captured graphs; `record` is for tests without one.
+    `table` [V·k + R, d] holds the model's sense vectors, as int8.py stores them, and has room for R rows of releases
+    behind them; its device and dtype are those of the computation, wherever the model is. On a CUDA device decode
+    steps are captured graphs; `record` is for tests without one.
 
     `context` positions at most a sequence (0: as many as the model has), `cache_tokens` all of them together (0:
     1,024 for each slot, or the context if it is shorter, and one whole context in any case).
@@ -93,7 +94,7 @@ class Runner:
     def load(self, overlay: Overlay, first_row: int) -> None:
         """Copy a release's rows behind the table, from `first_row` of the space kept for them."""
         start = self.base_rows + first_row
-        self.table[start : start + len(overlay.rows)] = overlay.rows
+        self.table[start : start + len(overlay.rows)] = store(overlay.rows, self.table.dtype)
 
     def start(self, slot: int, overlay: Overlay, first_row: int) -> None:
         """Give a slot to a sequence steered by an overlay whose rows are loaded at `first_row`."""

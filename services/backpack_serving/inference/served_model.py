@@ -70,7 +70,7 @@ class ServedModel:
             storage = model.sense_table().with_room(room, dtype)
         config = model.config
         own = storage[: config.vocab_size * config.num_senses]
-        table = load_table(folder, model, manifest, own.view(config.vocab_size, config.num_senses, config.n_embd))
+        table = load_table(folder, model, manifest, own.view(config.vocab_size, config.num_senses, -1))
         return cls(manifest, model, table, Tokenizer.read(folder / TOKENIZER, manifest.tokenizer), storage.to(device))
 
     def try_out(self, overlay: Overlay) -> None:

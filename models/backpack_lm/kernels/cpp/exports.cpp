@@ -18,16 +18,12 @@
 #include "rotary.h"
 #include "trunk.h"
 
-#define EXPORTS(NAME, Value)                                                                                         \
+// Operations over activations and caches of a Value.
+#define OPERATIONS(NAME, Value)                                                                                      \
     void attend_##NAME(const Value* qkv, Value* keys, Value* values, const PageTable* pages, const Span* spans,       \
                        int count, int heads, int groups, int width, float scale, Value* out) {                       \
         attention(Attention<Value>{qkv, keys, values, out, heads, groups, width, scale, *pages}, spans, count);       \
     }                                                                                                                \
-    void mix_##NAME(const Mix<Value>* state, const Prediction* rows, int count, const Value* queries, const Value* keys,    \
-                    int head_width, float* out) {                                                                    \
-        mix(*state, rows, count, queries, keys, head_width, out);                                                    \
-    }                                                                                                                \
-    void update_annealing_##NAME(const Mix<Value>* state, const Prediction* row, int start) { update_annealing(*state, *row, start); }        \
     void rotate_##NAME(Value* x, int count, int row, int heads, int width, const float* turns, const int64_t* positions) { \
         rotate(x, count, row, heads, width, turns, positions);                                                        \
     }                                                                                                                \
@@ -37,6 +33,26 @@
         residual_norm(x, delta, gain, bias, epsilon, count, width, out);                                             \
     }
 
+// Those that read weights or the sense table too.
+#define WEIGHTED(NAME, Value, Weight, Cell)                                                                          \
+    void mix_##NAME(const Mix<Value, Cell>* state, const Prediction* rows, int count, const Value* queries,          \
+                    const Value* keys, int head_width, float* out) {                                                 \
+        mix(*state, rows, count, queries, keys, head_width, out);                                                    \
+    }                                                                                                                \
+    void update_annealing_##NAME(const Mix<Value, Cell>* state, const Prediction* row, int start) {                  \
+        update_annealing(*state, *row, start);                                                                       \
+    }                                                                                                                \
+    void trunk_##NAME(const Trunk<Value, Weight>* state, const NewTokens* in, int count, const Span* spans,          \
+                      int how_many, float* scratch, Value* queries) {                                                \
+        trunk(*state, *in, count, spans, how_many, scratch, queries);                                                \
+    }
+
+#define PRODUCT(WHAT, NAME, Value, Weight, Out)                                                                      \
+    void WHAT##_##NAME(const Value* x, int count, const Weight* weights, const float* bias, int inner, int outer,    \
+                       int gelu, Out* out) {                                                                         \
+        WHAT(Product<Value, Weight, Out>{x, weights, bias, inner, outer, gelu, out}, count);                         \
+    }
+
 extern "C" {
 // What `layouts.h` says of every structure that comes through here, for structs.py to compare.
 const char* layouts() {
@@ -44,8 +60,18 @@ const char* layouts() {
     return text.c_str();
 }
 
-EXPORTS(float32, float)
-EXPORTS(bfloat16, bf16)
+OPERATIONS(float32, float)
+OPERATIONS(bfloat16, bf16)
+WEIGHTED(float32, float, float, float)
+WEIGHTED(bfloat16, bf16, bf16, bf16)
+WEIGHTED(int8_float32, float, Block, int8_t)
+WEIGHTED(int8_bfloat16, bf16, Block, int8_t)
+PRODUCT(product, float32_float32, float, float, float)
+PRODUCT(product, bfloat16_bfloat16, bf16, bf16, bf16)
+PRODUCT(product, bfloat16_float32, bf16, bf16, float)
+PRODUCT(product, int8_float32_float32, float, Block, float)
+PRODUCT(product, int8_bfloat16_bfloat16, bf16, Block, bf16)
+PRODUCT(head, int8, float, Block, float)
 
 void draw_float32(const float* logits, int count, int vocabulary, const DrawParams* how, int32_t* out) {
 #pragma omp parallel for schedule(dynamic, 1) if (count > 1)
@@ -63,22 +89,4 @@ void log_probabilities_float32(const float* logits, int count, int vocabulary, c
 void append_tokens_int32(const AppendTargets* to, const Span* spans, int count, const int64_t* tokens, const int32_t* rows) {
     append_tokens(*to, spans, count, tokens, rows);
 }
-
-#define TRUNK(NAME, Value)                                                                                           \
-    void trunk_##NAME(const Trunk<Value>* state, const NewTokens* in, int count, const Span* spans, int how_many,            \
-                      float* scratch, Value* queries) {                                                              \
-        trunk(*state, *in, count, spans, how_many, scratch, queries);                                                 \
-    }
-
-#define PRODUCT(NAME, Value, Out)                                                                                    \
-    void product_##NAME(const Value* x, int count, const Value* weights, const float* bias, int inner, int outer,    \
-                        int gelu, Out* out) {                                                                        \
-        product(Product<Value, Value, Out>{x, weights, bias, inner, outer, gelu, out}, count);                       \
-    }
-
-PRODUCT(float32_float32, float, float)
-TRUNK(float32, float)
-PRODUCT(bfloat16_bfloat16, bf16, bf16)
-PRODUCT(bfloat16_float32, bf16, float)
-TRUNK(bfloat16, bf16)
 }

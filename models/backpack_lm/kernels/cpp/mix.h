@@ -22,9 +22,33 @@ struct Prediction {  // one prediction: the newest of `length` tokens in a slot
 constexpr float FULLY_ANNEALED = 32.0f;  // scale·a from which sigmoid(6 − scale·a) is lost in 1 − it, in float32
 constexpr int SOON = 4;  // words ahead, whose rows are asked for; their numbers and weights twice as far
 
+// Rows of the table: `width` values, and of int8 behind them a float32 for each 64, that these are multiplied by.
+template <typename Cell>
+inline size_t stride(const Cell*, int width) { return width; }
+inline size_t stride(const int8_t*, int width) { return width + (width + BLOCK - 1) / BLOCK * sizeof(float); }
+
+template <typename Cell>
+inline float scale(const Cell*, int, int) { return 1.0f; }
+inline float scale(const int8_t* row, int width, int c) {  // of the value at c
+    float found;
+    std::memcpy(&found, row + width + c / BLOCK * sizeof(float), sizeof(found));
+    return found;
+}
+
+// 16 running sums of the products of a token's embedding and a row.
 template <typename Value>
+inline Floats dot(const Value* token, const Value* row, int width) { return products(token, row, width); }
+template <typename Value>
+inline Floats dot(const Value* token, const int8_t* row, int width) {
+    Floats sums{};
+    for (int c = 0; c < width; c += BLOCK)
+        sums += products(token + c, row + c, std::min(BLOCK, width - c)) * scale(row, width, c);
+    return sums;
+}
+
+template <typename Value, typename Cell = Value>
 struct Mix {
-    const Value* table;  // [V·k + overlay rows, d]
+    const Cell* table;  // [V·k + overlay rows, d], of int8 with each row's scales behind it
     const Value* embedding;  // [V, d]
     const int32_t *rows, *ids;  // [S, T, k], [S, T]
     const int32_t *previous, *following;  // where the same token stands before (−1: nowhere) and next (0), [S, T]
@@ -37,7 +61,8 @@ struct Mix {
 
     int padded() const { return (senses + LANES - 1) / LANES * LANES; }
     const int32_t* rows_of(int slot, int t) const { return rows + (size_t(slot) * context + t) * senses; }
-    const Value* row(int slot, int t, int sense) const { return table + size_t(rows_of(slot, t)[sense]) * width; }
+    const Cell* row(int32_t number) const { return table + number * stride(table, width); }
+    const Cell* row(int slot, int t, int sense) const { return row(rows_of(slot, t)[sense]); }
     const Value* token(int slot, int t) const { return embedding + size_t(ids[size_t(slot) * context + t]) * width; }
     bool first(int slot, int t) const { return previous[size_t(slot) * context + t] < 0; }
     int next(int slot, int t) const { return following[size_t(slot) * context + t]; }
@@ -69,12 +94,12 @@ struct Mix {
 
     // Count tokens [from, to) for a cell, in their order; four at a time share the horizontal sums.
     void add_tokens(const Prediction& r, int t, int sense, int from, int to) const {
-        const Value* vector = row(r.slot, t, sense);
+        const Cell* vector = row(r.slot, t, sense);
         float& sum = sums(r.slot, t)[sense];
         for (int i = from; i < to; i += 4) {
             Floats part[4] = {};
             int count = std::min(4, to - i);
-            for (int n = 0; n < count; n++) part[n] = products(token(r.slot, i + n), vector, width);
+            for (int n = 0; n < count; n++) part[n] = dot(token(r.slot, i + n), vector, width);
             Floats dots = horizontal(part[0], part[1], part[2], part[3]);
             for (int n = 0; n < count; n++) sum += std::max(0.0f, dots[4 * n]);
         }
@@ -85,7 +110,7 @@ struct Mix {
         for (int i = 0; i < count; i += 4) {
             Floats part[4] = {};
             int some = std::min(4, count - i);
-            for (int n = 0; n < some; n++) part[n] = products(token(r.slot, newest), row(r.slot, t, open[i + n]), width);
+            for (int n = 0; n < some; n++) part[n] = dot(token(r.slot, newest), row(r.slot, t, open[i + n]), width);
             Floats dots = horizontal(part[0], part[1], part[2], part[3]);
             for (int n = 0; n < some; n++) sums(r.slot, t)[open[i + n]] += std::max(0.0f, dots[4 * n]);
         }
@@ -129,19 +154,21 @@ struct Mix {
     // out += Σ_l weights[l]·C_l for the rows `own`, in the order of `widen`; `ahead`, if there are any, are asked for.
     void add(const int32_t* own, const int32_t* ahead, const float* weights, float* out) const {
         constexpr int BOTH = 2 * LANES;
+        static_assert(BLOCK % (2 * BOTH) == 0, "what is added at once shares a scale");
         auto some = [&](int c, auto count) {
             constexpr int M = decltype(count)::value;
             Floats sums[2 * M];
             for (int i = 0; i < 2 * M; i++) sums[i] = load(out + c + i * LANES);
             for (int l = 0; l < senses; l++) {
-                const Value* sense = table + size_t(own[l]) * width + c;
+                const Cell* sense = row(own[l]);
+                float weight = weights[l] * scale(sense, width, c);
                 if (ahead)
-                    for (int i = 0; i < M * BOTH; i += LINE<Value>) fetch(table + size_t(ahead[l]) * width + c + i);
+                    for (int i = 0; i < M * BOTH; i += LINE<Cell>) fetch(row(ahead[l]) + c + i);
                 for (int i = 0; i < M; i++) {
                     Floats two[2];
-                    widen(sense + i * BOTH, two);
-                    sums[2 * i] += two[0] * weights[l];
-                    sums[2 * i + 1] += two[1] * weights[l];
+                    widen(sense + c + i * BOTH, two);
+                    sums[2 * i] += two[0] * weight;
+                    sums[2 * i + 1] += two[1] * weight;
                 }
             }
             for (int i = 0; i < 2 * M; i++) store(out + c + i * LANES, sums[i]);
@@ -151,7 +178,10 @@ struct Mix {
             for (; c + 2 * BOTH <= width; c += 2 * BOTH) some(c, std::integral_constant<int, 2>{});
         for (; c + BOTH <= width; c += BOTH) some(c, std::integral_constant<int, 1>{});
         for (; c < width; c++)
-            for (int l = 0; l < senses; l++) out[c] = std::fma(to_float(table[size_t(own[l]) * width + c]), weights[l], out[c]);
+            for (int l = 0; l < senses; l++)
+                out[c] = std::fma(to_float(row(own[l])[c]), weights[l] * scale(row(own[l]), width, c), out[c]);
+        if (ahead && stride(table, width) > size_t(width))
+            for (int l = 0; l < senses; l++) fetch(row(ahead[l]) + width);
     }
 
     // α of prediction b [T, k]: for each sense, a softmax over its positions. sense_keys [pages, k, P/16, d/k, 16];
@@ -230,8 +260,8 @@ struct Mix {
     float* part(int b, int group) const { return parts + (size_t(group) * slots + b) * width; }
 };
 
-template <typename Value>
-void mix(const Mix<Value>& m, const Prediction* predictions, int count, const Value* queries, const Value* sense_keys,
+template <typename Value, typename Cell>
+void mix(const Mix<Value, Cell>& m, const Prediction* predictions, int count, const Value* queries, const Value* sense_keys,
          int head_width, float* out) {
     int longest = 0;
     for (int b = 0; b < count; b++) longest = std::max(longest, predictions[b].length);
@@ -265,8 +295,8 @@ void mix(const Mix<Value>& m, const Prediction* predictions, int count, const Va
 }
 
 // Bring `annealed_sum` up to date with the tokens [start, r.length) of a slot.
-template <typename Value>
-void update_annealing(const Mix<Value>& m, const Prediction& r, int start) {
+template <typename Value, typename Cell>
+void update_annealing(const Mix<Value, Cell>& m, const Prediction& r, int start) {
 #pragma omp parallel for schedule(dynamic, 4)
     for (int t = 0; t < r.length; t++)
         if (t >= start && m.first(r.slot, t))

@@ -10,9 +10,9 @@
 
 namespace {
 
-template <typename Value>
+template <typename Weight>
 struct Matrix {
-    const Value* weights;  // as `Product` reads them
+    const Weight* weights;  // as `Product` reads them
     const float* bias;
 };
 
@@ -20,9 +20,9 @@ struct Norm {
     const float *gain, *bias;  // of RMSNorm no bias
 };
 
-template <typename Value>
+template <typename Value, typename Weight = Value>
 struct Layer {
-    Matrix<Value> qkv, proj, fc, out;  // `fc` of a gated MLP makes the gate, then what it multiplies
+    Matrix<Weight> qkv, proj, fc, out;  // `fc` of a gated MLP makes the gate, then what it multiplies
     Norm middle, after;  // the norms within the block, and behind it
     Value *keys, *values;  // of this layer's caches
     float scale;
@@ -37,11 +37,11 @@ struct Tap {
 
 enum Part { QKV, ATTENTION, PROJ, FC, OUT, NORMS, SENSE_WEIGHTS, PARTS };
 
-template <typename Value>
+template <typename Value, typename Weight = Value>
 struct Trunk {
-    const Layer<Value>* layers;
+    const Layer<Value, Weight>* layers;
     const Tap* taps;  // by their layers; none where queries and keys are made together, from the last state
-    Matrix<Value> together, query, key;
+    Matrix<Weight> together, query, key;
     Norm first;
     const float *tokens, *positions;  // embeddings; no positions where heads are turned:
     const float* turns;  // [T, 2, w/2]
@@ -57,8 +57,8 @@ struct NewTokens {  // each token's id, slot and position
 };
 
 // `scratch` as `NativeTrunk` makes it; queries [N, k, sense_width].
-template <typename Value>
-void trunk(const Trunk<Value>& t, const NewTokens& in, int count, const Span* spans, int how_many, float* scratch, Value* queries) {
+template <typename Value, typename Weight>
+void trunk(const Trunk<Value, Weight>& t, const NewTokens& in, int count, const Span* spans, int how_many, float* scratch, Value* queries) {
     size_t d = t.width, keyed = size_t(t.senses) * t.sense_width, mixed = size_t(t.heads) * t.head_width;
     size_t qkv = mixed + 2 * size_t(t.groups) * t.head_width, fc = t.gated ? 2 * t.inner : t.inner;
     float* x = scratch;
@@ -72,8 +72,8 @@ void trunk(const Trunk<Value>& t, const NewTokens& in, int count, const Span* sp
         t.seconds[part] += std::chrono::duration<double>(now - last).count();
         last = now;
     };
-    auto multiply = [&](const Value* from, const Matrix<Value>& by, int inner, int outer, Value* to, Part part) {
-        product(Product<Value, Value, Value>{from, by.weights, by.bias, inner, outer, part == FC && !t.gated, to}, count);
+    auto multiply = [&](const Value* from, const Matrix<Weight>& by, int inner, int outer, Value* to, Part part) {
+        product(Product<Value, Weight, Value>{from, by.weights, by.bias, inner, outer, part == FC && !t.gated, to}, count);
         done(part);
     };
     auto add_and_norm = [&](const Value* more, const Norm& norm) {
@@ -103,7 +103,7 @@ void trunk(const Trunk<Value>& t, const NewTokens& in, int count, const Span* sp
     tap_after(0);
     add_and_norm(nullptr, t.first);
     for (int l = 0; l < t.count; l++) {
-        const Layer<Value>& layer = t.layers[l];
+        const Layer<Value, Weight>& layer = t.layers[l];
         multiply(y, layer.qkv, d, qkv, wide, QKV);
         if (t.turns) rotate(wide, count, qkv, t.heads + t.groups, t.head_width, t.turns, in.positions);
         attention(Attention<Value>{wide, layer.keys, layer.values, delta, t.heads, t.groups, t.head_width, layer.scale, t.pages}, spans, how_many);

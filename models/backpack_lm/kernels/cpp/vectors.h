@@ -1,4 +1,4 @@
-// 16 floats at a time, of float32 or bfloat16 values.
+// 16 floats at a time, of float32, bfloat16 or int8 values.
 #pragma once
 
 #include <algorithm>
@@ -28,6 +28,7 @@ constexpr int WIDTH = 4, SUMS = 4;
 constexpr int WIDTH = 4, SUMS = 2;
 #endif
 constexpr int LANES = 16, REGISTERS = LANES / WIDTH;  // of 16 floats
+constexpr int BLOCK = 64;  // values of int8 that share a scale
 
 // 16 numbers in as many registers as that takes: GCC keeps a vector that is wider than a register in memory.
 template <typename Number>
@@ -68,6 +69,7 @@ using Words = Wide<uint32_t>;
 typedef float Register __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
 typedef uint16_t HalfBits __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(WIDTH), aligned(1), may_alias));
 
 // a where the mask is set, b elsewhere.
 template <typename Number>
@@ -84,6 +86,7 @@ struct bf16 {
 };
 
 inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
 inline float to_float(bf16 x) {
     uint32_t bits = uint32_t(x.bits) << 16;
     float out;
@@ -112,6 +115,8 @@ inline Floats load(const bf16* from)
 inline void store(float* to, Floats x) {
     for (int i = 0; i < REGISTERS; i++) reinterpret_cast<Register*>(to)[i] = x.part[i];
 }
+inline Floats load(const int8_t* from)
+    EACH(Floats, __builtin_convertvector(__builtin_convertvector(reinterpret_cast<const Bytes*>(from)[i], Ints::Part), Register))
 inline void store(bf16* to, Floats x) {
     Words whole = bits<Words>(x);
     Words rounded = (whole + 0x7fffu + ((whole >> 16) & 1)) >> 16;
@@ -122,6 +127,7 @@ inline void store(bf16* to, Floats x) {
 #undef EACH
 
 // 32 values as two vectors: of bfloat16 the even ones and the odd ones, which costs half of bringing them into order.
+inline void widen(const int8_t* from, Floats* two) { two[0] = load(from), two[1] = load(from + LANES); }
 inline void widen(const float* from, Floats* two) { two[0] = load(from), two[1] = load(from + LANES); }
 inline void widen(const bf16* from, Floats* two) {
     for (int i = 0; i < REGISTERS; i++) {
@@ -131,6 +137,7 @@ inline void widen(const bf16* from, Floats* two) {
 }
 
 // Brings what was added up in such vectors into order.
+inline void order(const int8_t*, float*) {}
 inline void order(const float*, float*) {}
 inline void order(const bf16*, float* two) {
     float old[2 * LANES];
@@ -247,8 +254,8 @@ inline void transpose(Floats* rows) {
 }
 
 // 16 running sums of the products of a and b.
-template <typename Value>
-inline Floats products(const Value* a, const Value* b, int width) {
+template <typename A, typename B>
+inline Floats products(const A* a, const B* b, int width) {
     Floats sums{};
     int n = 0;
     for (; n + LANES <= width; n += LANES) sums += load(a + n) * load(b + n);
@@ -262,7 +269,6 @@ inline __m512bh pairs(const bf16* from, int count) {
     return (__m512bh)_mm512_maskz_loadu_epi16(some, from);
 }
 
-template <>
 inline Floats products(const bf16* a, const bf16* b, int width) {
     __m512 sums = _mm512_setzero_ps();
     for (int n = 0; n < width; n += 32)
