@@ -116,7 +116,7 @@ def test_what_could_never_have_pages_is_refused(make_engine, overlays) -> None:
 
 def test_by_default_each_slot_has_a_thousand_positions_and_one_sequence_a_whole_context(make_engine) -> None:
     engine: Engine = make_engine(slots=3)
-    assert engine.load.cache_capacity == 3 * 64  # the context, in whole pages
+    assert engine.load.cache_capacity == 3 * 128  # the context, in whole pages
     engine = make_engine(slots=3, context=20, **SMALL_PAGES)
     assert engine.load.cache_capacity == 3 * 32
     assert engine._runner.context == 20

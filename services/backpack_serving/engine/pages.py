@@ -80,18 +80,18 @@ class PagePool:
             sequence.pages = list(prefix.pages[: prefix.length // self.size])
         last: Page | str = sequence.pages[-1] if sequence.pages else scope
         while len(sequence.pages) < self.needed(len(sequence.tokens)):
-            last = self._append(sequence, last)
+            last = self._add_page(sequence, last)
         return True
 
     def grow(self, sequence: Sequence) -> None:
         """One page more. Ask `available` first."""
-        self._append(sequence, sequence.pages[-1])
+        self._add_page(sequence, sequence.pages[-1])
 
     def copied(self, sequence: Sequence) -> None:
         """The page that a sequence's pending prefix ends in is no longer needed."""
         prefix, sequence.pending_prefix = sequence.pending_prefix, None
         if prefix and (donor := prefix.donor(self.size)):
-            self._leave(donor)
+            self._drop_user(donor)
 
     def release(self, sequence: Sequence) -> None:
         """Take a sequence's pages back. What it has computed stays until they are needed."""
@@ -100,7 +100,7 @@ class PagePool:
             if page.owner is sequence:
                 page.tokens, _ = page.held(self.size)
                 page.owner = None
-            self._leave(page)
+            self._drop_user(page)
         sequence.pages = []
 
     def _fits(self, sequence: Sequence, prefix: Prefix | None, spare: int) -> bool:
@@ -109,7 +109,7 @@ class PagePool:
             shared, idle = prefix.length // self.size, sum(not page.users for page in prefix.pages)
         return self.needed(len(sequence.tokens)) - shared + spare <= self.available - idle
 
-    def _append(self, sequence: Sequence, last: Page | str) -> Page:
+    def _add_page(self, sequence: Sequence, last: Page | str) -> Page:
         if not self._free:
             self._forget(next(iter(self._idle)))
         start = len(sequence.pages) * self.size
@@ -118,7 +118,7 @@ class PagePool:
         sequence.pages.append(page)
         return page
 
-    def _leave(self, page: Page) -> None:
+    def _drop_user(self, page: Page) -> None:
         page.users -= 1
         if not page.users:
             self._idle[page] = None
