@@ -48,17 +48,18 @@ class PagePool:
             start = len(before) * self.size
             if start >= limit:
                 continue
-            for page in self._next.get((last, sequence.tokens[start]), ()):
+            tokens = sequence.tokens[start : min(start + self.size, limit)]
+            for page in self._next.get((last, tokens[0]), ()):
                 if awaited and page.owner is not awaited:
                     continue
                 there, coming = page.held(self.size)
-                length = _common(coming, sequence.tokens[start : start + self.size], limit - start)
+                length = _common(coming, tokens)
                 ready = min(length, len(there))
                 pages, owner = (*before, page), page.owner if length > ready else None
-                for prefix in (Prefix(pages, start + ready, None), Prefix(pages, start + length, owner)):
-                    value = prefix.length if prefix.ready else prefix.length - WORTH_WAITING
-                    if prefix.length > start and value > worth:
-                        best, worth = prefix, value
+                for count, awaits in ((ready, None), (length, owner)):
+                    value = start + count - (WORTH_WAITING if awaits else 0)
+                    if count and value > worth:
+                        best, worth = Prefix(pages, start + count, awaits), value
                 if length == self.size:
                     paths.append((page, pages, owner))
         return best
@@ -153,13 +154,9 @@ class PagePool:
             assert isinstance(page.key[0], str) or page.key[0] in pages, "a page follows one that is gone"
 
 
-def _common(a: list[int], b: list[int], limit: int) -> int:
-    """Length of the longest common beginning, at most `limit`; slices are compared at the speed of C."""
-    low, high = 0, min(len(a), len(b), limit)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the longest common beginning of what two pages hold. Most differ soon, or not at all."""
+    end = min(len(a), len(b))
+    if a[:end] == b[:end]:
+        return end
+    return next(n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)

@@ -89,9 +89,13 @@ void gather(float* const* weights, const int* lengths, const Rows<Value>& rows, 
                 for (int q = 0; q < N; q++) sums[q][v] += value * weights[q][t];
             }
     }
+    int page = common / rows.size, end = (page + 1) * rows.size;  // N is less than a page: what follows is in two
     for (int q = 1; q < N; q++)
-        for (int t = common; t < lengths[q]; t++)
-            for (int v = 0; v < VECTORS; v++) sums[q][v] += row(rows.at(t), v) * weights[q][t];
+        for (int t = common; t < lengths[q]; t++) {
+            int n = t < end ? page : page + 1;
+            size_t at = rows.page(n) + size_t(t - n * rows.size) * rows.width;
+            for (int v = 0; v < VECTORS; v++) sums[q][v] += row(at, v) * weights[q][t];
+        }
     for (int q = 0; q < N; q++)
         for (int v = 0; v < VECTORS; v++) store(out[q] + c + v * LANES, sums[q][v]);
 }
