@@ -35,18 +35,18 @@ async def test_a_longer_request_gets_the_error_of_the_models_context(tmp_path: P
 
 
 async def test_more_than_the_caches_hold_is_refused_and_what_they_hold_in_turn_is_made(tmp_path: Path) -> None:
-    """Four streams that grow, in memory for two and a half."""
+    """Four streams that grow, in memory for one and a half."""
     async with running(tmp_path, slots=4, cache_tokens=300) as system:
         key = await system.tenant()
-        error = await _refused(system, key, 260, 70)
+        error = await _refused(system, key, 300, 100)
         assert error.reason == "REQUEST_TOO_LARGE"
-        assert error.message == "260 prompt tokens and 70 new ones; this replica's caches hold 320"
-        how = {"max_tokens": 120, "ignore_end_of_text": True, "temperature": 0}
+        assert error.message == "300 prompt tokens and 100 new ones; this replica's caches hold 384"
+        how = {"max_tokens": 200, "ignore_end_of_text": True, "temperature": 0}
         texts = [f"The story of the {word} and the" for word in ("king", "ship", "sea", "war")]
         together = await asyncio.gather(*(system.stream(key, text, **how) for text in texts))
         for text, parts in zip(texts, together, strict=True):
             alone = await system.stream(key, text, **how)
             assert [t.id for p in parts for t in p.tokens] == [t.id for p in alone for t in p.tokens]
-            assert parts[-1].usage.generated_tokens == 120
+            assert parts[-1].usage.generated_tokens == 200
         assert system.metrics is not None
         assert (system.metrics.registry.get_sample_value("backpack_replica_preemptions_total") or 0) > 0

@@ -16,7 +16,7 @@ from backpack_lm.overlay import TopicMultipliers
 LANES = 16
 """The size of a page is a multiple of this: kernels read whole vectors."""
 
-PAGE = 64
+PAGE = 128
 """Positions of a page, unless somebody asks for other ones."""
 
 

@@ -197,10 +197,10 @@ class Engine:
         """Take everything from a running sequence and let it wait: what it had will be read again."""
         self.preemptions += sequence.computed > 0
         self._scheduler.requeue(sequence)
-        self._free(sequence)
+        self._vacate(sequence)
         sequence.prefill, sequence.computed = len(sequence.tokens), 0
 
-    def _free(self, sequence: Sequence) -> None:
+    def _vacate(self, sequence: Sequence) -> None:
         """Take back what a sequence that no longer runs holds. Who waits for its prefix takes over what is there, or
         waits again."""
         for other in reversed(tuple(self._scheduler.running)):
@@ -238,7 +238,7 @@ class Engine:
         del self._sequences[sequence.request.id]
         self._scheduler.remove(sequence)
         if sequence.slot is not None:
-            self._free(sequence)
+            self._vacate(sequence)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a slot, an overlay range or a sequence is lost, shared or left behind."""

@@ -48,17 +48,18 @@ class PagePool:
             start = len(before) * self.size
             if start >= limit:
                 continue
-            for page in self._next.get((last, sequence.tokens[start]), ()):
+            tokens = sequence.tokens[start : min(start + self.size, limit)]
+            for page in self._next.get((last, tokens[0]), ()):
                 if awaited and page.owner is not awaited:
                     continue
                 there, coming = page.held(self.size)
-                length = _common(coming, sequence.tokens[start : start + self.size], limit - start)
+                length = _common(coming, tokens)
                 ready = min(length, len(there))
                 pages, owner = (*before, page), page.owner if length > ready else None
-                for prefix in (Prefix(pages, start + ready, None), Prefix(pages, start + length, owner)):
-                    value = prefix.length if prefix.ready else prefix.length - WORTH_WAITING
-                    if prefix.length > start and value > worth:
-                        best, worth = prefix, value
+                for count, awaits in ((ready, None), (length, owner)):
+                    value = start + count - (WORTH_WAITING if awaits else 0)
+                    if count and value > worth:
+                        best, worth = Prefix(pages, start + count, awaits), value
                 if length == self.size:
                     paths.append((page, pages, owner))
         return best
@@ -80,18 +81,18 @@ class PagePool:
             sequence.pages = list(prefix.pages[: prefix.length // self.size])
         last: Page | str = sequence.pages[-1] if sequence.pages else scope
         while len(sequence.pages) < self.needed(len(sequence.tokens)):
-            last = self._append(sequence, last)
+            last = self._add_page(sequence, last)
         return True
 
     def grow(self, sequence: Sequence) -> None:
         """One page more. Ask `available` first."""
-        self._append(sequence, sequence.pages[-1])
+        self._add_page(sequence, sequence.pages[-1])
 
     def copied(self, sequence: Sequence) -> None:
         """The page that a sequence's pending prefix ends in is no longer needed."""
         prefix, sequence.pending_prefix = sequence.pending_prefix, None
         if prefix and (donor := prefix.donor(self.size)):
-            self._leave(donor)
+            self._drop_user(donor)
 
     def release(self, sequence: Sequence) -> None:
         """Take a sequence's pages back. What it has computed stays until they are needed."""
@@ -100,7 +101,7 @@ class PagePool:
             if page.owner is sequence:
                 page.tokens, _ = page.held(self.size)
                 page.owner = None
-            self._leave(page)
+            self._drop_user(page)
         sequence.pages = []
 
     def _fits(self, sequence: Sequence, prefix: Prefix | None, spare: int) -> bool:
@@ -109,7 +110,7 @@ class PagePool:
             shared, idle = prefix.length // self.size, sum(not page.users for page in prefix.pages)
         return self.needed(len(sequence.tokens)) - shared + spare <= self.available - idle
 
-    def _append(self, sequence: Sequence, last: Page | str) -> Page:
+    def _add_page(self, sequence: Sequence, last: Page | str) -> Page:
         if not self._free:
             self._forget(next(iter(self._idle)))
         start = len(sequence.pages) * self.size
@@ -118,7 +119,7 @@ class PagePool:
         sequence.pages.append(page)
         return page
 
-    def _leave(self, page: Page) -> None:
+    def _drop_user(self, page: Page) -> None:
         page.users -= 1
         if not page.users:
             self._idle[page] = None
@@ -153,13 +154,9 @@ class PagePool:
             assert isinstance(page.key[0], str) or page.key[0] in pages, "a page follows one that is gone"
 
 
-def _common(a: list[int], b: list[int], limit: int) -> int:
-    """Length of the longest common beginning, at most `limit`; slices are compared at the speed of C."""
-    low, high = 0, min(len(a), len(b), limit)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the longest common beginning of what two pages hold. Most differ soon, or not at all."""
+    end = min(len(a), len(b))
+    if a[:end] == b[:end]:
+        return end
+    return next(n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)

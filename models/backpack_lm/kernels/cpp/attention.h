@@ -67,7 +67,8 @@ struct Rows {
     size_t step;  // from page to page
     int size, width;
 
-    size_t at(int t) const { return pages[t / size] * step + size_t(t % size) * width; }
+    size_t page(int n) const { return pages[n] * step; }
+    size_t at(int t) const { return page(t / size) + size_t(t % size) * width; }
 };
 
 // out[q][c + …] = Σ_t weights[q][t]·values[t][c + …] for t < lengths[q] (ascending in q), 16·VECTORS of them.
@@ -80,18 +81,21 @@ void gather(float* const* weights, const int* lengths, const Rows<Value>& rows, 
         return load(values + at + v * LANES);
     };
     int common = lengths[0];
-    for (int start = 0; start < common; start += rows.size) {
-        size_t page = rows.at(start);
-        int end = std::min(rows.size, common - start);
-        for (int t = 0; t < end; t++)
+    for (int t = 0, n = 0; t < common; n++) {
+        size_t at = rows.page(n);
+        for (int end = std::min(common, t + rows.size); t < end; t++, at += rows.width)
             for (int v = 0; v < VECTORS; v++) {
-                Floats value = row(page + size_t(t) * rows.width, v);
-                for (int q = 0; q < N; q++) sums[q][v] += value * weights[q][start + t];
+                Floats value = row(at, v);
+                for (int q = 0; q < N; q++) sums[q][v] += value * weights[q][t];
             }
     }
+    int page = common / rows.size, end = (page + 1) * rows.size;  // N is less than a page: what follows is in two
     for (int q = 1; q < N; q++)
-        for (int t = common; t < lengths[q]; t++)
-            for (int v = 0; v < VECTORS; v++) sums[q][v] += row(rows.at(t), v) * weights[q][t];
+        for (int t = common; t < lengths[q]; t++) {
+            int n = t < end ? page : page + 1;
+            size_t at = rows.page(n) + size_t(t - n * rows.size) * rows.width;
+            for (int v = 0; v < VECTORS; v++) sums[q][v] += row(at, v) * weights[q][t];
+        }
     for (int q = 0; q < N; q++)
         for (int v = 0; v < VECTORS; v++) store(out[q] + c + v * LANES, sums[q][v]);
 }
@@ -160,8 +164,8 @@ struct Attention {
         int group = head / each(), longest = lengths[N - 1];
         size_t own = group * head_size(), next = group + 1 < groups ? own + head_size() : own;
         Rows<Value> rows{values + own, keys + next, table.of(slot), groups * head_size(), table.size, width};
-        for (int start = 0; start < longest; start += table.size) {
-            size_t page = rows.at(start);
+        for (int start = 0, n = 0; start < longest; start += table.size, n++) {
+            size_t page = rows.page(n);
             int length = std::min(table.size, longest - start);
             score<N>(queries, keys + own + page, width, length, rows.values + page, scores, start);
         }
