@@ -58,6 +58,8 @@ bench: .venv/.dev ## Measure, side by side; results go to tests/bench/results
 
 vllm: .venv-vllm/.installed ## Install vLLM into .venv-vllm (2.2 GB), a peer that `make bench` then measures too
 
+llama: .venv-llama/.installed ## Compile llama.cpp into .venv-llama (some minutes), another peer of `make bench`
+
 lint: .venv/.dev ## Style, types and the arrows between packages
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
@@ -72,7 +74,7 @@ lock: .venv/.dev ## Write requirements.lock anew from what is installed in .venv
 	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' >> requirements.lock
 
 clean: ## Remove the environments and what running has left behind
-	rm -rf .venv .venv-vllm var .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-llama var .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
@@ -82,6 +84,11 @@ clean: ## Remove the environments and what running has left behind
 .venv-vllm/.installed: tests/bench/vllm-requirements.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --disable-pip-version-check --progress-bar on --no-deps -r $<
+	@touch $@
+
+.venv-llama/.installed: tests/bench/llama-requirements.txt
+	$(PYTHON) -m venv .venv-llama
+	CMAKE_ARGS=-DGGML_NATIVE=ON .venv-llama/bin/python -m pip install --disable-pip-version-check --progress-bar on --no-deps -r $<
 	@touch $@
 
 .venv/.run: .venv/bin/python pyproject.toml requirements.lock

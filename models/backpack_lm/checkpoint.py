@@ -4,6 +4,7 @@ A servable folder holds
 
     config.json         the shape, in Hugging Face's spelling
     model.safetensors   weights in the Hugging Face layout (`layouts.py`)
+    senses-….safetensors    the sense table in parts, if it is finished and no network computes it
     tokenizer.json      a Hugging Face tokenizers file
     topics.safetensors  if it is there, max_y (E C)_y of every cell, the denominator of topic scores: minutes of
                         work for a large vocabulary, done when a topic is first wanted if not here
@@ -29,25 +30,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from backpack_lm import trunks
 from backpack_lm.cache import cached_name
 from backpack_lm.config import BackpackConfig, ConfigError, read_object
 from backpack_lm.generation import NAME as GENERATION
+from backpack_lm.gguf_file import SUFFIX as GGUF
+from backpack_lm.gguf_file import read_gguf
 from backpack_lm.layouts import CheckpointError, Tensors, is_lightning, to_hugging_face
 from backpack_lm.manifest import NAME as MANIFEST
 from backpack_lm.manifest import TOKENIZER as TOKENIZER
 from backpack_lm.manifest import TOPICS as TOPICS
 from backpack_lm.manifest import Manifest, tokenizer_digest
-from backpack_lm.model import Backpack
+from backpack_lm.model import Backpack, Trunk
 from backpack_lm.overlay import SenseTable
 from backpack_lm.tokenizer import Tokenizer
+from backpack_lm.trunks import TrunkSpec
 from backpack_lm.weight_files import WEIGHTS as WEIGHTS
-from backpack_lm.weight_files import read_safetensors, read_weights, write_safetensors
+from backpack_lm.weight_files import files_of, read_weights, write_safetensors
 from backpack_lm.whole_folder import whole
 
 CONFIG = "config.json"
 OPTIONAL = (TOPICS, GENERATION)
 """Files that a model may come with; those of another must not stay beside it."""
 _PREFIX = "backpack."
+_MASK = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+"""What transformers once stored beside the weights: causal masks, and the speeds of rotary positions."""
 
 
 def load(where: Path, config: Path | None = None, heads: int | None = None) -> Backpack:
@@ -127,14 +134,60 @@ def derived_config(tensors: Tensors, heads: int) -> dict[str, Any]:
 def from_tensors(tensors: Tensors, config: dict[str, Any]) -> Backpack:
     """The Backpack with these tensors, in any layout, and this `config.json`. Raises as `load` does."""
     shape, levanter = BackpackConfig.from_json(config), config.get("model_type") == "backpack-gpt2"
-    renamed = to_hugging_face(tensors, shape.num_senses if levanter else None)
+    renamed = to_hugging_face(tensors, shape.num_senses if levanter else None, shape.trunk.tied)
     shape = replace(shape, **_inner_widths(renamed))
     with torch.device("meta"):  # shapes without memory: every weight comes from the checkpoint
         model = Backpack(shape)
     _check_names_and_shapes(renamed, model.state_dict())
-    state = {name: tensor.float().contiguous() for name, tensor in renamed.items()}
+    # A finished sense table stays as it is in its files, which are mapped into memory.
+    is_finished = re.compile(r"sense_rows\.").match
+    state = {name: t if is_finished(name) else t.float().contiguous() for name, t in renamed.items()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def read_transformer(where: Path) -> tuple[TrunkSpec, dict[str, Tensor]]:
+    """A Transformer of any family in `trunks`, from a Hugging Face folder or a GGUF file: its trunk and the tensors of
+    that, float32, under the names of `model.Trunk`; with `lm_head.weight` where embeddings aren't tied.
+
+    Raises CheckpointError naming the file or tensor that is missing or wrong, ConfigError.
+    """
+    if where.suffix == GGUF:
+        model = read_gguf(where)
+        values, published = model.config, model.tensors
+    else:
+        values, published = read_config(where) or {}, {}
+    if "num_senses" in values:
+        raise CheckpointError(f"{where} is a Backpack; a Transformer has no num_senses")
+    # GPT-2 itself doesn't divide its scores by their layer's number.
+    defaults = {"scaled_by_layer": False} if "n_embd" in values else {}
+    trunk = trunks.read(values, **defaults)
+    with torch.device("meta"):
+        wanted: dict[str, Tensor] = Trunk(trunk).state_dict()
+    if not trunk.tied:
+        wanted["lm_head.weight"] = wanted["wte.weight"]
+    there = {_published_name(name): tensor for name, tensor in (published or read_weights(where)).items()}
+    if trunk.tied:
+        there.pop("lm_head.weight", None)
+    tensors: dict[str, Tensor] = {}
+    faults: list[str] = []
+    for name in wanted:
+        parts, transposed = trunks.published(trunk, name)
+        found = [there.pop(part, None) for part in parts]
+        faults += [f"missing: {part}" for part, tensor in zip(parts, found, strict=True) if tensor is None]
+        whole = [t.t() if transposed and t.ndim > 1 else t for t in found if t is not None]
+        if len(whole) == len(parts):
+            tensors[name] = torch.cat(whole, dim=-1).float().contiguous()
+    faults += [f"unknown: {name}" for name in there if not _MASK.search(name)]
+    if faults:
+        raise CheckpointError(f"{where} is no {trunk.family}:\n  " + "\n  ".join(sorted(faults)))
+    _check_names_and_shapes(tensors, wanted)
+    return trunk, tensors
+
+
+def _published_name(name: str) -> str:
+    """A tensor's name in a Transformer of Hugging Face's, with or without its head."""
+    return name.removeprefix("transformer.").removeprefix("model.")
 
 
 def save(model: Backpack, tokenizer: Path, folder: Path, topics: bool = False) -> Manifest:
@@ -151,7 +204,8 @@ def write(model: Backpack, tokenizer: Path, folder: Path, topics: bool = False) 
     """As `save`, file by file into an empty folder."""
     (folder / CONFIG).write_text(json.dumps(model.config.to_json(), indent=2) + "\n", "utf-8")
     state = {_PREFIX + name: tensor.detach() for name, tensor in model.state_dict().items()}
-    write_safetensors(folder / WEIGHTS, state)
+    for weights, names in files_of(state).items():
+        write_safetensors(folder / weights, {name: state[name] for name in names})
     shutil.copyfile(tokenizer, folder / TOKENIZER)
     manifest = Manifest(_fingerprint(folder, state), model.config, model.sense_rms())
     if topics:
@@ -190,7 +244,7 @@ def fingerprint(folder: Path) -> str:
     The sense table is a function of these, so it need not be hashed; hashed as computed, it would differ
     between processors.
     """
-    return _fingerprint(folder, read_safetensors(folder / WEIGHTS))
+    return _fingerprint(folder, read_weights(folder))
 
 
 def _fingerprint(folder: Path, tensors: Tensors) -> str:
@@ -248,9 +302,9 @@ def _check_names_and_shapes(found: Tensors, wanted: Tensors) -> None:
         tensor = found[name]
         if tensor.shape != wanted[name].shape:
             faults.append(f"shape of {name}: {list(tensor.shape)}, the config says {list(wanted[name].shape)}")
-        elif not tensor.is_floating_point():
+        elif not tensor.is_floating_point() and tensor.dtype != wanted[name].dtype:
             faults.append(f"type of {name}: {tensor.dtype}, not floating point")
-        elif not _is_finite(tensor):
+        elif tensor.is_floating_point() and not _is_finite(tensor):
             faults.append(f"not finite: {name} holds NaN or infinity")
     if faults:
         raise CheckpointError("not this Backpack:\n  " + "\n  ".join(sorted(faults)))

@@ -2,81 +2,96 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from backpack_lm import strict_json
-
-
-class ConfigError(ValueError):
-    """A config that doesn't describe a Backpack, with the offending value and the fix."""
-
-
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_approx")
-"""Names of one function: Hugging Face's, and those of Stanford's training code."""
+from backpack_lm import strict_json, trunks
+from backpack_lm.trunks.spec import COUNT, WIDTH, TrunkSpec, size
+from backpack_lm.trunks.spec import ConfigError as ConfigError
 
 _GPT2_END = 50256
+_ALWAYS = ("num_senses", "sense_intermediate_scale")
 
-_MOST = {
-    "vocab_size": 2**24,
-    "n_positions": 2**24,
-    "n_embd": 2**20,
-    "n_layer": 2**10,
-    "n_head": 2**10,
-    "num_senses": 2**10,
-    "sense_intermediate_scale": 2**10,
-}
-"""Far beyond any model: a file that says more is damaged, and to make such a shape would never end."""
+
+class Senses(StrEnum):
+    """What a checkpoint holds of its sense vectors: the network that computes them, or the finished table, in bfloat16
+    or in int8 with a scale for each vector."""
+
+    NETWORK = "network"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
 
 
 @dataclass(frozen=True, slots=True)
 class BackpackConfig:
-    """Shape of a Backpack LM, in the field names of Hugging Face's `config.json`.
+    """Shape of a Backpack LM: a trunk, and the senses on top of it, in the field names of Hugging Face's `config.json`.
 
-    V = vocab_size, T = n_positions, d = n_embd, k = num_senses; `n_layer` and `n_head` are the trunk's.
-    `sense_inner` are the inner widths of the sense network's two MLPs; the published models have
-    4·d and sense_intermediate_scale·d, the k-ablation checkpoints d and d. Ids from `num_tokens` on
-    are padding of the embedding: no text has them and they are never sampled.
+    V = vocab_size, T = n_positions, d = n_embd are the trunk's, k = num_senses. `sense_inner` are the inner widths of
+    the sense network's two MLPs; the published models have 4·d and sense_intermediate_scale·d, the k-ablation
+    checkpoints d and d. Ids from `num_tokens` on are padding of the embedding: no text has them and they are never
+    sampled.
+
+    `query_layers` and `key_layers` are the trunk's states that the sense weights read: 0 are its embeddings, n what
+    follows n layers; the last, which the published models read for both, has the trunk's final norm.
     """
 
-    vocab_size: int
-    n_positions: int
-    n_embd: int
-    n_layer: int
-    n_head: int
+    trunk: TrunkSpec
     num_senses: int = 16
     sense_intermediate_scale: int = 4
     sense_inner: tuple[int, int] | None = None
-    scale_attn_by_inverse_layer_idx: bool = True
-    layer_norm_epsilon: float = 1e-5
     eos_token_id: int | None = None
     num_tokens: int | None = None
+    sense_head: int | None = None
+    query_layers: tuple[int, ...] = ()
+    key_layers: tuple[int, ...] = ()
+    senses: Senses = Senses.NETWORK
 
     def __post_init__(self) -> None:
-        for name, most in _MOST.items():
-            if not _is_size(getattr(self, name), most):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be an integer from 1 to {most}")
-        inner, epsilon, scaled = self.sense_inner, self.layer_norm_epsilon, self.scale_attn_by_inverse_layer_idx
-        two = isinstance(inner, tuple) and len(inner) == 2
-        if inner is not None and not (two and all(_is_size(width, 2**24) for width in inner)):
-            raise ConfigError(f"sense_inner is {inner!r}; it must be two widths, as integers")
-        if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-            raise ConfigError(f"layer_norm_epsilon is {epsilon!r}; it must be a number between 0 and 1")
-        if not isinstance(scaled, bool):
-            raise ConfigError(f"scale_attn_by_inverse_layer_idx is {scaled!r}; it must be true or false")
-        V = self.vocab_size
+        for name in ("num_senses", "sense_intermediate_scale"):
+            size({name: getattr(self, name)}, name, COUNT)
+        if not _two_sizes(self.sense_inner):
+            raise ConfigError(f"sense_inner is {self.sense_inner!r}; it must be two widths, as integers")
+        V, d, depth = self.vocab_size, self.n_embd, self.trunk.depth
         for name, first, last in (("num_tokens", 1, V), ("eos_token_id", 0, V - 1)):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and first <= value <= last):
                 raise ConfigError(f"{name} is {value!r}; with vocab_size {V} it is {first} to {last}")
-        if self.n_embd % self.n_head:
-            raise ConfigError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads")
-        if self.n_embd < self.num_senses:
+        if self.sense_head is not None:
+            size({"sense_head": self.sense_head}, "sense_head", WIDTH)
+        elif d < self.num_senses:
             raise ConfigError(
-                f"num_senses {self.num_senses} is more than n_embd {self.n_embd}: "
+                f"num_senses {self.num_senses} is more than n_embd {d}: "
                 "each sense needs a head of at least one dimension"
             )
+        for name in ("query_layers", "key_layers"):
+            layers = getattr(self, name)
+            if sorted(set(layers) & set(range(depth + 1))) != list(layers):
+                raise ConfigError(f"{name} is {layers!r}; it must be layers from 0 to {depth}, ascending")
+
+    @classmethod
+    def gpt2(
+        cls, vocab_size: int, n_positions: int, n_embd: int, n_layer: int, n_head: int, **more: Any
+    ) -> BackpackConfig:
+        """A Backpack on a GPT-2 trunk, from the fields of its `config.json`."""
+        shape = {"vocab_size": vocab_size, "n_positions": n_positions, "n_embd": n_embd}
+        return cls.from_json({**shape, "n_layer": n_layer, "n_head": n_head, "num_senses": 16, **more})
+
+    @property
+    def vocab_size(self) -> int:
+        """V, ids of the embedding."""
+        return self.trunk.vocab_size
+
+    @property
+    def n_positions(self) -> int:
+        """T, the most tokens of a text."""
+        return self.trunk.context
+
+    @property
+    def n_embd(self) -> int:
+        """d, the width of the trunk and of sense vectors."""
+        return self.trunk.width
 
     @property
     def tokens(self) -> int:
@@ -85,13 +100,27 @@ class BackpackConfig:
 
     @property
     def sense_head_width(self) -> int:
-        """Width of one head of the sense weights: d // k."""
-        return self.n_embd // self.num_senses
+        """Width of one head of the sense weights: d // k, unless `sense_head` says otherwise."""
+        return self.sense_head or self.n_embd // self.num_senses
 
     @property
     def sense_mlp_widths(self) -> tuple[int, int]:
         """Inner widths of the sense network's block MLP and final MLP."""
         return self.sense_inner or (4 * self.n_embd, self.sense_intermediate_scale * self.n_embd)
+
+    @property
+    def read_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The trunk's states that feed the sense weights' queries, and those that feed their keys."""
+        last = (self.trunk.depth,)
+        return self.query_layers or last, self.key_layers or last
+
+    def with_vocabulary(self, size: int, eos_token_id: int | None) -> BackpackConfig:
+        """The same with an embedding of so many tokens, all of them real, one of which ends a text."""
+        return replace(self, trunk=replace(self.trunk, vocab_size=size), num_tokens=None, eos_token_id=eos_token_id)
+
+    def with_context(self, positions: int) -> BackpackConfig:
+        """The same with texts of at most so many tokens."""
+        return replace(self, trunk=replace(self.trunk, context=positions))
 
     def with_tokens(self, count: int) -> BackpackConfig:
         """The same beside a tokenizer of so many tokens: ids that it hasn't are padding of the embedding.
@@ -103,14 +132,13 @@ class BackpackConfig:
         return self if count == self.tokens else replace(self, num_tokens=count)
 
     def to_json(self) -> dict[str, Any]:
-        """The config as `config.json` holds it, readable by the published Hugging Face class."""
-        values = {k: v for k, v in asdict(self).items() if v is not None}
-        return {
-            "architectures": ["BackpackGPT2LMHeadModel"],
-            "model_type": "gpt2",
-            "activation_function": "gelu_new",
-            **values,
+        """The config as `config.json` holds it; of a GPT-2 trunk, readable by the published Hugging Face class."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trunk"}
+        # What only newer models have is left out where it says nothing: fingerprints stay as they are.
+        kept = {
+            name: value for name, value in own.items() if name in _ALWAYS or value not in (None, (), Senses.NETWORK)
         }
+        return {"architectures": ["BackpackGPT2LMHeadModel"], **trunks.write(self.trunk), **kept}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> BackpackConfig:
@@ -118,29 +146,21 @@ class BackpackConfig:
         values = dict(values)
         if "num_content_vectors" in values:  # Stanford's Lightning spelling
             values.setdefault("num_senses", values["num_content_vectors"])
-        if (activation := values.get("activation_function", "gelu_new")) not in _TANH_GELU:
-            raise ConfigError(
-                f"activation_function {activation!r}; a Backpack uses 'gelu_new', the tanh approximation of GELU, "
-                f"also called {', '.join(map(repr, _TANH_GELU[1:]))}"
-            )
-        if (scaled := values.get("scale_attn_weights", True)) is not True:
-            raise ConfigError(f"scale_attn_weights is {scaled!r}; a Backpack's attention is scaled by 1/√(d/H)")
-        known = {f.name for f in fields(cls)}
-        required = {"vocab_size", "n_positions", "n_embd", "n_layer", "n_head"}
-        if missing := sorted(required - values.keys()):
-            raise ConfigError(f"config lacks {', '.join(missing)}")
+        trunk = trunks.read(values)
         if "num_senses" not in values:
             raise ConfigError("config has no num_senses: this is a Transformer, not a Backpack")
-        if values["vocab_size"] == 50264:  # GPT-2's 50,257 padded to a multiple of 8
+        if trunk.vocab_size == 50264:  # GPT-2's 50,257 padded to a multiple of 8
             values.setdefault("num_tokens", 50257)
             values.setdefault("eos_token_id", 50256)
-        kept = {name: value for name, value in values.items() if name in known}
-        size = values["vocab_size"]
-        if kept.get("eos_token_id") == _GPT2_END and isinstance(size, int) and size <= _GPT2_END:
+        kept = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        if kept.get("eos_token_id") == _GPT2_END and trunk.vocab_size <= _GPT2_END:
             kept["eos_token_id"] = None  # GPT-2's, which transformers writes where nobody said
-        if isinstance(kept.get("sense_inner"), list):
-            kept["sense_inner"] = tuple(kept["sense_inner"])
-        return cls(**kept)
+        for name in ("sense_inner", "query_layers", "key_layers"):
+            if isinstance(kept.get(name), list):
+                kept[name] = tuple(kept[name])
+        if (senses := kept.get("senses", Senses.NETWORK)) not in list(Senses):
+            raise ConfigError(f"senses is {senses!r}; it must be one of {', '.join(map(repr, map(str, Senses)))}")
+        return cls(**{**kept, "trunk": trunk, "senses": Senses(senses)})
 
     @classmethod
     def read(cls, path: Path) -> BackpackConfig:
@@ -160,20 +180,17 @@ def read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _is_size(value: object, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+def _two_sizes(value: object) -> bool:
+    """Whether it is nothing, or two widths."""
+    if value is None:
+        return True
+    if not (isinstance(value, tuple) and len(value) == 2):
+        return False
+    return all(isinstance(width, int) and not isinstance(width, bool) and 1 <= width <= 2**24 for width in value)
 
 
 def _published(layers: int, heads: int, width: int) -> BackpackConfig:
-    return BackpackConfig(
-        vocab_size=50264,
-        n_positions=512,
-        n_embd=width,
-        n_layer=layers,
-        n_head=heads,
-        eos_token_id=50256,
-        num_tokens=50257,
-    )
+    return BackpackConfig.gpt2(50264, 512, width, n_layer=layers, n_head=heads, eos_token_id=50256, num_tokens=50257)
 
 
 MICRO = _published(6, 6, 384)

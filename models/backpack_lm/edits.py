@@ -108,7 +108,7 @@ class CopyEdit:
 
 @dataclass(frozen=True, slots=True)
 class ProjectOutEdit:
-    """v ← v − c·r with r = wte[direction] and c = (v·r)/(r·r)."""
+    """v ← v − c·r with r = E[direction], the output embedding, and c = (v·r)/(r·r)."""
 
     cells: tuple[Cell, ...]
     direction: int
@@ -117,7 +117,7 @@ class ProjectOutEdit:
 
 @dataclass(frozen=True, slots=True)
 class SwapEdit:
-    """v ← v − c·r + c·a·(r·r)/(a·a) with r = wte[old], a = wte[new] and c = (v·r)/(r·r)."""
+    """v ← v − c·r + c·a·(r·r)/(a·a) with r = E[old], a = E[new] of the output embedding, and c = (v·r)/(r·r)."""
 
     cells: tuple[Cell, ...]
     old: int
@@ -129,10 +129,10 @@ class SwapEdit:
 class TopicEdit:
     """Multiply every cell by the multiplier of its topic score, annealed while generating.
 
-    `tokens` are the first tokens of the topic's words; `strength` is 1, 2 or 3. The score of a cell
-    is (E C)·b / max_y (E C)_y with b the many-hot vector of `tokens`; its quantile over all cells picks
-    the multiplier (`TOPIC_MULTIPLIERS`). With `annealed`, a multiplier fades as the text comes to
-    satisfy its cell (paper, section 6 and appendix).
+    `tokens` are the first tokens of the topic's words; `strength` is 1, 2 or 3. The score of a cell is
+    (E C)·b / max_y (E C)_y with E the output embedding and b the many-hot vector of `tokens`; its quantile
+    over all cells picks the multiplier (`TOPIC_MULTIPLIERS`). With `annealed`, a multiplier fades as the text
+    comes to satisfy its cell (paper, section 6 and appendix).
     """
 
     tokens: tuple[int, ...]

@@ -65,11 +65,12 @@ _LAST_NORM = re.compile(r"gpt2_model\.layers\.(\d+)\.norm2")
 _TRANSPOSED = re.compile(r"\.(attn|mlp|final_mlp)\.c_(attn|proj|fc)\.weight$")
 
 
-def to_hugging_face(tensors: Tensors, averaged_over: int | None = None) -> dict[str, Tensor]:
+def to_hugging_face(tensors: Tensors, averaged_over: int | None = None, tied: bool = True) -> dict[str, Tensor]:
     """Tensors of any layout under Hugging Face's names without prefix, aliases and masks dropped.
 
     `averaged_over` is k if the model divides its sum of senses by k (Levanter): 1/k goes into the last sense
-    layer. Raises CheckpointError for nanoBackpackLM, and for copies of a tied tensor that differ.
+    layer. Where embeddings aren't `tied`, the output's is a tensor of its own. Raises CheckpointError for
+    nanoBackpackLM, and for copies of a tied tensor that differ.
     """
     if any("contextualization_layer." in name or "sense_vector_layer." in name for name in tensors):
         raise CheckpointError(
@@ -83,7 +84,8 @@ def to_hugging_face(tensors: Tensors, averaged_over: int | None = None) -> dict[
     bare = _renamed((_without_prefix(name), name, tensor) for name, tensor in tensors.items() if not _MASK.search(name))
     if any(name.startswith(_LIGHTNINGS_OWN) for name in bare):
         bare = _from_lightning(bare)
-    out = _without_aliases(bare)
+    aliases = _ALIASES if tied else {name: first for name, first in _ALIASES.items() if name != "lm_head.weight"}
+    out = _without_aliases(bare, aliases)
     if averaged_over is not None:
         for part in ("weight", "bias"):
             name = f"sense_network.final_mlp.c_proj.{part}"
@@ -138,11 +140,11 @@ def _lightning_name(name: str, layers: int) -> str:
     return name
 
 
-def _without_aliases(tensors: Tensors) -> dict[str, Tensor]:
-    out = {name: tensor for name, tensor in tensors.items() if name not in _ALIASES}
+def _without_aliases(tensors: Tensors, aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    out = {name: tensor for name, tensor in tensors.items() if name not in aliases}
     for name, tensor in tensors.items():
-        if name in _ALIASES and not _same(out.setdefault(_ALIASES[name], tensor), tensor):
-            raise CheckpointError(f"{name} should be the same tensor as {_ALIASES[name]}, but it differs")
+        if name in aliases and not _same(out.setdefault(aliases[name], tensor), tensor):
+            raise CheckpointError(f"{name} should be the same tensor as {aliases[name]}, but it differs")
     return out
 
 

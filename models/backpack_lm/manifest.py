@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backpack_lm import strict_json
@@ -46,6 +46,11 @@ class Manifest:
         """The model as patches see it. Padding of the vocabulary can't be patched."""
         config = self.config
         return ModelShape(self.fingerprint, config.tokens, config.num_senses, config.n_embd, self.sense_rms)
+
+    def with_context(self, most: int) -> Manifest:
+        """The same model where no text is longer than `most` tokens; 0: as long as it can be."""
+        context = min(most or self.config.n_positions, self.config.n_positions)
+        return replace(self, config=self.config.with_context(context))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

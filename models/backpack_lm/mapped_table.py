@@ -34,7 +34,7 @@ def prepare(model: Backpack, fingerprint: str, dtype: torch.dtype, progress: Pro
 
     If there is none, or it is damaged, it is written, whole or not at all. Raises OSError if it can't be.
     """
-    embedding, there = model.embedding.detach(), folder("tables")
+    ids, there = torch.arange(model.config.vocab_size), folder("tables")
     start = cached_name(fingerprint, dtype)
     size = _table_rows(model) * stored_width(model.config.n_embd, dtype) * dtype.itemsize
     for path in there.glob(f"{start}*"):
@@ -46,10 +46,10 @@ def prepare(model: Backpack, fingerprint: str, dtype: torch.dtype, progress: Pro
     with tempfile.NamedTemporaryFile(dir=there, suffix=PARTIAL, delete=False) as scratch:
         try:
             fcntl.flock(scratch, fcntl.LOCK_EX)
-            for at in range(0, len(embedding), CHUNK):
-                senses = store(model.sense_network(embedding[at : at + CHUNK]), dtype)
+            for at in range(0, len(ids), CHUNK):
+                senses = store(model.compute_senses(ids[at : at + CHUNK]), dtype)
                 scratch.write(senses.contiguous().view(torch.uint8).numpy().data)
-                progress(min(at + CHUNK, len(embedding)), len(embedding))
+                progress(min(at + CHUNK, len(ids)), len(ids))
             scratch.flush()
             os.fsync(scratch.fileno())
             made = Path(scratch.name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,21 @@ from backpack_lm.strict_json import JsonError, is_lfs_pointer
 from backpack_lm.torch_archive import TorchArchive
 
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
+SENSES = "senses-{:0>5}-of-{:0>5}.safetensors"
+"""Files of a finished sense table, each with a part of the vocabulary."""
 INDEX = ".index.json"
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.\w+")
 _MOST_HEADER = 10**8  # bytes; the safetensors library takes no more
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8"}
+_SENSE_PART = re.compile(r"(?:backpack\.)?sense_rows\.(\d+)\.")
 _ZIP, _SAFETENSORS = b"PK\x03\x04", ".safetensors"
 
 
 def read_weights(where: Path) -> Tensors:
     """The tensors of a checkpoint: a file, or a folder with
 
-    model.safetensors, else the *.safetensors that its index names, else all of them, else pytorch_model.bin, else
-    the *.bin that its index names, else pytorch_model-*.bin, else the one *.ckpt.
+    model.safetensors and the senses-*.safetensors beside it, else the *.safetensors that its index names, else all of
+    them, else pytorch_model.bin, else the *.bin that its index names, else pytorch_model-*.bin, else the one *.ckpt.
 
     Raises CheckpointError, with the fix, naming the file that is missing, damaged, outside, or one too many.
     """
@@ -53,7 +56,8 @@ def read_weights(where: Path) -> Tensors:
                 raise CheckpointError(
                     f"{where} has {whole}, and {index.name} names other files; leave the checkpoint that is meant"
                 )
-            return read_file(where / whole)
+            parts = sorted(where.glob("senses-*-of-*.safetensors")) if whole == WEIGHTS else []
+            return _merge_files([where / whole, *parts]) if parts else read_file(where / whole)
         if index.exists():
             return _follow(index)
         if shards := [path for path in shards if path.name != TOPICS]:
@@ -98,6 +102,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, KeyError, RuntimeError):
         raise CheckpointError(f"{path} can't be read: it is damaged or cut off; get it again") from None
     return found
+
+
+def files_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """The files of a model folder, and which of its tensors are in each."""
+    by_part: dict[int | None, list[str]] = {None: []}
+    for name in names:
+        part = _SENSE_PART.match(name)
+        by_part.setdefault(int(part[1]) if part else None, []).append(name)
+    count = len(by_part) - 1
+    return {WEIGHTS if part is None else SENSES.format(part + 1, count): own for part, own in by_part.items()}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

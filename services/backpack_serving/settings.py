@@ -191,6 +191,20 @@ class Settings(BaseSettings):
     )
 
     slots: int = Field(32, ge=1, le=2**31, description="Sequences that a replica runs at once.")
+    context: int = Field(
+        0,
+        ge=0,
+        le=2**24,
+        description="Most tokens, prompt and new ones, of a request; 0, and what is more than the model has: the "
+        "model's context. Of gateways and replicas.",
+    )
+    cache_tokens: int = Field(
+        0,
+        ge=0,
+        le=2**40,
+        description="Tokens whose keys and values a replica holds, of all requests together. 0: 1024 for each slot, "
+        "or the context if that is shorter, and one whole context at least.",
+    )
     queue: int = Field(256, ge=0, le=10**6, description="Requests that may wait in a replica for a slot.")
     step_tokens: int = Field(
         128,

@@ -6,34 +6,43 @@ import time
 import warnings
 
 import torch
-from backpack_serving.engine.engine import Engine
+from backpack_lm.config import SMALL
+from backpack_lm.kernels import Precision
 
-from tests.bench.peers import VLLM
-from tests.bench.side_by_side import FAST, NEW, ROOM, Bench
+from tests.bench.peers import VLLM, LlamaCpp, Peer, transformer
+from tests.bench.side_by_side import FAST, INT8, NEW, SHAPES, Bench
 
 
 def vllm(bench: Bench) -> None:
-    """vLLM on this processor, GPT-2 of the same trunk, where `make vllm` has installed it."""
-    peer = VLLM.start(bench.model.config, str(FAST).removeprefix("torch."), 32)
+    """vLLM on this processor, the Transformer of the same trunk, where `make vllm` has installed it."""
+    precision, target = str(FAST).removeprefix("torch."), "1.5" if bench.model.config is SMALL else "1.3"
+    beside(bench, VLLM, precision, Precision.AUTO, dict.fromkeys((1, 8, 32), target))
+
+
+def llama_cpp(bench: Bench) -> None:
+    """llama.cpp the same way, where `make llama` has installed it: its weights in Q8_0, ours in int8."""
+    beside(bench, LlamaCpp, "q8_0", INT8 or Precision.AUTO, {1: "1", 8: "1.5", 32: "1.5"})
+
+
+def beside(bench: Bench, kind: type[Peer], dtype: str, precision: Precision, targets: dict[int, str]) -> None:
+    """Tokens/s of ours in a precision and of a peer in its dtype, at every shape; `targets` by batch."""
+    peer = kind.start(transformer(bench.model.config), dtype, max(targets))
     if peer is None:
         return
     with peer:
-        for length in (64, 448):
-            for batch in (1, 8, 32):
-                engine = bench.engine(batch)
+        for length, batch in SHAPES:
+            ours = bench.batch(bench.engine(batch, precision=precision), batch, length)
 
-                def ours(engine: Engine = engine, batch: int = batch, length: int = length) -> float:
-                    return bench.generate(engine, [bench.request(bench.prompt(length)) for _ in range(batch)])
+            def theirs(batch: int = batch, length: int = length) -> float:
+                return peer.measure(batch, length, NEW)["tokens_per_second"]
 
-                def theirs(batch: int = batch, length: int = length) -> float:
-                    return peer.measure(batch, length, NEW)["tokens_per_second"]
-
-                what = f"vLLM {peer.described.get('vllm', '')} GPT-2, {length}+{NEW}, batch {batch}"
-                bench.compare(what, ours, theirs, "tokens/s", "1", rounds=3)
+            own = precision.value if precision is not Precision.AUTO else str(FAST).removeprefix("torch.")
+            what = f"{kind.name} {peer.described['version']} in {dtype}, ours in {own}, {length}+{NEW}, batch {batch}"
+            bench.compare(what, ours, theirs, "tokens/s", targets[batch], rounds=3)
 
 
 def hugging_face(bench: Bench, batch: int, length: int, dtype: torch.dtype, rounds: int = 3) -> None:
-    config = bench.model.config
+    config, kind = bench.model.config, str(dtype).removeprefix("torch.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -42,8 +51,8 @@ def hugging_face(bench: Bench, batch: int, length: int, dtype: torch.dtype, roun
             vocab_size=config.vocab_size,
             n_positions=config.n_positions,
             n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
+            n_layer=config.trunk.depth,
+            n_head=config.trunk.layer.heads,
             bos_token_id=0,
             eos_token_id=None,
             pad_token_id=0,
@@ -58,11 +67,9 @@ def hugging_face(bench: Bench, batch: int, length: int, dtype: torch.dtype, roun
             made = gpt2.generate(ids, max_new_tokens=NEW, do_sample=False, attention_mask=torch.ones_like(ids))
         return batch * (made.shape[1] - length) / (time.perf_counter() - started)
 
-    def ours() -> float:
-        return bench.generate(engine, [bench.request(bench.prompt(length)) for _ in range(batch)])
-
-    engine = bench.engine(batch, storage=bench.storage if dtype == FAST else bench.table.with_room(ROOM, dtype))
-    kind = str(dtype).removeprefix("torch.")
+    ours = bench.batch(
+        bench.engine(batch, precision=Precision.AUTO if dtype == FAST else Precision(kind)), batch, length
+    )
     what = f"Hugging Face GPT-2 with cache, {kind}, {length}+{NEW}, batch {batch}"
     bench.compare(what, ours, theirs, "tokens/s", "2" if batch == 32 else "", rounds=rounds)
 

@@ -69,7 +69,7 @@ def _parts(engine: Engine) -> dict[str, float]:
     kernels, trunk = runner.kernels, runner._trunk
     counted = trunk.seconds.clone() if isinstance(trunk, NativeTrunk) else None
     clocked: tuple[tuple[Any, str, str], ...] = (
-        (kernels, "note", "note tokens"),
+        (kernels, "append_tokens", "append tokens"),
         (runner, "_trunk", "trunk"),
         (kernels, "mix", "sense mix"),
         (runner, "_head", "head"),

@@ -12,11 +12,10 @@ from collections.abc import Callable
 
 import torch
 
-from tests.bench import side_by_side
-from tests.bench.against_itself import budget, distinct_releases, drawing, loop, mix, prefix
-from tests.bench.against_peers import hugging_face, published_class, vllm
+from tests.bench.against_itself import budget, distinct_releases, drawing, int8, loop, mix, plain_on_avx2, prefix
+from tests.bench.against_peers import hugging_face, llama_cpp, published_class, vllm
 from tests.bench.report import write
-from tests.bench.side_by_side import FAST, Bench
+from tests.bench.side_by_side import FAST, MODELS, Bench
 
 
 def hugging_faces(bench: Bench) -> None:
@@ -35,8 +34,11 @@ def mixes(bench: Bench) -> None:
 
 PARTS: dict[str, Callable[[Bench], None]] = {
     "vllm": vllm,
+    "llama.cpp": llama_cpp,
     "hugging-face": hugging_faces,
     "published": published_class,
+    "int8": int8,
+    "avx2": plain_on_avx2,
     "mix": mixes,
     "releases": distinct_releases,
     "prefix": prefix,
@@ -44,19 +46,23 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "drawing": drawing,
     "loop": loop,
 }
-MODELS = {"default": side_by_side.default, "Small": side_by_side.small}
+NOT_OF = {
+    "default": {"vllm", "llama.cpp"},  # its targets name the larger trunks
+    "Llama 135M": set(PARTS) - {"vllm", "llama.cpp", "int8", "avx2", "mix", "releases"},
+}
+"""Parts that aren't measured with a model."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.engine", description=__doc__)
-    parser.add_argument("--model", choices=MODELS, action="append", help="one alone (both: some twenty minutes)")
+    parser.add_argument("--model", choices=MODELS, action="append", help="one alone (all: some forty minutes)")
     parser.add_argument("--part", choices=PARTS, action="append", help="one alone, or some; nothing is written then")
     chosen = parser.parse_args()
     models, parts = chosen.model or list(MODELS), chosen.part or list(PARTS)
     benches = [MODELS[name]() for name in models]
     for bench in benches:
         for part in parts:
-            if part != "vllm" or bench.name == "Small":  # whose trunk the target names
+            if part not in NOT_OF.get(bench.name, set()):
                 PARTS[part](bench)
     if chosen.model or chosen.part:
         return

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from backpack_lm.config import SMALL
-from backpack_lm.kernels import Precision
+from backpack_lm.config import SMALL, BackpackConfig
+from backpack_lm.kernels import Caches, Kernels, Precision, choose
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import ReleaseContent
@@ -29,11 +29,35 @@ from torch import Tensor
 from tests.bench.report import console, spread
 
 ROUNDS = 5
+SHAPES = tuple((length, batch) for length in (64, 448) for batch in (1, 8, 32))
+"""Tokens of prompts, and sequences, that peers are compared at."""
 NEW = 64
 ROOM = 65_536
 STEP_TOKENS = Settings().step_tokens
 FAST = Precision.AUTO.dtype()
+INT8 = next((precision for precision in Precision if precision == "int8"), None)
+"""None until there is one: then nothing is compared in it."""
 TEXTS = [Path(__file__).parents[2] / name for name in ("ARCHITECTURE.md", "README.md", "CONTRIBUTING.md", "LICENSE")]
+
+LLAMA_135M = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 49152,
+    "max_position_embeddings": 512,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100_000.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+"""SmolLM2-135M's shape, with the positions of Backpack-Small."""
 
 Timed = Callable[[], float]
 """Does something once; tokens per second, or seconds."""
@@ -44,7 +68,7 @@ class Bench:
 
     def __init__(self, name: str, model: Backpack, table: SenseTable, text: list[int], rounds: int = ROUNDS) -> None:
         self.name, self.model, self.table, self.text, self.rounds = name, model, table, text, rounds
-        self.storage = table.with_room(ROOM, FAST)
+        self._storages: dict[Precision, Tensor] = {}
         self.empty = Overlay.compile(ReleaseContent(), table)
         self.rows: list[list[str]] = []
         self.data: dict[str, Any] = {}
@@ -52,10 +76,21 @@ class Bench:
         self.names = count()
 
     def engine(
-        self, batch: int, share: bool = False, storage: Tensor | None = None, step_tokens: int = STEP_TOKENS
+        self,
+        batch: int,
+        share: bool = False,
+        precision: Precision = Precision.AUTO,
+        step_tokens: int = STEP_TOKENS,
+        kernels: Callable[[Caches], Kernels] = choose,
     ) -> Engine:
-        runner = Runner(self.model, self.storage if storage is None else storage, batch)
+        runner = Runner(self.model, self._storage(precision), batch, kernels)
         return Engine(runner, Slots(batch), OverlayRows(ROOM), Scheduler(step_tokens, 1024), share)
+
+    def _storage(self, precision: Precision) -> Tensor:
+        """The sense table with room for releases: what an engine's precision follows from."""
+        if precision not in self._storages:
+            self._storages[precision] = self.table.with_room(ROOM, precision.dtype())
+        return self._storages[precision]
 
     def prompt(self, length: int) -> tuple[int, ...]:
         start = self.draw.randrange(len(self.text) - length)
@@ -81,6 +116,10 @@ class Bench:
             tokens += len(engine.step())
         return tokens / (time.perf_counter() - started)
 
+    def batch(self, engine: Engine, size: int, length: int = 64) -> Timed:
+        """As many prompts of a length at once, each continued by `NEW` tokens."""
+        return lambda: self.generate(engine, [self.request(self.prompt(length)) for _ in range(size)])
+
     def compare(
         self,
         what: str,
@@ -99,7 +138,7 @@ class Bench:
             b.append(theirs())
         faster = unit == "tokens/s"
         ratios = [x / y if faster or not higher else y / x for x, y in zip(a, b, strict=True)]
-        self.append_tokens(what, a, b, ratios, unit, target)
+        self.note(what, a, b, ratios, unit, target)
 
     def note(self, what: str, a: list[float], b: list[float], ratios: list[float], unit: str, target: str) -> None:
         self.data[what] = {"ours": spread(a), "theirs": spread(b), "ratio": spread(ratios), "unit": unit}
@@ -131,14 +170,24 @@ def default() -> Bench:
 def small(senses: bool = True) -> Bench:
     """Backpack-Small with random weights, which cost what trained ones do. Without `senses`, which take minutes to
     compute, its sense vectors are random as well."""
+    return _random("Small", SMALL, senses)
+
+
+def llama() -> Bench:
+    """16 senses of head width 64 on a Llama trunk of 135 million weights, all random."""
+    config = {**LLAMA_135M, "num_senses": 16, "sense_head": 64}
+    return _random("Llama 135M", BackpackConfig.from_json(config), senses=False)
+
+
+def _random(name: str, config: BackpackConfig, senses: bool) -> Bench:
     torch.manual_seed(0)
-    model = Backpack(SMALL).eval().requires_grad_(False)
-    with console.status("computing the sense table of Backpack-Small, some minutes"):
-        shape = (SMALL.vocab_size, SMALL.num_senses, SMALL.n_embd)
+    model = Backpack(config).eval().requires_grad_(False)
+    with console.status(f"making the sense table of {name}, some minutes"):
+        shape = (config.vocab_size, config.num_senses, config.n_embd)
         table = model.sense_table() if senses else model.table_of(torch.randn(shape, dtype=FAST) * 0.02)
-    bench = Bench("Small", model, table, text())
+    bench = Bench(name, model, table, text())
     # Topic denominators are hours of arithmetic, and what they are changes no time.
-    bench.table.peaks = torch.ones(SMALL.vocab_size, SMALL.num_senses)
+    bench.table.peaks = torch.ones(config.vocab_size, config.num_senses)
     return bench
 
 
@@ -146,3 +195,6 @@ def text() -> list[int]:
     """Token ids of this project's own texts, under the default model's tokenizer."""
     tokenizer = Tokenizer.read(default_model() / "tokenizer.json")
     return tokenizer.encode("\n".join(path.read_text("utf-8") for path in TEXTS))
+
+
+MODELS = {"default": default, "Small": small, "Llama 135M": llama}

@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ async def _replica(directory: str, metadata: Any) -> str:
 
 def _small(folder: Path) -> Path:
     """A folder with a model of Backpack-Small's shape: its vocabulary is smaller, its tokens are the default's."""
-    model = Backpack(replace(SMALL, vocab_size=SMALL_VOCABULARY, num_tokens=None, eos_token_id=0))
+    model = Backpack(SMALL.with_vocabulary(SMALL_VOCABULARY, 0))
     with console.status("writing a model of Backpack-Small's shape, with its topic denominators: minutes"):
         save(model.eval(), default_model() / TOKENIZER, folder)
     return folder

@@ -1,4 +1,4 @@
-"""vLLM running GPT-2 with random weights on this machine's processor: one measurement for every line asked.
+"""vLLM running a Transformer with random weights on this machine's processor: one measurement for every line asked.
 
 Runs under the environment that `make vllm` builds, and imports nothing of this project:
 
@@ -30,18 +30,25 @@ CACHE = Path(sys.prefix) / "cache"
 """What is compiled at the first start, which takes a minute; it goes when the environment goes."""
 BUDGET = 2048
 """Most tokens in a step (max_num_batched_tokens). 512 gave the first token sooner and 5% fewer tokens/s."""
+GPT2_SMALL = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "vocab_size": 50264,
+    "n_positions": 512,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument(
+        "--config", type=json.loads, default=GPT2_SMALL, metavar="JSON", help="its config.json (GPT-2 small)"
+    )
     for name, value, text in (
-        ("layers", 12, "transformer blocks"),
-        ("heads", 12, "attention heads"),
-        ("width", 768, "of the residual stream"),
-        ("vocabulary", 50264, "tokens"),
-        ("positions", 512, "most tokens of a prompt and its continuation"),
         ("batch", 32, "most sequences at once"),
         ("threads", len(os.sched_getaffinity(0)), "of arithmetic; by default one per core"),
     ):
@@ -85,11 +92,12 @@ class Peer:
         from vllm import LLM
 
         self.sizes, self.asked = sizes, 0
+        self.positions = sizes.config.get("n_positions") or sizes.config["max_position_embeddings"]
         values = 2 if sizes.dtype == "bfloat16" else 4
-        blocks = sizes.batch * -(-sizes.positions // BLOCK) + 1  # one is never used
-        config = json.dumps(self._config())
+        blocks = sizes.batch * -(-self.positions // BLOCK) + 1  # one is never used
+        config = json.dumps(sizes.config)
         # The same folder each time: its name is part of what vLLM knows its compiled models by.
-        folder = CACHE / f"gpt2-{hashlib.sha256(config.encode()).hexdigest()[:12]}"
+        folder = CACHE / f"model-{hashlib.sha256(config.encode()).hexdigest()[:12]}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(config)
         self.engine = LLM(
@@ -97,28 +105,21 @@ class Peer:
             skip_tokenizer_init=True,
             load_format="dummy",
             dtype=sizes.dtype,
-            max_model_len=sizes.positions,
+            max_model_len=self.positions,
             max_num_seqs=sizes.batch,
-            max_num_batched_tokens=max(BUDGET, sizes.positions),
+            max_num_batched_tokens=max(BUDGET, self.positions),
             block_size=BLOCK,
-            kv_cache_memory_bytes=blocks * BLOCK * sizes.layers * 2 * sizes.width * values,
+            kv_cache_memory_bytes=blocks * BLOCK * self._cached() * values,
             enable_prefix_caching=False,
             disable_log_stats=False,  # they say when a request's first token came
         ).llm_engine
 
-    def _config(self) -> dict[str, Any]:
-        return {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            "activation_function": "gelu_new",
-            "vocab_size": self.sizes.vocabulary,
-            "n_positions": self.sizes.positions,
-            "n_embd": self.sizes.width,
-            "n_layer": self.sizes.layers,
-            "n_head": self.sizes.heads,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-        }
+    def _cached(self) -> int:
+        """Numbers in the cache for each token: keys and values of all layers."""
+        config = self.sizes.config
+        if config["model_type"] == "gpt2":
+            return 2 * int(config["n_layer"] * config["n_embd"])
+        return 2 * int(config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"])
 
     def describe(self) -> dict[str, Any]:
         import torch
@@ -126,7 +127,7 @@ class Peer:
 
         return {
             **vars(self.sizes),
-            "vllm": vllm.__version__,
+            "version": vllm.__version__,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "preloaded": os.environ["LD_PRELOAD"],
@@ -139,8 +140,8 @@ class Peer:
 
         if not (1 <= batch <= self.sizes.batch and prompt >= 1 and new >= 1):
             raise ValueError(f"batch {batch}, prompt {prompt}, new {new}: 1 to {self.sizes.batch}, 1 and 1 at least")
-        if prompt + new > self.sizes.positions:
-            raise ValueError(f"prompt {prompt} + new {new} is more than {self.sizes.positions}; raise --positions")
+        if prompt + new > self.positions:
+            raise ValueError(f"prompt {prompt} + new {new} is more than {self.positions}, the model's positions")
         sampling = SamplingParams(
             temperature=0.0,
             max_tokens=new,
@@ -148,7 +149,7 @@ class Peer:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        prompts = [random.choices(range(1, self.sizes.vocabulary), k=prompt) for _ in range(batch)]
+        prompts = [random.choices(range(1, self.sizes.config["vocab_size"]), k=prompt) for _ in range(batch)]
         firsts, tokens = [], 0
         started = time.monotonic()
         for ids in prompts:

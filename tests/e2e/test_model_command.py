@@ -25,7 +25,7 @@ TOKENS = Tokenizer.read(TOKENIZER).vocab_size
 
 def _import(folder: Path, vocabulary: int) -> Result:
     torch.manual_seed(0)
-    model = Backpack(BackpackConfig(vocabulary, 16, 8, n_layer=1, n_head=1, num_senses=2))
+    model = Backpack(BackpackConfig.gpt2(vocabulary, 16, 8, n_layer=1, n_head=1, num_senses=2))
     (folder / "config.json").write_text(json.dumps(model.config.to_json()))
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     command = ["model", "import", str(folder), str(folder / "served"), "--tokenizer", str(TOKENIZER)]
@@ -83,7 +83,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_what_is_cheap_is_checked_before_weights_are_read(tmp_path: Path) -> None:
     """They would be refused here: they are no weights."""
     (tmp_path / "config.json").write_text(
-        json.dumps(BackpackConfig(TOKENS - 1, 16, 8, n_layer=1, n_head=1, num_senses=2).to_json())
+        json.dumps(BackpackConfig.gpt2(TOKENS - 1, 16, 8, n_layer=1, n_head=1, num_senses=2).to_json())
     )
     (tmp_path / "pytorch_model.bin").write_bytes(b"no weights")
     command = ["model", "import", str(tmp_path), str(tmp_path / "served")]

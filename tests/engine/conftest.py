@@ -35,7 +35,7 @@ V, T, D, K = 97, 48, 32, 4
 def model() -> Backpack:
     """Random weights, large enough that senses, positions and patches all matter to the argmax."""
     torch.manual_seed(0)
-    config = BackpackConfig(V, T, D, n_layer=3, n_head=4, num_senses=K, eos_token_id=0, num_tokens=V - 4)
+    config = BackpackConfig.gpt2(V, T, D, n_layer=3, n_head=4, num_senses=K, eos_token_id=0, num_tokens=V - 4)
     model = Backpack(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -83,7 +83,7 @@ def overlays(table: SenseTable) -> dict[str, Overlay]:
 MakeEngine = Callable[..., Engine]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_engine(model: Backpack, table: SenseTable) -> MakeEngine:
     def make(
         slots: int = 4,
@@ -91,9 +91,10 @@ def make_engine(model: Backpack, table: SenseTable) -> MakeEngine:
         queue: int = 64,
         overlay_rows: int = 4 * V * K,
         share_prefixes: bool = False,
+        **caches: int,
     ) -> Engine:
         return Engine(
-            Runner(model, table.with_room(overlay_rows), slots),
+            Runner(model, table.with_room(overlay_rows), slots, **caches),
             Slots(slots),
             OverlayRows(overlay_rows),
             Scheduler(step_tokens, queue),

@@ -88,9 +88,9 @@ def test_sampled_tokens_are_the_oracles(make_engine, model, overlays, sampling) 
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32))
-def test_any_mix_of_requests_and_aborts_gives_each_its_own_tokens(seed, make_engine_anew, model, overlays):
+def test_any_mix_of_requests_and_aborts_gives_each_its_own_tokens(seed, make_engine, model, overlays):
     draw = Random(seed)
-    engine: Engine = make_engine_anew(
+    engine: Engine = make_engine(
         slots=draw.randint(1, 5), step_tokens=draw.choice([1, 3, 16, 64]), share_prefixes=draw.random() < 0.5
     )
     waiting = [
@@ -120,26 +120,6 @@ def test_any_mix_of_requests_and_aborts_gives_each_its_own_tokens(seed, make_eng
             expected = expected[: expected.index(0) + 1]
         made = tokens[request.id]
         assert made == (expected[: len(made)] if request.id in aborted else expected)
-
-
-@pytest.fixture(scope="module")
-def make_engine_anew(model, table):
-    """As `make_engine`, for hypothesis, which runs many examples within one test."""
-    from backpack_serving.engine.runner import Runner
-    from backpack_serving.engine.scheduler import Scheduler
-    from backpack_serving.engine.slots import OverlayRows, Slots
-
-    def make(slots: int, step_tokens: int, share_prefixes: bool) -> Engine:
-        space = 2 * 97 * 4
-        return Engine(
-            Runner(model, table.with_room(space), slots),
-            Slots(slots),
-            OverlayRows(space),
-            Scheduler(step_tokens, 64),
-            share_prefixes,
-        )
-
-    return make
 
 
 def test_an_overlay_of_another_request_never_leaks(make_engine, overlays) -> None:

@@ -35,7 +35,7 @@ def unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServedModel:
     monkeypatch.setattr(denominators, "folder", lambda name: tmp_path)
     tokenizer = default_model() / checkpoint.TOKENIZER
     torch.manual_seed(0)
-    config = BackpackConfig(Tokenizer.read(tokenizer).vocab_size, 16, 8, n_layer=1, n_head=1, num_senses=1)
+    config = BackpackConfig.gpt2(Tokenizer.read(tokenizer).vocab_size, 16, 8, n_layer=1, n_head=1, num_senses=1)
     checkpoint.save(Backpack(config), tokenizer, tmp_path / "model")
     return ServedModel.read(tmp_path / "model")
 

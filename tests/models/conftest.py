@@ -24,7 +24,7 @@ def scores(model: Backpack, ids: Tensor, overlay: Overlay) -> list[float]:
 @pytest.fixture(scope="session")
 def model() -> Backpack:
     torch.manual_seed(0)
-    config = BackpackConfig(V, T, D, n_layer=2, n_head=2, num_senses=K, eos_token_id=EOS, num_tokens=REAL)
+    config = BackpackConfig.gpt2(V, T, D, n_layer=2, n_head=2, num_senses=K, eos_token_id=EOS, num_tokens=REAL)
     model = Backpack(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * (0.25 if parameter.ndim > 1 else 0.1))

@@ -15,7 +15,7 @@ from backpack_lm.config import BackpackConfig
 from backpack_lm.model import Backpack
 
 FILE = Path(__file__).parent / "lightning.ckpt"
-CONFIG = BackpackConfig(vocab_size=9, n_positions=4, n_embd=4, n_layer=2, n_head=2, num_senses=2)
+CONFIG = BackpackConfig.gpt2(vocab_size=9, n_positions=4, n_embd=4, n_layer=2, n_head=2, num_senses=2)
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -40,7 +40,7 @@ def main() -> None:
         def __init__(self, cfg: object) -> None:
             super().__init__()
             self.save_hyperparameters(cfg)
-            for name, tensor in lightning_names(state(), CONFIG.n_layer).items():
+            for name, tensor in lightning_names(state(), CONFIG.trunk.depth).items():
                 owner: nn.Module = self
                 *path, last = ("model._orig_mod." + name.removeprefix("model.")).split(".")
                 for part in path:

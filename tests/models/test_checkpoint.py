@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-TINY = BackpackConfig(vocab_size=64, n_positions=24, n_embd=24, n_layer=3, n_head=4, num_senses=5)
+TINY = BackpackConfig.gpt2(vocab_size=64, n_positions=24, n_embd=24, n_layer=3, n_head=4, num_senses=5)
 
 State = dict[str, Tensor]
 LAYOUTS = ("hugging face", "lightning", "levanter")
@@ -94,7 +94,7 @@ def _lay_out(layout: str, theirs: Any, config: BackpackConfig, folder: Path) -> 
         torch.save(state, folder / "pytorch_model.bin")
     elif layout == "lightning":
         values["num_content_vectors"] = values.pop("num_senses")
-        torch.save({"state_dict": lightning_names(state, config.n_layer), "epoch": 3}, folder / "last.ckpt")
+        torch.save({"state_dict": lightning_names(state, config.trunk.depth), "epoch": 3}, folder / "last.ckpt")
     else:
         values |= {"model_type": "backpack-gpt2", "architectures": "BackpackLMHeadModel"}
         bare = {name.removeprefix("backpack."): tensor for name, tensor in state.items()}
@@ -308,8 +308,12 @@ def test_a_replica_serves_no_other_weights_than_those_of_the_fingerprint(
 def test_a_manifest_that_tells_of_another_shape_is_no_manifest_of_these_files(folder: Path) -> None:
     """Gateways would take texts for it that replicas can't read."""
     manifest = Manifest.read(folder)
-    Manifest(manifest.fingerprint, replace(manifest.config, n_positions=512), manifest.sense_rms).write(folder)
-    with pytest.raises(CheckpointError, match=r"config\.json says .*n_positions=24,.*n_positions=512"):
+    Manifest(
+        manifest.fingerprint,
+        replace(manifest.config, trunk=replace(manifest.config.trunk, context=512)),
+        manifest.sense_rms,
+    ).write(folder)
+    with pytest.raises(CheckpointError, match=r"config\.json says .*context=24,.*context=512"):
         verify(folder)
 
 

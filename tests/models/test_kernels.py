@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import psutil
@@ -29,24 +30,47 @@ from backpack_lm.kernels import (
     TokenSpan,
     build,
     choose,
-    pages,
+    huge_pages,
     structs,
 )
-from backpack_lm.kernels.caches import untiled
 from backpack_lm.kernels.native import NativeKernels
 from backpack_lm.kernels.native_trunk import NativeTrunk
 from backpack_lm.kernels.noise import philox
 from backpack_lm.kernels.plain import PlainKernels
 from backpack_lm.kernels.trunk import CachedTrunk
-from backpack_lm.model import Backpack
+from backpack_lm.model import Backpack, turns_of
 from backpack_lm.overlay import TopicMultipliers
+from backpack_lm.trunks import Rotary
 from torch import nn
+
+
+def _llama(vocabulary: int, width: int, layers: int, heads: int, groups: int, **more: Any) -> BackpackConfig:
+    return BackpackConfig.from_json(
+        {
+            "model_type": "llama",
+            "vocab_size": vocabulary,
+            "max_position_embeddings": 80,
+            "hidden_size": width,
+            "intermediate_size": width + 14,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "tie_word_embeddings": True,
+            "num_senses": 16,
+            **more,
+        }
+    )
+
 
 # Widths that fill whole vectors and widths that don't; a context that is no multiple of 16.
 SHAPES = {
-    "of the published kind": BackpackConfig(60, 80, 128, n_layer=2, n_head=2, num_senses=16),
-    "of our default model's kind": BackpackConfig(60, 80, 96, n_layer=2, n_head=3, num_senses=16),
-    "odd": BackpackConfig(50, 70, 60, n_layer=1, n_head=3, num_senses=5),
+    "of the published kind": BackpackConfig.gpt2(60, 80, 128, n_layer=2, n_head=2, num_senses=16),
+    "of our default model's kind": BackpackConfig.gpt2(60, 80, 96, n_layer=2, n_head=3, num_senses=16),
+    "odd": BackpackConfig.gpt2(50, 70, 60, n_layer=1, n_head=3, num_senses=5),
+    "llama": _llama(60, 72, 2, 9, 3, num_senses=5),
+    "qwen2, whose sense weights read several states": _llama(
+        60, 64, 2, 4, 2, model_type="qwen2", head_dim=32, sense_head=24, query_layers=[1, 2], key_layers=[0, 1]
+    ),
 }
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -67,18 +91,28 @@ def int8(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
-def _filled(config: BackpackConfig, dtype: torch.dtype, int8: bool = False) -> Caches:
-    """Caches in which every slot holds random tokens with random keys, values and annealing."""
+def _filled(config: BackpackConfig, dtype: torch.dtype, int8: bool = False, page_size: int = 16) -> Caches:
+    """Caches in which each of four slots holds random tokens with random keys, values and annealing. Their pages lie in
+    no order; of 16, the first two slots share the first one."""
     torch.manual_seed(3)
-    V, k, d, slots = config.vocab_size, config.num_senses, config.n_embd, 4
+    V, k, d = config.vocab_size, config.num_senses, config.n_embd
     table = store(torch.randn(V * k + 7, d) * 0.3, torch.int8 if int8 else dtype)
-    caches = Caches.empty(config, slots, table, torch.randn(V, d) * 0.3, dtype)
-    for tensor in (caches.keys, caches.values, caches.sense_keys):
-        tensor.normal_()
-    caches.ids.random_(0, V)
+    embedding = torch.randn(V, d) * 0.3
+    caches = Caches.empty(config, 4, table, embedding, dtype, page_size=page_size)
+    caches.page_table.copy_(torch.tensor(Random(page_size).sample(range(caches.pages), caches.pages)).view(4, -1))
+    if page_size == 16:
+        caches.page_table[1, 0] = caches.page_table[0, 0]
+    T, generator = -(-config.n_positions // 16) * 16, torch.Generator().manual_seed(4)
+    groups, width = caches.values.shape[2], caches.values.shape[4]
+    for slot in (1, 0, 2, 3):  # the same numbers whatever the pages
+        for layer in range(config.trunk.depth):
+            caches.write(layer, slot, 0, *torch.randn(2, T, groups, width, generator=generator).to(dtype))
+        keys = torch.randn(T, k, config.sense_head_width, generator=generator).to(dtype)
+        caches.write_sense_keys(keys, torch.full((T,), slot), torch.arange(T))
+    caches.ids[:, :T] = torch.randint(0, V, (4, T), generator=generator)
     caches.rows.copy_(caches.ids[..., None] * k + torch.arange(k))
     caches.rows[1][caches.ids[1] % 3 == 0, 2] = V * k + 5  # a release's
-    for slot in range(slots):
+    for slot in range(4):
         last: dict[int, int] = {}
         for position, token in enumerate(caches.ids[slot].tolist()):
             caches.previous[slot, position] = last.get(token, -1)
@@ -116,11 +150,54 @@ SPANS = (TokenSpan(0, 0, 40, 1), TokenSpan(1, 3, 0, 1), TokenSpan(2, 1, 16, 21),
 
 def test_attention(config: BackpackConfig, dtype: torch.dtype) -> None:
     native, plain = _both(config, dtype)
-    qkv = torch.randn(24, 3 * config.n_embd).to(dtype)
-    for layer in range(config.n_layer):
+    qkv = torch.randn(24, config.trunk.layer.qkv_width).to(dtype)
+    for layer in range(config.trunk.depth):
         _close(native.attend(qkv, layer, SPANS, 0.2), plain.attend(qkv, layer, SPANS, 0.2), dtype)
     assert torch.equal(native.caches.values, plain.caches.values)
-    assert torch.equal(untiled(native.caches.keys), untiled(plain.caches.keys))
+    assert torch.equal(native.caches.keys, plain.caches.keys)
+
+
+@pytest.mark.parametrize(("heads", "groups", "width"), [(9, 3, 16), (4, 4, 20), (14, 2, 64), (10, 1, 8)])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_heads_of_a_group_share_keys_and_values(
+    heads: int, groups: int, width: int, page_size: int, dtype: torch.dtype
+) -> None:
+    """Query head h reads head h // (H / G): as if each had keys and values of its own, which are the same; a token by
+    itself to the last bit as in a chunk."""
+    config = _llama(50, heads * width, 1, heads, groups, num_senses=5)
+    native, apart, plain = (
+        make(_filled(config, dtype, page_size=page_size)) for make in (NativeKernels, NativeKernels, PlainKernels)
+    )
+    qkv = torch.randn(24, (heads + 2 * groups) * width).to(dtype)
+    found = native.attend(qkv, 0, SPANS, 0.2)
+    _close(found, plain.attend(qkv, 0, SPANS, 0.2), dtype)
+    for span in SPANS:
+        for n in range(span.size):
+            one = apart.attend(qkv[span.token + n][None], 0, [TokenSpan(0, span.slot, span.position + n, 1)], 0.2)
+            assert torch.equal(one[0], found[span.token + n])
+
+    single = NativeKernels(
+        _filled(BackpackConfig.gpt2(50, 80, heads * width, 1, heads, num_senses=5), dtype, page_size=page_size)
+    )
+    caches, each = single.caches, heads // groups
+    for slot in range(4):
+        read = native.caches.read(0, torch.tensor([slot]), 80)
+        keys, values = (part[0].repeat_interleave(each, 0) for part in read)
+        caches.write(0, slot, 0, keys.permute(2, 0, 1), values.transpose(0, 1))
+    q, kv = qkv.view(24, -1, width).split([heads, 2 * groups], 1)
+    assert torch.equal(single.attend(torch.cat([q, kv.repeat_interleave(each, 1)], 1).flatten(1), 0, SPANS, 0.2), found)
+
+
+@pytest.mark.parametrize("page_size", [32, 80, 160])
+def test_where_pages_are_changes_no_bit(config: BackpackConfig, dtype: torch.dtype, page_size: int) -> None:
+    """Pages of 16 in no order against larger ones, up to one for a whole slot."""
+    small, large = (NativeKernels(_filled(config, dtype, page_size=size)) for size in (16, page_size))
+    qkv = torch.randn(24, config.trunk.layer.qkv_width).to(dtype)
+    spans = [TokenSpan(0, 3, 33, 21), TokenSpan(21, 2, 69, 1)]  # of slots that share nothing
+    assert torch.equal(small.attend(qkv, 0, spans, 0.2)[:22], large.attend(qkv, 0, spans, 0.2)[:22])
+    queries = torch.randn(2, config.num_senses, config.sense_head_width).to(dtype)
+    predictions = [MixSpan(2, 67, False), MixSpan(3, 37, False)]
+    assert torch.equal(small.mix(queries, predictions), large.mix(queries, predictions))
 
 
 def _predictions(config: BackpackConfig) -> list[MixSpan]:
@@ -180,6 +257,37 @@ def test_residual_and_norm(config: BackpackConfig, dtype: torch.dtype) -> None:
     _close(values[1], values[3], dtype)
 
 
+def test_root_mean_square_norm(config: BackpackConfig, dtype: torch.dtype) -> None:
+    native, plain = _both(config, dtype)
+    norm = nn.RMSNorm(config.n_embd, 1e-5).requires_grad_(False)
+    norm.weight.normal_()
+    x, delta = torch.randn(9, config.n_embd), torch.randn(9, config.n_embd).to(dtype)
+    found, wanted = (kernels.residual_norm(x.clone(), delta, norm) for kernels in (native, plain))
+    _close(found, wanted, dtype)
+
+
+@pytest.mark.parametrize(("heads", "groups", "width"), [(9, 3, 64), (3, 1, 20), (2, 2, 32)])
+def test_heads_are_turned_in_place(heads: int, groups: int, width: int, dtype: torch.dtype) -> None:
+    native, plain = _both(SHAPES["odd"], dtype)
+    turns = turns_of(Rotary(100_000.0), 80, width)
+    positions, qkv = torch.tensor([0, 79, 13, 13, 40]), torch.randn(5, (heads + 2 * groups) * width).to(dtype)
+    found, wanted = qkv.clone(), qkv.clone()
+    native.rotate(found, positions, turns, heads + groups)
+    plain.rotate(wanted, positions, turns, heads + groups)
+    _close(found, wanted, dtype)
+    values = (heads + groups) * width
+    assert torch.equal(found[:, values:], qkv[:, values:])
+    lengths = (v.float().view(5, -1, width).norm(dim=-1) for v in (found, qkv))
+    _close(*lengths, dtype)
+
+
+@pytest.mark.parametrize("inner", [1536, 50, 16])
+def test_a_gate(inner: int, dtype: torch.dtype) -> None:
+    native, plain = _both(SHAPES["odd"], dtype)
+    wide = (torch.randn(7, 2 * inner) * 4).to(dtype)
+    _close(native.gate(wide), plain.gate(wide), dtype)
+
+
 def test_matrix_products_and_head(config: BackpackConfig, dtype: torch.dtype, int8: bool) -> None:
     native, plain = _both(config, dtype, int8)
     weight, bias = torch.randn(133, config.n_embd), torch.randn(133)
@@ -196,7 +304,7 @@ def test_matrix_products_and_head(config: BackpackConfig, dtype: torch.dtype, in
 def test_the_same_bits_alone_and_in_any_company(config: BackpackConfig, dtype: torch.dtype, int8: bool) -> None:
     """Row by row, and a prompt token by token, against all at once."""
     together, apart = NativeKernels(_filled(config, dtype, int8)), NativeKernels(_filled(config, dtype, int8))
-    qkv = torch.randn(24, 3 * config.n_embd).to(dtype)
+    qkv = torch.randn(24, config.trunk.layer.qkv_width).to(dtype)
     whole = together.attend(qkv, 0, SPANS, 0.2)
     for span in SPANS:
         for n in range(span.size):
@@ -274,7 +382,7 @@ def test_a_model_of_odd_width_has_no_whole_trunk_in_bfloat16_and_one_of_even_wid
     """The library reads pairs of bfloat16; a product of another number of inputs is filled up. Of int8, inputs are
     filled up as they are quantised."""
     monkeypatch.setattr(processor, "onednn_packs_bfloat16", lambda: False)
-    config = BackpackConfig(11, 16, width, n_layer=1, n_head=1, num_senses=3)
+    config = BackpackConfig.gpt2(11, 16, width, n_layer=1, n_head=1, num_senses=3)
     model, kernels = Backpack(config).eval().requires_grad_(False), NativeKernels(_filled(config, dtype, int8))
     assert isinstance(kernels.trunk(model), NativeTrunk) is (dtype is torch.float32 or width == 16 or int8)
     x, weight, bias = torch.randn(5, width), torch.randn(7, width), torch.randn(7)
@@ -307,33 +415,45 @@ def test_a_mistake_in_the_trunk_is_not_taken_for_a_processor_that_lacks_somethin
         NativeKernels(_filled(config, torch.float32)).trunk(Backpack(config))
 
 
-def test_a_copied_prefix_is_the_same_prefix(config: BackpackConfig) -> None:
-    caches = _filled(config, torch.float32)
-    caches.copy_prefix(0, 2, 37)
-    assert torch.equal(untiled(caches.keys)[:, 0, ..., :37], untiled(caches.keys)[:, 2, ..., :37])
-    assert torch.equal(caches.values[:, 0, :, :37], caches.values[:, 2, :, :37])
-    assert torch.equal(untiled(caches.sense_keys)[0, ..., :37], untiled(caches.sense_keys)[2, ..., :37])
+def test_a_copied_page_is_the_same_as_far_as_it_is_copied(config: BackpackConfig) -> None:
+    caches = _filled(config, torch.float32, page_size=32)
+    donor, page = (int(caches.page_table[slot, 1]) for slot in (2, 3))
+    caches.copy_page(donor, page, 21)
+    slots = torch.tensor([2, 3])
+    for layer in range(config.trunk.depth):
+        keys, values = caches.read(layer, slots, 53)
+        assert torch.equal(keys[0, ..., 32:], keys[1, ..., 32:])
+        assert torch.equal(values[0, :, 32:], values[1, :, 32:])
+    sense_keys = caches.read_sense_keys(slots, 53)
+    assert torch.equal(sense_keys[0, ..., 32:], sense_keys[1, ..., 32:])
 
 
 def test_memory_in_huge_pages_is_memory() -> None:
-    made = pages.zeros(3, pages.HUGE, dtype=torch.bfloat16)
-    assert made.shape == (3, pages.HUGE)
+    made = huge_pages.zeros(3, huge_pages.HUGE, dtype=torch.bfloat16)
+    assert made.shape == (3, huge_pages.HUGE)
     assert not made.any()
     made[2] = 1
-    assert made.sum(1).tolist() == [0, 0, pages.HUGE]
+    assert made.sum(1).tolist() == [0, 0, huge_pages.HUGE]
+
+
+def test_memory_of_long_slots_is_there_when_it_is_used() -> None:
+    before = psutil.Process().memory_info().rss
+    made = huge_pages.zeros(64, huge_pages.HUGE, dtype=torch.uint8, at_once=False)
+    assert psutil.Process().memory_info().rss - before < 0.1 * made.numel()
+    assert not made[::9, ::4096].any()
 
 
 def test_memory_in_huge_pages_is_there_before_it_is_used() -> None:
     """Made when a slot is used first, they kept its first token waiting for 0.15 s."""
     before = psutil.Process().memory_info().rss
-    made = pages.zeros(64, pages.HUGE, dtype=torch.uint8)
+    made = huge_pages.zeros(64, huge_pages.HUGE, dtype=torch.uint8)
     assert psutil.Process().memory_info().rss - before > 0.9 * made.numel()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells")
 def test_memory_in_huge_pages_is_private() -> None:
     """Of shared memory, Linux makes them only where somebody has switched that on."""
-    made = pages.zeros(3, pages.HUGE, dtype=torch.bfloat16)
+    made = huge_pages.zeros(3, huge_pages.HUGE, dtype=torch.bfloat16)
     areas = re.findall("^([0-9a-f]+)-([0-9a-f]+) (....)", Path("/proc/self/maps").read_text(), re.M)
     holding = [access for start, end, access in areas if int(start, 16) <= made.data_ptr() < int(end, 16)]
     assert holding == ["rw-p"]
@@ -345,7 +465,7 @@ def test_a_kernel_without_huge_pages_gives_memory_all_the_same(monkeypatch: pyte
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     monkeypatch.setattr(mmap, "mmap", Refusing)
-    assert not pages.zeros(3, pages.HUGE, dtype=torch.bfloat16).any()
+    assert not huge_pages.zeros(3, huge_pages.HUGE, dtype=torch.bfloat16).any()
 
 
 def test_noise_is_philox() -> None:
@@ -371,6 +491,16 @@ def test_drawing_is_one_function_of_seed_position_and_token(config: BackpackConf
     drawn = native.draw(logits, how)
     assert torch.equal(drawn.long(), plain.draw(logits, how))
     assert len(set(drawn.tolist())) > 30
+
+
+def test_log_probabilities(config: BackpackConfig) -> None:
+    native, plain = _both(config, torch.float32)
+    logits, chosen = torch.randn(5, 1003) * 3, [0, 7, 1002, 31, 500]
+    own, tokens, logs = native.log_probabilities(logits, chosen, 4)
+    expected, likeliest, their_logs = plain.log_probabilities(logits, chosen, 4)
+    assert tokens.tolist() == likeliest.tolist()
+    torch.testing.assert_close(own, expected.double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logs, their_logs.double(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(structs.LAYOUTS))

@@ -22,7 +22,7 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Backpack:
     monkeypatch.setattr(mapped_table, "folder", lambda name: tmp_path)
     monkeypatch.setattr(mapped_table, "CHUNK", 7)
     torch.manual_seed(1)
-    return Backpack(BackpackConfig(50, 16, 12, n_layer=1, n_head=2, num_senses=3)).eval()
+    return Backpack(BackpackConfig.gpt2(50, 16, 12, n_layer=1, n_head=2, num_senses=3)).eval()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)

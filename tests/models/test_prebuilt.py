@@ -140,17 +140,21 @@ def test_the_command_compiles_for_those_named_and_refuses_others() -> None:
     assert "no family of processors is called `sse2`: avx512-bf16, avx512, avx2, armv8" in refused.output
 
 
+def test_an_image_that_is_built_on_arm_has_arm_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(file: Path, options: tuple[str, ...]) -> None:
+        assert options == ARM.options
+        file.write_bytes(build._checksum(b""))
+
+    _processor(monkeypatch, ARM, machine="aarch64")
+    monkeypatch.setattr(build, "_compile_library", write)
+    done = CliRunner().invoke(app, ["model", "kernels"])
+    assert done.exit_code == 0, done.output
+    assert [file.name.rpartition("-")[0] for file in build.PREBUILT.iterdir()] == ["armv8"]
+    assert _taken() == "armv8"
+
+
 def test_the_image_of_inference_has_them() -> None:
     file = (Path(__file__).parents[2] / "deploy" / "Dockerfile").read_text()
     (stage,) = re.findall(r"^FROM process AS inference$(.*)", file, re.M | re.S)
     install, compiled, user = (stage.index(word) for word in ("/wheel/*.whl", "backpack model kernels", "USER 10001"))
     assert install < compiled < user, "by root, into the package, where replicas can't write"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", families.fitting(), ids=lambda family: family.name)
-def test_the_library_itself_is_compiled_for_a_family(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "SOURCES", Path(build.__file__).with_name("cpp"))
-    library = ctypes.CDLL(str(build.compile_for(family)))
-    assert library.draw_float32
-    assert library.attend_float32

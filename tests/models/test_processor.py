@@ -83,6 +83,17 @@ assert not torch.ops.mkldnn._is_mkldnn_bf16_supported(), "oneDNN isn't limited"
 print(Precision.AUTO.dtype(), library()._name)
 """
 
+REPLICA = """
+from backpack_lm.kernels import Precision
+from backpack_serving.engine.runner import Runner
+from backpack_serving.inference.served_model import ServedModel
+from backpack_serving.settings import default_model
+for precision in "float32", "bfloat16":
+    served = ServedModel.read(default_model(), Precision(precision))
+    runner = Runner(served.model, served.storage, slots=2)
+    print(runner.kernels.name, type(runner._trunk).__name__)
+"""
+
 
 @pytest.fixture(scope="module")
 def limited() -> list[str]:
@@ -99,12 +110,19 @@ def test_without_avx512_every_precision_computes_and_gives_the_same_bits_in_any_
     What a machine with AVX2 alone runs of the suite, run here by a process of its own.
     """
     assert limited[0] == "torch.float32"
-    what = "products or company or trunk_in_one_call or bfloat16 or odd_width"
+    what = "company or fastest_way"
     files = ("tests/models/test_kernels.py", "tests/engine/test_company.py")
     done = _with_avx2_alone("-m", "pytest", *files, "-p", "no:cacheprovider", "-k", what)
     assert done.returncode == 0, done.stdout
     assert "processor: avx2; torch uses AVX2; ONEDNN_MAX_CPU_ISA=AVX2" in done.stdout
     assert "skipped" not in done.stdout, done.stdout
+
+
+@pytest.mark.skipif("not X86 or 'avx2' not in processor.features()", reason="needs AVX2")
+def test_without_avx512_a_replica_has_the_compiled_kernels_in_every_precision(limited: list[str]) -> None:
+    done = _with_avx2_alone("-c", REPLICA)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["native float32 NativeTrunk", "native bfloat16 NativeTrunk"]
 
 
 @pytest.mark.skipif("not X86 or 'avx2' not in processor.features()", reason="needs AVX2")

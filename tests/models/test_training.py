@@ -6,6 +6,7 @@ import json
 import lzma
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ from backpack_serving.cli.main import app
 from backpack_serving.install import install_command
 from typer.testing import CliRunner
 
-CONFIG = BackpackConfig(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2, num_senses=4)
+from tests.models.trunk_shapes import FAMILIES
+
+CONFIG = BackpackConfig.gpt2(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2, num_senses=4)
 RECIPE = Recipe(steps=6, tokens_per_step=128, tokens_per_pass=64, short_row=16)
 
 
@@ -202,6 +205,19 @@ def test_the_command_trains_a_model_that_can_be_served(corpus: Path, tmp_path: P
         assert result.exit_code == 1
         assert refusal in " ".join(result.output.split())
         (tmp_path / "other/data/tokenizer.json").write_text("{}")
+
+
+def test_the_command_trains_a_trunk_of_another_family(corpus: Path, tmp_path: Path) -> None:
+    llama = FAMILIES["llama, grouped heads"].with_vocabulary(300, None)
+    (tmp_path / "config.json").write_text(json.dumps(llama.to_json()))
+    command = ["train", str(corpus), "--out", str(tmp_path / "run"), "--steps", "2", "--tokens-per-step", "64"]
+    result = CliRunner().invoke(app, [*command, "--config", str(tmp_path / "config.json")])
+    assert result.exit_code == 0, result.output
+    made = load(tmp_path / "run" / "model").config
+    assert made.trunk == replace(llama.trunk, vocab_size=made.vocab_size)
+    (tmp_path / "config.json").write_text("{}")
+    result = CliRunner().invoke(app, [*command, "--config", str(tmp_path / "config.json")])
+    assert "config lacks n_embd, n_head, n_layer" in " ".join(result.output.split())
 
 
 def test_a_loss_that_is_no_number_is_one_line(corpus: Path, tmp_path: Path) -> None:

@@ -14,18 +14,17 @@ import torch
 from backpack_lm.config import BackpackConfig
 from backpack_lm.kernels import Caches, DrawParams, Kernels, MixSpan, TokenSpan
 from backpack_lm.kernels.build import NotBuilt
-from backpack_lm.kernels.caches import untiled
 from backpack_lm.kernels.cuda import CudaKernels
 from backpack_lm.kernels.plain import PlainKernels
 
-from tests.models.test_kernels import SPANS, _close, _filled, _predictions
+from tests.models.test_kernels import SPANS, Grouped, _close, _filled, _predictions
 
 pytest.importorskip("triton", reason="Triton isn't installed; it is for Linux")
 
 # Few senses: the interpreter takes them one by one.
 SMALL = {
-    "whole vectors": BackpackConfig(60, 80, 64, n_layer=1, n_head=2, num_senses=4),
-    "odd": BackpackConfig(50, 70, 60, n_layer=1, n_head=3, num_senses=5),
+    "whole vectors": BackpackConfig.gpt2(60, 80, 64, n_layer=1, n_head=2, num_senses=4),
+    "odd": BackpackConfig.gpt2(50, 70, 60, n_layer=1, n_head=3, num_senses=5),
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -66,10 +65,20 @@ def _queries(config: BackpackConfig, dtype: torch.dtype) -> torch.Tensor:
 def test_attention_of_single_tokens_and_of_chunks(config: BackpackConfig, dtype: torch.dtype) -> None:
     triton, plain = _both(config, dtype)
     qkv = torch.randn(24, 3 * config.n_embd).to(DEVICE, dtype)
-    for layer in range(config.n_layer):
+    for layer in range(config.trunk.depth):
         _close(triton.attend(qkv, layer, SPANS, 0.2), plain.attend(qkv, layer, SPANS, 0.2), dtype)
     assert torch.equal(triton.caches.values, plain.caches.values)
-    assert torch.equal(untiled(triton.caches.keys), untiled(plain.caches.keys))
+    assert torch.equal(triton.caches.keys, plain.caches.keys)
+
+
+@pytest.mark.parametrize(("heads", "groups", "width"), [(9, 3, 16), (4, 4, 20), (14, 2, 8)])
+def test_heads_of_a_group_share_keys_and_values(heads: int, groups: int, width: int, dtype: torch.dtype) -> None:
+    config = Grouped(50, 80, heads * width, n_layer=1, n_head=heads, num_senses=5, kv_heads=groups)
+    triton, plain = _both(config, dtype)
+    qkv = torch.randn(24, (heads + 2 * groups) * width).to(DEVICE, dtype)
+    _close(triton.attend(qkv, 0, SPANS, 0.2), plain.attend(qkv, 0, SPANS, 0.2), dtype)
+    assert torch.equal(triton.caches.values, plain.caches.values)
+    assert torch.equal(triton.caches.keys, plain.caches.keys)
 
 
 def test_the_mix_over_topics_edited_rows_and_ragged_lengths(config: BackpackConfig, dtype: torch.dtype) -> None:

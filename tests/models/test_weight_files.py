@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-TINY = BackpackConfig(vocab_size=64, n_positions=24, n_embd=24, n_layer=3, n_head=4, num_senses=5)
+TINY = BackpackConfig.gpt2(vocab_size=64, n_positions=24, n_embd=24, n_layer=3, n_head=4, num_senses=5)
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 340168784\n"
 KINDS = {"safetensors": ("model", "model.safetensors"), "bin": ("pytorch_model", "pytorch_model.bin")}
 

@@ -14,15 +14,18 @@ from typing import Any
 import triton
 from backpack_lm.config import SMALL
 from backpack_lm.kernels import triton_attention, triton_draw, triton_mix
-from backpack_lm.kernels.caches import LANES
+from backpack_lm.kernels.caches import LANES, PAGE
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHITECTURES = {"A100": 80, "H100": 90}
 CONSTANTS = {
     "CONTEXT": SMALL.n_positions,
+    "PAGES": SMALL.n_positions // PAGE,
+    "SIZE": PAGE,
     "SENSES": SMALL.num_senses,
-    "HEADS": SMALL.n_head,
+    "HEADS": SMALL.trunk.layer.heads,
+    "GROUPS": SMALL.trunk.layer.kv_heads,
     "HEAD": SMALL.sense_head_width,
     "HEAD_UP": triton.next_power_of_2(SMALL.sense_head_width),
     "TILE": LANES,
@@ -34,9 +37,9 @@ CONSTANTS = {
     "COUNTERS": triton_draw.COUNTERS,
 }
 OF_THE_MIX = {"WIDTH": SMALL.n_embd, "WIDTH_UP": triton.next_power_of_2(SMALL.n_embd)}
-OF_ATTENTION = {"WIDTH": SMALL.n_embd // SMALL.n_head, "WIDTH_UP": SMALL.n_embd // SMALL.n_head}
+OF_ATTENTION = {"WIDTH": SMALL.n_embd // SMALL.trunk.layer.heads, "WIDTH_UP": SMALL.n_embd // SMALL.trunk.layer.heads}
 TYPES = {
-    **dict.fromkeys(("ids", "rows"), "*i32"),
+    **dict.fromkeys(("ids", "rows", "page_table"), "*i32"),
     **dict.fromkeys(("predictions", "spans"), "*i64"),
     **dict.fromkeys(("annealed_sum", "scores", "norms", "parts"), "*fp32"),
     **dict.fromkeys(("logits", "temperatures"), "*fp32"),

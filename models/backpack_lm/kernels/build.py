@@ -34,6 +34,7 @@ OPTIONS = (
     "-shared",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fno-schedule-insns",  # on ARM, where it is done by default, it loads too far ahead and sums leave the registers
 )
 _CHECKSUM = hashlib.sha256().digest_size
 """Bytes at the end of a library's file."""

@@ -69,17 +69,26 @@ class CudaKernels:
     def append_tokens(self, new: StepInput, spans: Sequence[TokenSpan]) -> None:
         self._plain.append_tokens(new, spans)
 
-    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.Module) -> Tensor:
         return self._plain.residual_norm(x, delta, norm)
+
+    def rotate(self, qkv: Tensor, positions: Tensor, turns: Tensor, heads: int) -> None:
+        self._plain.rotate(qkv, positions, turns, heads)
+
+    def gate(self, wide: Tensor) -> Tensor:
+        return self._plain.gate(wide)
 
     def attend(self, qkv: Tensor, layer: int, spans: Sequence[TokenSpan], scale: float) -> Tensor:
         if spans is not self._spans:
             self._describe_spans(spans)
         chunks = [span for span in spans if span.size > 1]
-        out = self._plain.attend(qkv, layer, chunks, scale) if chunks else qkv.new_empty(len(qkv), self._width)
+        caches = self.caches
+        _, groups, _, width = caches.values[layer].shape
+        empty = qkv.new_empty(len(qkv), qkv.shape[1] - 2 * groups * width)
+        out = self._plain.attend(qkv, layer, chunks, scale) if chunks else empty
         if singles := len(spans) - len(chunks):
-            caches = self.caches
-            self._attend_single(qkv, caches.keys[layer], caches.values[layer], self._singles[:singles], scale, out)
+            single = self._singles[:singles]
+            self._attend_single(qkv, caches.keys[layer], caches.values[layer], caches.page_table, single, scale, out)
         return out
 
     def mix(self, queries: Tensor, predictions: Sequence[MixSpan]) -> Tensor:
@@ -98,10 +107,6 @@ class CudaKernels:
 
     def update_annealing(self, prediction: MixSpan, start: int) -> None:
         self._plain.update_annealing(prediction, start)
-
-    @property
-    def _width(self) -> int:
-        return self.caches.table.shape[1]
 
     def _describe_spans(self, spans: Sequence[TokenSpan]) -> None:
         self._spans = spans

@@ -18,7 +18,7 @@ class Linear(Protocol):
 
 
 class Compute(Protocol):
-    """New tokens → the sense weights' queries [N, k, d/k], with all caches of the trunk filled."""
+    """New tokens → the sense weights' queries [N, k, w], with all caches of the trunk filled."""
 
     def __call__(self, new: StepInput, spans: Sequence[TokenSpan], /) -> Tensor: ...
 
@@ -41,14 +41,22 @@ class Kernels(Protocol):
     def append_tokens(self, new: StepInput, spans: Sequence[TokenSpan]) -> None:
         """Write ids and rows of new tokens into their slots."""
 
-    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
-        """x += delta, in place, x [N, d] float32; then LayerNorm(x) in the kernels' dtype."""
+    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.Module) -> Tensor:
+        """x += delta, in place, x [N, d] float32; then LayerNorm(x) or RMSNorm(x) in the kernels' dtype."""
+
+    def rotate(self, qkv: Tensor, positions: Tensor, turns: Tensor, heads: int) -> None:
+        """Turn the first `heads` heads of qkv [N, (H + 2G)·w], in place: those of queries and keys, each token's by
+        the angles of its position, cosines and sines `turns` [T, 2, w/2]."""
 
     def attend(self, qkv: Tensor, layer: int, spans: Sequence[TokenSpan], scale: float) -> Tensor:
-        """Write keys and values of new tokens qkv [N, 3·d]; each token's attention over its slot, [N, d]."""
+        """Write keys and values of new tokens qkv [N, (H + 2G)·w], H heads in G groups that share keys and values; each
+        token's attention over its slot, [N, H·w]."""
+
+    def gate(self, wide: Tensor) -> Tensor:
+        """silu of the first half of [N, 2·inner] times the second: [N, inner]."""
 
     def mix(self, queries: Tensor, predictions: Sequence[MixSpan]) -> Tensor:
-        """o [B, d] float32 = Σ_j Σ_l α[l,j] m[l,j] C(x_j)_l for queries [B, k, d/k], α a softmax over the slot."""
+        """o [B, d] float32 = Σ_j Σ_l α[l,j] m[l,j] C(x_j)_l for queries [B, k, w], α a softmax over the slot."""
 
     def draw(self, logits: Tensor, params: Sequence[DrawParams]) -> Tensor:
         """argmax_y (logit_y / temperature − log e_y) for each row of logits [G, V], e from `noise.py`, over the

@@ -19,6 +19,7 @@ from backpack_lm.config import BackpackConfig
 from backpack_lm.kernels import structs
 from backpack_lm.kernels.build import NotBuilt, library
 from backpack_lm.kernels.caches import LANES, Caches, DrawParams, MixSpan, StepInput, TokenSpan
+from backpack_lm.kernels.huge_pages import Room
 from backpack_lm.kernels.interface import Compute, Linear
 from backpack_lm.kernels.native_trunk import NativeTrunk
 from backpack_lm.kernels.products import Product, at, name
@@ -46,23 +47,25 @@ class NativeKernels:
         kind = name(self._dtype)
         weighted = f"int8_{kind}" if self._int8 else kind
         self.name = f"native {weighted}"
-        self._attend, self._residual_norm = (
-            getattr(self._library, f"{what}_{kind}") for what in ("attend", "residual_norm")
+        self._attend, self._residual_norm, self._rotate, self._gate = (
+            getattr(self._library, f"{what}_{kind}") for what in ("attend", "residual_norm", "rotate", "gate")
         )
         self._mix, self._update_annealing = (
             getattr(self._library, f"{what}_{weighted}") for what in ("mix", "update_annealing")
         )
+        self._pages = structs.PageTable(at(caches.page_table), caches.page_table.shape[1], caches.page_size)
         self._state, self._buffers = self._mixing()
         targets = (at(tensor) for tensor in (caches.ids, caches.rows, caches.previous, caches.following))
         self._append_targets = structs.AppendTargets(*targets, caches.rows.shape[2], caches.rows.shape[1])
         self._topics: WeakKeyDictionary[TopicMultipliers, bytes] = WeakKeyDictionary()
         self._spans = structs.SpanArray()
+        self._weights = Room()
 
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
         if self._int8:
-            return Product.int8(self._library, weight, bias, gelu, self._dtype)
+            return Product.int8(self._library, weight, bias, gelu, self._dtype, self._weights)
         if not self._packs:
-            return Product.of(self._library, weight, bias, gelu, self._dtype, self._dtype)
+            return Product.of(self._library, weight, bias, gelu, self._dtype, self._dtype, self._weights)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous(), 32)
         bias = bias.detach().to(self._dtype)
         apply = torch.ops.mkldnn._linear_pointwise.default
@@ -71,41 +74,55 @@ class NativeKernels:
 
     def head(self, embedding: Tensor) -> Linear:
         if self._int8:
-            return Product.int8_head(self._library, embedding)
+            return Product.int8_head(self._library, embedding, self._weights)
         none = torch.zeros(len(embedding))
         if not self._packs:
-            return Product.of(self._library, embedding, none, False, self._dtype, torch.float32)
+            return Product.of(self._library, embedding, none, False, self._dtype, torch.float32, self._weights)
         linear = self.linear(embedding, none)
         return lambda o: linear(o.to(self._dtype)).float()
 
     def trunk(self, model: Backpack) -> Compute:
         if not self.has_trunk(model.config):
             return CachedTrunk(self, model)
-        return NativeTrunk(self._library, self.caches, TrunkWeights.prepare(self, model), self._spans)
+        return NativeTrunk(self._library, self.caches, TrunkWeights.prepare(self, model), self._pages, self._spans)
 
     def has_trunk(self, config: BackpackConfig) -> bool:
         """Whether the library computes a trunk in one call: all products are its own, and no input is padded."""
-        return not self._packs and (self._int8 or config.n_embd * self._dtype.itemsize % 4 == 0)
+        layer = config.trunk.layer
+        inputs = config.n_embd, layer.heads * layer.head_width, layer.inner
+        whole = self._int8 or all(width * self._dtype.itemsize % 4 == 0 for width in inputs)
+        return not self._packs and whole
 
     def append_tokens(self, new: StepInput, spans: Sequence[TokenSpan]) -> None:
         self._library.append_tokens_int32(
             ctypes.byref(self._append_targets), self._spans.pointer(spans), len(spans), at(new.tokens), at(new.rows)
         )
 
-    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.Module) -> Tensor:
+        assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
+        assert norm.eps is not None
         out = torch.empty(x.shape, dtype=self._dtype)
-        epsilon = ctypes.c_float(norm.eps)
-        old = None if delta is None else at(delta)
-        self._residual_norm(at(x), old, at(norm.weight), at(norm.bias), epsilon, *x.shape, at(out))
+        epsilon, old = ctypes.c_float(norm.eps), None if delta is None else at(delta)
+        bias = at(norm.bias) if isinstance(norm, nn.LayerNorm) else None
+        self._residual_norm(at(x), old, at(norm.weight), bias, epsilon, *x.shape, at(out))
+        return out
+
+    def rotate(self, qkv: Tensor, positions: Tensor, turns: Tensor, heads: int) -> None:
+        self._rotate(at(qkv), *qkv.shape, heads, 2 * turns.shape[2], at(turns), at(positions))
+
+    def gate(self, wide: Tensor) -> Tensor:
+        out = torch.empty(len(wide), wide.shape[1] // 2, dtype=self._dtype)
+        self._gate(at(wide), *out.shape, at(out))
         return out
 
     def attend(self, qkv: Tensor, layer: int, spans: Sequence[TokenSpan], scale: float) -> Tensor:
         keys, values = self.caches.keys[layer], self.caches.values[layer]
-        _, heads, context, width = values.shape
+        _, groups, _, width = values.shape
+        heads = qkv.shape[1] // width - 2 * groups
         out = torch.empty(len(qkv), heads * width, dtype=self._dtype)
         self._attend(
-            at(qkv), at(keys), at(values), self._spans.pointer(spans), len(spans),
-            heads, width, context, ctypes.c_float(scale), at(out),
+            at(qkv), at(keys), at(values), ctypes.byref(self._pages), self._spans.pointer(spans), len(spans),
+            heads, groups, width, ctypes.c_float(scale), at(out),
         )  # fmt: skip
         return out
 
@@ -148,7 +165,8 @@ class NativeKernels:
         starts, words = (torch.empty(slots, n, dtype=torch.int32) for n in (GROUPS + 1, 2 * context))
         tensors = (c.table, c.embedding, c.rows, c.ids, c.previous, c.following, c.annealed_sum, alpha, parts)
         lists = structs.Lists(at(starts), at(words), context, len(c.embedding))
-        state = structs.MixState(*(at(tensor) for tensor in tensors), lists, None, senses, width, context, slots)
+        addresses = (at(tensor) for tensor in tensors)
+        state = structs.MixState(*addresses, lists, None, self._pages, senses, width, context, slots)
         return state, (alpha, parts, starts, words)
 
     def _with(self, topics: bytes) -> object:

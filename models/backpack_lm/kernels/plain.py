@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpack_lm.int8 import restore, round_in_blocks
-from backpack_lm.kernels.caches import LANES, Caches, DrawParams, MixSpan, StepInput, TokenSpan, untiled
+from backpack_lm.kernels.caches import Caches, DrawParams, MixSpan, StepInput, TokenSpan
 from backpack_lm.kernels.interface import Linear
 from backpack_lm.kernels.noise import log_exponentials
 from backpack_lm.kernels.trunk import CachedTrunk
-from backpack_lm.model import Backpack
+from backpack_lm.model import Backpack, rotated
 
 
 class PlainKernels:
-    """Padded to the longest sequence of a step, and gathering whole slots: simple, and correct everywhere."""
+    """Padded to the longest sequence of a step, and gathering whole pages: simple, and correct everywhere."""
 
     name = "torch"
 
@@ -62,41 +62,52 @@ class PlainKernels:
         self.caches.rows[new.slots, new.positions] = new.rows
         self.caches.ids[new.slots, new.positions] = new.tokens.int()
 
-    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+    def residual_norm(self, x: Tensor, delta: Tensor | None, norm: nn.Module) -> Tensor:
         if delta is not None:
             x += delta
         y: Tensor = norm(x)
         return y.to(self.caches.dtype)
 
+    def rotate(self, qkv: Tensor, positions: Tensor, turns: Tensor, heads: int) -> None:
+        turned = qkv[:, : heads * 2 * turns.shape[2]].unflatten(1, (heads, -1))  # [N, heads, w]
+        turned.copy_(rotated(turned.float(), turns[positions][:, None]))
+
+    def gate(self, wide: Tensor) -> Tensor:
+        gate, values = wide.float().chunk(2, dim=1)
+        return (F.silu(gate) * values).to(wide.dtype)
+
     def attend(self, qkv: Tensor, layer: int, spans: Sequence[TokenSpan], scale: float) -> Tensor:
         caches = self.caches
-        keys, values = caches.keys[layer], caches.values[layer]  # [S, H, T/16, w, 16], [S, H, T, w]
-        q, k, v = qkv.view(len(qkv), 3, keys.shape[1], -1).unbind(1)  # [N, H, w]
-        mixed = torch.empty_like(q)
+        groups, width = caches.values.shape[2], caches.values.shape[4]
+        qkv = qkv.view(len(qkv), -1, width)
+        q, k, v = qkv.split([qkv.shape[1] - 2 * groups, groups, groups], 1)  # [N, H, w], [N, G, w], [N, G, w]
+        mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
         for span in spans:
-            new, end = slice(span.token, span.token + span.size), span.position + span.size
-            places = self._places[span.position : end]
-            keys[span.slot, :, places // LANES, :, places % LANES] = k[new]
-            values[span.slot, :, span.position : end] = v[new].transpose(0, 1)
+            new = slice(span.token, span.token + span.size)
+            caches.write(layer, span.slot, span.position, k[new], v[new])
         for span in (span for span in spans if span.size > 1):
             new, end = slice(span.token, span.token + span.size), span.position + span.size
+            keys, values = self._for_heads(layer, torch.tensor([span.slot], device=self._device), end, q.shape[1])
             seen = self._places[:end] <= self._places[span.position : end, None]
             mixed[new] = F.scaled_dot_product_attention(
-                q[new].transpose(0, 1)[None],
-                untiled(keys[span.slot])[..., :end].transpose(1, 2)[None],
-                values[span.slot, :, :end][None],
-                attn_mask=seen,
-                scale=scale,
+                q[new].transpose(0, 1)[None], keys.transpose(2, 3), values, attn_mask=seen, scale=scale
             )[0].transpose(0, 1)
         if single := [span for span in spans if span.size == 1]:
             at = torch.tensor([span.token for span in single], device=self._device)
             slots = torch.tensor([span.slot for span in single], device=self._device)
             last = torch.tensor([span.position for span in single], device=self._device)
             length = int(last.max()) + 1
-            scores = (q[at][:, :, None] @ untiled(keys[slots])[..., :length]).float() * scale  # [G, H, 1, T]
+            keys, values = self._for_heads(layer, slots, length, q.shape[1])
+            scores = (q[at][:, :, None] @ keys).float() * scale  # [B, H, 1, T]
             scores.masked_fill_((self._places[:length] > last[:, None])[:, None, None], float("-inf"))
-            mixed[at] = (scores.softmax(-1).to(values.dtype) @ values[slots, :, :length])[:, :, 0]
+            mixed[at] = (scores.softmax(-1).to(values.dtype) @ values)[:, :, 0]
         return mixed.flatten(1)
+
+    def _for_heads(self, layer: int, slots: Tensor, length: int, heads: int) -> tuple[Tensor, Tensor]:
+        """Keys [B, H, w, length] and values [B, H, length, w] of slots [B], those of a group for each of its heads."""
+        keys, values = self.caches.read(layer, slots, length)
+        each = heads // keys.shape[1]
+        return keys.repeat_interleave(each, 1), values.repeat_interleave(each, 1)
 
     def mix(self, queries: Tensor, predictions: Sequence[MixSpan]) -> Tensor:
         caches = self.caches
@@ -104,7 +115,7 @@ class PlainKernels:
         last = torch.tensor([p.length - 1 for p in predictions], device=self._device)
         length = max(p.length for p in predictions)
         future = self._places[:length] > last[:, None]  # [B, T]
-        scores = (queries[:, :, None] @ untiled(caches.sense_keys[slots])[..., :length])[:, :, 0].float()  # [B, k, T]
+        scores = (queries[:, :, None] @ caches.read_sense_keys(slots, length))[:, :, 0].float()  # [B, k, T]
         scores /= math.sqrt(queries.shape[-1])
         alpha = scores.masked_fill_(future[:, None], float("-inf")).softmax(-1).transpose(1, 2)  # [B, T, k]
         for n, prediction in enumerate(predictions):

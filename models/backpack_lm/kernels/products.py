@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backpack_lm.int8 import quantise
+from backpack_lm.kernels.huge_pages import Room
 
 GROUP = 48
 """Outputs of one pass, as in cpp/product.h."""
@@ -41,6 +42,7 @@ class Product:
         gelu: bool,
         dtype: torch.dtype,
         result: torch.dtype,
+        room: Room,
     ) -> Product:
         """For weight [out, in], kept in `dtype`."""
         compute = getattr(library, f"product_{name(dtype)}_{name(result)}")
@@ -48,20 +50,22 @@ class Product:
         inner = -(-given // step) * step
         padded = _whole_groups(F.pad(weight.detach().to(dtype), (0, inner - given)))
         # [out/48, in/s, 48, s] with s values in 4 bytes
-        packed = padded.view(-1, GROUP, inner // step, step).transpose(1, 2).contiguous()
+        packed = room.copy(padded.view(-1, GROUP, inner // step, step).transpose(1, 2))
         return cls(compute, packed, _padded(bias), inner, outer, gelu, dtype, result)
 
     @classmethod
-    def int8(cls, library: ctypes.CDLL, weight: Tensor, bias: Tensor, gelu: bool, dtype: torch.dtype) -> Product:
+    def int8(
+        cls, library: ctypes.CDLL, weight: Tensor, bias: Tensor, gelu: bool, dtype: torch.dtype, room: Room
+    ) -> Product:
         """For weight [out, in], kept in int8, from `dtype` to `dtype`."""
         compute = getattr(library, f"product_int8_{name(dtype)}_{name(dtype)}")
         outer, inner = weight.shape
-        return cls(compute, _in_blocks(weight.detach()), _padded(bias), inner, outer, gelu, dtype, dtype)
+        return cls(compute, room.copy(_in_blocks(weight.detach())), _padded(bias), inner, outer, gelu, dtype, dtype)
 
     @classmethod
-    def int8_head(cls, library: ctypes.CDLL, embedding: Tensor) -> Product:
+    def int8_head(cls, library: ctypes.CDLL, embedding: Tensor, room: Room) -> Product:
         """For E [V, d], kept in int8; x is rounded to 16 bits only."""
-        (outer, inner), weights = embedding.shape, _in_blocks(embedding.detach())
+        (outer, inner), weights = embedding.shape, room.copy(_in_blocks(embedding.detach()))
         bias, dtype = _padded(torch.zeros(outer)), torch.float32
         return cls(library.head_int8, weights, bias, inner, outer, False, dtype, dtype)
 

@@ -35,11 +35,16 @@ class Lists(ctypes.Structure):
     _fields_ = (*_pointers("starts", "words"), *_ints("context", "vocabulary"))
 
 
+class PageTable(ctypes.Structure):
+    _fields_ = (*_pointers("pages"), *_ints("each", "size"))
+
+
 class MixState(ctypes.Structure):
     _fields_ = (
         *_pointers("table", "embedding", "rows", "ids", "previous", "following", "annealed_sum", "alpha", "parts"),
         ("lists", Lists),
         *_pointers("topics"),
+        ("pages", PageTable),
         *_ints("senses", "width", "context", "slots"),
     )
 
@@ -65,13 +70,20 @@ class LayerTable(ctypes.Structure):
     )
 
 
+class Tap(ctypes.Structure):
+    _fields_ = (("norm", Norm), *_ints("layer", "query_part", "key_part"))
+
+
 class TrunkState(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.POINTER(LayerTable)),
-        ("sense_weights", Matrix),
+        ("taps", ctypes.POINTER(Tap)),
+        *((name, Matrix) for name in ("together", "query", "key")),
         ("first", Norm),
-        *_pointers("tokens", "positions", "sense_keys", "seconds"),
-        *_ints("count", "width", "heads", "senses", "context"),
+        *_pointers("tokens", "positions", "turns", "sense_keys", "seconds"),
+        ("pages", PageTable),
+        *_ints("count", "width", "heads", "groups", "head_width", "inner", "gated"),
+        *_ints("senses", "sense_width", "tapped", "query_states", "key_states"),
         ("epsilon", ctypes.c_float),
     )
 
@@ -103,8 +115,10 @@ LAYOUTS: Mapping[str, type[ctypes.Structure] | np.dtype[np.void]] = {
     "Mix": MixState,
     "NewTokens": NewTokens,
     "Norm": Norm,
+    "PageTable": PageTable,
     "Prediction": PREDICTION,
     "Span": SPAN,
+    "Tap": Tap,
     "Topic": TOPIC,
     "Trunk": TrunkState,
 }

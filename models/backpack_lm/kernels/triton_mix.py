@@ -55,9 +55,10 @@ class Mix:
         queries = queries.contiguous()
         out = torch.empty(count, self._width, dtype=torch.float32, device=queries.device)
         weigh[(count, self._senses)](
-            queries, c.sense_keys, c.table, c.embedding, c.ids, c.rows, c.annealed_sum, predictions,
+            queries, c.sense_keys, c.page_table, c.table, c.embedding, c.ids, c.rows, c.annealed_sum, predictions,
             self._scores, self._norms, 1 / math.sqrt(head),
-            self._context, self._senses, head, triton.next_power_of_2(head), self._width, self._whole, LANES,
+            self._context, c.page_size, self._senses, head, triton.next_power_of_2(head),
+            self._width, self._whole, LANES,
         )  # fmt: skip
         mix[(count, self._context // BLOCK)](
             c.table, c.embedding, c.ids, c.rows, c.annealed_sum, predictions, self._scores, self._norms, self._parts,
@@ -86,8 +87,8 @@ def topic(address, n, tokens, sense, SENSES: tl.constexpr):
 
 @triton.jit
 def weigh(
-    queries, sense_keys, table, embedding, ids, rows, annealed_sum, predictions, scores, norms, scale,
-    CONTEXT: tl.constexpr, SENSES: tl.constexpr, HEAD: tl.constexpr, HEAD_UP: tl.constexpr,
+    queries, sense_keys, page_table, table, embedding, ids, rows, annealed_sum, predictions, scores, norms, scale,
+    CONTEXT: tl.constexpr, SIZE: tl.constexpr, SENSES: tl.constexpr, HEAD: tl.constexpr, HEAD_UP: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_UP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     b, sense = tl.program_id(0), tl.program_id(1)
@@ -97,11 +98,14 @@ def weigh(
 
     c = tl.arange(0, HEAD_UP)
     query = tl.load(queries + (b * SENSES + sense) * HEAD + c, mask=c < HEAD, other=0.0).to(tl.float32) * scale
-    keys = sense_keys + (slot * SENSES + sense) * HEAD * CONTEXT
+    keys = sense_keys + sense * HEAD * SIZE
+    page_table += slot * (CONTEXT // SIZE)
     peak, sums = -float("inf"), 0.0
     for start in range(0, length, 4 * TILE):
         t = start + tl.arange(0, 4 * TILE)
-        at = (t // TILE)[None, :] * (HEAD * TILE) + c[:, None] * TILE + (t % TILE)[None, :]
+        page = tl.load(page_table + t // SIZE, mask=t < length, other=0).to(tl.int64) * (SENSES * HEAD * SIZE)
+        tile = page + (t % SIZE // TILE) * (HEAD * TILE) + t % TILE
+        at = tile[None, :] + c[:, None] * TILE
         inside = (c < HEAD)[:, None] & (t < length)[None, :]
         key = tl.load(keys + at, mask=inside, other=0.0).to(tl.float32)
         score = tl.where(t < length, tl.sum(key * query[:, None], 0), -float("inf"))

@@ -6,69 +6,105 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from backpack_lm.config import BackpackConfig
 from backpack_lm.kernels.caches import StepInput, TokenSpan
 from backpack_lm.kernels.interface import Kernels, Linear
-from backpack_lm.model import Backpack, Block
+from backpack_lm.model import Backpack, Block, Conv1D, turns_of
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A block, with its matrices in the form that the kernels use. `after` is the LayerNorm that follows the block."""
+    """A block, with its matrices in the form that the kernels use. `after` is the norm that follows the block.
+
+    Of a gated MLP, `fc` makes both halves, [N, 2·inner]: the gate's, then the one that it multiplies.
+    """
 
     qkv: Linear
     proj: Linear
-    middle: nn.LayerNorm
+    middle: nn.Module
     fc: Linear
     out: Linear
-    after: nn.LayerNorm
+    after: nn.Module
     scale: float
 
 
 @dataclass(frozen=True, slots=True)
+class SenseWeightsInput:
+    """What makes queries, or keys, of the sense weights: states of the trunk, read side by side, and a matrix."""
+
+    layers: tuple[int, ...]
+    linear: Linear
+
+
+@dataclass(frozen=True, slots=True)
 class TrunkWeights:
-    """A model's trunk and sense weights, on the kernels' device and in the form that its `linear` makes."""
+    """A model's trunk and sense weights, on the kernels' device and in the form that its `linear` makes.
+
+    `together` makes queries and keys from the last state; where it is None, `queries` and `keys` make each from the
+    states that they read, of which those before the last pass through `norms` first.
+    """
 
     config: BackpackConfig
     tokens: Tensor
     """Embeddings [V, d] float32."""
-    positions: Tensor
-    """Embeddings [T, d] float32."""
-    first: nn.LayerNorm
+    positions: Tensor | None
+    """Learned embeddings [T, d] float32."""
+    turns: Tensor | None
+    """Rotary cosines and sines [T, 2, w/2] float32, where positions aren't learned."""
+    first: nn.Module
     layers: tuple[Layer, ...]
-    sense_weights: Linear
+    together: Linear | None
+    separate: tuple[SenseWeightsInput, ...]
+    norms: dict[int, nn.Module]
 
     @classmethod
     def prepare(cls, kernels: Kernels, model: Backpack) -> TrunkWeights:
-        device, trunk, linear = kernels.caches.table.device, model.gpt2_model, kernels.linear
+        device, trunk = kernels.caches.table.device, model.gpt2_model
+        spec, weights = trunk.spec, model.sense_weight_net
 
-        def placed(norm: nn.LayerNorm) -> nn.LayerNorm:
+        def placed(norm: nn.Module) -> nn.Module:
             return deepcopy(norm).to(device).requires_grad_(False)
 
-        def layer(block: Block, after: nn.LayerNorm) -> Layer:
+        def linear(*parts: Conv1D, gelu: bool = False) -> Linear:
+            weight = torch.cat([part.weight.t() for part in parts]) if len(parts) > 1 else parts[0].weight.t()
+            biases = [torch.zeros(part.weight.shape[1]) if part.bias is None else part.bias for part in parts]
+            return kernels.linear(weight, torch.cat(biases), gelu)
+
+        def layer(block: Block, after: nn.Module) -> Layer:
             attn, mlp = block.attn, block.mlp
-            return Layer(
-                linear(attn.c_attn.weight.t(), attn.c_attn.bias),
-                linear(attn.c_proj.weight.t(), attn.c_proj.bias),
-                placed(block.ln_2),
-                linear(mlp.c_fc.weight.t(), mlp.c_fc.bias, gelu=True),
-                linear(mlp.c_proj.weight.t(), mlp.c_proj.bias),
-                after,
-                attn.scale,
-            )
+            fc = linear(mlp.c_fc, gelu=True) if mlp.c_gate is None else linear(mlp.c_gate, mlp.c_fc)
+            qkv, proj, out = linear(attn.c_attn), linear(attn.c_proj), linear(mlp.c_proj)
+            return Layer(qkv, proj, placed(block.ln_2), fc, out, after, attn.scale)
+
+        def separate(layers: tuple[int, ...], made_by: nn.Linear) -> SenseWeightsInput:
+            return SenseWeightsInput(layers, kernels.linear(made_by.weight, made_by.bias))
 
         blocks = [block for block in trunk.h if isinstance(block, Block)]
         norms = [placed(norm) for norm in (*(block.ln_1 for block in blocks), trunk.ln_f)]
-        weights = model.sense_weight_net.c_attn
+        together: Linear | None = None
+        apart: tuple[SenseWeightsInput, ...] = ()
+        if weights.together:
+            together = kernels.linear(weights.c_attn.weight, weights.c_attn.bias)
+        else:
+            apart = tuple(map(separate, weights.read_layers, (weights.c_query, weights.c_key)))
+        positions, turns = None, None
+        if trunk.wpe is not None:
+            positions = trunk.wpe.weight.detach().to(device)
+        elif spec.rotary is not None:
+            turns = turns_of(spec.rotary, spec.context, spec.layer.head_width).to(device)
         return cls(
             model.config,
             trunk.wte.weight.detach().to(device),
-            trunk.wpe.weight.detach().to(device),
+            positions,
+            turns,
             norms[0],
             tuple(layer(block, after) for block, after in zip(blocks, norms[1:], strict=True)),
-            linear(weights.weight, weights.bias),
+            together,
+            apart,
+            {int(number): placed(norm) for number, norm in weights.norms.items()},
         )
 
 
@@ -79,15 +115,42 @@ class CachedTrunk:
         self._kernels, self._weights = kernels, TrunkWeights.prepare(kernels, model)
 
     def __call__(self, new: StepInput, spans: Sequence[TokenSpan]) -> Tensor:
-        """Compute new tokens [N] and fill the caches. Returns the sense weights' queries [N, k, d/k]."""
+        """Compute new tokens [N] and fill the caches. Returns the sense weights' queries [N, k, w]."""
         kernels, weights, config = self._kernels, self._weights, self._weights.config
-        x = weights.tokens[new.tokens] + weights.positions[new.positions]
+        gated, rotating = config.trunk.layer.gated, config.trunk.layer.heads + config.trunk.layer.kv_heads
+        x = weights.tokens[new.tokens]
+        x = x + weights.positions[new.positions] if weights.positions is not None else x
+        states: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> None:
+            if layer in weights.norms:
+                states[layer] = kernels.residual_norm(x, None, weights.norms[layer])
+
+        keep(0)
         y = kernels.residual_norm(x, None, weights.first)
         for n, layer in enumerate(weights.layers):
-            mixed = kernels.attend(layer.qkv(y), n, spans, layer.scale)
+            qkv = layer.qkv(y)
+            if weights.turns is not None:
+                kernels.rotate(qkv, new.positions, weights.turns, rotating)
+            mixed = kernels.attend(qkv, n, spans, layer.scale)
             y = kernels.residual_norm(x, layer.proj(mixed), layer.middle)
-            y = kernels.residual_norm(x, layer.out(layer.fc(y)), layer.after)
-        both = weights.sense_weights(y).view(len(x), 2, config.num_senses, config.sense_head_width)
-        queries, keys = both.unbind(1)
+            wide = layer.fc(y)
+            y = kernels.residual_norm(x, layer.out(kernels.gate(wide) if gated else wide), layer.after)
+            keep(n + 1)
+        states[len(weights.layers)] = y
+        queries, keys = self._queries_and_keys(y, states)
         kernels.caches.write_sense_keys(keys, new.slots, new.positions)
         return queries
+
+    def _queries_and_keys(self, y: Tensor, states: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Each [N, k, w], from the last state [N, d] and all that are kept."""
+        weights, config = self._weights, self._weights.config
+        shape = len(y), config.num_senses, config.sense_head_width
+        if weights.together is not None:
+            queries, keys = weights.together(y).view(len(y), 2, *shape[1:]).unbind(1)
+            return queries, keys
+        queries, keys = (
+            made.linear(torch.cat([states[layer] for layer in made.layers], dim=1)).view(shape)
+            for made in weights.separate
+        )
+        return queries, keys

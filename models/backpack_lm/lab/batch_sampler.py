@@ -7,7 +7,7 @@ sequences begin and grow together, so there are no slots and nothing to schedule
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ class BatchSampler:
             raise ValueError(f"{length} tokens; the context holds 1 to {subject.config.n_positions}")
         config, width = subject.config, subject.config.n_embd
         self.subject, self.overlay = subject, overlay
-        trunk = (config.n_layer, count, config.n_head, length, width // config.n_head)
+        layer = config.trunk.layer
+        trunk = (config.trunk.depth, count, layer.kv_heads, length, layer.head_width)
         self._keys, self._values = torch.zeros(trunk), torch.zeros(trunk)
         self._sense_keys = torch.zeros(count, config.num_senses, length, config.sense_head_width)
         self._senses = torch.zeros(count, length, config.num_senses, width)
@@ -42,7 +43,7 @@ class BatchSampler:
         self.at += 1
         senses = self.overlay.replace(tokens[:, None], self.subject.table.rows[tokens][:, None])[:, 0]
         self._senses[:, at] = senses
-        q, k = model.sense_weight_net.query_key(self._trunk(tokens, at))
+        q, k = model.sense_weight_net.query_key(self._states(tokens, at))
         self._sense_keys[:, :, at] = k
         scores = torch.einsum("bkw,bktw->bkt", q, self._sense_keys[:, :, : self.at])
         alpha = (scores / math.sqrt(self.subject.config.sense_head_width)).softmax(-1)
@@ -51,24 +52,25 @@ class BatchSampler:
         mixed = torch.einsum("bkt,btkd->bd", alpha, self._senses[:, : self.at])
         return mixed @ self.subject.head.t()
 
-    def _trunk(self, tokens: Tensor, at: int) -> Tensor:
-        """g [B, d] of the new position."""
+    def _states(self, tokens: Tensor, at: int) -> Iterator[Tensor]:
+        """The trunk's states [B, d] of the new position, as `Trunk.states`."""
         trunk = self.subject.model.gpt2_model
-        x = trunk.wte.weight[tokens] + trunk.wpe.weight[at]
+        x, turns = trunk.embed(tokens[:, None], at)
         for layer, block in enumerate(trunk.h):
             assert isinstance(block, Block)
-            qkv = block.attn.c_attn(block.ln_1(x)).view(len(tokens), 3, block.attn.heads, -1)
-            q, self._keys[layer][:, :, at], self._values[layer][:, :, at] = qkv.unbind(1)
+            yield x[:, 0]
+            q, k, v = block.attn.query_key_value(block.ln_1(x), turns)
+            self._keys[layer][:, :, at], self._values[layer][:, :, at] = k[:, :, 0], v[:, :, 0]
             mixed = F.scaled_dot_product_attention(
-                q[:, :, None],
+                q,
                 self._keys[layer][:, :, : self.at],
                 self._values[layer][:, :, : self.at],
                 scale=block.attn.scale,
+                enable_gqa=q.shape[1] > k.shape[1],
             )
-            x = x + block.attn.c_proj(mixed.flatten(1))
+            x = x + block.attn.c_proj(mixed.transpose(1, 2).flatten(2))
             x = x + block.mlp(block.ln_2(x))
-        out: Tensor = trunk.ln_f(x)
-        return out
+        yield trunk.ln_f(x)[:, 0]
 
     def _multipliers(self, tokens: Tensor) -> Tensor:
         """Effective multipliers [B, T, k] of the cells so far, one new token's dots added to each."""

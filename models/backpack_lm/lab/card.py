@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from backpack_lm import strict_json
+from backpack_lm.config import BackpackConfig
 from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.reports.report import Entry, Table
 from backpack_lm.training.trainer import CHECKPOINT, read_checkpoint
@@ -62,11 +63,12 @@ def fill(card: str, parts: Mapping[str, str]) -> str:
 def _run_summary(folder: Path) -> dict[str, str]:
     state = read_checkpoint(folder / CHECKPOINT)
     made_by: dict[str, Any] = strict_json.parse(state["made_by"])
-    config, parts = made_by["config"], [(state["step"], made_by["recipe"]["tokens_per_step"])]
+    parts = [(state["step"], made_by["recipe"]["tokens_per_step"])]
+    config = BackpackConfig.from_json(made_by["config"])
     if not (measured := folder / "perplexity.json").exists():
         raise ValueError(f"{folder} has no perplexity.json: the run isn't finished; `backpack train` goes on with it")
-    shape = ("n_layer", "n_head", "n_embd", "num_senses", "n_positions")
-    sizes = ["–" if name == "num_senses" and made_by["twin"] else str(config[name]) for name in shape]
+    trunk, senses = config.trunk, "–" if made_by["twin"] else config.num_senses
+    sizes = (str(size) for size in (trunk.depth, trunk.layer.heads, trunk.width, senses, trunk.context))
     while made_by := made_by.get("after", {}):
         parts.insert(0, (made_by["recipe"]["steps"], made_by["recipe"]["tokens_per_step"]))
     taken = " + ".join(f"{steps:,} × {tokens:,}" for steps, tokens in parts)

@@ -45,7 +45,8 @@ def matrices(model: Backpack | TransformerTwin) -> Iterator[tuple[nn.Parameter, 
         if weight.ndim != 2 or ".wte." in name or ".wpe." in name:
             continue
         if name.endswith("attn.c_attn.weight") and ".h." in name:
-            yield weight, 1, 3  # Conv1D [d, 3d]: q, k, v
+            layer = model.config.trunk.layer  # Conv1D [d, (H + 2G)·w]: q, k, v, by heads where they are grouped
+            yield weight, 1, 3 if layer.kv_heads == layer.heads else layer.heads + 2 * layer.kv_heads
         elif name == "sense_weight_net.c_attn.weight":
             yield weight, 0, 2  # Linear [2·k·(d/k), d]: q, k
         elif name == "sense_network.final_mlp.c_proj.weight":

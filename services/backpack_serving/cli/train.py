@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -50,6 +49,10 @@ def train(
     vocabulary: Annotated[
         int, typer.Option(help="Size of the byte-level BPE vocabulary to train first.", min=1, max=2**16)
     ] = 16384,
+    shape: Annotated[
+        Path | None,
+        typer.Option("--config", help="A config.json with the whole shape, of any family of trunks, instead of sizes."),
+    ] = None,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of one optimiser step.", min=1)] = 2048,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.", min=0)] = 3e-3,
     matrix_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon (matrices of layers).", min=0)] = 6e-3,
@@ -86,7 +89,11 @@ def train(
 
     set_threads(threads)
     corpus = data.parse_sources(sources)
-    config = BackpackConfig(vocabulary, context, width, layers, heads, num_senses=senses)
+    if shape is not None:
+        config = BackpackConfig.read(shape)
+        vocabulary = config.vocab_size
+    else:
+        config = BackpackConfig.gpt2(vocabulary, context, width, layers, heads, num_senses=senses)
     recipe = Recipe(
         steps,
         seed=seed,
@@ -101,7 +108,7 @@ def train(
     tokenizer = _tokenizer(corpus, folder, vocabulary, after)
     with Progress(*COLUMNS, console=err) as progress:
         _tokenise(corpus, tokenizer, folder, progress)
-        config = replace(config, vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.end_of_text)
+        config = config.with_vocabulary(tokenizer.vocab_size, tokenizer.end_of_text)
         name = "twin" if twin else "backpack"
         run, rows = out / name, data.Rows.open(corpus, folder, seed, tokenizer.end_of_text)
         trainer = Trainer(config, recipe, rows, run, twin, after / name if after else None)

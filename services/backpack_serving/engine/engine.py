@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from backpack_lm.counted import counted
 
+from backpack_serving.engine.pages import PagePool
 from backpack_serving.engine.runner import Runner
 from backpack_serving.engine.sampler import choose_all, log_probabilities
 from backpack_serving.engine.scheduler import Scheduler
@@ -22,9 +23,17 @@ class TooManyRows(Exception):
     """A release replaces more cells than the table has overlay rows in all."""
 
 
+class TooManyTokens(Exception):
+    """A request's prompt and new tokens are more than the caches can hold in all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy the engine is, in sequences and tokens; the last two count since its start."""
+    """How busy the engine is, in sequences and tokens; the last three count since its start.
+
+    `cached_tokens` and `cache_capacity` are positions of the pages that running sequences use, each page once, and
+    of all pages.
+    """
 
     slots: int
     running: int
@@ -34,12 +43,15 @@ class Load:
     cache_capacity: int
     reused_tokens: int
     prefix_hits: int
+    preemptions: int
 
 
 class Engine:
     """Continuous batching of steered sequences.
 
-    A request holds one slot and one use of its release's overlay rows from admission to its last token.
+    A request holds one slot, pages for its tokens and one use of its release's overlay rows from admission to its
+    last token. If pages run out, the sequence that was admitted last is pre-empted: it waits again, and what it had
+    is read again.
     Prompts that begin alike share what was computed for the beginning, whatever their releases: within a tenant,
     or with `share_prefixes` among all (how fast an answer comes tells that somebody asked alike before).
     """
@@ -53,8 +65,9 @@ class Engine:
         share_prefixes: bool = False,
     ) -> None:
         self._runner, self._slots, self._rows, self._scheduler = runner, slots, rows, scheduler
+        self._pages = PagePool(runner.pages, runner.caches.page_size)
         self._share_prefixes = share_prefixes
-        self.reused_tokens = self.prefix_hits = 0
+        self.reused_tokens = self.prefix_hits = self.preemptions = 0
         self._sequences: dict[str, Sequence] = {}
         self._end_of_text = runner.config.eos_token_id
 
@@ -64,27 +77,35 @@ class Engine:
 
     @property
     def load(self) -> Load:
-        scheduler = self._scheduler
+        scheduler, pages = self._scheduler, self._pages
         return Load(
             slots=self._slots.count,
             running=len(scheduler.running),
             queued=scheduler.waiting,
             tokens_in_flight=scheduler.tokens_in_flight,
-            cached_tokens=sum(sequence.computed for sequence in scheduler.running),
-            cache_capacity=self._slots.count * self._runner.config.n_positions,
+            cached_tokens=(pages.count - pages.available) * pages.size,
+            cache_capacity=pages.count * pages.size,
             reused_tokens=self.reused_tokens,
             prefix_hits=self.prefix_hits,
+            preemptions=self.preemptions,
         )
 
     def add(self, request: GenerationRequest) -> str | None:
         """Queue a request. If the queue is full, evict one of the tenant with the most waiting, and return its id.
 
-        Raises QueueFull if none can be evicted, or TooManyRows if its release could never be loaded.
+        Raises QueueFull if none can be evicted, TooManyRows if its release could never be loaded, or TooManyTokens
+        if there could never be pages for it.
         """
         if len(request.overlay.rows) > self._rows.size:
             raise TooManyRows(
                 f"release {request.overlay.digest[:12]} replaces {counted(len(request.overlay.rows), 'sense')}; "
                 f"this replica has space for {self._rows.size}"
+            )
+        sequence = Sequence(request)
+        if self._pages.needed(sequence.longest) > self._pages.count:
+            raise TooManyTokens(
+                f"{counted(len(request.prompt), 'prompt token')} and {request.sampling.max_tokens} new ones; "
+                f"this replica's caches hold {self._pages.count * self._pages.size}"
             )
         crowding = None
         if not self._scheduler.can_add(self._slots.free):
@@ -93,9 +114,8 @@ class Engine:
                 raise QueueFull(f"{counted(self._scheduler.waiting, 'request is', 'requests are')} waiting")
             self._finish(crowding)
         assert request.id not in self._sequences, f"request {request.id} is here already"
-        context = self._runner.config.n_positions
+        context = self._runner.context
         assert 0 < len(request.prompt) <= context - request.sampling.max_tokens, "validated at admission"
-        sequence = Sequence(request)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
         return crowding.request.id if crowding else None
@@ -108,7 +128,8 @@ class Engine:
     def step(self) -> list[Output]:
         """Schedule, run, sample, commit. Returns the new tokens."""
         for sequence in self._scheduler.running:
-            self._reuse_prefix(sequence)  # before a slot that somebody wants to copy from is given away
+            self._reuse_prefix(sequence)
+        self._grow()
         self._scheduler.admit(self._start_sequence)
         batch = self._scheduler.plan()
         if not batch:
@@ -125,34 +146,74 @@ class Engine:
         logs = log_probabilities(logits, tokens, samplings, kernels.log_probabilities)
         return [self._commit_token(*made) for made in zip(sampled, tokens, logs, strict=True)]
 
+    def _grow(self) -> None:
+        """Give decoding sequences the pages that their next tokens need.
+
+        Who was admitted first is never pre-empted, and alone fits: so it ends, and with it in the end all others do.
+        """
+        running = self._scheduler.running
+        for sequence in tuple(running):
+            while sequence.slot is not None and len(sequence.tokens) > len(sequence.pages) * self._pages.size:
+                if self._pages.available:
+                    self._pages.grow(sequence)
+                    self._runner.set_pages(sequence.slot, len(sequence.pages) - 1, [sequence.pages[-1].number])
+                else:
+                    self._preempt(running[-1])
+
     def _start_sequence(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence a slot and its release's rows. False if none are free."""
+        """Give a waiting sequence a slot, pages and its release's rows. False if none are free."""
         overlay = sequence.request.overlay
         if not self._slots.free or not self._rows.can_hold(overlay.digest, len(overlay.rows)):
             return False
-        scope = self._scope(sequence)
-        prefix = self._slots.find_prefix(scope, sequence)
-        sequence.slot = self._slots.allocate(scope, sequence, prefix.slot if prefix else None)
+        # A page is left for each that grows: to admit one that is pre-empted a step later would be work for nothing.
+        growing = sum(self._pages.needed(s.longest) > len(s.pages) for s in self._scheduler.running)
+        if not self._pages.begin(self._scope(sequence), sequence, growing):
+            return False
+        sequence.slot = self._slots.allocate()
         first_row, fill = self._rows.acquire(overlay.digest, len(overlay.rows))
         if fill:
             self._runner.load(overlay, first_row)
         self._runner.start(sequence.slot, overlay, first_row)
-        sequence.pending_prefix = prefix
+        self._runner.set_pages(sequence.slot, 0, [page.number for page in sequence.pages])
         self._reuse_prefix(sequence)
         return True
 
     def _reuse_prefix(self, sequence: Sequence) -> None:
-        """Copy the prefix that a sequence waits for, once it is computed. If its owner ended first, find another."""
-        prefix, slot = sequence.pending_prefix, sequence.slot
-        if prefix is not None and not prefix.ready and prefix.owner.slot is None:
-            sequence.pending_prefix = None
-            sequence.pending_prefix = prefix = self._slots.find_prefix(self._scope(sequence), sequence)
+        """Take over the prefix that a sequence waits for, once it is computed."""
+        prefix, slot, size = sequence.pending_prefix, sequence.slot, self._pages.size
         if prefix is None or slot is None or not prefix.ready:
             return
-        self._runner.reuse(prefix.slot, slot, sequence.tokens[: prefix.length])
-        sequence.computed, sequence.pending_prefix = prefix.length, None
-        self.reused_tokens += prefix.length
-        self.prefix_hits += 1
+        if donor := prefix.donor(size):
+            page = sequence.pages[prefix.length // size]
+            self._runner.copy_page(donor.number, page.number, prefix.length % size)
+        self._pages.copied(sequence)
+        self._runner.reuse(slot, sequence.tokens[: prefix.length])
+        sequence.computed = prefix.length
+        if not sequence.preempted:
+            self.reused_tokens += prefix.length
+            self.prefix_hits += 1
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take everything from a running sequence and let it wait: what it had will be read again."""
+        self.preemptions += sequence.computed > 0
+        self._scheduler.requeue(sequence)
+        self._free(sequence)
+        sequence.prefill, sequence.computed = len(sequence.tokens), 0
+
+    def _free(self, sequence: Sequence) -> None:
+        """Take back what a sequence that no longer runs holds. Who waits for its prefix takes over what is there, or
+        waits again."""
+        for other in reversed(tuple(self._scheduler.running)):
+            if other.pending_prefix and other.pending_prefix.owner is sequence:
+                self._reuse_prefix(other)
+                if other.pending_prefix:
+                    self._preempt(other)
+        assert sequence.slot is not None
+        self._runner.stop(sequence.slot)
+        self._slots.release(sequence.slot)
+        self._pages.release(sequence)
+        self._rows.release(sequence.request.overlay.digest)
+        sequence.slot = None
 
     def _scope(self, sequence: Sequence) -> str:
         """Whose prefixes a sequence may use."""
@@ -177,11 +238,7 @@ class Engine:
         del self._sequences[sequence.request.id]
         self._scheduler.remove(sequence)
         if sequence.slot is not None:
-            self._runner.stop(sequence.slot)
-            self._slots.release(sequence.slot)
-            self._rows.release(sequence.request.overlay.digest)
-            sequence.slot = None
-            del sequence.request  # the slot keeps its tokens for who begins alike, but no release in memory
+            self._free(sequence)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a slot, an overlay range or a sequence is lost, shared or left behind."""
@@ -190,4 +247,5 @@ class Engine:
         in_use = [s.slot for s in self._scheduler.running if s.slot is not None]
         assert len(in_use) == len(set(in_use)) == len(self._scheduler.running), "a slot is shared"
         self._slots.check_integrity(set(in_use))
+        self._pages.check_integrity(self._scheduler.running)
         self._rows.check_integrity(Counter(s.request.overlay.digest for s in self._scheduler.running))

@@ -99,8 +99,8 @@ class EngineLoop:
     async def generate(self, request: GenerationRequest, gather: float = 0.0) -> AsyncGenerator[list[Output], None]:
         """The request's tokens: the first at once, then those of `gather` seconds together, the last at once.
 
-        Leaving the iterator early aborts the request. Raises QueueFull, TooManyRows, NonFiniteLogits or
-        EngineStopped.
+        Leaving the iterator early aborts the request. Raises QueueFull, TooManyRows, TooManyTokens,
+        NonFiniteLogits or EngineStopped.
         """
         if not self.healthy:
             raise EngineStopped(str(self._failure or "the engine was stopped"))

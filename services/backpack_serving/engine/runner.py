@@ -1,8 +1,8 @@
 """One step of the model over a mixed batch, with caches: the only file that touches device memory.
 
-Linear layers run over all new tokens at once, flattened [N, d]; attention reads of each slot what is valid. The
-sense mix is a lookup: every position of a slot keeps the k rows of the sense table that are its senses, and a
-release's rows lie behind the table, so a patched sense costs what any sense costs.
+Linear layers run over all new tokens at once, flattened [N, d]; attention reads of each sequence's pages what is
+valid. The sense mix is a lookup: every position of a slot keeps the k rows of the sense table that are its senses, and
+a release's rows lie behind the table, so a patched sense costs what any sense costs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from backpack_lm.int8 import store
 from backpack_lm.kernels import Caches, Kernels, MixSpan, StepInput, TokenSpan, choose
+from backpack_lm.kernels.caches import PAGE
 from backpack_lm.kernels.cuda import CudaKernels
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, TopicMultipliers
@@ -23,6 +24,9 @@ from torch import Tensor
 from backpack_serving.engine.graphs import Graphs, Record
 from backpack_serving.engine.scheduler import Batch
 from backpack_serving.engine.sequence import Sequence
+
+SLOT_TOKENS = 1024
+"""Positions for each slot, by default: few sequences are longer, and those that are take what others leave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,9 @@ class Runner:
     `table` [V·k + R, d] holds the model's sense vectors, as int8.py stores them, and has room for R rows of releases
     behind them; its device and dtype are those of the computation, wherever the model is. On a CUDA device decode
     steps are captured graphs; `record` is for tests without one.
+
+    `context` positions at most a sequence (0: as many as the model has), `cache_tokens` all of them together (0:
+    1,024 for each slot, or the context if it is shorter, and one whole context in any case).
     """
 
     def __init__(
@@ -51,12 +58,29 @@ class Runner:
         slots: int,
         kernels: Callable[[Caches], Kernels] = choose,
         record: Record | None = None,
+        *,
+        context: int = 0,
+        cache_tokens: int = 0,
+        page_size: int = PAGE,
     ) -> None:
         config = self.config = model.config
         self.table, self.base_rows, device = table, config.vocab_size * config.num_senses, table.device
+        self.context = min(context or config.n_positions, config.n_positions)
+        self.pages = -(-cache_tokens // page_size) or max(
+            slots * -(-min(self.context, SLOT_TOKENS) // page_size), -(-self.context // page_size)
+        )
         recorded = record is not None or device.type == "cuda"
-        # One slot more, which no sequence gets, for graphs to fill up with.
-        self.caches = Caches.empty(config, slots + recorded, table, model.embedding.detach())
+        # One slot and one page more, which no sequence gets, for graphs to fill up with.
+        self.caches = Caches.empty(
+            config,
+            slots + recorded,
+            table,
+            model.embedding.detach(),
+            context=self.context,
+            pages=self.pages + recorded,
+            page_size=page_size,
+        )
+        self.caches.page_table[slots:] = self.pages
         self.kernels = kernels(self.caches)
         self._trunk = self.kernels.trunk(model)
         self._head = self.kernels.head(model.embedding[: config.tokens])  # padding is never sampled
@@ -79,14 +103,19 @@ class Runner:
         topics = same.topics if same else tuple(topic.to(self.table.device) for topic in overlay.topics)
         self._occupants[slot] = _Occupant(overlay, self.base_rows + first_row, edited, topics)
 
-    @torch.inference_mode()
-    def reuse(self, donor: int, slot: int, tokens: Many[int]) -> None:
-        """Begin a slot with tokens that are cached already, in a donor slot or in this one, by copying.
+    def set_pages(self, slot: int, start: int, pages: Many[int]) -> None:
+        """Say which pages hold a slot's positions, from its page `start` on."""
+        self.caches.page_table[slot, start : start + len(pages)] = torch.tensor(pages, dtype=torch.int32)
 
-        Only what no patch changes is copied; rows and annealing are made for the new sequence.
-        """
-        if donor != slot:
-            self.caches.copy_prefix(donor, slot, len(tokens))
+    @torch.inference_mode()
+    def copy_page(self, donor: int, page: int, count: int) -> None:
+        """Copy the first `count` positions of a page into another."""
+        self.caches.copy_page(donor, page, count)
+
+    @torch.inference_mode()
+    def reuse(self, slot: int, tokens: Many[int]) -> None:
+        """Begin a slot with tokens whose keys and values are in its pages already. Rows and annealing, which depend
+        on the release, are made here."""
         spans = [TokenSpan(0, slot, 0, len(tokens))]
         self.kernels.append_tokens(self._new(spans, tokens).to(self.table.device), spans)
         self._update_annealing(slot, 0, len(tokens))

@@ -7,7 +7,8 @@ that wait, so that nobody saves up. Within a tenant, the higher priority goes fi
 
 from __future__ import annotations
 
-from bisect import insort
+import math
+from bisect import insort, insort_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from backpack_serving.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, end) of a sequence's prompt, to be read in this step."""
+    """Tokens [start, end) of a sequence's prompt, or of all that it had, to be read in this step."""
 
     sequence: Sequence
     start: int
@@ -50,6 +51,16 @@ class _TenantQueue:
     served: float = 0.0
 
 
+def _place(sequence: Sequence) -> float:
+    """By which its tenant's waiting sequences are in order."""
+    return -math.inf if sequence.preempted else -sequence.request.priority
+
+
+def _cost(sequence: Sequence) -> int:
+    """What a sequence is charged at its start: what is reused of its prompt costs nothing."""
+    return len(sequence.request.prompt) - sequence.reused
+
+
 class Scheduler:
     """Decides every step within `step_tokens` prompt tokens; at most `queue` sequences wait."""
 
@@ -78,18 +89,41 @@ class Scheduler:
         return self.waiting < self.queue + free_slots
 
     def crowding(self, tenant: str) -> Sequence | None:
-        """The last waiting sequence of the tenant with the most waiting, if those are more than this tenant's own."""
-        own = len(self._tenants[tenant].waiting) if tenant in self._tenants else 0
-        most = max((other.waiting for other in self._tenants.values()), key=len, default=[])
+        """The last waiting sequence of the tenant with the most waiting, if those are more than this tenant's own.
+        Those that were pre-empted don't count: they have an answer half sent."""
+
+        def new(tenant: _TenantQueue) -> list[Sequence]:
+            return [sequence for sequence in tenant.waiting if not sequence.preempted]
+
+        own = len(new(self._tenants[tenant])) if tenant in self._tenants else 0
+        most = max((new(other) for other in self._tenants.values()), key=len, default=[])
         return most[-1] if len(most) > own + 1 else None
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Ask `can_add` first."""
+        insort(self._queue_of(sequence), sequence, key=_place)
+
+    def requeue(self, sequence: Sequence) -> None:
+        """Let a running sequence wait again, before its equals; before all of its tenant if it has computed anything.
+
+        Then it isn't charged for its prompt again; otherwise it gets back what it was charged.
+        """
+        tenant = self._tenants[sequence.request.tenant]
+        self.running.remove(sequence)
+        tenant.running -= 1
+        if sequence.computed:
+            sequence.preempted = True
+        elif not sequence.preempted:
+            tenant.served -= _cost(sequence)
+        insort_left(self._queue_of(sequence), sequence, key=_place)
+
+    def _queue_of(self, sequence: Sequence) -> list[Sequence]:
+        """Where a sequence of its tenant waits."""
         tenant = self._tenants.setdefault(sequence.request.tenant, _TenantQueue())
         if not tenant.waiting:
             least = min((t.served for t in self._tenants.values() if t.waiting), default=self._level)
             tenant.served = max(tenant.served, least)
-        insort(tenant.waiting, sequence, key=lambda s: -s.request.priority)
+        return tenant.waiting
 
     def admit(self, start: Callable[[Sequence], bool]) -> None:
         """Start waiting sequences, fairest first, until `start` says that one can't be."""
@@ -100,9 +134,9 @@ class Scheduler:
             sequence = tenant.waiting.pop(0)
             tenant.running += 1
             self._level = tenant.served
-            # The prompt is charged when it is admitted: what matters is who gets the next slot. What is reused
-            # of it costs nothing.
-            tenant.served += len(sequence.request.prompt) - sequence.reused
+            # The prompt is charged when it is admitted: what matters is who gets the next slot.
+            if not sequence.preempted:
+                tenant.served += _cost(sequence)
             self.running.append(sequence)
 
     def plan(self) -> Batch:
@@ -115,7 +149,7 @@ class Scheduler:
             if sequence.pending_prefix is not None:
                 continue
             left = len(sequence.tokens) - sequence.computed
-            if sequence.computed >= len(sequence.request.prompt):
+            if sequence.computed >= sequence.prefill:
                 decodes.append(sequence)
             elif budget:
                 size = min(left, budget)

@@ -56,39 +56,82 @@ class Output:
     first: bool = False
 
 
+@dataclass(slots=True, eq=False)
+class Page:
+    """A page of the caches that holds something: positions from `start` on, filled by `owner`, or `tokens` once that
+    has left. `key` is the page that it follows, or the scope that it begins a text in, and its first token."""
+
+    number: int
+    key: tuple[Page | str, int]
+    start: int
+    owner: Sequence | None
+    tokens: list[int] = field(default_factory=list)
+    users: int = 1
+
+    def held(self, size: int) -> tuple[list[int], list[int]]:
+        """What is there, and what is there or will be without waiting for others."""
+        if self.owner is None:
+            return self.tokens, self.tokens
+        owner, start = self.owner, self.start
+        sure = owner.computed if owner.pending_prefix else max(owner.computed, owner.prefill)
+        tokens = owner.tokens[start : min(start + size, sure)]
+        return tokens[: max(0, owner.computed - start)], tokens
+
+
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What a slot holds, or will soon, of a sequence's beginning: the first `length` tokens."""
+    """A sequence's beginning, the first `length` tokens, in pages that hold it, or will when `owner` has computed it.
 
-    slot: int
-    owner: Sequence
+    Whole pages are used in common; what is in the last one, if it isn't needed whole, is copied.
+    """
+
+    pages: tuple[Page, ...]
     length: int
+    owner: Sequence | None
 
     @property
     def ready(self) -> bool:
-        return self.owner.computed >= self.length
+        return self.owner is None or self.owner.computed >= self.length
+
+    def donor(self, size: int) -> Page | None:
+        """The page to copy from, of pages of that size."""
+        return self.pages[-1] if self.length % size else None
+
+    def whole_pages(self, size: int) -> Prefix | None:
+        """What can be used without copying."""
+        count = self.length // size
+        return Prefix(self.pages[:count], count * size, self.owner) if count else None
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request in progress; once it has ended, what its slot still holds. `computed` of its `tokens` are in the
-    slot's cache.
+    """A request in progress. `computed` of its `tokens` are in its pages.
 
-    `pending_prefix`: the beginning that another sequence is about to compute, and that this one will copy.
+    `prefill`: tokens that are read in chunks before it makes the next: its prompt; all that it had if it was
+    pre-empted since. `pending_prefix`: its beginning in the pages of others, until it has been taken over.
     """
 
     request: GenerationRequest
     tokens: list[int] = field(init=False)
+    prefill: int = field(init=False)
     computed: int = 0
     slot: int | None = None
+    pages: list[Page] = field(default_factory=list)
     pending_prefix: Prefix | None = None
+    preempted: bool = False
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.prefill = len(self.tokens)
 
     @property
     def generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that have to be in pages before it has made all that it may: the last one is never read."""
+        return len(self.request.prompt) + self.request.sampling.max_tokens - 1
 
     @property
     def reused(self) -> int:
@@ -97,8 +140,8 @@ class Sequence:
 
     @property
     def remaining_tokens(self) -> int:
-        """Tokens that this sequence may still cost: prompt tokens to read and tokens to make."""
-        return max(0, len(self.request.prompt) - self.computed) + (self.request.sampling.max_tokens - self.generated)
+        """Tokens that this sequence may still cost: those to read and those to make."""
+        return max(0, self.prefill - self.computed) + (self.request.sampling.max_tokens - self.generated)
 
     def finish_after(self, token: int, end_of_text: int | None) -> Finish | None:
         """Whether a token that was just appended ends the sequence."""

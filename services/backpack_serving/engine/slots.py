@@ -6,79 +6,28 @@ from bisect import bisect_left
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from backpack_serving.engine.sequence import Prefix, Sequence
-
-WORTH_WAITING = 16
-"""Tokens by which a beginning that is being computed must be longer than one that is there."""
-
 
 class Slots:
-    """Which slots are free, and what each still holds: a prompt that begins alike need not be read again.
-
-    The caches of a prefix don't depend on patches, so whoever made them can be followed by anybody in the same
-    scope. Of the free slots, the one that was given back longest ago goes first.
-    """
+    """Which places of the batch are free."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))
-        self._held: dict[int, tuple[str, Sequence]] = {}
+        self._free = list(range(count - 1, -1, -1))
 
     @property
     def free(self) -> int:
         return len(self._free)
 
-    def find_prefix(self, scope: str, sequence: Sequence) -> Prefix | None:
-        """The longest beginning of a sequence that another slot holds; or one that the sequence in it is about to
-        compute, if that is worth waiting for.
-
-        At least one token is left to compute: what comes after it has to be predicted.
-        """
-        best, tokens = None, sequence.tokens
-        for slot, (owner, held) in self._held.items():
-            if owner == scope and held.tokens[0] == tokens[0] and held is not sequence:
-                # Nobody waits for one that waits itself: there are no circles.
-                remaining_tokens = 0 if slot in self._free or held.pending_prefix else len(held.request.prompt)
-                length = _common(held.tokens, tokens, min(max(held.computed, remaining_tokens), len(tokens) - 1))
-                prefix = Prefix(slot, held, length)
-                if self._worth(prefix) > ((0, True) if best is None else self._worth(best)):
-                    best = prefix
-        return best
-
-    def _worth(self, prefix: Prefix) -> tuple[int, bool]:
-        """In place is better than a copy, and what is there better than what will be."""
-        there = prefix.length if prefix.ready else prefix.length - WORTH_WAITING
-        return there, prefix.slot in self._free
-
-    def allocate(self, scope: str, sequence: Sequence, wanted: int | None = None) -> int:
-        """A free slot, `wanted` if that is free. Raises KeyError if there is none; ask `free` first."""
-        if wanted is not None and wanted in self._free:
-            self._free.move_to_end(wanted, last=False)
-        slot, _ = self._free.popitem(last=False)
-        self._held[slot] = (scope, sequence)
-        return slot
+    def allocate(self) -> int:
+        """A free slot. Raises IndexError if there is none; ask `free` first."""
+        return self._free.pop()
 
     def release(self, slot: int) -> None:
-        """Give a slot back. What it holds stays until it is allocated again."""
-        self._free[slot] = None
+        self._free.append(slot)
 
     def check_integrity(self, in_use: set[int]) -> None:
         """Raise AssertionError unless every slot is either free or in use, once."""
-        free = set(self._free)
-        assert free.isdisjoint(in_use), f"slots free and in use: {free & in_use}"
-        assert free | in_use == set(range(self.count)), "slots were lost"
-
-
-def _common(a: list[int], b: list[int], limit: int) -> int:
-    """Length of the longest common beginning, at most `limit`; slices are compared at the speed of C."""
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+        assert sorted([*self._free, *in_use]) == list(range(self.count)), "slots were lost, or are free and in use"
 
 
 @dataclass(slots=True)

@@ -82,6 +82,7 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
     """
     await starting.blocking(partial(rpc.check_address, settings.gateway_address))
     manifest, key = await starting.model(settings), await starting.key(settings, "replica")
+    manifest = manifest.with_context(settings.context)
     tokenizer = await starting.blocking(partial(Tokenizer.read, settings.model / TOKENIZER, manifest.tokenizer))
     tls, directory_tls = settings.tls, settings.directory_tls
     sync_client = SyncClient(

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -168,7 +169,14 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
     with _enough_memory(settings):
         read = partial(ServedModel.read, settings.model, precision, room, device)
         served = await starting.blocking(read)  # from a disk that hangs, perhaps
-        runner = Runner(served.model, served.storage, settings.slots)
+        served = replace(served, manifest=served.manifest.with_context(settings.context))
+        runner = Runner(
+            served.model,
+            served.storage,
+            settings.slots,
+            context=settings.context,
+            cache_tokens=settings.cache_tokens,
+        )
     engine = EngineLoop(
         Engine(
             runner,
@@ -222,8 +230,8 @@ def _enough_memory(settings: Settings) -> Iterator[None]:
         if "memory" not in str(error).lower():
             raise
         raise ValueError(
-            f"no memory for BACKPACK_SLOTS={settings.slots} and BACKPACK_OVERLAY_ROWS={settings.overlay_rows} of "
-            f"the model in {settings.model}; lower them: {error}"
+            f"no memory for BACKPACK_SLOTS={settings.slots}, BACKPACK_CACHE_TOKENS={settings.cache_tokens} and "
+            f"BACKPACK_OVERLAY_ROWS={settings.overlay_rows} of the model in {settings.model}; lower them: {error}"
         ) from None
 
 

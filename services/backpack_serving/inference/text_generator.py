@@ -10,7 +10,7 @@ from contextlib import aclosing
 from backpack_lm.overlay import Overlay
 from backpack_proto.v1 import inference_pb2 as pb
 
-from backpack_serving.engine.engine import QueueFull, TooManyRows
+from backpack_serving.engine.engine import QueueFull, TooManyRows, TooManyTokens
 from backpack_serving.engine.loop import EngineLoop, EngineStopped, NonFiniteLogits
 from backpack_serving.engine.sequence import Finish, GenerationRequest, Output
 from backpack_serving.errors import Exhausted, Internal, PreconditionFailed, Unavailable
@@ -38,8 +38,8 @@ class TextGenerator:
     async def generate(self, params: wire.GenerationParams, pin: pb.Pin, overlay: Overlay, coalesce: float) -> Parts:
         """The parts of a generation: of each sample the first token at once, then those of `coalesce` seconds.
 
-        Raises Exhausted if the queue is full, PreconditionFailed for a release that is too large, Internal for one
-        that makes the model predict no finite numbers, Unavailable if the engine has stopped.
+        Raises Exhausted if the queue is full, PreconditionFailed for a release or a request that is too large, Internal
+        for a release that makes the model predict no finite numbers, Unavailable if the engine has stopped.
         """
         self._prompts.inc()
         self._read.inc(len(params.prompt))
@@ -60,6 +60,8 @@ class TextGenerator:
             raise Exhausted("QUEUE_FULL", f"{error}; try again shortly", retry_after=1.0) from None
         except TooManyRows as error:
             raise PreconditionFailed("RELEASE_TOO_LARGE", str(error)) from None
+        except TooManyTokens as error:
+            raise PreconditionFailed("REQUEST_TOO_LARGE", str(error)) from None
         except NonFiniteLogits as error:
             raise Internal("NON_FINITE", str(error)) from None
         except EngineStopped as error:

@@ -194,6 +194,8 @@ class EngineLoad(Protocol):
     def reused_tokens(self) -> int: ...
     @property
     def prefix_hits(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
 
 
 class ReplicaMetrics:
@@ -233,8 +235,8 @@ class ReplicaMetrics:
                 "Tokens that are still to be read or made for all of them.",
                 lambda: load().tokens_in_flight,
             ),
-            Reading(gauge, f"{name}cache_tokens", "Positions of caches in use.", lambda: load().cached_tokens),
-            Reading(gauge, f"{name}cache_capacity_tokens", "Positions that there are.", lambda: load().cache_capacity),
+            Reading(gauge, f"{name}cache_tokens", "Positions of pages in use.", lambda: load().cached_tokens),
+            Reading(gauge, f"{name}cache_capacity_tokens", "Positions of all pages.", lambda: load().cache_capacity),
             Reading(
                 counter,
                 f"{name}reused_tokens",
@@ -242,12 +244,19 @@ class ReplicaMetrics:
                 lambda: load().reused_tokens,
             ),
             Reading(counter, f"{name}prefix_hits", "Prompts with a beginning in a cache.", lambda: load().prefix_hits),
+            Reading(
+                counter,
+                f"{name}preemptions",
+                "Sequences that had to give their pages to others, and were read again.",
+                lambda: load().preemptions,
+            ),
             Reading(gauge, f"{name}releases", "Compiled releases in memory.", releases),
         )
 
 
 class _NoEngine:
-    slots = running = queued = tokens_in_flight = cached_tokens = cache_capacity = reused_tokens = prefix_hits = 0
+    slots = running = queued = tokens_in_flight = cached_tokens = cache_capacity = 0
+    reused_tokens = prefix_hits = preemptions = 0
 
 
 # ---- values that are read when somebody scrapes

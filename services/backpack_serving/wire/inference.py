@@ -226,7 +226,7 @@ def write_model(manifest: Manifest) -> pb.GetModelResponse:
         context_size=config.n_positions,
         num_senses=config.num_senses,
         width=config.n_embd,
-        num_layers=config.n_layer,
+        num_layers=config.trunk.depth,
         sampling_defaults=pb.SamplingDefaults(
             temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p
         ),

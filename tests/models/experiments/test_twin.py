@@ -40,7 +40,7 @@ T = TypeVar("T")
 @pytest.fixture(scope="module")
 def twin(subject: LabModel, folder: Path, tmp_path_factory: Any) -> Path:
     """The folder of a run, as `backpack train --twin` leaves it; of half the Backpack's context."""
-    config = BackpackConfig(subject.config.vocab_size, 32, 32, 2, 2, num_senses=4)
+    config = BackpackConfig.gpt2(subject.config.vocab_size, 32, 32, 2, 2, num_senses=4)
     records = [(folder / "corpus.jsonl").read_text()]
     ids = np.array(subject.tokenizer.encode(records[0][:20_000]), dtype=np.uint16)
     recipe = Recipe(steps=20, tokens_per_step=256, tokens_per_pass=256, short_row=32)

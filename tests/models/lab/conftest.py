@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def folder(tmp_path_factory: Any) -> Path:
     corpus.write_text("".join(json.dumps({"text": f"{n}. {TEXT}"}) + "\n" for n in range(400)))
     tokenizer = train_tokenizer([Source(corpus)], 420, folder / "tokenizer.json")
     torch.manual_seed(0)
-    config = BackpackConfig(tokenizer.vocab_size, 64, 32, 2, 2, num_senses=4, eos_token_id=tokenizer.end_of_text)
+    config = BackpackConfig.gpt2(tokenizer.vocab_size, 64, 32, 2, 2, num_senses=4, eos_token_id=tokenizer.end_of_text)
     model = Backpack(config).eval().requires_grad_(False)
     # As initialised, a position weighs itself most: here, what stands before has to count.
     torch.nn.init.normal_(model.sense_weight_net.c_attn.weight, std=0.02)
@@ -51,7 +50,7 @@ def subject(folder: Path) -> LabModel:
 def small(subject: LabModel) -> LabModel:
     """Small in everything but its vocabulary: 50,264 words would take half an hour of denominators."""
     torch.manual_seed(1)
-    config = replace(SMALL, vocab_size=subject.config.vocab_size, num_tokens=None, eos_token_id=0)
+    config = SMALL.with_vocabulary(subject.config.vocab_size, 0)
     model = Backpack(config).eval().requires_grad_(False)
     model.embedding.mul_(10)
     torch.nn.init.normal_(model.sense_weight_net.c_attn.weight, std=0.1)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    config = BackpackConfig(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, num_senses=4)
+    config = BackpackConfig.gpt2(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, num_senses=4)
     recipe = Recipe(steps=2, tokens_per_step=32, tokens_per_pass=32, short_row=16)
     rows = Rows([torch.randint(50, (200,)).numpy().astype("uint16")], [1.0], seed=0)
     for name, twin in (("backpack", False), ("twin", True)):

@@ -130,15 +130,15 @@ def test_a_gpt2_folder_is_a_twin(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=90, n_positions=16, n_embd=24, n_layer=2, n_head=2)
     theirs = GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path)
-    shape = BackpackConfig(90, 16, 24, 2, 2, num_senses=4)
+    shape = BackpackConfig.gpt2(90, 16, 24, 2, 2, num_senses=4)
     ids = torch.randint(90, (2, 16))
     torch.testing.assert_close(read_twin(tmp_path, shape)(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
     with pytest.raises(CheckpointError, match="vocabulary of 90, the Backpack one of 91"):
-        read_twin(tmp_path, BackpackConfig(91, 16, 24, 2, 2, num_senses=4))
+        read_twin(tmp_path, BackpackConfig.gpt2(91, 16, 24, 2, 2, num_senses=4))
 
 
 def test_the_run_of_a_twin_is_a_twin_and_that_of_a_backpack_is_not(tmp_path: Path) -> None:
-    config = BackpackConfig(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, num_senses=4)
+    config = BackpackConfig.gpt2(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, num_senses=4)
     recipe = Recipe(steps=1, tokens_per_step=32, tokens_per_pass=32, short_row=16)
     data = Rows([torch.randint(50, (200,)).numpy().astype("uint16")], [1.0], seed=0)
     for twin in (True, False):

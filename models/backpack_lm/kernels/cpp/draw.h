@@ -6,8 +6,23 @@
 
 namespace {
 
-typedef uint64_t Longs __attribute__((vector_size(8 * LANES), aligned(8)));
-typedef double Doubles __attribute__((vector_size(8 * LANES), aligned(8)));
+// 16 running sums.
+struct Doubles {
+    typedef double Part __attribute__((vector_size(4 * WIDTH)));
+    typedef float Half __attribute__((vector_size(2 * WIDTH), aligned(4), may_alias));  // as many numbers as a `Part`
+    Part part[2 * REGISTERS];
+
+    void add(Floats x) {
+        for (int i = 0; i < 2 * REGISTERS; i++)
+            part[i] += __builtin_convertvector(reinterpret_cast<const Half*>(x.part)[i], Part);
+    }
+    double sum() const {
+        double all = 0;
+        for (const Part& some : part)
+            for (int n = 0; n < WIDTH / 2; n++) all += some[n];
+        return all;
+    }
+};
 
 // As in native.py. Temperature 0 is greedy, top_k 0 and top_p 1 leave the whole vocabulary.
 struct DrawParams {
@@ -30,17 +45,32 @@ inline Ints up_to(Candidate last, Floats logits, Ints tokens) {
     return (logits > last.logit) | ((logits == last.logit) & (tokens <= last.token));
 }
 
+typedef uint64_t Longs __attribute__((vector_size(4 * WIDTH)));
+
+// The products of every second number, from the first on, with the lower half of each of b.
+inline Longs multiply_even(Longs a, Longs b) {
+#if defined(__AVX512F__)
+    return (Longs)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (Longs)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__) && !defined(__AVX__)
+    return (Longs)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#elif defined(__ARM_NEON)
+    return (Longs)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
+#else
+    return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
 // The lower and the upper halves of 16 products.
 inline void multiply(Words a, uint32_t b, Words& low, Words& high) {
-#ifdef __AVX512F__
-    __m512i factor = _mm512_set1_epi32(b), even = _mm512_mul_epu32((__m512i)a, factor);
-    __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
-    low = (Words)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
-    high = (Words)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
-#else
-    Longs product = __builtin_convertvector(a, Longs) * b;
-    low = __builtin_convertvector(product, Words), high = __builtin_convertvector(product >> 32, Words);
-#endif
+    constexpr uint64_t LOW = 0xffffffffu;
+    for (int i = 0; i < REGISTERS; i++) {
+        Longs factor = Longs{} + b, pairs = (Longs)a.part[i];
+        Longs even = multiply_even(pairs, factor), odd = multiply_even(pairs >> 32, factor);
+        low.part[i] = (Bits)((even & LOW) | (odd << 32));
+        high.part[i] = (Bits)((even >> 32) | (odd & ~LOW));
+    }
 }
 
 // Philox4x32-10 (Salmon et al., SC 2011) for 16 counters (block, position, 0, 0) under one key.
@@ -63,17 +93,17 @@ inline void philox(uint64_t seed, uint32_t position, Words block, Words* out) {
 
 // log e for e = −log(1 − v), v = (x + ½)/2³²: small e, which decide, are exact to float32.
 inline Floats log_exponential(Words x) {
-    Floats v = (__builtin_convertvector(x, Floats) + 0.5f) * 0x1p-32f;
+    Floats v = (convert<Floats>(x) + 0.5f) * 0x1p-32f;
     Floats series = v * (1.0f + v * (0.5f + v * (1.0f / 3 + v * (0.25f + v * 0.2f))));
     Floats rest = 1.0f - v;
-    Floats direct = -logarithm(rest < 0x1p-26f ? Floats{} + 0x1p-26f : rest);
-    return logarithm(v < 0.03125f ? series : direct);
+    Floats direct = -logarithm(pick(rest < 0x1p-26f, Floats{} + 0x1p-26f, rest));
+    return logarithm(pick(v < 0.03125f, series, direct));
 }
 
 // No less than −log_exponential(x), as was checked for all 2³²: e ≥ v, and v is at least the power of two that it begins with.
 inline Floats at_most(Words x) {
-    Floats v = (__builtin_convertvector(x, Floats) + 0.5f) * 0x1p-32f;
-    return __builtin_convertvector(127 - ((Ints)v >> 23), Floats) * 0.6932f;
+    Floats v = (convert<Floats>(x) + 0.5f) * 0x1p-32f;
+    return convert<Floats>(127 - (bits<Ints>(v) >> 23)) * 0.6932f;
 }
 
 // The greatest of values that come 16 at a time, and whose it is.
@@ -83,8 +113,8 @@ struct Greatest {
 
     void take(Floats values, Ints tokens, Ints valid) {
         Ints better = (values > value) & valid;
-        value = better ? values : value;
-        token = better ? tokens : token;
+        value = pick(better, values, value);
+        token = pick(better, tokens, token);
     }
     float most() const {
         float all = value[0];
@@ -134,7 +164,7 @@ int32_t choose(const float* logits, int vocabulary, const DrawParams& how, Candi
         }
         if (!any(some)) continue;
         Words words[4];
-        if (DRAWN) philox(how.seed, uint32_t(how.position), (Words)(lane + group / 4), words);
+        if (DRAWN) philox(how.seed, uint32_t(how.position), bits<Words>(lane + group / 4), words);
         for (int i = 0; i < 4; i++) {
             Ints token = lane + group + i * LANES;
             if (!DRAWN) {
@@ -159,7 +189,7 @@ inline float reached(const float* logits, int vocabulary, int count) {
     std::vector<float> maxima(parts, -INFINITY);
     for (int first = 0, part = 0; first + LANES <= vocabulary; first += LANES, part = (part + LANES) % parts) {
         Floats old = load(&maxima[part]), logit = load(logits + first);
-        store(&maxima[part], logit > old ? logit : old);
+        store(&maxima[part], pick(logit > old, logit, old));
     }
     std::nth_element(maxima.begin(), maxima.begin() + count - 1, maxima.end(), std::greater<float>());
     return maxima[count - 1];
@@ -212,11 +242,12 @@ inline Candidate last_of_mass(const float* logits, int vocabulary, const DrawPar
     double depth = std::log(vocabulary / (1 - how.top_p)) + 1e-3, total = 0;
     float temperature = how.temperature, scale = float(BUCKETS / depth);
     auto distance = [&](int first) {
-        return lanes() + first < vocabulary ? (peak - load(logits, vocabulary, first)) / temperature : Floats{} + INFINITY;
+        Floats under = (peak - load(logits, vocabulary, first)) / temperature;
+        return pick(lanes() + first < vocabulary, under, Floats{} + INFINITY);
     };
     auto bucket = [&](Floats far) {
         Floats place = far * scale;
-        return __builtin_convertvector(place < BUCKETS ? place : Floats{} + BUCKETS, Ints);
+        return convert<Ints>(pick(place < BUCKETS, place, Floats{} + BUCKETS));
     };
     sums.assign(BUCKETS + 1, 0);
     for (int first = 0; first < vocabulary; first += LANES) {
@@ -242,13 +273,7 @@ inline Candidate last_of_mass(const float* logits, int vocabulary, const DrawPar
 // What 16 tokens from the first-th on weigh beside one of the logit `peak`, the greatest; beyond the row's end, nothing.
 inline Floats weights(const float* logits, int vocabulary, int first, float peak, float temperature) {
     Floats under = (load(logits, vocabulary, first) - peak) / temperature;
-    return exponential(lanes() + first < vocabulary ? under : Floats{} - INFINITY);
-}
-
-inline double sum(Doubles lanes) {
-    double all = 0;
-    for (int n = 0; n < LANES; n++) all += lanes[n];
-    return all;
+    return exponential(pick(lanes() + first < vocabulary, under, Floats{} - INFINITY));
 }
 
 // Whether a token is in the smallest set of mass top_p, as those before it have less; not sure near the border.
@@ -259,10 +284,10 @@ inline bool surely_within(const float* logits, int vocabulary, const DrawParams&
         Ints others = lanes() + first;
         Floats weight = weights(logits, vocabulary, first, peak, how.temperature);
         Ints earlier = up_to(last, load(logits, vocabulary, first), others) & (others != token);
-        all += __builtin_convertvector(weight, Doubles);
-        before += __builtin_convertvector(earlier ? weight : Floats{}, Doubles);
+        all.add(weight);
+        before.add(pick(earlier, weight, Floats{}));
     }
-    return sum(before) < (how.top_p - 1e-5) * sum(all);
+    return before.sum() < (how.top_p - 1e-5) * all.sum();
 }
 
 // One row's token; −1 where a logit is NaN or +∞, or all are −∞.
@@ -286,8 +311,8 @@ inline void log_probabilities(const float* logits, int vocabulary, int32_t chose
     float peak = logits[choose<false>(logits, vocabulary, {})];
     Doubles sums{};
     for (int first = 0; first < vocabulary; first += LANES)
-        sums += __builtin_convertvector(weights(logits, vocabulary, first, peak, 1), Doubles);
-    double whole = peak + std::log(sum(sums));
+        sums.add(weights(logits, vocabulary, first, peak, 1));
+    double whole = peak + std::log(sums.sum());
     *own = logits[chosen] - whole;
     if (count == 0) return;
     std::vector<Candidate>& some = likeliest(logits, vocabulary, count);

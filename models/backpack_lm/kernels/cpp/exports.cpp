@@ -1,12 +1,13 @@
 // The engine's own operations on a CPU, behind ctypes (native.py): products, attention over caches, residual +
-// LayerNorm, all of them together as the trunk, the sense mix with its annealing, and drawing.
+// norm, rotary positions, gates, all of them together as the trunk, the sense mix with its annealing, and drawing.
 //
 // Every output element is computed by one fixed order of additions, whatever else is in the batch and however a
 // prompt was cut into chunks. So a sequence gets the same bits alone and in any company.
 //
-// T is the context, S slots, H heads, w a head's width, k senses, d the model's width. Keys lie in tiles of 16
-// positions, [.., T/16, w, 16]: scores are computed for 16 positions at a time without a horizontal sum, and memory is
-// read in one stream.
+// T is the context, S slots, H heads in G groups, w a head's width, k senses, d the model's width. Keys and values lie
+// in pages of P positions, keys in tiles of 16 of them, [.., P/16, w, 16]: scores are computed for 16 positions at a
+// time without a horizontal sum. What is added up across pages is added in the order of positions: where the pages
+// are changes no bit.
 
 #include "draw.h"
 #include "mix.h"
@@ -14,14 +15,19 @@
 #include "append.h"
 #include "layouts.h"
 #include "product.h"
+#include "rotary.h"
 #include "trunk.h"
 
 // Operations over activations and caches of a Value.
 #define OPERATIONS(NAME, Value)                                                                                      \
-    void attend_##NAME(const Value* qkv, Value* keys, Value* values, const Span* spans, int count, int heads,          \
-                       int width, int context, float scale, Value* out) {                                            \
-        attention(Attention<Value>{qkv, keys, values, out, heads, width, context, scale}, spans, count);              \
+    void attend_##NAME(const Value* qkv, Value* keys, Value* values, const PageTable* pages, const Span* spans,       \
+                       int count, int heads, int groups, int width, float scale, Value* out) {                       \
+        attention(Attention<Value>{qkv, keys, values, out, heads, groups, width, scale, *pages}, spans, count);       \
     }                                                                                                                \
+    void rotate_##NAME(Value* x, int count, int row, int heads, int width, const float* turns, const int64_t* positions) { \
+        rotate(x, count, row, heads, width, turns, positions);                                                        \
+    }                                                                                                                \
+    void gate_##NAME(const Value* wide, int count, int inner, Value* out) { gate(wide, count, inner, out); }           \
     void residual_norm_##NAME(float* x, const Value* delta, const float* gain, const float* bias, float epsilon,     \
                               int count, int width, Value* out) {                                                    \
         residual_norm(x, delta, gain, bias, epsilon, count, width, out);                                             \

@@ -42,14 +42,16 @@ std::string all_layouts() {
     LAYOUT("Lists", Lists, starts, words, context, vocabulary)
     LAYOUT("Matrix", Matrix<float>, weights, bias)
     LAYOUT("Mix", Mix<float>, table, embedding, rows, ids, previous, following, annealed_sum, alpha, parts, lists, topics,
-           senses, width, context, slots)
+           pages, senses, width, context, slots)
     LAYOUT("NewTokens", NewTokens, tokens, slots, positions)
     LAYOUT("Norm", Norm, gain, bias)
+    LAYOUT("PageTable", PageTable, pages, each, size)
     LAYOUT("Prediction", Prediction, slot, length, fresh, topics, first_topic)
     LAYOUT("Span", Span, token, slot, position, size)
     LAYOUT("Topic", Topic, levels, multipliers, scale, annealed)
-    LAYOUT("Trunk", Trunk<float>, layers, sense_weights, first, tokens, positions, sense_keys, seconds, count, width, heads,
-           senses, context, epsilon)
+    LAYOUT("Tap", Tap, norm, layer, query_part, key_part)
+    LAYOUT("Trunk", Trunk<float>, layers, taps, together, query, key, first, tokens, positions, turns, sense_keys, seconds, pages,
+           count, width, heads, groups, head_width, inner, gated, senses, sense_width, tapped, query_states, key_states, epsilon)
     return report.str();
 }
 

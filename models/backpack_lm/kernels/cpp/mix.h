@@ -56,6 +56,7 @@ struct Mix {
     float *alpha, *parts;  // [B, T, k rounded up to 16], [GROUPS, S, d]: a group's, of all predictions, fit a cache
     Lists lists;
     const Topic* topics;
+    PageTable pages;  // of `sense_keys`
     int senses, width, context, slots;
 
     int padded() const { return (senses + LANES - 1) / LANES * LANES; }
@@ -128,8 +129,8 @@ struct Mix {
             Floats factor = target_multipliers(topics[n], r.slot, first, l, count);
             if (topics[n].annealed) {
                 Floats x = 6.0f - sum * topics[n].scale;
-                Floats e = exponential(x < 0.0f ? x : -x);
-                Floats keep = (x < 0.0f ? e : Floats{} + 1.0f) / (1.0f + e) * (1.0f + t / 100.0f);
+                Floats e = exponential(pick(x < 0.0f, x, -x));
+                Floats keep = pick(x < 0.0f, e, Floats{} + 1.0f) / (1.0f + e) * (1.0f + t / 100.0f);
                 factor = keep * factor + (1.0f - keep);
             }
             product *= factor;
@@ -173,7 +174,8 @@ struct Mix {
             for (int i = 0; i < 2 * M; i++) store(out + c + i * LANES, sums[i]);
         };
         int c = 0;
-        for (; c + 2 * BOTH <= width; c += 2 * BOTH) some(c, std::integral_constant<int, 2>{});
+        if (SUMS >= 4)
+            for (; c + 2 * BOTH <= width; c += 2 * BOTH) some(c, std::integral_constant<int, 2>{});
         for (; c + BOTH <= width; c += BOTH) some(c, std::integral_constant<int, 1>{});
         for (; c < width; c++)
             for (int l = 0; l < senses; l++)
@@ -182,22 +184,27 @@ struct Mix {
             for (int l = 0; l < senses; l++) fetch(row(ahead[l]) + width);
     }
 
-    // α of prediction b [T, k]: for each sense, a softmax over its positions.
-    void attend(const Prediction& r, int b, const Value* queries, const Value* sense_keys, int head_width, float* scratch) const {
-        size_t head = size_t(head_width) * context;
-        const Value* keys = sense_keys + r.slot * senses * head;
-        float *rows = scratch, *query = scratch + padded() * context;
+    // α of prediction b [T, k]: for each sense, a softmax over its positions. sense_keys [pages, k, P/16, d/k, 16];
+    // `scratch` holds scores of `most` positions for each sense, and a query.
+    void attend(const Prediction& r, int b, const Value* queries, const Value* sense_keys, int head_width, float* scratch, int most) const {
+        const int32_t* own = pages.of(r.slot);
+        size_t head = size_t(head_width) * pages.size, whole = senses * head;
+        float *scores = scratch, *query = scratch + padded() * most;
         float scale = 1.0f / std::sqrt(float(head_width));
-        for (int l = 0; l < senses; l++, keys += head, rows += context) {
+        for (int l = 0; l < senses; l++, scores += most) {
             for (int c = 0; c < head_width; c++) query[c] = to_float(queries[(b * senses + l) * head_width + c]) * scale;
-            score<1>(&query, keys, head_width, r.length, l + 1 < senses ? keys + head : keys, &rows);
-            softmax(rows, r.length);
+            for (int start = 0; start < r.length; start += pages.size) {
+                const Value* keys = sense_keys + own[start / pages.size] * whole + l * head;
+                int length = std::min(pages.size, r.length - start);
+                score<1>(&query, keys, head_width, length, l + 1 < senses ? keys + head : keys, &scores, start);
+            }
+            softmax(scores, r.length);
         }
         float* to = alpha + size_t(b) * context * padded();
         for (int t = 0; t < r.length; t += LANES)
             for (int l = 0; l < senses; l += LANES) {
                 Floats tile[LANES];
-                for (int i = 0; i < LANES; i++) tile[i] = load(scratch + (l + i) * context + t);
+                for (int i = 0; i < LANES; i++) tile[i] = load(scratch + (l + i) * most + t);
                 transpose(tile);
                 for (int i = 0; i < LANES; i++) store(to + (t + i) * padded() + l, tile[i]);
             }
@@ -256,15 +263,18 @@ struct Mix {
 template <typename Value, typename Cell>
 void mix(const Mix<Value, Cell>& m, const Prediction* predictions, int count, const Value* queries, const Value* sense_keys,
          int head_width, float* out) {
+    int longest = 0;
+    for (int b = 0; b < count; b++) longest = std::max(longest, predictions[b].length);
+    int most = (longest + LANES - 1) / LANES * LANES;
 #pragma omp parallel
     {
-        std::vector<float> scratch(m.padded() * m.context + head_width);
-        std::vector<int32_t> numbers(m.context);
+        std::vector<float> scratch(size_t(m.padded()) * most + head_width);
+        std::vector<int32_t> numbers(longest);
         std::vector<Place> some, places;
 #pragma omp for schedule(dynamic, 1)
         for (int b = 0; b < count; b++) {
             const Prediction& r = predictions[b];
-            m.attend(r, b, queries, sense_keys, head_width, scratch.data());
+            m.attend(r, b, queries, sense_keys, head_width, scratch.data(), most);
             m.list(r, b, numbers.data());
             if (r.fresh && r.topics && m.first(r.slot, r.length - 1)) m.restart_annealing(r, r.length - 1, r.length);
         }
@@ -279,7 +289,7 @@ void mix(const Mix<Value, Cell>& m, const Prediction* predictions, int count, co
             std::fill(to, to + m.width, 0.0f);
             for (int group = 0; group < GROUPS; group++)
                 for (int c = 0; c < m.width; c++) to[c] += m.part(b, group)[c];
-            for (int c = 0; c + 2 * LANES <= m.width; c += 2 * LANES) order(m.table, reinterpret_cast<Floats*>(to + c));
+            for (int c = 0; c + 2 * LANES <= m.width; c += 2 * LANES) order(m.table, to + c);
         }
     }
 }

@@ -1,11 +1,11 @@
-// Residual and LayerNorm in one pass.
+// Residual and norm in one pass.
 #pragma once
 
 #include "vectors.h"
 
 namespace {
 
-// x += delta, if there is one; out = LayerNorm(x). x [N, d] is float32 always.
+// x += delta, if there is one; out = LayerNorm(x), or RMSNorm(x) where there is no bias. x [N, d] is float32 always.
 template <typename Value>
 void residual_norm(float* x, const Value* delta, const float* gain, const float* bias, float epsilon, int count,
                    int width, Value* out) {
@@ -21,7 +21,7 @@ void residual_norm(float* x, const Value* delta, const float* gain, const float*
             sums += value;
         }
         for (int c = whole; c < width; c++) rest += at[c] += delta ? to_float(delta[size_t(n) * width + c]) : 0.0f;
-        float mean = (horizontal(sums) + rest) / width;
+        float mean = bias ? (horizontal(sums) + rest) / width : 0.0f;
         Floats squares{};
         rest = 0;
         for (int c = 0; c < whole; c += LANES) {
@@ -30,9 +30,14 @@ void residual_norm(float* x, const Value* delta, const float* gain, const float*
         }
         for (int c = whole; c < width; c++) rest += (at[c] - mean) * (at[c] - mean);
         float scale = 1.0f / std::sqrt((horizontal(squares) + rest) / width + epsilon);
-        for (int c = 0; c < whole; c += LANES)
-            store(out + size_t(n) * width + c, (load(at + c) - mean) * scale * load(gain + c) + load(bias + c));
-        for (int c = whole; c < width; c++) store(out + size_t(n) * width + c, (at[c] - mean) * scale * gain[c] + bias[c]);
+        Value* to = out + size_t(n) * width;
+        if (bias) {
+            for (int c = 0; c < whole; c += LANES) store(to + c, (load(at + c) - mean) * scale * load(gain + c) + load(bias + c));
+            for (int c = whole; c < width; c++) store(to + c, (at[c] - mean) * scale * gain[c] + bias[c]);
+        } else {
+            for (int c = 0; c < whole; c += LANES) store(to + c, load(at + c) * scale * load(gain + c));
+            for (int c = whole; c < width; c++) store(to + c, at[c] * scale * gain[c]);
+        }
     }
 }
 

@@ -15,34 +15,27 @@
 #pragma once
 
 #include "vectors.h"
-#ifdef __ARM_FEATURE_DOTPROD
-#include <arm_neon.h>
-#endif
 
 namespace {
 
-// Floats of a register, rows of one pass, and the sums of a pass, which all stay in registers. Compilers keep no vector in
-// them that is wider. With 12 sums of the 16 registers, 4 rows by 3 registers of outputs load least: 7 for 12 products.
+// Rows of one pass, and its sums, which all stay in registers. With 12 sums of 16 registers, 4 rows by 3 registers of
+// outputs load least: 7 for 12 products.
 #if defined(__AVX512F__)
-constexpr int WIDTH = 16, ROWS = 8, SUMS = 24;
-#elif defined(__AVX__)
-constexpr int WIDTH = 8, ROWS = 4, SUMS = 12;
+constexpr int ROWS = 8, TILE = 24;
 #elif defined(__aarch64__)
-constexpr int WIDTH = 4, ROWS = 4, SUMS = 24;
+constexpr int ROWS = 4, TILE = 24;
 #else
-constexpr int WIDTH = 4, ROWS = 4, SUMS = 12;
+constexpr int ROWS = 4, TILE = 12;
 #endif
-typedef float Register __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
 typedef uint16_t Pairs __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
 typedef int32_t Counts __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 constexpr int COLUMNS = 3, GROUP = LANES * COLUMNS;  // outputs of one pass over the inner dimension
-constexpr int REGISTERS = GROUP / WIDTH;  // of them
+constexpr int OUTPUTS = GROUP / WIDTH;  // registers of them
 template <int N>
-constexpr int ACROSS = std::min(REGISTERS, SUMS / N);  // registers of outputs in a pass of N rows
+constexpr int ACROSS = std::min(OUTPUTS, TILE / N);  // registers of outputs in a pass of N rows
 constexpr int WAITING = 64;  // rows whose sums wait in the cache
-constexpr int AHEAD = 8192;  // bytes
+constexpr int AHEAD = 8192, NEAR = 2048;  // bytes, for a whole tile and for fewer rows
 
 template <typename X, typename Weight, typename Out>
 struct Product {
@@ -56,8 +49,8 @@ struct Product {
 // x·sigmoid(2u), u = √(2/π)(x + 0.044715 x³): GPT-2's gelu, its tanh written with exp.
 inline Floats gelu(Floats x) {
     Floats u = (x + x * x * x * 0.044715f) * 1.5957691216057308f;
-    Floats e = exponential(u < 0.0f ? u : -u);
-    return x * (u < 0.0f ? e : Floats{} + 1.0f) / (1.0f + e);
+    Floats e = exponential(pick(u < 0.0f, u, -u));
+    return x * pick(u < 0.0f, e, Floats{} + 1.0f) / (1.0f + e);
 }
 
 // sum + weights·x for 4 bytes of weights a lane, and the values of x at `at` that belong to them.
@@ -93,14 +86,14 @@ struct Factors {
         int start = part * PART, end = std::min(start + PART, inner);
         const Value* from = weights + (size_t(group) * inner + start) * GROUP;
         const X* at = x + size_t(row) * inner;
-        for (int first = 0; first < REGISTERS; first += ACROSS<N>, sums += ACROSS<N> * WIDTH) {
+        for (int first = 0; first < OUTPUTS; first += ACROSS<N>, sums += ACROSS<N> * WIDTH) {
             const Value* to = from + first * WIDTH * STEP;
             Register sum[N][ACROSS<N>];
             for (int n = 0; n < N; n++)
                 for (int c = 0; c < ACROSS<N>; c++) sum[n][c] = *reinterpret_cast<const Register*>(sums + n * GROUP + c * WIDTH);
             for (int i = start; i < end; i += STEP, to += GROUP * STEP) {
                 if (ask && first == 0)
-                    for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(to) + AHEAD + c * 64);
+                    for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(to) + (N < ROWS ? NEAR : AHEAD) + c * 64);
                 for (int n = 0; n < N; n++)
                     for (int c = 0; c < ACROSS<N>; c++)
                         sum[n][c] = multiply(sum[n][c], to + c * WIDTH * STEP, at + size_t(n) * inner + i);
@@ -174,19 +167,30 @@ struct Quantised {  // 64 values of x
     Small values[BLOCK];
 };
 
+// The low bits of 16 numbers; of 16 bits, each four of them in the order 0, 2, 1, 3.
+template <typename Small>
+inline void narrow(Ints from, Small* to) {
+    typedef Small Part __attribute__((vector_size(WIDTH * sizeof(Small)), aligned(sizeof(Small)), may_alias));
+    typedef Small Some __attribute__((vector_size(LANES * sizeof(Small)), aligned(sizeof(Small)), may_alias));
+    for (int i = 0; i < REGISTERS; i++) reinterpret_cast<Part*>(to)[i] = __builtin_convertvector(from.part[i], Part);
+    if (sizeof(Small) == 2) {
+        Some& all = *reinterpret_cast<Some*>(to);
+        all = __builtin_shufflevector(all, all, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+    }
+}
+
 // x as whole numbers: x / scale to the nearest even, of a scale that makes the greatest of them `limit`. Where x has NaN
 // or infinity, so is the scale.
 template <typename X, typename Small>
 void quantise(const X* x, int count, float limit, Quantised<Small>& to) {
-    typedef Small Some __attribute__((vector_size(LANES * sizeof(Small)), aligned(sizeof(Small)), may_alias));
     constexpr int VECTORS = BLOCK / LANES;
     Floats values[VECTORS];
     Ints peaks{};
     for (int n = 0; n < VECTORS; n++) {
         int some = std::min(LANES, count - n * LANES);
         values[n] = some == LANES ? load(x + n * LANES) : some > 0 ? load_some(x + n * LANES, some) : Floats{};
-        Ints size = (Ints)values[n] & 0x7fffffff;  // as whole numbers they are in the same order, NaN the greatest
-        peaks = size > peaks ? size : peaks;
+        Ints size = bits<Ints>(values[n]) & 0x7fffffff;  // as whole numbers they are in the same order, NaN the greatest
+        peaks = pick(size > peaks, size, peaks);
     }
     int32_t greatest = peaks[0];
     for (int n = 1; n < LANES; n++) greatest = std::max(greatest, peaks[n]);
@@ -199,9 +203,7 @@ void quantise(const X* x, int count, float limit, Quantised<Small>& to) {
         constexpr float SHIFT = 12582912.0f;  // 1.5·2²³: the last bits of a sum with it are the nearest whole number
         Floats shifted = values[n] * inverse + SHIFT;
         sums += shifted - SHIFT;
-        Some small = __builtin_convertvector((Ints)shifted, Some);
-        if (sizeof(Small) == 2) small = __builtin_shufflevector(small, small, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
-        *reinterpret_cast<Some*>(to.values + n * LANES) = small;
+        narrow(bits<Ints>(shifted), to.values + n * LANES);
     }
     float sum = horizontal(sums);
     to.offset = std::isfinite(sum) ? -EXCESS<Small> * int32_t(sum) : 0;
@@ -226,7 +228,7 @@ struct Blocks {
                 for (int c = 0; c < ACROSS<N>; c++) sum[n][c] = Counts{} + at[size_t(n) * count].offset;
             for (int i = 0; i < BLOCK / 4; i++) {
                 if (ask && first == 0)
-                    for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from->weights[i]) + AHEAD + c * 64);
+                    for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from->weights[i]) + (N < ROWS ? NEAR : AHEAD) + c * 64);
                 for (int c = 0; c < ACROSS<N>; c++)
                     for (int n = 0; n < N; n++)
                         sum[n][c] = multiply(sum[n][c], from->weights[i][first + c * WIDTH], at[size_t(n) * count].values + i * 4);
@@ -239,7 +241,7 @@ struct Blocks {
                 }
         }
         if (ask)
-            for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from + 1) + AHEAD + c * 64);
+            for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from + 1) + (N < ROWS ? NEAR : AHEAD) + c * 64);
     }
 };
 
