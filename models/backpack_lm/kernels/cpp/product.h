@@ -179,6 +179,12 @@ inline void narrow(Ints from, Small* to) {
     }
 }
 
+#ifdef __AVX512F__  // GCC takes them one by one
+inline void narrow(Ints from, int8_t* to) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)from.part[0]));
+}
+#endif
+
 // x as whole numbers: x / scale to the nearest even, of a scale that makes the greatest of them `limit`. Where x has NaN
 // or infinity, so is the scale.
 template <typename X, typename Small>
