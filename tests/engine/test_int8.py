@@ -89,6 +89,7 @@ def _perplexity(served: ServedModel, table: Tensor, rows: Tensor) -> float:
     """Of rows [N, LENGTH] of ids, by the fastest kernels."""
     model, config = served.model, served.manifest.config
     caches = Caches.empty(config, TOGETHER, table, model.embedding.detach())
+    caches.page_table[0] = torch.arange(caches.page_table.shape[1])
     kernels = choose(caches)
     trunk, head, total = kernels.trunk(model), kernels.head(model.embedding[: config.tokens]), 0.0
     spans, positions = [TokenSpan(0, 0, 0, LENGTH)], torch.arange(LENGTH)

@@ -65,6 +65,6 @@ def test_int8_is_for_a_cpu_only() -> None:
 @pytest.mark.parametrize(("narrow", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 def test_beside_int8_caches_are_what_auto_is(narrow: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: narrow)
-    config = BackpackConfig(11, 8, 16, n_layer=1, n_head=2, num_senses=2)
+    config = BackpackConfig.gpt2(11, 8, 16, n_layer=1, n_head=2, num_senses=2)
     caches = Caches.empty(config, 1, store(torch.zeros(22, 16), torch.int8), torch.zeros(11, 16))
     assert caches.dtype is caches.values.dtype is caches.sense_keys.dtype is caches.embedding.dtype is dtype

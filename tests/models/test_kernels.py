@@ -91,12 +91,13 @@ def int8(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
-def _filled(config: BackpackConfig, dtype: torch.dtype, page_size: int = 16, *, int8: bool = False) -> Caches:
+def _filled(config: BackpackConfig, dtype: torch.dtype, int8: bool = False, page_size: int = 16) -> Caches:
     """Caches in which each of four slots holds random tokens with random keys, values and annealing. Their pages lie in
     no order; of 16, the first two slots share the first one."""
     torch.manual_seed(3)
     V, k, d = config.vocab_size, config.num_senses, config.n_embd
-    table, embedding = store(torch.randn(V * k + 7, d) * 0.3, torch.int8 if int8 else dtype), torch.randn(V, d) * 0.3
+    table = store(torch.randn(V * k + 7, d) * 0.3, torch.int8 if int8 else dtype)
+    embedding = torch.randn(V, d) * 0.3
     caches = Caches.empty(config, 4, table, embedding, dtype, page_size=page_size)
     caches.page_table.copy_(torch.tensor(Random(page_size).sample(range(caches.pages), caches.pages)).view(4, -1))
     if page_size == 16:
@@ -165,7 +166,7 @@ def test_heads_of_a_group_share_keys_and_values(
     itself to the last bit as in a chunk."""
     config = _llama(50, heads * width, 1, heads, groups, num_senses=5)
     native, apart, plain = (
-        make(_filled(config, dtype, page_size)) for make in (NativeKernels, NativeKernels, PlainKernels)
+        make(_filled(config, dtype, page_size=page_size)) for make in (NativeKernels, NativeKernels, PlainKernels)
     )
     qkv = torch.randn(24, (heads + 2 * groups) * width).to(dtype)
     found = native.attend(qkv, 0, SPANS, 0.2)
@@ -176,7 +177,7 @@ def test_heads_of_a_group_share_keys_and_values(
             assert torch.equal(one[0], found[span.token + n])
 
     single = NativeKernels(
-        _filled(BackpackConfig.gpt2(50, 80, heads * width, 1, heads, num_senses=5), dtype, page_size)
+        _filled(BackpackConfig.gpt2(50, 80, heads * width, 1, heads, num_senses=5), dtype, page_size=page_size)
     )
     caches, each = single.caches, heads // groups
     for slot in range(4):
@@ -190,7 +191,7 @@ def test_heads_of_a_group_share_keys_and_values(
 @pytest.mark.parametrize("page_size", [32, 80, 160])
 def test_where_pages_are_changes_no_bit(config: BackpackConfig, dtype: torch.dtype, page_size: int) -> None:
     """Pages of 16 in no order against larger ones, up to one for a whole slot."""
-    small, large = (NativeKernels(_filled(config, dtype, size)) for size in (16, page_size))
+    small, large = (NativeKernels(_filled(config, dtype, page_size=size)) for size in (16, page_size))
     qkv = torch.randn(24, config.trunk.layer.qkv_width).to(dtype)
     spans = [TokenSpan(0, 3, 33, 21), TokenSpan(21, 2, 69, 1)]  # of slots that share nothing
     assert torch.equal(small.attend(qkv, 0, spans, 0.2)[:22], large.attend(qkv, 0, spans, 0.2)[:22])
@@ -302,7 +303,7 @@ def test_matrix_products_and_head(config: BackpackConfig, dtype: torch.dtype, in
 
 def test_the_same_bits_alone_and_in_any_company(config: BackpackConfig, dtype: torch.dtype, int8: bool) -> None:
     """Row by row, and a prompt token by token, against all at once."""
-    together, apart = (NativeKernels(_filled(config, dtype, int8=int8)) for _ in range(2))
+    together, apart = NativeKernels(_filled(config, dtype, int8)), NativeKernels(_filled(config, dtype, int8))
     qkv = torch.randn(24, config.trunk.layer.qkv_width).to(dtype)
     whole = together.attend(qkv, 0, SPANS, 0.2)
     for span in SPANS:
@@ -382,7 +383,7 @@ def test_a_model_of_odd_width_has_no_whole_trunk_in_bfloat16_and_one_of_even_wid
     filled up as they are quantised."""
     monkeypatch.setattr(processor, "onednn_packs_bfloat16", lambda: False)
     config = BackpackConfig.gpt2(11, 16, width, n_layer=1, n_head=1, num_senses=3)
-    model, kernels = Backpack(config).eval().requires_grad_(False), NativeKernels(_filled(config, dtype, int8=int8))
+    model, kernels = Backpack(config).eval().requires_grad_(False), NativeKernels(_filled(config, dtype, int8))
     assert isinstance(kernels.trunk(model), NativeTrunk) is (dtype is torch.float32 or width == 16 or int8)
     x, weight, bias = torch.randn(5, width), torch.randn(7, width), torch.randn(7)
     plain = PlainKernels(_filled(config, dtype, int8=int8))

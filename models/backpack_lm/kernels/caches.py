@@ -118,8 +118,7 @@ class Caches:
     ) -> Caches:
         """Caches on the table's device and in its dtype, of slots with `context` positions, rounded up to whole pages
         (default: the model's). There are as many pages as all slots can fill, unless `pages` says how many. Beside a
-        table of int8, they are in bfloat16 where the processor multiplies it, else in float32, unless `dtype` says
-        otherwise."""
+        table of int8 they are bfloat16 where the processor multiplies it, else float32, unless `dtype` says."""
         assert page_size % LANES == 0, "kernels read whole tiles"
         if dtype is None:
             fast = torch.bfloat16 if processor.multiplies_bfloat16() else torch.float32

@@ -90,7 +90,8 @@ class NativeKernels:
         """Whether the library computes a trunk in one call: all products are its own, and no input is padded."""
         layer = config.trunk.layer
         inputs = config.n_embd, layer.heads * layer.head_width, layer.inner
-        return not self._packs and (self._int8 or all(width * self._dtype.itemsize % 4 == 0 for width in inputs))
+        whole = self._int8 or all(width * self._dtype.itemsize % 4 == 0 for width in inputs)
+        return not self._packs and whole
 
     def append_tokens(self, new: StepInput, spans: Sequence[TokenSpan]) -> None:
         self._library.append_tokens_int32(

@@ -59,8 +59,8 @@ class Product:
     ) -> Product:
         """For weight [out, in], kept in int8, from `dtype` to `dtype`."""
         compute = getattr(library, f"product_int8_{name(dtype)}_{name(dtype)}")
-        (outer, inner), packed = weight.shape, room.copy(_in_blocks(weight.detach()))
-        return cls(compute, packed, _padded(bias), inner, outer, gelu, dtype, dtype)
+        outer, inner = weight.shape
+        return cls(compute, room.copy(_in_blocks(weight.detach())), _padded(bias), inner, outer, gelu, dtype, dtype)
 
     @classmethod
     def int8_head(cls, library: ctypes.CDLL, embedding: Tensor, room: Room) -> Product:

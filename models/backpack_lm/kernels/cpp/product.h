@@ -18,22 +18,22 @@
 
 namespace {
 
-// Rows of one pass, and the registers of its sums, which all stay in registers. With 12 of the 16 that AVX2 has, 4 rows by 3
-// registers of outputs load least: 7 for 12 products.
+// Rows of one pass, and its sums, which all stay in registers. With 12 sums of 16 registers, 4 rows by 3 registers of
+// outputs load least: 7 for 12 products.
 #if defined(__AVX512F__)
-constexpr int ROWS = 8, HELD = 24;
-#elif defined(__ARM_NEON)
-constexpr int ROWS = 4, HELD = 24;
+constexpr int ROWS = 8, TILE = 24;
+#elif defined(__aarch64__)
+constexpr int ROWS = 4, TILE = 24;
 #else
-constexpr int ROWS = 4, HELD = 12;
+constexpr int ROWS = 4, TILE = 12;
 #endif
 typedef uint16_t Pairs __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
 typedef int32_t Counts __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 constexpr int COLUMNS = 3, GROUP = LANES * COLUMNS;  // outputs of one pass over the inner dimension
-constexpr int WHOLE = GROUP / WIDTH;  // registers of them
+constexpr int OUTPUTS = GROUP / WIDTH;  // registers of them
 template <int N>
-constexpr int ACROSS = std::min(WHOLE, HELD / N);  // registers of outputs in a pass of N rows
+constexpr int ACROSS = std::min(OUTPUTS, TILE / N);  // registers of outputs in a pass of N rows
 constexpr int WAITING = 64;  // rows whose sums wait in the cache
 constexpr int AHEAD = 8192, NEAR = 2048;  // bytes, for a whole tile and for fewer rows
 
@@ -86,7 +86,7 @@ struct Factors {
         int start = part * PART, end = std::min(start + PART, inner);
         const Value* from = weights + (size_t(group) * inner + start) * GROUP;
         const X* at = x + size_t(row) * inner;
-        for (int first = 0; first < WHOLE; first += ACROSS<N>, sums += ACROSS<N> * WIDTH) {
+        for (int first = 0; first < OUTPUTS; first += ACROSS<N>, sums += ACROSS<N> * WIDTH) {
             const Value* to = from + first * WIDTH * STEP;
             Register sum[N][ACROSS<N>];
             for (int n = 0; n < N; n++)
@@ -173,23 +173,28 @@ struct Quantised {  // 64 values of x
     Small values[BLOCK];
 };
 
-// The second and the third of every four numbers change places.
-template <typename Some>
-inline Some middle_swapped(Some small) {
-#if defined(__AVX512F__)
-    return __builtin_shufflevector(small, small, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
-#elif defined(__AVX__)
-    return __builtin_shufflevector(small, small, 0, 2, 1, 3, 4, 6, 5, 7);
-#else
-    return __builtin_shufflevector(small, small, 0, 2, 1, 3);
-#endif
+// The low bits of 16 numbers; of 16 bits, each four of them in the order 0, 2, 1, 3.
+template <typename Small>
+inline void narrow(Ints from, Small* to) {
+    typedef Small Part __attribute__((vector_size(WIDTH * sizeof(Small)), aligned(sizeof(Small)), may_alias));
+    typedef Small Some __attribute__((vector_size(LANES * sizeof(Small)), aligned(sizeof(Small)), may_alias));
+    for (int i = 0; i < REGISTERS; i++) reinterpret_cast<Part*>(to)[i] = __builtin_convertvector(from.part[i], Part);
+    if (sizeof(Small) == 2) {
+        Some& all = *reinterpret_cast<Some*>(to);
+        all = __builtin_shufflevector(all, all, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+    }
 }
+
+#ifdef __AVX512F__  // GCC takes them one by one
+inline void narrow(Ints from, int8_t* to) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)from.part[0]));
+}
+#endif
 
 // x as whole numbers: x / scale to the nearest even, of a scale that makes the greatest of them `limit`. Where x has NaN
 // or infinity, so is the scale.
 template <typename X, typename Small>
 void quantise(const X* x, int count, float limit, Quantised<Small>& to) {
-    typedef Small Some __attribute__((vector_size(WIDTH * sizeof(Small)), aligned(sizeof(Small)), may_alias));
     constexpr int VECTORS = BLOCK / LANES;
     Floats values[VECTORS];
     Ints peaks{};
@@ -210,11 +215,7 @@ void quantise(const X* x, int count, float limit, Quantised<Small>& to) {
         constexpr float SHIFT = 12582912.0f;  // 1.5·2²³: the last bits of a sum with it are the nearest whole number
         Floats shifted = values[n] * inverse + SHIFT;
         sums += shifted - SHIFT;
-        for (int i = 0; i < LANES / WIDTH; i++) {
-            Some small = __builtin_convertvector(bits<Ints>(shifted).part[i], Some);
-            if constexpr (sizeof(Small) == 2) small = middle_swapped(small);
-            reinterpret_cast<Some*>(to.values + n * LANES)[i] = small;
-        }
+        narrow(bits<Ints>(shifted), to.values + n * LANES);
     }
     float sum = horizontal(sums);
     to.offset = std::isfinite(sum) ? -EXCESS<Small> * int32_t(sum) : 0;
@@ -239,7 +240,7 @@ struct Blocks {
                 for (int c = 0; c < ACROSS<N>; c++) sum[n][c] = Counts{} + at[size_t(n) * count].offset;
             for (int i = 0; i < BLOCK / 4; i++) {
                 if (ask && first == 0)
-                    for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from->weights[i]) + AHEAD + c * 64);
+                    for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from->weights[i]) + (N < ROWS ? NEAR : AHEAD) + c * 64);
                 for (int c = 0; c < ACROSS<N>; c++)
                     for (int n = 0; n < N; n++)
                         sum[n][c] = multiply(sum[n][c], from->weights[i][first + c * WIDTH], at[size_t(n) * count].values + i * 4);
@@ -252,7 +253,7 @@ struct Blocks {
                 }
         }
         if (ask)
-            for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from + 1) + AHEAD + c * 64);
+            for (int c = 0; c < COLUMNS; c++) fetch(reinterpret_cast<const char*>(from + 1) + (N < ROWS ? NEAR : AHEAD) + c * 64);
     }
 };
 

@@ -68,8 +68,9 @@ using Words = Wide<uint32_t>;
 // As they lie in memory. `Bits` are pairs of bfloat16, too.
 typedef float Register __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
-typedef uint16_t HalfBits __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
 typedef int8_t Bytes __attribute__((vector_size(WIDTH), aligned(1), may_alias));
+typedef int32_t Whole __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef uint16_t HalfBits __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
 
 // a where the mask is set, b elsewhere.
 template <typename Number>
@@ -112,11 +113,27 @@ inline Floats load(const bf16* from) EACH(Floats, vshlq_n_u32(vmovl_u16(vld1_u16
 inline Floats load(const bf16* from)
     EACH(Floats, __builtin_convertvector(reinterpret_cast<const HalfBits*>(from)[i], Bits) << 16)
 #endif
+inline Whole whole(const int8_t* from) {  // GCC takes them one by one
+#if defined(__AVX512F__)
+    return (Whole)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+    return (Whole)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__SSE4_1__)
+    int32_t four;
+    std::memcpy(&four, from, 4);
+    return (Whole)_mm_cvtepi8_epi32(_mm_cvtsi32_si128(four));
+#elif defined(__ARM_NEON)
+    int32_t four;
+    std::memcpy(&four, from, 4);
+    return (Whole)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))));
+#else
+    return __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Whole);
+#endif
+}
+inline Floats load(const int8_t* from) EACH(Floats, __builtin_convertvector(whole(from + i * WIDTH), Register))
 inline void store(float* to, Floats x) {
     for (int i = 0; i < REGISTERS; i++) reinterpret_cast<Register*>(to)[i] = x.part[i];
 }
-inline Floats load(const int8_t* from)
-    EACH(Floats, __builtin_convertvector(__builtin_convertvector(reinterpret_cast<const Bytes*>(from)[i], Ints::Part), Register))
 inline void store(bf16* to, Floats x) {
     Words whole = bits<Words>(x);
     Words rounded = (whole + 0x7fffu + ((whole >> 16) & 1)) >> 16;
