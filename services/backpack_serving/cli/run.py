@@ -56,6 +56,7 @@ async def _serve_all(settings: Settings, examples: bool, once: bool) -> None:
             stopped.leave()
         out.print(
             f"gateway [bold]{serving.gateway}[/], interventions [bold]{serving.interventions}[/], "
+            f"{f'HTTP [bold]{serving.http}[/], ' if serving.http else ''}"
             f"state in [bold]{settings.state}/[/] [dim]({time.monotonic() - started:.1f} s)[/]\n"
         )
         if examples:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 import torch
@@ -33,6 +34,13 @@ log = structlog.get_logger(__name__)
 
 TRIED = 64
 """Words that a release is tried out on, where the context has room for them."""
+
+
+class Scored(NamedTuple):
+    """Of each token of a text but the first: log p, and the likeliest in its place with theirs."""
+
+    logs: list[float]
+    alternatives: list[list[tuple[int, float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +98,11 @@ class ServedModel:
                 Violation("revisions", "NON_FINITE", "the model predicts no numbers under these edits together")
             )
 
-    def score(self, ids: tuple[int, ...], overlay: Overlay) -> list[float]:
-        """log p of each token but the first, of two at least."""
-        (logs,) = Scoring(self.model, self.table, torch.tensor(ids)).read([overlay])
-        return logs
+    def score(self, ids: tuple[int, ...], overlay: Overlay, top: int = 0) -> Scored:
+        """log p of each token but the first, of two at least, and the `top` likeliest in its place."""
+        text = Scoring(self.model, self.table, torch.tensor(ids))
+        (logs,) = text.read([overlay])
+        return Scored(logs, text.likeliest(overlay, top) if top else [[] for _ in logs])
 
     def explain(self, ids: tuple[int, ...], overlay: Overlay, target: int | None) -> Attribution:
         return attribute(self.model, self.table, torch.tensor(ids), overlay, target)
