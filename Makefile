@@ -9,7 +9,7 @@ endif
 COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c requirements.lock
 
-.PHONY: help run test test-long test-containers up down wheel chart bench lint format protos lock clean
+.PHONY: help run test test-long test-clients test-containers up down wheel chart bench lint format protos lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,9 @@ test: .venv/.dev ## Run the tests but for the slow ones, types and style include
 
 test-long: .venv/.dev ## The slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+test-clients: .venv/.dev .venv-clients/.installed ## Other people's clients of HTTP (1.3 GB in .venv-clients): lm-eval, LangChain, LiteLLM, Node
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/http/test_other_clients.py
 
 up: ## Everything in containers, with docker compose: images, secrets in var/secrets, PostgreSQL, Prometheus, Grafana
 	$(COMPOSE) --profile setup build
@@ -72,7 +75,7 @@ lock: .venv/.dev ## Write requirements.lock anew from what is installed in .venv
 	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' >> requirements.lock
 
 clean: ## Remove the environments and what running has left behind
-	rm -rf .venv .venv-vllm var .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-clients .venv-vllm var .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
@@ -82,6 +85,13 @@ clean: ## Remove the environments and what running has left behind
 .venv-vllm/.installed: tests/bench/vllm-requirements.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --disable-pip-version-check --progress-bar on --no-deps -r $<
+	@touch $@
+
+# They want other versions of packages than we do. Without npm, the test of OpenAI's client for Node is skipped.
+.venv-clients/.installed: tests/http/clients-requirements.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --disable-pip-version-check --progress-bar on -r $<
+	! command -v npm > /dev/null || npm install --no-audit --no-fund --prefix .venv-clients/node openai@7.59.0
 	@touch $@
 
 .venv/.run: .venv/bin/python pyproject.toml requirements.lock

@@ -45,7 +45,9 @@ def test_it_holds_no_secret_and_knows_whom_to_call() -> None:
     assert settings["BACKPACK_GATEWAY_ADDRESS"] == "r-gateway:8470"
     assert settings["BACKPACK_INTERVENTIONS_ADDRESS"] == "r-interventions:8471"
     assert all(isinstance(value, str) for value in settings.values())
-    origins = environment(pods('{http: {enabled: true}, settings: {http_origins: ["https://a.b"]}}')["Deployment r-http"])
+    origins = environment(
+        pods('{http: {enabled: true}, settings: {http_origins: ["https://a.b"]}}')["Deployment r-http"]
+    )
     assert origins["BACKPACK_HTTP_ORIGINS"] == '["https://a.b"]'
 
 

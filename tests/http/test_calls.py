@@ -19,6 +19,7 @@ from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.sequence import Output
 from backpack_serving.errors import Unauthenticated
 from backpack_serving.http import bootstrap, caller, listener
+from backpack_serving.observability import tracing
 from backpack_serving.observability.metrics import Metrics
 
 from tests.e2e.conftest import Metadata, System, running
@@ -297,6 +298,31 @@ async def test_certificates_are_read_again(system: System, tmp_path: Path) -> No
             assert (await client.get(f"https://{server.address}/healthz")).status_code == 200
         renew("second.example")
         assert await names() == ["second.example"]
+
+
+async def test_a_request_is_a_span_whose_child_is_the_gateways(system: System) -> None:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    key, exported, provider = await system.tenant(), InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exported))
+    tracing.use(provider)
+    try:
+        async with http(system) as (server, _), httpx.AsyncClient(base_url=f"http://{server.address}") as client:
+            trace = "0af7651916cd43dd8448eb211c80319c"
+            told = {**headers(key), "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+            asked = {"model": "live", "prompt": PROMPT, "max_tokens": 1}
+            assert (await client.post("/v1/completions", json=asked, headers=told)).status_code == 200
+    finally:
+        tracing.use(None)
+    spans: dict[str, list[Any]] = {}
+    for span in exported.get_finished_spans():
+        spans.setdefault(span.name, []).append(span)
+    (own,) = spans["openai/Completions"]
+    assert own.context.trace_id == int(trace, 16)
+    parents = {span.parent.span_id for span in spans["backpack.v1.InferenceService/Generate"]}
+    assert own.context.span_id in parents
 
 
 @pytest.mark.parametrize(

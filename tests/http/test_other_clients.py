@@ -29,7 +29,12 @@ pytestmark = pytest.mark.slow
 
 
 def run(*words: str | Path, **more: Any) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    }
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(list(map(str, words)), env=environment | more, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

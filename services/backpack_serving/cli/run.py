@@ -88,16 +88,22 @@ async def _show_examples(serving: Embedded, settings: Settings) -> None:
     # The gateway hears of the new tenants by its watch, within milliseconds.
     await asyncio.sleep(0.2)
     await demo.side_by_side(serving)
-    out.print(_usage(serving.gateway, serving.interventions, settings), markup=False, soft_wrap=True)
+    out.print(_usage(serving.gateway, serving.interventions, serving.http, settings), markup=False, soft_wrap=True)
 
 
-def _usage(gateway: str, interventions: str, settings: Settings) -> str:
+def _usage(gateway: str, interventions: str, http: str | None, settings: Settings) -> str:
     key = settings.key_file("harbour")
     here = {"gateway_address": gateway, "interventions_address": interventions, "state": str(settings.state)}
     # Another terminal has none of the variables that this one may have.
     others = [name for name, value in here.items() if value != str(Settings.model_fields[name].default)]
     told = " ".join(f"BACKPACK_{name.upper()}={shlex.quote(here[name])}" for name in others)
     backpack = f"{told} {hints.backpack('')}".strip()
+    over_http = "" if http is None else f"""
+With any client of OpenAI's API, at http://{http}/v1:
+
+    curl http://{http}/v1/completions -H "Authorization: Bearer $(cat {key})" -H "Content-Type: application/json" \\
+      -d '{{"model": "live", "prompt": "The story of the king"}}'
+"""
     return f"""
 From the command line (in another terminal, here):
 
@@ -117,4 +123,4 @@ With grpcurl:
 
     grpcurl -plaintext -H "authorization: Bearer $(cat {key})" \\
       -d '{{"prompt": {{"text": "The story of the king"}}}}' {gateway} backpack.v1.InferenceService/Generate
-"""
+{over_http}"""
