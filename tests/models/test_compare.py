@@ -85,6 +85,22 @@ def test_scores_are_those_of_the_forward_pass(
 
 
 @checked
+@given(ids=texts, releases=releases)
+def test_what_would_have_been_likelier_is_that_of_the_forward_pass(
+    model: Backpack, table: SenseTable, ids: Tensor, releases: list[tuple[Edit, ...]]
+) -> None:
+    for overlay in _compiled(releases, table):
+        found = Scoring(model, table, ids).likeliest(overlay, 5)
+        logs = model(ids[None, :-1], overlay)[0, :, :REAL].log_softmax(-1)
+        assert [[value for _, value in each] for each in found] == [
+            pytest.approx(row, abs=TOLERANCE) for row in logs.topk(5).values.tolist()
+        ]
+        for at, each in enumerate(found):
+            for token, value in each:
+                assert value == pytest.approx(float(logs[at, token]), abs=TOLERANCE)
+
+
+@checked
 @given(ids=texts, releases=releases, targets=st.lists(tokens, max_size=3))
 def test_next_tokens_are_those_of_the_forward_pass(
     model: Backpack, table: SenseTable, ids: Tensor, releases: list[tuple[Edit, ...]], targets: list[int]

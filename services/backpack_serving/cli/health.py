@@ -14,7 +14,10 @@ from backpack_serving.settings import Settings
 
 @exits()
 def health(
-    address: Annotated[str, typer.Argument(help="host:port of a gateway, replica, directory or intervention service, or http://host:port.")],
+    address: Annotated[
+        str,
+        typer.Argument(help="host:port of a gateway, replica, directory or intervention service, or http://host:port."),
+    ],
     service: Annotated[str, typer.Option(help="A single service, such as backpack.v1.InferenceService.")] = "",
     replicas: Annotated[
         int, typer.Option(min=0, help="The server is a directory: at least so many replicas must take requests.")

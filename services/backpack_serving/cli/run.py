@@ -98,12 +98,16 @@ def _usage(gateway: str, interventions: str, http: str | None, settings: Setting
     others = [name for name, value in here.items() if value != str(Settings.model_fields[name].default)]
     told = " ".join(f"BACKPACK_{name.upper()}={shlex.quote(here[name])}" for name in others)
     backpack = f"{told} {hints.backpack('')}".strip()
-    over_http = "" if http is None else f"""
+    over_http = (
+        ""
+        if http is None
+        else f"""
 With any client of OpenAI's API, at http://{http}/v1:
 
     curl http://{http}/v1/completions -H "Authorization: Bearer $(cat {key})" -H "Content-Type: application/json" \\
       -d '{{"model": "live", "prompt": "The story of the king"}}'
 """
+    )
     return f"""
 From the command line (in another terminal, here):
 

@@ -42,8 +42,16 @@ _TYPES: Mapping[int, str] = {
     429: "rate_limit_error",
 }
 
-_FIELDS: Mapping[str, str] = {"samples": "n", "log_probabilities": "logprobs", "release": "model", "channel": "model"}
-"""Our names of fields, where OpenAI has another."""
+_FIELDS: Mapping[str, str] = {
+    "samples": "n",
+    "log_probabilities": "logprobs",
+    "alternatives": "logprobs",
+    "release": "model",
+    "channel": "model",
+    "text": "prompt",
+    "min_revision": "since",
+}
+"""Our names of fields, where requests of OpenAI's API have another."""
 
 
 class BodyTooLarge(InvalidRequest):
@@ -90,8 +98,6 @@ def response(error: ServiceError) -> JSONResponse:
 
 
 def _param(field: str) -> str:
-    name = field.removeprefix("sampling.")
-    first, dot, rest = name.partition(".")
-    if first == "prompt" and dot:  # prompt.tokens.ids[3]
-        return f"prompt{rest[rest.find('[') :]}" if "[" in rest else "prompt"
-    return _FIELDS.get(name, name.removesuffix(".limit"))
+    name = field.removeprefix("sampling.").removesuffix(".limit").replace(".tokens.ids", "")
+    plain, bracket, at = name.partition("[")
+    return _FIELDS.get(plain, plain) + bracket + at
