@@ -1,8 +1,9 @@
 """What HTTP adds to gRPC: the same streams through a gateway, and through an HTTP server before it, in turn.
 
-First on Backpack-Small with random weights, which cost what trained ones do: time to first token, and tokens per
-second. Then before a replica that makes nothing (see `tests.bench.gateway`): messages for each second of the
-processor that a process of HTTP used, and the gateway behind it.
+On Backpack-Small with random weights, which cost what trained ones do: time to first token, and tokens per second.
+Before a replica that makes nothing (see `tests.bench.gateway`), where no prompt is read: how much later the first
+message of a stream comes, one stream at a time; and, with many, messages for each second of the processor that a
+process of HTTP used, and the gateway behind it.
 
     python -m tests.bench.http
 """
@@ -33,7 +34,7 @@ from tests.e2e.conftest import System
 from tests.e2e.test_processes import Processes
 
 STREAMS = 32
-ROUNDS, ROUNDS_EMPTY = 9, 5
+ROUNDS, ROUNDS_EMPTY, ALONE = 9, 5, 300
 
 
 def over_http(address: str, key: Any, **fields: Any) -> tax.Way:
@@ -97,7 +98,7 @@ async def on_small(settings: Settings, http: str, processes: dict[str, psutil.Pr
 
 
 async def before_nothing(settings: Settings, http: str, processes: dict[str, psutil.Process]) -> dict[str, Any]:
-    """Messages for each second of a core, of the HTTP server and of the gateway behind it."""
+    """How much later a first message comes, ms; messages for each second of a core, of HTTP and of the gateway."""
     system = System(settings.gateway_address, settings.interventions_address, settings)
     key = await _tenant(system)
     way = over_http(http, key)
@@ -113,8 +114,21 @@ async def before_nothing(settings: Settings, http: str, processes: dict[str, psu
         for name, process in processes.items():
             if turn >= 0:
                 rates[name].append(STREAMS * gateway.MESSAGES / (gateway._used(process) - used[name]))
+    by_grpc, firsts = tax._grpc(rpc.channel(settings.gateway_address), key), []
+    for turn in range(ALONE):
+        waits = {}
+        for name, each in (("HTTP", way), ("gRPC", by_grpc))[:: 1 if turn % 2 else -1]:
+            began, waits[name] = time.perf_counter(), 0.0
+            async for _ in each([1], turn):
+                waits[name] = waits[name] or time.perf_counter() - began
+        firsts.append(waits)
     await system.close()
-    return {name: spread(each) for name, each in rates.items()}
+    return {
+        **{name: spread(each) for name, each in rates.items()},
+        "gRPC first_ms": spread([waits["gRPC"] * 1e3 for waits in firsts]),
+        "HTTP first_ms": spread([waits["HTTP"] * 1e3 for waits in firsts]),
+        "first_ms_later": spread([(waits["HTTP"] - waits["gRPC"]) * 1e3 for waits in firsts]),
+    }
 
 
 async def _tenant(system: System) -> Any:
@@ -144,7 +158,10 @@ def tell(small: dict[str, Any], empty: dict[str, Any]) -> None:
     ]
     later, ratio = shown(pair["first_ms_later"], "+.1f"), shown(pair["tokens_per_second"], ".2f")
     rows.append(["HTTP beside gRPC, by round", f"{later} ms", f"× {ratio}", "", ""])
-    rows.append(["a replica that makes nothing: messages/s of a core", "", "", *(shown(empty[part], ".0f") for part in ("gateway", "http"))])  # fmt: skip
+    carried = (shown(empty[part], ".0f") for part in ("gateway", "http"))
+    rows.append(["a replica that makes nothing: messages/s of a core", "", "", *carried])
+    waits = " and ".join(f"{shown(empty[f'{name} first_ms'], '.1f')} by {name}" for name in ("gRPC", "HTTP"))
+    rows.append([f"… one stream at a time: {waits}", f"{shown(empty['first_ms_later'], '+.1f')} ms", "", "", ""])
     write(
         "http",
         f"What HTTP adds to gRPC (Backpack-Small, {tax.PROMPT_TOKENS} + {tax.NEW_TOKENS} tokens, one thread)",

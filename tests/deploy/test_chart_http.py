@@ -99,12 +99,12 @@ def test_calls_come_in_by_a_service_an_ingress_or_the_gateway_api() -> None:
     ("values", "says"),
     [
         ("{http: {enabled: true, ingress: {enabled: true}}}", "http.ingress.hosts is empty"),
-        ("{http: {enabled: true, httpRoute: {enabled: true}}}", "http.httpRoute.parentRefs is empty: a HTTPRoute needs"),
+        ("{http: {enabled: true, httpRoute: {enabled: true}}}", "http.httpRoute.parentRefs is empty"),
         ("{http: {enabled: true, service: {loadBalancerClass: x}}}", "http.service: loadBalancerClass is of a service"),
         ("{http: {replicas: 0}}", "/http/replicas"),
         ("{http: {grpcRoute: {enabled: true}}}", "grpcRoute"),
         ("{http: {enabled: 1}}", "/http/enabled"),
-        ("{http: {enabled: true, extraEnv: [{name: BACKPACK_GATEWAY_ADDRESS, value: x}]}}", "http.extraEnv: BACKPACK_GATEWAY_ADDRESS is set"),
+        ("{http: {enabled: true, extraEnv: [{name: BACKPACK_DRAIN, value: x}]}}", "http.extraEnv: BACKPACK_DRAIN"),
         ("{settings: {http_address: x}}", "http_address"),
     ],
 )  # fmt: skip

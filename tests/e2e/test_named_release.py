@@ -27,7 +27,10 @@ REQUESTS: dict[str, Any] = {
 async def _answer(system: System, method: str, request: Any, key: Any) -> Any:
     call = getattr(system.inference, method)(request, metadata=key)
     with rpc.errors():
-        return [part async for part in call][0] if method == "GenerateStream" else await call
+        if method != "GenerateStream":
+            return await call
+        first, *_ = [part async for part in call]
+        return first
 
 
 @pytest.mark.parametrize("method", REQUESTS)

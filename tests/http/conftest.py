@@ -109,10 +109,10 @@ def serving(state: Path, **settings: str) -> Iterator[Web]:
                 except Unauthenticated:
                     time.sleep(0.02)
         *_, metrics = ports.values()
+        keys = key, caller_key
         yield Web(
-            f"http://{ports['http']}", ports["gateway"], ports["interventions"], f"http://{metrics}/metrics", state, key,
-            caller_key, process,
-        )  # fmt: skip
+            f"http://{ports['http']}", *list(ports.values())[1:3], f"http://{metrics}/metrics", state, *keys, process
+        )
     finally:
         process.kill()
         process.communicate()

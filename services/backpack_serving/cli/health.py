@@ -24,7 +24,7 @@ def health(
     ] = 0,
     timeout: Annotated[float, typer.Option(min=0.1, max=3600.0, help="Seconds to wait for the answer.")] = 5.0,
 ) -> None:
-    """Check the health of a server (grpc.health.v1, or /readyz of http://…). Exit with status 0 if it serves, 1 if not."""
+    """Check the health of a server (grpc.health.v1; /readyz of http://…). Exit with status 0 if it serves, else 1."""
     settings = Settings()
     try:
         if address.startswith(("http://", "https://")):

@@ -8,6 +8,7 @@ import shlex
 import signal
 import time
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -98,23 +99,13 @@ def _usage(gateway: str, interventions: str, http: str | None, settings: Setting
     others = [name for name, value in here.items() if value != str(Settings.model_fields[name].default)]
     told = " ".join(f"BACKPACK_{name.upper()}={shlex.quote(here[name])}" for name in others)
     backpack = f"{told} {hints.backpack('')}".strip()
-    over_http = (
-        ""
-        if http is None
-        else f"""
-With any client of OpenAI's API, at http://{http}/v1:
-
-    curl http://{http}/v1/completions -H "Authorization: Bearer $(cat {key})" -H "Content-Type: application/json" \\
-      -d '{{"model": "live", "prompt": "The story of the king"}}'
-"""
-    )
     return f"""
 From the command line (in another terminal, here):
 
     {backpack} generate "The story of the king" --as harbour
     {backpack} explain "The story of the king and the" --as harbour
     {backpack} release activate 0 --as harbour    # harbour without a patch; `release rollback` undoes it
-
+{_over_http(http, key)}
 From Python:
 
     from backpack_serving.client import Client
@@ -127,4 +118,15 @@ With grpcurl:
 
     grpcurl -plaintext -H "authorization: Bearer $(cat {key})" \\
       -d '{{"prompt": {{"text": "The story of the king"}}}}' {gateway} backpack.v1.InferenceService/Generate
-{over_http}"""
+"""
+
+
+def _over_http(address: str | None, key: Path) -> str:
+    if address is None:
+        return ""
+    return f"""
+With any client of OpenAI's API, at http://{address}/v1:
+
+    curl http://{address}/v1/completions -H "Authorization: Bearer $(cat {key})" -H "Content-Type: application/json" \\
+      -d '{{"model": "live", "prompt": "The story of the king"}}'
+"""

@@ -35,7 +35,7 @@ _READABLE = ("x-request-id", "retry-after", "backpack-reason", "grpc-status", "g
 
 
 @dataclass(slots=True, eq=False)
-class Call:
+class HttpCall:
     """One request. `left`: its client has gone; `ended`: our drain ended it."""
 
     task: asyncio.Task[Any]
@@ -51,17 +51,17 @@ class Call:
         self.code, self.reason = error.code, error.reason
 
     def drained(self) -> ServiceError:
-        """The error of a call that the drain has ended. Call it where its cancellation was caught."""
+        """The error of a call that the drain has ended. HttpCall it where its cancellation was caught."""
         self.task.uncancel()
         error = _draining()
         self.refused(error)
         return error
 
 
-_current: ContextVar[Call] = ContextVar("call")
+_current: ContextVar[HttpCall] = ContextVar("call")
 
 
-def current() -> Call:
+def current() -> HttpCall:
     """The request that this code runs for."""
     return _current.get()
 
@@ -87,7 +87,7 @@ class Calls:
                 allow_headers=["*"],
                 expose_headers=_READABLE,
             )
-        self._running: set[Call] = set()
+        self._running: set[HttpCall] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
@@ -101,7 +101,7 @@ class Calls:
         structlog.contextvars.bind_contextvars(request_id=request_id)
         task = asyncio.current_task()
         assert task is not None, "servers run each request in a task"
-        call = Call(task)
+        call = HttpCall(task)
         _current.set(call)
 
         async def answer(message: Message) -> None:
@@ -116,7 +116,7 @@ class Calls:
         with tracing.served(name, headers):
             await self._run(call, name, scope, receive, answer)
 
-    async def _run(self, call: Call, name: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _run(self, call: HttpCall, name: str, scope: Scope, receive: Receive, send: Send) -> None:
         began, body = time.perf_counter(), _Body(call, receive)
         self._running.add(call)
         self._idle.clear()
@@ -183,7 +183,7 @@ def _no_route(error: HTTPException, path: str) -> ServiceError:
 class _Body:
     """The request's body; once it is read, a client that leaves cancels the request, and with it its calls."""
 
-    def __init__(self, call: Call, receive: Receive) -> None:
+    def __init__(self, call: HttpCall, receive: Receive) -> None:
         self._call, self._receive = call, receive
         self._watching: asyncio.Task[None] | None = None
 

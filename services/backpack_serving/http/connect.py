@@ -96,12 +96,12 @@ def _endpoint(method: MethodDescriptor, channel: Any) -> tuple[str, Endpoint[Any
     forward = getattr(channel, kind)(path, takes.SerializeToString, gives.FromString)
 
     async def unary(request: Any, context: RequestContext[Any, Any]) -> Any:
-        with _errors(context):
-            return await forward(request, **_options(context))
+        with _connect_errors(context):
+            return await forward(request, **_forwarding_options(context))
 
     async def stream(request: Any, context: RequestContext[Any, Any]) -> AsyncIterator[Any]:
-        with _errors(context):
-            call = forward(request, **_options(context))
+        with _connect_errors(context):
+            call = forward(request, **_forwarding_options(context))
             try:
                 async for response in call:
                     yield response
@@ -125,7 +125,7 @@ def _endpoint(method: MethodDescriptor, channel: Any) -> tuple[str, Endpoint[Any
     return path, make(info, function)  # type: ignore[operator]
 
 
-def _options(context: RequestContext[Any, Any]) -> dict[str, Any]:
+def _forwarding_options(context: RequestContext[Any, Any]) -> dict[str, Any]:
     """Metadata and deadline of the call that is made for this one."""
     headers = {"authorization": context.request_headers.get("authorization", "") or ""}
     remaining = context.timeout_ms
@@ -133,7 +133,7 @@ def _options(context: RequestContext[Any, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _errors(context: RequestContext[Any, Any]) -> Iterator[None]:
+def _connect_errors(context: RequestContext[Any, Any]) -> Iterator[None]:
     """Raise a ServiceError as Connect's, with our details, and its reason as a header for people."""
     try:
         with rpc.errors():

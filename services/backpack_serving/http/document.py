@@ -144,14 +144,14 @@ def _operation(
     public: bool = False,
     others: Mapping[int, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    error = {"description": "Refused.", "content": _json({"$ref": "#/components/schemas/Error"})}
-    responses = {"200": {"description": "Done.", "content": _json(answer)}}
+    error = {"description": "Refused.", "content": _json_content({"$ref": "#/components/schemas/Error"})}
+    responses = {"200": {"description": "Done.", "content": _json_content(answer)}}
     responses |= {str(code): error for code in (() if public else sorted({*_ANYWHERE, *refused}))}
     responses |= {
-        str(code): {"description": "Not now.", "content": _json(each)} for code, each in (others or {}).items()
+        str(code): {"description": "Not now.", "content": _json_content(each)} for code, each in (others or {}).items()
     }
     return {"summary": summary, "responses": responses} | ({"security": []} if public else {})
 
 
-def _json(schema: dict[str, Any]) -> dict[str, Any]:
+def _json_content(schema: dict[str, Any]) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
+from uvicorn import Config
+from uvicorn import Server as Uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from backpack_serving import rpc
@@ -81,7 +82,7 @@ _TOO_LARGE = (
 )
 
 
-class _Server(uvicorn.Server):
+class _EmbeddedServer(Uvicorn):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals are the command's: see cli/stopping.py."""
@@ -94,7 +95,7 @@ class Listener:
 
     address: str
     calls: Calls
-    server: uvicorn.Server
+    server: Uvicorn
     serving: asyncio.Task[None]
 
     async def stop(self, grace: float) -> None:
@@ -114,9 +115,9 @@ async def listen(calls: Calls, address: str, tls: Tls) -> Listener:
     """
     await asyncio.to_thread(rpc.check_address, address)
     context = Reloaded(tls, listener_context) if tls.certificate else None
-    sockets = await asyncio.to_thread(_bind, address)
+    sockets = await asyncio.to_thread(_bind_all, address)
     more: dict[str, Any] = {"ssl_context_factory": lambda *_: _renewing(context)} if context else {}
-    config = uvicorn.Config(
+    config = Config(
         calls,
         http=_Protocol,
         ws="none",
@@ -129,7 +130,7 @@ async def listen(calls: Calls, address: str, tls: Tls) -> Listener:
         timeout_keep_alive=IDLE_SECONDS,
         **more,
     )
-    server = _Server(config)
+    server = _EmbeddedServer(config)
     serving = asyncio.create_task(server.serve(sockets))
     while not server.started and not serving.done():
         await asyncio.sleep(0.001)
@@ -150,7 +151,7 @@ def _renewing(certificates: Reloaded[ssl.SSLContext]) -> ssl.SSLContext:
     return first
 
 
-def _bind(address: str) -> list[socket.socket]:
+def _bind_all(address: str) -> list[socket.socket]:
     """Sockets on all addresses of a host. Raises OSError."""
     host, _, port = address.rpartition(":")
     found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

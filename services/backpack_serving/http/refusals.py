@@ -54,9 +54,8 @@ _FIELDS: Mapping[str, str] = {
 """Our names of fields, where requests of OpenAI's API have another."""
 
 
-class BodyTooLarge(InvalidRequest):
-    def __init__(self, most: int) -> None:
-        super().__init__("BODY_TOO_LARGE", f"the body has more than {most} bytes")
+def body_too_large(most: int) -> InvalidRequest:
+    return InvalidRequest("BODY_TOO_LARGE", f"the body has more than {most} bytes")
 
 
 def status(error: ServiceError) -> int:

@@ -36,7 +36,7 @@ TRIED = 64
 """Words that a release is tried out on, where the context has room for them."""
 
 
-class Scored(NamedTuple):
+class Ranked(NamedTuple):
     """Of each token of a text but the first: log p, and the likeliest in its place with theirs."""
 
     logs: list[float]
@@ -98,11 +98,16 @@ class ServedModel:
                 Violation("revisions", "NON_FINITE", "the model predicts no numbers under these edits together")
             )
 
-    def score(self, ids: tuple[int, ...], overlay: Overlay, top: int = 0) -> Scored:
+    def score(self, ids: tuple[int, ...], overlay: Overlay) -> list[float]:
+        """log p of each token but the first, of two at least."""
+        (logs,) = Scoring(self.model, self.table, torch.tensor(ids)).read([overlay])
+        return logs
+
+    def rank(self, ids: tuple[int, ...], overlay: Overlay, top: int) -> Ranked:
         """log p of each token but the first, of two at least, and the `top` likeliest in its place."""
         text = Scoring(self.model, self.table, torch.tensor(ids))
         (logs,) = text.read([overlay])
-        return Scored(logs, text.likeliest(overlay, top) if top else [[] for _ in logs])
+        return Ranked(logs, text.likeliest(overlay, top))
 
     def explain(self, ids: tuple[int, ...], overlay: Overlay, target: int | None) -> Attribution:
         return attribute(self.model, self.table, torch.tensor(ids), overlay, target)

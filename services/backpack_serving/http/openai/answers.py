@@ -12,7 +12,7 @@ from backpack_lm.tokenizer import Detokenizer, Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
 
 from backpack_serving.http.openai.fields import Chat, Sampled
-from backpack_serving.http.openai.generation import Part
+from backpack_serving.http.openai.generation import ChoicePart
 
 Json = dict[str, Any]
 
@@ -33,22 +33,22 @@ class Answer:
         self._lengths: dict[int, int] = {}
         self._usage = pb.Usage()
 
-    async def whole(self, parts: AsyncIterator[Part]) -> Json:
+    async def whole(self, parts: AsyncIterator[ChoicePart]) -> Json:
         """All parts in one answer."""
-        choices: dict[int, list[Part]] = {}
+        choices: dict[int, list[ChoicePart]] = {}
         async for part in parts:
-            self._count(part)
+            self._count_usage(part)
             choices.setdefault(part.choice, []).append(part)
         written = [self._whole_choice(choice, choices[choice]) for choice in sorted(choices)]
         return {**self._head(self._kind, choices[0][0].served), "choices": written, "usage": self._written_usage()}
 
-    async def chunks(self, parts: AsyncIterator[Part]) -> AsyncIterator[Json]:
+    async def chunks(self, parts: AsyncIterator[ChoicePart]) -> AsyncIterator[Json]:
         """A chunk for each part, and at the end one with the usage, if it is asked for."""
         kind, fingerprint = "chat.completion.chunk" if self._chat else self._kind, None
         usage = {"usage": None} if self._request.usage_in_stream else {}
         begun: set[int] = set()
         async for part in parts:
-            self._count(part)
+            self._count_usage(part)
             fingerprint = part.served or fingerprint
             choice: Json = {"index": part.choice}
             if self._chat:
@@ -71,7 +71,7 @@ class Answer:
             "system_fingerprint": served and f"{served.model_fingerprint[:12]}-{served.release_digest[:12]}",
         }
 
-    def _whole_choice(self, index: int, parts: Sequence[Part]) -> Json:
+    def _whole_choice(self, index: int, parts: Sequence[ChoicePart]) -> Json:
         text = "".join(part.text for part in parts)
         choice: Json = {"index": index}
         if self._chat:
@@ -80,11 +80,11 @@ class Answer:
             choice["text"] = text
         return choice | self._details(index, parts)
 
-    def _details(self, index: int, parts: Sequence[Part]) -> Json:
+    def _details(self, index: int, parts: Sequence[ChoicePart]) -> Json:
         """What a choice, or a chunk of one, has besides its text."""
         details: Json = {"logprobs": None, "finish_reason": _FINISH.get(parts[-1].finish)}
         if self._wanted is not None:
-            details["logprobs"] = self._chat_logs(parts) if self._chat else self._logs(index, parts)
+            details["logprobs"] = self._chat_logs(parts) if self._chat else self._completion_logs(index, parts)
         if served := next((part.served for part in parts if part.served), None):
             details["served"] = _served(served)
         if self._request.explain:
@@ -92,7 +92,7 @@ class Answer:
             details["explanations"] = [_explanation(token) for token in made]
         return details
 
-    def _logs(self, index: int, parts: Sequence[Part]) -> Json:
+    def _completion_logs(self, index: int, parts: Sequence[ChoicePart]) -> Json:
         """Completions': `text_offset` counts characters of the choice's text."""
         decoder = self._texts.setdefault(index, Detokenizer(self._tokenizer))
         logs: Json = {
@@ -105,16 +105,16 @@ class Answer:
             length = self._lengths.get(index, 0)
             self._lengths[index] = length + len(decoder.add([token.id]))
             own = token.log_probability if token.HasField("log_probability") else None
-            logs["tokens"].append(self._text(token.id))
+            logs["tokens"].append(self._token_text(token.id))
             logs["token_logprobs"].append(own)
             logs["text_offset"].append(length)
             if self._wanted:
-                others = {self._text(other.id): other.log_probability for other in token.alternatives}
+                others = {self._token_text(other.id): other.log_probability for other in token.alternatives}
                 # The token's own last: where it is the likeliest, both are the same number to the last bit.
-                logs["top_logprobs"].append(None if own is None else {**others, self._text(token.id): own})
+                logs["top_logprobs"].append(None if own is None else {**others, self._token_text(token.id): own})
         return logs
 
-    def _chat_logs(self, parts: Sequence[Part]) -> Json:
+    def _chat_logs(self, parts: Sequence[ChoicePart]) -> Json:
         tokens = [token for part in parts for token in part.tokens]
         return {
             "content": [
@@ -124,12 +124,12 @@ class Answer:
 
     def _log(self, token: pb.Token) -> Json:
         return {
-            "token": self._text(token.id),
+            "token": self._token_text(token.id),
             "logprob": token.log_probability,
             "bytes": list(self._tokenizer.token_bytes(token.id)),
         }
 
-    def _text(self, token: int) -> str:
+    def _token_text(self, token: int) -> str:
         """A token as OpenAI writes it: one that is no text by itself as its bytes."""
         data = self._tokenizer.token_bytes(token)
         try:
@@ -137,7 +137,7 @@ class Answer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def _count(self, part: Part) -> None:
+    def _count_usage(self, part: ChoicePart) -> None:
         self._usage.prompt_tokens += part.usage.prompt_tokens
         self._usage.generated_tokens += part.usage.generated_tokens
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -70,15 +71,15 @@ R = TypeVar("R", bound="Sampled")
 
 def _one_or_many(value: Any) -> list[Prompt]:
     """OpenAI's four forms of a prompt, as a list of texts or of token ids."""
-    many: list[Any] = value if isinstance(value, list) and value and not _is_token(value[0]) else [value]
-    if not all(isinstance(one, str) or (isinstance(one, list) and one and all(map(_is_token, one))) for one in many):
+    many: list[Any] = value if isinstance(value, list) and value and not _is_token_id(value[0]) else [value]
+    if not all(isinstance(one, str) or (isinstance(one, list) and one and all(map(_is_token_id, one))) for one in many):
         raise ValueError("give a text, token ids, or a list of texts or of lists of token ids; none of them empty")
     if len(many) > MOST_PROMPTS:
         raise ValueError(f"{len(many)} prompts; at most {MOST_PROMPTS} in one request")
     return many
 
 
-def _is_token(value: Any) -> bool:
+def _is_token_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
 
 
@@ -113,19 +114,22 @@ Stops = Annotated[
 ]
 
 
-class _Fields(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+_STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class StreamOptions(_Fields):
+class StreamOptions(BaseModel):
     """Of a stream."""
+
+    model_config = _STRICT
 
     include_usage: bool | None = Field(None, description="A last chunk says how many tokens there were.")
     include_obfuscation: Literal[False] | None = None
 
 
-class Sampled(_Fields):
+class Sampled(BaseModel, ABC):
     """What both kinds of requests have."""
+
+    model_config = _STRICT
 
     model: str = Field(
         pattern="^[^@]+(@[0-9]{1,18})?$", description="A channel of yours, or CHANNEL@17: release 17, wherever it is."
@@ -160,11 +164,11 @@ class Sampled(_Fields):
 
     @property
     def channel(self) -> str:
-        return _found(_MODEL, self.model)["channel"]
+        return _matched(_MODEL, self.model)["channel"]
 
     @property
     def release(self) -> int | None:
-        number = _found(_MODEL, self.model)["release"]
+        number = _matched(_MODEL, self.model)["release"]
         return None if number is None else int(number)
 
     @property
@@ -172,7 +176,7 @@ class Sampled(_Fields):
         """Epoch and revision of `since`."""
         if self.since is None:
             return None
-        return {name: int(text) for name, text in _found(_SINCE, self.since).groupdict().items()}
+        return {name: int(text) for name, text in _matched(_SINCE, self.since).groupdict().items()}
 
     @property
     def samples(self) -> int:
@@ -182,13 +186,13 @@ class Sampled(_Fields):
     def usage_in_stream(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @abstractmethod
     def most_tokens(self) -> int | None:
-        """How many tokens to make at most; None: as the gateway decides."""
-        raise NotImplementedError
+        """How many tokens to make at most; None: as many as there is room for."""
 
+    @abstractmethod
     def alternatives(self) -> int | None:
         """How many likeliest tokens to list with each; None: no log-probabilities."""
-        raise NotImplementedError
 
 
 class Completion(Sampled):
@@ -208,15 +212,19 @@ class Completion(Sampled):
         return self.logprobs
 
 
-class TextPart(_Fields):
+class TextPart(BaseModel):
     """A part of a message."""
+
+    model_config = _STRICT
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Fields):
+class ChatMessage(BaseModel):
     """One message of a chat. Which roles there may be, the model's template says."""
+
+    model_config = _STRICT
 
     role: str
     content: str | list[TextPart]
@@ -253,7 +261,9 @@ def read(kind: type[R], body: bytes) -> R:
     if not isinstance(values, dict):
         raise InvalidRequest("NOT_JSON", "the body must be a JSON object")
     off = OFF_IN_COMPLETIONS if kind is Completion else OFF_IN_CHATS
-    unsupported = [name for name in values if name in off and not any(_same(values[name], each) for each in off[name])]
+    unsupported = [
+        name for name in values if name in off and not any(_means_off(values[name], each) for each in off[name])
+    ]
     found = [
         Violation(name, "UNSUPPORTED", f"{_shown(values[name])}; this server can't do that, leave it out")
         for name in unsupported
@@ -261,7 +271,7 @@ def read(kind: type[R], body: bytes) -> R:
     try:
         request = kind.model_validate({name: value for name, value in values.items() if name not in off})
     except ValidationError as error:
-        found += _violations(error)
+        found += _field_violations(error)
     else:
         found += _combinations(request)
     if found:
@@ -289,7 +299,7 @@ def _combinations(request: Sampled) -> list[Violation]:
 _REASONS = {"missing": "MISSING", "extra_forbidden": "UNKNOWN_FIELD"}
 
 
-def _violations(error: ValidationError) -> list[Violation]:
+def _field_violations(error: ValidationError) -> list[Violation]:
     """One for each field: of a value that may have several forms, what the last one says."""
     found: dict[str, Violation] = {}
     for each in error.errors(include_url=False):
@@ -310,7 +320,7 @@ def _is_form(step: int | str) -> bool:
     return isinstance(step, str) and (step in ("str", "bool", "int") or not step.isidentifier())
 
 
-def _same(value: Any, off: Any) -> bool:
+def _means_off(value: Any, off: Any) -> bool:
     return value == off and isinstance(value, bool) == isinstance(off, bool)
 
 
@@ -319,7 +329,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _found(pattern: re.Pattern[str], text: str) -> re.Match[str]:
+def _matched(pattern: re.Pattern[str], text: str) -> re.Match[str]:
     found = pattern.fullmatch(text)
     assert found, "the field's own pattern says the same"
     return found

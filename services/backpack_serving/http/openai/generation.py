@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class Part:
+class ChoicePart:
     """What became known of one text. `choice` is its place among all of the request; `prompt` marks an echo.
 
     `served` is in the first part of each text, `finish` in its last, `usage` in the last of each prompt.
@@ -41,7 +41,7 @@ class Part:
     usage: pb.Usage = field(default_factory=pb.Usage)
 
 
-Parts = AsyncGenerator[Part, None]
+Parts = AsyncGenerator[ChoicePart, None]
 
 
 class Generator:
@@ -59,7 +59,7 @@ class Generator:
 
     def parts(self, prompts: Sequence[Prompt]) -> Parts:
         """The parts of all texts of all prompts, as they come. Raises ServiceError."""
-        return _merge([self._of_prompt(number, prompt) for number, prompt in enumerate(prompts)], AT_ONCE)
+        return _merge_prompts([self._of_prompt(number, prompt) for number, prompt in enumerate(prompts)], AT_ONCE)
 
     async def _of_prompt(self, number: int, prompt: Prompt) -> Parts:
         first, samples = number * self._request.samples, self._request.samples
@@ -71,7 +71,7 @@ class Generator:
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
         scored = await self._scored(ids)
-        echoed = [Part(first + n, text, scored.tokens, prompt=True) for n in range(samples)]
+        echoed = [ChoicePart(first + n, text, scored.tokens, prompt=True) for n in range(samples)]
         if self._request.most_tokens() == 0:
             for part in echoed:
                 part.served, part.finish = scored.served, pb.FINISH_REASON_LENGTH
@@ -101,7 +101,7 @@ class Generator:
         request = pb.ScoreRequest(text=_prompt(ids), alternatives=wanted or 0, **self._pinning())
         with rpc.errors():
             scored: pb.ScoreResponse = await self._stub.Score(request, metadata=self._metadata)
-        self._check(scored.served)
+        self._check_model(scored.served)
         return scored
 
     async def _generated(self, first: int, prompt: Prompt) -> Parts:
@@ -115,9 +115,11 @@ class Generator:
         if not self._request.stream:
             with rpc.errors():
                 answer = await self._stub.Generate(pb.GenerateRequest(**fields), metadata=self._metadata)
-            self._check(answer.served)
+            self._check_model(answer.served)
             for n, sample in enumerate((answer, *answer.more_samples)):
-                part = Part(first + n, sample.text, sample.tokens, finish=sample.finish_reason, served=answer.served)
+                part = ChoicePart(
+                    first + n, sample.text, sample.tokens, finish=sample.finish_reason, served=answer.served
+                )
                 if n == len(answer.more_samples):
                     part.usage = answer.usage
                 yield part
@@ -126,10 +128,12 @@ class Generator:
             call = self._stub.GenerateStream(pb.GenerateStreamRequest(**fields), metadata=self._metadata)
             try:
                 async for message in call:
-                    part = Part(first + message.sample, message.text, message.tokens, finish=message.finish_reason)
+                    part = ChoicePart(
+                        first + message.sample, message.text, message.tokens, finish=message.finish_reason
+                    )
                     part.usage = message.usage
                     if message.HasField("served"):
-                        self._check(message.served)
+                        self._check_model(message.served)
                         part.served = message.served
                     yield part
             finally:
@@ -164,7 +168,7 @@ class Generator:
             samples=request.samples,
         )
 
-    def _check(self, served: pb.Served) -> None:
+    def _check_model(self, served: pb.Served) -> None:
         """Raise PreconditionFailed for an answer of another model: our tokenizer would write another text."""
         if served.model_fingerprint != self._manifest.fingerprint:
             text = (
@@ -178,7 +182,7 @@ def _prompt(prompt: Prompt) -> pb.Prompt:
     return pb.Prompt(text=prompt) if isinstance(prompt, str) else pb.Prompt(tokens=pb.TokenIds(ids=prompt))
 
 
-async def _merge(streams: Sequence[AsyncGenerator[T, None]], at_once: int) -> AsyncGenerator[T, None]:
+async def _merge_prompts(streams: Sequence[AsyncGenerator[T, None]], at_once: int) -> AsyncGenerator[T, None]:
     """What several streams yield, as it comes, of so many at once. One that raises ends all; so does leaving early."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as stream:
@@ -196,7 +200,7 @@ async def _merge(streams: Sequence[AsyncGenerator[T, None]], at_once: int) -> As
     pumps = [asyncio.create_task(pump(stream)) for stream in streams]
     all_pumped = asyncio.gather(*pumps)
     try:
-        async for item in _until(queue, all_pumped):
+        async for item in _drain_queue(queue, all_pumped):
             yield item
     finally:
         await tasks.end(*pumps)
@@ -204,7 +208,7 @@ async def _merge(streams: Sequence[AsyncGenerator[T, None]], at_once: int) -> As
             all_pumped.exception()  # it was looked at: nobody is warned that it wasn't
 
 
-async def _until(queue: asyncio.Queue[T], end: asyncio.Future[Any]) -> AsyncIterator[T]:
+async def _drain_queue(queue: asyncio.Queue[T], end: asyncio.Future[Any]) -> AsyncIterator[T]:
     """What is put into a queue until the future is done. Raises what it raises."""
     while True:
         getting = asyncio.ensure_future(queue.get())

@@ -18,7 +18,7 @@ from backpack_serving.http import caller, refusals
 from backpack_serving.http.calls import App
 from backpack_serving.http.openai.answers import Answer
 from backpack_serving.http.openai.fields import Chat, Completion, Prompt, Sampled, read
-from backpack_serving.http.openai.generation import Generator, Part
+from backpack_serving.http.openai.generation import ChoicePart, Generator
 from backpack_serving.http.openai.stream import EventStream
 from backpack_serving.http.openai.template import ChatTemplate, missing
 
@@ -83,7 +83,7 @@ def routes(
     ]
 
 
-async def _chunks(answer: Answer, parts: AsyncGenerator[Part, None]) -> AsyncGenerator[dict[str, Any], None]:
+async def _chunks(answer: Answer, parts: AsyncGenerator[ChoicePart, None]) -> AsyncGenerator[dict[str, Any], None]:
     """An answer's chunks; closing them closes the calls that they come from."""
     try:
         async for chunk in answer.chunks(parts):
@@ -101,7 +101,7 @@ async def _body(request: Request) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > BODY_BYTES:
-            raise refusals.BodyTooLarge(BODY_BYTES)
+            raise refusals.body_too_large(BODY_BYTES)
     return bytes(body)
 
 

@@ -34,9 +34,9 @@ class EventStream:
             await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
             call = current()
             try:
-                await _send(send, first)
+                await _send_event(send, first)
                 async for event in events:
-                    await _send(send, event)
+                    await _send_event(send, event)
                 last = b"data: [DONE]\n\n"
             except asyncio.CancelledError:
                 if not call.ended:
@@ -49,7 +49,7 @@ class EventStream:
             await send({"type": "http.response.body", "body": last})
 
 
-async def _send(send: Send, event: dict[str, Any]) -> None:
+async def _send_event(send: Send, event: dict[str, Any]) -> None:
     await send({"type": "http.response.body", "body": _event(event), "more_body": True})
 
 
