@@ -8,6 +8,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import httpx2 as httpx
 import pytest
 import pytest_asyncio
 import trustme
+from backpack_serving.auth.tls import Tls
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.sequence import Output
-from backpack_serving.errors import Unauthenticated
-from backpack_serving.http import bootstrap, caller, listener
+from backpack_serving.errors import Unauthenticated, Unavailable
+from backpack_serving.http import bootstrap, caller, listener, probe
 from backpack_serving.observability import tracing
 from backpack_serving.observability.metrics import Metrics
 
@@ -296,6 +298,10 @@ async def test_certificates_are_read_again(system: System, tmp_path: Path) -> No
         assert await names() == ["first.example"]
         async with httpx.AsyncClient(verify=trust) as client:
             assert (await client.get(f"https://{server.address}/healthz")).status_code == 200
+        by_name = Tls(authorities=tmp_path / "ca.pem", name="first.example")  # as containers' health checks ask
+        assert await asyncio.to_thread(probe.ready, f"https://{server.address}", 5, by_name) == (True, "SERVING")
+        with pytest.raises(Unavailable):
+            await asyncio.to_thread(probe.ready, f"https://{server.address}", 5, replace(by_name, name="other.example"))
         renew("second.example")
         assert await names() == ["second.example"]
 

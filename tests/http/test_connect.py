@@ -11,6 +11,7 @@ from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc, interventions_pb2_grpc
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_serving.http.connect import OF_GATEWAYS, OF_INTERVENTIONS
+from google.protobuf.json_format import MessageToDict
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -60,8 +61,6 @@ def test_an_error_is_the_one_of_grpc(web: Web, service: str, method: str, reques
     assert call.code().name == code
     status = rpc_status.from_call(call)
     assert status is not None
-    from google.protobuf.json_format import MessageToDict
-
     answer = web.post(f"/backpack.v1.{service}/{method}", MessageToDict(request_), authorization=f"Bearer {key}")
     assert answer.status_code == STATUSES[call.code()]
     error = answer.json()
@@ -96,7 +95,8 @@ def test_every_method_for_clients_has_its_path(web: Web) -> None:
 
 def test_parts_of_ours_are_called_by_nobody_else(web: Web) -> None:
     for path in ("SyncService/FetchRelease", "DirectoryService/Report", "InferenceService/Nothing"):
-        assert web.post(f"/backpack.v1.{path}", {}).status_code == 404
+        answer = web.post(f"/backpack.v1.{path}", {})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "NO_SUCH_PATH")
 
 
 def test_a_field_that_there_isnt_is_refused_by_its_name(web: Web) -> None:

@@ -9,6 +9,7 @@ import subprocess
 from typing import Any
 
 import pytest
+from backpack_proto.v1 import inference_pb2 as pb
 
 from tests.http.conftest import PROMPT, Web
 
@@ -90,8 +91,6 @@ def test_every_kind_of_method_is_called_with_json(web: Web) -> None:
 
 
 def test_grpc_web_is_spoken(web: Web) -> None:
-    from backpack_proto.v1 import inference_pb2 as pb
-
     request = pb.GenerateStreamRequest(prompt=pb.Prompt(text=PROMPT), sampling=pb.Sampling(max_tokens=20, seed=1))
     body = enveloped(request.SerializeToString())
     *messages, end = envelopes(curl(web, f"{INFERENCE}/GenerateStream", body, kind="application/grpc-web+proto"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -189,7 +190,6 @@ def test_a_message_cant_smuggle_special_tokens_in(web: Web) -> None:
 
 async def test_the_asynchronous_client_streams_many_at_once(web: Web) -> None:
     async with openai.AsyncOpenAI(base_url=f"{web.url}/v1", api_key=web.key, max_retries=0) as client:
-        import asyncio
 
         async def text(seed: int) -> str:
             stream = await client.completions.create(model="live", prompt=PROMPT, max_tokens=10, seed=seed, stream=True)

@@ -107,6 +107,8 @@ class Calls:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 call.started = True
+                if message["status"] >= 400 and call.code == "OK":  # what Connect's own rules refuse
+                    call.refused(InvalidRequest("NOT_THE_PROTOCOL", f"HTTP {message['status']}"))
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             elif message["type"] == "http.response.body" and not message.get("more_body", False):
                 call.complete = True

@@ -23,6 +23,7 @@ from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from protobuf.wkt import Any as Packed
+from starlette.exceptions import HTTPException
 
 from backpack_serving import rpc
 from backpack_serving.errors import InvalidRequest, ServiceError
@@ -59,6 +60,8 @@ class Connect:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] not in self.paths:
+            raise HTTPException(404)
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         kind = headers.get(b"content-type", "")
         if kind.partition(";")[0] in ("application/grpc", "application/grpc+proto", "application/grpc+json"):

@@ -81,7 +81,7 @@ class ChatTemplate:
         ]
         try:
             text = self._template.render(messages=chat, add_generation_prompt=True, **self._variables)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a program of others, which may refuse a chat, or fail at it
             raise InvalidRequest.of(Violation("messages", "NOT_BY_TEMPLATE", str(error))) from None
         (encoded,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
         return list(encoded.ids)
