@@ -32,7 +32,7 @@ def folder(tmp_path: Path, config: object = None, template: str | None = None) -
     [
         {"chat_template": TEMPLATE, "eos_token": END},
         {"chat_template": TEMPLATE, "eos_token": {"content": END}},
-        {"chat_template": [{"name": "a", "template": "x"}, {"name": "default", "template": TEMPLATE}], "eos_token": END},
+        {"chat_template": [{"name": "a"}, {"name": "default", "template": TEMPLATE}], "eos_token": END},
     ],
     ids=["plain", "token as an object", "several"],
 )  # fmt: skip
