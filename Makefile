@@ -82,17 +82,17 @@ clean: ## Remove the environments and what running has left behind
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "Python's venv is missing: apt install python3-venv"; exit 1; }
 
-# Its torch is another one than ours may be. --no-deps: pip can't be told to leave out the parts that we don't use.
-.venv-vllm/.installed: tests/bench/vllm-requirements.txt
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --disable-pip-version-check --progress-bar on --no-deps -r $<
-	@touch $@
-
 # They want other versions of packages than we do. Without npm, the test of OpenAI's client for Node is skipped.
 .venv-clients/.installed: tests/http/clients-requirements.txt
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --disable-pip-version-check --progress-bar on -r $<
 	! command -v npm > /dev/null || npm install --no-audit --no-fund --prefix .venv-clients/node openai@7.59.0
+	@touch $@
+
+# Its torch is another one than ours may be. --no-deps: pip can't be told to leave out the parts that we don't use.
+.venv-vllm/.installed: tests/bench/vllm-requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --progress-bar on --no-deps -r $<
 	@touch $@
 
 .venv/.run: .venv/bin/python pyproject.toml requirements.lock
