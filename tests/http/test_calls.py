@@ -16,6 +16,8 @@ import httpx2 as httpx
 import pytest
 import pytest_asyncio
 import trustme
+from backpack_proto.v1 import inference_pb2 as pb
+from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_serving.auth.tls import Tls
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.sequence import Output
@@ -24,7 +26,7 @@ from backpack_serving.http import bootstrap, caller, listener, probe
 from backpack_serving.observability import tracing
 from backpack_serving.observability.metrics import Metrics
 
-from tests.e2e.conftest import Metadata, System, running
+from tests.e2e.conftest import Metadata, System, copy, running
 from tests.http.conftest import PROMPT
 from tests.waiting import eventually
 
@@ -299,11 +301,34 @@ async def test_certificates_are_read_again(system: System, tmp_path: Path) -> No
         async with httpx.AsyncClient(verify=trust) as client:
             assert (await client.get(f"https://{server.address}/healthz")).status_code == 200
         by_name = Tls(authorities=tmp_path / "ca.pem", name="first.example")  # as containers' health checks ask
-        assert await asyncio.to_thread(probe.ready, f"https://{server.address}", 5, by_name) == (True, "SERVING")
+
+        async def serves() -> bool:
+            return await asyncio.to_thread(probe.ready, f"https://{server.address}", 5, by_name) == (True, "SERVING")
+
+        await eventually(serves)  # the gateway says so twice a second
         with pytest.raises(Unavailable):
             await asyncio.to_thread(probe.ready, f"https://{server.address}", 5, replace(by_name, name="other.example"))
         renew("second.example")
         assert await names() == ["second.example"]
+
+
+async def test_a_user_is_in_the_same_half_of_a_canary_as_over_grpc(system: System) -> None:
+    key = await system.tenant(copy("king", "ship"))
+    second = await system.release(key, copy("king", "nurse"))
+    channel = (await system.releases.GetChannel(ipb.GetChannelRequest(name="channels/live"), metadata=key)).channel
+    started = ipb.StartCanaryRequest(channel="channels/live", release=second, permille=500, etag=channel.etag)
+    position = (await system.releases.StartCanary(started, metadata=key)).position
+    halves = set()
+    async with http(system) as (server, _), httpx.AsyncClient(base_url=f"http://{server.address}") as client:
+        for user in map(str, range(12)):
+            request = pb.ScoreRequest(text=pb.Prompt(text=PROMPT), request_key=user, min_revision=position)
+            theirs = (await system.inference.Score(request, metadata=key)).served
+            asked = {"model": "live", "prompt": PROMPT, "max_tokens": 1, "echo": True, "logprobs": 0, "user": user}
+            answer = await client.post("/v1/completions", json=asked, headers=headers(key))
+            ours = answer.json()["choices"][0]["served"]
+            assert (ours["canary"], ours["release"]) == (theirs.canary, theirs.release)
+            halves.add(theirs.canary)
+    assert halves == {True, False}
 
 
 async def test_a_request_is_a_span_whose_child_is_the_gateways(system: System) -> None:
