@@ -316,7 +316,7 @@ async def test_a_user_is_in_the_same_half_of_a_canary_as_over_grpc(system: Syste
     key = await system.tenant(copy("king", "ship"))
     second = await system.release(key, copy("king", "nurse"))
     channel = (await system.releases.GetChannel(ipb.GetChannelRequest(name="channels/live"), metadata=key)).channel
-    started = ipb.StartCanaryRequest(channel="channels/live", release=second, permille=500, etag=channel.etag)
+    started = ipb.StartCanaryRequest(channel="channels/live", release=second, permille=500, salt="s", etag=channel.etag)
     position = (await system.releases.StartCanary(started, metadata=key)).position
     halves = set()
     async with http(system) as (server, _), httpx.AsyncClient(base_url=f"http://{server.address}") as client:
