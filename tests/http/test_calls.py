@@ -7,7 +7,7 @@ import json
 import ssl
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from backpack_serving.observability.metrics import Metrics
 
 from tests.e2e.conftest import Metadata, System, copy, running
 from tests.http.conftest import PROMPT
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 LONG = {"model": "live", "prompt": PROMPT, "max_tokens": 450, "ignore_end_of_text": True, "stream": True}
 
@@ -214,6 +214,14 @@ async def test_headers_have_a_limit_and_a_time(system: System, monkeypatch: pyte
             while await reader.readline() != b"\r\n":
                 pass
             assert await reader.readexactly(len('{"status":"SERVING"}'))
+        writer.close()
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /v1/models HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n")
+        async with asyncio.timeout(PATIENCE):  # trailers count, too: it is closed before they end
+            with suppress(ConnectionError):
+                for at in range(40):
+                    writer.write(b"x%d: %s\r\n" % (at, b"a" * 1024))
+                await reader.read()
         writer.close()
         monkeypatch.setattr(listener, "HEAD_SECONDS", 0.02)
         reader, writer = await asyncio.open_connection(host, int(port))

@@ -14,7 +14,7 @@ from uvicorn import Config
 from uvicorn import Server as Uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from backpack_serving import rpc
+from backpack_serving import rpc, tasks
 from backpack_serving.auth.tls import Reloaded, Tls, listener_context
 from backpack_serving.http.calls import Calls
 
@@ -34,7 +34,7 @@ _ENDING = 5.0
 class _Protocol(HttpToolsProtocol):
     """uvicorn's, which bounds neither the size of headers nor the time that they take."""
 
-    _head = 0
+    _head = _fields = 0
     _in_head = True
     _late: asyncio.TimerHandle | None = None
 
@@ -55,6 +55,16 @@ class _Protocol(HttpToolsProtocol):
         if self._in_head and self._head > HEAD_BYTES and not self.transport.is_closing():
             self.transport.write(_TOO_LARGE)
             self.transport.close()
+
+    def on_message_begin(self) -> None:
+        self._fields = 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._fields += len(name) + len(value)
+        if self._fields > HEAD_BYTES:  # trailers after a body are fields, too
+            raise ValueError("too many bytes of fields")  # the parser's caller answers 400 and closes
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._in_head, self._head = False, 0
@@ -105,7 +115,8 @@ class Listener:
         self.calls.end()
         await self.calls.idle(_ENDING)
         self.server.force_exit = True
-        await self.serving
+        await asyncio.wait({self.serving}, timeout=_ENDING)  # a client that reads nothing isn't waited for
+        await tasks.end(self.serving)
 
 
 async def listen(calls: Calls, address: str, tls: Tls) -> Listener:
