@@ -9,7 +9,7 @@ endif
 COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c requirements.lock
 
-.PHONY: help run test test-long test-containers up down wheel chart bench lint format protos lock clean
+.PHONY: help run test test-long test-clients test-containers up down wheel chart bench lint format protos lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,9 @@ test: .venv/.dev ## Run the tests but for the slow ones, types and style include
 
 test-long: .venv/.dev ## The slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+test-clients: .venv/.dev .venv-clients/.installed ## Other people's clients of HTTP (1.3 GB in .venv-clients): lm-eval, LangChain, LiteLLM, Node
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/http/test_other_clients.py
 
 up: ## Everything in containers, with docker compose: images, secrets in var/secrets, PostgreSQL, Prometheus, Grafana
 	$(COMPOSE) --profile setup build
@@ -53,6 +56,7 @@ bench: .venv/.dev ## Measure, side by side; results go to tests/bench/results
 	$(BIN)/python -m tests.bench.sync
 	$(BIN)/python -m tests.bench.interventions
 	$(BIN)/python -m tests.bench.compare
+	$(BIN)/python -m tests.bench.http
 	RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(ALONE) $(BIN)/python -m tests.bench.tax
 	RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(ALONE) $(BIN)/python -m tests.bench.tax small
 
@@ -74,11 +78,18 @@ lock: .venv/.dev ## Write requirements.lock anew from what is installed in .venv
 	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' >> requirements.lock
 
 clean: ## Remove the environments and what running has left behind
-	rm -rf .venv .venv-vllm .venv-llama var .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-clients .venv-llama .venv-vllm var .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "Python's venv is missing: apt install python3-venv"; exit 1; }
+
+# They want other versions of packages than we do. Without npm, the test of OpenAI's client for Node is skipped.
+.venv-clients/.installed: tests/http/clients-requirements.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --disable-pip-version-check --progress-bar on -r $<
+	! command -v npm > /dev/null || npm install --no-audit --no-fund --prefix .venv-clients/node openai@7.59.0
+	@touch $@
 
 # Its torch is another one than ours may be. --no-deps: pip can't be told to leave out the parts that we don't use.
 .venv-vllm/.installed: tests/bench/vllm-requirements.txt

@@ -52,6 +52,17 @@ class Scoring:
         """T − 1 numbers for each release."""
         return [self._under(overlay).tolist() for overlay in overlays]
 
+    @torch.inference_mode()
+    def likeliest(self, overlay: Overlay, top: int) -> list[list[tuple[int, float]]]:
+        """The `top` likeliest tokens in the place of each of the T − 1, most likely first, with log p."""
+        first, changed = self._pass.under(overlay)
+        found = []
+        for _, logits in _logits_in_pieces(torch.cat([self._pass.base[:first], changed]), self._head):
+            values, tokens = logits.topk(top)
+            logs = values - logits.logsumexp(1)[:, None]
+            found += [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), logs.tolist(), strict=True)]
+        return found
+
     def _under(self, overlay: Overlay) -> Tensor:
         first, changed = self._pass.under(overlay)
         return torch.cat([self._unpatched(first), self._logs(changed, self._next[first:])])

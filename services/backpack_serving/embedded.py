@@ -1,4 +1,4 @@
-"""Everything in one process: interventions, directory, one replica and a gateway on one event loop.
+"""Everything in one process: interventions, directory, one replica, a gateway and HTTP on one event loop.
 
 They are the same servers that run apart on a cluster, and they speak gRPC to each other here too, over the
 loopback: there is one code path for what a request means. Only their addresses are chosen here.
@@ -14,6 +14,7 @@ from functools import partial
 
 from backpack_serving import rpc, starting, tasks
 from backpack_serving.gateway import bootstrap as gateway
+from backpack_serving.http import bootstrap as http
 from backpack_serving.inference import directory
 from backpack_serving.interventions import bootstrap as interventions
 from backpack_serving.observability import exposition
@@ -23,10 +24,14 @@ from backpack_serving.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """The addresses that clients call; a part sets its event in `failed` if it must be restarted."""
+    """The addresses that clients call; a part sets its event in `failed` if it must be restarted.
+
+    `http` is None where none is served.
+    """
 
     gateway: str
     interventions: str
+    http: str | None
     metrics: Metrics
     settings: Settings
     failed: tuple[asyncio.Event, ...]
@@ -35,7 +40,13 @@ class Embedded:
 @asynccontextmanager
 async def run(settings: Settings) -> AsyncIterator[Embedded]:
     """Serve while the block runs. It is entered when requests can be served, or when a part has failed."""
-    for address in (settings.gateway_address, settings.inference_address, settings.directory_address):
+    listening = (
+        settings.gateway_address,
+        settings.inference_address,
+        settings.directory_address,
+        settings.http_address,
+    )
+    for address in filter(None, listening):
         await starting.blocking(partial(rpc.check_address, address))
     await starting.model(settings, weights=True)
     async with AsyncExitStack() as stack:
@@ -67,7 +78,12 @@ async def run(settings: Settings) -> AsyncIterator[Embedded]:
         stack.push_async_callback(serving.stop)
         front = await gateway.start(settings, metrics)
         stack.push_async_callback(front.stop)
+        # Last, so that it is the first to stop: what it still runs needs the others.
+        web = None
+        if settings.http_address:
+            web = await http.start(settings.model_copy(update={"gateway_address": front.address}), metrics)
+            stack.push_async_callback(web.stop)
         failed = (control.failed, serving.failed)
         ready = starting.wait_for("the gateway", front.ready, settings.start_wait, why=front.not_ready)
         await tasks.first(ready, *(part.wait() for part in failed))
-        yield Embedded(front.address, control.address, metrics, settings, failed)
+        yield Embedded(front.address, control.address, web.address if web else None, metrics, settings, failed)

@@ -59,6 +59,12 @@ def _metrics_address(text: str) -> str:
     return text and _check_address(text)
 
 
+def _http_address(text: str) -> str:
+    if text.startswith("unix:"):
+        raise ValueError("write host:port, as in 127.0.0.1:8480 or [::]:8480")
+    return text and _check_address(text)
+
+
 def _check_gateway_processes(count: int) -> int:
     if count > 1:
         raise ValueError(
@@ -158,13 +164,21 @@ class Settings(BaseSettings):
         "serve although channels are at releases for another.",
     )
 
-    gateway_address: Address = Field("127.0.0.1:8470", description="Where the gateway listens.")
+    gateway_address: Address = Field("127.0.0.1:8470", description="Where the gateway listens, and is called by HTTP.")
     gateway_processes: Annotated[int, AfterValidator(_check_gateway_processes)] = Field(
         0,
         ge=0,
         json_schema_extra={"maximum": 1},
         description="Processes of a gateway: 0 and 1 both mean one. For more cores, start more gateways behind a "
         "TCP load balancer.",
+    )
+    http_address: Annotated[str, AfterValidator(_http_address)] = Field(
+        "127.0.0.1:8480", description="Where HTTP is served; empty: `backpack run` serves none."
+    )
+    http_origins: Annotated[frozenset[str], NoDecode, _json('["https://studio.example"]')] = Field(
+        frozenset(),
+        description='Origins whose pages may call over HTTP (CORS): a list such as ["https://studio.example"], or '
+        '["*"] for all.',
     )
     interventions_address: Address = Field(
         "127.0.0.1:8471", description="Where the intervention service listens, and is called."

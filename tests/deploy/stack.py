@@ -24,8 +24,8 @@ from tests.e2e.conftest import Metadata, System
 ROOT = Path(__file__).parents[2]
 COMPOSE = str(Path(sys.executable).parent / "docker-compose")
 PROMPT = "The story of the king and the"
-OURS = ("migrations", "interventions", "inference", "gateway")
-GATEWAY, INTERVENTIONS = "127.0.0.1:18470", "127.0.0.1:18471"
+OURS = ("migrations", "interventions", "inference", "gateway", "http")
+GATEWAY, INTERVENTIONS, HTTP = "127.0.0.1:18470", "127.0.0.1:18471", "127.0.0.1:18480"
 PROXIES = {v: "http://proxy.invalid:3128" for name in ("http_proxy", "https_proxy") for v in (name, name.upper())}
 """What Docker puts into every container where its configuration names a proxy. No part is to be reached by it."""
 
@@ -76,6 +76,7 @@ class Stack:
     def __init__(self, folder: Path, project: str) -> None:
         self._folder, self.project = folder, project
         self._environment = {"GATEWAY_PORT": GATEWAY[-5:], "INTERVENTIONS_PORT": INTERVENTIONS[-5:]}
+        self._environment["HTTP_PORT"] = HTTP[-5:]
         self._environment["BACKPACK_MODEL"] = str(ROOT / "models" / "weights" / "default")
         self.services = [*OURS, "postgres", "prometheus", "grafana"]
         self.secrets, self.deploy = folder / "var" / "secrets", folder / "deploy"

@@ -37,7 +37,14 @@ pytestmark = needs_helm
 EXTENDED = (Path(__file__).parent / "extended_values.yaml").read_text()
 VERSION = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
 POD: dict[str, Any] = yaml.safe_load(EXTENDED)["tests"]
-PARTS = ["Deployment r-gateway", "Deployment r-interventions", "Job r-migrations", "Ray head", "Ray replicas"]
+PARTS = [
+    "Deployment r-gateway",
+    "Deployment r-interventions",
+    "Deployment r-http",
+    "Job r-migrations",
+    "Ray head",
+    "Ray replicas",
+]
 
 
 def _test_pod(values: str) -> dict[str, Any]:
@@ -153,6 +160,7 @@ def test_an_image_is_named_for_all_parts_or_for_one() -> None:
     assert images == {
         "Deployment r-gateway": part,
         "Deployment r-interventions": part,
+        "Deployment r-http": part,
         "Pod r-test": part,
         "Job r-migrations": (f"backpack-migrations:{VERSION}", "IfNotPresent"),
         "Ray head": ("engine:gpu", "Always"),

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 DATABASE = "postgres:5432/backpack"
-PROCESSES = {"gateway", "inference", "interventions", "migrations"}
+PROCESSES = {"gateway", "http", "inference", "interventions", "migrations"}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_each_process_is_stopped_by_the_signal_that_it_drains_on(compose: dict[s
 
 
 @pytest.mark.parametrize(
-    "module", ["gateway.bootstrap", "interventions.bootstrap", "interventions.postgres", "cli.main"]
+    "module", ["gateway.bootstrap", "http.bootstrap", "interventions.bootstrap", "interventions.postgres", "cli.main"]
 )
 def test_what_the_small_images_run_is_installed_there(module: str) -> None:
     """They have our dependencies, PostgreSQL's driver and OpenTelemetry: with nothing else it can be imported."""
@@ -118,7 +118,7 @@ def test_images_and_files_name_settings_that_exist(compose: dict[str, Any]) -> N
 
 
 def test_one_model_is_served_by_all_who_read_it(compose: dict[str, Any]) -> None:
-    for name in ("gateway", "inference", "interventions"):
+    for name in ("gateway", "http", "inference", "interventions"):
         service = compose["services"][name]
         (mount,) = (v for v in service["volumes"] if v["target"] == "/model")
         assert service["environment"]["BACKPACK_MODEL"] == mount["target"], name
@@ -135,6 +135,7 @@ def test_only_clients_and_people_get_in_and_only_from_this_machine(compose: dict
     assert published == {
         "gateway": {("127.0.0.1", "8470")},
         "interventions": {("127.0.0.1", "8471")},
+        "http": {("127.0.0.1", "8480")},
         "grafana": {("127.0.0.1", "3000")},
     }
     assert compose["networks"]["inside"]["internal"] is True

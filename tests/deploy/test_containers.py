@@ -7,10 +7,12 @@ from their images, or from Debian (standins.Dockerfile) where those can't be pul
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 from backpack_lm.kernels.families import fitting
@@ -22,7 +24,9 @@ from backpack_serving.errors import Unauthenticated, Unavailable
 
 from tests.deploy.stack import (
     GATEWAY,
+    HTTP,
     INTERVENTIONS,
+    PROMPT,
     Stack,
     again,
     needs_engine,
@@ -87,6 +91,25 @@ async def test_the_stack_serves_steered_text_and_survives_its_parts(stack: Stack
     assert await again(lambda: text(system, plain)) == unsteered
 
 
+async def test_http_answers_as_grpc_does(stack: Stack, system: System) -> None:
+    key = await system.tenant(copy("king", "ship"))
+    asked = {
+        "model": "live",
+        "prompt": PROMPT,
+        "max_tokens": 24,
+        "seed": 2,
+        "temperature": 0.7,
+        "ignore_end_of_text": True,
+    }
+    body, headers = json.dumps(asked).encode(), {"content-type": "application/json", **dict(key)}
+
+    def answered() -> str:
+        with urlopen(Request(f"http://{HTTP}/v1/completions", body, headers)) as answer:
+            return str(json.load(answer)["choices"][0]["text"])
+
+    assert await asyncio.to_thread(answered) == await text(system, key)
+
+
 async def test_operators_can_tell_the_processes_apart(stack: Stack, system: System) -> None:
     readers = (await system.fleet.ListReaders(sync_pb2.ListReadersRequest(), metadata=system.admin)).readers
     host = stack.inside("gateway", "import socket; print(socket.gethostname())").strip()
@@ -94,7 +117,7 @@ async def test_operators_can_tell_the_processes_apart(stack: Stack, system: Syst
 
 
 def test_processes_run_as_nobody_special_and_write_nothing(stack: Stack) -> None:
-    for part in ("gateway", "interventions", "inference"):
+    for part in ("gateway", "http", "interventions", "inference"):
         assert stack.inside(part, "import os; print(os.getuid())").strip() == "10001"
     with pytest.raises(AssertionError, match="Read-only file system"):
         stack.inside("gateway", "open('/opt/backpack/x', 'w')")
@@ -163,11 +186,11 @@ def test_prometheus_reads_every_process(stack: Stack) -> None:
         "url = 'http://prometheus:9090/api/v1/query?' + p.urlencode({'query': 'up == 1'})\n"
         "for _ in range(60):\n"
         "    found = {r['metric']['process'] for r in json.load(opened(url))['data']['result']}\n"
-        "    if len(found) == 3: break\n"
+        "    if len(found) == 4: break\n"
         "    time.sleep(1)\n"
         "print(*sorted(found))"
     )
-    assert stack.inside("gateway", ask).split() == ["gateway", "inference", "interventions"]
+    assert stack.inside("gateway", ask).split() == ["gateway", "http", "inference", "interventions"]
 
 
 async def test_a_replica_is_added_without_a_pause_as_the_guide_says(stack: Stack, system: System) -> None:
@@ -225,8 +248,8 @@ async def test_the_service_key_is_replaced_as_the_guide_says(stack: Stack, syste
 
 def test_it_stops_in_good_order(stack: Stack) -> None:
     """Last: everything is stopped as an operator would, and nothing had to be killed."""
-    stack.compose("stop", "gateway", "inference", "interventions")
-    for part in ("gateway", "inference", "interventions"):
+    stack.compose("stop", "http", "gateway", "inference", "interventions")
+    for part in ("http", "gateway", "inference", "interventions"):
         (name,) = stack.compose("ps", "--all", "--quiet", part).split()
         code = run("docker", "inspect", "--format", "{{.State.ExitCode}}", name).strip()
         assert code == "0", (part, code)

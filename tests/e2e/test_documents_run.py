@@ -18,9 +18,11 @@ from tests.e2e.starts import read_until_served
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "docs/quickstart.md"]
-FURTHER = [pytest.param(f"docs/{page}.md", marks=pytest.mark.slow) for page in ("steering", "python-client")]
+FURTHER = [pytest.param(f"docs/{page}.md", marks=pytest.mark.slow) for page in ("steering", "python-client", "http")]
 MARK = "@@ step"
-STEADY = re.compile(r"tenants/[\w/]+|var/\w+\.key|releases? \d+|held by [\w ,]+|\b(?=\w*\d)[0-9a-f]{8,64}\b")
+STEADY = re.compile(
+    r"tenants/[\w/]+|var/\w+\.key|releases? \d+|held by [\w ,]+|(?<!cmpl-)(?<!\"created\": )\b(?=\w*\d)[0-9a-f]{8,64}\b"
+)
 """What is the same on any processor: names, numbers of releases, digests. Texts and probabilities aren't."""
 
 
@@ -38,12 +40,12 @@ def _blocks(page: str) -> list[tuple[str, str]]:
 
 
 def _session(page: str, addresses: dict[str, str]) -> list[Step]:
-    """What a reader of the page does in the other terminal. Programs in Python are given the test's addresses."""
+    """What a reader of the page does in the other terminal, at the test's addresses."""
     steps = []
     for language, content in _blocks(page):
+        for theirs, ours in addresses.items():
+            content = content.replace(theirs, ours)
         if language == "python":
-            for theirs, ours in addresses.items():
-                content = content.replace(theirs, ours)
             steps.append(Step(f".venv/bin/python - <<'END'\n{content}END", ""))
         elif language == "console":
             first, *found = re.split(r"^\$ ", content, flags=re.M)
@@ -71,17 +73,18 @@ def _serving(folder: Path, environment: dict[str, str]) -> Iterator[str]:
 @pytest.mark.parametrize("page", [*PAGES, *FURTHER])
 def test_a_page_s_commands_do_what_it_shows(page: str, tmp_path: Path) -> None:
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    gateway, interventions = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    gateway, interventions, http = (f"127.0.0.1:{free_port()}" for _ in range(3))
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("BACKPACK_")}
     environment = inherited | {
         "BACKPACK_GATEWAY_ADDRESS": gateway,
         "BACKPACK_INTERVENTIONS_ADDRESS": interventions,
+        "BACKPACK_HTTP_ADDRESS": http,
         "BACKPACK_DIRECTORY_ADDRESS": "127.0.0.1:0",
         "PYTHONPATH": os.pathsep.join(sys.path),
         "COLUMNS": "100",
         "NO_COLOR": "1",
     }
-    steps = _session(page, {"127.0.0.1:8470": gateway, "127.0.0.1:8471": interventions})
+    steps = _session(page, {"127.0.0.1:8470": gateway, "127.0.0.1:8471": interventions, "127.0.0.1:8480": http})
     assert len(steps) > 2
     script = "".join(f"echo '{MARK}'\n{step.command}\n" for step in steps)
     with _serving(tmp_path, environment) as printed:

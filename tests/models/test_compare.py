@@ -67,7 +67,7 @@ def _compiled(releases: list[tuple[Edit, ...]], table: SenseTable) -> list[Overl
 def _passes(model: Backpack) -> Iterator[list[int]]:
     """The length of each text that the trunk reads inside the block."""
     seen: list[int] = []
-    hook = model.gpt2_model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    hook = model.gpt2_model.h[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
     try:
         yield seen
     finally:
@@ -82,6 +82,22 @@ def test_scores_are_those_of_the_forward_pass(
     overlays = _compiled(releases, table)
     for overlay, found in zip(overlays, Scoring(model, table, ids).read(overlays), strict=True):
         assert found == pytest.approx(scores(model, ids, overlay), abs=TOLERANCE)
+
+
+@checked
+@given(ids=texts, releases=releases)
+def test_what_would_have_been_likelier_is_that_of_the_forward_pass(
+    model: Backpack, table: SenseTable, ids: Tensor, releases: list[tuple[Edit, ...]]
+) -> None:
+    for overlay in _compiled(releases, table):
+        found = Scoring(model, table, ids).likeliest(overlay, 5)
+        logs = model(ids[None, :-1], overlay)[0, :, :REAL].log_softmax(-1)
+        assert [[value for _, value in each] for each in found] == [
+            pytest.approx(row, abs=TOLERANCE) for row in logs.topk(5).values.tolist()
+        ]
+        for at, each in enumerate(found):
+            for token, value in each:
+                assert value == pytest.approx(float(logs[at, token]), abs=TOLERANCE)
 
 
 @checked

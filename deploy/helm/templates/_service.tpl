@@ -1,6 +1,13 @@
-{{- /* The Service of a part for those who call it: its gRPC port, and (`metrics`) that of metrics. */ -}}
+{{- /* What a part speaks: `as` of its template, else gRPC. */ -}}
+{{- define "backpack.speaks" -}}
+{{- $grpc := dict "name" "grpc" "protocol" (ternary "" "kubernetes.io/h2c" (not (empty .root.Values.tls.secret))) "route" "GRPCRoute" "value" "grpcRoute" }}
+{{- toYaml (.as | default $grpc) }}
+{{- end }}
+
+{{- /* The Service of a part for those who call it: its port, and (`metrics`) that of metrics. */ -}}
 {{- define "backpack.service" -}}
 {{- $service := .values.service }}
+{{- $speaks := include "backpack.speaks" . | fromYaml }}
 apiVersion: v1
 kind: Service
 metadata:
@@ -8,7 +15,7 @@ metadata:
   labels: {{- include "backpack.labels" . | nindent 4 }}
   {{- include "backpack.annotations" (merge (dict "own" $service.annotations) .) | nindent 2 }}
 spec:
-  {{- if or (ne $service.type "ClusterIP") (eq .part "gateway") }}
+  {{- if or (ne $service.type "ClusterIP") (ne .part "interventions") }}
   type: {{ $service.type }}
   {{- end }}
   {{- range $name := list "loadBalancerClass" "loadBalancerSourceRanges" "externalTrafficPolicy" }}
@@ -21,7 +28,7 @@ spec:
   {{- end }}
   selector: {{- include "backpack.selector" . | nindent 4 }}
   ports:
-    - {name: grpc, port: {{ .port }}, targetPort: grpc{{ with $service.nodePort }}, nodePort: {{ . }}{{ end }}{{ if not .root.Values.tls.secret }}, appProtocol: kubernetes.io/h2c{{ end }}}
+    - {name: {{ $speaks.name }}, port: {{ .port }}, targetPort: {{ $speaks.name }}{{ with $service.nodePort }}, nodePort: {{ . }}{{ end }}{{ with $speaks.protocol }}, appProtocol: {{ . }}{{ end }}}
     {{- if .metrics }}
     - {name: metrics, port: 9464, targetPort: metrics}
     {{- end }}
@@ -31,6 +38,7 @@ spec:
 {{- define "backpack.outside" -}}
 {{- $service := include "backpack.name" . }}
 {{- $port := .port }}
+{{- $speaks := include "backpack.speaks" . | fromYaml }}
 {{- with .values.ingress }}
 {{- if .enabled }}
 ---
@@ -54,24 +62,24 @@ spec:
         paths:
           - path: /
             pathType: Prefix
-            backend: {service: {name: {{ $service }}, port: {name: grpc}}}
+            backend: {service: {name: {{ $service }}, port: {name: {{ $speaks.name }}}}}
     {{- else }}
     {{- fail (printf "%s.ingress.hosts is empty: an Ingress needs the name that clients call" $.at) }}
     {{- end }}
 {{- end }}
 {{- end }}
-{{- with .values.grpcRoute }}
+{{- with get .values $speaks.value }}
 {{- if .enabled }}
 ---
 apiVersion: gateway.networking.k8s.io/v1
-kind: GRPCRoute
+kind: {{ $speaks.route }}
 metadata:
   name: {{ $service }}
   labels: {{- include "backpack.labels" $ | nindent 4 }}
   {{- include "backpack.annotations" (merge (dict "own" .annotations) $) | nindent 2 }}
 spec:
   {{- if not .parentRefs }}
-  {{- fail (printf "%s.grpcRoute.parentRefs is empty: a GRPCRoute needs the Gateway that it belongs to" $.at) }}
+  {{- fail (printf "%s.%s.parentRefs is empty: a %s needs the Gateway that it belongs to" $.at $speaks.value $speaks.route) }}
   {{- end }}
   parentRefs: {{- toYaml .parentRefs | nindent 4 }}
   {{- with .hostnames }}

@@ -99,12 +99,15 @@ class GenerateRequest(_message.Message):
     MIN_REVISION_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     """Which of the tenant's channels steers the request. Default: "live"."""
     request_key: _builtins.str
     """Which half of a canary the request falls into: the same key always into the same. Drawn if empty."""
     priority: _builtins.int
     """Of the tenant's requests that wait, those of the highest priority run first. −100 to 100."""
+    release: _builtins.int
+    """A release of the tenant by its number, in place of the one that the channel is at."""
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -129,12 +132,15 @@ class GenerateRequest(_message.Message):
         min_revision: Global___Position | None = ...,
         priority: _builtins.int = ...,
         explain: Global___ExplainOptions | None = ...,
+        release: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["explain", b"explain", "min_revision", b"min_revision", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "explain", b"explain", "min_revision", b"min_revision", "prompt", b"prompt", "release", b"release", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "explain", b"explain", "min_revision", b"min_revision", "priority", b"priority", "prompt", b"prompt", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "channel", b"channel", "explain", b"explain", "min_revision", b"min_revision", "priority", b"priority", "prompt", b"prompt", "release", b"release", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
+    _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__release) -> _WhichOneofReturnType__release | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
@@ -219,9 +225,12 @@ class GenerateStreamRequest(_message.Message):
     MIN_REVISION_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     request_key: _builtins.str
     priority: _builtins.int
+    release: _builtins.int
+    """A release of the tenant by its number, in place of the one that the channel is at."""
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -247,12 +256,15 @@ class GenerateStreamRequest(_message.Message):
         min_revision: Global___Position | None = ...,
         priority: _builtins.int = ...,
         explain: Global___ExplainOptions | None = ...,
+        release: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["coalesce", b"coalesce", "explain", b"explain", "min_revision", b"min_revision", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "coalesce", b"coalesce", "explain", b"explain", "min_revision", b"min_revision", "prompt", b"prompt", "release", b"release", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "coalesce", b"coalesce", "explain", b"explain", "min_revision", b"min_revision", "priority", b"priority", "prompt", b"prompt", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "channel", b"channel", "coalesce", b"coalesce", "explain", b"explain", "min_revision", b"min_revision", "priority", b"priority", "prompt", b"prompt", "release", b"release", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
+    _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__release) -> _WhichOneofReturnType__release | None: ...
 
 Global___GenerateStreamRequest: _TypeAlias = GenerateStreamRequest  # noqa: Y015
 
@@ -328,8 +340,14 @@ class ScoreRequest(_message.Message):
     CHANNEL_FIELD_NUMBER: _builtins.int
     REQUEST_KEY_FIELD_NUMBER: _builtins.int
     MIN_REVISION_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    ALTERNATIVES_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     request_key: _builtins.str
+    release: _builtins.int
+    """A release of the tenant by its number, in place of the one that the channel is at."""
+    alternatives: _builtins.int
+    """How many most likely alternatives to report with each token but the first, at most 20."""
     @_builtins.property
     def text(self) -> Global___Prompt: ...
     @_builtins.property
@@ -341,12 +359,16 @@ class ScoreRequest(_message.Message):
         channel: _builtins.str = ...,
         request_key: _builtins.str = ...,
         min_revision: Global___Position | None = ...,
+        release: _builtins.int | None = ...,
+        alternatives: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["min_revision", b"min_revision", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "min_revision", b"min_revision", "release", b"release", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "min_revision", b"min_revision", "request_key", b"request_key", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "alternatives", b"alternatives", "channel", b"channel", "min_revision", b"min_revision", "release", b"release", "request_key", b"request_key", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
+    _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__release) -> _WhichOneofReturnType__release | None: ...
 
 Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
 
@@ -394,10 +416,13 @@ class ExplainRequest(_message.Message):
     CHANNEL_FIELD_NUMBER: _builtins.int
     REQUEST_KEY_FIELD_NUMBER: _builtins.int
     MIN_REVISION_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
     """How many contributions to list, largest magnitude first. Default 20; at most 1,000."""
     channel: _builtins.str
     request_key: _builtins.str
+    release: _builtins.int
+    """A release of the tenant by its number, in place of the one that the channel is at."""
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -415,12 +440,15 @@ class ExplainRequest(_message.Message):
         channel: _builtins.str = ...,
         request_key: _builtins.str = ...,
         min_revision: Global___Position | None = ...,
+        release: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["min_revision", b"min_revision", "prompt", b"prompt", "target", b"target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "min_revision", b"min_revision", "prompt", b"prompt", "release", b"release", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "limit", b"limit", "min_revision", b"min_revision", "prompt", b"prompt", "request_key", b"request_key", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "channel", b"channel", "limit", b"limit", "min_revision", b"min_revision", "prompt", b"prompt", "release", b"release", "request_key", b"request_key", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
+    _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__release) -> _WhichOneofReturnType__release | None: ...
 
 Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
 
@@ -776,12 +804,15 @@ class ListSensesRequest(_message.Message):
     REQUEST_KEY_FIELD_NUMBER: _builtins.int
     MIN_REVISION_FIELD_NUMBER: _builtins.int
     NEIGHBOURS_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
     """How many tokens to list at each end. Default 10; at most 100."""
     channel: _builtins.str
     request_key: _builtins.str
     neighbours: _builtins.int
     """How many words to list whose same sense lies nearest. Default none; at most 100."""
+    release: _builtins.int
+    """A release of the tenant by its number, in place of the one that the channel is at."""
     @_builtins.property
     def word(self) -> Global___Word: ...
     @_builtins.property
@@ -795,12 +826,15 @@ class ListSensesRequest(_message.Message):
         request_key: _builtins.str = ...,
         min_revision: Global___Position | None = ...,
         neighbours: _builtins.int = ...,
+        release: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["min_revision", b"min_revision", "word", b"word"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "min_revision", b"min_revision", "release", b"release", "word", b"word"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "limit", b"limit", "min_revision", b"min_revision", "neighbours", b"neighbours", "request_key", b"request_key", "word", b"word"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "channel", b"channel", "limit", b"limit", "min_revision", b"min_revision", "neighbours", b"neighbours", "release", b"release", "request_key", b"request_key", "word", b"word"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
+    _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__release) -> _WhichOneofReturnType__release | None: ...
 
 Global___ListSensesRequest: _TypeAlias = ListSensesRequest  # noqa: Y015
 

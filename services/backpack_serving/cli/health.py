@@ -14,17 +14,24 @@ from backpack_serving.settings import Settings
 
 @exits()
 def health(
-    address: Annotated[str, typer.Argument(help="host:port of a gateway, replica, directory or intervention service.")],
+    address: Annotated[
+        str,
+        typer.Argument(help="host:port of a gateway, replica, directory or intervention service, or http://host:port."),
+    ],
     service: Annotated[str, typer.Option(help="A single service, such as backpack.v1.InferenceService.")] = "",
     replicas: Annotated[
         int, typer.Option(min=0, help="The server is a directory: at least so many replicas must take requests.")
     ] = 0,
     timeout: Annotated[float, typer.Option(min=0.1, max=3600.0, help="Seconds to wait for the answer.")] = 5.0,
 ) -> None:
-    """Check the health of a server (grpc.health.v1). Exit with status 0 if it serves, 1 if not."""
+    """Check the health of a server (grpc.health.v1; /readyz of http://…). Exit with status 0 if it serves, else 1."""
     settings = Settings()
     try:
-        if replicas:
+        if address.startswith(("http://", "https://")):
+            from backpack_serving.http.probe import ready
+
+            healthy, said = ready(address, timeout, settings.tls)
+        elif replicas:
             count = probe.replicas(address, settings.directory_metadata, timeout, settings.directory_tls)
             healthy, said = count >= replicas, f"replicas that take requests: {count}"
         else:

@@ -8,6 +8,7 @@ import shlex
 import signal
 import time
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -56,6 +57,7 @@ async def _serve_all(settings: Settings, examples: bool, once: bool) -> None:
             stopped.leave()
         out.print(
             f"gateway [bold]{serving.gateway}[/], interventions [bold]{serving.interventions}[/], "
+            f"{f'HTTP [bold]{serving.http}[/], ' if serving.http else ''}"
             f"state in [bold]{settings.state}/[/] [dim]({time.monotonic() - started:.1f} s)[/]\n"
         )
         if examples:
@@ -87,10 +89,10 @@ async def _show_examples(serving: Embedded, settings: Settings) -> None:
     # The gateway hears of the new tenants by its watch, within milliseconds.
     await asyncio.sleep(0.2)
     await demo.side_by_side(serving)
-    out.print(_usage(serving.gateway, serving.interventions, settings), markup=False, soft_wrap=True)
+    out.print(_usage(serving.gateway, serving.interventions, serving.http, settings), markup=False, soft_wrap=True)
 
 
-def _usage(gateway: str, interventions: str, settings: Settings) -> str:
+def _usage(gateway: str, interventions: str, http: str | None, settings: Settings) -> str:
     key = settings.key_file("harbour")
     here = {"gateway_address": gateway, "interventions_address": interventions, "state": str(settings.state)}
     # Another terminal has none of the variables that this one may have.
@@ -103,7 +105,7 @@ From the command line (in another terminal, here):
     {backpack} generate "The story of the king" --as harbour
     {backpack} explain "The story of the king and the" --as harbour
     {backpack} release activate 0 --as harbour    # harbour without a patch; `release rollback` undoes it
-
+{_over_http(http, key)}
 From Python:
 
     from backpack_serving.client import Client
@@ -116,4 +118,15 @@ With grpcurl:
 
     grpcurl -plaintext -H "authorization: Bearer $(cat {key})" \\
       -d '{{"prompt": {{"text": "The story of the king"}}}}' {gateway} backpack.v1.InferenceService/Generate
+"""
+
+
+def _over_http(address: str | None, key: Path) -> str:
+    if address is None:
+        return ""
+    return f"""
+With any client of OpenAI's API, at http://{address}/v1:
+
+    curl http://{address}/v1/completions -H "Authorization: Bearer $(cat {key})" -H "Content-Type: application/json" \\
+      -d '{{"model": "live", "prompt": "The story of the king"}}'
 """

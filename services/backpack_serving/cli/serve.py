@@ -50,6 +50,14 @@ def gateway() -> None:
 
 
 @app.command()
+def http() -> None:
+    """Run HTTP: OpenAI's API, and our services as Connect and JSON. It calls the gateway and interventions."""
+    from backpack_serving.http import bootstrap
+
+    _serve("http", bootstrap.start)
+
+
+@app.command()
 def directory() -> None:
     """Run the directory of replicas, without Ray."""
     from backpack_serving.inference import directory as directory_room

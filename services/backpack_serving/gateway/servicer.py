@@ -17,7 +17,14 @@ from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
 from backpack_serving import rpc
 from backpack_serving.auth.identity import Identities
 from backpack_serving.auth.keys import Principal, Role
-from backpack_serving.errors import RELEASE_UNREACHABLE, TOPICS_NOT_READY, Expired, Internal, Unavailable
+from backpack_serving.errors import (
+    RELEASE_UNREACHABLE,
+    TOPICS_NOT_READY,
+    Expired,
+    Internal,
+    InvalidRequest,
+    Unavailable,
+)
 from backpack_serving.gateway.canary_stats import CanaryStats
 from backpack_serving.gateway.releases import ReleaseResolver
 from backpack_serving.gateway.routing import Router, Target
@@ -120,6 +127,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             await self._encode_long("text", request.text)
             ids = wire.read_prompt("text", request.text, self._tokenizer, self._manifest.config)
             request.text.tokens.ids[:] = ids
+            wire.read_alternatives(request)
             meter.charge(len(ids))
             self._log_prompt(request.text)
             return await self._unary(lambda stub: stub.Score, request, context, pin, meter, len(ids))
@@ -195,9 +203,14 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         return self._meters.request(principal.tenant)
 
     async def _pin(self, meter: RequestUsage, request: Any) -> Pin:
-        """Choose the release that the request keeps up to its last token."""
-        channel = request.channel or LIVE
-        return await self._releases.channel(meter.tenant, channel, request.request_key, _min_position(request))
+        """Choose the release that the request keeps up to its last token: the one that it names, or its channel's."""
+        since = _min_position(request)
+        if request.HasField("release"):
+            if request.release < 0:
+                raise InvalidRequest.at("release", "OUT_OF_RANGE", f"{request.release}; 0 (unpatched) or more")
+            channel = [request.channel] if request.channel else []  # which has to exist
+            return (await self._releases.pin(meter.tenant, [request.release, *channel], since=since))[0]
+        return await self._releases.channel(meter.tenant, request.channel or LIVE, request.request_key, since)
 
     def _call_options_for(self, context: rpc.Context, pin: Pin | None = None) -> dict[str, Any]:
         """Metadata and deadline of a call to a replica: our key, request id, trace, and the pin.

@@ -16,7 +16,7 @@ from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving import tasks
 from backpack_serving.errors import Internal
 from backpack_serving.inference.fair_lock import FairLock
-from backpack_serving.inference.served_model import ServedModel
+from backpack_serving.inference.served_model import Ranked, ServedModel
 from backpack_serving.wire.compare import ComparisonQuery
 
 T = TypeVar("T")
@@ -39,6 +39,12 @@ class ModelReader:
         logs = await self._run_in_turn(tenant, self._served.score, ids, overlay)
         _check_finite(logs)
         return logs
+
+    async def rank(self, tenant: str, ids: tuple[int, ...], overlay: Overlay, top: int) -> Ranked:
+        """log p of each token but the first, of two at least, and the `top` likeliest in its place."""
+        ranked = await self._run_in_turn(tenant, self._served.rank, ids, overlay, top)
+        _check_finite(ranked.logs)
+        return ranked
 
     async def explain(self, tenant: str, ids: tuple[int, ...], overlay: Overlay, target: int | None) -> Attribution:
         """The terms of the logit of `target`, or of the likeliest token, after `ids`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 import torch
@@ -33,6 +34,13 @@ log = structlog.get_logger(__name__)
 
 TRIED = 64
 """Words that a release is tried out on, where the context has room for them."""
+
+
+class Ranked(NamedTuple):
+    """Of each token of a text but the first: log p, and the likeliest in its place with theirs."""
+
+    logs: list[float]
+    alternatives: list[list[tuple[int, float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +102,12 @@ class ServedModel:
         """log p of each token but the first, of two at least."""
         (logs,) = Scoring(self.model, self.table, torch.tensor(ids)).read([overlay])
         return logs
+
+    def rank(self, ids: tuple[int, ...], overlay: Overlay, top: int) -> Ranked:
+        """log p of each token but the first, of two at least, and the `top` likeliest in its place."""
+        text = Scoring(self.model, self.table, torch.tensor(ids))
+        (logs,) = text.read([overlay])
+        return Ranked(logs, text.likeliest(overlay, top))
 
     def explain(self, ids: tuple[int, ...], overlay: Overlay, target: int | None) -> Attribution:
         return attribute(self.model, self.table, torch.tensor(ids), overlay, target)

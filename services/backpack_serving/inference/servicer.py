@@ -75,9 +75,15 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
             ids = wire.read_prompt("text", request.text, self._tokenizer, self._config)
             if len(ids) < 2:
                 raise InvalidRequest.at("text", "TOO_SHORT", "one token; a score needs at least two")
-            logs = await self._reader.score(pin.tenant, ids, overlay)
+            top = min(wire.read_alternatives(request), self._config.tokens)
+            alternatives: list[list[tuple[int, float]]] = [[] for _ in ids[1:]]
+            if top:
+                logs, alternatives = await self._reader.rank(pin.tenant, ids, overlay, top)
+            else:
+                logs = await self._reader.score(pin.tenant, ids, overlay)
+            placed = zip(ids, [None, *logs], [[], *alternatives], strict=True)
             return pb.ScoreResponse(
-                tokens=[wire.write_token(i, self._tokenizer, p) for i, p in zip(ids, [None, *logs], strict=True)],
+                tokens=[wire.write_token(token, self._tokenizer, p, others) for token, p, others in placed],
                 log_probability=math.fsum(logs),
                 perplexity=answers.perplexity(logs),
                 served=answers.served(pin, overlay.digest, self._manifest),

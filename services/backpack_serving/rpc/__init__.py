@@ -4,9 +4,10 @@ from backpack_serving.auth.presented import bearer, certificate_names
 from backpack_serving.rpc.channel import SMALL, channel, sync_channel
 from backpack_serving.rpc.drain import drained
 from backpack_serving.rpc.listening import check as check_address
-from backpack_serving.rpc.metadata import Context, metadata, with_key, with_request_id
+from backpack_serving.rpc.metadata import Context, identify, metadata, with_key, with_request_id
+from backpack_serving.rpc.probe import serving
 from backpack_serving.rpc.server import Server, Service, Watcher, start
-from backpack_serving.rpc.status import errors, to_status
+from backpack_serving.rpc.status import errors, refusal_of, to_status
 
 __all__ = [
     "SMALL",
@@ -20,7 +21,10 @@ __all__ = [
     "check_address",
     "drained",
     "errors",
+    "identify",
     "metadata",
+    "refusal_of",
+    "serving",
     "start",
     "sync_channel",
     "to_status",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from backpack_proto.v1 import directory_pb2, directory_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -21,6 +23,15 @@ def health(address: str, service: str, seconds: float, tls: Tls | None = None) -
         answer, call = health_pb2_grpc.HealthStub(channel).Check.with_call(request, timeout=seconds)
         why = dict(call.trailing_metadata() or ()).get(WHY, "")
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)), str(why)
+
+
+async def serving(channel: Any, seconds: float) -> tuple[bool, str]:
+    """Whether the server behind a channel serves, and if not, the reason. Raises ServiceError if nobody answers."""
+    with errors():
+        call = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=seconds)
+        answer = await call
+        why = dict(await call.trailing_metadata() or ()).get(WHY, "")
+    return answer.status == health_pb2.HealthCheckResponse.SERVING, str(why)
 
 
 def replicas(address: str, metadata: tuple[tuple[str, str], ...], seconds: float, tls: Tls | None = None) -> int:

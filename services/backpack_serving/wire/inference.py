@@ -169,6 +169,13 @@ def read_limit(limit: int, default: int, largest: int, field: str = "limit") -> 
     return limit or default
 
 
+def read_alternatives(request: pb.ScoreRequest) -> int:
+    """How many alternatives to list with each token of a score. Raises InvalidRequest."""
+    if not 0 <= request.alternatives <= MOST_ALTERNATIVES:
+        raise InvalidRequest.at("alternatives", "OUT_OF_RANGE", f"{request.alternatives}; 0 to {MOST_ALTERNATIVES}")
+    return request.alternatives
+
+
 def read_coalesce(request: pb.GenerateStreamRequest) -> float:
     """Seconds of tokens to batch into one message. Raises InvalidRequest."""
     if not request.HasField("coalesce"):

@@ -1,0 +1,158 @@
+"""What requests may say: what can't be done is refused by its name, never ignored."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from backpack_serving.errors import InvalidRequest
+from backpack_serving.http.openai.fields import (
+    MOST_PROMPTS,
+    OFF_IN_CHATS,
+    OFF_IN_COMPLETIONS,
+    Chat,
+    Completion,
+    Sampled,
+    read,
+)
+
+COMPLETION = {"model": "live", "prompt": "a"}
+CHAT = {"model": "live", "messages": [{"role": "user", "content": "a"}]}
+
+
+def refusals(kind: type[Sampled], values: Any) -> list[tuple[str, str]]:
+    with pytest.raises(InvalidRequest) as refused:
+        read(kind, json.dumps(values).encode())
+    return [(violation.field, violation.reason) for violation in refused.value.violations]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("logit_bias", {"1": 2}),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -1),
+        ("frequency_penalty", False),
+        ("best_of", 3),
+        ("suffix", "end"),
+        ("store", True),
+        ("service_tier", "flex"),
+        ("metadata", {"a": "b"}),
+    ],
+)
+def test_what_a_completion_cant_have_is_refused_by_name(name: str, value: Any) -> None:
+    assert refusals(Completion, {**COMPLETION, name: value}) == [(name, "UNSUPPORTED")]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("functions", [{}]),
+        ("response_format", {"type": "json_object"}),
+        ("modalities", ["text", "audio"]),
+        ("audio", {}),
+        ("prediction", {}),
+        ("reasoning_effort", "high"),
+        ("web_search_options", {}),
+        ("logit_bias", {"1": 2}),
+    ],
+)
+def test_what_a_chat_cant_have_is_refused_by_name(name: str, value: Any) -> None:
+    assert refusals(Chat, {**CHAT, name: value}) == [(name, "UNSUPPORTED")]
+
+
+def test_values_that_mean_off_are_accepted() -> None:
+    for kind, base, off in ((Completion, COMPLETION, OFF_IN_COMPLETIONS), (Chat, CHAT, OFF_IN_CHATS)):
+        for name, values in off.items():
+            for value in values:
+                read(kind, json.dumps({**base, name: value}).encode())
+
+
+def test_images_and_tools_in_messages_are_refused() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    assert refusals(Chat, {**CHAT, "messages": [{"role": "user", "content": [image]}]})
+    assert ("messages[0].tool_calls", "UNKNOWN_FIELD") in refusals(
+        Chat, {**CHAT, "messages": [{"role": "assistant", "content": "a", "tool_calls": []}]}
+    )
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert (
+        read(Chat, json.dumps({**CHAT, "messages": [{"role": "user", "content": parts}]}).encode()).messages[0].text()
+        == "ab"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"nonsense": 1}, [("nonsense", "UNKNOWN_FIELD")]),
+        ({"model": None}, [("model", "INVALID")]),
+        ({"model": "a@b"}, [("model", "INVALID")]),
+        ({"model": "live@1.5"}, [("model", "INVALID")]),
+        ({"prompt": ""}, []),
+        ({"prompt": []}, [("prompt", "INVALID")]),
+        ({"prompt": [[]]}, [("prompt", "INVALID")]),
+        ({"prompt": [1, "a"]}, [("prompt", "INVALID")]),
+        ({"prompt": ["a", 1]}, [("prompt", "INVALID")]),
+        ({"prompt": [True]}, [("prompt", "INVALID")]),
+        ({"prompt": [-1]}, [("prompt", "INVALID")]),
+        ({"prompt": [2**32]}, [("prompt", "INVALID")]),
+        ({"prompt": ["a"] * (MOST_PROMPTS + 1)}, [("prompt", "INVALID")]),
+        ({"n": 0}, [("n", "INVALID")]),
+        ({"n": 17, "top_p": 0}, [("n", "INVALID"), ("top_p", "INVALID")]),
+        ({"n": True}, [("n", "INVALID")]),
+        ({"max_tokens": "8"}, [("max_tokens", "INVALID")]),
+        ({"max_tokens": 0}, [("max_tokens", "OUT_OF_RANGE")]),
+        ({"max_tokens": 2**31}, [("max_tokens", "INVALID")]),
+        ({"max_tokens": 0, "echo": True, "explain": 1}, [("explain", "NOT_IN_THIS_MODE")]),
+        ({"temperature": -1}, [("temperature", "INVALID")]),
+        ({"seed": 2**63}, [("seed", "INVALID")]),
+        ({"logprobs": 21}, [("logprobs", "INVALID")]),
+        ({"logprobs": True}, [("logprobs", "INVALID")]),
+        ({"stop": [""]}, [("stop[0]", "INVALID")]),
+        ({"stop": ["a"] * 17}, [("stop", "INVALID")]),
+        ({"stream_options": {"include_usage": True}}, [("stream_options", "NOT_IN_THIS_MODE")]),
+        ({"stream": True, "stream_options": {"other": 1}}, [("stream_options.other", "UNKNOWN_FIELD")]),
+        ({"since": "1"}, [("since", "INVALID")]),
+        ({"priority": 101}, [("priority", "INVALID")]),
+        ({"explain": 65}, [("explain", "INVALID")]),
+    ],
+)
+def test_a_wrong_value_is_refused_at_its_field(changes: dict[str, Any], found: list[tuple[str, str]]) -> None:
+    values = {**COMPLETION, **changes}
+    if not found:
+        read(Completion, json.dumps(values).encode())
+    else:
+        assert refusals(Completion, values) == found
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    found = refusals(Completion, {"n": 0, "tools": [], "logit_bias": {"1": 1}})
+    assert {field for field, _ in found} == {"n", "tools", "logit_bias", "model", "prompt"}
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'"a"', b'{"model": NaN}', b"\xff", b'{"a": 1, "a": 2}', b'{"a": "\\ud800"}']
+)
+def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        read(Completion, body)
+    assert refused.value.reason == "NOT_JSON"
+
+
+def test_chats_have_one_way_to_say_each_thing() -> None:
+    assert refusals(Chat, {**CHAT, "top_logprobs": 2}) == [("top_logprobs", "NOT_IN_THIS_MODE")]
+    assert refusals(Chat, {**CHAT, "max_tokens": 2, "max_completion_tokens": 2}) == [
+        ("max_completion_tokens", "AMBIGUOUS")
+    ]
+    assert read(Chat, json.dumps({**CHAT, "max_tokens": 2}).encode()).most_tokens() == 2
+    assert read(Chat, json.dumps(CHAT).encode()).most_tokens() is None
+
+
+def test_a_model_is_a_channel_or_a_release() -> None:
+    plain = read(Completion, json.dumps(COMPLETION).encode())
+    assert (plain.channel, plain.release) == ("live", None)
+    numbered = read(Completion, json.dumps({**COMPLETION, "model": "live@17", "since": "2.31"}).encode())
+    assert (numbered.channel, numbered.release, numbered.position) == ("live", 17, {"epoch": 2, "revision": 31})
