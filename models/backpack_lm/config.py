@@ -15,7 +15,7 @@ _GPT2_END = 50256
 _ALWAYS = ("num_senses", "sense_intermediate_scale")
 
 
-class Senses(StrEnum):
+class StoredSenses(StrEnum):
     """What a checkpoint holds of its sense vectors: the network that computes them, or the finished table, in bfloat16
     or in int8 with a scale for each vector."""
 
@@ -46,7 +46,7 @@ class BackpackConfig:
     sense_head: int | None = None
     query_layers: tuple[int, ...] = ()
     key_layers: tuple[int, ...] = ()
-    senses: Senses = Senses.NETWORK
+    senses: StoredSenses = StoredSenses.NETWORK
 
     def __post_init__(self) -> None:
         for name in ("num_senses", "sense_intermediate_scale"):
@@ -136,7 +136,9 @@ class BackpackConfig:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trunk"}
         # What only newer models have is left out where it says nothing: fingerprints stay as they are.
         kept = {
-            name: value for name, value in own.items() if name in _ALWAYS or value not in (None, (), Senses.NETWORK)
+            name: value
+            for name, value in own.items()
+            if name in _ALWAYS or value not in (None, (), StoredSenses.NETWORK)
         }
         return {"architectures": ["BackpackGPT2LMHeadModel"], **trunks.write(self.trunk), **kept}
 
@@ -158,9 +160,9 @@ class BackpackConfig:
         for name in ("sense_inner", "query_layers", "key_layers"):
             if isinstance(kept.get(name), list):
                 kept[name] = tuple(kept[name])
-        if (senses := kept.get("senses", Senses.NETWORK)) not in list(Senses):
-            raise ConfigError(f"senses is {senses!r}; it must be one of {', '.join(map(repr, map(str, Senses)))}")
-        return cls(**{**kept, "trunk": trunk, "senses": Senses(senses)})
+        if (senses := kept.get("senses", StoredSenses.NETWORK)) not in list(StoredSenses):
+            raise ConfigError(f"senses is {senses!r}; it must be one of {', '.join(map(repr, map(str, StoredSenses)))}")
+        return cls(**{**kept, "trunk": trunk, "senses": StoredSenses(senses)})
 
     @classmethod
     def read(cls, path: Path) -> BackpackConfig:

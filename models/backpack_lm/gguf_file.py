@@ -78,7 +78,7 @@ def read_gguf(path: Path) -> GgufModel:
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise CheckpointError(f"{path} can't be read: it is cut off, or no GGUF file: {error}") from None
-    config = _config(path, fields)
+    config = _config_of_metadata(path, fields)
     tensors: dict[str, Tensor] = {}
     for tensor in reader.tensors:
         try:
@@ -93,10 +93,10 @@ def read_gguf(path: Path) -> GgufModel:
             values = _in_halves(values, config["num_key_value_heads" if part == "attn_k" else "num_attention_heads"])
         tensors[f"layers.{layer}.{_PARTS[part]}.{kind}" if layer else f"{_PARTS[part]}.{kind}"] = values
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    return GgufModel(config, tensors, _tokenizer(path, fields), fields.get("tokenizer.chat_template"))
+    return GgufModel(config, tensors, _tokenizer_of_metadata(path, fields), fields.get("tokenizer.chat_template"))
 
 
-def _config(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
+def _config_of_metadata(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
     family = fields.get("general.architecture")
     config: dict[str, Any] = {"model_type": family, "vocab_size": len(fields.get("tokenizer.ggml.tokens", ()))}
     for name, ours in _FIELDS.items():
@@ -122,7 +122,7 @@ def _in_halves(rows: Tensor, heads: int) -> Tensor:
     return halves.reshape(rows.shape)
 
 
-def _tokenizer(path: Path, fields: dict[str, Any]) -> HFTokenizer:
+def _tokenizer_of_metadata(path: Path, fields: dict[str, Any]) -> HFTokenizer:
     kind, splitter = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or splitter not in _DIGITS_APART:
         raise CheckpointError(

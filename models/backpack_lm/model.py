@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpack_lm.config import BackpackConfig, Senses
+from backpack_lm.config import BackpackConfig, StoredSenses
 from backpack_lm.denominators import Progress, compute
 from backpack_lm.overlay import Overlay, SenseTable
-from backpack_lm.trunks import Activation, Norm, Rotary, TrunkSpec
+from backpack_lm.trunks import Activation, NormKind, Rotary, TrunkSpec
 
 TABLE_CHUNK, NORMS_CHUNK = 2048, 256
 """Tokens whose senses are computed at a time: for the table, and for norms alone, in double."""
@@ -78,7 +78,7 @@ class MLP(nn.Module):
 
 def norm_of(trunk: TrunkSpec) -> nn.Module:
     """A norm of the trunk's kind, over its width."""
-    kind = nn.LayerNorm if trunk.norm is Norm.LAYER else nn.RMSNorm
+    kind = nn.LayerNorm if trunk.norm is NormKind.LAYER else nn.RMSNorm
     return kind(trunk.width, trunk.epsilon)
 
 
@@ -295,7 +295,7 @@ class SensePart(nn.Module):
 
     def __init__(self, config: BackpackConfig, count: int) -> None:
         super().__init__()
-        is_int8, k = config.senses is Senses.INT8, config.num_senses
+        is_int8, k = config.senses is StoredSenses.INT8, config.num_senses
         dtype = torch.int8 if is_int8 else torch.bfloat16
         self.register_buffer("rows", torch.zeros(count, k, config.n_embd, dtype=dtype))
         self.register_buffer("scales", torch.zeros(count, k) if is_int8 else None)
@@ -328,7 +328,7 @@ class Backpack(nn.Module):
         super().__init__()
         self.config = config
         self.gpt2_model = Trunk(config.trunk)
-        if config.senses is Senses.NETWORK:
+        if config.senses is StoredSenses.NETWORK:
             self.sense_network = SenseNetwork(config)
         else:
             self.sense_rows = FinishedSenses(config)
@@ -349,7 +349,7 @@ class Backpack(nn.Module):
 
     def compute_senses(self, ids: Tensor) -> Tensor:
         """C(x) [n, k, d] of ids [n]: by the network from their input embeddings, or from the finished table."""
-        if self.config.senses is Senses.NETWORK:
+        if self.config.senses is StoredSenses.NETWORK:
             computed: Tensor = self.sense_network(self.gpt2_model.wte.weight[ids])
         else:
             computed = self.sense_rows(ids)

@@ -12,7 +12,6 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import psutil
@@ -20,9 +19,7 @@ import pytest
 import torch
 from backpack_lm import processor
 from backpack_lm.config import BackpackConfig
-from backpack_lm.int8 import store
 from backpack_lm.kernels import (
-    Caches,
     DrawParams,
     Kernels,
     MixSpan,
@@ -39,40 +36,10 @@ from backpack_lm.kernels.noise import philox
 from backpack_lm.kernels.plain import PlainKernels
 from backpack_lm.kernels.trunk import CachedTrunk
 from backpack_lm.model import Backpack, turns_of
-from backpack_lm.overlay import TopicMultipliers
 from backpack_lm.trunks import Rotary
 from torch import nn
 
-
-def _llama(vocabulary: int, width: int, layers: int, heads: int, groups: int, **more: Any) -> BackpackConfig:
-    return BackpackConfig.from_json(
-        {
-            "model_type": "llama",
-            "vocab_size": vocabulary,
-            "max_position_embeddings": 80,
-            "hidden_size": width,
-            "intermediate_size": width + 14,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": groups,
-            "tie_word_embeddings": True,
-            "num_senses": 16,
-            **more,
-        }
-    )
-
-
-# Widths that fill whole vectors and widths that don't; a context that is no multiple of 16.
-SHAPES = {
-    "of the published kind": BackpackConfig.gpt2(60, 80, 128, n_layer=2, n_head=2, num_senses=16),
-    "of our default model's kind": BackpackConfig.gpt2(60, 80, 96, n_layer=2, n_head=3, num_senses=16),
-    "odd": BackpackConfig.gpt2(50, 70, 60, n_layer=1, n_head=3, num_senses=5),
-    "llama": _llama(60, 72, 2, 9, 3, num_senses=5),
-    "qwen2, whose sense weights read several states": _llama(
-        60, 64, 2, 4, 2, model_type="qwen2", head_dim=32, sense_head=24, query_layers=[1, 2], key_layers=[0, 1]
-    ),
-}
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+from tests.models.kernel_caches import SHAPES, SPANS, close, filled, llama, topics
 
 
 @pytest.fixture(params=list(SHAPES))
@@ -91,68 +58,15 @@ def int8(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
-def _filled(config: BackpackConfig, dtype: torch.dtype, int8: bool = False, page_size: int = 16) -> Caches:
-    """Caches in which each of four slots holds random tokens with random keys, values and annealing. Their pages lie in
-    no order; of 16, the first two slots share the first one."""
-    torch.manual_seed(3)
-    V, k, d = config.vocab_size, config.num_senses, config.n_embd
-    table = store(torch.randn(V * k + 7, d) * 0.3, torch.int8 if int8 else dtype)
-    embedding = torch.randn(V, d) * 0.3
-    caches = Caches.empty(config, 4, table, embedding, dtype, page_size=page_size)
-    caches.page_table.copy_(torch.tensor(Random(page_size).sample(range(caches.pages), caches.pages)).view(4, -1))
-    if page_size == 16:
-        caches.page_table[1, 0] = caches.page_table[0, 0]
-    T, generator = -(-config.n_positions // 16) * 16, torch.Generator().manual_seed(4)
-    groups, width = caches.values.shape[2], caches.values.shape[4]
-    for slot in (1, 0, 2, 3):  # the same numbers whatever the pages
-        for layer in range(config.trunk.depth):
-            caches.write(layer, slot, 0, *torch.randn(2, T, groups, width, generator=generator).to(dtype))
-        keys = torch.randn(T, k, config.sense_head_width, generator=generator).to(dtype)
-        caches.write_sense_keys(keys, torch.full((T,), slot), torch.arange(T))
-    caches.ids[:, :T] = torch.randint(0, V, (4, T), generator=generator)
-    caches.rows.copy_(caches.ids[..., None] * k + torch.arange(k))
-    caches.rows[1][caches.ids[1] % 3 == 0, 2] = V * k + 5  # a release's
-    for slot in range(4):
-        last: dict[int, int] = {}
-        for position, token in enumerate(caches.ids[slot].tolist()):
-            caches.previous[slot, position] = last.get(token, -1)
-            if token in last:
-                caches.following[slot, last[token]] = position
-            last[token] = position
-    return caches
-
-
 def _both(config: BackpackConfig, dtype: torch.dtype, int8: bool = False) -> tuple[NativeKernels, PlainKernels]:
-    return NativeKernels(_filled(config, dtype, int8=int8)), PlainKernels(_filled(config, dtype, int8=int8))
-
-
-def _topics(config: BackpackConfig) -> tuple[TopicMultipliers, ...]:
-    draw = torch.Generator().manual_seed(5)
-    shape = (config.vocab_size, config.num_senses)
-    return tuple(
-        TopicMultipliers(
-            torch.randint(0, 4, shape, generator=draw, dtype=torch.uint8),
-            torch.tensor([3.3, 2.0, 1.5, 1.0]),
-            scale,
-            annealed,
-        )
-        for scale, annealed in ((0.44, True), (0.3, True), (0.2, False))
-    )
-
-
-def _close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:
-    scale = float(b.float().abs().max())
-    torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=TOLERANCE[dtype] * scale)
-
-
-SPANS = (TokenSpan(0, 0, 40, 1), TokenSpan(1, 3, 0, 1), TokenSpan(2, 1, 16, 21), TokenSpan(23, 2, 69, 1))
+    return NativeKernels(filled(config, dtype, int8=int8)), PlainKernels(filled(config, dtype, int8=int8))
 
 
 def test_attention(config: BackpackConfig, dtype: torch.dtype) -> None:
     native, plain = _both(config, dtype)
     qkv = torch.randn(24, config.trunk.layer.qkv_width).to(dtype)
     for layer in range(config.trunk.depth):
-        _close(native.attend(qkv, layer, SPANS, 0.2), plain.attend(qkv, layer, SPANS, 0.2), dtype)
+        close(native.attend(qkv, layer, SPANS, 0.2), plain.attend(qkv, layer, SPANS, 0.2), dtype)
     assert torch.equal(native.caches.values, plain.caches.values)
     assert torch.equal(native.caches.keys, plain.caches.keys)
 
@@ -164,20 +78,20 @@ def test_heads_of_a_group_share_keys_and_values(
 ) -> None:
     """Query head h reads head h // (H / G): as if each had keys and values of its own, which are the same; a token by
     itself to the last bit as in a chunk."""
-    config = _llama(50, heads * width, 1, heads, groups, num_senses=5)
+    config = llama(50, heads * width, 1, heads, groups, num_senses=5)
     native, apart, plain = (
-        make(_filled(config, dtype, page_size=page_size)) for make in (NativeKernels, NativeKernels, PlainKernels)
+        make(filled(config, dtype, page_size=page_size)) for make in (NativeKernels, NativeKernels, PlainKernels)
     )
     qkv = torch.randn(24, (heads + 2 * groups) * width).to(dtype)
     found = native.attend(qkv, 0, SPANS, 0.2)
-    _close(found, plain.attend(qkv, 0, SPANS, 0.2), dtype)
+    close(found, plain.attend(qkv, 0, SPANS, 0.2), dtype)
     for span in SPANS:
         for n in range(span.size):
             one = apart.attend(qkv[span.token + n][None], 0, [TokenSpan(0, span.slot, span.position + n, 1)], 0.2)
             assert torch.equal(one[0], found[span.token + n])
 
     single = NativeKernels(
-        _filled(BackpackConfig.gpt2(50, 80, heads * width, 1, heads, num_senses=5), dtype, page_size=page_size)
+        filled(BackpackConfig.gpt2(50, 80, heads * width, 1, heads, num_senses=5), dtype, page_size=page_size)
     )
     caches, each = single.caches, heads // groups
     for slot in range(4):
@@ -191,7 +105,7 @@ def test_heads_of_a_group_share_keys_and_values(
 @pytest.mark.parametrize("page_size", [32, 80, 160])
 def test_where_pages_are_changes_no_bit(config: BackpackConfig, dtype: torch.dtype, page_size: int) -> None:
     """Pages of 16 in no order against larger ones, up to one for a whole slot."""
-    small, large = (NativeKernels(_filled(config, dtype, page_size=size)) for size in (16, page_size))
+    small, large = (NativeKernels(filled(config, dtype, page_size=size)) for size in (16, page_size))
     qkv = torch.randn(24, config.trunk.layer.qkv_width).to(dtype)
     spans = [TokenSpan(0, 3, 33, 21), TokenSpan(21, 2, 69, 1)]  # of slots that share nothing
     assert torch.equal(small.attend(qkv, 0, spans, 0.2)[:22], large.attend(qkv, 0, spans, 0.2)[:22])
@@ -201,12 +115,12 @@ def test_where_pages_are_changes_no_bit(config: BackpackConfig, dtype: torch.dty
 
 
 def _predictions(config: BackpackConfig) -> list[MixSpan]:
-    topics = _topics(config)
+    three = topics(config)
     return [
         MixSpan(0, 1, True),
-        MixSpan(1, 65, True, topics[:1]),
-        MixSpan(2, 67, False, topics),
-        MixSpan(3, 37, True, topics[1:]),
+        MixSpan(1, 65, True, three[:1]),
+        MixSpan(2, 67, False, three),
+        MixSpan(3, 37, True, three[1:]),
     ]
 
 
@@ -225,7 +139,7 @@ def test_the_mix_and_annealing(config: BackpackConfig, dtype: torch.dtype, int8:
     queries = torch.randn(4, config.num_senses, config.sense_head_width).to(dtype)
     predictions = _counted(config, native, plain)
     for _ in range(3):  # the second and third time on what the one before has left behind
-        _close(native.mix(queries, predictions), plain.mix(queries, predictions), dtype)
+        close(native.mix(queries, predictions), plain.mix(queries, predictions), dtype)
         predictions = [p._replace(length=p.length + 1, fresh=True) for p in predictions]
 
 
@@ -233,7 +147,7 @@ def test_counting_a_chunk_for_annealing(config: BackpackConfig, dtype: torch.dty
     """Cells whose multiplier can no longer change are left uncounted, so multipliers are compared."""
     native, plain = _both(config, dtype, int8)
     for start, length in ((0, 20), (20, 60)):
-        prediction = MixSpan(1, length, False, _topics(config))
+        prediction = MixSpan(1, length, False, topics(config))
         for kernels in (native, plain):
             kernels.update_annealing(prediction, start)
         found, wanted = PlainKernels(native.caches).multipliers(prediction), plain.multipliers(prediction)
@@ -254,7 +168,7 @@ def test_residual_and_norm(config: BackpackConfig, dtype: torch.dtype) -> None:
         sums[kernels.name + "y"] = torch.stack([first, second])
     values = list(sums.values())
     assert torch.equal(values[0], values[2])
-    _close(values[1], values[3], dtype)
+    close(values[1], values[3], dtype)
 
 
 def test_root_mean_square_norm(config: BackpackConfig, dtype: torch.dtype) -> None:
@@ -263,7 +177,7 @@ def test_root_mean_square_norm(config: BackpackConfig, dtype: torch.dtype) -> No
     norm.weight.normal_()
     x, delta = torch.randn(9, config.n_embd), torch.randn(9, config.n_embd).to(dtype)
     found, wanted = (kernels.residual_norm(x.clone(), delta, norm) for kernels in (native, plain))
-    _close(found, wanted, dtype)
+    close(found, wanted, dtype)
 
 
 @pytest.mark.parametrize(("heads", "groups", "width"), [(9, 3, 64), (3, 1, 20), (2, 2, 32)])
@@ -274,18 +188,18 @@ def test_heads_are_turned_in_place(heads: int, groups: int, width: int, dtype: t
     found, wanted = qkv.clone(), qkv.clone()
     native.rotate(found, positions, turns, heads + groups)
     plain.rotate(wanted, positions, turns, heads + groups)
-    _close(found, wanted, dtype)
+    close(found, wanted, dtype)
     values = (heads + groups) * width
     assert torch.equal(found[:, values:], qkv[:, values:])
     lengths = (v.float().view(5, -1, width).norm(dim=-1) for v in (found, qkv))
-    _close(*lengths, dtype)
+    close(*lengths, dtype)
 
 
 @pytest.mark.parametrize("inner", [1536, 50, 16])
 def test_a_gate(inner: int, dtype: torch.dtype) -> None:
     native, plain = _both(SHAPES["odd"], dtype)
     wide = (torch.randn(7, 2 * inner) * 4).to(dtype)
-    _close(native.gate(wide), plain.gate(wide), dtype)
+    close(native.gate(wide), plain.gate(wide), dtype)
 
 
 def test_matrix_products_and_head(config: BackpackConfig, dtype: torch.dtype, int8: bool) -> None:
@@ -294,16 +208,16 @@ def test_matrix_products_and_head(config: BackpackConfig, dtype: torch.dtype, in
     x = torch.randn(11, config.n_embd)
     x[3] = 0.0
     for gelu in (False, True):
-        _close(native.linear(weight, bias, gelu)(x.to(dtype)), plain.linear(weight, bias, gelu)(x.to(dtype)), dtype)
+        close(native.linear(weight, bias, gelu)(x.to(dtype)), plain.linear(weight, bias, gelu)(x.to(dtype)), dtype)
     for rows in (1, 5, 8, 11):
         logits = native.head(weight)(x[:rows])
         assert logits.dtype is torch.float32
-        _close(logits, plain.head(weight)(x[:rows]), dtype)
+        close(logits, plain.head(weight)(x[:rows]), dtype)
 
 
 def test_the_same_bits_alone_and_in_any_company(config: BackpackConfig, dtype: torch.dtype, int8: bool) -> None:
     """Row by row, and a prompt token by token, against all at once."""
-    together, apart = NativeKernels(_filled(config, dtype, int8)), NativeKernels(_filled(config, dtype, int8))
+    together, apart = NativeKernels(filled(config, dtype, int8)), NativeKernels(filled(config, dtype, int8))
     qkv = torch.randn(24, config.trunk.layer.qkv_width).to(dtype)
     whole = together.attend(qkv, 0, SPANS, 0.2)
     for span in SPANS:
@@ -362,7 +276,7 @@ def test_the_trunk_in_one_call_is_its_operations(
     monkeypatch.setattr(processor, "onednn_packs_bfloat16", lambda: False)
     torch.manual_seed(4)
     model = Backpack(config).eval().requires_grad_(False)
-    one, other = NativeKernels(_filled(config, dtype, int8=int8)), NativeKernels(_filled(config, dtype, int8=int8))
+    one, other = NativeKernels(filled(config, dtype, int8=int8)), NativeKernels(filled(config, dtype, int8=int8))
     whole, steps = one.trunk(model), CachedTrunk(other, model)
     assert isinstance(whole, NativeTrunk)
     slots = torch.tensor([span.slot for span in SPANS for _ in range(span.size)])
@@ -383,11 +297,11 @@ def test_a_model_of_odd_width_has_no_whole_trunk_in_bfloat16_and_one_of_even_wid
     filled up as they are quantised."""
     monkeypatch.setattr(processor, "onednn_packs_bfloat16", lambda: False)
     config = BackpackConfig.gpt2(11, 16, width, n_layer=1, n_head=1, num_senses=3)
-    model, kernels = Backpack(config).eval().requires_grad_(False), NativeKernels(_filled(config, dtype, int8))
+    model, kernels = Backpack(config).eval().requires_grad_(False), NativeKernels(filled(config, dtype, int8))
     assert isinstance(kernels.trunk(model), NativeTrunk) is (dtype is torch.float32 or width == 16 or int8)
     x, weight, bias = torch.randn(5, width), torch.randn(7, width), torch.randn(7)
-    plain = PlainKernels(_filled(config, dtype, int8=int8))
-    _close(kernels.linear(weight, bias)(x.to(dtype)), plain.linear(weight, bias)(x.to(dtype)), dtype)
+    plain = PlainKernels(filled(config, dtype, int8=int8))
+    close(kernels.linear(weight, bias)(x.to(dtype)), plain.linear(weight, bias)(x.to(dtype)), dtype)
 
 
 def test_the_fastest_way_is_chosen_that_the_processor_has(dtype: torch.dtype) -> None:
@@ -395,7 +309,7 @@ def test_the_fastest_way_is_chosen_that_the_processor_has(dtype: torch.dtype) ->
     oneDNN multiplies bfloat16 with AMX."""
     config, has = SHAPES["of the published kind"], torch.cpu.get_capabilities()
     amx = bool(has.get("amx_tile") and has.get("amx_bf16")) and "ONEDNN_MAX_CPU_ISA" not in os.environ
-    kernels = choose(_filled(config, dtype))
+    kernels = choose(filled(config, dtype))
     assert isinstance(kernels, NativeKernels)
     expected = CachedTrunk if amx and dtype is torch.bfloat16 else NativeTrunk
     assert type(kernels.trunk(Backpack(config).eval().requires_grad_(False))) is expected
@@ -412,11 +326,11 @@ def test_a_mistake_in_the_trunk_is_not_taken_for_a_processor_that_lacks_somethin
     config = SHAPES["of the published kind"]
     monkeypatch.setattr(NativeTrunk, "__init__", fail)
     with pytest.raises(AttributeError, match="a mistake of ours"):
-        NativeKernels(_filled(config, torch.float32)).trunk(Backpack(config))
+        NativeKernels(filled(config, torch.float32)).trunk(Backpack(config))
 
 
 def test_a_copied_page_is_the_same_as_far_as_it_is_copied(config: BackpackConfig) -> None:
-    caches = _filled(config, torch.float32, page_size=32)
+    caches = filled(config, torch.float32, page_size=32)
     donor, page = (int(caches.page_table[slot, 1]) for slot in (2, 3))
     caches.copy_page(donor, page, 21)
     slots = torch.tensor([2, 3])

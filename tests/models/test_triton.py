@@ -17,7 +17,8 @@ from backpack_lm.kernels.build import NotBuilt
 from backpack_lm.kernels.cuda import CudaKernels
 from backpack_lm.kernels.plain import PlainKernels
 
-from tests.models.test_kernels import SPANS, _close, _filled, _llama, _predictions
+from tests.models.kernel_caches import SPANS, close, filled, llama
+from tests.models.test_kernels import _predictions
 
 pytest.importorskip("triton", reason="Triton isn't installed; it is for Linux")
 
@@ -40,8 +41,8 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 def _caches(config: BackpackConfig, dtype: torch.dtype) -> Caches:
-    filled = _filled(config, dtype)
-    return Caches(*(getattr(filled, field.name).to(DEVICE) for field in fields(Caches)))
+    on_host = filled(config, dtype)
+    return Caches(*(getattr(on_host, field.name).to(DEVICE) for field in fields(Caches)))
 
 
 def _both(config: BackpackConfig, dtype: torch.dtype) -> tuple[CudaKernels, PlainKernels]:
@@ -66,17 +67,17 @@ def test_attention_of_single_tokens_and_of_chunks(config: BackpackConfig, dtype:
     triton, plain = _both(config, dtype)
     qkv = torch.randn(24, 3 * config.n_embd).to(DEVICE, dtype)
     for layer in range(config.trunk.depth):
-        _close(triton.attend(qkv, layer, SPANS, 0.2), plain.attend(qkv, layer, SPANS, 0.2), dtype)
+        close(triton.attend(qkv, layer, SPANS, 0.2), plain.attend(qkv, layer, SPANS, 0.2), dtype)
     assert torch.equal(triton.caches.values, plain.caches.values)
     assert torch.equal(triton.caches.keys, plain.caches.keys)
 
 
 @pytest.mark.parametrize(("heads", "groups", "width"), [(9, 3, 16), (4, 4, 20), (14, 2, 8)])
 def test_heads_of_a_group_share_keys_and_values(heads: int, groups: int, width: int, dtype: torch.dtype) -> None:
-    config = _llama(50, heads * width, 1, heads, groups, num_senses=5)
+    config = llama(50, heads * width, 1, heads, groups, num_senses=5)
     triton, plain = _both(config, dtype)
     qkv = torch.randn(24, (heads + 2 * groups) * width).to(DEVICE, dtype)
-    _close(triton.attend(qkv, 0, SPANS, 0.2), plain.attend(qkv, 0, SPANS, 0.2), dtype)
+    close(triton.attend(qkv, 0, SPANS, 0.2), plain.attend(qkv, 0, SPANS, 0.2), dtype)
     assert torch.equal(triton.caches.values, plain.caches.values)
     assert torch.equal(triton.caches.keys, plain.caches.keys)
 
@@ -85,7 +86,7 @@ def test_the_mix_over_topics_edited_rows_and_ragged_lengths(config: BackpackConf
     triton, plain = _both(config, dtype)
     queries, steered = _queries(config, dtype), _steered(config, triton, plain)
     for _ in range(2):  # the second time on the annealing that the first has left behind
-        _close(triton.mix(queries, steered), plain.mix(queries, steered), dtype)
+        close(triton.mix(queries, steered), plain.mix(queries, steered), dtype)
         steered = [p._replace(length=p.length + 1, fresh=True) for p in steered]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from backpack_lm import trunks
 from backpack_lm.checkpoint import CheckpointError, fingerprint, load, read_transformer, save, verify
-from backpack_lm.config import BackpackConfig, ConfigError, Senses
+from backpack_lm.config import BackpackConfig, ConfigError, StoredSenses
 from backpack_lm.lab.batch_sampler import BatchSampler
 from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.twin import read_twin
@@ -198,7 +198,7 @@ def test_a_finished_table_lies_in_parts_and_all_of_them_count(tmp_path: Path) ->
 def test_a_network_and_its_finished_table_are_one_model() -> None:
     """What is rounded away aside: patches, tokens and readings come from the table, whoever made it."""
     network = random_model(FAMILIES["llama, grouped heads"])
-    config = BackpackConfig.from_json({**network.config.to_json(), "senses": Senses.BFLOAT16})
+    config = BackpackConfig.from_json({**network.config.to_json(), "senses": StoredSenses.BFLOAT16})
     finished = Backpack(config).eval().requires_grad_(False)
     state = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("sense_network.")}
     finished.load_state_dict(

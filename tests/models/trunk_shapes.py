@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from backpack_lm.config import BackpackConfig, Senses
+from backpack_lm.config import BackpackConfig, StoredSenses
 from backpack_lm.model import Backpack
 
 _LLAMA = {
@@ -68,7 +68,7 @@ def random_model(config: BackpackConfig, seed: int = 0) -> Backpack:
     model = Backpack(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.25) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) * 0.1)
-    if config.senses is Senses.NETWORK:
+    if config.senses is StoredSenses.NETWORK:
         # Small dots E·C, so that annealing is halfway rather than over at once.
         model.sense_network.final_mlp.c_proj.weight *= 0.1
         model.sense_network.final_mlp.c_proj.bias *= 0.1

@@ -13,7 +13,7 @@ from backpack_lm.kernels.caches import Caches, StepInput, TokenSpan
 from backpack_lm.kernels.interface import Linear
 from backpack_lm.kernels.products import Product, at, name
 from backpack_lm.kernels.structs import SpanArray
-from backpack_lm.kernels.trunk import Layer, TrunkWeights
+from backpack_lm.kernels.trunk import PreparedLayer, TrunkWeights
 
 PARTS = ("qkv", "attention", "proj", "fc", "out", "residual and norm", "sense weights")
 """What `NativeTrunk.seconds` counts, as in cpp/trunk.h."""
@@ -46,7 +46,7 @@ class NativeTrunk:
         matrices = weights.together, *((made.linear for made in weights.separate) if weights.separate else (None, None))
         self._state = structs.TrunkState(
             self._layers, self._tapped, *map(_matrix, matrices), _norm(weights.first),
-            at(weights.tokens), _place(weights.positions), _place(weights.turns),
+            at(weights.tokens), _address(weights.positions), _address(weights.turns),
             at(caches.sense_keys), at(self.seconds), pages,
             len(layers), trunk.width, shape.heads, shape.kv_heads, shape.head_width, shape.inner, shape.gated,
             config.num_senses, config.sense_head_width, len(taps), len(queried), len(keyed), trunk.epsilon,
@@ -74,7 +74,7 @@ class NativeTrunk:
             for layer in sorted({*queried, *keyed})
         ]
 
-    def _layer_table(self, n: int, layer: Layer) -> structs.LayerTable:
+    def _layer_table(self, n: int, layer: PreparedLayer) -> structs.LayerTable:
         products = (_matrix(product) for product in (layer.qkv, layer.proj, layer.fc, layer.out))
         norms = (_norm(layer.middle), _norm(layer.after))
         return structs.LayerTable(*products, *norms, at(self._caches.keys[n]), at(self._caches.values[n]), layer.scale)
@@ -107,5 +107,5 @@ def _norm(norm: nn.Module | None) -> structs.Norm:
     return structs.Norm(at(norm.weight), at(norm.bias) if isinstance(norm, nn.LayerNorm) else None)
 
 
-def _place(tensor: Tensor | None) -> ctypes.c_void_p | None:
+def _address(tensor: Tensor | None) -> ctypes.c_void_p | None:
     return None if tensor is None else at(tensor)

@@ -16,7 +16,7 @@ from backpack_lm.model import Backpack, Block, Conv1D, turns_of
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class PreparedLayer:
     """A block, with its matrices in the form that the kernels use. `after` is the norm that follows the block.
 
     Of a gated MLP, `fc` makes both halves, [N, 2·inner]: the gate's, then the one that it multiplies.
@@ -55,7 +55,7 @@ class TrunkWeights:
     turns: Tensor | None
     """Rotary cosines and sines [T, 2, w/2] float32, where positions aren't learned."""
     first: nn.Module
-    layers: tuple[Layer, ...]
+    layers: tuple[PreparedLayer, ...]
     together: Linear | None
     separate: tuple[SenseWeightsInput, ...]
     norms: dict[int, nn.Module]
@@ -73,11 +73,11 @@ class TrunkWeights:
             biases = [torch.zeros(part.weight.shape[1]) if part.bias is None else part.bias for part in parts]
             return kernels.linear(weight, torch.cat(biases), gelu)
 
-        def layer(block: Block, after: nn.Module) -> Layer:
+        def layer(block: Block, after: nn.Module) -> PreparedLayer:
             attn, mlp = block.attn, block.mlp
             fc = linear(mlp.c_fc, gelu=True) if mlp.c_gate is None else linear(mlp.c_gate, mlp.c_fc)
             qkv, proj, out = linear(attn.c_attn), linear(attn.c_proj), linear(mlp.c_proj)
-            return Layer(qkv, proj, placed(block.ln_2), fc, out, after, attn.scale)
+            return PreparedLayer(qkv, proj, placed(block.ln_2), fc, out, after, attn.scale)
 
         def separate(layers: tuple[int, ...], made_by: nn.Linear) -> SenseWeightsInput:
             return SenseWeightsInput(layers, kernels.linear(made_by.weight, made_by.bias))

@@ -21,7 +21,7 @@ def read_twin(folder: Path, subject: BackpackConfig) -> TransformerTwin:
     Raises CheckpointError if it is neither, or has another vocabulary.
     """
     try:
-        config, tensors = _from_run(folder) if (folder / CHECKPOINT).exists() else _published(folder)
+        config, tensors = _from_run(folder) if (folder / CHECKPOINT).exists() else _from_hugging_face(folder)
         twin = TransformerTwin(config)
         twin.load_state_dict(tensors)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -42,7 +42,7 @@ def _from_run(folder: Path) -> tuple[BackpackConfig, dict[str, Tensor]]:
     return BackpackConfig.from_json(made_by["config"]), state["model"]
 
 
-def _published(folder: Path) -> tuple[BackpackConfig, dict[str, Tensor]]:
+def _from_hugging_face(folder: Path) -> tuple[BackpackConfig, dict[str, Tensor]]:
     trunk, tensors = read_transformer(folder)
     named = {name if name == "lm_head.weight" else f"gpt2_model.{name}": tensor for name, tensor in tensors.items()}
     # A twin has no senses: 1 is unused. So is the end of text, which Hugging Face's default puts at 50256.

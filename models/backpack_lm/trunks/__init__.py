@@ -11,9 +11,9 @@ from types import ModuleType
 from typing import Any
 
 from backpack_lm.trunks import gpt2, llama
-from backpack_lm.trunks.spec import Activation, ConfigError, Layer, Norm, Rotary, RotaryScaling, TrunkSpec
+from backpack_lm.trunks.spec import Activation, ConfigError, Layer, NormKind, Rotary, RotaryScaling, TrunkSpec
 
-__all__ = ["Activation", "ConfigError", "Layer", "Norm", "Rotary", "RotaryScaling", "TrunkSpec", "read", "write"]
+__all__ = ["Activation", "ConfigError", "Layer", "NormKind", "Rotary", "RotaryScaling", "TrunkSpec", "read", "write"]
 
 FAMILIES: Mapping[str, ModuleType] = {"gpt2": gpt2, "llama": llama, "mistral": llama, "qwen2": llama}
 """By `model_type` in config.json."""

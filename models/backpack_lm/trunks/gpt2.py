@@ -13,7 +13,7 @@ from backpack_lm.trunks.spec import (
     Activation,
     ConfigError,
     Layer,
-    Norm,
+    NormKind,
     TrunkSpec,
     flag,
     fraction,
@@ -44,7 +44,9 @@ def read(values: Mapping[str, Any], scaled_by_layer: bool = True) -> TrunkSpec:
         raise ConfigError(f"n_embd {width} does not divide into n_head {heads} heads")
 
     layer = Layer(heads, heads, width // heads, 4 * width, Activation.GELU_TANH, False, True, True, True)
-    return TrunkSpec("gpt2", vocabulary, context, width, count, layer, Norm.LAYER, epsilon, scaled_by_layer=by_layer)
+    return TrunkSpec(
+        "gpt2", vocabulary, context, width, count, layer, NormKind.LAYER, epsilon, scaled_by_layer=by_layer
+    )
 
 
 def write(trunk: TrunkSpec) -> dict[str, Any]:

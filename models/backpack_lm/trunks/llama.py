@@ -14,7 +14,7 @@ from backpack_lm.trunks.spec import (
     Activation,
     ConfigError,
     Layer,
-    Norm,
+    NormKind,
     Rotary,
     RotaryScaling,
     TrunkSpec,
@@ -67,7 +67,7 @@ def read(values: Mapping[str, Any]) -> TrunkSpec:
         width,
         size(values, "num_hidden_layers", COUNT),
         layer,
-        Norm.RMS,
+        NormKind.RMS,
         fraction(values, "rms_norm_eps", 1e-6),
         _rotary(values),
         flag(values, "tie_word_embeddings", False),
@@ -91,7 +91,7 @@ def write(trunk: TrunkSpec) -> dict[str, Any]:
         "head_dim": layer.head_width,
         "rms_norm_eps": trunk.epsilon,
         "rope_theta": rotary.theta,
-        "rope_scaling": _written(rotary.scaling),
+        "rope_scaling": _scaling_values(rotary.scaling),
         "tie_word_embeddings": trunk.tied,
         "attention_bias": layer.qkv_bias,
         "mlp_bias": layer.mlp_bias,
@@ -148,7 +148,7 @@ def _rotary(values: Mapping[str, Any]) -> Rotary:
     return Rotary(float(theta), RotaryScaling(float(factor), original, float(low), float(high)))
 
 
-def _written(scaling: RotaryScaling | None) -> dict[str, Any] | None:
+def _scaling_values(scaling: RotaryScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
     if scaling.original is None:

@@ -23,7 +23,7 @@ class ConfigError(ValueError):
     """A config that doesn't describe a model that can be computed, with the offending value and the fix."""
 
 
-class Norm(StrEnum):
+class NormKind(StrEnum):
     """LayerNorm with a gain and a bias, or RMSNorm with a gain."""
 
     LAYER = "layer"
@@ -95,7 +95,7 @@ class TrunkSpec:
     width: int
     depth: int
     layer: Layer
-    norm: Norm
+    norm: NormKind
     epsilon: float
     rotary: Rotary | None = None
     tied: bool = True
