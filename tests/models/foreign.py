@@ -140,7 +140,10 @@ class _Memory:
                 if records := RECORDS.get((type(at).__name__, name)):
                     self._follow_records(*records, target)
             elif issubclass(kind, ctypes._Pointer):
-                array = next(each for each in _within(root._objects) if isinstance(each, ctypes.Array))
+                arrays = (each for each in _within(root._objects) if isinstance(each, ctypes.Array))
+                array = next(each for each in arrays if each._type_ is kind._type_)
+                if not len(array):
+                    continue
                 target = self._block(ctypes.addressof(array), ctypes.sizeof(array), False)
                 self.pointers.append((block, where, target, 0))
                 for n, each in enumerate(array):
