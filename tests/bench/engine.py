@@ -8,6 +8,7 @@ All of it in the precision that the processor is fastest in, unless a line says 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 
 import torch
@@ -57,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.engine", description=__doc__)
     parser.add_argument("--model", choices=MODELS, action="append", help="one alone (all: some forty minutes)")
     parser.add_argument("--part", choices=PARTS, action="append", help="one alone, or some; nothing is written then")
+    parser.add_argument("--out", default="", help="write what was chosen to this name in tests/bench/results")
     chosen = parser.parse_args()
     models, parts = chosen.model or list(MODELS), chosen.part or list(PARTS)
     benches = [MODELS[name]() for name in models]
@@ -64,12 +66,12 @@ def main() -> None:
         for part in parts:
             if part not in NOT_OF.get(bench.name, set()):
                 PARTS[part](bench)
-    if chosen.model or chosen.part:
+    if (chosen.model or chosen.part) and not chosen.out:
         return
     write(
-        "engine",
+        chosen.out or "engine",
         f"The engine against its peers and itself ({FAST}, {torch.get_num_threads()} threads)".replace("torch.", ""),
-        "python -m tests.bench.engine",
+        "python -m tests.bench.engine" + "".join(f" {word!r}" if " " in word else f" {word}" for word in sys.argv[1:]),
         ["model", "ours against", "ours", "theirs", "ratio (q1–q3)", "target"],
         [row for bench in benches for row in bench.rows],
         {bench.name: bench.data for bench in benches},
