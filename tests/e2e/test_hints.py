@@ -48,8 +48,8 @@ def running(tmp_path_factory: Any) -> Iterator[dict[str, str]]:
 def test_the_commands_that_run_prints_run_in_a_bare_shell(running: dict[str, str]) -> None:
     """In another terminal, which has none of the variables, and no `backpack` on its PATH."""
     told = running["SHOWN"].split("From the command line")[1].split("From Python")[0]
-    commands = re.findall(r"^    (.+)$", told, re.M)
-    assert len(commands) == 3
+    commands = re.findall(r"^    (.+)$", told.replace("\\\n", ""), re.M)
+    assert len(commands) == 4
     for command in commands:
         done = subprocess.run(
             ["/bin/sh", "-c", command],

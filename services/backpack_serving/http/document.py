@@ -132,7 +132,8 @@ def _generating(summary: str, request: str, content: dict[str, Any]) -> dict[str
         },
     }
     operation = _operation(summary, answer, refused=(400, 413, 415))
-    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": event}  # of each event
     schema = {"$ref": f"#/components/schemas/{request}"}
     return operation | {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
