@@ -5,7 +5,7 @@ Before a replica that makes nothing (see `tests.bench.gateway`), where no prompt
 message of a stream comes, one stream at a time; and, with many, messages for each second of the processor that a
 process of HTTP used, and the gateway behind it.
 
-    python -m tests.bench.http
+    python -m tests.bench.over_http
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def tell(small: dict[str, Any], empty: dict[str, Any]) -> None:
     write(
         "http",
         f"What HTTP adds to gRPC (Backpack-Small, {tax.PROMPT_TOKENS} + {tax.NEW_TOKENS} tokens, one thread)",
-        "python -m tests.bench.http",
+        "python -m tests.bench.over_http",
         ["way", "first token, ms (q1–q3)", "tokens/s (q1–q3)", "cores: gateway", "cores: http"],
         rows,
         {"small": small, "empty": empty},
