@@ -36,7 +36,7 @@ from backpack_lm.config import BackpackConfig, ConfigError, read_object
 from backpack_lm.generation import NAME as GENERATION
 from backpack_lm.gguf_file import SUFFIX as GGUF
 from backpack_lm.gguf_file import read_gguf
-from backpack_lm.layouts import CheckpointError, Tensors, is_lightning, to_hugging_face
+from backpack_lm.layouts import MASK, CheckpointError, Tensors, is_lightning, to_hugging_face, without_prefix
 from backpack_lm.manifest import NAME as MANIFEST
 from backpack_lm.manifest import TOKENIZER as TOKENIZER
 from backpack_lm.manifest import TOPICS as TOPICS
@@ -53,8 +53,8 @@ CONFIG = "config.json"
 OPTIONAL = (TOPICS, GENERATION)
 """Files that a model may come with; those of another must not stay beside it."""
 _PREFIX = "backpack."
-_MASK = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
-"""What transformers once stored beside the weights: causal masks, and the speeds of rotary positions."""
+_SPEEDS = ".rotary_emb.inv_freq"
+"""Of rotary positions: transformers once stored them beside the weights."""
 
 
 def load(where: Path, config: Path | None = None, heads: int | None = None) -> Backpack:
@@ -166,7 +166,7 @@ def read_transformer(where: Path) -> tuple[TrunkSpec, dict[str, Tensor]]:
         wanted: dict[str, Tensor] = Trunk(trunk).state_dict()
     if not trunk.tied:
         wanted["lm_head.weight"] = wanted["wte.weight"]
-    there = {_published_name(name): tensor for name, tensor in (published or read_weights(where)).items()}
+    there = {without_prefix(name): tensor for name, tensor in (published or read_weights(where)).items()}
     if trunk.tied:
         there.pop("lm_head.weight", None)
     tensors: dict[str, Tensor] = {}
@@ -178,16 +178,11 @@ def read_transformer(where: Path) -> tuple[TrunkSpec, dict[str, Tensor]]:
         whole = [t.t() if transposed and t.ndim > 1 else t for t in found if t is not None]
         if len(whole) == len(parts):
             tensors[name] = torch.cat(whole, dim=-1).float().contiguous()
-    faults += [f"unknown: {name}" for name in there if not _MASK.search(name)]
+    faults += [f"unknown: {name}" for name in there if not (MASK.search(name) or name.endswith(_SPEEDS))]
     if faults:
         raise CheckpointError(f"{where} is no {trunk.family}:\n  " + "\n  ".join(sorted(faults)))
     _check_names_and_shapes(tensors, wanted)
     return trunk, tensors
-
-
-def _published_name(name: str) -> str:
-    """A tensor's name in a Transformer of Hugging Face's, with or without its head."""
-    return name.removeprefix("transformer.").removeprefix("model.")
 
 
 def save(model: Backpack, tokenizer: Path, folder: Path, topics: bool = False) -> Manifest:

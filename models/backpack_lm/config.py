@@ -140,7 +140,7 @@ class BackpackConfig:
             for name, value in own.items()
             if name in _ALWAYS or value not in (None, (), StoredSenses.NETWORK)
         }
-        return {"architectures": ["BackpackGPT2LMHeadModel"], **trunks.write(self.trunk), **kept}
+        return {**trunks.write(self.trunk), **kept}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> BackpackConfig:

@@ -41,7 +41,7 @@ _WRAPPERS = ("_orig_mod", "module")
 _GPT2 = re.compile(r"(transformer\.)?h\.\d+\.")
 _LIGHTNINGS_OWN = "content_model."
 
-_MASK = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks that transformers once stored
+MASK = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks that transformers once stored
 
 # Stanford's code normalises after each branch, so a layer's second norm is the next layer's first.
 _LIGHTNING = (
@@ -81,7 +81,7 @@ def to_hugging_face(tensors: Tensors, averaged_over: int | None = None, tied: bo
         "sense" in name or "content_model" in name for name in tensors
     ):
         raise CheckpointError("this is a GPT-2 checkpoint: it has no sense network and no sense weights")
-    bare = _renamed((_without_prefix(name), name, tensor) for name, tensor in tensors.items() if not _MASK.search(name))
+    bare = _renamed((without_prefix(name), name, tensor) for name, tensor in tensors.items() if not MASK.search(name))
     if any(name.startswith(_LIGHTNINGS_OWN) for name in bare):
         bare = _from_lightning(bare)
     aliases = _ALIASES if tied else {name: first for name, first in _ALIASES.items() if name != "lm_head.weight"}
@@ -96,10 +96,11 @@ def to_hugging_face(tensors: Tensors, averaged_over: int | None = None, tied: bo
 
 def is_lightning(tensors: Tensors) -> bool:
     """Whether the tensors are in the layout of Stanford's training code."""
-    return any(_without_prefix(name).startswith(_LIGHTNINGS_OWN) for name in tensors)
+    return any(without_prefix(name).startswith(_LIGHTNINGS_OWN) for name in tensors)
 
 
-def _without_prefix(name: str) -> str:
+def without_prefix(name: str) -> str:
+    """A tensor's name without what the classes around the model, and wrappers of these, put before it."""
     name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     for prefix in ("model.transformer.", "model.backpack.", "model.", "transformer.", "backpack."):
         if name.startswith(prefix):

@@ -95,8 +95,8 @@ def causal_softmax(scores: Tensor) -> Tensor:
     return (scores + seen).softmax(-1)
 
 
-def turns_of(rotary: Rotary, positions: int, width: int) -> Tensor:
-    """Cosines and sines of the angles by which heads of a width turn: [positions, 2, width / 2] float32."""
+def turns_of(rotary: Rotary, positions: range, width: int) -> Tensor:
+    """Cosines and sines of the angles by which heads of a width turn at P positions: [P, 2, width / 2] float32."""
     speeds = 1.0 / rotary.theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     if (scaling := rotary.scaling) is not None:
         slow = speeds / scaling.factor
@@ -106,7 +106,7 @@ def turns_of(rotary: Rotary, positions: int, width: int) -> Tensor:
             waves = scaling.original * speeds / (2 * math.pi)  # over the original context
             blend = ((waves - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
             speeds = blend * speeds + (1 - blend) * slow
-    angles = torch.arange(positions, dtype=torch.float32)[:, None] * speeds
+    angles = torch.tensor(positions, dtype=torch.float32)[:, None] * speeds
     return torch.stack([angles.cos(), angles.sin()], dim=1)
 
 
@@ -164,8 +164,6 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """What contextualises, by its description: ids [B, T] → g [B, T, d]."""
 
-    turns: Tensor | None
-
     def __init__(self, spec: TrunkSpec) -> None:
         super().__init__()
         self.spec = spec
@@ -182,12 +180,12 @@ class Trunk(nn.Module):
 
     def embed(self, ids: Tensor, start: int = 0) -> tuple[Tensor, Tensor | None]:
         """x [B, T, d] before the first layer, of ids [B, T] at the positions from `start` on, and what they turn by."""
-        positions = slice(start, start + ids.shape[1])
+        end = start + ids.shape[1]
         x: Tensor = self.wte(ids)
         if self.wpe is not None:
-            return x + self.wpe.weight[positions], None
+            return x + self.wpe.weight[start:end], None
         assert self.spec.rotary is not None
-        return x, turns_of(self.spec.rotary, positions.stop, self.spec.layer.head_width)[positions].to(x)
+        return x, turns_of(self.spec.rotary, range(start, end), self.spec.layer.head_width).to(x)
 
     def states(self, ids: Tensor) -> Iterator[Tensor]:
         """x [B, T, d] before the first layer, after each, and g in place of the last."""

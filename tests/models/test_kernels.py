@@ -183,7 +183,7 @@ def test_root_mean_square_norm(config: BackpackConfig, dtype: torch.dtype) -> No
 @pytest.mark.parametrize(("heads", "groups", "width"), [(9, 3, 64), (3, 1, 20), (2, 2, 32)])
 def test_heads_are_turned_in_place(heads: int, groups: int, width: int, dtype: torch.dtype) -> None:
     native, plain = _both(SHAPES["odd"], dtype)
-    turns = turns_of(Rotary(100_000.0), 80, width)
+    turns = turns_of(Rotary(100_000.0), range(80), width)
     positions, qkv = torch.tensor([0, 79, 13, 13, 40]), torch.randn(5, (heads + 2 * groups) * width).to(dtype)
     found, wanted = qkv.clone(), qkv.clone()
     native.rotate(found, positions, turns, heads + groups)

@@ -43,7 +43,7 @@ class NativeTrunk:
         )
         taps = self._taps()
         self._tapped = (structs.Tap * len(taps))(*taps)
-        matrices = weights.together, *((made.linear for made in weights.separate) if weights.separate else (None, None))
+        matrices = weights.together, *(weights.separate or (None, None))
         self._state = structs.TrunkState(
             self._layers, self._tapped, *map(_matrix, matrices), _norm(weights.first),
             at(weights.tokens), _address(weights.positions), _address(weights.turns),

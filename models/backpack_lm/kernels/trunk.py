@@ -13,6 +13,7 @@ from backpack_lm.config import BackpackConfig
 from backpack_lm.kernels.caches import StepInput, TokenSpan
 from backpack_lm.kernels.interface import Kernels, Linear
 from backpack_lm.model import Backpack, Block, Conv1D, turns_of
+from backpack_lm.trunks import Activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +33,11 @@ class PreparedLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class SenseWeightsInput:
-    """What makes queries, or keys, of the sense weights: states of the trunk, read side by side, and a matrix."""
-
-    layers: tuple[int, ...]
-    linear: Linear
-
-
-@dataclass(frozen=True, slots=True)
 class TrunkWeights:
     """A model's trunk and sense weights, on the kernels' device and in the form that its `linear` makes.
 
-    `together` makes queries and keys from the last state; where it is None, `queries` and `keys` make each from the
-    states that they read, of which those before the last pass through `norms` first.
+    `together` makes queries and keys from the last state. Where it is None, `separate` makes queries, then keys, each
+    from the states that it reads, side by side; those before the last pass through `norms` first.
     """
 
     config: BackpackConfig
@@ -57,13 +50,15 @@ class TrunkWeights:
     first: nn.Module
     layers: tuple[PreparedLayer, ...]
     together: Linear | None
-    separate: tuple[SenseWeightsInput, ...]
+    separate: tuple[Linear, ...]
     norms: dict[int, nn.Module]
 
     @classmethod
     def prepare(cls, kernels: Kernels, model: Backpack) -> TrunkWeights:
         device, trunk = kernels.caches.table.device, model.gpt2_model
         spec, weights = trunk.spec, model.sense_weight_net
+        computed = Activation.SILU if spec.layer.gated else Activation.GELU_TANH
+        assert spec.layer.activation is computed, f"no kernel of {spec.layer.activation}"
 
         def placed(norm: nn.Module) -> nn.Module:
             return deepcopy(norm).to(device).requires_grad_(False)
@@ -79,22 +74,19 @@ class TrunkWeights:
             qkv, proj, out = linear(attn.c_attn), linear(attn.c_proj), linear(mlp.c_proj)
             return PreparedLayer(qkv, proj, placed(block.ln_2), fc, out, after, attn.scale)
 
-        def separate(layers: tuple[int, ...], made_by: nn.Linear) -> SenseWeightsInput:
-            return SenseWeightsInput(layers, kernels.linear(made_by.weight, made_by.bias))
-
         blocks = [block for block in trunk.h if isinstance(block, Block)]
         norms = [placed(norm) for norm in (*(block.ln_1 for block in blocks), trunk.ln_f)]
         together: Linear | None = None
-        apart: tuple[SenseWeightsInput, ...] = ()
+        separate: tuple[Linear, ...] = ()
         if weights.together:
             together = kernels.linear(weights.c_attn.weight, weights.c_attn.bias)
         else:
-            apart = tuple(map(separate, weights.read_layers, (weights.c_query, weights.c_key)))
+            separate = tuple(kernels.linear(part.weight, part.bias) for part in (weights.c_query, weights.c_key))
         positions, turns = None, None
         if trunk.wpe is not None:
             positions = trunk.wpe.weight.detach().to(device)
         elif spec.rotary is not None:
-            turns = turns_of(spec.rotary, spec.context, spec.layer.head_width).to(device)
+            turns = turns_of(spec.rotary, range(spec.context), spec.layer.head_width).to(device)
         return cls(
             model.config,
             trunk.wte.weight.detach().to(device),
@@ -103,7 +95,7 @@ class TrunkWeights:
             norms[0],
             tuple(layer(block, after) for block, after in zip(blocks, norms[1:], strict=True)),
             together,
-            apart,
+            separate,
             {int(number): placed(norm) for number, norm in weights.norms.items()},
         )
 
@@ -150,7 +142,7 @@ class CachedTrunk:
             queries, keys = weights.together(y).view(len(y), 2, *shape[1:]).unbind(1)
             return queries, keys
         queries, keys = (
-            made.linear(torch.cat([states[layer] for layer in made.layers], dim=1)).view(shape)
-            for made in weights.separate
+            linear(torch.cat([states[layer] for layer in layers], dim=1)).view(shape)
+            for linear, layers in zip(weights.separate, config.read_layers, strict=True)
         )
         return queries, keys

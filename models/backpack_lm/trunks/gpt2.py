@@ -50,8 +50,9 @@ def read(values: Mapping[str, Any], scaled_by_layer: bool = True) -> TrunkSpec:
 
 
 def write(trunk: TrunkSpec) -> dict[str, Any]:
-    """What `read` reads: the trunk's part of a config.json."""
+    """What `read` reads: the trunk's part of a config.json, as the published Backpacks have it."""
     return {
+        "architectures": ["BackpackGPT2LMHeadModel"],
         "model_type": "gpt2",
         "activation_function": "gelu_new",
         "vocab_size": trunk.vocab_size,
