@@ -1,6 +1,6 @@
 """llama.cpp running a Transformer with random weights on this processor: one measurement for every line asked.
 
-Runs under the environment that `make llama` builds, and imports nothing of this project:
+Runs under the environment that `make llama` builds, and imports nothing of this project but its neighbour:
 
     echo '{"batch": 32, "prompt": 64, "new": 64}' | .venv-llama/bin/python tests/bench/llama_peer.py
 
@@ -21,11 +21,12 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import gguf
 import llama_cpp
 import numpy as np
+from answering import serve
 
 CACHE = Path(sys.prefix) / "cache"
 """Models that were written; they go when the environment goes."""
@@ -222,18 +223,6 @@ class Peer:
         return np.ctypeslib.as_array(logits, (rows, self.vocabulary)).argmax(1)
 
 
-def serve(peer: Peer, answers: TextIO) -> None:
-    print(json.dumps(peer.describe()), file=answers, flush=True)
-    for line in sys.stdin:
-        try:
-            answer: dict[str, Any] = peer.measure(**json.loads(line))
-        except (TypeError, ValueError) as error:
-            answer = {"error": str(error)}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
     sizes = arguments()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    serve(Peer(sizes), answers)
+    serve(lambda: Peer(sizes))

@@ -1,6 +1,6 @@
 """vLLM running a Transformer with random weights on this machine's processor: one measurement for every line asked.
 
-Runs under the environment that `make vllm` builds, and imports nothing of this project:
+Runs under the environment that `make vllm` builds, and imports nothing of this project but its neighbour:
 
     echo '{"batch": 32, "prompt": 64, "new": 64}' | .venv-vllm/bin/python tests/bench/vllm_peer.py
 
@@ -22,7 +22,9 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from answering import serve
 
 BLOCK = 128
 """Tokens in a block of vLLM's cache; what it takes by itself on a CPU."""
@@ -168,19 +170,7 @@ class Peer:
         }
 
 
-def serve(peer: Peer, answers: TextIO) -> None:
-    print(json.dumps(peer.describe()), file=answers, flush=True)
-    for line in sys.stdin:
-        try:
-            answer: dict[str, Any] = peer.measure(**json.loads(line))
-        except (TypeError, ValueError) as error:
-            answer = {"error": str(error)}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
     sizes = arguments()
     settle(sizes.threads)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    serve(Peer(sizes), answers)
+    serve(lambda: Peer(sizes))

@@ -72,12 +72,14 @@ EDITS: dict[str, tuple[Edit, ...]] = {
 }
 
 
+def compiled(edits: tuple[Edit, ...], table: SenseTable) -> Overlay:
+    """A release of these edits alone, for a table."""
+    return Overlay.compile(ReleaseContent((RevisionContent("00" * 32, edits),) if edits else ()), table)
+
+
 @pytest.fixture(scope="session")
 def overlays(table: SenseTable) -> dict[str, Overlay]:
-    return {
-        name: Overlay.compile(ReleaseContent((RevisionContent("00" * 32, edits),) if edits else ()), table)
-        for name, edits in EDITS.items()
-    }
+    return {name: compiled(edits, table) for name, edits in EDITS.items()}
 
 
 MakeEngine = Callable[..., Engine]

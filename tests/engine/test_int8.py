@@ -11,17 +11,13 @@ from backpack_lm.kernels import Caches, MixSpan, Precision, StepInput, TokenSpan
 from backpack_lm.lab.text import plain, shipped
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
-from backpack_lm.patch import ReleaseContent, RevisionContent
 from backpack_serving.engine.runner import Runner
-from backpack_serving.engine.sequence import GenerationRequest
 from backpack_serving.inference.served_model import ServedModel
-from backpack_serving.sampling import SamplingParams
 from backpack_serving.settings import default_model
 from torch import Tensor
 
-from tests.engine.conftest import EDITS, K, V
-from tests.engine.test_company import engine_in
-from tests.engine.test_oracle import prompt
+from tests.engine.conftest import EDITS, K, V, compiled
+from tests.engine.test_company import off_the_oracle
 
 LENGTH, ROWS, TOGETHER = 256, 16, 64
 
@@ -34,10 +30,7 @@ def small(table: SenseTable, model: Backpack) -> SenseTable:
 
 @pytest.fixture(scope="module")
 def release_of(small: SenseTable) -> dict[str, Overlay]:
-    return {
-        name: Overlay.compile(ReleaseContent((RevisionContent("00" * 32, edits),) if edits else ()), small)
-        for name, edits in EDITS.items()
-    }
+    return {name: compiled(edits, small) for name, edits in EDITS.items()}
 
 
 def test_a_release_is_explained_by_the_vectors_that_are_served(
@@ -67,20 +60,7 @@ def test_int8_stays_close_to_the_oracle(
     model: Backpack, small: SenseTable, release_of: dict[str, Overlay], overlays: dict[str, Overlay]
 ) -> None:
     """Of the same text, under every release: log-probabilities within 0.3 of float32's, 0.04 on average."""
-    off: list[float] = []
-    sampling = SamplingParams(max_tokens=1, temperature=0.0, log_probabilities=20)
-    for name, overlay in release_of.items():
-        for length in (1, 7, 30):
-            ids = prompt(2, length)
-            engine = engine_in(torch.int8, model, small)
-            engine.add(GenerationRequest(name, "t", ids, sampling, overlay))
-            outputs = []
-            while not outputs:
-                outputs = engine.step()
-            logits = model(torch.tensor([ids]), overlays[name])[0, -1, : model.config.tokens].detach()
-            expected, found = logits.log_softmax(-1), outputs[0].log_probability
-            assert found is not None
-            off += [abs(value - float(expected[token])) for token, value in found.alternatives]
+    off = off_the_oracle(torch.int8, model, small, release_of, overlays)
     assert max(off) < 0.3
     assert sum(off) / len(off) < 0.04
 

@@ -8,29 +8,22 @@ import pytest
 import torch
 from backpack_lm.kernels import Caches, Kernels, choose
 from backpack_lm.kernels.plain import PlainKernels
-from backpack_lm.overlay import Overlay
 from backpack_lm.patch import (
     AddEdit,
     Cell,
     Edit,
-    ReleaseContent,
-    RevisionContent,
     ScaleEdit,
     SwapEdit,
     TopicEdit,
     Vector,
 )
-from backpack_serving.engine.engine import Engine
-from backpack_serving.engine.runner import Runner
-from backpack_serving.engine.scheduler import Scheduler
 from backpack_serving.engine.sequence import GenerationRequest
-from backpack_serving.engine.slots import OverlayRows, Slots
 from backpack_serving.sampling import SamplingParams
 
+from tests.engine.conftest import compiled
+from tests.engine.test_company import engine_in
 from tests.engine.test_oracle import oracle, prompt, run
 from tests.models.trunk_shapes import FAMILIES, random_model
-
-ROWS = 4 * 97 * 4
 
 
 def _releases(width: int) -> list[tuple[Edit, ...]]:
@@ -46,10 +39,7 @@ def test_tokens_are_the_oracles_with_a_patch_on_every_row(name: str, kernels: Ca
     """Greedy and drawn ones, in whatever company, with prompts that begin alike and that are read in chunks."""
     model = random_model(FAMILIES[name])
     table = model.sense_table()
-    overlays = [
-        Overlay.compile(ReleaseContent((RevisionContent("00" * 32, edits),) if edits else ()), table)
-        for edits in _releases(model.config.n_embd)
-    ]
+    overlays = [compiled(edits, table) for edits in _releases(model.config.n_embd)]
     requests = [
         GenerationRequest(
             f"{n} {temperature}",
@@ -61,8 +51,7 @@ def test_tokens_are_the_oracles_with_a_patch_on_every_row(name: str, kernels: Ca
         for n, overlay in enumerate(overlays)
         for temperature in (0.0, 0.8)
     ]
-    runner = Runner(model, table.with_room(ROWS), 4, kernels)
-    tokens = run(Engine(runner, Slots(4), OverlayRows(ROWS), Scheduler(16, 64)), requests)
+    tokens = run(engine_in(torch.float32, model, table, kernels=kernels), requests)
     for request in requests:
         assert tokens[request.id] == oracle(model, request), request.id
     assert len(set(map(tuple, tokens.values()))) > len(overlays)
