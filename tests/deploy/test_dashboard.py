@@ -139,9 +139,11 @@ async def test_every_panel_shows_something_of_a_loaded_system(tmp_path: Path) ->
         config = tmp_path / "prometheus.yml"
         config.write_text(yaml.safe_dump({"global": {"scrape_interval": "1s"}, "scrape_configs": [scraped]}))
         port = free_port()
-        prometheus = await asyncio.create_subprocess_exec(
-            "prometheus", f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'tsdb'}",
-            f"--web.listen-address=127.0.0.1:{port}", "--log.level=error",
+        prometheus = subprocess.Popen(  # not asyncio's: see tests.commands
+            [
+                "prometheus", f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'tsdb'}",
+                f"--web.listen-address=127.0.0.1:{port}", "--log.level=error",
+            ]
         )  # fmt: skip
         try:
             key = await system.tenant(copy("king", "ship"))
@@ -160,7 +162,7 @@ async def test_every_panel_shows_something_of_a_loaded_system(tmp_path: Path) ->
             raise AssertionError(f"nothing to see: {empty}")
         finally:
             prometheus.terminate()
-            await prometheus.wait()
+            await asyncio.to_thread(prometheus.wait)
 
 
 def test_the_guide_says_what_to_do_for_every_alert() -> None:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from pathlib import Path
 
-from tests.conftest import PROXY_VARIABLES
+from tests import commands
 from tests.e2e.conftest import running
 
 
-async def _health(*arguments: str) -> tuple[int | None, str]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "backpack_serving.cli.main", "health", *arguments,
-        env={**os.environ, **PROXY_VARIABLES, "PYTHONPATH": os.pathsep.join(sys.path), "NO_COLOR": "1"},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    output, _ = await process.communicate()
-    return process.returncode, " ".join(output.decode().split())
+async def _health(*arguments: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "backpack_serving.cli.main", "health", *arguments]
+    answer = await commands.ran(*command, NO_COLOR="1")
+    return answer.returncode, " ".join((answer.stdout + answer.stderr).split())
 
 
 async def test_a_probe_says_whether_a_server_serves(tmp_path: Path) -> None:
@@ -54,11 +49,6 @@ async def test_a_probe_loads_nothing_that_only_other_commands_need() -> None:
         "try: app()\n"
         f"finally: print([name for name in {heavy} if name in sys.modules])"
     )
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", program, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    output, _ = await process.communicate()
-    answer, loaded = output.decode().splitlines()
+    answer, loaded = (await commands.ran(sys.executable, "-c", program)).stdout.splitlines()
     assert answer.startswith("127.0.0.1:1 UNAVAILABLE")
     assert loaded == "[]"

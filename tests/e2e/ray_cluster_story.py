@@ -28,6 +28,7 @@ from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
 from ray.cluster_utils import Cluster
 
+from tests import commands
 from tests.e2e.conftest import Metadata, System, copy
 from tests.e2e.ray_story import PROMPT, actors, until
 
@@ -42,10 +43,9 @@ async def deploy(dashboard: str, state: Path, **arguments: Any) -> None:
     replicas["args"] |= arguments
     file = state / "serve.yaml"
     file.write_text(yaml.safe_dump(config))
-    direct = {**os.environ, "no_proxy": dashboard.partition(":")[0]}  # as compose has it
     command = ["serve", "deploy", str(file), "-a", f"http://{dashboard}"]
-    process = await asyncio.create_subprocess_exec(*command, env=direct)
-    assert await process.wait() == 0, "serve deploy failed"
+    answer = await commands.ran(*command, no_proxy=dashboard.partition(":")[0])  # as compose has it
+    assert answer.returncode == 0, f"serve deploy failed: {answer.stderr}"
 
 
 class Load:

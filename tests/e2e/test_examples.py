@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import commands
 from tests.e2e.conftest import Metadata, System, copy, ipb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -22,24 +22,15 @@ PROMPT = "The story of the king and the"
 async def _run(system: System, key: Metadata | str, name: str, *words: str) -> tuple[int, str, str]:
     """Exit status, output and errors."""
     secret = key if isinstance(key, str) else key[0][1].removeprefix("Bearer ")
-    process = await asyncio.create_subprocess_exec(
+    answer = await commands.ran(
         sys.executable,
         str(EXAMPLES / name),
         *words,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "BACKPACK_GATEWAY_ADDRESS": system.gateway,
-            "BACKPACK_INTERVENTIONS_ADDRESS": system.interventions,
-            "BACKPACK_KEY": secret,
-        },
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+        BACKPACK_GATEWAY_ADDRESS=system.gateway,
+        BACKPACK_INTERVENTIONS_ADDRESS=system.interventions,
+        BACKPACK_KEY=secret,
     )
-    async with asyncio.timeout(120):
-        output, errors = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, output.decode(), errors.decode()
+    return answer.returncode, answer.stdout, answer.stderr
 
 
 async def test_releases_are_compared(system: System) -> None:

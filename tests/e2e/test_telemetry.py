@@ -27,7 +27,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from tests.conftest import PROXY_VARIABLES
+from tests import commands
 from tests.e2e.conftest import running
 
 SECRET = "The story of a very secret queen"
@@ -249,8 +249,7 @@ async def test_a_collector_that_is_away_is_not_waited_for_at_the_end() -> None:
         f"from backpack_serving.observability import tracing; tracing.configure('http://127.0.0.1:{port}', 'test')\n"
         "with tracing.span('last'): pass"
     )
-    environment = {**os.environ, **PROXY_VARIABLES, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, env=environment)
-    assert await process.wait() == 0
+    answer = await commands.ran(sys.executable, "-c", program)
+    assert answer.returncode == 0, answer.stderr
     await server.stop(None)
     assert 1 <= len(attempts) <= 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from backpack_serving.cli import client as screens
 from backpack_serving.cli.main import app
 from typer.testing import CliRunner
 
+from tests import commands
 from tests.e2e.conftest import System, copy, ipb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -153,11 +153,6 @@ async def test_a_log_shows_it_too(form: str) -> None:
         "try:\n    raise ValueError(evil)\n"
         "except ValueError:\n    structlog.get_logger().exception('raised')\n"
     )
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", program, EVIL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    _, told = await process.communicate()
-    assert not NEVER.search(told.decode()), ascii(told)
-    assert told.decode().count("\\u202e") >= 4
+    told = (await commands.ran(sys.executable, "-c", program, EVIL)).stderr
+    assert not NEVER.search(told), ascii(told)
+    assert told.count("\\u202e") >= 4
