@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from backpack_serving.client import Client, Sampling
 
-from tests.http.conftest import PROMPT, Web
+from tests.http.conftest import PROMPT, Web, chat_model, serving
 
 
 @pytest.fixture(scope="session")
@@ -180,6 +181,15 @@ def test_a_chat_is_written_by_the_models_template(client: openai.OpenAI, web: We
     assert streamed[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == same.text
     assert streamed[-1].choices[0].finish_reason == "length"
+
+
+def test_a_chat_without_a_limit_fills_the_texts_that_are_served(tmp_path: Path) -> None:
+    """BACKPACK_CONTEXT may be less than the model's own, which a chat asked for and was refused."""
+    with serving(tmp_path, model=str(chat_model(tmp_path / "model")), context="64") as short:
+        asked = {"model": "live", "messages": [{"role": "user", "content": "the king"}], "ignore_end_of_text": True}
+        answer = short.post("/v1/chat/completions", asked)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["total_tokens"] == 64
 
 
 def test_a_message_cant_smuggle_special_tokens_in(web: Web) -> None:

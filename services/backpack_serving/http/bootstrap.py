@@ -53,7 +53,7 @@ async def start(settings: Settings, metrics: Metrics) -> HttpServer:
     if not settings.http_address:
         raise ValueError("BACKPACK_HTTP_ADDRESS is empty; write host:port, as in 127.0.0.1:8480")
     await starting.blocking(partial(rpc.check_address, settings.http_address))
-    manifest = await starting.model(settings)
+    manifest = (await starting.model(settings)).with_context(settings.context)
     tokenizer = await starting.blocking(partial(Tokenizer.read, settings.model / TOKENIZER, manifest.tokenizer))
     template = await starting.blocking(partial(openai.ChatTemplate.read, settings.model))
     tls = settings.tls
