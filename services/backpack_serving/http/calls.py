@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from backpack_serving import rpc, tasks
-from backpack_serving.errors import InvalidRequest, NotFound, ServiceError, Unavailable
+from backpack_serving.errors import InvalidRequest, NotFound, ServiceError
 from backpack_serving.http import refusals
 from backpack_serving.observability import tracing
 
@@ -51,9 +50,9 @@ class HttpCall:
         self.code, self.reason = error.code, error.reason
 
     def drained(self) -> ServiceError:
-        """The error of a call that the drain has ended. HttpCall it where its cancellation was caught."""
+        """The error of a call that the drain has ended. Call it where its cancellation was caught."""
         self.task.uncancel()
-        error = _draining()
+        error = rpc.draining()
         self.refused(error)
         return error
 
@@ -64,10 +63,6 @@ _current: ContextVar[HttpCall] = ContextVar("call")
 def current() -> HttpCall:
     """The request that this code runs for."""
     return _current.get()
-
-
-def _draining() -> ServiceError:
-    return Unavailable("DRAINING", "this server is stopping; another one will answer", retry_after=0.1)
 
 
 class Calls:
@@ -144,7 +139,7 @@ class Calls:
         call = current()
         try:
             if self.draining:
-                raise _draining()
+                raise rpc.draining()
             scope["app"] = self  # without it, starlette would answer in its own words
             await self._inner(scope, receive, send)
             return
@@ -164,9 +159,7 @@ class Calls:
 
     async def idle(self, seconds: float) -> None:
         """Wait until nothing runs, for at most so many seconds."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._idle.wait()
+        await rpc.wait_at_most(self._idle, seconds)
 
     def end(self) -> None:
         """Cancel what still runs; clients are told to try again."""

@@ -2,7 +2,7 @@
 
 from backpack_serving.auth.presented import bearer, certificate_names
 from backpack_serving.rpc.channel import SMALL, channel, sync_channel
-from backpack_serving.rpc.drain import drained
+from backpack_serving.rpc.drain import drained, draining, wait_at_most
 from backpack_serving.rpc.listening import check as check_address
 from backpack_serving.rpc.metadata import Context, identify, metadata, with_key, with_request_id
 from backpack_serving.rpc.probe import serving
@@ -20,6 +20,7 @@ __all__ = [
     "channel",
     "check_address",
     "drained",
+    "draining",
     "errors",
     "identify",
     "metadata",
@@ -28,6 +29,7 @@ __all__ = [
     "start",
     "sync_channel",
     "to_status",
+    "wait_at_most",
     "with_key",
     "with_request_id",
 ]

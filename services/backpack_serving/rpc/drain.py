@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Set
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,3 +22,10 @@ def drained() -> bool:
 def draining() -> ServiceError:
     """The error of calls to a server that is stopping."""
     return Unavailable("DRAINING", "this server is stopping; another one will answer", retry_after=0.1)
+
+
+async def wait_at_most(idle: asyncio.Event, seconds: float) -> None:
+    """Wait until nothing runs, for at most so many seconds."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await idle.wait()

@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from backpack_serving.observability import tracing
 from backpack_serving.rpc import listening
 from backpack_serving.rpc.channel import MESSAGE_LIMIT, SMALL, too_large
 from backpack_serving.rpc.credentials import server_credentials
-from backpack_serving.rpc.drain import draining, ended
+from backpack_serving.rpc.drain import draining, ended, wait_at_most
 from backpack_serving.rpc.metadata import WHY, Context, identify, metadata, with_request_id
 from backpack_serving.rpc.status import refusal_of, to_status
 
@@ -216,9 +216,7 @@ class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     async def idle(self, seconds: float) -> None:
         """Wait until no call runs, for at most so many seconds."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._idle.wait()
+        await wait_at_most(self._idle, seconds)
 
 
 def _decoding(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

@@ -68,7 +68,7 @@ class Generator:
                 async for part in parts:
                     yield part
             return
-        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = await asyncio.to_thread(self._tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
         text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
         scored = await self._scored(ids)
         echoed = [ChoicePart(first + n, text, scored.tokens, prompt=True) for n in range(samples)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -66,7 +67,7 @@ def routes(
         asked = read(Chat, await _body(request))
         if template is None:
             raise missing()
-        return await _answer(asked, metadata, [template.ids(asked.messages)])
+        return await _answer(asked, metadata, [await asyncio.to_thread(template.ids, asked.messages)])
 
     async def _answer(asked: Sampled, metadata: caller.Metadata, prompts: list[Prompt]) -> App:
         parts = Generator(inference, manifest, tokenizer, asked, metadata).parts(prompts)
