@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from backpack_lm import strict_json, trunks
-from backpack_lm.trunks.spec import COUNT, WIDTH, TrunkSpec, size
+from backpack_lm.trunks.spec import COUNT, WIDTH, Rotary, TrunkSpec, size
 from backpack_lm.trunks.spec import ConfigError as ConfigError
 
 _GPT2_END = 50256
@@ -34,7 +35,9 @@ class BackpackConfig:
     sampled.
 
     `query_layers` and `key_layers` are the trunk's states that the sense weights read: 0 are its embeddings, n what
-    follows n layers; the last, which the published models read for both, has the trunk's final norm.
+    follows n layers; the last, which the published models read for both, has the trunk's final norm. With
+    `sense_theta`, queries and keys turn by their positions, as rotary embeddings with this θ: then a sense can weigh
+    words by their distance, of which the states of a trunk with rotary positions don't tell.
     """
 
     trunk: TrunkSpec
@@ -46,6 +49,7 @@ class BackpackConfig:
     sense_head: int | None = None
     query_layers: tuple[int, ...] = ()
     key_layers: tuple[int, ...] = ()
+    sense_theta: float | None = None
     senses: StoredSenses = StoredSenses.NETWORK
 
     def __post_init__(self) -> None:
@@ -64,6 +68,13 @@ class BackpackConfig:
             raise ConfigError(
                 f"num_senses {self.num_senses} is more than n_embd {d}: "
                 "each sense needs a head of at least one dimension"
+            )
+        theta = self.sense_theta
+        if theta is not None and not (isinstance(theta, float) and 1 < theta < math.inf):
+            raise ConfigError(f"sense_theta is {theta!r}; it must be a number above 1")
+        if theta is not None and self.sense_head_width % 2:
+            raise ConfigError(
+                f"sense heads are {self.sense_head_width} wide; sense_theta turns pairs, so sense_head must be even"
             )
         for name in ("query_layers", "key_layers"):
             layers = getattr(self, name)
@@ -102,6 +113,11 @@ class BackpackConfig:
     def sense_head_width(self) -> int:
         """Width of one head of the sense weights: d // k, unless `sense_head` says otherwise."""
         return self.sense_head or self.n_embd // self.num_senses
+
+    @property
+    def sense_rotary(self) -> Rotary | None:
+        """How the queries and keys of the sense weights turn by position, if they do."""
+        return None if self.sense_theta is None else Rotary(self.sense_theta)
 
     @property
     def sense_mlp_widths(self) -> tuple[int, int]:
@@ -157,6 +173,8 @@ class BackpackConfig:
         kept = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         if kept.get("eos_token_id") == _GPT2_END and trunk.vocab_size <= _GPT2_END:
             kept["eos_token_id"] = None  # GPT-2's, which transformers writes where nobody said
+        if isinstance(kept.get("sense_theta"), int) and not isinstance(kept["sense_theta"], bool):
+            kept["sense_theta"] = float(kept["sense_theta"])
         for name in ("sense_inner", "query_layers", "key_layers"):
             if isinstance(kept.get(name), list):
                 kept[name] = tuple(kept[name])

@@ -238,6 +238,7 @@ class SenseWeights(nn.Module):
     def __init__(self, config: BackpackConfig) -> None:
         super().__init__()
         self.num_senses, self.head_width = config.num_senses, config.sense_head_width
+        self.rotary = config.sense_rotary
         self.read_layers, depth = config.read_layers, config.trunk.depth
         all_heads = self.num_senses * self.head_width
         self.together = self.read_layers == ((depth,), (depth,))
@@ -262,8 +263,16 @@ class SenseWeights(nn.Module):
         else:
             nn.init.normal_(key, std=sharpness / math.sqrt(key.shape[1]))
 
-    def query_key(self, states: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """q and k, each [..., k, w], of the trunk's states [..., d] from its embeddings to g."""
+    def query_key(self, states: Iterable[Tensor], start: int = 0) -> tuple[Tensor, Tensor]:
+        """q and k, each [B, T, k, w], of the trunk's states [B, T, d], from its embeddings to g, at the positions from
+        `start` on."""
+        q, k = self._projected(states)
+        if self.rotary is None:
+            return q, k
+        turns = turns_of(self.rotary, range(start, start + q.shape[1]), self.head_width).to(q.device)[:, None]
+        return rotated(q, turns), rotated(k, turns)
+
+    def _projected(self, states: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         if self.together:
             # q is the first half of the projection.
             q, k = self.c_attn(last(states)).unflatten(-1, (2, self.num_senses, self.head_width)).unbind(-3)

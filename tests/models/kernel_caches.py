@@ -39,6 +39,9 @@ SHAPES = {
     "qwen2, whose sense weights read several states": llama(
         60, 64, 2, 4, 2, model_type="qwen2", head_dim=32, sense_head=24, query_layers=[1, 2], key_layers=[0, 1]
     ),
+    "llama, whose sense weights turn": llama(
+        60, 64, 2, 4, 2, head_dim=32, sense_head=36, query_layers=[2], key_layers=[0, 1], sense_theta=100.0
+    ),
 }
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 

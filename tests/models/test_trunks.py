@@ -146,6 +146,12 @@ _LLAMA = {**_TINY, "model_type": "llama", "num_attention_heads": 6}
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0; it must be a number between 0 and 1"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; it must be an integer from 1 to 1024"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; it must be true or false"),
+        ({"sense_theta": 1.0}, r"sense_theta is 1\.0; it must be a number above 1"),
+        ({"sense_theta": True}, "sense_theta is True; it must be a number above 1"),
+        (
+            {"sense_theta": 500.0, "sense_head": 9},
+            "sense heads are 9 wide; sense_theta turns pairs, so sense_head must",
+        ),
         ({"key_layers": [9]}, r"key_layers is \(9,\); it must be layers from 0 to 3, ascending"),
         ({"query_layers": [2, 1]}, r"query_layers is \(2, 1\); it must be layers"),
         ({"senses": "float8"}, "senses is 'float8'; it must be one of 'network', 'bfloat16', 'int8'"),

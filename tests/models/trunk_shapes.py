@@ -57,6 +57,10 @@ FAMILIES: dict[str, BackpackConfig] = {
             "sense_head": 16,
         }
     ),
+    "llama, sense weights by distance": BackpackConfig.from_json(
+        {**_LLAMA, **_SENSES, "query_layers": [2, 3], "key_layers": [1], "sense_head": 10, "sense_theta": 500.0}
+    ),
+    "gpt2, sense weights by distance": BackpackConfig.gpt2(97, 48, 32, 3, 4, **_SENSES, sense_theta=10_000),
     "llama, a table of int8": BackpackConfig.from_json({**_LLAMA, **_SENSES, "senses": "int8", "key_layers": [1]}),
     "llama, a table of bfloat16": BackpackConfig.from_json({**_LLAMA, **_SENSES, "senses": "bfloat16"}),
 }

@@ -46,7 +46,7 @@ class NativeTrunk:
         matrices = weights.together, *(weights.separate or (None, None))
         self._state = structs.TrunkState(
             self._layers, self._tapped, *map(_matrix, matrices), _norm(weights.first),
-            at(weights.tokens), _address(weights.positions), _address(weights.turns),
+            at(weights.tokens), _address(weights.positions), _address(weights.turns), _address(weights.sense_turns),
             at(caches.sense_keys), at(self.seconds), pages,
             len(layers), trunk.width, shape.heads, shape.kv_heads, shape.head_width, shape.inner, shape.gated,
             config.num_senses, config.sense_head_width, len(taps), len(queried), len(keyed), trunk.epsilon,

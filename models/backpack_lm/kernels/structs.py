@@ -80,7 +80,7 @@ class TrunkState(ctypes.Structure):
         ("taps", ctypes.POINTER(Tap)),
         *((name, Matrix) for name in ("together", "query", "key")),
         ("first", Norm),
-        *_pointers("tokens", "positions", "turns", "sense_keys", "seconds"),
+        *_pointers("tokens", "positions", "turns", "sense_turns", "sense_keys", "seconds"),
         ("pages", PageTable),
         *_ints("count", "width", "heads", "groups", "head_width", "inner", "gated"),
         *_ints("senses", "sense_width", "tapped", "query_states", "key_states"),

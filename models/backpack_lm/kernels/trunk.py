@@ -13,7 +13,7 @@ from backpack_lm.config import BackpackConfig
 from backpack_lm.kernels.caches import StepInput, TokenSpan
 from backpack_lm.kernels.interface import Kernels, Linear
 from backpack_lm.model import Backpack, Block, Conv1D, turns_of
-from backpack_lm.trunks import Activation
+from backpack_lm.trunks import Activation, Rotary
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,8 @@ class TrunkWeights:
     """Learned embeddings [T, d] float32."""
     turns: Tensor | None
     """Rotary cosines and sines [T, 2, w/2] float32, where positions aren't learned."""
+    sense_turns: Tensor | None
+    """The same for the sense weights' queries and keys, if they turn."""
     first: nn.Module
     layers: tuple[PreparedLayer, ...]
     together: Linear | None
@@ -82,16 +84,16 @@ class TrunkWeights:
             together = kernels.linear(weights.c_attn.weight, weights.c_attn.bias)
         else:
             separate = tuple(kernels.linear(part.weight, part.bias) for part in (weights.c_query, weights.c_key))
-        positions, turns = None, None
-        if trunk.wpe is not None:
-            positions = trunk.wpe.weight.detach().to(device)
-        elif spec.rotary is not None:
-            turns = turns_of(spec.rotary, range(spec.context), spec.layer.head_width).to(device)
+
+        def turned(rotary: Rotary | None, width: int) -> Tensor | None:
+            return None if rotary is None else turns_of(rotary, range(spec.context), width).to(device)
+
         return cls(
             model.config,
             trunk.wte.weight.detach().to(device),
-            positions,
-            turns,
+            None if trunk.wpe is None else trunk.wpe.weight.detach().to(device),
+            turned(spec.rotary, spec.layer.head_width),
+            turned(weights.rotary, weights.head_width),
             norms[0],
             tuple(layer(block, after) for block, after in zip(blocks, norms[1:], strict=True)),
             together,
@@ -130,19 +132,25 @@ class CachedTrunk:
             y = kernels.residual_norm(x, layer.out(kernels.gate(wide) if gated else wide), layer.after)
             keep(n + 1)
         states[len(weights.layers)] = y
-        queries, keys = self._queries_and_keys(y, states)
+        queries, keys = self._queries_and_keys(y, states, new.positions)
         kernels.caches.write_sense_keys(keys, new.slots, new.positions)
         return queries
 
-    def _queries_and_keys(self, y: Tensor, states: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+    def _queries_and_keys(self, y: Tensor, states: dict[int, Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
         """Each [N, k, w], from the last state [N, d] and all that are kept."""
         weights, config = self._weights, self._weights.config
         shape = len(y), config.num_senses, config.sense_head_width
         if weights.together is not None:
-            queries, keys = weights.together(y).view(len(y), 2, *shape[1:]).unbind(1)
+            queries, keys = self._turned(weights.together(y), positions).view(len(y), 2, *shape[1:]).unbind(1)
             return queries, keys
         queries, keys = (
-            linear(torch.cat([states[layer] for layer in layers], dim=1)).view(shape)
+            self._turned(linear(torch.cat([states[layer] for layer in layers], dim=1)), positions).view(shape)
             for linear, layers in zip(weights.separate, config.read_layers, strict=True)
         )
         return queries, keys
+
+    def _turned(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """The same heads [N, n·w], turned in place by their positions if they turn."""
+        if (turns := self._weights.sense_turns) is not None:
+            self._kernels.rotate(heads, positions, turns, heads.shape[1] // self._weights.config.sense_head_width)
+        return heads

@@ -43,7 +43,7 @@ class BatchSampler:
         self.at += 1
         senses = self.overlay.replace(tokens[:, None], self.subject.table.rows[tokens][:, None])[:, 0]
         self._senses[:, at] = senses
-        q, k = model.sense_weight_net.query_key(self._states(tokens, at))
+        q, k = (part[:, 0] for part in model.sense_weight_net.query_key(self._states(tokens, at), at))
         self._sense_keys[:, :, at] = k
         scores = torch.einsum("bkw,bktw->bkt", q, self._sense_keys[:, :, : self.at])
         alpha = (scores / math.sqrt(self.subject.config.sense_head_width)).softmax(-1)
@@ -53,12 +53,12 @@ class BatchSampler:
         return mixed @ self.subject.head.t()
 
     def _states(self, tokens: Tensor, at: int) -> Iterator[Tensor]:
-        """The trunk's states [B, d] of the new position, as `Trunk.states`."""
+        """The trunk's states [B, 1, d] of the new position, as `Trunk.states`."""
         trunk = self.subject.model.gpt2_model
         x, turns = trunk.embed(tokens[:, None], at)
         for layer, block in enumerate(trunk.h):
             assert isinstance(block, Block)
-            yield x[:, 0]
+            yield x
             q, k, v = block.attn.query_key_value(block.ln_1(x), turns)
             self._keys[layer][:, :, at], self._values[layer][:, :, at] = k[:, :, 0], v[:, :, 0]
             mixed = F.scaled_dot_product_attention(
@@ -70,7 +70,7 @@ class BatchSampler:
             )
             x = x + block.attn.c_proj(mixed.transpose(1, 2).flatten(2))
             x = x + block.mlp(block.ln_2(x))
-        yield trunk.ln_f(x)[:, 0]
+        yield trunk.ln_f(x)
 
     def _multipliers(self, tokens: Tensor) -> Tensor:
         """Effective multipliers [B, T, k] of the cells so far, one new token's dots added to each."""

@@ -50,7 +50,7 @@ std::string all_layouts() {
     LAYOUT("Span", Span, token, slot, position, size)
     LAYOUT("Topic", Topic, levels, multipliers, scale, annealed)
     LAYOUT("Tap", Tap, norm, layer, query_part, key_part)
-    LAYOUT("Trunk", Trunk<float>, layers, taps, together, query, key, first, tokens, positions, turns, sense_keys, seconds, pages,
+    LAYOUT("Trunk", Trunk<float>, layers, taps, together, query, key, first, tokens, positions, turns, sense_turns, sense_keys, seconds, pages,
            count, width, heads, groups, head_width, inner, gated, senses, sense_width, tapped, query_states, key_states, epsilon)
     return report.str();
 }

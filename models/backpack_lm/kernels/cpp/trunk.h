@@ -45,6 +45,7 @@ struct Trunk {
     Norm first;
     const float *tokens, *positions;  // embeddings; no positions where heads are turned:
     const float* turns;  // [T, 2, w/2]
+    const float* sense_turns;  // [T, 2, sense_width/2], or none
     Value* sense_keys;  // [pages, k, P/16, sense_width, 16]
     double* seconds;  // [PARTS], what each has taken so far
     PageTable pages;
@@ -124,6 +125,11 @@ void trunk(const Trunk<Value, Weight>& t, const NewTokens& in, int count, const 
         multiply(of_keys, t.key, d * t.key_states, keyed, wide + count * keyed, SENSE_WEIGHTS);
     } else {
         multiply(y, t.together, d, row, wide, SENSE_WEIGHTS);
+    }
+    if (t.sense_turns) {
+        int heads = t.senses * int(row / keyed);
+        rotate(wide, count, row, heads, t.sense_width, t.sense_turns, in.positions);
+        if (t.tapped) rotate(wide + count * keyed, count, row, heads, t.sense_width, t.sense_turns, in.positions);
     }
     size_t head = t.sense_width;
 #pragma omp parallel for schedule(static) if (count > 4)
