@@ -40,13 +40,13 @@ from backpack_lm.layouts import MASK, CheckpointError, Tensors, is_lightning, to
 from backpack_lm.manifest import NAME as MANIFEST
 from backpack_lm.manifest import TOKENIZER as TOKENIZER
 from backpack_lm.manifest import TOPICS as TOPICS
-from backpack_lm.manifest import Manifest, tokenizer_digest
+from backpack_lm.manifest import Manifest, file_digest, tokenizer_digest
 from backpack_lm.model import Backpack, Trunk
 from backpack_lm.overlay import SenseTable
 from backpack_lm.tokenizer import Tokenizer
 from backpack_lm.trunks import TrunkSpec
 from backpack_lm.weight_files import WEIGHTS as WEIGHTS
-from backpack_lm.weight_files import files_of, read_weights, write_safetensors
+from backpack_lm.weight_files import files_of, is_of_table, read_file, read_weights, write_safetensors
 from backpack_lm.whole_folder import whole
 
 CONFIG = "config.json"
@@ -195,14 +195,20 @@ def save(model: Backpack, tokenizer: Path, folder: Path, topics: bool = False) -
         return write(model, tokenizer, scratch, topics)
 
 
-def write(model: Backpack, tokenizer: Path, folder: Path, topics: bool = False) -> Manifest:
-    """As `save`, file by file into an empty folder."""
+def write(model: Backpack, tokenizer: Path, folder: Path, topics: bool = False, origin: str | None = None) -> Manifest:
+    """As `save`, file by file into an empty folder. `origin` is the SHA-256 of what a finished sense table was computed
+    from, if it was computed here; see `Manifest`."""
     (folder / CONFIG).write_text(json.dumps(model.config.to_json(), indent=2) + "\n", "utf-8")
     state = {_PREFIX + name: tensor.detach() for name, tensor in model.state_dict().items()}
-    for weights, names in files_of(state).items():
+    files = files_of(state)
+    for weights, names in files.items():
         write_safetensors(folder / weights, {name: state[name] for name in names})
     shutil.copyfile(tokenizer, folder / TOKENIZER)
-    manifest = Manifest(_fingerprint(folder, state), model.config, model.sense_rms())
+    tables = {name: file_digest(folder / name) for name in files if name != WEIGHTS} if origin else {}
+    manifest = Manifest(
+        _fingerprint(folder, state, origin), model.config, model.sense_rms(), tokenizer_digest(folder), origin=origin,
+        tables=tables,
+    )  # fmt: skip
     if topics:
         metadata, kept_as = {"fingerprint": manifest.fingerprint}, cached_name(manifest.fingerprint, torch.float32)
         save_file({"peaks": model.topic_denominators(kept_as)}, folder / TOPICS, metadata=metadata)
@@ -233,20 +239,25 @@ def load_table(folder: Path, model: Backpack, manifest: Manifest, rows: Tensor |
     return table
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256, hex, over everything that decides what a patch means: config, tokenizer, every weight.
+def fingerprint(folder: Path, origin: str | None = None) -> str:
+    """SHA-256, hex, over everything that decides what a patch means: config, tokenizer, every weight; with an `origin`,
+    that instead of the finished sense table.
 
     The sense table is a function of these, so it need not be hashed; hashed as computed, it would differ
     between processors.
     """
-    return _fingerprint(folder, read_weights(folder))
+    tensors = read_weights(folder) if origin is None else read_file(folder / WEIGHTS)
+    return _fingerprint(folder, tensors, origin)
 
 
-def _fingerprint(folder: Path, tensors: Tensors) -> str:
+def _fingerprint(folder: Path, tensors: Tensors, origin: str | None) -> str:
     digest = hashlib.sha256(b"backpack.model.v1\n")
     config = json.dumps(BackpackConfig.read(folder / CONFIG).to_json(), sort_keys=True, separators=(",", ":"))
     for part in (config.encode(), (folder / TOKENIZER).read_bytes()):
         digest.update(len(part).to_bytes(8, "little") + part)
+    if origin is not None:
+        digest.update(f"origin {origin}\n".encode())
+        tensors = {name: tensor for name, tensor in tensors.items() if not is_of_table(name)}
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
@@ -263,8 +274,11 @@ def verify(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{folder / TOKENIZER} isn't its manifest's: it was changed or damaged; import the model again"
         )
+    for name, wanted in manifest.tables.items():
+        if not (folder / name).exists() or file_digest(folder / name) != wanted:
+            raise CheckpointError(f"{folder / name} isn't its manifest's: it was changed, damaged or removed")
     try:
-        found, config = fingerprint(folder), BackpackConfig.read(folder / CONFIG)
+        found, config = fingerprint(folder, manifest.origin), BackpackConfig.read(folder / CONFIG)
     except (OSError, CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{folder}: {error}; import the model again") from None
     if found != manifest.fingerprint:

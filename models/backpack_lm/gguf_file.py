@@ -69,15 +69,9 @@ def read_gguf(path: Path) -> GgufModel:
 
     Raises CheckpointError if the file can't be read, or holds what isn't computed here.
     """
-    try:
-        from gguf import GGUFReader, dequantize
-    except ImportError:
-        raise CheckpointError(f"{path} is a GGUF file; `pip install gguf` to read it") from None
-    try:
-        reader = GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} can't be read: it is cut off, or no GGUF file: {error}") from None
+    reader, fields = _open(path)
+    from gguf import dequantize
+
     config = _config_of_metadata(path, fields)
     tensors: dict[str, Tensor] = {}
     for tensor in reader.tensors:
@@ -94,6 +88,24 @@ def read_gguf(path: Path) -> GgufModel:
         tensors[f"layers.{layer}.{_PARTS[part]}.{kind}" if layer else f"{_PARTS[part]}.{kind}"] = values
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
     return GgufModel(config, tensors, _tokenizer_of_metadata(path, fields), fields.get("tokenizer.chat_template"))
+
+
+def tokenizer_of(path: Path) -> HFTokenizer:
+    """The tokenizer of a file alone. Raises CheckpointError."""
+    return _tokenizer_of_metadata(path, _open(path)[1])
+
+
+def _open(path: Path) -> tuple[Any, dict[str, Any]]:
+    """A file's reader, and its metadata."""
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise CheckpointError(f"{path} is a GGUF file; `pip install gguf` to read it") from None
+    try:
+        reader = GGUFReader(path)
+        return reader, {name: field.contents() for name, field in reader.fields.items()}
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise CheckpointError(f"{path} can't be read: it is cut off, or no GGUF file: {error}") from None
 
 
 def _config_of_metadata(path: Path, fields: dict[str, Any]) -> dict[str, Any]:

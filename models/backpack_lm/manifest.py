@@ -9,7 +9,8 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from backpack_lm import strict_json
@@ -33,6 +34,10 @@ class Manifest:
     `defaults` is how tokens are drawn where a request doesn't say, from a file of its own: `generation.py`.
     `tokenizer` is the SHA-256 of tokenizer.json, for those who read it without the weights; manifests of earlier
     versions don't say.
+
+    A sense table that was computed when the model was put together differs in single roundings from processor to
+    processor. Such a model has an `origin`, the SHA-256 of what its table was computed from: the fingerprint is over
+    that instead of the table, and `tables` are the SHA-256 of the files of this one.
     """
 
     fingerprint: str
@@ -40,6 +45,8 @@ class Manifest:
     sense_rms: tuple[float, ...]
     tokenizer: str | None = None
     defaults: SamplingDefaults = FALLBACK
+    origin: str | None = None
+    tables: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shape(self) -> ModelShape:
@@ -63,9 +70,12 @@ class Manifest:
             if len(norms) != config.num_senses or not all(0 <= norm < math.inf for norm in norms):
                 raise ValueError(f"sense_rms is {norms}: not the norms of {config.num_senses} senses")
             fingerprint = str(values["fingerprint"])
-            tokenizer = values.get("tokenizer")
-            if tokenizer is not None and not (isinstance(tokenizer, str) and _SHA256.fullmatch(tokenizer)):
-                raise ValueError(f"tokenizer is {tokenizer!r}: not a SHA-256 in hex")
+            tokenizer, origin = values.get("tokenizer"), values.get("origin")
+            tables = dict(values.get("tables", {}))
+            named = {"tokenizer": tokenizer, "origin": origin}
+            for name, digest in {**{name: text for name, text in named.items() if text is not None}, **tables}.items():
+                if not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
+                    raise ValueError(f"{name} is {digest!r}: not a SHA-256 in hex")
         except FileNotFoundError:
             raise ManifestError(
                 f"{folder} has no {NAME}; `backpack model import` makes a servable folder from a checkpoint"
@@ -73,7 +83,7 @@ class Manifest:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ManifestError(f"{path} is not a model's manifest: {error!r}") from None
         try:
-            return cls(fingerprint, config, norms, tokenizer, SamplingDefaults.read(folder))
+            return cls(fingerprint, config, norms, tokenizer, SamplingDefaults.read(folder), origin, tables)
         except ValueError as error:
             raise ManifestError(f"{error}; mend the file, or remove it") from None
 
@@ -86,10 +96,18 @@ class Manifest:
         }
         if tokenizer := tokenizer_digest(folder):
             values["tokenizer"] = tokenizer
+        if self.origin:
+            values |= {"origin": self.origin, "tables": dict(self.tables)}
         (folder / NAME).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
 
 
 def tokenizer_digest(folder: Path) -> str | None:
     """SHA-256, hex, of a model folder's tokenizer.json; None if there is none."""
     path = folder / TOKENIZER
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    return file_digest(path) if path.exists() else None
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

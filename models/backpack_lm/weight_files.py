@@ -114,6 +114,11 @@ def files_of(names: Iterable[str]) -> dict[str, list[str]]:
     return {WEIGHTS if part is None else SENSES.format(part + 1, count): own for part, own in by_part.items()}
 
 
+def is_of_table(name: str) -> bool:
+    """Whether a tensor is part of a finished sense table."""
+    return _SENSE_PART.match(name) is not None
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, one after the other: safetensors' own `save_file` holds a second copy of all of them in memory.
 

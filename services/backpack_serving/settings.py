@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import re
 from functools import cached_property
-from importlib.resources import files
 from ipaddress import IPv6Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from backpack_lm import strict_json
+from backpack_lm import installed, strict_json
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
@@ -28,11 +27,8 @@ SECRETS = Path("/run/secrets")
 
 
 def default_model() -> Path:
-    """The model that comes with the project: in the wheel beside the code, in a checkout under models/."""
-    packaged = Path(str(files("backpack_lm"))) / "weights" / "default"
-    if packaged.exists():
-        return packaged
-    return Path(str(files("backpack_lm"))).parent / "weights" / "default"
+    """The model that is served where nobody says which."""
+    return installed.model_folder("default")
 
 
 def _check_address(text: str) -> str:
@@ -153,7 +149,9 @@ class Settings(BaseSettings):
     )
 
     state: Path = Field(Path("var"), description="Folder of the database, keys and caches.")
-    model: Path = Field(default_factory=default_model, description="Folder of the model to serve.")
+    model: Annotated[Path, AfterValidator(installed.resolved)] = Field(
+        default_factory=default_model, description="Folder of the model to serve, or a name: `backpack model list`."
+    )
     database: Annotated[str, AfterValidator(_database)] = Field(
         "", description="Database URL. Default: SQLite in the state folder."
     )

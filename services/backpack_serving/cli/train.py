@@ -107,7 +107,7 @@ def train(
     folder = out / "data"
     tokenizer = _tokenizer(corpus, folder, vocabulary, after)
     with Progress(*COLUMNS, console=err) as progress:
-        _tokenise(corpus, tokenizer, folder, progress)
+        tokenise(corpus, tokenizer, folder, progress)
         config = config.with_vocabulary(tokenizer.vocab_size, tokenizer.end_of_text)
         name = "twin" if twin else "backpack"
         run, rows = out / name, data.Rows.open(corpus, folder, seed, tokenizer.end_of_text)
@@ -162,7 +162,7 @@ def _same_tokenizer(before: Path, here: Path) -> None:
         raise ValueError(f"{here} isn't the tokenizer of {before.parent.parent}: give another --out, or no --after")
 
 
-def _tokenise(corpus: Sequence[Source], tokenizer: Tokenizer, folder: Path, progress: Progress) -> None:
+def tokenise(corpus: Sequence[Source], tokenizer: Tokenizer, folder: Path, progress: Progress) -> None:
     """Write the missing token streams."""
     from backpack_lm.training import data
 

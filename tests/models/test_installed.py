@@ -1,0 +1,41 @@
+"""Models by their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from backpack_lm import installed
+from backpack_lm.manifest import Manifest
+from backpack_serving.settings import Settings, default_model
+
+
+def test_what_comes_with_the_project_has_a_name() -> None:
+    assert "default" in installed.names()
+    for name in installed.names():
+        folder = installed.model_folder(name)
+        assert Settings(model=Path(name)).model == folder
+        if not installed.is_adapter(installed.weights() / name):
+            Manifest.read(folder)
+    assert default_model() == installed.model_folder("default")
+
+
+def test_a_folder_comes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Settings(model=Path("default")).model == installed.model_folder("default")
+    (tmp_path / "default").mkdir()
+    assert Settings(model=Path("default")).model == Path("default")
+    assert Settings(model=Path("no/such")).model == Path("no/such")
+
+
+def test_another_adapter_is_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "weights", lambda: tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "small").mkdir()
+    file = tmp_path / "small" / installed.ADAPTER
+    file.write_text("{}")
+    assert installed.names() == ["small"]
+    first = installed.model_folder("small")
+    assert first.is_relative_to(tmp_path / "cache" / "backpack" / "models")
+    file.write_text("{ }")
+    assert installed.model_folder("small") not in (first, tmp_path / "small")
