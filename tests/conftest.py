@@ -46,10 +46,10 @@ def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.Abstrac
 @pytest.fixture(scope="session")
 def served() -> ServedModel:
     """The default model, as replicas read it. Nobody changes it."""
+    from backpack_lm.installed import folder_of
     from backpack_serving.inference.served_model import ServedModel
-    from backpack_serving.settings import default_model
 
-    return ServedModel.read(default_model())
+    return ServedModel.read(folder_of("micro"))
 
 
 class Clock:

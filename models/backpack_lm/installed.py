@@ -34,7 +34,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER).exists()
 
 
-def model_folder(name: str) -> Path:
+def folder_of(name: str) -> Path:
     """The model folder of a name; of an adapter's, it is there once the model is installed."""
     folder = weights() / name
     if not is_adapter(folder):
@@ -46,4 +46,4 @@ def model_folder(name: str) -> Path:
 def resolved(model: Path) -> Path:
     """A folder as it is, a name's model folder. A folder of that name that is there comes first."""
     name = str(model)
-    return model_folder(name) if not model.exists() and name in names() else model
+    return folder_of(name) if not model.exists() and name in names() else model

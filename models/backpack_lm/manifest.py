@@ -78,7 +78,8 @@ class Manifest:
                     raise ValueError(f"{name} is {digest!r}: not a SHA-256 in hex")
         except FileNotFoundError:
             raise ManifestError(
-                f"{folder} has no {NAME}; `backpack model import` makes a servable folder from a checkpoint"
+                f"{folder} has no {NAME}; `backpack model import` makes a servable folder from a checkpoint, `backpack "
+                "model install NAME` one of a model of `backpack model list`"
             ) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ManifestError(f"{path} is not a model's manifest: {error!r}") from None

@@ -26,9 +26,13 @@ if TYPE_CHECKING:
 SECRETS = Path("/run/secrets")
 
 
-def default_model() -> Path:
-    """The model that is served where nobody says which."""
-    return installed.model_folder("default")
+DEFAULT_MODEL = "micro"
+"""The model that is served where nobody says which: `backpack model list`."""
+
+
+def model_folder(given: Path | None) -> Path:
+    """The folder of a model that a command names by a folder or a name, else of the one that is served."""
+    return Settings().model if given is None else installed.resolved(given)
 
 
 def _check_address(text: str) -> str:
@@ -150,7 +154,8 @@ class Settings(BaseSettings):
 
     state: Path = Field(Path("var"), description="Folder of the database, keys and caches.")
     model: Annotated[Path, AfterValidator(installed.resolved)] = Field(
-        default_factory=default_model, description="Folder of the model to serve, or a name: `backpack model list`."
+        default_factory=lambda: installed.folder_of(DEFAULT_MODEL),
+        description="Folder of the model to serve, or a name: `backpack model list`.",
     )
     database: Annotated[str, AfterValidator(_database)] = Field(
         "", description="Database URL. Default: SQLite in the state folder."

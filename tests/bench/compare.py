@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from backpack_lm.compare import Predicting, Scoring
 from backpack_lm.config import SMALL
+from backpack_lm.installed import folder_of
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import Cell, Edit, ReleaseContent, RevisionContent, ScaleEdit, TopicEdit
 from backpack_serving.inference.served_model import ServedModel
-from backpack_serving.settings import default_model
 from torch import Tensor
 
 from tests.bench.report import console, spread, write
@@ -123,7 +123,7 @@ def seconds(act: Callable[[], None]) -> float:
 
 def main(quick: bool) -> None:
     torch.set_num_threads(1)
-    served = ServedModel.read(default_model())
+    served = ServedModel.read(folder_of("micro"))
     benches = [Bench("default", served.model, served.table)]
     if not quick:
         torch.manual_seed(0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from backpack_lm.config import SMALL, BackpackConfig
+from backpack_lm.installed import folder_of
 from backpack_lm.kernels import Caches, Kernels, Precision, choose
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
@@ -23,7 +24,7 @@ from backpack_serving.engine.sequence import GenerationRequest
 from backpack_serving.engine.slots import OverlayRows, Slots
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.sampling import SamplingParams
-from backpack_serving.settings import Settings, default_model
+from backpack_serving.settings import Settings
 from torch import Tensor
 
 from tests.bench.report import console, spread
@@ -162,7 +163,7 @@ class Bench:
 
 
 def default() -> Bench:
-    served = ServedModel.read(default_model())
+    served = ServedModel.read(folder_of("micro"))
     # Its rounds are short, and what else the machine does shows in them.
     return Bench("default", served.model, served.table, text(), rounds=3 * ROUNDS)
 
@@ -193,7 +194,7 @@ def _random(name: str, config: BackpackConfig, senses: bool) -> Bench:
 
 def text() -> list[int]:
     """Token ids of this project's own texts, under the default model's tokenizer."""
-    tokenizer = Tokenizer.read(default_model() / "tokenizer.json")
+    tokenizer = Tokenizer.read(folder_of("micro") / "tokenizer.json")
     return tokenizer.encode("\n".join(path.read_text("utf-8") for path in TEXTS))
 
 

@@ -37,6 +37,7 @@ import psutil
 import ray
 from backpack_lm.checkpoint import TOKENIZER, save
 from backpack_lm.config import SMALL
+from backpack_lm.installed import folder_of
 from backpack_lm.kernels import Precision
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay
@@ -55,7 +56,7 @@ from backpack_serving.inference import app
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.interventions import bootstrap as interventions
 from backpack_serving.sampling import SamplingParams
-from backpack_serving.settings import Settings, default_model
+from backpack_serving.settings import Settings
 from ray import serve
 
 from tests.bench.report import console, spread, write
@@ -169,7 +170,7 @@ def _small(folder: Path) -> Path:
     """A folder with a model of Backpack-Small's shape: its vocabulary is smaller, its tokens are the default's."""
     model = Backpack(SMALL.with_vocabulary(SMALL_VOCABULARY, 0))
     with console.status("writing a model of Backpack-Small's shape, with its topic denominators: minutes"):
-        save(model.eval(), default_model() / TOKENIZER, folder)
+        save(model.eval(), folder_of("micro") / TOKENIZER, folder)
     return folder
 
 

@@ -77,7 +77,7 @@ class Stack:
         self._folder, self.project = folder, project
         self._environment = {"GATEWAY_PORT": GATEWAY[-5:], "INTERVENTIONS_PORT": INTERVENTIONS[-5:]}
         self._environment["HTTP_PORT"] = HTTP[-5:]
-        self._environment["BACKPACK_MODEL"] = str(ROOT / "models" / "weights" / "default")
+        self._environment["BACKPACK_MODEL"] = str(ROOT / "models" / "weights" / "micro")
         self.services = [*OURS, "postgres", "prometheus", "grafana"]
         self.secrets, self.deploy = folder / "var" / "secrets", folder / "deploy"
         self._files = [ROOT / "docker-compose.yml", folder / "proxies.json"]

@@ -123,7 +123,7 @@ def test_one_model_is_served_by_all_who_read_it(compose: dict[str, Any]) -> None
         (mount,) = (v for v in service["volumes"] if v["target"] == "/model")
         assert service["environment"]["BACKPACK_MODEL"] == mount["target"], name
         assert (mount["type"], mount["read_only"]) == ("bind", True)
-        assert Path(mount["source"]) == ROOT / "models" / "weights" / "default"
+        assert Path(mount["source"]) == ROOT / "models" / "weights" / "micro"
 
 
 def test_only_clients_and_people_get_in_and_only_from_this_machine(compose: dict[str, Any]) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from backpack_lm.installed import folder_of
 from backpack_serving.cli.main import app
 from backpack_serving.client import Scale, Steering
 from backpack_serving.install import install_command
-from backpack_serving.settings import default_model
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
@@ -198,7 +198,7 @@ def test_a_patch_from_a_word_to_a_steered_answer_and_back(backpack: Any, tmp_pat
 
 def test_a_finetuned_patch_is_uploaded_described_and_deleted(backpack: Any, tmp_path: Path) -> None:
     backpack("tenant", "create", "tuner")
-    width = json.loads((default_model() / "config.json").read_text())["n_embd"]
+    width = json.loads((folder_of("micro") / "config.json").read_text())["n_embd"]
     vectors = np.full((3, width), 0.01, np.float32)
     save_file(
         {"tokens": np.array([5, 6, 7]), "senses": np.array([0, 1, 2], np.int32), "vectors": vectors},

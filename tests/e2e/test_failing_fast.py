@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from backpack_lm.installed import folder_of
 from backpack_serving.rpc.listening import check
-from backpack_serving.settings import Settings, default_model
+from backpack_serving.settings import Settings
 
 from tests.conftest import free_port
 
@@ -141,7 +142,7 @@ def test_a_socket_on_which_another_listens_is_not_taken_from_it(tmp_path: Path) 
 def test_the_folder_of_a_model_that_is_there_has_all_it_needs() -> None:
     from backpack_serving import starting
 
-    assert starting.complete(default_model(), weights=True).fingerprint
+    assert starting.complete(folder_of("micro"), weights=True).fingerprint
 
 
 def test_a_model_that_is_being_copied_is_no_mistake(tmp_path: Path) -> None:
@@ -157,5 +158,5 @@ def test_a_model_that_is_being_copied_is_no_mistake(tmp_path: Path) -> None:
     ):
         with pytest.raises(starting.ModelNotThere, match=lacks):
             starting.complete(tmp_path, weights=True)
-        shutil.copy(default_model() / name, tmp_path)
+        shutil.copy(folder_of("micro") / name, tmp_path)
     assert starting.complete(tmp_path, weights=True).fingerprint

@@ -9,17 +9,17 @@ import torch
 from backpack_lm.checkpoint import verify
 from backpack_lm.config import BackpackConfig
 from backpack_lm.generation import SamplingDefaults
+from backpack_lm.installed import folder_of
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay
 from backpack_lm.patch import Cell, ReleaseContent, RevisionContent, ScaleEdit
 from backpack_lm.tokenizer import Tokenizer
 from backpack_serving.cli.main import app
 from backpack_serving.inference.served_model import ServedModel
-from backpack_serving.settings import default_model
 from click.testing import Result
 from typer.testing import CliRunner
 
-TOKENIZER = default_model() / "tokenizer.json"
+TOKENIZER = folder_of("micro") / "tokenizer.json"
 TOKENS = Tokenizer.read(TOKENIZER).vocab_size
 
 

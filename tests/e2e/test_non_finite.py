@@ -7,17 +7,17 @@ from pathlib import Path
 import grpc
 import pytest
 from backpack_lm import mapped_table
+from backpack_lm.installed import folder_of
 from backpack_lm.kernels import Precision
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving.inference.served_model import ServedModel
-from backpack_serving.settings import default_model
 
 from tests.e2e.conftest import running
 
 
 async def test_a_damaged_word_ends_its_requests_with_internal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mapped_table, "folder", lambda name: tmp_path)
-    served = ServedModel.read(default_model(), Precision.FLOAT32)
+    served = ServedModel.read(folder_of("micro"), Precision.FLOAT32)
     (king,) = served.tokenizer.word_ids("king")
     row = served.manifest.config.num_senses * served.manifest.config.n_embd * 4
     (file,) = tmp_path.glob("*.float32.*")

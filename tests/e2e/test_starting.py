@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from backpack_lm.installed import folder_of
 from backpack_serving.auth.keys import ApiKeySecret, write_key_file
-from backpack_serving.settings import default_model
 
 from tests.e2e.starts import AGES, silent, started
 from tests.waiting import wait_until
@@ -46,7 +46,7 @@ def hanging(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     for name in ("manifest.json", "config.json"):
-        shutil.copy(default_model() / name, folder)
+        shutil.copy(folder_of("micro") / name, folder)
     for name in ("tokenizer.json", "model.safetensors"):
         os.mkfifo(folder / name)
     return folder
@@ -140,9 +140,9 @@ def test_a_gateway_waits_for_its_model_and_its_key_and_not_for_others(tmp_path: 
         ) as start,
     ):
         start.until(f"{model} (BACKPACK_MODEL) is empty")
-        shutil.copy(default_model() / "manifest.json", model)
+        shutil.copy(folder_of("micro") / "manifest.json", model)
         start.until("has a manifest.json and no tokenizer.json")
-        shutil.copy(default_model() / "tokenizer.json", model)
+        shutil.copy(folder_of("micro") / "tokenizer.json", model)
         start.until("no replica key: ")
         write_key_file(str(ApiKeySecret.mint()), state / "replica.key")
         start.until("gateway serves on")

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from backpack_lm.installed import folder_of
 from backpack_lm.int8 import restore
 from backpack_lm.kernels import Caches, MixSpan, Precision, StepInput, TokenSpan, choose
 from backpack_lm.lab.text import plain, shipped
@@ -13,7 +14,6 @@ from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_serving.engine.runner import Runner
 from backpack_serving.inference.served_model import ServedModel
-from backpack_serving.settings import default_model
 from torch import Tensor
 
 from tests.engine.conftest import EDITS, K, V, compiled
@@ -88,9 +88,9 @@ def _perplexity(served: ServedModel, table: Tensor, rows: Tensor) -> float:
 
 @torch.inference_mode()
 def test_held_out_perplexity_is_within_half_a_percent_of_bfloat16s() -> None:
-    served = ServedModel.read(default_model(), Precision.INT8)
+    served = ServedModel.read(folder_of("micro"), Precision.INT8)
     assert served.storage.dtype is torch.int8
-    ids = torch.tensor(served.tokenizer.encode(plain(shipped(default_model()))[: 8 * LENGTH * ROWS]))
+    ids = torch.tensor(served.tokenizer.encode(plain(shipped(folder_of("micro")))[: 8 * LENGTH * ROWS]))
     rows = ids[: LENGTH * ROWS].view(ROWS, LENGTH)
     rounded = served.model.sense_table().with_room(0, torch.bfloat16)
     ours, theirs = (_perplexity(served, table, rows) for table in (served.storage, rounded))

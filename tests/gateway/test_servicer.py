@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from backpack_lm.installed import folder_of
 from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import directory_pb2, inference_pb2_grpc
@@ -25,11 +26,10 @@ from backpack_serving.gateway.servicer import GatewayServicer
 from backpack_serving.gateway.usage import UsageMeter
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.references import Pin
-from backpack_serving.settings import default_model
 
 from tests.rpc.test_strangers import DATA, LAST, answered, begin, frame
 
-MANIFEST, TOKENIZER = Manifest.read(default_model()), Tokenizer.read(default_model() / "tokenizer.json")
+MANIFEST, TOKENIZER = Manifest.read(folder_of("micro")), Tokenizer.read(folder_of("micro") / "tokenizer.json")
 PINNED = Pin("t", "live", 1, "ab" * 32, 1, 1)
 SERVED = pb.Served(tenant="t", release=1, release_digest=PINNED.digest)
 PROMPT = [1, 2, 3, 4, 5, 6, 7]

@@ -15,9 +15,9 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from backpack_lm.installed import folder_of
 from backpack_serving.client import Client, Copy, Operator, Steering
 from backpack_serving.errors import Unauthenticated
-from backpack_serving.settings import default_model
 
 from tests.conftest import free_port
 
@@ -64,7 +64,7 @@ class Web:
 def chat_model(folder: Path) -> Path:
     """The default model with a chat template."""
     folder.mkdir()
-    for file in default_model().iterdir():
+    for file in folder_of("micro").iterdir():
         if file.is_file():
             (folder / file.name).symlink_to(file)
     config = {"chat_template": TEMPLATE, "eos_token": "<|endoftext|>"}

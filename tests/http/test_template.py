@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from backpack_lm.installed import folder_of
 from backpack_lm.tokenizer import Tokenizer
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.http.openai.fields import ChatMessage
 from backpack_serving.http.openai.template import ChatTemplate
-from backpack_serving.settings import default_model
 
 from tests.http.conftest import TEMPLATE
 
@@ -19,7 +19,7 @@ CHAT = [ChatMessage(role="system", content="Be brief"), ChatMessage(role="user",
 
 
 def folder(tmp_path: Path, config: object = None, template: str | None = None) -> Path:
-    (tmp_path / "tokenizer.json").symlink_to(default_model() / "tokenizer.json")
+    (tmp_path / "tokenizer.json").symlink_to(folder_of("micro") / "tokenizer.json")
     if config is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     if template is not None:
@@ -39,7 +39,7 @@ def folder(tmp_path: Path, config: object = None, template: str | None = None) -
 def test_special_tokens_of_the_template_are_tokens(tmp_path: Path, config: object) -> None:
     template = ChatTemplate.read(folder(tmp_path, config))
     assert template is not None
-    tokenizer = Tokenizer.read(default_model() / "tokenizer.json")
+    tokenizer = Tokenizer.read(folder_of("micro") / "tokenizer.json")
     ends = [tokenizer.encode(text) for text in ("system: Be brief", "\nuser: the king", "\nassistant:")]
     assert template.ids(CHAT) == [*ends[0], 0, *ends[1], 0, *ends[2]]
 
@@ -47,12 +47,12 @@ def test_special_tokens_of_the_template_are_tokens(tmp_path: Path, config: objec
 def test_a_template_may_be_a_file_of_its_own(tmp_path: Path) -> None:
     template = ChatTemplate.read(folder(tmp_path, template="{% for m in messages %}{{ m.content | trim }}{% endfor %}"))
     assert template is not None
-    assert template.ids(CHAT) == Tokenizer.read(default_model() / "tokenizer.json").encode("Be briefthe king")
+    assert template.ids(CHAT) == Tokenizer.read(folder_of("micro") / "tokenizer.json").encode("Be briefthe king")
 
 
 def test_a_model_without_one_has_none(tmp_path: Path) -> None:
     assert ChatTemplate.read(folder(tmp_path, {"eos_token": "x"})) is None
-    assert ChatTemplate.read(default_model()) is None
+    assert ChatTemplate.read(folder_of("micro")) is None
 
 
 def test_a_template_that_cant_be_read_is_named_at_the_start(tmp_path: Path) -> None:

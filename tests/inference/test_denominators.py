@@ -12,6 +12,7 @@ import pytest
 import torch
 from backpack_lm import checkpoint, denominators
 from backpack_lm.config import BackpackConfig
+from backpack_lm.installed import folder_of
 from backpack_lm.model import Backpack
 from backpack_lm.patch import TopicEdit
 from backpack_lm.tokenizer import Tokenizer
@@ -20,7 +21,6 @@ from backpack_serving.inference import release_cache as module
 from backpack_serving.inference.release_cache import ReleaseCache
 from backpack_serving.inference.release_files import ReleaseFiles
 from backpack_serving.inference.served_model import ServedModel
-from backpack_serving.settings import default_model
 from backpack_serving.sync.state import StateView
 from structlog.testing import capture_logs
 
@@ -33,7 +33,7 @@ TOPIC = (TopicEdit((7, 8), 2),)
 def unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServedModel:
     """A tiny model that comes without denominators, and an empty cache for them."""
     monkeypatch.setattr(denominators, "folder", lambda name: tmp_path)
-    tokenizer = default_model() / checkpoint.TOKENIZER
+    tokenizer = folder_of("micro") / checkpoint.TOKENIZER
     torch.manual_seed(0)
     config = BackpackConfig.gpt2(Tokenizer.read(tokenizer).vocab_size, 16, 8, n_layer=1, n_head=1, num_senses=1)
     checkpoint.save(Backpack(config), tokenizer, tmp_path / "model")
@@ -171,9 +171,9 @@ async def test_a_stop_while_denominators_are_computed_is_no_mistake(
 async def test_those_that_a_model_comes_with_are_used(
     unmeasured: ServedModel, shelf: Shelf, tmp_path: Path, other: Callable[[], None]
 ) -> None:
-    checkpoint.save(unmeasured.model, default_model() / checkpoint.TOKENIZER, tmp_path / "shipped", topics=False)
+    checkpoint.save(unmeasured.model, folder_of("micro") / checkpoint.TOKENIZER, tmp_path / "shipped", topics=False)
     other()
-    checkpoint.save(unmeasured.model, default_model() / checkpoint.TOKENIZER, tmp_path / "shipped", topics=True)
+    checkpoint.save(unmeasured.model, folder_of("micro") / checkpoint.TOKENIZER, tmp_path / "shipped", topics=True)
     shipped = ServedModel.read(tmp_path / "shipped")
     assert shipped.table.measured
     torch.testing.assert_close(shipped.table.peaks, unmeasured.table.peaks)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from backpack_lm.installed import folder_of
 from backpack_lm.tokenizer import Tokenizer
 from backpack_serving.inference.detokenizer import IncrementalDetokenizer
-from backpack_serving.settings import default_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-TOKENIZER = Tokenizer.read(default_model() / "tokenizer.json")
+TOKENIZER = Tokenizer.read(folder_of("micro") / "tokenizer.json")
 
 
 def _stream(text: str, stop: list[str]) -> tuple[list[str], bool]:

@@ -8,6 +8,7 @@ import uuid
 from typing import Any
 
 import pytest
+from backpack_lm.installed import folder_of
 from backpack_lm.manifest import Manifest
 from backpack_proto.v1 import interventions_pb2 as pb
 from backpack_proto.v1.inference_pb2 import WORD_POLICY_ALL_TOKENS, Word
@@ -21,7 +22,6 @@ from backpack_serving.errors import (
     ServiceError,
     Unauthenticated,
 )
-from backpack_serving.settings import default_model
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from tests.interventions.control import Control, control, refused
@@ -284,7 +284,7 @@ async def test_a_large_message_is_read_for_who_may_send_it(control: Control) -> 
 
 async def test_a_revision_may_be_a_large_message(control: Control) -> None:
     _, key, _ = await control.tenant()
-    width = Manifest.read(default_model()).shape.width
+    width = Manifest.read(folder_of("micro")).shape.width
     vector = pb.Vector(data=struct.pack("<f", 0.01) * width, dtype=pb.DATA_TYPE_FLOAT32, shape=[width])
     edits = [
         pb.Edit(set=pb.SetEdit(cells=[pb.Cells(word=Word(token=token), senses=[1])], vector=vector))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from backpack_lm.installed import folder_of
 from backpack_lm.manifest import Manifest
 from backpack_lm.patch import AddEdit, Cell, ModelShape, PatchLimits, RevisionContent, SetEdit, Vector
 from backpack_proto.v1 import interventions_pb2 as pb
@@ -19,7 +20,6 @@ from backpack_serving import rpc
 from backpack_serving.errors import Exhausted, InvalidRequest, NotFound
 from backpack_serving.interventions.patch_servicer import UPLOADS
 from backpack_serving.interventions.uploads import CHUNK, LONGEST_HEADER, Upload
-from backpack_serving.settings import default_model
 from google.protobuf.field_mask_pb2 import FieldMask
 from safetensors.numpy import save
 
@@ -27,7 +27,7 @@ from tests.interventions.control import Control, control, refused
 
 __all__ = ["control"]
 
-SHAPE = Manifest.read(default_model()).shape
+SHAPE = Manifest.read(folder_of("micro")).shape
 WIDTH = SHAPE.width
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

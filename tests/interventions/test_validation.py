@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from backpack_lm import patch
+from backpack_lm.installed import folder_of
 from backpack_lm.patch import (
     AddEdit,
     Cell,
@@ -33,7 +34,7 @@ from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.references import LIVE
-from backpack_serving.settings import Settings, default_model
+from backpack_serving.settings import Settings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -231,9 +232,9 @@ async def test_p15_the_service_does_not_start_for_another_model(tmp_path: Path) 
 
     other = tmp_path / "model"
     other.mkdir()
-    manifest = json.loads((default_model() / "manifest.json").read_text())
+    manifest = json.loads((folder_of("micro") / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "cd" * 32}))
-    shutil.copy(default_model() / "tokenizer.json", other)
+    shutil.copy(folder_of("micro") / "tokenizer.json", other)
     for forced in ("", manifest["fingerprint"]):
         with pytest.raises(PreconditionFailed, match=f"BACKPACK_FORCE_MODEL={'cd' * 6}"):
             await bootstrap.start(chosen(model=other, force_model=forced), Metrics())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from backpack_lm import installed
 from backpack_lm.adapting import adapter as adapters
 from backpack_lm.adapting.lessons import Lessons
 from backpack_lm.adapting.loss import distillation, expected_embedding
@@ -200,7 +201,7 @@ def test_the_model_is_what_was_trained(where: Path, tmp_path: Path, tuned: int) 
     trainer = trainer_of(where, tmp_path / "run", recipe)
     list(trainer.start())
     list(trainer.run())
-    adapters.write_adapter(trainer.student, recipe.words_of(4), where, where / "tokenizer.json", tmp_path / "adapter")
+    adapters.write_adapter(trainer.student, where, where / "tokenizer.json", tmp_path / "adapter")
     (tmp_path / "model").mkdir()
     done: list[int] = []
     manifest = adapters.assemble(tmp_path / "adapter", where, tmp_path / "model", lambda count, of: done.append(count))
@@ -215,7 +216,7 @@ def test_the_model_is_what_was_trained(where: Path, tmp_path: Path, tuned: int) 
 
 def test_an_adapter_is_for_one_transformer(where: Path, tmp_path: Path) -> None:
     trainer = trainer_of(where, tmp_path / "run")
-    adapters.write_adapter(trainer.student, (0, 4), where, where / "tokenizer.json", tmp_path / "adapter")
+    adapters.write_adapter(trainer.student, where, where / "tokenizer.json", tmp_path / "adapter")
     other = tmp_path / "other"
     other.mkdir()
     for file in where.iterdir():
@@ -283,7 +284,7 @@ def test_the_command_makes_a_model_and_resumes(where: Path, tmp_path: Path) -> N
     assert "say how long it may take with --budget" in nothing.stderr
     missing = CliRunner().invoke(app, ["adapt", "no/such", *words[2:]])
     assert missing.exit_code == 1
-    assert "no/such is no folder or file here" in missing.stderr
+    assert "no/such is no folder or file here: the hub " in missing.stderr
 
 
 def test_a_budget_chooses_the_steps(where: Path, tmp_path: Path) -> None:
@@ -296,3 +297,64 @@ def test_a_budget_chooses_the_steps(where: Path, tmp_path: Path) -> None:
     assert chosen.steps > 5
     assert math.isclose(chosen.lr, RECIPE.lr)
     assert f"{chosen.steps} steps on {chosen.fresh} rows" in result.stderr.replace("\n", " ")
+
+
+def test_a_model_that_comes_as_an_adapter_is_installed_once(
+    where: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, weights = trainer_of(where, tmp_path / "run"), tmp_path / "weights"
+    adapters.write_adapter(trainer.student, where, where / "tokenizer.json", weights / "small")
+    (weights / "small" / "generation_config.json").write_text('{"temperature": 0.5}')
+    monkeypatch.setattr(installed, "weights", lambda: weights)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = CliRunner(env={"BACKPACK_MODEL": "small"}).invoke
+    assert "`backpack model install small`" in run(app, ["model", "list"]).output
+    refused = run(app, ["model", "verify"])
+    assert refused.exit_code == 1
+    assert "`backpack model install NAME`" in refused.stderr
+    for words, why in (
+        (["small"], "transformer.json doesn't say where its Transformer comes from"),
+        (["large"], "no model is called `large`: small"),
+        (["small", "--transformer", str(tmp_path / "run" / "kept" / "rows" / "made.bin")], "has SHA-256"),
+    ):
+        refused = run(app, ["model", "install", *words])
+        assert refused.exit_code == 1
+        assert why in refused.stderr
+    assert not list((tmp_path / "cache" / "backpack" / "models").glob("small-*"))
+    done = run(app, ["model", "install", "small", "--transformer", str(where)])
+    assert done.exit_code == 0, done.output
+    folder = installed.folder_of("small")
+    assert verify(folder).defaults.temperature == 0.5
+    assert str(folder) in run(app, ["model", "list"]).output
+    assert "small is installed" in run(app, ["model", "install", "small"]).output
+    assert "intact" in run(app, ["model", "verify", "small"]).output
+
+
+def test_a_damaged_table_or_adapter_is_refused(where: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(where, tmp_path / "run")
+    adapters.write_adapter(trainer.student, where, where / "tokenizer.json", tmp_path / "adapter")
+    (tmp_path / "model").mkdir()
+    adapters.assemble(tmp_path / "adapter", where, tmp_path / "model")
+    (table,) = (tmp_path / "model").glob("senses-*")
+    table.write_bytes(table.read_bytes()[:-1] + b"\x05")
+    with pytest.raises(CheckpointError, match=r"senses-.* isn't its manifest's"):
+        verify(tmp_path / "model")
+    (part,) = (tmp_path / "adapter").glob("adapter-*")
+    part.write_bytes(part.read_bytes()[:-1] + b"\x05")
+    with pytest.raises(CheckpointError, match=r"isn't the one that adapter.json names"):
+        adapters.assemble(tmp_path / "adapter", where, tmp_path / "other")
+
+
+def test_the_fingerprint_is_over_what_the_table_is_computed_from(where: Path, tmp_path: Path) -> None:
+    """Another processor rounds otherwise: the model is the same one."""
+    trainer = trainer_of(where, tmp_path / "run")
+    list(trainer.start())
+    adapters.write_adapter(trainer.student, where, where / "tokenizer.json", tmp_path / "adapter")
+    models = []
+    for name, chunk in (("one", 64), ("other", 7)):
+        (tmp_path / name).mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(adapters, "CHUNK", chunk)
+            models.append(adapters.assemble(tmp_path / "adapter", where, tmp_path / name))
+    assert models[0].fingerprint == models[1].fingerprint
+    assert models[0].origin == models[1].origin is not None

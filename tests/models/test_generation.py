@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from backpack_lm.generation import NAME, UNTRUNCATED, SamplingDefaults
+from backpack_lm.installed import folder_of
 from backpack_lm.manifest import Manifest, ManifestError
-from backpack_serving.settings import default_model
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_model_without_one_gets_the_one_table(tmp_path: Path) -> None:
     ],
 )
 def test_one_that_no_request_could_ask_for_is_refused_with_its_file(tmp_path: Path, text: str, says: str) -> None:
-    manifest = Manifest.read(default_model())
+    manifest = Manifest.read(folder_of("micro"))
     manifest.write(tmp_path)
     (tmp_path / NAME).write_text(text)
     with pytest.raises(ManifestError) as refused:
@@ -62,7 +62,7 @@ def test_one_that_no_request_could_ask_for_is_refused_with_its_file(tmp_path: Pa
 
 def test_the_manifest_brings_it_and_does_not_write_it(tmp_path: Path) -> None:
     (tmp_path / NAME).write_text('{"temperature": 0.5}')
-    default = Manifest.read(default_model())
+    default = Manifest.read(folder_of("micro"))
     default.write(tmp_path)
     read = Manifest.read(tmp_path)
     assert (read.fingerprint, read.defaults) == (default.fingerprint, SamplingDefaults(0.5, 0, 1.0))

@@ -7,24 +7,24 @@ from pathlib import Path
 import pytest
 from backpack_lm import installed
 from backpack_lm.manifest import Manifest
-from backpack_serving.settings import Settings, default_model
+from backpack_serving.settings import DEFAULT_MODEL, Settings
 
 
 def test_what_comes_with_the_project_has_a_name() -> None:
-    assert "default" in installed.names()
+    assert "micro" in installed.names()
     for name in installed.names():
-        folder = installed.model_folder(name)
+        folder = installed.folder_of(name)
         assert Settings(model=Path(name)).model == folder
         if not installed.is_adapter(installed.weights() / name):
             Manifest.read(folder)
-    assert default_model() == installed.model_folder("default")
+    assert DEFAULT_MODEL in installed.names()
 
 
 def test_a_folder_comes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Settings(model=Path("default")).model == installed.model_folder("default")
-    (tmp_path / "default").mkdir()
-    assert Settings(model=Path("default")).model == Path("default")
+    assert Settings(model=Path("micro")).model == installed.folder_of("micro")
+    (tmp_path / "micro").mkdir()
+    assert Settings(model=Path("micro")).model == Path("micro")
     assert Settings(model=Path("no/such")).model == Path("no/such")
 
 
@@ -35,7 +35,7 @@ def test_another_adapter_is_another_folder(tmp_path: Path, monkeypatch: pytest.M
     file = tmp_path / "small" / installed.ADAPTER
     file.write_text("{}")
     assert installed.names() == ["small"]
-    first = installed.model_folder("small")
+    first = installed.folder_of("small")
     assert first.is_relative_to(tmp_path / "cache" / "backpack" / "models")
     file.write_text("{ }")
-    assert installed.model_folder("small") not in (first, tmp_path / "small")
+    assert installed.folder_of("small") not in (first, tmp_path / "small")

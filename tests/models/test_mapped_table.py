@@ -10,11 +10,11 @@ import pytest
 import torch
 from backpack_lm import mapped_table
 from backpack_lm.config import BackpackConfig
+from backpack_lm.installed import folder_of
 from backpack_lm.int8 import restore
 from backpack_lm.kernels import Precision
 from backpack_lm.model import Backpack
 from backpack_serving.inference.served_model import ServedModel
-from backpack_serving.settings import default_model
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_replica_that_can_write_no_cache_keeps_a_table_of_its_own(monkeypatch:
         raise PermissionError(f"{name} can't be made")
 
     monkeypatch.setattr(mapped_table, "folder", refuse)
-    served = ServedModel.read(default_model(), Precision.FLOAT32, room=3)
+    served = ServedModel.read(folder_of("micro"), Precision.FLOAT32, room=3)
     config = served.manifest.config
     assert len(served.storage) == config.vocab_size * config.num_senses + 3
     assert torch.equal(served.table.rows[17], served.model.sense_table().rows[17])

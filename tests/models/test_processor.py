@@ -87,9 +87,9 @@ REPLICA = """
 from backpack_lm.kernels import Precision
 from backpack_serving.engine.runner import Runner
 from backpack_serving.inference.served_model import ServedModel
-from backpack_serving.settings import default_model
+from backpack_lm.installed import folder_of
 for precision in "float32", "bfloat16":
-    served = ServedModel.read(default_model(), Precision(precision))
+    served = ServedModel.read(folder_of("micro"), Precision(precision))
     runner = Runner(served.model, served.storage, slots=2)
     print(runner.kernels.name, type(runner._trunk).__name__)
 """

@@ -10,6 +10,7 @@ import pytest
 from backpack_lm import strict_json
 from backpack_lm.checkpoint import CheckpointError, load
 from backpack_lm.config import BackpackConfig, ConfigError
+from backpack_lm.installed import folder_of
 from backpack_lm.lab.examples import CanonicalExample
 from backpack_lm.manifest import Manifest, ManifestError
 from backpack_lm.strict_json import JsonError
@@ -18,7 +19,7 @@ from backpack_lm.training.data import Source
 from backpack_serving.auth.oidc import Issuer
 from backpack_serving.cli.patch_file import PatchFile
 from backpack_serving.gateway.limits import Limit, read_limits
-from backpack_serving.settings import Settings, default_model
+from backpack_serving.settings import Settings
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -120,10 +121,10 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
     assert (
         read_limits(marked("limits.toml", "[acme]\nrequests_per_minute = 2"), Limit())["acme"].requests_per_minute == 2
     )
-    tokenizer = Tokenizer.read(marked("tokenizer.json", (default_model() / "tokenizer.json").read_bytes()))
-    assert tokenizer.piece(300) == Tokenizer.read(default_model() / "tokenizer.json").piece(300)
-    marked("manifest.json", (default_model() / "manifest.json").read_bytes())
-    assert Manifest.read(tmp_path) == Manifest.read(default_model())
+    tokenizer = Tokenizer.read(marked("tokenizer.json", (folder_of("micro") / "tokenizer.json").read_bytes()))
+    assert tokenizer.piece(300) == Tokenizer.read(folder_of("micro") / "tokenizer.json").piece(300)
+    marked("manifest.json", (folder_of("micro") / "manifest.json").read_bytes())
+    assert Manifest.read(tmp_path) == Manifest.read(folder_of("micro"))
 
 
 def test_a_file_that_git_lfs_did_not_fetch_is_named_as_such(tmp_path: Path) -> None:

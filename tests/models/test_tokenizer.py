@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+from backpack_lm.installed import folder_of
 from backpack_lm.tokenizer import END_OF_TEXT, Detokenizer, Tokenizer, WordError, WordPolicy
-from backpack_serving.settings import default_model
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
-OURS = Tokenizer.read(default_model() / "tokenizer.json")
-THEIRS = HFTokenizer.from_file(str(default_model() / "tokenizer.json"))
+OURS = Tokenizer.read(folder_of("micro") / "tokenizer.json")
+THEIRS = HFTokenizer.from_file(str(folder_of("micro") / "tokenizer.json"))
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 GPT2 = Path(__file__).parents[3] / "shared/data/tokenizers/gpt2/tokenizer.json"
 
@@ -33,7 +33,7 @@ def test_any_text_comes_back(text: str) -> None:
 
 
 def test_a_file_that_asks_for_cutting_and_filling_up_gets_neither(tmp_path: Path) -> None:
-    values = json.loads((default_model() / "tokenizer.json").read_text("utf-8"))
+    values = json.loads((folder_of("micro") / "tokenizer.json").read_text("utf-8"))
     values["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     values["padding"] = {
         **{"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None},
@@ -102,7 +102,7 @@ ADDED = ("đem", "Ġnhà", "éà", "<|đ|>", "ąę ćł", "日本", "<|end|>")
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    tokenizer = HFTokenizer.from_file(str(default_model() / "tokenizer.json"))
+    tokenizer = HFTokenizer.from_file(str(folder_of("micro") / "tokenizer.json"))
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ADDED if "<" not in text])
     tokenizer.add_special_tokens([text for text in ADDED if "<" in text])
     file = tmp_path_factory.mktemp("extended") / "tokenizer.json"
@@ -136,7 +136,7 @@ def test_ids_beyond_the_vocabulary_have_no_text() -> None:
 
 
 def test_ids_with_gaps_between_them_all_have_a_place(tmp_path: Path) -> None:
-    values = json.loads((default_model() / "tokenizer.json").read_text("utf-8"))
+    values = json.loads((folder_of("micro") / "tokenizer.json").read_text("utf-8"))
     kept = {word: token for word, token in values["model"]["vocab"].items() if token != 16_000}
     used = {f"{a}{b}" for a, b in (m if isinstance(m, list) else m.split(" ", 1) for m in values["model"]["merges"])}
     (removed,) = values["model"]["vocab"].keys() - kept.keys()
@@ -153,7 +153,7 @@ def test_ids_with_gaps_between_them_all_have_a_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["é", "đ", "Ġthe"])
 def test_an_added_token_that_shares_an_id_with_bytes_is_refused(text: str) -> None:
     """The library gives it the id of the bytes that are spelled so: "é" would be a part of other characters."""
-    tokenizer = HFTokenizer.from_file(str(default_model() / "tokenizer.json"))
+    tokenizer = HFTokenizer.from_file(str(folder_of("micro") / "tokenizer.json"))
     tokenizer.add_tokens([text])
     with pytest.raises(ValueError, match=f"added token {text!r} and for the bytes .* Give the added token an id"):
         Tokenizer(tokenizer)

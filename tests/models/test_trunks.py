@@ -11,6 +11,7 @@ import torch
 from backpack_lm import trunks
 from backpack_lm.checkpoint import CheckpointError, fingerprint, load, read_transformer, save, verify
 from backpack_lm.config import BackpackConfig, ConfigError, StoredSenses
+from backpack_lm.installed import folder_of
 from backpack_lm.lab.batch_sampler import BatchSampler
 from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.twin import read_twin
@@ -19,7 +20,6 @@ from backpack_lm.model import PART, Backpack, Trunk
 from backpack_lm.overlay import Overlay
 from backpack_lm.patch import Cell, ReleaseContent, RevisionContent, ScaleEdit
 from backpack_lm.tokenizer import Tokenizer
-from backpack_serving.settings import default_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
@@ -35,7 +35,7 @@ from transformers import (
 
 from tests.models.trunk_shapes import FAMILIES, random_model
 
-WORDS = default_model() / "tokenizer.json"
+WORDS = folder_of("micro") / "tokenizer.json"
 """A tokenizer to lie beside the weights; nothing here asks what its ids mean."""
 
 _TINY = {"vocab_size": 90, "hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 3}

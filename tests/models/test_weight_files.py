@@ -11,6 +11,7 @@ import pytest
 import torch
 from backpack_lm.checkpoint import CheckpointError, from_tensors, load, save, verify
 from backpack_lm.config import BackpackConfig, ConfigError
+from backpack_lm.installed import folder_of
 from backpack_lm.lab.twin import read_twin
 from backpack_lm.layouts import to_hugging_face
 from backpack_lm.manifest import Manifest
@@ -22,7 +23,7 @@ from backpack_serving.cli.main import app
 from backpack_serving.gateway import bootstrap as gateway
 from backpack_serving.interventions import bootstrap as interventions
 from backpack_serving.observability.metrics import Metrics
-from backpack_serving.settings import Settings, default_model
+from backpack_serving.settings import Settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -243,7 +244,7 @@ def test_the_end_of_text_that_transformers_writes_for_nobody_is_none() -> None:
 def test_what_is_cheap_is_checked_before_weights_are_read(folder: Path, tmp_path: Path) -> None:
     """The weights here can't be read: whoever gets to them says so."""
     (folder / "model.safetensors").write_bytes(b"no weights")
-    tokenizer = default_model() / "tokenizer.json"
+    tokenizer = folder_of("micro") / "tokenizer.json"
     for arguments, reason in (
         ([], "tokenizer.json is not there: give the model's tokenizer.json with --tokenizer"),
         (["--tokenizer", str(folder / "config.json")], "config.json is not a tokenizer"),
@@ -260,7 +261,7 @@ def test_what_is_cheap_is_checked_before_weights_are_read(folder: Path, tmp_path
 
 async def test_a_tokenizer_that_was_exchanged_is_refused_by_who_reads_no_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    save(Backpack(TINY), default_model() / "tokenizer.json", tmp_path / "model")
+    save(Backpack(TINY), folder_of("micro") / "tokenizer.json", tmp_path / "model")
     manifest, file = Manifest.read(tmp_path / "model"), tmp_path / "model/tokenizer.json"
     assert Tokenizer.read(file, manifest.tokenizer).vocab_size == 16384
     file.write_text(file.read_text() + " ")

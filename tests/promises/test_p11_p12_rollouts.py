@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from backpack_lm.installed import folder_of
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_proto.v1 import sync_pb2 as spb
@@ -15,7 +16,6 @@ from backpack_serving import rpc
 from backpack_serving.client import AsyncSteering
 from backpack_serving.errors import Expired, ServiceError
 from backpack_serving.inference.served_model import ServedModel
-from backpack_serving.settings import default_model
 
 from tests.e2e.conftest import Metadata, System, copy
 from tests.inference.test_release_cache import hidden_overflow
@@ -109,7 +109,7 @@ async def test_p12_a_canary_gets_its_share_and_sticks_to_its_keys_through_growth
 
 def _hidden_overflow() -> list[ipb.Edit]:
     """Edits that are each allowed, and together amount to vectors that no sum can hold."""
-    served = ServedModel.read(default_model())
+    served = ServedModel.read(folder_of("micro"))
     (king,) = served.tokenizer.word_ids("king")
     cells = [ipb.Cells(word=pb.Word(text="king"))]
     scales = hidden_overflow(served, king, 3e38)

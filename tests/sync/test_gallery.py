@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from backpack_lm.installed import folder_of
 from backpack_lm.patch import Cell, ReleaseContent, ScaleEdit
 from backpack_serving.gateway.registry import RegistrySnapshot
 from backpack_serving.inference import release_cache
@@ -18,7 +19,6 @@ from backpack_serving.inference.release_cache import ReleaseCache
 from backpack_serving.inference.release_files import ReleaseFiles
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.references import Pin, Position
-from backpack_serving.settings import default_model
 from backpack_serving.sync import snapshot_file
 from backpack_serving.sync.client import PendingDelta, SyncClient
 from backpack_serving.sync.messages import Ack, Bookmark, Delta, Nack, Snapshot
@@ -250,7 +250,7 @@ def _told() -> test_registry.Told:
 
 
 def _with_a_cache(folder: Path, check: Callable[..., Any], *more: object) -> None:
-    served, shelf = ServedModel.read(default_model()), test_release_cache.Shelf()
+    served, shelf = ServedModel.read(folder_of("micro")), test_release_cache.Shelf()
 
     def make(capacity: int = 2, tenant_bytes: int = 2**26) -> ReleaseCache:
         return ReleaseCache(served, shelf.fetch, ReleaseFiles(folder / "blobs"), capacity, tenant_bytes)

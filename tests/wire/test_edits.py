@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 from backpack_lm import patch
+from backpack_lm.installed import folder_of
 from backpack_lm.patch import Cell
 from backpack_lm.tokenizer import Tokenizer, WordPolicy
 from backpack_proto.v1 import inference_pb2
 from backpack_proto.v1 import interventions_pb2 as pb
 from backpack_serving.cli.patch_file import PatchFile
 from backpack_serving.errors import InvalidRequest
-from backpack_serving.settings import default_model
 from backpack_serving.wire.edits import read_edits, write_edit
 
-TOKENIZER = Tokenizer.read(default_model() / "tokenizer.json")
+TOKENIZER = Tokenizer.read(folder_of("micro") / "tokenizer.json")
 SENSES = 16
 (KING,), (SHIP,) = TOKENIZER.word_ids("king"), TOKENIZER.word_ids("ship")
 

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 from backpack_lm.generation import SamplingDefaults
+from backpack_lm.installed import folder_of
 from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving.client import Sampling
 from backpack_serving.errors import InvalidRequest
-from backpack_serving.settings import default_model
 from backpack_serving.wire.compare import read_comparison
 from backpack_serving.wire.inference import normalize_request, read_generation, read_word
 
-TOKENIZER = Tokenizer.read(default_model() / "tokenizer.json")
-CONFIG = Manifest.read(default_model()).config
+TOKENIZER = Tokenizer.read(folder_of("micro") / "tokenizer.json")
+CONFIG = Manifest.read(folder_of("micro")).config
 PROMPT = pb.Prompt(text="The king")
 LONG = "ab" * 500_000
 

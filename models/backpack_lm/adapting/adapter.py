@@ -71,7 +71,7 @@ class Adapter:
             raise CheckpointError(f"{folder} holds no adapter: {error!r}") from None
 
 
-def write_adapter(student: Student, word_layers: tuple[int, ...], transformer: Path, tokenizer: Path, to: Path) -> None:
+def write_adapter(student: Student, transformer: Path, tokenizer: Path, to: Path) -> None:
     """Write what a run has made of a Transformer, a file or a folder."""
     to.mkdir(parents=True, exist_ok=True)
     for old in to.glob(_FILES):
@@ -79,7 +79,7 @@ def write_adapter(student: Student, word_layers: tuple[int, ...], transformer: P
     values: dict[str, Any] = {
         "transformer": digest(transformer),
         "config": replace(student.config, senses=StoredSenses.INT8).to_json(),
-        "word_layers": list(word_layers),
+        "word_layers": list(student.word_layers),
         "inner": student.senses.c_fc.out_features,
         "tuned": student.tuned,
     }

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 256
-"""Tokens whose logits are held at a time."""
+_CHUNK, _CHUNK_OF_DEVICE = 256, 8192
+
+
+def _chunk(of: Tensor) -> int:
+    """Tokens whose logits are held at a time: on a CPU as many as its caches hold, elsewhere as many as fill it."""
+    return _CHUNK if of.device.type == "cpu" else _CHUNK_OF_DEVICE
 
 
 @torch.no_grad()
@@ -19,7 +23,8 @@ def expected_embedding(g: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
     later. `g` [N, d] are its outputs, p = softmax(g Eᵀ).
     """
     m, entropy = torch.empty_like(g, dtype=torch.float32), g.new_empty(len(g), dtype=torch.float32)
-    for part, mean, nats in zip(g.split(CHUNK), m.split(CHUNK), entropy.split(CHUNK), strict=True):
+    chunk = _chunk(g)
+    for part, mean, nats in zip(g.split(chunk), m.split(chunk), entropy.split(chunk), strict=True):
         logits = (part.to(embedding.dtype) @ embedding.t()).float()
         total = logits.logsumexp(1, keepdim=True)
         p = (logits - total).exp_()
@@ -29,13 +34,14 @@ def expected_embedding(g: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Distillation(torch.autograd.Function):
-    """Both sums, and the gradient of their weighted sum by o, in one pass over chunks of [CHUNK, V] logits."""
+    """Both sums, and the gradient of their weighted sum by o, in one pass over chunks of logits."""
 
     @staticmethod
     def forward(ctx: Any, o: Tensor, m: Tensor, targets: Tensor, embedding: Tensor, weight: float) -> Tensor:
         gradient, sums = torch.empty_like(o, dtype=torch.float32), o.new_zeros(2, dtype=torch.float32)
-        for at in range(0, len(o), CHUNK):
-            part, mean, wanted = o[at : at + CHUNK], m[at : at + CHUNK].float(), embedding[targets[at : at + CHUNK]]
+        chunk = _chunk(o)
+        for at in range(0, len(o), chunk):
+            part, mean, wanted = o[at : at + chunk], m[at : at + chunk].float(), embedding[targets[at : at + chunk]]
             logits = (part.to(embedding.dtype) @ embedding.t()).float()
             total = logits.logsumexp(1, keepdim=True)
             logits.sub_(total).exp_()
@@ -43,7 +49,7 @@ class _Distillation(torch.autograd.Function):
             part = part.float()
             sums[0] += (total[:, 0] - (part * mean).sum(1)).sum()
             sums[1] += (total[:, 0] - (part * wanted.float()).sum(1)).sum()
-            gradient[at : at + CHUNK] = (1 + weight) * expected - mean - weight * wanted.float()
+            gradient[at : at + chunk] = (1 + weight) * expected - mean - weight * wanted.float()
         ctx.save_for_backward(gradient / len(o))
         return sums / len(o)
 

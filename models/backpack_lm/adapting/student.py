@@ -23,11 +23,14 @@ class Student(nn.Module):
     """
 
     def __init__(
-        self, config: BackpackConfig, trunk: Trunk, words: Tensor, inner: int, layers: Sequence[int], tuned: int
-    ) -> None:
-        """`words` [V, L, d] are the states of lone words, `layers` those of the trunk whose states are kept."""
+        self, config: BackpackConfig, trunk: Trunk, words: Tensor, word_layers: Sequence[int], inner: int,
+        layers: Sequence[int], tuned: int,
+    ) -> None:  # fmt: skip
+        """`words` [V, L, d] are the states of lone words at `word_layers`, `layers` those whose states of rows are
+        kept."""
         super().__init__()
         self.config, self.layers, self.tuned = config, list(layers), tuned
+        self.word_layers = tuple(word_layers)
         self.words = words  # no parameter, and in no checkpoint: it can be made again
         self.senses = WordSenses(words.shape[1], config.n_embd, inner, config.num_senses)
         self.weights = SenseWeights(config)

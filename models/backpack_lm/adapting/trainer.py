@@ -73,9 +73,9 @@ class AdaptTrainer:
         assert config.eos_token_id is not None, "texts begin with it"
         self._before, depth = config.eos_token_id, trunk.spec.depth
         self.layers = sorted({*sum(config.read_layers, ()), depth, depth - recipe.tuned_layers})
-        word_layers = recipe.words_of(depth)
-        file = self.kept / f"words-{'-'.join(map(str, word_layers))}.bin"
-        self._words = kept_word_states(self._trunk, word_layers, self._before, self.dtype, file).to(self.device)
+        self._word_layers = recipe.words_of(depth)
+        file = self.kept / f"words-{'-'.join(map(str, self._word_layers))}.bin"
+        self._words = kept_word_states(self._trunk, self._word_layers, self._before, self.dtype, file).to(self.device)
         self.lessons = self._lessons(rows, recipe.fresh, "rows")
         self._held_out = {
             name: self._lessons(InOrder(ids), min(HELD_OUT_ROWS, (len(ids) - 1) // recipe.row), f"held-out-{name}")
@@ -96,7 +96,7 @@ class AdaptTrainer:
         torch.manual_seed(self.recipe.seed)
         recipe = self.recipe
         self.student = Student(
-            self.config, self._trunk, self._words, recipe.inner, self.layers, recipe.tuned_layers
+            self.config, self._trunk, self._words, self._word_layers, recipe.inner, self.layers, recipe.tuned_layers
         ).to(self.device)
         self.optimizers = self._optimizers()
         self.step = 0

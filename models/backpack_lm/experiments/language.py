@@ -99,12 +99,13 @@ class LanguageResult:
 @dataclass(frozen=True, slots=True)
 class LanguageModelling:
     """`corpus` are JSON-lines files, of which the held-out records are read, `texts` are plain files; of each at
-    most `tokens` tokens."""
+    most `tokens` tokens, in rows of `row`, or of the context where that is less."""
 
     corpus: tuple[Path, ...] = ()
     texts: tuple[Path, ...] = ()
     twin: Path | None = None
     tokens: int = 50_000
+    row: int = 512
     NAME: ClassVar[str] = "language"
 
     def run(self, subject: LabModel, watch: Watch) -> Result:
@@ -113,7 +114,7 @@ class LanguageModelling:
         twin = read_twin(self.twin, subject.config) if self.twin else None
         model = SteeredModel(subject, subject.overlay())
         contexts = [subject.config.n_positions, *([twin.config.n_positions] if twin else [])]
-        length = min(contexts)  # a longer context would help one of them
+        length = min(self.row, *contexts)  # a longer context would help one of them
         parts = [(f"{path.name}, held out", True, held_out(path)) for path in self.corpus]
         parts += [("/".join(path.parts[-2:]), False, iter([plain(path)])) for path in self.texts]
         found = []

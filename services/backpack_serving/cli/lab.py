@@ -18,7 +18,7 @@ from backpack_serving.cli.client import Page, can_be_made, err, exits, out, show
 from backpack_serving.cli.control import Senses, sense_numbers
 from backpack_serving.cli.experiment import Model, ProgressWatch, Threads, command, read_subject
 from backpack_serving.cli.patch_file import PatchFile
-from backpack_serving.settings import Settings
+from backpack_serving.settings import model_folder
 
 if TYPE_CHECKING:
     from backpack_lm.lab.examples import CanonicalExample
@@ -247,7 +247,7 @@ def finetune(
         from backpack_lm.lab.finetune import Finetuner, Finetuning
         from backpack_lm.lab.text import both_parts, shipped
 
-        text = text or shipped(model or Settings().model)
+        text = text or shipped(model_folder(model))
         subject, taught = read_subject(model, threads), CanonicalExample.read(examples)
         with err.status("reading the text, choosing cells"):
             near, judged = both_parts(subject, text, tokens)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from backpack_serving.cli import hints
 from backpack_serving.cli.client import PrecisionName, err, exits, out, progress, show_markdown, table
-from backpack_serving.settings import Settings, secretless, unread
+from backpack_serving.settings import Settings, model_folder, secretless, unread
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 app = typer.Typer(no_args_is_help=True, help="Model folders.")
 
@@ -46,28 +49,64 @@ def import_(
     replaced one after the other, the manifest last.
     """
     with exits(), out.status("looking at what there is") as status:
-        from backpack_lm import checkpoint as reader
-        from backpack_lm import generation
-        from backpack_lm.config import BackpackConfig
-        from backpack_lm.manifest import NAME as MANIFEST
-        from backpack_lm.whole_folder import whole
+        _import(checkpoint, folder, tokenizer, config, heads, topics, status)
 
-        # What is cheap to check comes before the weights are read.
-        if checkpoint.is_dir():
-            generation.SamplingDefaults.read(checkpoint)
-        tokenizer, tokens = reader.tokenizer_for(checkpoint, tokenizer)
-        if values := reader.read_config(checkpoint, config, heads):
-            BackpackConfig.from_json(values).with_tokens(tokens)
-        with whole(folder, MANIFEST, reader.OPTIONAL) as scratch:
-            status.update("reading the checkpoint")
-            model = reader.load(checkpoint, config, heads)
-            model.config = model.config.with_tokens(tokens)
-            status.update("writing the folder")
-            if (own := checkpoint / generation.NAME).exists():
-                (scratch / generation.NAME).write_bytes(own.read_bytes())
-            manifest = reader.write(model, tokenizer, scratch, topics)
+
+def _import(
+    checkpoint: Path, folder: Path, tokenizer: Path | None, config: Path | None, heads: int | None, topics: bool,
+    status: Status,
+) -> None:  # fmt: skip
+    from backpack_lm import checkpoint as reader
+    from backpack_lm import generation
+    from backpack_lm.config import BackpackConfig
+    from backpack_lm.manifest import NAME as MANIFEST
+    from backpack_lm.whole_folder import whole
+
+    # What is cheap to check comes before the weights are read.
+    if checkpoint.is_dir():
+        generation.SamplingDefaults.read(checkpoint)
+    tokenizer, tokens = reader.tokenizer_for(checkpoint, tokenizer)
+    if values := reader.read_config(checkpoint, config, heads):
+        BackpackConfig.from_json(values).with_tokens(tokens)
+    with whole(folder, MANIFEST, reader.OPTIONAL) as scratch:
+        status.update("reading the checkpoint")
+        model = reader.load(checkpoint, config, heads)
+        model.config = model.config.with_tokens(tokens)
+        status.update("writing the folder")
+        if (own := checkpoint / generation.NAME).exists():
+            (scratch / generation.NAME).write_bytes(own.read_bytes())
+        manifest = reader.write(model, tokenizer, scratch, topics)
     out.print(f"{folder}: fingerprint {manifest.fingerprint}", markup=False)
     out.print(Text(f"serve it: BACKPACK_MODEL={shlex.quote(str(folder))} {hints.backpack('run')}", "dim"))
+
+
+@app.command("pull")
+def pull(
+    name: Annotated[str, typer.Argument(help="A Backpack on the Hugging Face hub: stanfordnlp/backpack-gpt2.")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="Model folder to write; one in the cache folder, by name, if none.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A commit, branch or tag of it; the main one if none.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A Hugging Face tokenizer.json (default: the checkpoint's, else GPT-2's).")
+    ] = None,
+) -> None:
+    """Download a published Backpack and import it.
+
+    A download that was stopped goes on; its files are checked by the hub's SHA-256. A private model needs a token,
+    as `hf auth login` keeps it.
+    """
+    with exits():
+        from backpack_lm import hub
+        from backpack_lm.cache import folder as cache_folder
+        from backpack_lm.checkpoint import TOKENIZER
+
+        checkpoint = hub.fetch(name, revision)
+        if tokenizer is None and not (checkpoint / TOKENIZER).exists():
+            tokenizer = hub.tokenizer_of_gpt2()
+        folder = folder or cache_folder("models") / f"{name.replace('/', '--')}-{checkpoint.name[:12]}"
+        with out.status("looking at what there is") as status:
+            _import(checkpoint, folder, tokenizer, None, None, False, status)
 
 
 @app.command("list")
@@ -80,11 +119,12 @@ def list_() -> None:
         served = Settings().model
         shown = table("name", "", "folder")
         for name in installed.names():
-            folder = installed.model_folder(name)
+            folder = installed.folder_of(name)
             there = (folder / MANIFEST).exists()
-            state = "served" if folder == served else "installed" if there else f"`backpack model install {name}`"
+            state = "installed" if there else f"not installed: `backpack model install {name}`"
+            state += ", served" if folder == served else ""
             shown.add_row(name, Text(state), Text(str(folder) if there else ""))
-        if served not in map(installed.model_folder, installed.names()):
+        if served not in map(installed.folder_of, installed.names()):
             shown.add_row("", "served", Text(str(served)))
     out.print(shown)
 
@@ -107,7 +147,7 @@ def install(
         from backpack_lm.manifest import NAME as MANIFEST
         from backpack_lm.whole_folder import whole
 
-        adapter, folder = installed.weights() / name, installed.model_folder(name)
+        adapter, folder = installed.weights() / name, installed.folder_of(name)
         if name not in installed.names():
             raise ValueError(f"no model is called `{name}`: {', '.join(installed.names())}")
         if (folder / MANIFEST).exists():
@@ -128,19 +168,19 @@ def install(
 
 @app.command("verify")
 def verify(
-    folder: Annotated[Path | None, typer.Argument(help="Model folder; the one that is served if none.")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="Model folder or name; the one that is served if none.")] = None,
 ) -> None:
     """Verify a model folder against its fingerprint."""
     with exits():
         from backpack_lm import checkpoint as reader
 
-        manifest = reader.verify(folder or Settings().model)
+        manifest = reader.verify(model_folder(folder))
     out.print(f"intact: {manifest.fingerprint}")
 
 
 @app.command("prepare")
 def prepare(
-    folder: Annotated[Path | None, typer.Argument(help="Model folder; the one that is served if none.")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="Model folder or name; the one that is served if none.")] = None,
     precision: Annotated[PrecisionName | None, typer.Option(help="The setting's if none.")] = None,
     topics: Annotated[
         bool,
@@ -162,7 +202,7 @@ def prepare(
         from backpack_lm.mapped_table import prepare as write
 
         settings = Settings()
-        folder, dtype = folder or settings.model, Precision(precision or settings.precision).dtype()
+        folder, dtype = model_folder(folder), Precision(precision or settings.precision).dtype()
         try:
             with out.status("compiling the kernels"):
                 out.print(f"kernels: {library()._name}")
@@ -232,7 +272,7 @@ def card(
         from backpack_lm.lab.card import WORDS, fill, run_table, senses_table
         from backpack_lm.lab.lab_model import LabModel
 
-        folder = folder or Settings().model
+        folder = model_folder(folder)
         parts = {"run": run_table(run), "senses": senses_table(LabModel.read(folder), words or WORDS)}
         shown = {name: table.rows_markdown() for name, table in parts.items()}
         for text in shown.values():

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 def run(
     examples: Annotated[bool, typer.Option(help="Create two example tenants and show one prompt for both.")] = True,
     once: Annotated[bool, typer.Option(help="Stop after the examples.")] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder or name of the model, as BACKPACK_MODEL; `backpack model list`.")
+    ] = None,
 ) -> None:
     """Serve on this machine: gateway, inference and interventions in one process, on SQLite.
 
@@ -36,7 +39,7 @@ def run(
     from backpack_serving.observability.telemetry import configure
 
     with exits():
-        settings = Settings()
+        settings = Settings() if model is None else Settings(model=model)
         if "log_level" not in settings.model_fields_set:
             settings = settings.model_copy(update={"log_level": "warning"})
         configure(settings, "run")

@@ -171,7 +171,7 @@ def test_both_lists_stand_side_by_side_and_the_aim_is_judged_on_the_fresh_one(
 
 
 def test_the_second_list_is_fit_to_be_asked() -> None:
-    tokenizer = Tokenizer.read(ROOT / "models" / "weights" / "default" / "tokenizer.json")
+    tokenizer = Tokenizer.read(ROOT / "models" / "weights" / "micro" / "tokenizer.json")
     words = {fact.word for fact in FACTS}
     assert len(FRESH) >= 12
     for fact in FRESH:

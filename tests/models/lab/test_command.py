@@ -143,7 +143,7 @@ def test_the_lab_page_s_commands_need_no_more_than_make_run_installs(tmp_path: P
 
 
 def test_the_text_that_ships_is_read_in_both_parts(folder: Path) -> None:
-    path = shipped(ROOT / "models" / "weights" / "default")
+    path = shipped(ROOT / "models" / "weights" / "micro")
     assert path.stat().st_size < 300_000
     near, judged = (" ".join(part(path)) for part in (background, held_out))
     assert len(judged) > 80_000
