@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from backpack_lm.layouts import CheckpointError
 from backpack_lm.manifest import TOKENIZER, file_digest
 
-_SAFE, _PICKLED = ".safetensors", (".bin", ".ckpt")
+_FORMATS = (".safetensors",), (".bin", ".ckpt")
 _MORE = (".json", ".jinja")
 _GPT2 = "openai-community/gpt2"
 
@@ -40,15 +41,20 @@ def fetch(name: str, revision: str | None = None) -> Path:
     except RepositoryNotFoundError:
         raise CheckpointError(f"the hub has no {name}, or it is private: check the name, or `hf auth login`") from None
     except Exception as error:  # of the HTTP client's many kinds
-        try:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
-        except LocalEntryNotFoundError:
+        for kept_as in _FORMATS:
+            kept = [f"*{ending}" for ending in (*kept_as, *_MORE)]
+            with suppress(LocalEntryNotFoundError):
+                found = Path(snapshot_download(name, revision=revision, allow_patterns=kept, local_files_only=True))
+                if any(file.suffix in kept_as for file in found.iterdir()):
+                    return found
+        else:
             raise CheckpointError(
                 f"the hub can't be reached ({type(error).__name__}), and {name} wasn't fetched before; where there is "
                 f"a network, `hf download {name} --local-dir FOLDER`, then copy FOLDER here and give that instead"
             ) from None
     files = [sibling.rfilename for sibling in info.siblings or ()]
-    endings = _SAFE if any(file.endswith(_SAFE) for file in files) else _PICKLED
+    safe, pickled = _FORMATS
+    endings = safe if any(file.endswith(safe) for file in files) else pickled
     wanted = [file for file in files if file.endswith(endings) or file.endswith(_MORE)]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))

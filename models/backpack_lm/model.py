@@ -266,13 +266,13 @@ class SenseWeights(nn.Module):
     def query_key(self, states: Iterable[Tensor], start: int = 0) -> tuple[Tensor, Tensor]:
         """q and k, each [B, T, k, w], of the trunk's states [B, T, d], from its embeddings to g, at the positions from
         `start` on."""
-        q, k = self._projected(states)
+        q, k = self._queries_and_keys_unturned(states)
         if self.rotary is None:
             return q, k
         turns = turns_of(self.rotary, range(start, start + q.shape[1]), self.head_width).to(q.device)[:, None]
         return rotated(q, turns), rotated(k, turns)
 
-    def _projected(self, states: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    def _queries_and_keys_unturned(self, states: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         if self.together:
             # q is the first half of the projection.
             q, k = self.c_attn(last(states)).unflatten(-1, (2, self.num_senses, self.head_width)).unbind(-3)

@@ -138,7 +138,7 @@ def assemble(adapter: Path, transformer: Path, out: Path, progress: Progress | N
         state["lm_head.weight"] = head
     senses = WordSenses(len(about.word_layers), spec.width, about.inner, about.config.num_senses)
     senses.load_state_dict({name.removeprefix("senses."): t for name, t in added.items() if name.startswith("senses.")})
-    state.update(_table(about, trunk, senses, progress or (lambda done, of: None)))
+    state.update(_finished_table(about, trunk, senses, progress or (lambda done, of: None)))
     with torch.device("meta"):
         model = Backpack(about.config)
     # As training multiplied with them; half of what float32 takes to read at each start.
@@ -149,7 +149,9 @@ def assemble(adapter: Path, transformer: Path, out: Path, progress: Progress | N
 
 
 @torch.no_grad()
-def _table(about: Adapter, trunk: Trunk, senses: WordSenses, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+def _finished_table(
+    about: Adapter, trunk: Trunk, senses: WordSenses, progress: Progress
+) -> Iterator[tuple[str, Tensor]]:
     """Tensors of the finished sense table, by name."""
     count = about.config.vocab_size
     rows = torch.empty(count, about.config.num_senses, about.config.n_embd, dtype=torch.int8)

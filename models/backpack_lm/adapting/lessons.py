@@ -87,14 +87,14 @@ class Lessons:
         ids = torch.from_numpy(rows)
         missing = [at for at, number in enumerate(numbers) if not self._is_made[number]]
         for start in range(0, len(missing), _AT_ONCE):
-            self._make(ids, numbers, missing[start : start + _AT_ONCE])
+            self._read_rows(ids, numbers, missing[start : start + _AT_ONCE])
         where, device = torch.tensor(numbers), self._embedding.device
         kept, entropy = self._states[where].to(device), self._entropy[where].to(device)
         ids = ids.to(device)
         return Lesson(ids[:, :-1], ids[:, 1:], kept[:, :, :-1], kept[:, :, -1], entropy)
 
     @torch.no_grad()
-    def _make(self, ids: Tensor, numbers: Sequence[int], which: Sequence[int]) -> None:
+    def _read_rows(self, ids: Tensor, numbers: Sequence[int], which: Sequence[int]) -> None:
         dtype, device = self._embedding.dtype, self._embedding.device
         some, kept = ids[torch.tensor(which), :-1].to(device), []
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

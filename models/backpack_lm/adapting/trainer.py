@@ -84,7 +84,7 @@ class AdaptTrainer:
         }
         self.reset()
         if self.checkpoint.exists():
-            self._load_checkpoint()
+            self._resume()
 
     def _lessons(self, rows: Rows | InOrder, count: int, name: str) -> Lessons:
         return Lessons(
@@ -98,7 +98,7 @@ class AdaptTrainer:
         self.student = Student(
             self.config, self._trunk, self._words, self._word_layers, recipe.inner, self.layers, recipe.tuned_layers
         ).to(self.device)
-        self.optimizers = self._optimizers()
+        self.optimizers = self._muon_and_adamw()
         self.step = 0
 
     @property
@@ -150,7 +150,7 @@ class AdaptTrainer:
         divergence, cross_entropy = means[0].item() - lesson.entropy.mean().item(), means[1].item()
         if not math.isfinite(divergence):
             raise FloatingPointError(f"the divergence is {divergence} at step {self.step}; lower the learning rates")
-        for some in self._parts():
+        for some in self._own_and_tuned():
             nn.utils.clip_grad_norm_(some, recipe.clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -205,13 +205,13 @@ class AdaptTrainer:
         self.reset()
         return reading, frozen, max(0.0, tuned - frozen)
 
-    def _parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    def _own_and_tuned(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The sense path's parameters, and the trunk's."""
         student = self.student
         own = [*student.senses.parameters(), *student.weights.parameters()]
         return own, [*student.upper.parameters(), *student.norm.parameters()]
 
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
+    def _muon_and_adamw(self) -> list[torch.optim.Optimizer]:
         recipe, k = self.recipe, self.config.num_senses
         named = dict(self.student.named_parameters())
         matrices = [
@@ -221,7 +221,7 @@ class AdaptTrainer:
             *((each, 0, k) for name, each in named.items() if name.startswith("weights.c_") and each.ndim > 1),
         ]
         taken = {id(weight) for weight, _, _ in matrices}
-        own, tuned = self._parts()
+        own, tuned = self._own_and_tuned()
         rest = [{"params": [weight for weight in own if id(weight) not in taken], "lr": recipe.lr, "tuned": False}]
         if recipe.tuned_layers:
             rest.append({"params": tuned, "lr": recipe.tuned_lr, "tuned": True})
@@ -245,7 +245,7 @@ class AdaptTrainer:
         torch.save(state, partial)
         partial.rename(self.checkpoint)
 
-    def _load_checkpoint(self) -> None:
+    def _resume(self) -> None:
         state = read_checkpoint(self.checkpoint)
         before, now = strict_json.parse(state["made_by"]), json.loads(json.dumps(self.made_by))
         if before != now:

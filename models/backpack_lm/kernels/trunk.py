@@ -141,15 +141,19 @@ class CachedTrunk:
         weights, config = self._weights, self._weights.config
         shape = len(y), config.num_senses, config.sense_head_width
         if weights.together is not None:
-            queries, keys = self._turned(weights.together(y), positions).view(len(y), 2, *shape[1:]).unbind(1)
+            queries, keys = (
+                self._turned_by_position(weights.together(y), positions).view(len(y), 2, *shape[1:]).unbind(1)
+            )
             return queries, keys
         queries, keys = (
-            self._turned(linear(torch.cat([states[layer] for layer in layers], dim=1)), positions).view(shape)
+            self._turned_by_position(linear(torch.cat([states[layer] for layer in layers], dim=1)), positions).view(
+                shape
+            )
             for linear, layers in zip(weights.separate, config.read_layers, strict=True)
         )
         return queries, keys
 
-    def _turned(self, heads: Tensor, positions: Tensor) -> Tensor:
+    def _turned_by_position(self, heads: Tensor, positions: Tensor) -> Tensor:
         """The same heads [N, n·w], turned in place by their positions if they turn."""
         if (turns := self._weights.sense_turns) is not None:
             self._kernels.rotate(heads, positions, turns, heads.shape[1] // self._weights.config.sense_head_width)

@@ -88,10 +88,10 @@ def adapt(
     out.mkdir(parents=True, exist_ok=True)
     with Progress(*COLUMNS, console=err) as progress:
         where = _transformer(transformer)
-        tokenizer = _tokenizer(where, out / "data")
+        tokenizer = _tokenizer_of_transformer(where, out / "data")
         tokenise(corpus, tokenizer, out / "data", progress)
         trainer = _trainer(where, corpus, out, recipe, seed, device, disk, seconds, began, progress)
-        _run(trainer, progress)
+        _adapt_with_progress(trainer, progress)
         adapters.write_adapter(trainer.student, where, out / "data" / TOKENIZER, out / "adapter")
         task = progress.add_task("assemble", total=trainer.config.vocab_size, note="")
         with whole(out / "model", MANIFEST) as scratch:
@@ -113,7 +113,7 @@ def _transformer(name: str) -> Path:
         raise ValueError(f"{name} is no folder or file here: {error}") from None
 
 
-def _tokenizer(where: Path, folder: Path) -> Any:
+def _tokenizer_of_transformer(where: Path, folder: Path) -> Any:
     """The Transformer's, copied into the run's folder."""
     from backpack_lm.checkpoint import TOKENIZER
     from backpack_lm.gguf_file import SUFFIX, tokenizer_of
@@ -193,7 +193,7 @@ def _start_seconds(costs: tuple[float, float, float], recipe: AdaptRecipe) -> fl
     return 2 * costs[0] * recipe.start_rows / recipe.rows_per_step
 
 
-def _run(trainer: AdaptTrainer, progress: Progress) -> None:
+def _adapt_with_progress(trainer: AdaptTrainer, progress: Progress) -> None:
     """Take the remaining steps, with a progress bar and now and then a look at held-out text."""
     from backpack_lm.training.curve import plot_adapting
 
@@ -205,12 +205,12 @@ def _run(trainer: AdaptTrainer, progress: Progress) -> None:
     task = progress.add_task("adapt", total=recipe.steps, completed=trainer.step, note="")
     every = max(1, recipe.steps // CHECKS)
     found = trainer.held_out()
-    _log(trainer, found)
+    _log_held_out(trainer, found)
     for step in trainer.run():
         speed = step.tokens / step.seconds
         if step.step % every == 0 or step.step == recipe.steps:
             found = trainer.held_out()
-            _log(trainer, found)
+            _log_held_out(trainer, found)
             plot_adapting(trainer.folder, trainer.folder.parent / "loss.svg")
         read = ", ".join(f"{name} {each.backpack:.2f}" for name, each in found.items())
         progress.update(
@@ -222,7 +222,7 @@ def _run(trainer: AdaptTrainer, progress: Progress) -> None:
         )
 
 
-def _log(trainer: AdaptTrainer, found: dict[str, HeldOut]) -> None:
+def _log_held_out(trainer: AdaptTrainer, found: dict[str, HeldOut]) -> None:
     line = {"step": trainer.step, "held_out": {name: asdict(each) for name, each in found.items()}}
     with (trainer.folder / "held-out.jsonl").open("a") as log:
         log.write(json.dumps(line) + "\n")
