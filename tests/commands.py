@@ -10,7 +10,7 @@ import sys
 from tests.conftest import PROXY_VARIABLES
 
 
-async def ran(*command: str, seconds: float = 120, **settings: str) -> subprocess.CompletedProcess[str]:
+async def run_command(*command: str, seconds: float = 120, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, with this test's path of imports and no proxy, in a thread of its own.
 
     `subprocess`, because uvloop starts a process by `fork`: then the handlers run that gRPC and OpenMP have for it,

@@ -45,8 +45,8 @@ from backpack_lm.model import Backpack, Trunk
 from backpack_lm.overlay import SenseTable
 from backpack_lm.tokenizer import Tokenizer
 from backpack_lm.trunks import TrunkSpec
+from backpack_lm.weight_files import TABLES, files_of, is_of_table, read_file, read_weights, write_safetensors
 from backpack_lm.weight_files import WEIGHTS as WEIGHTS
-from backpack_lm.weight_files import files_of, is_of_table, read_file, read_weights, write_safetensors
 from backpack_lm.whole_folder import whole
 
 CONFIG = "config.json"
@@ -185,6 +185,16 @@ def read_transformer(where: Path) -> tuple[TrunkSpec, dict[str, Tensor]]:
     return trunk, tensors
 
 
+def read_trunk(where: Path) -> tuple[Trunk, Tensor]:
+    """A Transformer's trunk, and the embedding [V, d] that scores its output. Raises as `read_transformer`."""
+    spec, tensors = read_transformer(where)
+    head = tensors.pop("lm_head.weight", None)
+    with torch.device("meta"):  # shapes without memory
+        trunk = Trunk(spec)
+    trunk.load_state_dict(tensors, assign=True)
+    return trunk.eval().requires_grad_(False), trunk.wte.weight if head is None else head
+
+
 def save(model: Backpack, tokenizer: Path, folder: Path, topics: bool = False) -> Manifest:
     """Make `folder` servable, whole or not at all (see `whole`); the manifest that was written. Optional files of a
     model that was there before are removed, files of others stay.
@@ -274,6 +284,8 @@ def verify(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{folder / TOKENIZER} isn't its manifest's: it was changed or damaged; import the model again"
         )
+    if manifest.origin is not None and (there := {file.name for file in folder.glob(TABLES)}) != set(manifest.tables):
+        raise CheckpointError(f"{folder} has the tables {sorted(there)}, its manifest names {sorted(manifest.tables)}")
     for name, wanted in manifest.tables.items():
         if not (folder / name).exists() or file_digest(folder / name) != wanted:
             raise CheckpointError(f"{folder / name} isn't its manifest's: it was changed, damaged or removed")

@@ -311,6 +311,16 @@ class SensePart(nn.Module):
         rows = self.rows[at].float()
         return rows if self.scales is None else rows * self.scales[at][..., None]
 
+    def store(self, start: int, senses: Tensor) -> None:
+        """Set the vectors of tokens from `start` on: [m, k, d]."""
+        at = slice(start, start + len(senses))
+        if self.scales is None:
+            self.rows[at] = senses
+            return
+        peaks = senses.abs().amax(-1)
+        self.scales[at] = peaks / 127
+        self.rows[at] = (senses * (127 / peaks.clamp(min=1e-30))[..., None]).round()
+
 
 class FinishedSenses(nn.ModuleList):
     """C as a table instead of a network: ids [n] → sense vectors [n, k, d]. Each of its parts has a file of its own."""
@@ -326,6 +336,13 @@ class FinishedSenses(nn.ModuleList):
             here = ids // PART == n
             out[here] = part(ids[here] - n * PART)
         return out
+
+    @torch.no_grad()
+    def store(self, start: int, senses: Tensor) -> None:
+        """Set the sense vectors [m, k, d] of tokens from `start` on, all of one part."""
+        part = self[start // PART]
+        assert isinstance(part, SensePart)
+        part.store(start % PART, senses)
 
 
 class Backpack(nn.Module):

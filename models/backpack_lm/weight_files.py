@@ -29,6 +29,7 @@ from backpack_lm.torch_archive import TorchArchive
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
 SENSES = "senses-{:0>5}-of-{:0>5}.safetensors"
 """Files of a finished sense table, each with a part of the vocabulary."""
+TABLES = "senses-*-of-*.safetensors"
 INDEX = ".index.json"
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.\w+")
 _MOST_HEADER = 10**8  # bytes; the safetensors library takes no more
@@ -56,7 +57,7 @@ def read_weights(where: Path) -> Tensors:
                 raise CheckpointError(
                     f"{where} has {whole}, and {index.name} names other files; leave the checkpoint that is meant"
                 )
-            parts = sorted(where.glob("senses-*-of-*.safetensors")) if whole == WEIGHTS else []
+            parts = sorted(where.glob(TABLES)) if whole == WEIGHTS else []
             return _merge_files([where / whole, *parts]) if parts else read_file(where / whole)
         if index.exists():
             return _follow(index)

@@ -12,7 +12,7 @@ from tests.e2e.conftest import running
 
 async def _health(*arguments: str) -> tuple[int, str]:
     command = [sys.executable, "-m", "backpack_serving.cli.main", "health", *arguments]
-    answer = await commands.ran(*command, NO_COLOR="1")
+    answer = await commands.run_command(*command, NO_COLOR="1")
     return answer.returncode, " ".join((answer.stdout + answer.stderr).split())
 
 
@@ -49,6 +49,6 @@ async def test_a_probe_loads_nothing_that_only_other_commands_need() -> None:
         "try: app()\n"
         f"finally: print([name for name in {heavy} if name in sys.modules])"
     )
-    answer, loaded = (await commands.ran(sys.executable, "-c", program)).stdout.splitlines()
+    answer, loaded = (await commands.run_command(sys.executable, "-c", program)).stdout.splitlines()
     assert answer.startswith("127.0.0.1:1 UNAVAILABLE")
     assert loaded == "[]"

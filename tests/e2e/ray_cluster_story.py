@@ -44,7 +44,7 @@ async def deploy(dashboard: str, state: Path, **arguments: Any) -> None:
     file = state / "serve.yaml"
     file.write_text(yaml.safe_dump(config))
     command = ["serve", "deploy", str(file), "-a", f"http://{dashboard}"]
-    answer = await commands.ran(*command, no_proxy=dashboard.partition(":")[0])  # as compose has it
+    answer = await commands.run_command(*command, no_proxy=dashboard.partition(":")[0])  # as compose has it
     assert answer.returncode == 0, f"serve deploy failed: {answer.stderr}"
 
 

@@ -22,7 +22,7 @@ PROMPT = "The story of the king and the"
 async def _run(system: System, key: Metadata | str, name: str, *words: str) -> tuple[int, str, str]:
     """Exit status, output and errors."""
     secret = key if isinstance(key, str) else key[0][1].removeprefix("Bearer ")
-    answer = await commands.ran(
+    answer = await commands.run_command(
         sys.executable,
         str(EXAMPLES / name),
         *words,

@@ -249,7 +249,7 @@ async def test_a_collector_that_is_away_is_not_waited_for_at_the_end() -> None:
         f"from backpack_serving.observability import tracing; tracing.configure('http://127.0.0.1:{port}', 'test')\n"
         "with tracing.span('last'): pass"
     )
-    answer = await commands.ran(sys.executable, "-c", program)
+    answer = await commands.run_command(sys.executable, "-c", program)
     assert answer.returncode == 0, answer.stderr
     await server.stop(None)
     assert 1 <= len(attempts) <= 2

@@ -153,6 +153,6 @@ async def test_a_log_shows_it_too(form: str) -> None:
         "try:\n    raise ValueError(evil)\n"
         "except ValueError:\n    structlog.get_logger().exception('raised')\n"
     )
-    told = (await commands.ran(sys.executable, "-c", program, EVIL)).stderr
+    told = (await commands.run_command(sys.executable, "-c", program, EVIL)).stderr
     assert not NEVER.search(told), ascii(told)
     assert told.count("\\u202e") >= 4

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,24 +15,28 @@ import torch
 import torch.nn.functional as F
 from backpack_lm import installed
 from backpack_lm.adapting import adapter as adapters
-from backpack_lm.adapting.lessons import Lessons
 from backpack_lm.adapting.loss import distillation, expected_embedding
 from backpack_lm.adapting.recipe import AdaptRecipe
 from backpack_lm.adapting.student import LeastSquares, start_weights
-from backpack_lm.adapting.trainer import AdaptTrainer, within
-from backpack_lm.checkpoint import load, read_transformer, verify
+from backpack_lm.adapting.teacher_cache import TeacherCache
+from backpack_lm.adapting.trainer import AdaptTrainer, StepCosts, Teacher, fit_to_budget
+from backpack_lm.adapting.words import word_states
+from backpack_lm.checkpoint import load, read_trunk, verify
 from backpack_lm.kernels import Precision
 from backpack_lm.layouts import CheckpointError
-from backpack_lm.model import Trunk
+from backpack_lm.model import FinishedSenses, Trunk
 from backpack_lm.tokenizer import Tokenizer
 from backpack_lm.training.data import Rows, Source, train_tokenizer
 from backpack_serving.cli.main import app
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from tests.models.trunk_shapes import FAMILIES
+
 RECIPE = AdaptRecipe(
-    steps=8, fresh=12, senses=5, sense_head=8, sense_theta=50.0, inner=20, row=24, rows_per_step=2, start_rows=12,
-    tuned_layers=1, precision=Precision.FLOAT32,
+    steps=8, distinct_rows=12, senses=5, sense_head=8, sense_theta=50.0, sense_inner=20, row_tokens=24,
+    rows_per_step=2, start_rows=12, tuned_layers=1, precision=Precision.FLOAT32,
 )  # fmt: skip
 TEXT = "The king of the ship and the queen of the court went down to the sea, and the ship was gone.\n"
 
@@ -53,21 +59,15 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trunk_of(where: Path) -> Trunk:
-    spec, tensors = read_transformer(where)
-    trunk = Trunk(spec).requires_grad_(False)
-    trunk.load_state_dict(tensors)
-    return trunk
-
-
-def trainer_of(where: Path, out: Path, recipe: AdaptRecipe = RECIPE) -> AdaptTrainer:
-    trunk = trunk_of(where)
+def trainer_of(where: Path, out: Path, recipe: AdaptRecipe = RECIPE, cache: Path | None = None) -> AdaptTrainer:
+    trunk, embedding = read_trunk(where)
     size = trunk.spec.vocab_size
     random = np.random.default_rng(2)
     streams = [random.integers(1, size, 4000).astype(np.uint16) for _ in range(2)]
     rows = Rows(streams[:1], [1.0], recipe.seed, 0)
+    teacher = Teacher(trunk, embedding, adapters.digest(where))
     config = recipe.config(trunk.spec, 0, size)
-    return AdaptTrainer(trunk, trunk.wte.weight, config, recipe, rows, {"other": streams[1]}, out)
+    return AdaptTrainer(teacher, config, recipe, rows, {"other": streams[1]}, out, cache or out / "cache")
 
 
 def test_the_loss_is_the_divergence_and_the_cross_entropy() -> None:
@@ -89,22 +89,22 @@ def test_the_loss_is_the_divergence_and_the_cross_entropy() -> None:
     torch.testing.assert_close(ours, o.grad, rtol=1e-3, atol=1e-7)
 
 
-def test_lessons_are_what_the_transformer_makes_of_the_rows(where: Path, tmp_path: Path) -> None:
-    trunk = trunk_of(where)
+def test_the_cache_holds_what_the_teacher_makes_of_the_rows(where: Path, tmp_path: Path) -> None:
+    trunk, _ = read_trunk(where)
     rows = Rows([np.arange(1, 200, dtype=np.uint16)], [1.0], 0)
-    lessons = Lessons(trunk, trunk.wte.weight, [2, 4], rows, 0, 6, 20, tmp_path)
-    lesson = lessons.take([3, 4, 1])
-    assert lesson.ids[1, 0] == 0  # every second row begins with the end-of-text token
-    assert (lesson.ids[[0, 2], 0] != 0).all()
-    states = list(trunk.states(lesson.ids))
+    cache = TeacherCache(trunk, trunk.wte.weight, [2, 4], rows, 0, 6, 20, tmp_path)
+    batch = cache.take([3, 4, 1])
+    assert batch.ids[1, 0] == 0  # every second row begins with the end-of-text token
+    assert (batch.ids[[0, 2], 0] != 0).all()
+    states = list(trunk.states(batch.ids))
     for at, layer in enumerate((2, 4)):
-        torch.testing.assert_close(lesson.states[:, :, at].float(), states[layer], rtol=0.01, atol=0.01)
+        torch.testing.assert_close(batch.states[:, :, at].float(), states[layer], rtol=0.01, atol=0.01)
     p = (states[4] @ trunk.wte.weight.t()).softmax(-1)
-    torch.testing.assert_close(lesson.expected.float(), p @ trunk.wte.weight, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(batch.expected.float(), p @ trunk.wte.weight, rtol=0.01, atol=0.01)
     trunk.h = torch.nn.ModuleList()  # it is needed no more
-    again = Lessons(trunk, trunk.wte.weight, [2, 4], rows, 0, 6, 20, tmp_path).take([1, 4, 3])
-    assert torch.equal(again.states, lesson.states.flip(0))
-    assert torch.equal(again.entropy, lesson.entropy.flip(0))
+    again = TeacherCache(trunk, trunk.wte.weight, [2, 4], rows, 0, 6, 20, tmp_path).take([1, 4, 3])
+    assert torch.equal(again.states, batch.states.flip(0))
+    assert torch.equal(again.entropy, batch.entropy.flip(0))
 
 
 def test_senses_begin_by_reading_one_place_or_a_stretch(where: Path, tmp_path: Path) -> None:
@@ -123,18 +123,18 @@ def test_senses_begin_by_reading_one_place_or_a_stretch(where: Path, tmp_path: P
 
 def test_the_first_senses_are_the_least_squares(where: Path, tmp_path: Path) -> None:
     trainer = trainer_of(where, tmp_path)
-    list(trainer.start())
-    student, lesson = trainer.student, trainer.lessons.take(range(12))
-    alpha = student.alpha(lesson.states, tune=False)
-    words = student.words[lesson.ids, -1].float()
+    list(trainer.fit_first_senses())
+    student, batch = trainer.student, trainer.rows.take(range(12))
+    alpha = student.alpha(batch.states, tune=False)
+    words = student.words[batch.ids, -1].float()
     inputs = torch.einsum("bkij,bjd->bikd", alpha, words).flatten(2).flatten(0, 1)
-    wanted = lesson.states[:, :, -1].float().flatten(0, 1)
+    wanted = batch.states[:, :, -1].float().flatten(0, 1)
     ridge = 1e-3 * inputs.square().sum(0).mean()
     solved = torch.linalg.solve(inputs.t() @ inputs + ridge * torch.eye(inputs.shape[1]), inputs.t() @ wanted)
-    torch.testing.assert_close(student(lesson.ids, lesson.states).flatten(0, 1), inputs @ solved, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(student(batch.ids, batch.states).flatten(0, 1), inputs @ solved, rtol=0.01, atol=0.01)
     once = LeastSquares(student)
-    once.add(lesson.ids[:6], lesson.states[:6])
-    once.add(lesson.ids[6:], lesson.states[6:])
+    once.add(batch.ids[:6], batch.states[:6])
+    once.add(batch.ids[6:], batch.states[6:])
     before = student.senses.direct.weight.clone()
     once.solve()
     torch.testing.assert_close(student.senses.direct.weight, before, rtol=0.01, atol=0.01)
@@ -145,24 +145,23 @@ def test_a_run_comes_nearer_to_the_original(where: Path, tmp_path: Path) -> None
     first = trainer.held_out()["other"]  # senses of which nobody has made anything
     steps = list(trainer.run())
     assert steps[-1].divergence < 0.5 * steps[0].divergence
-    assert trainer.held_out()["other"].original == first.original
-    assert abs(first.original - first.backpack) > 0.01
+    assert trainer.held_out()["other"].teacher == first.teacher
 
 
 def test_a_run_goes_on_where_it_stopped(where: Path, tmp_path: Path) -> None:
     recipe = replace(RECIPE, steps=40)
     whole = trainer_of(where, tmp_path / "whole", recipe)
-    list(whole.start())
+    list(whole.fit_first_senses())
     list(whole.run())
     stopped = trainer_of(where, tmp_path / "stopped", recipe)
-    list(stopped.start())
+    list(stopped.fit_first_senses())
     run = stopped.run()
     for _ in range(30):  # into the part that trains the trunk
         next(run)
     stopped.save()
     again = trainer_of(where, tmp_path / "stopped", recipe)
     assert again.step == 30
-    assert list(again.start()) == []
+    assert list(again.fit_first_senses()) == []
     list(again.run())
     for (name, one), other in zip(whole.student.named_parameters(), again.student.parameters(), strict=True):
         assert torch.equal(one, other), name
@@ -174,8 +173,8 @@ def test_a_run_goes_on_where_it_stopped(where: Path, tmp_path: Path) -> None:
 
 def test_only_the_uppermost_layers_are_trained_and_only_in_the_end(where: Path, tmp_path: Path) -> None:
     recipe = replace(RECIPE, tuned_share=0.25)
-    trainer, original = trainer_of(where, tmp_path, recipe), trunk_of(where)
-    list(trainer.start())
+    trainer, original = trainer_of(where, tmp_path, recipe), read_trunk(where)[0]
+    list(trainer.fit_first_senses())
     run = trainer.run()
     for _ in range(6):
         next(run)
@@ -183,12 +182,12 @@ def test_only_the_uppermost_layers_are_trained_and_only_in_the_end(where: Path, 
     list(run)
     assert not any(map(torch.equal, trainer.student.upper.parameters(), original.h[3:].parameters()))
     ids = torch.arange(10)[None]
-    assert torch.equal(trainer._trunk(ids), original(ids))  # what lessons are made by
+    assert torch.equal(trainer.trunk(ids), original(ids))  # the teacher
 
 
 def test_a_row_is_taken_once_each_time_through(where: Path, tmp_path: Path) -> None:
     trainer = trainer_of(where, tmp_path)
-    numbers = [number for step in range(18) for number in trainer.numbers(step)]
+    numbers = [number for step in range(18) for number in trainer.row_numbers(step)]
     assert numbers[:12] == list(range(12))
     assert sorted(numbers[12:24]) == sorted(numbers[24:36]) == list(range(12))
     assert numbers[12:24] != numbers[24:36]
@@ -196,27 +195,40 @@ def test_a_row_is_taken_once_each_time_through(where: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("tuned", [0, 2])
 def test_the_model_is_what_was_trained(where: Path, tmp_path: Path, tuned: int) -> None:
-    """The student's o, within what int8 leaves of its matrices and senses."""
-    recipe = replace(RECIPE, tuned_layers=tuned)
+    """The student's o, within what int8 leaves of its matrices and senses, whatever part of it training has changed."""
+    recipe, parts = replace(RECIPE, tuned_layers=tuned), ("senses", "weights", *(("upper", "norm") if tuned else ()))
     trainer = trainer_of(where, tmp_path / "run", recipe)
-    list(trainer.start())
+    list(trainer.fit_first_senses())
     list(trainer.run())
-    adapters.write_adapter(trainer.student, where, where / "tokenizer.json", tmp_path / "adapter")
+    with torch.no_grad():
+        for part in parts:
+            for parameter in getattr(trainer.student, part).parameters():
+                spread = float(parameter.std()) if parameter.ndim > 1 else 1.0
+                parameter += 0.5 * spread * torch.randn_like(parameter)
+    adapters.write_adapter(trainer.student, adapters.digest(where), where / "tokenizer.json", tmp_path / "adapter")
     (tmp_path / "model").mkdir()
     done: list[int] = []
     manifest = adapters.assemble(tmp_path / "adapter", where, tmp_path / "model", lambda count, of: done.append(count))
     assert verify(tmp_path / "model").fingerprint == manifest.fingerprint
     model = load(tmp_path / "model")
     assert done[-1] == model.config.vocab_size
-    lesson = trainer.lessons.take([0, 1])
-    own = trainer.student(lesson.ids, lesson.states, tune=tuned > 0)
-    assert (model.mix(lesson.ids) - own).norm() < 0.05 * own.norm()
+    batch = trainer.rows.take([0, 1])
+    own = trainer.student(batch.ids, batch.states, tune=tuned > 0)
+    error = (model.mix(batch.ids) - own).norm()
+    assert error < 0.05 * own.norm()
+    untrained = trainer_of(where, tmp_path / "other", recipe).student
+    for part in parts:
+        kept = {name: tensor.clone() for name, tensor in trainer.student.state_dict().items()}
+        getattr(trainer.student, part).load_state_dict(getattr(untrained, part).state_dict())
+        without = trainer.student(batch.ids, batch.states, tune=tuned > 0)
+        assert (without - own).norm() > 1.5 * error, f"this test wouldn't notice if {part} were left out"
+        trainer.student.load_state_dict(kept)
     assert Tokenizer.read(tmp_path / "model" / "tokenizer.json").vocab_size == model.config.vocab_size
 
 
 def test_an_adapter_is_for_one_transformer(where: Path, tmp_path: Path) -> None:
     trainer = trainer_of(where, tmp_path / "run")
-    adapters.write_adapter(trainer.student, where, where / "tokenizer.json", tmp_path / "adapter")
+    adapters.write_adapter(trainer.student, adapters.digest(where), where / "tokenizer.json", tmp_path / "adapter")
     other = tmp_path / "other"
     other.mkdir()
     for file in where.iterdir():
@@ -229,29 +241,55 @@ def test_an_adapter_is_for_one_transformer(where: Path, tmp_path: Path) -> None:
 
 
 def test_steps_fit_into_a_budget() -> None:
-    recipe = replace(RECIPE, tuned_share=0.5, rows_per_step=8)
-    fitted = within(recipe, 100.0, (1.0, 2.0, 2.0), most_fresh=10**6)
-    assert fitted.fresh * 1.0 / 8 + fitted.steps * 3.0 <= 100.0 + 3.0
-    assert fitted.steps / (fitted.fresh / 8) == pytest.approx(3, rel=0.1)
-    little = within(recipe, 100.0, (1.0, 2.0, 2.0), most_fresh=16)
-    assert little.fresh == 16
+    recipe, costs = replace(RECIPE, tuned_share=0.5, rows_per_step=8), StepCosts(1.0, 2.0, 2.0)
+    fitted = fit_to_budget(recipe, 100.0, costs, most_rows=10**6)
+    assert 90.0 < fitted.distinct_rows * 1.0 / 8 + fitted.steps * 3.0 <= 100.0 + 3.0
+    assert fitted.steps / (fitted.distinct_rows / 8) == pytest.approx(3, rel=0.1)
+    little = fit_to_budget(recipe, 100.0, costs, most_rows=16)
+    assert little.distinct_rows == 16
     assert little.steps > fitted.steps
-    assert within(recipe, 0.1, (1.0, 2.0, 2.0), 100).steps == 1
+    assert fit_to_budget(recipe, 0.1, costs, 100).steps == 1
+
+
+LENGTH = {"steps": 1, "distinct_rows": 1}
 
 
 @pytest.mark.parametrize(
     ("values", "why"),
     [
-        ({"steps": 1}, "has no fresh"),
-        ({"steps": 1, "fresh": 1, "learning_rate": 1}, "has learning_rate; a recipe has clip"),
-        ({"steps": 0, "fresh": 1}, "steps is 0; it must be an integer from 1 on"),
-        ({"steps": 1, "fresh": 1, "decay": 2.0}, "decay is 2.0; it is a share of the steps"),
+        ({"steps": 1}, "has no distinct_rows"),
+        ({**LENGTH, "learning_rate": 1}, "has learning_rate; a recipe has clip"),
+        ({**LENGTH, "steps": 0}, "steps is 0; it must be an integer from 1 on"),
+        ({**LENGTH, "steps": True}, "steps is True; it must be an integer from 1 on"),
+        ({**LENGTH, "decay": 2.0}, "decay is 2.0; it must be a number from 0 to 1"),
+        ({**LENGTH, "lr": "a"}, "lr is 'a'; it must be a number from 0 on"),
+        ({**LENGTH, "lr": -1}, "lr is -1.0; it must be a number from 0 on"),
+        ({**LENGTH, "tuned_layers": -1}, "tuned_layers is -1; it must be an integer from 0 on"),
+        ({**LENGTH, "key_layers": 3}, "key_layers is 3; it must be a list of layers"),
+        ({**LENGTH, "key_layers": ["a"]}, "it must be a list of layers"),
+        ({**LENGTH, "precision": "int8"}, "it must be float32 or bfloat16"),
+        ([1], "holds no object"),
     ],
 )
-def test_what_a_recipe_cant_be_is_named(tmp_path: Path, values: dict[str, object], why: str) -> None:
+def test_what_a_recipe_cant_be_is_named(tmp_path: Path, values: object, why: str) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=why):
         AdaptRecipe.read(tmp_path / "recipe.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"tuned_layers": 5}, "tuned_layers is 5; the trunk has 4 layers"),
+        ({"row_tokens": 65}, "row_tokens is 65; the context holds 64"),
+        ({"word_layers": (0, 2)}, r"word_layers is \(0, 2\); it must ascend, from 0 on, to 4"),
+        ({"word_layers": (0, 9)}, "it must ascend, from 0 on, to 4"),
+        ({"key_layers": (9,)}, "key_layers is"),
+    ],
+)
+def test_what_a_trunk_hasnt_is_named(where: Path, change: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        replace(RECIPE, **change).config(read_trunk(where)[0].spec, 0, 100)
 
 
 def test_recipes_come_back_from_their_files(tmp_path: Path) -> None:
@@ -273,7 +311,11 @@ def test_the_command_makes_a_model_and_resumes(where: Path, tmp_path: Path) -> N
     again = CliRunner().invoke(app, words)  # finished: nothing to do but to write the model again
     assert again.exit_code == 0, again.output
     assert verify(out / "model") == manifest
+    (tmp_path / "recipe.json").write_text(json.dumps({**small, "lr": 0.5}))
     for more, why in (
+        (["--recipe", str(tmp_path / "recipe.json")], "is the recipe of this run, and another than is asked for"),
+        (["--seed", "9"], "is the recipe of this run, and another than is asked for"),
+        (["--device", "tpu"], "--device 'tpu': there is cpu"),
         (["--budget", "10"], "--budget '10': write a number and s, m or h"),
         (["--budget", "0m"], "--budget '0m': write a number and s, m or h"),
     ):
@@ -289,21 +331,23 @@ def test_the_command_makes_a_model_and_resumes(where: Path, tmp_path: Path) -> N
 
 def test_a_budget_chooses_the_steps(where: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (tmp_path / "recipe.json").write_text(json.dumps({**RECIPE.to_json(), "steps": 1, "fresh": 1}))
+    (tmp_path / "recipe.json").write_text(
+        json.dumps({**RECIPE.to_json(), "steps": 1, "distinct_rows": 1, "rows_per_step": 60})
+    )
     words = ["adapt", str(where), str(where / "text.jsonl"), "--out", str(out), "--threads", "1", "--budget", "3s"]
     result = CliRunner().invoke(app, [*words, "--recipe", str(tmp_path / "recipe.json"), "--disk", "0.1"])
     assert result.exit_code == 0, result.output
     chosen = AdaptRecipe.read(out / "recipe.json")
     assert chosen.steps > 5
     assert math.isclose(chosen.lr, RECIPE.lr)
-    assert f"{chosen.steps} steps on {chosen.fresh} rows" in result.stderr.replace("\n", " ")
+    assert f"{chosen.steps} steps on {chosen.distinct_rows} rows" in result.stderr.replace("\n", " ")
 
 
 def test_a_model_that_comes_as_an_adapter_is_installed_once(
     where: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, weights = trainer_of(where, tmp_path / "run"), tmp_path / "weights"
-    adapters.write_adapter(trainer.student, where, where / "tokenizer.json", weights / "small")
+    adapters.write_adapter(trainer.student, adapters.digest(where), where / "tokenizer.json", weights / "small")
     (weights / "small" / "generation_config.json").write_text('{"temperature": 0.5}')
     monkeypatch.setattr(installed, "weights", lambda: weights)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -315,7 +359,7 @@ def test_a_model_that_comes_as_an_adapter_is_installed_once(
     for words, why in (
         (["small"], "transformer.json doesn't say where its Transformer comes from"),
         (["large"], "no model is called `large`: small"),
-        (["small", "--transformer", str(tmp_path / "run" / "kept" / "rows" / "made.bin")], "has SHA-256"),
+        (["small", "--transformer", str(where / "tokenizer.json")], "has SHA-256"),
     ):
         refused = run(app, ["model", "install", *words])
         assert refused.exit_code == 1
@@ -332,7 +376,7 @@ def test_a_model_that_comes_as_an_adapter_is_installed_once(
 
 def test_a_damaged_table_or_adapter_is_refused(where: Path, tmp_path: Path) -> None:
     trainer = trainer_of(where, tmp_path / "run")
-    adapters.write_adapter(trainer.student, where, where / "tokenizer.json", tmp_path / "adapter")
+    adapters.write_adapter(trainer.student, adapters.digest(where), where / "tokenizer.json", tmp_path / "adapter")
     (tmp_path / "model").mkdir()
     adapters.assemble(tmp_path / "adapter", where, tmp_path / "model")
     (table,) = (tmp_path / "model").glob("senses-*")
@@ -348,13 +392,94 @@ def test_a_damaged_table_or_adapter_is_refused(where: Path, tmp_path: Path) -> N
 def test_the_fingerprint_is_over_what_the_table_is_computed_from(where: Path, tmp_path: Path) -> None:
     """Another processor rounds otherwise: the model is the same one."""
     trainer = trainer_of(where, tmp_path / "run")
-    list(trainer.start())
-    adapters.write_adapter(trainer.student, where, where / "tokenizer.json", tmp_path / "adapter")
-    models = []
-    for name, chunk in (("one", 64), ("other", 7)):
+    list(trainer.fit_first_senses())
+    adapters.write_adapter(trainer.student, adapters.digest(where), where / "tokenizer.json", tmp_path / "adapter")
+    models, finished = [], adapters._finished_senses
+
+    def nudged(*what: Any) -> FinishedSenses:
+        table = finished(*what)
+        table[0].rows[3, 1, 2] ^= 1
+        return table
+
+    for name in ("one", "other"):
         (tmp_path / name).mkdir()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(adapters, "CHUNK", chunk)
+            # Where another processor rounds the other way, a cell is one step away.
+            patch.setattr(adapters, "_finished_senses", finished if name == "one" else nudged)
             models.append(adapters.assemble(tmp_path / "adapter", where, tmp_path / name))
     assert models[0].fingerprint == models[1].fingerprint
-    assert models[0].origin == models[1].origin is not None
+    assert models[0].tables != models[1].tables
+    assert all(verify(tmp_path / name).fingerprint == models[0].fingerprint for name in ("one", "other"))
+    (tmp_path / "one" / "manifest.json").write_text(
+        json.dumps({**json.loads((tmp_path / "one" / "manifest.json").read_text()), "tables": {}})
+    )
+    with pytest.raises(CheckpointError, match="its manifest names"):
+        verify(tmp_path / "one")
+
+
+def test_rows_of_another_run_are_never_taken_for_those_of_this(where: Path, tmp_path: Path) -> None:
+    """Runs share what can be made again, where it is made of the same."""
+    shared = tmp_path / "cache"
+    first = trainer_of(where, tmp_path / "first", cache=shared)
+    batch = first.rows.take([0, 1, 2])
+    for name, change in (("seed", {"seed": 5}), ("row", {"row_tokens": 20}), ("layers", {"key_layers": (1, 2)})):
+        changed = replace(RECIPE, **change)
+        fresh = trainer_of(where, tmp_path / f"{name} alone", changed).rows.take([0, 1, 2])
+        beside = trainer_of(where, tmp_path / name, changed, cache=shared).rows.take([0, 1, 2])
+        assert torch.equal(fresh.ids, beside.ids)
+        assert torch.equal(fresh.states, beside.states)
+    same = trainer_of(where, tmp_path / "same", replace(RECIPE, lr=0.1), cache=shared)
+    same.trunk.h = torch.nn.ModuleList()  # nothing is read again
+    assert torch.equal(same.rows.take([0, 1, 2]).states, batch.states)
+
+
+def test_another_transformer_of_the_same_shape_is_another_run(where: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(where, tmp_path / "run")
+    list(trainer.fit_first_senses())
+    other = tmp_path / "other"
+    shutil.copytree(where, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, other / "model.safetensors")
+    with pytest.raises(ValueError, match="made by another recipe"):
+        trainer_of(other, tmp_path / "run")
+
+
+def test_the_first_senses_are_kept(where: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(where, tmp_path)
+    list(trainer.fit_first_senses())
+    again = trainer_of(where, tmp_path)
+    assert again.has_first_senses
+    assert torch.equal(again.student.senses.direct.weight, trainer.student.senses.direct.weight)
+
+
+def test_a_full_disk_is_an_error_and_ends_no_process(where: Path, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left|File too large"):
+        trainer_of(where, tmp_path, replace(RECIPE, distinct_rows=2**40))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lone_word_s_states_are_the_trunk_s(where: Path, dtype: torch.dtype) -> None:
+    trunk, _ = read_trunk(where)
+    found = torch.cat(list(word_states(trunk, (0, 2, 4), 7, dtype, chunk=50)))
+    pairs = torch.stack([torch.full((trunk.spec.vocab_size,), 7), torch.arange(trunk.spec.vocab_size)], dim=1)
+    states = [state[:, 1] for layer, state in enumerate(trunk.states(pairs)) if layer in (0, 2, 4)]
+    wanted = F.rms_norm(torch.stack(states, dim=1), (trunk.spec.width,))
+    assert (found - wanted).norm() < (1e-5 if dtype is torch.float32 else 0.02) * wanted.norm()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama, untied, wide heads, scaled"])
+def test_other_trunks_are_adapted_too(tmp_path: Path, family: str) -> None:
+    spec = FAMILIES[family].trunk
+    torch.manual_seed(0)
+    trunk = Trunk(spec).eval()
+    head = trunk.wte.weight if spec.tied else torch.randn(spec.vocab_size, spec.width)
+    recipe = replace(RECIPE, senses=3, tuned_layers=2)
+    rows = Rows([np.random.default_rng(0).integers(1, 90, 2000).astype(np.uint16)], [1.0], 0, 0)
+    config = recipe.config(spec, 0, spec.vocab_size)
+    trainer = AdaptTrainer(Teacher(trunk, head, "ab"), config, recipe, rows, {}, tmp_path / "run", tmp_path / "cache")
+    list(trainer.fit_first_senses())
+    steps = list(trainer.run())
+    assert len(steps) == recipe.steps
+    batch = trainer.rows.take([0])
+    p = (trunk(batch.ids) @ head.t()).softmax(-1)
+    torch.testing.assert_close(batch.expected.float(), p @ head, rtol=0.02, atol=0.02)

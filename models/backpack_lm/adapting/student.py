@@ -19,7 +19,7 @@ class Student(nn.Module):
     """o [B, T, d] of ids [B, T] and the states of their rows that were kept.
 
     The uppermost `tuned` layers of the trunk may be run again from the state before them, to be trained; without
-    them, the states are what the original made of the text.
+    them, the states are what the teacher made of the text.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Student(nn.Module):
         self.words = words  # no parameter, and in no checkpoint: it can be made again
         self.senses = WordSenses(words.shape[1], config.n_embd, inner, config.num_senses)
         self.weights = SenseWeights(config)
-        # Copies: the original is what lessons are made by.
+        # Copies: the teacher stays as it is.
         self.upper = copy.deepcopy(trunk.h[config.trunk.depth - tuned :]).requires_grad_(True)
         self.norm = copy.deepcopy(trunk.ln_f).requires_grad_(True)
 
@@ -98,7 +98,7 @@ def start_weights(weights: SenseWeights, theta: float) -> None:
             size, angles = 4.0 * ((speeds < 1 / width) & (speeds > 0.05 / width)), 0 * speeds
         query[sense, : w // 2] = size
         key[sense] = torch.cat([size * angles.cos(), size * angles.sin()])
-    biases = (weights.c_attn.bias.chunk(2)) if weights.together else (weights.c_query.bias, weights.c_key.bias)
+    biases = weights.c_attn.bias.chunk(2) if weights.together else (weights.c_query.bias, weights.c_key.bias)
     for bias, start in zip(biases, (query, key), strict=True):
         bias.copy_(start.flatten())
     for linear in weights.children():
@@ -107,10 +107,10 @@ def start_weights(weights: SenseWeights, theta: float) -> None:
 
 
 class LeastSquares:
-    """The senses that a run begins with: a matrix for each, of what the Transformer predicts after the word alone,
-    such that with the first sense weights the mix is as near as can be to the Transformer's own output.
+    """The senses that a run begins with: a matrix W_l for each, of the teacher's output p(x) after the word alone, such
+    that with the first sense weights the mix is as near as can be to the teacher's output in the text.
 
-    As o = Σ_l (Σ_j α[l,i,j] p(x_j)) W_l, that is one linear regression with k·d inputs.
+    As o_i = Σ_l (Σ_j α[l,i,j] p(x_j)) W_l, that is one linear regression with k·d inputs.
     """
 
     def __init__(self, student: Student) -> None:
@@ -121,7 +121,7 @@ class LeastSquares:
 
     @torch.no_grad()
     def add(self, ids: Tensor, states: Tensor) -> None:
-        """Rows more: ids [B, T], kept states [B, T, S, d], whose last is the Transformer's output."""
+        """Rows more: ids [B, T], kept states [B, T, S, d], whose last is the teacher's output."""
         alpha = self._student.alpha(states, tune=False)
         predicted = self._student.words[ids, -1].float()
         inputs = (alpha @ predicted[:, None]).transpose(1, 2).flatten(2).flatten(0, 1)

