@@ -12,7 +12,7 @@ from backpack_lm import strict_json, trunks
 from backpack_lm.trunks.spec import COUNT, WIDTH, Rotary, TrunkSpec, size
 from backpack_lm.trunks.spec import ConfigError as ConfigError
 
-_GPT2_END = 50256
+GPT2_END = 50256
 _ALWAYS = ("num_senses", "sense_intermediate_scale")
 
 
@@ -171,7 +171,7 @@ class BackpackConfig:
             values.setdefault("num_tokens", 50257)
             values.setdefault("eos_token_id", 50256)
         kept = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        if kept.get("eos_token_id") == _GPT2_END and trunk.vocab_size <= _GPT2_END:
+        if kept.get("eos_token_id") == GPT2_END and trunk.vocab_size <= GPT2_END:
             kept["eos_token_id"] = None  # GPT-2's, which transformers writes where nobody said
         if isinstance(kept.get("sense_theta"), int) and not isinstance(kept["sense_theta"], bool):
             kept["sense_theta"] = float(kept["sense_theta"])

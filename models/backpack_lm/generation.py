@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backpack_lm.config import read_object
+from backpack_lm.config import GPT2_END, BackpackConfig, read_object
 
 NAME = "generation_config.json"
 
@@ -64,6 +64,28 @@ class SamplingDefaults:
 
 FALLBACK = SamplingDefaults()
 """For a model that has no file."""
+
+
+def end_tokens(folder: Path, config: BackpackConfig) -> frozenset[int]:
+    """The tokens that end a text: the config's, and those that the file names as its `eos_token_id`, one or several.
+
+    Raises ValueError, naming the file, if there are such that the model doesn't have.
+    """
+    path, found = folder / NAME, set() if config.eos_token_id is None else {config.eos_token_id}
+    try:
+        named = read_object(path).get("eos_token_id")
+    except FileNotFoundError:
+        named = None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    for token in named if isinstance(named, list) else [] if named is None else [named]:
+        if token == GPT2_END and config.tokens <= GPT2_END:
+            continue  # which transformers writes where nobody said
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < config.tokens:
+            raise ValueError(f"{path}: eos_token_id is {named!r}; this model's tokens are 0 to {config.tokens - 1}")
+        found.add(token)
+    return frozenset(found)
+
 
 _UNNAMED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from backpack_lm import strict_json
 from backpack_lm.config import BackpackConfig
-from backpack_lm.generation import FALLBACK, SamplingDefaults
+from backpack_lm.generation import FALLBACK, SamplingDefaults, end_tokens
 from backpack_lm.patch import ModelShape
 
 NAME, TOKENIZER, TOPICS = "manifest.json", "tokenizer.json", "topics.safetensors"
@@ -31,7 +31,8 @@ class ManifestError(ValueError):
 class Manifest:
     """A model's fingerprint (SHA-256, hex, over config, tokenizer and weights), config and sense norms.
 
-    `defaults` is how tokens are drawn where a request doesn't say, from a file of its own: `generation.py`.
+    `defaults` is how tokens are drawn where a request doesn't say, and `end_tokens` are those that end a text, both
+    from a file of their own: `generation.py`.
     `tokenizer` is the SHA-256 of tokenizer.json, for those who read it without the weights; manifests of earlier
     versions don't say.
 
@@ -45,6 +46,7 @@ class Manifest:
     sense_rms: tuple[float, ...]
     tokenizer: str | None = None
     defaults: SamplingDefaults = FALLBACK
+    end_tokens: frozenset[int] = frozenset()
     origin: str | None = None
     tables: Mapping[str, str] = field(default_factory=dict)
 
@@ -84,7 +86,10 @@ class Manifest:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ManifestError(f"{path} is not a model's manifest: {error!r}") from None
         try:
-            return cls(fingerprint, config, norms, tokenizer, SamplingDefaults.read(folder), origin, tables)
+            return cls(
+                fingerprint, config, norms, tokenizer, SamplingDefaults.read(folder), end_tokens(folder, config),
+                origin, tables,
+            )  # fmt: skip
         except ValueError as error:
             raise ManifestError(f"{error}; mend the file, or remove it") from None
 

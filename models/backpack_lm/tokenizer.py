@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tokenizers
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from backpack_lm import strict_json
 
@@ -49,6 +49,9 @@ class Tokenizer:
         self._bytes = _bytes_of_tokens(tokenizer)
         self.vocab_size: int = len(self._bytes)
         self.end_of_text: int | None = tokenizer.token_to_id(END_OF_TEXT)
+        self.first: tuple[int, ...] = _added_before(tokenizer)
+        """What every text begins with, as the file's post-processor says; for vLLM and `AutoTokenizer`, too. What it
+        would add behind a text is left out: a model goes on there."""
         self.longest: int = max(map(len, self._bytes))
         """Bytes of the longest token."""
 
@@ -73,11 +76,16 @@ class Tokenizer:
             raise ValueError(f"{path} is not a tokenizer: {error}") from None
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text that may stand anywhere."""
         (ids,) = self.encode_batch([text])  # a single text's `encode` keeps all other threads waiting meanwhile
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text from its beginning, as a model reads or continues it."""
+        return [*self.first, *self.encode(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids; bytes that are not UTF-8 become U+FFFD."""
@@ -154,6 +162,24 @@ def _steps(step: object, kinds: object) -> list[object]:
     if isinstance(step, kinds.Sequence):  # type: ignore[attr-defined]
         return [one for part in step for one in _steps(part, kinds)]
     return [step]
+
+
+def begin_texts(tokenizer: HFTokenizer, token: str) -> None:
+    """Let every text begin with a special token, if its post-processor puts nothing there yet."""
+    if _added_before(tokenizer):
+        return
+    own = [tokenizer.post_processor] if tokenizer.post_processor else []
+    special = [(token, tokenizer.token_to_id(token))]
+    template = processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=special
+    )
+    tokenizer.post_processor = processors.Sequence([*own, template])
+
+
+def _added_before(tokenizer: HFTokenizer) -> tuple[int, ...]:
+    """The ids that the post-processor puts before a text."""
+    encoding = tokenizer.encode("a", add_special_tokens=True)
+    return tuple(encoding.ids[: encoding.special_tokens_mask.index(0)])
 
 
 def _bytes_of_tokens(tokenizer: HFTokenizer) -> list[bytes]:

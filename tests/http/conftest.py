@@ -65,7 +65,7 @@ def chat_model(folder: Path) -> Path:
     """The default model with a chat template."""
     folder.mkdir()
     for file in folder_of("micro").iterdir():
-        if file.is_file():
+        if file.is_file() and file.name != "tokenizer_config.json":
             (folder / file.name).symlink_to(file)
     config = {"chat_template": TEMPLATE, "eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

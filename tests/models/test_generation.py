@@ -60,6 +60,30 @@ def test_one_that_no_request_could_ask_for_is_refused_with_its_file(tmp_path: Pa
     assert says in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("{}", {0}),
+        ('{"eos_token_id": 7}', {0, 7}),
+        ('{"eos_token_id": [0, 2, 5]}', {0, 2, 5}),
+        ('{"eos_token_id": 50256}', {0}),  # GPT-2's, which transformers writes where nobody said
+        ('{"eos_token_id": null}', {0}),
+    ],
+)
+def test_a_text_may_end_in_several_ways(tmp_path: Path, text: str, ends: set[int]) -> None:
+    Manifest.read(folder_of("micro")).write(tmp_path)
+    (tmp_path / NAME).write_text(text)
+    assert Manifest.read(tmp_path).end_tokens == ends
+
+
+@pytest.mark.parametrize("token", ["-1", "16384", '"</s>"', "true", "[0, 99999]"])
+def test_an_end_that_the_model_hasnt_is_refused(tmp_path: Path, token: str) -> None:
+    Manifest.read(folder_of("micro")).write(tmp_path)
+    (tmp_path / NAME).write_text(f'{{"eos_token_id": {token}}}')
+    with pytest.raises(ManifestError, match=r"eos_token_id is .*; this model's tokens are 0 to 16383"):
+        Manifest.read(tmp_path)
+
+
 def test_the_manifest_brings_it_and_does_not_write_it(tmp_path: Path) -> None:
     (tmp_path / NAME).write_text('{"temperature": 0.5}')
     default = Manifest.read(folder_of("micro"))

@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
-from backpack_lm.installed import folder_of
-from backpack_lm.tokenizer import END_OF_TEXT, Detokenizer, Tokenizer, WordError, WordPolicy
+from backpack_lm.adapting.adapter import Adapter
+from backpack_lm.config import BackpackConfig
+from backpack_lm.generation import end_tokens
+from backpack_lm.installed import ADAPTER, folder_of, weights
+from backpack_lm.manifest import Manifest
+from backpack_lm.tokenizer import END_OF_TEXT, Detokenizer, Tokenizer, WordError, WordPolicy, begin_texts
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
+from transformers import AutoTokenizer
 
 OURS = Tokenizer.read(folder_of("micro") / "tokenizer.json")
 THEIRS = HFTokenizer.from_file(str(folder_of("micro") / "tokenizer.json"))
@@ -42,6 +47,43 @@ def test_a_file_that_asks_for_cutting_and_filling_up_gets_neither(tmp_path: Path
     (tmp_path / "tokenizer.json").write_text(json.dumps(values), "utf-8")
     text = "The story of the king"
     assert Tokenizer.read(tmp_path / "tokenizer.json").encode(text) == OURS.encode(text)
+
+
+def test_a_text_begins_as_the_file_says() -> None:
+    """And where it goes on, nothing is added; nor behind it, where the model is to go on."""
+    assert OURS.first == ()
+    assert OURS.encode_prompt("the king") == OURS.encode("the king")
+    theirs = HFTokenizer.from_file(str(folder_of("micro") / "tokenizer.json"))
+    begin_texts(theirs, END_OF_TEXT)
+    begin_texts(theirs, END_OF_TEXT)  # once is enough
+    ours, end = Tokenizer(theirs), THEIRS.token_to_id(END_OF_TEXT)
+    assert ours.first == (end,)
+    assert ours.encode("the king") == OURS.encode("the king")
+    for text in ("the king", "", "a\nb"):
+        assert ours.encode_prompt(text) == theirs.encode(text).ids == [end, *OURS.encode(text)]
+    assert ours.word_ids("king") == OURS.word_ids("king")
+    theirs.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A {END_OF_TEXT}", special_tokens=[(END_OF_TEXT, end)]
+    )
+    assert Tokenizer(theirs).encode_prompt("the king") == [end, *OURS.encode("the king")]
+
+
+@pytest.mark.parametrize("name", ["micro", "smollm2"])
+def test_transformers_reads_the_same_ids(name: str) -> None:
+    """And so does vLLM, which reads tokenizers by it."""
+    folder = weights() / name
+    ours, theirs = Tokenizer.read(folder / "tokenizer.json"), AutoTokenizer.from_pretrained(folder)
+    for text in ("The story of the king and 1,234 ships", "", " naïve\n\n\tif x:", "日本 🙂"):
+        assert theirs(text).input_ids == ours.encode_prompt(text)
+        assert theirs.decode(ours.encode(text), clean_up_tokenization_spaces=False) == text
+    assert theirs.eos_token_id in end_tokens(folder, config_of(folder))
+
+
+def config_of(folder: Path) -> BackpackConfig:
+    """Of a model folder, or of an adapter."""
+    if (folder / ADAPTER).exists():
+        return Adapter.read(folder).config
+    return Manifest.read(folder).config
 
 
 def _grow(ids: list[int], step: int) -> list[str]:

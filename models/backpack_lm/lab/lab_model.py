@@ -79,8 +79,8 @@ class LabModel:
         return True
 
     def ids(self, text: str) -> list[int]:
-        """Ids of a text, its last ones if it is longer than the context. Raises ValueError if it is empty."""
-        ids = self.tokenizer.encode(text)
+        """Ids of a prompt, its last ones if it is longer than the context. Raises ValueError if it is empty."""
+        ids = self.tokenizer.encode_prompt(text)
         if not ids:
             raise ValueError(f"{text!r} has no tokens; a prompt needs at least one")
         return ids[-self.config.n_positions :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass
 
 from backpack_lm.counted import counted
@@ -63,13 +64,16 @@ class Engine:
         rows: OverlayRows,
         scheduler: Scheduler,
         share_prefixes: bool = False,
+        end_tokens: Container[int] | None = None,
     ) -> None:
+        """`end_tokens` are the ids that end a text; the config's if None."""
         self._runner, self._slots, self._rows, self._scheduler = runner, slots, rows, scheduler
         self._pages = PagePool(runner.pages, runner.caches.page_size)
         self._share_prefixes = share_prefixes
         self.reused_tokens = self.prefix_hits = self.preemptions = 0
         self._sequences: dict[str, Sequence] = {}
-        self._end_of_text = runner.config.eos_token_id
+        given = runner.config.eos_token_id
+        self._end_tokens = end_tokens if end_tokens is not None else () if given is None else (given,)
 
     @property
     def busy(self) -> bool:
@@ -228,7 +232,7 @@ class Engine:
             return Output(request.id, -1, digest, None, Finish.NON_FINITE)
         sequence.tokens.append(token)
         self._scheduler.charge(sequence)
-        finish = sequence.finish_after(token, self._end_of_text)
+        finish = sequence.finish_after(token, self._end_tokens)
         if finish:
             self._finish(sequence)
         first = len(sequence.tokens) == len(request.prompt) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -143,9 +144,9 @@ class Sequence:
         """Tokens that this sequence may still cost: those to read and those to make."""
         return max(0, self.prefill - self.computed) + (self.request.sampling.max_tokens - self.generated)
 
-    def finish_after(self, token: int, end_of_text: int | None) -> Finish | None:
+    def finish_after(self, token: int, end_tokens: Container[int]) -> Finish | None:
         """Whether a token that was just appended ends the sequence."""
         sampling = self.request.sampling
-        if token == end_of_text and not sampling.ignore_end_of_text:
+        if token in end_tokens and not sampling.ignore_end_of_text:
             return Finish.STOP
         return Finish.LENGTH if self.generated >= sampling.max_tokens else None

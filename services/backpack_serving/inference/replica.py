@@ -184,6 +184,7 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
             OverlayRows(settings.overlay_rows),
             Scheduler(settings.step_tokens, settings.queue),
             settings.share_prefixes,
+            served.manifest.end_tokens,
         )
     )
     await _first_token(engine, served.table)

@@ -112,7 +112,7 @@ class TextGenerator:
             token.explanation.contributions.extend(answers.write_contributions(listed, ids, self._served.tokenizer))
 
     def _ends_text(self, output: Output) -> bool:
-        return output.token == self._served.manifest.config.eos_token_id and output.finish is Finish.STOP
+        return output.token in self._served.manifest.end_tokens and output.finish is Finish.STOP
 
     def _write_token(self, output: Output) -> pb.Token:
         logs = output.log_probability

@@ -126,7 +126,7 @@ def read_prompt(field: str, prompt: pb.Prompt, tokenizer: Tokenizer, config: Bac
     """Token ids of a prompt that fits the context. Raises InvalidRequest."""
     form = prompt.WhichOneof("form")
     ids = tuple(prompt.tokens.ids) if form == "tokens" else _encode(field, prompt.text, tokenizer, config)
-    if not ids:
+    if not ids or form is None:
         raise InvalidRequest.at(field, "EMPTY", "no token; give a text or token ids")
     if len(ids) > config.n_positions:
         raise InvalidRequest.at(field, "TOO_LONG", f"{len(ids)} tokens; the context holds {config.n_positions}")
@@ -144,7 +144,7 @@ def _encode(field: str, text: str, tokenizer: Tokenizer, config: BackpackConfig)
     if size > most:
         limit = f"the context's {config.n_positions} tokens hold at most {most}"
         raise InvalidRequest.at(field, "TOO_LONG", f"{size} bytes of text; {limit}")
-    return tuple(tokenizer.encode(text))
+    return tuple(tokenizer.encode_prompt(text))
 
 
 def tokenize(request: pb.TokenizeRequest, tokenizer: Tokenizer, config: BackpackConfig) -> pb.TokenizeResponse:

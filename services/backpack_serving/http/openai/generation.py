@@ -68,10 +68,11 @@ class Generator:
                 async for part in parts:
                     yield part
             return
-        ids = await asyncio.to_thread(self._tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
+        ids = await asyncio.to_thread(self._tokenizer.encode_prompt, prompt) if isinstance(prompt, str) else prompt
+        unshown = len(self._tokenizer.first) if isinstance(prompt, str) else 0
         text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
         scored = await self._scored(ids)
-        echoed = [ChoicePart(first + n, text, scored.tokens, prompt=True) for n in range(samples)]
+        echoed = [ChoicePart(first + n, text, scored.tokens[unshown:], prompt=True) for n in range(samples)]
         if self._request.most_tokens() == 0:
             for part in echoed:
                 part.served, part.finish = scored.served, pb.FINISH_REASON_LENGTH
