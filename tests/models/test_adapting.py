@@ -59,7 +59,9 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trainer_of(where: Path, out: Path, recipe: AdaptRecipe = RECIPE, cache: Path | None = None) -> AdaptTrainer:
+def trainer_of(
+    where: Path, out: Path, recipe: AdaptRecipe = RECIPE, cache: Path | None = None, after: Path | None = None
+) -> AdaptTrainer:
     trunk, embedding = read_trunk(where)
     size = trunk.spec.vocab_size
     random = np.random.default_rng(2)
@@ -67,7 +69,8 @@ def trainer_of(where: Path, out: Path, recipe: AdaptRecipe = RECIPE, cache: Path
     rows = Rows(streams[:1], [1.0], recipe.seed, 0)
     teacher = Teacher(trunk, embedding, adapters.digest(where))
     config = recipe.config(trunk.spec, 0, size)
-    return AdaptTrainer(teacher, config, recipe, rows, {"other": streams[1]}, out, cache or out / "cache")
+    held_out, cache = {"other": streams[1]}, cache or out / "cache"
+    return AdaptTrainer(teacher, config, recipe, rows, held_out, out, cache, after=after)
 
 
 def test_the_loss_is_the_divergence_and_the_cross_entropy() -> None:
@@ -307,6 +310,8 @@ def test_the_command_makes_a_model_and_resumes(where: Path, tmp_path: Path) -> N
     assert result.exit_code == 0, result.output
     assert "held-out text: " in result.stderr
     manifest = verify(out / "model")
+    tokenizer = Tokenizer.read(out / "model" / "tokenizer.json")
+    assert tokenizer.first == (tokenizer.end_of_text,)
     assert (out / "loss.svg").read_text().startswith("<?xml")
     again = CliRunner().invoke(app, words)  # finished: nothing to do but to write the model again
     assert again.exit_code == 0, again.output
@@ -327,6 +332,49 @@ def test_the_command_makes_a_model_and_resumes(where: Path, tmp_path: Path) -> N
     missing = CliRunner().invoke(app, ["adapt", "no/such", *words[2:]])
     assert missing.exit_code == 1
     assert "no/such is no folder or file here: the hub " in missing.stderr
+
+
+def test_a_run_begins_after_another(where: Path, tmp_path: Path) -> None:
+    """With what its adapter has learnt, and with more layers to train."""
+    before = trainer_of(where, tmp_path / "before")
+    list(before.fit_first_senses())
+    list(before.run())
+    adapters.write_adapter(before.student, adapters.digest(where), where / "tokenizer.json", tmp_path / "adapter")
+    recipe = replace(RECIPE, tuned_layers=2, tuned_share=1.0)
+    after = trainer_of(where, tmp_path / "after", recipe, after=tmp_path / "adapter")
+    assert not list(after.fit_first_senses())
+    theirs, ours = before.held_out()["other"], after.held_out()["other"]
+    assert ours.backpack == pytest.approx(theirs.backpack, rel=1e-3)  # the adapter is in int8
+    fresh = trainer_of(where, tmp_path / "fresh")
+    assert abs(fresh.held_out()["other"].backpack - theirs.backpack) > 0.03
+    own = after.student.state_dict()
+    for name, tensor in before.student.upper[0].state_dict().items():
+        assert own[f"upper.1.{name}"] == pytest.approx(tensor, rel=0.02, abs=0.005)
+    lower = {name: tensor.clone() for name, tensor in after.student.upper[0].named_parameters()}
+    after.take_step()
+    assert any(not torch.equal(lower[name], each) for name, each in after.student.upper[0].named_parameters())
+    list(after.run())
+    other = trainer_of(where, tmp_path / "after", recipe, after=tmp_path / "adapter")
+    assert other.step == recipe.steps
+    with pytest.raises(ValueError, match="made by another recipe"):
+        trainer_of(where, tmp_path / "after", recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"senses": 4}, "with senses of another shape"),
+        ({"sense_inner": 21}, "senses of another shape: senses.c_"),
+        ({"tuned_layers": 0}, "has 1 trained layers, the recipe's tuned_layers is 0"),
+    ],
+)
+def test_an_adapter_that_doesnt_fit_is_nothing_to_begin_after(
+    where: Path, tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    before = trainer_of(where, tmp_path / "before")
+    adapters.write_adapter(before.student, adapters.digest(where), where / "tokenizer.json", tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=why):
+        trainer_of(where, tmp_path / "after", replace(RECIPE, **change), after=tmp_path / "adapter")
 
 
 def test_a_budget_chooses_the_steps(where: Path, tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from backpack_lm.checkpoint import load, verify
 from backpack_lm.config import BackpackConfig
+from backpack_lm.installed import folder_of
 from backpack_lm.model import Backpack, TransformerTwin
+from backpack_lm.tokenizer import Tokenizer
 from backpack_lm.training.data import DataError, Rows, Source, encode, stream, train_tokenizer
 from backpack_lm.training.evaluation import perplexity
 from backpack_lm.training.loss import head_loss
@@ -336,13 +338,38 @@ def test_two_sources_of_one_name_are_refused(tmp_path: Path, names: tuple[str, s
 
 
 def test_a_bad_record_is_named_by_its_line(tmp_path: Path) -> None:
-    for bad in ('{"no": 1}', '{"text": 5}', '{"text": "\\ud800"}', "3"):
+    many = (
+        '{"input_ids": 5}',
+        '{"input_ids": [0.5]}',
+        '{"input_ids": [-1]}',
+        '{"input_ids": "a"}',
+        '{"input_ids": [1]}',
+    )
+    for bad in ('{"no": 1}', '{"text": 5}', '{"text": "\\ud800"}', "3", *many):
         (tmp_path / "bad.jsonl").write_text(f'{{"text": "a"}}\n{bad}\n')
         with pytest.raises(DataError, match=r"bad\.jsonl:2"):
             list(Source.parse(str(tmp_path / "bad.jsonl")).records())
     for share in ("x:nan", "x:-1", "x:y"):
         with pytest.raises(DataError):
             Source.parse(share)
+
+
+def test_a_record_may_be_tokenised_already(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.read(folder_of("micro") / "tokenizer.json")
+    ids = [[5, 0, 7 + n] for n in range(200)]
+    for name, records in (("a", ids), ("b", [[1], [9, tokenizer.vocab_size]])):
+        lines = [json.dumps({"input_ids": each}) + "\n" for each in records]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    source = Source(tmp_path / "a.jsonl")
+    assert list(encode(source, tokenizer, tmp_path))[-1] == 1
+    streams = {part: stream(source, tmp_path, part).tolist() for part in ("train", "heldout")}
+    held_out = {tuple(each) for each, held in source.contents() if held}
+    assert 0 < len(held_out) < 20
+    for part, wanted in (("heldout", True), ("train", False)):
+        expected = [[tokenizer.end_of_text, *each] for each in ids if (tuple(each) in held_out) is wanted]
+        assert streams[part] == [token for each in expected for token in each]
+    with pytest.raises(DataError, match=r"b\.jsonl:2: its input_ids aren't all below the tokenizer's 16384"):
+        list(encode(Source(tmp_path / "b.jsonl"), tokenizer, tmp_path))
 
 
 def test_a_file_that_is_cut_off_or_of_another_kind_is_named(tmp_path: Path) -> None:

@@ -71,6 +71,38 @@ class Adapter:
                 raise CheckpointError(f"{folder / name} isn't the one that {NAME} names: it is missing or damaged")
         return adapter
 
+    def tensors(self, folder: Path) -> dict[str, Tensor]:
+        """What was learnt, by the names of `Student`, in float32."""
+        found: dict[str, Tensor] = {}
+        for file in self.files:
+            if file != TOKENIZER:
+                found |= read_safetensors(folder / file)
+        return {name: int8.restore(each) if each.dtype is torch.int8 else each for name, each in found.items()}
+
+
+def begin_after(student: Student, folder: Path, transformer: str) -> None:
+    """Give a student what another run has learnt of the same Transformer, by its digest.
+
+    The student may train more layers than that run. Raises CheckpointError if it has another shape.
+    """
+    about = Adapter.read(folder)
+    theirs = about.transformer, replace(about.config, senses=student.config.senses), about.word_layers
+    if theirs != (transformer, student.config, student.word_layers):
+        raise CheckpointError(f"{folder} was made of another Transformer, or with senses of another shape")
+    if (more := student.tuned - about.tuned) < 0:
+        raise CheckpointError(
+            f"{folder} has {about.tuned} trained layers, the recipe's tuned_layers is {student.tuned}"
+        )
+    state = student.state_dict()
+    for name, tensor in about.tensors(folder).items():
+        part, _, rest = name.partition(".")
+        number, _, inner = rest.partition(".")
+        name = f"upper.{int(number) + more}.{inner}" if part == "upper" else name
+        if name not in state or state[name].shape != tensor.shape:
+            raise CheckpointError(f"{folder} has senses of another shape: {name}")
+        state[name] = tensor
+    student.load_state_dict(state)
+
 
 def write_adapter(student: Student, transformer: str, tokenizer: Path, folder: Path) -> None:
     """Write what a run has made of the Transformer with this `digest`, whole or not at all."""
@@ -113,10 +145,9 @@ def assemble(adapter: Path, transformer: Path, out: Path, progress: Progress | N
         )
     trunk, embedding = read_trunk(transformer)
     added: dict[str, dict[str, Tensor]] = {"senses": {}, "weights": {}, "upper": {}, "norm": {}}
-    for file in about.files:
-        for name, tensor in read_safetensors(adapter / file).items() if file != TOKENIZER else ():
-            part, _, rest = name.partition(".")
-            added[part][rest] = int8.restore(tensor) if tensor.dtype is torch.int8 else tensor
+    for name, tensor in about.tensors(adapter).items():
+        part, _, rest = name.partition(".")
+        added[part][rest] = tensor
     senses = WordSenses(len(about.word_layers), trunk.spec.width, about.sense_inner, about.config.num_senses)
     senses.load_state_dict(added["senses"])
     table = _finished_senses(about, trunk, senses, progress or (lambda done, of: None))

@@ -16,12 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from backpack_lm.adapting.adapter import begin_after
 from backpack_lm.adapting.loss import distillation
 from backpack_lm.adapting.recipe import AdaptRecipe
 from backpack_lm.adapting.student import LeastSquares, Student, start_weights
 from backpack_lm.adapting.teacher_cache import InOrder, NumberedRows, TeacherBatch, TeacherCache
 from backpack_lm.adapting.words import kept_word_states
 from backpack_lm.config import BackpackConfig
+from backpack_lm.installed import ADAPTER
+from backpack_lm.manifest import file_digest
 from backpack_lm.model import Trunk
 from backpack_lm.training.data import Ids, Rows
 from backpack_lm.training.muon import BlockMuon
@@ -74,12 +77,13 @@ class AdaptTrainer:
 
     def __init__(
         self, teacher: Teacher, config: BackpackConfig, recipe: AdaptRecipe, rows: Rows,
-        held_out: Mapping[str, Ids], folder: Path, cache: Path, device: str = "cpu",
+        held_out: Mapping[str, Ids], folder: Path, cache: Path, device: str = "cpu", after: Path | None = None,
     ) -> None:  # fmt: skip
-        """`cache` holds what can be made again, states of words and rows: runs may share it.
+        """`cache` holds what can be made again, states of words and rows: runs may share it. The run begins with what
+        the adapter `after` has learnt, if there is one.
 
-        Raises ValueError if a source is too short for a row, or a checkpoint was made by another run; OSError if the
-        disk has no room for the cache.
+        Raises CheckpointError for an adapter of another Transformer or shape; ValueError if a source is too short for a
+        row, or a checkpoint was made by another run; OSError if the disk has no room for the cache.
         """
         rows.check(recipe.row_tokens)
         self.recipe, self.folder, self.config = recipe, folder, config
@@ -96,6 +100,9 @@ class AdaptTrainer:
             "text": rows.text(),
             "teacher": teacher.digest,
         }
+        self._after = after
+        if after is not None:
+            self.made_by["after"] = file_digest(after / ADAPTER)
         of_teacher = [teacher.digest, recipe.precision]
         of_rows = [*of_teacher, self.layers, recipe.row_tokens, self._end_of_text]
         self._words_file = cache / f"words-{_key(*of_teacher, self._word_layers, self._end_of_text)}.bin"
@@ -132,8 +139,10 @@ class AdaptTrainer:
             self.config, self.trunk, self._words, self._word_layers, recipe.sense_inner, self.layers,
             recipe.tuned_layers,
         ).to(self.device)  # fmt: skip
+        if self._after is not None:
+            begin_after(self.student, self._after, self.made_by["teacher"])
         self.optimizers = self._muon_and_adamw()
-        self.step, self.has_first_senses = 0, False
+        self.step, self.has_first_senses = 0, self._after is not None
 
     @property
     def checkpoint(self) -> Path:
@@ -181,7 +190,7 @@ class AdaptTrainer:
     def take_step(self, tune: bool | None = None) -> AdaptStep:
         """One step, of the trunk's layers, too, if `tune` or else the recipe says so. Raises FloatingPointError."""
         recipe, began = self.recipe, time.perf_counter()
-        tune = self.step >= recipe.tuned_from if tune is None else tune
+        tune = self.step >= recipe.tuned_from or self._after is not None if tune is None else tune
         batch = self.rows.take(self.row_numbers(self.step))
         means = self._student_means(batch, tune)
         means[0].backward()
@@ -213,7 +222,7 @@ class AdaptTrainer:
     @torch.no_grad()
     def held_out(self) -> dict[str, HeldOut]:
         """How well texts are read that aren't trained on, HELD_OUT_ROWS of each source."""
-        found, tune = {}, self.step > self.recipe.tuned_from
+        found, tune = {}, self.step > self.recipe.tuned_from or self._after is not None
         for name, rows in self._held_out.items():
             batch = rows.take(range(rows.count))
             if name not in self._teachers_loss:

@@ -1,14 +1,15 @@
 """Training text: JSON-lines files → a byte-level BPE → memory-mapped token streams.
 
-A record is one JSON object a line with a `text`. Each source file becomes two streams of uint16 ids, a
-held-out one and one to train on; which a record goes to depends on the hash of its text alone, so it is
-the same for every run, machine and order.
+A record is one JSON object a line with a `text`, or with `input_ids` where it is tokenised already. Each source
+file becomes two streams of uint16 ids, a held-out one and one to train on; which a record goes to depends on the hash
+of its text alone, so it is the same for every run, machine and order.
 """
 
 from __future__ import annotations
 
 import hashlib
 import lzma
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,15 @@ class Source:
         return file_digest(self.path)
 
     def records(self) -> Iterator[tuple[str, bool]]:
-        """Each record's text, and whether it is held out. Raises DataError naming the file or the bad line."""
+        """Each record's text, and whether it is held out. Raises DataError naming the file or the bad line, also if
+        that is tokenised already."""
+        for number, (content, held_out) in enumerate(self.contents(), 1):
+            if not isinstance(content, str):
+                raise DataError(f"{self.path}:{number}: it has input_ids; text is needed here")
+            yield content, held_out
+
+    def contents(self) -> Iterator[tuple[str | list[int], bool]]:
+        """Each record's text or ids, and whether it is held out. Raises DataError naming the file or the bad line."""
         opener = lzma.open if self.path.suffix == ".xz" else Path.open
         with opener(self.path, "rt", encoding=strict_json.UTF8) as lines:
             try:
@@ -76,13 +85,15 @@ class Source:
             except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
                 raise DataError(f"{self.path} can't be read to its end: {error}") from None
 
-    def _record(self, number: int, line: str) -> tuple[str, bool]:
+    def _record(self, number: int, line: str) -> tuple[str | list[int], bool]:
         try:
-            text = strict_json.parse(line)["text"]
-            digest = hashlib.sha256(text.encode()).digest()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{self.path}:{number}: not a record with a text: {error!r}") from None
-        return text, int.from_bytes(digest[:4], "little") % 1000 < HELD_OUT_PER_MILLE
+            record = strict_json.parse(line)
+            content: str | list[int] = record["input_ids"] if "input_ids" in record else record["text"]
+            spelled = array("I", content).tobytes() if "input_ids" in record else content.encode()  # type: ignore[union-attr]
+            digest = hashlib.sha256(spelled).digest()
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise DataError(f"{self.path}:{number}: not a record with a text or input_ids: {error!r}") from None
+        return content, int.from_bytes(digest[:4], "little") % 1000 < HELD_OUT_PER_MILLE
 
 
 def parse_sources(arguments: Sequence[str]) -> list[Source]:
@@ -146,12 +157,19 @@ def encode(source: Source, tokenizer: Tokenizer, folder: Path) -> Iterator[float
     if tokenizer.vocab_size > MOST_TOKENS:
         raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens; {MOST_TOKENS} can be told apart here")
     _made_from(source, folder).write_text(source.digest(), "utf-8")
-    records = list(source.records())
+    records = list(source.contents())
     paths = [folder / f"{source.name}.{part}.bin" for part in ("train", "heldout")]
     partial = [path.with_suffix(".partial") for path in paths]
     with partial[0].open("wb") as train, partial[1].open("wb") as heldout:
-        for number, (text, held_out) in enumerate(records, 1):
-            ids = np.fromiter(_passages(text, tokenizer, tokenizer.end_of_text), dtype=np.uint16)
+        for number, (content, held_out) in enumerate(records, 1):
+            if isinstance(content, str):
+                ids = np.fromiter(_passages(content, tokenizer, tokenizer.end_of_text), dtype=np.uint16)
+            elif not all(0 <= token < tokenizer.vocab_size for token in content):
+                raise DataError(
+                    f"{source.path}:{number}: its input_ids aren't all below the tokenizer's {tokenizer.vocab_size}"
+                )
+            else:
+                ids = np.array([tokenizer.end_of_text, *content], dtype=np.uint16)
             (heldout if held_out else train).write(ids.tobytes())
             yield number / len(records)
     for path, made in zip(paths, partial, strict=True):

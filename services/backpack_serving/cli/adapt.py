@@ -49,7 +49,9 @@ def adapt(
     ],
     sources: Annotated[
         list[str],
-        typer.Argument(help="JSON-lines files (.xz or not), each record with a `text`; PATH or PATH:SHARE."),
+        typer.Argument(
+            help="JSON-lines files (.xz or not), each record with a `text` or `input_ids`; PATH or PATH:SHARE."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run there resumes.")],
     budget: Annotated[
@@ -62,6 +64,9 @@ def adapt(
     disk: Annotated[float, typer.Option(help="GB that the Transformer's states may take on disk.", min=0.1)] = 20.0,
     device: Annotated[str, typer.Option(help="cpu or cuda; the GPU if there is one.")] = "",
     seed: Annotated[int | None, typer.Option(help="Seed of weights and data order.", min=0)] = None,
+    after: Annotated[
+        Path | None, typer.Option(help="Folder of an adapter to begin with: what another run has learnt.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads; 0 for torch's choice, at most one for each core.", min=0)] = 0,
 ) -> None:
     """Adapt a pretrained Transformer: make a Backpack of it, that predicts as it does.
@@ -81,7 +86,7 @@ def adapt(
     from backpack_lm.training import data
     from backpack_lm.whole_folder import whole
 
-    run = _Run(out, disk, _device(device), time.monotonic(), _seconds(budget) if budget else None)
+    run = _Run(out, disk, _device(device), time.monotonic(), _seconds(budget) if budget else None, after)
     corpus, begun = data.parse_sources(sources), run.recipe(recipe, seed)
     set_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -130,10 +135,12 @@ def _read_teacher(name: str) -> tuple[Path, Teacher]:
 
 
 def _tokenizer_of_transformer(where: Path, folder: Path) -> Tokenizer:
-    """The Transformer's, copied into the run's folder. Raises ValueError if it has none, or none that can be used."""
+    """The Transformer's, copied into the run's folder, with texts that begin with an end-of-text token: a Transformer
+    reads the first position of a text as nothing else. Raises ValueError if it has none, or none that can be used."""
     from backpack_lm.checkpoint import TOKENIZER, tokenizer_for
     from backpack_lm.gguf_file import SUFFIX, tokenizer_of
-    from backpack_lm.tokenizer import END_OF_TEXT, Tokenizer
+    from backpack_lm.tokenizer import END_OF_TEXT, Tokenizer, begin_texts
+    from tokenizers import Tokenizer as HFTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / TOKENIZER
@@ -141,17 +148,23 @@ def _tokenizer_of_transformer(where: Path, folder: Path) -> Tokenizer:
         tokenizer_of(where).save(str(file))
     else:
         shutil.copyfile(tokenizer_for(where)[0], file)
-    tokenizer = Tokenizer.read(file)
-    if tokenizer.end_of_text is None:
+    if Tokenizer.read(file).end_of_text is None:
         raise ValueError(f"{where}'s tokenizer has no {END_OF_TEXT} token, which texts begin with here")
-    return tokenizer
+    with_first = HFTokenizer.from_file(str(file))
+    begin_texts(with_first, END_OF_TEXT)
+    with_first.save(str(file))
+    return Tokenizer.read(file)
 
 
 class _Run:
-    """A run's folder, and what it may take: GB on disk, and seconds from `began` on, if there is a budget."""
+    """A run's folder, and what it may take: GB on disk, and seconds from `began` on, if there is a budget. It begins
+    with what the adapter `after` has, if there is one."""
 
-    def __init__(self, out: Path, disk: float, device: str, began: float, seconds: float | None) -> None:
+    def __init__(
+        self, out: Path, disk: float, device: str, began: float, seconds: float | None, after: Path | None
+    ) -> None:
         self._out, self._disk, self._device, self._began, self._seconds = out, disk, device, began, seconds
+        self._after = after
         self._file = out / RECIPE
 
     def recipe(self, file: Path | None, seed: int | None) -> AdaptRecipe:
@@ -194,7 +207,7 @@ class _Run:
 
         def build(recipe: AdaptRecipe, folder: Path) -> AdaptTrainer:
             cache = self._out / "cache"
-            return AdaptTrainer(teacher, config, recipe, rows, held_out, folder, cache, self._device)
+            return AdaptTrainer(teacher, config, recipe, rows, held_out, folder, cache, self._device, self._after)
 
         layers = len(kept_layers(config, recipe))
         row_bytes = TeacherCache.row_bytes(recipe.row_tokens, layers, teacher.trunk.spec.width)
