@@ -19,8 +19,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from backpack_lm import trunks
 from backpack_lm.cache import cached_name
@@ -136,7 +140,7 @@ def from_tensors(tensors: Tensors, config: dict[str, Any]) -> Backpack:
     shape, levanter = BackpackConfig.from_json(config), config.get("model_type") == "backpack-gpt2"
     renamed = to_hugging_face(tensors, shape.num_senses if levanter else None, shape.trunk.tied)
     shape = replace(shape, **_inner_widths(renamed))
-    with torch.device("meta"):  # shapes without memory: every weight comes from the checkpoint
+    with shapes_alone():  # every weight comes from the checkpoint
         model = Backpack(shape)
     _check_names_and_shapes(renamed, model.state_dict())
     # A finished sense table stays as it is in its files, which are mapped into memory.
@@ -144,6 +148,22 @@ def from_tensors(tensors: Tensors, config: dict[str, Any]) -> Backpack:
     state = {name: t if is_finished(name) else t.float().contiguous() for name, t in renamed.items()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Modules made in it have no memory. Their weights aren't filled: for that, torch would import 2 s of code."""
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
+class _Unfilled(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def read_transformer(where: Path) -> tuple[TrunkSpec, dict[str, Tensor]]:
@@ -162,7 +182,7 @@ def read_transformer(where: Path) -> tuple[TrunkSpec, dict[str, Tensor]]:
     # GPT-2 itself doesn't divide its scores by their layer's number.
     defaults = {"scaled_by_layer": False} if "n_embd" in values else {}
     trunk = trunks.read(values, **defaults)
-    with torch.device("meta"):
+    with shapes_alone():
         wanted: dict[str, Tensor] = Trunk(trunk).state_dict()
     if not trunk.tied:
         wanted["lm_head.weight"] = wanted["wte.weight"]
@@ -189,7 +209,7 @@ def read_trunk(where: Path) -> tuple[Trunk, Tensor]:
     """A Transformer's trunk, and the embedding [V, d] that scores its output. Raises as `read_transformer`."""
     spec, tensors = read_transformer(where)
     head = tensors.pop("lm_head.weight", None)
-    with torch.device("meta"):  # shapes without memory
+    with shapes_alone():
         trunk = Trunk(spec)
     trunk.load_state_dict(tensors, assign=True)
     return trunk.eval().requires_grad_(False), trunk.wte.weight if head is None else head
@@ -333,4 +353,5 @@ def _check_names_and_shapes(found: Tensors, wanted: Tensors) -> None:
 
 def _is_finite(tensor: Tensor) -> bool:
     """In pieces, as the check makes copies; in float32, as it is served: a float64 may be beyond it."""
-    return all(bool(part.float().isfinite().all()) for part in tensor.reshape(-1).split(2**20))
+    pieces = tensor.reshape(-1).split(2**20) if tensor.numel() else ()
+    return all(math.isfinite(bound) for part in pieces for bound in part.float().aminmax())

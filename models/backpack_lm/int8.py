@@ -27,7 +27,8 @@ def quantise(values: Tensor, limit: int = 127) -> tuple[Tensor, Tensor]:
     """
     blocks = F.pad(values.float(), (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     peak = blocks.abs().amax(-1)
-    inverse = torch.where(peak > 1e-30, limit / peak, 0.0)
+    # Not `limit / peak`, which torch computes as limit · (1 / peak), rounded twice.
+    inverse = torch.where(peak > 1e-30, torch.full_like(peak, limit) / peak, 0.0)
     # In double, rounded once: as by the instruction that multiplies and adds at once.
     rounded = (blocks.double() * inverse.double()[..., None]).round().nan_to_num(0.0, 0.0, 0.0)
     return rounded.float(), peak / limit

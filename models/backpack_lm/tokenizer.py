@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 
 import tokenizers
@@ -55,8 +56,8 @@ class Tokenizer:
         self.longest: int = max(map(len, self._bytes))
         """Bytes of the longest token."""
 
-    @classmethod
-    def read(cls, path: Path, digest: str | None = None) -> Tokenizer:
+    @staticmethod
+    def read(path: Path, digest: str | None = None) -> Tokenizer:
         """Read a `tokenizer.json`; with `digest`, only the file of this SHA-256 in hex.
 
         Raises ValueError naming the file if it isn't there, is another, or no tokenizer that a Backpack can have.
@@ -71,7 +72,7 @@ class Tokenizer:
                 "damaged; import the model again"
             )
         try:
-            return cls(_read(data))
+            return _tokenizer_of(data)
         except ValueError as error:
             raise ValueError(f"{path} is not a tokenizer: {error}") from None
 
@@ -121,6 +122,12 @@ class Tokenizer:
                 "`policy` in a patch file, ask for its first token or for all of them"
             )
         return (ids[0],)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer_of(data: bytes) -> Tokenizer:
+    """Services in one process read the same file: a large vocabulary takes half a second."""
+    return Tokenizer(_read(data))
 
 
 def _read(data: bytes) -> HFTokenizer:

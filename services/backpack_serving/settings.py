@@ -219,7 +219,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=2**40,
-        description="Tokens whose keys and values a replica holds, of all requests together. 0: 1024 for each slot, "
+        description="Tokens whose keys and values a replica holds, of all requests together. 0: 512 for each slot, "
         "or the context if that is shorter, and one whole context at least.",
     )
     queue: int = Field(256, ge=0, le=10**6, description="Requests that may wait in a replica for a slot.")
@@ -249,10 +249,10 @@ class Settings(BaseSettings):
     precision: str = Field(
         "auto",
         pattern="^(auto|float32|bfloat16|int8)$",
-        description="Of a replica's weights, caches and sense vectors; auto is bfloat16 where the processor "
-        "multiplies it. int8, on a CPU, takes half of bfloat16's memory for weights and sense vectors and leaves "
-        "caches as auto has them. In each, a request gets the same tokens in any company, on a CPU; between them they "
-        "may differ.",
+        description="Of a replica's weights, caches and sense vectors; auto is int8 on a CPU for a model that keeps "
+        "its senses so, else bfloat16 where the processor multiplies it. int8, on a CPU, takes half of bfloat16's "
+        "memory for weights and sense vectors; caches are bfloat16 or float32 then. In each, a request gets the same "
+        "tokens in any company, on a CPU; between them they may differ.",
     )
     threads: int = Field(
         0,

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -17,8 +18,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import torch.nn.functional as F
 from backpack_lm import processor
 from backpack_lm.config import BackpackConfig
+from backpack_lm.int8 import quantise
 from backpack_lm.kernels import (
     DrawParams,
     Kernels,
@@ -34,10 +37,11 @@ from backpack_lm.kernels.native import NativeKernels
 from backpack_lm.kernels.native_trunk import NativeTrunk
 from backpack_lm.kernels.noise import philox
 from backpack_lm.kernels.plain import PlainKernels
+from backpack_lm.kernels.products import GROUP, Product
 from backpack_lm.kernels.trunk import CachedTrunk
 from backpack_lm.model import Backpack, turns_of
 from backpack_lm.trunks import Rotary
-from torch import nn
+from torch import Tensor, nn
 
 from tests.models.kernel_caches import SHAPES, SPANS, close, filled, llama, topics
 
@@ -342,6 +346,27 @@ def test_a_copied_page_is_the_same_as_far_as_it_is_copied(config: BackpackConfig
     assert torch.equal(sense_keys[0, ..., 32:], sense_keys[1, ..., 32:])
 
 
+def in_blocks(weight: Tensor) -> Tensor:
+    """The oracle of `pack_int8`: a weight [out, in] as [out/48, in/64, 3264] uint8."""
+    rows = F.pad(weight, (0, 0, 0, -len(weight) % GROUP))
+    whole, scales = quantise(rows.unflatten(0, (-1, GROUP)))  # [G, 48, B, 64], [G, 48, B]
+    weights = (whole + 128).to(torch.uint8).unflatten(-1, (-1, 4)).permute(0, 2, 3, 1, 4)
+    return torch.cat([scales.mT.contiguous().view(torch.uint8), weights.flatten(2)], -1)
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(48, 64), (1, 1), (49, 65), (300, 192), (100, 577)])
+def test_weights_are_packed_as_they_are_quantised(outer: int, inner: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(outer, inner) * torch.logspace(-20, 3, outer)[:, None]
+    weight[outer // 2] = 0
+    weight[0, : inner // 2] = torch.arange(inner // 2) - 0.5  # halves, which round to the even number
+    for given in (weight, weight.t().contiguous().t(), weight.bfloat16()):
+        packed = Product.int8(
+            build.library(), given, torch.zeros(outer), False, torch.float32, huge_pages.Room()
+        ).packed
+        assert torch.equal(packed, in_blocks(given.float()))
+
+
 def test_memory_in_huge_pages_is_memory() -> None:
     made = huge_pages.zeros(3, huge_pages.HUGE, dtype=torch.bfloat16)
     assert made.shape == (3, huge_pages.HUGE)
@@ -361,7 +386,13 @@ def test_memory_in_huge_pages_is_there_before_it_is_used() -> None:
     """Made when a slot is used first, they kept its first token waiting for 0.15 s."""
     before = psutil.Process().memory_info().rss
     made = huge_pages.zeros(64, huge_pages.HUGE, dtype=torch.uint8)
-    assert psutil.Process().memory_info().rss - before > 0.9 * made.numel()
+    made[1] = 3
+    for _ in range(1000):  # beside whoever goes on
+        if taken := psutil.Process().memory_info().rss - before > 0.9 * made.numel():
+            break
+        time.sleep(0.01)
+    assert taken
+    assert made.sum().item() == 3 * huge_pages.HUGE
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells")

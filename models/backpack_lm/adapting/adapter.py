@@ -24,7 +24,7 @@ from torch import Tensor
 from backpack_lm import int8, strict_json
 from backpack_lm.adapting.student import Student
 from backpack_lm.adapting.words import WordSenses, word_states
-from backpack_lm.checkpoint import CONFIG, TOKENIZER, read_trunk
+from backpack_lm.checkpoint import CONFIG, TOKENIZER, read_trunk, shapes_alone
 from backpack_lm.checkpoint import write as write_model
 from backpack_lm.config import BackpackConfig, ConfigError, StoredSenses
 from backpack_lm.denominators import Progress
@@ -161,7 +161,7 @@ def assemble(adapter: Path, transformer: Path, out: Path, progress: Progress | N
         state["lm_head.weight"] = embedding
     # As training multiplied with them; half of what float32 takes to read at each start.
     state = {name: tensor.bfloat16() if tensor.ndim > 1 else tensor for name, tensor in state.items()}
-    with torch.device("meta"):
+    with shapes_alone():
         model = Backpack(about.config)
     model.load_state_dict(
         state | {f"sense_rows.{name}": tensor for name, tensor in table.state_dict().items()}, assign=True

@@ -8,6 +8,7 @@ from enum import StrEnum
 import torch
 
 from backpack_lm import processor
+from backpack_lm.config import BackpackConfig, StoredSenses
 from backpack_lm.kernels.build import NotBuilt
 from backpack_lm.kernels.caches import Caches
 from backpack_lm.kernels.interface import Kernels
@@ -42,6 +43,12 @@ class Precision(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     INT8 = "int8"
+
+    def serving(self, config: BackpackConfig, device: str) -> torch.dtype:
+        """What a model is served in: for `auto` on a CPU int8 if that is how the model keeps its senses, which wider
+        ones wouldn't make more exact. Raises ValueError as `dtype`."""
+        kept_in_int8 = config.senses is StoredSenses.INT8 and device == "cpu"
+        return (Precision.INT8 if self is Precision.AUTO and kept_in_int8 else self).dtype(device)
 
     def dtype(self, device: str = "cpu") -> torch.dtype:
         """What it means on a device: `auto` is bfloat16 where the processor multiplies it. Raises ValueError for int8

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 from contextlib import suppress
+from threading import Thread
 
 import torch
 from torch import Tensor
@@ -30,16 +32,20 @@ class Room:
 
     def copy(self, tensor: Tensor) -> Tensor:
         """A contiguous copy of a tensor on the CPU."""
-        size = tensor.numel() * tensor.dtype.itemsize
+        return self.empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Memory that is to be written."""
+        size = math.prod(shape) * dtype.itemsize
         if size > len(self._free):
-            self._free = zeros(max(size, CHUNK), dtype=torch.uint8)
-        taken = self._free[:size].view(tensor.dtype).view(tensor.shape)
+            self._free = zeros(max(size, CHUNK), dtype=torch.uint8, at_once=False)
+        taken = self._free[:size].view(dtype).view(shape)
         self._free = self._free[-(-size // LINE) * LINE :]
-        return taken.copy_(tensor)
+        return taken
 
 
 def zeros(*shape: int, dtype: torch.dtype, at_once: bool = True) -> Tensor:
-    """Zeros on the CPU. `at_once`: memory is taken now, else when something is written there."""
+    """Zeros on the CPU. `at_once`: memory is taken from now on, whatever is written there, else when it is."""
     size = math.prod(shape) * dtype.itemsize
     if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype)
@@ -47,5 +53,17 @@ def zeros(*shape: int, dtype: torch.dtype, at_once: bool = True) -> Tensor:
     with suppress(OSError):  # of a kernel that has none
         memory.madvise(mmap.MADV_HUGEPAGE)
     made = torch.frombuffer(memory, dtype=dtype).view(shape)
-    # Written to, they are all made now: made at its first use, a cache kept a first token waiting for 0.15 s.
-    return made.zero_() if at_once else made
+    if at_once:  # made at its first use, a cache kept a first token waiting for 0.15 s
+        Thread(target=_populate, args=(made, size), name="populate", daemon=True).start()
+    return made
+
+
+_POPULATE_WRITE = 23
+"""Linux's MADV_POPULATE_WRITE, since 5.14: make pages, and change nothing of what is there."""
+
+
+def _populate(made: Tensor, size: int) -> None:
+    """Let the system make the pages, beside those who write there already; a refusal only means that they wait."""
+    madvise, start = ctypes.CDLL(None, use_errno=True).madvise, made.data_ptr()
+    for at in range(0, size, CHUNK):
+        madvise(ctypes.c_void_p(start + at), ctypes.c_size_t(min(CHUNK, size - at)), _POPULATE_WRITE)

@@ -10,14 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backpack_lm.int8 import quantise
+from backpack_lm.int8 import BLOCK
 from backpack_lm.kernels.huge_pages import Room
 
 GROUP = 48
 """Outputs of one pass, as in cpp/product.h."""
-
-_CHUNK = 64 * GROUP
-"""Outputs whose weights are quantised at a time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,12 +57,12 @@ class Product:
         """For weight [out, in], kept in int8, from `dtype` to `dtype`."""
         compute = getattr(library, f"product_int8_{name(dtype)}_{name(dtype)}")
         outer, inner = weight.shape
-        return cls(compute, room.copy(_in_blocks(weight.detach())), _padded(bias), inner, outer, gelu, dtype, dtype)
+        return cls(compute, _in_blocks(library, weight, room), _padded(bias), inner, outer, gelu, dtype, dtype)
 
     @classmethod
     def int8_head(cls, library: ctypes.CDLL, embedding: Tensor, room: Room) -> Product:
         """For E [V, d], kept in int8; x is rounded to 16 bits only."""
-        (outer, inner), weights = embedding.shape, room.copy(_in_blocks(embedding.detach()))
+        (outer, inner), weights = embedding.shape, _in_blocks(library, embedding, room)
         bias, dtype = _padded(torch.zeros(outer)), torch.float32
         return cls(library.head_int8, weights, bias, inner, outer, False, dtype, dtype)
 
@@ -87,15 +84,14 @@ def _padded(bias: Tensor) -> Tensor:
     return _whole_groups(bias.detach().float()[:, None])[:, 0].contiguous()
 
 
-def _in_blocks(weight: Tensor) -> Tensor:
-    """A weight [out, in] as blocks of 48 outputs by 64 inputs, [out/48, in/64, 3264] uint8: each is the float32 scales
-    of its outputs and then its weights plus 128, four of one output beside each other."""
-    parts = []
-    for rows in _whole_groups(weight.float()).split(_CHUNK):
-        whole, scales = quantise(rows.unflatten(0, (-1, GROUP)))  # [G, 48, B, 64], [G, 48, B]
-        weights = (whole + 128).to(torch.uint8).unflatten(-1, (-1, 4)).permute(0, 2, 3, 1, 4)
-        parts.append(torch.cat([scales.mT.contiguous().view(torch.uint8), weights.flatten(2)], -1))
-    return torch.cat(parts)
+def _in_blocks(library: ctypes.CDLL, weight: Tensor, room: Room) -> Tensor:
+    """A weight [out, in], quantised as by int8.py, as blocks of 48 outputs by 64 inputs, [out/48, in/64, 3264] uint8:
+    each is the float32 scales of its outputs and then its weights plus 128, four of one output beside each other."""
+    outer, inner = weight.shape
+    packed = room.empty(-(-outer // GROUP), -(-inner // BLOCK), GROUP * (4 + BLOCK), dtype=torch.uint8)
+    given = weight.detach().float().contiguous()
+    library.pack_int8(at(given), outer, inner, at(packed))
+    return packed
 
 
 def at(tensor: Tensor) -> ctypes.c_void_p:

@@ -201,11 +201,13 @@ def prepare(
         from backpack_lm.int8 import stored_width
         from backpack_lm.kernels import Precision
         from backpack_lm.kernels.build import NotBuilt, library
+        from backpack_lm.manifest import Manifest
         from backpack_lm.mapped_table import mapped
         from backpack_lm.mapped_table import prepare as write
 
         settings = Settings()
-        folder, dtype = model_folder(folder), Precision(precision or settings.precision).dtype()
+        folder = model_folder(folder)
+        dtype = Precision(precision or settings.precision).serving(Manifest.read(folder).config, "cpu")
         try:
             with out.status("compiling the kernels"):
                 out.print(f"kernels: {library()._name}")

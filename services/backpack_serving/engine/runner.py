@@ -25,7 +25,7 @@ from backpack_serving.engine.graphs import Graphs, Record
 from backpack_serving.engine.scheduler import Batch
 from backpack_serving.engine.sequence import Sequence
 
-SLOT_TOKENS = 1024
+SLOT_TOKENS = 512
 """Positions for each slot, by default: few sequences are longer, and those that are take what others leave."""
 
 
@@ -48,7 +48,7 @@ class Runner:
     steps are captured graphs; `record` is for tests without one.
 
     `context` positions at most a sequence (0: as many as the model has), `cache_tokens` all of them together (0:
-    1,024 for each slot, or the context if it is shorter, and one whole context in any case).
+    512 for each slot, or the context if it is shorter, and one whole context in any case).
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -69,8 +70,13 @@ class ServedModel:
         another than its fingerprint says.
         """
         # What isn't the model that it is called is never served, nor made a table of that every replica would map.
-        manifest, model = verify(folder), load(folder)
-        dtype = precision.dtype(device.type)
+        with ThreadPoolExecutor(1) as beside:  # files are hashed while they are loaded
+            verified = beside.submit(verify, folder)
+            try:
+                model = load(folder)
+            finally:
+                manifest = verified.result()  # of a damaged folder, this says more than what couldn't be loaded
+        dtype = precision.serving(model.config, device.type)
         try:
             storage = mapped(prepare(model, manifest.fingerprint, dtype), model, dtype, room)
         except OSError as error:

@@ -73,6 +73,8 @@ PRODUCT(product, int8_float32_float32, float, Block, float)
 PRODUCT(product, int8_bfloat16_bfloat16, bf16, Block, bf16)
 PRODUCT(head, int8, float, Block, float)
 
+void pack_int8(const float* weight, int outer, int inner, Block* out) { pack(weight, outer, inner, out); }
+
 void draw_float32(const float* logits, int count, int vocabulary, const DrawParams* how, int32_t* out) {
 #pragma omp parallel for schedule(dynamic, 1) if (count > 1)
     for (int n = 0; n < count; n++) out[n] = draw(logits + size_t(n) * vocabulary, vocabulary, how[n]);

@@ -221,6 +221,23 @@ void quantise(const X* x, int count, float limit, Quantised<Small>& to) {
     to.offset = std::isfinite(sum) ? -EXCESS<Small> * int32_t(sum) : 0;
 }
 
+// A weight [outer, inner] in blocks, filled up with zeros.
+inline void pack(const float* weight, int outer, int inner, Block* out) {
+    int groups = (outer + GROUP - 1) / GROUP, parts = (inner + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static)
+    for (int group = 0; group < groups; group++)
+        for (int part = 0; part < parts; part++) {
+            Block& block = out[size_t(group) * parts + part];
+            for (int n = 0; n < GROUP; n++) {
+                int output = group * GROUP + n, first = part * BLOCK;
+                Quantised<int8_t> row{};
+                if (output < outer) quantise(weight + size_t(output) * inner + first, inner - first, 127.0f, row);
+                block.scales[n] = row.scale;
+                for (int i = 0; i < BLOCK; i++) block.weights[i / 4][n][i % 4] = uint8_t(row.values[i] + 128);
+            }
+        }
+}
+
 // x quantised and weights of int8.
 template <typename Small>
 struct Blocks {
