@@ -18,15 +18,17 @@ NAME = "generation_config.json"
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """What a request gets that names no `temperature`, `top_k` or `top_p`.
+    """What a request gets that names none of these.
 
-    Temperature 0 is greedy; `top_k` 0 and `top_p` 1 leave the whole vocabulary. These values are for a model that
-    has no file.
+    Temperature 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 leave the whole vocabulary. These values are for a
+    model that has no file.
     """
 
     temperature: float = 0.7
     top_k: int = 30
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     @classmethod
     def read(cls, folder: Path) -> SamplingDefaults:
@@ -41,25 +43,29 @@ class SamplingDefaults:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> SamplingDefaults:
-        """What such a file says. Of one that names some of the three, the others are temperature 1 and the whole
-        vocabulary; one that names none says nothing. Whatever else it holds isn't read.
+        """What such a file says. Of one that names some of these, the others are temperature 1, the whole vocabulary
+        and no penalty; one that names none says nothing. Whatever else it holds isn't read.
 
         Raises ValueError for what no request could ask for.
         """
-        named = {name: values[name] for name in ("temperature", "top_k", "top_p") if values.get(name) is not None}
+        named = {name: values[name] for name in _UNNAMED if values.get(name) is not None}
         if not named:
             return cls()
         for name, value in named.items():
             if not isinstance(value, int if name == "top_k" else int | float) or isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}; it must be a number, and top_k a whole one")
-        temperature, top_k, top_p = (named.get(name, unset) for name, unset in _UNNAMED.items())
+        temperature, top_k, top_p, min_p, penalty = (named.get(name, unset) for name, unset in _UNNAMED.items())
         if not (temperature >= 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature is {temperature}; 0 (greedy) or more")
         if not -1 <= top_k < 2**31:
             raise ValueError(f"top_k is {top_k}; 1 or more, or 0 for all")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p}; above 0, at most 1")
-        return cls(float(temperature), max(0, top_k), float(top_p))  # vLLM writes −1 for all
+        if not 0 <= min_p <= 1:
+            raise ValueError(f"min_p is {min_p}; 0 to 1")
+        if not 0 < penalty < math.inf:
+            raise ValueError(f"repetition_penalty is {penalty}; above 0, 1 for none")
+        return cls(float(temperature), max(0, top_k), float(top_p), float(min_p), float(penalty))  # vLLM's −1 is all
 
 
 FALLBACK = SamplingDefaults()
@@ -87,7 +93,7 @@ def end_tokens(folder: Path, config: BackpackConfig) -> frozenset[int]:
     return frozenset(found)
 
 
-_UNNAMED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+_UNNAMED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 UNTRUNCATED = SamplingDefaults(**_UNNAMED)  # type: ignore[arg-type]
-"""The model's own distribution: temperature 1 over the whole vocabulary."""
+"""The model's own distribution: temperature 1 over the whole vocabulary, without a penalty."""

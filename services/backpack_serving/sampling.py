@@ -11,7 +11,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy, `top_k` 0 and `top_p` 1 leave the whole vocabulary. `log_probabilities` is how
     many alternatives to report with each token, None for no log-probabilities at all. `stop` strings are
-    looked for in the text, so outside the engine, which knows only tokens.
+    looked for in the text, so outside the engine, which knows only tokens. From `logit_bias` on, what changes the
+    logits that are drawn from: `engine/logits.py`.
     """
 
     max_tokens: int = 64
@@ -22,3 +23,15 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     log_probabilities: int | None = None
     ignore_end_of_text: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    min_tokens: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def changes_logits(self) -> bool:
+        penalties = self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1
+        return bool(penalties or self.min_p or self.min_tokens or self.logit_bias or self.bad_words)

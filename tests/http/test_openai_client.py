@@ -10,6 +10,8 @@ from typing import Any
 
 import openai
 import pytest
+from backpack_lm.installed import folder_of
+from backpack_lm.tokenizer import Tokenizer
 from backpack_serving.client import Client, Sampling
 
 from tests.http.conftest import PROMPT, Web, chat_model, serving
@@ -135,6 +137,29 @@ def test_the_likeliest_of_a_score_is_what_greedy_generation_makes(client: openai
     assert logs is not None
     pairs = list(zip(logs.token_logprobs or (), logs.top_logprobs or (), strict=True))[-6:]
     assert all(own == max(top.values()) for own, top in pairs)
+
+
+def test_logits_are_changed_as_openai_and_vllm_say(client: openai.OpenAI, web: Web) -> None:
+    def text(prompt: str = PROMPT, **asked: Any) -> str:
+        answer = client.completions.create(model="live", prompt=prompt, max_tokens=12, temperature=0, **asked)
+        return answer.choices[0].text
+
+    tokenizer = Tokenizer.read(folder_of("micro") / "tokenizer.json")
+    (sea,) = tokenizer.word_ids("sea")
+    plain = text()
+    assert text(logit_bias={str(sea): 100}) == " sea" * 12
+    first = plain.split()[0]
+    without = text(extra_body={"bad_words": [first]})
+    assert first not in without.split()
+    assert len(set(text(frequency_penalty=2).split())) > len(set(plain.split())) * 0.9
+    assert text(extra_body={"repetition_penalty": 3.0}) != plain
+    longer = text(extra_body={"min_tokens": 12})
+    assert len(tokenizer.encode(longer)) >= 10
+    with Client(web.gateway, web.key) as grpc:
+        same = grpc.generate(PROMPT, Sampling(12, temperature=0, bad_words=[first]))
+        assert same.text == without
+    with pytest.raises(openai.BadRequestError, match="logit_bias"):
+        text(logit_bias={"99999": 1})
 
 
 def test_a_stop_ends_the_text_before_it(client: openai.OpenAI) -> None:

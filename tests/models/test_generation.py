@@ -20,8 +20,9 @@ from backpack_lm.manifest import Manifest, ManifestError
         ({"top_k": 40}, (1.0, 40, 1.0)),
         ({"top_p": 0.9, "top_k": -1, "temperature": None}, (1.0, 0, 0.9)),
         ({"temperature": 0}, (0.0, 0, 1.0)),
+        ({"repetition_penalty": 1.1, "min_p": 0.05}, (1.0, 0, 1.0, 0.05, 1.1)),
         # As transformers writes it for a model that has no wishes; and what this server doesn't do.
-        ({"_from_model_config": True, "eos_token_id": 50256, "repetition_penalty": 1.1}, (0.7, 30, 1.0)),
+        ({"_from_model_config": True, "eos_token_id": 50256, "num_beams": 4}, (0.7, 30, 1.0)),
         ({}, (0.7, 30, 1.0)),
     ],
 )
@@ -46,6 +47,8 @@ def test_a_model_without_one_gets_the_one_table(tmp_path: Path) -> None:
         ('{"top_k": -2}', "top_k is -2; 1 or more"),
         ('{"top_k": 4294967296}', "top_k is 4294967296"),
         ('{"top_p": 0}', "top_p is 0; above 0"),
+        ('{"min_p": 1.5}', "min_p is 1.5; 0 to 1"),
+        ('{"repetition_penalty": 0}', "repetition_penalty is 0; above 0"),
         ("[]", "it isn't an object"),
         ("{", "Expecting property name"),
     ],

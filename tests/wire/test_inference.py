@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,51 @@ def test_who_names_no_sampling_gets_the_models(named: dict[str, Any], meant: tup
     normalize_request(request, params)
     # A replica reads the same, whatever its model's folder says: a second attempt draws the same tokens.
     assert read_generation(request, TOKENIZER, CONFIG, SamplingDefaults(0.1, 1, 0.1)) == params
+
+
+def test_what_changes_logits_is_read() -> None:
+    asked = Sampling(
+        logit_bias={7: -2.5, 3: 100}, min_p=0.1, repetition_penalty=1.5, frequency_penalty=-2, presence_penalty=0.5,
+        min_tokens=4, bad_words=["king", " the court "],
+    )  # fmt: skip
+    request = pb.GenerateRequest(prompt=PROMPT, sampling=asked.message())
+    params = read_generation(request, TOKENIZER, CONFIG, SamplingDefaults(0.6, 20, 0.9, 0.4, 3.0))
+    s = params.sampling
+    assert (s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty) == (1.0, 0, 1.0, 0.1, 1.5)
+    assert (s.logit_bias, s.frequency_penalty, s.presence_penalty, s.min_tokens) == (((3, 100), (7, -2.5)), -2, 0.5, 4)
+    assert s.bad_words == tuple(tuple(TOKENIZER.encode(word)) for word in ("king", " king", "the court", " the court"))
+    normalize_request(request, params)
+    assert read_generation(request, TOKENIZER, CONFIG, SamplingDefaults(0.1, 1, 0.1)) == params
+    unnamed = pb.GenerateRequest(prompt=PROMPT, sampling=pb.Sampling(frequency_penalty=1))
+    drawn = read_generation(unnamed, TOKENIZER, CONFIG, SamplingDefaults(0.6, 20, 0.9, 0.4, 3.0)).sampling
+    assert (drawn.temperature, drawn.min_p, drawn.repetition_penalty) == (0.6, 0.4, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("named", "field", "reason"),
+    [
+        ({"min_p": -0.1}, "min_p", "OUT_OF_RANGE"),
+        ({"min_p": math.nan}, "min_p", "OUT_OF_RANGE"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty", "OUT_OF_RANGE"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty", "OUT_OF_RANGE"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty", "OUT_OF_RANGE"),
+        ({"presence_penalty": math.nan}, "presence_penalty", "OUT_OF_RANGE"),
+        ({"min_tokens": -1}, "min_tokens", "OUT_OF_RANGE"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "OUT_OF_RANGE"),
+        ({"logit_bias": {16384: 1.0}}, "logit_bias[16384]", "UNKNOWN_TOKEN"),
+        ({"logit_bias": {5: math.nan}}, "logit_bias[5]", "OUT_OF_RANGE"),
+        ({"logit_bias": {5: -math.inf}}, "logit_bias[5]", "OUT_OF_RANGE"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias", "TOO_MANY"),
+        ({"bad_words": [" "]}, "bad_words[0]", "OUT_OF_RANGE"),
+        ({"bad_words": [LONG]}, "bad_words[0]", "OUT_OF_RANGE"),
+        ({"bad_words": ["a"] * 65}, "bad_words", "TOO_MANY"),
+    ],
+)
+def test_what_no_logits_can_be_changed_by_is_refused(named: dict[str, Any], field: str, reason: str) -> None:
+    request = pb.GenerateRequest(prompt=PROMPT, sampling=pb.Sampling(**named))
+    with pytest.raises(InvalidRequest) as refused:
+        read_generation(request, TOKENIZER, CONFIG, SamplingDefaults())
+    assert [(v.field, v.reason) for v in refused.value.violations] == [(f"sampling.{field}", reason)]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,20 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy (default: the model's).", min=0.0)] = None,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0 for all.", min=0)] = None,
     top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens of this mass.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Only tokens with this share of the likeliest one's probability.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Makes tokens of the prompt and the text less likely; 1 for none.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Lowers a token's logit each time that the text has it.", min=-2, max=2)
+    ] = 0.0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Lowers the logits of tokens that the text has.", min=-2, max=2)
+    ] = 0.0,
+    min_tokens: Annotated[int, typer.Option(help="No text ends by itself before them.", min=0)] = 0,
+    bad_word: Annotated[list[str] | None, typer.Option(help="The text doesn't hold it; repeatable.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.", min=0)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     samples: Annotated[
@@ -52,8 +66,8 @@ def generate(
 ) -> None:
     """Continue a prompt, steered by the tenant's release, and stream the text.
 
-    Without --temperature, --top-k and --top-p, tokens are drawn as the model's defaults say. With one of them, the
-    others leave the whole vocabulary, at temperature 1.
+    Without --temperature, --top-k, --top-p, --min-p and --repetition-penalty, tokens are drawn as the model's
+    defaults say. With one of them, the others leave the whole vocabulary, at temperature 1, without a penalty.
 
     Three texts, the same each time: `backpack generate "The king and the" --samples 3 --seed 1`
 
@@ -62,7 +76,11 @@ def generate(
     counted from the prompt's first token, which has 0.
     """
     log_probabilities = 0 if explain else None
-    sampling = Sampling(max_tokens, temperature, top_k, top_p, seed, stop or (), log_probabilities, samples=samples)
+    sampling = Sampling(
+        max_tokens, temperature, top_k, top_p, seed, stop or (), log_probabilities, samples=samples, min_p=min_p,
+        repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
+        min_tokens=min_tokens, bad_words=bad_word or (),
+    )  # fmt: skip
     made = [_Made() for _ in range(samples)]
     with as_caller(tenant, key) as client:
         parts = client.stream(

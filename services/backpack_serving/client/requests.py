@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from backpack_lm.generation import UNTRUNCATED
@@ -30,12 +30,16 @@ Release = int | str
 class Sampling:
     """How to go on from a prompt.
 
-    `temperature` 0 is greedy; `top_k` 0 is all tokens. If neither of these nor `top_p` is given, the model's
-    defaults hold (`client.model().defaults`); if one is, the others leave the whole vocabulary, at temperature 1.
+    `temperature` 0 is greedy; `top_k` 0 is all tokens. If neither of these nor `top_p`, `min_p` or
+    `repetition_penalty` is given, the model's defaults hold (`client.model().defaults`); if one is, the others leave
+    the whole vocabulary, at temperature 1, without a penalty.
 
     The same `seed` gives the same text. `stop` are texts to end before. `log_probabilities` asks for those of
     every token, and of so many likeliest others (at most 20). `samples` texts are made (at most 16), the prompt is
     read once; sample n is what `seed` + n gives alone.
+
+    As in vLLM: `logit_bias` by token id (−100 to 100), `min_p`, the penalties (1 is no `repetition_penalty`, 0 none
+    of the others), `min_tokens` before which no text ends by itself, and `bad_words` that it doesn't hold.
     """
 
     max_tokens: int = 64
@@ -47,6 +51,13 @@ class Sampling:
     log_probabilities: int | None = None
     ignore_end_of_text: bool = False
     samples: int = 1
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    min_tokens: int = 0
+    bad_words: Sequence[str] = ()
 
     def message(self) -> pb.Sampling:
         temperature = self.temperature
@@ -64,6 +75,13 @@ class Sampling:
             log_probabilities=self.log_probabilities,
             ignore_end_of_text=self.ignore_end_of_text,
             samples=self.samples,
+            logit_bias=self.logit_bias,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            min_tokens=self.min_tokens,
+            bad_words=self.bad_words,
         )
 
 

@@ -302,5 +302,6 @@ class Model:
     def of(cls, m: pb.GetModelResponse) -> Model:
         defaults, given = UNTRUNCATED, m.sampling_defaults  # those of a gateway that is older than the message
         if m.HasField("sampling_defaults"):
-            defaults = SamplingDefaults(given.temperature, given.top_k, given.top_p)
+            penalty = given.repetition_penalty or UNTRUNCATED.repetition_penalty
+            defaults = SamplingDefaults(given.temperature, given.top_k, given.top_p, given.min_p, penalty)
         return cls(m.fingerprint, m.vocab_size, m.context_size, m.num_senses, m.width, m.num_layers, defaults)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from backpack_lm.counted import counted
 
+from backpack_serving.engine.logits import change_all
 from backpack_serving.engine.pages import PagePool
 from backpack_serving.engine.runner import Runner
 from backpack_serving.engine.sampler import choose_all, log_probabilities
@@ -64,7 +65,7 @@ class Engine:
         rows: OverlayRows,
         scheduler: Scheduler,
         share_prefixes: bool = False,
-        end_tokens: Container[int] | None = None,
+        end_tokens: Collection[int] | None = None,
     ) -> None:
         """`end_tokens` are the ids that end a text; the config's if None."""
         self._runner, self._slots, self._rows, self._scheduler = runner, slots, rows, scheduler
@@ -146,7 +147,7 @@ class Engine:
         sampled = batch.sampled
         samplings, positions = [s.request.sampling for s in sampled], [len(s.tokens) for s in sampled]
         kernels = self._runner.kernels
-        tokens = choose_all(logits, samplings, positions, kernels.draw)
+        tokens = choose_all(change_all(logits, sampled, self._end_tokens), samplings, positions, kernels.draw)
         logs = log_probabilities(logits, tokens, samplings, kernels.log_probabilities)
         return [self._commit_token(*made) for made in zip(sampled, tokens, logs, strict=True)]
 

@@ -23,6 +23,7 @@ PIN = "backpack-pin-bin"
 
 DEFAULT_TOKENS = 64
 LARGEST_STOP, MOST_STOPS, MOST_ALTERNATIVES, MOST_SAMPLES = 256, 16, 20, 16
+MOST_BIASES, MOST_BIAS, MOST_PENALTY, MOST_REPETITION_PENALTY, MOST_BAD_WORDS = 1024, 100, 2, 100, 64
 HIGHEST_PRIORITY = 100
 DEFAULT_EXPLAINED, MOST_EXPLAINED, MOST_IN_ONE_ANSWER = 8, 64, 40_000
 COALESCE, LONGEST_COALESCE = 0.03, 1.0
@@ -65,7 +66,7 @@ def read_generation(
     """
     found: list[Violation] = []
     prompt = read_prompt("prompt", request.prompt, tokenizer, config)
-    found += _sampling_violations(request.sampling)
+    found += _sampling_violations(request.sampling, config)
     if abs(request.priority) > HIGHEST_PRIORITY:
         span = f"{-HIGHEST_PRIORITY} to {HIGHEST_PRIORITY}"
         found.append(Violation("priority", "OUT_OF_RANGE", f"{request.priority}; {span}"))
@@ -97,20 +98,36 @@ def read_generation(
         stop=tuple(s.stop),
         log_probabilities=s.log_probabilities if s.HasField("log_probabilities") else None,
         ignore_end_of_text=s.ignore_end_of_text,
+        logit_bias=tuple(sorted(s.logit_bias.items())),
+        min_p=drawn.min_p,
+        repetition_penalty=drawn.repetition_penalty,
+        frequency_penalty=s.frequency_penalty,
+        presence_penalty=s.presence_penalty,
+        min_tokens=s.min_tokens,
+        bad_words=tuple(_spellings(s.bad_words, tokenizer)),
     )
     return GenerationParams(prompt, sampling, s.samples or 1, request.priority, explain)
 
 
 def _read_sampling_defaults(s: pb.Sampling, defaults: SamplingDefaults) -> SamplingDefaults:
-    """Temperature, top_k and top_p of the request if it sets any of them, else the model's defaults."""
-    if not (s.HasField("temperature") or s.top_k or s.HasField("top_p")):
-        return defaults
-    temperature = s.temperature if s.HasField("temperature") else UNTRUNCATED.temperature
-    return SamplingDefaults(temperature, s.top_k, s.top_p if s.HasField("top_p") else UNTRUNCATED.top_p)
+    """The request's, if it sets any of them, else the model's defaults."""
+    set_fields = {field.name for field, _ in s.ListFields()}
+    given: dict[str, float] = {name: getattr(s, name) for name in _OPTIONAL if name in set_fields}
+    return replace(UNTRUNCATED, top_k=s.top_k, **given) if given or s.top_k else defaults
+
+
+_OPTIONAL = ("temperature", "top_p", "min_p", "repetition_penalty")
+
+
+def _spellings(words: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[int, ...]]:
+    """Token ids of words, at the beginning of a text and behind a space."""
+    for word in words:
+        yield tuple(tokenizer.encode(word.strip()))
+        yield tuple(tokenizer.encode(f" {word.strip()}"))
 
 
 def normalize_request(request: Generation, params: GenerationParams) -> None:
-    """Write token ids, max_tokens, seed, temperature, top_k and top_p into a request.
+    """Write token ids, max_tokens, seed and what may be the model's defaults into a request.
 
     Every replica then sees the same parameters, so a retry draws the same tokens.
     """
@@ -118,6 +135,7 @@ def normalize_request(request: Generation, params: GenerationParams) -> None:
     sampling, decided = request.sampling, params.sampling
     sampling.max_tokens = decided.max_tokens
     sampling.temperature, sampling.top_k, sampling.top_p = decided.temperature, decided.top_k, decided.top_p
+    sampling.min_p, sampling.repetition_penalty = decided.min_p, decided.repetition_penalty
     assert decided.seed is not None, "read_generation draws one"
     sampling.seed = decided.seed
 
@@ -186,7 +204,7 @@ def read_coalesce(request: pb.GenerateStreamRequest) -> float:
     return seconds
 
 
-def _sampling_violations(s: pb.Sampling) -> Iterator[Violation]:
+def _sampling_violations(s: pb.Sampling, config: BackpackConfig) -> Iterator[Violation]:
     if s.max_tokens < 0:
         yield Violation("sampling.max_tokens", "OUT_OF_RANGE", f"{s.max_tokens}; at least 1")
     if not (math.isfinite(s.temperature) and s.temperature >= 0):
@@ -206,6 +224,30 @@ def _sampling_violations(s: pb.Sampling) -> Iterator[Violation]:
     for at, stop in enumerate(s.stop[:MOST_STOPS]):
         if not 0 < len(stop) <= LARGEST_STOP:
             yield Violation(f"sampling.stop[{at}]", "OUT_OF_RANGE", f"{len(stop)} characters; 1 to {LARGEST_STOP}")
+    if s.HasField("min_p") and not 0 <= s.min_p <= 1:
+        yield Violation("sampling.min_p", "OUT_OF_RANGE", f"{s.min_p}; 0 (all) to 1")
+    if s.HasField("repetition_penalty") and not 0 < s.repetition_penalty <= MOST_REPETITION_PENALTY:
+        span = f"above 0, at most {MOST_REPETITION_PENALTY}; 1 for none"
+        yield Violation("sampling.repetition_penalty", "OUT_OF_RANGE", f"{s.repetition_penalty}; {span}")
+    for name in ("frequency_penalty", "presence_penalty"):
+        if not abs(value := getattr(s, name)) <= MOST_PENALTY:
+            yield Violation(f"sampling.{name}", "OUT_OF_RANGE", f"{value}; {-MOST_PENALTY} to {MOST_PENALTY}")
+    if not 0 <= s.min_tokens <= (s.max_tokens or DEFAULT_TOKENS):
+        yield Violation("sampling.min_tokens", "OUT_OF_RANGE", f"{s.min_tokens}; 0 to max_tokens")
+    if len(s.logit_bias) > MOST_BIASES:
+        yield Violation("sampling.logit_bias", "TOO_MANY", f"{len(s.logit_bias)}; at most {MOST_BIASES}")
+    for token, bias in list(s.logit_bias.items())[:MOST_BIASES]:
+        if token >= config.tokens:
+            text = f"{token}; this model's are 0 to {config.tokens - 1}"
+            yield Violation(f"sampling.logit_bias[{token}]", "UNKNOWN_TOKEN", text)
+        elif not abs(bias) <= MOST_BIAS:
+            yield Violation(f"sampling.logit_bias[{token}]", "OUT_OF_RANGE", f"{bias}; {-MOST_BIAS} to {MOST_BIAS}")
+    if len(s.bad_words) > MOST_BAD_WORDS:
+        yield Violation("sampling.bad_words", "TOO_MANY", f"{len(s.bad_words)}; at most {MOST_BAD_WORDS}")
+    for at, word in enumerate(s.bad_words[:MOST_BAD_WORDS]):
+        if not (word.strip() and len(word) <= LARGEST_STOP):
+            text = f"{len(word.strip())} characters; 1 to {LARGEST_STOP}"
+            yield Violation(f"sampling.bad_words[{at}]", "OUT_OF_RANGE", text)
 
 
 # ---- answers
@@ -235,6 +277,10 @@ def write_model(manifest: Manifest) -> pb.GetModelResponse:
         width=config.n_embd,
         num_layers=config.trunk.depth,
         sampling_defaults=pb.SamplingDefaults(
-            temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p
+            temperature=defaults.temperature,
+            top_k=defaults.top_k,
+            top_p=defaults.top_p,
+            min_p=defaults.min_p,
+            repetition_penalty=defaults.repetition_penalty,
         ),
     )

@@ -16,7 +16,12 @@ from backpack_serving.wire.inference import (
     HIGHEST_PRIORITY,
     LARGEST_STOP,
     MOST_ALTERNATIVES,
+    MOST_BAD_WORDS,
+    MOST_BIAS,
+    MOST_BIASES,
     MOST_EXPLAINED,
+    MOST_PENALTY,
+    MOST_REPETITION_PENALTY,
     MOST_SAMPLES,
     MOST_STOPS,
 )
@@ -33,9 +38,6 @@ _SHOWN = 60
 """Most characters of a value in an error."""
 
 OFF: Mapping[str, Sequence[Any]] = {
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "metadata": (None, {}),
@@ -114,6 +116,16 @@ Stops = Annotated[
 ]
 
 
+Biases = dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)]]
+
+BadWords = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=LARGEST_STOP)]],
+    Field(max_length=MOST_BAD_WORDS),
+    BeforeValidator(_several),
+    WithJsonSchema({"type": "array", "maxItems": MOST_BAD_WORDS, "items": _STOP}),
+]
+
+
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
@@ -141,11 +153,23 @@ class Sampled(BaseModel, ABC):
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed gives the same text.")
     stop: Stops = Field([], description="Texts to end before.")
+    logit_bias: Biases | None = Field(
+        None, max_length=MOST_BIASES, description="Added to the logits of tokens, by their ids."
+    )
+    frequency_penalty: float | None = Field(None, ge=-MOST_PENALTY, le=MOST_PENALTY)
+    presence_penalty: float | None = Field(None, ge=-MOST_PENALTY, le=MOST_PENALTY)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Decides under a canary, as `request_key` does.")
-    # Ours.
+    # vLLM's.
     top_k: int | None = Field(None, ge=0, le=_LARGEST, description="Only the k most likely tokens; 0 for all.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Only tokens of this share of the likeliest one's.")
+    repetition_penalty: float | None = Field(
+        None, gt=0, le=MOST_REPETITION_PENALTY, description="Of tokens in the prompt or the text; 1 for none."
+    )
+    min_tokens: int | None = Field(None, ge=0, le=_LARGEST, description="No text ends by itself before them.")
+    bad_words: BadWords = Field([], description="Words that the text doesn't hold.")
+    # Ours.
     explain: int | None = Field(
         None, ge=1, le=MOST_EXPLAINED, description="List so many contributions with each generated token."
     )

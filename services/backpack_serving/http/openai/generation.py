@@ -167,6 +167,13 @@ class Generator:
             log_probabilities=request.alternatives(),
             ignore_end_of_text=bool(request.ignore_end_of_text),
             samples=request.samples,
+            logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
+            min_p=request.min_p,
+            repetition_penalty=request.repetition_penalty,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            presence_penalty=request.presence_penalty or 0.0,
+            min_tokens=request.min_tokens or 0,
+            bad_words=request.bad_words,
         )
 
     def _check_model(self, served: pb.Served) -> None:
