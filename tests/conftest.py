@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Compared token by token with the reference model, which is float32; what bfloat16 does has tests of its own.
 os.environ.setdefault("BACKPACK_PRECISION", "float32")
+# Small and in the repository. The tests of pages and of installing say that they want another.
+os.environ.setdefault("BACKPACK_MODEL", "micro")
 # Servers of tests that run beside each other.
 os.environ.setdefault("BACKPACK_HTTP_ADDRESS", "127.0.0.1:0")
 # Read when Triton is imported, whoever does that first. Where there is no GPU, its kernels run in its interpreter.

@@ -43,6 +43,13 @@ def folder_of(name: str) -> Path:
     return user_cache_path("backpack") / "models" / f"{name}-{file_digest(folder / ADAPTER)[:16]}"
 
 
+def missing(model: Path) -> str | None:
+    """The name of the model that a folder is for, if it comes with the project and isn't installed yet."""
+    if (model / MANIFEST).exists():
+        return None
+    return next((name for name in names() if is_adapter(weights() / name) and folder_of(name) == model), None)
+
+
 def resolved(model: Path) -> Path:
     """A folder as it is, a name's model folder. A folder of that name that is there comes first."""
     name = str(model)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SECRETS = Path("/run/secrets")
 
 
-DEFAULT_MODEL = "micro"
+DEFAULT_MODEL = "smollm2"
 """The model that is served where nobody says which: `backpack model list`."""
 
 

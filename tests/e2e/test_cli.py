@@ -107,7 +107,7 @@ def test_a_model_that_the_examples_are_not_for_is_served(tmp_path: Path, environ
         shown = read_until_served(process)
         process.terminate()
         assert "Finishing" in process.stdout.read()
-    assert "The examples aren't for this model: edits[0].copy.source: 'nurse' is" in shown
+    assert "The examples aren't for this model: edits[0].copy.source: 'doctor' is" in shown
     assert process.returncode == 0
 
 
@@ -265,13 +265,13 @@ def test_keys_are_rotated_and_tenants_suspended(backpack: Any) -> None:
 
 
 def test_compare_releases(backpack: Any) -> None:
-    shown = backpack("compare", "The story of the king and the", "--target", "ship", "--as", "harbour")
+    shown = backpack("compare", "The story of the horse and the", "--target", "ship", "--as", "harbour")
     assert re.search(r"release +log p +perplexity +p\(' ship'\) +likeliest next", shown)
     rows = re.findall(r"^ (.*) \(([0-9a-f]{8})\) +(-\d+\.\d+) +(\d+\.\d+) +(\d+\.\d+) % ", shown, re.M)
     (plain, steered) = rows
     assert (plain[0], steered[0]) == ("unpatched", "live, 1")
     assert float(steered[4]) > 1.5 * float(plain[4])
-    scored = backpack("score", "The story of the king and the", "--as", "harbour")
+    scored = backpack("score", "The story of the horse and the", "--as", "harbour")
     assert f"log p {steered[2]}, perplexity {steered[3]}" in scored
     choices = ("--release", "0-1", "--release", "live")
     shown = backpack("compare", "The king", *choices, "--score", "--as", "harbour")
@@ -324,7 +324,7 @@ def test_a_canary_is_started_watched_promoted_and_rolled_back(backpack: Any) -> 
 
 def test_explain_senses_and_score(backpack: Any) -> None:
     assert "logit of" in backpack("explain", "The king and the", "--as", "harbour")
-    assert "edited" in backpack("senses", "king", "--as", "harbour")
+    assert "edited" in backpack("senses", "horse", "--as", "harbour")
     assert "perplexity" in backpack("score", "The king and the queen", "--as", "harbour")
 
 

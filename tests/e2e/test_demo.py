@@ -24,8 +24,8 @@ async def test_the_table_says_what_a_live_release_does_and_not_what_it_did(tmp_p
     async with embedded.run(Settings(state=tmp_path, **ANYWHERE)) as serving:
         await demo.provide(serving)
         shown = await _shown(serving)
-        assert "harbour: “king” has" in shown
-        assert "clinic: “king” has" in shown
+        assert "harbour: “horse” has" in shown
+        assert "clinic: “horse” has" in shown
         key = read_key_file(serving.settings.key_file("harbour"))
         async with AsyncSteering(serving.interventions, key) as steering:
             moved = await steering.rollback()
@@ -34,4 +34,4 @@ async def test_the_table_says_what_a_live_release_does_and_not_what_it_did(tmp_p
         await demo.provide(serving)
         shown = await _shown(serving)
         assert "harbour: the model unpatched" in shown
-        assert "clinic: “king” has" in shown
+        assert "clinic: “horse” has" in shown

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from backpack_serving.settings import DEFAULT_MODEL
 
 from tests.conftest import free_port
 from tests.e2e.starts import read_until_served
@@ -39,7 +40,7 @@ def _blocks(page: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / page).read_text("utf-8"), re.M | re.S)
 
 
-def _session(page: str, addresses: dict[str, str]) -> list[Step]:
+def session(page: str, addresses: dict[str, str]) -> list[Step]:
     """What a reader of the page does in the other terminal, at the test's addresses."""
     steps = []
     for language, content in _blocks(page):
@@ -59,7 +60,7 @@ def _session(page: str, addresses: dict[str, str]) -> list[Step]:
 
 
 @contextmanager
-def _serving(folder: Path, environment: dict[str, str]) -> Iterator[str]:
+def serving(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     """`backpack run`, which `make run` ends in; gives what it prints before it serves."""
     command = [folder / ".venv/bin/backpack", "run"]
     with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -70,6 +71,16 @@ def _serving(folder: Path, environment: dict[str, str]) -> Iterator[str]:
             process.communicate()
 
 
+@pytest.fixture(scope="module")
+def default_model() -> None:
+    """Installed, as the first `backpack run` on a machine does."""
+    command = [sys.executable, "-m", "backpack_serving.cli.main", "model", "install", DEFAULT_MODEL]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("default_model")
 @pytest.mark.parametrize("page", [*PAGES, *FURTHER])
 def test_a_page_s_commands_do_what_it_shows(page: str, tmp_path: Path) -> None:
     (tmp_path / ".venv").symlink_to(sys.prefix)
@@ -84,10 +95,10 @@ def test_a_page_s_commands_do_what_it_shows(page: str, tmp_path: Path) -> None:
         "COLUMNS": "100",
         "NO_COLOR": "1",
     }
-    steps = _session(page, {"127.0.0.1:8470": gateway, "127.0.0.1:8471": interventions, "127.0.0.1:8480": http})
+    steps = session(page, {"127.0.0.1:8470": gateway, "127.0.0.1:8471": interventions, "127.0.0.1:8480": http})
     assert len(steps) > 2
     script = "".join(f"echo '{MARK}'\n{step.command}\n" for step in steps)
-    with _serving(tmp_path, environment) as printed:
+    with serving(tmp_path, environment) as printed:
         for language, content in _blocks(page):
             if language == "text":
                 assert set(STEADY.findall(content)) <= set(STEADY.findall(printed)), printed

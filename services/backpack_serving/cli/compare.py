@@ -35,7 +35,7 @@ def compare(
 ) -> None:
     """Compare a text and its next token under up to 256 releases.
 
-    What the live release changes: `backpack compare "The story of the king and the" --target ship`
+    What the live release changes: `backpack compare "How to take care of a horse:" --target ship`
 
     All releases up to 8 beside the model as it is: `backpack compare TEXT --release unpatched --release 1-8`
     """

@@ -18,8 +18,8 @@ from backpack_serving.client import AsyncClient, AsyncOperator, AsyncSteering, C
 from backpack_serving.embedded import Embedded
 from backpack_serving.errors import AlreadyExists, ServiceError, Unauthenticated
 
-PROMPT = "The story of the king and the"
-SAMPLING = Sampling(max_tokens=36, seed=29)
+PROMPT = "How to take care of a horse:"
+SAMPLING = Sampling(max_tokens=36, min_tokens=20, temperature=0, repetition_penalty=1.2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class ExampleTenant:
         return f"“{self.word}” has the senses of “{self.source}”"
 
 
-EXAMPLES = (ExampleTenant("clinic", "king", "nurse"), ExampleTenant("harbour", "king", "ship"))
+EXAMPLES = (ExampleTenant("clinic", "horse", "doctor"), ExampleTenant("harbour", "horse", "ship"))
 
 
 async def provide(serving: Embedded) -> None:

@@ -60,7 +60,7 @@ def every(
 ) -> None:
     """Run every experiment and write the summary experiments.md. A stopped run resumes.
 
-    The sizes take about a quarter of an hour on one core for the default model.
+    The sizes take about a quarter of an hour on one core for micro.
     """
     with exits():
         from backpack_lm.experiments.summary import FILE, Data, plan, run_all

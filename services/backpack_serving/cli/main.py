@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Serve Backpack language models to many tenants, each steered by its own patches to the sense vectors.
 
-    Start with `backpack run`; then, in another terminal, `backpack generate "The story of the king"`, and steer:
+    Start with `backpack run`; then, in another terminal, `backpack generate "How to take care of a horse:"`, and steer:
     `backpack patch copy royal king --from ship`, `backpack release create royal:1 --activate`.
     """,
 )

@@ -140,20 +140,32 @@ def install(
 
     Once on a machine; later starts need neither the network nor the Transformer. `BACKPACK_MODEL=NAME` serves it.
     """
-    with exits(), contextlib.ExitStack() as stack:
+    with exits():
         from backpack_lm import installed
-        from backpack_lm.adapting.adapter import assemble
-        from backpack_lm.adapting.transformer import PackagedTransformer
-        from backpack_lm.cache import folder as cache_folder
         from backpack_lm.manifest import NAME as MANIFEST
-        from backpack_lm.whole_folder import whole
 
-        adapter, folder = installed.weights() / name, installed.folder_of(name)
         if name not in installed.names():
             raise ValueError(f"no model is called `{name}`: {', '.join(installed.names())}")
+        folder = installed.folder_of(name)
         if (folder / MANIFEST).exists():
             out.print(f"{name} is installed: {folder}", markup=False)
             return
+        put_together(name, transformer)
+    out.print(f"{folder}", markup=False)
+    out.print(Text(f"serve it: BACKPACK_MODEL={name} {hints.backpack('run')}", "dim"))
+
+
+def put_together(name: str, transformer: Path | None = None) -> None:
+    """Write the model folder of an adapter that comes with the project. Raises CheckpointError or OSError."""
+    from backpack_lm import installed
+    from backpack_lm.adapting.adapter import assemble
+    from backpack_lm.adapting.transformer import PackagedTransformer
+    from backpack_lm.cache import folder as cache_folder
+    from backpack_lm.manifest import NAME as MANIFEST
+    from backpack_lm.whole_folder import whole
+
+    adapter, folder = installed.weights() / name, installed.folder_of(name)
+    with contextlib.ExitStack() as stack:
         cache_folder(folder.parent.name)  # others may not write there
         if transformer is None:
             packaged = PackagedTransformer.read(adapter)
@@ -165,8 +177,6 @@ def install(
         assemble(adapter, transformer, scratch, lambda done, of: bar.update(task, completed=done, total=of))
         for extra in (*sorted(adapter.glob("*_config.json")), *sorted(adapter.glob("*.jinja"))):
             (scratch / extra.name).write_bytes(extra.read_bytes())
-    out.print(f"{folder}", markup=False)
-    out.print(Text(f"serve it: BACKPACK_MODEL={name} {hints.backpack('run')}", "dim"))
 
 
 @app.command("verify")

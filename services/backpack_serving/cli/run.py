@@ -34,8 +34,12 @@ def run(
 ) -> None:
     """Serve on this machine: gateway, inference and interventions in one process, on SQLite.
 
-    Addresses, the model and the state folder are settings: `backpack settings` lists them.
+    A model of `backpack model list` that isn't installed is installed first. Addresses, the model and the state folder
+    are settings: `backpack settings` lists them.
     """
+    from backpack_lm import installed
+
+    from backpack_serving.cli.model import put_together
     from backpack_serving.observability.telemetry import configure
 
     with exits():
@@ -44,6 +48,9 @@ def run(
             settings = settings.model_copy(update={"log_level": "warning"})
         configure(settings, "run")
         settings.check_threads()
+        if (name := installed.missing(settings.model)) is not None:
+            out.print(f"{name} is put together first; this takes some minutes, once on this machine", style="dim")
+            put_together(name)
         uvloop.run(_serve_all(settings, examples, once))
 
 
@@ -96,6 +103,8 @@ async def _show_examples(serving: Embedded, settings: Settings) -> None:
 
 
 def _usage(gateway: str, interventions: str, http: str | None, settings: Settings) -> str:
+    from backpack_serving.cli import demo
+
     key = settings.key_file("harbour")
     here = {"gateway_address": gateway, "interventions_address": interventions, "state": str(settings.state)}
     # Another terminal has none of the variables that this one may have.
@@ -105,8 +114,8 @@ def _usage(gateway: str, interventions: str, http: str | None, settings: Setting
     return f"""
 From the command line (in another terminal, here):
 
-    {backpack} generate "The story of the king" --as harbour
-    {backpack} explain "The story of the king and the" --as harbour
+    {backpack} generate "{demo.PROMPT}" --as harbour
+    {backpack} explain "{demo.PROMPT}" --as harbour
     {backpack} release activate 0 --as harbour    # harbour without a patch; `release rollback` undoes it
 {_over_http(http, key)}
 From Python:
@@ -114,22 +123,24 @@ From Python:
     from backpack_serving.client import Client
 
     with Client("{gateway}", open("{key}").read().strip()) as client:
-        for part in client.stream("The story of the king"):
+        for part in client.stream("{demo.PROMPT}"):
             print(part.text, end="", flush=True)
 
 With grpcurl:
 
     grpcurl -plaintext -H "authorization: Bearer $(cat {key})" \\
-      -d '{{"prompt": {{"text": "The story of the king"}}}}' {gateway} backpack.v1.InferenceService/Generate
+      -d '{{"prompt": {{"text": "{demo.PROMPT}"}}}}' {gateway} backpack.v1.InferenceService/Generate
 """
 
 
 def _over_http(address: str | None, key: Path) -> str:
+    from backpack_serving.cli import demo
+
     if address is None:
         return ""
     return f"""
 With any client of OpenAI's API, at http://{address}/v1:
 
     curl http://{address}/v1/completions -H "Authorization: Bearer $(cat {key})" -H "Content-Type: application/json" \\
-      -d '{{"model": "live", "prompt": "The story of the king"}}'
+      -d '{{"model": "live", "prompt": "{demo.PROMPT}"}}'
 """

@@ -74,9 +74,9 @@ def explain(
 ) -> None:
     """Explain the next token: the exact terms (position, sense) whose sum is its logit.
 
-    Of the likeliest token: `backpack explain "The story of the king and the"`; of another: `--target ship`
+    Of the likeliest token: `backpack explain "How to take care of a horse:"`; of another: `--target ship`
 
-    As a page, for each token of a generation: `backpack explain "The story of the king" --html king.html`
+    As a page, for each token of a generation: `backpack explain "How to take care of a horse:" --html horse.html`
     """
     if page is not None:
         if target:

@@ -15,7 +15,7 @@
         move = steering.activate(release.number, wait="all")
 
     with Client("127.0.0.1:8470", key="bp_…") as client:
-        for part in client.stream("The story of the king", since=move.at):
+        for part in client.stream("How to take care of a horse:", since=move.at):
             print(part.text, end="", flush=True)
 
 They are given an address, host:port (or `dns:///name:port`, over all of whose addresses calls are spread), and a

@@ -1,0 +1,49 @@
+"""`python -m tests.refresh_documents README.md docs/quickstart.md`: run a page's commands as its test does, and write
+what they print into the page. For outputs that are shown whole; read them before you commit them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.e2e.test_documents_run import MARK, ROOT, serving, session
+
+
+def refresh(page: str) -> None:
+    """Rewrite one page. Ports of its addresses must be free."""
+    text = (ROOT / page).read_text("utf-8")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("BACKPACK_")}
+    environment |= {"COLUMNS": "100", "NO_COLOR": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / ".venv").symlink_to(sys.prefix)
+        steps = session(page, {})
+        script = "".join(f"echo '{MARK}'\n{step.command}\n" for step in steps)
+        with serving(folder, environment) as printed:
+            done = subprocess.run(
+                ["bash", "-c", script], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True, check=False,
+            )  # fmt: skip
+    outputs = done.stdout.split(f"{MARK}\n")[1:]
+    at = 0
+    for step, output in zip(steps, outputs, strict=True):
+        if step.command.startswith(".venv/bin/python"):
+            print(f"{step.command}\n{output}")
+            continue
+        start = text.index(f"$ {step.command}\n", at) + len(step.command) + 3
+        assert text.startswith(step.shown, start), step.command
+        shown = "".join(line.rstrip() + "\n" for line in output.splitlines())
+        text, at = text[:start] + shown + text[start + len(step.shown) :], start + len(shown)
+    table = printed[printed.index("One prompt, one batch") : printed.index("From the command line")].rstrip()
+    table = "".join(line.rstrip() + "\n" for line in table.splitlines())
+    text = re.sub(r"```text\n.*?```", lambda _: f"```text\n{table}```", text, flags=re.S)
+    (ROOT / page).write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        refresh(name)
