@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 
 from backpack_serving import rpc, starting, tasks
 from backpack_serving.gateway import bootstrap as gateway
@@ -57,8 +56,6 @@ async def run(settings: Settings) -> AsyncIterator[Embedded]:
         metrics = Metrics(settings.metrics_tenants)
         if settings.metrics_address:
             await starting.blocking(partial(exposition.listen, metrics.registry, settings.metrics_address, tls))
-        # It loads torch, which takes longer than all that is started meanwhile.
-        loading = asyncio.create_task(asyncio.to_thread(import_module, "backpack_serving.inference.replica"))
         control = await interventions.start(settings, metrics)
         stack.push_async_callback(control.stop)
         # Port 0 means any free port: pass on the one that was chosen.
@@ -69,7 +66,7 @@ async def run(settings: Settings) -> AsyncIterator[Embedded]:
         channels = [rpc.channel(part.address, tls) for part in (control, replica_directory)]
         for channel in channels:
             stack.push_async_callback(channel.close)
-        await loading
+        # This import loads torch; all other errors were raised before.
         from backpack_serving.inference import replica
 
         serving = await replica.start(

@@ -33,7 +33,8 @@ PROCESSES = {"gateway", "http", "inference", "interventions", "migrations"}
 def compose() -> dict[str, Any]:
     """The file as Compose itself resolves it."""
     command = [BIN / "docker-compose", "--profile", "setup", "config", "--format", "json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("BACKPACK_")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 

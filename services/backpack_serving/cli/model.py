@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -175,7 +176,7 @@ def put_together(name: str, transformer: Path | None = None) -> None:
         task = bar.add_task("sense vectors, by token", total=None)
         scratch = stack.enter_context(whole(folder, MANIFEST))
         assemble(adapter, transformer, scratch, lambda done, of: bar.update(task, completed=done, total=of))
-        for extra in (*sorted(adapter.glob("*_config.json")), *sorted(adapter.glob("*.jinja"))):
+        for extra in itertools.chain(*map(adapter.glob, ("*_config.json", "*.jinja", "*.txt.xz"))):
             (scratch / extra.name).write_bytes(extra.read_bytes())
 
 

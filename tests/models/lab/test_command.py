@@ -127,7 +127,7 @@ def test_the_lab_page_s_commands_need_no_more_than_make_run_installs(tmp_path: P
     code += "import json\nfrom backpack_serving.cli.main import app\n"
     code += "for words in json.loads(sys.argv[1]):\n    app(words, standalone_mode=False)"
     env = {name: value for name, value in os.environ.items() if not name.startswith("BACKPACK_")}
-    env |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "BACKPACK_MODEL": "micro"}
     runs, files = [], []
     for name, less in (("finetune", ["--steps", "2", "--tokens", "512", "--cells", "1"]), ("debias", [])):
         words = by_name[name]
