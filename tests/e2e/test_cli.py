@@ -322,6 +322,16 @@ def test_a_canary_is_started_watched_promoted_and_rolled_back(backpack: Any) -> 
     assert "replica" in backpack("fleet")
 
 
+def test_a_release_is_asked_for_by_its_number(backpack: Any) -> None:
+    asked = ("The story of the horse and the", "--as", "harbour", "--release")
+    for command in (("generate", "--max-tokens", "2"), ("explain",), ("score",)):
+        for number in ("0", "1"):
+            assert f"release {number} (" in backpack(*command, *asked, number)
+    assert "edited" not in backpack("senses", "horse", "--as", "harbour", "--release", "0")
+    assert "releases/99 doesn't exist" in backpack("score", *asked, "99", code=1)
+    assert "is not in the range" in backpack("score", *asked, "-1", code=2)
+
+
 def test_explain_senses_and_score(backpack: Any) -> None:
     assert "logit of" in backpack("explain", "The king and the", "--as", "harbour")
     assert "edited" in backpack("senses", "horse", "--as", "harbour")

@@ -132,6 +132,10 @@ Page = Annotated[
     typer.Option("--html", help="Also write an HTML page to this file.", callback=in_a_folder, dir_okay=False),
 ]
 Channel = Annotated[str, typer.Option(help="Channel of the tenant that steers the request.")]
+ReleaseNumber = Annotated[
+    int | None,
+    typer.Option("--release", help="A release by its number, in place of the channel's; 0: unpatched.", min=0),
+]
 
 
 def table(*names: str) -> Table:

@@ -17,6 +17,7 @@ from backpack_serving.cli.client import (
     AsTenant,
     Channel,
     Key,
+    ReleaseNumber,
     as_caller,
     contribution_bar,
     footnote,
@@ -31,6 +32,7 @@ def generate(
     tenant: AsTenant = "harbour",
     key: Key = "",
     channel: Channel = "live",
+    release: ReleaseNumber = None,
     max_tokens: Annotated[int, typer.Option(help="Most new tokens.", min=1)] = 64,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy (default: the model's).", min=0.0)] = None,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0 for all.", min=0)] = None,
@@ -89,6 +91,7 @@ def generate(
             explain=explain or None,
             priority=priority,
             channel=channel,
+            release=release,
             request_key=request_key,
         )
         follow = _one if samples == 1 else _print_samples

@@ -28,18 +28,20 @@ def write_word(word: str, answer: Senses, file: Path) -> None:
     file.write_text(WordPage(word, senses, _served_note(answer.served)).html(), "utf-8")
 
 
-def write_generation(client: Client, prompt: str, channel: str, sampling: Sampling, file: Path) -> Generation:
+def write_generation(
+    client: Client, prompt: str, channel: str, release: int | None, sampling: Sampling, file: Path
+) -> Generation:
     """Generate, then ask for the terms of every token that was made; the page of both.
 
     Raises Conflict if another release was activated in between: a token is explained by what made it.
     """
     before = client.tokenize(prompt)
     one = uuid.uuid4().hex  # during a canary, the same key is served by the same release
-    made = client.generate(prompt, sampling, channel=channel, request_key=one)
+    made = client.generate(prompt, sampling, channel=channel, release=release, request_key=one)
     ids, steps = [token.id for token in before], []
     with ProgressWatch() as watch:
         for token in watch(made.tokens, "explaining", len(made.tokens)):
-            answer = client.explain(ids, token.id, TERMS, channel=channel, request_key=one)
+            answer = client.explain(ids, token.id, TERMS, channel=channel, release=release, request_key=one)
             if answer.served.digest != made.served.digest:
                 raise Conflict(
                     "RELEASE_CHANGED",

@@ -16,6 +16,7 @@ from backpack_serving.cli.client import (
     Channel,
     Key,
     Page,
+    ReleaseNumber,
     as_caller,
     contribution_bar,
     err,
@@ -32,13 +33,14 @@ def score(
     tenant: AsTenant = "harbour",
     key: Key = "",
     channel: Channel = "live",
+    release: ReleaseNumber = None,
 ) -> None:
     """Score each token of a text under the tenant's release.
 
     `backpack score "The captain of the ship and the sea" --as harbour`
     """
     with as_caller(tenant, key) as client:
-        answer = client.score(text, channel=channel)
+        answer = client.score(text, channel=channel, release=release)
     table = Table("token", "log p", box=None)
     for token in answer.tokens:
         known = token.log_probability
@@ -71,6 +73,7 @@ def explain(
     tenant: AsTenant = "harbour",
     key: Key = "",
     channel: Channel = "live",
+    release: ReleaseNumber = None,
 ) -> None:
     """Explain the next token: the exact terms (position, sense) whose sum is its logit.
 
@@ -83,13 +86,13 @@ def explain(
             raise typer.BadParameter("a page explains each token of a text, not one", param_hint="--target")
         sampling = Sampling(max_tokens, temperature, top_k, seed=seed)
         with as_caller(tenant, key) as client:
-            made = write_generation(client, prompt, channel, sampling, page)
+            made = write_generation(client, prompt, channel, release, sampling, page)
         out.verbatim(prompt, "dim")
         out.verbatim(made.text, end="\n")
         footnote(made.served, f"{page}: {counted(len(made.tokens), 'token')} explained")
         return
     with as_caller(tenant, key) as client:
-        answer = client.explain(prompt, target or None, limit, channel=channel)
+        answer = client.explain(prompt, target or None, limit, channel=channel, release=release)
     table = Table("position", "token", "sense", "weight α", "× topic", "contribution", "", box=None)
     largest = max((abs(c.contribution) for c in answer.contributions), default=1.0) or 1.0
     for c in answer.contributions:
@@ -119,6 +122,7 @@ def senses(
     tenant: AsTenant = "harbour",
     key: Key = "",
     channel: Channel = "live",
+    release: ReleaseNumber = None,
 ) -> None:
     """Show what each sense of a word promotes and suppresses, under the tenant's release.
 
@@ -126,7 +130,7 @@ def senses(
     """
     near = neighbours or (limit if page is not None else 0)
     with as_caller(tenant, key) as client:
-        answer = client.senses(word, limit, near, channel=channel)
+        answer = client.senses(word, limit, near, channel=channel, release=release)
     table = Table("sense", "norm", "raises", "lowers", *(["near"] if near else []), box=None)
     for sense in answer.senses:
         mark = " [yellow]edited[/]" if sense.edited else ""

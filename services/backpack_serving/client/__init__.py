@@ -22,10 +22,10 @@ They are given an address, host:port (or `dns:///name:port`, over all of whose a
 key: an API key, a token, or a function that gives one; none where a client certificate (`tls`) says who calls.
 `timeout` is in seconds, for a whole call with all its attempts; None: none.
 
-**Text.** Calls take `channel` (default "live"), whose release steers them; `request_key`, which decides under a
-canary: the same key, the same release; and `since`, a position of the store: the call waits a moment until its
-gateway knows as much, and `served.at` of each answer is one. Of a tenant's requests that wait, those of the
-highest `priority` (−100 to 100) run first.
+**Text.** Calls take `channel` (default "live"), whose release steers them, or a `release` by its number, 0 for the
+model unpatched; `request_key`, which decides under a canary: the same key, the same release; and `since`, a
+position of the store: the call waits a moment until its gateway knows as much, and `served.at` of each answer is
+one. Of a tenant's requests that wait, those of the highest `priority` (−100 to 100) run first.
 
 **Channels.** Every move of a channel needs the `etag` of what it was before. If none is given, the client reads it
 just before; give that of the `Channel` that you decided by, and whoever moved it meanwhile isn't overruled: that

@@ -87,7 +87,8 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Pinning:
-    """Which release a request gets: a channel's, under a canary by the key, not before a write is known.
+    """Which release a request gets: a channel's, under a canary by the key, not before a write is known; or that with
+    the number `release`.
 
     For a comparison, which names its releases, `channel` is None.
     """
@@ -95,6 +96,7 @@ class Pinning:
     channel: str | None
     request_key: str
     since: Position | None
+    release: int | None = None
 
     def of(self, request: R) -> R:
         """The request, with what it is pinned by."""
@@ -102,6 +104,8 @@ class Pinning:
         if self.channel is not None:
             fill(message, channel=self.channel)
         fill(message, request_key=self.request_key)
+        if self.release is not None:
+            fill(message, release=self.release)
         if self.since is not None:
             if min(self.since.epoch, self.since.revision) < 0:
                 raise InvalidRequest.at("since", "OUT_OF_RANGE", f"{self.since}; positions count from 0")

@@ -32,6 +32,7 @@ class AsyncClient(Connected):
         priority: int = 0,
         coalesce: float | None = None,
         channel: str = "",
+        release: int | None = None,
         request_key: str = "",
         since: Position | None = None,
         timeout: float | None = None,
@@ -42,7 +43,9 @@ class AsyncClient(Connected):
         waits for them. `coalesce` is for how many seconds tokens are gathered. Leaving the iterator early ends the
         generation, of all samples.
         """
-        request = requests.stream(prompt, sampling, priority, explain, coalesce, Pinning(channel, request_key, since))
+        request = requests.stream(
+            prompt, sampling, priority, explain, coalesce, Pinning(channel, request_key, since, release)
+        )
         attempts, begun = self._new_attempts(timeout), False
         while True:
             try:
@@ -68,6 +71,7 @@ class AsyncClient(Connected):
         explain: int | None = None,
         priority: int = 0,
         channel: str = "",
+        release: int | None = None,
         request_key: str = "",
         since: Position | None = None,
         timeout: float | None = None,
@@ -77,7 +81,7 @@ class AsyncClient(Connected):
         With `explain`, each token comes with that many contributions to its logit (1 to 64; 0: 8; of all tokens
         together at most 40,000).
         """
-        request = requests.generate(prompt, sampling, priority, explain, Pinning(channel, request_key, since))
+        request = requests.generate(prompt, sampling, priority, explain, Pinning(channel, request_key, since, release))
         return results.Generation.of(await self._call(self._gateway.Generate, request, timeout))
 
     async def score(
@@ -85,12 +89,13 @@ class AsyncClient(Connected):
         text: Prompt,
         *,
         channel: str = "",
+        release: int | None = None,
         request_key: str = "",
         since: Position | None = None,
         timeout: float | None = None,
     ) -> results.Score:
         """How likely each token of a text (of two or more) is."""
-        request = requests.score(text, Pinning(channel, request_key, since))
+        request = requests.score(text, Pinning(channel, request_key, since, release))
         return results.Score.of(await self._call(self._gateway.Score, request, timeout))
 
     async def explain(
@@ -100,12 +105,13 @@ class AsyncClient(Connected):
         limit: int = 20,
         *,
         channel: str = "",
+        release: int | None = None,
         request_key: str = "",
         since: Position | None = None,
         timeout: float | None = None,
     ) -> results.Explained:
         """Why a word follows a prompt, the likeliest token if none is given: the largest terms, 1 to 1000."""
-        request = requests.explain(prompt, target, limit, Pinning(channel, request_key, since))
+        request = requests.explain(prompt, target, limit, Pinning(channel, request_key, since, release))
         return results.Explained.answer(await self._call(self._gateway.Explain, request, timeout))
 
     async def compare(
@@ -147,12 +153,13 @@ class AsyncClient(Connected):
         neighbours: int = 0,
         *,
         channel: str = "",
+        release: int | None = None,
         request_key: str = "",
         since: Position | None = None,
         timeout: float | None = None,
     ) -> results.Senses:
         """What each sense of a word predicts: tokens at each end, and neighbours; at most 100 of each."""
-        request = requests.senses(word, limit, neighbours, Pinning(channel, request_key, since))
+        request = requests.senses(word, limit, neighbours, Pinning(channel, request_key, since, release))
         return results.Senses.of(await self._call(self._gateway.ListSenses, request, timeout))
 
     async def tokenize(self, text: str, *, timeout: float | None = None) -> tuple[results.Token, ...]:
