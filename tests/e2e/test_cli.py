@@ -329,7 +329,7 @@ def test_a_release_is_asked_for_by_its_number(backpack: Any) -> None:
             assert f"release {number} (" in backpack(*command, *asked, number)
     assert "edited" not in backpack("senses", "horse", "--as", "harbour", "--release", "0")
     assert "releases/99 doesn't exist" in backpack("score", *asked, "99", code=1)
-    assert "is not in the range" in backpack("score", *asked, "-1", code=2)
+    assert "greater than or equal to 0" in backpack("score", *asked, "-1", code=2)
 
 
 def test_explain_senses_and_score(backpack: Any) -> None:
