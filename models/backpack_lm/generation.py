@@ -6,7 +6,8 @@ The file is Hugging Face's and vLLM's. It is no part of the model's fingerprint:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,8 @@ class SamplingDefaults:
     @classmethod
     def read(cls, folder: Path) -> SamplingDefaults:
         """A model folder's. Raises ValueError, naming the file, if it has one that can't be used."""
-        path = folder / NAME
-        try:
-            return cls.of(read_object(path))
-        except FileNotFoundError:
-            return cls()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
+        with _named(folder):
+            return cls.of(_values(folder))
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> SamplingDefaults:
@@ -77,20 +73,33 @@ def end_tokens(folder: Path, config: BackpackConfig) -> frozenset[int]:
 
     Raises ValueError, naming the file, if there are such that the model doesn't have.
     """
-    path, found = folder / NAME, set() if config.eos_token_id is None else {config.eos_token_id}
-    try:
-        named = read_object(path).get("eos_token_id")
-    except FileNotFoundError:
-        named = None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    for token in named if isinstance(named, list) else [] if named is None else [named]:
-        if token == GPT2_END and config.tokens <= GPT2_END:
-            continue  # which transformers writes where nobody said
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < config.tokens:
-            raise ValueError(f"{path}: eos_token_id is {named!r}; this model's tokens are 0 to {config.tokens - 1}")
-        found.add(token)
+    found = set() if config.eos_token_id is None else {config.eos_token_id}
+    with _named(folder):
+        named = _values(folder).get("eos_token_id")
+        for token in named if isinstance(named, list) else [] if named is None else [named]:
+            if token == GPT2_END and config.tokens <= GPT2_END:
+                continue  # which transformers writes where nobody said
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < config.tokens:
+                raise ValueError(f"eos_token_id is {named!r}; this model's tokens are 0 to {config.tokens - 1}")
+            found.add(token)
     return frozenset(found)
+
+
+def _values(folder: Path) -> dict[str, Any]:
+    """What a model folder's file holds; nothing if there is none."""
+    try:
+        return read_object(folder / NAME)
+    except FileNotFoundError:
+        return {}
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Errors name the file."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / NAME}: {error}") from None
 
 
 _UNNAMED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}

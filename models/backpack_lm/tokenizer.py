@@ -50,7 +50,7 @@ class Tokenizer:
         self._bytes = _bytes_of_tokens(tokenizer)
         self.vocab_size: int = len(self._bytes)
         self.end_of_text: int | None = tokenizer.token_to_id(END_OF_TEXT)
-        self.first: tuple[int, ...] = _added_before(tokenizer)
+        self.bos_ids: tuple[int, ...] = _added_before(tokenizer)
         """What every text begins with, as the file's post-processor says; for vLLM and `AutoTokenizer`, too. What it
         would add behind a text is left out: a model goes on there."""
         self.longest: int = max(map(len, self._bytes))
@@ -86,7 +86,7 @@ class Tokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text from its beginning, as a model reads or continues it."""
-        return [*self.first, *self.encode(text)]
+        return [*self.bos_ids, *self.encode(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids; bytes that are not UTF-8 become U+FFFD."""

@@ -311,7 +311,7 @@ def test_the_command_makes_a_model_and_resumes(where: Path, tmp_path: Path) -> N
     assert "held-out text: " in result.stderr
     manifest = verify(out / "model")
     tokenizer = Tokenizer.read(out / "model" / "tokenizer.json")
-    assert tokenizer.first == (tokenizer.end_of_text,)
+    assert tokenizer.bos_ids == (tokenizer.end_of_text,)
     assert (out / "loss.svg").read_text().startswith("<?xml")
     again = CliRunner().invoke(app, words)  # finished: nothing to do but to write the model again
     assert again.exit_code == 0, again.output

@@ -51,13 +51,13 @@ def test_a_file_that_asks_for_cutting_and_filling_up_gets_neither(tmp_path: Path
 
 def test_a_text_begins_as_the_file_says() -> None:
     """And where it goes on, nothing is added; nor behind it, where the model is to go on."""
-    assert OURS.first == ()
+    assert OURS.bos_ids == ()
     assert OURS.encode_prompt("the king") == OURS.encode("the king")
     theirs = HFTokenizer.from_file(str(folder_of("micro") / "tokenizer.json"))
     begin_texts(theirs, END_OF_TEXT)
     begin_texts(theirs, END_OF_TEXT)  # once is enough
     ours, end = Tokenizer(theirs), THEIRS.token_to_id(END_OF_TEXT)
-    assert ours.first == (end,)
+    assert ours.bos_ids == (end,)
     assert ours.encode("the king") == OURS.encode("the king")
     for text in ("the king", "", "a\nb"):
         assert ours.encode_prompt(text) == theirs.encode(text).ids == [end, *OURS.encode(text)]

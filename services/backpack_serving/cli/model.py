@@ -143,20 +143,19 @@ def install(
     """
     with exits():
         from backpack_lm import installed
-        from backpack_lm.manifest import NAME as MANIFEST
 
         if name not in installed.names():
             raise ValueError(f"no model is called `{name}`: {', '.join(installed.names())}")
         folder = installed.folder_of(name)
-        if (folder / MANIFEST).exists():
+        if installed.missing(folder) is None:
             out.print(f"{name} is installed: {folder}", markup=False)
             return
-        put_together(name, transformer)
+        install_model(name, transformer)
     out.print(f"{folder}", markup=False)
     out.print(Text(f"serve it: BACKPACK_MODEL={name} {hints.backpack('run')}", "dim"))
 
 
-def put_together(name: str, transformer: Path | None = None) -> None:
+def install_model(name: str, transformer: Path | None = None) -> None:
     """Write the model folder of an adapter that comes with the project. Raises CheckpointError or OSError."""
     from backpack_lm import installed
     from backpack_lm.adapting.adapter import assemble

@@ -39,7 +39,7 @@ def run(
     """
     from backpack_lm import installed
 
-    from backpack_serving.cli.model import put_together
+    from backpack_serving.cli.model import install_model
     from backpack_serving.observability.telemetry import configure
 
     with exits():
@@ -49,9 +49,9 @@ def run(
         configure(settings, "run")
         settings.check_threads()
         if (name := installed.missing(settings.model)) is not None:
-            out.print(f"{name} is put together first; this takes some minutes, once on this machine", style="dim")
+            out.print(f"installing {name}: some minutes, once on this machine", style="dim")
             try:
-                put_together(name)
+                install_model(name)
             except ValueError as error:
                 raise ValueError(f"{error}; a model that needs no network: BACKPACK_MODEL=micro") from None
         uvloop.run(_serve_all(settings, examples, once))
@@ -120,7 +120,7 @@ From the command line (in another terminal, here):
     {backpack} generate "{demo.PROMPT}" --as harbour
     {backpack} explain "{demo.PROMPT}" --as harbour
     {backpack} release activate 0 --as harbour    # harbour without a patch; `release rollback` undoes it
-{_over_http(http, key)}
+{_over_http(http, key, demo.PROMPT)}
 From Python:
 
     from backpack_serving.client import Client
@@ -136,14 +136,12 @@ With grpcurl:
 """
 
 
-def _over_http(address: str | None, key: Path) -> str:
-    from backpack_serving.cli import demo
-
+def _over_http(address: str | None, key: Path, prompt: str) -> str:
     if address is None:
         return ""
     return f"""
 With any client of OpenAI's API, at http://{address}/v1:
 
     curl http://{address}/v1/completions -H "Authorization: Bearer $(cat {key})" -H "Content-Type: application/json" \\
-      -d '{{"model": "live", "prompt": "{demo.PROMPT}"}}'
+      -d '{{"model": "live", "prompt": "{prompt}"}}'
 """

@@ -69,7 +69,7 @@ class Generator:
                     yield part
             return
         ids = await asyncio.to_thread(self._tokenizer.encode_prompt, prompt) if isinstance(prompt, str) else prompt
-        unshown = len(self._tokenizer.first) if isinstance(prompt, str) else 0
+        unshown = len(self._tokenizer.bos_ids) if isinstance(prompt, str) else 0
         text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
         scored = await self._scored(ids)
         echoed = [ChoicePart(first + n, text, scored.tokens[unshown:], prompt=True) for n in range(samples)]
