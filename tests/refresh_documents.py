@@ -25,9 +25,10 @@ def refresh(page: str) -> None:
         script = "".join(f"echo '{MARK}'\n{step.command}\n" for step in steps)
         with serving(folder, environment) as printed:
             done = subprocess.run(
-                ["bash", "-c", script], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                ["bash", "-e", "-c", script], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 text=True, check=False,
             )  # fmt: skip
+    assert done.returncode == 0, done.stdout
     outputs = done.stdout.split(f"{MARK}\n")[1:]
     at = 0
     for step, output in zip(steps, outputs, strict=True):

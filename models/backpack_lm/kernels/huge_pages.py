@@ -64,6 +64,6 @@ _POPULATE_WRITE = 23
 
 def _populate(made: Tensor, size: int) -> None:
     """Let the system make the pages, beside those who write there already; a refusal only means that they wait."""
-    madvise, start = ctypes.CDLL(None, use_errno=True).madvise, made.data_ptr()
+    madvise, start = ctypes.CDLL(None).madvise, made.data_ptr()
     for at in range(0, size, CHUNK):
         madvise(ctypes.c_void_p(start + at), ctypes.c_size_t(min(CHUNK, size - at)), _POPULATE_WRITE)

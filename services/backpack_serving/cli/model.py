@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -175,8 +174,9 @@ def install_model(name: str, transformer: Path | None = None) -> None:
         task = bar.add_task("sense vectors, by token", total=None)
         scratch = stack.enter_context(whole(folder, MANIFEST))
         assemble(adapter, transformer, scratch, lambda done, of: bar.update(task, completed=done, total=of))
-        for extra in itertools.chain(*map(adapter.glob, ("*_config.json", "*.jinja", "*.txt.xz"))):
-            (scratch / extra.name).write_bytes(extra.read_bytes())
+        for pattern in ("*_config.json", "*.jinja", "*.txt.xz"):
+            for extra in adapter.glob(pattern):
+                (scratch / extra.name).write_bytes(extra.read_bytes())
 
 
 @app.command("verify")
