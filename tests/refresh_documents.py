@@ -25,9 +25,14 @@ def refresh(page: str) -> None:
         script = "".join(f"echo '{MARK}'\n{step.command}\n" for step in steps)
         with serving(folder, environment) as printed:
             done = subprocess.run(
-                ["bash", "-e", "-c", script], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, check=False,
-            )  # fmt: skip
+                ["bash", "-e", "-c", script],
+                cwd=folder,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
     assert done.returncode == 0, done.stdout
     outputs = done.stdout.split(f"{MARK}\n")[1:]
     at = 0
