@@ -4,6 +4,27 @@
 isort:skip_file
 """
 
+from backpack_proto.v1 import edits_pb2 as _edits_pb2
+from backpack_proto.v1.edits_pb2 import AddEdit as AddEdit
+from backpack_proto.v1.edits_pb2 import Cells as Cells
+from backpack_proto.v1.edits_pb2 import CopyEdit as CopyEdit
+from backpack_proto.v1.edits_pb2 import DATA_TYPE_FLOAT16 as DATA_TYPE_FLOAT16
+from backpack_proto.v1.edits_pb2 import DATA_TYPE_FLOAT32 as DATA_TYPE_FLOAT32
+from backpack_proto.v1.edits_pb2 import DATA_TYPE_UNSPECIFIED as DATA_TYPE_UNSPECIFIED
+from backpack_proto.v1.edits_pb2 import DataType as DataType
+from backpack_proto.v1.edits_pb2 import Edit as Edit
+from backpack_proto.v1.edits_pb2 import ProjectOutEdit as ProjectOutEdit
+from backpack_proto.v1.edits_pb2 import ScaleEdit as ScaleEdit
+from backpack_proto.v1.edits_pb2 import SetEdit as SetEdit
+from backpack_proto.v1.edits_pb2 import SwapEdit as SwapEdit
+from backpack_proto.v1.edits_pb2 import TopicEdit as TopicEdit
+from backpack_proto.v1.edits_pb2 import Vector as Vector
+from backpack_proto.v1.edits_pb2 import WORD_POLICY_ALL_TOKENS as WORD_POLICY_ALL_TOKENS
+from backpack_proto.v1.edits_pb2 import WORD_POLICY_FIRST_TOKEN as WORD_POLICY_FIRST_TOKEN
+from backpack_proto.v1.edits_pb2 import WORD_POLICY_SINGLE as WORD_POLICY_SINGLE
+from backpack_proto.v1.edits_pb2 import WORD_POLICY_UNSPECIFIED as WORD_POLICY_UNSPECIFIED
+from backpack_proto.v1.edits_pb2 import Word as Word
+from backpack_proto.v1.edits_pb2 import WordPolicy as WordPolicy
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
@@ -43,29 +64,6 @@ COMPARE_MODE_NEXT_TOKEN: CompareMode.ValueType  # 1
 COMPARE_MODE_SCORE: CompareMode.ValueType  # 2
 """How likely each token of the prompt is."""
 Global___CompareMode: _TypeAlias = CompareMode  # noqa: Y015
-
-class _WordPolicy:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _WordPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WordPolicy.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    WORD_POLICY_UNSPECIFIED: _WordPolicy.ValueType  # 0
-    """The same as SINGLE."""
-    WORD_POLICY_SINGLE: _WordPolicy.ValueType  # 1
-    """An error."""
-    WORD_POLICY_FIRST_TOKEN: _WordPolicy.ValueType  # 2
-    WORD_POLICY_ALL_TOKENS: _WordPolicy.ValueType  # 3
-
-class WordPolicy(_WordPolicy, metaclass=_WordPolicyEnumTypeWrapper): ...
-
-WORD_POLICY_UNSPECIFIED: WordPolicy.ValueType  # 0
-"""The same as SINGLE."""
-WORD_POLICY_SINGLE: WordPolicy.ValueType  # 1
-"""An error."""
-WORD_POLICY_FIRST_TOKEN: WordPolicy.ValueType  # 2
-WORD_POLICY_ALL_TOKENS: WordPolicy.ValueType  # 3
-Global___WordPolicy: _TypeAlias = WordPolicy  # noqa: Y015
 
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -426,7 +424,7 @@ class ExplainRequest(_message.Message):
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
-    def target(self) -> Global___Word:
+    def target(self) -> _edits_pb2.Word:
         """The token to explain. Default: the most likely one."""
 
     @_builtins.property
@@ -435,7 +433,7 @@ class ExplainRequest(_message.Message):
         self,
         *,
         prompt: Global___Prompt | None = ...,
-        target: Global___Word | None = ...,
+        target: _edits_pb2.Word | None = ...,
         limit: _builtins.int = ...,
         channel: _builtins.str = ...,
         request_key: _builtins.str = ...,
@@ -581,7 +579,7 @@ class CompareRequest(_message.Message):
         """1 to 256 of the tenant's releases, none named twice. The answer has them in this order."""
 
     @_builtins.property
-    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Word]:
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[_edits_pb2.Word]:
         """In mode NEXT_TOKEN: words of one token whose probability is given, too; at most 64."""
 
     @_builtins.property
@@ -597,7 +595,7 @@ class CompareRequest(_message.Message):
         mode: Global___CompareMode.ValueType = ...,
         releases: _abc.Iterable[Global___ReleaseChoice] | None = ...,
         top: _builtins.int = ...,
-        targets: _abc.Iterable[Global___Word] | None = ...,
+        targets: _abc.Iterable[_edits_pb2.Word] | None = ...,
         request_key: _builtins.str = ...,
         min_revision: Global___Position | None = ...,
         pins: _abc.Iterable[Global___Pin] | None = ...,
@@ -814,13 +812,13 @@ class ListSensesRequest(_message.Message):
     release: _builtins.int
     """A release of the tenant by its number, in place of the one that the channel is at."""
     @_builtins.property
-    def word(self) -> Global___Word: ...
+    def word(self) -> _edits_pb2.Word: ...
     @_builtins.property
     def min_revision(self) -> Global___Position: ...
     def __init__(
         self,
         *,
-        word: Global___Word | None = ...,
+        word: _edits_pb2.Word | None = ...,
         limit: _builtins.int = ...,
         channel: _builtins.str = ...,
         request_key: _builtins.str = ...,
@@ -1064,35 +1062,6 @@ class TokenIds(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
-
-@_typing.final
-class Word(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEXT_FIELD_NUMBER: _builtins.int
-    TOKEN_FIELD_NUMBER: _builtins.int
-    POLICY_FIELD_NUMBER: _builtins.int
-    text: _builtins.str
-    """Encoded with a leading space. Not needed where `token` is given; answers carry both."""
-    token: _builtins.int
-    policy: Global___WordPolicy.ValueType
-    """What to do with a word of several tokens."""
-    def __init__(
-        self,
-        *,
-        text: _builtins.str = ...,
-        token: _builtins.int | None = ...,
-        policy: Global___WordPolicy.ValueType = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_token", b"_token", "token", b"token"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_token", b"_token", "policy", b"policy", "text", b"text", "token", b"token"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__token: _TypeAlias = _typing.Literal["token"]  # noqa: Y015
-    _WhichOneofArgType__token: _TypeAlias = _typing.Literal["_token", b"_token"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__token) -> _WhichOneofReturnType__token | None: ...
-
-Global___Word: _TypeAlias = Word  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):

@@ -4,7 +4,28 @@
 isort:skip_file
 """
 
+from backpack_proto.v1 import edits_pb2 as _edits_pb2
 from backpack_proto.v1 import inference_pb2 as _inference_pb2
+from backpack_proto.v1.edits_pb2 import AddEdit as AddEdit
+from backpack_proto.v1.edits_pb2 import Cells as Cells
+from backpack_proto.v1.edits_pb2 import CopyEdit as CopyEdit
+from backpack_proto.v1.edits_pb2 import DATA_TYPE_FLOAT16 as DATA_TYPE_FLOAT16
+from backpack_proto.v1.edits_pb2 import DATA_TYPE_FLOAT32 as DATA_TYPE_FLOAT32
+from backpack_proto.v1.edits_pb2 import DATA_TYPE_UNSPECIFIED as DATA_TYPE_UNSPECIFIED
+from backpack_proto.v1.edits_pb2 import DataType as DataType
+from backpack_proto.v1.edits_pb2 import Edit as Edit
+from backpack_proto.v1.edits_pb2 import ProjectOutEdit as ProjectOutEdit
+from backpack_proto.v1.edits_pb2 import ScaleEdit as ScaleEdit
+from backpack_proto.v1.edits_pb2 import SetEdit as SetEdit
+from backpack_proto.v1.edits_pb2 import SwapEdit as SwapEdit
+from backpack_proto.v1.edits_pb2 import TopicEdit as TopicEdit
+from backpack_proto.v1.edits_pb2 import Vector as Vector
+from backpack_proto.v1.edits_pb2 import WORD_POLICY_ALL_TOKENS as WORD_POLICY_ALL_TOKENS
+from backpack_proto.v1.edits_pb2 import WORD_POLICY_FIRST_TOKEN as WORD_POLICY_FIRST_TOKEN
+from backpack_proto.v1.edits_pb2 import WORD_POLICY_SINGLE as WORD_POLICY_SINGLE
+from backpack_proto.v1.edits_pb2 import WORD_POLICY_UNSPECIFIED as WORD_POLICY_UNSPECIFIED
+from backpack_proto.v1.edits_pb2 import Word as Word
+from backpack_proto.v1.edits_pb2 import WordPolicy as WordPolicy
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
@@ -56,25 +77,6 @@ ROLE_CALLER: Role.ValueType  # 4
 ROLE_REPLICA: Role.ValueType  # 5
 """Watch and fetch: gateways and replicas."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
-
-class _DataType:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    DATA_TYPE_UNSPECIFIED: _DataType.ValueType  # 0
-    DATA_TYPE_FLOAT32: _DataType.ValueType  # 1
-    """Little-endian IEEE 754, 32 bits."""
-    DATA_TYPE_FLOAT16: _DataType.ValueType  # 2
-
-class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper): ...
-
-DATA_TYPE_UNSPECIFIED: DataType.ValueType  # 0
-DATA_TYPE_FLOAT32: DataType.ValueType  # 1
-"""Little-endian IEEE 754, 32 bits."""
-DATA_TYPE_FLOAT16: DataType.ValueType  # 2
-Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
 class _EditKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -614,7 +616,7 @@ class Revision(_message.Message):
     """SHA-256 of the canonical bytes, hex."""
     model_fingerprint: _builtins.str
     @_builtins.property
-    def edits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Edit]: ...
+    def edits(self) -> _containers.RepeatedCompositeFieldContainer[_edits_pb2.Edit]: ...
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -623,7 +625,7 @@ class Revision(_message.Message):
         name: _builtins.str = ...,
         digest: _builtins.str = ...,
         model_fingerprint: _builtins.str = ...,
-        edits: _abc.Iterable[Global___Edit] | None = ...,
+        edits: _abc.Iterable[_edits_pb2.Edit] | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
@@ -633,298 +635,6 @@ class Revision(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Revision: _TypeAlias = Revision  # noqa: Y015
-
-@_typing.final
-class Edit(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SCALE_FIELD_NUMBER: _builtins.int
-    ADD_FIELD_NUMBER: _builtins.int
-    SET_FIELD_NUMBER: _builtins.int
-    COPY_FIELD_NUMBER: _builtins.int
-    PROJECT_OUT_FIELD_NUMBER: _builtins.int
-    SWAP_FIELD_NUMBER: _builtins.int
-    TOPIC_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def scale(self) -> Global___ScaleEdit: ...
-    @_builtins.property
-    def add(self) -> Global___AddEdit: ...
-    @_builtins.property
-    def set(self) -> Global___SetEdit: ...
-    @_builtins.property
-    def copy(self) -> Global___CopyEdit: ...
-    @_builtins.property
-    def project_out(self) -> Global___ProjectOutEdit: ...
-    @_builtins.property
-    def swap(self) -> Global___SwapEdit: ...
-    @_builtins.property
-    def topic(self) -> Global___TopicEdit: ...
-    def __init__(
-        self,
-        *,
-        scale: Global___ScaleEdit | None = ...,
-        add: Global___AddEdit | None = ...,
-        set: Global___SetEdit | None = ...,
-        copy: Global___CopyEdit | None = ...,
-        project_out: Global___ProjectOutEdit | None = ...,
-        swap: Global___SwapEdit | None = ...,
-        topic: Global___TopicEdit | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "copy", b"copy", "kind", b"kind", "project_out", b"project_out", "scale", b"scale", "set", b"set", "swap", b"swap", "topic", b"topic"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "copy", b"copy", "kind", b"kind", "project_out", b"project_out", "scale", b"scale", "set", b"set", "swap", b"swap", "topic", b"topic"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["scale", "add", "set", "copy", "project_out", "swap", "topic"]  # noqa: Y015
-    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
-
-Global___Edit: _TypeAlias = Edit  # noqa: Y015
-
-@_typing.final
-class Cells(_message.Message):
-    """Senses of a word. No senses means all of them."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    WORD_FIELD_NUMBER: _builtins.int
-    SENSES_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def word(self) -> _inference_pb2.Word: ...
-    @_builtins.property
-    def senses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    def __init__(
-        self,
-        *,
-        word: _inference_pb2.Word | None = ...,
-        senses: _abc.Iterable[_builtins.int] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["word", b"word"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["senses", b"senses", "word", b"word"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Cells: _TypeAlias = Cells  # noqa: Y015
-
-@_typing.final
-class ScaleEdit(_message.Message):
-    """v ← factor · v; factor 0 removes the senses."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CELLS_FIELD_NUMBER: _builtins.int
-    FACTOR_FIELD_NUMBER: _builtins.int
-    factor: _builtins.float
-    @_builtins.property
-    def cells(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cells]: ...
-    def __init__(
-        self,
-        *,
-        cells: _abc.Iterable[Global___Cells] | None = ...,
-        factor: _builtins.float = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "factor", b"factor"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ScaleEdit: _TypeAlias = ScaleEdit  # noqa: Y015
-
-@_typing.final
-class AddEdit(_message.Message):
-    """v ← v + delta."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CELLS_FIELD_NUMBER: _builtins.int
-    DELTA_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def cells(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cells]: ...
-    @_builtins.property
-    def delta(self) -> Global___Vector: ...
-    def __init__(
-        self,
-        *,
-        cells: _abc.Iterable[Global___Cells] | None = ...,
-        delta: Global___Vector | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "delta", b"delta"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___AddEdit: _TypeAlias = AddEdit  # noqa: Y015
-
-@_typing.final
-class SetEdit(_message.Message):
-    """v ← vector."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CELLS_FIELD_NUMBER: _builtins.int
-    VECTOR_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def cells(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cells]: ...
-    @_builtins.property
-    def vector(self) -> Global___Vector: ...
-    def __init__(
-        self,
-        *,
-        cells: _abc.Iterable[Global___Cells] | None = ...,
-        vector: Global___Vector | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["vector", b"vector"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "vector", b"vector"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SetEdit: _TypeAlias = SetEdit  # noqa: Y015
-
-@_typing.final
-class CopyEdit(_message.Message):
-    """v ← the same sense of another word; `source_sense` if it is another sense."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CELLS_FIELD_NUMBER: _builtins.int
-    SOURCE_FIELD_NUMBER: _builtins.int
-    SOURCE_SENSE_FIELD_NUMBER: _builtins.int
-    source_sense: _builtins.int
-    @_builtins.property
-    def cells(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cells]: ...
-    @_builtins.property
-    def source(self) -> _inference_pb2.Word: ...
-    def __init__(
-        self,
-        *,
-        cells: _abc.Iterable[Global___Cells] | None = ...,
-        source: _inference_pb2.Word | None = ...,
-        source_sense: _builtins.int | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_source_sense", b"_source_sense", "source", b"source", "source_sense", b"source_sense"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_source_sense", b"_source_sense", "cells", b"cells", "source", b"source", "source_sense", b"source_sense"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__source_sense: _TypeAlias = _typing.Literal["source_sense"]  # noqa: Y015
-    _WhichOneofArgType__source_sense: _TypeAlias = _typing.Literal["_source_sense", b"_source_sense"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__source_sense) -> _WhichOneofReturnType__source_sense | None: ...
-
-Global___CopyEdit: _TypeAlias = CopyEdit  # noqa: Y015
-
-@_typing.final
-class ProjectOutEdit(_message.Message):
-    """Removes what the senses say for or against a word: v ← v − c·r, r its embedding, c = (v·r)/(r·r)."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CELLS_FIELD_NUMBER: _builtins.int
-    DIRECTION_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def cells(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cells]: ...
-    @_builtins.property
-    def direction(self) -> _inference_pb2.Word: ...
-    def __init__(
-        self,
-        *,
-        cells: _abc.Iterable[Global___Cells] | None = ...,
-        direction: _inference_pb2.Word | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["direction", b"direction"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "direction", b"direction"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ProjectOutEdit: _TypeAlias = ProjectOutEdit  # noqa: Y015
-
-@_typing.final
-class SwapEdit(_message.Message):
-    """What the senses say of one word, they say of another: v ← v − c·r + c·a·(r·r)/(a·a)."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CELLS_FIELD_NUMBER: _builtins.int
-    OLD_FIELD_NUMBER: _builtins.int
-    NEW_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def cells(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cells]: ...
-    @_builtins.property
-    def old(self) -> _inference_pb2.Word: ...
-    @_builtins.property
-    def new(self) -> _inference_pb2.Word: ...
-    def __init__(
-        self,
-        *,
-        cells: _abc.Iterable[Global___Cells] | None = ...,
-        old: _inference_pb2.Word | None = ...,
-        new: _inference_pb2.Word | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["new", b"new", "old", b"old"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "new", b"new", "old", b"old"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SwapEdit: _TypeAlias = SwapEdit  # noqa: Y015
-
-@_typing.final
-class TopicEdit(_message.Message):
-    """Leans towards a topic, given by words; the first token of each counts."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    WORDS_FIELD_NUMBER: _builtins.int
-    STRENGTH_FIELD_NUMBER: _builtins.int
-    CONSTANT_FIELD_NUMBER: _builtins.int
-    strength: _builtins.int
-    """1, 2 or 3."""
-    constant: _builtins.bool
-    """Keep the multipliers as they are, instead of letting them fade as the topic appears."""
-    @_builtins.property
-    def words(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.Word]: ...
-    def __init__(
-        self,
-        *,
-        words: _abc.Iterable[_inference_pb2.Word] | None = ...,
-        strength: _builtins.int = ...,
-        constant: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["constant", b"constant", "strength", b"strength", "words", b"words"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___TopicEdit: _TypeAlias = TopicEdit  # noqa: Y015
-
-@_typing.final
-class Vector(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    DATA_FIELD_NUMBER: _builtins.int
-    DTYPE_FIELD_NUMBER: _builtins.int
-    SHAPE_FIELD_NUMBER: _builtins.int
-    data: _builtins.bytes
-    dtype: Global___DataType.ValueType
-    @_builtins.property
-    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    def __init__(
-        self,
-        *,
-        data: _builtins.bytes = ...,
-        dtype: Global___DataType.ValueType = ...,
-        shape: _abc.Iterable[_builtins.int] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "dtype", b"dtype", "shape", b"shape"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Vector: _TypeAlias = Vector  # noqa: Y015
 
 @_typing.final
 class CreatePatchRequest(_message.Message):
@@ -1179,12 +889,12 @@ class CreateRevisionRequest(_message.Message):
     validate_only: _builtins.bool
     """Checks the edits and answers as if they were stored, but stores nothing."""
     @_builtins.property
-    def edits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Edit]: ...
+    def edits(self) -> _containers.RepeatedCompositeFieldContainer[_edits_pb2.Edit]: ...
     def __init__(
         self,
         *,
         parent: _builtins.str = ...,
-        edits: _abc.Iterable[Global___Edit] | None = ...,
+        edits: _abc.Iterable[_edits_pb2.Edit] | None = ...,
         request_id: _builtins.str = ...,
         validate_only: _builtins.bool = ...,
     ) -> None: ...
@@ -1320,7 +1030,7 @@ class PackedFormat(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     SENSES_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
-    dtype: Global___DataType.ValueType
+    dtype: _edits_pb2.DataType.ValueType
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1330,7 +1040,7 @@ class PackedFormat(_message.Message):
         *,
         tokens: _abc.Iterable[_builtins.int] | None = ...,
         senses: _abc.Iterable[_builtins.int] | None = ...,
-        dtype: Global___DataType.ValueType = ...,
+        dtype: _edits_pb2.DataType.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

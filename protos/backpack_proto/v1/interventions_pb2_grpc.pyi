@@ -5,6 +5,26 @@ isort:skip_file
 """
 
 from backpack_proto.v1 import interventions_pb2 as _interventions_pb2
+from backpack_proto.v1.edits_pb2 import AddEdit as AddEdit
+from backpack_proto.v1.edits_pb2 import Cells as Cells
+from backpack_proto.v1.edits_pb2 import CopyEdit as CopyEdit
+from backpack_proto.v1.edits_pb2 import DATA_TYPE_FLOAT16 as DATA_TYPE_FLOAT16
+from backpack_proto.v1.edits_pb2 import DATA_TYPE_FLOAT32 as DATA_TYPE_FLOAT32
+from backpack_proto.v1.edits_pb2 import DATA_TYPE_UNSPECIFIED as DATA_TYPE_UNSPECIFIED
+from backpack_proto.v1.edits_pb2 import DataType as DataType
+from backpack_proto.v1.edits_pb2 import Edit as Edit
+from backpack_proto.v1.edits_pb2 import ProjectOutEdit as ProjectOutEdit
+from backpack_proto.v1.edits_pb2 import ScaleEdit as ScaleEdit
+from backpack_proto.v1.edits_pb2 import SetEdit as SetEdit
+from backpack_proto.v1.edits_pb2 import SwapEdit as SwapEdit
+from backpack_proto.v1.edits_pb2 import TopicEdit as TopicEdit
+from backpack_proto.v1.edits_pb2 import Vector as Vector
+from backpack_proto.v1.edits_pb2 import WORD_POLICY_ALL_TOKENS as WORD_POLICY_ALL_TOKENS
+from backpack_proto.v1.edits_pb2 import WORD_POLICY_FIRST_TOKEN as WORD_POLICY_FIRST_TOKEN
+from backpack_proto.v1.edits_pb2 import WORD_POLICY_SINGLE as WORD_POLICY_SINGLE
+from backpack_proto.v1.edits_pb2 import WORD_POLICY_UNSPECIFIED as WORD_POLICY_UNSPECIFIED
+from backpack_proto.v1.edits_pb2 import Word as Word
+from backpack_proto.v1.edits_pb2 import WordPolicy as WordPolicy
 from collections import abc as _abc
 from grpc import aio as _aio
 import abc as _abc_1

@@ -24,7 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 from backpack_proto.v1 import inference_pb2 as backpack__proto_dot_v1_dot_inference__pb2
+try:
+  backpack__proto_dot_v1_dot_edits__pb2 = backpack__proto_dot_v1_dot_inference__pb2.backpack__proto_dot_v1_dot_edits__pb2
+except AttributeError:
+  backpack__proto_dot_v1_dot_edits__pb2 = backpack__proto_dot_v1_dot_inference__pb2.backpack_proto.v1.edits_pb2
 from backpack_proto.v1 import interventions_pb2 as backpack__proto_dot_v1_dot_interventions__pb2
+try:
+  backpack__proto_dot_v1_dot_edits__pb2 = backpack__proto_dot_v1_dot_interventions__pb2.backpack__proto_dot_v1_dot_edits__pb2
+except AttributeError:
+  backpack__proto_dot_v1_dot_edits__pb2 = backpack__proto_dot_v1_dot_interventions__pb2.backpack_proto.v1.edits_pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
