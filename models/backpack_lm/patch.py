@@ -57,6 +57,7 @@ __all__ = [
     "TopicEdit",
     "Vector",
     "Violation",
+    "draft_digest",
     "release_digest",
 ]
 
@@ -125,30 +126,49 @@ class RevisionContent:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseContent:
-    """An immutable ordered list of one tenant's revisions. No revisions is an explicit, empty release."""
+    """An immutable ordered list of one tenant's revisions. No revisions is an explicit, empty release.
+
+    A `draft` is applied after them and stored nowhere; the digest then is `draft_digest`, which no release has.
+    """
 
     revisions: tuple[RevisionContent, ...] = ()
+    draft: RevisionContent | None = None
     digest: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "digest", release_digest([r.digest for r in self.revisions]))
+        digest = release_digest([r.digest for r in self.revisions])
+        if self.draft:
+            digest = draft_digest(digest, self.draft.digest)
+        object.__setattr__(self, "digest", digest)
 
     @property
     def edits(self) -> tuple[Edit, ...]:
-        return tuple(edit for revision in self.revisions for edit in revision.edits)
+        return tuple(edit for revision in self._applied for edit in revision.edits)
+
+    @property
+    def _applied(self) -> tuple[RevisionContent, ...]:
+        return (*self.revisions, self.draft) if self.draft else self.revisions
 
     def validate(self, model: ModelShape, limits: PatchLimits = PatchLimits()) -> None:
-        """Raise PatchError unless every revision can be applied to `model`."""
-        if len(self.revisions) > limits.revisions:
+        """Raise PatchError unless every revision, and the draft, can be applied to `model`."""
+        if (count := len(self._applied)) > limits.revisions:
             raise PatchError(
                 Violation(
                     "revisions",
                     "TOO_MANY_REVISIONS",
-                    f"{len(self.revisions)} revisions, at most {limits.revisions} go into a release",
+                    f"{count} revisions{', the draft among them' if self.draft else ''}; at most {limits.revisions} "
+                    "go into a release",
                 )
             )
-        for revision in self.revisions:
+        for revision in self._applied:
             revision.validate(model, limits)
+
+
+def draft_digest(release: str, revision: str) -> str:
+    """The digest of a draft, whose edits as a revision have the digest `revision`, over the release with the digest
+    `release`."""
+    body = struct.pack("<H", COMPOSITION_VERSION) + bytes.fromhex(release) + bytes.fromhex(revision)
+    return hashlib.sha256(b"backpack.draft.v1\n" + body).hexdigest()
 
 
 def release_digest(revision_digests: Sequence[str]) -> str:

@@ -76,6 +76,10 @@ class InvalidRequest(ServiceError):
         text = "; ".join(f"{v.field}: {v.description}" for v in violations)
         return cls(violations[0].reason, text, violations=violations)
 
+    def within(self, field: str) -> InvalidRequest:
+        """The same, of fields of a message that is called `field`."""
+        return self.of(*(Violation(f"{field}.{v.field}", v.reason, v.description) for v in self.violations))
+
 
 class NotFound(ServiceError):
     code = "NOT_FOUND"

@@ -35,7 +35,8 @@ class ReleaseRef:
 class Pin:
     """The release that a request gets, and the position of the store at which that was so.
 
-    `staleness` is how many seconds old that knowledge was; `canary`: it is the channel's canary.
+    `staleness` is how many seconds old that knowledge was; `canary`: it is the channel's canary. `draft` is the digest
+    of the edits that the request adds to the release, "" if it adds none.
     """
 
     tenant: str
@@ -46,6 +47,7 @@ class Pin:
     revision: int
     canary: bool = False
     staleness: float = 0.0
+    draft: str = ""
 
 
 class ReaderKind(StrEnum):

@@ -98,6 +98,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     """Which of the tenant's channels steers the request. Default: "live"."""
     request_key: _builtins.str
@@ -120,6 +121,10 @@ class GenerateRequest(_message.Message):
     def explain(self) -> Global___ExplainOptions:
         """Each token with what made it likely; with all samples at most 40,000 contributions, a stream may have more."""
 
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """Edits to try, over that release."""
+
     def __init__(
         self,
         *,
@@ -131,10 +136,11 @@ class GenerateRequest(_message.Message):
         priority: _builtins.int = ...,
         explain: Global___ExplainOptions | None = ...,
         release: _builtins.int | None = ...,
+        draft: Global___Draft | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "explain", b"explain", "min_revision", b"min_revision", "prompt", b"prompt", "release", b"release", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "draft", b"draft", "explain", b"explain", "min_revision", b"min_revision", "prompt", b"prompt", "release", b"release", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "channel", b"channel", "explain", b"explain", "min_revision", b"min_revision", "priority", b"priority", "prompt", b"prompt", "release", b"release", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "channel", b"channel", "draft", b"draft", "explain", b"explain", "min_revision", b"min_revision", "priority", b"priority", "prompt", b"prompt", "release", b"release", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
     _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
@@ -224,6 +230,7 @@ class GenerateStreamRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     request_key: _builtins.str
     priority: _builtins.int
@@ -243,6 +250,10 @@ class GenerateStreamRequest(_message.Message):
     def explain(self) -> Global___ExplainOptions:
         """Each token with what made it likely. Such a stream waits for its explanations, others don't."""
 
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """Edits to try, over that release."""
+
     def __init__(
         self,
         *,
@@ -255,16 +266,41 @@ class GenerateStreamRequest(_message.Message):
         priority: _builtins.int = ...,
         explain: Global___ExplainOptions | None = ...,
         release: _builtins.int | None = ...,
+        draft: Global___Draft | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "coalesce", b"coalesce", "explain", b"explain", "min_revision", b"min_revision", "prompt", b"prompt", "release", b"release", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "coalesce", b"coalesce", "draft", b"draft", "explain", b"explain", "min_revision", b"min_revision", "prompt", b"prompt", "release", b"release", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "channel", b"channel", "coalesce", b"coalesce", "explain", b"explain", "min_revision", b"min_revision", "priority", b"priority", "prompt", b"prompt", "release", b"release", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "channel", b"channel", "coalesce", b"coalesce", "draft", b"draft", "explain", b"explain", "min_revision", b"min_revision", "priority", b"priority", "prompt", b"prompt", "release", b"release", "request_key", b"request_key", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
     _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__release) -> _WhichOneofReturnType__release | None: ...
 
 Global___GenerateStreamRequest: _TypeAlias = GenerateStreamRequest  # noqa: Y015
+
+@_typing.final
+class Draft(_message.Message):
+    """Edits that are tried without being stored: they apply after those of the release that the request would get without
+    them. Only for callers who may author. The same rules hold as for a revision, and for a release that has it last.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EDITS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def edits(self) -> _containers.RepeatedCompositeFieldContainer[_edits_pb2.Edit]: ...
+    def __init__(
+        self,
+        *,
+        edits: _abc.Iterable[_edits_pb2.Edit] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Draft: _TypeAlias = Draft  # noqa: Y015
 
 @_typing.final
 class ExplainOptions(_message.Message):
@@ -340,6 +376,7 @@ class ScoreRequest(_message.Message):
     MIN_REVISION_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     ALTERNATIVES_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     request_key: _builtins.str
     release: _builtins.int
@@ -350,6 +387,10 @@ class ScoreRequest(_message.Message):
     def text(self) -> Global___Prompt: ...
     @_builtins.property
     def min_revision(self) -> Global___Position: ...
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """Edits to try, over that release."""
+
     def __init__(
         self,
         *,
@@ -359,10 +400,11 @@ class ScoreRequest(_message.Message):
         min_revision: Global___Position | None = ...,
         release: _builtins.int | None = ...,
         alternatives: _builtins.int = ...,
+        draft: Global___Draft | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "min_revision", b"min_revision", "release", b"release", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "draft", b"draft", "min_revision", b"min_revision", "release", b"release", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "alternatives", b"alternatives", "channel", b"channel", "min_revision", b"min_revision", "release", b"release", "request_key", b"request_key", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "alternatives", b"alternatives", "channel", b"channel", "draft", b"draft", "min_revision", b"min_revision", "release", b"release", "request_key", b"request_key", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
     _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
@@ -415,6 +457,7 @@ class ExplainRequest(_message.Message):
     REQUEST_KEY_FIELD_NUMBER: _builtins.int
     MIN_REVISION_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
     """How many contributions to list, largest magnitude first. Default 20; at most 1,000."""
     channel: _builtins.str
@@ -429,6 +472,10 @@ class ExplainRequest(_message.Message):
 
     @_builtins.property
     def min_revision(self) -> Global___Position: ...
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """Edits to try, over that release."""
+
     def __init__(
         self,
         *,
@@ -439,10 +486,11 @@ class ExplainRequest(_message.Message):
         request_key: _builtins.str = ...,
         min_revision: Global___Position | None = ...,
         release: _builtins.int | None = ...,
+        draft: Global___Draft | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "min_revision", b"min_revision", "prompt", b"prompt", "release", b"release", "target", b"target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "draft", b"draft", "min_revision", b"min_revision", "prompt", b"prompt", "release", b"release", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "channel", b"channel", "limit", b"limit", "min_revision", b"min_revision", "prompt", b"prompt", "release", b"release", "request_key", b"request_key", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "channel", b"channel", "draft", b"draft", "limit", b"limit", "min_revision", b"min_revision", "prompt", b"prompt", "release", b"release", "request_key", b"request_key", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
     _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
@@ -576,7 +624,9 @@ class CompareRequest(_message.Message):
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
     def releases(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReleaseChoice]:
-        """1 to 256 of the tenant's releases, none named twice. The answer has them in this order."""
+        """1 to 256 of the tenant's releases, none named twice (drafts of one release are different releases). The answer has
+        them in this order.
+        """
 
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[_edits_pb2.Word]:
@@ -615,22 +665,28 @@ class ReleaseChoice(_message.Message):
     NUMBER_FIELD_NUMBER: _builtins.int
     CHANNEL_FIELD_NUMBER: _builtins.int
     UNPATCHED_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Counted per tenant."""
     channel: _builtins.str
     """The release that the channel is at."""
     unpatched: _builtins.bool
     """The model as it is; the same as number 0."""
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """Edits to try, over this release. One release may then be named several times, each time with other edits."""
+
     def __init__(
         self,
         *,
         number: _builtins.int = ...,
         channel: _builtins.str = ...,
         unpatched: _builtins.bool = ...,
+        draft: Global___Draft | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "number", b"number", "release", b"release", "unpatched", b"unpatched"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "draft", b"draft", "number", b"number", "release", b"release", "unpatched", b"unpatched"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "number", b"number", "release", b"release", "unpatched", b"unpatched"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "draft", b"draft", "number", b"number", "release", b"release", "unpatched", b"unpatched"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_release: _TypeAlias = _typing.Literal["number", "channel", "unpatched"]  # noqa: Y015
     _WhichOneofArgType_release: _TypeAlias = _typing.Literal["release", b"release"]  # noqa: Y015
@@ -803,6 +859,7 @@ class ListSensesRequest(_message.Message):
     MIN_REVISION_FIELD_NUMBER: _builtins.int
     NEIGHBOURS_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
     """How many tokens to list at each end. Default 10; at most 100."""
     channel: _builtins.str
@@ -815,6 +872,10 @@ class ListSensesRequest(_message.Message):
     def word(self) -> _edits_pb2.Word: ...
     @_builtins.property
     def min_revision(self) -> Global___Position: ...
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """Edits to try, over that release."""
+
     def __init__(
         self,
         *,
@@ -825,10 +886,11 @@ class ListSensesRequest(_message.Message):
         min_revision: Global___Position | None = ...,
         neighbours: _builtins.int = ...,
         release: _builtins.int | None = ...,
+        draft: Global___Draft | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "min_revision", b"min_revision", "release", b"release", "word", b"word"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "draft", b"draft", "min_revision", b"min_revision", "release", b"release", "word", b"word"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "channel", b"channel", "limit", b"limit", "min_revision", b"min_revision", "neighbours", b"neighbours", "release", b"release", "request_key", b"request_key", "word", b"word"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "channel", b"channel", "draft", b"draft", "limit", b"limit", "min_revision", b"min_revision", "neighbours", b"neighbours", "release", b"release", "request_key", b"request_key", "word", b"word"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
     _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
@@ -1274,6 +1336,7 @@ class Served(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     STALENESS_FIELD_NUMBER: _builtins.int
     CANARY_FIELD_NUMBER: _builtins.int
+    DRAFT_DIGEST_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     channel: _builtins.str
     release: _builtins.int
@@ -1286,6 +1349,10 @@ class Served(_message.Message):
     model_fingerprint: _builtins.str
     canary: _builtins.bool
     """Whether the release is the channel's canary."""
+    draft_digest: _builtins.str
+    """SHA-256 of the draft's edits, hex: what a revision of them would have. Empty without a draft. With one,
+    `release_digest` is what a release would have of the revisions of `release` and this one.
+    """
     @_builtins.property
     def staleness(self) -> _duration_pb2.Duration:
         """How old the gateway's knowledge was at admission: more than a second or two means that it lost touch."""
@@ -1302,10 +1369,11 @@ class Served(_message.Message):
         model_fingerprint: _builtins.str = ...,
         staleness: _duration_pb2.Duration | None = ...,
         canary: _builtins.bool = ...,
+        draft_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["staleness", b"staleness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "channel", b"channel", "epoch", b"epoch", "model_fingerprint", b"model_fingerprint", "release", b"release", "release_digest", b"release_digest", "revision", b"revision", "staleness", b"staleness", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "channel", b"channel", "draft_digest", b"draft_digest", "epoch", b"epoch", "model_fingerprint", b"model_fingerprint", "release", b"release", "release_digest", b"release_digest", "revision", b"revision", "staleness", b"staleness", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1349,6 +1417,7 @@ class Pin(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     STALENESS_FIELD_NUMBER: _builtins.int
     CANARY_FIELD_NUMBER: _builtins.int
+    DRAFT_DIGEST_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     channel: _builtins.str
     release: _builtins.int
@@ -1356,6 +1425,8 @@ class Pin(_message.Message):
     epoch: _builtins.int
     revision: _builtins.int
     canary: _builtins.bool
+    draft_digest: _builtins.str
+    """Of the draft that the gateway has read, which is in the request; empty without one."""
     @_builtins.property
     def staleness(self) -> _duration_pb2.Duration: ...
     def __init__(
@@ -1369,10 +1440,11 @@ class Pin(_message.Message):
         revision: _builtins.int = ...,
         staleness: _duration_pb2.Duration | None = ...,
         canary: _builtins.bool = ...,
+        draft_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["staleness", b"staleness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "channel", b"channel", "epoch", b"epoch", "release", b"release", "release_digest", b"release_digest", "revision", b"revision", "staleness", b"staleness", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "channel", b"channel", "draft_digest", b"draft_digest", "epoch", b"epoch", "release", b"release", "release_digest", b"release_digest", "revision", b"revision", "staleness", b"staleness", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

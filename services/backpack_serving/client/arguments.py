@@ -14,8 +14,6 @@ from functools import wraps
 from inspect import isasyncgenfunction, iscoroutinefunction, signature
 from typing import Any, TypeVar
 
-from backpack_lm.patch import Violation
-
 from backpack_serving.errors import InvalidRequest
 
 M = TypeVar("M")
@@ -95,8 +93,7 @@ def within(at: str) -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        inside = (Violation(f"{at}.{v.field}", v.reason, v.description) for v in error.violations)
-        raise InvalidRequest.of(*inside) from None
+        raise error.within(at) from None
 
 
 def _check(name: str, value: Any) -> None:

@@ -23,8 +23,8 @@ class CanaryStats:
 
     @contextmanager
     def request(self, pin: Pin) -> Iterator[None]:
-        """Count a request to a replica, if it runs under a canary."""
-        if not pin.canary:
+        """Count a request to a replica, if it runs under a canary alone: what a draft does isn't the canary's fault."""
+        if not pin.canary or pin.draft:
             yield
             return
         try:

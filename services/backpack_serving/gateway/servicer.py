@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import structlog
 from backpack_lm.manifest import Manifest
+from backpack_lm.patch import draft_digest
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
@@ -33,7 +35,8 @@ from backpack_serving.gateway.wire import write_pin
 from backpack_serving.observability import tracing
 from backpack_serving.references import LIVE, Pin, Position
 from backpack_serving.wire import inference as wire
-from backpack_serving.wire.compare import read_choices, read_comparison
+from backpack_serving.wire.compare import MOST_RELEASES, read_choices, read_comparison
+from backpack_serving.wire.drafts import read_draft
 from backpack_serving.wire.references import read_position
 
 log = structlog.get_logger(__name__)
@@ -72,8 +75,9 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         self._log_prompts = log_prompts
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
-        with self._meter(await self._authenticate(context)) as meter:
-            pin = await self._pin(meter, request)
+        who = await self._authenticate(context)
+        with self._meter(who) as meter:
+            pin = await self._pin(who, request)
             await self._encode_long("prompt", request.prompt)
             params = self._read_params(request)
             meter.charge(len(params.prompt), params.tokens - len(params.prompt))
@@ -85,8 +89,9 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
     async def GenerateStream(
         self, request: pb.GenerateStreamRequest, context: rpc.Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        with self._meter(await self._authenticate(context)) as meter:
-            pin = await self._pin(meter, request)
+        who = await self._authenticate(context)
+        with self._meter(who) as meter:
+            pin = await self._pin(who, request)
             await self._encode_long("prompt", request.prompt)
             params = self._read_params(request)
             wire.read_coalesce(request)
@@ -122,8 +127,9 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
                         call.cancel()
 
     async def Score(self, request: pb.ScoreRequest, context: rpc.Context) -> pb.ScoreResponse:
-        with self._meter(await self._authenticate(context)) as meter:
-            pin = await self._pin(meter, request)
+        who = await self._authenticate(context)
+        with self._meter(who) as meter:
+            pin = await self._pin(who, request)
             await self._encode_long("text", request.text)
             ids = wire.read_prompt("text", request.text, self._tokenizer, self._manifest.config)
             request.text.tokens.ids[:] = ids
@@ -133,8 +139,9 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             return await self._unary(lambda stub: stub.Score, request, context, pin, meter, len(ids))
 
     async def Explain(self, request: pb.ExplainRequest, context: rpc.Context) -> pb.ExplainResponse:
-        with self._meter(await self._authenticate(context)) as meter:
-            pin = await self._pin(meter, request)
+        who = await self._authenticate(context)
+        with self._meter(who) as meter:
+            pin = await self._pin(who, request)
             await self._encode_long("prompt", request.prompt)
             ids = wire.read_prompt("prompt", request.prompt, self._tokenizer, self._manifest.config)
             request.prompt.tokens.ids[:] = ids
@@ -143,11 +150,15 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             return await self._unary(lambda stub: stub.Explain, request, context, pin, meter, len(ids))
 
     async def Compare(self, request: pb.CompareRequest, context: rpc.Context) -> pb.CompareResponse:
-        with self._meter(await self._authenticate(context)) as meter:
-            choices = read_choices(request)
+        who = await self._authenticate(context)
+        with self._meter(who) as meter:
+            named = enumerate(request.releases[:MOST_RELEASES])
+            drafts = [await self._read_draft(who, f"releases[{at}].draft", choice) for at, choice in named]
+            choices = read_choices(request, drafts)
             await self._encode_long("prompt", request.prompt)
             query = read_comparison(request, self._tokenizer, self._manifest.config)
-            pins = await self._releases.pin(meter.tenant, choices, request.request_key, _min_position(request))
+            found = await self._releases.pin(meter.tenant, choices, request.request_key, _min_position(request))
+            pins = [replace(pin, draft=draft) for pin, draft in zip(found, drafts, strict=True)]
             request.prompt.tokens.ids[:] = query.ids
             self._log_prompt(request.prompt)
             del request.pins[:]
@@ -164,8 +175,9 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             )
 
     async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
-        with self._meter(await self._authenticate(context)) as meter:
-            pin = await self._pin(meter, request)
+        who = await self._authenticate(context)
+        with self._meter(who) as meter:
+            pin = await self._pin(who, request)
             return await self._unary(lambda stub: stub.ListSenses, request, context, pin, meter, 1)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
@@ -202,15 +214,28 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
     def _meter(self, principal: Principal) -> AbstractContextManager[RequestUsage]:
         return self._meters.request(principal.tenant)
 
-    async def _pin(self, meter: RequestUsage, request: Any) -> Pin:
-        """Choose the release that the request keeps up to its last token: the one that it names, or its channel's."""
+    async def _pin(self, who: Principal, request: Any) -> Pin:
+        """Choose the release that the request keeps up to its last token: the one that it names, or its channel's;
+        with its draft, if it has one.
+        """
+        draft = await self._read_draft(who, "draft", request)
+        return replace(await self._choose_release(who.tenant, request), draft=draft)
+
+    async def _choose_release(self, tenant: str, request: Any) -> Pin:
         since = _min_position(request)
         if request.HasField("release"):
             if request.release < 0:
                 raise InvalidRequest.at("release", "OUT_OF_RANGE", f"{request.release}; 0 (unpatched) or more")
             channel = [request.channel] if request.channel else []  # which has to exist
-            return (await self._releases.pin(meter.tenant, [request.release, *channel], since=since))[0]
-        return await self._releases.channel(meter.tenant, request.channel or LIVE, request.request_key, since)
+            return (await self._releases.pin(tenant, [request.release, *channel], since=since))[0]
+        return await self._releases.channel(tenant, request.channel or LIVE, request.request_key, since)
+
+    async def _read_draft(self, who: Principal, field: str, message: Any) -> str:
+        """The digest of a message's draft; "" without one. Raises Forbidden for who may not author; InvalidRequest."""
+        if not message.HasField("draft"):
+            return ""
+        who.require(Role.AUTHOR)
+        return (await asyncio.to_thread(read_draft, field, message.draft, self._tokenizer, self._manifest.shape)).digest
 
     def _call_options_for(self, context: rpc.Context, pin: Pin | None = None) -> dict[str, Any]:
         """Metadata and deadline of a call to a replica: our key, request id, trace, and the pin.
@@ -299,5 +324,6 @@ def _min_position(request: Any) -> Position | None:
 
 def _check_release(served: pb.Served, pin: Pin) -> None:
     """Raise Internal unless the replica used the pinned release; it reports the digest from the slot itself."""
-    if served.release_digest != pin.digest:
-        raise Internal("WRONG_RELEASE", f"pinned {pin.digest}, answered with {served.release_digest}")
+    pinned = draft_digest(pin.digest, pin.draft) if pin.draft else pin.digest
+    if served.release_digest != pinned:
+        raise Internal("WRONG_RELEASE", f"pinned {pinned}, answered with {served.release_digest}")

@@ -18,6 +18,7 @@ def write_pin(pin: Pin) -> inference_pb2.Pin:
         epoch=pin.epoch,
         revision=pin.revision,
         canary=pin.canary,
+        draft_digest=pin.draft,
     )
     message.staleness.FromMicroseconds(round(pin.staleness * 1e6))
     return message

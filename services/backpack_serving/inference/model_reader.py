@@ -11,11 +11,11 @@ from typing import TypeVar
 from backpack_lm.attribution import Attribution, SenseReading, Terms
 from backpack_lm.compare import Distribution
 from backpack_lm.overlay import Overlay
-from backpack_proto.v1 import inference_pb2 as pb
 
 from backpack_serving import tasks
 from backpack_serving.errors import Internal
 from backpack_serving.inference.fair_lock import FairLock
+from backpack_serving.inference.pinned_releases import Pinned
 from backpack_serving.inference.served_model import Ranked, ServedModel
 from backpack_serving.wire.compare import ComparisonQuery
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 COMPARED_AT_ONCE = 16
 """Releases of a comparison that are kept compiled at once, and read before another request gets its turn."""
 
-CompiledReleases = Callable[[Sequence[pb.Pin]], AbstractAsyncContextManager[list[Overlay]]]
+CompiledReleases = Callable[[Sequence[Pinned]], AbstractAsyncContextManager[list[Overlay]]]
 
 
 class ModelReader:
@@ -57,12 +57,12 @@ class ModelReader:
         return await self._run_in_turn(tenant, self._served.explain_text, ids, overlay, start)
 
     async def compare(
-        self, query: ComparisonQuery, pins: Sequence[pb.Pin], compiled: CompiledReleases
+        self, query: ComparisonQuery, pinned: Sequence[Pinned], compiled: CompiledReleases
     ) -> dict[str, list[float] | Distribution]:
-        """The answer under each pinned release, by its digest. All pins are of one tenant."""
-        tenant = pins[0].tenant
+        """The answer under each pinned release, by its digest. All are of one tenant."""
+        tenant = pinned[0].pin.tenant
         text = await self._run_in_turn(tenant, self._served.compare, query)
-        distinct = list({pin.release_digest: pin for pin in pins}.values())
+        distinct = list({one.digest: one for one in pinned}.values())
         answers: dict[str, list[float] | Distribution] = {}
         for at in range(0, len(distinct), COMPARED_AT_ONCE):
             async with compiled(distinct[at : at + COMPARED_AT_ONCE]) as overlays:

@@ -5,17 +5,31 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 
 import structlog
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import PatchError
+from backpack_lm.patch import PatchError, RevisionContent, draft_digest
 from backpack_proto.v1 import inference_pb2 as pb
 
-from backpack_serving.errors import PreconditionFailed, ServiceError
+from backpack_serving.errors import PreconditionFailed, ServiceError, from_patch_error
 from backpack_serving.inference.release_cache import ReleaseCache
 from backpack_serving.observability.metrics import ReplicaMetrics
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """The release that the gateway pinned a request to, and the draft that the request adds."""
+
+    pin: pb.Pin
+    draft: RevisionContent | None = None
+
+    @property
+    def digest(self) -> str:
+        """What it is served as: the release's digest, or the draft's over it."""
+        return draft_digest(self.pin.release_digest, self.draft.digest) if self.draft else self.pin.release_digest
 
 
 class PinnedReleases:
@@ -25,35 +39,37 @@ class PinnedReleases:
         self._cache, self._seconds = cache, metrics.release_seconds
 
     @asynccontextmanager
-    async def use(self, pins: Sequence[pb.Pin], time_left: float | None) -> AsyncIterator[list[Overlay]]:
-        """The overlays of these pins, in their order, kept compiled while the block runs.
+    async def use(self, pinned: Sequence[Pinned], time_left: float | None) -> AsyncIterator[list[Overlay]]:
+        """The overlays of these, in their order, kept compiled while the block runs.
 
         Raises the first refusal among them, before the caller's `time_left` in seconds (None: no limit) is over.
         """
         patience = None if time_left is None else max(0.0, time_left - min(0.5, time_left / 10))
         async with AsyncExitStack() as stack:
 
-            async def get(pin: pb.Pin) -> Overlay | ServiceError | PatchError:
+            async def get(one: Pinned) -> Overlay | ServiceError | PatchError:
                 try:
-                    using = self._cache.use(pin.tenant, pin.release_digest, patience)
+                    using = self._cache.use(one.pin.tenant, one.pin.release_digest, patience, one.draft)
                     return await stack.enter_async_context(using)
                 except (ServiceError, PatchError) as error:
-                    log.warning("release refused", tenant=pin.tenant, digest=pin.release_digest, error=str(error))
+                    log.warning("release refused", tenant=one.pin.tenant, digest=one.digest, error=str(error))
                     return error
 
             with self._seconds.time():
                 # One alone without a task: if it is compiled, the engine has its request before all else.
-                found = await asyncio.gather(*map(get, pins)) if len(pins) > 1 else [await get(pins[0])]
+                found = await asyncio.gather(*map(get, pinned)) if len(pinned) > 1 else [await get(pinned[0])]
             overlays: list[Overlay] = []
-            for pin, one in zip(pins, found, strict=True):
-                if isinstance(one, PatchError):
-                    raise _unservable(one, pin)
-                if isinstance(one, ServiceError):
-                    raise one
-                overlays.append(one)
+            for one, overlay in zip(pinned, found, strict=True):
+                if isinstance(overlay, PatchError):
+                    raise _unservable(overlay, one)
+                if isinstance(overlay, ServiceError):
+                    raise overlay
+                overlays.append(overlay)
             yield overlays
 
 
-def _unservable(error: PatchError, pin: pb.Pin) -> ServiceError:
-    """A release that was stored but can't be applied here is no mistake of the caller's request."""
-    return PreconditionFailed(error.violations[0].reason, f"release {pin.release} can't be served: {error}")
+def _unservable(error: PatchError, one: Pinned) -> ServiceError:
+    """A release that was stored but can't be applied here is no mistake of the caller's request; a draft is."""
+    if one.draft:
+        return from_patch_error(error, "draft.")
+    return PreconditionFailed(error.violations[0].reason, f"release {one.pin.release} can't be served: {error}")

@@ -11,7 +11,15 @@ from functools import partial
 
 import structlog
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import PatchError, PatchLimits, ReleaseContent, RevisionContent, TopicEdit, Violation
+from backpack_lm.patch import (
+    PatchError,
+    PatchLimits,
+    ReleaseContent,
+    RevisionContent,
+    TopicEdit,
+    Violation,
+    draft_digest,
+)
 
 from backpack_serving.errors import (
     INTERNAL_CALL_ERRORS,
@@ -48,6 +56,14 @@ class _Compiled:
 
     overlay: Overlay
     tenant: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """What to compile: the stored release with this digest, and a draft's edits after its own."""
+
+    release: str
+    draft: RevisionContent | None = None
 
 
 class ReleaseCache:
@@ -87,22 +103,28 @@ class ReleaseCache:
         return len(self._compiled)
 
     @asynccontextmanager
-    async def use(self, tenant: str, digest: str, patience: float | None = None) -> AsyncIterator[Overlay]:
-        """The compiled release, for as long as the block runs.
+    async def use(
+        self, tenant: str, release: str, patience: float | None = None, draft: RevisionContent | None = None
+    ) -> AsyncIterator[Overlay]:
+        """The compiled release with this digest, for as long as the block runs; with a draft, the release that has the
+        draft's edits, too, which is kept in memory like any other, and never on disk.
 
         If the denominators of its topics aren't there after `patience` seconds, raises Unavailable, to be retried.
         Raises ServiceError or PatchError if it can't be had or doesn't fit the model: never another release.
         """
+        digest = draft_digest(release, draft.digest) if draft else release
         self._users[digest] += 1
         try:
-            yield await self._get_overlay(tenant, digest, patience)
+            yield await self._get_overlay(tenant, digest, patience, _Recipe(release, draft))
         finally:
             self._users[digest] -= 1
             if not self._users[digest]:
                 del self._users[digest]
                 self._evict()
 
-    async def _get_overlay(self, tenant: str, digest: str, patience: float | None = None) -> Overlay:
+    async def _get_overlay(
+        self, tenant: str, digest: str, patience: float | None = None, recipe: _Recipe | None = None
+    ) -> Overlay:
         """Requests for a release that is still being made share the work."""
         if found := self._compiled.get(digest):
             self._compiled.move_to_end(digest)
@@ -111,7 +133,9 @@ class ReleaseCache:
             raise PatchError(*refused)  # a new one: those that are raised gather where they came by, and keep it
         if digest not in self._loading:
             self._measuring[digest] = asyncio.Event()
-            task = self._loading[digest] = asyncio.create_task(self._load_release(tenant, digest))
+            task = self._loading[digest] = asyncio.create_task(
+                self._load_release(tenant, digest, recipe or _Recipe(digest))
+            )
             task.add_done_callback(partial(self._loaded, digest))
         making = self._loading[digest]
         if patience is not None:
@@ -138,9 +162,9 @@ class ReleaseCache:
         if not task.cancelled():
             task.exception()  # or asyncio logs it, when all who asked have left
 
-    async def _load_release(self, tenant: str, digest: str) -> Overlay:
+    async def _load_release(self, tenant: str, digest: str, recipe: _Recipe) -> Overlay:
         try:
-            overlay = await self._read_or_fetch(tenant, digest)
+            overlay = await self._read_or_fetch(tenant, digest, recipe)
         except (ServiceError, PatchError):
             raise
         except Exception:  # one release must not keep those beside it from being made ready
@@ -150,17 +174,18 @@ class ReleaseCache:
         self._evict()
         return overlay
 
-    async def _read_or_fetch(self, tenant: str, digest: str) -> Overlay:
+    async def _read_or_fetch(self, tenant: str, digest: str, recipe: _Recipe) -> Overlay:
         """From disk, or else fetched, and then on disk."""
+        stored = recipe.release
         try:
             async with self._slots:
-                revisions = await asyncio.to_thread(self._blobs.read, digest)
+                revisions = await asyncio.to_thread(self._blobs.read, stored)
                 on_disk = revisions is not None
                 if revisions is None:
                     self.fetched += 1
-                    revisions = await self._fetched(tenant, digest)
-                    await asyncio.to_thread(check_digest, revisions, digest)  # a file's digest is checked by its read
-                release = await asyncio.to_thread(self._parse_release, revisions)
+                    revisions = await self._fetched(tenant, stored)
+                    await asyncio.to_thread(check_digest, revisions, stored)  # a file's digest is checked by its read
+                release = await asyncio.to_thread(self._parse_release, revisions, recipe.draft)
             if any(isinstance(edit, TopicEdit) for edit in release.edits) and not self._denominators.ready:
                 self._measuring[digest].set()
                 await self._denominators.wait()  # without a slot: releases without topics are made meanwhile
@@ -173,9 +198,9 @@ class ReleaseCache:
             raise
         if not on_disk:
             try:
-                await asyncio.to_thread(self._blobs.write, digest, revisions)
+                await asyncio.to_thread(self._blobs.write, stored, revisions)
             except OSError as error:  # a full disk must not stop what is in memory
-                log.error("a release can't be kept on disk", digest=digest, error=str(error))
+                log.error("a release can't be kept on disk", digest=stored, error=str(error))
         return overlay
 
     async def _fetched(self, tenant: str, digest: str) -> list[bytes]:
@@ -186,9 +211,9 @@ class ReleaseCache:
             log.warning("a release can't be fetched", tenant=tenant, digest=digest, error=error.message)
             raise Unavailable(RELEASE_UNREACHABLE, message, retry_after=1.0) from None
 
-    def _parse_release(self, revisions: list[bytes]) -> ReleaseContent:
-        """Parse the canonical bytes, and validate again."""
-        release = ReleaseContent(tuple(map(RevisionContent.from_bytes, revisions)))
+    def _parse_release(self, revisions: list[bytes], draft: RevisionContent | None) -> ReleaseContent:
+        """Parse the canonical bytes, add the draft, and validate again."""
+        release = ReleaseContent(tuple(map(RevisionContent.from_bytes, revisions)), draft)
         release.validate(self._served.manifest.shape, self._limits)
         return release
 

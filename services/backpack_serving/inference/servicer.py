@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import math
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
 import structlog
 from backpack_lm.overlay import Overlay
@@ -18,7 +19,7 @@ from backpack_serving.engine.loop import EngineLoop
 from backpack_serving.errors import InvalidRequest, Unavailable
 from backpack_serving.inference import wire as answers
 from backpack_serving.inference.model_reader import ModelReader
-from backpack_serving.inference.pinned_releases import PinnedReleases
+from backpack_serving.inference.pinned_releases import Pinned, PinnedReleases
 from backpack_serving.inference.release_cache import ReleaseCache
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.inference.text_generator import TextGenerator
@@ -64,14 +65,14 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
     async def _generate(
         self, request: wire.Generation, context: rpc.Context, coalesce: float
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-        async with self._pinned_release(context) as (pin, overlay):
+        async with self._pinned_release(context, request) as (pin, overlay):
             params = wire.read_generation(request, self._tokenizer, self._config, self._manifest.defaults)
             async with aclosing(self._generator.generate(params, pin, overlay, coalesce)) as parts:
                 async for part in parts:
                     yield part
 
     async def Score(self, request: pb.ScoreRequest, context: rpc.Context) -> pb.ScoreResponse:
-        async with self._pinned_release(context) as (pin, overlay):
+        async with self._pinned_release(context, request) as (pin, overlay):
             ids = wire.read_prompt("text", request.text, self._tokenizer, self._config)
             if len(ids) < 2:
                 raise InvalidRequest.at("text", "TOO_SHORT", "one token; a score needs at least two")
@@ -90,7 +91,7 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
             )
 
     async def Explain(self, request: pb.ExplainRequest, context: rpc.Context) -> pb.ExplainResponse:
-        async with self._pinned_release(context) as (pin, overlay):
+        async with self._pinned_release(context, request) as (pin, overlay):
             ids = wire.read_prompt("prompt", request.prompt, self._tokenizer, self._config)
             limit = wire.read_limit(request.limit, default=20, largest=1000)
             target = None
@@ -111,18 +112,21 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
         pins = answers.read_pins(request)
         structlog.contextvars.bind_contextvars(tenant=pins[0].tenant)
         query = read_comparison(request, self._tokenizer, self._config)
+        pinned = await self._with_drafts(pins, request.releases)
         await context.send_initial_metadata(())
-        found = await self._reader.compare(query, pins, lambda some: self._releases.use(some, context.time_remaining()))
+        found = await self._reader.compare(
+            query, pinned, lambda some: self._releases.use(some, context.time_remaining())
+        )
         written = {digest: answers.write_compared(answer, self._tokenizer) for digest, answer in found.items()}
         response = pb.CompareResponse(tokens=[wire.write_token(i, self._tokenizer) for i in query.ids])
-        for pin in pins:
+        for one in pinned:
             compared = response.releases.add()
-            compared.CopyFrom(written[pin.release_digest])
-            compared.served.CopyFrom(answers.served(pin, pin.release_digest, self._manifest))
+            compared.CopyFrom(written[one.digest])
+            compared.served.CopyFrom(answers.served(one.pin, one.digest, self._manifest))
         return response
 
     async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
-        async with self._pinned_release(context) as (pin, overlay):
+        async with self._pinned_release(context, request) as (pin, overlay):
             token = wire.read_word("word", request.word, self._tokenizer, self._config)
             limit = min(wire.read_limit(request.limit, default=10, largest=100), self._config.tokens)
             neighbours = min(wire.read_limit(request.neighbours, 0, 100, "neighbours"), self._config.tokens - 1)
@@ -142,14 +146,22 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
         return wire.write_model(self._manifest)
 
     @asynccontextmanager
-    async def _pinned_release(self, context: rpc.Context) -> AsyncIterator[tuple[pb.Pin, Overlay]]:
-        """The pinned release, compiled, while the block runs."""
+    async def _pinned_release(self, context: rpc.Context, request: Any) -> AsyncIterator[tuple[pb.Pin, Overlay]]:
+        """The pinned release, compiled with the request's draft, while the block runs."""
         self._check_gateway(context)
         pin = answers.read_pin(context)
         structlog.contextvars.bind_contextvars(tenant=pin.tenant)
         await context.send_initial_metadata(())  # tells the gateway that the request has arrived
-        async with self._releases.use([pin], context.time_remaining()) as overlays:
+        pinned = await self._with_drafts([pin], [request])
+        async with self._releases.use(pinned, context.time_remaining()) as overlays:
             yield pin, overlays[0]
+
+    async def _with_drafts(self, pins: Sequence[pb.Pin], messages: Sequence[Any]) -> list[Pinned]:
+        """Each pin with the draft of its message; without any, nothing is waited for."""
+        if not any(pin.draft_digest for pin in pins):
+            return list(map(Pinned, pins))
+        drafts = await asyncio.to_thread(answers.read_drafts, pins, messages, self._tokenizer, self._manifest.shape)
+        return list(map(Pinned, pins, drafts))
 
     def _check_gateway(self, context: rpc.Context) -> None:
         if not hmac.compare_digest((rpc.bearer(context) or "").encode(), self._service_key.encode()):

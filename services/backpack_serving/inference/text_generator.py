@@ -80,7 +80,7 @@ class TextGenerator:
                 part = pb.GenerateStreamResponse(sample=number)
                 self._generated.inc(len(outputs))
                 for output in outputs:
-                    if output.digest != pin.release_digest:
+                    if output.digest != overlay.digest:
                         raise Internal("WRONG_RELEASE", f"computed with {output.digest}; nothing was sent")
                     part.tokens.append(self._write_token(output))
                     ids.append(output.token)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from backpack_lm.attribution import SenseReading, Term
 from backpack_lm.compare import Distribution
 from backpack_lm.manifest import Manifest
+from backpack_lm.patch import ModelShape, RevisionContent
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
 from google.protobuf.message import DecodeError
 
 from backpack_serving import rpc
-from backpack_serving.errors import InvalidRequest, PreconditionFailed
+from backpack_serving.errors import Internal, InvalidRequest, PreconditionFailed
+from backpack_serving.wire.drafts import read_draft
 from backpack_serving.wire.inference import PIN, write_token
 
 
@@ -38,6 +41,19 @@ def check_pin(pin: pb.Pin) -> pb.Pin:
     return pin
 
 
+def read_drafts(
+    pins: Sequence[pb.Pin], messages: Sequence[Any], tokenizer: Tokenizer, shape: ModelShape
+) -> list[RevisionContent | None]:
+    """The draft of each message, as the gateway read it for its pin; blocks. Raises InvalidRequest."""
+    found: list[RevisionContent | None] = []
+    for pin, message in zip(pins, messages, strict=True):
+        draft = read_draft("draft", message.draft, tokenizer, shape) if message.HasField("draft") else None
+        if pin.draft_digest != (draft.digest if draft else ""):
+            raise Internal("WRONG_DRAFT", f"pinned draft {pin.draft_digest!r}, the request has another")
+        found.append(draft)
+    return found
+
+
 def read_pins(request: pb.CompareRequest) -> list[pb.Pin]:
     """What the gateway decided. Raises PreconditionFailed for a caller that is no gateway, and as `check_pin`."""
     if len(request.pins) != len(request.releases) or not request.pins:
@@ -57,6 +73,7 @@ def served(pin: pb.Pin, digest: str, manifest: Manifest) -> pb.Served:
         model_fingerprint=manifest.fingerprint,
         staleness=pin.staleness,
         canary=pin.canary,
+        draft_digest=pin.draft_digest,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from backpack_lm.config import BackpackConfig
@@ -13,7 +14,7 @@ from backpack_serving.errors import InvalidRequest
 from backpack_serving.wire.edits import WordReader
 from backpack_serving.wire.inference import read_prompt
 
-MOST_RELEASES, MOST_TOP, DEFAULT_TOP, MOST_TARGETS = 256, 100, 10, 64
+MOST_RELEASES, MOST_DRAFTS, MOST_TOP, DEFAULT_TOP, MOST_TARGETS = 256, 16, 100, 10, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +31,20 @@ class ComparisonQuery:
         return len(self.ids) + releases * (len(self.ids) - 1 if self.score else 1)
 
 
-def read_choices(request: pb.CompareRequest) -> tuple[int | str, ...]:
-    """Read the releases, by number or channel; unpatched is number 0. Raises InvalidRequest."""
+def read_choices(request: pb.CompareRequest, drafts: Sequence[str]) -> tuple[int | str, ...]:
+    """Read the releases, by number or channel; unpatched is number 0. Raises InvalidRequest.
+
+    `drafts` are the digests of the drafts over them, "" for none: a release may be named again with other edits.
+    """
     found: list[Violation] = []
     count = len(request.releases)
     if not 1 <= count <= MOST_RELEASES:
         raise InvalidRequest.at("releases", "OUT_OF_RANGE", f"{count} releases; 1 to {MOST_RELEASES}")
-    choices: dict[int | str, int] = {}
-    for at, message in enumerate(request.releases):
+    if (tried := sum(map(bool, drafts))) > MOST_DRAFTS:
+        raise InvalidRequest.at("releases", "TOO_MANY_DRAFTS", f"{tried} with a draft; at most {MOST_DRAFTS}")
+    choices: list[int | str] = []
+    places: dict[tuple[int | str, str], int] = {}
+    for at, (message, draft) in enumerate(zip(request.releases, drafts, strict=True)):
         field = f"releases[{at}]"
         match message.WhichOneof("release"):
             case "number" if message.number >= 0:
@@ -53,10 +60,10 @@ def read_choices(request: pb.CompareRequest) -> tuple[int | str, ...]:
             case _:
                 found.append(Violation(field, "EMPTY", "names no release; give a number, a channel or unpatched"))
                 continue
-        if choice in choices:
-            text = f"{choice!r} is releases[{choices[choice]}] already; name each release once"
+        if (first := places.setdefault((choice, draft), at)) != at:
+            text = f"{choice!r} is releases[{first}] already; name each release once, and each draft of it"
             found.append(Violation(field, "DUPLICATE", text))
-        choices.setdefault(choice, at)
+        choices.append(choice)
     if found:
         raise InvalidRequest.of(*found)
     return tuple(choices)
