@@ -57,7 +57,7 @@ class Scoring:
         """The `top` likeliest tokens in the place of each of the T − 1, most likely first, with log p."""
         first, changed = self._pass.under(overlay)
         found = []
-        for _, logits in _logits_in_pieces(torch.cat([self._pass.base[:first], changed]), self._head):
+        for _, logits in logits_in_pieces(torch.cat([self._pass.base[:first], changed]), self._head):
             values, tokens = logits.topk(top)
             logs = values - logits.logsumexp(1)[:, None]
             found += [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), logs.tolist(), strict=True)]
@@ -78,7 +78,7 @@ class Scoring:
     def _logs(self, outputs: Tensor, tokens: Tensor) -> Tensor:
         """log p of one token for each output [N, d]: [N]."""
         logs = [torch.empty(0)]
-        for at, logits in _logits_in_pieces(outputs, self._head):
+        for at, logits in logits_in_pieces(outputs, self._head):
             chosen = logits.gather(1, tokens[at : at + len(logits), None])[:, 0]
             logs.append(chosen - logits.logsumexp(1))
         return torch.cat(logs)
@@ -103,7 +103,7 @@ class Predicting:
                 outputs.append(changed)
         found = [
             distribution
-            for _, logits in _logits_in_pieces(torch.cat(outputs), self._head)
+            for _, logits in logits_in_pieces(torch.cat(outputs), self._head)
             for distribution in self._distributions(logits)
         ]
         return [found[row] for row in rows]
@@ -118,7 +118,7 @@ class Predicting:
         ]
 
 
-def _logits_in_pieces(outputs: Tensor, head: Tensor) -> Iterator[tuple[int, Tensor]]:
+def logits_in_pieces(outputs: Tensor, head: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Logits [·, V] of outputs [N, d] under E [V, d], in pieces, each with the row that it begins at."""
     rows = max(1, HEAD_BYTES // (4 * len(head)))
     for at in range(0, len(outputs), rows):

@@ -355,6 +355,13 @@ class Settings(BaseSettings):
         description="Seconds that commands try again where nobody answers. Default: 30, or 1 while no server has "
         "answered yet.",
     )
+    degradation: float = Field(
+        0.05,
+        ge=0,
+        le=10**6,
+        description="Share by which a release may raise the perplexity of ordinary text before commands that activate "
+        "it ask. 0.05: 5 %.",
+    )
     catch_up: float = Field(
         2.0,
         ge=0,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import subprocess
+import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +22,19 @@ from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc, interventions_pb2, interventions_pb2_grpc, sync_pb2_grpc
 from backpack_serving import embedded, rpc
 from backpack_serving.auth.tls import Tls
+from backpack_serving.cli.main import app
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.sequence import Output
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
+from typer.testing import CliRunner
+
+from tests.conftest import PROXY_VARIABLES, free_port
+from tests.e2e.starts import read_until_served
 
 ipb = interventions_pb2
 Metadata = tuple[tuple[str, str], ...]
+RUN = [sys.executable, "-m", "backpack_serving.cli.main", "run"]
 ANYWHERE = {f"{part}_address": "127.0.0.1:0" for part in ("gateway", "interventions", "directory", "inference")}
 
 
@@ -147,3 +156,45 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 async def system(tmp_path_factory: Any) -> AsyncIterator[System]:
     async with running(tmp_path_factory.mktemp("state"), slots=4, queue=2) as system:
         yield system
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: Any) -> Iterator[dict[str, str]]:
+    """`backpack run`, serving its two example tenants."""
+    state = tmp_path_factory.mktemp("state")
+    environment = {
+        **PROXY_VARIABLES,  # whatever these tests call is here
+        "BACKPACK_STATE": str(state),
+        "BACKPACK_GATEWAY_ADDRESS": f"127.0.0.1:{free_port()}",
+        "BACKPACK_INTERVENTIONS_ADDRESS": f"127.0.0.1:{free_port()}",
+        "BACKPACK_DIRECTORY_ADDRESS": "127.0.0.1:0",
+        "NO_COLOR": "1",
+        "COLUMNS": "200",
+    }
+    process = subprocess.Popen(
+        RUN,
+        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    environment["SHOWN"] = read_until_served(process)
+    yield environment
+    process.terminate()
+    assert "Finishing" in process.stdout.read()
+    assert process.wait(40) == 0
+    process.stdout.close()
+
+
+@pytest.fixture
+def backpack(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    # rich reads the width once, when it is imported.
+    monkeypatch.setattr("backpack_serving.cli.client.out._width", 200)
+
+    def call(*words: str, code: int = 0) -> str:
+        result = CliRunner().invoke(app, list(words))
+        assert result.exit_code == code, result.output
+        return result.output
+
+    return call

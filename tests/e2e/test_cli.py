@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +19,9 @@ from backpack_serving.install import install_command
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from tests.conftest import PROXY_VARIABLES, free_port
+from tests.conftest import free_port
+from tests.e2e.conftest import RUN
 from tests.e2e.starts import read_until_served
-
-RUN = [sys.executable, "-m", "backpack_serving.cli.main", "run"]
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: Any) -> Iterator[dict[str, str]]:
-    """`backpack run`, serving its two example tenants."""
-    state = tmp_path_factory.mktemp("state")
-    environment = {
-        **PROXY_VARIABLES,  # whatever these tests call is here
-        "BACKPACK_STATE": str(state),
-        "BACKPACK_GATEWAY_ADDRESS": f"127.0.0.1:{free_port()}",
-        "BACKPACK_INTERVENTIONS_ADDRESS": f"127.0.0.1:{free_port()}",
-        "BACKPACK_DIRECTORY_ADDRESS": "127.0.0.1:0",
-        "NO_COLOR": "1",
-        "COLUMNS": "200",
-    }
-    process = subprocess.Popen(
-        RUN,
-        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    environment["SHOWN"] = read_until_served(process)
-    yield environment
-    process.terminate()
-    assert "Finishing" in process.stdout.read()
-    assert process.wait(40) == 0
-    process.stdout.close()
-
-
-@pytest.fixture
-def backpack(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    # rich reads the width once, when it is imported.
-    monkeypatch.setattr("backpack_serving.cli.client.out._width", 200)
-
-    def call(*words: str, code: int = 0) -> str:
-        result = CliRunner().invoke(app, list(words))
-        assert result.exit_code == code, result.output
-        return result.output
-
-    return call
 
 
 def test_run_shows_both_tenants_and_how_to_call(environment: dict[str, str]) -> None:

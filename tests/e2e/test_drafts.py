@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import grpc
 import pytest
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import interventions_pb2 as ipb
@@ -12,8 +11,11 @@ from backpack_serving import rpc
 from backpack_serving.errors import ServiceError
 
 from tests.e2e.conftest import Metadata, System, copy, topic
-from tests.e2e.test_named_release import PROMPT, REQUESTS
+from tests.e2e.test_named_release import PROMPT
+from tests.e2e.test_named_release import REQUESTS as OTHERS
 from tests.waiting import eventually
+
+REQUESTS = {**OTHERS, "Judge": pb.JudgeRequest(limit=3)}
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -84,6 +86,26 @@ async def test_a_draft_answers_as_the_release_that_it_would_be(system: System, m
     again = await _ask(system, method, REQUESTS[method], key)
     assert (_said(again), again.served.release_digest) == (_said(plain), plain.served.release_digest)
     assert await system.releases.ListReleases(ipb.ListReleasesRequest(), metadata=key) == before
+
+
+async def test_a_judgement_says_what_is_done_to_ordinary_text(system: System) -> None:
+    key = await system.tenant()
+    plain = await _ask(system, "Judge", pb.JudgeRequest(release=0), key)
+    assert plain.perplexity_before == plain.perplexity_after
+    assert not plain.moved
+    assert (plain.cells, plain.topics) == (0, 0)
+    harm = await _ask(system, "Judge", _with_draft("Judge", _scale("the", 0.0), topic("sea")), key)
+    senses = (await _ask(system, "ListSenses", pb.ListSensesRequest(word=pb.Word(text="the")), key)).senses
+    assert (harm.tokens, harm.cells, harm.topics) == (plain.tokens, len(senses), 1)
+    assert harm.perplexity_before == plain.perplexity_before
+    assert harm.perplexity_after > 1.05 * harm.perplexity_before
+    moves = [abs(word.after - word.before) for word in harm.moved]
+    assert len(moves) == 3
+    assert moves == sorted(moves, reverse=True)
+    for limit in (-1, 101):
+        with pytest.raises(ServiceError) as refused:
+            await _ask(system, "Judge", pb.JudgeRequest(limit=limit), key)
+        assert (refused.value.code, refused.value.reason) == ("INVALID_ARGUMENT", "OUT_OF_RANGE")
 
 
 async def test_drafts_are_compared_beside_releases(system: System) -> None:
@@ -180,13 +202,7 @@ async def test_only_who_may_author_may_try(system: System) -> None:
     request = ipb.CreateApiKeyRequest(parent=f"tenants/{name}", roles=[ipb.ROLE_CALLER])
     caller = rpc.with_key((await system.tenants.CreateApiKey(request, metadata=system.admin)).secret)
 
-    async def known() -> bool:
-        try:
-            return bool(await system.inference.GetModel(pb.GetModelRequest(), metadata=caller))
-        except grpc.aio.AioRpcError:
-            return False
-
-    await eventually(known)
+    await eventually(lambda: system.inference.GetModel(pb.GetModelRequest(), metadata=caller))
     for method in REQUESTS:
         with pytest.raises(ServiceError) as refused:
             await _ask(system, method, _with_draft(method, copy("king", "ship")), caller)

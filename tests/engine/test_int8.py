@@ -9,8 +9,8 @@ import torch
 from backpack_lm.installed import folder_of
 from backpack_lm.int8 import restore
 from backpack_lm.kernels import Caches, MixSpan, Precision, StepInput, TokenSpan, choose
-from backpack_lm.lab.text import plain, shipped
 from backpack_lm.model import Backpack
+from backpack_lm.ordinary_text import plain, shipped
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_serving.engine.runner import Runner
 from backpack_serving.inference.served_model import ServedModel

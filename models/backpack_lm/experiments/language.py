@@ -16,9 +16,10 @@ from torch import Tensor
 from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.lab.lab_model import LabModel, SteeredModel
 from backpack_lm.lab.progress import Watch
-from backpack_lm.lab.text import held_out, plain, stream
+from backpack_lm.lab.text import held_out, stream
 from backpack_lm.lab.twin import read_twin
 from backpack_lm.model import TransformerTwin
+from backpack_lm.ordinary_text import plain
 from backpack_lm.reports.report import Report, Table
 from backpack_lm.training.evaluation import perplexity
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from backpack_lm.experiments.experiment import Headline, Result
 from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.progress import Watch
-from backpack_lm.lab.text import plain
 from backpack_lm.lab.twin import read_twin
+from backpack_lm.ordinary_text import plain
 from backpack_lm.reports.plots import bars
 from backpack_lm.reports.report import Entry, Report, Table, best
 

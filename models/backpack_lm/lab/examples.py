@@ -7,7 +7,7 @@ from pathlib import Path
 
 from backpack_lm import strict_json
 from backpack_lm.lab.lab_model import LabModel
-from backpack_lm.lab.text import plain
+from backpack_lm.ordinary_text import plain
 
 
 @dataclass(frozen=True, slots=True)

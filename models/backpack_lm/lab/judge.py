@@ -12,13 +12,15 @@ from torch import Tensor
 from backpack_lm.counted import counted
 from backpack_lm.lab.elsewhere import moved_elsewhere
 from backpack_lm.lab.examples import CanonicalExample
-from backpack_lm.lab.lab_model import LabModel, Prompts, SteeredModel
+from backpack_lm.lab.lab_model import LabModel, Prompts
+from backpack_lm.ordinary_text import OrdinaryText, SideEffects, rows_of
 from backpack_lm.overlay import Overlay
 from backpack_lm.patch import Edit, TopicEdit
 from backpack_lm.reports.report import Report, Table
-from backpack_lm.training.evaluation import perplexity
 
 NEIGHBOURS = 3
+MOVED_WORDS = 8  # that the text tells of
+ROW_TOKENS = 512  # of text: sense weights grow with the square
 MOST_WORDS = 12  # edited words whose neighbours are looked at, of those that prompts hold
 
 
@@ -48,11 +50,12 @@ class JudgedNeighbour:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class PatchJudgement:
     edits: int
     cells: int
     topics: int
-    perplexity: tuple[float, float] | None
+    text: SideEffects | None
+    moved_words: list[str]
     prompts: list[JudgedPrompt]
     neighbours: list[JudgedNeighbour]
 
@@ -73,15 +76,20 @@ class Judgement:
             (n.word, n.neighbour, n.similarity, _percent(n.moved), n.log_probability) for n in self.neighbours
         )
         loss = "Held-out text wasn't given, so its loss isn't known."
-        if self.perplexity is not None:
-            before, after = self.perplexity
-            loss = f"Held-out perplexity {before:.2f} → {after:.2f} ({after / before - 1:+.2%})."
+        if self.text is not None:
+            loss = f"Held-out perplexity {self.text.before:.2f} → {self.text.after:.2f} ({self.text.change:+.2%})."
         topics = f", {self.topics} of them topics, which multiply senses of every word" if self.topics else ""
         columns = ("prompt", "target", "p before", "after", "likeliest before", "after", "moved")
         tables = [Table("Prompts", columns, prompts)] if prompts else []
         if neighbours:
             heads = ("edited word", "neighbour", "similarity", "prompts about it moved", "its log p, change")
             tables.append(Table("Neighbours", heads, neighbours))
+        if self.text is not None and self.text.moved:
+            moved = tuple(
+                (word, f"{m.before:.4%}", f"{m.after:.4%}")
+                for word, m in zip(self.moved_words, self.text.moved, strict=True)
+            )
+            tables.append(Table("Words that move most", ("word", "mean p over the text", "after"), moved))
         return Report(
             "What this revision does",
             f"{counted(self.edits, 'edit')} of {counted(self.cells, 'cell')}{topics}. {loss}",
@@ -96,7 +104,7 @@ class Judgement:
 
 def judge(
     subject: LabModel, edits: Sequence[Edit], prompts: Sequence[CanonicalExample] = (), text: Tensor | None = None
-) -> Judgement:
+) -> PatchJudgement:
     """Judge edits on prompts (an empty target is none) and on text [N], of which perplexity is measured.
 
     Raises PatchError if the server would refuse the edits.
@@ -104,14 +112,15 @@ def judge(
     plain, steered = subject.overlay(), subject.overlay(*edits)
     change = None
     if text is not None:
-        one, other = (perplexity(SteeredModel(subject, overlay), text) for overlay in (plain, steered))
-        change = (one, other)
+        rows = rows_of(text, min(subject.config.n_positions, ROW_TOKENS))
+        change = OrdinaryText(subject.model, subject.table, rows, keep=False).under(steered, MOVED_WORDS)
     tokens = sorted({cell.token for edit in edits for cell in edit.cells})
-    return Judgement(
+    return PatchJudgement(
         len(edits),
         len({cell for edit in edits for cell in edit.cells}),
         sum(isinstance(edit, TopicEdit) for edit in edits),
         change,
+        [subject.shown(word.token) for word in change.moved] if change else [],
         [_judge_prompt(subject, plain, steered, example) for example in prompts],
         _neighbours(subject, plain, steered, tokens, [example.prompt for example in prompts]),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lzma
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,12 +10,10 @@ from torch import Tensor
 
 from backpack_lm.counted import counted
 from backpack_lm.lab.lab_model import LabModel
-from backpack_lm.strict_json import UTF8
+from backpack_lm.ordinary_text import plain
 from backpack_lm.training.data import Source
 
 HELD_OUT = 0.2  # of a plain file: its end
-SHIPPED = "held_out.txt.xz"
-"""The file in a model folder that holds text which the model wasn't trained on."""
 
 
 def held_out(path: Path) -> Iterator[str]:
@@ -27,29 +24,6 @@ def held_out(path: Path) -> Iterator[str]:
 def background(path: Path) -> Iterator[str]:
     """The records of a corpus that may be trained on, or all but the last fifth of a plain file."""
     return _split_text(path, False)
-
-
-def shipped(folder: Path) -> Path:
-    """The held-out text that lies in a model folder. Raises ValueError, saying what to give, if there is none."""
-    if not (path := folder / SHIPPED).exists():
-        raise ValueError(
-            f"{folder} has no {SHIPPED}; give text with --text: JSON lines or plain, like what the model reads, "
-            "and best of what it wasn't trained on"
-        )
-    return path
-
-
-def plain(path: Path) -> str:
-    """All of a text file, .xz or not. Raises ValueError naming it if it isn't UTF-8, or not whole."""
-    try:
-        if path.suffix != ".xz":
-            return path.read_text(UTF8)
-        with lzma.open(path, "rt", encoding=UTF8) as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} isn't UTF-8 text: {error}") from None
-    except (lzma.LZMAError, EOFError) as error:
-        raise ValueError(f"{path} can't be read to its end: {error}") from None
 
 
 def _split_text(path: Path, wanted: bool) -> Iterator[str]:

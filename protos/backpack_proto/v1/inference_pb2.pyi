@@ -809,6 +809,122 @@ class TextScore(_message.Message):
 Global___TextScore: _TypeAlias = TextScore  # noqa: Y015
 
 @_typing.final
+class JudgeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    REQUEST_KEY_FIELD_NUMBER: _builtins.int
+    MIN_REVISION_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    channel: _builtins.str
+    request_key: _builtins.str
+    release: _builtins.int
+    """A release of the tenant by its number, in place of the one that the channel is at."""
+    limit: _builtins.int
+    """How many of the words to list whose probability moves most. Default 10; at most 100."""
+    @_builtins.property
+    def min_revision(self) -> Global___Position: ...
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """Edits to try, over that release."""
+
+    def __init__(
+        self,
+        *,
+        channel: _builtins.str = ...,
+        request_key: _builtins.str = ...,
+        min_revision: Global___Position | None = ...,
+        release: _builtins.int | None = ...,
+        draft: Global___Draft | None = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "draft", b"draft", "min_revision", b"min_revision", "release", b"release"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "channel", b"channel", "draft", b"draft", "limit", b"limit", "min_revision", b"min_revision", "release", b"release", "request_key", b"request_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
+    _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__release) -> _WhichOneofReturnType__release | None: ...
+
+Global___JudgeRequest: _TypeAlias = JudgeRequest  # noqa: Y015
+
+@_typing.final
+class JudgeResponse(_message.Message):
+    """Measured on text that lies beside the model and that it wasn't trained on. FAILED_PRECONDITION if it has none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    PERPLEXITY_BEFORE_FIELD_NUMBER: _builtins.int
+    PERPLEXITY_AFTER_FIELD_NUMBER: _builtins.int
+    MOVED_FIELD_NUMBER: _builtins.int
+    CELLS_FIELD_NUMBER: _builtins.int
+    TOPICS_FIELD_NUMBER: _builtins.int
+    SERVED_FIELD_NUMBER: _builtins.int
+    tokens: _builtins.int
+    """How many tokens of it were predicted."""
+    perplexity_before: _builtins.float
+    """Of the model unpatched."""
+    perplexity_after: _builtins.float
+    cells: _builtins.int
+    """Cells that the release replaces, and topics that multiply senses of every word."""
+    topics: _builtins.int
+    @_builtins.property
+    def moved(self) -> _containers.RepeatedCompositeFieldContainer[Global___MovedWord]:
+        """Words whose mean probability over the text moves most, largest move first."""
+
+    @_builtins.property
+    def served(self) -> Global___Served: ...
+    def __init__(
+        self,
+        *,
+        tokens: _builtins.int = ...,
+        perplexity_before: _builtins.float = ...,
+        perplexity_after: _builtins.float = ...,
+        moved: _abc.Iterable[Global___MovedWord] | None = ...,
+        cells: _builtins.int = ...,
+        topics: _builtins.int = ...,
+        served: Global___Served | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["served", b"served"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "moved", b"moved", "perplexity_after", b"perplexity_after", "perplexity_before", b"perplexity_before", "served", b"served", "tokens", b"tokens", "topics", b"topics"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JudgeResponse: _TypeAlias = JudgeResponse  # noqa: Y015
+
+@_typing.final
+class MovedWord(_message.Message):
+    """A token, and its mean probability as the next one over a text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    before: _builtins.float
+    after: _builtins.float
+    @_builtins.property
+    def token(self) -> Global___Token: ...
+    def __init__(
+        self,
+        *,
+        token: Global___Token | None = ...,
+        before: _builtins.float = ...,
+        after: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MovedWord: _TypeAlias = MovedWord  # noqa: Y015
+
+@_typing.final
 class TokenizeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -63,6 +63,11 @@ class InferenceServiceStub:
                 request_serializer=backpack__proto_dot_v1_dot_inference__pb2.CompareRequest.SerializeToString,
                 response_deserializer=backpack__proto_dot_v1_dot_inference__pb2.CompareResponse.FromString,
                 _registered_method=True)
+        self.Judge = channel.unary_unary(
+                '/backpack.v1.InferenceService/Judge',
+                request_serializer=backpack__proto_dot_v1_dot_inference__pb2.JudgeRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_inference__pb2.JudgeResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/backpack.v1.InferenceService/Tokenize',
                 request_serializer=backpack__proto_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -121,6 +126,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Judge(self, request, context):
+        """What a release does to ordinary text, which it should leave alone. Only for callers who may author.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """The tokens of a text.
         """
@@ -169,6 +181,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Compare,
                     request_deserializer=backpack__proto_dot_v1_dot_inference__pb2.CompareRequest.FromString,
                     response_serializer=backpack__proto_dot_v1_dot_inference__pb2.CompareResponse.SerializeToString,
+            ),
+            'Judge': grpc.unary_unary_rpc_method_handler(
+                    servicer.Judge,
+                    request_deserializer=backpack__proto_dot_v1_dot_inference__pb2.JudgeRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_inference__pb2.JudgeResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -324,6 +341,33 @@ class InferenceService:
             '/backpack.v1.InferenceService/Compare',
             backpack__proto_dot_v1_dot_inference__pb2.CompareRequest.SerializeToString,
             backpack__proto_dot_v1_dot_inference__pb2.CompareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Judge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.InferenceService/Judge',
+            backpack__proto_dot_v1_dot_inference__pb2.JudgeRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_inference__pb2.JudgeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -67,6 +67,8 @@ class InferenceServiceStub:
     """Why a token follows a prompt: the exact contribution of each (position, sense) to its logit."""
     Compare: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CompareRequest, _inference_pb2.CompareResponse]
     """How likely a text is, or its next token, under many releases: one pass of the trunk for all of them."""
+    Judge: _grpc.UnaryUnaryMultiCallable[_inference_pb2.JudgeRequest, _inference_pb2.JudgeResponse]
+    """What a release does to ordinary text, which it should leave alone. Only for callers who may author."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """The tokens of a text."""
     ListSenses: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListSensesRequest, _inference_pb2.ListSensesResponse]
@@ -92,6 +94,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Why a token follows a prompt: the exact contribution of each (position, sense) to its logit."""
     Compare: _aio.UnaryUnaryMultiCallable[_inference_pb2.CompareRequest, _inference_pb2.CompareResponse]  # type: ignore[assignment]
     """How likely a text is, or its next token, under many releases: one pass of the trunk for all of them."""
+    Judge: _aio.UnaryUnaryMultiCallable[_inference_pb2.JudgeRequest, _inference_pb2.JudgeResponse]  # type: ignore[assignment]
+    """What a release does to ordinary text, which it should leave alone. Only for callers who may author."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """The tokens of a text."""
     ListSenses: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListSensesRequest, _inference_pb2.ListSensesResponse]  # type: ignore[assignment]
@@ -144,6 +148,14 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.CompareResponse, _abc.Awaitable[_inference_pb2.CompareResponse]]:
         """How likely a text is, or its next token, under many releases: one pass of the trunk for all of them."""
+
+    @_abc_1.abstractmethod
+    def Judge(
+        self,
+        request: _inference_pb2.JudgeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.JudgeResponse, _abc.Awaitable[_inference_pb2.JudgeResponse]]:
+        """What a release does to ordinary text, which it should leave alone. Only for callers who may author."""
 
     @_abc_1.abstractmethod
     def Tokenize(

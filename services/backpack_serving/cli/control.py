@@ -29,6 +29,7 @@ from backpack_serving.cli.client import (
     table,
     when,
 )
+from backpack_serving.cli.edit_text import sense_numbers
 from backpack_serving.cli.patch_file import PatchFile
 from backpack_serving.client import Cells, Copy, Edit, NotFound, ProjectOut, Revision, Scale, Swap, Token, Topic
 
@@ -177,19 +178,11 @@ def topic(
     _revise(patch, [Topic(words, strength, constant)], tenant, key)
 
 
-def sense_numbers(senses: str) -> list[int]:
-    """The numbers of 3 or 8,12-14; none for all."""
-    numbers: list[int] = []
-    for part in filter(None, senses.split(",")):
-        written = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
-        if not written or int(written[2] or written[1]) < int(written[1]):
-            raise typer.BadParameter(f"{part!r} names no sense; write 3 or 8,12-14", param_hint="--senses")
-        numbers.extend(range(int(written[1]), int(written[2] or written[1]) + 1))
-    return numbers
-
-
 def _cells_of_words(words: list[str], senses: str) -> list[Cells]:
-    numbers = tuple(sense_numbers(senses))
+    try:
+        numbers = tuple(sense_numbers(senses))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--senses") from None
     return [Cells(word, numbers) for word in words]
 
 

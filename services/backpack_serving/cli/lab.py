@@ -15,7 +15,8 @@ from rich.text import Text
 
 from backpack_serving.cli import hints
 from backpack_serving.cli.client import Page, can_be_made, err, exits, out, show_markdown
-from backpack_serving.cli.control import Senses, sense_numbers
+from backpack_serving.cli.control import Senses
+from backpack_serving.cli.edit_text import sense_numbers
 from backpack_serving.cli.experiment import Model, ProgressWatch, Threads, command, read_subject
 from backpack_serving.cli.patch_file import PatchFile
 from backpack_serving.settings import model_folder
@@ -245,7 +246,8 @@ def finetune(
     with exits():
         from backpack_lm.lab.examples import CanonicalExample
         from backpack_lm.lab.finetune import Finetuner, Finetuning
-        from backpack_lm.lab.text import both_parts, shipped
+        from backpack_lm.lab.text import both_parts
+        from backpack_lm.ordinary_text import shipped
 
         text = text or shipped(model_folder(model))
         subject, taught = read_subject(model, threads), CanonicalExample.read(examples)

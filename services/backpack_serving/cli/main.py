@@ -18,8 +18,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Serve Backpack language models to many tenants, each steered by its own patches to the sense vectors.
 
-    Start with `backpack run`; then, in another terminal, `backpack generate "How to take care of a horse:"`, and steer:
-    `backpack patch copy royal king --from ship`, `backpack release create royal:1 --activate`.
+    Start with `backpack run`; then, in another terminal, `backpack generate "How to take care of a horse:"`.
+
+    Try an edit: `backpack try "How to take care of a horse:" --edit 'copy horse car'`; and steer by it:
+    `backpack steer riding 'copy horse car' --activate`.
     """,
 )
 
@@ -46,6 +48,7 @@ def _add_commands() -> None:
     from backpack_serving.cli.generate import generate
     from backpack_serving.cli.run import run
     from backpack_serving.cli.secrets import write
+    from backpack_serving.cli.steer import steer, try_edits
     from backpack_serving.cli.train import train
 
     app.command(rich_help_panel="Serving")(run)
@@ -56,6 +59,8 @@ def _add_commands() -> None:
     app.add_typer(database.app, name="database", rich_help_panel="Serving")
     for command in (generate, text.score, text.explain, compare, text.senses):
         app.command(rich_help_panel="Calling")(command)
+    app.command("try", rich_help_panel="Steering")(try_edits)
+    app.command(rich_help_panel="Steering")(steer)
     app.add_typer(tenants.app, name="tenant", rich_help_panel="Steering")
     app.add_typer(control.patch_app, name="patch", rich_help_panel="Steering")
     app.add_typer(lab.app, name="lab", rich_help_panel="Steering")

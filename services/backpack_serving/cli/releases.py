@@ -11,6 +11,7 @@ from rich.text import Text
 from backpack_serving import client
 from backpack_serving.cli import hints
 from backpack_serving.cli.client import AsTenant, Channel, Key, as_admin, as_releaser, err, out, table, when
+from backpack_serving.cli.judging import ask_if_worse, judge_stored
 from backpack_serving.client import Move, Wait
 
 app = typer.Typer(no_args_is_help=True, help="Releases, and the channels that point at them.")
@@ -25,6 +26,7 @@ Waiting = Annotated[
     Wait,
     typer.Option(help="Wait until more than half (quorum) or all of the replicas and gateways hold the change."),
 ]
+Yes = Annotated[bool, typer.Option("--yes", help="Activate it even if it makes ordinary text much worse.")]
 Timeout = Annotated[float, typer.Option(help="Longest wait in seconds.", min=0.0, max=60.0)]
 
 
@@ -52,6 +54,7 @@ def create_release(
     revisions: Annotated[list[str], typer.Argument(help="PATCH:NUMBER, in the order in which they apply.")],
     notes: Annotated[str, typer.Option(help="What the release is for.")] = "",
     activate: Annotated[bool, typer.Option(help="Point the channel at the new release.")] = False,
+    yes: Yes = False,
     channel: Channel = "live",
     wait: Waiting = "none",
     timeout: Timeout = 10.0,
@@ -66,8 +69,9 @@ def create_release(
         release = steering.create_release(revisions, notes)
     out.print(f"{release.name}  [dim]{release.digest}[/]")
     if activate:
-        activate_release(release.number, channel, wait, timeout, tenant, key)
+        activate_release(release.number, yes, channel, wait, timeout, tenant, key)
     else:
+        judge_stored(tenant, key, release.number)
         where = "" if channel == "live" else f" --channel {channel}"
         out.print(f"[dim]let it steer: {hints.backpack(f'release activate {release.number}{where}')}[/]")
 
@@ -75,6 +79,7 @@ def create_release(
 @app.command("activate")
 def activate_release(
     number: Annotated[int, typer.Argument(help="Number of the release; 0 is the model unpatched.", min=0)],
+    yes: Yes = False,
     channel: Channel = "live",
     wait: Waiting = "none",
     timeout: Timeout = 10.0,
@@ -83,10 +88,14 @@ def activate_release(
 ) -> None:
     """Point a channel at a release.
 
+    What the release does to ordinary text is shown first; if that becomes much worse (BACKPACK_DEGRADATION), the
+    command asks.
+
     `backpack release activate 3`; on a channel beside the live one: `backpack release activate 3 --channel beta`
     """
+    ask_if_worse(judge_stored(tenant, key, number), yes)
     with as_releaser(tenant, key) as steering:
-        _print_move(steering.activate(number, channel, wait=wait, wait_seconds=timeout))
+        print_move(steering.activate(number, channel, wait=wait, wait_seconds=timeout))
 
 
 @app.command("rollback")
@@ -99,7 +108,7 @@ def rollback(
 ) -> None:
     """Point a channel back at its previous release."""
     with as_releaser(tenant, key) as steering:
-        _print_move(steering.rollback(channel, wait=wait, wait_seconds=timeout))
+        print_move(steering.rollback(channel, wait=wait, wait_seconds=timeout))
 
 
 @app.command("status")
@@ -174,7 +183,7 @@ def start_canary(
     One request in twenty, once all replicas hold it: `backpack canary start 4 --permille 50 --wait all`
     """
     with as_releaser(tenant, key) as steering:
-        _print_move(steering.start_canary(number, permille, channel, salt=salt, wait=wait, wait_seconds=timeout))
+        print_move(steering.start_canary(number, permille, channel, salt=salt, wait=wait, wait_seconds=timeout))
     out.print(
         f"[dim]watch it: {hints.backpack('release status')}; then: {hints.backpack('canary promote')}, or abort[/]"
     )
@@ -190,7 +199,7 @@ def promote_canary(
 ) -> None:
     """Make the canary's release the channel's release."""
     with as_releaser(tenant, key) as steering:
-        _print_move(steering.promote_canary(channel, wait=wait, wait_seconds=timeout))
+        print_move(steering.promote_canary(channel, wait=wait, wait_seconds=timeout))
 
 
 @canary_app.command("abort")
@@ -203,10 +212,10 @@ def abort_canary(
 ) -> None:
     """End the canary: all requests get the channel's own release again."""
     with as_releaser(tenant, key) as steering:
-        _print_move(steering.abort_canary(channel, wait=wait, wait_seconds=timeout))
+        print_move(steering.abort_canary(channel, wait=wait, wait_seconds=timeout))
 
 
-def _print_move(move: Move) -> None:
+def print_move(move: Move) -> None:
     """Print a channel's release and the progress of its rollout; exit with status 1 if it is incomplete."""
     _line(move.channel)
     if (r := move.rollout) is None:

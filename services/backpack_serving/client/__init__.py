@@ -27,6 +27,10 @@ model unpatched; `request_key`, which decides under a canary: the same key, the 
 position of the store: the call waits a moment until its gateway knows as much, and `served.at` of each answer is
 one. Of a tenant's requests that wait, those of the highest `priority` (−100 to 100) run first.
 
+With `draft`, a list of edits, a call shows what they would do over that release, and nothing is stored:
+`client.generate("The nurse said", draft=[Scale("nurse", 0)])`. `compare` takes a `Draft` in place of a release. Both
+need the role author, too.
+
 **Channels.** Every move of a channel needs the `etag` of what it was before. If none is given, the client reads it
 just before; give that of the `Channel` that you decided by, and whoever moved it meanwhile isn't overruled: that
 is a `Conflict`, STALE_ETAG. `wait` is for whom the answer waits, at most `wait_seconds`: the move is made in any
@@ -67,13 +71,15 @@ from backpack_serving.client.channels import (
 from backpack_serving.client.edits import Add, Cells, Copy, Edit, ProjectOut, Scale, Set, Swap, Topic
 from backpack_serving.client.operating import AsyncOperator
 from backpack_serving.client.records import ApiKey, AuditEntry, Chain, NewKey, Patch, Release, Revision, Tenant
-from backpack_serving.client.requests import Sampling
+from backpack_serving.client.requests import Draft, Sampling
 from backpack_serving.client.results import (
     Contribution,
     Explained,
     Explanation,
     Generation,
+    Judgement,
     Model,
+    Moved,
     Part,
     Prediction,
     Sample,
@@ -116,6 +122,7 @@ __all__ = [
     "Conflict",
     "Contribution",
     "Copy",
+    "Draft",
     "Edit",
     "Exhausted",
     "Expired",
@@ -126,8 +133,10 @@ __all__ = [
     "Generation",
     "Hold",
     "InvalidRequest",
+    "Judgement",
     "Model",
     "Move",
+    "Moved",
     "NewKey",
     "NotFound",
     "Operator",

@@ -13,8 +13,9 @@ from backpack_proto.v1.interventions_pb2_grpc import PatchServiceStub, ReleaseSe
 
 from backpack_serving.client.arguments import build
 from backpack_serving.client.connection import Connected, new_id
-from backpack_serving.client.edits import Edit, messages
+from backpack_serving.client.edits import Edit
 from backpack_serving.client.records import Patch, Release, Revision
+from backpack_serving.client.requests import edit_messages
 from backpack_serving.errors import AlreadyExists, InvalidRequest
 
 CHUNK = 2**20
@@ -71,7 +72,7 @@ class Authoring(Connected):
         With `dry_run` they are checked, and answered with the number that they would have; nothing is stored.
         """
         request = build(
-            pb.CreateRevisionRequest, parent=f"patches/{patch}", edits=messages(edits), validate_only=dry_run
+            pb.CreateRevisionRequest, parent=f"patches/{patch}", edits=edit_messages(edits), validate_only=dry_run
         )
         return Revision.of((await self._write(self._patches.CreateRevision, request)).revision)
 

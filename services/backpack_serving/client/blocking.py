@@ -19,6 +19,7 @@ class Client(Blocking[AsyncClient]):
     explain = blocking(AsyncClient.explain)
     compare = blocking(AsyncClient.compare)
     compare_scores = blocking(AsyncClient.compare_scores)
+    judge = blocking(AsyncClient.judge)
     senses = blocking(AsyncClient.senses)
     tokenize = blocking(AsyncClient.tokenize)
     model = blocking(AsyncClient.model)

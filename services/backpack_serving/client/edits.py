@@ -13,7 +13,7 @@ from backpack_lm.edits import Vector
 from backpack_proto.v1 import inference_pb2
 from backpack_proto.v1 import interventions_pb2 as pb
 
-from backpack_serving.client.arguments import build, within
+from backpack_serving.client.arguments import build
 from backpack_serving.client.requests import Word, word
 from backpack_serving.client.results import Token
 from backpack_serving.errors import InvalidRequest
@@ -133,14 +133,6 @@ class Topic:
 
 
 Edit = Scale | Add | Set | Copy | ProjectOut | Swap | Topic
-
-
-def messages(edits: Sequence[Edit | pb.Edit]) -> list[pb.Edit]:
-    found = []
-    for at, edit in enumerate(edits):
-        with within(f"edits[{at}]"):
-            found.append(edit if isinstance(edit, pb.Edit) else edit.message())
-    return found
 
 
 def read(message: pb.Edit) -> Edit:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from backpack_lm.generation import UNTRUNCATED
 from backpack_proto.v1 import inference_pb2 as pb
 
-from backpack_serving.client.arguments import build, fill
+from backpack_serving.client.arguments import build, fill, within
 from backpack_serving.client.results import Token
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.references import Position
@@ -22,8 +22,29 @@ Prompt = str | Sequence[int]
 Word = str | int | Token
 """A word of one token, without the space before it; or a token's id; or a token of an answer."""
 
-Release = int | str
-"""A release: its number (0 is the model unpatched), or a channel, which means the release that it is at."""
+
+class AnEdit(Protocol):
+    """One of the edits of this package."""
+
+    def message(self) -> pb.Edit: ...
+
+
+Edits = Sequence[AnEdit | pb.Edit]
+"""Edits, or messages of the API, which apply in this order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Edits to compare with releases without storing them, over a release: its number, or the channel that is at it."""
+
+    edits: Edits
+    release: int | str = "live"
+
+
+Release = int | str | Draft
+"""A release: its number (0 is the model unpatched), or a channel, which means the release that it is at; or a draft
+over one.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +109,7 @@ class Sampling:
 @dataclass(frozen=True, slots=True)
 class Pinning:
     """Which release a request gets: a channel's, under a canary by the key, not before a write is known; or that with
-    the number `release`.
+    the number `release`. The edits of `draft` apply after its own.
 
     For a comparison, which names its releases, `channel` is None.
     """
@@ -97,6 +118,7 @@ class Pinning:
     request_key: str
     since: Position | None
     release: int | None = None
+    draft: Edits | None = None
 
     def of(self, request: R) -> R:
         """The request, with what it is pinned by."""
@@ -106,6 +128,8 @@ class Pinning:
         fill(message, request_key=self.request_key)
         if self.release is not None:
             fill(message, release=self.release)
+        if self.draft is not None:
+            message.draft.CopyFrom(_draft_message(self.draft, "draft"))
         if self.since is not None:
             if min(self.since.epoch, self.since.revision) < 0:
                 raise InvalidRequest.at("since", "OUT_OF_RANGE", f"{self.since}; positions count from 0")
@@ -157,6 +181,10 @@ def senses(given: Word, limit: int, neighbours: int, pinned: Pinning) -> pb.List
     return pinned.of(request)
 
 
+def judge(limit: int, pinned: Pinning) -> pb.JudgeRequest:
+    return pinned.of(build(pb.JudgeRequest, limit=limit))
+
+
 def compare(
     given: Prompt, releases: Sequence[Release], top: int, targets: Sequence[Word], pinned: Pinning
 ) -> pb.CompareRequest:
@@ -197,8 +225,25 @@ def _with_explanations(request: R, limit: int | None) -> R:
 
 def _compare_request(request: pb.CompareRequest, releases: Sequence[Release], pinned: Pinning) -> pb.CompareRequest:
     for at, release in enumerate(releases):
+        choice, called = request.releases.add(), f"releases[{at}]"
+        if isinstance(release, Draft):
+            choice.draft.CopyFrom(_draft_message(release.edits, f"{called}.draft"))
+            release = release.release
         if isinstance(release, str):
-            fill(request.releases.add(), f"releases[{at}]", channel=release)
+            fill(choice, called, channel=release)
         else:
-            fill(request.releases.add(), f"releases[{at}]", number=release)
+            fill(choice, called, number=release)
     return pinned.of(request)
+
+
+def edit_messages(edits: Edits) -> list[pb.Edit]:
+    found = []
+    for at, edit in enumerate(edits):
+        with within(f"edits[{at}]"):
+            found.append(edit if isinstance(edit, pb.Edit) else edit.message())
+    return found
+
+
+def _draft_message(edits: Edits, called: str) -> pb.Draft:
+    with within(called):
+        return pb.Draft(edits=edit_messages(edits))

@@ -21,7 +21,8 @@ class Served:
     """What an answer was made with. Release 0 is the model unpatched; `digest` is the release's, in hex.
 
     `at` is where the store stood: given as another call's `since`, that call isn't answered with less.
-    `staleness` is how many seconds old the gateway's knowledge was; answers may be equal all the same.
+    `staleness` is how many seconds old the gateway's knowledge was; answers may be equal all the same. `draft` is the
+    digest that the draft's edits have as a revision, "" without a draft; with one, `digest` is of both together.
     """
 
     tenant: str
@@ -32,6 +33,7 @@ class Served:
     model: str
     at: Position
     staleness: float = field(compare=False)
+    draft: str = ""
 
     @classmethod
     def of(cls, m: pb.Served) -> Served:
@@ -44,6 +46,7 @@ class Served:
             m.model_fingerprint,
             Position(m.epoch, m.revision),
             m.staleness.ToNanoseconds() / 1e9,
+            m.draft_digest,
         )
 
 
@@ -245,6 +248,43 @@ class Explained(Explanation):
     def answer(cls, m: pb.ExplainResponse) -> Explained:
         why = Explanation.of(m)
         return cls(why.logit, why.contributions, why.unlisted, Token.of(m.target), Served.of(m.served))
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A word, and its mean probability as the next one over a text, unpatched and under a release."""
+
+    token: Token
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a release does to text that it should leave alone.
+
+    Perplexities are of `tokens` predictions of text that lies beside the model, unpatched and under the release.
+    `moved` are the words whose probability moves most; `cells` how many the release replaces, `topics` how many it has.
+    """
+
+    before: float
+    after: float
+    tokens: int
+    moved: tuple[Moved, ...]
+    cells: int
+    topics: int
+    served: Served
+
+    @property
+    def change(self) -> float:
+        """Of the perplexity, as a share of it: 0.05 is 5 % more."""
+        return self.after / self.before - 1
+
+    @classmethod
+    def of(cls, m: pb.JudgeResponse) -> Judgement:
+        moved = tuple(Moved(Token.of(word.token), word.before, word.after) for word in m.moved)
+        before, after = m.perplexity_before, m.perplexity_after
+        return cls(before, after, m.tokens, moved, m.cells, m.topics, Served.of(m.served))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from backpack_proto.v1.inference_pb2_grpc import InferenceServiceStub
 
 from backpack_serving.client import requests, results
 from backpack_serving.client.connection import Connected
-from backpack_serving.client.requests import Pinning, Prompt, Release, Sampling, Word
+from backpack_serving.client.requests import Edits, Pinning, Prompt, Release, Sampling, Word
 from backpack_serving.errors import ServiceError
 from backpack_serving.references import Position
 
@@ -33,6 +33,7 @@ class AsyncClient(Connected):
         coalesce: float | None = None,
         channel: str = "",
         release: int | None = None,
+        draft: Edits | None = None,
         request_key: str = "",
         since: Position | None = None,
         timeout: float | None = None,
@@ -44,7 +45,7 @@ class AsyncClient(Connected):
         generation, of all samples.
         """
         request = requests.stream(
-            prompt, sampling, priority, explain, coalesce, Pinning(channel, request_key, since, release)
+            prompt, sampling, priority, explain, coalesce, Pinning(channel, request_key, since, release, draft)
         )
         attempts, begun = self._new_attempts(timeout), False
         while True:
@@ -72,6 +73,7 @@ class AsyncClient(Connected):
         priority: int = 0,
         channel: str = "",
         release: int | None = None,
+        draft: Edits | None = None,
         request_key: str = "",
         since: Position | None = None,
         timeout: float | None = None,
@@ -81,7 +83,9 @@ class AsyncClient(Connected):
         With `explain`, each token comes with that many contributions to its logit (1 to 64; 0: 8; of all tokens
         together at most 40,000).
         """
-        request = requests.generate(prompt, sampling, priority, explain, Pinning(channel, request_key, since, release))
+        request = requests.generate(
+            prompt, sampling, priority, explain, Pinning(channel, request_key, since, release, draft)
+        )
         return results.Generation.of(await self._call(self._gateway.Generate, request, timeout))
 
     async def score(
@@ -90,12 +94,13 @@ class AsyncClient(Connected):
         *,
         channel: str = "",
         release: int | None = None,
+        draft: Edits | None = None,
         request_key: str = "",
         since: Position | None = None,
         timeout: float | None = None,
     ) -> results.Score:
         """How likely each token of a text (of two or more) is."""
-        request = requests.score(text, Pinning(channel, request_key, since, release))
+        request = requests.score(text, Pinning(channel, request_key, since, release, draft))
         return results.Score.of(await self._call(self._gateway.Score, request, timeout))
 
     async def explain(
@@ -106,12 +111,13 @@ class AsyncClient(Connected):
         *,
         channel: str = "",
         release: int | None = None,
+        draft: Edits | None = None,
         request_key: str = "",
         since: Position | None = None,
         timeout: float | None = None,
     ) -> results.Explained:
         """Why a word follows a prompt, the likeliest token if none is given: the largest terms, 1 to 1000."""
-        request = requests.explain(prompt, target, limit, Pinning(channel, request_key, since, release))
+        request = requests.explain(prompt, target, limit, Pinning(channel, request_key, since, release, draft))
         return results.Explained.answer(await self._call(self._gateway.Explain, request, timeout))
 
     async def compare(
@@ -146,6 +152,24 @@ class AsyncClient(Connected):
         request = requests.compare_scores(text, releases, Pinning(None, request_key, since))
         return results.Score.compared(await self._call(self._gateway.Compare, request, timeout))
 
+    async def judge(
+        self,
+        limit: int = 10,
+        *,
+        channel: str = "",
+        release: int | None = None,
+        draft: Edits | None = None,
+        request_key: str = "",
+        since: Position | None = None,
+        timeout: float | None = None,
+    ) -> results.Judgement:
+        """What a release does to text that it should leave alone; `limit` words that move most, 1 to 100.
+
+        Needs the role author, too. Raises PreconditionFailed (NO_HELD_OUT_TEXT) if the model has no such text.
+        """
+        request = requests.judge(limit, Pinning(channel, request_key, since, release, draft))
+        return results.Judgement.of(await self._call(self._gateway.Judge, request, timeout))
+
     async def senses(
         self,
         word: Word,
@@ -154,12 +178,13 @@ class AsyncClient(Connected):
         *,
         channel: str = "",
         release: int | None = None,
+        draft: Edits | None = None,
         request_key: str = "",
         since: Position | None = None,
         timeout: float | None = None,
     ) -> results.Senses:
         """What each sense of a word predicts: tokens at each end, and neighbours; at most 100 of each."""
-        request = requests.senses(word, limit, neighbours, Pinning(channel, request_key, since, release))
+        request = requests.senses(word, limit, neighbours, Pinning(channel, request_key, since, release, draft))
         return results.Senses.of(await self._call(self._gateway.ListSenses, request, timeout))
 
     async def tokenize(self, text: str, *, timeout: float | None = None) -> tuple[results.Token, ...]:

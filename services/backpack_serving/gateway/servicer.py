@@ -51,7 +51,18 @@ LONGEST = 86_400.0
 and counts as already past.
 """
 
-R = TypeVar("R", pb.GenerateResponse, pb.ScoreResponse, pb.ExplainResponse, pb.CompareResponse, pb.ListSensesResponse)
+JUDGED_TOKENS = 2048
+"""What judging a release costs its tenant: about as many tokens as `backpack_lm.ordinary_text` predicts."""
+
+R = TypeVar(
+    "R",
+    pb.GenerateResponse,
+    pb.ScoreResponse,
+    pb.ExplainResponse,
+    pb.CompareResponse,
+    pb.ListSensesResponse,
+    pb.JudgeResponse,
+)
 
 
 class GatewayServicer(grpc_v1.InferenceServiceServicer):
@@ -179,6 +190,14 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         with self._meter(who) as meter:
             pin = await self._pin(who, request)
             return await self._unary(lambda stub: stub.ListSenses, request, context, pin, meter, 1)
+
+    async def Judge(self, request: pb.JudgeRequest, context: rpc.Context) -> pb.JudgeResponse:
+        who = await self._authenticate(context)
+        who.require(Role.AUTHOR)
+        with self._meter(who) as meter:
+            pin = await self._pin(who, request)
+            meter.charge(JUDGED_TOKENS)
+            return await self._unary(lambda stub: stub.Judge, request, context, pin, meter, JUDGED_TOKENS)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
         with self._meter(await self._authenticate(context)):

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from backpack_lm.attribution import Attribution, SenseReading, Terms
 from backpack_lm.compare import Distribution
+from backpack_lm.ordinary_text import OrdinaryText, SideEffects
 from backpack_lm.overlay import Overlay
 
 from backpack_serving import tasks
@@ -33,6 +34,7 @@ class ModelReader:
     def __init__(self, served: ServedModel) -> None:
         self._served = served
         self._lock = FairLock()
+        self._text: OrdinaryText | None = None  # read when a release is first judged
 
     async def score(self, tenant: str, ids: tuple[int, ...], overlay: Overlay) -> list[float]:
         """log p of each token but the first, of two at least."""
@@ -79,6 +81,14 @@ class ModelReader:
     ) -> list[SenseReading]:
         """Every sense of a token, with its `limit` best and worst predictions and `neighbours` nearest words."""
         return await self._run_in_turn(tenant, self._served.senses, token, overlay, limit, neighbours)
+
+    async def judge(self, tenant: str, overlay: Overlay, limit: int) -> SideEffects:
+        """What a release does to the model's ordinary text. Raises PreconditionFailed if the model has none."""
+        if self._text is None:
+            self._text = await self._run_in_turn(tenant, self._served.ordinary_text)
+        found = await self._run_in_turn(tenant, self._text.under, overlay, limit)
+        _check_finite([found.before, found.after])
+        return found
 
     async def _run_in_turn(self, tenant: str, work: Callable[..., T], *arguments: object) -> T:
         """Run this in a thread when the tenant has its turn.

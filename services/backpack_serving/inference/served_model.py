@@ -24,11 +24,13 @@ from backpack_lm.kernels import Precision
 from backpack_lm.manifest import TOKENIZER, Manifest
 from backpack_lm.mapped_table import mapped, prepare
 from backpack_lm.model import Backpack
+from backpack_lm.ordinary_text import SHIPPED, OrdinaryText, excerpts, plain
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import PatchError, Violation
 from backpack_lm.tokenizer import Tokenizer
 from torch import Tensor
 
+from backpack_serving.errors import PreconditionFailed
 from backpack_serving.wire.compare import ComparisonQuery
 
 log = structlog.get_logger(__name__)
@@ -53,6 +55,7 @@ class ServedModel:
     table: SenseTable
     tokenizer: Tokenizer
     storage: Tensor
+    folder: Path
 
     @classmethod
     def read(
@@ -85,7 +88,8 @@ class ServedModel:
         config = model.config
         own = storage[: config.vocab_size * config.num_senses]
         table = load_table(folder, model, manifest, own.view(config.vocab_size, config.num_senses, -1))
-        return cls(manifest, model, table, Tokenizer.read(folder / TOKENIZER, manifest.tokenizer), storage.to(device))
+        tokenizer = Tokenizer.read(folder / TOKENIZER, manifest.tokenizer)
+        return cls(manifest, model, table, tokenizer, storage.to(device), folder)
 
     def try_out(self, overlay: Overlay) -> None:
         """Predict from the words that a release edits most. Raises PatchError if what comes out isn't numbers.
@@ -128,6 +132,19 @@ class ServedModel:
         if query.score:
             return Scoring(self.model, self.table, ids)
         return Predicting(self.model, self.table, ids, query.top, query.targets)
+
+    def ordinary_text(self) -> OrdinaryText:
+        """Excerpts of the held-out text in the model's folder. Raises PreconditionFailed if there is none."""
+        file = self.folder / SHIPPED
+        try:
+            rows = excerpts(plain(file), self.tokenizer, self.manifest.config.n_positions)
+        except (OSError, ValueError) as error:
+            log.warning("no held-out text", file=str(file), error=str(error))
+            rows = []
+        if not rows:
+            message = f"the model has no text to judge releases on: put some that it wasn't trained on into {SHIPPED}"
+            raise PreconditionFailed("NO_HELD_OUT_TEXT", f"{message}, in its folder, and start the replica again")
+        return OrdinaryText(self.model, self.table, rows)
 
     def senses(self, token: int, overlay: Overlay, limit: int, neighbours: int) -> list[SenseReading]:
         return read_senses(self.model, self.table, token, overlay, limit, neighbours)

@@ -137,6 +137,20 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
                 served=answers.served(pin, overlay.digest, self._manifest),
             )
 
+    async def Judge(self, request: pb.JudgeRequest, context: rpc.Context) -> pb.JudgeResponse:
+        async with self._pinned_release(context, request) as (pin, overlay):
+            limit = wire.read_limit(request.limit, default=10, largest=100)
+            effects = await self._reader.judge(pin.tenant, overlay, limit)
+            return pb.JudgeResponse(
+                tokens=effects.tokens,
+                perplexity_before=effects.before,
+                perplexity_after=effects.after,
+                moved=answers.write_moved(effects.moved, self._tokenizer),
+                cells=len(overlay.rows),
+                topics=len(overlay.topics),
+                served=answers.served(pin, overlay.digest, self._manifest),
+            )
+
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
         self._check_gateway(context)
         return await asyncio.to_thread(wire.tokenize, request, self._tokenizer, self._config)

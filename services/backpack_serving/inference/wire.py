@@ -10,6 +10,7 @@ from typing import Any
 from backpack_lm.attribution import SenseReading, Term
 from backpack_lm.compare import Distribution
 from backpack_lm.manifest import Manifest
+from backpack_lm.ordinary_text import MovedWord
 from backpack_lm.patch import ModelShape, RevisionContent
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
@@ -136,6 +137,12 @@ def write_senses(senses: Sequence[SenseReading], tokenizer: Tokenizer) -> list[p
             neighbours=scored(sense.neighbours),
         )
         for number, sense in enumerate(senses)
+    ]
+
+
+def write_moved(words: Sequence[MovedWord], tokenizer: Tokenizer) -> list[pb.MovedWord]:
+    return [
+        pb.MovedWord(token=write_token(word.token, tokenizer), before=word.before, after=word.after) for word in words
     ]
 
 

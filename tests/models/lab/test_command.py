@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.swap import fit_swap, swap_edits
-from backpack_lm.lab.text import background, held_out, plain, shipped
+from backpack_lm.lab.text import background, held_out
 from backpack_lm.lab.topic_vector import FrequentWords, topic_vector_edits
+from backpack_lm.ordinary_text import plain, shipped
 from backpack_lm.patch import AddEdit, ScaleEdit, TopicEdit
 from backpack_serving.cli.main import app
 from backpack_serving.cli.patch_file import PatchFile

@@ -373,8 +373,8 @@ def test_a_judgement_is_what_the_overlay_does(subject: LabModel, folder: Path) -
     assert found.prompts[1].moved == 0.0, "the edited word isn't there"
     assert all(n.moved < 1e-9 for n in found.neighbours), "a neighbour isn't edited"
     assert found.neighbours
-    assert found.perplexity is not None
-    assert found.perplexity[0] != found.perplexity[1]
+    assert found.text is not None
+    assert found.text.before != found.text.after
     assert "Held-out perplexity" in found.report().lead
     with pytest.raises(PatchError, match="1 numbers"):
         judge(subject, [AddEdit((Cell(ship, 1),), Vector.of([1.0]))])

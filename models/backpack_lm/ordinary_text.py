@@ -1,0 +1,168 @@
+"""Ordinary text, which a release should leave alone, and what it does to that text all the same."""
+
+from __future__ import annotations
+
+import lzma
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backpack_lm.compare import logits_in_pieces
+from backpack_lm.model import Backpack
+from backpack_lm.overlay import Overlay, SenseTable
+from backpack_lm.strict_json import UTF8
+from backpack_lm.tokenizer import Tokenizer
+from backpack_lm.trunk_pass import TrunkPass
+
+SHIPPED = "held_out.txt.xz"
+"""The file in a model folder that holds text which the model wasn't trained on."""
+
+EXCERPTS, EXCERPT_TOKENS = 8, 256
+"""Of the shipped text, what a release is judged on: 2,040 predictions."""
+
+
+@dataclass(frozen=True, slots=True)
+class MovedWord:
+    """A token, and its mean probability as the next one over the text: unpatched, and under the release."""
+
+    token: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class SideEffects:
+    """What a release does to text: the perplexity of its `tokens` predicted tokens unpatched and under the release,
+    and the words whose mean probability moved most, largest move first."""
+
+    tokens: int
+    before: float
+    after: float
+    moved: tuple[MovedWord, ...]
+
+    @property
+    def change(self) -> float:
+        """Of the perplexity, as a share of it: 0.05 is 5 % more."""
+        return self.after / self.before - 1
+
+
+class OrdinaryText:
+    """Rows of text that were read by the trunk, to be judged under any number of releases.
+
+    `rows` are ids [T ≥ 2] each. With `keep`, the passes of the trunk stay in memory, about T·k·(d + T)·4 bytes a row,
+    and the next release costs a mix and the head; without, each call reads the text again.
+    """
+
+    def __init__(self, model: Backpack, table: SenseTable, rows: Sequence[Tensor], keep: bool = True) -> None:
+        self._model, self._table, self._rows, self._keep = model, table, rows, keep
+        self._head = model.embedding.detach()[: model.config.tokens]
+        self._passes: dict[int, TrunkPass] = {}
+        self._plain: dict[int, _Read] = {}
+
+    @torch.inference_mode()
+    def under(self, overlay: Overlay, limit: int, turn: Callable[[], None] = lambda: None) -> SideEffects:
+        """What a release does to the text; `limit` words at most. `turn` is called before each row."""
+        before, after = _Read.nothing(len(self._head)), _Read.nothing(len(self._head))
+        for number in range(len(self._rows)):
+            turn()
+            plain, steered = self._read_row(number, overlay)
+            before, after = before + plain, after + steered
+        count = sum(len(row) - 1 for row in self._rows)
+        moved = (after.probability - before.probability).abs().topk(min(limit, len(self._head))).indices.tolist()
+        one, other = before.probability / count, after.probability / count
+        words = tuple(MovedWord(token, float(one[token]), float(other[token])) for token in moved)
+        return SideEffects(
+            count,
+            _perplexity_of(before.log_probability, count),
+            _perplexity_of(after.log_probability, count),
+            tuple(word for word in words if word.before != word.after),
+        )
+
+    def _read_row(self, number: int, overlay: Overlay) -> tuple[_Read, _Read]:
+        """A row unpatched and under a release."""
+        row = self._rows[number]
+        read = self._passes.get(number) or TrunkPass(self._model, self._table, row[:-1])
+        if number not in self._plain:
+            self._plain[number] = self._predict(read.base, row[1:])
+        if self._keep:
+            self._passes[number] = read
+        first, changed = read.under(overlay)
+        if first == read.predictions:
+            return self._plain[number], self._plain[number]
+        return self._plain[number], self._predict(torch.cat([read.base[:first], changed]), row[1:])
+
+    def _predict(self, outputs: Tensor, targets: Tensor) -> _Read:
+        """Outputs [T, d] and the tokens [T] that came."""
+        total = _Read.nothing(len(self._head))
+        for at, logits in logits_in_pieces(outputs, self._head):
+            logs = logits.log_softmax(1)
+            chosen = logs.gather(1, targets[at : at + len(logs), None])
+            total += _Read(float(chosen.double().sum()), logs.exp_().sum(0).double())
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """Sums over predictions: of log p of the tokens that came, and of each token's probability [V]."""
+
+    log_probability: float
+    probability: Tensor
+
+    @classmethod
+    def nothing(cls, words: int) -> _Read:
+        return cls(0.0, torch.zeros(words, dtype=torch.double))
+
+    def __add__(self, other: _Read) -> _Read:
+        return _Read(self.log_probability + other.log_probability, self.probability + other.probability)
+
+
+def shipped(folder: Path) -> Path:
+    """The held-out text that lies in a model folder. Raises ValueError, saying what to give, if there is none."""
+    if not (path := folder / SHIPPED).exists():
+        raise ValueError(
+            f"{folder} has no {SHIPPED}; give text with --text: JSON lines or plain, like what the model reads, "
+            "and best of what it wasn't trained on"
+        )
+    return path
+
+
+def plain(path: Path) -> str:
+    """All of a text file, .xz or not. Raises ValueError naming it if it isn't UTF-8, or not whole."""
+    try:
+        if path.suffix != ".xz":
+            return path.read_text(UTF8)
+        with lzma.open(path, "rt", encoding=UTF8) as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} isn't UTF-8 text: {error}") from None
+    except (lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{path} can't be read to its end: {error}") from None
+
+
+def excerpts(text: str, tokenizer: Tokenizer, context: int) -> list[Tensor]:
+    """EXCERPTS rows of at most EXCERPT_TOKENS ids, or `context` if that is less, evenly spread over a text; each
+    begins where a line does. Fewer of a text that is too short for them."""
+    length = min(EXCERPT_TOKENS, context)
+    starts = (_line_after(text, len(text) * number // EXCERPTS) for number in range(EXCERPTS))
+    ids = (tokenizer.encode_prompt(text[at : at + 16 * length])[:length] for at in dict.fromkeys(starts))
+    return [torch.tensor(row) for row in ids if len(row) > 1]
+
+
+def rows_of(ids: Tensor, length: int) -> list[Tensor]:
+    """Rows of length + 1 ids of a stream [N], each beginning with the last one of the row before."""
+    return list(ids[: (len(ids) - 1) // length * length + 1].unfold(0, length + 1, length))
+
+
+def _line_after(text: str, at: int) -> int:
+    return at if not at else text.find("\n", at) + 1 or len(text)
+
+
+def _perplexity_of(log_probability: float, count: int) -> float:
+    try:
+        return math.exp(-log_probability / count)
+    except OverflowError:
+        return math.inf

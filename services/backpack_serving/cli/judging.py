@@ -1,0 +1,67 @@
+"""What a release does to ordinary text: shown before it steers, and asked about where that got much worse."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+from backpack_lm.counted import counted
+from backpack_proto.v1 import interventions_pb2 as pb
+from rich.text import Text
+
+from backpack_serving.cli.client import as_caller, err
+from backpack_serving.client import Client, Edit, Expired, Forbidden, Judgement, PreconditionFailed, Unavailable
+from backpack_serving.settings import Settings
+
+SHOWN = 4
+"""Words that move most."""
+
+PATIENCE = 30.0
+"""Seconds to wait for a judgement: the first one that needs topic scores may take minutes."""
+
+
+def show_judgement(client: Client, release: int, draft: Sequence[Edit | pb.Edit] | None = None) -> Judgement | None:
+    """Print what a release, with a draft over it, does to ordinary text; or why that isn't known, and None."""
+    try:
+        with err.status("judging"):  # a replica that is asked for the first time reads the text first
+            found = client.judge(SHOWN, release=release, draft=draft, timeout=PATIENCE)
+    except (Expired, Forbidden, PreconditionFailed, Unavailable) as error:
+        err.print(Text(f"not judged: {' '.join(error.message.split())}", "dim"))
+        return None
+    err.print(_judgement_text(found))
+    return found
+
+
+def judge_stored(tenant: str, key: str, release: int) -> Judgement | None:
+    """The same of a stored release; of the model unpatched, nothing."""
+    if not release:
+        return None
+    with as_caller(tenant, key) as client:
+        return show_judgement(client, release)
+
+
+def ask_if_worse(found: Judgement | None, yes: bool) -> None:
+    """Ask whether to activate a release under which the perplexity of ordinary text rises by more than
+    BACKPACK_DEGRADATION; with `yes`, don't. Off a terminal, and if the answer is no, exit with status 1.
+    """
+    bound = Settings().degradation
+    if found is None or found.change <= bound or yes:
+        return
+    err.print(f"[yellow]ordinary text gets worse by more than the {bound:.0%} of BACKPACK_DEGRADATION[/]")
+    if not sys.stdin.isatty():
+        err.print("not activated; --yes activates it all the same")
+        raise typer.Exit(1)
+    if not typer.confirm("activate it all the same?", err=True):
+        raise typer.Exit(1)
+
+
+def _judgement_text(found: Judgement) -> Text:
+    worse = found.change > Settings().degradation
+    what = [counted(found.cells, "cell")] + ([counted(found.topics, "topic")] if found.topics else [])
+    moved = ", ".join(f"{word.token.text.strip()!r} {word.after - word.before:+.2%}" for word in found.moved[:SHOWN])
+    return Text.assemble(
+        (f"{' and '.join(what)}; ordinary text: perplexity {found.before:.2f} → {found.after:.2f} ", ""),
+        (f"({found.change:+.1%})", "yellow" if worse else "green"),
+        (f"; moved most: {moved}" if moved else "; no word moved", "dim"),
+    )

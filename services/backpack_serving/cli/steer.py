@@ -1,0 +1,183 @@
+"""`backpack try` and `backpack steer`: edits shown before they are stored, then stored and released in one command."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from backpack_proto.v1 import interventions_pb2 as pb
+from rich.table import Table
+from rich.text import Text
+
+from backpack_serving.cli import hints
+from backpack_serving.cli.client import (
+    AsTenant,
+    Channel,
+    Key,
+    ReleaseNumber,
+    as_caller,
+    as_releaser,
+    err,
+    exits,
+    out,
+    percent,
+)
+from backpack_serving.cli.edit_text import parse_edit
+from backpack_serving.cli.judging import judge_stored, show_judgement
+from backpack_serving.cli.patch_file import PatchFile
+from backpack_serving.cli.releases import Timeout, Waiting, Yes, activate_release
+from backpack_serving.client import Draft, Edit, Generation, NotFound, Prediction, Sampling, Steering, Token
+
+EditTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--edit",
+        help="An edit, such as 'scale nurse:7 0', 'copy king,queen ship', 'swap nurse she he', 'project-out nurse she' "
+        "or 'topic sea,ship 2'; repeatable. Words have commas between them, senses follow a colon (3 or 8,12-14).",
+    ),
+]
+PatchFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--patch", help="A patch file, as `backpack lab` writes it; repeatable.", exists=True, dir_okay=False),
+]
+
+
+def try_edits(
+    prompt: Annotated[str, typer.Argument(help="Text to continue, without the edits and with them.")],
+    edit: EditTexts = None,
+    patch: PatchFiles = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Word whose probability after the prompt to show; repeatable.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens.", min=1)] = 48,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy (default: the model's).", min=0.0)] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Makes tokens of the prompt and the text less likely; 1 for none.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Both texts are drawn with it.", min=0)] = 0,
+    judge: Annotated[bool, typer.Option(help="Measure what the edits do to ordinary text.")] = True,
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+    channel: Channel = "live",
+    release: ReleaseNumber = None,
+) -> None:
+    """Show what edits would do, over the tenant's release, and store nothing.
+
+    `backpack try "The nurse said that" --edit 'swap nurse she he' --target he`
+
+    Of a patch file, over the model as it is: `backpack try "The nurse said that" --patch debias.json --release 0`
+    """
+    with exits():
+        edits = _read_edits(edit, patch)
+    sampling = Sampling(max_tokens, temperature, seed=seed, repetition_penalty=repetition_penalty)
+    over = channel if release is None else release
+    with as_caller(tenant, key) as client:
+        tried = client.generate(prompt, sampling, channel=channel, release=release, draft=edits)
+        # A channel may move meanwhile: both columns are of the release that the draft was tried over.
+        base = tried.served.release
+        plain = client.generate(prompt, sampling, release=base)
+        found = client.compare(prompt, [base, Draft(edits, base)], top=5, targets=target or ())
+        out.print(_side_by_side(prompt, plain, tried, found))
+        if judge:
+            show_judgement(client, base, edits)
+    err.print(f"[dim]over {_tried_over(over, base)} of {tried.served.tenant}; nothing is stored[/]")
+    if edit and not patch:
+        words = " ".join(map(shlex.quote, edit))
+        err.print(Text(f"keep it: {hints.backpack(f'steer NAME {words} --activate')}", "dim"))
+
+
+def steer(
+    name: Annotated[str, typer.Argument(help="Name of the patch; created if it doesn't exist.")],
+    edit: Annotated[
+        list[str] | None, typer.Argument(metavar="[EDIT]...", help="Edits, as `backpack try --edit` takes them.")
+    ] = None,
+    patch: PatchFiles = None,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Release this patch alone, without the others of the channel's release.")
+    ] = False,
+    activate: Annotated[bool, typer.Option("--activate", help="Point the channel at the new release.")] = False,
+    yes: Yes = False,
+    notes: Annotated[str, typer.Option(help="What the release is for.")] = "",
+    channel: Channel = "live",
+    wait: Waiting = "none",
+    timeout: Timeout = 10.0,
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """Make a revision of a patch from edits, and a release of it, in one command.
+
+    The release has the other patches of the channel's release, too: `backpack steer nurses 'swap nurse she he'
+    --activate`. Given again with other edits, the new revision takes the place of the old one.
+    """
+    with exits():
+        edits = _read_edits(edit, patch)
+    with as_releaser(tenant, key) as steering:
+        # Bad edits are refused before a patch is made for them.
+        others = [] if alone else _other_revisions(steering, channel, name)
+        if not _exists(steering, name, edits):
+            steering.create_patch(name, notes, exist_ok=True)
+        revision = steering.create_revision(name, edits)
+        release = steering.create_release([*others, revision], notes)
+        out.print(f"{release.name} of {' '.join(release.revisions)}  [dim]{release.digest[:12]}[/]")
+    if not activate:
+        judge_stored(tenant, key, release.number)
+        err.print(f"[dim]let it steer: {hints.backpack(f'release activate {release.number}')}[/]")
+        return
+    activate_release(release.number, yes, channel, wait, timeout, tenant, key)
+    undo = "release rollback" if channel == "live" else f"release rollback --channel {channel}"
+    err.print(f"[dim]undo it: {hints.backpack(undo)}[/]")
+
+
+def _read_edits(texts: Sequence[str] | None, files: Sequence[Path] | None) -> list[Edit | pb.Edit]:
+    """Raises ValueError for what is no edit or no patch file, or if there is none."""
+    edits: list[Edit | pb.Edit] = [parse_edit(text) for text in texts or ()]
+    for file in files or ():
+        edits += PatchFile.read(file).edits
+    if not edits:
+        raise ValueError("no edits: give some, such as 'scale nurse:7 0', or a patch file with --patch")
+    return edits
+
+
+def _exists(steering: Steering, name: str, edits: Sequence[Edit | pb.Edit]) -> bool:
+    """Whether a patch exists. Raises InvalidRequest if it couldn't have a revision of these edits."""
+    try:
+        steering.create_revision(name, edits, dry_run=True)
+    except NotFound as error:
+        if error.reason != "NO_SUCH_PATCH":
+            raise
+        return False
+    return True
+
+
+def _other_revisions(steering: Steering, channel: str, name: str) -> list[str]:
+    """The revisions of a channel's release, without those of the patch NAME; none if there is no such channel."""
+    try:
+        number = steering.channel(channel).release
+    except NotFound:
+        return []
+    revisions = steering.release(number).revisions if number else ()
+    return [revision for revision in revisions if revision.rpartition(":")[0] != name]
+
+
+def _side_by_side(prompt: str, plain: Generation, tried: Generation, found: Sequence[Prediction]) -> Table:
+    """Both texts, and below each what was likeliest next."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for name in ("without", "with the edits"):
+        table.add_column(name, ratio=1, overflow="fold")
+    table.width = min(out.width, 120)  # readable in a log, too
+    table.add_row(*(Text(prompt, "dim") + Text(made.text) for made in (plain, tried)))
+    for at in range(len(found[0].targets)):
+        table.add_row(*(Text(_chance(one.targets[at])) for one in found))
+    table.add_row(*(Text("likeliest next: " + "  ".join(map(_chance, one.top)), "dim") for one in found))
+    return table
+
+
+def _chance(token: Token) -> str:
+    return f"{token.text!r} {percent(token)}"
+
+
+def _tried_over(over: int | str, number: int) -> str:
+    return f"{over}, release {number}" if isinstance(over, str) else f"release {number}"

@@ -1,0 +1,142 @@
+"""`backpack try` and `backpack steer`, as a user runs them; and what activating says of ordinary text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backpack_lm.installed import folder_of
+from backpack_lm.ordinary_text import OrdinaryText, excerpts, plain, shipped
+from backpack_lm.overlay import Overlay
+from backpack_lm.patch import Cell, ReleaseContent, RevisionContent, ScaleEdit
+from backpack_serving.cli.edit_text import parse_edit
+from backpack_serving.client import Cells, Copy, Edit, ProjectOut, Scale, Swap, Topic
+from backpack_serving.inference.served_model import ServedModel
+
+COMMON = "scale the,of,and,to,in,a 0"
+"""Makes every text worse, by far more than is allowed."""
+
+
+@pytest.mark.parametrize(
+    ("text", "edit"),
+    [
+        ("scale nurse:7 0", Scale([Cells("nurse", (7,))], 0.0)),
+        (
+            "scale nurse,doctor:3,8-10 -0.5",
+            Scale([Cells("nurse", (3, 8, 9, 10)), Cells("doctor", (3, 8, 9, 10))], -0.5),
+        ),
+        ("copy king,queen ship", Copy([Cells("king"), Cells("queen")], "ship")),
+        ("copy king:2 ship:5", Copy([Cells("king", (2,))], "ship", 5)),
+        ("swap nurse she he", Swap([Cells("nurse")], "she", "he")),
+        ("project-out nurse she", ProjectOut([Cells("nurse")], "she")),
+        ("topic sea,ship 2", Topic(["sea", "ship"], 2)),
+        ("scale ':' 0", Scale([Cells(":")], 0.0)),
+    ],
+)
+def test_an_edit_is_read_as_it_is_written(text: str, edit: Edit) -> None:
+    assert parse_edit(text) == edit
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is no edit"),
+        ("blow up", "there is no kind 'blow'; write `scale nurse:7 0`, `copy king,queen ship`"),
+        ("scale nurse", "write scale WORDS[:SENSES] FACTOR, such as `scale nurse:7 0`"),
+        ("scale nurse:7 none", "'none' is no number"),
+        ("scale nurse:x 0", "'x' names no sense; write 3 or 8,12-14"),
+        ("scale nurse: 0", "'nurse:' has a colon and no senses after it"),
+        ("scale nurse,,doctor 0", "'nurse,,doctor' has an empty word"),
+        ("copy king ship:2,3", "'ship:2,3' names 2 senses to copy"),
+        ("copy king ship,sea", "'ship,sea' names 2 words to copy"),
+        ("topic sea 4", "'4' is no strength; it is 1, 2 or 3"),
+        ("scale 'nurse 0", "No closing quotation"),
+    ],
+)
+def test_what_is_no_edit_is_refused_with_how_it_is_written(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match="is no edit") as refused:
+        parse_edit(text)
+    assert says in str(refused.value)
+
+
+def test_trying_stores_nothing_and_steering_keeps_what_was_tried(backpack: Any, tmp_path: Path) -> None:
+    backpack("tenant", "create", "tries")
+    words = ("--temperature", "0", "--max-tokens", "8", "--as", "tries")
+    prompt = "The story of the king and the"
+    tried = backpack("try", prompt, "--edit", "copy king,story nurse", "--target", "men", *words)
+    assert "nothing is stored" in tried
+    assert "steer NAME 'copy king,story nurse' --activate" in tried
+    assert "ordinary text: perplexity" in tried
+    assert backpack("patch", "list", "--as", "tries").count("\n") == 1, "the heading alone"
+    file = tmp_path / "edits.json"
+    file.write_text(json.dumps([{"copy": {"cells": [{"word": "king"}, {"word": "story"}], "source": "nurse"}}]))
+    by_file = backpack("try", prompt, "--patch", str(file), "--target", "men", *words)
+    assert by_file.split("over live")[0] == tried.split("over live")[0]
+
+    made = backpack("steer", "nurses", "copy king,story nurse", "--activate", "--wait", "all", "--as", "tries")
+    assert "releases/1 of nurses:1" in made
+    assert "live is at release 1" in made
+    assert "undo it: " in made
+    steered = backpack("generate", prompt, *words).partition("\n8 ")[0].partition(prompt)[2].splitlines()[0]
+    assert steered.strip() in " ".join(tried.split())
+
+
+def test_steering_adds_to_what_steers_already(backpack: Any) -> None:
+    backpack("tenant", "create", "adds")
+    words = ("--as", "adds")
+    backpack("steer", "one", "copy king nurse", "--activate", "--wait", "all", *words)
+    assert "of one:1 two:1 " in backpack("steer", "two", "copy story nurse", "--activate", "--wait", "all", *words)
+    assert "of two:1 one:2 " in backpack("steer", "one", "copy king queen", *words), "in place of its old revision"
+    assert "of one:3 " in backpack("steer", "one", "copy king queen", "--alone", *words)
+    assert "live is at release 2" in backpack("release", "status", *words), "none of these was activated"
+    assert "of three:1 " in backpack("steer", "three", "copy king queen", "--channel", "new", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("try", "x", "--edit", "scale king"), "write scale WORDS[:SENSES] FACTOR"),
+        (("try", "x"), "no edits: give some"),
+        (("try", "x", "--edit", "scale unpronounceableness 0"), "draft.edits[0].scale.cells[0].word"),
+        (("steer", "bad"), "no edits: give some"),
+        (("steer", "bad", "scale unpronounceableness 0"), "edits[0].scale.cells[0].word"),
+        (("steer", "Bad!", "scale king 0"), "BAD_NAME"),
+    ],
+)
+def test_bad_edits_are_refused_and_leave_no_patch(backpack: Any, words: tuple[str, ...], says: str) -> None:
+    assert says in backpack(*words, code=1)
+    assert "bad" not in backpack("patch", "list")
+
+
+def test_what_makes_ordinary_text_worse_is_asked_about(backpack: Any, served: ServedModel) -> None:
+    backpack("tenant", "create", "worse")
+    words = ("--as", "worse")
+    refused = backpack("steer", "gone", COMMON, "--activate", *words, code=1)
+    assert "ordinary text gets worse by more than the 5% of BACKPACK_DEGRADATION" in refused
+    assert "--yes activates it all the same" in refused
+    assert "live is at release 0" in backpack("release", "status", *words)
+    assert "not activated" in backpack("release", "activate", "1", *words, code=1)
+    assert "not activated" in backpack("release", "create", "gone:1", "--activate", *words, code=1)
+    assert "live is at release 1" in backpack("release", "activate", "1", "--yes", *words)
+    assert "ordinary text" in backpack("release", "create", "gone:1", *words)
+
+    tokens = [served.tokenizer.word_ids(word)[0] for word in ("the", "of", "and", "to", "in", "a")]
+    cells = tuple(Cell(token, sense) for token in tokens for sense in range(served.manifest.config.num_senses))
+    revision = RevisionContent(served.manifest.fingerprint, (ScaleEdit(cells, 0.0),))
+    rows = excerpts(plain(shipped(folder_of("micro"))), served.tokenizer, served.manifest.config.n_positions)
+    effects = OrdinaryText(served.model, served.table, rows).under(
+        Overlay.compile(ReleaseContent((revision,)), served.table), 4
+    )
+    assert f"{len(cells)} cells; ordinary text: perplexity {effects.before:.2f} → {effects.after:.2f}" in refused
+    assert f"moved most: {served.tokenizer.piece(effects.moved[0].token).strip()!r}" in refused
+
+
+def test_a_bound_of_ones_own_and_a_model_that_cant_be_judged(backpack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    backpack("tenant", "create", "bound")
+    monkeypatch.setenv("BACKPACK_DEGRADATION", "1000")
+    assert "live is at release 1" in backpack("steer", "gone", COMMON, "--activate", "--as", "bound")
+    monkeypatch.setenv("BACKPACK_GATEWAY_ADDRESS", "127.0.0.1:9")
+    assert "not judged: " in (said := backpack("release", "activate", "1", "--as", "bound"))
+    assert "live is at release 1" in said
