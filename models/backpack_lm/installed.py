@@ -6,16 +6,21 @@ elsewhere, and the model folder is put together once and kept in the cache folde
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
 from backpack_lm.manifest import NAME as MANIFEST
-from backpack_lm.manifest import file_digest
+from backpack_lm.manifest import TOKENIZER, file_digest
 
 ADAPTER = "adapter.json"
 """The file that says that a folder is an adapter, and for which Transformer: adapting/adapter.py."""
+
+COPIED = (TOKENIZER, "*_config.json", "*.jinja", "*.txt.xz")
+"""Patterns of the small files that a model folder gets from its adapter as they are."""
 
 
 def weights() -> Path:
@@ -35,12 +40,37 @@ def is_adapter(folder: Path) -> bool:
 
 
 def folder_of(name: str) -> Path:
-    """The model folder of a name; of an adapter's, it is there once the model is installed."""
-    folder = weights() / name
-    if not is_adapter(folder):
-        return folder
-    # By its content: another version is another folder, and what is served stays as it is.
-    return user_cache_path("backpack") / "models" / f"{name}-{file_digest(folder / ADAPTER)[:16]}"
+    """The model folder of a name; of an adapter's, it is there once the model is installed.
+
+    An adapter's folder is named by the content of the adapter and of the files that are copied: another version is
+    another folder, and what is served stays as it is.
+    """
+    adapter = weights() / name
+    if not is_adapter(adapter):
+        return adapter
+    copied = "".join(f"{file.name} {file_digest(file)}\n" for file in copied_files(adapter))
+    return _models_folder() / f"{_stem(name)}-{hashlib.sha256(copied.encode()).hexdigest()[:8]}"
+
+
+def copied_files(folder: Path) -> Sequence[Path]:
+    """The small files of a folder that an installed model has as they are, in the adapter and in the model folder."""
+    return sorted({file for pattern in COPIED for file in folder.glob(pattern)})
+
+
+def earlier_install(name: str) -> Path | None:
+    """The folder of an earlier install of the same adapter, with other copied files: its weights and its sense table
+    are those of `folder_of`."""
+    now, others = folder_of(name), _models_folder().glob(f"{_stem(name)}*")
+    return next((folder for folder in others if folder != now and (folder / MANIFEST).exists()), None)
+
+
+def _models_folder() -> Path:
+    return user_cache_path("backpack") / "models"
+
+
+def _stem(name: str) -> str:
+    """How the folders of all installs of an adapter begin: its own files are in adapter.json by their digests."""
+    return f"{name}-{file_digest(weights() / name / ADAPTER)[:16]}"
 
 
 def missing(model: Path) -> str | None:
@@ -51,6 +81,6 @@ def missing(model: Path) -> str | None:
 
 
 def resolved(model: Path) -> Path:
-    """A folder as it is, a name's model folder. A folder of that name that is there comes first."""
+    """The folder of a model that is given by its folder or its name; if there is a folder of that name, it wins."""
     name = str(model)
     return folder_of(name) if not model.exists() and name in names() else model

@@ -77,7 +77,7 @@ def _exchange(scratch: Path, folder: Path, ours: Sequence[str]) -> bool:
     others = [file for file in folder.iterdir() if file.name not in made and file.name not in ours]
     try:
         for file in others:
-            _link(file, scratch / file.name)
+            link(file, scratch / file.name)
         shutil.copystat(folder, scratch)
         with suppress(PermissionError):
             os.chown(scratch, folder.stat().st_uid, folder.stat().st_gid)
@@ -89,7 +89,7 @@ def _exchange(scratch: Path, folder: Path, ours: Sequence[str]) -> bool:
     return True
 
 
-def _link(file: Path, to: Path) -> None:
+def link(file: Path, to: Path) -> None:
     """A file, or a folder with all that is in it, also under another name, without copying what it contains."""
     if file.is_symlink():
         to.symlink_to(file.readlink())

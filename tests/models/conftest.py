@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from backpack_lm.config import BackpackConfig
@@ -41,3 +43,11 @@ def table(model: Backpack) -> SenseTable:
 @pytest.fixture(scope="session")
 def shape(model: Backpack) -> ModelShape:
     return ModelShape("ab" * 32, REAL, K, D, model.sense_rms())
+
+
+@pytest.fixture(scope="session")
+def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Transformer in Hugging Face's layout, with a tokenizer, and a text."""
+    from tests.models.adapting_run import make_transformer  # here, as transformers takes seconds to load
+
+    return make_transformer(tmp_path_factory.mktemp("transformer"))

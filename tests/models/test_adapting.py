@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from backpack_lm import installed
 from backpack_lm.adapting import adapter as adapters
 from backpack_lm.adapting.loss import distillation, expected_embedding
 from backpack_lm.adapting.recipe import AdaptRecipe
@@ -22,55 +21,15 @@ from backpack_lm.adapting.teacher_cache import TeacherCache
 from backpack_lm.adapting.trainer import AdaptTrainer, StepCosts, Teacher, fit_to_budget
 from backpack_lm.adapting.words import word_states
 from backpack_lm.checkpoint import load, read_trunk, verify
-from backpack_lm.kernels import Precision
-from backpack_lm.layouts import CheckpointError
-from backpack_lm.model import FinishedSenses, Trunk
+from backpack_lm.model import Trunk
 from backpack_lm.tokenizer import Tokenizer
-from backpack_lm.training.data import Rows, Source, train_tokenizer
+from backpack_lm.training.data import Rows
 from backpack_serving.cli.main import app
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from tests.models.adapting_run import RECIPE, trainer_of
 from tests.models.trunk_shapes import FAMILIES
-
-RECIPE = AdaptRecipe(
-    steps=8, distinct_rows=12, senses=5, sense_head=8, sense_theta=50.0, sense_inner=20, row_tokens=24,
-    rows_per_step=2, start_rows=12, tuned_layers=1, precision=Precision.FLOAT32,
-)  # fmt: skip
-TEXT = "The king of the ship and the queen of the court went down to the sea, and the ship was gone.\n"
-
-
-@pytest.fixture(scope="module")
-def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama in Hugging Face's layout, with a tokenizer, and a text."""
-    folder = tmp_path_factory.mktemp("transformer")
-    text = folder / "text.jsonl"
-    words = TEXT.split()
-    random = np.random.default_rng(0)
-    text.write_text("".join(json.dumps({"text": " ".join(random.choice(words, 60))}) + "\n" for _ in range(600)))
-    size = train_tokenizer([Source(text)], 300, folder / "tokenizer.json").vocab_size
-    torch.manual_seed(1)
-    shape = LlamaConfig(
-        vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    return folder
-
-
-def trainer_of(
-    where: Path, out: Path, recipe: AdaptRecipe = RECIPE, cache: Path | None = None, after: Path | None = None
-) -> AdaptTrainer:
-    trunk, embedding = read_trunk(where)
-    size = trunk.spec.vocab_size
-    random = np.random.default_rng(2)
-    streams = [random.integers(1, size, 4000).astype(np.uint16) for _ in range(2)]
-    rows = Rows(streams[:1], [1.0], recipe.seed, 0)
-    teacher = Teacher(trunk, embedding, adapters.digest(where))
-    config = recipe.config(trunk.spec, 0, size)
-    held_out, cache = {"other": streams[1]}, cache or out / "cache"
-    return AdaptTrainer(teacher, config, recipe, rows, held_out, out, cache, after=after)
 
 
 def test_the_loss_is_the_divergence_and_the_cross_entropy() -> None:
@@ -229,20 +188,6 @@ def test_the_model_is_what_was_trained(where: Path, tmp_path: Path, tuned: int) 
     assert Tokenizer.read(tmp_path / "model" / "tokenizer.json").vocab_size == model.config.vocab_size
 
 
-def test_an_adapter_is_for_one_transformer(where: Path, tmp_path: Path) -> None:
-    trainer = trainer_of(where, tmp_path / "run")
-    adapters.write_adapter(trainer.student, adapters.digest(where), where / "tokenizer.json", tmp_path / "adapter")
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in where.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    (other / "config.json").write_text((where / "config.json").read_text().replace("32", "16"))
-    with pytest.raises(CheckpointError, match=r"has SHA-256 .*was made for "):
-        adapters.assemble(tmp_path / "adapter", other, tmp_path)
-    with pytest.raises(CheckpointError, match="holds no adapter"):
-        adapters.assemble(tmp_path, where, tmp_path)
-
-
 def test_steps_fit_into_a_budget() -> None:
     recipe, costs = replace(RECIPE, tuned_share=0.5, rows_per_step=8), StepCosts(1.0, 2.0, 2.0)
     fitted = fit_to_budget(recipe, 100.0, costs, most_rows=10**6)
@@ -334,49 +279,6 @@ def test_the_command_makes_a_model_and_resumes(where: Path, tmp_path: Path) -> N
     assert "no/such is no folder or file here: the hub " in missing.stderr
 
 
-def test_a_run_begins_after_another(where: Path, tmp_path: Path) -> None:
-    """With what its adapter has learnt, and with more layers to train."""
-    before = trainer_of(where, tmp_path / "before")
-    list(before.fit_first_senses())
-    list(before.run())
-    adapters.write_adapter(before.student, adapters.digest(where), where / "tokenizer.json", tmp_path / "adapter")
-    recipe = replace(RECIPE, tuned_layers=2, tuned_share=1.0)
-    after = trainer_of(where, tmp_path / "after", recipe, after=tmp_path / "adapter")
-    assert not list(after.fit_first_senses())
-    theirs, ours = before.held_out()["other"], after.held_out()["other"]
-    assert ours.backpack == pytest.approx(theirs.backpack, rel=1e-3)  # the adapter is in int8
-    fresh = trainer_of(where, tmp_path / "fresh")
-    assert abs(fresh.held_out()["other"].backpack - theirs.backpack) > 0.03
-    own = after.student.state_dict()
-    for name, tensor in before.student.upper[0].state_dict().items():
-        assert own[f"upper.1.{name}"] == pytest.approx(tensor, rel=0.02, abs=0.005)
-    lower = {name: tensor.clone() for name, tensor in after.student.upper[0].named_parameters()}
-    after.take_step()
-    assert any(not torch.equal(lower[name], each) for name, each in after.student.upper[0].named_parameters())
-    list(after.run())
-    other = trainer_of(where, tmp_path / "after", recipe, after=tmp_path / "adapter")
-    assert other.step == recipe.steps
-    with pytest.raises(ValueError, match="made by another recipe"):
-        trainer_of(where, tmp_path / "after", recipe)
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ({"senses": 4}, "with senses of another shape"),
-        ({"sense_inner": 21}, "senses of another shape: senses.c_"),
-        ({"tuned_layers": 0}, "has 1 trained layers, the recipe's tuned_layers is 0"),
-    ],
-)
-def test_an_adapter_that_doesnt_fit_is_nothing_to_begin_after(
-    where: Path, tmp_path: Path, change: dict[str, Any], why: str
-) -> None:
-    before = trainer_of(where, tmp_path / "before")
-    adapters.write_adapter(before.student, adapters.digest(where), where / "tokenizer.json", tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match=why):
-        trainer_of(where, tmp_path / "after", replace(RECIPE, **change), after=tmp_path / "adapter")
-
-
 def test_a_budget_chooses_the_steps(where: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (tmp_path / "recipe.json").write_text(
@@ -389,80 +291,6 @@ def test_a_budget_chooses_the_steps(where: Path, tmp_path: Path) -> None:
     assert chosen.steps > 5
     assert math.isclose(chosen.lr, RECIPE.lr)
     assert f"{chosen.steps} steps on {chosen.distinct_rows} rows" in result.stderr.replace("\n", " ")
-
-
-def test_a_model_that_comes_as_an_adapter_is_installed_once(
-    where: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer, weights = trainer_of(where, tmp_path / "run"), tmp_path / "weights"
-    adapters.write_adapter(trainer.student, adapters.digest(where), where / "tokenizer.json", weights / "small")
-    (weights / "small" / "generation_config.json").write_text('{"temperature": 0.5}')
-    monkeypatch.setattr(installed, "weights", lambda: weights)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    run = CliRunner(env={"BACKPACK_MODEL": "small"}).invoke
-    assert "`backpack model install small`" in run(app, ["model", "list"]).output
-    refused = run(app, ["model", "verify"])
-    assert refused.exit_code == 1
-    assert "`backpack model install NAME`" in refused.stderr
-    for words, why in (
-        (["small"], "transformer.json doesn't say where its Transformer comes from"),
-        (["large"], "no model is called `large`: small"),
-        (["small", "--transformer", str(where / "tokenizer.json")], "has SHA-256"),
-    ):
-        refused = run(app, ["model", "install", *words])
-        assert refused.exit_code == 1
-        assert why in refused.stderr
-    assert not list((tmp_path / "cache" / "backpack" / "models").glob("small-*"))
-    done = run(app, ["model", "install", "small", "--transformer", str(where)])
-    assert done.exit_code == 0, done.output
-    folder = installed.folder_of("small")
-    assert verify(folder).defaults.temperature == 0.5
-    assert str(folder) in "".join(run(app, ["model", "list"]).output.split())  # it is folded
-    assert "small is installed" in run(app, ["model", "install", "small"]).output
-    assert "intact" in run(app, ["model", "verify", "small"]).output
-
-
-def test_a_damaged_table_or_adapter_is_refused(where: Path, tmp_path: Path) -> None:
-    trainer = trainer_of(where, tmp_path / "run")
-    adapters.write_adapter(trainer.student, adapters.digest(where), where / "tokenizer.json", tmp_path / "adapter")
-    (tmp_path / "model").mkdir()
-    adapters.assemble(tmp_path / "adapter", where, tmp_path / "model")
-    (table,) = (tmp_path / "model").glob("senses-*")
-    table.write_bytes(table.read_bytes()[:-1] + b"\x05")
-    with pytest.raises(CheckpointError, match=r"senses-.* isn't its manifest's"):
-        verify(tmp_path / "model")
-    (part,) = (tmp_path / "adapter").glob("adapter-*")
-    part.write_bytes(part.read_bytes()[:-1] + b"\x05")
-    with pytest.raises(CheckpointError, match=r"isn't the one that adapter.json names"):
-        adapters.assemble(tmp_path / "adapter", where, tmp_path / "other")
-
-
-def test_the_fingerprint_is_over_what_the_table_is_computed_from(where: Path, tmp_path: Path) -> None:
-    """Another processor rounds otherwise: the model is the same one."""
-    trainer = trainer_of(where, tmp_path / "run")
-    list(trainer.fit_first_senses())
-    adapters.write_adapter(trainer.student, adapters.digest(where), where / "tokenizer.json", tmp_path / "adapter")
-    models, finished = [], adapters._finished_senses
-
-    def nudged(*what: Any) -> FinishedSenses:
-        table = finished(*what)
-        table[0].rows[3, 1, 2] ^= 1
-        return table
-
-    for name in ("one", "other"):
-        (tmp_path / name).mkdir()
-        with pytest.MonkeyPatch.context() as patch:
-            # Where another processor rounds the other way, a cell is one step away.
-            patch.setattr(adapters, "_finished_senses", finished if name == "one" else nudged)
-            models.append(adapters.assemble(tmp_path / "adapter", where, tmp_path / name))
-    assert models[0].fingerprint == models[1].fingerprint
-    assert models[0].tables != models[1].tables
-    assert all(verify(tmp_path / name).fingerprint == models[0].fingerprint for name in ("one", "other"))
-    (tmp_path / "one" / "manifest.json").write_text(
-        json.dumps({**json.loads((tmp_path / "one" / "manifest.json").read_text()), "tables": {}})
-    )
-    with pytest.raises(CheckpointError, match="its manifest names"):
-        verify(tmp_path / "one")
 
 
 def test_rows_of_another_run_are_never_taken_for_those_of_this(where: Path, tmp_path: Path) -> None:

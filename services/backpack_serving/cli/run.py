@@ -49,7 +49,8 @@ def run(
         configure(settings, "run")
         settings.check_threads()
         if (name := installed.missing(settings.model)) is not None:
-            out.print(f"installing {name}: some minutes, once on this machine", style="dim")
+            if installed.earlier_install(name) is None:
+                out.print(f"installing {name}: some minutes, once on this machine", style="dim")
             try:
                 install_model(name)
             except ValueError as error:
