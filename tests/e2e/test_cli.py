@@ -282,9 +282,14 @@ def test_a_release_is_asked_for_by_its_number(backpack: Any) -> None:
     asked = ("The story of the horse and the", "--as", "harbour", "--release")
     for command in (("generate", "--max-tokens", "2"), ("explain",), ("score",)):
         for number in ("0", "1"):
-            assert f"release {number} (" in backpack(*command, *asked, number)
+            assert f"harbour, release {number} (" in backpack(*command, *asked, number)
     assert "edited" not in backpack("senses", "horse", "--as", "harbour", "--release", "0")
-    assert "releases/99 doesn't exist" in backpack("score", *asked, "99", code=1)
+    missing = backpack("score", *asked, "99", code=1)
+    assert "releases/99 doesn't exist; `backpack release list` lists what there is" in " ".join(missing.split())
+    for command in (("generate",), ("score",), ("explain",), ("senses",)):
+        for both in (("--release", "1", "--channel", "live"), ("--channel", "live", "--release", "0")):
+            refused = backpack(*command, "horse", *both, code=2)
+            assert "--channel and --release each name a release; give one" in refused
     assert "greater than or equal to 0" in backpack("score", *asked, "-1", code=2)
 
 

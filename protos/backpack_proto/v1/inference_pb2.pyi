@@ -106,7 +106,9 @@ class GenerateRequest(_message.Message):
     priority: _builtins.int
     """Of the tenant's requests that wait, those of the highest priority run first. −100 to 100."""
     release: _builtins.int
-    """A release of the tenant by its number, in place of the one that the channel is at."""
+    """A release of the tenant by its number, in place of the one that the channel is at. A channel that is named all
+    the same has to exist.
+    """
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -235,7 +237,9 @@ class GenerateStreamRequest(_message.Message):
     request_key: _builtins.str
     priority: _builtins.int
     release: _builtins.int
-    """A release of the tenant by its number, in place of the one that the channel is at."""
+    """A release of the tenant by its number, in place of the one that the channel is at. A channel that is named all
+    the same has to exist.
+    """
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -380,7 +384,9 @@ class ScoreRequest(_message.Message):
     channel: _builtins.str
     request_key: _builtins.str
     release: _builtins.int
-    """A release of the tenant by its number, in place of the one that the channel is at."""
+    """A release of the tenant by its number, in place of the one that the channel is at. A channel that is named all
+    the same has to exist.
+    """
     alternatives: _builtins.int
     """How many most likely alternatives to report with each token but the first, at most 20."""
     @_builtins.property
@@ -463,7 +469,9 @@ class ExplainRequest(_message.Message):
     channel: _builtins.str
     request_key: _builtins.str
     release: _builtins.int
-    """A release of the tenant by its number, in place of the one that the channel is at."""
+    """A release of the tenant by its number, in place of the one that the channel is at. A channel that is named all
+    the same has to exist.
+    """
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -983,7 +991,9 @@ class ListSensesRequest(_message.Message):
     neighbours: _builtins.int
     """How many words to list whose same sense lies nearest. Default none; at most 100."""
     release: _builtins.int
-    """A release of the tenant by its number, in place of the one that the channel is at."""
+    """A release of the tenant by its number, in place of the one that the channel is at. A channel that is named all
+    the same has to exist.
+    """
     @_builtins.property
     def word(self) -> _edits_pb2.Word: ...
     @_builtins.property

@@ -131,10 +131,27 @@ Page = Annotated[
     Path | None,
     typer.Option("--html", help="Also write an HTML page to this file.", callback=in_a_folder, dir_okay=False),
 ]
-Channel = Annotated[str, typer.Option(help="Channel of the tenant that steers the request.")]
+
+
+def _channel_or_release(context: typer.Context, value: Any) -> Any:
+    """Check that a command isn't given both a channel and a release: each names a release. Raises BadParameter."""
+    sources = (context.get_parameter_source(name) for name in ("channel", "release"))
+    if all(source is not None and source.name == "COMMANDLINE" for source in sources):
+        raise typer.BadParameter("--channel and --release each name a release; give one of them")
+    return value
+
+
+Channel = Annotated[
+    str, typer.Option(help="Channel of the tenant that steers the request.", callback=_channel_or_release)
+]
 ReleaseNumber = Annotated[
     int | None,
-    typer.Option("--release", help="A release by its number, in place of the channel's; 0: unpatched.", min=0),
+    typer.Option(
+        "--release",
+        help="A release by its number, in place of the channel's; 0: unpatched.",
+        min=0,
+        callback=_channel_or_release,
+    ),
 ]
 
 
@@ -177,10 +194,8 @@ def contribution_bar(share: float, width: int) -> Text:
 def footnote(served: Served, note: str = "") -> None:
     """Print the channel and release of an answer, below it."""
     canary = ", the canary" if served.canary else ""
-    err.print(
-        f"[dim]{note + '; ' if note else ''}{served.tenant}/{served.channel}, release {served.release} "
-        f"({served.digest[:12]}){canary}[/]"
-    )
+    where = f"{served.tenant}/{served.channel}" if served.channel else served.tenant  # a release by its number
+    err.print(f"[dim]{note + '; ' if note else ''}{where}, release {served.release} ({served.digest[:12]}){canary}[/]")
 
 
 def when(moment: datetime) -> str:
@@ -281,7 +296,8 @@ def exits(extra: str = "") -> Iterator[None]:
                 f"intervention service at {settings.interventions_address}? `{hints.backpack('run')}` starts "
                 "both, BACKPACK_GATEWAY_ADDRESS and BACKPACK_INTERVENTIONS_ADDRESS say where they are"
             )
-        _exit_with_error(f"{error.reason}: {error.message}{': ' if error.why else ''}{error.why}")
+        fix = f"; `{hints.backpack('release list')}` lists what there is" if error.reason == "NO_SUCH_RELEASE" else ""
+        _exit_with_error(f"{error.reason}: {error.message}{': ' if error.why else ''}{error.why}{fix}")
     except ModuleNotFoundError as error:
         if (brings := EXTRAS.get(str(error.name).partition(".")[0])) is None:
             raise

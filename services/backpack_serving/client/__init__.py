@@ -23,9 +23,10 @@ key: an API key, a token, or a function that gives one; none where a client cert
 `timeout` is in seconds, for a whole call with all its attempts; None: none.
 
 **Text.** Calls take `channel` (default "live"), whose release steers them, or a `release` by its number, 0 for the
-model unpatched; `request_key`, which decides under a canary: the same key, the same release; and `since`, a
-position of the store: the call waits a moment until its gateway knows as much, and `served.at` of each answer is
-one. Of a tenant's requests that wait, those of the highest `priority` (−100 to 100) run first.
+model unpatched (a channel that is named all the same has to exist); `request_key`, which decides under a canary: the
+same key, the same release; and `since`, a position of the store: the call waits a moment until its gateway knows as
+much, and `served.at` of each answer is one. Of a tenant's requests that wait, those of the highest `priority` (−100 to
+100) run first.
 
 With `draft`, a list of edits, a call shows what they would do over that release, and nothing is stored:
 `client.generate("The nurse said", draft=[Scale("nurse", 0)])`. `compare` takes a `Draft` in place of a release. Both
