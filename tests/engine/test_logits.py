@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from backpack_lm.overlay import Overlay
 from backpack_serving.engine.logits import change, change_all
+from backpack_serving.engine.seen_tokens import SeenTokens
 from backpack_serving.engine.sequence import GenerationRequest, Sequence
 from backpack_serving.sampling import SamplingParams
 from hypothesis import given
@@ -72,16 +74,41 @@ def test_a_batch_is_changed_as_each_row(texts: list[tuple[list[int], list[int], 
     before = logits.clone()
     overlay: Any = SimpleNamespace()
     sequences = []
-    for prompt, made, sampling in texts:
+    for prompt, _, sampling in texts:
         sequence = Sequence(GenerationRequest("", "", tuple(prompt), sampling, overlay))
-        sequence.tokens += made
         sequences.append(sequence)
-    changed = change_all(logits, sequences, {0, 3})
-    for row, (prompt, made, sampling) in enumerate(texts):
-        assert torch.equal(changed[row], change(before[row], prompt, made, sampling, {0, 3}))
-    assert torch.equal(logits, before)  # log-probabilities are read from them
-    if not any(sampling.changes_logits for *_, sampling in texts):
-        assert changed is logits
+    for step in range(13):  # as they grow, token by token
+        for sequence, (_, made, _) in zip(sequences, texts, strict=True):
+            sequence.tokens += made[step - 1 : step] if step else []
+        changed = change_all(logits, sequences, {0, 3})
+        for row, (prompt, made, sampling) in enumerate(texts):
+            assert torch.equal(changed[row], change(before[row], prompt, made[:step], sampling, {0, 3}))
+        assert torch.equal(logits, before)  # log-probabilities are read from them
+        if not any(sampling.changes_logits for *_, sampling in texts):
+            assert changed is logits
+
+
+class ReadTokens(list[int]):
+    """A text that counts the tokens that are read from it."""
+
+    read = 0
+
+    def __getitem__(self, where: Any) -> Any:
+        found = super().__getitem__(where)
+        self.read += len(found) if isinstance(where, slice) else 1
+        return found
+
+
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=300), st.lists(st.integers(0, 500), max_size=300))
+def test_each_token_of_a_text_is_counted_once(prompt: list[int], made: list[int]) -> None:
+    text, seen = ReadTokens(prompt), SeenTokens(prompt)
+    for token in made:
+        text.append(token)
+        tokens, counts = seen.of(text)
+    if made:
+        assert sorted(tokens.tolist()) == sorted({*prompt, *made})
+        assert Counter(made) == +Counter(dict(zip(tokens.tolist(), counts.tolist(), strict=True)))
+    assert text.read == len(made)
 
 
 def test_requests_get_what_they_ask_for_in_any_company(make_engine: MakeEngine, overlays: dict[str, Overlay]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from backpack_serving.engine.sequence import Sequence as Text
@@ -20,7 +21,7 @@ def change(
 ) -> Tensor:
     """Logits [V] for the token behind `prompt` and `made`, as they are drawn from. `ends` are the ids that end a text.
 
-    This is the definition; the engine changes a batch's by `change_all`.
+    The reference that tests hold `change_all` to; the engine doesn't call it.
     """
     out = logits.clone()
     for token, bias in sampling.logit_bias:
@@ -46,32 +47,35 @@ def change_all(logits: Tensor, texts: Sequence[Text], ends: Collection[int]) -> 
     biases, forbidden, repeated, taken = _Cells(), _Cells(), _Cells(), _Cells()
     for row in rows:
         text, sampling = texts[row], texts[row].request.sampling
-        made = text.tokens[len(text.request.prompt) :]
         if sampling.logit_bias:
             biases.add(row, *zip(*sampling.logit_bias, strict=True))
-        forbidden.add(row, list(_forbidden(made, sampling, ends)), -math.inf)
+        if sampling.min_tokens or sampling.bad_words:
+            made = text.tokens[len(text.request.prompt) :]
+            forbidden.add(row, tuple(_forbidden(made, sampling, ends)), -math.inf)
         if sampling.repetition_penalty != 1:
-            repeated.add(row, np.unique(text.tokens), sampling.repetition_penalty)
-        if made and (sampling.frequency_penalty or sampling.presence_penalty):
-            tokens, counts = np.unique(made, return_counts=True)
-            taken.add(row, tokens, sampling.frequency_penalty * counts + sampling.presence_penalty)
-    out = logits.clone()
+            repeated.add(row, text.seen_tokens()[0], sampling.repetition_penalty)
+        if sampling.frequency_penalty or sampling.presence_penalty:
+            tokens, counts = text.seen_tokens()
+            penalties = sampling.frequency_penalty * counts + sampling.presence_penalty
+            taken.add(row, tokens[counts > 0], penalties[counts > 0])
+    out = logits.clone(memory_format=torch.contiguous_format)
+    flat = out.view(-1)
     if where := biases.of(out):
-        out[where[:2]] += where[2]
+        flat[where[0]] += where[1]
     if where := forbidden.of(out):
-        out[where[:2]] = where[2]
+        flat[where[0]] = where[1]
     if where := repeated.of(out):
-        now = out[where[:2]]
-        out[where[:2]] = torch.where(now > 0, now / where[2], now * where[2])
+        now = flat[where[0]]
+        flat[where[0]] = torch.where(now > 0, now / where[1], now * where[1])
     if where := taken.of(out):
-        out[where[:2]] -= where[2]
+        flat[where[0]] -= where[1]
     samplings = {row: texts[row].request.sampling for row in rows}
     truncated = [row for row, each in samplings.items() if each.min_p and each.temperature]
     if truncated:
         gaps = [samplings[row].temperature * math.log(samplings[row].min_p) for row in truncated]
         some = out[truncated]
         least = some.amax(1, keepdim=True) + torch.tensor(gaps, device=out.device)[:, None]
-        out[truncated] = some.masked_fill(some < least, -math.inf)
+        out[truncated] = some.masked_fill_(some < least, -math.inf)
     return out
 
 
@@ -85,22 +89,25 @@ def _forbidden(made: Sequence[int], sampling: SamplingParams, ends: Collection[i
 
 
 class _Cells:
-    """Places of logits [B, V] and a value for each, no place twice."""
+    """Places of logits [B, V] and a value for each. A place may occur twice where its values are the same, as those of
+    forbidden tokens are."""
 
     def __init__(self) -> None:
         self._rows: list[int] = []
-        self._tokens: list[int] = []
-        self._values: list[float] = []
+        self._tokens: list[np.ndarray] = []
+        self._values: list[np.ndarray] = []
 
-    def add(self, row: int, tokens: Sequence[int] | np.ndarray, values: float | Sequence[float] | np.ndarray) -> None:
-        self._rows += [row] * len(tokens)
-        self._tokens += list(tokens)
-        self._values += [values] * len(tokens) if isinstance(values, float) else list(values)
+    def add(self, row: int, tokens: ArrayLike, values: ArrayLike) -> None:
+        """Places of one row; a single value is that of all of them."""
+        self._rows.append(row)
+        self._tokens.append(np.asarray(tokens, np.int64))
+        self._values.append(np.broadcast_to(np.asarray(values, np.float32), self._tokens[-1].shape))
 
-    def of(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Rows, tokens and values, on the device of logits; None if there are none."""
-        if not self._rows:
+    def of(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Places in the flat logits and values, on their device; None if there are none."""
+        if not any(map(len, self._tokens)):
             return None
-        device = logits.device
-        rows, tokens = torch.tensor(self._rows, device=device), torch.tensor(self._tokens, device=device)
-        return rows, tokens, torch.tensor(self._values, dtype=logits.dtype, device=device)
+        starts = np.multiply(self._rows, logits.shape[1])
+        places = np.concatenate([start + tokens for start, tokens in zip(starts, self._tokens, strict=True)])
+        values = torch.from_numpy(np.concatenate(self._values)).to(logits)
+        return torch.from_numpy(places).to(logits.device), values

@@ -6,8 +6,10 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
 from backpack_lm.overlay import Overlay
 
+from backpack_serving.engine.seen_tokens import SeenTokens
 from backpack_serving.sampling import SamplingParams
 
 
@@ -120,6 +122,7 @@ class Sequence:
     pages: list[Page] = field(default_factory=list)
     pending_prefix: Prefix | None = None
     preempted: bool = False
+    _seen: SeenTokens | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -128,6 +131,12 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    def seen_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Its distinct tokens [n], and how often each was generated [n]."""
+        if self._seen is None:
+            self._seen = SeenTokens(self.request.prompt)
+        return self._seen.of(self.tokens)
 
     @property
     def longest(self) -> int:
