@@ -34,7 +34,9 @@ def make_transformer(folder: Path) -> Path:
         vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.2,
     )  # fmt: skip
-    LlamaForCausalLM(shape).save_pretrained(folder)
+    made = LlamaForCausalLM(shape)
+    made.model.norm.weight.data.uniform_(0.5, 1.5)  # as after training; at 1, to apply it twice is to apply it once
+    made.save_pretrained(folder)
     return folder
 
 

@@ -64,9 +64,11 @@ def test_a_run_begins_after_another(where: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"senses": 4}, "with senses of another shape"),
-        ({"sense_inner": 21}, "senses of another shape: senses.c_"),
-        ({"tuned_layers": 0}, "has 1 trained layers, the recipe's tuned_layers is 0"),
+        ({"senses": 4}, "has num_senses 5, this run 4; give a recipe with the adapter's value"),
+        ({"sense_inner": 21}, "has sense_inner 20, this run 21"),
+        ({"key_layers": (1, 2)}, r"has key_layers \(1, 2, 3\), this run \(1, 2\)"),
+        ({"word_layers": (0, 4)}, r"has word_layers \(0, 1, 2, 3, 4\), this run \(0, 4\)"),
+        ({"tuned_layers": 0}, "has 1 trained layers, the recipe's tuned_layers is 0; it must be 1 or more"),
     ],
 )
 def test_an_adapter_that_doesnt_fit_is_nothing_to_begin_after(
@@ -76,6 +78,51 @@ def test_an_adapter_that_doesnt_fit_is_nothing_to_begin_after(
     adapters.write_adapter(before.student, adapters.digest(where), where / "tokenizer.json", tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=why):
         trainer_of(where, tmp_path / "after", replace(RECIPE, **change), after=tmp_path / "adapter")
+
+
+def test_an_adapter_of_another_transformer_is_nothing_to_begin_after(where: Path, tmp_path: Path) -> None:
+    before = trainer_of(where, tmp_path / "before")
+    adapters.write_adapter(before.student, "ab" * 32, where / "tokenizer.json", tmp_path / "adapter")
+    ours = adapters.digest(where)[:12]
+    with pytest.raises(CheckpointError, match=f"for the Transformer with SHA-256 abababababab…, this one has {ours}…"):
+        trainer_of(where, tmp_path / "after", after=tmp_path / "adapter")
+
+
+def test_layers_that_another_run_has_trained_are_run_at_once_and_trained_in_the_end(
+    where: Path, tmp_path: Path
+) -> None:
+    """As `tuned_share` says, whatever the run began with; layers that were trained before count from its first step."""
+    before = trainer_of(where, tmp_path / "before")
+    list(before.fit_first_senses())
+    list(before.run())
+    adapters.write_adapter(before.student, adapters.digest(where), where / "tokenizer.json", tmp_path / "adapter")
+    after = trainer_of(where, tmp_path / "after", after=tmp_path / "adapter")
+    begun = [parameter.clone() for parameter in after.student.upper.parameters()]
+    batch = after.rows.take([0])
+    with torch.no_grad():
+        tuned, untuned = (after.student(batch.ids, batch.states, tune) for tune in (True, False))
+        after.student.moved = False
+        teachers = after.student(batch.ids, batch.states)
+    after.student.moved = True
+    assert torch.equal(tuned, untuned)
+    assert not torch.equal(tuned, teachers)
+    assert 0 < RECIPE.tuned_from < RECIPE.steps
+    for step in after.run():
+        changed = [not torch.equal(*both) for both in zip(after.student.upper.parameters(), begun, strict=True)]
+        assert any(changed) is (step.step > RECIPE.tuned_from), step
+
+
+def test_a_run_without_trained_layers_begins_after_another(where: Path, tmp_path: Path) -> None:
+    frozen = replace(RECIPE, tuned_layers=0)
+    before = trainer_of(where, tmp_path / "before", frozen)
+    list(before.fit_first_senses())
+    with torch.no_grad():
+        for parameter in before.student.weights.parameters():
+            parameter += torch.randn_like(parameter)  # sense weights that depend on the states
+    adapters.write_adapter(before.student, adapters.digest(where), where / "tokenizer.json", tmp_path / "adapter")
+    after = trainer_of(where, tmp_path / "after", frozen, after=tmp_path / "adapter")
+    theirs, ours = before.held_out()["other"], after.held_out()["other"]
+    assert ours.backpack == pytest.approx(theirs.backpack, rel=8e-3)  # the adapter is in int8
 
 
 def test_a_model_that_comes_as_an_adapter_is_installed_once(

@@ -1,8 +1,8 @@
-"""What a run adds to a Transformer, in a folder of its own, and the two put together: a model folder to serve.
+"""An adapter: the folder of what a run has learnt of a Transformer, and the model folder that both make together.
 
-An adapter holds the sense path and the layers that were trained, with matrices in int8. It names its Transformer by a
-digest; that comes from wherever it is published. `assemble` computes the sense table once, in float32, and keeps it in
-int8.
+An adapter holds the sense path and the layers that were trained, with matrices in int8. The Transformer is not in it:
+it is named by its digest, and comes from wherever it is published. `assemble` computes the sense table in float32 and
+stores it in int8.
 
     adapter.json            what it was made for, its shape, and the SHA-256 of its other files
     adapter-….safetensors   tensors, matrices as `int8.store` has them
@@ -86,22 +86,42 @@ def begin_after(student: Student, folder: Path, transformer: str) -> None:
     The student may train more layers than that run. Raises CheckpointError if it has another shape.
     """
     about = Adapter.read(folder)
-    theirs = about.transformer, replace(about.config, senses=student.config.senses), about.word_layers
-    if theirs != (transformer, student.config, student.word_layers):
-        raise CheckpointError(f"{folder} was made of another Transformer, or with senses of another shape")
+    if about.transformer != transformer:
+        raise CheckpointError(
+            f"{folder} was made for the Transformer with SHA-256 {about.transformer[:12]}…, this one has "
+            f"{transformer[:12]}…; adapt that one, or begin after another adapter"
+        )
+    own = replace(student.config, senses=about.config.senses)
+    theirs, ours = (
+        {**config.to_json(), "word_layers": layers, "sense_inner": inner}
+        for config, layers, inner in (
+            (about.config, about.word_layers, about.sense_inner),
+            (own, student.word_layers, student.senses.c_fc.out_features),
+        )
+    )
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise CheckpointError(
+                f"{folder} has {name} {theirs.get(name)}, this run {ours.get(name)}; give a recipe with the adapter's "
+                "value, or begin after another adapter"
+            )
     if (more := student.tuned - about.tuned) < 0:
         raise CheckpointError(
-            f"{folder} has {about.tuned} trained layers, the recipe's tuned_layers is {student.tuned}"
+            f"{folder} has {about.tuned} trained layers, the recipe's tuned_layers is {student.tuned}; it must be "
+            f"{about.tuned} or more"
         )
     state = student.state_dict()
     for name, tensor in about.tensors(folder).items():
         part, _, rest = name.partition(".")
-        number, _, inner = rest.partition(".")
-        name = f"upper.{int(number) + more}.{inner}" if part == "upper" else name
-        if name not in state or state[name].shape != tensor.shape:
-            raise CheckpointError(f"{folder} has senses of another shape: {name}")
-        state[name] = tensor
+        state[f"upper.{_renumbered(rest, more)}" if part == "upper" else name] = tensor
     student.load_state_dict(state)
+    student.moved = about.tuned > 0
+
+
+def _renumbered(name: str, by: int) -> str:
+    """The name of a tensor in a list of layers, NUMBER.REST, once so many layers stand before the list."""
+    number, _, rest = name.partition(".")
+    return f"{int(number) + by}.{rest}"
 
 
 def write_adapter(student: Student, transformer: str, tokenizer: Path, folder: Path) -> None:
@@ -153,8 +173,7 @@ def assemble(adapter: Path, transformer: Path, out: Path, progress: Progress | N
     table = _finished_senses(about, trunk, senses, progress or (lambda done, of: None))
     state = {f"gpt2_model.{name}": tensor for name, tensor in trunk.state_dict().items()}
     for name, tensor in added["upper"].items():
-        number, _, rest = name.partition(".")
-        state[f"gpt2_model.h.{trunk.spec.depth - about.tuned + int(number)}.{rest}"] = tensor
+        state[f"gpt2_model.h.{_renumbered(name, trunk.spec.depth - about.tuned)}"] = tensor
     state |= {f"gpt2_model.ln_f.{name}": tensor for name, tensor in added["norm"].items()}
     state |= {f"sense_weight_net.{name}": tensor for name, tensor in added["weights"].items()}
     if not trunk.spec.tied:

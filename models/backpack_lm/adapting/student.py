@@ -18,8 +18,8 @@ from backpack_lm.model import SenseWeights, Trunk, turns_of
 class Student(nn.Module):
     """o [B, T, d] of ids [B, T] and the states of their rows that were kept.
 
-    The uppermost `tuned` layers of the trunk may be run again from the state before them, to be trained; without
-    them, the states are what the teacher made of the text.
+    Where the uppermost `tuned` layers of the trunk are as the teacher's, the kept states are what they make of the
+    text. To be trained, or once they have been (`moved`), they are run again from the state before them.
     """
 
     def __init__(
@@ -31,6 +31,7 @@ class Student(nn.Module):
         super().__init__()
         self.config, self.layers, self.tuned = config, list(layers), tuned
         self.word_layers = tuple(word_layers)
+        self.moved = False
         self.words = words  # no parameter, and in no checkpoint: it can be made again
         self.senses = WordSenses(words.shape[1], config.n_embd, inner, config.num_senses)
         self.weights = SenseWeights(config)
@@ -44,13 +45,14 @@ class Student(nn.Module):
         return computed
 
     def alpha(self, states: Tensor, tune: bool) -> Tensor:
-        """α [B, k, T, T] of kept states [B, T, S, d]; with `tune`, of what the copied layers make of them."""
+        """α [B, k, T, T] of kept states [B, T, S, d]. With `tune`, the copied layers get gradients."""
         unread = states.new_empty(0)
         by_layer = [unread] * (self.config.trunk.depth + 1)
         for layer, state in zip(self.layers, states.unbind(2), strict=True):
             by_layer[layer] = state.float()
-        if tune:
-            self._run_upper(by_layer)
+        if self.tuned and (tune or self.moved):
+            with torch.set_grad_enabled(tune and torch.is_grad_enabled()):
+                self._run_upper(by_layer)
         alpha: Tensor = self.weights(by_layer)
         return alpha
 

@@ -190,7 +190,7 @@ class AdaptTrainer:
     def take_step(self, tune: bool | None = None) -> AdaptStep:
         """One step, of the trunk's layers, too, if `tune` or else the recipe says so. Raises FloatingPointError."""
         recipe, began = self.recipe, time.perf_counter()
-        tune = self.step >= recipe.tuned_from or self._after is not None if tune is None else tune
+        tune = self.step >= recipe.tuned_from if tune is None else tune
         batch = self.rows.take(self.row_numbers(self.step))
         means = self._student_means(batch, tune)
         means[0].backward()
@@ -222,7 +222,7 @@ class AdaptTrainer:
     @torch.no_grad()
     def held_out(self) -> dict[str, HeldOut]:
         """How well texts are read that aren't trained on, HELD_OUT_ROWS of each source."""
-        found, tune = {}, self.step > self.recipe.tuned_from or self._after is not None
+        found, tune = {}, self.step > self.recipe.tuned_from
         for name, rows in self._held_out.items():
             batch = rows.take(range(rows.count))
             if name not in self._teachers_loss:
