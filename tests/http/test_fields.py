@@ -115,7 +115,8 @@ def test_images_and_tools_in_messages_are_refused() -> None:
         ({"explain": 65}, [("explain", "INVALID")]),
         ({"logit_bias": {"5": -100, "7": 0.5}, "presence_penalty": -2, "frequency_penalty": 1, "min_p": 1}, []),
         ({"logit_bias": {"a": 1}}, [("logit_bias.a", "INVALID")]),
-        ({"logit_bias": {"1": 101}}, [("logit_bias", "INVALID")]),
+        ({"logit_bias": {"1": 101, "7": "a"}}, [("logit_bias[1]", "INVALID"), ("logit_bias[7]", "INVALID")]),
+        ({"logit_bias": {"0": 1, "5": 1, "05": 2}}, [("logit_bias[05]", "INVALID")]),
         ({"frequency_penalty": False}, [("frequency_penalty", "INVALID")]),
         ({"presence_penalty": 2.5}, [("presence_penalty", "INVALID")]),
         ({"min_p": -0.1}, [("min_p", "INVALID")]),
@@ -131,6 +132,27 @@ def test_a_wrong_value_is_refused_at_its_field(changes: dict[str, Any], found: l
         assert refusals(Completion, values) == found
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "told"),
+    [
+        (Completion, {"logit_bias": {"05": 1}}, "'05'; keys are token ids, as in 262, with no zero before them"),
+        (Completion, {"model": "live@x"}, "'live@x'; write a channel, or CHANNEL@17 for release 17"),
+        (Completion, {"since": "3"}, "'3'; write EPOCH.REVISION, as in 1.35"),
+        (Completion, {"nonsense": 1}, "there is no such field; leave it out"),
+        (Completion, {"n": 0}, "0; input should be greater than or equal to 1"),
+        (Completion, {"max_tokens": 0, "echo": True, "explain": 3}, "max_tokens is 0, so no token is made"),
+        (Chat, {"messages": [{"role": "user"}]}, "it is missing; give it"),
+        (Chat, {"top_logprobs": 2}, "2, but logprobs isn't set; set it, or leave this out"),
+        (Chat, {"max_tokens": 2, "max_completion_tokens": 3}, "3, and max_tokens is 2; they mean the same, give one"),
+    ],
+)
+def test_a_refusal_says_the_value_and_the_fix(kind: type[Sampled], changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        read(kind, json.dumps({**(COMPLETION if kind is Completion else CHAT), **changes}).encode())
+    (violation,) = refused.value.violations
+    assert told in violation.description
+
+
 def test_all_that_is_wrong_is_told_at_once() -> None:
     found = refusals(Completion, {"n": 0, "tools": [], "suffix": "end"})
     assert {field for field, _ in found} == {"n", "tools", "suffix", "model", "prompt"}
@@ -143,6 +165,7 @@ def test_what_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidRequest) as refused:
         read(Completion, body)
     assert refused.value.reason == "NOT_JSON"
+    assert body not in (b"[]", b'"a"') or f"the body is {json.loads(body)!r}; it must be" in refused.value.message
 
 
 def test_chats_have_one_way_to_say_each_thing() -> None:

@@ -153,6 +153,21 @@ def test_what_no_logits_can_be_changed_by_is_refused(named: dict[str, Any], fiel
 
 
 @pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ({"min_tokens": 9, "max_tokens": 8}, "9; 0 to 8, which is max_tokens"),
+        ({"min_tokens": 65}, "65; 0 to 64, which is max_tokens"),
+        ({"bad_words": [f" {LONG}  "]}, f"{len(LONG)} characters without the spaces around it; 1 to 256"),
+    ],
+)
+def test_a_refusal_says_the_value_and_its_bounds(named: dict[str, Any], told: str) -> None:
+    request = pb.GenerateRequest(prompt=PROMPT, sampling=pb.Sampling(**named))
+    with pytest.raises(InvalidRequest) as refused:
+        read_generation(request, TOKENIZER, CONFIG, SamplingDefaults())
+    assert [violation.description for violation in refused.value.violations] == [told]
+
+
+@pytest.mark.parametrize(
     ("sampling", "meant"),
     [
         (Sampling(), (0.6, 20, 0.9)),

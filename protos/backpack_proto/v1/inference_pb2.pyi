@@ -1334,7 +1334,9 @@ class Sampling(_message.Message):
 
     @_builtins.property
     def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Words that the new text doesn't hold, with or without a space before them; at most 64."""
+        """Spellings that the new text doesn't hold, each with and without a space before it; at most 64. Other spellings of
+        a word ("Horse", "horses") are other words, and so is the word in other tokens than the tokenizer's.
+        """
 
     def __init__(
         self,

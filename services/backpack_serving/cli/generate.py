@@ -50,7 +50,9 @@ def generate(
         float, typer.Option(help="Lowers the logits of tokens that the text has.", min=-2, max=2)
     ] = 0.0,
     min_tokens: Annotated[int, typer.Option(help="No text ends by itself before them.", min=0)] = 0,
-    bad_word: Annotated[list[str] | None, typer.Option(help="The text doesn't hold it; repeatable.")] = None,
+    bad_word: Annotated[
+        list[str] | None, typer.Option(help="Forbid this spelling, with and without a space before it; repeatable.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.", min=0)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     samples: Annotated[

@@ -60,7 +60,8 @@ class Sampling:
     read once; sample n is what `seed` + n gives alone.
 
     As in vLLM: `logit_bias` by token id (−100 to 100), `min_p`, the penalties (1 is no `repetition_penalty`, 0 none
-    of the others), `min_tokens` before which no text ends by itself, and `bad_words` that it doesn't hold.
+    of the others), `min_tokens` before which no text ends by itself, and `bad_words`, spellings that it doesn't hold,
+    with and without a space before them.
     """
 
     max_tokens: int = 64

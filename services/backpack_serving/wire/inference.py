@@ -66,12 +66,12 @@ def read_generation(
     """
     found: list[Violation] = []
     prompt = read_prompt("prompt", request.prompt, tokenizer, config)
-    found += _sampling_violations(request.sampling, config)
     if abs(request.priority) > HIGHEST_PRIORITY:
         span = f"{-HIGHEST_PRIORITY} to {HIGHEST_PRIORITY}"
         found.append(Violation("priority", "OUT_OF_RANGE", f"{request.priority}; {span}"))
     room = config.n_positions - len(prompt)
     max_tokens = request.sampling.max_tokens or min(DEFAULT_TOKENS, room)
+    found += _sampling_violations(request.sampling, max(max_tokens, 0), config)
     if max_tokens > room or room < 1:
         text = f"{len(prompt)} prompt tokens and {max(max_tokens, 1)} new ones; together at most {config.n_positions}"
         found.append(Violation("sampling.max_tokens" if room > 0 else "prompt", "TOO_LONG", text))
@@ -120,7 +120,7 @@ _OPTIONAL = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 
 def _spellings(words: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[int, ...]]:
-    """Token ids of words, at the beginning of a text and behind a space."""
+    """Token ids of words, without and with a space before them: other spellings of a word are other words."""
     for word in words:
         yield tuple(tokenizer.encode(word.strip()))
         yield tuple(tokenizer.encode(f" {word.strip()}"))
@@ -204,7 +204,7 @@ def read_coalesce(request: pb.GenerateStreamRequest) -> float:
     return seconds
 
 
-def _sampling_violations(s: pb.Sampling, config: BackpackConfig) -> Iterator[Violation]:
+def _sampling_violations(s: pb.Sampling, max_tokens: int, config: BackpackConfig) -> Iterator[Violation]:
     if s.max_tokens < 0:
         yield Violation("sampling.max_tokens", "OUT_OF_RANGE", f"{s.max_tokens}; at least 1")
     if not (math.isfinite(s.temperature) and s.temperature >= 0):
@@ -232,8 +232,10 @@ def _sampling_violations(s: pb.Sampling, config: BackpackConfig) -> Iterator[Vio
     for name in ("frequency_penalty", "presence_penalty"):
         if not abs(value := getattr(s, name)) <= MOST_PENALTY:
             yield Violation(f"sampling.{name}", "OUT_OF_RANGE", f"{value}; {-MOST_PENALTY} to {MOST_PENALTY}")
-    if not 0 <= s.min_tokens <= (s.max_tokens or DEFAULT_TOKENS):
-        yield Violation("sampling.min_tokens", "OUT_OF_RANGE", f"{s.min_tokens}; 0 to max_tokens")
+    if not 0 <= s.min_tokens <= max_tokens:
+        yield Violation(
+            "sampling.min_tokens", "OUT_OF_RANGE", f"{s.min_tokens}; 0 to {max_tokens}, which is max_tokens"
+        )
     if len(s.logit_bias) > MOST_BIASES:
         yield Violation("sampling.logit_bias", "TOO_MANY", f"{len(s.logit_bias)}; at most {MOST_BIASES}")
     for token, bias in list(s.logit_bias.items())[:MOST_BIASES]:
@@ -245,8 +247,8 @@ def _sampling_violations(s: pb.Sampling, config: BackpackConfig) -> Iterator[Vio
     if len(s.bad_words) > MOST_BAD_WORDS:
         yield Violation("sampling.bad_words", "TOO_MANY", f"{len(s.bad_words)}; at most {MOST_BAD_WORDS}")
     for at, word in enumerate(s.bad_words[:MOST_BAD_WORDS]):
-        if not (word.strip() and len(word) <= LARGEST_STOP):
-            text = f"{len(word.strip())} characters; 1 to {LARGEST_STOP}"
+        if not 0 < (size := len(word.strip())) <= LARGEST_STOP:
+            text = f"{size} characters without the spaces around it; 1 to {LARGEST_STOP}"
             yield Violation(f"sampling.bad_words[{at}]", "OUT_OF_RANGE", text)
 
 

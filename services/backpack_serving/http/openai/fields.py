@@ -116,7 +116,9 @@ Stops = Annotated[
 ]
 
 
-Biases = dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)]]
+Biases = dict[
+    Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")], Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)]
+]
 
 BadWords = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=LARGEST_STOP)]],
@@ -168,7 +170,9 @@ class Sampled(BaseModel, ABC):
         None, gt=0, le=MOST_REPETITION_PENALTY, description="Of tokens in the prompt or the text; 1 for none."
     )
     min_tokens: int | None = Field(None, ge=0, le=_LARGEST, description="No text ends by itself before them.")
-    bad_words: BadWords = Field([], description="Words that the text doesn't hold.")
+    bad_words: BadWords = Field(
+        [], description="Spellings that the text doesn't hold, with and without a space before them."
+    )
     # Ours.
     explain: int | None = Field(
         None, ge=1, le=MOST_EXPLAINED, description="List so many contributions with each generated token."
@@ -283,7 +287,7 @@ def read(kind: type[R], body: bytes) -> R:
     except strict_json.JsonError as error:
         raise InvalidRequest("NOT_JSON", f"the body is no JSON that can be read: {error}") from None
     if not isinstance(values, dict):
-        raise InvalidRequest("NOT_JSON", "the body must be a JSON object")
+        raise InvalidRequest("NOT_JSON", f"the body is {_shown(values)}; it must be a JSON object")
     off = OFF_IN_COMPLETIONS if kind is Completion else OFF_IN_CHATS
     unsupported = [
         name for name in values if name in off and not any(_means_off(values[name], each) for each in off[name])
@@ -311,37 +315,54 @@ def _combinations(request: Sampled) -> list[Violation]:
     if isinstance(request, Completion) and request.max_tokens == 0 and not request.echo:
         found.append(Violation("max_tokens", "OUT_OF_RANGE", "0; at least 1, or 0 with echo"))
     if isinstance(request, Completion) and request.max_tokens == 0 and request.explain:
-        found.append(Violation("explain", "NOT_IN_THIS_MODE", "no token is generated; leave it out"))
+        found.append(Violation("explain", "NOT_IN_THIS_MODE", "max_tokens is 0, so no token is made; leave it out"))
     if isinstance(request, Chat) and request.top_logprobs and not request.logprobs:
-        found.append(Violation("top_logprobs", "NOT_IN_THIS_MODE", "set logprobs, or leave it out"))
+        text = f"{request.top_logprobs}, but logprobs isn't set; set it, or leave this out"
+        found.append(Violation("top_logprobs", "NOT_IN_THIS_MODE", text))
     if isinstance(request, Chat) and request.max_tokens and request.max_completion_tokens:
-        text = "give this or max_tokens, which means the same"
+        text = f"{request.max_completion_tokens}, and max_tokens is {request.max_tokens}; they mean the same, give one"
         found.append(Violation("max_completion_tokens", "AMBIGUOUS", text))
     return found
 
 
 _REASONS = {"missing": "MISSING", "extra_forbidden": "UNKNOWN_FIELD"}
 
+_WRITTEN = {
+    "model": "write a channel, or CHANNEL@17 for release 17",
+    "since": "write EPOCH.REVISION, as in 1.35",
+    "logit_bias": "keys are token ids, as in 262, with no zero before them",
+}
+"""How the fields are written whose values have a pattern."""
+
 
 def _field_violations(error: ValidationError) -> list[Violation]:
     """One for each field: of a value that may have several forms, what the last one says."""
     found: dict[str, Violation] = {}
     for each in error.errors(include_url=False):
-        steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in each["loc"] if not _is_form(step)]
+        steps = [f"[{step}]" if _is_index(step) else f".{step}" for step in each["loc"] if not _is_form(step)]
         field = "".join(steps).removeprefix(".")
         reason = _REASONS.get(each["type"], "INVALID")
         text = each["msg"].removeprefix("Value error, ")
+        if each["type"] == "string_pattern_mismatch":
+            text = _WRITTEN[str(each["loc"][0])]
         if reason == "INVALID":
             text = f"{_shown(each['input'])}; {text[:1].lower()}{text[1:]}"
         elif reason == "UNKNOWN_FIELD":
-            text = "there is no such field"
+            text = "there is no such field; leave it out"
+        else:
+            text = "it is missing; give it"
         found[field] = Violation(field, reason, text)
     return list(found.values())
 
 
 def _is_form(step: int | str) -> bool:
     """Whether a step of pydantic's path is the form of a value, not a field's name."""
-    return isinstance(step, str) and (step in ("str", "bool", "int") or not step.isidentifier())
+    return isinstance(step, str) and (step in ("str", "bool", "int") or not (step.isidentifier() or step.isdecimal()))
+
+
+def _is_index(step: int | str) -> bool:
+    """Whether it is a place in a list, or a token id."""
+    return isinstance(step, int) or step.isdecimal()
 
 
 def _means_off(value: Any, off: Any) -> bool:
