@@ -192,7 +192,12 @@ REFUSED = {
         "NOT_IN_THIS_MODE",
         "leave it out to score",
     ),
-    "mode": (_request(0, mode=7), "INVALID_ARGUMENT", "UNKNOWN_VALUE", "7 is no mode"),
+    "mode": (
+        _request(0, mode=7),
+        "INVALID_ARGUMENT",
+        "UNKNOWN_VALUE",
+        "7; use COMPARE_MODE_NEXT_TOKEN or COMPARE_MODE_SCORE",
+    ),
     "one token": (
         pb.CompareRequest(
             prompt=pb.Prompt(tokens=pb.TokenIds(ids=[5])), releases=_releases(0), mode=pb.COMPARE_MODE_SCORE

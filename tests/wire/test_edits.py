@@ -213,7 +213,8 @@ def _whole(text: str) -> inference_pb2.Word:
         (
             pb.Edit(add=pb.AddEdit(cells=[_cells("king")], delta=pb.Vector(dtype=1, shape=[1] * 1_000_000))),
             "edits[0].add.delta",
-            "shape [1, 1, 1, 1, 1, 1, 1, 1]… of 1000000 sizes of 4-byte numbers, but 0 bytes of data",
+            "shape [1, 1, 1, 1, 1, 1, 1, 1]… of 1000000 sizes of 4-byte numbers, but 0 bytes of data; give one "
+            "size, and as many numbers",
         ),
     ],
     ids=["first token", "topic", "all tokens", "words", "shape"],
@@ -222,6 +223,21 @@ def test_what_would_be_read_for_seconds_is_refused_before(edit: pb.Edit, field: 
     with pytest.raises(InvalidRequest) as refused:
         read_edits([edit], TOKENIZER, SENSES)
     assert (field, says) in [(v.field, v.description) for v in refused.value.violations]
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (pb.Edit(), "give one of scale, add, set, copy, project_out, swap, topic"),
+        (
+            pb.Edit(scale=pb.ScaleEdit(cells=[pb.Cells(word=inference_pb2.Word(text="king", policy=9))])),  # type: ignore[arg-type]
+            "9; use WORD_POLICY_SINGLE or WORD_POLICY_FIRST_TOKEN or WORD_POLICY_ALL_TOKENS",
+        ),
+    ],
+)
+def test_of_what_this_server_doesnt_know_the_alternatives_are_told(edit: pb.Edit, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        read_edits([edit], TOKENIZER, SENSES)
 
 
 @pytest.mark.parametrize(("word", "reason"), [("king", "TOO_MANY_CELLS"), ("", "EMPTY")])

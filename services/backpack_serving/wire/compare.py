@@ -75,14 +75,14 @@ def read_comparison(request: pb.CompareRequest, tokenizer: Tokenizer, config: Ba
     score = request.mode == pb.COMPARE_MODE_SCORE
     reader = WordReader(tokenizer, config.num_senses)
     if request.mode not in pb.CompareMode.values():
-        reader.refuse("mode", "UNKNOWN_VALUE", f"{request.mode} is no mode of comparing")
+        reader.refuse("mode", "UNKNOWN_VALUE", f"{request.mode}; use {' or '.join(pb.CompareMode.keys()[1:])}")
     some = request.targets[:MOST_TARGETS]
     targets = tuple(reader.token(f"targets[{at}]", word) for at, word in enumerate(some))
     if score and len(ids) < 2:
         reader.refuse("prompt", "TOO_SHORT", "one token; a score needs at least two")
     if score and (request.top or targets):
-        field = "top" if request.top else "targets"
-        reader.refuse(field, "NOT_IN_THIS_MODE", "for mode NEXT_TOKEN; leave it out to score a text")
+        field, value = ("top", request.top) if request.top else ("targets", len(request.targets))
+        reader.refuse(field, "NOT_IN_THIS_MODE", f"{value}, for mode NEXT_TOKEN; leave it out to score a text")
     if not 0 <= request.top <= MOST_TOP:
         reader.refuse("top", "OUT_OF_RANGE", f"{request.top}; 1 to {MOST_TOP}, or 0 for {DEFAULT_TOP}")
     if len(request.targets) > MOST_TARGETS:

@@ -61,7 +61,11 @@ class WordReader:
                 return ()
             return (word.token,)
         if word.policy not in WORD_POLICIES:
-            self.refuse(f"{field}.policy", "UNKNOWN_VALUE", f"{word.policy} is no word policy")
+            self.refuse(
+                f"{field}.policy",
+                "UNKNOWN_VALUE",
+                f"{word.policy}; use {' or '.join(inference_pb2.WordPolicy.keys()[1:])}",
+            )
             return ()
         policy = WORD_POLICIES[word.policy]
         # Megabytes would be encoded for ten seconds, and their tokens be more than a revision may name.
@@ -114,11 +118,8 @@ class WordReader:
             return Vector()
         size = struct.calcsize(form)
         if len(message.shape) != 1 or message.shape[0] * size != len(message.data):
-            self.refuse(
-                field,
-                "WRONG_SHAPE",
-                f"shape {_shape_text(message.shape)} of {size}-byte numbers, but {len(message.data)} bytes of data",
-            )
+            text = f"shape {_shape_text(message.shape)} of {size}-byte numbers, but {len(message.data)} bytes of data"
+            self.refuse(field, "WRONG_SHAPE", f"{text}; give one size, and as many numbers")
             return Vector()
         return Vector.of(struct.unpack(f"<{message.shape[0]}{form}", message.data))
 
@@ -142,7 +143,11 @@ def read_edits(
     for at, message in enumerate(messages):
         kind = message.WhichOneof("kind")
         if kind is None:
-            reader.refuse(f"edits[{at}]", "UNKNOWN_KIND", "no kind of edit that this server knows")
+            reader.refuse(
+                f"edits[{at}]",
+                "UNKNOWN_KIND",
+                f"no kind of edit that this server knows; give one of {', '.join(_READ)}",
+            )
             continue
         edits.append(_READ[kind](reader, f"edits[{at}].{kind}", getattr(message, kind)))
     if reader.violations:
