@@ -273,8 +273,8 @@ def fingerprint(folder: Path, origin: str | None = None) -> str:
     """SHA-256, hex, over everything that decides what a patch means: config, tokenizer, every weight; with an `origin`,
     that instead of the finished sense table.
 
-    The sense table is a function of these, so it need not be hashed; hashed as computed, it would differ
-    between processors.
+    The sense table is a function of these, so it need not be hashed; hashed as computed, it would differ between
+    processors, and between two runs on one.
     """
     tensors = read_weights(folder) if origin is None else read_file(folder / WEIGHTS)
     return _fingerprint(folder, tensors, origin)

@@ -36,9 +36,9 @@ class Manifest:
     `tokenizer` is the SHA-256 of tokenizer.json, for those who read it without the weights; manifests of earlier
     versions don't say.
 
-    A sense table that was computed when the model was put together differs in single roundings from processor to
-    processor. Such a model has an `origin`, the SHA-256 of what its table was computed from: the fingerprint is over
-    that instead of the table, and `tables` are the SHA-256 of the files of this one.
+    A sense table that was computed when the model was put together differs in single roundings from one time to the
+    next, on one machine, too. Such a model has an `origin`, the SHA-256 of what its table was computed from: the
+    fingerprint is over that instead of the table, and `tables` are the SHA-256 of the files of this one.
     """
 
     fingerprint: str

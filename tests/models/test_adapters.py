@@ -190,7 +190,7 @@ def test_a_damaged_table_or_adapter_is_refused(where: Path, tmp_path: Path) -> N
 
 
 def test_the_fingerprint_is_over_what_the_table_is_computed_from(where: Path, tmp_path: Path) -> None:
-    """Another processor rounds otherwise: the model is the same one."""
+    """Another install rounds otherwise: the model is the same one."""
     trainer = trainer_of(where, tmp_path / "run")
     list(trainer.fit_first_senses())
     adapters.write_adapter(trainer.student, adapters.digest(where), where / "tokenizer.json", tmp_path / "adapter")
@@ -204,7 +204,7 @@ def test_the_fingerprint_is_over_what_the_table_is_computed_from(where: Path, tm
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         with pytest.MonkeyPatch.context() as patch:
-            # Where another processor rounds the other way, a cell is one step away.
+            # Where another install rounds the other way, a cell is one step away.
             patch.setattr(adapters, "_finished_senses", finished if name == "one" else nudged)
             models.append(adapters.assemble(tmp_path / "adapter", where, tmp_path / name))
     assert models[0].fingerprint == models[1].fingerprint
