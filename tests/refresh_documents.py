@@ -12,12 +12,19 @@ from pathlib import Path
 
 from tests.e2e.test_documents_run import MARK, ROOT, serving, session
 
+TABLE = "One prompt, one batch"
+"""How the table begins that `backpack run` prints."""
+
+REPLICA = "127.0.0.1:8490"
+"""The replica's address in pages: otherwise each start has another port, and so would each page."""
+
 
 def refresh(page: str) -> None:
     """Rewrite one page. Ports of its addresses must be free."""
     text = (ROOT / page).read_text("utf-8")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("BACKPACK_")}
     environment |= {"COLUMNS": "100", "NO_COLOR": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment["BACKPACK_INFERENCE_ADDRESS"] = REPLICA
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / ".venv").symlink_to(sys.prefix)
@@ -37,16 +44,16 @@ def refresh(page: str) -> None:
     outputs = done.stdout.split(f"{MARK}\n")[1:]
     at = 0
     for step, output in zip(steps, outputs, strict=True):
-        if step.command.startswith(".venv/bin/python"):
+        if step.language == "python":  # its output isn't in the page
             print(f"{step.command}\n{output}")
             continue
         start = text.index(f"$ {step.command}\n", at) + len(step.command) + 3
         assert text.startswith(step.shown, start), step.command
         shown = "".join(line.rstrip() + "\n" for line in output.splitlines())
         text, at = text[:start] + shown + text[start + len(step.shown) :], start + len(shown)
-    table = printed[printed.index("One prompt, one batch") : printed.index("From the command line")].rstrip()
+    table = printed[printed.index(TABLE) : printed.index("From the command line")].rstrip()
     table = "".join(line.rstrip() + "\n" for line in table.splitlines())
-    text = re.sub(r"```text\n.*?```", lambda _: f"```text\n{table}```", text, flags=re.S)
+    text = re.sub(rf"```text\n{TABLE}.*?```", lambda _: f"```text\n{table}```", text, flags=re.S)
     (ROOT / page).write_text(text, "utf-8")
 
 

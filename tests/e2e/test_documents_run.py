@@ -29,10 +29,14 @@ STEADY = re.compile(
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a page, for bash, and the output that the page shows below it."""
+    """One command or program of a page, for bash, and the output that the page shows below a command.
 
+    `language` is that of its block: console or python.
+    """
+
+    language: str
     command: str
-    shown: str
+    shown: str = ""
 
 
 def _blocks(page: str) -> list[tuple[str, str]]:
@@ -47,13 +51,13 @@ def session(page: str, addresses: dict[str, str]) -> list[Step]:
         for theirs, ours in addresses.items():
             content = content.replace(theirs, ours)
         if language == "python":
-            steps.append(Step(f".venv/bin/python - <<'END'\n{content}END", ""))
+            steps.append(Step(language, f".venv/bin/python - <<'END'\n{content}END"))
         elif language == "console":
             first, *found = re.split(r"^\$ ", content, flags=re.M)
             assert not first, f"{page} shows output of no command: {first}"
             for part in found:
                 command, shown = re.fullmatch(r"((?:[^\n]*\\\n)*[^\n]*)\n(.*)", part, re.S).groups()  # type: ignore[union-attr]
-                steps.append(Step(command, shown))
+                steps.append(Step(language, command, shown))
         else:
             assert language in ("sh", "text", "mermaid"), f"{page}: nobody runs {language}"
     return steps
