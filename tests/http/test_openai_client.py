@@ -12,7 +12,7 @@ import openai
 import pytest
 from backpack_lm.installed import folder_of
 from backpack_lm.tokenizer import Tokenizer
-from backpack_serving.client import Client, Sampling
+from backpack_serving.client import Client, Copy, Sampling
 
 from tests.http.conftest import PROMPT, Web, chat_model, serving
 
@@ -182,6 +182,34 @@ def test_what_is_ours_goes_beyond(client: openai.OpenAI, web: Web) -> None:
     since = choice.served["position"]
     assert web.complete(since=since)["choices"][0]["served"]["position"] >= since
     assert web.refused(model="live", prompt=PROMPT, since="99.1")[1] == "NOT_WRITTEN"
+
+
+def test_a_draft_is_tried_and_a_bad_one_refused_at_its_place(client: openai.OpenAI, web: Web) -> None:
+    edit = {"copy": {"cells": [{"word": "king"}, {"word": "story"}], "source": "nurse"}}
+
+    def complete(**ours: Any) -> Any:
+        asked: Any = {"model": "live", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+        return client.completions.create(**asked, extra_body=ours).choices[0]
+
+    plain, tried = complete(), complete(draft=[edit])
+    assert tried.text != plain.text
+    assert "draft_digest" not in plain.served
+    with Client(web.gateway, web.key) as grpc:
+        same = grpc.generate(PROMPT, Sampling(8, temperature=0), draft=[Copy(["king", "story"], "nurse")])
+    assert (same.text, same.served.draft, same.served.digest) == (
+        tried.text,
+        tried.served["draft_digest"],
+        tried.served["release_digest"],
+    )
+    assert complete().text == plain.text, "nothing was stored"
+    for draft, param, says in (
+        ([edit, {"blow": "up"}], "draft[1]", "no field named"),
+        ([{"scale": {"cells": [{"word": "king"}], "factor": 1}}], "draft[0].factor", "changes nothing"),
+        ([], "draft", "at least one edit"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=says) as refused:
+            complete(draft=draft)
+        assert refused.value.param == param
 
 
 def test_a_chat_is_written_by_the_models_template(client: openai.OpenAI, web: Web) -> None:

@@ -43,6 +43,7 @@ def test_a_refusal_is_openais_error_with_our_reason() -> None:
         ("alternatives", "logprobs"),
         ("explain.limit", "explain"),
         ("min_revision", "since"),
+        ("draft.edits[2].scale.factor", "draft[2].scale.factor"),
         ("release", "model"),
         ("messages[1].content", "messages[1].content"),
     ],

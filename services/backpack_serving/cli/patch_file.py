@@ -13,14 +13,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from backpack_lm import strict_json
-from backpack_proto.v1 import inference_pb2
 from backpack_proto.v1 import interventions_pb2 as pb
 from google.protobuf import json_format
-from google.protobuf.descriptor import Descriptor
 
+from backpack_serving.wire.edit_json import parse_edit_json
 from backpack_serving.wire.edits import read_edits, write_edit
 
 if TYPE_CHECKING:
@@ -44,12 +43,10 @@ class PatchFile:
             values = {"edits": values} if isinstance(values, list) else values
             if not (isinstance(values, dict) and isinstance(values.get("edits"), list)):
                 raise ValueError('no list of edits, nor an object with one as "edits"')
-            edits = tuple(
-                json_format.ParseDict(_with_words(edit, pb.Edit.DESCRIPTOR), pb.Edit()) for edit in values["edits"]
-            )
+            edits = tuple(map(parse_edit_json, values["edits"]))
             description, model = (str(values.get(name) or "") for name in ("description", "model"))
             return cls(edits, description, model)
-        except (ValueError, TypeError, AttributeError, RecursionError, json_format.ParseError) as error:
+        except ValueError as error:
             why = str(error)
         raise ValueError(f"{file} is not a patch file: {why}; `backpack patch show` and `backpack lab` make them")
 
@@ -76,20 +73,3 @@ class PatchFile:
                 f"the patch was made for model {self.model[:12]}…, this is {fingerprint[:12]}…; make it again "
                 "with `backpack lab … --model` of the model that is served"
             )
-
-
-def _with_words(values: Any, message: Descriptor) -> Any:
-    """A message's JSON in which a string that stands for a `Word` is that message."""
-    if isinstance(values, str) and message.full_name == inference_pb2.Word.DESCRIPTOR.full_name:
-        return {"text": values}
-    if not isinstance(values, dict):
-        return values
-    fields = {**message.fields_by_name, **message.fields_by_camelcase_name}
-
-    def converted(name: str, value: Any) -> Any:
-        kind = fields[name].message_type if name in fields else None
-        if kind is None:
-            return value
-        return [_with_words(one, kind) for one in value] if isinstance(value, list) else _with_words(value, kind)
-
-    return {name: converted(name, value) for name, value in values.items()}

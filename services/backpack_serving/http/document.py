@@ -39,6 +39,10 @@ _SERVED: dict[str, Any] = {
         "release": {"type": "integer"},
         "release_digest": {"type": "string"},
         "canary": {"type": "boolean"},
+        "draft_digest": {
+            "type": "string",
+            "description": "Of the edits that the request tries, as a revision of them.",
+        },
         "position": {"type": "string", "description": "EPOCH.REVISION of the store, as `since` takes it."},
         "model_fingerprint": {"type": "string"},
     },

@@ -98,5 +98,6 @@ def response(error: ServiceError) -> JSONResponse:
 
 def _param(field: str) -> str:
     name = field.removeprefix("sampling.").removesuffix(".limit").replace(".tokens.ids", "")
+    name = name.replace("draft.edits", "draft")
     plain, bracket, at = name.partition("[")
     return _FIELDS.get(plain, plain) + bracket + at

@@ -153,6 +153,7 @@ def _served(served: pb.Served) -> Json:
         "release": served.release,
         "release_digest": served.release_digest,
         "canary": served.canary,
+        **({"draft_digest": served.draft_digest} if served.draft_digest else {}),
         "position": f"{served.epoch}.{served.revision}",
         "model_fingerprint": served.model_fingerprint,
     }

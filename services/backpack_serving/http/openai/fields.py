@@ -188,6 +188,11 @@ class Sampled(BaseModel, ABC):
     request_key: str | None = Field(
         None, description="Which half of a canary: the same key always the same. Default: `user`, or drawn."
     )
+    draft: list[dict[str, Any]] | None = Field(
+        None,
+        description="Edits to try over the release, as `backpack patch show` prints them; nothing is stored. The key "
+        "needs the role `author`, too.",
+    )
     ignore_end_of_text: bool | None = Field(None, description="Goes on past the end-of-text token.")
 
     @property

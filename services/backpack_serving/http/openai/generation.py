@@ -15,9 +15,10 @@ from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc
 
 from backpack_serving import rpc, tasks
-from backpack_serving.errors import Conflict, PreconditionFailed
+from backpack_serving.errors import Conflict, InvalidRequest, PreconditionFailed
 from backpack_serving.http.caller import Metadata
 from backpack_serving.http.openai.fields import Completion, Prompt, Sampled
+from backpack_serving.wire.edit_json import parse_edit_json
 
 AT_ONCE = 8
 """Prompts of one request that are sent to the gateway at once."""
@@ -148,6 +149,7 @@ class Generator:
             "release": self._request.release,
             "request_key": self._key,
             "min_revision": pb.Position(**position) if position else None,
+            "draft": None if self._request.draft is None else _read_draft_json(self._request.draft),
         }
 
     def _sampling(self, prompt: Prompt) -> pb.Sampling:
@@ -184,6 +186,17 @@ class Generator:
                 f"{self._manifest.fingerprint[:12]}; restart it with the gateway's model"
             )
             raise PreconditionFailed("WRONG_MODEL", text)
+
+
+def _read_draft_json(values: Sequence[dict[str, Any]]) -> pb.Draft:
+    """The edits of a request. Raises InvalidRequest, naming the first that is none."""
+    draft = pb.Draft()
+    for at, value in enumerate(values):
+        try:
+            draft.edits.append(parse_edit_json(value))
+        except ValueError as error:
+            raise InvalidRequest.at(f"draft[{at}]", "INVALID", f"it is no edit: {error}") from None
+    return draft
 
 
 def _prompt(prompt: Prompt) -> pb.Prompt:
