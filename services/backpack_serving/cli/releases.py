@@ -32,12 +32,14 @@ Timeout = Annotated[float, typer.Option(help="Longest wait in seconds.", min=0.0
 
 @app.command("list")
 def list_releases(tenant: AsTenant = "harbour", key: Key = "") -> None:
-    """List the tenant's releases, newest first, and where each channel points."""
+    """List the tenant's releases, newest first, and which channels have one as their release, as their canary, or as
+    what a rollback goes back to.
+    """
     with as_releaser(tenant, key) as steering:
         releases, channels = steering.releases(), steering.channels()
     shown = table("release", "digest", "made", "revisions", "notes", "channels")
     for release in releases:
-        here = " ".join(channel.id for channel in channels if channel.release == release.number)
+        here = ", ".join(filter(None, (_standing(channel, release.number) for channel in channels)))
         shown.add_row(
             str(release.number),
             release.digest[:12],
@@ -47,6 +49,15 @@ def list_releases(tenant: AsTenant = "harbour", key: Key = "") -> None:
             f"[green]{here}[/]",
         )
     out.print(shown)
+
+
+def _standing(channel: client.Channel, number: int) -> str:
+    """What a release is to a channel; nothing if it is neither there nor next to it."""
+    if channel.release == number:
+        return channel.id
+    if channel.canary and channel.canary.release == number:
+        return f"{channel.id} (canary)"
+    return f"{channel.id} (before)" if channel.previous == number else ""
 
 
 @app.command("create")

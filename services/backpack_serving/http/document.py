@@ -41,7 +41,7 @@ _SERVED: dict[str, Any] = {
         "canary": {"type": "boolean"},
         "draft_digest": {
             "type": "string",
-            "description": "Of the edits that the request tries, as a revision of them.",
+            "description": "Of the edits that the request tries, as a revision.",
         },
         "position": {"type": "string", "description": "EPOCH.REVISION of the store, as `since` takes it."},
         "model_fingerprint": {"type": "string"},
