@@ -91,6 +91,13 @@ def test_steering_adds_to_what_steers_already(backpack: Any) -> None:
     assert "of two:1 one:2 " in backpack("steer", "one", "copy king queen", *words), "in place of its old revision"
     assert "of one:3 " in backpack("steer", "one", "copy king queen", "--alone", *words)
     assert "live is at release 2" in backpack("release", "status", *words), "none of these was activated"
+    backpack("canary", "start", "3", *words)
+    rows = (line.split() for line in backpack("release", "list", *words).splitlines()[1:])
+    standing = {row[0]: " ".join(row[4:]).partition("live")[1:] for row in rows}
+    assert standing["4"] == standing["0"] == ("", "")
+    assert standing["3"] == ("live", " (canary)")
+    assert standing["2"] == ("live", "")
+    assert standing["1"] == ("live", " (before)")
     assert "of three:1 " in backpack("steer", "three", "copy king queen", "--channel", "new", *words)
 
 
