@@ -1,7 +1,7 @@
 """Why a token is predicted, and what a sense means: exact readings of a Backpack's linear output.
 
-The logit of word y at position i is Σ_{j,l} α[l,i,j] · m[i,j,l] · (E[y]·C(x_j)_l) (paper, section 2), with m
-the multipliers of an overlay's topics. Every term below is one of that sum, none is estimated.
+The logit of word y at position i is Σ_{j,l} α[l,i,j] · m[i,j,l] · (E[y]·C(x_j)_l) + b[y] (paper, section 2), with m
+the multipliers of an overlay's topics and b its biases. Every term below is one of that sum, none is estimated.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """The terms of one logit: weights α, multipliers and contributions, each [T, k]; they sum to `logit`."""
+    """The terms of one logit: weights α, multipliers and contributions, each [T, k], which sum to `logit` with the
+    release's bias on the word."""
 
     weights: Tensor
     multipliers: Tensor
     contributions: Tensor
+    bias: float = 0.0
 
     @property
     def logit(self) -> float:
-        return float(self.contributions.sum())
+        return float(self.contributions.sum()) + self.bias
 
     def largest(self, limit: int) -> tuple[list[Term], float]:
         """The terms of largest magnitude, largest first, and the sum of the others."""
@@ -70,9 +72,9 @@ def attribute(
     weights, multipliers = read.alpha[0], read.multipliers(overlay)[0]  # [T, k]
     mixed = (weights * multipliers).double()[..., None] * read.replaced(overlay)  # [T, k, d]
     head = model.embedding[: model.config.tokens]
-    logs = (head @ mixed.sum((0, 1)).float()).log_softmax(-1)
+    logs = overlay.biased(head @ mixed.sum((0, 1)).float()).log_softmax(-1)
     target = int(logs.argmax()) if target is None else target
-    terms = Terms(weights, multipliers, mixed @ head[target].double())
+    terms = Terms(weights, multipliers, mixed @ head[target].double(), overlay.bias_of(target))
     return Attribution(terms, target, float(logs[target]))
 
 
@@ -87,7 +89,7 @@ def attribute_text(model: Backpack, table: SenseTable, ids: Tensor, overlay: Ove
     senses, embedded = read.replaced(overlay).double(), model.embedding[ids[start:]].double()
     terms = (read.alpha * multipliers).double() * torch.einsum("pd,jld->pjl", embedded, senses)
     return [
-        Terms(read.alpha[at, :end], multipliers[at, :end], terms[at, :end])
+        Terms(read.alpha[at, :end], multipliers[at, :end], terms[at, :end], overlay.bias_of(int(ids[end])))
         for at, end in enumerate(range(start, len(ids)))
     ]
 

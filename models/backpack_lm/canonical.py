@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from backpack_lm.edits import (
     AddEdit,
+    BiasEdit,
     Cell,
     CopyEdit,
     Edit,
@@ -48,6 +49,10 @@ def _encode_edit(edit: Edit) -> Iterator[bytes]:
         yield struct.pack("<B?I", edit.strength, edit.annealed, len(edit.tokens))
         yield struct.pack(f"<{len(edit.tokens)}I", *edit.tokens)
         return
+    if isinstance(edit, BiasEdit):
+        yield struct.pack("<dI", edit.amount + 0.0, len(edit.tokens))
+        yield struct.pack(f"<{len(edit.tokens)}I", *edit.tokens)
+        return
     yield _COUNT.pack(len(edit.cells))
     for cell in edit.cells:
         yield _CELL.pack(cell.token, cell.sense)
@@ -83,6 +88,9 @@ class _Reader:
     def count(self) -> int:
         return int(_COUNT.unpack(self.take(4))[0])
 
+    def tokens(self, count: int) -> tuple[int, ...]:
+        return struct.unpack(f"<{count}I", self.take(4 * count))
+
     def cell(self) -> Cell:
         return Cell(*_CELL.unpack(self.take(8)))
 
@@ -105,8 +113,10 @@ def _decode_edit(reader: _Reader) -> Edit:
         strength, annealed, count = reader.unpack("<BBI")
         if annealed > 1:
             raise PatchError(Violation("blob", "CORRUPT", f"a flag is {annealed}, neither 0 nor 1"))
-        tokens = struct.unpack(f"<{int(count)}I", reader.take(4 * int(count)))
-        return TopicEdit(tokens, int(strength), bool(annealed))
+        return TopicEdit(reader.tokens(int(count)), int(strength), bool(annealed))
+    if kind == BiasEdit.KIND:
+        amount, count = reader.unpack("<dI")
+        return BiasEdit(reader.tokens(int(count)), float(amount))
     cells = tuple(reader.cell() for _ in range(reader.count()))
     match kind:
         case ScaleEdit.KIND:

@@ -55,15 +55,22 @@ class Scoring:
     @torch.inference_mode()
     def likeliest(self, overlay: Overlay, top: int) -> list[list[tuple[int, float]]]:
         """The `top` likeliest tokens in the place of each of the T − 1, most likely first, with log p."""
-        first, changed = self._pass.under(overlay)
         found = []
-        for _, logits in logits_in_pieces(torch.cat([self._pass.base[:first], changed]), self._head):
+        for _, logits in logits_in_pieces(self._outputs(overlay), self._head):
+            logits = overlay.biased(logits)
             values, tokens = logits.topk(top)
             logs = values - logits.logsumexp(1)[:, None]
             found += [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), logs.tolist(), strict=True)]
         return found
 
+    def _outputs(self, overlay: Overlay) -> Tensor:
+        """o [T − 1, d]."""
+        first, changed = self._pass.under(overlay)
+        return torch.cat([self._pass.base[:first], changed])
+
     def _under(self, overlay: Overlay) -> Tensor:
+        if overlay.bias:  # no position stays as the model has it
+            return self._logs(self._outputs(overlay), self._next, overlay)
         first, changed = self._pass.under(overlay)
         return torch.cat([self._unpatched(first), self._logs(changed, self._next[first:])])
 
@@ -75,10 +82,11 @@ class Scoring:
             self._plain = torch.cat([self._plain, more])
         return self._plain[:count]
 
-    def _logs(self, outputs: Tensor, tokens: Tensor) -> Tensor:
-        """log p of one token for each output [N, d]: [N]."""
+    def _logs(self, outputs: Tensor, tokens: Tensor, overlay: Overlay | None = None) -> Tensor:
+        """log p of one token for each output [N, d], with an overlay's biases: [N]."""
         logs = [torch.empty(0)]
         for at, logits in logits_in_pieces(outputs, self._head):
+            logits = overlay.biased(logits) if overlay else logits
             chosen = logits.gather(1, tokens[at : at + len(logits), None])[:, 0]
             logs.append(chosen - logits.logsumexp(1))
         return torch.cat(logs)
@@ -96,16 +104,21 @@ class Predicting:
     def read(self, overlays: Sequence[Overlay]) -> list[Distribution]:
         """One distribution for each release; those that leave the text alone share the unpatched one."""
         outputs, rows = [self._pass.base], []
+        biased: dict[int, Overlay] = {}
         for overlay in overlays:
             first, changed = self._pass.under(overlay)
-            rows.append(0 if first else len(outputs))
-            if not first:
-                outputs.append(changed)
-        found = [
-            distribution
-            for _, logits in logits_in_pieces(torch.cat(outputs), self._head)
-            for distribution in self._distributions(logits)
-        ]
+            if first and not overlay.bias:
+                rows.append(0)
+                continue
+            rows.append(len(outputs))
+            outputs.append(self._pass.base if first else changed)
+            if overlay.bias:
+                biased[rows[-1]] = overlay
+        found: list[Distribution] = []
+        for at, logits in logits_in_pieces(torch.cat(outputs), self._head):
+            for row in biased.keys() & range(at, at + len(logits)):
+                logits[row - at] = biased[row].biased(logits[row - at])
+            found += self._distributions(logits)
         return [found[row] for row in rows]
 
     def _distributions(self, logits: Tensor) -> list[Distribution]:

@@ -1,8 +1,8 @@
 """The kinds of edit, and how a refusal is worded.
 
 An edit acts on selected cells of the sense table, a cell being one (token, sense) pair with its vector
-v = C(token)_sense of width d. What each kind does to v is its docstring; `overlay.py` does it,
-`canonical.py` writes it down, `patch.py` says when it is allowed.
+v = C(token)_sense of width d, or on the logits of selected tokens. What each kind does is its docstring;
+`overlay.py` does it, `canonical.py` writes it down, `patch.py` says when it is allowed.
 """
 
 from __future__ import annotations
@@ -154,4 +154,21 @@ class TopicEdit:
         return max(self.multipliers) / 7.5
 
 
-Edit = ScaleEdit | AddEdit | SetEdit | CopyEdit | ProjectOutEdit | SwapEdit | TopicEdit
+@dataclass(frozen=True, slots=True)
+class BiasEdit:
+    """logit_y ← logit_y + amount for each y of `tokens`, at every position; −∞ forbids them.
+
+    It is part of the model's distribution: log-probabilities and explanations have it, too. Biases of one token
+    add up, whichever edits they are of.
+    """
+
+    tokens: tuple[int, ...]
+    amount: float
+    KIND: ClassVar[int] = 8
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        return ()
+
+
+Edit = ScaleEdit | AddEdit | SetEdit | CopyEdit | ProjectOutEdit | SwapEdit | TopicEdit | BiasEdit

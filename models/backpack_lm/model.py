@@ -7,10 +7,10 @@
     o_i  = Σ_l Σ_j α[l,i,j] C(x_j)_l ;  logits = o Eᵀ      mix and head   [B, T, V]
 
 C depends on the token alone, so after training it is a table (`Backpack.sense_table`); an overlay
-changes that table and nothing else. The trunk is whatever its description says (`trunks/`). This file
-is the slow, obvious reference: `generate` recomputes everything for every token and is the oracle that
-every faster path is held equal to. Module names are the published checkpoint's, so a state dict is a
-checkpoint.
+changes that table, adds constants to logits, and does nothing else. The trunk is whatever its description
+says (`trunks/`). This file is the slow, obvious reference: `generate` recomputes everything for every token
+and is the oracle that every faster path is held equal to. Module names are the published checkpoint's, so
+a state dict is a checkpoint.
 """
 
 from __future__ import annotations
@@ -419,7 +419,8 @@ class Backpack(nn.Module):
 
         Raises ValueError if the text is empty or longer than the context.
         """
-        return self.mix(ids, overlay) @ self.embedding.t()
+        logits = self.mix(ids, overlay) @ self.embedding.t()
+        return logits if overlay is None else overlay.biased(logits)
 
     def mix(self, ids: Tensor, overlay: Overlay | None = None) -> Tensor:
         """o [B, T, d]: the output before the head."""

@@ -1,8 +1,8 @@
-"""A release compiled against a model: the rows it replaces and the multipliers it adds.
+"""A release compiled against a model: the rows it replaces, the multipliers it adds, and what it adds to logits.
 
-Sparse edits (everything but topics) end up as replaced rows: one [d] vector for each touched cell.
-A topic multiplies every cell of the table, so it is kept as one byte a cell, the index of its
-multiplier. Both are computed once per release and shared by every request of that release.
+Sparse edits end up as replaced rows: one [d] vector for each touched cell. A topic multiplies every cell of the
+table, so it is kept as one byte a cell, the index of its multiplier. Biases end up as one number for each token that
+they name. All are computed once per release and shared by every request of that release.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from backpack_lm.int8 import restore, store
 from backpack_lm.patch import (
     TOPIC_QUANTILES,
     AddEdit,
+    BiasEdit,
     Cell,
     CopyEdit,
     Edit,
@@ -133,8 +134,31 @@ class TopicMultipliers:
         return keep * targets + (1 - keep)
 
 
+@dataclass(frozen=True, eq=False)
+class LogitBias:
+    """What a release adds to logits, −∞ to forbid; equal to itself only. `tokens` [n], each once; `amounts` [n]
+    float32."""
+
+    tokens: Tensor
+    amounts: Tensor
+
+    @classmethod
+    def of(cls, edits: Iterable[BiasEdit]) -> LogitBias | None:
+        """Their sum; a token that one names twice counts once in it. None without an edit."""
+        sums: dict[int, float] = {}
+        for edit in edits:
+            for token in dict.fromkeys(edit.tokens):
+                sums[token] = sums.get(token, 0.0) + edit.amount
+        tokens = sorted(sums)
+        return cls(torch.tensor(tokens), torch.tensor([sums[token] for token in tokens])) if sums else None
+
+    @cached_property
+    def by_token(self) -> dict[int, float]:
+        return dict(zip(self.tokens.tolist(), self.amounts.tolist(), strict=True))
+
+
 class Overlay:
-    """What a release does to one model's sense table.
+    """What a release does to one model's sense table, and to the logits that come of it.
 
     `tokens` [n] are the edited ids in ascending order, `index` [n, k] the row of `rows` [R, d] that
     replaces each of their senses, −1 where the model's own vector stays.
@@ -147,8 +171,9 @@ class Overlay:
         rows: Tensor,
         topics: tuple[TopicMultipliers, ...],
         num_senses: int,
+        bias: LogitBias | None = None,
     ) -> None:
-        self.digest, self.rows, self.topics = digest, rows, topics
+        self.digest, self.rows, self.topics, self.bias = digest, rows, topics, bias
         tokens, senses = _cell_indices(cells)
         self.tokens, place = tokens.unique(return_inverse=True)
         self.index = torch.full((len(self.tokens), num_senses), -1, dtype=torch.long)
@@ -161,7 +186,7 @@ class Overlay:
         The rows that come out are as the table stores them, so what is explained and scored is what is served. Raises
         PatchError if one can't be stored in the table's dtype.
         """
-        edits = [edit for edit in release.edits if not isinstance(edit, TopicEdit)]
+        edits = [edit for edit in release.edits if not isinstance(edit, TopicEdit | BiasEdit)]
         vectors = _Vectors((cell for edit in edits for cell in edit.cells), table)
         for edit in edits:
             vectors.apply(edit)
@@ -177,15 +202,17 @@ class Overlay:
                 )
             )
         topics = tuple(TopicMultipliers.of(e, table) for e in release.edits if isinstance(e, TopicEdit))
-        return cls(release.digest, vectors.places, rows, topics, table.rows.shape[1])
+        bias = LogitBias.of(edit for edit in release.edits if isinstance(edit, BiasEdit))
+        return cls(release.digest, vectors.places, rows, topics, table.rows.shape[1], bias)
 
     @property
     def empty(self) -> bool:
-        return not len(self.rows) and not self.topics
+        return not len(self.rows) and not self.topics and self.bias is None
 
     @cached_property
     def nbytes(self) -> int:
-        return self.rows.nbytes + self.index.nbytes + sum(t.levels.nbytes for t in self.topics)
+        biases = self.bias.tokens.nbytes + self.bias.amounts.nbytes if self.bias else 0
+        return self.rows.nbytes + self.index.nbytes + sum(t.levels.nbytes for t in self.topics) + biases
 
     def row_index(self, ids: Tensor) -> Tensor:
         """For ids [...], the row of `rows` that replaces each sense, or −1: [..., k]."""
@@ -200,6 +227,16 @@ class Overlay:
             return senses
         row = self.row_index(ids)[..., None]
         return torch.where(row >= 0, self.rows[row.squeeze(-1).clamp_min(0)].to(senses.dtype), senses)
+
+    def biased(self, logits: Tensor) -> Tensor:
+        """Logits [..., V] with the release's biases; the same tensor if there are none."""
+        if self.bias is None:
+            return logits
+        return logits.index_add(-1, self.bias.tokens, self.bias.amounts.to(logits.dtype).expand(*logits.shape[:-1], -1))
+
+    def bias_of(self, token: int) -> float:
+        """What the release adds to a token's logit."""
+        return self.bias.by_token.get(token, 0.0) if self.bias else 0.0
 
     def multipliers(self, ids: Tensor, senses: Tensor, embedding: Tensor) -> Tensor:
         """Effective multiplier of each cell j for each prediction i: [B, T, T, k], or ones [1, 1, 1, 1].
@@ -252,8 +289,8 @@ class _Vectors:
             case SwapEdit():
                 r, a = self._direction(edit.old), self._direction(edit.new)
                 v = v + _along(v, r) * (a * (r @ r) / (a @ a) - r)
-            case TopicEdit():
-                raise AssertionError("topics are compiled by TopicMultipliers")
+            case TopicEdit() | BiasEdit():
+                raise AssertionError("compiled by TopicMultipliers and LogitBias")
         self.rows[at] = v
 
     def _now(self, cells: Sequence[Cell]) -> Tensor:

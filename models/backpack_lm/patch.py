@@ -3,8 +3,9 @@
 A `RevisionContent` is an immutable ordered list of edits bound to one model; a `ReleaseContent` is an immutable
 ordered list of revisions.
 
-Edits apply in order, each to what the one before it left. Topic edits are the exception: they multiply
-whatever vector the other edits leave in a cell, because their multipliers come from the unedited model.
+Edits apply in order, each to what the one before it left. Two kinds are exceptions: topic edits multiply
+whatever vector the other edits leave in a cell, because their multipliers come from the unedited model; biases are
+added to the logits that all others lead to.
 
 Everything here is standard library: the intervention service reads it without torch.
 
@@ -24,6 +25,7 @@ from backpack_lm.edits import (
     TOPIC_MULTIPLIERS,
     TOPIC_QUANTILES,
     AddEdit,
+    BiasEdit,
     Cell,
     CopyEdit,
     Edit,
@@ -42,6 +44,7 @@ __all__ = [
     "TOPIC_MULTIPLIERS",
     "TOPIC_QUANTILES",
     "AddEdit",
+    "BiasEdit",
     "Cell",
     "CopyEdit",
     "Edit",
@@ -87,6 +90,7 @@ class PatchLimits:
     """Bounds on one revision or release. The defaults are the service's defaults.
 
     `topics` are bounded by themselves: a few bytes of one are a byte for every cell of the model in each replica.
+    `biased` bounds the tokens that a revision's biases name, `bias` how far a finite one goes.
     """
 
     cells: int = 4096
@@ -95,6 +99,8 @@ class PatchLimits:
     norm_factor: float = 8.0
     topic_words: int = 256
     topics: int = 16
+    biased: int = 4096
+    bias: float = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +168,8 @@ class ReleaseContent:
             )
         for revision in self._applied:
             revision.validate(model, limits)
+        if found := tuple(_all_forbidden("revisions", self.edits, model)):
+            raise PatchError(*found)
 
 
 def draft_digest(release: str, revision: str) -> str:
@@ -195,6 +203,10 @@ def _violations(revision: RevisionContent, model: ModelShape, limits: PatchLimit
     topics = sum(isinstance(edit, TopicEdit) for edit in revision.edits)
     if topics > limits.topics:
         yield Violation("edits", "TOO_MANY_TOPICS", f"{topics} topics, at most {limits.topics} go into a revision")
+    biased = sum(len(edit.tokens) for edit in revision.edits if isinstance(edit, BiasEdit))
+    if biased > limits.biased:
+        yield Violation("edits", "TOO_MANY_WORDS", f"biases of {biased} tokens, at most {limits.biased}")
+    yield from _all_forbidden("edits", revision.edits, model)
     size = len(revision.to_bytes())
     if size > limits.blob_bytes:
         yield Violation("edits", "TOO_LARGE", f"{size} bytes, at most {limits.blob_bytes}")
@@ -205,6 +217,8 @@ def _violations(revision: RevisionContent, model: ModelShape, limits: PatchLimit
 def _edit_violations(at: str, edit: Edit, model: ModelShape, limits: PatchLimits) -> Iterator[Violation]:
     if isinstance(edit, TopicEdit):
         yield from _topic_violations(at, edit, model, limits)
+    elif isinstance(edit, BiasEdit):
+        yield from _bias_violations(at, edit, model, limits)
     elif not edit.cells:
         yield Violation(f"{at}.cells", "EMPTY", "names no cell; give a word and its senses")
     cells = list(edit.cells) + ([*map(edit.source_of, edit.cells)] if isinstance(edit, CopyEdit) else [])
@@ -247,6 +261,29 @@ def _topic_violations(at: str, edit: TopicEdit, model: ModelShape, limits: Patch
         yield Violation(f"{at}.words", "TOO_MANY_WORDS", f"{len(edit.tokens)}, at most {limits.topic_words}")
     for token in edit.tokens:
         yield from _token_violations(f"{at}.words", token, model)
+
+
+def _bias_violations(at: str, edit: BiasEdit, model: ModelShape, limits: PatchLimits) -> Iterator[Violation]:
+    if math.isnan(edit.amount) or edit.amount == math.inf:
+        yield Violation(f"{at}.amount", "NON_FINITE", f"{edit.amount}; only −∞, which forbids a word, isn't finite")
+    elif edit.amount == 0:
+        yield Violation(f"{at}.amount", "ZERO_EFFECT", "adding 0 changes nothing")
+    elif math.isfinite(edit.amount) and abs(edit.amount) > limits.bias:
+        yield Violation(
+            f"{at}.amount", "OUT_OF_RANGE", f"{edit.amount:g}; at most ±{limits.bias:g}, or −∞ to forbid a word"
+        )
+    if not edit.tokens:
+        yield Violation(f"{at}.words", "EMPTY", "a bias needs at least one word")
+    for token in edit.tokens:
+        yield from _token_violations(f"{at}.words", token, model)
+
+
+def _all_forbidden(at: str, edits: Sequence[Edit], model: ModelShape) -> Iterator[Violation]:
+    """What forbids every token of the vocabulary; those that end a text count as any other."""
+    biases = [edit for edit in edits if isinstance(edit, BiasEdit) and edit.amount == -math.inf]
+    forbidden = {token for edit in biases for token in edit.tokens if token < model.vocab_size}
+    if len(forbidden) == model.vocab_size:
+        yield Violation(at, "NOTHING_LEFT", f"all {model.vocab_size} tokens are forbidden; leave some")
 
 
 def _token_violations(at: str, token: int, model: ModelShape) -> Iterator[Violation]:

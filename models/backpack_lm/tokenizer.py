@@ -123,6 +123,11 @@ class Tokenizer:
             )
         return (ids[0],)
 
+    def id_without_space(self, word: str) -> int | None:
+        """The id that is a word without a leading space, as at the start of a text: "nurse". None if it has several."""
+        ids = self.encode(word.strip())
+        return ids[0] if len(ids) == 1 else None
+
 
 @lru_cache(maxsize=4)
 def _tokenizer_of(data: bytes) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""The engine with and without: the sense mix, releases, a known prefix, its loop."""
+"""The engine with and without: the sense mix, biases, releases, a known prefix, its loop."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,17 @@ from backpack_lm import processor
 from backpack_lm.kernels import MixSpan
 from backpack_lm.kernels.plain import PlainKernels
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import AddEdit, Cell, Edit, ReleaseContent, RevisionContent, SwapEdit, TopicEdit, Vector
+from backpack_lm.patch import (
+    AddEdit,
+    BiasEdit,
+    Cell,
+    Edit,
+    ReleaseContent,
+    RevisionContent,
+    SwapEdit,
+    TopicEdit,
+    Vector,
+)
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.loop import EngineLoop
 from backpack_serving.engine.sequence import GenerationRequest
@@ -28,7 +39,7 @@ from tests.bench.side_by_side import FAST, INT8, NEW, ROUNDS, STEP_TOKENS, Bench
 
 def mix(bench: Bench, batch: int, length: int) -> None:
     """Steps with the sense mix and without it in turn, on the same sequences: the difference is the mix."""
-    engine = bench.engine(batch, step_tokens=batch * length)  # all begin at once, so that none ends before
+    engine = _decoding(bench, batch, length, [bench.empty])
     kernels = engine._runner.kernels
     whole = kernels.mix
     nothing = torch.zeros(batch, bench.model.config.n_embd)
@@ -36,20 +47,48 @@ def mix(bench: Bench, batch: int, length: int) -> None:
     def no_mix(queries: Tensor, predictions: list[MixSpan]) -> Tensor:
         return nothing[: len(predictions)]
 
-    for _ in range(batch):
-        engine.add(bench.request(bench.prompt(length), new=2 * 4 * ROUNDS + 2))
+    def switch(mixed: bool) -> None:
+        kernels.mix = whole if mixed else no_mix  # type: ignore[method-assign, assignment]
+
+    what = f"a decode step with the sense mix, against without, context {length}, batch {batch}"
+    _steps_in_turn(bench, engine, switch, what, "at most 1.12")
+
+
+def bias(bench: Bench, batch: int, length: int, words: int) -> None:
+    """Steps with another release's bias for each sequence and without any in turn, on the same sequences."""
+    draw, vocabulary = random.Random(0), bench.model.config.tokens
+    edits = [BiasEdit(tuple(draw.sample(range(vocabulary), words)), -1.0) for _ in range(batch)]
+    engine = _decoding(bench, batch, length, [_compile(bench, edit) for edit in edits])
+    runner = engine._runner
+    biases = runner._biases
+
+    def switch(biased: bool) -> None:
+        runner._biases = biases if biased else {}
+
+    what = f"a decode step with {batch} releases' biases on {words} words each, against none, context {length}"
+    _steps_in_turn(bench, engine, switch, what, "at most 1.03")
+
+
+def _decoding(bench: Bench, batch: int, length: int, overlays: list[Overlay]) -> Engine:
+    """An engine whose sequences have been read, under these overlays in turn, and decode for `_steps_in_turn`."""
+    engine = bench.engine(batch, step_tokens=batch * length)  # all begin at once, so that none ends before
+    for n in range(batch):
+        engine.add(bench.request(bench.prompt(length), overlays[n % len(overlays)], new=2 * 4 * ROUNDS + 2))
     while bench.reading(engine, length):
         engine.step()
+    return engine
+
+
+def _steps_in_turn(bench: Bench, engine: Engine, switch: Callable[[bool], None], what: str, target: str) -> None:
+    """Time steps with something and without it, switched before each."""
     times: dict[bool, list[float]] = {True: [], False: []}
     for n in range(2 * 4 * ROUNDS):
-        mixed = n % 2 == 0
-        kernels.mix = whole if mixed else no_mix  # type: ignore[method-assign, assignment]
+        switch(n % 2 == 0)
         started = time.perf_counter()
         engine.step()
-        times[mixed].append(time.perf_counter() - started)
-    what = f"a decode step with the sense mix, against without, context {length}, batch {batch}"
+        times[n % 2 == 0].append(time.perf_counter() - started)
     ratios = [a / b for a, b in zip(times[True], times[False], strict=True)]
-    bench.note(what, times[True], times[False], ratios, "s", "at most 1.12")
+    bench.note(what, times[True], times[False], ratios, "s", target)
 
 
 def int8(bench: Bench) -> None:
@@ -97,8 +136,12 @@ def releases(bench: Bench) -> list[Overlay]:
             edits = [AddEdit(cells, Vector.of([draw.gauss(0, 0.1) for _ in range(width)]))]
         if n % 3 == 2:
             edits.append(TopicEdit(tuple(tokens), 1 + n % 2))
-        compiled.append(Overlay.compile(ReleaseContent((RevisionContent("00" * 32, tuple(edits)),)), bench.table))
+        compiled.append(_compile(bench, *edits))
     return compiled
+
+
+def _compile(bench: Bench, *edits: Edit) -> Overlay:
+    return Overlay.compile(ReleaseContent((RevisionContent("00" * 32, edits),)), bench.table)
 
 
 def distinct_releases(bench: Bench) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from tests.bench.against_itself import budget, distinct_releases, drawing, int8, loop, mix, plain_on_avx2, prefix
+from tests.bench.against_itself import bias, budget, distinct_releases, drawing, int8, loop, mix, plain_on_avx2, prefix
 from tests.bench.against_peers import hugging_face, llama_cpp, published_class, vllm
 from tests.bench.report import write
 from tests.bench.side_by_side import FAST, MODELS, Bench
@@ -33,6 +33,11 @@ def mixes(bench: Bench) -> None:
         mix(bench, 32, length)
 
 
+def biases(bench: Bench) -> None:
+    for words in (4, 256):
+        bias(bench, 32, 64, words)
+
+
 PARTS: dict[str, Callable[[Bench], None]] = {
     "vllm": vllm,
     "llama.cpp": llama_cpp,
@@ -41,6 +46,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "int8": int8,
     "avx2": plain_on_avx2,
     "mix": mixes,
+    "bias": biases,
     "releases": distinct_releases,
     "prefix": prefix,
     "budget": budget,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import (
     AddEdit,
+    BiasEdit,
     Cell,
     CopyEdit,
     Edit,
@@ -64,10 +66,16 @@ EDITS: dict[str, tuple[Edit, ...]] = {
     "project out": (ProjectOutEdit(tuple(Cell(t, s) for t in range(93) for s in range(K)), 17),),
     "swap": (SwapEdit(tuple(Cell(t, s) for t in range(93) for s in range(K)), 17, 18),),
     "topic": (TopicEdit((11, 12, 13), 3),),
+    "bias": (BiasEdit(tuple(range(1, 40)), -math.inf), BiasEdit((50, 60, 70), 0.5), BiasEdit((60, 5), -0.25)),
     "two topics, one constant, on edited rows": (
         *(AddEdit((Cell(t, t % K),), _vector(t)) for t in range(1, 80)),
         TopicEdit((21, 22), 2),
         TopicEdit((40, 41, 42), 3, annealed=False),
+    ),
+    "a topic and biases, on edited rows": (
+        *(AddEdit((Cell(t, t % K),), _vector(t)) for t in range(1, 80)),
+        TopicEdit((21, 22), 2),
+        BiasEdit(tuple(range(0, 93, 2)), -1.5),
     ),
 }
 

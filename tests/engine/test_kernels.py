@@ -61,7 +61,7 @@ def test_the_plain_kernels(make_engine_on, model, overlays) -> None:
     assert engine.prefix_hits
 
 
-STEERED = ("none", "swap", "topic", "two topics, one constant, on edited rows")
+STEERED = ("none", "swap", "topic", "bias", "two topics, one constant, on edited rows")
 
 
 def test_tritons_kernels(make_engine_on, model, overlays) -> None:
@@ -71,7 +71,7 @@ def test_tritons_kernels(make_engine_on, model, overlays) -> None:
 
 def test_a_recorded_step_is_played_again_for_other_sequences(make_engine_on, model, overlays) -> None:
     """What is captured on a GPU is here a computation over the same fixed places, done again for each step: with
-    tokens, slots and the releases' topics, and how many there are, changing between."""
+    tokens, slots and the releases' topics and biases, and how many there are, changing between."""
     pytest.importorskip("triton")
     sizes: list[int] = []
 

@@ -14,6 +14,7 @@ from backpack_lm import patch
 from backpack_lm.installed import folder_of
 from backpack_lm.patch import (
     AddEdit,
+    BiasEdit,
     Cell,
     CopyEdit,
     ModelShape,
@@ -42,7 +43,7 @@ from tests.interventions.conftest import ADMIN, SHAPE, releaser
 from tests.interventions.control import Control
 from tests.interventions.memory import MemoryStore
 
-LIMITS = PatchLimits(cells=16, blob_bytes=2000, revisions=2, topic_words=4)
+LIMITS = PatchLimits(cells=16, blob_bytes=2000, revisions=2, topic_words=4, biased=6)
 WIDTH = SHAPE.width
 
 tokens = st.integers(0, SHAPE.vocab_size - 1)
@@ -66,6 +67,11 @@ good = st.one_of(
         lambda t: CopyEdit(tuple(Cell(c.token % 40, c.sense) for c in t[0]), t[1])
     ),
     st.builds(TopicEdit, st.lists(tokens, min_size=1, max_size=4).map(tuple), st.integers(1, 3), st.booleans()),
+    st.builds(
+        BiasEdit,
+        st.lists(tokens, min_size=1, max_size=2).map(tuple),
+        st.floats(-100, 100).filter(bool) | st.just(-math.inf),
+    ),
 )
 
 not_finite = st.sampled_from([math.nan, math.inf, -math.inf])
@@ -98,6 +104,12 @@ bad = st.one_of(
     st.builds(TopicEdit, st.just(()), st.just(1)),
     st.builds(TopicEdit, st.lists(tokens, min_size=5, max_size=9).map(tuple), st.just(1)),
     st.builds(TopicEdit, st.just((1,)), st.sampled_from([0, 4, 255])),
+    st.builds(BiasEdit, st.just((1,)), st.sampled_from([0.0, math.nan, math.inf]) | st.floats(100.01, 1e300)),
+    st.builds(BiasEdit, st.just((1,)), st.floats(-1e300, -100.01)),
+    st.builds(BiasEdit, st.just(()), st.just(1.0)),
+    st.builds(BiasEdit, st.integers(50, 2**32 - 1).map(lambda token: (token,)), st.just(-math.inf)),
+    st.builds(BiasEdit, st.lists(tokens, min_size=7, max_size=9).map(tuple), st.just(1.0)),
+    st.just(BiasEdit(tuple(range(50)), -math.inf)),
 )
 
 

@@ -7,7 +7,7 @@ import torch
 from backpack_lm.attribution import attribute, read_senses
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
-from backpack_lm.patch import Cell, Edit, ReleaseContent, RevisionContent, ScaleEdit, TopicEdit
+from backpack_lm.patch import BiasEdit, Cell, Edit, ReleaseContent, RevisionContent, ScaleEdit, TopicEdit
 
 from tests.models.conftest import REAL, K, T
 
@@ -16,6 +16,7 @@ RELEASES: dict[str, tuple[Edit, ...]] = {
     "none": (),
     "edited rows": (ScaleEdit(tuple(Cell(int(t), 1) for t in set(IDS.tolist())), -2.0),),
     "topic": (TopicEdit((7, 8, 30), 3),),
+    "bias": (TopicEdit((7, 8, 30), 3), BiasEdit((11, 12), 2.5), BiasEdit(tuple(range(30, 50)), -3.0)),
 }
 
 
@@ -35,6 +36,16 @@ def test_contributions_add_up_to_the_logit(
     assert found.terms.contributions.shape == (T, K)
     assert found.terms.logit == pytest.approx(float(logits[found.target]), abs=1e-4)
     assert found.log_probability == pytest.approx(float(logits.log_softmax(-1)[found.target]), abs=1e-4)
+
+
+def test_a_forbidden_word_has_terms_and_no_probability(model: Backpack, table: SenseTable) -> None:
+    likeliest = attribute(model, table, IDS, Overlay.compile(ReleaseContent(), table))
+    forbid = RevisionContent("ab" * 32, (BiasEdit((likeliest.target,), -float("inf")),))
+    overlay = Overlay.compile(ReleaseContent((forbid,)), table)
+    found = attribute(model, table, IDS, overlay, likeliest.target)
+    assert found.terms.logit == found.terms.bias == found.log_probability == -float("inf")
+    assert torch.equal(found.terms.contributions, likeliest.terms.contributions)
+    assert attribute(model, table, IDS, overlay).target == int(model(IDS[None])[0, -1, :REAL].topk(2).indices[1])
 
 
 def test_the_release_never_changes_the_weights(model: Backpack, table: SenseTable, overlay: Overlay) -> None:

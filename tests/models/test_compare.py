@@ -14,6 +14,7 @@ from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import (
     AddEdit,
+    BiasEdit,
     Cell,
     CopyEdit,
     Edit,
@@ -49,6 +50,11 @@ edits = st.one_of(
     st.builds(ProjectOutEdit, cells, tokens),
     st.builds(SwapEdit, cells, tokens, tokens),
     st.builds(TopicEdit, st.lists(tokens, min_size=1, max_size=4).map(tuple), st.integers(1, 3), st.booleans()),
+    st.builds(
+        BiasEdit,
+        st.lists(tokens, min_size=1, max_size=4).map(tuple),
+        st.floats(-20, 20, width=32) | st.just(-float("inf")),
+    ),
 )
 releases = st.lists(st.lists(edits, max_size=5).map(tuple), min_size=1, max_size=5)
 texts = st.lists(tokens, min_size=2, max_size=T).map(torch.tensor)
@@ -129,7 +135,7 @@ def test_every_token_of_a_text_is_explained_exactly(
         assert terms.contributions.shape == (at, K)
         assert terms.logit == pytest.approx(float(logits[at - 1, ids[at]]), abs=TOLERANCE)
         listed, unlisted = terms.largest(3)
-        assert sum(term.contribution for term in listed) + unlisted == pytest.approx(terms.logit, abs=1e-9)
+        assert sum(term.contribution for term in listed) + unlisted + terms.bias == pytest.approx(terms.logit, abs=1e-9)
         assert [abs(t.contribution) for t in listed] == sorted((abs(t.contribution) for t in listed), reverse=True)
 
 
@@ -142,6 +148,8 @@ MANY: list[tuple[Edit, ...]] = [
     (TopicEdit((7, 8, 30), 3),),
     (ScaleEdit((Cell(ABSENT, 1),), 0.0),),
     (ScaleEdit((Cell(LATE, 1),), 3.0), TopicEdit((7, 8), 2), TopicEdit((9, 10), 1, annealed=False)),
+    (BiasEdit((7, 8), 3.0), BiasEdit((LATE,), -float("inf"))),
+    (ScaleEdit((Cell(LATE, 1),), 3.0), BiasEdit((9,), -4.0)),
 ]
 
 
@@ -159,7 +167,7 @@ def test_any_number_of_releases_takes_one_pass_of_the_trunk(model: Backpack, tab
 def test_a_release_costs_nothing_where_it_changes_nothing(model: Backpack, table: SenseTable) -> None:
     read = TrunkPass(model, table, IDS)
     first = IDS.tolist().index(LATE)
-    expected = [T, first, 0, T, 0]
+    expected = [T, first, 0, T, 0, T, first]
     for edits, at in zip(MANY, expected, strict=True):
         found, outputs = read.under(_compile(edits, table))
         assert (found, len(outputs)) == (at, T - at)

@@ -8,6 +8,7 @@ from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import (
     AddEdit,
+    BiasEdit,
     Cell,
     CopyEdit,
     Edit,
@@ -258,6 +259,27 @@ def test_two_topics_multiply(model: Backpack, table: SenseTable) -> None:
     overlay = Overlay.compile(_release(*(TopicEdit(w, 2) for w in words)), table)
     expected = _dense(model, table.rows, IDS, parts[0] * parts[1])
     torch.testing.assert_close(model(IDS, overlay), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_biases_of_a_token_add_up_and_what_is_forbidden_stays_so(model: Backpack, table: SenseTable) -> None:
+    edits = (
+        BiasEdit((7, 8, 7), 2.5),
+        TopicEdit((7, 8, 30), 3),
+        BiasEdit((8, EOS), -float("inf")),
+        BiasEdit((8, 9), -1.0),
+        BiasEdit((7,), -0.5),
+    )
+    expected = model(IDS, Overlay.compile(_release(edits[1]), table))
+    expected[..., 7] += 2
+    expected[..., 9] -= 1
+    expected[..., [8, EOS]] = -float("inf")
+    overlay = Overlay.compile(_release(*edits), table)
+    torch.testing.assert_close(model(IDS, overlay), expected)
+    assert [overlay.bias_of(token) for token in (7, 8, 9, 10)] == [2, -float("inf"), -1, 0]
+    alone = Overlay.compile(_release(BiasEdit((7,), 40.0)), table)
+    assert (model(IDS, alone).argmax(-1) == 7).all()
+    assert not alone.empty
+    assert alone.nbytes > Overlay.compile(ReleaseContent(), table).nbytes
 
 
 def test_a_release_without_edits_is_the_model(model: Backpack, table: SenseTable) -> None:

@@ -10,6 +10,7 @@ import struct
 import pytest
 from backpack_lm.patch import (
     AddEdit,
+    BiasEdit,
     Cell,
     CopyEdit,
     Edit,
@@ -71,6 +72,13 @@ def _refusal(*edits: Edit, fingerprint: str = SHAPE.fingerprint, limits: PatchLi
         (TopicEdit((50,), 1), "edits[0].words", "UNKNOWN_TOKEN", "token 50"),
         (TopicEdit((1,), 0), "edits[0].strength", "ZERO_EFFECT", "use 1, 2 or 3"),
         (TopicEdit((1,), 4), "edits[0].strength", "OUT_OF_RANGE", "4; use 1, 2 or 3"),
+        (BiasEdit((), 1.0), "edits[0].words", "EMPTY", "at least one word"),
+        (BiasEdit((50,), -math.inf), "edits[0].words", "UNKNOWN_TOKEN", "token 50; this model's are 0 to 49"),
+        (BiasEdit((1,), 0.0), "edits[0].amount", "ZERO_EFFECT", "adding 0"),
+        (BiasEdit((1,), math.nan), "edits[0].amount", "NON_FINITE", "nan; only −∞"),
+        (BiasEdit((1,), math.inf), "edits[0].amount", "NON_FINITE", "inf; only −∞"),
+        (BiasEdit((1,), -100.5), "edits[0].amount", "OUT_OF_RANGE", "-100.5; at most ±100, or −∞"),
+        (BiasEdit(tuple(range(50)), -math.inf), "edits", "NOTHING_LEFT", "all 50 tokens are forbidden"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isupper() else "",
 )
@@ -106,9 +114,23 @@ def test_limits() -> None:
     topics = [TopicEdit((token,), 1) for token in range(17)]
     assert [v.reason for v in _refusal(*topics).violations] == ["TOO_MANY_TOPICS"]
     RevisionContent(SHAPE.fingerprint, tuple(topics[:16])).validate(SHAPE)
+    biases = [BiasEdit((1, 2), 1.0), BiasEdit((3,), -math.inf)]
+    assert _refusal(*biases, limits=PatchLimits(biased=2)).violations[0].reason == "TOO_MANY_WORDS"
+    RevisionContent(SHAPE.fingerprint, tuple(biases)).validate(SHAPE, PatchLimits(biased=3))
     nine = ReleaseContent(tuple(RevisionContent(SHAPE.fingerprint, (ScaleEdit(CELL, 0.5),)) for _ in range(9)))
     with pytest.raises(PatchError, match="9 revisions, at most 8"):
         nine.validate(SHAPE)
+
+
+def test_revisions_may_not_forbid_everything_together() -> None:
+    halves = [RevisionContent(SHAPE.fingerprint, (BiasEdit(tuple(r), -math.inf),)) for r in (range(25), range(20, 50))]
+    for half in halves:
+        ReleaseContent((half,)).validate(SHAPE)
+    with pytest.raises(PatchError, match="all 50 tokens are forbidden") as refused:
+        ReleaseContent(tuple(halves)).validate(SHAPE)
+    assert refused.value.violations[0].field == "revisions"
+    lowered = RevisionContent(SHAPE.fingerprint, (BiasEdit(tuple(range(50)), -100.0),))
+    ReleaseContent((lowered, halves[0])).validate(SHAPE)
 
 
 def test_numbers_that_bytes_have_no_place_for() -> None:
@@ -129,6 +151,7 @@ edits = st.one_of(
     st.builds(ProjectOutEdit, cells, token),
     st.builds(SwapEdit, cells, token, token),
     st.builds(TopicEdit, st.lists(token, max_size=5).map(tuple), st.integers(0, 255), st.booleans()),
+    st.builds(BiasEdit, st.lists(token, max_size=5).map(tuple), st.floats(allow_nan=False)),
 )
 revisions = st.builds(
     RevisionContent, st.binary(min_size=32, max_size=32).map(bytes.hex), st.lists(edits, max_size=5).map(tuple)
@@ -167,12 +190,16 @@ def test_the_bytes_are_pinned() -> None:
     """A digest names a revision for ever: these must never change, whatever else does."""
     revision = RevisionContent("00" * 32, (ScaleEdit((Cell(1, 2),), 0.5), TopicEdit((7,), 3), CopyEdit(CELL, 4)))
     assert revision.digest == "a838389940ded56d3b07b3b719f09dabe736e4d14eaf2f4ad672d7a128da4afc"
+    bias = RevisionContent("00" * 32, (BiasEdit((7, 8), -math.inf), BiasEdit((9,), 0.5)))
+    assert bias.digest == "193ee44211aead6e9bb4ef3afc482a35490aa90046c9bb44dc77a9845b7ca316"
     assert release_digest([revision.digest]) == "aec18e3bef9af2406ad81f39c4e9570bda70c37fa61120b17ffa043999bb67ff"
     assert release_digest([]) == "a053d96a389a83910b0a9e3c7521107fbce219ef45d1a8bb9ce5af89f61d3d32"
 
 
 def test_zero_has_one_spelling() -> None:
     assert Vector.of([-0.0]) == Vector.of([0.0])
+    minus, plus = (RevisionContent("00" * 32, (BiasEdit((1,), zero),)) for zero in (-0.0, 0.0))
+    assert minus.digest == plus.digest
     assert (
         RevisionContent("00" * 32, (ScaleEdit(CELL, -0.0),)).digest
         == RevisionContent("00" * 32, (ScaleEdit(CELL, 0.0),)).digest

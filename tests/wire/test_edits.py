@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import struct
 import tracemalloc
 from pathlib import Path
@@ -16,10 +18,12 @@ from backpack_proto.v1 import interventions_pb2 as pb
 from backpack_serving.cli.patch_file import PatchFile
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.wire.edits import read_edits, write_edit
+from google.protobuf import json_format
 
 TOKENIZER = Tokenizer.read(folder_of("micro") / "tokenizer.json")
 SENSES = 16
 (KING,), (SHIP,) = TOKENIZER.word_ids("king"), TOKENIZER.word_ids("ship")
+(SHIP_FIRST,) = TOKENIZER.encode("ship")
 
 
 def _word(text: str) -> inference_pb2.Word:
@@ -78,6 +82,14 @@ def _all(token: int) -> tuple[Cell, ...]:
             pb.Edit(topic=pb.TopicEdit(words=[_word("ship")], strength=3, constant=True)),
             patch.TopicEdit((SHIP,), 3, annealed=False),
         ),
+        (
+            pb.Edit(bias=pb.BiasEdit(words=[inference_pb2.Word(token=SHIP), _word("king")], amount=-5)),
+            patch.BiasEdit((SHIP, KING, *TOKENIZER.encode("king")), -5.0),
+        ),
+        (
+            pb.Edit(bias=pb.BiasEdit(words=[_word("ship"), _word("ship")], amount=-math.inf)),
+            patch.BiasEdit((SHIP, SHIP_FIRST), -math.inf),
+        ),
     ],
     ids=lambda value: value.WhichOneof("kind") if isinstance(value, pb.Edit) else "",
 )
@@ -86,6 +98,37 @@ def test_every_kind_is_read_and_comes_back(message: pb.Edit, edit: patch.Edit) -
     answer = write_edit(edit, TOKENIZER)
     assert read_edits([answer], TOKENIZER, SENSES) == [edit]
     assert " ship" in str(answer) or " king" in str(answer)
+
+
+def test_a_bias_reaches_a_word_within_a_text_and_at_its_start() -> None:
+    assert (TOKENIZER.piece(SHIP), TOKENIZER.piece(SHIP_FIRST)) == (" ship", "ship")
+    assert len(TOKENIZER.encode("money")) > 1, "at the start of a text it is in pieces, and they begin other words"
+    bias = pb.BiasEdit(words=[_word("ship"), _word("money")], amount=1)
+    (edit,) = read_edits([pb.Edit(bias=bias)], TOKENIZER, SENSES)
+    assert isinstance(edit, patch.BiasEdit)
+    assert edit.tokens == (SHIP, SHIP_FIRST, *TOKENIZER.encode(" money"))
+    several = TOKENIZER.encode(" kingdomless")
+    for word, tokens in ((_first("kingdomless"), several[:1]), (_whole("kingdomless"), several)):
+        (edit,) = read_edits([pb.Edit(bias=pb.BiasEdit(words=[word], amount=1))], TOKENIZER, SENSES)
+        assert isinstance(edit, patch.BiasEdit)
+        assert edit.tokens == tuple(tokens)
+    with pytest.raises(InvalidRequest, match="ask for its first token or for all of them"):
+        read_edits([pb.Edit(bias=pb.BiasEdit(words=[_word("kingdomless")], amount=1))], TOKENIZER, SENSES)
+
+
+def test_json_has_what_forbids() -> None:
+    message = pb.Edit(bias=pb.BiasEdit(words=[_word("ship")], amount=-math.inf))
+    written = json.loads(json_format.MessageToJson(message))
+    assert written == {"bias": {"words": [{"text": "ship"}], "amount": "-Infinity"}}
+    assert json_format.ParseDict(written, pb.Edit()) == message
+
+
+def test_biases_of_all_edits_count_together_up_to_the_limit() -> None:
+    edits = [pb.Edit(bias=pb.BiasEdit(words=[_word("ship"), _word("money")], amount=1))] * 2
+    assert len(read_edits(edits, TOKENIZER, SENSES, patch.PatchLimits(biased=6))) == 2
+    with pytest.raises(InvalidRequest, match=r"6 tokens by edits\[1\]\.bias\.words\[1\], at most 5") as refused:
+        read_edits(edits, TOKENIZER, SENSES, patch.PatchLimits(biased=5))
+    assert refused.value.reason == "TOO_MANY_WORDS"
 
 
 def test_a_topic_takes_the_first_token_of_each_word() -> None:
@@ -140,6 +183,16 @@ def test_a_topic_takes_the_first_token_of_each_word() -> None:
             pb.Edit(topic=pb.TopicEdit(words=[_word("ship")], strength=-1)),
             "edits[0].topic.strength",
             "OUT_OF_RANGE",
+        ),
+        (
+            pb.Edit(bias=pb.BiasEdit(words=[_word("ship"), _word("kingdomless")], amount=1)),
+            "edits[0].bias.words[1]",
+            "NOT_ONE_TOKEN",
+        ),
+        (
+            pb.Edit(bias=pb.BiasEdit(words=[inference_pb2.Word(token=2**20)], amount=1)),
+            "edits[0].bias.words[0]",
+            "UNKNOWN_TOKEN",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isupper() else "",
@@ -211,13 +264,18 @@ def _whole(text: str) -> inference_pb2.Word:
             "5000, at most 4096",
         ),
         (
+            pb.Edit(bias=pb.BiasEdit(words=[_word("")] * 999 + [_word("ab " * 100)] * 4001, amount=1)),
+            "edits[0].bias.words",
+            "5000, at most 4096",
+        ),
+        (
             pb.Edit(add=pb.AddEdit(cells=[_cells("king")], delta=pb.Vector(dtype=1, shape=[1] * 1_000_000))),
             "edits[0].add.delta",
             "shape [1, 1, 1, 1, 1, 1, 1, 1]… of 1000000 sizes of 4-byte numbers, but 0 bytes of data; give one "
             "size, and as many numbers",
         ),
     ],
-    ids=["first token", "topic", "all tokens", "words", "shape"],
+    ids=["first token", "topic", "all tokens", "words", "words of a bias", "shape"],
 )
 def test_what_would_be_read_for_seconds_is_refused_before(edit: pb.Edit, field: str, says: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
@@ -258,12 +316,13 @@ def test_cells_of_all_edits_count_together_up_to_the_limit() -> None:
 @pytest.mark.parametrize(
     "edits",
     [
-        [pb.Edit()] * 4113,
+        [pb.Edit()] * 8209,
         [pb.Edit()] * 2000,
         [pb.Edit(scale=pb.ScaleEdit(cells=[pb.Cells()] * 100_000))],
         [pb.Edit(topic=pb.TopicEdit(words=[inference_pb2.Word()] * 100_000))],
+        [pb.Edit(bias=pb.BiasEdit(words=[inference_pb2.Word()] * 100_000))],
     ],
-    ids=["edits", "kinds", "cells", "words"],
+    ids=["edits", "kinds", "cells", "words", "words of a bias"],
 )
 def test_reading_ends_where_there_are_more_mistakes_than_anybody_reads(edits: list[pb.Edit]) -> None:
     with pytest.raises(InvalidRequest) as refused:
@@ -281,6 +340,9 @@ def test_a_patch_file_may_have_plain_words(tmp_path: Path) -> None:
         ' {"scale": {"cells": [{"word": {"text": "king"}}], "factor": 0}}]'
     )
     assert PatchFile.read(plain) == PatchFile.read(spelled)
+    plain.write_text('[{"bias": {"words": ["sea", "ship"], "amount": "-Infinity"}}]')
+    (edit,) = PatchFile.read(plain).edits
+    assert edit == pb.Edit(bias=pb.BiasEdit(words=[_word("sea"), _word("ship")], amount=-math.inf))
     plain.write_text('[{"scale": {"cells": "king", "factor": 0}}]')
     with pytest.raises(ValueError, match="is not a patch file"):
         PatchFile.read(plain)

@@ -50,7 +50,7 @@ class BatchSampler:
         if self.overlay.topics:
             alpha = alpha * self._multipliers(tokens).transpose(1, 2)
         mixed = torch.einsum("bkt,btkd->bd", alpha, self._senses[:, : self.at])
-        return mixed @ self.subject.head.t()
+        return self.overlay.biased(mixed @ self.subject.head.t())
 
     def _states(self, tokens: Tensor, at: int) -> Iterator[Tensor]:
         """The trunk's states [B, 1, d] of the new position, as `Trunk.states`."""

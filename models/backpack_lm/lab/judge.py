@@ -54,6 +54,7 @@ class PatchJudgement:
     edits: int
     cells: int
     topics: int
+    biased: int
     text: SideEffects | None
     moved_words: list[str]
     prompts: list[JudgedPrompt]
@@ -79,6 +80,7 @@ class PatchJudgement:
         if self.text is not None:
             loss = f"Held-out perplexity {self.text.before:.2f} → {self.text.after:.2f} ({self.text.change:+.2%})."
         topics = f", {self.topics} of them topics, which multiply senses of every word" if self.topics else ""
+        biases = f", and biases on {counted(self.biased, 'token')}" if self.biased else ""
         columns = ("prompt", "target", "p before", "after", "likeliest before", "after", "moved")
         tables = [Table("Prompts", columns, prompts)] if prompts else []
         if neighbours:
@@ -92,7 +94,7 @@ class PatchJudgement:
             tables.append(Table("Words that move most", ("word", "mean p over the text", "after"), moved))
         return Report(
             "What this revision does",
-            f"{counted(self.edits, 'edit')} of {counted(self.cells, 'cell')}{topics}. {loss}",
+            f"{counted(self.edits, 'edit')} of {counted(self.cells, 'cell')}{topics}{biases}. {loss}",
             tuple(tables),
             notes=(
                 "“Moved” is the total variation distance of the next token: the probability that changes hands.",
@@ -119,6 +121,7 @@ def judge(
         len(edits),
         len({cell for edit in edits for cell in edit.cells}),
         sum(isinstance(edit, TopicEdit) for edit in edits),
+        len(steered.bias.tokens) if steered.bias else 0,
         change,
         [subject.shown(word.token) for word in change.moved] if change else [],
         [_judge_prompt(subject, plain, steered, example) for example in prompts],

@@ -88,7 +88,10 @@ class LabModel:
 
 @dataclass(frozen=True, slots=True)
 class SteeredModel:
-    """A subject under an overlay, as a language model: what `perplexity` and `log_probabilities` take."""
+    """A subject under an overlay, as a language model: what `perplexity` and `log_probabilities` take.
+
+    Biases b are one more dimension, in which every output is 1: logits = [o, 1]·[E, b].
+    """
 
     subject: LabModel
     overlay: Overlay
@@ -99,7 +102,10 @@ class SteeredModel:
 
     @property
     def embedding(self) -> Tensor:
-        return self.subject.head
+        head = self.subject.head
+        if self.overlay.bias is None:
+            return head
+        return torch.cat([head, self.overlay.biased(head.new_zeros(len(head)))[:, None]], 1)
 
     def mix(self, ids: Tensor) -> Tensor:
         """o [B, T, d], as `Backpack.mix`, but its senses read from the table."""
@@ -111,7 +117,8 @@ class SteeredModel:
         senses = self.overlay.replace(ids, subject.table.rows[ids])
         if self.overlay.topics:
             alpha = alpha * self.overlay.multipliers(ids, senses, subject.model.embedding).movedim(-1, 1)
-        return (alpha @ senses.transpose(1, 2)).sum(1)
+        mixed = (alpha @ senses.transpose(1, 2)).sum(1)
+        return mixed if self.overlay.bias is None else torch.cat([mixed, torch.ones_like(mixed[..., :1])], -1)
 
 
 class Prompts:
@@ -146,8 +153,9 @@ class Prompts:
 
     def logits(self, overlay: Overlay, tokens: Sequence[int]) -> Tensor:
         """Logits [P, len(tokens)] of some tokens."""
-        return self.mixed(overlay) @ self.subject.model.embedding[list(tokens)].t()
+        biases = torch.tensor([overlay.bias_of(token) for token in tokens])
+        return self.mixed(overlay) @ self.subject.model.embedding[list(tokens)].t() + biases
 
     def log_probabilities(self, overlay: Overlay) -> Tensor:
         """log p of the next token: [P, tokens], double."""
-        return (self.mixed(overlay) @ self.subject.head.t()).double().log_softmax(-1)
+        return overlay.biased(self.mixed(overlay) @ self.subject.head.t()).double().log_softmax(-1)

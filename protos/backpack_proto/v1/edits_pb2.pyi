@@ -64,7 +64,7 @@ Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
 @_typing.final
 class Word(_message.Message):
-    """Edits to sense vectors, and the words that they name: what revisions are made of, and what a draft tries."""
+    """Edits to sense vectors and logits, and the words that they name: what revisions are made of, and what a draft tries."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -104,6 +104,7 @@ class Edit(_message.Message):
     PROJECT_OUT_FIELD_NUMBER: _builtins.int
     SWAP_FIELD_NUMBER: _builtins.int
     TOPIC_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def scale(self) -> Global___ScaleEdit: ...
     @_builtins.property
@@ -118,6 +119,8 @@ class Edit(_message.Message):
     def swap(self) -> Global___SwapEdit: ...
     @_builtins.property
     def topic(self) -> Global___TopicEdit: ...
+    @_builtins.property
+    def bias(self) -> Global___BiasEdit: ...
     def __init__(
         self,
         *,
@@ -128,12 +131,13 @@ class Edit(_message.Message):
         project_out: Global___ProjectOutEdit | None = ...,
         swap: Global___SwapEdit | None = ...,
         topic: Global___TopicEdit | None = ...,
+        bias: Global___BiasEdit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "copy", b"copy", "kind", b"kind", "project_out", b"project_out", "scale", b"scale", "set", b"set", "swap", b"swap", "topic", b"topic"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "bias", b"bias", "copy", b"copy", "kind", b"kind", "project_out", b"project_out", "scale", b"scale", "set", b"set", "swap", b"swap", "topic", b"topic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "copy", b"copy", "kind", b"kind", "project_out", b"project_out", "scale", b"scale", "set", b"set", "swap", b"swap", "topic", b"topic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "bias", b"bias", "copy", b"copy", "kind", b"kind", "project_out", b"project_out", "scale", b"scale", "set", b"set", "swap", b"swap", "topic", b"topic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["scale", "add", "set", "copy", "project_out", "swap", "topic"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["scale", "add", "set", "copy", "project_out", "swap", "topic", "bias"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -358,6 +362,36 @@ class TopicEdit(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TopicEdit: _TypeAlias = TopicEdit  # noqa: Y015
+
+@_typing.final
+class BiasEdit(_message.Message):
+    """logit ← logit + amount, for each of some words wherever it could come next. Biases of one word add up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORDS_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    amount: _builtins.float
+    """At most ±100; −∞ (in JSON "-Infinity") forbids the words."""
+    @_builtins.property
+    def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___Word]:
+        """Each stands for its token with the leading space, and for the token that is the word without it, if there is one.
+        Of a word given by `token`, that token alone.
+        """
+
+    def __init__(
+        self,
+        *,
+        words: _abc.Iterable[Global___Word] | None = ...,
+        amount: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BiasEdit: _TypeAlias = BiasEdit  # noqa: Y015
 
 @_typing.final
 class Vector(_message.Message):

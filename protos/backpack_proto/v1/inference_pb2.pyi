@@ -6,6 +6,7 @@ isort:skip_file
 
 from backpack_proto.v1 import edits_pb2 as _edits_pb2
 from backpack_proto.v1.edits_pb2 import AddEdit as AddEdit
+from backpack_proto.v1.edits_pb2 import BiasEdit as BiasEdit
 from backpack_proto.v1.edits_pb2 import Cells as Cells
 from backpack_proto.v1.edits_pb2 import CopyEdit as CopyEdit
 from backpack_proto.v1.edits_pb2 import DATA_TYPE_FLOAT16 as DATA_TYPE_FLOAT16
@@ -515,10 +516,13 @@ class ExplainResponse(_message.Message):
     CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
     UNLISTED_FIELD_NUMBER: _builtins.int
     SERVED_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
     logit: _builtins.float
-    """The target's logit: the sum of all contributions, listed and unlisted."""
+    """The target's logit: the sum of all contributions, listed and unlisted, and of the bias. −∞ if it is forbidden."""
     unlisted: _builtins.float
     """Sum of the contributions that are not listed."""
+    bias: _builtins.float
+    """What the release's bias edits add to the target's logit, 0 without any."""
     @_builtins.property
     def target(self) -> Global___Token: ...
     @_builtins.property
@@ -533,10 +537,11 @@ class ExplainResponse(_message.Message):
         contributions: _abc.Iterable[Global___Contribution] | None = ...,
         unlisted: _builtins.float = ...,
         served: Global___Served | None = ...,
+        bias: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["served", b"served", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributions", b"contributions", "logit", b"logit", "served", b"served", "target", b"target", "unlisted", b"unlisted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "contributions", b"contributions", "logit", b"logit", "served", b"served", "target", b"target", "unlisted", b"unlisted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -590,10 +595,13 @@ class Explanation(_message.Message):
     LOGIT_FIELD_NUMBER: _builtins.int
     CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
     UNLISTED_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
     logit: _builtins.float
-    """Sum of all contributions, listed and unlisted."""
+    """Sum of all contributions, listed and unlisted, and of the bias."""
     unlisted: _builtins.float
     """Sum of the contributions that are not listed."""
+    bias: _builtins.float
+    """What the release's bias edits add to the token's logit, 0 without any."""
     @_builtins.property
     def contributions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Contribution]: ...
     def __init__(
@@ -602,10 +610,11 @@ class Explanation(_message.Message):
         logit: _builtins.float = ...,
         contributions: _abc.Iterable[Global___Contribution] | None = ...,
         unlisted: _builtins.float = ...,
+        bias: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributions", b"contributions", "logit", b"logit", "unlisted", b"unlisted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "contributions", b"contributions", "logit", b"logit", "unlisted", b"unlisted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

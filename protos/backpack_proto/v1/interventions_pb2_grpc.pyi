@@ -6,6 +6,7 @@ isort:skip_file
 
 from backpack_proto.v1 import interventions_pb2 as _interventions_pb2
 from backpack_proto.v1.edits_pb2 import AddEdit as AddEdit
+from backpack_proto.v1.edits_pb2 import BiasEdit as BiasEdit
 from backpack_proto.v1.edits_pb2 import Cells as Cells
 from backpack_proto.v1.edits_pb2 import CopyEdit as CopyEdit
 from backpack_proto.v1.edits_pb2 import DATA_TYPE_FLOAT16 as DATA_TYPE_FLOAT16

@@ -2,7 +2,8 @@
 
 Linear layers run over all new tokens at once, flattened [N, d]; attention reads of each sequence's pages what is
 valid. The sense mix is a lookup: every position of a slot keeps the k rows of the sense table that are its senses, and
-a release's rows lie behind the table, so a patched sense costs what any sense costs.
+a release's rows lie behind the table, so a patched sense costs what any sense costs. Releases' biases are added to the
+logits of a whole batch at once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from backpack_lm.kernels import Caches, Kernels, MixSpan, StepInput, TokenSpan, 
 from backpack_lm.kernels.caches import PAGE
 from backpack_lm.kernels.cuda import CudaKernels
 from backpack_lm.model import Backpack
-from backpack_lm.overlay import Overlay, TopicMultipliers
+from backpack_lm.overlay import LogitBias, Overlay, TopicMultipliers
 from torch import Tensor
 
 from backpack_serving.engine.graphs import Graphs, Record
@@ -38,6 +39,27 @@ class _Occupant:
     first_row: int
     edited: frozenset[int]
     topics: tuple[TopicMultipliers, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _BatchBias:
+    """The biases of a batch's rows, together, at their places in its flattened logits. Kept until other sequences are
+    in the batch: most steps only add them."""
+
+    biases: tuple[LogitBias | None, ...]
+    places: Tensor
+    amounts: Tensor
+
+    @classmethod
+    def of(cls, biases: tuple[LogitBias | None, ...], logits: Tensor) -> _BatchBias:
+        """For logits [B, tokens], on their device."""
+        some = [bias for bias in biases if bias]
+        starts = torch.tensor([row * logits.shape[1] for row, bias in enumerate(biases) if bias], dtype=torch.long)
+        sizes = torch.tensor([len(bias.tokens) for bias in some], dtype=torch.long)
+        none = torch.empty(0)  # a step may have no row with a bias
+        places = torch.cat([none.long(), *(bias.tokens for bias in some)]) + starts.repeat_interleave(sizes)
+        amounts = torch.cat([none, *(bias.amounts for bias in some)])
+        return cls(biases, places.to(logits.device), amounts.to(logits.device))
 
 
 class Runner:
@@ -85,6 +107,8 @@ class Runner:
         self._trunk = self.kernels.trunk(model)
         self._head = self.kernels.head(model.embedding[: config.tokens])  # padding is never sampled
         self._occupants: list[_Occupant | None] = [None] * slots
+        self._biases: dict[int, LogitBias] = {}  # by slot
+        self._batch_bias = _BatchBias((), torch.empty(0, dtype=torch.long), torch.empty(0))
         self._senses = np.arange(config.num_senses, dtype=np.int32)
         self._graphs: Graphs | None = None
         if recorded and isinstance(self.kernels, CudaKernels):
@@ -102,6 +126,10 @@ class Runner:
         same = next((o for o in self._occupants if o and o.overlay is overlay), None)
         topics = same.topics if same else tuple(topic.to(self.table.device) for topic in overlay.topics)
         self._occupants[slot] = _Occupant(overlay, self.base_rows + first_row, edited, topics)
+        if overlay.bias:
+            self._biases[slot] = overlay.bias
+        else:
+            self._biases.pop(slot, None)
 
     def set_pages(self, slot: int, start: int, pages: Many[int]) -> None:
         """Say which pages hold a slot's positions, from its page `start` on."""
@@ -126,6 +154,7 @@ class Runner:
 
     def stop(self, slot: int) -> None:
         self._occupants[slot] = None
+        self._biases.pop(slot, None)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
@@ -146,7 +175,7 @@ class Runner:
                 newest.append(len(ids) - 1)
         new = self._new(spans, ids)
         if self._graphs and not batch.chunks:
-            return self._graphs.run(new, spans, predictions)
+            return self._biased(self._graphs.run(new, spans, predictions), predictions)
         new = new.to(self.table.device)
         self.kernels.append_tokens(new, spans)
         queries = self._trunk(new, spans)
@@ -156,7 +185,17 @@ class Runner:
             return torch.empty(0, self.config.tokens)
         if len(newest) < len(ids):
             queries = queries[newest]
-        return self._head(self.kernels.mix(queries, predictions))
+        return self._biased(self._head(self.kernels.mix(queries, predictions)), predictions)
+
+    def _biased(self, logits: Tensor, predictions: Many[MixSpan]) -> Tensor:
+        """Add the releases' biases to logits [B, tokens], in place and all together."""
+        if not self._biases:
+            return logits
+        biases = tuple(self._biases.get(prediction.slot) for prediction in predictions)
+        if biases != self._batch_bias.biases:
+            self._batch_bias = _BatchBias.of(biases, logits)
+        logits.view(-1).index_add_(0, self._batch_bias.places, self._batch_bias.amounts)
+        return logits
 
     def _decode(self, new: StepInput, spans: Many[TokenSpan], predictions: Many[MixSpan]) -> Tensor:
         """A step of one new token a slot, from beginning to end on the device."""

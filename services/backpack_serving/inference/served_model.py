@@ -102,7 +102,7 @@ class ServedModel:
         count = min(TRIED, len(overlay.tokens), self.model.config.n_positions)
         largest = norms[overlay.index].amax(1).topk(count).indices
         with torch.inference_mode():
-            logits = self.model(overlay.tokens[largest][None], overlay)
+            logits = self.model.mix(overlay.tokens[largest][None], overlay) @ self.model.embedding.t()
         if not bool(logits.isfinite().all()):
             raise PatchError(
                 Violation("revisions", "NON_FINITE", "the model predicts no numbers under these edits together")

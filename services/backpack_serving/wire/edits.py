@@ -32,7 +32,7 @@ MOST_WRONG = 1000
 """Most violations reported: a megabyte may hold half a million, at 400 bytes each."""
 
 MOST_WORDS = 4096
-"""Most words of a topic. They may outnumber its tokens, because several can share a first token."""
+"""Most words of a topic or bias. They may outnumber its tokens, because several can share one."""
 
 FORMS = {interventions_pb2.DATA_TYPE_FLOAT32: "f", interventions_pb2.DATA_TYPE_FLOAT16: "e"}
 """`struct` format of each data type."""
@@ -43,7 +43,7 @@ class WordReader:
 
     def __init__(self, tokenizer: Tokenizer, num_senses: int, limits: PatchLimits = PatchLimits()) -> None:
         self._tokenizer, self._num_senses, self._limits = tokenizer, num_senses, limits
-        self._count = 0
+        self._count = self._biased = 0
         self.violations: list[Violation] = []
 
     def refuse(self, field: str, reason: str, description: str) -> None:
@@ -78,6 +78,21 @@ class WordReader:
         except WordError as error:
             self.refuse(field, "NOT_ONE_TOKEN" if word.text.strip() else "EMPTY", str(error))
             return ()
+
+    def spellings(self, field: str, word: inference_pb2.Word) -> tuple[int, ...]:
+        """`tokens`, and the one that is the word without a leading space, if there is such and no token was given.
+
+        Raises InvalidRequest for more than a revision's biases may name, over all calls.
+        """
+        found = self.tokens(field, word)
+        if found and not word.HasField("token") and (bare := self._tokenizer.id_without_space(word.text)) is not None:
+            found += (bare,)
+        self._biased += len(found)
+        if self._biased > self._limits.biased:
+            why = f"biases of {self._biased} tokens by {field}, at most {self._limits.biased}"
+            self.refuse("edits", "TOO_MANY_WORDS", why)
+            raise InvalidRequest.of(*self.violations)
+        return found
 
     def token(self, field: str, word: inference_pb2.Word) -> int:
         """The single token id of a word; 0, with a violation recorded, if it has several or none."""
@@ -136,7 +151,7 @@ def read_edits(
     limits: PatchLimits = PatchLimits(),
 ) -> list[patch.Edit]:
     """Read the edits of a request. Raises InvalidRequest with all violations."""
-    if len(messages) > (most := limits.cells + limits.topics):  # each has a cell, or is a topic
+    if len(messages) > (most := limits.cells + limits.topics + limits.biased):  # each has a cell or more, or is a topic
         raise InvalidRequest.at("edits", "TOO_MANY_EDITS", f"{len(messages)}, at most {most}")
     reader = WordReader(tokenizer, num_senses, limits)
     edits: list[patch.Edit] = []
@@ -197,6 +212,13 @@ def _read_topic(read: WordReader, at: str, message: interventions_pb2.TopicEdit)
     return patch.TopicEdit(tuple(tokens), message.strength & 255, annealed=not message.constant)
 
 
+def _read_bias(read: WordReader, at: str, message: interventions_pb2.BiasEdit) -> patch.Edit:
+    if len(message.words) > MOST_WORDS:
+        read.refuse(f"{at}.words", "TOO_MANY_WORDS", f"{len(message.words)}, at most {MOST_WORDS}")
+    some = (read.spellings(f"{at}.words[{n}]", word) for n, word in enumerate(message.words[:MOST_WORDS]))
+    return patch.BiasEdit(tuple(dict.fromkeys(token for tokens in some for token in tokens)), message.amount)
+
+
 _READ: dict[str, Callable[[WordReader, str, Any], patch.Edit]] = {
     "scale": _read_scale,
     "add": _read_add,
@@ -205,6 +227,7 @@ _READ: dict[str, Callable[[WordReader, str, Any], patch.Edit]] = {
     "project_out": _read_project_out,
     "swap": _read_swap,
     "topic": _read_topic,
+    "bias": _read_bias,
 }
 
 
@@ -241,3 +264,5 @@ def write_edit(edit: patch.Edit, tokenizer: Tokenizer) -> interventions_pb2.Edit
         case patch.TopicEdit():
             words = [word(token) for token in edit.tokens]
             return pb.Edit(topic=pb.TopicEdit(words=words, strength=edit.strength, constant=not edit.annealed))
+        case patch.BiasEdit():
+            return pb.Edit(bias=pb.BiasEdit(words=[word(token) for token in edit.tokens], amount=edit.amount))

@@ -17,7 +17,7 @@ from backpack_lm.lab.text import background, both_parts, held_out, rows
 from backpack_lm.lab.twin import read_twin
 from backpack_lm.layouts import CheckpointError
 from backpack_lm.model import TransformerTwin
-from backpack_lm.patch import Cell, Edit, PatchError, ScaleEdit, SwapEdit, TopicEdit
+from backpack_lm.patch import BiasEdit, Cell, Edit, PatchError, ScaleEdit, SwapEdit, TopicEdit
 from backpack_lm.training.data import Rows
 from backpack_lm.training.evaluation import perplexity
 from backpack_lm.training.trainer import Recipe, Trainer
@@ -33,11 +33,12 @@ def _edits(subject: LabModel) -> dict[str, tuple[Edit, ...]]:
         "none": (),
         "sparse": (scale, swap),
         "topic": (scale, TopicEdit((sea, ship), 3)),
+        "biases": (swap, TopicEdit((sea,), 2), BiasEdit((sea, land), 3.0), BiasEdit((king, 0), -math.inf)),
         "topics": (swap, TopicEdit((sea, ship), 2), TopicEdit((king,), 3, annealed=False)),
     }
 
 
-@pytest.mark.parametrize("kind", ["none", "sparse", "topic", "topics"])
+@pytest.mark.parametrize("kind", ["none", "sparse", "topic", "topics", "biases"])
 def test_prompts_of_unequal_length_equal_the_model(subject: LabModel, kind: str) -> None:
     overlay = subject.overlay(*_edits(subject)[kind])
     got = Prompts(subject, TEXTS).log_probabilities(overlay)
@@ -46,7 +47,7 @@ def test_prompts_of_unequal_length_equal_the_model(subject: LabModel, kind: str)
         torch.testing.assert_close(row, logits.double().log_softmax(-1), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["none", "sparse", "topic", "topics"])
+@pytest.mark.parametrize("kind", ["none", "sparse", "topic", "topics", "biases"])
 def test_the_batch_sampler_and_the_steered_model_equal_the_model_at_every_position(
     subject: LabModel, kind: str
 ) -> None:
