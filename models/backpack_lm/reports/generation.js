@@ -79,7 +79,8 @@ function choose(number) {
     label.colSpan = 5;
     row(table, [label, cellOf("td", signed(value), "number"), cellOf("td", "")], className);
   };
-  end("all other terms", step.logit - listed, "rest");
+  end("all other terms", step.logit - step.bias - listed, "rest");
+  if (step.bias) end("release's bias on this word", step.bias, "rest");
   end("the logit", step.logit, "sum");
   detail.replaceChildren(head, facts, table);
   draw(step, own);

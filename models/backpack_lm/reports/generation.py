@@ -28,13 +28,15 @@ class TermRow:
 
 @dataclass(frozen=True, slots=True)
 class TokenStep:
-    """One token: its probability, its logit, its terms, and the sum of those that aren't among them."""
+    """One token: its probability, its logit, its terms, the sum of those that aren't among them, and the release's
+    bias on it."""
 
     token: str
     probability: float
     logit: float
     unlisted: float
     terms: tuple[TermRow, ...]
+    bias: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,14 +95,17 @@ def _token_changes(scored: Sequence[Score]) -> Table:
     table = _comparison_table("log p", "perplexity")
     table.add_column("most changed")
     for score in scored:
-        changes = [
-            _log_probability(mine) - _log_probability(first)
-            for mine, first in zip(score.tokens, scored[0].tokens, strict=True)
-        ]
+        changes = [_change(mine, first) for mine, first in zip(score.tokens, scored[0].tokens, strict=True)]
         at = max(range(len(changes)), key=lambda n: abs(changes[n]))
         changed = f"{score.tokens[at].text!r} {changes[at]:+.3f}" if changes[at] else "–"
         table.add_row(_release_name(score.served), *_likelihood(score), Text(changed))
     return table
+
+
+def _change(mine: Token, first: Token) -> float:
+    """Of the log-probability: none where both are −∞, as of a word that both releases forbid."""
+    own, other = _log_probability(mine), _log_probability(first)
+    return 0.0 if own == other else own - other
 
 
 def _comparison_table(*figures: str) -> Table:

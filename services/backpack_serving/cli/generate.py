@@ -169,5 +169,8 @@ def _explanation_table(tokens: Sequence[Token], title: str | None) -> Table:
             term = f"{c.contribution:+.2f}", Text(repr(c.token.text)), str(c.position), str(c.sense), bar
             table.add_row(*begins, *term)
             begins = ["", "", ""]
+        if why.bias:
+            table.add_row(*begins, f"{why.bias:+.2f}", "[dim]release's bias[/]")
+            begins = ["", "", ""]
         table.add_row(*begins, f"{why.unlisted:+.2f}", "[dim]all others[/]")
     return table

@@ -58,7 +58,7 @@ def write_generation(
 def _step(token: str, answer: Explained) -> TokenStep:
     terms = tuple(TermRow(c.position, c.sense, c.weight, c.multiplier, c.contribution) for c in answer.contributions)
     probability = math.exp(answer.target.log_probability or 0.0)
-    return TokenStep(token, probability, answer.logit, answer.unlisted, terms)
+    return TokenStep(token, probability, answer.logit, answer.unlisted, terms, answer.bias)
 
 
 def _served_note(served: Served) -> str:

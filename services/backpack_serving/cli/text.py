@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -75,7 +76,7 @@ def explain(
     channel: Channel = "live",
     release: ReleaseNumber = None,
 ) -> None:
-    """Explain the next token: the exact terms (position, sense) whose sum is its logit.
+    """Explain the next token: the exact terms (position, sense) whose sum is its logit, with the release's bias.
 
     Of the likeliest token: `backpack explain "How to take care of a horse:"`; of another: `--target ship`
 
@@ -106,8 +107,15 @@ def explain(
             f"{c.contribution:+.3f}",
             bar,
         )
-    out.print(Text(f"logit of {answer.target.text!r}: {answer.logit:.3f}"), end=" ")
-    out.print(f"(log p {answer.target.log_probability:.3f}); {answer.unlisted:+.3f} of it isn't listed")
+    if answer.bias == -math.inf:
+        terms = math.fsum(c.contribution for c in answer.contributions) + answer.unlisted
+        out.print(Text(f"{answer.target.text!r} can't come next: the release forbids it, so its logit is −∞"))
+        out.print(f"its senses add up to {terms:.3f}; {answer.unlisted:+.3f} of that isn't listed")
+    else:
+        out.print(Text(f"logit of {answer.target.text!r}: {answer.logit:.3f}"), end=" ")
+        out.print(f"(log p {answer.target.log_probability:.3f}); {answer.unlisted:+.3f} of it isn't listed")
+        if answer.bias:
+            out.print(f"release's bias on this word: {answer.bias:+.3f}")
     out.print(table)
     footnote(answer.served)
 

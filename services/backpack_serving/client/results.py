@@ -223,18 +223,20 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What made a token likely: its logit is the sum of the contributions and of `unlisted`.
+    """What made a token likely: its logit is the sum of the contributions, of `unlisted` and of `bias`.
 
     Of T · k contributions the largest are listed, largest magnitude first; `unlisted` is the sum of the others.
+    `bias` is what the release's bias edits add, 0 without any: −∞, as is the logit, for a word that is forbidden.
     """
 
     logit: float
     contributions: tuple[Contribution, ...]
     unlisted: float
+    bias: float
 
     @classmethod
     def of(cls, m: pb.Explanation | pb.ExplainResponse) -> Explanation:
-        return cls(m.logit, tuple(map(Contribution.of, m.contributions)), m.unlisted)
+        return cls(m.logit, tuple(map(Contribution.of, m.contributions)), m.unlisted, m.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +249,7 @@ class Explained(Explanation):
     @classmethod
     def answer(cls, m: pb.ExplainResponse) -> Explained:
         why = Explanation.of(m)
-        return cls(why.logit, why.contributions, why.unlisted, Token.of(m.target), Served.of(m.served))
+        return cls(why.logit, why.contributions, why.unlisted, why.bias, Token.of(m.target), Served.of(m.served))
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,7 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
                 logit=found.terms.logit,
                 contributions=answers.write_contributions(listed, ids, self._tokenizer),
                 unlisted=unlisted,
+                bias=found.terms.bias,
                 served=answers.served(pin, overlay.digest, self._manifest),
             )
 

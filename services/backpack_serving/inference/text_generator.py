@@ -109,6 +109,7 @@ class TextGenerator:
         for token, terms in zip(tokens, found, strict=True):
             listed, unlisted = terms.largest(limit)
             token.explanation.logit, token.explanation.unlisted = terms.logit, unlisted
+            token.explanation.bias = terms.bias
             token.explanation.contributions.extend(answers.write_contributions(listed, ids, self._served.tokenizer))
 
     def _ends_text(self, output: Output) -> bool:

@@ -104,12 +104,12 @@ class Answer:
         for token in (token for part in parts for token in part.tokens):
             length = self._lengths.get(index, 0)
             self._lengths[index] = length + len(decoder.add([token.id]))
-            own = token.log_probability if token.HasField("log_probability") else None
+            own = _finite_log(token) if token.HasField("log_probability") else None
             logs["tokens"].append(self._token_text(token.id))
             logs["token_logprobs"].append(own)
             logs["text_offset"].append(length)
             if self._wanted:
-                others = {self._token_text(other.id): other.log_probability for other in token.alternatives}
+                others = {self._token_text(other.id): _finite_log(other) for other in token.alternatives}
                 # The token's own last: where it is the likeliest, both are the same number to the last bit.
                 logs["top_logprobs"].append(None if own is None else {**others, self._token_text(token.id): own})
         return logs
@@ -125,7 +125,7 @@ class Answer:
     def _log(self, token: pb.Token) -> Json:
         return {
             "token": self._token_text(token.id),
-            "logprob": token.log_probability,
+            "logprob": _finite_log(token),
             "bytes": list(self._tokenizer.token_bytes(token.id)),
         }
 
@@ -160,12 +160,13 @@ def _served(served: pb.Served) -> Json:
 
 
 def _explanation(token: pb.Token) -> Json:
-    """What made a token likely: its logit is the sum of the contributions and of those unlisted."""
+    """What made a token likely: its logit is the sum of the contributions, those unlisted and the release's bias."""
     terms = token.explanation.contributions
     return {
         "token": token.text,
         "logit": _number(token.explanation.logit),
         "unlisted": _number(token.explanation.unlisted),
+        "bias": _number(token.explanation.bias),
         "contributions": [
             {
                 "position": term.position,
@@ -178,6 +179,11 @@ def _explanation(token: pb.Token) -> Json:
             for term in terms
         ],
     }
+
+
+def _finite_log(token: pb.Token) -> float:
+    """JSON has no −∞, which is that of a word that the release forbids: OpenAI and vLLM write this instead."""
+    return max(token.log_probability, -9999.0)
 
 
 def _number(value: float) -> float | None:
