@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from backpack_serving.client import (
     Add,
+    Bias,
     Cells,
     Client,
     Copy,
@@ -55,6 +56,8 @@ TEXTS: dict[str, list[Any]] = {
         [Swap("king", HALF, "a")],
         [Swap("king", "a", HALF)],
         [Topic(["king", HALF])],
+        [Bias(["king", HALF], 1.0)],
+        [Bias(["king"], 1.0, HALF)],  # type: ignore[arg-type]
     ],
     "revisions": [[f"{HALF}:1"]],
     "tenants": [["acme", HALF]],
@@ -83,6 +86,8 @@ PLACES: dict[str, Callable[[Any], list[Any]]] = {
         [Scale(Cells("king", (n,)), 0.0)],
         [Copy("king", "ship", n)],
         [Topic(["king"], n)],
+        [Bias([n], 1.0)],
+        [Bias(["king"], abs(n) * 1000)],  # −∞ and −1 are amounts
         [Scale(n, 0.0)],
     ],
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from backpack_serving.client import (
     AsyncClient,
     AsyncOperator,
     AsyncSteering,
+    Bias,
     Cells,
     Conflict,
     Copy,
@@ -169,6 +171,8 @@ async def test_every_edit_is_read_back_as_what_it_was(calls: Calls) -> None:
         ProjectOut("nurse", "she"),
         Swap("ship", old="sea", new="land"),
         Topic(["sea", "sailing"], strength=2, constant=True),
+        Bias(["sea", 7], -2.5),
+        Bias(["kingdomless"], -math.inf, tokens="first"),
         Scale(Cells("kingdomless", (0,), tokens="first"), 0.5),
     )
     revision = await steering.create_revision("every", written)

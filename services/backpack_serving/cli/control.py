@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,9 +32,9 @@ from backpack_serving.cli.client import (
 )
 from backpack_serving.cli.edit_text import sense_numbers
 from backpack_serving.cli.patch_file import PatchFile
-from backpack_serving.client import Cells, Copy, Edit, NotFound, ProjectOut, Revision, Scale, Swap, Token, Topic
+from backpack_serving.client import Bias, Cells, Copy, Edit, NotFound, ProjectOut, Revision, Scale, Swap, Token, Topic
 
-patch_app = typer.Typer(no_args_is_help=True, help="Patches: named, versioned lists of edits to sense vectors.")
+patch_app = typer.Typer(no_args_is_help=True, help="Patches: named, versioned lists of edits.")
 
 Senses = Annotated[str, typer.Option(help="Sense numbers, such as 3 or 8,12-14 (default: all).")]
 PatchName = Annotated[str, typer.Argument(help="Name of the patch; created if it doesn't exist.")]
@@ -178,6 +179,29 @@ def topic(
     _revise(patch, [Topic(words, strength, constant)], tenant, key)
 
 
+@patch_app.command("bias")
+def bias(
+    patch: PatchName,
+    words: Annotated[list[str], typer.Argument(help="Words to make likelier or less likely.")],
+    by: Annotated[
+        float | None,
+        typer.Option(help="Added to their logits, -100 to 100: 0.7 doubles their odds, -2.3 leaves a tenth."),
+    ] = None,
+    never: Annotated[bool, typer.Option("--never", help="Forbid the words.")] = False,
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """Raise or lower the logits of words, wherever they could come next; or forbid them.
+
+    Said less: `backpack patch bias frugal money --by -5`; never said: `backpack patch bias frugal money --never`
+
+    A word stands for the token with a space before it, and for the one without. Other forms are other words.
+    """
+    if never == (by is not None):
+        raise typer.BadParameter("give one of --by AMOUNT and --never", param_hint="--by")
+    _revise(patch, [Bias(words, -math.inf if by is None else by)], tenant, key)
+
+
 def _cells_of_words(words: list[str], senses: str) -> list[Cells]:
     try:
         numbers = tuple(sense_numbers(senses))
@@ -211,6 +235,8 @@ def _revise(
     for given, edit in zip(edits, revision.edits, strict=True):
         if isinstance(given, Topic) and isinstance(edit, Topic):
             _tell_first_tokens(given, edit)
+        if isinstance(given, Bias) and isinstance(edit, Bias):
+            _tell_spellings(edit)
     _print_revision(revision, dry_run)
 
 
@@ -223,6 +249,12 @@ def _tell_first_tokens(given: Topic, made: Topic) -> None:
             f"({hints.backpack('patch show')}), and whatever else begins with it. Leave out what isn't meant.",
             markup=False,
         )
+
+
+def _tell_spellings(made: Bias) -> None:
+    """A word in capitals, in another form or in pieces is another word."""
+    spelled = ", ".join(repr(token.text) for token in made.words if isinstance(token, Token))
+    err.print(f"{'never' if made.amount == -math.inf else f'{made.amount:+g} to'}: {spelled}", markup=False)
 
 
 def _print_revision(revision: Revision, dry_run: bool) -> None:

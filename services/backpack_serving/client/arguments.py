@@ -23,6 +23,9 @@ LONGEST = 365 * 86_400.0
 
 _DURATIONS = {"timeout", "wait_seconds", "seconds", "coalesce", "retry_window"}
 
+_FORBIDDING = {"amount"}
+"""Numbers that may be −∞: of a bias."""
+
 _SHOWN = 60
 """Most characters of a value in an error."""
 
@@ -77,7 +80,7 @@ def build(kind: type[M], at: str = "", /, **values: Any) -> M:
         raise
     for name, value in values.items():
         # Of 64 bits, a number may be too large for the field's 32, which makes it infinite.
-        if isinstance(value, float) and math.isinf(getattr(message, name)):
+        if isinstance(value, float) and math.isfinite(value) and math.isinf(getattr(message, name)):
             raise _invalid_argument(f"{at}.{name}" if at else name, value, "no request can hold this")
     return message
 
@@ -110,7 +113,8 @@ def _check(name: str, value: Any) -> None:
             raise _invalid_argument(name, value, "no request can hold a number of more than 64 bits")
     elif is_dataclass(value):
         for field in fields(value):
-            _check(f"{name}.{field.name}", getattr(value, field.name))
+            if not (field.name in _FORBIDDING and getattr(value, field.name) == -math.inf):
+                _check(f"{name}.{field.name}", getattr(value, field.name))
     elif isinstance(value, Mapping):
         for key, each in value.items():
             _check(f"{name}[{key!r}]", each)

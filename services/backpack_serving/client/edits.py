@@ -1,4 +1,4 @@
-"""Edits of sense vectors, by words: what a revision is made of. The server knows which tokens the words are.
+"""Edits of sense vectors and logits, by words: what a revision is made of. The server knows which tokens they are.
 
 v is the vector of a cell: of a word's sense. `backpack_lm.edits` has the same edits by token ids.
 """
@@ -132,7 +132,27 @@ class Topic:
         return pb.Edit(topic=build(pb.TopicEdit, words=words, strength=self.strength, constant=self.constant))
 
 
-Edit = Scale | Add | Set | Copy | ProjectOut | Swap | Topic
+@dataclass(frozen=True, slots=True)
+class Bias:
+    """Raise the logits of words by an amount, wherever they could come next: lower them below 0, forbid them with
+    −∞ (`-math.inf`). Biases of one word add up.
+
+    A word stands for its token with the leading space, and for the one that is the word without it, if there is
+    such. One of several tokens is refused, unless `tokens` asks for its "first", or for "all".
+    """
+
+    words: Sequence[Word]
+    amount: float
+    tokens: Tokens = "single"
+
+    def message(self) -> pb.Edit:
+        words = [word(each, f"words[{at}]") for at, each in enumerate(self.words)]
+        for each in words:
+            each.policy = _policy("tokens", self.tokens)
+        return pb.Edit(bias=build(pb.BiasEdit, words=words, amount=self.amount))
+
+
+Edit = Scale | Add | Set | Copy | ProjectOut | Swap | Topic | Bias
 
 
 def read(message: pb.Edit) -> Edit:
@@ -155,6 +175,8 @@ def read(message: pb.Edit) -> Edit:
             return Swap(_read_cells(m), _read_word(m.old), _read_word(m.new))
         case "topic":
             return Topic(tuple(map(_read_word, m.words)), m.strength, m.constant)
+        case "bias":
+            return Bias(tuple(map(_read_word, m.words)), m.amount)
     raise ValueError("the server knows a kind of edit that this client doesn't; install a newer backpack-serving")
 
 
@@ -162,13 +184,16 @@ def _cells_message(where: Where) -> list[pb.Cells]:
     some = where if isinstance(where, Sequence) and not isinstance(where, str) else (where,)
     found = []
     for at, one in enumerate(each if isinstance(each, Cells) else Cells(each) for each in some):
-        if one.tokens not in _POLICIES:
-            why = f"{one.tokens!r}; write {', '.join(_POLICIES)}"
-            raise InvalidRequest.at(f"cells[{at}].tokens", "UNKNOWN_VALUE", why)
         spelled = word(one.word, f"cells[{at}].word")
-        spelled.policy = _POLICIES[one.tokens]
+        spelled.policy = _policy(f"cells[{at}].tokens", one.tokens)
         found.append(build(pb.Cells, f"cells[{at}]", word=spelled, senses=one.senses))
     return found
+
+
+def _policy(field: str, tokens: Tokens) -> inference_pb2.WordPolicy.ValueType:
+    if tokens not in _POLICIES:
+        raise InvalidRequest.at(field, "UNKNOWN_VALUE", f"{tokens!r}; write {', '.join(_POLICIES)}")
+    return _POLICIES[tokens]
 
 
 def _vector_message(values: Vector) -> pb.Vector:
