@@ -355,6 +355,8 @@ def test_a_bad_patch_file_is_one_line_and_makes_no_patch(backpack: Any, tmp_path
         (("patch", "scale", "p", "king", "--factor", "0", "--senses", "5-1"), "'5-1' names no sense"),
         (("patch", "scale", "p", "king", "--factor", "0", "--senses", "²"), "'²' names no sense"),
         (("patch", "scale", "p", "king", "--factor", "0", "--senses", "0-99999"), "'0-99999' names no sense"),
+        (("patch", "bias", "p", "king"), "give one of --by AMOUNT and --never"),
+        (("patch", "bias", "p", "king", "--by", "1", "--never"), "give one of --by AMOUNT and --never"),
         (("compare", "x", "--release", ""), "write a number"),
         (("explain", "x", "--html", "/nowhere/x.html"), "/nowhere is no folder"),
         (("explain", "x", "--html", "/tmp"), "'/tmp' is a directory"),

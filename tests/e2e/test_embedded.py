@@ -38,6 +38,7 @@ EDITS = {
     "copy": (copy("king", "ship"),),
     "topic": (topic("ship", "sea", "captain"),),
     "both": (copy("king", "nurse"), topic("nurse", "patient", strength=1)),
+    "bias": (copy("king", "ship"), ipb.Edit(bias=ipb.BiasEdit(words=[pb.Word(text="the")], amount=-math.inf))),
 }
 
 

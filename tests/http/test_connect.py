@@ -105,6 +105,30 @@ def test_a_field_that_there_isnt_is_refused_by_its_name(web: Web) -> None:
     assert "txt" in answer.json()["message"]
 
 
+def test_a_forbidden_word_in_json(web: Web) -> None:
+    """Its amount and its logit are −∞, which Connect writes as protobuf does, and OpenAI as −9999."""
+
+    def call(method: str, **fields: Any) -> Any:
+        answer = web.post(f"/backpack.v1.{method}", fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    call("PatchService/CreatePatch", patchId="frugal")
+    edit = {"bias": {"words": [{"text": "money"}], "amount": "-Infinity"}}
+    revision = call("PatchService/CreateRevision", parent="patches/frugal", edits=[edit])["revision"]
+    assert revision["edits"][0]["bias"]["amount"] == "-Infinity"
+    assert [word["text"] for word in revision["edits"][0]["bias"]["words"]] == [" money"]
+    release = call("ReleaseService/CreateRelease", revisions=[revision["name"]])["release"]
+    number = release["number"]
+    asked = {"prompt": {"text": "He had some"}, "target": {"text": "money"}, "limit": 3, "release": number}
+    found = call("InferenceService/Explain", **asked)
+    assert found["logit"] == found["bias"] == found["target"]["logProbability"] == "-Infinity"
+    echoed = web.complete(model=f"live@{number}", prompt="He had some money and", echo=True, logprobs=1, max_tokens=2)
+    logs = echoed["choices"][0]["logprobs"]
+    assert dict(zip(logs["tokens"], logs["token_logprobs"], strict=True))[" money"] == -9999.0
+    assert logs["top_logprobs"][logs["tokens"].index(" money")][" money"] == -9999.0
+
+
 def test_a_deadline_is_passed_on(web: Web) -> None:
     asked = {"prompt": {"text": PROMPT}, "sampling": {"maxTokens": 500, "ignoreEndOfText": True}}
     answer = web.post("/backpack.v1.InferenceService/Generate", asked, connect_timeout_ms="5")

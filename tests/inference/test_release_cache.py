@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import random
 import struct
 import traceback
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from backpack_lm.patch import (
+    BiasEdit,
     Cell,
     PatchError,
     ReleaseContent,
@@ -40,7 +42,7 @@ class Shelf:
         self.blobs: dict[str, list[bytes]] = {}
         self.away: type[Exception] = Unavailable
 
-    def put(self, served: ServedModel, *revisions: tuple[ScaleEdit | SetEdit | TopicEdit, ...]) -> str:
+    def put(self, served: ServedModel, *revisions: tuple[ScaleEdit | SetEdit | TopicEdit | BiasEdit, ...]) -> str:
         made = [RevisionContent(served.manifest.fingerprint, edits) for edits in revisions]
         release = ReleaseContent(tuple(made))
         self.blobs[release.digest] = [revision.to_bytes() for revision in made]
@@ -168,14 +170,20 @@ def hidden_overflow(served: ServedModel, token: int, largest: float) -> tuple[Sc
         (lambda s: (ScaleEdit((Cell(10**6, 0),), 0.5),), "UNKNOWN_TOKEN"),
         (lambda s: hidden_overflow(s, 5, 3e38), "NON_FINITE"),
         (lambda s: hidden_overflow(s, 5, 4e38), "OVERFLOW"),
+        (lambda s: (BiasEdit((5,), math.nan),), "NON_FINITE"),
+        (lambda s: (BiasEdit((5,), 1e30),), "OUT_OF_RANGE"),
+        (lambda s: (BiasEdit((10**6,), -math.inf),), "UNKNOWN_TOKEN"),
     ],
-    ids=["nan", "inf", "16-bit", "norm", "zero", "factor", "cells", "token", "sum", "row"],
+    ids=[
+        *("nan", "inf", "16-bit", "norm", "zero", "factor", "cells", "token", "sum", "row"),
+        *("bias nan", "bias", "bias token"),
+    ],
 )
 async def test_p14_what_was_stored_wrongly_is_refused_again_where_it_is_applied(
     served: ServedModel,
     shelf: Shelf,
     make: Callable[..., ReleaseCache],
-    edits: Callable[..., tuple[ScaleEdit, ...]],
+    edits: Callable[..., tuple[ScaleEdit | BiasEdit, ...]],
     reason: str,
 ) -> None:
     releases, digest = make(), shelf.put(served, edits(served))
@@ -187,6 +195,20 @@ async def test_p14_what_was_stored_wrongly_is_refused_again_where_it_is_applied(
                 pass
     assert releases.fetched == 1, "what is wrong stays wrong: it isn't fetched again"
     assert releases.count == 0
+
+
+async def test_revisions_that_forbid_all_words_together_are_refused(
+    served: ServedModel, shelf: Shelf, make: Callable[..., ReleaseCache]
+) -> None:
+    """As the service sees revisions one by one, and the model here is small enough."""
+    tokens = range(served.manifest.shape.vocab_size)
+    parts = [BiasEdit(tuple(tokens[at : at + 4096]), -math.inf) for at in range(0, len(tokens), 4096)]
+    assert len(parts) <= 8, "revisions of a release"
+    releases = make()
+    some, every = (shelf.put(served, *((part,) for part in chosen)) for chosen in (parts[1:], parts))
+    assert await releases.stage((_channel(some),)) == ()
+    (refusal,) = await releases.stage((_channel(every),))
+    assert (refusal.reason, refusal.final) == ("NOTHING_LEFT", True)
 
 
 async def test_a_refusal_that_is_told_again_and_again_keeps_nothing_of_whom_it_was_told(

@@ -29,7 +29,8 @@ CompiledReleases = Callable[[Sequence[Pinned]], AbstractAsyncContextManager[list
 
 
 class ModelReader:
-    """Reads the model under given releases. Raises Internal where a release makes it predict no finite numbers."""
+    """Reads the model under given releases. Raises Internal where a release makes it predict no finite numbers, but for
+    the words that it forbids."""
 
     def __init__(self, served: ServedModel) -> None:
         self._served = served
@@ -39,19 +40,19 @@ class ModelReader:
     async def score(self, tenant: str, ids: tuple[int, ...], overlay: Overlay) -> list[float]:
         """log p of each token but the first, of two at least."""
         logs = await self._run_in_turn(tenant, self._served.score, ids, overlay)
-        _check_finite(logs)
+        _check_numbers(overlay, zip(ids[1:], logs, strict=True))
         return logs
 
     async def rank(self, tenant: str, ids: tuple[int, ...], overlay: Overlay, top: int) -> Ranked:
         """log p of each token but the first, of two at least, and the `top` likeliest in its place."""
         ranked = await self._run_in_turn(tenant, self._served.rank, ids, overlay, top)
-        _check_finite(ranked.logs)
+        _check_numbers(overlay, zip(ids[1:], ranked.logs, strict=True))
         return ranked
 
     async def explain(self, tenant: str, ids: tuple[int, ...], overlay: Overlay, target: int | None) -> Attribution:
         """The terms of the logit of `target`, or of the likeliest token, after `ids`."""
         found = await self._run_in_turn(tenant, self._served.explain, ids, overlay, target)
-        _check_finite([found.terms.logit, found.log_probability])
+        _check_numbers(overlay, ((found.target, value) for value in (found.terms.logit, found.log_probability)))
         return found
 
     async def explain_text(self, tenant: str, ids: Sequence[int], overlay: Overlay, start: int) -> list[Terms]:
@@ -70,9 +71,10 @@ class ModelReader:
             async with compiled(distinct[at : at + COMPARED_AT_ONCE]) as overlays:
                 found = await self._run_in_turn(tenant, text.read, overlays)
                 for overlay, answer in zip(overlays, found, strict=True):
-                    _check_finite(
-                        answer if isinstance(answer, list) else (value for _, value in (*answer.top, *answer.targets))
-                    )
+                    if isinstance(answer, list):
+                        _check_numbers(overlay, zip(query.ids[1:], answer, strict=True))
+                    else:
+                        _check_numbers(overlay, (*answer.top, *answer.targets))
                     answers[overlay.digest] = answer
         return answers
 
@@ -100,6 +102,8 @@ class ModelReader:
             return await tasks.finish(asyncio.to_thread(work, *arguments))
 
 
-def _check_finite(logs: Iterable[float]) -> None:
-    if not all(map(math.isfinite, logs)):
-        raise Internal("NON_FINITE", "the release makes the model predict no numbers")
+def _check_numbers(overlay: Overlay, logs: Iterable[tuple[int, float]]) -> None:
+    """Of tokens: each finite, or −∞ if the release forbids the token."""
+    for token, value in logs:
+        if not math.isfinite(value) and not value == overlay.bias_of(token) == -math.inf:
+            raise Internal("NON_FINITE", "the release makes the model predict no numbers")

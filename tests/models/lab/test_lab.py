@@ -27,7 +27,7 @@ from backpack_lm.lab.progress import ResumeJournal, unwatched
 from backpack_lm.lab.text import rows
 from backpack_lm.lab.topic import By, choose_topic
 from backpack_lm.lab.topic_vector import CELLS, FrequentWords, topic_vector_edits
-from backpack_lm.patch import AddEdit, Cell, Edit, PatchError, PatchLimits, ScaleEdit, TopicEdit, Vector
+from backpack_lm.patch import AddEdit, BiasEdit, Cell, Edit, PatchError, PatchLimits, ScaleEdit, TopicEdit, Vector
 from backpack_lm.reports.report import Entry, Report, Table
 from markdown_it import MarkdownIt
 
@@ -397,6 +397,26 @@ def test_a_neighbour_stands_in_the_word_s_place_alone(subject: LabModel) -> None
     assert any(one.word == "ship" for one in found.neighbours), "the words that prompts hold come first"
     lead = judge(subject, [TopicEdit((ship,), 1)]).report().lead
     assert "1 edit of 0 cells, 1 of them topics, which multiply senses of every word." in lead
+
+
+def test_a_judged_bias_reaches_prompts_and_held_out_text(subject: LabModel) -> None:
+    the, ship = subject.token("the"), subject.token("ship")
+    text = torch.tensor(
+        (subject.ids("The captain of the ship saw the sea.") * 20)[: 2 * subject.config.n_positions + 1]
+    )
+    prompt = CanonicalExample("When the captain of", "the")
+    lowered = judge(subject, [BiasEdit((the, ship), -2.0)], [prompt], text)
+    never = judge(subject, [BiasEdit((the,), -math.inf)], [prompt], text)
+    assert lowered.perplexity is not None
+    assert never.perplexity is not None
+    assert lowered.perplexity[1] > lowered.perplexity[0]
+    assert never.perplexity[1] == math.inf
+    before, after = lowered.prompts[0].before, lowered.prompts[0].after
+    assert before is not None
+    assert after is not None
+    assert after / (1 - after) == pytest.approx(before / (1 - before) * math.exp(-2), rel=0.1)
+    assert never.prompts[0].after == 0.0
+    assert "and biases on 2 tokens. Held-out perplexity" in lowered.report().lead
 
 
 def test_neighbours_are_the_nearest_in_mean_cosine(subject: LabModel) -> None:
