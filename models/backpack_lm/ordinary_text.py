@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lzma
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,10 @@ class MovedWord:
 @dataclass(frozen=True, slots=True)
 class SideEffects:
     """What a release does to text: the perplexity of its `tokens` predicted tokens unpatched and under the release,
-    and the words whose mean probability moved most, largest move first."""
+    and the words whose mean probability moved most, largest move first.
+
+    Tokens of the text that the release forbids count in neither perplexity: there it does what it is for.
+    """
 
     tokens: int
     before: float
@@ -64,22 +67,18 @@ class OrdinaryText:
         self._plain: dict[int, _Read] = {}
 
     @torch.inference_mode()
-    def under(self, overlay: Overlay, limit: int, turn: Callable[[], None] = lambda: None) -> SideEffects:
-        """What a release does to the text; `limit` words at most. `turn` is called before each row."""
-        before, after = _Read.nothing(len(self._head)), _Read.nothing(len(self._head))
-        for number in range(len(self._rows)):
-            turn()
-            plain, steered = self._read_row(number, overlay)
-            before, after = before + plain, after + steered
-        count = sum(len(row) - 1 for row in self._rows)
-        moved = (after.probability - before.probability).abs().topk(min(limit, len(self._head))).indices.tolist()
+    def under(self, overlay: Overlay, limit: int) -> SideEffects:
+        """What a release does to the text; `limit` words at most."""
+        read = [self._read_row(number, overlay) for number in range(len(self._rows))]
+        before, after = _Read.together([plain for plain, _ in read]), _Read.together([steered for _, steered in read])
+        allowed = after.logs != -math.inf
+        count = len(before.logs)
+        move = after.probability - before.probability
+        moved = move.abs().topk(min(limit, len(self._head))).indices.tolist()
         one, other = before.probability / count, after.probability / count
-        words = tuple(MovedWord(token, float(one[token]), float(other[token])) for token in moved)
+        words = [MovedWord(token, float(one[token]), float(other[token])) for token in moved if move[token]]
         return SideEffects(
-            count,
-            _perplexity_of(before.log_probability, count),
-            _perplexity_of(after.log_probability, count),
-            tuple(word for word in words if word.before != word.after),
+            int(allowed.sum()), _perplexity_of(before.logs[allowed]), _perplexity_of(after.logs[allowed]), tuple(words)
         )
 
     def _read_row(self, number: int, overlay: Overlay) -> tuple[_Read, _Read]:
@@ -91,33 +90,30 @@ class OrdinaryText:
         if self._keep:
             self._passes[number] = read
         first, changed = read.under(overlay)
-        if first == read.predictions:
+        if first == read.predictions and overlay.bias is None:
             return self._plain[number], self._plain[number]
-        return self._plain[number], self._predict(torch.cat([read.base[:first], changed]), row[1:])
+        return self._plain[number], self._predict(torch.cat([read.base[:first], changed]), row[1:], overlay)
 
-    def _predict(self, outputs: Tensor, targets: Tensor) -> _Read:
-        """Outputs [T, d] and the tokens [T] that came."""
-        total = _Read.nothing(len(self._head))
+    def _predict(self, outputs: Tensor, targets: Tensor, overlay: Overlay | None = None) -> _Read:
+        """Outputs [T, d], with an overlay's biases, and the tokens [T] that came."""
+        read = []
         for at, logits in logits_in_pieces(outputs, self._head):
-            logs = logits.log_softmax(1)
-            chosen = logs.gather(1, targets[at : at + len(logs), None])
-            total += _Read(float(chosen.double().sum()), logs.exp_().sum(0).double())
-        return total
+            logs = (overlay.biased(logits) if overlay else logits).log_softmax(1)
+            chosen = logs.gather(1, targets[at : at + len(logits), None])[:, 0]
+            read.append(_Read(chosen, logs.exp_().sum(0).double()))
+        return _Read.together(read)
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """Sums over predictions: of log p of the tokens that came, and of each token's probability [V]."""
+    """Of predictions: log p of the tokens that came [T], and the sum of each token's probability [V]."""
 
-    log_probability: float
+    logs: Tensor
     probability: Tensor
 
     @classmethod
-    def nothing(cls, words: int) -> _Read:
-        return cls(0.0, torch.zeros(words, dtype=torch.double))
-
-    def __add__(self, other: _Read) -> _Read:
-        return _Read(self.log_probability + other.log_probability, self.probability + other.probability)
+    def together(cls, some: Sequence[_Read]) -> _Read:
+        return cls(torch.cat([one.logs for one in some]), torch.stack([one.probability for one in some]).sum(0))
 
 
 def shipped(folder: Path) -> Path:
@@ -161,8 +157,5 @@ def _line_after(text: str, at: int) -> int:
     return at if not at else text.find("\n", at) + 1 or len(text)
 
 
-def _perplexity_of(log_probability: float, count: int) -> float:
-    try:
-        return math.exp(-log_probability / count)
-    except OverflowError:
-        return math.inf
+def _perplexity_of(logs: Tensor) -> float:
+    return float((-logs.double().mean()).exp())

@@ -36,10 +36,13 @@ from torch import Tensor
 
 from tests.bench.side_by_side import FAST, INT8, NEW, ROUNDS, STEP_TOKENS, Bench, Timed
 
+PAIRS = 200
+"""Steps with biases and without: they differ by less than what else a machine does."""
+
 
 def mix(bench: Bench, batch: int, length: int) -> None:
     """Steps with the sense mix and without it in turn, on the same sequences: the difference is the mix."""
-    engine = _decoding(bench, batch, length, [bench.empty])
+    engine = _decoding(bench, batch, length, 4 * ROUNDS, [bench.empty])
     kernels = engine._runner.kernels
     whole = kernels.mix
     nothing = torch.zeros(batch, bench.model.config.n_embd)
@@ -51,14 +54,14 @@ def mix(bench: Bench, batch: int, length: int) -> None:
         kernels.mix = whole if mixed else no_mix  # type: ignore[method-assign, assignment]
 
     what = f"a decode step with the sense mix, against without, context {length}, batch {batch}"
-    _steps_in_turn(bench, engine, switch, what, "at most 1.12")
+    _steps_in_turn(bench, engine, 4 * ROUNDS, switch, what, "at most 1.12")
 
 
 def bias(bench: Bench, batch: int, length: int, words: int) -> None:
     """Steps with another release's bias for each sequence and without any in turn, on the same sequences."""
     draw, vocabulary = random.Random(0), bench.model.config.tokens
     edits = [BiasEdit(tuple(draw.sample(range(vocabulary), words)), -1.0) for _ in range(batch)]
-    engine = _decoding(bench, batch, length, [_compile(bench, edit) for edit in edits])
+    engine = _decoding(bench, batch, length, PAIRS, [_compile(bench, edit) for edit in edits])
     runner = engine._runner
     biases = runner._biases
 
@@ -66,23 +69,25 @@ def bias(bench: Bench, batch: int, length: int, words: int) -> None:
         runner._biases = biases if biased else {}
 
     what = f"a decode step with {batch} releases' biases on {words} words each, against none, context {length}"
-    _steps_in_turn(bench, engine, switch, what, "at most 1.03")
+    _steps_in_turn(bench, engine, PAIRS, switch, what, "at most 1.03")
 
 
-def _decoding(bench: Bench, batch: int, length: int, overlays: list[Overlay]) -> Engine:
+def _decoding(bench: Bench, batch: int, length: int, pairs: int, overlays: list[Overlay]) -> Engine:
     """An engine whose sequences have been read, under these overlays in turn, and decode for `_steps_in_turn`."""
     engine = bench.engine(batch, step_tokens=batch * length)  # all begin at once, so that none ends before
     for n in range(batch):
-        engine.add(bench.request(bench.prompt(length), overlays[n % len(overlays)], new=2 * 4 * ROUNDS + 2))
+        engine.add(bench.request(bench.prompt(length), overlays[n % len(overlays)], new=2 * pairs + 2))
     while bench.reading(engine, length):
         engine.step()
     return engine
 
 
-def _steps_in_turn(bench: Bench, engine: Engine, switch: Callable[[bool], None], what: str, target: str) -> None:
+def _steps_in_turn(
+    bench: Bench, engine: Engine, pairs: int, switch: Callable[[bool], None], what: str, target: str
+) -> None:
     """Time steps with something and without it, switched before each."""
     times: dict[bool, list[float]] = {True: [], False: []}
-    for n in range(2 * 4 * ROUNDS):
+    for n in range(2 * pairs):
         switch(n % 2 == 0)
         started = time.perf_counter()
         engine.step()

@@ -72,6 +72,15 @@ async def test_a_raised_and_a_lowered_word(system: System) -> None:
     assert _say(made, "gold") == 0
 
 
+async def test_a_text_whose_end_is_forbidden_goes_on_to_its_limit(system: System, served: ServedModel) -> None:
+    """And one whose end is raised ends at once: what ends a text is a token as any other."""
+    ends = [pb.Word(token=token) for token in served.manifest.end_tokens]
+    for amount, reason, length in ((-math.inf, pb.FINISH_REASON_LENGTH, 40), (100.0, pb.FINISH_REASON_STOP, 1)):
+        key = await system.tenant(ipb.Edit(bias=ipb.BiasEdit(words=ends, amount=amount)))
+        made = await _samples(system, key, 2)
+        assert [(answer.finish_reason, len(answer.tokens)) for answer in made] == [(reason, length)] * 2
+
+
 async def test_what_is_explained_is_what_is_served(system: System, served: ServedModel) -> None:
     (token,) = served.tokenizer.word_ids("money")
     plain, raised = await system.tenant(), await system.tenant(_bias("money", amount=2.5))

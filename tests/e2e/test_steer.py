@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from backpack_lm.ordinary_text import OrdinaryText, excerpts, plain, shipped
 from backpack_lm.overlay import Overlay
 from backpack_lm.patch import Cell, ReleaseContent, RevisionContent, ScaleEdit
 from backpack_serving.cli.edit_text import parse_edit
-from backpack_serving.client import Cells, Copy, Edit, ProjectOut, Scale, Swap, Topic
+from backpack_serving.client import Bias, Cells, Copy, Edit, ProjectOut, Scale, Swap, Topic
 from backpack_serving.inference.served_model import ServedModel
 
 COMMON = "scale the,of,and,to,in,a 0"
@@ -31,6 +32,8 @@ COMMON = "scale the,of,and,to,in,a 0"
         ("copy king:2 ship:5", Copy([Cells("king", (2,))], "ship", 5)),
         ("swap nurse she he", Swap([Cells("nurse")], "she", "he")),
         ("project-out nurse she", ProjectOut([Cells("nurse")], "she")),
+        ("bias money,cash -5", Bias(["money", "cash"], -5.0)),
+        ("forbid money", Bias(["money"], -math.inf)),
         ("topic sea,ship 2", Topic(["sea", "ship"], 2)),
         ("scale ':' 0", Scale([Cells(":")], 0.0)),
     ],

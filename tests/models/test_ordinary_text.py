@@ -11,7 +11,7 @@ import torch
 from backpack_lm.installed import folder_of
 from backpack_lm.ordinary_text import EXCERPT_TOKENS, EXCERPTS, OrdinaryText, excerpts, plain, rows_of, shipped
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Cell, CopyEdit, Edit, ReleaseContent, RevisionContent, ScaleEdit, TopicEdit
+from backpack_lm.patch import BiasEdit, Cell, CopyEdit, Edit, ReleaseContent, RevisionContent, ScaleEdit, TopicEdit
 from backpack_serving.errors import PreconditionFailed
 from backpack_serving.inference.served_model import ServedModel
 
@@ -35,27 +35,33 @@ def _edits(served: ServedModel, rows: list[torch.Tensor], kind: str) -> tuple[Ed
             return (ScaleEdit(cells, 0.0),)
         case "copied":
             return (CopyEdit(cells, served.tokenizer.word_ids("king")[0]),)
+        case "biased":
+            return (BiasEdit((common,), -2.0), BiasEdit(served.tokenizer.word_ids("king"), 3.0))
+        case "forbidden":
+            return (BiasEdit((common,), -math.inf), ScaleEdit(cells, 0.5))
         case "topic":
             return (TopicEdit(served.tokenizer.word_ids("sea"), 3),)
     return ()
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("kind", ["none", "scaled", "copied", "topic"])
+@pytest.mark.parametrize("kind", ["none", "scaled", "copied", "biased", "forbidden", "topic"])
 def test_side_effects_are_the_models_own(served: ServedModel, rows: list[torch.Tensor], kind: str, keep: bool) -> None:
     overlay, count = _overlay(served, *_edits(served, rows, kind)), sum(len(row) - 1 for row in rows)
     sums, logs = {}, {}
     with torch.inference_mode():
         for name, given in (("before", _overlay(served)), ("after", overlay)):
             found = [served.model(row[None, :-1], given)[0].double().log_softmax(-1) for row in rows]
-            logs[name] = sum(float(log.gather(1, row[1:, None]).sum()) for log, row in zip(found, rows, strict=True))
+            logs[name] = torch.cat([log.gather(1, row[1:, None]) for log, row in zip(found, rows, strict=True)])
             sums[name] = sum(log.exp().sum(0) for log in found) / count
+    allowed = logs["after"] != -math.inf
+    assert bool(allowed.all()) is (kind != "forbidden")
     text = OrdinaryText(served.model, served.table, rows, keep)
     for _ in range(2):  # the second time, what was kept
         effects = text.under(overlay, limit=10)
-        assert effects.tokens == count
-        assert effects.before == pytest.approx(math.exp(-logs["before"] / count), rel=1e-5)
-        assert effects.after == pytest.approx(math.exp(-logs["after"] / count), rel=1e-5)
+        assert effects.tokens == int(allowed.sum())
+        assert effects.before == pytest.approx(float((-logs["before"][allowed].mean()).exp()), rel=1e-5)
+        assert effects.after == pytest.approx(float((-logs["after"][allowed].mean()).exp()), rel=1e-5)
         assert effects.change == pytest.approx(effects.after / effects.before - 1)
         if kind == "none":
             assert not effects.moved

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from backpack_serving.client import Cells, Copy, Edit, ProjectOut, Scale, Swap, Topic
+from backpack_serving.client import Bias, Cells, Copy, Edit, ProjectOut, Scale, Swap, Topic
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,8 @@ _FORMS = {
     "copy": _Form("WORDS[:SENSES] SOURCE[:SENSE]", "king,queen ship", _copy),
     "swap": _Form("WORDS[:SENSES] OLD NEW", "nurse she he", lambda words: Swap(_cells(words[0]), *words[1:])),
     "project-out": _Form("WORDS[:SENSES] DIRECTION", "nurse she", lambda words: ProjectOut(_cells(words[0]), words[1])),
+    "bias": _Form("WORDS AMOUNT", "money -5", lambda words: Bias(_split(words[0]), _decimal(words[1]))),
+    "forbid": _Form("WORDS", "money,cash", lambda words: Bias(_split(words[0]), -math.inf)),
     "topic": _Form("WORDS STRENGTH", "sea,ship,captain 2", _topic),
 }
 
