@@ -72,6 +72,8 @@ class OrdinaryText:
         read = [self._read_row(number, overlay) for number in range(len(self._rows))]
         before, after = _Read.together([plain for plain, _ in read]), _Read.together([steered for _, steered in read])
         allowed = after.logs != -math.inf
+        if not bool(allowed.any()):  # nothing of the text is left
+            allowed = ~allowed
         count = len(before.logs)
         move = after.probability - before.probability
         moved = move.abs().topk(min(limit, len(self._head))).indices.tolist()

@@ -178,7 +178,7 @@ def test_what_is_ours_goes_beyond(client: openai.OpenAI, web: Web) -> None:
     for each in choice.explanations:
         assert len(each["contributions"]) == 2
         listed = sum(term["contribution"] for term in each["contributions"])
-        assert math.isclose(listed + each["unlisted"], each["logit"], rel_tol=1e-5, abs_tol=1e-4)
+        assert math.isclose(listed + each["unlisted"] + each["bias"], each["logit"], rel_tol=1e-5, abs_tol=1e-4)
     since = choice.served["position"]
     assert web.complete(since=since)["choices"][0]["served"]["position"] >= since
     assert web.refused(model="live", prompt=PROMPT, since="99.1")[1] == "NOT_WRITTEN"

@@ -37,12 +37,13 @@ def test_a_word_shows_every_sense() -> None:
 
 def test_a_generation_holds_its_terms_and_they_add_up() -> None:
     terms = (TermRow(0, 1, 0.75, 1.0, 1.25), TermRow(1, 0, 0.5, 2.2, -0.5))
-    page = GenerationPage(("The", HOSTILE), (TokenStep(" ship", 0.25, 0.85, 0.1, terms),), senses=2, note="release 1")
+    made = TokenStep(" ship", 0.25, 3.35, 0.1, terms, bias=2.5)
+    page = GenerationPage(("The", HOSTILE), (made,), senses=2, note="release 1")
     html = page.html()
     data = _data(html)
     assert data["prompt"] == ["The", visible(HOSTILE)]
     (step,) = data["steps"]  # type: ignore[misc]
-    total = sum(term["contribution"] for term in step["terms"]) + step["unlisted"]
+    total = sum(term["contribution"] for term in step["terms"]) + step["unlisted"] + step["bias"]
     assert total == pytest.approx(step["logit"])
     assert html.count("</script>") == 1, "the text can't end the script"
     assert "<img" not in html

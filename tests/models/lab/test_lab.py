@@ -407,10 +407,11 @@ def test_a_judged_bias_reaches_prompts_and_held_out_text(subject: LabModel) -> N
     prompt = CanonicalExample("When the captain of", "the")
     lowered = judge(subject, [BiasEdit((the, ship), -2.0)], [prompt], text)
     never = judge(subject, [BiasEdit((the,), -math.inf)], [prompt], text)
-    assert lowered.perplexity is not None
-    assert never.perplexity is not None
-    assert lowered.perplexity[1] > lowered.perplexity[0]
-    assert never.perplexity[1] == math.inf
+    assert lowered.text is not None
+    assert never.text is not None
+    assert lowered.text.after > lowered.text.before
+    assert never.text.after < never.text.before, "of what is left, the likelier"
+    assert never.text.tokens < lowered.text.tokens
     before, after = lowered.prompts[0].before, lowered.prompts[0].after
     assert before is not None
     assert after is not None
