@@ -14,12 +14,12 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from backpack_lm.manifest import NAME as MANIFEST
-from backpack_lm.manifest import TOKENIZER, file_digest
+from backpack_lm.manifest import TOKENIZER, TOPICS, file_digest
 
 ADAPTER = "adapter.json"
 """The file that says that a folder is an adapter, and for which Transformer: adapting/adapter.py."""
 
-COPIED = (TOKENIZER, "*_config.json", "*.jinja", "*.txt.xz")
+COPIED = (TOKENIZER, TOPICS, "*_config.json", "*.jinja", "*.txt.xz")
 """Patterns of the small files that a model folder gets from its adapter as they are."""
 
 

@@ -123,9 +123,16 @@ class Tokenizer:
             )
         return (ids[0],)
 
-    def id_without_space(self, word: str) -> int | None:
-        """The id that is a word without a leading space, as at the start of a text: "nurse". None if it has several."""
-        ids = self.encode(word.strip())
+    def forms(self, word: str, any_case: bool = False) -> dict[str, tuple[int | None, int | None]]:
+        """The ids that are a word within a text (" nurse") and at the start of one ("nurse"), None for a form that is
+        not one token; with `any_case` in lower case, capitalised and in capitals, too. By spelling, `word` first.
+        """
+        word = word.strip()
+        spellings = dict.fromkeys([word, *([word.lower(), word.capitalize(), word.upper()] if any_case else [])])
+        return {one: (self._single(f" {one}"), self._single(one)) for one in spellings if one}
+
+    def _single(self, text: str) -> int | None:
+        ids = self.encode(text)
         return ids[0] if len(ids) == 1 else None
 
 

@@ -39,7 +39,13 @@ COMMON = "scale the,of,and,to,in,a 0"
     ],
 )
 def test_an_edit_is_read_as_it_is_written(text: str, edit: Edit) -> None:
-    assert parse_edit(text) == edit
+    assert parse_edit(text, "inner") == edit
+
+
+def test_an_edit_reaches_both_forms_of_its_words_unless_told_otherwise() -> None:
+    both = Scale([Cells("he", (1,), form="both"), Cells("she", (1,), form="both")], 0.0)
+    assert parse_edit("scale he,she:1 0") == both
+    assert parse_edit("copy he she", any_case=True) == Copy([Cells("he", form="both", any_case=True)], "she")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +74,7 @@ def test_trying_stores_nothing_and_steering_keeps_what_was_tried(backpack: Any, 
     backpack("tenant", "create", "tries")
     words = ("--temperature", "0", "--max-tokens", "8", "--as", "tries")
     prompt = "The story of the king and the"
-    tried = backpack("try", prompt, "--edit", "copy king,story nurse", "--target", "men", *words)
+    tried = backpack("try", prompt, "--edit", "copy king,story nurse", "--form", "inner", "--target", "men", *words)
     assert "nothing is stored" in tried
     assert "steer NAME 'copy king,story nurse' --activate" in tried
     assert "ordinary text: perplexity" in tried
@@ -78,12 +84,24 @@ def test_trying_stores_nothing_and_steering_keeps_what_was_tried(backpack: Any, 
     by_file = backpack("try", prompt, "--patch", str(file), "--target", "men", *words)
     assert by_file.split("over live")[0] == tried.split("over live")[0]
 
-    made = backpack("steer", "nurses", "copy king,story nurse", "--activate", "--wait", "all", "--as", "tries")
+    made = backpack(
+        "steer", "nurses", "copy king,story nurse", "--form", "inner", "--activate", "--wait", "all", "--as", "tries"
+    )
     assert "releases/1 of nurses:1" in made
     assert "live is at release 1" in made
     assert "undo it: " in made
     steered = backpack("generate", prompt, *words).partition("\n8 ")[0].partition(prompt)[2].splitlines()[0]
     assert steered.strip() in " ".join(tried.split())
+
+
+def test_commands_say_which_tokens_they_took(backpack: Any) -> None:
+    backpack("tenant", "create", "forms")
+    words = ("--as", "forms")
+    assert "tokens: ' The', 'The'\n" in backpack("patch", "scale", "p", "The", "--factor", "0.5", *words)
+    assert "tokens: ' The'\n" in backpack("patch", "scale", "p", "The", "--factor", "0.5", "--form", "inner", *words)
+    made = backpack("steer", "q", "scale the 0.5", "--any-case", *words)
+    assert "tokens: ' the', 'the', ' The', 'The'" in made
+    assert "never: ' The', 'The'" in backpack("steer", "q", "forbid The", *words)
 
 
 def test_steering_adds_to_what_steers_already(backpack: Any) -> None:
@@ -123,7 +141,7 @@ def test_bad_edits_are_refused_and_leave_no_patch(backpack: Any, words: tuple[st
 def test_what_makes_ordinary_text_worse_is_asked_about(backpack: Any, served: ServedModel) -> None:
     backpack("tenant", "create", "worse")
     words = ("--as", "worse")
-    refused = backpack("steer", "gone", COMMON, "--activate", *words, code=1)
+    refused = backpack("steer", "gone", COMMON, "--form", "inner", "--activate", *words, code=1)
     assert "ordinary text gets worse by more than the 5% of BACKPACK_DEGRADATION" in refused
     assert "--yes activates it all the same" in refused
     assert "live is at release 0" in backpack("release", "status", *words)

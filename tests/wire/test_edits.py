@@ -346,3 +346,45 @@ def test_a_patch_file_may_have_plain_words(tmp_path: Path) -> None:
     plain.write_text('[{"scale": {"cells": "king", "factor": 0}}]')
     with pytest.raises(ValueError, match="is not a patch file"):
         PatchFile.read(plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "any_case", "pieces"),
+    [
+        ("king", "UNSPECIFIED", False, [" king"]),
+        ("king", "INNER", False, [" king"]),
+        ("The", "INITIAL", False, ["The"]),
+        ("The", "BOTH", False, [" The", "The"]),
+        ("the", "INNER", True, [" the", " The"]),
+        ("the", "BOTH", True, [" the", "the", " The", "The"]),
+        ("captain", "BOTH", False, [" captain", "captain"]),
+    ],
+)
+def test_a_word_stands_for_its_tokens_of_the_form_and_case_that_are_asked_for(
+    text: str, form: str, any_case: bool, pieces: list[str]
+) -> None:
+    known = [piece for piece in pieces if len(TOKENIZER.encode(piece)) == 1]
+    assert known, "of this vocabulary"
+    word = inference_pb2.Word(text=text, form=f"WORD_FORM_{form}", any_case=any_case)  # type: ignore[arg-type]
+    cells = [pb.Cells(word=word, senses=[0])]
+    (edit,) = read_edits([pb.Edit(scale=pb.ScaleEdit(cells=cells, factor=0.5))], TOKENIZER, SENSES)
+    assert isinstance(edit, patch.ScaleEdit)
+    found = [TOKENIZER.piece(cell.token) for cell in edit.cells]
+    assert [piece for piece in found if piece in pieces] == known
+    assert all(piece.strip().lower() == text.lower() for piece in found)
+    if not any_case:
+        assert found == known
+
+
+def test_a_form_that_is_no_token_or_none_at_all_is_refused() -> None:
+    bare = next(w for w in ("captain", "palace", "horse", "nurse") if len(TOKENIZER.encode(w)) > 1)
+    for word, field, says in (
+        (inference_pb2.Word(text=bare, form="WORD_FORM_INITIAL"), "word", "at the start of a text is several tokens"),
+        (inference_pb2.Word(text="king", form=9), "word.form", "9; use WORD_FORM_INNER or"),  # type: ignore[arg-type]
+        (inference_pb2.Word(text=" ", form="WORD_FORM_BOTH"), "word", "is not a word"),
+        (inference_pb2.Word(text=" ", form="WORD_FORM_INITIAL"), "word", "several tokens"),
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            read_edits([pb.Edit(scale=pb.ScaleEdit(cells=[pb.Cells(word=word)], factor=0.5))], TOKENIZER, SENSES)
+        assert refused.value.violations[0].field == f"edits[0].scale.cells[0].{field}"
+        assert says in refused.value.message

@@ -25,39 +25,41 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62\x61\x63kpack_proto/v1/edits.proto\x12\x0b\x62\x61\x63kpack.v1\"[\n\x04Word\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x12\n\x05token\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\'\n\x06policy\x18\x03 \x01(\x0e\x32\x17.backpack.v1.WordPolicyB\x08\n\x06_token\"\xd3\x02\n\x04\x45\x64it\x12\'\n\x05scale\x18\x01 \x01(\x0b\x32\x16.backpack.v1.ScaleEditH\x00\x12#\n\x03\x61\x64\x64\x18\x02 \x01(\x0b\x32\x14.backpack.v1.AddEditH\x00\x12#\n\x03set\x18\x03 \x01(\x0b\x32\x14.backpack.v1.SetEditH\x00\x12%\n\x04\x63opy\x18\x04 \x01(\x0b\x32\x15.backpack.v1.CopyEditH\x00\x12\x32\n\x0bproject_out\x18\x05 \x01(\x0b\x32\x1b.backpack.v1.ProjectOutEditH\x00\x12%\n\x04swap\x18\x06 \x01(\x0b\x32\x15.backpack.v1.SwapEditH\x00\x12\'\n\x05topic\x18\x07 \x01(\x0b\x32\x16.backpack.v1.TopicEditH\x00\x12%\n\x04\x62ias\x18\x08 \x01(\x0b\x32\x15.backpack.v1.BiasEditH\x00\x42\x06\n\x04kind\"8\n\x05\x43\x65lls\x12\x1f\n\x04word\x18\x01 \x01(\x0b\x32\x11.backpack.v1.Word\x12\x0e\n\x06senses\x18\x02 \x03(\r\">\n\tScaleEdit\x12!\n\x05\x63\x65lls\x18\x01 \x03(\x0b\x32\x12.backpack.v1.Cells\x12\x0e\n\x06\x66\x61\x63tor\x18\x02 \x01(\x01\"P\n\x07\x41\x64\x64\x45\x64it\x12!\n\x05\x63\x65lls\x18\x01 \x03(\x0b\x32\x12.backpack.v1.Cells\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x13.backpack.v1.Vector\"Q\n\x07SetEdit\x12!\n\x05\x63\x65lls\x18\x01 \x03(\x0b\x32\x12.backpack.v1.Cells\x12#\n\x06vector\x18\x02 \x01(\x0b\x32\x13.backpack.v1.Vector\"|\n\x08\x43opyEdit\x12!\n\x05\x63\x65lls\x18\x01 \x03(\x0b\x32\x12.backpack.v1.Cells\x12!\n\x06source\x18\x02 \x01(\x0b\x32\x11.backpack.v1.Word\x12\x19\n\x0csource_sense\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_source_sense\"Y\n\x0eProjectOutEdit\x12!\n\x05\x63\x65lls\x18\x01 \x03(\x0b\x32\x12.backpack.v1.Cells\x12$\n\tdirection\x18\x02 \x01(\x0b\x32\x11.backpack.v1.Word\"m\n\x08SwapEdit\x12!\n\x05\x63\x65lls\x18\x01 \x03(\x0b\x32\x12.backpack.v1.Cells\x12\x1e\n\x03old\x18\x02 \x01(\x0b\x32\x11.backpack.v1.Word\x12\x1e\n\x03new\x18\x03 \x01(\x0b\x32\x11.backpack.v1.Word\"Q\n\tTopicEdit\x12 \n\x05words\x18\x01 \x03(\x0b\x32\x11.backpack.v1.Word\x12\x10\n\x08strength\x18\x02 \x01(\x05\x12\x10\n\x08\x63onstant\x18\x03 \x01(\x08\"<\n\x08\x42iasEdit\x12 \n\x05words\x18\x01 \x03(\x0b\x32\x11.backpack.v1.Word\x12\x0e\n\x06\x61mount\x18\x02 \x01(\x01\"K\n\x06Vector\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12$\n\x05\x64type\x18\x02 \x01(\x0e\x32\x15.backpack.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\r*z\n\nWordPolicy\x12\x1b\n\x17WORD_POLICY_UNSPECIFIED\x10\x00\x12\x16\n\x12WORD_POLICY_SINGLE\x10\x01\x12\x1b\n\x17WORD_POLICY_FIRST_TOKEN\x10\x02\x12\x1a\n\x16WORD_POLICY_ALL_TOKENS\x10\x03*S\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62\x61\x63kpack_proto/v1/edits.proto\x12\x0b\x62\x61\x63kpack.v1\"\x92\x01\n\x04Word\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x12\n\x05token\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\'\n\x06policy\x18\x03 \x01(\x0e\x32\x17.backpack.v1.WordPolicy\x12#\n\x04\x66orm\x18\x04 \x01(\x0e\x32\x15.backpack.v1.WordForm\x12\x10\n\x08\x61ny_case\x18\x05 \x01(\x08\x42\x08\n\x06_token\"\xd3\x02\n\x04\x45\x64it\x12\'\n\x05scale\x18\x01 \x01(\x0b\x32\x16.backpack.v1.ScaleEditH\x00\x12#\n\x03\x61\x64\x64\x18\x02 \x01(\x0b\x32\x14.backpack.v1.AddEditH\x00\x12#\n\x03set\x18\x03 \x01(\x0b\x32\x14.backpack.v1.SetEditH\x00\x12%\n\x04\x63opy\x18\x04 \x01(\x0b\x32\x15.backpack.v1.CopyEditH\x00\x12\x32\n\x0bproject_out\x18\x05 \x01(\x0b\x32\x1b.backpack.v1.ProjectOutEditH\x00\x12%\n\x04swap\x18\x06 \x01(\x0b\x32\x15.backpack.v1.SwapEditH\x00\x12\'\n\x05topic\x18\x07 \x01(\x0b\x32\x16.backpack.v1.TopicEditH\x00\x12%\n\x04\x62ias\x18\x08 \x01(\x0b\x32\x15.backpack.v1.BiasEditH\x00\x42\x06\n\x04kind\"8\n\x05\x43\x65lls\x12\x1f\n\x04word\x18\x01 \x01(\x0b\x32\x11.backpack.v1.Word\x12\x0e\n\x06senses\x18\x02 \x03(\r\">\n\tScaleEdit\x12!\n\x05\x63\x65lls\x18\x01 \x03(\x0b\x32\x12.backpack.v1.Cells\x12\x0e\n\x06\x66\x61\x63tor\x18\x02 \x01(\x01\"P\n\x07\x41\x64\x64\x45\x64it\x12!\n\x05\x63\x65lls\x18\x01 \x03(\x0b\x32\x12.backpack.v1.Cells\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x13.backpack.v1.Vector\"Q\n\x07SetEdit\x12!\n\x05\x63\x65lls\x18\x01 \x03(\x0b\x32\x12.backpack.v1.Cells\x12#\n\x06vector\x18\x02 \x01(\x0b\x32\x13.backpack.v1.Vector\"|\n\x08\x43opyEdit\x12!\n\x05\x63\x65lls\x18\x01 \x03(\x0b\x32\x12.backpack.v1.Cells\x12!\n\x06source\x18\x02 \x01(\x0b\x32\x11.backpack.v1.Word\x12\x19\n\x0csource_sense\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_source_sense\"Y\n\x0eProjectOutEdit\x12!\n\x05\x63\x65lls\x18\x01 \x03(\x0b\x32\x12.backpack.v1.Cells\x12$\n\tdirection\x18\x02 \x01(\x0b\x32\x11.backpack.v1.Word\"m\n\x08SwapEdit\x12!\n\x05\x63\x65lls\x18\x01 \x03(\x0b\x32\x12.backpack.v1.Cells\x12\x1e\n\x03old\x18\x02 \x01(\x0b\x32\x11.backpack.v1.Word\x12\x1e\n\x03new\x18\x03 \x01(\x0b\x32\x11.backpack.v1.Word\"Q\n\tTopicEdit\x12 \n\x05words\x18\x01 \x03(\x0b\x32\x11.backpack.v1.Word\x12\x10\n\x08strength\x18\x02 \x01(\x05\x12\x10\n\x08\x63onstant\x18\x03 \x01(\x08\"<\n\x08\x42iasEdit\x12 \n\x05words\x18\x01 \x03(\x0b\x32\x11.backpack.v1.Word\x12\x0e\n\x06\x61mount\x18\x02 \x01(\x01\"K\n\x06Vector\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12$\n\x05\x64type\x18\x02 \x01(\x0e\x32\x15.backpack.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\r*e\n\x08WordForm\x12\x19\n\x15WORD_FORM_UNSPECIFIED\x10\x00\x12\x13\n\x0fWORD_FORM_INNER\x10\x01\x12\x15\n\x11WORD_FORM_INITIAL\x10\x02\x12\x12\n\x0eWORD_FORM_BOTH\x10\x03*z\n\nWordPolicy\x12\x1b\n\x17WORD_POLICY_UNSPECIFIED\x10\x00\x12\x16\n\x12WORD_POLICY_SINGLE\x10\x01\x12\x1b\n\x17WORD_POLICY_FIRST_TOKEN\x10\x02\x12\x1a\n\x16WORD_POLICY_ALL_TOKENS\x10\x03*S\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'backpack_proto.v1.edits_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORDPOLICY']._serialized_start=1318
-  _globals['_WORDPOLICY']._serialized_end=1440
-  _globals['_DATATYPE']._serialized_start=1442
-  _globals['_DATATYPE']._serialized_end=1525
-  _globals['_WORD']._serialized_start=46
-  _globals['_WORD']._serialized_end=137
-  _globals['_EDIT']._serialized_start=140
-  _globals['_EDIT']._serialized_end=479
-  _globals['_CELLS']._serialized_start=481
-  _globals['_CELLS']._serialized_end=537
-  _globals['_SCALEEDIT']._serialized_start=539
-  _globals['_SCALEEDIT']._serialized_end=601
-  _globals['_ADDEDIT']._serialized_start=603
-  _globals['_ADDEDIT']._serialized_end=683
-  _globals['_SETEDIT']._serialized_start=685
-  _globals['_SETEDIT']._serialized_end=766
-  _globals['_COPYEDIT']._serialized_start=768
-  _globals['_COPYEDIT']._serialized_end=892
-  _globals['_PROJECTOUTEDIT']._serialized_start=894
-  _globals['_PROJECTOUTEDIT']._serialized_end=983
-  _globals['_SWAPEDIT']._serialized_start=985
-  _globals['_SWAPEDIT']._serialized_end=1094
-  _globals['_TOPICEDIT']._serialized_start=1096
-  _globals['_TOPICEDIT']._serialized_end=1177
-  _globals['_BIASEDIT']._serialized_start=1179
-  _globals['_BIASEDIT']._serialized_end=1239
-  _globals['_VECTOR']._serialized_start=1241
-  _globals['_VECTOR']._serialized_end=1316
+  _globals['_WORDFORM']._serialized_start=1374
+  _globals['_WORDFORM']._serialized_end=1475
+  _globals['_WORDPOLICY']._serialized_start=1477
+  _globals['_WORDPOLICY']._serialized_end=1599
+  _globals['_DATATYPE']._serialized_start=1601
+  _globals['_DATATYPE']._serialized_end=1684
+  _globals['_WORD']._serialized_start=47
+  _globals['_WORD']._serialized_end=193
+  _globals['_EDIT']._serialized_start=196
+  _globals['_EDIT']._serialized_end=535
+  _globals['_CELLS']._serialized_start=537
+  _globals['_CELLS']._serialized_end=593
+  _globals['_SCALEEDIT']._serialized_start=595
+  _globals['_SCALEEDIT']._serialized_end=657
+  _globals['_ADDEDIT']._serialized_start=659
+  _globals['_ADDEDIT']._serialized_end=739
+  _globals['_SETEDIT']._serialized_start=741
+  _globals['_SETEDIT']._serialized_end=822
+  _globals['_COPYEDIT']._serialized_start=824
+  _globals['_COPYEDIT']._serialized_end=948
+  _globals['_PROJECTOUTEDIT']._serialized_start=950
+  _globals['_PROJECTOUTEDIT']._serialized_end=1039
+  _globals['_SWAPEDIT']._serialized_start=1041
+  _globals['_SWAPEDIT']._serialized_end=1150
+  _globals['_TOPICEDIT']._serialized_start=1152
+  _globals['_TOPICEDIT']._serialized_end=1233
+  _globals['_BIASEDIT']._serialized_start=1235
+  _globals['_BIASEDIT']._serialized_end=1295
+  _globals['_VECTOR']._serialized_start=1297
+  _globals['_VECTOR']._serialized_end=1372
 # @@protoc_insertion_point(module_scope)

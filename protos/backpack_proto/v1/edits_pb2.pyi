@@ -20,6 +20,33 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _WordForm:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WordFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WordForm.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WORD_FORM_UNSPECIFIED: _WordForm.ValueType  # 0
+    """INNER; in biases, BOTH."""
+    WORD_FORM_INNER: _WordForm.ValueType  # 1
+    """With a space before it, as within a text."""
+    WORD_FORM_INITIAL: _WordForm.ValueType  # 2
+    """Without one, as at the start of a text or a line."""
+    WORD_FORM_BOTH: _WordForm.ValueType  # 3
+    """In cells and biases: each of them that is one token."""
+
+class WordForm(_WordForm, metaclass=_WordFormEnumTypeWrapper): ...
+
+WORD_FORM_UNSPECIFIED: WordForm.ValueType  # 0
+"""INNER; in biases, BOTH."""
+WORD_FORM_INNER: WordForm.ValueType  # 1
+"""With a space before it, as within a text."""
+WORD_FORM_INITIAL: WordForm.ValueType  # 2
+"""Without one, as at the start of a text or a line."""
+WORD_FORM_BOTH: WordForm.ValueType  # 3
+"""In cells and biases: each of them that is one token."""
+Global___WordForm: _TypeAlias = WordForm  # noqa: Y015
+
 class _WordPolicy:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -71,21 +98,29 @@ class Word(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    FORM_FIELD_NUMBER: _builtins.int
+    ANY_CASE_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Encoded with a leading space. Not needed where `token` is given; answers carry both."""
+    """Not needed where `token` is given; answers carry both."""
     token: _builtins.int
     policy: Global___WordPolicy.ValueType
     """What to do with a word of several tokens."""
+    form: Global___WordForm.ValueType
+    """Which of the word's tokens: “London” and “ London” are two."""
+    any_case: _builtins.bool
+    """In cells and biases: the word in lower case, capitalised and in capitals, too, where that is one token."""
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         token: _builtins.int | None = ...,
         policy: Global___WordPolicy.ValueType = ...,
+        form: Global___WordForm.ValueType = ...,
+        any_case: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_token", b"_token", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_token", b"_token", "policy", b"policy", "text", b"text", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_token", b"_token", "any_case", b"any_case", "form", b"form", "policy", b"policy", "text", b"text", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__token: _TypeAlias = _typing.Literal["token"]  # noqa: Y015
     _WhichOneofArgType__token: _TypeAlias = _typing.Literal["_token", b"_token"]  # noqa: Y015
@@ -375,9 +410,7 @@ class BiasEdit(_message.Message):
     """At most ±100; −∞ (in JSON "-Infinity") forbids the words."""
     @_builtins.property
     def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___Word]:
-        """Each stands for its token with the leading space, and for the token that is the word without it, if there is one.
-        Of a word given by `token`, that token alone.
-        """
+        """Of a word given by `token`, that token alone."""
 
     def __init__(
         self,

@@ -21,11 +21,16 @@ from backpack_proto.v1.edits_pb2 import SetEdit as SetEdit
 from backpack_proto.v1.edits_pb2 import SwapEdit as SwapEdit
 from backpack_proto.v1.edits_pb2 import TopicEdit as TopicEdit
 from backpack_proto.v1.edits_pb2 import Vector as Vector
+from backpack_proto.v1.edits_pb2 import WORD_FORM_BOTH as WORD_FORM_BOTH
+from backpack_proto.v1.edits_pb2 import WORD_FORM_INITIAL as WORD_FORM_INITIAL
+from backpack_proto.v1.edits_pb2 import WORD_FORM_INNER as WORD_FORM_INNER
+from backpack_proto.v1.edits_pb2 import WORD_FORM_UNSPECIFIED as WORD_FORM_UNSPECIFIED
 from backpack_proto.v1.edits_pb2 import WORD_POLICY_ALL_TOKENS as WORD_POLICY_ALL_TOKENS
 from backpack_proto.v1.edits_pb2 import WORD_POLICY_FIRST_TOKEN as WORD_POLICY_FIRST_TOKEN
 from backpack_proto.v1.edits_pb2 import WORD_POLICY_SINGLE as WORD_POLICY_SINGLE
 from backpack_proto.v1.edits_pb2 import WORD_POLICY_UNSPECIFIED as WORD_POLICY_UNSPECIFIED
 from backpack_proto.v1.edits_pb2 import Word as Word
+from backpack_proto.v1.edits_pb2 import WordForm as WordForm
 from backpack_proto.v1.edits_pb2 import WordPolicy as WordPolicy
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor

@@ -32,12 +32,38 @@ from backpack_serving.cli.client import (
 )
 from backpack_serving.cli.edit_text import sense_numbers
 from backpack_serving.cli.patch_file import PatchFile
-from backpack_serving.client import Bias, Cells, Copy, Edit, NotFound, ProjectOut, Revision, Scale, Swap, Token, Topic
+from backpack_serving.client import (
+    Bias,
+    Cells,
+    Copy,
+    Edit,
+    Form,
+    NotFound,
+    ProjectOut,
+    Revision,
+    Scale,
+    Swap,
+    Token,
+    Topic,
+)
 
 patch_app = typer.Typer(no_args_is_help=True, help="Patches: named, versioned lists of edits.")
 
 Senses = Annotated[str, typer.Option(help="Sense numbers, such as 3 or 8,12-14 (default: all).")]
 PatchName = Annotated[str, typer.Argument(help="Name of the patch; created if it doesn't exist.")]
+SHOWN_TOKENS = 12
+"""Most tokens of an edit that are listed."""
+
+Forms = Annotated[
+    Form,
+    typer.Option(
+        "--form",
+        help="“ London” within a text and “London” at the start of one are two tokens: edit both, or one of them.",
+    ),
+]
+AnyCase = Annotated[
+    bool, typer.Option("--any-case", help="Edit the words in lower case, capitalised and in capitals, too.")
+]
 Words = Annotated[list[str], typer.Argument(help="Words whose senses to edit.")]
 
 
@@ -101,6 +127,8 @@ def scale(
     words: Words,
     factor: Annotated[float, typer.Option(help="0 removes the senses.")],
     senses: Senses = "",
+    form: Forms = "both",
+    any_case: AnyCase = False,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
@@ -109,7 +137,7 @@ def scale(
     A word says less: `backpack patch scale quiet king --factor 0.5`; two of its senses, nothing at all:
     `backpack patch scale quiet king --factor 0 --senses 3,10`
     """
-    _revise(patch, [Scale(_cells_of_words(words, senses), factor)], tenant, key)
+    _revise(patch, [Scale(_cells_of_words(words, senses, form, any_case), factor)], tenant, key)
 
 
 @patch_app.command("copy")
@@ -118,6 +146,8 @@ def copy(
     words: Words,
     source: Annotated[str, typer.Option("--from", help="Word whose senses to copy.")],
     senses: Senses = "",
+    form: Forms = "both",
+    any_case: AnyCase = False,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
@@ -125,7 +155,7 @@ def copy(
 
     `backpack patch copy royal king queen --from ship`
     """
-    _revise(patch, [Copy(_cells_of_words(words, senses), source)], tenant, key)
+    _revise(patch, [Copy(_cells_of_words(words, senses, form, any_case), source)], tenant, key)
 
 
 @patch_app.command("project-out")
@@ -134,6 +164,8 @@ def project_out(
     words: Words,
     direction: Annotated[str, typer.Option(help="Word that the senses must neither promote nor suppress.")],
     senses: Senses = "",
+    form: Forms = "both",
+    any_case: AnyCase = False,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
@@ -141,7 +173,7 @@ def project_out(
 
     `backpack patch project-out calm nurse --direction she`
     """
-    _revise(patch, [ProjectOut(_cells_of_words(words, senses), direction)], tenant, key)
+    _revise(patch, [ProjectOut(_cells_of_words(words, senses, form, any_case), direction)], tenant, key)
 
 
 @patch_app.command("swap")
@@ -151,6 +183,8 @@ def swap(
     old: Annotated[str, typer.Option(help="Word that the senses promote now.")],
     new: Annotated[str, typer.Option(help="Word that they must promote instead.")],
     senses: Senses = "",
+    form: Forms = "both",
+    any_case: AnyCase = False,
     tenant: AsTenant = "harbour",
     key: Key = "",
 ) -> None:
@@ -158,7 +192,7 @@ def swap(
 
     `backpack patch swap facts ship --old sea --new land`
     """
-    _revise(patch, [Swap(_cells_of_words(words, senses), old, new)], tenant, key)
+    _revise(patch, [Swap(_cells_of_words(words, senses, form, any_case), old, new)], tenant, key)
 
 
 @patch_app.command("topic")
@@ -202,12 +236,12 @@ def bias(
     _revise(patch, [Bias(words, -math.inf if by is None else by)], tenant, key)
 
 
-def _cells_of_words(words: list[str], senses: str) -> list[Cells]:
+def _cells_of_words(words: list[str], senses: str, form: Form, any_case: bool) -> list[Cells]:
     try:
         numbers = tuple(sense_numbers(senses))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--senses") from None
-    return [Cells(word, numbers) for word in words]
+    return [Cells(word, numbers, form=form, any_case=any_case) for word in words]
 
 
 def _revise(
@@ -235,8 +269,8 @@ def _revise(
     for given, edit in zip(edits, revision.edits, strict=True):
         if isinstance(given, Topic) and isinstance(edit, Topic):
             _tell_first_tokens(given, edit)
-        if isinstance(given, Bias) and isinstance(edit, Bias):
-            _tell_spellings(edit)
+        else:
+            tell_tokens(edit)
     _print_revision(revision, dry_run)
 
 
@@ -251,10 +285,18 @@ def _tell_first_tokens(given: Topic, made: Topic) -> None:
         )
 
 
-def _tell_spellings(made: Bias) -> None:
-    """A word in capitals, in another form or in pieces is another word."""
-    spelled = ", ".join(repr(token.text) for token in made.words if isinstance(token, Token))
-    err.print(f"{'never' if made.amount == -math.inf else f'{made.amount:+g} to'}: {spelled}", markup=False)
+def tell_tokens(made: Edit) -> None:
+    """Print the tokens that an edit reaches: a word in another form, or in pieces, is other tokens."""
+    if isinstance(made, Bias):
+        words = [word for word in made.words if isinstance(word, Token)]
+        what = "never" if made.amount == -math.inf else f"{made.amount:+g} to"
+    else:
+        cells = getattr(made, "cells", ())
+        words = [one.word for one in cells if isinstance(one, Cells) and isinstance(one.word, Token)]
+        what = "tokens"
+    shown = [repr(word.text) for word in words[:SHOWN_TOKENS]] + ["…"] * (len(words) > SHOWN_TOKENS)
+    if shown:
+        err.print(f"{what}: {', '.join(shown)}", markup=False)
 
 
 def _print_revision(revision: Revision, dry_run: bool) -> None:

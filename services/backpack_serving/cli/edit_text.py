@@ -8,33 +8,37 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from backpack_serving.client import Bias, Cells, Copy, Edit, ProjectOut, Scale, Swap, Topic
+from backpack_serving.client import Bias, Cells, Copy, Edit, Form, ProjectOut, Scale, Swap, Topic
+
+ReadCells = Callable[[str], list[Cells]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
-    """How one kind of edit is written, and how its words are read. `read` raises ValueError."""
+class _Syntax:
+    """How one kind of edit is written, and how its words are read: `read` gets how cells are, and raises ValueError."""
 
     written: str
     example: str
-    read: Callable[[list[str]], Edit]
+    read: Callable[[ReadCells, list[str]], Edit]
 
 
-def parse_edit(text: str) -> Edit:
-    """The edit that a line of text names. Raises ValueError, which shows how it is written."""
+def parse_edit(text: str, form: Form = "both", any_case: bool = False) -> Edit:
+    """The edit that a line of text names, of these forms of its words. Raises ValueError, which shows how it is
+    written.
+    """
     try:
         kind, *words = shlex.split(text) or [""]
     except ValueError as error:
         raise ValueError(f"{text!r} is no edit: {error}; write {_all_forms()}") from None
-    if kind not in _FORMS:
+    if kind not in _KINDS:
         raise ValueError(f"{text!r} is no edit: there is no kind {kind!r}; write {_all_forms()}")
-    form = _FORMS[kind]
-    if len(words) != len(form.written.split()):
-        raise ValueError(f"{text!r} is no edit: write {kind} {form.written}, such as `{kind} {form.example}`")
+    syntax = _KINDS[kind]
+    if len(words) != len(syntax.written.split()):
+        raise ValueError(f"{text!r} is no edit: write {kind} {syntax.written}, such as `{kind} {syntax.example}`")
     try:
-        return form.read(words)
+        return syntax.read(lambda words: _cells(words, form, any_case), words)
     except ValueError as error:
-        raise ValueError(f"{text!r} is no edit: {error}; write {kind} {form.written}") from None
+        raise ValueError(f"{text!r} is no edit: {error}; write {kind} {syntax.written}") from None
 
 
 def sense_numbers(senses: str) -> list[int]:
@@ -48,7 +52,7 @@ def sense_numbers(senses: str) -> list[int]:
     return numbers
 
 
-def _cells(text: str) -> list[Cells]:
+def _cells(text: str, form: Form = "inner", any_case: bool = False) -> list[Cells]:
     """Words with commas between them, and the senses of each after a colon."""
     words, colon, senses = text.rpartition(":")
     if not (colon and words):
@@ -56,7 +60,7 @@ def _cells(text: str) -> list[Cells]:
     elif not senses:
         raise ValueError(f"{text!r} has a colon and no senses after it")
     numbers = tuple(sense_numbers(senses))
-    return [Cells(word, numbers) for word in _split(words)]
+    return [Cells(word, numbers, form=form, any_case=any_case) for word in _split(words)]
 
 
 def _split(words: str) -> list[str]:
@@ -73,31 +77,35 @@ def _decimal(text: str) -> float:
         raise ValueError(f"{text!r} is no number") from None
 
 
-def _copy(words: list[str]) -> Edit:
+def _copy(cells: ReadCells, words: list[str]) -> Edit:
     source, *others = _cells(words[1])
     if others:
         raise ValueError(f"{words[1]!r} names {len(others) + 1} words to copy; name one")
     if len(source.senses) > 1:
         raise ValueError(f"{words[1]!r} names {len(source.senses)} senses to copy; name one, or none for the same ones")
-    return Copy(_cells(words[0]), source.word, *source.senses)
+    return Copy(cells(words[0]), source.word, *source.senses)
 
 
-def _topic(words: list[str]) -> Edit:
+def _topic(cells: ReadCells, words: list[str]) -> Edit:
     if words[1] not in ("1", "2", "3"):
         raise ValueError(f"{words[1]!r} is no strength; it is 1, 2 or 3")
     return Topic(_split(words[0]), int(words[1]))
 
 
-_FORMS = {
-    "scale": _Form("WORDS[:SENSES] FACTOR", "nurse:7 0", lambda words: Scale(_cells(words[0]), _decimal(words[1]))),
-    "copy": _Form("WORDS[:SENSES] SOURCE[:SENSE]", "king,queen ship", _copy),
-    "swap": _Form("WORDS[:SENSES] OLD NEW", "nurse she he", lambda words: Swap(_cells(words[0]), *words[1:])),
-    "project-out": _Form("WORDS[:SENSES] DIRECTION", "nurse she", lambda words: ProjectOut(_cells(words[0]), words[1])),
-    "bias": _Form("WORDS AMOUNT", "money -5", lambda words: Bias(_split(words[0]), _decimal(words[1]))),
-    "forbid": _Form("WORDS", "money,cash", lambda words: Bias(_split(words[0]), -math.inf)),
-    "topic": _Form("WORDS STRENGTH", "sea,ship,captain 2", _topic),
+_KINDS = {
+    "scale": _Syntax(
+        "WORDS[:SENSES] FACTOR", "nurse:7 0", lambda cells, words: Scale(cells(words[0]), _decimal(words[1]))
+    ),
+    "copy": _Syntax("WORDS[:SENSES] SOURCE[:SENSE]", "king,queen ship", _copy),
+    "swap": _Syntax("WORDS[:SENSES] OLD NEW", "nurse she he", lambda cells, words: Swap(cells(words[0]), *words[1:])),
+    "project-out": _Syntax(
+        "WORDS[:SENSES] DIRECTION", "nurse she", lambda cells, words: ProjectOut(cells(words[0]), words[1])
+    ),
+    "topic": _Syntax("WORDS STRENGTH", "sea,ship,captain 2", _topic),
+    "bias": _Syntax("WORDS AMOUNT", "money -5", lambda cells, words: Bias(_split(words[0]), _decimal(words[1]))),
+    "forbid": _Syntax("WORDS", "money,cash", lambda cells, words: Bias(_split(words[0]), -math.inf)),
 }
 
 
 def _all_forms() -> str:
-    return ", ".join(f"`{kind} {form.example}`" for kind, form in _FORMS.items())
+    return ", ".join(f"`{kind} {syntax.example}`" for kind, syntax in _KINDS.items())

@@ -25,11 +25,12 @@ from backpack_serving.cli.client import (
     out,
     percent,
 )
+from backpack_serving.cli.control import AnyCase, Forms, tell_tokens
 from backpack_serving.cli.edit_text import parse_edit
 from backpack_serving.cli.judging import judge_stored, show_judgement
 from backpack_serving.cli.patch_file import PatchFile
 from backpack_serving.cli.releases import Timeout, Waiting, Yes, activate_release
-from backpack_serving.client import Draft, Edit, Generation, NotFound, Prediction, Sampling, Steering, Token
+from backpack_serving.client import Draft, Edit, Form, Generation, NotFound, Prediction, Sampling, Steering, Token
 
 EditTexts = Annotated[
     list[str] | None,
@@ -49,6 +50,8 @@ def try_edits(
     prompt: Annotated[str, typer.Argument(help="Text to continue, without the edits and with them.")],
     edit: EditTexts = None,
     patch: PatchFiles = None,
+    form: Forms = "both",
+    any_case: AnyCase = False,
     target: Annotated[
         list[str] | None, typer.Option(help="Word whose probability after the prompt to show; repeatable.")
     ] = None,
@@ -71,7 +74,7 @@ def try_edits(
     Of a patch file, over the model as it is: `backpack try "The nurse said that" --patch debias.json --release 0`
     """
     with exits():
-        edits = _read_edits(edit, patch)
+        edits = _read_edits(edit, patch, form, any_case)
     sampling = Sampling(max_tokens, temperature, seed=seed, repetition_penalty=repetition_penalty)
     over = channel if release is None else release
     with as_caller(tenant, key) as client:
@@ -95,6 +98,8 @@ def steer(
         list[str] | None, typer.Argument(metavar="[EDIT]...", help="Edits, as `backpack try --edit` takes them.")
     ] = None,
     patch: PatchFiles = None,
+    form: Forms = "both",
+    any_case: AnyCase = False,
     alone: Annotated[
         bool, typer.Option("--alone", help="Release this patch alone, without the others of the channel's release.")
     ] = False,
@@ -113,7 +118,7 @@ def steer(
     --activate`. Given again with other edits, the new revision takes the place of the old one.
     """
     with exits():
-        edits = _read_edits(edit, patch)
+        edits = _read_edits(edit, patch, form, any_case)
     with as_releaser(tenant, key) as steering:
         # Bad edits are refused before a patch is made for them.
         others = [] if alone else _other_revisions(steering, channel, name)
@@ -121,6 +126,8 @@ def steer(
             steering.create_patch(name, notes, exist_ok=True)
         revision = steering.create_revision(name, edits)
         release = steering.create_release([*others, revision], notes)
+        for made in revision.edits:
+            tell_tokens(made)
         out.print(f"{release.name} of {' '.join(release.revisions)}  [dim]{release.digest[:12]}[/]")
     if not activate:
         judge_stored(tenant, key, release.number)
@@ -131,9 +138,13 @@ def steer(
     err.print(f"[dim]undo it: {hints.backpack(undo)}[/]")
 
 
-def _read_edits(texts: Sequence[str] | None, files: Sequence[Path] | None) -> list[Edit | pb.Edit]:
-    """Raises ValueError for what is no edit or no patch file, or if there is none."""
-    edits: list[Edit | pb.Edit] = [parse_edit(text) for text in texts or ()]
+def _read_edits(
+    texts: Sequence[str] | None, files: Sequence[Path] | None, form: Form, any_case: bool
+) -> list[Edit | pb.Edit]:
+    """Those of texts, in these forms of their words, and of files. Raises ValueError for what is neither, or if there
+    is none.
+    """
+    edits: list[Edit | pb.Edit] = [parse_edit(text, form, any_case) for text in texts or ()]
     for file in files or ():
         edits += PatchFile.read(file).edits
     if not edits:

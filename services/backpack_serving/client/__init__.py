@@ -69,7 +69,7 @@ from backpack_serving.client.channels import (
     Tally,
     Wait,
 )
-from backpack_serving.client.edits import Add, Bias, Cells, Copy, Edit, ProjectOut, Scale, Set, Swap, Topic
+from backpack_serving.client.edits import Add, Bias, Cells, Copy, Edit, Form, ProjectOut, Scale, Set, Swap, Topic
 from backpack_serving.client.operating import AsyncOperator
 from backpack_serving.client.records import ApiKey, AuditEntry, Chain, NewKey, Patch, Release, Revision, Tenant
 from backpack_serving.client.requests import Draft, Sampling
@@ -132,6 +132,7 @@ __all__ = [
     "Explanation",
     "Fleet",
     "Forbidden",
+    "Form",
     "Generation",
     "Hold",
     "InvalidRequest",

@@ -19,6 +19,7 @@ from backpack_serving.client.results import Token
 from backpack_serving.errors import InvalidRequest
 
 Tokens = Literal["single", "first", "all"]
+Form = Literal["inner", "initial", "both"]
 
 _POLICIES = {
     "single": inference_pb2.WORD_POLICY_UNSPECIFIED,
@@ -27,16 +28,27 @@ _POLICIES = {
 }
 
 
+_FORMS = {
+    "inner": inference_pb2.WORD_FORM_UNSPECIFIED,
+    "initial": inference_pb2.WORD_FORM_INITIAL,
+    "both": inference_pb2.WORD_FORM_BOTH,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Cells:
     """Senses of a word, by their numbers; if none is given, all of them.
 
-    A word of several tokens is refused, unless `tokens` asks for its "first", or for "all".
+    A word of several tokens is refused, unless `tokens` asks for its "first", or for "all". `form`: a word within a
+    text (" London", "inner") and at the start of one ("London", "initial") are two tokens; "both" are those of them
+    that are one token. With `any_case`, so are the word in lower case, capitalised and in capitals.
     """
 
     word: Word
     senses: tuple[int, ...] = ()
     tokens: Tokens = "single"
+    form: Form = "inner"
+    any_case: bool = False
 
 
 Where = Word | Cells | Sequence[Word | Cells]
@@ -185,7 +197,10 @@ def _cells_message(where: Where) -> list[pb.Cells]:
     found = []
     for at, one in enumerate(each if isinstance(each, Cells) else Cells(each) for each in some):
         spelled = word(one.word, f"cells[{at}].word")
+        if one.form not in _FORMS:
+            raise InvalidRequest.at(f"cells[{at}].form", "UNKNOWN_VALUE", f"{one.form!r}; write {', '.join(_FORMS)}")
         spelled.policy = _policy(f"cells[{at}].tokens", one.tokens)
+        spelled.form, spelled.any_case = _FORMS[one.form], one.any_case
         found.append(build(pb.Cells, f"cells[{at}]", word=spelled, senses=one.senses))
     return found
 

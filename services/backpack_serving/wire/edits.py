@@ -52,8 +52,14 @@ class WordReader:
         if len(self.violations) == MOST_WRONG:
             raise InvalidRequest.of(*self.violations)
 
-    def tokens(self, field: str, word: inference_pb2.Word) -> tuple[int, ...]:
-        """The token ids of a word; empty, with a violation recorded, for an invalid word."""
+    def tokens(
+        self,
+        field: str,
+        word: inference_pb2.Word,
+        form: inference_pb2.WordForm.ValueType = inference_pb2.WORD_FORM_INNER,
+    ) -> tuple[int, ...]:
+        """The token ids of a word, in `form` unless it names another; empty, with a violation recorded, for an invalid
+        word."""
         if word.HasField("token"):
             if word.token >= self._tokenizer.vocab_size:
                 last = self._tokenizer.vocab_size - 1
@@ -67,26 +73,53 @@ class WordReader:
                 f"{word.policy}; use {' or '.join(inference_pb2.WordPolicy.keys()[1:])}",
             )
             return ()
+        form = word.form or form
+        if form not in inference_pb2.WordForm.values():
+            names = " or ".join(inference_pb2.WordForm.keys()[1:])
+            self.refuse(f"{field}.form", "UNKNOWN_VALUE", f"{word.form}; use {names}")
+            return ()
         policy = WORD_POLICIES[word.policy]
         # Megabytes would be encoded for ten seconds, and their tokens be more than a revision may name.
         most = self._limits.cells * self._tokenizer.longest if policy is WordPolicy.ALL else LONGEST_WORD
         if (size := len(word.text.encode())) > most:
             self.refuse(field, "TOO_LONG", f"a word of {size} bytes; at most {most}")
             return ()
+        single = self._forms(word, form)
         try:
-            return self._tokenizer.word_ids(word.text, policy)
+            # Of what isn't one token within a text, the policy decides.
+            inner = () if form == inference_pb2.WORD_FORM_INITIAL else self._tokenizer.word_ids(word.text, policy)
         except WordError as error:
+            if single:
+                return single
             self.refuse(field, "NOT_ONE_TOKEN" if word.text.strip() else "EMPTY", str(error))
             return ()
+        if not (inner or single):
+            why = f"{word.text!r} at the start of a text is several tokens; choose another word, or its form in a text"
+            self.refuse(field, "NOT_ONE_TOKEN" if word.text.strip() else "EMPTY", why)
+        return (*inner, *(token for token in dict.fromkeys(single) if token not in inner))
+
+    def _forms(self, word: inference_pb2.Word, form: inference_pb2.WordForm.ValueType) -> tuple[int, ...]:
+        """Those forms and cases of a word that are one token."""
+        if form == inference_pb2.WORD_FORM_INNER and not word.any_case:
+            return ()  # as `word_ids` has it
+        if len(word.text.encode()) > LONGEST_WORD:
+            return ()
+        found: list[int] = []
+        for inner, initial in self._tokenizer.forms(word.text, word.any_case).values():
+            wanted = {
+                inference_pb2.WORD_FORM_INNER: (inner,),
+                inference_pb2.WORD_FORM_INITIAL: (initial,),
+                inference_pb2.WORD_FORM_BOTH: (inner, initial),
+            }[form]
+            found += [token for token in wanted if token is not None]
+        return tuple(found)
 
     def spellings(self, field: str, word: inference_pb2.Word) -> tuple[int, ...]:
-        """`tokens`, and the one that is the word without a leading space, if there is such and no token was given.
+        """`tokens`, in both forms unless the word names one.
 
         Raises InvalidRequest for more than a revision's biases may name, over all calls.
         """
-        found = self.tokens(field, word)
-        if found and not word.HasField("token") and (bare := self._tokenizer.id_without_space(word.text)) is not None:
-            found += (bare,)
+        found = self.tokens(field, word, inference_pb2.WORD_FORM_BOTH)
         self._biased += len(found)
         if self._biased > self._limits.biased:
             why = f"biases of {self._biased} tokens by {field}, at most {self._limits.biased}"
