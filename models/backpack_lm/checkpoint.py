@@ -10,6 +10,7 @@ A servable folder holds
                         work for a large vocabulary, done when a topic is first wanted if not here
     manifest.json       the fingerprint and norms, for those who don't load tensors (`manifest.py`)
     generation_config.json  if there is one: how tokens are drawn where nobody says (`generation.py`)
+    token_counts.json.xz    if there is one: how often each token occurs in text (`token_counts.py`)
 
 Tensors are read by safetensors, or from `torch.save` archives whose pickles run nothing (`pickle_machine.py`). Files
 that torch wrote before 1.6 are read by `torch.load(weights_only=True)`.
@@ -47,6 +48,7 @@ from backpack_lm.manifest import TOPICS as TOPICS
 from backpack_lm.manifest import Manifest, file_digest, tokenizer_digest
 from backpack_lm.model import Backpack, Trunk
 from backpack_lm.overlay import SenseTable
+from backpack_lm.token_counts import NAME as TOKEN_COUNTS
 from backpack_lm.tokenizer import Tokenizer
 from backpack_lm.trunks import TrunkSpec
 from backpack_lm.weight_files import TABLES, files_of, is_of_table, read_file, read_weights, write_safetensors
@@ -54,7 +56,7 @@ from backpack_lm.weight_files import WEIGHTS as WEIGHTS
 from backpack_lm.whole_folder import whole
 
 CONFIG = "config.json"
-OPTIONAL = (TOPICS, GENERATION)
+OPTIONAL = (TOPICS, GENERATION, TOKEN_COUNTS)
 """Files that a model may come with; those of another must not stay beside it."""
 _PREFIX = "backpack."
 _SPEEDS = ".rotary_emb.inv_freq"

@@ -19,7 +19,7 @@ from backpack_lm.manifest import TOKENIZER, TOPICS, file_digest
 ADAPTER = "adapter.json"
 """The file that says that a folder is an adapter, and for which Transformer: adapting/adapter.py."""
 
-COPIED = (TOKENIZER, TOPICS, "*_config.json", "*.jinja", "*.txt.xz")
+COPIED = (TOKENIZER, TOPICS, "*_config.json", "*.jinja", "*.txt.xz", "token_counts.*")
 """Patterns of the small files that a model folder gets from its adapter as they are."""
 
 

@@ -191,6 +191,22 @@ def _passages(text: str, tokenizer: Tokenizer, end: int) -> Iterator[int]:
             length, after_blank = length + len(ids), blank
 
 
+def count_tokens(source: Source, tokenizer: Tokenizer, counts: npt.NDArray[np.int64]) -> Iterator[float]:
+    """Add how often each token stands in a source to `counts` [vocabulary], in the passages that `encode` makes of it.
+
+    Yields the fraction that is done. Raises DataError as `encode` does.
+    """
+    records, none = list(source.contents()), -1
+    end = none if tokenizer.end_of_text is None else tokenizer.end_of_text
+    for number, (content, _) in enumerate(records, 1):
+        tokens = _passages(content, tokenizer, end) if isinstance(content, str) else content
+        ids = np.fromiter(tokens, dtype=np.int64)
+        if ids.max(initial=none) >= len(counts):
+            raise DataError(f"{source.path}:{number}: it has the token {ids.max()}; the tokenizer has {len(counts)}")
+        counts += np.bincount(ids[ids != none], minlength=len(counts))
+        yield number / len(records)
+
+
 class Rows:
     """Rows of ids for one step, drawn at random places of the sources by their shares.
 

@@ -57,7 +57,7 @@ def _import(
     status: Status,
 ) -> None:  # fmt: skip
     from backpack_lm import checkpoint as reader
-    from backpack_lm import generation
+    from backpack_lm import generation, token_counts
     from backpack_lm.config import BackpackConfig
     from backpack_lm.manifest import NAME as MANIFEST
     from backpack_lm.whole_folder import whole
@@ -65,7 +65,10 @@ def _import(
     # What is cheap to check comes before the weights are read.
     if checkpoint.is_dir():
         generation.SamplingDefaults.read(checkpoint)
+    kept = [generation.NAME] if tokenizer else [generation.NAME, token_counts.NAME]
     tokenizer, tokens = reader.tokenizer_for(checkpoint, tokenizer)
+    if token_counts.NAME in kept:
+        token_counts.TokenCounts.read(tokenizer.parent, tokens)
     if values := reader.read_config(checkpoint, config, heads):
         BackpackConfig.from_json(values).with_tokens(tokens)
     with whole(folder, MANIFEST, reader.OPTIONAL) as scratch:
@@ -73,8 +76,9 @@ def _import(
         model = reader.load(checkpoint, config, heads)
         model.config = model.config.with_tokens(tokens)
         status.update("writing the folder")
-        if (own := checkpoint / generation.NAME).exists():
-            (scratch / generation.NAME).write_bytes(own.read_bytes())
+        for name in kept:
+            if (own := checkpoint / name).exists():
+                (scratch / name).write_bytes(own.read_bytes())
         manifest = reader.write(model, tokenizer, scratch, topics)
     out.print(f"{folder}: fingerprint {manifest.fingerprint}", markup=False)
     out.print(Text(f"serve it: BACKPACK_MODEL={shlex.quote(str(folder))} {hints.backpack('run')}", "dim"))
@@ -198,6 +202,42 @@ def verify(
 
         manifest = reader.verify(model_folder(folder))
     out.print(f"intact: {manifest.fingerprint}")
+
+
+@app.command("count")
+def count(
+    folder: Annotated[Path, typer.Argument(help="Model folder or name.")],
+    texts: Annotated[
+        list[Path], typer.Argument(help="JSON-lines files (.xz or not), each record with a `text` or `input_ids`.")
+    ],
+) -> None:
+    """Count how often each token occurs in text, and keep that with the model.
+
+    `backpack find --by use` ranks senses by it. Replicas read the counts when they start; the fingerprint, to which
+    patches are bound, stays. Text like that which the model is to read or write serves best.
+
+    `backpack model count run/model text.jsonl.xz`
+    """
+    with exits("train"):
+        import numpy as np
+        from backpack_lm.checkpoint import TOKENIZER
+        from backpack_lm.token_counts import NAME, TokenCounts
+        from backpack_lm.tokenizer import Tokenizer
+        from backpack_lm.training.data import Source, count_tokens
+
+        folder = model_folder(folder)
+        tokenizer = Tokenizer.read(folder / TOKENIZER)
+        counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        with progress() as bar:
+            for text in texts:
+                task = bar.add_task(f"count {text.name}", total=1.0)
+                for done in count_tokens(Source(text), tokenizer, counts):
+                    bar.update(task, completed=done)
+        if not counts.any():
+            raise ValueError(f"{', '.join(map(str, texts))}: no text to count; give files with records")
+        TokenCounts.of(folder, counts.tolist()).write(folder)
+    occurring = f"{int((counts > 0).sum()):,} of {len(counts):,} tokens occur"
+    out.print(f"{folder / NAME}: {int(counts.sum()):,} tokens counted, {occurring}", markup=False)
 
 
 @app.command("prepare")
