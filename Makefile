@@ -56,6 +56,7 @@ bench: .venv/.dev ## Measure, side by side; results go to tests/bench/results
 	$(BIN)/python -m tests.bench.sync
 	$(BIN)/python -m tests.bench.interventions
 	$(BIN)/python -m tests.bench.compare
+	$(BIN)/python -m tests.bench.find
 	$(BIN)/python -m tests.bench.over_http
 	RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(ALONE) $(BIN)/python -m tests.bench.tax
 	RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(ALONE) $(BIN)/python -m tests.bench.tax small

@@ -69,13 +69,26 @@ def attribute(
 ) -> Attribution:
     """Explain the token after ids [T]; by default the likeliest one."""
     read = TrunkPass(model, table, ids, start=len(ids) - 1)
-    weights, multipliers = read.alpha[0], read.multipliers(overlay)[0]  # [T, k]
-    mixed = (weights * multipliers).double()[..., None] * read.replaced(overlay)  # [T, k, d]
+    weights, multipliers, mixed = _mixed_senses(read, overlay)
     head = model.embedding[: model.config.tokens]
     logs = overlay.biased(head @ mixed.sum((0, 1)).float()).log_softmax(-1)
     target = int(logs.argmax()) if target is None else target
     terms = Terms(weights, multipliers, mixed @ head[target].double(), overlay.bias_of(target))
     return Attribution(terms, target, float(logs[target]))
+
+
+@torch.inference_mode()
+def attribute_along(model: Backpack, table: SenseTable, ids: Tensor, overlay: Overlay, direction: Tensor) -> Terms:
+    """Explain o·direction after ids [T], direction [d]: of a mean of embeddings, the mean of those words' logits."""
+    read = TrunkPass(model, table, ids, start=len(ids) - 1)
+    weights, multipliers, mixed = _mixed_senses(read, overlay)
+    return Terms(weights, multipliers, mixed @ direction.double())
+
+
+def _mixed_senses(read: TrunkPass, overlay: Overlay) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the first prediction: weights and multipliers, each [T, k], and α·m·C, whose sum is o, [T, k, d] float64."""
+    weights, multipliers = read.alpha[0], read.multipliers(overlay)[0]
+    return weights, multipliers, (weights * multipliers).double()[..., None] * read.replaced(overlay)
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@
 #include "append.h"
 #include "layouts.h"
 #include "product.h"
+#include "project.h"
 #include "rotary.h"
 #include "trunk.h"
 
@@ -53,6 +54,11 @@
         WHAT(Product<Value, Weight, Out>{x, weights, bias, inner, outer, gelu, out}, count);                         \
     }
 
+#define PROJECT(NAME, Cell)                                                                                          \
+    void project_##NAME(const Cell* table, int64_t rows, int width, const float* direction, int threads, float* out) { \
+        project(table, rows, width, direction, threads, out);                                                         \
+    }
+
 extern "C" {
 // What `layouts.h` says of every structure that comes through here, for structs.py to compare.
 const char* layouts() {
@@ -72,6 +78,9 @@ PRODUCT(product, bfloat16_float32, bf16, bf16, float)
 PRODUCT(product, int8_float32_float32, float, Block, float)
 PRODUCT(product, int8_bfloat16_bfloat16, bf16, Block, bf16)
 PRODUCT(head, int8, float, Block, float)
+PROJECT(float32, float)
+PROJECT(bfloat16, bf16)
+PROJECT(int8, int8_t)
 
 void pack_int8(const float* weight, int outer, int inner, Block* out) { pack(weight, outer, inner, out); }
 

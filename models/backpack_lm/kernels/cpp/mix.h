@@ -36,8 +36,8 @@ inline float scale(const int8_t* row, int width, int c) {  // of the value at c
 }
 
 // 16 running sums of the products of a token's embedding and a row.
-template <typename Value>
-inline Floats dot(const Value* token, const Value* row, int width) { return products(token, row, width); }
+template <typename Value, typename Cell>
+inline Floats dot(const Value* token, const Cell* row, int width) { return products(token, row, width); }
 template <typename Value>
 inline Floats dot(const Value* token, const int8_t* row, int width) {
     Floats sums{};
