@@ -76,6 +76,8 @@ async def test_both_clients_get_the_same_answers(tmp_path: Path) -> None:
                 explained.logit
             )
             assert await client.senses("king", 3) == answers["senses"]
+            assert await client.find_senses("king", "queen", effect="both", limit=4) == answers["find"]
+            assert len(answers["find"].senses) == 4
             assert all(sense.edited for sense in answers["senses"].senses)
             await _samples_explained(client, answers)
             await _compared(client, answers)
@@ -198,6 +200,7 @@ def _ask(address: str, key: str) -> tuple[Any, dict[str, Any]]:
             "score": client.score(PROMPT),
             "explain": client.explain(PROMPT, "nurse", 5),
             "senses": client.senses("king", 3),
+            "find": client.find_senses("king", "queen", effect="both", limit=4),
             "samples": client.generate(PROMPT, TWICE, explain=3),
             "compare": client.compare(PROMPT, [1, 0], top=4, targets=["ship", ids[0]]),
             "compare_scores": client.compare_scores(PROMPT, ["live", 0]),

@@ -21,6 +21,7 @@ REQUESTS: dict[str, Any] = {
     "Score": pb.ScoreRequest(text=PROMPT),
     "Explain": pb.ExplainRequest(prompt=PROMPT),
     "ListSenses": pb.ListSensesRequest(word=pb.Word(text="king"), limit=1),
+    "FindSenses": pb.FindSensesRequest(words=[pb.Word(text="king")]),
 }
 
 

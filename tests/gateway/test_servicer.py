@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,10 +56,16 @@ class Replica(inference_pb2_grpc.InferenceServiceServicer):
     takes = True
     seconds = 0.05
     asked = 0
+    prompts: Sequence[Sequence[int]] = ()
 
     async def Score(self, request: pb.ScoreRequest, context: rpc.Context) -> pb.ScoreResponse:
         await self._work(context)
         return pb.ScoreResponse(served=SERVED)
+
+    async def FindSenses(self, request: pb.FindSensesRequest, context: rpc.Context) -> pb.FindSensesResponse:
+        await self._work(context)
+        self.prompts = [list(prompt.tokens.ids) for prompt in request.prompts]
+        return pb.FindSensesResponse(served=SERVED)
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
         await self._work(context)
@@ -266,3 +272,32 @@ async def test_a_deadline_that_means_none_reaches_a_replica_as_one_that_can_be_c
     call += frame(DATA, LAST, 1, b"\0" + len(message).to_bytes(4, "big") + message)
     async with _running() as running:
         assert await asyncio.to_thread(answered, running.gateway, call)
+
+
+async def test_a_search_costs_the_tokens_of_its_prompts() -> None:
+    async with _running() as system, AsyncClient(system.gateway, attempts=1) as client:
+        await client.find_senses(PROMPT[0])
+        assert system.left() == MINUTE
+        text = " understanding" * 400  # so long that it is encoded in a thread
+        await client.find_senses(PROMPT[0], prompts=[PROMPT, text])
+        ids = TOKENIZER.encode_prompt(text)
+        assert system.replica.prompts == [PROMPT, ids], "as the gateway has read them"
+        assert system.left() == MINUTE - len(PROMPT) - len(ids)
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (pb.FindSensesRequest(), "EMPTY"),
+        (pb.FindSensesRequest(words=[pb.Word(token=99_999)]), "UNKNOWN_TOKEN"),
+        (pb.FindSensesRequest(words=[pb.Word(token=1)], page_token="!"), "BAD_PAGE_TOKEN"),
+        (pb.FindSensesRequest(words=[pb.Word(token=1)], prompts=[pb.Prompt(text="a")] * 17), "TOO_MANY"),
+    ],
+)
+async def test_a_bad_search_reaches_no_replica(request_: pb.FindSensesRequest, reason: str) -> None:
+    async with _running() as system:
+        channel = rpc.channel(system.gateway)
+        with pytest.raises(InvalidRequest) as refused, rpc.errors():
+            await inference_pb2_grpc.InferenceServiceStub(channel).FindSenses(request_)
+        assert (refused.value.reason, system.replica.asked) == (reason, 0)
+        await channel.close()

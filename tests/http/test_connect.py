@@ -11,7 +11,7 @@ from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc, interventions_pb2_grpc
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_serving.http.connect import OF_GATEWAYS, OF_INTERVENTIONS
-from google.protobuf.json_format import MessageToDict
+from google.protobuf.json_format import MessageToDict, ParseDict
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -66,6 +66,19 @@ def test_an_error_is_the_one_of_grpc(web: Web, service: str, method: str, reques
     error = answer.json()
     assert (error["code"], error["message"]) == (code.lower(), status.message)
     assert reason(details(error)) == reason(list(status.details)) == answer.headers["backpack-reason"]
+
+
+def test_a_search_answers_as_over_grpc(web: Web) -> None:
+    asked = pb.FindSensesRequest(words=[pb.Word(text="sea")], prompts=[pb.Prompt(text=PROMPT)], page_size=3)
+    answer = web.post("/backpack.v1.InferenceService/FindSenses", MessageToDict(asked))
+    assert answer.status_code == 200, answer.text
+    found = ParseDict(answer.json(), pb.FindSensesResponse())
+    assert [word.text for word in found.words] == [" sea"]
+    assert len(found.senses) == 3
+    with grpc.insecure_channel(web.gateway) as channel:
+        metadata = (("authorization", f"Bearer {web.key}"),)
+        over_grpc = inference_pb2_grpc.InferenceServiceStub(channel).FindSenses(asked, metadata=metadata)
+    assert list(found.senses) == list(over_grpc.senses)
 
 
 def details(error: Any) -> list[Any]:

@@ -71,6 +71,60 @@ COMPARE_MODE_SCORE: CompareMode.ValueType  # 2
 """How likely each token of the prompt is."""
 Global___CompareMode: _TypeAlias = CompareMode  # noqa: Y015
 
+class _SenseEffect:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SenseEffectEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SenseEffect.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SENSE_EFFECT_UNSPECIFIED: _SenseEffect.ValueType  # 0
+    """The same as RAISE."""
+    SENSE_EFFECT_RAISE: _SenseEffect.ValueType  # 1
+    """Senses that raise the words' logits, those that do so most first."""
+    SENSE_EFFECT_LOWER: _SenseEffect.ValueType  # 2
+    """Senses that lower them."""
+    SENSE_EFFECT_BOTH: _SenseEffect.ValueType  # 3
+    """Both, by magnitude."""
+
+class SenseEffect(_SenseEffect, metaclass=_SenseEffectEnumTypeWrapper): ...
+
+SENSE_EFFECT_UNSPECIFIED: SenseEffect.ValueType  # 0
+"""The same as RAISE."""
+SENSE_EFFECT_RAISE: SenseEffect.ValueType  # 1
+"""Senses that raise the words' logits, those that do so most first."""
+SENSE_EFFECT_LOWER: SenseEffect.ValueType  # 2
+"""Senses that lower them."""
+SENSE_EFFECT_BOTH: SenseEffect.ValueType  # 3
+"""Both, by magnitude."""
+Global___SenseEffect: _TypeAlias = SenseEffect  # noqa: Y015
+
+class _SenseOrder:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SenseOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SenseOrder.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SENSE_ORDER_UNSPECIFIED: _SenseOrder.ValueType  # 0
+    """The same as SCORE."""
+    SENSE_ORDER_SCORE: _SenseOrder.ValueType  # 1
+    """By score; with prompts, by contribution."""
+    SENSE_ORDER_USE: _SenseOrder.ValueType  # 2
+    """By score times the word's frequency: how much a sense does in real text, about. Without prompts, and for a model
+    that has counts of its tokens (`backpack model count`).
+    """
+
+class SenseOrder(_SenseOrder, metaclass=_SenseOrderEnumTypeWrapper): ...
+
+SENSE_ORDER_UNSPECIFIED: SenseOrder.ValueType  # 0
+"""The same as SCORE."""
+SENSE_ORDER_SCORE: SenseOrder.ValueType  # 1
+"""By score; with prompts, by contribution."""
+SENSE_ORDER_USE: SenseOrder.ValueType  # 2
+"""By score times the word's frequency: how much a sense does in real text, about. Without prompts, and for a model
+that has counts of its tokens (`backpack model count`).
+"""
+Global___SenseOrder: _TypeAlias = SenseOrder  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -1130,6 +1184,173 @@ class ScoredToken(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScoredToken: _TypeAlias = ScoredToken  # noqa: Y015
+
+@_typing.final
+class FindSensesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORDS_FIELD_NUMBER: _builtins.int
+    AGAINST_FIELD_NUMBER: _builtins.int
+    EFFECT_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    REQUEST_KEY_FIELD_NUMBER: _builtins.int
+    MIN_REVISION_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    AGAINST_ALL_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    effect: Global___SenseEffect.ValueType
+    order: Global___SenseOrder.ValueType
+    page_size: _builtins.int
+    """How many senses to list. Default 20; at most 1,000. All pages together list at most 10,000."""
+    page_token: _builtins.str
+    """Of the answer before, for the same search under the same release."""
+    channel: _builtins.str
+    request_key: _builtins.str
+    """During a canary, give all pages the same key."""
+    release: _builtins.int
+    """A release of the tenant by its number, in place of the one that the channel is at."""
+    against_all: _builtins.bool
+    """Set the words against all words, in place of some: what raises every logit alike changes no probability."""
+    @_builtins.property
+    def words(self) -> _containers.RepeatedCompositeFieldContainer[_edits_pb2.Word]:
+        """1 to 64 words of one token each. A sense's score is E[y] · C(x)_l, the mean over them."""
+
+    @_builtins.property
+    def against(self) -> _containers.RepeatedCompositeFieldContainer[_edits_pb2.Word]:
+        """At most 64 words that these are set against: the mean over them is subtracted."""
+
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prompt]:
+        """At most 16 prompts of 4,096 tokens together. Senses are then ranked by what they add to the words' logits at the
+        ends of the prompts, as Explain has it: summed over positions and prompts, again the mean over the words.
+        """
+
+    @_builtins.property
+    def min_revision(self) -> Global___Position: ...
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """Edits to try, over that release. All pages have to have the same."""
+
+    def __init__(
+        self,
+        *,
+        words: _abc.Iterable[_edits_pb2.Word] | None = ...,
+        against: _abc.Iterable[_edits_pb2.Word] | None = ...,
+        effect: Global___SenseEffect.ValueType = ...,
+        order: Global___SenseOrder.ValueType = ...,
+        prompts: _abc.Iterable[Global___Prompt] | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        channel: _builtins.str = ...,
+        request_key: _builtins.str = ...,
+        min_revision: Global___Position | None = ...,
+        release: _builtins.int | None = ...,
+        against_all: _builtins.bool = ...,
+        draft: Global___Draft | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "draft", b"draft", "min_revision", b"min_revision", "release", b"release"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "against", b"against", "against_all", b"against_all", "channel", b"channel", "draft", b"draft", "effect", b"effect", "min_revision", b"min_revision", "order", b"order", "page_size", b"page_size", "page_token", b"page_token", "prompts", b"prompts", "release", b"release", "request_key", b"request_key", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
+    _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__release) -> _WhichOneofReturnType__release | None: ...
+
+Global___FindSensesRequest: _TypeAlias = FindSensesRequest  # noqa: Y015
+
+@_typing.final
+class FindSensesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SENSES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    AGAINST_FIELD_NUMBER: _builtins.int
+    SERVED_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty after the last page."""
+    @_builtins.property
+    def senses(self) -> _containers.RepeatedCompositeFieldContainer[Global___FoundSense]:
+        """Those with the effect that was asked for, first the one that has most of it."""
+
+    @_builtins.property
+    def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
+        """The tokens that the words of the request are."""
+
+    @_builtins.property
+    def against(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]: ...
+    @_builtins.property
+    def served(self) -> Global___Served: ...
+    def __init__(
+        self,
+        *,
+        senses: _abc.Iterable[Global___FoundSense] | None = ...,
+        next_page_token: _builtins.str = ...,
+        words: _abc.Iterable[Global___Token] | None = ...,
+        against: _abc.Iterable[Global___Token] | None = ...,
+        served: Global___Served | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["served", b"served"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["against", b"against", "next_page_token", b"next_page_token", "senses", b"senses", "served", b"served", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindSensesResponse: _TypeAlias = FindSensesResponse  # noqa: Y015
+
+@_typing.final
+class FoundSense(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    SENSE_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    CONTRIBUTION_FIELD_NUMBER: _builtins.int
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    FREQUENCY_FIELD_NUMBER: _builtins.int
+    EDITED_FIELD_NUMBER: _builtins.int
+    sense: _builtins.int
+    score: _builtins.float
+    """As the release leaves the sense: replaced, and multiplied by its topics as they are before they anneal."""
+    contribution: _builtins.float
+    """With prompts: what the sense adds in all of them, with its topics as they are there."""
+    prompts: _builtins.int
+    """In how many of the prompts it has the effect that was asked for."""
+    frequency: _builtins.float
+    """How often the token occurs in a million tokens of text; absent for a model without counts."""
+    edited: _builtins.bool
+    """Whether the release replaces the sense, or its topics multiply it by another number than 1."""
+    @_builtins.property
+    def token(self) -> Global___Token: ...
+    def __init__(
+        self,
+        *,
+        token: Global___Token | None = ...,
+        sense: _builtins.int = ...,
+        score: _builtins.float = ...,
+        contribution: _builtins.float | None = ...,
+        prompts: _builtins.int = ...,
+        frequency: _builtins.float | None = ...,
+        edited: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_contribution", b"_contribution", "_frequency", b"_frequency", "contribution", b"contribution", "frequency", b"frequency", "token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_contribution", b"_contribution", "_frequency", b"_frequency", "contribution", b"contribution", "edited", b"edited", "frequency", b"frequency", "prompts", b"prompts", "score", b"score", "sense", b"sense", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__contribution: _TypeAlias = _typing.Literal["contribution"]  # noqa: Y015
+    _WhichOneofArgType__contribution: _TypeAlias = _typing.Literal["_contribution", b"_contribution"]  # noqa: Y015
+    _WhichOneofReturnType__frequency: _TypeAlias = _typing.Literal["frequency"]  # noqa: Y015
+    _WhichOneofArgType__frequency: _TypeAlias = _typing.Literal["_frequency", b"_frequency"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__contribution) -> _WhichOneofReturnType__contribution | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__frequency) -> _WhichOneofReturnType__frequency | None: ...
+
+Global___FoundSense: _TypeAlias = FoundSense  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):

@@ -78,6 +78,11 @@ class InferenceServiceStub:
                 request_serializer=backpack__proto_dot_v1_dot_inference__pb2.ListSensesRequest.SerializeToString,
                 response_deserializer=backpack__proto_dot_v1_dot_inference__pb2.ListSensesResponse.FromString,
                 _registered_method=True)
+        self.FindSenses = channel.unary_unary(
+                '/backpack.v1.InferenceService/FindSenses',
+                request_serializer=backpack__proto_dot_v1_dot_inference__pb2.FindSensesRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_inference__pb2.FindSensesResponse.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/backpack.v1.InferenceService/GetModel',
                 request_serializer=backpack__proto_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
@@ -147,6 +152,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindSenses(self, request, context):
+        """Which senses, of all words, raise or lower given words most: by themselves, or in given prompts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModel(self, request, context):
         """The model that is served.
         """
@@ -196,6 +208,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.ListSenses,
                     request_deserializer=backpack__proto_dot_v1_dot_inference__pb2.ListSensesRequest.FromString,
                     response_serializer=backpack__proto_dot_v1_dot_inference__pb2.ListSensesResponse.SerializeToString,
+            ),
+            'FindSenses': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindSenses,
+                    request_deserializer=backpack__proto_dot_v1_dot_inference__pb2.FindSensesRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_inference__pb2.FindSensesResponse.SerializeToString,
             ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
@@ -422,6 +439,33 @@ class InferenceService:
             '/backpack.v1.InferenceService/ListSenses',
             backpack__proto_dot_v1_dot_inference__pb2.ListSensesRequest.SerializeToString,
             backpack__proto_dot_v1_dot_inference__pb2.ListSensesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindSenses(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.InferenceService/FindSenses',
+            backpack__proto_dot_v1_dot_inference__pb2.FindSensesRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_inference__pb2.FindSensesResponse.FromString,
             options,
             channel_credentials,
             insecure,

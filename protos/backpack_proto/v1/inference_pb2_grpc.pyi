@@ -79,6 +79,8 @@ class InferenceServiceStub:
     """The tokens of a text."""
     ListSenses: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListSensesRequest, _inference_pb2.ListSensesResponse]
     """What each sense of a word predicts, and what it speaks against."""
+    FindSenses: _grpc.UnaryUnaryMultiCallable[_inference_pb2.FindSensesRequest, _inference_pb2.FindSensesResponse]
+    """Which senses, of all words, raise or lower given words most: by themselves, or in given prompts."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]
     """The model that is served."""
 
@@ -106,6 +108,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """The tokens of a text."""
     ListSenses: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListSensesRequest, _inference_pb2.ListSensesResponse]  # type: ignore[assignment]
     """What each sense of a word predicts, and what it speaks against."""
+    FindSenses: _aio.UnaryUnaryMultiCallable[_inference_pb2.FindSensesRequest, _inference_pb2.FindSensesResponse]  # type: ignore[assignment]
+    """Which senses, of all words, raise or lower given words most: by themselves, or in given prompts."""
     GetModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]  # type: ignore[assignment]
     """The model that is served."""
 
@@ -178,6 +182,14 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ListSensesResponse, _abc.Awaitable[_inference_pb2.ListSensesResponse]]:
         """What each sense of a word predicts, and what it speaks against."""
+
+    @_abc_1.abstractmethod
+    def FindSenses(
+        self,
+        request: _inference_pb2.FindSensesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.FindSensesResponse, _abc.Awaitable[_inference_pb2.FindSensesResponse]]:
+        """Which senses, of all words, raise or lower given words most: by themselves, or in given prompts."""
 
     @_abc_1.abstractmethod
     def GetModel(

@@ -21,6 +21,7 @@ class Client(Blocking[AsyncClient]):
     compare_scores = blocking(AsyncClient.compare_scores)
     judge = blocking(AsyncClient.judge)
     senses = blocking(AsyncClient.senses)
+    find_senses = blocking(AsyncClient.find_senses)
     tokenize = blocking(AsyncClient.tokenize)
     model = blocking(AsyncClient.model)
 

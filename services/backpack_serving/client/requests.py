@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from backpack_lm.generation import UNTRUNCATED
 from backpack_proto.v1 import inference_pb2 as pb
@@ -45,6 +45,15 @@ Release = int | str | Draft
 """A release: its number (0 is the model unpatched), or a channel, which means the release that it is at; or a draft
 over one.
 """
+
+Effect = Literal["raise", "lower", "both"]
+"""What senses are found: those that raise the words' logits, those that lower them, or both, by magnitude."""
+
+Order = Literal["score", "use"]
+"""Of senses that are found: by score, or by score times how often the word is used."""
+
+_EFFECTS = {"raise": pb.SENSE_EFFECT_RAISE, "lower": pb.SENSE_EFFECT_LOWER, "both": pb.SENSE_EFFECT_BOTH}
+_ORDERS = {"score": pb.SENSE_ORDER_SCORE, "use": pb.SENSE_ORDER_USE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +193,27 @@ def senses(given: Word, limit: int, neighbours: int, pinned: Pinning) -> pb.List
 
 def judge(limit: int, pinned: Pinning) -> pb.JudgeRequest:
     return pinned.of(build(pb.JudgeRequest, limit=limit))
+
+
+def find_senses(
+    words: Word | Sequence[Word],
+    against: Word | Sequence[Word] | None,
+    effect: Effect,
+    order: Order,
+    prompts: str | Sequence[Prompt],
+    pinned: Pinning,
+) -> pb.FindSensesRequest:
+    request = pb.FindSensesRequest(against_all=against is None)
+    for name, value, known in (("effect", effect, _EFFECTS), ("order", order, _ORDERS)):
+        if value not in known:
+            raise InvalidRequest.at(name, "UNKNOWN_VALUE", f"{value!r}; write {' or '.join(known)}")
+        setattr(request, name, known[value])
+    for name, given in (("words", words), ("against", () if against is None else against)):
+        several = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+        getattr(request, name).extend(word(each, f"{name}[{at}]") for at, each in enumerate(several))
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    request.prompts.extend(prompt(each, f"prompts[{at}]") for at, each in enumerate(texts))
+    return pinned.of(request)
 
 
 def compare(

@@ -5,7 +5,7 @@ T is the number of a text's tokens, k that of a model's senses. Logarithms are n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from backpack_lm.generation import UNTRUNCATED, SamplingDefaults
@@ -323,6 +323,48 @@ class Senses:
             for s in m.senses
         )
         return cls(Token.of(m.token), tuple(found), Served.of(m.served))
+
+
+@dataclass(frozen=True, slots=True)
+class FoundSense:
+    """A sense that raises or lowers the words of a search: `score` is E[word] · C(token)_sense, the mean over
+    them, less the same of the words that they are set against.
+
+    `frequency` is how often the token occurs in a million tokens of text, None for a model without counts; `edited`:
+    the release changes the sense. With prompts, `contribution` is what it adds in all of them, and `prompts` counts
+    those in which it has the effect.
+    """
+
+    token: Token
+    sense: int
+    score: float
+    frequency: float | None
+    edited: bool
+    contribution: float | None = None
+    prompts: int = 0
+
+    @classmethod
+    def of(cls, m: pb.FoundSense) -> FoundSense:
+        frequency = m.frequency if m.HasField("frequency") else None
+        contribution = m.contribution if m.HasField("contribution") else None
+        return cls(Token.of(m.token), m.sense, m.score, frequency, m.edited, contribution, m.prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundSenses:
+    """What a search has found, the sense with most of the effect first; the tokens that its words are."""
+
+    senses: tuple[FoundSense, ...]
+    words: tuple[Token, ...]
+    against: tuple[Token, ...]
+    served: Served
+
+    @classmethod
+    def of(cls, pages: Sequence[pb.FindSensesResponse]) -> FoundSenses:
+        """Of one page or more."""
+        found = tuple(FoundSense.of(each) for page in pages for each in page.senses)
+        first = pages[0]
+        return cls(found, tokens(first.words), tokens(first.against), Served.of(first.served))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,13 @@ from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1.inference_pb2_grpc import InferenceServiceStub
 
 from backpack_serving.client import requests, results
-from backpack_serving.client.connection import Connected
-from backpack_serving.client.requests import Edits, Pinning, Prompt, Release, Sampling, Word
-from backpack_serving.errors import ServiceError
+from backpack_serving.client.connection import PAGE, Connected, new_id
+from backpack_serving.client.requests import Edits, Effect, Order, Pinning, Prompt, Release, Sampling, Word
+from backpack_serving.errors import InvalidRequest, ServiceError
 from backpack_serving.references import Position
+
+MOST_FOUND = 10_000
+"""Senses that one search lists."""
 
 
 class AsyncClient(Connected):
@@ -186,6 +189,39 @@ class AsyncClient(Connected):
         """What each sense of a word predicts: tokens at each end, and neighbours; at most 100 of each."""
         request = requests.senses(word, limit, neighbours, Pinning(channel, request_key, since, release, draft))
         return results.Senses.of(await self._call(self._gateway.ListSenses, request, timeout))
+
+    async def find_senses(
+        self,
+        words: Word | Sequence[Word],
+        against: Word | Sequence[Word] | None = None,
+        *,
+        effect: Effect = "raise",
+        order: Order = "score",
+        prompts: str | Sequence[Prompt] = (),
+        limit: int = 20,
+        channel: str = "",
+        release: int | None = None,
+        draft: Edits | None = None,
+        request_key: str = "",
+        since: Position | None = None,
+        timeout: float | None = None,
+    ) -> results.FoundSenses:
+        """Which senses, of all words, raise or lower the logits of `words` most, less those of `against`: None is all
+        words, because what raises every logit alike changes no probability; () is none.
+
+        By score, or by what they add in up to 16 prompts; up to 64 words and a `limit` of 10,000 senses, which come
+        page by page: `timeout` is for each. Raises Conflict, RELEASE_CHANGED, if the channel moved in between.
+        """
+        if not isinstance(limit, int) or not 1 <= limit <= MOST_FOUND:
+            raise InvalidRequest.at("limit", "OUT_OF_RANGE", f"{limit!r}; 1 to {MOST_FOUND}")
+        pinned = Pinning(channel, request_key or new_id(), since, release, draft)  # of a canary, one half for all pages
+        request = requests.find_senses(words, against, effect, order, prompts, pinned)
+        pages: list[pb.FindSensesResponse] = []
+        while not pages or (request.page_token and limit):
+            request.page_size = min(PAGE, limit)
+            pages.append(await self._call(self._gateway.FindSenses, request, timeout))
+            request.page_token, limit = pages[-1].next_page_token, limit - len(pages[-1].senses)
+        return results.FoundSenses.of(pages)
 
     async def tokenize(self, text: str, *, timeout: float | None = None) -> tuple[results.Token, ...]:
         """The tokens of a text."""

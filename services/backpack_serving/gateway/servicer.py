@@ -38,6 +38,7 @@ from backpack_serving.wire import inference as wire
 from backpack_serving.wire.compare import MOST_RELEASES, read_choices, read_comparison
 from backpack_serving.wire.drafts import read_draft
 from backpack_serving.wire.references import read_position
+from backpack_serving.wire.search import MOST_PROMPTS, read_search, read_search_page
 
 log = structlog.get_logger(__name__)
 
@@ -62,6 +63,7 @@ R = TypeVar(
     pb.CompareResponse,
     pb.ListSensesResponse,
     pb.JudgeResponse,
+    pb.FindSensesResponse,
 )
 
 
@@ -199,6 +201,20 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             meter.charge(JUDGED_TOKENS)
             return await self._unary(lambda stub: stub.Judge, request, context, pin, meter, JUDGED_TOKENS)
 
+    async def FindSenses(self, request: pb.FindSensesRequest, context: rpc.Context) -> pb.FindSensesResponse:
+        who = await self._authenticate(context)
+        with self._meter(who) as meter:
+            pin = await self._pin(who, request)
+            read_search_page(request)
+            for at, prompt in enumerate(request.prompts[:MOST_PROMPTS]):
+                await self._encode_long(f"prompts[{at}]", prompt)
+            query = read_search(request, self._tokenizer, self._manifest.config)
+            for prompt, ids in zip(request.prompts, query.prompts, strict=True):
+                prompt.tokens.ids[:] = ids
+            meter.charge(query.tokens)
+            self._log_prompt(*request.prompts)
+            return await self._unary(lambda stub: stub.FindSenses, request, context, pin, meter, query.tokens or 1)
+
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
         with self._meter(await self._authenticate(context)):
             return await asyncio.to_thread(wire.tokenize, request, self._tokenizer, self._manifest.config)
@@ -225,10 +241,11 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             tokenizer, config = self._tokenizer, self._manifest.config
             prompt.tokens.ids[:] = await asyncio.to_thread(wire.read_prompt, field, prompt, tokenizer, config)
 
-    def _log_prompt(self, prompt: pb.Prompt) -> None:
-        """Add the prompt to this call's log line, if LOG_PROMPTS is set."""
-        if self._log_prompts:
-            structlog.contextvars.bind_contextvars(prompt=self._tokenizer.decode(list(prompt.tokens.ids)))
+    def _log_prompt(self, *prompts: pb.Prompt) -> None:
+        """Add the prompts to this call's log line, if LOG_PROMPTS is set and there are any."""
+        if self._log_prompts and prompts:
+            texts = (self._tokenizer.decode(list(prompt.tokens.ids)) for prompt in prompts)
+            structlog.contextvars.bind_contextvars(prompt="\n".join(texts))
 
     def _meter(self, principal: Principal) -> AbstractContextManager[RequestUsage]:
         return self._meters.request(principal.tenant)

@@ -1,4 +1,4 @@
-"""Scores, explanations, comparisons and senses: forward passes beside the engine, one at a time."""
+"""Scores, explanations, comparisons, senses and searches for them: forward passes beside the engine, one at a time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from backpack_lm.attribution import Attribution, SenseReading, Terms
 from backpack_lm.compare import Distribution
 from backpack_lm.ordinary_text import OrdinaryText, SideEffects
 from backpack_lm.overlay import Overlay
+from backpack_lm.sense_search import RankedCell
 
 from backpack_serving import tasks
-from backpack_serving.errors import Internal
+from backpack_serving.errors import Internal, PreconditionFailed
 from backpack_serving.inference.fair_lock import FairLock
 from backpack_serving.inference.pinned_releases import Pinned
 from backpack_serving.inference.served_model import Ranked, ServedModel
 from backpack_serving.wire.compare import ComparisonQuery
+from backpack_serving.wire.search import SearchPage, SearchQuery
 
 T = TypeVar("T")
 
@@ -92,6 +94,25 @@ class ModelReader:
         if math.isnan(found.before + found.after):
             raise Internal("NON_FINITE", "the release makes the model predict no numbers")
         return found
+
+    async def search(self, tenant: str, query: SearchQuery, page: SearchPage, overlay: Overlay) -> list[RankedCell]:
+        """A page of the senses that a query asks for. Each prompt is a turn of its own, and so is the page.
+
+        Raises PreconditionFailed for an order by use of a model without counts of its tokens.
+        """
+        if query.by_use and self._served.frequencies is None:
+            message = (
+                "this model has no counts of its tokens, so nothing is known of their use; order by score, or have "
+                "`backpack model count FOLDER TEXT…` run on its folder and the replicas started again"
+            )
+            raise PreconditionFailed("NO_TOKEN_COUNTS", message)
+        search = await self._run_in_turn(tenant, self._served.search, query, overlay)
+        for prompt in query.prompts:
+            await self._run_in_turn(tenant, search.read, prompt)
+        cells = await self._run_in_turn(tenant, search.cells, page.start, page.size, query.by_use)
+        if not all(math.isfinite(cell.score) and math.isfinite(cell.contribution or 0.0) for cell in cells):
+            raise Internal("NON_FINITE", "the release makes senses that no score can hold")
+        return cells
 
     async def _run_in_turn(self, tenant: str, work: Callable[..., T], *arguments: object) -> T:
         """Run this in a thread when the tenant has its turn.

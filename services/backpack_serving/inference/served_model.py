@@ -27,11 +27,14 @@ from backpack_lm.model import Backpack
 from backpack_lm.ordinary_text import SHIPPED, OrdinaryText, excerpts, plain
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import PatchError, Violation
+from backpack_lm.sense_search import CellSearch, Effect
+from backpack_lm.token_counts import TokenCounts
 from backpack_lm.tokenizer import Tokenizer
 from torch import Tensor
 
 from backpack_serving.errors import PreconditionFailed
 from backpack_serving.wire.compare import ComparisonQuery
+from backpack_serving.wire.search import SearchQuery
 
 log = structlog.get_logger(__name__)
 
@@ -48,7 +51,10 @@ class Ranked(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model with its sense table, tokenizer and fingerprint. Its methods block, and don't touch the engine."""
+    """A model with its sense table, tokenizer and fingerprint. Its methods block, and don't touch the engine.
+
+    `frequencies` [V] are occurrences of its tokens in a million, if the folder has counts of them.
+    """
 
     manifest: Manifest
     model: Backpack
@@ -56,6 +62,7 @@ class ServedModel:
     tokenizer: Tokenizer
     storage: Tensor
     folder: Path
+    frequencies: Tensor | None = None
 
     @classmethod
     def read(
@@ -89,7 +96,9 @@ class ServedModel:
         own = storage[: config.vocab_size * config.num_senses]
         table = load_table(folder, model, manifest, own.view(config.vocab_size, config.num_senses, -1))
         tokenizer = Tokenizer.read(folder / TOKENIZER, manifest.tokenizer)
-        return cls(manifest, model, table, tokenizer, storage.to(device), folder)
+        counts = TokenCounts.read(folder, config.tokens)
+        frequencies = None if counts is None else counts.per_million
+        return cls(manifest, model, table, tokenizer, storage.to(device), folder, frequencies)
 
     def try_out(self, overlay: Overlay) -> None:
         """Predict from the words that a release edits most. Raises PatchError if what comes out isn't numbers.
@@ -148,3 +157,8 @@ class ServedModel:
 
     def senses(self, token: int, overlay: Overlay, limit: int, neighbours: int) -> list[SenseReading]:
         return read_senses(self.model, self.table, token, overlay, limit, neighbours)
+
+    def search(self, query: SearchQuery, overlay: Overlay) -> CellSearch:
+        """A search for senses, which hasn't read the query's prompts yet."""
+        against, effect = None if query.against_all else query.against, Effect[query.effect]
+        return CellSearch(self.model, self.table, overlay, query.words, against, effect, self.frequencies)

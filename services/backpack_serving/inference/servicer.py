@@ -26,6 +26,7 @@ from backpack_serving.inference.text_generator import TextGenerator
 from backpack_serving.observability.metrics import ReplicaMetrics
 from backpack_serving.wire import inference as wire
 from backpack_serving.wire.compare import read_comparison
+from backpack_serving.wire.search import read_search, read_search_page
 
 
 class InferenceServicer(grpc_v1.InferenceServiceServicer):
@@ -149,6 +150,19 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
                 moved=answers.write_moved(effects.moved, self._tokenizer),
                 cells=len(overlay.rows),
                 topics=len(overlay.topics),
+                served=answers.served(pin, overlay.digest, self._manifest),
+            )
+
+    async def FindSenses(self, request: pb.FindSensesRequest, context: rpc.Context) -> pb.FindSensesResponse:
+        async with self._pinned_release(context, request) as (pin, overlay):
+            query, page = read_search(request, self._tokenizer, self._config), read_search_page(request)
+            page.check(query, overlay.digest)
+            found = await self._reader.search(pin.tenant, query, page, overlay)
+            return pb.FindSensesResponse(
+                senses=answers.write_found(found, self._tokenizer),
+                next_page_token=page.following(len(found), query, overlay.digest),
+                words=[wire.write_token(token, self._tokenizer) for token in query.words],
+                against=[wire.write_token(token, self._tokenizer) for token in query.against],
                 served=answers.served(pin, overlay.digest, self._manifest),
             )
 

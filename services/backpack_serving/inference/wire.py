@@ -12,6 +12,7 @@ from backpack_lm.compare import Distribution
 from backpack_lm.manifest import Manifest
 from backpack_lm.ordinary_text import MovedWord
 from backpack_lm.patch import ModelShape, RevisionContent
+from backpack_lm.sense_search import RankedCell
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
 from google.protobuf.message import DecodeError
@@ -143,6 +144,22 @@ def write_senses(senses: Sequence[SenseReading], tokenizer: Tokenizer) -> list[p
 def write_moved(words: Sequence[MovedWord], tokenizer: Tokenizer) -> list[pb.MovedWord]:
     return [
         pb.MovedWord(token=write_token(word.token, tokenizer), before=word.before, after=word.after) for word in words
+    ]
+
+
+def write_found(cells: Sequence[RankedCell], tokenizer: Tokenizer) -> list[pb.FoundSense]:
+    """What a search has found, in its order."""
+    return [
+        pb.FoundSense(
+            token=write_token(cell.token, tokenizer),
+            sense=cell.sense,
+            score=cell.score,
+            contribution=cell.contribution,
+            prompts=cell.prompts,
+            frequency=cell.frequency,
+            edited=cell.edited,
+        )
+        for cell in cells
     ]
 
 

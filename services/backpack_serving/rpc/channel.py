@@ -39,7 +39,16 @@ SERVICE_CONFIG = json.dumps(
             {
                 "name": [
                     {"service": "backpack.v1.InferenceService", "method": method}
-                    for method in ("Score", "Explain", "Compare", "Judge", "Tokenize", "ListSenses", "GetModel")
+                    for method in (
+                        "Score",
+                        "Explain",
+                        "Compare",
+                        "Judge",
+                        "Tokenize",
+                        "ListSenses",
+                        "FindSenses",
+                        "GetModel",
+                    )
                 ]
                 + [
                     {"service": f"backpack.v1.{service}", "method": method}
