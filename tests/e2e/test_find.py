@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from backpack_lm.installed import folder_of
 from backpack_lm.overlay import Overlay
 from backpack_lm.patch import ReleaseContent
@@ -16,9 +19,11 @@ from backpack_lm.token_counts import NAME as TOKEN_COUNTS
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_serving import rpc
+from backpack_serving.cli.main import app
 from backpack_serving.client import AsyncClient, InvalidRequest
 from backpack_serving.errors import ServiceError
 from backpack_serving.inference.served_model import ServedModel
+from typer.testing import CliRunner
 
 from tests.e2e.conftest import Metadata, System, running
 
@@ -220,3 +225,67 @@ async def test_the_client_collects_pages(system: System) -> None:
 
 def _secret(key: Metadata) -> str:
     return key[0][1].removeprefix("Bearer ")
+
+
+# ---- commands
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def backpack(system: System, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A command as a tenant, one sense of whose “ship” is scaled to zero."""
+    key = await system.tenant(_zero("ship", 1))
+    monkeypatch.setenv("BACKPACK_GATEWAY_ADDRESS", system.gateway)
+    monkeypatch.setenv("BACKPACK_KEY", _secret(key))
+    monkeypatch.setitem(os.environ, "NO_COLOR", "1")
+
+    async def call(*words: str, code: int = 0) -> str:
+        result = await asyncio.to_thread(CliRunner().invoke, app, list(words))
+        assert result.exit_code == code, result.output
+        return " ".join(result.output.split())
+
+    return call
+
+
+async def test_find_shows_senses_the_tokens_taken_and_what_to_do_next(
+    system: System, served: ServedModel, backpack: Any
+) -> None:
+    (king,) = served.tokenizer.word_ids("king")
+    shown = await backpack("find", "king", "--limit", "3")
+    best = _search(served, Effect.RAISE).cells(0, 3)
+    for cell in best:
+        piece = served.tokenizer.piece(cell.token)
+        assert f"{piece!r} {cell.sense} {cell.score:+.2f} {cell.frequency:.1f}" in shown
+    (start, *_) = served.tokenizer.encode("king")
+    assert f"king: the token ' king' ({king}), as inside a text; at the start of a text it is" in shown
+    assert f"({start})" in shown
+    named = next(c for c in best if served.tokenizer.piece(c.token).startswith(" "))
+    word = served.tokenizer.piece(named.token).strip()
+    assert f"backpack patch scale NAME {word} --senses {named.sense} --factor 0" in shown
+    lowered = await backpack("find", "king", "--against", "queen", "--lowers", "--by", "use", "--limit", "1")
+    (cell,) = _search(served, Effect.LOWER, "queen").cells(0, 1, by_use=True)
+    assert f"{served.tokenizer.piece(cell.token)!r} {cell.sense} {cell.score:+.2f}" in lowered
+    raw = await backpack("find", "king", "--raw", "--limit", "1")
+    assert raw.split("million")[1].split("█")[0] != shown.split("million")[1].split("█")[0]
+    assert "--raw is against nothing" in await backpack("find", "king", "--raw", "--against", "queen", code=2)
+    in_prompts = await backpack("find", "king", "--prompt", PROMPTS[0], "--prompt", PROMPTS[1])
+    assert "adds prompts" in in_prompts
+    refused = await backpack("find", "king", "--by", "use", "--prompt", "a", code=1)
+    assert "NOT_WITH_PROMPTS" in refused
+    assert "NOT_ONE_TOKEN" in await backpack("find", "kingdomless", code=1)
+
+
+async def test_tokenize_shows_ids_and_both_forms_of_a_word(served: ServedModel, backpack: Any) -> None:
+    text = "The king and"
+    shown = await backpack("tokenize", text)
+    for token in served.tokenizer.encode(text):
+        assert f"{token} {served.tokenizer.piece(token)!r}" in shown
+    shown = await backpack("tokenize", "king")
+    start, inside = served.tokenizer.encode("king"), served.tokenizer.encode(" king")
+    assert f"at the start of a text {start[0]} {served.tokenizer.piece(start[0])!r}" in shown
+    assert f"inside a text {inside[0]} ' king'" in shown
+
+
+async def test_a_sense_that_is_zero_is_shown_as_zero(backpack: Any) -> None:
+    shown = await backpack("senses", "ship", "--limit", "2")
+    assert "1 edited 0.00 zero 2 " in shown
+    assert shown.count("zero") == 1

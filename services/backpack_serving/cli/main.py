@@ -45,6 +45,7 @@ def _add_commands() -> None:
     from backpack_serving.cli import control, database, experiment, lab, model, releases, serve, tenants, text
     from backpack_serving.cli.adapt import adapt
     from backpack_serving.cli.compare import compare
+    from backpack_serving.cli.find import find, tokenize
     from backpack_serving.cli.generate import generate
     from backpack_serving.cli.run import run
     from backpack_serving.cli.secrets import write
@@ -57,7 +58,7 @@ def _add_commands() -> None:
     app.command(rich_help_panel="Serving")(health)
     app.command("secrets", rich_help_panel="Serving")(write)
     app.add_typer(database.app, name="database", rich_help_panel="Serving")
-    for command in (generate, text.score, text.explain, compare, text.senses):
+    for command in (generate, text.score, text.explain, compare, text.senses, find, tokenize):
         app.command(rich_help_panel="Calling")(command)
     app.command("try", rich_help_panel="Steering")(try_edits)
     app.command(rich_help_panel="Steering")(steer)
