@@ -57,10 +57,12 @@ async def _release_of(system: System, key: Metadata, *revisions: tuple[ipb.Edit,
 
 
 def _said(answer: Any) -> Any:
-    """The answer without what it was made with."""
+    """The answer without what it was made with, which the token of a next page names, too."""
     said = type(answer)()
     said.CopyFrom(answer)
     said.ClearField("served")
+    if isinstance(said, pb.FindSensesResponse):
+        said.ClearField("next_page_token")
     return said
 
 

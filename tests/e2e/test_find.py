@@ -113,6 +113,8 @@ async def test_the_release_decides(system: System) -> None:
     assert place not in {(s.token.id, s.sense) for s in steered.senses}
     assert plain.senses[0] == first
     assert list(steered.senses)[:19] == list(plain.senses)[1:]
+    drafted = await _find(system, key, release=0, draft=pb.Draft(edits=[_zero(first.token.text.strip(), first.sense)]))
+    assert (list(drafted.senses), bool(drafted.served.draft_digest)) == (list(steered.senses), True)
     doubled = await system.release(
         key,
         ipb.Edit(scale=ipb.ScaleEdit(cells=[ipb.Cells(word=pb.Word(token=first.token.id))], factor=2.0)),
