@@ -287,7 +287,10 @@ async def test_tokenize_shows_ids_and_both_forms_of_a_word(served: ServedModel, 
     assert f"inside a text {inside[0]} ' king'" in shown
 
 
-async def test_a_sense_that_is_zero_is_shown_as_zero(backpack: Any) -> None:
-    shown = await backpack("senses", "ship", "--limit", "2")
-    assert "1 edited 0.00 zero 2 " in shown
-    assert shown.count("zero") == 1
+async def test_a_sense_that_is_zero_is_shown_as_zero(backpack: Any, tmp_path: Path) -> None:
+    for more in ((), ("--neighbours", "2"), ("--html", str(tmp_path / "ship.html"))):
+        shown = await backpack("senses", "ship", "--limit", "2", *more)
+        assert "1 edited 0.00 zero 2 " in shown
+        assert shown.count(" 0.00 zero ") == 1
+    cards = (tmp_path / "ship.html").read_text("utf-8").split("<section")
+    assert [card.count("class=chip") for card in cards[2:4]] == [0, 4]

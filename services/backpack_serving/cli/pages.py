@@ -17,13 +17,14 @@ TERMS = 1000  # as many as an answer may list; the rest is summed up
 
 
 def write_word(word: str, answer: Senses, file: Path) -> None:
-    """The page of a word's senses."""
+    """The page of a word's senses; of one that is zero no words, as all scores and cosines are 0."""
 
     def scored(some: Sequence[tuple[Token, float]]) -> tuple[tuple[str, float], ...]:
         return tuple((token.text.strip() or repr(token.text), score) for token, score in some)
 
     senses = tuple(
-        SensePage(s.norm, s.edited, scored(s.raises), scored(s.lowers), scored(s.neighbours)) for s in answer.senses
+        SensePage(s.norm, s.edited, *(scored(some if s.norm else ()) for some in (s.raises, s.lowers, s.neighbours)))
+        for s in answer.senses
     )
     file.write_text(WordPage(word, senses, _served_note(answer.served)).html(), "utf-8")
 

@@ -143,8 +143,8 @@ def senses(
     for sense in answer.senses:
         mark = " [yellow]edited[/]" if sense.edited else ""
         words = [_token_spans(some) for some in (sense.raises, sense.lowers, sense.neighbours)]
-        if not sense.norm:  # all scores are 0, so any words would be listed
-            words[:2] = [Text("zero", "dim"), Text()]
+        if not sense.norm:  # all scores and cosines are 0, so any words would be listed
+            words = [Text("zero", "dim"), Text(), Text()]
         table.add_row(f"{sense.number}{mark}", f"{sense.norm:.2f}", *words[: 3 if near else 2])
     out.print(table)
     if page is not None:
