@@ -17,6 +17,9 @@ from backpack_serving.settings import Settings
 SHOWN = 4
 """Words that move most."""
 
+WORTH_SHOWING = 5e-4
+"""Least change of a word's mean probability that is shown."""
+
 PATIENCE = 30.0
 """Seconds to wait for a judgement: the first one that needs topic scores may take minutes."""
 
@@ -59,9 +62,10 @@ def ask_if_worse(found: Judgement | None, yes: bool) -> None:
 def _judgement_text(found: Judgement) -> Text:
     worse = found.change > Settings().degradation
     what = [counted(found.cells, "cell")] + ([counted(found.topics, "topic")] if found.topics else [])
-    moved = ", ".join(f"{word.token.text.strip()!r} {word.after - word.before:+.2%}" for word in found.moved[:SHOWN])
+    words = [word for word in found.moved[:SHOWN] if abs(word.after - word.before) >= WORTH_SHOWING]
+    moved = ", ".join(f"{word.token.text.strip()!r} {word.after - word.before:+.2%}" for word in words)
     return Text.assemble(
         (f"{' and '.join(what)}; ordinary text: perplexity {found.before:.2f} → {found.after:.2f} ", ""),
         (f"({found.change:+.1%})", "yellow" if worse else "green"),
-        (f"; moved most: {moved}" if moved else "; no word moved", "dim"),
+        (f"; moved most: {moved}" if moved else "; no word moves by 0.05 %", "dim"),
     )
