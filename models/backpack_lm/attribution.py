@@ -148,7 +148,13 @@ def _nearest(table: SenseTable, tokens: int, vectors: Tensor, token: int, count:
     if count == 0:
         return vectors[:, :0].topk(0)
     slices = (slice(at, min(at + 4096, tokens)) for at in range(0, tokens, 4096))
-    parts = [torch.cosine_similarity(table.vectors(part), vectors, dim=-1) for part in slices]
-    cosines = torch.cat(parts)  # [V, k]
+    cosines = torch.cat([_cosines_by_sense(table.vectors(part), vectors) for part in slices])  # [V, k]
     cosines[token] = float("-inf")
     return cosines.t().topk(count)
+
+
+def _cosines_by_sense(some: Tensor, vectors: Tensor) -> Tensor:
+    """Of some [n, k, d] with vectors [k, d], sense by sense: [n, k]; 0 for zeros."""
+    # Not torch.cosine_similarity, which writes the products [n, k, d] into memory.
+    cosines: Tensor = torch.einsum("nkd,kd->nk", some, vectors)
+    return cosines.div_((some.norm(dim=-1) * vectors.norm(dim=-1)).clamp_min(1e-12))

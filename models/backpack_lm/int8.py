@@ -66,4 +66,7 @@ def restore(stored: Tensor) -> Tensor:
     count = -(-stored.shape[-1] // (BLOCK + _SCALE))
     width = stored.shape[-1] - count * _SCALE
     scales = stored[..., width:].flatten().clone().view(torch.float32).view(*stored.shape[:-1], count)  # aligned
-    return stored[..., :width] * scales.repeat_interleave(BLOCK, -1)[..., :width]
+    whole = stored[..., :width].float()
+    if width % BLOCK:
+        return whole * scales.repeat_interleave(BLOCK, -1)[..., :width]
+    return whole.view(*scales.shape, BLOCK).mul_(scales[..., None]).flatten(-2)
