@@ -64,13 +64,20 @@ class OrdinaryText:
         self._model, self._table, self._rows, self._keep = model, table, rows, keep
         self._head = model.embedding.detach()[: model.config.tokens]
         self._passes: dict[int, TrunkPass] = {}
-        self._plain: dict[int, _Read] = {}
+        self._plain: dict[int, RowReading] = {}
 
-    @torch.inference_mode()
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def under(self, overlay: Overlay, limit: int) -> SideEffects:
         """What a release does to the text; `limit` words at most."""
-        read = [self._read_row(number, overlay) for number in range(len(self._rows))]
-        before, after = _Read.together([plain for plain, _ in read]), _Read.together([steered for _, steered in read])
+        return self.effects([self.read(number, overlay) for number in range(len(self))], limit)
+
+    @torch.inference_mode()
+    def effects(self, read: Sequence[tuple[RowReading, RowReading]], limit: int) -> SideEffects:
+        """The same of all rows, read before."""
+        before = RowReading.together([plain for plain, _ in read])
+        after = RowReading.together([steered for _, steered in read])
         allowed = after.logs != -math.inf
         if not bool(allowed.any()):  # nothing of the text is left
             allowed = ~allowed
@@ -83,38 +90,40 @@ class OrdinaryText:
             int(allowed.sum()), _perplexity_of(before.logs[allowed]), _perplexity_of(after.logs[allowed]), tuple(words)
         )
 
-    def _read_row(self, number: int, overlay: Overlay) -> tuple[_Read, _Read]:
+    @torch.inference_mode()
+    def read(self, number: int, overlay: Overlay) -> tuple[RowReading, RowReading]:
         """A row unpatched and under a release."""
         row = self._rows[number]
-        read = self._passes.get(number) or TrunkPass(self._model, self._table, row[:-1])
+        trunk = self._passes.get(number) or TrunkPass(self._model, self._table, row[:-1])
         if number not in self._plain:
-            self._plain[number] = self._predict(read.base, row[1:])
+            self._plain[number] = self._predict(trunk.base, row[1:])
         if self._keep:
-            self._passes[number] = read
-        first, changed = read.under(overlay)
-        if first == read.predictions and overlay.bias is None:
+            self._passes[number] = trunk
+        first, changed = trunk.under(overlay)
+        if first == trunk.predictions and overlay.bias is None:
             return self._plain[number], self._plain[number]
-        return self._plain[number], self._predict(torch.cat([read.base[:first], changed]), row[1:], overlay)
+        return self._plain[number], self._predict(torch.cat([trunk.base[:first], changed]), row[1:], overlay)
 
-    def _predict(self, outputs: Tensor, targets: Tensor, overlay: Overlay | None = None) -> _Read:
+    def _predict(self, outputs: Tensor, targets: Tensor, overlay: Overlay | None = None) -> RowReading:
         """Outputs [T, d], with an overlay's biases, and the tokens [T] that came."""
         read = []
         for at, logits in logits_in_pieces(outputs, self._head):
             logs = (overlay.biased(logits) if overlay else logits).log_softmax(1)
             chosen = logs.gather(1, targets[at : at + len(logits), None])[:, 0]
-            read.append(_Read(chosen, logs.exp_().sum(0).double()))
-        return _Read.together(read)
+            read.append(RowReading(chosen, logs.exp_().sum(0).double()))
+        return RowReading.together(read)
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
-    """Of predictions: log p of the tokens that came [T], and the sum of each token's probability [V]."""
+class RowReading:
+    """Of the predictions of a row, or of several: log p of the tokens that came [T], and the sum of each token's
+    probability [V]."""
 
     logs: Tensor
     probability: Tensor
 
     @classmethod
-    def together(cls, some: Sequence[_Read]) -> _Read:
+    def together(cls, some: Sequence[RowReading]) -> RowReading:
         return cls(torch.cat([one.logs for one in some]), torch.stack([one.probability for one in some]).sum(0))
 
 

@@ -95,10 +95,10 @@ async def test_a_judgement_says_what_is_done_to_ordinary_text(system: System) ->
     plain = await _ask(system, "Judge", pb.JudgeRequest(release=0), key)
     assert plain.perplexity_before == plain.perplexity_after
     assert not plain.moved
-    assert (plain.cells, plain.topics) == (0, 0)
+    assert (plain.cells, plain.topics, plain.biased) == (0, 0, 0)
     harm = await _ask(system, "Judge", _with_draft("Judge", _scale("the", 0.0), topic("sea")), key)
     senses = (await _ask(system, "ListSenses", pb.ListSensesRequest(word=pb.Word(text="the")), key)).senses
-    assert (harm.tokens, harm.cells, harm.topics) == (plain.tokens, len(senses), 1)
+    assert (harm.tokens, harm.cells, harm.topics, harm.biased) == (plain.tokens, len(senses), 1, 0)
     assert harm.perplexity_before == plain.perplexity_before
     assert harm.perplexity_after > 1.05 * harm.perplexity_before
     moves = [abs(word.after - word.before) for word in harm.moved]

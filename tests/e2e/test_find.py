@@ -262,7 +262,7 @@ async def test_find_shows_senses_the_tokens_taken_and_what_to_do_next(
     assert f"({start})" in shown
     named = next(c for c in best if served.tokenizer.piece(c.token).startswith(" "))
     word = served.tokenizer.piece(named.token).strip()
-    assert f"backpack patch scale NAME {word} --senses {named.sense} --factor 0" in shown
+    assert f"backpack try PROMPT --edit 'scale {word}:{named.sense} 0'" in shown
     lowered = await backpack("find", "king", "--against", "queen", "--lowers", "--by", "use", "--limit", "1")
     (cell,) = _search(served, Effect.LOWER, "queen").cells(0, 1, by_use=True)
     assert f"{served.tokenizer.piece(cell.token)!r} {cell.sense} {cell.score:+.2f}" in lowered

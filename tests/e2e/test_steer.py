@@ -101,7 +101,9 @@ def test_commands_say_which_tokens_they_took(backpack: Any) -> None:
     assert "tokens: ' The'\n" in backpack("patch", "scale", "p", "The", "--factor", "0.5", "--form", "inner", *words)
     made = backpack("steer", "q", "scale the 0.5", "--any-case", *words)
     assert "tokens: ' the', 'the', ' The', 'The'" in made
-    assert "never: ' The', 'The'" in backpack("steer", "q", "forbid The", *words)
+    never = backpack("steer", "q", "forbid The", *words)
+    assert "never: ' The', 'The'" in never
+    assert "2 biased tokens; ordinary text: perplexity" in never
 
 
 def test_steering_adds_to_what_steers_already(backpack: Any) -> None:

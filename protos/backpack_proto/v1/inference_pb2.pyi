@@ -939,14 +939,16 @@ class JudgeResponse(_message.Message):
     CELLS_FIELD_NUMBER: _builtins.int
     TOPICS_FIELD_NUMBER: _builtins.int
     SERVED_FIELD_NUMBER: _builtins.int
+    BIASED_FIELD_NUMBER: _builtins.int
     tokens: _builtins.int
-    """How many tokens of it were predicted."""
+    """How many tokens of it were predicted; those that the release forbids don't count."""
     perplexity_before: _builtins.float
     """Of the model unpatched."""
     perplexity_after: _builtins.float
     cells: _builtins.int
-    """Cells that the release replaces, and topics that multiply senses of every word."""
+    """Cells that the release replaces, topics that multiply senses of every word, tokens whose logit has a bias."""
     topics: _builtins.int
+    biased: _builtins.int
     @_builtins.property
     def moved(self) -> _containers.RepeatedCompositeFieldContainer[Global___MovedWord]:
         """Words whose mean probability over the text moves most, largest move first."""
@@ -963,10 +965,11 @@ class JudgeResponse(_message.Message):
         cells: _builtins.int = ...,
         topics: _builtins.int = ...,
         served: Global___Served | None = ...,
+        biased: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["served", b"served"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "moved", b"moved", "perplexity_after", b"perplexity_after", "perplexity_before", b"perplexity_before", "served", b"served", "tokens", b"tokens", "topics", b"topics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["biased", b"biased", "cells", b"cells", "moved", b"moved", "perplexity_after", b"perplexity_after", "perplexity_before", b"perplexity_before", "served", b"served", "tokens", b"tokens", "topics", b"topics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -81,8 +81,9 @@ def find(
         err.print(Text(note, "dim"))
     if (first := next(filter(_is_word, answer.senses), None)) is not None:
         word = shlex.quote(first.token.text.strip())
-        command = hints.backpack(f"patch scale NAME {word} --senses {first.sense} --factor 0")
-        err.print(Text(f"take sense {first.sense} of {first.token.text.strip()} away: {command}", "dim"))
+        edit = shlex.quote(f"scale {word}:{first.sense} 0")
+        command = hints.backpack(f"try PROMPT --edit {edit}")
+        err.print(Text(f"try it without sense {first.sense} of {first.token.text.strip()}: {command}", "dim"))
     footnote(answer.served)
 
 
@@ -93,7 +94,8 @@ def tokenize(
 ) -> None:
     """Show the tokens of a text with their ids; of one word, also those that it is inside a text.
 
-    Edits and `backpack find` mean a word as it stands inside a text, behind a space: `backpack tokenize horse`
+    Commands that edit a word edit both tokens, `backpack find` and `senses` look at the one inside a text:
+    `backpack tokenize horse`
     """
     with as_caller(tenant, key) as client:
         forms = [("", client.tokenize(text))]

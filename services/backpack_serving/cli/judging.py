@@ -61,11 +61,12 @@ def ask_if_worse(found: Judgement | None, yes: bool) -> None:
 
 def _judgement_text(found: Judgement) -> Text:
     worse = found.change > Settings().degradation
-    what = [counted(found.cells, "cell")] + ([counted(found.topics, "topic")] if found.topics else [])
+    parts = (found.cells, "cell"), (found.topics, "topic"), (found.biased, "biased token")
+    what = [counted(number, noun) for number, noun in parts if number] or ["no edit"]
     words = [word for word in found.moved[:SHOWN] if abs(word.after - word.before) >= WORTH_SHOWING]
     moved = ", ".join(f"{word.token.text.strip()!r} {word.after - word.before:+.2%}" for word in words)
     return Text.assemble(
-        (f"{' and '.join(what)}; ordinary text: perplexity {found.before:.2f} → {found.after:.2f} ", ""),
+        (f"{', '.join(what)}; ordinary text: perplexity {found.before:.2f} → {found.after:.2f} ", ""),
         (f"({found.change:+.1%})", "yellow" if worse else "green"),
         (f"; moved most: {moved}" if moved else "; no word moves by 0.05 %", "dim"),
     )

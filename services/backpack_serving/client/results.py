@@ -266,7 +266,8 @@ class Judgement:
     """What a release does to text that it should leave alone.
 
     Perplexities are of `tokens` predictions of text that lies beside the model, unpatched and under the release.
-    `moved` are the words whose probability moves most; `cells` how many the release replaces, `topics` how many it has.
+    `moved` are the words whose probability moves most; `cells` how many the release replaces, `topics` how many it has,
+    `biased` how many tokens have a bias.
     """
 
     before: float
@@ -275,6 +276,7 @@ class Judgement:
     moved: tuple[Moved, ...]
     cells: int
     topics: int
+    biased: int
     served: Served
 
     @property
@@ -286,7 +288,7 @@ class Judgement:
     def of(cls, m: pb.JudgeResponse) -> Judgement:
         moved = tuple(Moved(Token.of(word.token), word.before, word.after) for word in m.moved)
         before, after = m.perplexity_before, m.perplexity_after
-        return cls(before, after, m.tokens, moved, m.cells, m.topics, Served.of(m.served))
+        return cls(before, after, m.tokens, moved, m.cells, m.topics, m.biased, Served.of(m.served))
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,10 +87,14 @@ class ModelReader:
         return await self._run_in_turn(tenant, self._served.senses, token, overlay, limit, neighbours)
 
     async def judge(self, tenant: str, overlay: Overlay, limit: int) -> SideEffects:
-        """What a release does to the model's ordinary text. Raises PreconditionFailed if the model has none."""
+        """What a release does to the model's ordinary text, each excerpt of which is a turn of its own. Raises
+        PreconditionFailed if the model has none.
+        """
         if self._text is None:
             self._text = await self._run_in_turn(tenant, self._served.ordinary_text)
-        found = await self._run_in_turn(tenant, self._text.under, overlay, limit)
+        text = self._text
+        read = [await self._run_in_turn(tenant, text.read, number, overlay) for number in range(len(text))]
+        found = await self._run_in_turn(tenant, text.effects, read, limit)
         if math.isnan(found.before + found.after):
             raise Internal("NON_FINITE", "the release makes the model predict no numbers")
         return found

@@ -150,6 +150,7 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
                 moved=answers.write_moved(effects.moved, self._tokenizer),
                 cells=len(overlay.rows),
                 topics=len(overlay.topics),
+                biased=len(overlay.bias.tokens) if overlay.bias else 0,
                 served=answers.served(pin, overlay.digest, self._manifest),
             )
 
