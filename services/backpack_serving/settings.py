@@ -107,7 +107,10 @@ def secretless(text: str) -> str:
 
 def unread() -> list[str]:
     """Variables and lines of `.env` that are called like ours and that nothing reads: misspelt, perhaps."""
-    ours = {f"BACKPACK_{name.upper()}" for name in Settings.model_fields} | {"BACKPACK_KEY"}  # a command's --key
+    ours = {f"BACKPACK_{name.upper()}" for name in Settings.model_fields} | {
+        "BACKPACK_KEY",
+        "BACKPACK_TENANT",
+    }  # a command's --key, --as
     named = {*os.environ, *map(str.upper, DotEnvSettingsSource(Settings).env_vars)}
     return sorted(name for name in named if name.startswith("BACKPACK_") and name not in ours)
 

@@ -323,7 +323,10 @@ def test_a_key_is_one_line_however_narrow_the_terminal(backpack: Any, monkeypatc
         (("model", "verify", "/nowhere"), "backpack model import"),
     ],
 )
-def test_a_refusal_is_one_line(backpack: Any, words: tuple[str, ...], says: str) -> None:
+def test_a_refusal_is_one_line(
+    backpack: Any, words: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BACKPACK_TENANT", "harbour")
     (line,) = [line for line in backpack(*words, code=1).splitlines() if line.startswith("error: ")]
     assert says in line
 
@@ -339,7 +342,10 @@ def test_a_refusal_is_one_line(backpack: Any, words: tuple[str, ...], says: str)
         ('[{"scale": {"cells": [{"word": {"text": "king"}, "senses": [99]}]}}]', "senses are 0 to 7"),
     ],
 )
-def test_a_bad_patch_file_is_one_line_and_makes_no_patch(backpack: Any, tmp_path: Path, text: str, says: str) -> None:
+def test_a_bad_patch_file_is_one_line_and_makes_no_patch(
+    backpack: Any, tmp_path: Path, text: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BACKPACK_TENANT", "harbour")
     file = tmp_path / "patch.json"
     file.write_text(text)
     output = backpack("patch", "revise", "mistake", str(file), code=1)
@@ -435,9 +441,9 @@ def test_help_teaches(backpack: Any) -> None:
 
 
 def test_a_topic_word_of_several_tokens_is_told(backpack: Any) -> None:
-    said = backpack("patch", "topic", "nautical", "sea", "kingdomless", " ship", "sea")
+    said = backpack("patch", "topic", "nautical", "sea", "kingdomless", " ship", "sea", "--as", "harbour")
     assert "several tokens in this model: kingdomless; the topic steers towards the first of each" in said
-    assert "several" not in backpack("patch", "topic", "nautical", "sea", " ship", "sea")
+    assert "several" not in backpack("patch", "topic", "nautical", "sea", " ship", "sea", "--as", "harbour")
 
 
 def test_releases_are_listed_to_the_first(backpack: Any, environment: dict[str, str]) -> None:

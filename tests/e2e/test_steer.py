@@ -106,6 +106,22 @@ def test_commands_say_which_tokens_they_took(backpack: Any) -> None:
     assert "2 biased tokens; ordinary text: perplexity" in never
 
 
+def test_whose_it_is_to_change_is_never_guessed(backpack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in (
+        ("patch", "scale", "p", "king", "--factor", "0"),
+        ("patch", "delete", "p"),
+        ("release", "create", "p:1"),
+        ("release", "activate", "0"),
+        ("release", "rollback"),
+        ("canary", "abort"),
+    ):
+        refused = backpack(*words, code=1)
+        assert "say whose it is to change: --as NAME (" in refused
+        assert "clinic, " in refused
+    monkeypatch.setenv("BACKPACK_TENANT", "harbour")
+    assert "tenants/harbour/patches/p/" in backpack("patch", "scale", "p", "king", "--factor", "0")
+
+
 def test_steering_adds_to_what_steers_already(backpack: Any) -> None:
     backpack("tenant", "create", "adds")
     words = ("--as", "adds")
@@ -131,13 +147,14 @@ def test_steering_adds_to_what_steers_already(backpack: Any) -> None:
         (("try", "x"), "no edits: give some"),
         (("try", "x", "--edit", "scale unpronounceableness 0"), "draft.edits[0].scale.cells[0].word"),
         (("steer", "bad"), "no edits: give some"),
-        (("steer", "bad", "scale unpronounceableness 0"), "edits[0].scale.cells[0].word"),
-        (("steer", "Bad!", "scale king 0"), "BAD_NAME"),
+        (("steer", "bad", "scale king 0"), "say whose it is to change: --as NAME ("),
+        (("steer", "bad", "scale unpronounceableness 0", "--as", "clinic"), "edits[0].scale.cells[0].word"),
+        (("steer", "Bad!", "scale king 0", "--as", "clinic"), "BAD_NAME"),
     ],
 )
 def test_bad_edits_are_refused_and_leave_no_patch(backpack: Any, words: tuple[str, ...], says: str) -> None:
     assert says in backpack(*words, code=1)
-    assert "bad" not in backpack("patch", "list")
+    assert "bad" not in backpack("patch", "list", "--as", "clinic")
 
 
 def test_what_makes_ordinary_text_worse_is_asked_about(backpack: Any, served: ServedModel) -> None:

@@ -104,7 +104,22 @@ if isinstance(sys.stdout, TextIOWrapper):
 
 AsTenant = Annotated[
     str,
-    typer.Option("--as", metavar="TENANT", help="Call as this tenant, with its key from the state folder of `run`."),
+    typer.Option(
+        "--as",
+        metavar="TENANT",
+        envvar="BACKPACK_TENANT",
+        help="Call as this tenant, with its key from the state folder of `run`.",
+    ),
+]
+AsWriter = Annotated[
+    str,
+    typer.Option(
+        "--as",
+        metavar="TENANT",
+        envvar="BACKPACK_TENANT",
+        help="Whose it is to change, with the tenant's key from the state folder of `run`. Never guessed.",
+        show_default=False,
+    ),
 ]
 Key = Annotated[str, typer.Option(envvar="BACKPACK_KEY", help="API key, instead of --as.", show_default=False)]
 
@@ -255,10 +270,18 @@ def _connection_arguments(settings: Settings) -> dict[str, Any]:
 
 
 def _kept_key(settings: Settings, tenant: str) -> str:
+    if not tenant:
+        named = f" ({', '.join(names)})" if (names := _tenants_with_keys(settings)) else ""
+        raise ValueError(f"say whose it is to change: --as NAME{named}, BACKPACK_TENANT, or a key: --key, BACKPACK_KEY")
     file = settings.key_file(tenant)
     if not file.exists():
         raise FileNotFoundError(f"no API key: {file.absolute()} doesn't exist; {_where_keys_are(settings, tenant)}")
     return read_key_file(file)
+
+
+def _tenants_with_keys(settings: Settings) -> list[str]:
+    """Those whose keys are in the state folder."""
+    return [file.stem for file in sorted(settings.state.glob("*.key")) if file.stem not in ("admin", "replica")]
 
 
 def _where_keys_are(settings: Settings, tenant: str) -> str:
@@ -271,7 +294,7 @@ def _where_keys_are(settings: Settings, tenant: str) -> str:
             + f", where no keys are. Run this where `{hints.backpack('run')}` was started, set BACKPACK_STATE to "
             "the state folder that it named, or give a key: BACKPACK_KEY or --key"
         )
-    named = [name for name in others if name not in ("admin", "replica")]
+    named = _tenants_with_keys(settings)
     choose = f"name another tenant with --as ({', '.join(named)}), " if named else ""
     return f"{choose}give --key, set BACKPACK_KEY, or make this one: {hints.backpack(f'tenant create {tenant}')}"
 

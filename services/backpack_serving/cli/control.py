@@ -20,6 +20,7 @@ from rich.text import Text
 from backpack_serving.cli import hints
 from backpack_serving.cli.client import (
     AsTenant,
+    AsWriter,
     Key,
     as_releaser,
     err,
@@ -109,7 +110,7 @@ def revise(
         ),
     ],
     dry_run: Annotated[bool, typer.Option(help="Check the edits without storing a revision.")] = False,
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """Add a revision of several edits, read from a file.
@@ -129,7 +130,7 @@ def scale(
     senses: Senses = "",
     form: Forms = "both",
     any_case: AnyCase = False,
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """Scale senses: v ← factor · v.
@@ -148,7 +149,7 @@ def copy(
     senses: Senses = "",
     form: Forms = "both",
     any_case: AnyCase = False,
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """Give words the senses of another word.
@@ -166,7 +167,7 @@ def project_out(
     senses: Senses = "",
     form: Forms = "both",
     any_case: AnyCase = False,
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """Remove a word's direction from senses: v ← v − (v·r)/(r·r) r.
@@ -185,7 +186,7 @@ def swap(
     senses: Senses = "",
     form: Forms = "both",
     any_case: AnyCase = False,
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """Make senses promote one word instead of another (knowledge editing).
@@ -203,7 +204,7 @@ def topic(
     constant: Annotated[
         bool, typer.Option(help="Keep steering at full strength after the topic has appeared.")
     ] = False,
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """Steer text towards a topic.
@@ -222,7 +223,7 @@ def bias(
         typer.Option(help="Added to their logits, -100 to 100: 0.7 doubles their odds, -2.3 leaves a tenth."),
     ] = None,
     never: Annotated[bool, typer.Option("--never", help="Forbid the words.")] = False,
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """Raise or lower the logits of words, wherever they could come next; or forbid them.
@@ -318,7 +319,7 @@ def upload(
     ],
     replace: Annotated[bool, typer.Option("--set", help="Replace the vectors instead of adding to them.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Check the file without storing a revision.")] = False,
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """Add a revision from a file with a vector for each cell, such as finetuning learns."""
@@ -354,7 +355,7 @@ def describe(
     text: Annotated[
         str | None, typer.Argument(help="The new description; without it, the current one is shown.")
     ] = None,
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """Show a patch's description, or change it."""
@@ -368,7 +369,7 @@ def describe(
 @patch_app.command("delete")
 def delete(
     patch: Annotated[str, typer.Argument(help="Name of the patch.")],
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """Delete a patch. Releases keep its revisions; the name can't be used again."""

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from backpack_serving import client
 from backpack_serving.cli import hints
-from backpack_serving.cli.client import AsTenant, Channel, Key, as_admin, as_releaser, err, out, table, when
+from backpack_serving.cli.client import AsTenant, AsWriter, Channel, Key, as_admin, as_releaser, err, out, table, when
 from backpack_serving.cli.judging import ask_if_worse, judge_stored
 from backpack_serving.client import Move, Wait
 
@@ -69,7 +69,7 @@ def create_release(
     channel: Channel = "live",
     wait: Waiting = "none",
     timeout: Timeout = 10.0,
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """Create a release from revisions.
@@ -94,7 +94,7 @@ def activate_release(
     channel: Channel = "live",
     wait: Waiting = "none",
     timeout: Timeout = 10.0,
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """Point a channel at a release.
@@ -114,7 +114,7 @@ def rollback(
     channel: Channel = "live",
     wait: Waiting = "none",
     timeout: Timeout = 10.0,
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """Point a channel back at its previous release."""
@@ -186,7 +186,7 @@ def start_canary(
     channel: Channel = "live",
     wait: Waiting = "none",
     timeout: Timeout = 10.0,
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """Send part of a channel's requests to a release, or change how many.
@@ -205,7 +205,7 @@ def promote_canary(
     channel: Channel = "live",
     wait: Waiting = "none",
     timeout: Timeout = 10.0,
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """Make the canary's release the channel's release."""
@@ -218,7 +218,7 @@ def abort_canary(
     channel: Channel = "live",
     wait: Waiting = "none",
     timeout: Timeout = 10.0,
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """End the canary: all requests get the channel's own release again."""

@@ -15,6 +15,7 @@ from rich.text import Text
 from backpack_serving.cli import hints
 from backpack_serving.cli.client import (
     AsTenant,
+    AsWriter,
     Channel,
     Key,
     ReleaseNumber,
@@ -109,7 +110,7 @@ def steer(
     channel: Channel = "live",
     wait: Waiting = "none",
     timeout: Timeout = 10.0,
-    tenant: AsTenant = "harbour",
+    tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
     """Make a revision of a patch from edits, and a release of it, in one command.
