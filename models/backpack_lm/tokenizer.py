@@ -55,6 +55,9 @@ class Tokenizer:
         would add behind a text is left out: a model goes on there."""
         self.longest: int = max(map(len, self._bytes))
         """Bytes of the longest token."""
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(token for token, one in added.items() if one.special)
+        """Ids of tokens that the file calls special: marks, not words of a text."""
 
     @staticmethod
     def read(path: Path, digest: str | None = None) -> Tokenizer:

@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Form = Literal["json_schema", "regex", "grammar"]
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What a new text has to be, whole: a JSON value that a schema describes, what a regular expression matches, or
+    what a grammar in Lark's syntax or GBNF derives. Not compiled yet."""
+
+    form: Form
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +24,7 @@ class SamplingParams:
     `temperature` 0 is greedy, `top_k` 0 and `top_p` 1 leave the whole vocabulary. `log_probabilities` is how
     many alternatives to report with each token, None for no log-probabilities at all. `stop` strings are
     looked for in the text, so outside the engine, which knows only tokens. From `logit_bias` on, what changes the
-    logits that are drawn from: `engine/logits.py`.
+    logits that are drawn from: `engine/logits.py`. So does a `structure`, which the engine is given compiled.
     """
 
     max_tokens: int = 64
@@ -30,6 +42,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     min_tokens: int = 0
     bad_words: tuple[tuple[int, ...], ...] = ()
+    structure: Structure | None = None
 
     @property
     def changes_logits(self) -> bool:

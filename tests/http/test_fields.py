@@ -47,7 +47,6 @@ def test_what_a_completion_cant_have_is_refused_by_name(name: str, value: Any) -
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("functions", [{}]),
-        ("response_format", {"type": "json_object"}),
         ("modalities", ["text", "audio"]),
         ("audio", {}),
         ("prediction", {}),

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from backpack_lm.counted import counted
+from backpack_lm.strict_json import UTF8
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -53,6 +55,22 @@ def generate(
     bad_word: Annotated[
         list[str] | None, typer.Option(help="Forbid this spelling, with and without a space before it; repeatable.")
     ] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The text is JSON that the schema in FILE describes.", exists=True, dir_okay=False
+        ),
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="The whole text matches this regular expression.")] = None,
+    grammar: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The text follows the grammar in FILE: Lark's syntax, or GBNF.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.", min=0)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     samples: Annotated[
@@ -73,6 +91,10 @@ def generate(
     Without --temperature, --top-k, --top-p, --min-p and --repetition-penalty, tokens are drawn as the model's
     defaults say. With one of them, the others leave the whole vocabulary, at temperature 1, without a penalty.
 
+    --json-schema, --regex and --grammar hold the text to a form, and it ends where nothing may follow:
+    `backpack generate "The horse is called" --regex " [A-Z][a-z]{2,9}"`. Give --max-tokens enough room: a text that is
+    cut off is no whole value.
+
     Three texts, the same each time: `backpack generate "The king and the" --samples 3 --seed 1`
 
     What made each token likely: `backpack generate "The king and the" --temperature 0 --explain 3`. A token's
@@ -84,6 +106,7 @@ def generate(
         max_tokens, temperature, top_k, top_p, seed, stop or (), log_probabilities, samples=samples, min_p=min_p,
         repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
         min_tokens=min_tokens, bad_words=bad_word or (),
+        json_schema=_content(json_schema, "--json-schema"), regex=regex, grammar=_content(grammar, "--grammar"),
     )  # fmt: skip
     made = [_Made() for _ in range(samples)]
     with as_caller(tenant, key) as client:
@@ -104,6 +127,14 @@ def generate(
             out.print(_explanation_table(sample.tokens, f"sample {number}" if samples > 1 else None))
     assert made[0].served is not None, "the first part of each sample has it"
     footnote(made[0].served, f"{part.prompt_tokens} + {counted(part.generated_tokens, 'token')}")
+
+
+def _content(file: Path | None, option: str) -> str | None:
+    """The text in an option's file."""
+    try:
+        return file.read_text(UTF8) if file else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{file} is no text that can be read: {error}", param_hint=option) from None
 
 
 @dataclass(slots=True)

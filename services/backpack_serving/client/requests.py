@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
@@ -71,6 +72,10 @@ class Sampling:
     As in vLLM: `logit_bias` by token id (−100 to 100), `min_p`, the penalties (1 is no `repetition_penalty`, 0 none
     of the others), `min_tokens` before which no text ends by itself, and `bad_words`, spellings that it doesn't hold,
     with and without a space before them.
+
+    The whole text is what one of these says, and ends where nothing may follow: `json_schema`, a JSON Schema as a dict
+    or as JSON; `regex`, which all of it matches, without look-around and back-references; `grammar`, in Lark's syntax
+    or GBNF. `max_tokens` may still cut it off.
     """
 
     max_tokens: int = 64
@@ -89,14 +94,23 @@ class Sampling:
     presence_penalty: float = 0.0
     min_tokens: int = 0
     bad_words: Sequence[str] = ()
+    json_schema: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
     def message(self) -> pb.Sampling:
         temperature = self.temperature
         if temperature is None and self.top_k is not None:
             temperature = UNTRUNCATED.temperature  # no message says of a top_k of 0 that it is given
+        structure = {"json_schema": _json(self.json_schema), "regex": self.regex, "grammar": self.grammar}
+        given = {name: text for name, text in structure.items() if text is not None}
+        if len(given) > 1:  # a message holds one, the last
+            text = f"given together with {next(iter(given))}; a text can have one, leave the other out"
+            raise InvalidRequest.at(f"sampling.{[*given][1]}", "AMBIGUOUS", text)
         return build(
             pb.Sampling,
             "sampling",
+            **given,
             max_tokens=self.max_tokens,
             temperature=temperature,
             top_k=self.top_k or 0,
@@ -114,6 +128,15 @@ class Sampling:
             min_tokens=self.min_tokens,
             bad_words=self.bad_words,
         )
+
+
+def _json(schema: str | Mapping[str, Any] | None) -> str | None:
+    if schema is None or isinstance(schema, str):
+        return schema
+    try:
+        return json.dumps(dict(schema))
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest.at("sampling.json_schema", "NOT_JSON", f"it can't be written as JSON: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,7 +149,13 @@ class Engine:
         kernels = self._runner.kernels
         tokens = choose_all(change_all(logits, sampled, self._end_tokens), samplings, positions, kernels.draw)
         logs = log_probabilities(logits, tokens, samplings, kernels.log_probabilities)
-        return [self._commit_token(*made) for made in zip(sampled, tokens, logs, strict=True)]
+        made = enumerate(zip(sampled, tokens, logs, strict=True))
+        return [
+            self._commit_token(sequence, token, log)
+            if token is not None
+            else self._end_without_token(sequence, finite=bool(logits[n].isfinite().all()))
+            for n, (sequence, token, log) in made
+        ]
 
     def _grow(self) -> None:
         """Give decoding sequences the pages that their next tokens need.
@@ -224,14 +230,21 @@ class Engine:
         """Whose prefixes a sequence may use."""
         return "" if self._share_prefixes else sequence.request.tenant
 
-    def _commit_token(self, sequence: Sequence, token: int | None, logs: LogProbability | None) -> Output:
+    def _end_without_token(self, sequence: Sequence, finite: bool) -> Output:
+        """End a sequence that no token could be drawn for: by its grammar, if its logits are `finite`."""
+        assert sequence.slot is not None
+        digest, grammar = self._runner.digest(sequence.slot), sequence.grammar
+        self._finish(sequence)
+        if grammar is None or not finite:
+            return Output(sequence.request.id, -1, digest, None, Finish.NON_FINITE)
+        why = grammar.failure or "what it allows next is forbidden, by bad_words or otherwise"
+        return Output(sequence.request.id, -1, digest, None, Finish.NO_TOKEN, why=why)
+
+    def _commit_token(self, sequence: Sequence, token: int, logs: LogProbability | None) -> Output:
         request, slot = sequence.request, sequence.slot
         assert slot is not None
         digest = self._runner.digest(slot)
-        if token is None:
-            self._finish(sequence)
-            return Output(request.id, -1, digest, None, Finish.NON_FINITE)
-        sequence.tokens.append(token)
+        sequence.append(token)
         self._scheduler.charge(sequence)
         finish = sequence.finish_after(token, self._end_tokens)
         if finish:

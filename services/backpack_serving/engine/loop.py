@@ -35,6 +35,10 @@ class NonFiniteLogits(Exception):
     """The model predicts no numbers under this request's release."""
 
 
+class NoTokenAllowed(Exception):
+    """A request's grammar leaves no token that could come next: why."""
+
+
 class _TokenStream:
     """One request's tokens on their way to its reader: the first goes at once, then those of `gather` seconds."""
 
@@ -100,7 +104,7 @@ class EngineLoop:
         """The request's tokens: the first at once, then those of `gather` seconds together, the last at once.
 
         Leaving the iterator early aborts the request. Raises QueueFull, TooManyRows, TooManyTokens,
-        NonFiniteLogits or EngineStopped.
+        NonFiniteLogits, NoTokenAllowed or EngineStopped.
         """
         if not self.healthy:
             raise EngineStopped(str(self._failure or "the engine was stopped"))
@@ -120,6 +124,8 @@ class EngineLoop:
                     raise NonFiniteLogits(
                         f"the model predicts no numbers under release {digest}; roll its channel back"
                     )
+                if outputs[-1].finish is Finish.NO_TOKEN:
+                    raise NoTokenAllowed(outputs[-1].why)
                 yield outputs
         finally:
             del self._streams[request.id]

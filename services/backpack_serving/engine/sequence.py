@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 import numpy as np
 from backpack_lm.overlay import Overlay
@@ -19,6 +20,31 @@ class Finish(Enum):
     STOP = "stop"
     LENGTH = "length"
     NON_FINITE = "not numbers"
+    NO_TOKEN = "no token may come next"
+
+
+class GrammarState(Protocol):
+    """How far one text is in its grammar."""
+
+    complete: bool
+    """The text is all that the grammar wants, and nothing may follow."""
+
+    failure: str
+    """Why the grammar can't be followed any further; empty while it can."""
+
+    def allowed(self) -> np.ndarray:
+        """Which tokens may come next [V] bool: those that end texts exactly where the text may end. None at all if the
+        grammar can't be followed any further."""
+
+    def add(self, token: int) -> None:
+        """Go on by a token that was allowed."""
+
+
+class Grammar(Protocol):
+    """A compiled grammar: what texts are held to."""
+
+    def start(self) -> GrammarState:
+        """The state of a text of no token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +60,7 @@ class GenerationRequest:
     sampling: SamplingParams
     overlay: Overlay
     priority: int = 0
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +73,8 @@ class LogProbability:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One new token of one request, or that there is none: logits that aren't numbers end it, and `token` is −1.
+    """One new token of one request, or that there is none, and `token` is −1: logits that aren't numbers end it, and
+    so does a grammar that leaves no token, for the reason `why`.
 
     `digest` is read from the slot that the token was computed in. `first`: of its request.
     """
@@ -57,6 +85,7 @@ class Output:
     log_probability: LogProbability | None = None
     finish: Finish | None = None
     first: bool = False
+    why: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -122,15 +151,23 @@ class Sequence:
     pages: list[Page] = field(default_factory=list)
     pending_prefix: Prefix | None = None
     preempted: bool = False
+    grammar: GrammarState | None = None
     _seen: SeenTokens | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.prefill = len(self.tokens)
+        if self.request.grammar:
+            self.grammar = self.request.grammar.start()
 
     @property
     def generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        if self.grammar:
+            self.grammar.add(token)
 
     def seen_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """Its distinct tokens [n], and how often each was generated [n]."""
@@ -157,5 +194,7 @@ class Sequence:
         """Whether a token that was just appended ends the sequence."""
         sampling = self.request.sampling
         if token in end_tokens and not sampling.ignore_end_of_text:
+            return Finish.STOP
+        if self.grammar and self.grammar.complete:
             return Finish.STOP
         return Finish.LENGTH if self.generated >= sampling.max_tokens else None

@@ -11,11 +11,12 @@ from backpack_lm.overlay import Overlay
 from backpack_proto.v1 import inference_pb2 as pb
 
 from backpack_serving.engine.engine import QueueFull, TooManyRows, TooManyTokens
-from backpack_serving.engine.loop import EngineLoop, EngineStopped, NonFiniteLogits
-from backpack_serving.engine.sequence import Finish, GenerationRequest, Output
-from backpack_serving.errors import Exhausted, Internal, PreconditionFailed, Unavailable
+from backpack_serving.engine.loop import EngineLoop, EngineStopped, NonFiniteLogits, NoTokenAllowed
+from backpack_serving.engine.sequence import Finish, GenerationRequest, Grammar, Output
+from backpack_serving.errors import Exhausted, Internal, InvalidRequest, PreconditionFailed, Unavailable
 from backpack_serving.inference import wire as answers
 from backpack_serving.inference.detokenizer import IncrementalDetokenizer
+from backpack_serving.inference.grammars import GrammarCompiler
 from backpack_serving.inference.model_reader import ModelReader
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.observability import tracing
@@ -32,6 +33,8 @@ class TextGenerator:
 
     def __init__(self, served: ServedModel, engine: EngineLoop, reader: ModelReader, metrics: ReplicaMetrics) -> None:
         self._served, self._engine, self._reader = served, engine, reader
+        manifest = served.manifest
+        self._grammars = GrammarCompiler(served.tokenizer, manifest.config.tokens, manifest.end_tokens)
         self._prompts = metrics.prompts
         self._read, self._generated = metrics.tokens.labels("prompt"), metrics.tokens.labels("generated")
 
@@ -39,11 +42,14 @@ class TextGenerator:
         """The parts of a generation: of each sample the first token at once, then those of `coalesce` seconds.
 
         Raises Exhausted if the queue is full, PreconditionFailed for a release or a request that is too large, Internal
-        for a release that makes the model predict no finite numbers, Unavailable if the engine has stopped.
+        for a release that makes the model predict no finite numbers, InvalidRequest for a grammar that can't be
+        compiled or that no token goes on in, Unavailable if the engine has stopped.
         """
+        structure = params.sampling.structure
+        grammar = await self._grammars.compiled(pin.tenant, structure) if structure else None
         self._prompts.inc()
         self._read.inc(len(params.prompt))
-        samples = [self._sample(params, pin, overlay, coalesce, number) for number in range(params.samples)]
+        samples = [self._sample(params, pin, overlay, coalesce, number, grammar) for number in range(params.samples)]
         generated, unfinished = 0, params.samples
         try:
             with tracing.span("engine", prompt_tokens=len(params.prompt), samples=params.samples):
@@ -64,16 +70,27 @@ class TextGenerator:
             raise PreconditionFailed("REQUEST_TOO_LARGE", str(error)) from None
         except NonFiniteLogits as error:
             raise Internal("NON_FINITE", str(error)) from None
+        except NoTokenAllowed as error:
+            assert structure, "nothing else leaves no token"
+            raise InvalidRequest.at(f"sampling.{structure.form}", "NO_TOKEN", f"it leaves no token: {error}") from None
         except EngineStopped as error:
             raise Unavailable("ENGINE_STOPPED", str(error)) from None
 
     async def _sample(
-        self, params: wire.GenerationParams, pin: pb.Pin, overlay: Overlay, coalesce: float, number: int
+        self,
+        params: wire.GenerationParams,
+        pin: pb.Pin,
+        overlay: Overlay,
+        coalesce: float,
+        number: int,
+        grammar: Grammar | None,
     ) -> Parts:
         """The parts of one sample, `served` in the first and `finish_reason` in the last."""
         sampling = params.sample(number)
         text, ids = IncrementalDetokenizer(self._served.tokenizer, sampling.stop), list(params.prompt)
-        request = GenerationRequest(uuid.uuid4().hex, pin.tenant, params.prompt, sampling, overlay, params.priority)
+        request = GenerationRequest(
+            uuid.uuid4().hex, pin.tenant, params.prompt, sampling, overlay, params.priority, grammar
+        )
         first, finish = True, None
         async with aclosing(self._engine.generate(request, coalesce)) as batches:
             async for outputs in batches:

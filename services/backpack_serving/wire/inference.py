@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from backpack_lm import strict_json
 from backpack_lm.config import BackpackConfig
 from backpack_lm.generation import UNTRUNCATED, SamplingDefaults
 from backpack_lm.manifest import Manifest
@@ -15,7 +16,7 @@ from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
 
 from backpack_serving.errors import InvalidRequest
-from backpack_serving.sampling import SamplingParams
+from backpack_serving.sampling import SamplingParams, Structure
 from backpack_serving.wire.edits import WordReader
 
 PIN = "backpack-pin-bin"
@@ -24,6 +25,9 @@ PIN = "backpack-pin-bin"
 DEFAULT_TOKENS = 64
 LARGEST_STOP, MOST_STOPS, MOST_ALTERNATIVES, MOST_SAMPLES = 256, 16, 20, 16
 MOST_BIASES, MOST_BIAS, MOST_PENALTY, MOST_REPETITION_PENALTY, MOST_BAD_WORDS = 1024, 100, 2, 100, 64
+LARGEST_STRUCTURE = 65_536
+"""Bytes of a JSON schema, a regular expression or a grammar."""
+
 HIGHEST_PRIORITY = 100
 DEFAULT_EXPLAINED, MOST_EXPLAINED, MOST_IN_ONE_ANSWER = 8, 64, 40_000
 COALESCE, LONGEST_COALESCE = 0.03, 1.0
@@ -105,6 +109,7 @@ def read_generation(
         presence_penalty=s.presence_penalty,
         min_tokens=s.min_tokens,
         bad_words=tuple(_spellings(s.bad_words, tokenizer)),
+        structure=_read_structure(s),
     )
     return GenerationParams(prompt, sampling, s.samples or 1, request.priority, explain)
 
@@ -124,6 +129,11 @@ def _spellings(words: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[int
     for word in words:
         yield tuple(tokenizer.encode(word.strip()))
         yield tuple(tokenizer.encode(f" {word.strip()}"))
+
+
+def _read_structure(s: pb.Sampling) -> Structure | None:
+    form = s.WhichOneof("structure")
+    return Structure(form, getattr(s, form)) if form else None
 
 
 def normalize_request(request: Generation, params: GenerationParams) -> None:
@@ -250,6 +260,29 @@ def _sampling_violations(s: pb.Sampling, max_tokens: int, config: BackpackConfig
         if not 0 < (size := len(word.strip())) <= LARGEST_STOP:
             text = f"{size} characters without the spaces around it; 1 to {LARGEST_STOP}"
             yield Violation(f"sampling.bad_words[{at}]", "OUT_OF_RANGE", text)
+    if structure := _read_structure(s):
+        yield from _structure_violations(structure, s.ignore_end_of_text)
+
+
+def _structure_violations(structure: Structure, ignore_end_of_text: bool) -> Iterator[Violation]:
+    """What can be told without the library that compiles it."""
+    field, size = f"sampling.{structure.form}", len(structure.text.encode())
+    if not 0 < size <= LARGEST_STRUCTURE:
+        yield Violation(field, "OUT_OF_RANGE", f"{size} bytes; 1 to {LARGEST_STRUCTURE}")
+        return
+    if ignore_end_of_text:
+        text = f"{structure.form} says where the text ends; leave one of them out"
+        yield Violation("sampling.ignore_end_of_text", "NOT_IN_THIS_MODE", text)
+    if structure.form == "json_schema":
+        try:
+            schema = strict_json.parse(structure.text)
+        except strict_json.JsonError as error:
+            yield Violation(field, "NOT_JSON", f"it is no JSON that can be read: {error}")
+        else:
+            if not isinstance(schema, dict | bool):
+                yield Violation(
+                    field, "BAD_GRAMMAR", f"{structure.text[:60]}; a JSON Schema is an object, or a boolean"
+                )
 
 
 # ---- answers

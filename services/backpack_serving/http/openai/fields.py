@@ -12,6 +12,7 @@ from backpack_lm.patch import Violation
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from backpack_serving.errors import InvalidRequest
+from backpack_serving.http.openai.structure import ResponseFormat, StructuredOutputs, forms
 from backpack_serving.wire.inference import (
     HIGHEST_PRIORITY,
     LARGEST_STOP,
@@ -55,7 +56,6 @@ OFF_IN_CHATS: Mapping[str, Sequence[Any]] = {
     "parallel_tool_calls": (None, False, True),  # of no tools
     "functions": (None, []),
     "function_call": (None, "none"),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
@@ -160,6 +160,7 @@ class Sampled(BaseModel, ABC):
     )
     frequency_penalty: float | None = Field(None, ge=-MOST_PENALTY, le=MOST_PENALTY)
     presence_penalty: float | None = Field(None, ge=-MOST_PENALTY, le=MOST_PENALTY)
+    response_format: ResponseFormat | None = Field(None, description="The text is JSON, of a schema or any object.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Decides under a canary, as `request_key` does.")
@@ -173,6 +174,7 @@ class Sampled(BaseModel, ABC):
     bad_words: BadWords = Field(
         [], description="Spellings that the text doesn't hold, with and without a space before them."
     )
+    structured_outputs: StructuredOutputs | None = Field(None, description="The text has a form.")
     # Ours.
     explain: int | None = Field(
         None, ge=1, le=MOST_EXPLAINED, description="List so many contributions with each generated token."
@@ -210,6 +212,11 @@ class Sampled(BaseModel, ABC):
         if self.since is None:
             return None
         return {name: int(text) for name, text in _matched(_SINCE, self.since).groupdict().items()}
+
+    @property
+    def structure(self) -> dict[str, str]:
+        """The field of `Sampling` that says what the text has to be, if anything."""
+        return dict(forms(self.response_format, self.structured_outputs).values())
 
     @property
     def samples(self) -> int:
@@ -317,6 +324,13 @@ def _combinations(request: Sampled) -> list[Violation]:
     found = []
     if request.stream_options and not request.stream:
         found.append(Violation("stream_options", "NOT_IN_THIS_MODE", "for streams; set stream, or leave it out"))
+    asked = [*forms(request.response_format, request.structured_outputs)]
+    if len(asked) > 1:
+        found.append(
+            Violation(
+                asked[1], "AMBIGUOUS", f"given together with {asked[0]}; a text can have one, leave the other out"
+            )
+        )
     if isinstance(request, Completion) and request.max_tokens == 0 and not request.echo:
         found.append(Violation("max_tokens", "OUT_OF_RANGE", "0; at least 1, or 0 with echo"))
     if isinstance(request, Completion) and request.max_tokens == 0 and request.explain:

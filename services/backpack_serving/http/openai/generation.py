@@ -176,6 +176,7 @@ class Generator:
             presence_penalty=request.presence_penalty or 0.0,
             min_tokens=request.min_tokens or 0,
             bad_words=request.bad_words,
+            **request.structure,
         )
 
     def _check_model(self, served: pb.Served) -> None:
