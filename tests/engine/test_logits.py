@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from backpack_lm.overlay import Overlay
@@ -50,6 +51,42 @@ def test_what_each_does(sampling: SamplingParams, expected: list[float]) -> None
     assert sampling.changes_logits is (found.tolist() != LOGITS.tolist() or sampling.min_tokens > 0)
 
 
+@pytest.mark.parametrize(
+    ("sampling", "allowed", "expected"),
+    [
+        (SamplingParams(), [1, 2, 5], [NEVER, 1.0, 0.5, NEVER, NEVER, -9.0]),
+        (SamplingParams(logit_bias=((0, 100.0), (2, 3.0))), [2], [NEVER, NEVER, 3.5, NEVER, NEVER, NEVER]),
+        # The share is of the likeliest that is allowed.
+        (SamplingParams(min_p=0.2), [1, 2, 4], [NEVER, 1.0, 0.5, NEVER, NEVER, NEVER]),
+        (SamplingParams(min_tokens=4), [0, 2], [NEVER, NEVER, 0.5, NEVER, NEVER, NEVER]),
+        (SamplingParams(min_tokens=4), [0, 3], [2.0, NEVER, NEVER, 0.0, NEVER, NEVER]),  # nothing else may follow
+        (SamplingParams(bad_words=((2,),)), [2], [NEVER] * 6),
+        (SamplingParams(), [], [NEVER] * 6),
+    ],
+    ids=str,
+)
+def test_what_a_grammar_allows(sampling: SamplingParams, allowed: list[int], expected: list[float]) -> None:
+    found = change(LOGITS, prompt=[0, 1], made=[1, 1, 4], sampling=sampling, ends={0, 3}, allowed=allowed)
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+class FixedGrammar:
+    """Allows these tokens, whatever was made."""
+
+    complete, failure = False, ""
+
+    def __init__(self, allowed: set[int]) -> None:
+        self._allowed = allowed
+
+    def start(self) -> FixedGrammar:
+        return self
+
+    def allowed(self) -> np.ndarray:
+        return np.isin(np.arange(30), list(self._allowed))
+
+    def add(self, token: int) -> None: ...
+
+
 asked = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 0.7, 2.0]),
@@ -64,27 +101,31 @@ asked = st.builds(
     bad_words=st.lists(st.lists(st.integers(0, 29), min_size=1, max_size=3).map(tuple), max_size=3).map(tuple),
 )
 tokens = st.lists(st.integers(0, 29), max_size=12)
-text = st.tuples(tokens.filter(bool), tokens, st.one_of(st.just(SamplingParams()), asked))
+allowed = st.one_of(st.none(), st.sets(st.sampled_from([0, 3]) | st.integers(0, 29), max_size=20))
+text = st.tuples(tokens.filter(bool), tokens, st.one_of(st.just(SamplingParams()), asked), allowed)
 
 
 @given(st.lists(text, min_size=1, max_size=5))
-def test_a_batch_is_changed_as_each_row(texts: list[tuple[list[int], list[int], SamplingParams]]) -> None:
+def test_a_batch_is_changed_as_each_row(
+    texts: list[tuple[list[int], list[int], SamplingParams, set[int] | None]],
+) -> None:
     torch.manual_seed(len(texts))
     logits = torch.randn(len(texts), 30) * 4
     before = logits.clone()
     overlay: Any = SimpleNamespace()
     sequences = []
-    for prompt, _, sampling in texts:
-        sequence = Sequence(GenerationRequest("", "", tuple(prompt), sampling, overlay))
+    for prompt, _, sampling, some in texts:
+        grammar = None if some is None else FixedGrammar(some)
+        sequence = Sequence(GenerationRequest("", "", tuple(prompt), sampling, overlay, 0, grammar))
         sequences.append(sequence)
     for step in range(13):  # as they grow, token by token
-        for sequence, (_, made, _) in zip(sequences, texts, strict=True):
+        for sequence, (_, made, _, _) in zip(sequences, texts, strict=True):
             sequence.tokens += made[step - 1 : step] if step else []
         changed = change_all(logits, sequences, {0, 3})
-        for row, (prompt, made, sampling) in enumerate(texts):
-            assert torch.equal(changed[row], change(before[row], prompt, made[:step], sampling, {0, 3}))
+        for row, (prompt, made, sampling, some) in enumerate(texts):
+            assert torch.equal(changed[row], change(before[row], prompt, made[:step], sampling, {0, 3}, some))
         assert torch.equal(logits, before)  # log-probabilities are read from them
-        if not any(sampling.changes_logits for *_, sampling in texts):
+        if not any(sampling.changes_logits or some is not None for *_, sampling, some in texts):
             assert changed is logits
 
 

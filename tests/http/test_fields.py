@@ -65,6 +65,66 @@ def test_values_that_mean_off_are_accepted() -> None:
                 read(kind, json.dumps({**base, name: value}).encode())
 
 
+@pytest.mark.parametrize("kind", [(Completion, COMPLETION), (Chat, CHAT)], ids=["completion", "chat"])
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ({}, {}),
+        ({"response_format": None}, {}),
+        ({"response_format": {"type": "text"}}, {}),
+        ({"response_format": {"type": "json_object"}}, {"json_schema": '{"type": "object"}'}),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "schema": {"x": 1}, "strict": True},
+                }
+            },
+            {"json_schema": '{"x": 1}'},
+        ),
+        ({"structured_outputs": {"json": {"x": 1}}}, {"json_schema": '{"x": 1}'}),
+        ({"structured_outputs": {"json": '{"x":1}'}}, {"json_schema": '{"x":1}'}),
+        ({"structured_outputs": {"json_object": True}}, {"json_schema": '{"type": "object"}'}),
+        ({"structured_outputs": {"regex": "a+"}}, {"regex": "a+"}),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, {"grammar": 'start: "a"'}),
+    ],
+    ids=str,
+)
+def test_what_a_text_has_to_be(kind: Any, asked: Any, meant: Any) -> None:
+    assert read(kind[0], json.dumps({**kind[1], **asked}).encode()).structure == meant
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "reason"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type", "INVALID"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "MISSING"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema",
+            "MISSING",
+        ),
+        (
+            {"response_format": {"type": "text", "json_schema": {"name": "a", "schema": {}}}},
+            "response_format.json_schema",
+            "NOT_IN_THIS_MODE",
+        ),
+        ({"response_format": "json"}, "response_format", "INVALID"),
+        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs.choice", "UNKNOWN_FIELD"),
+        ({"guided_json": {}}, "guided_json", "UNKNOWN_FIELD"),
+        ({"structured_outputs": {"regex": "a", "grammar": "b"}}, "structured_outputs.grammar", "AMBIGUOUS"),
+        (
+            {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+            "structured_outputs.regex",
+            "AMBIGUOUS",
+        ),
+    ],
+    ids=str,
+)
+def test_what_no_text_can_be_is_refused(asked: Any, field: str, reason: str) -> None:
+    assert refusals(Completion, {**COMPLETION, **asked}) == [(field, reason)]
+
+
 def test_images_and_tools_in_messages_are_refused() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:"}}
     assert refusals(Chat, {**CHAT, "messages": [{"role": "user", "content": [image]}]})

@@ -14,6 +14,7 @@ from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving.client import Sampling
 from backpack_serving.errors import InvalidRequest
+from backpack_serving.sampling import Structure
 from backpack_serving.wire.compare import read_comparison
 from backpack_serving.wire.inference import normalize_request, read_generation, read_word
 
@@ -126,6 +127,38 @@ def test_what_changes_logits_is_read() -> None:
 
 
 @pytest.mark.parametrize(
+    ("asked", "form", "text"),
+    [
+        (Sampling(json_schema={"type": "object"}), "json_schema", '{"type": "object"}'),
+        (Sampling(json_schema='{"type":"object"}'), "json_schema", '{"type":"object"}'),
+        (Sampling(regex="[a-z]+"), "regex", "[a-z]+"),
+        (Sampling(grammar='start: "a"'), "grammar", 'start: "a"'),
+    ],
+)
+def test_what_a_text_has_to_be_is_read(asked: Sampling, form: Any, text: str) -> None:
+    request = pb.GenerateRequest(prompt=PROMPT, sampling=asked.message())
+    params = read_generation(request, TOKENIZER, CONFIG, SamplingDefaults())
+    assert params.sampling.structure == Structure(form, text)
+    normalize_request(request, params)
+    assert read_generation(request, TOKENIZER, CONFIG, SamplingDefaults()) == params
+    assert read_generation(pb.GenerateRequest(prompt=PROMPT), TOKENIZER, CONFIG, MODELS).sampling.structure is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "reason"),
+    [
+        (Sampling(json_schema={}, regex="a"), "sampling.regex", "AMBIGUOUS"),
+        (Sampling(regex="a", grammar='start: "a"'), "sampling.grammar", "AMBIGUOUS"),
+        (Sampling(json_schema={"a": object()}), "sampling.json_schema", "NOT_JSON"),
+    ],
+)
+def test_the_python_client_refuses_what_no_message_can_say(asked: Sampling, field: str, reason: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        asked.message()
+    assert [(v.field, v.reason) for v in refused.value.violations] == [(field, reason)]
+
+
+@pytest.mark.parametrize(
     ("named", "field", "reason"),
     [
         ({"min_p": -0.1}, "min_p", "OUT_OF_RANGE"),
@@ -143,6 +176,14 @@ def test_what_changes_logits_is_read() -> None:
         ({"bad_words": [" "]}, "bad_words[0]", "OUT_OF_RANGE"),
         ({"bad_words": [LONG]}, "bad_words[0]", "OUT_OF_RANGE"),
         ({"bad_words": ["a"] * 65}, "bad_words", "TOO_MANY"),
+        ({"regex": ""}, "regex", "OUT_OF_RANGE"),
+        ({"grammar": "a" * 65_537}, "grammar", "OUT_OF_RANGE"),
+        ({"json_schema": "é" * 32_769}, "json_schema", "OUT_OF_RANGE"),
+        ({"json_schema": "{'type': 'object'}"}, "json_schema", "NOT_JSON"),
+        ({"json_schema": '{"type": "object", "type": "string"}'}, "json_schema", "NOT_JSON"),
+        ({"json_schema": "[" * 60_000}, "json_schema", "NOT_JSON"),
+        ({"json_schema": '["string"]'}, "json_schema", "BAD_GRAMMAR"),
+        ({"regex": "a", "ignore_end_of_text": True}, "ignore_end_of_text", "NOT_IN_THIS_MODE"),
     ],
 )
 def test_what_no_logits_can_be_changed_by_is_refused(named: dict[str, Any], field: str, reason: str) -> None:
@@ -158,6 +199,9 @@ def test_what_no_logits_can_be_changed_by_is_refused(named: dict[str, Any], fiel
         ({"min_tokens": 9, "max_tokens": 8}, "9; 0 to 8, which is max_tokens"),
         ({"min_tokens": 65}, "65; 0 to 64, which is max_tokens"),
         ({"bad_words": [f" {LONG}  "]}, f"{len(LONG)} characters without the spaces around it; 1 to 256"),
+        ({"regex": ""}, "0 bytes; 1 to 65536"),
+        ({"json_schema": "true"}, "true; it must be a JSON object"),
+        ({"regex": "a", "ignore_end_of_text": True}, "regex says where the text ends; leave one of them out"),
     ],
 )
 def test_a_refusal_says_the_value_and_its_bounds(named: dict[str, Any], told: str) -> None:

@@ -279,10 +279,8 @@ def _structure_violations(structure: Structure, ignore_end_of_text: bool) -> Ite
         except strict_json.JsonError as error:
             yield Violation(field, "NOT_JSON", f"it is no JSON that can be read: {error}")
         else:
-            if not isinstance(schema, dict | bool):
-                yield Violation(
-                    field, "BAD_GRAMMAR", f"{structure.text[:60]}; a JSON Schema is an object, or a boolean"
-                )
+            if not isinstance(schema, dict):
+                yield Violation(field, "BAD_GRAMMAR", f"{structure.text[:60]}; it must be a JSON object")
 
 
 # ---- answers

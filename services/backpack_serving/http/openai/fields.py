@@ -12,7 +12,7 @@ from backpack_lm.patch import Violation
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from backpack_serving.errors import InvalidRequest
-from backpack_serving.http.openai.structure import ResponseFormat, StructuredOutputs, forms
+from backpack_serving.http.openai.structure import ResponseFormat, StructuredOutputs, forms, violations
 from backpack_serving.wire.inference import (
     HIGHEST_PRIORITY,
     LARGEST_STOP,
@@ -324,13 +324,7 @@ def _combinations(request: Sampled) -> list[Violation]:
     found = []
     if request.stream_options and not request.stream:
         found.append(Violation("stream_options", "NOT_IN_THIS_MODE", "for streams; set stream, or leave it out"))
-    asked = [*forms(request.response_format, request.structured_outputs)]
-    if len(asked) > 1:
-        found.append(
-            Violation(
-                asked[1], "AMBIGUOUS", f"given together with {asked[0]}; a text can have one, leave the other out"
-            )
-        )
+    found += violations(request.response_format, request.structured_outputs)
     if isinstance(request, Completion) and request.max_tokens == 0 and not request.echo:
         found.append(Violation("max_tokens", "OUT_OF_RANGE", "0; at least 1, or 0 with echo"))
     if isinstance(request, Completion) and request.max_tokens == 0 and request.explain:
