@@ -118,6 +118,16 @@ def test_generate_is_seeded_and_says_what_steered_it(backpack: Any) -> None:
     assert "clinic/live, release 1" in backpack("generate", "The king", "--as", "clinic", "--max-tokens", "3")
 
 
+def test_generate_holds_texts_to_a_form(backpack: Any, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "array", "items": {"enum": ["king", "ship"]}, "maxItems": 2}')
+    (tmp_path / "answer.lark").write_text('start: " yes" | " no"')
+    asked = ("generate", "The king", "--as", "harbour", "--seed", "3")
+    text = backpack(*asked, "--json-schema", str(tmp_path / "schema.json"))
+    assert re.match(r'The king\[("(king|ship)"(, "(king|ship)")?)?\]\n', text)
+    assert re.match("The king (yes|no)\n", backpack(*asked, "--grammar", str(tmp_path / "answer.lark")))
+    assert re.match("The king, [a-z]{3}\n", backpack(*asked, "--regex", ", [a-z]{3}"))
+
+
 def test_a_patch_from_a_word_to_a_steered_answer_and_back(backpack: Any, tmp_path: Path) -> None:
     assert "tenants/lab" in backpack("tenant", "create", "lab")
     assert "tenants/lab" in backpack("tenant", "list")

@@ -44,6 +44,9 @@ _TYPES: Mapping[int, str] = {
 
 _FIELDS: Mapping[str, str] = {
     "samples": "n",
+    "json_schema": "response_format",
+    "regex": "structured_outputs.regex",
+    "grammar": "structured_outputs.grammar",
     "log_probabilities": "logprobs",
     "alternatives": "logprobs",
     "release": "model",
