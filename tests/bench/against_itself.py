@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from backpack_lm import processor
+from backpack_lm.installed import folder_of
 from backpack_lm.kernels import MixSpan
 from backpack_lm.kernels.plain import PlainKernels
+from backpack_lm.manifest import TOKENIZER
 from backpack_lm.overlay import Overlay
 from backpack_lm.patch import (
     AddEdit,
@@ -28,9 +31,12 @@ from backpack_lm.patch import (
     TopicEdit,
     Vector,
 )
+from backpack_lm.tokenizer import Tokenizer
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.loop import EngineLoop
-from backpack_serving.engine.sequence import GenerationRequest
+from backpack_serving.engine.sequence import GenerationRequest, Grammar
+from backpack_serving.inference.grammars import GrammarCompiler
+from backpack_serving.sampling import Structure
 from backpack_serving.wire.inference import COALESCE
 from torch import Tensor
 
@@ -231,6 +237,32 @@ def drawing(bench: Bench) -> None:
         bench.compare(what, run(temperature=1.0, **way), run(), "tokens/s", "0.75")
     what = "tokens with log-probabilities and 5 alternatives, against without, batch 32"
     bench.compare(what, run(log_probabilities=5), run(), "tokens/s", "0.9")
+
+
+def structured(bench: Bench) -> None:
+    """What it costs to hold texts to a JSON schema."""
+    config = bench.model.config
+    tokenizer = Tokenizer.read(folder_of("micro") / TOKENIZER)
+    compiler = GrammarCompiler(tokenizer, config.tokens, [config.eos_token_id or 0])
+    horse = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "kind": {"enum": ["ship", "horse"]}},
+        "required": ["name", "age", "kind"],
+        "additionalProperties": False,
+    }
+    endless = {"type": "array", "items": horse, "minItems": 1000}  # all texts are as long as without it
+    grammar = asyncio.run(compiler.compiled("t", Structure("json_schema", json.dumps(endless))))
+    for batch in (8, 32):
+        engine = bench.engine(batch)
+
+        def run(grammar: Grammar | None, engine: Engine = engine, batch: int = batch) -> Timed:
+            some = {"temperature": 1.0}
+            return lambda: bench.generate(
+                engine, [replace(bench.request(bench.prompt(64), **some), grammar=grammar) for _ in range(batch)]
+            )
+
+        what = f"tokens held to a JSON schema, against any, batch {batch}"
+        bench.compare(what, run(grammar), run(None), "tokens/s", "0.8")
 
 
 def loop(bench: Bench) -> None:

@@ -13,7 +13,18 @@ from collections.abc import Callable
 
 import torch
 
-from tests.bench.against_itself import bias, budget, distinct_releases, drawing, int8, loop, mix, plain_on_avx2, prefix
+from tests.bench.against_itself import (
+    bias,
+    budget,
+    distinct_releases,
+    drawing,
+    int8,
+    loop,
+    mix,
+    plain_on_avx2,
+    prefix,
+    structured,
+)
 from tests.bench.against_peers import hugging_face, llama_cpp, published_class, vllm
 from tests.bench.report import write
 from tests.bench.side_by_side import FAST, MODELS, Bench
@@ -51,10 +62,12 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "prefix": prefix,
     "budget": budget,
     "drawing": drawing,
+    "structured": structured,
     "loop": loop,
 }
 NOT_OF = {
     "default": {"vllm", "llama.cpp"},  # its targets name the larger trunks
+    "Small": {"structured"},  # it has no tokenizer
     "Llama 135M": set(PARTS) - {"vllm", "llama.cpp", "int8", "avx2", "mix", "releases"},
 }
 """Parts that aren't measured with a model."""

@@ -71,14 +71,12 @@ def change_all(logits: Tensor, texts: Sequence[Text], ends: Collection[int]) -> 
             tokens, counts = text.seen_tokens()
             penalties = sampling.frequency_penalty * counts + sampling.presence_penalty
             taken.add(row, tokens[counts > 0], penalties[counts > 0])
-    out = logits.clone(memory_format=torch.contiguous_format)
+    out = outside.removed_from(logits)
     flat = out.view(-1)
     if where := biases.of(out):
         flat[where[0]] += where[1]
     if where := forbidden.of(out):
         flat[where[0]] = where[1]
-    if (mask := outside.of(out)) is not None:
-        out.masked_fill_(mask, -math.inf)
     if where := repeated.of(out):
         now = flat[where[0]]
         flat[where[0]] = torch.where(now > 0, now / where[1], now * where[1])
@@ -149,6 +147,8 @@ class _Outside:
         others[list(tokens)] = False
         return not others.any()
 
-    def of(self, logits: Tensor) -> Tensor | None:
-        """The places on the logits' device; None if there are none."""
-        return None if self._mask is None else torch.from_numpy(self._mask).to(logits.device)
+    def removed_from(self, logits: Tensor) -> Tensor:
+        """A copy of logits that is −∞ at these places."""
+        if self._mask is None:
+            return logits.clone(memory_format=torch.contiguous_format)
+        return logits.masked_fill(torch.from_numpy(self._mask).to(logits.device), -math.inf).contiguous()
