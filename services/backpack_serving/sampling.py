@@ -9,7 +9,7 @@ Form = Literal["json_schema", "regex", "grammar"]
 
 
 @dataclass(frozen=True, slots=True)
-class Structure:
+class TextStructure:
     """What a new text has to be, whole: a JSON value that a schema describes, what a regular expression matches, or
     what a grammar in Lark's syntax or GBNF derives. Not compiled yet."""
 
@@ -42,7 +42,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     min_tokens: int = 0
     bad_words: tuple[tuple[int, ...], ...] = ()
-    structure: Structure | None = None
+    structure: TextStructure | None = None
 
     @property
     def changes_logits(self) -> bool:

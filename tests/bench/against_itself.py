@@ -36,7 +36,7 @@ from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.loop import EngineLoop
 from backpack_serving.engine.sequence import GenerationRequest, Grammar
 from backpack_serving.inference.grammars import GrammarCompiler
-from backpack_serving.sampling import Structure
+from backpack_serving.sampling import TextStructure
 from backpack_serving.wire.inference import COALESCE
 from torch import Tensor
 
@@ -251,7 +251,7 @@ def structured(bench: Bench) -> None:
         "additionalProperties": False,
     }
     endless = {"type": "array", "items": horse, "minItems": 1000}  # all texts are as long as without it
-    grammar = asyncio.run(compiler.compiled("t", Structure("json_schema", json.dumps(endless))))
+    grammar = asyncio.run(compiler.compiled("t", TextStructure("json_schema", json.dumps(endless))))
     for batch in (8, 32):
         engine = bench.engine(batch)
 

@@ -27,7 +27,7 @@ from backpack_serving.engine.sequence import Finish, GenerationRequest, Output
 from backpack_serving.engine.slots import OverlayRows, Slots
 from backpack_serving.inference.grammars import CompiledGrammar, GrammarCompiler
 from backpack_serving.inference.served_model import ServedModel
-from backpack_serving.sampling import SamplingParams, Structure
+from backpack_serving.sampling import SamplingParams, TextStructure
 
 from tests.engine.conftest import compiled
 
@@ -39,7 +39,7 @@ ENDS = (0,)
 class Form:
     """A structure, and the same as a regular expression for another library, which can match a beginning."""
 
-    structure: Structure
+    structure: TextStructure
     pattern: str
 
     def begins(self, text: str) -> bool:
@@ -65,19 +65,19 @@ SCHEMA = {
 CHARACTER = r'(?:[^"\\\x00-\x1f\x7f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))'
 FORMS = {
     "schema": Form(
-        Structure("json_schema", json.dumps(SCHEMA)),
+        TextStructure("json_schema", json.dumps(SCHEMA)),
         rf'\{{"name": "{CHARACTER}{{0,12}}", "age": [1-9]?[0-9], "kind": (?:"ship"|"horse"|null), '
         r'"tags": \[(?:(?:true|false)(?:, (?:true|false)){0,2})?\]\}',
     ),
     "array": Form(
-        Structure("json_schema", '{"type": "array", "items": {"type": "string"}, "minItems": 2}'),
+        TextStructure("json_schema", '{"type": "array", "items": {"type": "string"}, "minItems": 2}'),
         rf'\["{CHARACTER}*"(?:, "{CHARACTER}*")+\]',
     ),
-    "date": Form(Structure("regex", r"[0-9]{4}-(0[1-9]|1[0-2])"), r"[0-9]{4}-(0[1-9]|1[0-2])"),
-    "words": Form(Structure("regex", "( [a-zé]+){1,6}[.!]"), "( [a-zé]+){1,6}[.!]"),
-    "any": Form(Structure("regex", "(?s:.*)"), ".*"),
-    "answer": Form(Structure("grammar", 'start: "yes" | "no" | "may" "be"*'), "yes|no|may(be)*"),
-    "gbnf": Form(Structure("grammar", 'root ::= "<" [a-c]+ ">" | "<" root ">"'), "<+[a-c]+>+"),
+    "date": Form(TextStructure("regex", r"[0-9]{4}-(0[1-9]|1[0-2])"), r"[0-9]{4}-(0[1-9]|1[0-2])"),
+    "words": Form(TextStructure("regex", "( [a-zé]+){1,6}[.!]"), "( [a-zé]+){1,6}[.!]"),
+    "any": Form(TextStructure("regex", "(?s:.*)"), ".*"),
+    "answer": Form(TextStructure("grammar", 'start: "yes" | "no" | "may" "be"*'), "yes|no|may(be)*"),
+    "gbnf": Form(TextStructure("grammar", 'root ::= "<" [a-c]+ ">" | "<" root ">"'), "<+[a-c]+>+"),
 }
 
 
@@ -301,7 +301,7 @@ def test_a_text_ends_where_nothing_may_follow(
     pattern: str, asked: Any, finish: Finish | None, text: str | None, served: ServedModel, overlay: Overlay
 ) -> None:
     compiler = GrammarCompiler(served.tokenizer, served.manifest.config.tokens, served.manifest.end_tokens)
-    grammar = asyncio.run(compiler.compiled("t", Structure("regex", pattern)))
+    grammar = asyncio.run(compiler.compiled("t", TextStructure("regex", pattern)))
     sampling = SamplingParams(**{"max_tokens": 9, "temperature": 0.0, **asked})
     outputs = run(engine_of(served), [GenerationRequest("r", "t", prompt(1), sampling, overlay, 0, grammar)])["r"]
     said = served.tokenizer.decode([token for token in tokens(outputs) if token not in ENDS])
@@ -349,7 +349,7 @@ def test_a_grammar_that_grows_too_complex_ends_its_text_with_the_librarys_words(
 ) -> None:
     """The library then allows the ends of texts: a text that is cut off must not pass for a whole one."""
     compiler = GrammarCompiler(served.tokenizer, served.manifest.config.tokens, served.manifest.end_tokens)
-    grammar = asyncio.run(compiler.compiled("t", Structure("regex", r"(\w+\s?){1,500}")))
+    grammar = asyncio.run(compiler.compiled("t", TextStructure("regex", r"(\w+\s?){1,500}")))
     sampling = SamplingParams(max_tokens=60, temperature=1.0, seed=1)
     outputs = run(engine_of(served), [GenerationRequest("r", "t", prompt(1), sampling, overlay, 0, grammar)])["r"]
     assert outputs[-1].finish is Finish.NO_TOKEN

@@ -14,7 +14,7 @@ from backpack_lm.tokenizer import Tokenizer
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.inference import grammar_check, grammars
 from backpack_serving.inference.grammars import GrammarCompiler
-from backpack_serving.sampling import Structure
+from backpack_serving.sampling import TextStructure
 
 FOLDER = folder_of("micro")
 TOKENIZER, MANIFEST = Tokenizer.read(FOLDER / "tokenizer.json"), Manifest.read(FOLDER)
@@ -25,7 +25,7 @@ def compiler(**named: Any) -> GrammarCompiler:
     return GrammarCompiler(**given)
 
 
-def refusal(structure: Structure, **named: Any) -> tuple[str, str, str]:
+def refusal(structure: TextStructure, **named: Any) -> tuple[str, str, str]:
     with pytest.raises(InvalidRequest) as refused:
         asyncio.run(compiler(**named).compiled("t", structure))
     (violation,) = refused.value.violations
@@ -50,7 +50,7 @@ def refusal(structure: Structure, **named: Any) -> tuple[str, str, str]:
     ],
 )
 def test_what_cant_be_compiled_is_refused_by_its_field(form: Any, text: str, says: str) -> None:
-    field, reason, description = refusal(Structure(form, text))
+    field, reason, description = refusal(TextStructure(form, text))
     assert (field, reason) == (f"sampling.{form}", "BAD_GRAMMAR")
     assert says in description
     assert len(description) < 400
@@ -60,14 +60,14 @@ def test_what_would_take_forever_is_ended() -> None:
     """n patterns of an `allOf` take the library 2^n steps: these, some hours."""
     schema = {"allOf": [{"type": "string", "pattern": f"^.*a{n}.*$"} for n in range(30)]}
     began = time.monotonic()
-    _, _, description = refusal(Structure("json_schema", json.dumps(schema)))
+    _, _, description = refusal(TextStructure("json_schema", json.dumps(schema)))
     assert description == "it takes more than 2 s or 1024 MiB to compile; make it simpler"
     assert time.monotonic() - began < grammar_check.WAIT
 
 
 def test_a_process_that_gets_no_time_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_check, "WAIT", 0.001)
-    assert refusal(Structure("regex", "a"))[2] == "it wasn't compiled within 0.001 s; make it simpler"
+    assert refusal(TextStructure("regex", "a"))[2] == "it wasn't compiled within 0.001 s; make it simpler"
 
 
 def test_the_same_is_compiled_once_and_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,17 +82,17 @@ def test_the_same_is_compiled_once_and_the_last_are_kept(monkeypatch: pytest.Mon
 
     async def ask() -> None:
         one = compiler()
-        same = await asyncio.gather(*(one.compiled(f"t{n}", Structure("regex", "a")) for n in range(3)))
+        same = await asyncio.gather(*(one.compiled(f"t{n}", TextStructure("regex", "a")) for n in range(3)))
         assert same[0] is same[1] is same[2]
         for _ in range(2):
             with pytest.raises(InvalidRequest):
-                await one.compiled("t", Structure("regex", "(a"))
-        await one.compiled("t", Structure("regex", "a"))  # newest again
-        await one.compiled("t", Structure("regex", "b"))
-        await one.compiled("t", Structure("regex", "a"))
+                await one.compiled("t", TextStructure("regex", "(a"))
+        await one.compiled("t", TextStructure("regex", "a"))  # newest again
+        await one.compiled("t", TextStructure("regex", "b"))
+        await one.compiled("t", TextStructure("regex", "a"))
         assert checked == ["a", "(a", "b"]
         with pytest.raises(InvalidRequest):
-            await one.compiled("t", Structure("regex", "(a"))
+            await one.compiled("t", TextStructure("regex", "(a"))
         assert checked == ["a", "(a", "b", "(a"]
 
     asyncio.run(ask())
@@ -101,7 +101,7 @@ def test_the_same_is_compiled_once_and_the_last_are_kept(monkeypatch: pytest.Mon
 def test_the_event_loop_goes_on_meanwhile() -> None:
     async def ask() -> float:
         one, longest, last = compiler(), 0.0, time.monotonic()
-        compiling = asyncio.ensure_future(one.compiled("t", Structure("regex", "( [a-z]+){3}")))
+        compiling = asyncio.ensure_future(one.compiled("t", TextStructure("regex", "( [a-z]+){3}")))
         while not compiling.done():
             await asyncio.sleep(0.001)
             longest, last = max(longest, time.monotonic() - last), time.monotonic()
@@ -112,7 +112,7 @@ def test_the_event_loop_goes_on_meanwhile() -> None:
 
 def test_marks_are_no_words_and_padding_is_no_token() -> None:
     """A model may have more logits than its tokenizer has tokens, or fewer, and other ends, or none."""
-    anything = Structure("regex", "(?s:.*)")
+    anything = TextStructure("regex", "(?s:.*)")
 
     def allowed(**named: Any) -> Any:
         return asyncio.run(compiler(**named).compiled("t", anything)).start().allowed()
@@ -132,7 +132,7 @@ def test_marks_are_no_words_and_padding_is_no_token() -> None:
 
 
 def test_an_end_within_a_text_ends_nothing() -> None:
-    grammar = asyncio.run(compiler().compiled("t", Structure("grammar", 'start: "a" <|endoftext|> "b"'))).start()
+    grammar = asyncio.run(compiler().compiled("t", TextStructure("grammar", 'start: "a" <|endoftext|> "b"'))).start()
     grammar.add(TOKENIZER.encode("a")[0])
     assert not grammar.allowed().any()
     assert not grammar.complete
@@ -140,7 +140,7 @@ def test_an_end_within_a_text_ends_nothing() -> None:
 
 def test_json_is_written_as_python_writes_it_unless_the_schema_says_otherwise() -> None:
     def begins(schema: Any, text: str) -> bool:
-        state = asyncio.run(compiler().compiled("t", Structure("json_schema", json.dumps(schema)))).start()
+        state = asyncio.run(compiler().compiled("t", TextStructure("json_schema", json.dumps(schema)))).start()
         for token in TOKENIZER.encode(text):
             if not state.allowed()[token]:
                 return False

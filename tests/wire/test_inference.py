@@ -14,7 +14,7 @@ from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving.client import Sampling
 from backpack_serving.errors import InvalidRequest
-from backpack_serving.sampling import Structure
+from backpack_serving.sampling import TextStructure
 from backpack_serving.wire.compare import read_comparison
 from backpack_serving.wire.inference import normalize_request, read_generation, read_word
 
@@ -138,7 +138,7 @@ def test_what_changes_logits_is_read() -> None:
 def test_what_a_text_has_to_be_is_read(asked: Sampling, form: Any, text: str) -> None:
     request = pb.GenerateRequest(prompt=PROMPT, sampling=asked.message())
     params = read_generation(request, TOKENIZER, CONFIG, SamplingDefaults())
-    assert params.sampling.structure == Structure(form, text)
+    assert params.sampling.structure == TextStructure(form, text)
     normalize_request(request, params)
     assert read_generation(request, TOKENIZER, CONFIG, SamplingDefaults()) == params
     assert read_generation(pb.GenerateRequest(prompt=PROMPT), TOKENIZER, CONFIG, MODELS).sampling.structure is None

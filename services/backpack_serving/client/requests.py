@@ -102,7 +102,7 @@ class Sampling:
         temperature = self.temperature
         if temperature is None and self.top_k is not None:
             temperature = UNTRUNCATED.temperature  # no message says of a top_k of 0 that it is given
-        structure = {"json_schema": _json(self.json_schema), "regex": self.regex, "grammar": self.grammar}
+        structure = {"json_schema": _json_text(self.json_schema), "regex": self.regex, "grammar": self.grammar}
         given = {name: text for name, text in structure.items() if text is not None}
         if len(given) > 1:  # a message holds one, the last
             text = f"given together with {next(iter(given))}; a text can have one, leave the other out"
@@ -130,7 +130,7 @@ class Sampling:
         )
 
 
-def _json(schema: str | Mapping[str, Any] | None) -> str | None:
+def _json_text(schema: str | Mapping[str, Any] | None) -> str | None:
     if schema is None or isinstance(schema, str):
         return schema
     try:

@@ -13,7 +13,7 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.inference.fair_lock import FairLock
 from backpack_serving.inference.grammar_check import LIMITS, GrammarError, check, shorten
-from backpack_serving.sampling import Structure
+from backpack_serving.sampling import TextStructure
 
 KEPT = 64
 """Compiled grammars, and refusals, that are kept for who asks again."""
@@ -26,9 +26,9 @@ class GrammarCompiler:
         """`tokens` are so many as the model has logits, `ends` those that end a text."""
         self._vocabulary = _Vocabulary(tokenizer, tokens, ends)
         self._lock = FairLock()
-        self._kept: OrderedDict[Structure, CompiledGrammar | InvalidRequest] = OrderedDict()
+        self._kept: OrderedDict[TextStructure, CompiledGrammar | InvalidRequest] = OrderedDict()
 
-    async def compiled(self, tenant: str, structure: Structure) -> CompiledGrammar:
+    async def compiled(self, tenant: str, structure: TextStructure) -> CompiledGrammar:
         """Raises InvalidRequest for what can't be compiled, or allows no text."""
         if structure not in self._kept:
             async with self._lock.acquire(tenant):
@@ -42,7 +42,7 @@ class GrammarCompiler:
             raise InvalidRequest.of(*found.violations)
         return found
 
-    def _compile(self, structure: Structure) -> CompiledGrammar | InvalidRequest:
+    def _compile(self, structure: TextStructure) -> CompiledGrammar | InvalidRequest:
         """Blocks."""
         try:
             return self._vocabulary.compile(check(structure.form, structure.text))

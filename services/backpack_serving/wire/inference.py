@@ -16,7 +16,7 @@ from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
 
 from backpack_serving.errors import InvalidRequest
-from backpack_serving.sampling import SamplingParams, Structure
+from backpack_serving.sampling import SamplingParams, TextStructure
 from backpack_serving.wire.edits import WordReader
 
 PIN = "backpack-pin-bin"
@@ -131,9 +131,9 @@ def _spellings(words: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[int
         yield tuple(tokenizer.encode(f" {word.strip()}"))
 
 
-def _read_structure(s: pb.Sampling) -> Structure | None:
+def _read_structure(s: pb.Sampling) -> TextStructure | None:
     form = s.WhichOneof("structure")
-    return Structure(form, getattr(s, form)) if form else None
+    return TextStructure(form, getattr(s, form)) if form else None
 
 
 def normalize_request(request: Generation, params: GenerationParams) -> None:
@@ -264,7 +264,7 @@ def _sampling_violations(s: pb.Sampling, max_tokens: int, config: BackpackConfig
         yield from _structure_violations(structure, s.ignore_end_of_text)
 
 
-def _structure_violations(structure: Structure, ignore_end_of_text: bool) -> Iterator[Violation]:
+def _structure_violations(structure: TextStructure, ignore_end_of_text: bool) -> Iterator[Violation]:
     """What can be told without the library that compiles it."""
     field, size = f"sampling.{structure.form}", len(structure.text.encode())
     if not 0 < size <= LARGEST_STRUCTURE:
