@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from dataclasses import dataclass, replace
 from itertools import islice
 from random import Random
@@ -16,7 +17,7 @@ import regex
 import torch
 from backpack_lm.installed import folder_of
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import Cell, CopyEdit
+from backpack_lm.patch import BiasEdit, Cell, CopyEdit, ReleaseContent, RevisionContent
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.logits import change
 from backpack_serving.engine.loop import EngineLoop, NoTokenAllowed
@@ -342,6 +343,20 @@ def test_a_text_that_no_token_is_left_for_ends_with_an_error_and_no_other_does(
             await loop.stop()
 
     asyncio.run(asked())
+
+
+def test_a_release_that_forbids_what_a_grammar_wants_ends_its_text(
+    served: ServedModel, grammars: dict[str, Any]
+) -> None:
+    """Its forbidden tokens are −∞ among the logits, which are numbers all the same."""
+    every = tuple(range(served.manifest.config.tokens - 1))
+    revision = RevisionContent(served.manifest.fingerprint, (BiasEdit(every[: len(every) // 2], -math.inf),))
+    rest = RevisionContent(served.manifest.fingerprint, (BiasEdit(every[len(every) // 2 :], -math.inf),))
+    forbidding = Overlay.compile(ReleaseContent((revision, rest)), served.table)
+    sampling = SamplingParams(max_tokens=9, temperature=0.0)
+    request = GenerationRequest("r", "t", prompt(1), sampling, forbidding, 0, grammars["schema"])
+    (output,) = run(engine_of(served), [request])["r"]
+    assert output.finish is Finish.NO_TOKEN
 
 
 def test_a_grammar_that_grows_too_complex_ends_its_text_with_the_librarys_words(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ class Engine:
         return [
             self._commit_token(sequence, token, log)
             if token is not None
-            else self._end_without_token(sequence, finite=bool(logits[n].isfinite().all()))
+            else self._end_without_token(sequence, finite=bool((logits[n] < math.inf).all()))
             for n, (sequence, token, log) in made
         ]
 
