@@ -33,7 +33,14 @@ if TYPE_CHECKING:
 
     from backpack_serving.client import Client, Operator, Served, Steering, Token
 
-EXTRAS = {"torch": "engine", "numpy": "engine", "scipy": "lab", "matplotlib": "lab", "transformers": "lab"}
+EXTRAS = {
+    "torch": "engine",
+    "numpy": "engine",
+    "llguidance": "engine",
+    "scipy": "lab",
+    "matplotlib": "lab",
+    "transformers": "lab",
+}
 """Optional libraries, and the extra that installs each."""
 
 UNREACHED = 1.0

@@ -13,10 +13,11 @@ async def required(settings: Settings) -> str:
     """Wait for the model's files and the replica key; returns the key.
 
     Raises ManifestError or ModelNotThere for the model, OSError for the address or the key, ValueError for invalid
-    thread counts in the environment, ModuleNotFoundError if torch isn't installed.
+    thread counts in the environment, ModuleNotFoundError if torch or llguidance isn't installed.
     """
-    if importlib.util.find_spec("torch") is None:
-        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    for name in ("torch", "llguidance"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
     settings.check_threads()
     await starting.blocking(partial(rpc.check_address, settings.inference_address))
     await starting.model(settings, weights=True)
