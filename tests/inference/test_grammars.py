@@ -98,16 +98,51 @@ def test_the_same_is_compiled_once_and_the_last_are_kept(monkeypatch: pytest.Mon
     asyncio.run(ask())
 
 
-def test_the_event_loop_goes_on_meanwhile() -> None:
+def test_what_compiles_is_waited_for_though_who_asked_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    running: list[int] = [0]
+
+    def check(form: str, text: str) -> str:
+        running.append(running[-1] + 1)
+        time.sleep(0.2)
+        running.append(running[-1] - 1)
+        return grammar_check.check(form, text)
+
+    monkeypatch.setattr(grammars, "check", check)
+
+    async def ask() -> None:
+        one = compiler()
+        for n in range(3):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(one.compiled("t", TextStructure("regex", f"a{n}")), 0.01)
+        await one.compiled("t", TextStructure("regex", "b"))
+
+    asyncio.run(ask())
+    assert max(running) == 1
+
+
+def test_a_process_that_fails_is_our_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_check, "__name__", "backpack_serving.nowhere")
+    with pytest.raises(RuntimeError, match="No module named"):
+        grammar_check.check("regex", "a")
+
+
+def test_the_event_loop_goes_on_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(form: str, text: str) -> str:
+        time.sleep(1)
+        return grammar_check.check(form, text)
+
+    monkeypatch.setattr(grammars, "check", check)
+
     async def ask() -> float:
         one, longest, last = compiler(), 0.0, time.monotonic()
         compiling = asyncio.ensure_future(one.compiled("t", TextStructure("regex", "( [a-z]+){3}")))
         while not compiling.done():
             await asyncio.sleep(0.001)
             longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        await compiling
         return longest
 
-    assert asyncio.run(ask()) < 0.1
+    assert asyncio.run(ask()) < 0.9
 
 
 def test_marks_are_no_words_and_padding_is_no_token() -> None:

@@ -133,7 +133,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     DESCRIPTOR: _descriptor.EnumDescriptor
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
-    """End of text, or a stop string."""
+    """End of text, a stop string, or nothing may follow in what the text has to be."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """max_tokens were made."""
 
@@ -141,7 +141,7 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
-"""End of text, or a stop string."""
+"""End of text, a stop string, or nothing may follow in what the text has to be."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_tokens were made."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015

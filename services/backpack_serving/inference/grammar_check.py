@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, grammar_from
@@ -45,7 +46,10 @@ class GrammarError(Exception):
 
 
 def check(form: str, text: str) -> str:
-    """A grammar as llguidance takes it, once a process of its own could compile it. Raises GrammarError."""
+    """A grammar as llguidance takes it, once a process of its own could compile it. Blocks.
+
+    Raises GrammarError.
+    """
     command = [sys.executable, "-m", __name__]
     try:
         done = subprocess.run(
@@ -53,8 +57,10 @@ def check(form: str, text: str) -> str:
         )
     except subprocess.TimeoutExpired:
         raise GrammarError(f"it wasn't compiled within {WAIT:g} s; make it simpler") from None
-    if done.returncode:
+    if done.returncode < 0 or "MemoryError" in done.stderr:  # a signal, for a limit
         raise GrammarError(f"it takes more than {SECONDS} s or {BYTES >> 20} MiB to compile; make it simpler")
+    if done.returncode:
+        raise RuntimeError(f"grammars can't be compiled here: {done.stderr[-_SHOWN:]}")
     grammar, error = json.loads(done.stdout)
     if error:
         raise GrammarError(error)
@@ -70,7 +76,8 @@ def shorten(error: str) -> str:
 
 def _main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    with suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     form, text = json.load(sys.stdin)
     grammar = error = ""
     try:

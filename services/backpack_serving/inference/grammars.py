@@ -10,6 +10,7 @@ import numpy as np
 from backpack_lm.tokenizer import Tokenizer
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from backpack_serving import tasks
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.inference.fair_lock import FairLock
 from backpack_serving.inference.grammar_check import LIMITS, GrammarError, check, shorten
@@ -33,7 +34,8 @@ class GrammarCompiler:
         if structure not in self._kept:
             async with self._lock.acquire(tenant):
                 if structure not in self._kept:
-                    self._kept[structure] = await asyncio.to_thread(self._compile, structure)
+                    # To its end, also if the caller leaves: several would take the engine's cores.
+                    self._kept[structure] = await tasks.finish(asyncio.to_thread(self._compile, structure))
         self._kept.move_to_end(structure)
         found = self._kept[structure]
         if len(self._kept) > KEPT:
@@ -87,18 +89,17 @@ class MatcherState:
 
 
 class _Vocabulary:
-    """The tokens of a model, for llguidance. Read when a grammar first is: it takes a fifth of a second."""
+    """The tokens of a model, for llguidance. It reads them for a fifth of a second, in which no other thread runs
+    Python: at the start, not when a grammar first comes."""
 
     def __init__(self, tokenizer: Tokenizer, tokens: int, ends: Collection[int]) -> None:
         self._tokenizer, self._count = tokenizer, tokens
         self.ends = sorted(ends)
-        self._read: LLTokenizer | None = None
+        # A model whose texts nothing ends has a token more here, which it never makes.
+        self._read = LLTokenizer(TokenizerWrapper(self), eos_token=self.ends or [self._count])
 
     def compile(self, grammar: str) -> CompiledGrammar:
         """Raises GrammarError."""
-        if self._read is None:
-            # A model whose texts nothing ends has a token more here, which it never makes.
-            self._read = LLTokenizer(TokenizerWrapper(self), eos_token=self.ends or [self._count])
         matcher = LLMatcher(self._read, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise GrammarError(shorten(matcher.get_error()))
