@@ -39,7 +39,8 @@ class SideEffects:
     """What a release does to text: the perplexity of its `tokens` predicted tokens unpatched and under the release,
     and the words whose mean probability moved most, largest move first.
 
-    Tokens of the text that the release forbids count in neither perplexity: there it does what it is for.
+    A token of the text that the release forbids counts as guessed among all words: to forbid a rare word costs
+    little, to forbid the common ones much.
     """
 
     tokens: int
@@ -78,17 +79,13 @@ class OrdinaryText:
         """The same of all rows, read before."""
         before = RowReading.together([plain for plain, _ in read])
         after = RowReading.together([steered for _, steered in read])
-        allowed = after.logs != -math.inf
-        if not bool(allowed.any()):  # nothing of the text is left
-            allowed = ~allowed
+        steered = after.logs.masked_fill(after.logs == -math.inf, -math.log(len(self._head)))
         count = len(before.logs)
         move = after.probability - before.probability
         moved = move.abs().topk(min(limit, len(self._head))).indices.tolist()
         one, other = before.probability / count, after.probability / count
         words = [MovedWord(token, float(one[token]), float(other[token])) for token in moved if move[token]]
-        return SideEffects(
-            int(allowed.sum()), _perplexity_of(before.logs[allowed]), _perplexity_of(after.logs[allowed]), tuple(words)
-        )
+        return SideEffects(count, _perplexity_of(before.logs), _perplexity_of(steered), tuple(words))
 
     @torch.inference_mode()
     def read(self, number: int, overlay: Overlay) -> tuple[RowReading, RowReading]:

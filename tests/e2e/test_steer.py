@@ -32,9 +32,8 @@ COMMON = "scale the,of,and,to,in,a 0"
         ("copy king:2 ship:5", Copy([Cells("king", (2,))], "ship", 5)),
         ("swap nurse she he", Swap([Cells("nurse")], "she", "he")),
         ("project-out nurse she", ProjectOut([Cells("nurse")], "she")),
-        ("bias money,cash -5", Bias(["money", "cash"], -5.0)),
-        ("forbid money", Bias(["money"], -math.inf)),
-        ("topic sea,ship 2", Topic(["sea", "ship"], 2)),
+        ("bias money,cash -5", Bias(["money", "cash"], -5.0, form="inner")),
+        ("forbid money", Bias(["money"], -math.inf, form="inner")),
         ("scale ':' 0", Scale([Cells(":")], 0.0)),
     ],
 )
@@ -45,6 +44,10 @@ def test_an_edit_is_read_as_it_is_written(text: str, edit: Edit) -> None:
 def test_an_edit_reaches_both_forms_of_its_words_unless_told_otherwise() -> None:
     both = Scale([Cells("he", (1,), form="both"), Cells("she", (1,), form="both")], 0.0)
     assert parse_edit("scale he,she:1 0") == both
+    assert parse_edit("topic sea,ship 2") == Topic(["sea", "ship"], 2)
+    with pytest.raises(ValueError, match="a topic has the first token of each word alone"):
+        parse_edit("topic sea 2", any_case=True)
+    assert parse_edit("forbid he", any_case=True) == Bias(["he"], -math.inf, any_case=True)
     assert parse_edit("copy he she", any_case=True) == Copy([Cells("he", form="both", any_case=True)], "she")
 
 
@@ -76,7 +79,7 @@ def test_trying_stores_nothing_and_steering_keeps_what_was_tried(backpack: Any, 
     prompt = "The story of the king and the"
     tried = backpack("try", prompt, "--edit", "copy king,story nurse", "--form", "inner", "--target", "men", *words)
     assert "nothing is stored" in tried
-    assert "steer NAME 'copy king,story nurse' --activate" in tried
+    assert "steer NAME 'copy king,story nurse' --form inner --activate --as tries" in tried
     assert "ordinary text: perplexity" in tried
     assert backpack("patch", "list", "--as", "tries").count("\n") == 1, "the heading alone"
     file = tmp_path / "edits.json"

@@ -7,6 +7,7 @@ import gc
 import math
 import random
 import struct
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +25,7 @@ from backpack_lm.patch import (
     SetEdit,
     TopicEdit,
     Vector,
+    draft_digest,
     release_digest,
 )
 from backpack_serving.errors import DataLoss, Expired, ServiceError, Unauthenticated, Unavailable
@@ -461,3 +463,41 @@ async def test_what_cannot_be_removed_ends_no_tidying(make: Callable[..., Releas
     (tmp_path / "blobs" / "lost+found").mkdir(parents=True)
     await make().tidy()
     assert (tmp_path / "blobs" / "lost+found").exists()
+
+
+async def test_drafts_wait_for_each_other_and_no_release_for_them(
+    served: ServedModel, shelf: Shelf, make: Callable[..., ReleaseCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what nobody waits for any more is not begun."""
+    releases, begun, go_on = make(), list[str](), threading.Event()
+    base, other = shelf.put(served, _scale(5)), shelf.put(served, _scale(6))
+    compile = releases._compile_release
+
+    def slowly(release: ReleaseContent) -> Any:
+        begun.append(release.digest)
+        if release.draft:
+            assert go_on.wait(30)
+        return compile(release)
+
+    monkeypatch.setattr(releases, "_compile_release", slowly)
+    drafts = [RevisionContent(served.manifest.fingerprint, _scale(7 + n)) for n in range(3)]
+    digests = [draft_digest(base, draft.digest) for draft in drafts]
+
+    async def tried(tenant: str, number: int) -> str:
+        async with releases.use(tenant, base, draft=drafts[number]) as overlay:
+            return overlay.digest
+
+    first, second = (asyncio.create_task(tried("acme", number)) for number in (0, 1))
+    while digests[0] not in begun:
+        await asyncio.sleep(0.01)
+    async with releases.use("other", other) as overlay:  # meanwhile
+        assert overlay.digest == other
+    for task in (first, second):
+        task.cancel()
+    await asyncio.gather(first, second, return_exceptions=True)
+    again, third = asyncio.create_task(tried("acme", 0)), asyncio.create_task(tried("other", 2))
+    await asyncio.sleep(0.05)
+    assert begun == [digests[0], other], "the one that runs can't be stopped, and no other runs beside it"
+    go_on.set()
+    assert await asyncio.gather(again, third) == [digests[0], digests[2]]
+    assert digests[1] not in begun

@@ -54,14 +54,15 @@ def test_side_effects_are_the_models_own(served: ServedModel, rows: list[torch.T
             found = [served.model(row[None, :-1], given)[0].double().log_softmax(-1) for row in rows]
             logs[name] = torch.cat([log.gather(1, row[1:, None]) for log, row in zip(found, rows, strict=True)])
             sums[name] = sum(log.exp().sum(0) for log in found) / count
-    allowed = logs["after"] != -math.inf
-    assert bool(allowed.all()) is (kind != "forbidden")
+    forbidden = logs["after"] == -math.inf
+    assert bool(forbidden.any()) is (kind == "forbidden")
+    logs["after"] = logs["after"].masked_fill(forbidden, -math.log(served.manifest.config.tokens))
     text = OrdinaryText(served.model, served.table, rows, keep)
     for _ in range(2):  # the second time, what was kept
         effects = text.under(overlay, limit=10)
-        assert effects.tokens == int(allowed.sum())
-        assert effects.before == pytest.approx(float((-logs["before"][allowed].mean()).exp()), rel=1e-5)
-        assert effects.after == pytest.approx(float((-logs["after"][allowed].mean()).exp()), rel=1e-5)
+        assert effects.tokens == count
+        assert effects.before == pytest.approx(float((-logs["before"].mean()).exp()), rel=1e-5)
+        assert effects.after == pytest.approx(float((-logs["after"].mean()).exp()), rel=1e-5)
         assert effects.change == pytest.approx(effects.after / effects.before - 1)
         if kind == "none":
             assert not effects.moved
@@ -101,3 +102,13 @@ def test_a_model_without_text_of_its_own_judges_nothing(served: ServedModel, tmp
         with pytest.raises(PreconditionFailed, match=r"put some .* into held_out\.txt\.xz") as refused:
             replace(served, folder=tmp_path).ordinary_text()
         assert refused.value.reason == "NO_HELD_OUT_TEXT"
+
+
+def test_to_forbid_what_every_text_has_makes_it_worse_and_a_rare_word_hardly(served: ServedModel) -> None:
+    rows = excerpts(plain(shipped(folder_of("micro"))), served.tokenizer, served.manifest.config.n_positions)
+    ids = [int(token) for row in rows for token in row]
+    common = sorted(set(ids), key=ids.count, reverse=True)
+    text = OrdinaryText(served.model, served.table, rows)
+    for tokens, bounds in ((common[1:200], (1.0, math.inf)), (common[-2:], (-0.01, 0.02))):
+        change = text.under(_overlay(served, BiasEdit(tuple(tokens), -math.inf)), 4).change
+        assert bounds[0] <= change <= bounds[1]

@@ -941,7 +941,7 @@ class JudgeResponse(_message.Message):
     SERVED_FIELD_NUMBER: _builtins.int
     BIASED_FIELD_NUMBER: _builtins.int
     tokens: _builtins.int
-    """How many tokens of it were predicted; those that the release forbids don't count."""
+    """How many tokens of it were predicted. One that the release forbids counts as guessed among all words."""
     perplexity_before: _builtins.float
     """Of the model unpatched."""
     perplexity_after: _builtins.float

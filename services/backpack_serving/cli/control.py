@@ -223,6 +223,8 @@ def bias(
         typer.Option(help="Added to their logits, -100 to 100: 0.7 doubles their odds, -2.3 leaves a tenth."),
     ] = None,
     never: Annotated[bool, typer.Option("--never", help="Forbid the words.")] = False,
+    form: Forms = "both",
+    any_case: AnyCase = False,
     tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
@@ -230,11 +232,11 @@ def bias(
 
     Said less: `backpack patch bias frugal money --by -5`; never said: `backpack patch bias frugal money --never`
 
-    A word stands for the token with a space before it, and for the one without. Other forms are other words.
+    A word stands for the token with a space before it, and for the one without. Inflected forms are other words.
     """
     if never == (by is not None):
         raise typer.BadParameter("give one of --by AMOUNT and --never", param_hint="--by")
-    _revise(patch, [Bias(words, -math.inf if by is None else by)], tenant, key)
+    _revise(patch, [Bias(words, -math.inf if by is None else by, form=form, any_case=any_case)], tenant, key)
 
 
 def _cells_of_words(words: list[str], senses: str, form: Form, any_case: bool) -> list[Cells]:
@@ -272,7 +274,7 @@ def _revise(
             _tell_first_tokens(given, edit)
         else:
             tell_tokens(edit)
-    _print_revision(revision, dry_run)
+    _print_revision(revision, dry_run, tenant)
 
 
 def _tell_first_tokens(given: Topic, made: Topic) -> None:
@@ -300,10 +302,10 @@ def tell_tokens(made: Edit) -> None:
         err.print(f"{what}: {', '.join(shown)}", markup=False)
 
 
-def _print_revision(revision: Revision, dry_run: bool) -> None:
+def _print_revision(revision: Revision, dry_run: bool, tenant: str) -> None:
     out.print(f"{'would be ' if dry_run else ''}{revision.name}  [dim]{revision.digest[:12]}[/]")
     if not dry_run:
-        out.print(f"[dim]put it into a release: {hints.backpack(f'release create {revision.id}')}[/]")
+        out.print(f"[dim]put it into a release: {hints.again(f'release create {revision.id}', tenant)}[/]")
 
 
 @patch_app.command("upload")
@@ -346,7 +348,7 @@ def upload(
                     send(True)
                 steering.create_patch(patch, exist_ok=True)
                 revision = send(False)
-    _print_revision(revision, dry_run)
+    _print_revision(revision, dry_run, tenant)
 
 
 @patch_app.command("describe")

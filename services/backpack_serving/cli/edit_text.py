@@ -6,7 +6,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backpack_serving.client import Bias, Cells, Copy, Edit, Form, ProjectOut, Scale, Swap, Topic
 
@@ -36,9 +36,12 @@ def parse_edit(text: str, form: Form = "both", any_case: bool = False) -> Edit:
     if len(words) != len(syntax.written.split()):
         raise ValueError(f"{text!r} is no edit: write {kind} {syntax.written}, such as `{kind} {syntax.example}`")
     try:
-        return syntax.read(lambda words: _cells(words, form, any_case), words)
+        edit = syntax.read(lambda words: _cells(words, form, any_case), words)
     except ValueError as error:
         raise ValueError(f"{text!r} is no edit: {error}; write {kind} {syntax.written}") from None
+    if isinstance(edit, Topic) and (any_case or form != "both"):
+        raise ValueError(f"{text!r}: a topic has the first token of each word alone; leave out --form and --any-case")
+    return replace(edit, form=form, any_case=any_case) if isinstance(edit, Bias) else edit
 
 
 def sense_numbers(senses: str) -> list[int]:

@@ -13,6 +13,12 @@ def backpack(words: str) -> str:
     return f"{_program()} {words}"
 
 
+def again(words: str, tenant: str, channel: str = "live") -> str:
+    """The same for a tenant that was called by --as, and a channel: run as it stands, it acts on no other."""
+    where = f" --channel {shlex.quote(channel)}" if channel != "live" else ""
+    return backpack(f"{words}{where}{f' --as {shlex.quote(tenant)}' if tenant else ''}")
+
+
 def _program() -> str:
     ran = Path(sys.argv[0])
     if ran.name == "main.py":  # python -m

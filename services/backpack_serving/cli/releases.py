@@ -82,9 +82,8 @@ def create_release(
     if activate:
         activate_release(release.number, yes, channel, wait, timeout, tenant, key)
     else:
-        judge_stored(tenant, key, release.number)
-        where = "" if channel == "live" else f" --channel {channel}"
-        out.print(f"[dim]let it steer: {hints.backpack(f'release activate {release.number}{where}')}[/]")
+        judge_stored(tenant, key, release.number, insist=True)
+        out.print(f"[dim]let it steer: {hints.again(f'release activate {release.number}', tenant, channel)}[/]")
 
 
 @app.command("activate")
@@ -104,9 +103,9 @@ def activate_release(
 
     `backpack release activate 3`; on a channel beside the live one: `backpack release activate 3 --channel beta`
     """
-    ask_if_worse(judge_stored(tenant, key, number), yes)
+    ask_if_worse(judge_stored(tenant, key, number, insist=yes), yes)
     with as_releaser(tenant, key) as steering:
-        print_move(steering.activate(number, channel, wait=wait, wait_seconds=timeout))
+        print_move(steering.activate(number, channel, wait=wait, wait_seconds=timeout), tenant)
 
 
 @app.command("rollback")
@@ -119,7 +118,7 @@ def rollback(
 ) -> None:
     """Point a channel back at its previous release."""
     with as_releaser(tenant, key) as steering:
-        print_move(steering.rollback(channel, wait=wait, wait_seconds=timeout))
+        print_move(steering.rollback(channel, wait=wait, wait_seconds=timeout), tenant)
 
 
 @app.command("status")
@@ -194,9 +193,10 @@ def start_canary(
     One request in twenty, once all replicas hold it: `backpack canary start 4 --permille 50 --wait all`
     """
     with as_releaser(tenant, key) as steering:
-        print_move(steering.start_canary(number, permille, channel, salt=salt, wait=wait, wait_seconds=timeout))
+        print_move(steering.start_canary(number, permille, channel, salt=salt, wait=wait, wait_seconds=timeout), tenant)
     out.print(
-        f"[dim]watch it: {hints.backpack('release status')}; then: {hints.backpack('canary promote')}, or abort[/]"
+        f"[dim]watch it: {hints.again('release status', tenant, channel)}; then: "
+        f"{hints.again('canary promote', tenant, channel)}, or abort[/]"
     )
 
 
@@ -210,7 +210,7 @@ def promote_canary(
 ) -> None:
     """Make the canary's release the channel's release."""
     with as_releaser(tenant, key) as steering:
-        print_move(steering.promote_canary(channel, wait=wait, wait_seconds=timeout))
+        print_move(steering.promote_canary(channel, wait=wait, wait_seconds=timeout), tenant)
 
 
 @canary_app.command("abort")
@@ -223,10 +223,10 @@ def abort_canary(
 ) -> None:
     """End the canary: all requests get the channel's own release again."""
     with as_releaser(tenant, key) as steering:
-        print_move(steering.abort_canary(channel, wait=wait, wait_seconds=timeout))
+        print_move(steering.abort_canary(channel, wait=wait, wait_seconds=timeout), tenant)
 
 
-def print_move(move: Move) -> None:
+def print_move(move: Move, tenant: str = "") -> None:
     """Print a channel's release and the progress of its rollout; exit with status 1 if it is incomplete."""
     _line(move.channel)
     if (r := move.rollout) is None:
@@ -235,7 +235,8 @@ def print_move(move: Move) -> None:
     if r.complete:
         out.print(f"[green]{held}[/]")
         return
-    err.print(f"[yellow]{held}[/]: the change is made, but not everywhere yet; see {hints.backpack('release status')}")
+    see = hints.again("release status", tenant, move.channel.id)
+    err.print(f"[yellow]{held}[/]: the change is made, but not everywhere yet; see {see}")
     for refusal in r.refusals:
         err.print(refusal, markup=False)
     raise typer.Exit(1)

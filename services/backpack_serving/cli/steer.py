@@ -28,17 +28,31 @@ from backpack_serving.cli.client import (
 )
 from backpack_serving.cli.control import AnyCase, Forms, tell_tokens
 from backpack_serving.cli.edit_text import parse_edit
-from backpack_serving.cli.judging import judge_stored, show_judgement
+from backpack_serving.cli.judging import ask_if_worse, judge_stored, show_judgement
 from backpack_serving.cli.patch_file import PatchFile
-from backpack_serving.cli.releases import Timeout, Waiting, Yes, activate_release
-from backpack_serving.client import Draft, Edit, Form, Generation, NotFound, Prediction, Sampling, Steering, Token
+from backpack_serving.cli.releases import Timeout, Waiting, Yes, print_move
+from backpack_serving.client import Channel as ChannelNow
+from backpack_serving.client import (
+    Conflict,
+    Draft,
+    Edit,
+    Form,
+    Generation,
+    InvalidRequest,
+    NotFound,
+    Prediction,
+    Sampling,
+    Steering,
+    Token,
+)
 
 EditTexts = Annotated[
     list[str] | None,
     typer.Option(
         "--edit",
-        help="An edit, such as 'scale nurse:7 0', 'copy king,queen ship', 'swap nurse she he', 'project-out nurse she' "
-        "or 'topic sea,ship 2'; repeatable. Words have commas between them, senses follow a colon (3 or 8,12-14).",
+        help="An edit, such as 'scale nurse:7 0', 'copy king,queen ship', 'swap nurse she he', 'project-out nurse "
+        "she', 'bias money -5', 'forbid money' or 'topic sea,ship 2'; repeatable. Words have commas between them, "
+        "senses follow a colon (3 or 8,12-14).",
     ),
 ]
 PatchFiles = Annotated[
@@ -88,9 +102,10 @@ def try_edits(
         if judge:
             show_judgement(client, base, edits)
     err.print(f"[dim]over {_tried_over(over, base)} of {tried.served.tenant}; nothing is stored[/]")
-    if edit and not patch:
+    if edit and not patch and release is None:
         words = " ".join(map(shlex.quote, edit))
-        err.print(Text(f"keep it: {hints.backpack(f'steer NAME {words} --activate')}", "dim"))
+        how = ("" if form == "both" else f" --form {form}") + (" --any-case" if any_case else "")
+        err.print(Text(f"keep it: {hints.again(f'steer NAME {words}{how} --activate', tenant, channel)}", "dim"))
 
 
 def steer(
@@ -121,8 +136,15 @@ def steer(
     with exits():
         edits = _read_edits(edit, patch, form, any_case)
     with as_releaser(tenant, key) as steering:
-        # Bad edits are refused before a patch is made for them.
-        others = [] if alone else _other_revisions(steering, channel, name)
+        # Whatever is refused is refused before anything is stored.
+        now = _channel_now(steering, channel)
+        if now and now.canary and activate:
+            raise ValueError(
+                f"{now.name} has release {now.canary.release} as its canary, which this would end; promote or abort it "
+                "first, or leave out --activate"
+            )
+        others = [] if alone or now is None else _other_revisions(steering, now.release, name)
+        _check_patches(steering, others)
         if not _exists(steering, name, edits):
             steering.create_patch(name, notes, exist_ok=True)
         revision = steering.create_revision(name, edits)
@@ -131,12 +153,24 @@ def steer(
             tell_tokens(made)
         out.print(f"{release.name} of {' '.join(release.revisions)}  [dim]{release.digest[:12]}[/]")
     if not activate:
-        judge_stored(tenant, key, release.number)
-        err.print(f"[dim]let it steer: {hints.backpack(f'release activate {release.number}')}[/]")
+        judge_stored(tenant, key, release.number, insist=True)
+        err.print(f"[dim]let it steer: {hints.again(f'release activate {release.number}', tenant, channel)}[/]")
         return
-    activate_release(release.number, yes, channel, wait, timeout, tenant, key)
-    undo = "release rollback" if channel == "live" else f"release rollback --channel {channel}"
-    err.print(f"[dim]undo it: {hints.backpack(undo)}[/]")
+    ask_if_worse(judge_stored(tenant, key, release.number, insist=yes), yes)
+    with as_releaser(tenant, key) as steering:
+        try:
+            etag = now.etag if now else ""
+            move = steering.activate(release.number, channel, etag=etag, wait=wait, wait_seconds=timeout)
+        except (Conflict, InvalidRequest) as error:
+            if error.reason not in ("STALE_ETAG", "MISSING_ETAG"):
+                raise
+            raise ValueError(
+                f"the channel {channel} was moved meanwhile, and release {release.number} may lack what it is at now: "
+                "run this again"
+            ) from None
+    if now:
+        err.print(f"[dim]undo it: {hints.again('release rollback', tenant, channel)}[/]")
+    print_move(move, tenant)
 
 
 def _read_edits(
@@ -164,14 +198,27 @@ def _exists(steering: Steering, name: str, edits: Sequence[Edit | pb.Edit]) -> b
     return True
 
 
-def _other_revisions(steering: Steering, channel: str, name: str) -> list[str]:
-    """The revisions of a channel's release, without those of the patch NAME; none if there is no such channel."""
+def _channel_now(steering: Steering, channel: str) -> ChannelNow | None:
     try:
-        number = steering.channel(channel).release
+        return steering.channel(channel)
     except NotFound:
-        return []
-    revisions = steering.release(number).revisions if number else ()
+        return None
+
+
+def _other_revisions(steering: Steering, release: int, name: str) -> list[str]:
+    """The revisions of a release, without those of the patch NAME."""
+    revisions = steering.release(release).revisions if release else ()
     return [revision for revision in revisions if revision.rpartition(":")[0] != name]
+
+
+def _check_patches(steering: Steering, revisions: Sequence[str]) -> None:
+    """Raises ValueError for a revision of a deleted patch: no new release can have it."""
+    deleted = {patch.id for patch in steering.patches(deleted=True) if patch.deleted}
+    if gone := [revision for revision in revisions if revision.rpartition(":")[0] in deleted]:
+        raise ValueError(
+            f"the channel's release has {', '.join(gone)}, whose patch is deleted, so no new release can have it; "
+            "--alone releases this patch without the others"
+        )
 
 
 def _side_by_side(prompt: str, plain: Generation, tried: Generation, found: Sequence[Prediction]) -> Table:

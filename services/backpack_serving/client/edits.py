@@ -29,7 +29,7 @@ _POLICIES = {
 
 
 _FORMS = {
-    "inner": inference_pb2.WORD_FORM_UNSPECIFIED,
+    "inner": inference_pb2.WORD_FORM_INNER,
     "initial": inference_pb2.WORD_FORM_INITIAL,
     "both": inference_pb2.WORD_FORM_BOTH,
 }
@@ -149,18 +149,20 @@ class Bias:
     """Raise the logits of words by an amount, wherever they could come next: lower them below 0, forbid them with
     −∞ (`-math.inf`). Biases of one word add up.
 
-    A word stands for its token with the leading space, and for the one that is the word without it, if there is
-    such. One of several tokens is refused, unless `tokens` asks for its "first", or for "all".
+    `tokens`, `form` and `any_case` are as in `Cells`, but a word stands for both of its forms unless told otherwise.
     """
 
     words: Sequence[Word]
     amount: float
     tokens: Tokens = "single"
+    form: Form = "both"
+    any_case: bool = False
 
     def message(self) -> pb.Edit:
         words = [word(each, f"words[{at}]") for at, each in enumerate(self.words)]
         for each in words:
-            each.policy = _policy("tokens", self.tokens)
+            each.policy, each.form = _policy("tokens", self.tokens), _form("form", self.form)
+            each.any_case = self.any_case
         return pb.Edit(bias=build(pb.BiasEdit, words=words, amount=self.amount))
 
 
@@ -197,10 +199,8 @@ def _cells_message(where: Where) -> list[pb.Cells]:
     found = []
     for at, one in enumerate(each if isinstance(each, Cells) else Cells(each) for each in some):
         spelled = word(one.word, f"cells[{at}].word")
-        if one.form not in _FORMS:
-            raise InvalidRequest.at(f"cells[{at}].form", "UNKNOWN_VALUE", f"{one.form!r}; write {', '.join(_FORMS)}")
-        spelled.policy = _policy(f"cells[{at}].tokens", one.tokens)
-        spelled.form, spelled.any_case = _FORMS[one.form], one.any_case
+        spelled.policy, spelled.form = _policy(f"cells[{at}].tokens", one.tokens), _form(f"cells[{at}].form", one.form)
+        spelled.any_case = one.any_case
         found.append(build(pb.Cells, f"cells[{at}]", word=spelled, senses=one.senses))
     return found
 
@@ -209,6 +209,12 @@ def _policy(field: str, tokens: Tokens) -> inference_pb2.WordPolicy.ValueType:
     if tokens not in _POLICIES:
         raise InvalidRequest.at(field, "UNKNOWN_VALUE", f"{tokens!r}; write {', '.join(_POLICIES)}")
     return _POLICIES[tokens]
+
+
+def _form(field: str, form: Form) -> inference_pb2.WordForm.ValueType:
+    if form not in _FORMS:
+        raise InvalidRequest.at(field, "UNKNOWN_VALUE", f"{form!r}; write {', '.join(_FORMS)}")
+    return _FORMS[form]
 
 
 def _vector_message(values: Vector) -> pb.Vector:

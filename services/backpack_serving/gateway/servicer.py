@@ -35,7 +35,7 @@ from backpack_serving.gateway.wire import write_pin
 from backpack_serving.observability import tracing
 from backpack_serving.references import LIVE, Pin, Position
 from backpack_serving.wire import inference as wire
-from backpack_serving.wire.compare import MOST_RELEASES, read_choices, read_comparison
+from backpack_serving.wire.compare import MOST_RELEASES, check_draft_count, read_choices, read_comparison
 from backpack_serving.wire.drafts import read_draft
 from backpack_serving.wire.references import read_position
 from backpack_serving.wire.search import MOST_PROMPTS, read_search, read_search_page
@@ -165,6 +165,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
     async def Compare(self, request: pb.CompareRequest, context: rpc.Context) -> pb.CompareResponse:
         who = await self._authenticate(context)
         with self._meter(who) as meter:
+            check_draft_count(request)
             named = enumerate(request.releases[:MOST_RELEASES])
             drafts = [await self._read_draft(who, f"releases[{at}].draft", choice) for at, choice in named]
             choices = read_choices(request, drafts)

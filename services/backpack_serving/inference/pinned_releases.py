@@ -61,6 +61,9 @@ class PinnedReleases:
             overlays: list[Overlay] = []
             for one, overlay in zip(pinned, found, strict=True):
                 if isinstance(overlay, PatchError):
+                    alone = await get(Pinned(one.pin)) if one.draft else None
+                    if isinstance(alone, PatchError):  # it isn't the draft's fault
+                        raise _unservable(alone, Pinned(one.pin))
                     raise _unservable(overlay, one)
                 if isinstance(overlay, ServiceError):
                     raise overlay

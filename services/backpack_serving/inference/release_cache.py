@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +21,7 @@ from backpack_lm.patch import (
     draft_digest,
 )
 
+from backpack_serving import tasks
 from backpack_serving.errors import (
     INTERNAL_CALL_ERRORS,
     RELEASE_UNREACHABLE,
@@ -30,6 +31,7 @@ from backpack_serving.errors import (
     from_patch_error,
 )
 from backpack_serving.inference.denominators import Denominators
+from backpack_serving.inference.fair_lock import FairLock
 from backpack_serving.inference.release_files import ReleaseFiles, check_digest
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.references import CanaryTally, Refusal, ReleaseRef
@@ -94,6 +96,7 @@ class ReleaseCache:
         self._view = StateView()
         self._channels: dict[str, list[ChannelState]] = {}  # the view's, by tenant
         self._slots = asyncio.Semaphore(AT_ONCE)
+        self._draft_turns = FairLock()
         self._denominators = Denominators(served.table)
         self._measuring: dict[str, asyncio.Event] = {}  # of releases that load; set once one waits for those
         self.fetched = 0
@@ -120,6 +123,8 @@ class ReleaseCache:
             self._users[digest] -= 1
             if not self._users[digest]:
                 del self._users[digest]
+                if draft and (making := self._loading.pop(digest, None)):
+                    making.cancel()  # nobody waits for it, and nobody else will
                 self._evict()
 
     async def _get_overlay(
@@ -157,8 +162,10 @@ class ReleaseCache:
             raise self._denominators.refusal()
 
     def _loaded(self, digest: str, task: asyncio.Task[Overlay]) -> None:
-        self._loading.pop(digest, None)
-        self._measuring.pop(digest, None)
+        if self._loading.get(digest) is task:
+            del self._loading[digest]
+        if digest not in self._loading:
+            self._measuring.pop(digest, None)
         if not task.cancelled():
             task.exception()  # or asyncio logs it, when all who asked have left
 
@@ -189,8 +196,9 @@ class ReleaseCache:
             if any(isinstance(edit, TopicEdit) for edit in release.edits) and not self._denominators.ready:
                 self._measuring[digest].set()
                 await self._denominators.wait()  # without a slot: releases without topics are made meanwhile
-            async with self._slots:
-                overlay = await asyncio.to_thread(self._compile_release, release)
+            async with self._turn(tenant, recipe):
+                # The turn ends with the thread, also if nobody waits any more: a thread can't be stopped.
+                overlay = await tasks.finish(asyncio.to_thread(self._compile_release, release))
         except PatchError as error:
             self._refused[digest] = error.violations
             while len(self._refused) > MOST_REFUSED:
@@ -202,6 +210,10 @@ class ReleaseCache:
             except OSError as error:  # a full disk must not stop what is in memory
                 log.error("a release can't be kept on disk", digest=stored, error=str(error))
         return overlay
+
+    def _turn(self, tenant: str, recipe: _Recipe) -> AbstractAsyncContextManager[object]:
+        """Drafts are compiled one at a time, tenants in turn: releases don't wait for them."""
+        return self._draft_turns.acquire(tenant) if recipe.draft else self._slots
 
     async def _fetched(self, tenant: str, digest: str) -> list[bytes]:
         try:

