@@ -25,6 +25,8 @@ from backpack_lm.reports.report import Report, Table
 
 TURNED = 0.8
 """The share of facts that should turn."""
+ROW = 512
+"""Tokens of a row of held-out text; the context where that is less."""
 FIRST, SECOND = " of the first list", " of the second list, on which nothing was chosen,"
 OTHER_FACTS, OTHER_PROMPT = "chosen on the other facts", "fitted on the other prompt"
 
@@ -252,18 +254,18 @@ class KnowledgeEditing:
     def _costs(self, subject: LabModel, swaps: Sequence[list[SwappedFact]], watch: Watch) -> Sequence[Cost | None]:
         if not self.texts:
             return [None] * len(swaps)
-        length, each = subject.config.n_positions, self.tokens // len(self.texts)
+        length, each = min(ROW, subject.config.n_positions), self.tokens // len(self.texts)
         text = torch.cat([rows(subject, held_out(t), max(each, length), length) for t in self.texts])
         words = torch.tensor([subject.token(fact.word) for fact in swaps[0]])
         here = torch.isin(text[:, :-1], words)
         parts = torch.ones_like(here), here.cumsum(1) > 0, here
-        before = _losses(subject, subject.overlay(), text)
-        costs = []
-        for facts in watch(swaps, "held-out text", len(swaps)):
-            overlay = subject.overlay(*(edit for fact in facts for edit in fact.edits(subject)))
-            more = _losses(subject, overlay, text) - before
-            costs.append(Cost(*(float(more[part].sum() / before[part].sum()) if part.any() else 0.0 for part in parts)))
-        return costs
+        edits = [[edit for fact in facts for edit in fact.edits(subject)] for facts in swaps]
+        before, *after = _losses(subject, [subject.overlay(), *(subject.overlay(*some) for some in edits)], text, watch)
+
+        def share(more: Tensor, part: Tensor) -> float:
+            return float(more[part].sum() / before[part].sum()) if part.any() else 0.0
+
+        return [Cost(*(share(losses - before, part) for part in parts)) for losses in after]
 
 
 def _on_the_others(by_strength: dict[float, list[SwappedFact]], left_out: int) -> float:
@@ -276,13 +278,17 @@ def _on_the_others(by_strength: dict[float, list[SwappedFact]], left_out: int) -
     return max(by_strength)
 
 
-def _losses(subject: LabModel, overlay: Overlay, text: Tensor) -> Tensor:
-    """Cross-entropy of each token of rows [N, T + 1]: [N, T]."""
-    model, found = SteeredModel(subject, overlay), []
-    for row in text:
-        logits = model.mix(row[None, :-1])[0] @ subject.head.t()
-        found.append(F.cross_entropy(logits, row[1:], reduction="none").double())
-    return torch.stack(found)
+def _losses(subject: LabModel, overlays: Sequence[Overlay], text: Tensor, watch: Watch) -> Tensor:
+    """Cross-entropy of each token of rows [N, T + 1] under each overlay: [overlays, N, T]. The sense weights are the
+    same under all of them, so the trunk reads a row once."""
+    found = torch.empty(len(overlays), len(text), text.shape[1] - 1, dtype=torch.float64)
+    for at, row in enumerate(watch(text, "held-out text", len(text))):
+        ids = row[None, :-1]
+        alpha = subject.model.sense_weights(ids)
+        for number, overlay in enumerate(overlays):
+            logits = SteeredModel(subject, overlay).mix_by(alpha, ids)[0] @ subject.head.t()
+            found[number, at] = F.cross_entropy(logits, row[1:], reduction="none").double()
+    return found
 
 
 def _prompts(facts: Sequence[SwappedFact]) -> list[Swapped]:

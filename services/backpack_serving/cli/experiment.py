@@ -187,6 +187,39 @@ def topics(
         work.unlink()
 
 
+@app.command("texts")
+def texts(
+    corpus: Annotated[
+        list[Path],
+        typer.Option(
+            help="JSON-lines file (.xz or not), whose held-out records begin the texts. Repeatable.", exists=True
+        ),
+    ],
+    count: Annotated[int, typer.Option("--texts", help="Texts.", min=1)] = 20,
+    length: Annotated[int, typer.Option(help="Tokens of each text.", min=2)] = 100,
+    words: Annotated[int, typer.Option(help="Words of a record that a text goes on from.", min=1)] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the texts.", min=0)] = 0,
+    model: Model = None,
+    twin: Annotated[
+        Path | None, typer.Option(help="Transformer that reads the texts for their perplexity; default: the model.")
+    ] = None,
+    folder: Out = RESULTS,
+    threads: Threads = 0,
+) -> None:
+    """Write texts that nobody chose at the model's default sampling; measure how likely and how varied they are."""
+    with exits():
+        from backpack_lm.checkpoint import CONFIG
+        from backpack_lm.config import BackpackConfig
+        from backpack_lm.experiments.texts import UnchosenTexts
+        from backpack_lm.generation import SamplingDefaults, end_tokens
+
+        where = model_folder(model)
+        ends = end_tokens(where, BackpackConfig.read(where / CONFIG))
+        sampling = SamplingDefaults.read(where)
+        experiment = UnchosenTexts(tuple(corpus), twin, count, length, words, seed, sampling, tuple(sorted(ends)))
+        _run_and_write(experiment, where, folder, threads)
+
+
 @app.command("finetuning")
 def finetuning(
     text: Annotated[

@@ -23,6 +23,7 @@ from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.progress import unwatched
 from backpack_lm.lab.swap import STRENGTHS, Swapped, SwappedFact, fit_swap, swap_edits, swap_fact
 from backpack_lm.lab.text import held_out, rows
+from backpack_lm.model import Backpack
 from backpack_lm.patch import AddEdit, PatchError, SwapEdit
 from backpack_lm.tokenizer import Tokenizer, WordError, WordPolicy
 
@@ -181,9 +182,23 @@ def test_the_second_list_is_fit_to_be_asked() -> None:
         assert all(token in tokenizer.encode(prompt) for prompt in fact.prompts)
 
 
-def test_the_cost_is_that_of_the_model_itself(subject: LabModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("length", [32, 64])
+def test_the_cost_is_that_of_the_model_itself(
+    length: int, subject: LabModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are shorter than the context, or as long where that is less."""
     fact = Fact("ship", "sea", "land", (PROMPT, "When the ship"))
     monkeypatch.setattr("backpack_lm.experiments.facts.FACTS", (fact,))
+    monkeypatch.setattr("backpack_lm.experiments.facts.FRESH", ())
+    monkeypatch.setattr("backpack_lm.experiments.facts.ROW", 32 if length == 32 else 512)
+    read: list[int] = []
+    real = Backpack.sense_weights
+
+    def counting(model: Backpack, ids: torch.Tensor) -> torch.Tensor:
+        read.append(ids.numel())
+        return real(model, ids)
+
+    monkeypatch.setattr(Backpack, "sense_weights", counting)
     corpus = folder / "corpus.jsonl"
     result = KnowledgeEditing((corpus,), 256).run(subject, unwatched)
     assert isinstance(result, FactsResult)
@@ -197,7 +212,8 @@ def test_the_cost_is_that_of_the_model_itself(subject: LabModel, folder: Path, m
         OTHER_FACTS,
         OTHER_PROMPT,
     ]
-    text, ship = rows(subject, held_out(corpus), 256, 64), subject.token("ship")
+    assert read.count(length) == 256 // length, "the trunk reads a row once, whatever the number of strengths"
+    text, ship = rows(subject, held_out(corpus), 256, length), subject.token("ship")
 
     def losses(strength: float | None) -> torch.Tensor:
         edits = swap_edits(subject, *("ship", "sea", "land"), range(4), strength) if strength else []
