@@ -105,8 +105,8 @@ class TextsResult:
             notes=(
                 f"Prompts are the first {counted(self.words, 'word')} of the first paragraph of at least {PARAGRAPH} "
                 "words in each of the first held-out records, in the order of the files. All texts are shown.",
-                f"{self.length} tokens each, drawn with seed {self.seed} at temperature {s.temperature:g}, top_k "
-                f"{s.top_k}, top_p {s.top_p:g}, min_p {s.min_p:g} and repetition penalty "
+                f"{self.length} tokens each, drawn with seeds from {self.seed} on at temperature {s.temperature:g}, "
+                f"top_k {s.top_k}, top_p {s.top_p:g}, min_p {s.min_p:g} and repetition penalty "
                 f"{s.repetition_penalty:g}, the model's defaults; the end of the text is never drawn.",
                 "Perplexity is per token of the reader's own vocabulary, after an end-of-text token and the prompt. "
                 "Lower is likelier, and repetition lowers it, so read it beside the distinct pairs.",
@@ -119,8 +119,9 @@ class UnchosenTexts:
     """`texts` continuations of `length` tokens: of the first held-out records of the files `corpus`, in their order,
     the first `words` words of the first paragraph of at least PARAGRAPH.
 
-    `sampling` is how tokens are drawn, `ends` those that never are. `reader` is a Transformer, a GGUF file, a Hugging
-    Face folder or a run, that gives the texts their perplexity; without one, the model itself does.
+    Text n is drawn with `seed` + n: with one seed for all, those whose prompts are equally long would get the same
+    noise. `sampling` is how tokens are drawn, `ends` those that never are. `reader` is a Transformer (a GGUF file, a
+    Hugging Face folder or a run) that gives the texts their perplexity; without one, the model itself does.
     """
 
     corpus: tuple[Path, ...]
@@ -139,9 +140,9 @@ class UnchosenTexts:
         prompts = self._record_openings()
         model, tokenizer, name = self._text_reader(subject)
         texts = []
-        for prompt in watch(prompts, "texts", len(prompts)):
-            ids = subject.ids(prompt)
-            text = subject.tokenizer.decode(self._continue_prompt(subject, ids))
+        for number, prompt in enumerate(watch(prompts, "texts", len(prompts))):
+            ids = self._continue_prompt(subject, subject.ids(prompt), self.seed + number)
+            text = subject.tokenizer.decode(ids)
             texts.append(WrittenText(prompt, text, *_read_text(model, tokenizer, prompt, text)))
         return TextsResult(texts, self.length, self.words, self.seed, self.sampling, name)
 
@@ -167,14 +168,14 @@ class UnchosenTexts:
         return twin, tokenizer, self.reader.name
 
     @torch.inference_mode()
-    def _continue_prompt(self, subject: LabModel, prompt: Sequence[int]) -> list[int]:
+    def _continue_prompt(self, subject: LabModel, prompt: Sequence[int], seed: int) -> list[int]:
         """The text's ids."""
         sampler = BatchSampler(subject, subject.overlay(), 1, len(prompt) + self.length)
         ids = list(prompt)
         for token in prompt:
             logits = sampler.feed(torch.tensor([token]))
         while len(ids) < len(prompt) + self.length:
-            ids.append(draw(logits[0], ids, self.sampling, self.seed, self.ends))
+            ids.append(draw(logits[0], ids, self.sampling, seed, self.ends))
             if len(ids) < len(prompt) + self.length:
                 logits = sampler.feed(torch.tensor(ids[-1:]))
         return ids[len(prompt) :]

@@ -198,7 +198,7 @@ def texts(
     count: Annotated[int, typer.Option("--texts", help="Texts.", min=1)] = 20,
     length: Annotated[int, typer.Option(help="Tokens of each text.", min=2)] = 100,
     words: Annotated[int, typer.Option(help="Words of a record that a text goes on from.", min=1)] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the texts.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first text; the next one's is one more.", min=0)] = 0,
     model: Model = None,
     twin: Annotated[
         Path | None, typer.Option(help="Transformer that reads the texts for their perplexity; default: the model.")

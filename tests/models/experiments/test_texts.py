@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from backpack_lm.experiments.texts import TextsResult, UnchosenTexts, WrittenText, draw, opening
-from backpack_lm.generation import SamplingDefaults
+from backpack_lm.generation import UNTRUNCATED, SamplingDefaults
 from backpack_lm.gguf_file import tokenizer_of
 from backpack_lm.lab.lab_model import LabModel
 from backpack_lm.lab.progress import unwatched
@@ -72,6 +72,16 @@ def test_a_text_is_what_the_oracle_writes(subject: LabModel, folder: Path) -> No
     first = subject.ids(result.texts[0].text)[0]
     forbidden = _run(subject, folder / "corpus.jsonl", sampling=GREEDY, ends=(first,))
     assert first not in subject.ids(forbidden.texts[0].text)
+
+
+def test_each_text_has_a_seed_of_its_own(subject: LabModel, folder: Path) -> None:
+    one, two = (_run(subject, folder / "corpus.jsonl", seed=seed, sampling=UNTRUNCATED).texts for seed in (5, 6))
+    for number, text in enumerate(one):
+        ids = subject.ids(text.prompt)
+        for _ in range(12):
+            ids.append(draw(subject.model(torch.tensor([ids]))[0, -1], ids, UNTRUNCATED, 5 + number))
+        assert text.text == subject.tokenizer.decode(ids[-12:])
+    assert one != two
 
 
 def test_prompts_are_the_beginnings_of_held_out_paragraphs(subject: LabModel, tmp_path: Path, folder: Path) -> None:
