@@ -183,13 +183,14 @@ def null_space(subject: LabModel, twin: TransformerTwin, nouns: Sequence[str], w
     direction = twin.embedding[she] - twin.embedding[he]
 
     def bias(noun: str, templates: Sequence[str], keep: float) -> float:
-        ratios = []
+        rows = [subject.ids(template.replace("{}", noun))[-twin.config.n_positions :] for template in templates]
+        last = torch.tensor([len(row) - 1 for row in rows])
+        ids = torch.zeros(len(rows), int(last.max()) + 1, dtype=torch.long)  # padded behind, where nothing looks
+        for at, row in enumerate(rows):
+            ids[at, : len(row)] = torch.tensor(row)
         with _projected(twin, subject.token(noun), direction, keep):
-            for template in templates:
-                ids = torch.tensor([subject.ids(template.replace("{}", noun))[-twin.config.n_positions :]])
-                logits = twin.mix(ids)[0, -1] @ twin.embedding[[he, she]].t()
-                ratios.append(float((logits[0] - logits[1]).double().abs().exp()))
-        return fmean(ratios)
+            logits = twin.mix(ids)[torch.arange(len(rows)), last] @ twin.embedding[[he, she]].t()
+        return float((logits[:, 0] - logits[:, 1]).double().abs().exp().mean())
 
     found: list[tuple[float, float, float]] = []
     with torch.inference_mode():

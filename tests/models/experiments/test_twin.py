@@ -127,6 +127,23 @@ def test_the_null_space_is_projected_out_of_one_word_s_input_alone(subject: LabM
     assert "twin, null space" in result.headline().figures
 
 
+def test_the_twin_reads_all_prompts_of_a_scale_at_once(
+    subject: LabModel, twin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by one, the weights of a large twin went through memory five times for each of a hundred scales."""
+    read: list[int] = []
+    real = TransformerTwin.mix
+
+    def counting(model: TransformerTwin, ids: torch.Tensor) -> torch.Tensor:
+        read.append(len(ids))
+        return real(model, ids)
+
+    monkeypatch.setattr(TransformerTwin, "mix", counting)
+    null_space(subject, _read(twin, subject), ["nurse"], unwatched)
+    assert set(read[:-3]) == {len(ESTIMATION)}, "the fit"
+    assert read[-3:] == [len(EVALUATION)] * 3
+
+
 def test_the_twin_reads_the_texts_of_topics(subject: LabModel, twin: Path, judge: Path) -> None:
     given = {"samples": 2, "length": 6, "judge": judge}
     own, read = (TopicControl(**given, twin=t).run(subject, unwatched) for t in (None, twin))
