@@ -177,7 +177,7 @@ def test_the_head_is_taken_in_pieces(model: Backpack, table: SenseTable, monkeyp
     overlays = _compiled(MANY, table)
     whole = Scoring(model, table, IDS).read(overlays), Predicting(model, table, IDS, 3).read(overlays)
     monkeypatch.setattr(compare, "HEAD_BYTES", 3 * 4 * REAL)
-    pieces = [len(logits) for _, logits in compare._logits_in_pieces(torch.zeros(10, D), model.embedding[:REAL])]
+    pieces = [len(logits) for _, logits in compare.logits_in_pieces(torch.zeros(10, D), model.embedding[:REAL])]
     assert pieces == [3, 3, 3, 1]
     scores, predicted = Scoring(model, table, IDS).read(overlays), Predicting(model, table, IDS, 3).read(overlays)
     for found, expected in zip(scores, whole[0], strict=True):

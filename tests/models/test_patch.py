@@ -118,7 +118,7 @@ def test_limits() -> None:
     assert _refusal(*biases, limits=PatchLimits(biased=2)).violations[0].reason == "TOO_MANY_WORDS"
     RevisionContent(SHAPE.fingerprint, tuple(biases)).validate(SHAPE, PatchLimits(biased=3))
     nine = ReleaseContent(tuple(RevisionContent(SHAPE.fingerprint, (ScaleEdit(CELL, 0.5),)) for _ in range(9)))
-    with pytest.raises(PatchError, match="9 revisions, at most 8"):
+    with pytest.raises(PatchError, match="9 revisions; at most 8"):
         nine.validate(SHAPE)
 
 
