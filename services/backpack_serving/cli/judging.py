@@ -91,7 +91,7 @@ def _judgement_text(found: Judgement) -> Text:
     what = [counted(number, noun) for number, noun in parts if number] or ["no edit"]
     words = [word for word in found.moved[:SHOWN] if abs(word.after - word.before) >= WORTH_SHOWING]
     moved = ", ".join(f"{word.token.text.strip()!r} {word.after - word.before:+.2%}" for word in words)
-    change = f"{found.change:+.1%}" if found.change < HUGE else f"more than {HUGE + 1:g} times as much"
+    change = f"{round(found.change, 3) + 0.0:+.1%}" if found.change < HUGE else f"more than {HUGE + 1:g} times as much"
     return Text.assemble(
         (f"{', '.join(what)}; ordinary text: perplexity {_short(found.before)} → {_short(found.after)} ", ""),
         (f"({change})", "yellow" if worse else "green"),
