@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from operator import length_hint
 from pathlib import Path
@@ -274,8 +275,21 @@ def command() -> str:
     return shlex.join(["backpack", *sys.argv[1:]])
 
 
+SAY_EVERY = 30.0
+"""Seconds between two lines on the progress of a loop, off a terminal."""
+
+
+def _how_far(what: str, done: int, total: int | None, seconds: float) -> str:
+    if total is None:
+        return f"{what}: {done} after {seconds:.0f} s"
+    left = seconds / done * (total - done)
+    return f"{what}: {done} of {total}, about {f'{left / 60:.0f} minutes' if left > 90 else f'{left:.0f} s'} left"
+
+
 class ProgressWatch:
-    """A Watch that shows progress bars. On Ctrl-C it prints whether the same command resumes (`goes_on`)."""
+    """A Watch that shows progress bars, or prints a line every SAY_EVERY seconds where there is no terminal. On Ctrl-C
+    it prints whether the same command resumes (`goes_on`).
+    """
 
     def __init__(self, goes_on: bool = False) -> None:
         self._goes_on = goes_on
@@ -283,11 +297,17 @@ class ProgressWatch:
         self._progress = progress(*columns)
 
     def __call__(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-        task = self._progress.add_task(what, total=total or length_hint(items) or None)
+        total = total or length_hint(items) or None
+        task = self._progress.add_task(what, total=total)
+        begun = said = time.monotonic()
         try:
-            for item in items:
+            for done, item in enumerate(items, 1):
                 yield item
                 self._progress.advance(task)
+                now = time.monotonic()
+                if not err.is_terminal and now - said >= SAY_EVERY and done != total:
+                    said = now
+                    err.print(_how_far(what, done, total, now - begun), markup=False)
         finally:
             self._progress.remove_task(task)  # bars of enclosing loops stay
 
