@@ -60,8 +60,8 @@ __all__ = [
     "TopicEdit",
     "Vector",
     "Violation",
-    "draft_digest",
     "release_digest",
+    "served_digest",
 ]
 
 COMPOSITION_VERSION = 1
@@ -134,7 +134,7 @@ class RevisionContent:
 class ReleaseContent:
     """An immutable ordered list of one tenant's revisions. No revisions is an explicit, empty release.
 
-    A `draft` is applied after them and stored nowhere; the digest then is `draft_digest`, which no release has.
+    A `draft` is applied after them and stored nowhere; the digest then is one that no stored release has.
     """
 
     revisions: tuple[RevisionContent, ...] = ()
@@ -142,10 +142,8 @@ class ReleaseContent:
     digest: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        digest = release_digest([r.digest for r in self.revisions])
-        if self.draft:
-            digest = draft_digest(digest, self.draft.digest)
-        object.__setattr__(self, "digest", digest)
+        stored = release_digest([r.digest for r in self.revisions])
+        object.__setattr__(self, "digest", served_digest(stored, self.draft.digest if self.draft else ""))
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -172,10 +170,12 @@ class ReleaseContent:
             raise PatchError(*found)
 
 
-def draft_digest(release: str, revision: str) -> str:
-    """The digest of a draft, whose edits as a revision have the digest `revision`, over the release with the digest
-    `release`."""
-    body = struct.pack("<H", COMPOSITION_VERSION) + bytes.fromhex(release) + bytes.fromhex(revision)
+def served_digest(release: str, draft: str = "") -> str:
+    """What answers under a release are marked with: its digest; with a draft, whose edits as a revision have the digest
+    `draft`, one of both."""
+    if not draft:
+        return release
+    body = struct.pack("<H", COMPOSITION_VERSION) + bytes.fromhex(release) + bytes.fromhex(draft)
     return hashlib.sha256(b"backpack.draft.v1\n" + body).hexdigest()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -28,9 +28,22 @@ from backpack_lm.patch import (
 from backpack_serving.engine.engine import Engine
 from backpack_serving.engine.runner import Runner
 from backpack_serving.engine.scheduler import Scheduler
+from backpack_serving.engine.sequence import GenerationRequest, Output
 from backpack_serving.engine.slots import OverlayRows, Slots
 
 V, T, D, K = 97, 48, 32, 4
+
+
+def outputs_of(engine: Engine, requests: Sequence[GenerationRequest]) -> dict[str, list[Output]]:
+    """Add all requests, step until nothing is left, and gather their outputs."""
+    for request in requests:
+        engine.add(request)
+    made: dict[str, list[Output]] = {request.id: [] for request in requests}
+    while engine.busy:
+        for output in engine.step():
+            made[output.request_id].append(output)
+        engine.check_integrity()
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from backpack_serving.inference.grammars import CompiledGrammar, GrammarCompiler
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.sampling import SamplingParams, TextStructure
 
-from tests.engine.conftest import compiled
+from tests.engine.conftest import compiled, outputs_of
 
 ROOM = 64
 ENDS = (0,)
@@ -107,17 +107,6 @@ def engine_of(served: ServedModel, slots: int = 8, **caches: int) -> Engine:
     return Engine(runner, Slots(slots), OverlayRows(ROOM), Scheduler(64, 64), end_tokens=served.manifest.end_tokens)
 
 
-def run(engine: Engine, requests: list[GenerationRequest]) -> dict[str, list[Output]]:
-    for request in requests:
-        engine.add(request)
-    made: dict[str, list[Output]] = {request.id: [] for request in requests}
-    while engine.busy:
-        for output in engine.step():
-            made[output.request_id].append(output)
-        engine.check_integrity()
-    return made
-
-
 def tokens(outputs: list[Output]) -> list[int]:
     return [output.token for output in outputs]
 
@@ -162,7 +151,7 @@ def test_what_is_made_is_in_the_grammar_and_what_was_begun_can_go_on(
             requests[request.id] = request
             free = replace(request, id=f"{name} {n} free", grammar=None)
             requests[free.id] = free
-    made = run(engine_of(served), list(requests.values()))
+    made = outputs_of(engine_of(served), list(requests.values()))
     ended = 0
     for key, request in requests.items():
         if request.grammar is None:
@@ -198,7 +187,7 @@ def test_greedy_tokens_are_the_likeliest_that_are_allowed(
         state.add(token)
         if token in ENDS or state.complete:
             break
-    assert tokens(run(engine_of(served), [request])["r"]) == expected == oracle(served, request)
+    assert tokens(outputs_of(engine_of(served), [request])["r"]) == expected == oracle(served, request)
 
 
 ASKED: dict[str, dict[str, Any]] = {
@@ -224,11 +213,11 @@ def test_drawn_tokens_are_the_oracles_alone_and_in_company(
         for n, name in enumerate(("schema", "words", "answer"))
     ]
     free = [replace(request, id=f"{request.id} free", grammar=None) for request in requests]
-    together = run(engine_of(served), [*requests, *free])
+    together = outputs_of(engine_of(served), [*requests, *free])
     for request in requests:
         expected = oracle(served, request)
         assert tokens(together[request.id]) == expected, request.id
-        assert tokens(run(engine_of(served, slots=1), [request])[request.id]) == expected, request.id
+        assert tokens(outputs_of(engine_of(served, slots=1), [request])[request.id]) == expected, request.id
     assert any(tokens(together[request.id]) != tokens(together[f"{request.id} free"]) for request in requests)
 
 
@@ -241,10 +230,10 @@ def test_who_is_pre_empted_goes_on_where_it_was(
         for n in range(4)
     ]
     engine = engine_of(served, slots=4, context=128, cache_tokens=128, page_size=32)
-    made = run(engine, requests)
+    made = outputs_of(engine, requests)
     assert engine.preemptions
     roomy = engine_of(served, slots=4)
-    undisturbed = run(roomy, requests)
+    undisturbed = outputs_of(roomy, requests)
     assert not roomy.preemptions
     assert {key: tokens(outputs) for key, outputs in made.items()} == {
         key: tokens(outputs) for key, outputs in undisturbed.items()
@@ -257,7 +246,7 @@ def test_log_probabilities_stay_the_models(
     sampling = SamplingParams(max_tokens=6, temperature=0.0, log_probabilities=3)
     request = GenerationRequest("r", "t", prompt(1), sampling, overlay, 0, grammars["schema"])
     context = list(request.prompt)
-    for output in run(engine_of(served), [request])["r"]:
+    for output in outputs_of(engine_of(served), [request])["r"]:
         with torch.inference_mode():
             logits = served.model(torch.tensor([context]), overlay)[0, -1, : served.manifest.config.tokens]
         expected = log_probability(logits, output.token, 3)
@@ -304,7 +293,9 @@ def test_a_text_ends_where_nothing_may_follow(
     compiler = GrammarCompiler(served.tokenizer, served.manifest.config.tokens, served.manifest.end_tokens)
     grammar = asyncio.run(compiler.compiled("t", TextStructure("regex", pattern)))
     sampling = SamplingParams(**{"max_tokens": 9, "temperature": 0.0, **asked})
-    outputs = run(engine_of(served), [GenerationRequest("r", "t", prompt(1), sampling, overlay, 0, grammar)])["r"]
+    outputs = outputs_of(engine_of(served), [GenerationRequest("r", "t", prompt(1), sampling, overlay, 0, grammar)])[
+        "r"
+    ]
     said = served.tokenizer.decode([token for token in tokens(outputs) if token not in ENDS])
     if text is not None:
         assert (outputs[-1].finish, said) == (finish, text)
@@ -326,7 +317,7 @@ def test_a_text_that_no_token_is_left_for_ends_with_an_error_and_no_other_does(
         ),
         GenerationRequest("good", "t", prompt(1), sampling, overlay, 0, grammars["schema"]),
     ]
-    made = run(engine_of(served), requests)
+    made = outputs_of(engine_of(served), requests)
     assert [(o.token, o.finish) for o in made["stuck"]] == [(-1, Finish.NO_TOKEN)]
     assert "bad_words" in made["stuck"][0].why
     assert tokens(made["drawn"]) == [0]  # the end is allowed, and no bad word
@@ -355,7 +346,7 @@ def test_a_release_that_forbids_what_a_grammar_wants_ends_its_text(
     forbidding = Overlay.compile(ReleaseContent((revision, rest)), served.table)
     sampling = SamplingParams(max_tokens=9, temperature=0.0)
     request = GenerationRequest("r", "t", prompt(1), sampling, forbidding, 0, grammars["schema"])
-    (output,) = run(engine_of(served), [request])["r"]
+    (output,) = outputs_of(engine_of(served), [request])["r"]
     assert output.finish is Finish.NO_TOKEN
 
 
@@ -366,7 +357,9 @@ def test_a_grammar_that_grows_too_complex_ends_its_text_with_the_librarys_words(
     compiler = GrammarCompiler(served.tokenizer, served.manifest.config.tokens, served.manifest.end_tokens)
     grammar = asyncio.run(compiler.compiled("t", TextStructure("regex", r"(\w+\s?){1,500}")))
     sampling = SamplingParams(max_tokens=60, temperature=1.0, seed=1)
-    outputs = run(engine_of(served), [GenerationRequest("r", "t", prompt(1), sampling, overlay, 0, grammar)])["r"]
+    outputs = outputs_of(engine_of(served), [GenerationRequest("r", "t", prompt(1), sampling, overlay, 0, grammar)])[
+        "r"
+    ]
     assert outputs[-1].finish is Finish.NO_TOKEN
     assert "too many expressions" in outputs[-1].why
 

@@ -18,7 +18,7 @@ from backpack_serving.engine.sampler import choose_all
 from backpack_serving.engine.sequence import Finish, GenerationRequest, Output
 from backpack_serving.sampling import SamplingParams
 
-from tests.engine.conftest import D, K
+from tests.engine.conftest import D, K, outputs_of
 from tests.engine.test_company import engine_in
 from tests.engine.test_oracle import GREEDY, oracle, prompt
 
@@ -53,13 +53,7 @@ def test_they_end_their_request_and_no_other(
 ) -> None:
     engine = engine_in(torch.float32, model, table, kernels=kernels)
     requests = _requests(broken, overlays, SAMPLINGS[sampling])
-    for request in requests:
-        engine.add(request)
-    made: dict[str, list[Output]] = {request.id: [] for request in requests}
-    while engine.busy:
-        for output in engine.step():
-            made[output.request_id].append(output)
-        engine.check_integrity()
+    made = outputs_of(engine, requests)
     assert made.pop("broken") == [Output("broken", -1, "broken", None, Finish.NON_FINITE)]
     for request in requests[:2]:
         assert [output.token for output in made[request.id]] == oracle(model, request)

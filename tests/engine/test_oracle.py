@@ -15,21 +15,17 @@ from backpack_serving.sampling import SamplingParams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.engine.conftest import outputs_of
+
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_end_of_text=True)
 
 
 def run(engine: Engine, requests: list[GenerationRequest]) -> dict[str, list[int]]:
-    """Add all requests, step until nothing is left, and gather their tokens."""
+    """The tokens of all requests, run together; each is computed under its release."""
+    made = outputs_of(engine, requests)
     for request in requests:
-        engine.add(request)
-    tokens: dict[str, list[int]] = {request.id: [] for request in requests}
-    digests = {request.id: request.overlay.digest for request in requests}
-    while engine.busy:
-        for output in engine.step():
-            tokens[output.request_id].append(output.token)
-            assert output.digest == digests[output.request_id]
-        engine.check_integrity()
-    return tokens
+        assert {output.digest for output in made[request.id]} <= {request.overlay.digest}
+    return {name: [output.token for output in outputs] for name, outputs in made.items()}
 
 
 def oracle(model: Backpack, request: GenerationRequest) -> list[int]:

@@ -17,7 +17,7 @@ from backpack_serving.sampling import SamplingParams
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from tests.engine.conftest import MakeEngine, T
+from tests.engine.conftest import MakeEngine, T, outputs_of
 from tests.engine.test_oracle import oracle, prompt, run
 
 SMALL_PAGES = {"page_size": 16}
@@ -57,14 +57,7 @@ def test_drawn_tokens_are_those_of_a_pool_that_is_large(make_engine, overlays) -
     found: list[dict[str, list[Output]]] = []
     for memory in (5 * 16, 1000):
         engine: Engine = make_engine(slots=4, cache_tokens=memory, step_tokens=5, **SMALL_PAGES)
-        for request in requests:
-            engine.add(request)
-        outputs: dict[str, list[Output]] = {request.id: [] for request in requests}
-        while engine.busy:
-            for output in engine.step():
-                outputs[output.request_id].append(output)
-            engine.check_integrity()
-        found.append(outputs)
+        found.append(outputs_of(engine, requests))
         assert bool(engine.preemptions) is (memory < 1000)
     assert found[0] == found[1]  # bit by bit, log-probabilities too
 

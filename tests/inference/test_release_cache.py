@@ -25,8 +25,8 @@ from backpack_lm.patch import (
     SetEdit,
     TopicEdit,
     Vector,
-    draft_digest,
     release_digest,
+    served_digest,
 )
 from backpack_serving.errors import DataLoss, Expired, ServiceError, Unauthenticated, Unavailable
 from backpack_serving.inference.release_cache import ReleaseCache
@@ -481,7 +481,7 @@ async def test_drafts_wait_for_each_other_and_no_release_for_them(
 
     monkeypatch.setattr(releases, "_compile_release", slowly)
     drafts = [RevisionContent(served.manifest.fingerprint, _scale(7 + n)) for n in range(3)]
-    digests = [draft_digest(base, draft.digest) for draft in drafts]
+    digests = [served_digest(base, draft.digest) for draft in drafts]
 
     async def tried(tenant: str, number: int) -> str:
         async with releases.use(tenant, base, draft=drafts[number]) as overlay:

@@ -25,8 +25,7 @@ from backpack_lm.experiments.topics import distinct_pairs
 from backpack_lm.generation import FALLBACK, SamplingDefaults
 from backpack_lm.gguf_file import tokenizer_of
 from backpack_lm.kernels.caches import DrawParams
-from backpack_lm.kernels.noise import log_exponentials
-from backpack_lm.kernels.plain import kept
+from backpack_lm.kernels.plain import draw_plainly
 from backpack_lm.lab.batch_sampler import BatchSampler
 from backpack_lm.lab.lab_model import LabModel, SteeredModel
 from backpack_lm.lab.progress import Watch
@@ -197,15 +196,10 @@ def draw(logits: Tensor, ids: Sequence[int], sampling: SamplingDefaults, seed: i
     out[list(ends)] = -math.inf
     now = out[seen]
     out[seen] = torch.where(now > 0, now / sampling.repetition_penalty, now * sampling.repetition_penalty)
-    if not sampling.temperature:
-        return int(out.argmax())
-    if sampling.min_p:
+    if sampling.min_p and sampling.temperature:
         out[out < out.max() + sampling.temperature * math.log(sampling.min_p)] = -math.inf
     params = DrawParams(sampling.temperature, seed, len(ids), sampling.top_k, sampling.top_p)
-    values = out / sampling.temperature - log_exponentials([seed], [len(ids)], torch.arange(len(out)))[0]
-    if (likely := kept(out[None], [params])) is not None:
-        values[~likely[0]] = -math.inf
-    return int(values.argmax())
+    return int(draw_plainly(out[None], [params]))
 
 
 @torch.inference_mode()

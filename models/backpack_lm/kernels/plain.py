@@ -132,16 +132,7 @@ class PlainKernels:
         ).float()
 
     def draw(self, logits: Tensor, params: Sequence[DrawParams]) -> Tensor:
-        values = logits
-        if any(d.temperature for d in params):
-            temperatures = torch.tensor([d.temperature for d in params], device=logits.device)[:, None]
-            tokens = torch.arange(logits.shape[1], device=logits.device)
-            noise = log_exponentials([d.seed for d in params], [d.position for d in params], tokens)
-            values = torch.where(temperatures > 0, logits / temperatures - noise, logits)
-        if (likely := kept(logits, params)) is not None:
-            values = values.masked_fill(~likely, float("-inf"))
-        best, chosen = values.max(-1)
-        return chosen.masked_fill((best == float("-inf")) | ~(logits < float("inf")).all(-1), -1)
+        return draw_plainly(logits, params)
 
     def log_probabilities(self, logits: Tensor, chosen: Sequence[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
         logs = logits.double().log_softmax(-1)
@@ -171,6 +162,20 @@ class PlainKernels:
 
         annealed_sum[:start] += sums(slice(start), slice(start, length))
         annealed_sum[start:length] = sums(slice(start, length), slice(length))
+
+
+def draw_plainly(logits: Tensor, params: Sequence[DrawParams]) -> Tensor:
+    """`Kernels.draw` by torch alone: the oracle."""
+    values = logits
+    if any(d.temperature for d in params):
+        temperatures = torch.tensor([d.temperature for d in params], device=logits.device)[:, None]
+        tokens = torch.arange(logits.shape[1], device=logits.device)
+        noise = log_exponentials([d.seed for d in params], [d.position for d in params], tokens)
+        values = torch.where(temperatures > 0, logits / temperatures - noise, logits)
+    if (likely := kept(logits, params)) is not None:
+        values = values.masked_fill(~likely, float("-inf"))
+    best, chosen = values.max(-1)
+    return chosen.masked_fill((best == float("-inf")) | ~(logits < float("inf")).all(-1), -1)
 
 
 def kept(logits: Tensor, params: Sequence[DrawParams]) -> Tensor | None:

@@ -163,9 +163,7 @@ def _channel_or_release(context: typer.Context, value: Any) -> Any:
     return value
 
 
-Channel = Annotated[
-    str, typer.Option(help="Channel of the tenant that steers the request.", callback=_channel_or_release)
-]
+Channel = Annotated[str, typer.Option(help="Channel of the tenant.", callback=_channel_or_release)]
 ReleaseNumber = Annotated[
     int | None,
     typer.Option(

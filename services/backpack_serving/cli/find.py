@@ -100,7 +100,7 @@ def tokenize(
     with as_caller(tenant, key) as client:
         forms = [("", client.tokenize(text))]
         if len(text.split()) == 1:
-            start, inside = _word_forms(client, text.strip())
+            start, inside = _word_forms(client, text.strip(), _begun(client))
             forms = [("at the start of a text", start), ("inside a text", inside)]
     shown = Table(*(["" for _ in forms[1:]]), "id", "token", box=None)
     for name, tokens in forms:
@@ -137,16 +137,21 @@ def _found_table(senses: Sequence[FoundSense], by_use: bool) -> Table:
 
 def _other_word_forms(client: Client, words: Sequence[str], taken: Sequence[Token]) -> Iterable[str]:
     """For each word that is another token at the start of a text than the one that was taken: which ones these are."""
+    begun = _begun(client)
     for word, token in zip(words, taken, strict=True):
-        start, _ = _word_forms(client, word.strip())
+        start, _ = _word_forms(client, word.strip(), begun)
         if [each.id for each in start] != [token.id]:
             inside, there = _with_ids([token]), _with_ids(start)
             yield f"{word}: the token {inside}, as inside a text; at the start of a text it is {there}"
 
 
-def _word_forms(client: Client, word: str) -> tuple[tuple[Token, ...], tuple[Token, ...]]:
-    """The tokens of a word at the start of a text, without those that begin every text, and inside one."""
-    begun = len(client.tokenize(""))
+def _begun(client: Client) -> int:
+    """How many tokens begin every text."""
+    return len(client.tokenize(""))
+
+
+def _word_forms(client: Client, word: str, begun: int) -> tuple[tuple[Token, ...], tuple[Token, ...]]:
+    """The tokens of a word at the start of a text, without the `begun` that begin every text, and inside one."""
     return client.tokenize(word)[begun:], client.tokenize(f" {word}")[begun:]
 
 

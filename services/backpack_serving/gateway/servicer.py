@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import structlog
 from backpack_lm.manifest import Manifest
-from backpack_lm.patch import draft_digest
+from backpack_lm.patch import served_digest
 from backpack_lm.tokenizer import Tokenizer
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc as grpc_v1
@@ -361,6 +361,5 @@ def _min_position(request: Any) -> Position | None:
 
 def _check_release(served: pb.Served, pin: Pin) -> None:
     """Raise Internal unless the replica used the pinned release; it reports the digest from the slot itself."""
-    pinned = draft_digest(pin.digest, pin.draft) if pin.draft else pin.digest
-    if served.release_digest != pinned:
+    if served.release_digest != (pinned := served_digest(pin.digest, pin.draft)):
         raise Internal("WRONG_RELEASE", f"pinned {pinned}, answered with {served.release_digest}")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import structlog
 from backpack_lm.overlay import Overlay
-from backpack_lm.patch import PatchError, RevisionContent, draft_digest
+from backpack_lm.patch import PatchError, RevisionContent
 from backpack_proto.v1 import inference_pb2 as pb
 
 from backpack_serving.errors import PreconditionFailed, ServiceError, from_patch_error
-from backpack_serving.inference.release_cache import ReleaseCache
+from backpack_serving.inference.release_cache import ReleaseCache, WantedRelease
 from backpack_serving.observability.metrics import ReplicaMetrics
 
 log = structlog.get_logger(__name__)
@@ -28,8 +28,7 @@ class Pinned:
 
     @property
     def digest(self) -> str:
-        """What it is served as: the release's digest, or the draft's over it."""
-        return draft_digest(self.pin.release_digest, self.draft.digest) if self.draft else self.pin.release_digest
+        return WantedRelease(self.pin.release_digest, self.draft).digest
 
 
 class PinnedReleases:

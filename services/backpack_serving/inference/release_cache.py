@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import structlog
@@ -18,7 +18,7 @@ from backpack_lm.patch import (
     RevisionContent,
     TopicEdit,
     Violation,
-    draft_digest,
+    served_digest,
 )
 
 from backpack_serving import tasks
@@ -61,11 +61,15 @@ class _Compiled:
 
 
 @dataclass(frozen=True, slots=True)
-class _Recipe:
-    """What to compile: the stored release with this digest, and a draft's edits after its own."""
+class WantedRelease:
+    """The release that is stored with this digest, and a draft's edits after its own; `digest` is of both."""
 
-    release: str
+    stored: str
     draft: RevisionContent | None = None
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", served_digest(self.stored, self.draft.digest if self.draft else ""))
 
 
 class ReleaseCache:
@@ -115,10 +119,11 @@ class ReleaseCache:
         If the denominators of its topics aren't there after `patience` seconds, raises Unavailable, to be retried.
         Raises ServiceError or PatchError if it can't be had or doesn't fit the model: never another release.
         """
-        digest = draft_digest(release, draft.digest) if draft else release
+        wanted = WantedRelease(release, draft)
+        digest = wanted.digest
         self._users[digest] += 1
         try:
-            yield await self._get_overlay(tenant, digest, patience, _Recipe(release, draft))
+            yield await self._get_overlay(tenant, wanted, patience)
         finally:
             self._users[digest] -= 1
             if not self._users[digest]:
@@ -127,10 +132,9 @@ class ReleaseCache:
                     making.cancel()  # nobody waits for it, and nobody else will
                 self._evict()
 
-    async def _get_overlay(
-        self, tenant: str, digest: str, patience: float | None = None, recipe: _Recipe | None = None
-    ) -> Overlay:
+    async def _get_overlay(self, tenant: str, wanted: WantedRelease, patience: float | None = None) -> Overlay:
         """Requests for a release that is still being made share the work."""
+        digest = wanted.digest
         if found := self._compiled.get(digest):
             self._compiled.move_to_end(digest)
             return found.overlay
@@ -138,9 +142,7 @@ class ReleaseCache:
             raise PatchError(*refused)  # a new one: those that are raised gather where they came by, and keep it
         if digest not in self._loading:
             self._measuring[digest] = asyncio.Event()
-            task = self._loading[digest] = asyncio.create_task(
-                self._load_release(tenant, digest, recipe or _Recipe(digest))
-            )
+            task = self._loading[digest] = asyncio.create_task(self._load_release(tenant, wanted))
             task.add_done_callback(partial(self._loaded, digest))
         making = self._loading[digest]
         if patience is not None:
@@ -169,21 +171,21 @@ class ReleaseCache:
         if not task.cancelled():
             task.exception()  # or asyncio logs it, when all who asked have left
 
-    async def _load_release(self, tenant: str, digest: str, recipe: _Recipe) -> Overlay:
+    async def _load_release(self, tenant: str, wanted: WantedRelease) -> Overlay:
         try:
-            overlay = await self._read_or_fetch(tenant, digest, recipe)
+            overlay = await self._read_or_fetch(tenant, wanted)
         except (ServiceError, PatchError):
             raise
         except Exception:  # one release must not keep those beside it from being made ready
-            log.exception("a release can't be made ready", tenant=tenant, digest=digest)
+            log.exception("a release can't be made ready", tenant=tenant, digest=wanted.digest)
             raise Internal("INTERNAL", "an internal error; the replica's log has more") from None
-        self._compiled[digest] = _Compiled(overlay, tenant)
+        self._compiled[wanted.digest] = _Compiled(overlay, tenant)
         self._evict()
         return overlay
 
-    async def _read_or_fetch(self, tenant: str, digest: str, recipe: _Recipe) -> Overlay:
+    async def _read_or_fetch(self, tenant: str, wanted: WantedRelease) -> Overlay:
         """From disk, or else fetched, and then on disk."""
-        stored = recipe.release
+        stored = wanted.stored
         try:
             async with self._slots:
                 revisions = await asyncio.to_thread(self._blobs.read, stored)
@@ -192,15 +194,15 @@ class ReleaseCache:
                     self.fetched += 1
                     revisions = await self._fetched(tenant, stored)
                     await asyncio.to_thread(check_digest, revisions, stored)  # a file's digest is checked by its read
-                release = await asyncio.to_thread(self._parse_release, revisions, recipe.draft)
+                release = await asyncio.to_thread(self._parse_release, revisions, wanted.draft)
             if any(isinstance(edit, TopicEdit) for edit in release.edits) and not self._denominators.ready:
-                self._measuring[digest].set()
+                self._measuring[wanted.digest].set()
                 await self._denominators.wait()  # without a slot: releases without topics are made meanwhile
-            async with self._turn(tenant, recipe):
+            async with self._turn(tenant, wanted):
                 # The turn ends with the thread, also if nobody waits any more: a thread can't be stopped.
                 overlay = await tasks.finish(asyncio.to_thread(self._compile_release, release))
         except PatchError as error:
-            self._refused[digest] = error.violations
+            self._refused[wanted.digest] = error.violations
             while len(self._refused) > MOST_REFUSED:
                 self._refused.popitem(last=False)
             raise
@@ -211,9 +213,9 @@ class ReleaseCache:
                 log.error("a release can't be kept on disk", digest=stored, error=str(error))
         return overlay
 
-    def _turn(self, tenant: str, recipe: _Recipe) -> AbstractAsyncContextManager[object]:
+    def _turn(self, tenant: str, wanted: WantedRelease) -> AbstractAsyncContextManager[object]:
         """Drafts are compiled one at a time, tenants in turn: releases don't wait for them."""
-        return self._draft_turns.acquire(tenant) if recipe.draft else self._slots
+        return self._draft_turns.acquire(tenant) if wanted.draft else self._slots
 
     async def _fetched(self, tenant: str, digest: str) -> list[bytes]:
         try:
@@ -274,7 +276,7 @@ class ReleaseCache:
         elif not refusal:
             for release in _earlier(change):
                 with suppress(ServiceError, PatchError):
-                    await self._get_overlay(change.tenant, release.digest, patience=0.0)
+                    await self._get_overlay(change.tenant, WantedRelease(release.digest), patience=0.0)
         return refusal
 
     def _unstage(self, *changes: Stageable) -> None:
@@ -289,7 +291,7 @@ class ReleaseCache:
         patience = 0.0 if self._denominators.computing else STAGING_PATIENCE
         for release in change.serving:
             try:
-                await self._get_overlay(change.tenant, release.digest, patience)
+                await self._get_overlay(change.tenant, WantedRelease(release.digest), patience)
             except (ServiceError, PatchError) as error:
                 return _refusal(change, release, error)
         size = sum(self._overlay_sizes(self._serving(change.tenant)))
@@ -356,7 +358,7 @@ class ReleaseCache:
             for release in (*channel.serving, *channel.earlier):
                 if await asyncio.to_thread(self._blobs.has, release.digest):
                     with suppress(ServiceError, PatchError):
-                        await self._get_overlay(channel.tenant, release.digest, patience=0.0)
+                        await self._get_overlay(channel.tenant, WantedRelease(release.digest), patience=0.0)
 
     async def tidy(self) -> None:
         """Forget on disk what no channel needs. What can't be removed stays until the next time."""
