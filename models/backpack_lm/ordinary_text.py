@@ -1,4 +1,4 @@
-"""Ordinary text, which a release should leave alone, and what it does to that text all the same."""
+"""Measures what a release does to ordinary text, which it should leave alone."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ AsWriter = Annotated[
         "--as",
         metavar="TENANT",
         envvar="BACKPACK_TENANT",
-        help="Whose it is to change, with the tenant's key from the state folder of `run`. Never guessed.",
+        help="Tenant to change, with its key from the state folder of `run`. It is never guessed.",
         show_default=False,
     ),
 ]
