@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("BACKPACK_PRECISION", "float32")
 # Small and in the repository. The tests of pages and of installing say that they want another.
 os.environ.setdefault("BACKPACK_MODEL", "micro")
+# Judging each new release takes time that those tests alone need which are about it.
+os.environ.setdefault("BACKPACK_DEGRADATION", "inf")
 # Servers of tests that run beside each other.
 os.environ.setdefault("BACKPACK_HTTP_ADDRESS", "127.0.0.1:0")
 # Read when Triton is imported, whoever does that first. Where there is no GPU, its kernels run in its interpreter.

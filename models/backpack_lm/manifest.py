@@ -20,6 +20,9 @@ from backpack_lm.patch import ModelShape
 
 NAME, TOKENIZER, TOPICS = "manifest.json", "tokenizer.json", "topics.safetensors"
 
+HELD_OUT = "held_out.txt.xz"
+"""The file in a model folder that holds text which the model wasn't trained on."""
+
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from backpack_lm.compare import logits_in_pieces
+from backpack_lm.manifest import HELD_OUT
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.strict_json import UTF8
 from backpack_lm.tokenizer import Tokenizer
 from backpack_lm.trunk_pass import TrunkPass
-
-SHIPPED = "held_out.txt.xz"
-"""The file in a model folder that holds text which the model wasn't trained on."""
 
 EXCERPTS, EXCERPT_TOKENS = 8, 256
 """Of the shipped text, what a release is judged on: 2,040 predictions."""
@@ -126,9 +124,9 @@ class RowReading:
 
 def shipped(folder: Path) -> Path:
     """The held-out text that lies in a model folder. Raises ValueError, saying what to give, if there is none."""
-    if not (path := folder / SHIPPED).exists():
+    if not (path := folder / HELD_OUT).exists():
         raise ValueError(
-            f"{folder} has no {SHIPPED}; give text with --text: JSON lines or plain, like what the model reads, "
+            f"{folder} has no {HELD_OUT}; give text with --text: JSON lines or plain, like what the model reads, "
             "and best of what it wasn't trained on"
         )
     return path

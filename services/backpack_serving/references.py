@@ -49,6 +49,10 @@ class Pin:
     staleness: float = 0.0
     draft: str = ""
 
+    @property
+    def ref(self) -> ReleaseRef:
+        return ReleaseRef(self.release, self.digest)
+
 
 class ReaderKind(StrEnum):
     """Which part of the store a reader is told of: gateways all of it, replicas no keys."""

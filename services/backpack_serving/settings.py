@@ -361,9 +361,9 @@ class Settings(BaseSettings):
     degradation: float = Field(
         0.05,
         ge=0,
-        le=10**6,
-        description="Share by which a release may raise the perplexity of ordinary text before commands that activate "
-        "it ask. 0.05: 5 %.",
+        allow_inf_nan=True,
+        description="Share by which a release may raise the perplexity of ordinary text before channels refuse it, "
+        "unless that is allowed. 0.05: 5 %; inf: releases aren't judged.",
     )
     catch_up: float = Field(
         2.0,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import structlog
-from backpack_lm.manifest import TOKENIZER, TOPICS, Manifest
+from backpack_lm.manifest import HELD_OUT, TOKENIZER, TOPICS, Manifest
 
 from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.settings import Settings
@@ -38,6 +38,11 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.ckpt")
 
 class ModelNotThere(FileNotFoundError):
     """The model's folder is empty or not complete yet, as while a volume is being filled."""
+
+
+def can_judge(settings: Settings) -> bool:
+    """Whether releases are judged before channels move to them: by BACKPACK_DEGRADATION, and the model has the text."""
+    return not math.isinf(settings.degradation) and (settings.model / HELD_OUT).exists()
 
 
 async def blocking(work: Callable[[], T], discard: Callable[[T], object] | None = None) -> T:

@@ -168,6 +168,7 @@ def environment(tmp_path_factory: Any) -> Iterator[dict[str, str]]:
         "BACKPACK_GATEWAY_ADDRESS": f"127.0.0.1:{free_port()}",
         "BACKPACK_INTERVENTIONS_ADDRESS": f"127.0.0.1:{free_port()}",
         "BACKPACK_DIRECTORY_ADDRESS": "127.0.0.1:0",
+        "BACKPACK_DEGRADATION": "0.05",
         "NO_COLOR": "1",
         "COLUMNS": "200",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -164,13 +165,20 @@ def test_what_makes_ordinary_text_worse_is_asked_about(backpack: Any, served: Se
     backpack("tenant", "create", "worse")
     words = ("--as", "worse")
     refused = backpack("steer", "gone", COMMON, "--form", "inner", "--activate", *words, code=1)
-    assert "ordinary text gets worse by more than the 5% of BACKPACK_DEGRADATION" in refused
+    assert "and 5.0% is the most (BACKPACK_DEGRADATION)" in refused
     assert "--yes activates it all the same" in refused
     assert "live is at release 0" in backpack("release", "status", *words)
     assert "not activated" in backpack("release", "activate", "1", *words, code=1)
     assert "not activated" in backpack("release", "create", "gone:1", "--activate", *words, code=1)
+    assert "not activated" in backpack("canary", "start", "1", *words, code=1)
     assert "live is at release 1" in backpack("release", "activate", "1", "--yes", *words)
     assert "ordinary text" in backpack("release", "create", "gone:1", *words)
+    assert re.search(r"%\), allowed", backpack("audit", *words))
+    assert re.search(r"gone:1 .*\+\d+\.\d% +never served", backpack("release", "list", *words))
+    assert "releases/3 is deleted" in backpack("release", "delete", "3", *words)
+    assert "RELEASE_SERVED" in backpack("release", "delete", "1", *words, code=1)
+    assert not re.search(r"^ *3 ", backpack("release", "list", *words), re.MULTILINE)
+    assert "deleted" in backpack("release", "list", "--deleted", *words)
 
     tokens = [served.tokenizer.word_ids(word)[0] for word in ("the", "of", "and", "to", "in", "a")]
     cells = tuple(Cell(token, sense) for token in tokens for sense in range(served.manifest.config.num_senses))
@@ -183,10 +191,12 @@ def test_what_makes_ordinary_text_worse_is_asked_about(backpack: Any, served: Se
     assert f"moved most: {served.tokenizer.piece(effects.moved[0].token).strip()!r}" in refused
 
 
-def test_a_bound_of_ones_own_and_a_model_that_cant_be_judged(backpack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cant_be_judged_is_activated(backpack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     backpack("tenant", "create", "bound")
-    monkeypatch.setenv("BACKPACK_DEGRADATION", "1000")
-    assert "live is at release 1" in backpack("steer", "gone", COMMON, "--activate", "--as", "bound")
+    assert "live is at release 1" in backpack("steer", "gone", COMMON, "--activate", "--yes", "--as", "bound")
+    backpack("release", "activate", "0", "--as", "bound")
     monkeypatch.setenv("BACKPACK_GATEWAY_ADDRESS", "127.0.0.1:9")
-    assert "not judged: " in (said := backpack("release", "activate", "1", "--as", "bound"))
-    assert "live is at release 1" in said
+    said = backpack("release", "activate", "1", "--as", "bound", code=1)
+    assert "not judged: " in said, "by the gateway now; the service remembers"
+    assert "and 5.0% is the most" in said
+    assert "live is at release 1" in backpack("release", "activate", "1", "--yes", "--as", "bound")

@@ -125,6 +125,7 @@ async def _running(listed: int = 1, also: str | None = None) -> AsyncIterator[Ru
         meters,
         router,
         CanaryStats(),
+        anybody,
         "key",
         False,  # type: ignore[arg-type]
     )

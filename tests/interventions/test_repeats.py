@@ -248,7 +248,7 @@ class Machine(RuleBasedStateMachine):
             who = Principal(tenant, "a", frozenset({Role.AUTHOR}))
             found = {p.patch: latest for p, latest in self.service.patches.list_patches(who, None, 1000)}
             assert found == {p: self.revisions[tenant, p] for p in self.patches[tenant]}
-            assert self.service.releases.list_releases(who, None, 1)[0].number == self.releases[tenant]
+            assert self.service.releases.list_releases(who, None, 1)[0][0].number == self.releases[tenant]
             live = self.service.channels.get_channel(who, LIVE)
             assert (live.release, live.generation) == (self.live[tenant][-1], self.generation[tenant])
 

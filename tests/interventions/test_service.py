@@ -303,7 +303,7 @@ def test_tenants_do_not_see_each_other(service: Interventions, two_releases: Pri
         service.releases.create_release(other, [("debias", 1)], "", IdempotencyKey())
     with pytest.raises(NotFound):
         service.releases.fetch_release(
-            REPLICA, "other", service.releases.list_releases(two_releases, None, 1)[0].digest
+            REPLICA, "other", service.releases.list_releases(two_releases, None, 1)[0][0].digest
         )
     assert {e.tenant for e in service.events.list_entries(other, None, 100)} == {"other"}
 

@@ -1191,17 +1191,27 @@ class Release(_message.Message):
     REVISIONS_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    JUDGEMENT_FIELD_NUMBER: _builtins.int
+    SERVED_FIELD_NUMBER: _builtins.int
+    DELETED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """tenants/{tenant}/releases/{number}"""
     number: _builtins.int
     digest: _builtins.str
     notes: _builtins.str
+    served: _builtins.bool
+    """Whether a channel was ever at it, or had it as its canary."""
+    deleted: _builtins.bool
     @_builtins.property
     def revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the revisions, in the order in which they apply."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def judgement(self) -> Global___Judgement:
+        """What it does to text that it should leave alone, once a gateway has had it measured."""
+
     def __init__(
         self,
         *,
@@ -1211,14 +1221,45 @@ class Release(_message.Message):
         revisions: _abc.Iterable[_builtins.str] | None = ...,
         notes: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        judgement: Global___Judgement | None = ...,
+        served: _builtins.bool = ...,
+        deleted: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "judgement", b"judgement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest", "name", b"name", "notes", b"notes", "number", b"number", "revisions", b"revisions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deleted", b"deleted", "digest", b"digest", "judgement", b"judgement", "name", b"name", "notes", b"notes", "number", b"number", "revisions", b"revisions", "served", b"served"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Release: _TypeAlias = Release  # noqa: Y015
+
+@_typing.final
+class Judgement(_message.Message):
+    """The perplexity of some thousand tokens of held-out text that come with the model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    PERPLEXITY_BEFORE_FIELD_NUMBER: _builtins.int
+    PERPLEXITY_AFTER_FIELD_NUMBER: _builtins.int
+    tokens: _builtins.int
+    perplexity_before: _builtins.float
+    """Of the model unpatched."""
+    perplexity_after: _builtins.float
+    def __init__(
+        self,
+        *,
+        tokens: _builtins.int = ...,
+        perplexity_before: _builtins.float = ...,
+        perplexity_after: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["perplexity_after", b"perplexity_after", "perplexity_before", b"perplexity_before", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Judgement: _TypeAlias = Judgement  # noqa: Y015
 
 @_typing.final
 class CreateReleaseRequest(_message.Message):
@@ -1316,17 +1357,20 @@ class ListReleasesRequest(_message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    SHOW_DELETED_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     page_token: _builtins.str
+    show_deleted: _builtins.bool
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        show_deleted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "show_deleted", b"show_deleted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1356,6 +1400,53 @@ class ListReleasesResponse(_message.Message):
 Global___ListReleasesResponse: _TypeAlias = ListReleasesResponse  # noqa: Y015
 
 @_typing.final
+class DeleteReleaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """releases/{number}, or the full name"""
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteReleaseRequest: _TypeAlias = DeleteReleaseRequest  # noqa: Y015
+
+@_typing.final
+class DeleteReleaseResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RELEASE_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def release(self) -> Global___Release: ...
+    @_builtins.property
+    def position(self) -> _inference_pb2.Position: ...
+    def __init__(
+        self,
+        *,
+        release: Global___Release | None = ...,
+        position: _inference_pb2.Position | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "release", b"release"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "release", b"release"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteReleaseResponse: _TypeAlias = DeleteReleaseResponse  # noqa: Y015
+
+@_typing.final
 class Channel(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1368,6 +1459,7 @@ class Channel(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     CANARY_FIELD_NUMBER: _builtins.int
     CANARY_ABORT_REASON_FIELD_NUMBER: _builtins.int
+    JUDGEMENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """tenants/{tenant}/channels/{channel}"""
     release: _builtins.int
@@ -1379,6 +1471,10 @@ class Channel(_message.Message):
     etag: _builtins.str
     canary_abort_reason: _builtins.str
     """Why the last canary ended, if the service ended it; empty once another one starts."""
+    judgement: _builtins.str
+    """What was known, when it moved last, of the release that it moved to: the perplexity of ordinary text, whether a
+    degradation was allowed, or that the release wasn't judged.
+    """
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -1395,10 +1491,11 @@ class Channel(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         canary: Global___Canary | None = ...,
         canary_abort_reason: _builtins.str = ...,
+        judgement: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_previous_release", b"_previous_release", "canary", b"canary", "previous_release", b"previous_release", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_previous_release", b"_previous_release", "canary", b"canary", "canary_abort_reason", b"canary_abort_reason", "etag", b"etag", "generation", b"generation", "name", b"name", "previous_release", b"previous_release", "release", b"release", "release_digest", b"release_digest", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_previous_release", b"_previous_release", "canary", b"canary", "canary_abort_reason", b"canary_abort_reason", "etag", b"etag", "generation", b"generation", "judgement", b"judgement", "name", b"name", "previous_release", b"previous_release", "release", b"release", "release_digest", b"release_digest", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__previous_release: _TypeAlias = _typing.Literal["previous_release"]  # noqa: Y015
     _WhichOneofArgType__previous_release: _TypeAlias = _typing.Literal["_previous_release", b"_previous_release"]  # noqa: Y015
@@ -1562,12 +1659,15 @@ class ActivateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     WAIT_TIMEOUT_FIELD_NUMBER: _builtins.int
+    ALLOW_DEGRADATION_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     """channels/{channel}, or the full name. A channel that isn't there yet is made, with etag ""."""
     release: _builtins.int
     etag: _builtins.str
     request_id: _builtins.str
     wait: Global___Wait.ValueType
+    allow_degradation: _builtins.bool
+    """Move all the same if the release raises the perplexity of ordinary text by more than BACKPACK_DEGRADATION."""
     @_builtins.property
     def wait_timeout(self) -> _duration_pb2.Duration:
         """At most 60 s; default 10 s."""
@@ -1581,10 +1681,11 @@ class ActivateRequest(_message.Message):
         request_id: _builtins.str = ...,
         wait: Global___Wait.ValueType = ...,
         wait_timeout: _duration_pb2.Duration | None = ...,
+        allow_degradation: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["wait_timeout", b"wait_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "etag", b"etag", "release", b"release", "request_id", b"request_id", "wait", b"wait", "wait_timeout", b"wait_timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_degradation", b"allow_degradation", "channel", b"channel", "etag", b"etag", "release", b"release", "request_id", b"request_id", "wait", b"wait", "wait_timeout", b"wait_timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1696,6 +1797,7 @@ class StartCanaryRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     WAIT_TIMEOUT_FIELD_NUMBER: _builtins.int
+    ALLOW_DEGRADATION_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     release: _builtins.int
     permille: _builtins.int
@@ -1705,6 +1807,8 @@ class StartCanaryRequest(_message.Message):
     etag: _builtins.str
     request_id: _builtins.str
     wait: Global___Wait.ValueType
+    allow_degradation: _builtins.bool
+    """Move all the same if the release raises the perplexity of ordinary text by more than BACKPACK_DEGRADATION."""
     @_builtins.property
     def wait_timeout(self) -> _duration_pb2.Duration: ...
     def __init__(
@@ -1718,10 +1822,11 @@ class StartCanaryRequest(_message.Message):
         request_id: _builtins.str = ...,
         wait: Global___Wait.ValueType = ...,
         wait_timeout: _duration_pb2.Duration | None = ...,
+        allow_degradation: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["wait_timeout", b"wait_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "etag", b"etag", "permille", b"permille", "release", b"release", "request_id", b"request_id", "salt", b"salt", "wait", b"wait", "wait_timeout", b"wait_timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_degradation", b"allow_degradation", "channel", b"channel", "etag", b"etag", "permille", b"permille", "release", b"release", "request_id", b"request_id", "salt", b"salt", "wait", b"wait", "wait_timeout", b"wait_timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1764,10 +1869,13 @@ class PromoteCanaryRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     WAIT_TIMEOUT_FIELD_NUMBER: _builtins.int
+    ALLOW_DEGRADATION_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     etag: _builtins.str
     request_id: _builtins.str
     wait: Global___Wait.ValueType
+    allow_degradation: _builtins.bool
+    """Move all the same if the release raises the perplexity of ordinary text by more than BACKPACK_DEGRADATION."""
     @_builtins.property
     def wait_timeout(self) -> _duration_pb2.Duration: ...
     def __init__(
@@ -1778,10 +1886,11 @@ class PromoteCanaryRequest(_message.Message):
         request_id: _builtins.str = ...,
         wait: Global___Wait.ValueType = ...,
         wait_timeout: _duration_pb2.Duration | None = ...,
+        allow_degradation: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["wait_timeout", b"wait_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "etag", b"etag", "request_id", b"request_id", "wait", b"wait", "wait_timeout", b"wait_timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_degradation", b"allow_degradation", "channel", b"channel", "etag", b"etag", "request_id", b"request_id", "wait", b"wait", "wait_timeout", b"wait_timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1886,6 +1995,7 @@ class AuditEntry(_message.Message):
     METHOD_FIELD_NUMBER: _builtins.int
     RESOURCE_FIELD_NUMBER: _builtins.int
     HASH_FIELD_NUMBER: _builtins.int
+    JUDGEMENT_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """Position of the store that the change made."""
     principal: _builtins.str
@@ -1896,6 +2006,8 @@ class AuditEntry(_message.Message):
     resource: _builtins.str
     hash: _builtins.str
     """SHA-256 over the entry before this one and this one's content, hex."""
+    judgement: _builtins.str
+    """Of a channel's move, what was known of the release then: see Channel.judgement."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -1908,10 +2020,11 @@ class AuditEntry(_message.Message):
         method: _builtins.str = ...,
         resource: _builtins.str = ...,
         hash: _builtins.str = ...,
+        judgement: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hash", b"hash", "method", b"method", "principal", b"principal", "resource", b"resource", "revision", b"revision", "tenant", b"tenant", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hash", b"hash", "judgement", b"judgement", "method", b"method", "principal", b"principal", "resource", b"resource", "revision", b"revision", "tenant", b"tenant", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -852,6 +852,11 @@ class ReleaseServiceStub:
                 request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.ListReleasesRequest.SerializeToString,
                 response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.ListReleasesResponse.FromString,
                 _registered_method=True)
+        self.DeleteRelease = channel.unary_unary(
+                '/backpack.v1.ReleaseService/DeleteRelease',
+                request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.DeleteReleaseRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.DeleteReleaseResponse.FromString,
+                _registered_method=True)
         self.GetChannel = channel.unary_unary(
                 '/backpack.v1.ReleaseService/GetChannel',
                 request_serializer=backpack__proto_dot_v1_dot_interventions__pb2.GetChannelRequest.SerializeToString,
@@ -911,6 +916,13 @@ class ReleaseServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteRelease(self, request, context):
+        """Hides a release that no channel was ever at, and refuses it from then on. Its number stays taken.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetChannel(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -924,7 +936,8 @@ class ReleaseServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Activate(self, request, context):
-        """Point a channel at a release. Needs the channel's etag: a stale one is ABORTED.
+        """Point a channel at a release. Needs the channel's etag: a stale one is ABORTED. A release that makes ordinary
+        text much worse is FAILED_PRECONDITION, unless that is allowed; one that was just made is judged first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -976,6 +989,11 @@ def add_ReleaseServiceServicer_to_server(servicer, server):
                     servicer.ListReleases,
                     request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.ListReleasesRequest.FromString,
                     response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.ListReleasesResponse.SerializeToString,
+            ),
+            'DeleteRelease': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteRelease,
+                    request_deserializer=backpack__proto_dot_v1_dot_interventions__pb2.DeleteReleaseRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_interventions__pb2.DeleteReleaseResponse.SerializeToString,
             ),
             'GetChannel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetChannel,
@@ -1095,6 +1113,33 @@ class ReleaseService:
             '/backpack.v1.ReleaseService/ListReleases',
             backpack__proto_dot_v1_dot_interventions__pb2.ListReleasesRequest.SerializeToString,
             backpack__proto_dot_v1_dot_interventions__pb2.ListReleasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteRelease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.ReleaseService/DeleteRelease',
+            backpack__proto_dot_v1_dot_interventions__pb2.DeleteReleaseRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_interventions__pb2.DeleteReleaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

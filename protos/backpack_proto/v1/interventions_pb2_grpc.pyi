@@ -275,10 +275,14 @@ class ReleaseServiceStub:
     CreateRelease: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.CreateReleaseRequest, _interventions_pb2.CreateReleaseResponse]
     GetRelease: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.GetReleaseRequest, _interventions_pb2.GetReleaseResponse]
     ListReleases: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.ListReleasesRequest, _interventions_pb2.ListReleasesResponse]
+    DeleteRelease: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.DeleteReleaseRequest, _interventions_pb2.DeleteReleaseResponse]
+    """Hides a release that no channel was ever at, and refuses it from then on. Its number stays taken."""
     GetChannel: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.GetChannelRequest, _interventions_pb2.GetChannelResponse]
     ListChannels: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.ListChannelsRequest, _interventions_pb2.ListChannelsResponse]
     Activate: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.ActivateRequest, _interventions_pb2.ActivateResponse]
-    """Point a channel at a release. Needs the channel's etag: a stale one is ABORTED."""
+    """Point a channel at a release. Needs the channel's etag: a stale one is ABORTED. A release that makes ordinary
+    text much worse is FAILED_PRECONDITION, unless that is allowed; one that was just made is judged first.
+    """
     Rollback: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.RollbackRequest, _interventions_pb2.RollbackResponse]
     """Point a channel back at the release it had before. Replicas have it still: nothing is fetched."""
     StartCanary: _grpc.UnaryUnaryMultiCallable[_interventions_pb2.StartCanaryRequest, _interventions_pb2.StartCanaryResponse]
@@ -298,10 +302,14 @@ class ReleaseServiceAsyncStub(ReleaseServiceStub):
     CreateRelease: _aio.UnaryUnaryMultiCallable[_interventions_pb2.CreateReleaseRequest, _interventions_pb2.CreateReleaseResponse]  # type: ignore[assignment]
     GetRelease: _aio.UnaryUnaryMultiCallable[_interventions_pb2.GetReleaseRequest, _interventions_pb2.GetReleaseResponse]  # type: ignore[assignment]
     ListReleases: _aio.UnaryUnaryMultiCallable[_interventions_pb2.ListReleasesRequest, _interventions_pb2.ListReleasesResponse]  # type: ignore[assignment]
+    DeleteRelease: _aio.UnaryUnaryMultiCallable[_interventions_pb2.DeleteReleaseRequest, _interventions_pb2.DeleteReleaseResponse]  # type: ignore[assignment]
+    """Hides a release that no channel was ever at, and refuses it from then on. Its number stays taken."""
     GetChannel: _aio.UnaryUnaryMultiCallable[_interventions_pb2.GetChannelRequest, _interventions_pb2.GetChannelResponse]  # type: ignore[assignment]
     ListChannels: _aio.UnaryUnaryMultiCallable[_interventions_pb2.ListChannelsRequest, _interventions_pb2.ListChannelsResponse]  # type: ignore[assignment]
     Activate: _aio.UnaryUnaryMultiCallable[_interventions_pb2.ActivateRequest, _interventions_pb2.ActivateResponse]  # type: ignore[assignment]
-    """Point a channel at a release. Needs the channel's etag: a stale one is ABORTED."""
+    """Point a channel at a release. Needs the channel's etag: a stale one is ABORTED. A release that makes ordinary
+    text much worse is FAILED_PRECONDITION, unless that is allowed; one that was just made is judged first.
+    """
     Rollback: _aio.UnaryUnaryMultiCallable[_interventions_pb2.RollbackRequest, _interventions_pb2.RollbackResponse]  # type: ignore[assignment]
     """Point a channel back at the release it had before. Replicas have it still: nothing is fetched."""
     StartCanary: _aio.UnaryUnaryMultiCallable[_interventions_pb2.StartCanaryRequest, _interventions_pb2.StartCanaryResponse]  # type: ignore[assignment]
@@ -338,6 +346,14 @@ class ReleaseServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_interventions_pb2.ListReleasesResponse, _abc.Awaitable[_interventions_pb2.ListReleasesResponse]]: ...
 
     @_abc_1.abstractmethod
+    def DeleteRelease(
+        self,
+        request: _interventions_pb2.DeleteReleaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_interventions_pb2.DeleteReleaseResponse, _abc.Awaitable[_interventions_pb2.DeleteReleaseResponse]]:
+        """Hides a release that no channel was ever at, and refuses it from then on. Its number stays taken."""
+
+    @_abc_1.abstractmethod
     def GetChannel(
         self,
         request: _interventions_pb2.GetChannelRequest,
@@ -357,7 +373,9 @@ class ReleaseServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _interventions_pb2.ActivateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_interventions_pb2.ActivateResponse, _abc.Awaitable[_interventions_pb2.ActivateResponse]]:
-        """Point a channel at a release. Needs the channel's etag: a stale one is ABORTED."""
+        """Point a channel at a release. Needs the channel's etag: a stale one is ABORTED. A release that makes ordinary
+        text much worse is FAILED_PRECONDITION, unless that is allowed; one that was just made is judged first.
+        """
 
     @_abc_1.abstractmethod
     def Rollback(

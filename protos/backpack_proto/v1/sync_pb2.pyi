@@ -721,6 +721,55 @@ class ResolveReleasesResponse(_message.Message):
 Global___ResolveReleasesResponse: _TypeAlias = ResolveReleasesResponse  # noqa: Y015
 
 @_typing.final
+class RecordJudgementRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    JUDGEMENT_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    @_builtins.property
+    def release(self) -> Global___ReleaseRef: ...
+    @_builtins.property
+    def judgement(self) -> _interventions_pb2.Judgement: ...
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        release: Global___ReleaseRef | None = ...,
+        judgement: _interventions_pb2.Judgement | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["judgement", b"judgement", "release", b"release"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["judgement", b"judgement", "release", b"release", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordJudgementRequest: _TypeAlias = RecordJudgementRequest  # noqa: Y015
+
+@_typing.final
+class RecordJudgementResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JUDGEMENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def judgement(self) -> _interventions_pb2.Judgement:
+        """The one that is kept."""
+
+    def __init__(
+        self,
+        *,
+        judgement: _interventions_pb2.Judgement | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["judgement", b"judgement"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["judgement", b"judgement"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordJudgementResponse: _TypeAlias = RecordJudgementResponse  # noqa: Y015
+
+@_typing.final
 class Hold(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -51,6 +51,11 @@ class SyncServiceStub:
                 request_serializer=backpack__proto_dot_v1_dot_sync__pb2.ResolveReleasesRequest.SerializeToString,
                 response_deserializer=backpack__proto_dot_v1_dot_sync__pb2.ResolveReleasesResponse.FromString,
                 _registered_method=True)
+        self.RecordJudgement = channel.unary_unary(
+                '/backpack.v1.SyncService/RecordJudgement',
+                request_serializer=backpack__proto_dot_v1_dot_sync__pb2.RecordJudgementRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_sync__pb2.RecordJudgementResponse.FromString,
+                _registered_method=True)
 
 
 class SyncServiceServicer:
@@ -79,6 +84,13 @@ class SyncServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordJudgement(self, request, context):
+        """What a release does to text that it should leave alone, as a replica measured it. The first one stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SyncServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +108,11 @@ def add_SyncServiceServicer_to_server(servicer, server):
                     servicer.ResolveReleases,
                     request_deserializer=backpack__proto_dot_v1_dot_sync__pb2.ResolveReleasesRequest.FromString,
                     response_serializer=backpack__proto_dot_v1_dot_sync__pb2.ResolveReleasesResponse.SerializeToString,
+            ),
+            'RecordJudgement': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordJudgement,
+                    request_deserializer=backpack__proto_dot_v1_dot_sync__pb2.RecordJudgementRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_sync__pb2.RecordJudgementResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +197,33 @@ class SyncService:
             '/backpack.v1.SyncService/ResolveReleases',
             backpack__proto_dot_v1_dot_sync__pb2.ResolveReleasesRequest.SerializeToString,
             backpack__proto_dot_v1_dot_sync__pb2.ResolveReleasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordJudgement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.SyncService/RecordJudgement',
+            backpack__proto_dot_v1_dot_sync__pb2.RecordJudgementRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_sync__pb2.RecordJudgementResponse.FromString,
             options,
             channel_credentials,
             insecure,

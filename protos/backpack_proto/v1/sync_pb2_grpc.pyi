@@ -42,6 +42,8 @@ class SyncServiceStub:
     """A release by its digest: the canonical bytes of its revisions, in pieces."""
     ResolveReleases: _grpc.UnaryUnaryMultiCallable[_sync_pb2.ResolveReleasesRequest, _sync_pb2.ResolveReleasesResponse]
     """Which releases these numbers are: a tenant may name any of its releases, and readers are told of few."""
+    RecordJudgement: _grpc.UnaryUnaryMultiCallable[_sync_pb2.RecordJudgementRequest, _sync_pb2.RecordJudgementResponse]
+    """What a release does to text that it should leave alone, as a replica measured it. The first one stays."""
 
 @_typing.type_check_only
 class SyncServiceAsyncStub(SyncServiceStub):
@@ -56,6 +58,8 @@ class SyncServiceAsyncStub(SyncServiceStub):
     """A release by its digest: the canonical bytes of its revisions, in pieces."""
     ResolveReleases: _aio.UnaryUnaryMultiCallable[_sync_pb2.ResolveReleasesRequest, _sync_pb2.ResolveReleasesResponse]  # type: ignore[assignment]
     """Which releases these numbers are: a tenant may name any of its releases, and readers are told of few."""
+    RecordJudgement: _aio.UnaryUnaryMultiCallable[_sync_pb2.RecordJudgementRequest, _sync_pb2.RecordJudgementResponse]  # type: ignore[assignment]
+    """What a release does to text that it should leave alone, as a replica measured it. The first one stays."""
 
 class SyncServiceServicer(metaclass=_abc_1.ABCMeta):
     """For gateways and replicas (role `replica`): what they must know, and whether they took it."""
@@ -85,6 +89,14 @@ class SyncServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sync_pb2.ResolveReleasesResponse, _abc.Awaitable[_sync_pb2.ResolveReleasesResponse]]:
         """Which releases these numbers are: a tenant may name any of its releases, and readers are told of few."""
+
+    @_abc_1.abstractmethod
+    def RecordJudgement(
+        self,
+        request: _sync_pb2.RecordJudgementRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sync_pb2.RecordJudgementResponse, _abc.Awaitable[_sync_pb2.RecordJudgementResponse]]:
+        """What a release does to text that it should leave alone, as a replica measured it. The first one stays."""
 
 def add_SyncServiceServicer_to_server(servicer: SyncServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

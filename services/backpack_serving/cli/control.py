@@ -390,10 +390,11 @@ def audit(
     """List who changed what, newest first, and verify the hash chain of the audit trail."""
     with as_releaser(tenant, key) as steering:
         entries, chain = steering.audit(limit), steering.verify_audit()
-    shown = table("at", "time", "who", "did", "to")
+    shown = table("at", "time", "who", "did", "to", "what was known of the release")
     for entry in entries:
         # A token's or a certificate's name may hold what would be markup.
-        shown.add_row(str(entry.revision), when(entry.time), Text(entry.who), entry.method, Text(entry.resource))
+        to = Text(entry.resource)
+        shown.add_row(str(entry.revision), when(entry.time), Text(entry.who), entry.method, to, entry.judgement)
     out.print(shown)
     state = "intact" if chain.intact else f"[red]broken at {chain.first_broken}[/]"
     out.print(f"[dim]chain of {counted(chain.entries, 'entry', 'entries')}:[/] {state}")

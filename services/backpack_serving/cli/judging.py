@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 from backpack_lm.counted import counted
@@ -18,6 +18,7 @@ from backpack_serving.client import (
     Expired,
     Forbidden,
     Judgement,
+    Move,
     PreconditionFailed,
     ServiceError,
     Unavailable,
@@ -70,19 +71,22 @@ def judge_stored(tenant: str, key: str, release: int, insist: bool = False) -> J
     return None
 
 
-def ask_if_worse(found: Judgement | None, yes: bool) -> None:
-    """Ask whether to activate a release under which the perplexity of ordinary text rises by more than
-    BACKPACK_DEGRADATION; with `yes`, don't. Off a terminal, and if the answer is no, exit with status 1.
+def ask_if_worse(move: Callable[[bool], Move], yes: bool) -> Move:
+    """Move a channel by `move`, which is told whether ordinary text may get much worse. If the service refuses that
+    (DEGRADES), ask; off a terminal, and if the answer is no, exit with status 1.
     """
-    bound = Settings().degradation
-    if found is None or found.change <= bound or yes:
-        return
-    err.print(f"[yellow]ordinary text gets worse by more than the {bound:.0%} of BACKPACK_DEGRADATION[/]")
+    try:
+        return move(yes)
+    except PreconditionFailed as error:
+        if error.reason != "DEGRADES":
+            raise
+        err.print(Text(error.message, "yellow"))
     if not sys.stdin.isatty():
         err.print("not activated; --yes activates it all the same")
         raise typer.Exit(1)
     if not typer.confirm("activate it all the same?", err=True):
         raise typer.Exit(1)
+    return move(True)
 
 
 def _judgement_text(found: Judgement) -> Text:

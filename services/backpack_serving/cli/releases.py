@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -31,24 +32,42 @@ Timeout = Annotated[float, typer.Option(help="Longest wait in seconds.", min=0.0
 
 
 @app.command("list")
-def list_releases(tenant: AsTenant = "harbour", key: Key = "") -> None:
-    """List the tenant's releases, newest first, and which channels have one as their release, as their canary, or as
-    what a rollback goes back to.
+def list_releases(
+    deleted: Annotated[bool, typer.Option("--deleted", help="Show the deleted releases, too.")] = False,
+    tenant: AsTenant = "harbour",
+    key: Key = "",
+) -> None:
+    """List the tenant's releases, newest first: what each does to ordinary text, and which channels have it as their
+    release, as their canary, or as what a rollback goes back to.
     """
     with as_releaser(tenant, key) as steering:
-        releases, channels = steering.releases(), steering.channels()
-    shown = table("release", "digest", "made", "revisions", "notes", "channels")
+        releases, channels = steering.releases(deleted=deleted), steering.channels()
+    shown = table("release", "digest", "made", "revisions", "notes", "ordinary text", "channels")
     for release in releases:
         here = ", ".join(filter(None, (_standing(channel, release.number) for channel in channels)))
+        unused = "" if release.served or not release.number else "never served"
         shown.add_row(
             str(release.number),
             release.digest[:12],
             when(release.made),
             " ".join(release.revisions) or "–",
             Text(release.notes),
-            f"[green]{here}[/]",
+            "" if release.judgement is None else f"{release.judgement.change:+.1%}",
+            "[red]deleted[/]" if release.deleted else f"[green]{here}[/][dim]{unused}[/]",
         )
     out.print(shown)
+
+
+@app.command("delete")
+def delete_releases(
+    numbers: Annotated[list[int], typer.Argument(help="Numbers of releases that were never served.", min=1)],
+    tenant: AsWriter = "",
+    key: Key = "",
+) -> None:
+    """Hide releases that no channel was ever at, and refuse them from then on. Their numbers stay taken."""
+    with as_releaser(tenant, key) as steering:
+        for number in numbers:
+            out.print(f"{steering.delete_release(number).name} is deleted")
 
 
 def _standing(channel: client.Channel, number: int) -> str:
@@ -98,14 +117,15 @@ def activate_release(
 ) -> None:
     """Point a channel at a release.
 
-    What the release does to ordinary text is shown first; if that becomes much worse (BACKPACK_DEGRADATION), the
-    command asks.
+    What the release does to ordinary text is shown first; if that becomes much worse (by the service's
+    BACKPACK_DEGRADATION), the command asks.
 
     `backpack release activate 3`; on a channel beside the live one: `backpack release activate 3 --channel beta`
     """
-    ask_if_worse(judge_stored(tenant, key, number, insist=yes), yes)
+    judge_stored(tenant, key, number, insist=yes)
     with as_releaser(tenant, key) as steering:
-        print_move(steering.activate(number, channel, wait=wait, wait_seconds=timeout), tenant)
+        activate = partial(steering.activate, number, channel, wait=wait, wait_seconds=timeout)
+        print_move(ask_if_worse(lambda allowed: activate(allow_degradation=allowed), yes), tenant)
 
 
 @app.command("rollback")
@@ -182,6 +202,7 @@ def start_canary(
         int, typer.Option(help="How many of a thousand request keys get the release.", min=1, max=999)
     ] = 50,
     salt: Annotated[str, typer.Option(help="Salt of the hash of request keys (default: drawn at random).")] = "",
+    yes: Yes = False,
     channel: Channel = "live",
     wait: Waiting = "none",
     timeout: Timeout = 10.0,
@@ -193,7 +214,8 @@ def start_canary(
     One request in twenty, once all replicas hold it: `backpack canary start 4 --permille 50 --wait all`
     """
     with as_releaser(tenant, key) as steering:
-        print_move(steering.start_canary(number, permille, channel, salt=salt, wait=wait, wait_seconds=timeout), tenant)
+        start = partial(steering.start_canary, number, permille, channel, salt=salt, wait=wait, wait_seconds=timeout)
+        print_move(ask_if_worse(lambda allowed: start(allow_degradation=allowed), yes), tenant)
     out.print(
         f"[dim]watch it: {hints.again('release status', tenant, channel)}; then: "
         f"{hints.again('canary promote', tenant, channel)}, or abort[/]"
@@ -202,6 +224,7 @@ def start_canary(
 
 @canary_app.command("promote")
 def promote_canary(
+    yes: Yes = False,
     channel: Channel = "live",
     wait: Waiting = "none",
     timeout: Timeout = 10.0,
@@ -210,7 +233,8 @@ def promote_canary(
 ) -> None:
     """Make the canary's release the channel's release."""
     with as_releaser(tenant, key) as steering:
-        print_move(steering.promote_canary(channel, wait=wait, wait_seconds=timeout), tenant)
+        promote = partial(steering.promote_canary, channel, wait=wait, wait_seconds=timeout)
+        print_move(ask_if_worse(lambda allowed: promote(allow_degradation=allowed), yes), tenant)
 
 
 @canary_app.command("abort")

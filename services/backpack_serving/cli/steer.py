@@ -39,6 +39,7 @@ from backpack_serving.client import (
     Form,
     Generation,
     InvalidRequest,
+    Move,
     NotFound,
     Prediction,
     Sampling,
@@ -156,11 +157,15 @@ def steer(
         judge_stored(tenant, key, release.number, insist=True)
         err.print(f"[dim]let it steer: {hints.again(f'release activate {release.number}', tenant, channel)}[/]")
         return
-    ask_if_worse(judge_stored(tenant, key, release.number, insist=yes), yes)
+    judge_stored(tenant, key, release.number, insist=yes)
     with as_releaser(tenant, key) as steering:
+
+        def activated(allowed: bool) -> Move:
+            etag, how = now.etag if now else "", (release.number, channel)
+            return steering.activate(*how, allow_degradation=allowed, etag=etag, wait=wait, wait_seconds=timeout)
+
         try:
-            etag = now.etag if now else ""
-            move = steering.activate(release.number, channel, etag=etag, wait=wait, wait_seconds=timeout)
+            move = ask_if_worse(activated, yes)
         except (Conflict, InvalidRequest) as error:
             if error.reason not in ("STALE_ETAG", "MISSING_ETAG"):
                 raise

@@ -71,7 +71,17 @@ from backpack_serving.client.channels import (
 )
 from backpack_serving.client.edits import Add, Bias, Cells, Copy, Edit, Form, ProjectOut, Scale, Set, Swap, Topic
 from backpack_serving.client.operating import AsyncOperator
-from backpack_serving.client.records import ApiKey, AuditEntry, Chain, NewKey, Patch, Release, Revision, Tenant
+from backpack_serving.client.records import (
+    ApiKey,
+    AuditEntry,
+    Chain,
+    NewKey,
+    Patch,
+    Release,
+    ReleaseJudgement,
+    Revision,
+    Tenant,
+)
 from backpack_serving.client.requests import Draft, Sampling
 from backpack_serving.client.results import (
     Contribution,
@@ -155,6 +165,7 @@ __all__ = [
     "ProjectOut",
     "Reader",
     "Release",
+    "ReleaseJudgement",
     "Revision",
     "Role",
     "Rollout",

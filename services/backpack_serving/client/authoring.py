@@ -129,9 +129,17 @@ class Authoring(Connected):
         request = build(pb.GetReleaseRequest, name=f"releases/{number}")
         return Release.of((await self._call(self._releases.GetRelease, request)).release)
 
-    async def releases(self, limit: int | None = None) -> tuple[Release, ...]:
-        """The newest releases first; all of them without a limit."""
-        request = pb.ListReleasesRequest()
+    async def delete_release(self, number: int) -> Release:
+        """Hide a release that no channel was ever at, and refuse it from then on; its number stays taken.
+
+        Raises PreconditionFailed (RELEASE_SERVED) for one that was served.
+        """
+        request = build(pb.DeleteReleaseRequest, name=f"releases/{number}")
+        return Release.of((await self._write(self._releases.DeleteRelease, request)).release)
+
+    async def releases(self, limit: int | None = None, *, deleted: bool = False) -> tuple[Release, ...]:
+        """The newest releases first, the deleted ones if asked for; all of them without a limit."""
+        request = build(pb.ListReleasesRequest, show_deleted=deleted)
         found = await self._pages(self._releases.ListReleases, request, "releases", limit)
         return tuple(map(Release.of, found))
 

@@ -46,6 +46,7 @@ class Steering(Blocking[AsyncSteering]):
     create_release = blocking(AsyncSteering.create_release)
     release = blocking(AsyncSteering.release)
     releases = blocking(AsyncSteering.releases)
+    delete_release = blocking(AsyncSteering.delete_release)
     channel = blocking(AsyncSteering.channel)
     channels = blocking(AsyncSteering.channels)
     activate = blocking(AsyncSteering.activate)

@@ -30,7 +30,8 @@ class Canary:
 class Channel:
     """Which release requests get. `previous` is where a rollback goes, `etag` is another after every change.
 
-    `canary_ended` is why the service ended the last canary, if it did.
+    `canary_ended` is why the service ended the last canary, if it did. `judgement` is what was known, when the channel
+    moved last, of the release that it moved to: what that does to ordinary text, and whether this was allowed.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Channel:
     moved: datetime
     canary: Canary | None
     canary_ended: str
+    judgement: str = ""
 
     @property
     def id(self) -> str:
@@ -62,6 +64,7 @@ class Channel:
             time(m.update_time),
             canary,
             m.canary_abort_reason,
+            m.judgement,
         )
 
 

@@ -60,8 +60,26 @@ class Revision:
 
 
 @dataclass(frozen=True, slots=True)
+class ReleaseJudgement:
+    """The perplexity of so many tokens of ordinary text, of the model unpatched and under a release."""
+
+    tokens: int
+    before: float
+    after: float
+
+    @property
+    def change(self) -> float:
+        """As a share of it: 0.05 is 5 % more."""
+        return self.after / self.before - 1
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
-    """Revisions that apply together, in this order, each as PATCH:NUMBER. None of them: the model unpatched."""
+    """Revisions that apply together, in this order, each as PATCH:NUMBER. None of them: the model unpatched.
+
+    `judgement` is None until a gateway has had the release judged. `served`: a channel was at it, or had it as its
+    canary; if none was, it can be deleted.
+    """
 
     name: str
     number: int
@@ -69,16 +87,25 @@ class Release:
     revisions: tuple[str, ...]
     notes: str
     made: datetime
+    judgement: ReleaseJudgement | None = None
+    served: bool = False
+    deleted: bool = False
 
     @classmethod
     def of(cls, m: pb.Release) -> Release:
-        revisions = tuple(map(_revision_id, m.revisions))
-        return cls(m.name, m.number, m.digest, revisions, m.notes, time(m.create_time))
+        judgement, j = None, m.judgement
+        if m.HasField("judgement"):
+            judgement = ReleaseJudgement(j.tokens, j.perplexity_before, j.perplexity_after)
+        revisions, made = tuple(map(_revision_id, m.revisions)), time(m.create_time)
+        return cls(m.name, m.number, m.digest, revisions, m.notes, made, judgement, m.served, m.deleted)
 
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """Who did what to what. `revision` is where the store stood with it; `hash` is chained to the entry before."""
+    """Who did what to what. `revision` is where the store stood with it; `hash` is chained to the entry before.
+
+    `judgement` is, of a channel's move, what was known of the release then, as text.
+    """
 
     revision: int
     time: datetime
@@ -87,10 +114,11 @@ class AuditEntry:
     method: str
     resource: str
     hash: str
+    judgement: str = ""
 
     @classmethod
     def of(cls, m: pb.AuditEntry) -> AuditEntry:
-        return cls(m.revision, time(m.time), m.principal, last(m.tenant), m.method, m.resource, m.hash)
+        return cls(m.revision, time(m.time), m.principal, last(m.tenant), m.method, m.resource, m.hash, m.judgement)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,9 @@ from backpack_serving.errors import Expired, InvalidRequest, NotFound, Precondit
 POLL = 0.2
 """Seconds between two looks at a channel."""
 
+JUDGING_SECONDS = 10.0
+"""Longest that the service waits for the judgement of a release that was just made."""
+
 _WAITS = {"none": pb.WAIT_NONE, "quorum": pb.WAIT_QUORUM, "all": pb.WAIT_ALL}
 
 
@@ -53,12 +56,16 @@ class AsyncSteering(Authoring):
         release: int,
         channel: str = "live",
         *,
+        allow_degradation: bool = False,
         etag: str | None = None,
         wait: Wait = "none",
         wait_seconds: float = 10.0,
     ) -> Move:
-        """Point a channel at a release; 0 is the model unpatched. A channel that isn't there is made."""
-        request = build(pb.ActivateRequest, release=release)
+        """Point a channel at a release; 0 is the model unpatched. A channel that isn't there is made.
+
+        Raises PreconditionFailed (DEGRADES) for a release that makes ordinary text much worse, unless that is allowed.
+        """
+        request = build(pb.ActivateRequest, release=release, allow_degradation=allow_degradation)
         if etag is None:
             try:
                 etag = (await self.channel(channel)).etag
@@ -85,27 +92,31 @@ class AsyncSteering(Authoring):
         channel: str = "live",
         *,
         salt: str = "",
+        allow_degradation: bool = False,
         etag: str | None = None,
         wait: Wait = "none",
         wait_seconds: float = 10.0,
     ) -> Move:
         """Give so many of a thousand request keys (1 to 999) another release; again, to change how many.
 
-        The salt, which decides who they are, is drawn if none is given.
+        The salt, which decides who they are, is drawn if none is given. Raises as `activate` does.
         """
-        request = build(pb.StartCanaryRequest, release=release, permille=permille, salt=salt)
+        request = build(
+            pb.StartCanaryRequest, release=release, permille=permille, salt=salt, allow_degradation=allow_degradation
+        )
         return await self._move_channel_call(self._releases.StartCanary, request, channel, etag, wait, wait_seconds)
 
     async def promote_canary(
         self,
         channel: str = "live",
         *,
+        allow_degradation: bool = False,
         etag: str | None = None,
         wait: Wait = "none",
         wait_seconds: float = 10.0,
     ) -> Move:
-        """Give the canary's release to all requests."""
-        request = pb.PromoteCanaryRequest()
+        """Give the canary's release to all requests. Raises as `activate` does."""
+        request = build(pb.PromoteCanaryRequest, allow_degradation=allow_degradation)
         return await self._move_channel_call(self._releases.PromoteCanary, request, channel, etag, wait, wait_seconds)
 
     async def abort_canary(
@@ -164,7 +175,7 @@ class AsyncSteering(Authoring):
         fill(request, channel=f"channels/{channel}", wait=_WAITS[wait])
         request.wait_timeout.FromMicroseconds(round(wait_seconds * 1e6))
         fill(request, etag=(await self.channel(channel)).etag if etag is None else etag)
-        timeout = None if self._timeout is None else self._timeout + wait_seconds
+        timeout = None if self._timeout is None else self._timeout + JUDGING_SECONDS + wait_seconds
         return Move.of(await self._write(method, request, timeout))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from backpack_lm.manifest import TOKENIZER
 from backpack_lm.tokenizer import Tokenizer
-from backpack_proto.v1 import inference_pb2_grpc
+from backpack_proto.v1 import inference_pb2_grpc, sync_pb2_grpc
 
 from backpack_serving import rpc, starting, tasks
 from backpack_serving.auth.identity import Identities
@@ -19,6 +19,7 @@ from backpack_serving.auth.keys import Principal
 from backpack_serving.gateway.canary_stats import CanaryStats
 from backpack_serving.gateway.limits import Limit, TenantLimits
 from backpack_serving.gateway.registry import TenantRegistry
+from backpack_serving.gateway.release_judge import ReleaseJudge
 from backpack_serving.gateway.releases import ReleaseResolver, resolve_from
 from backpack_serving.gateway.replica_watch import follow_directory
 from backpack_serving.gateway.routing import Router
@@ -109,8 +110,9 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
         registry, resolve_from(control, key), lambda since: transport.wait_until(since, settings.catch_up)
     )
     meters = UsageMeter(limits, metrics.gateway(lambda: router.size, lambda: registry.age))
+    judge = ReleaseJudge(transport, releases, router, sync_pb2_grpc.SyncServiceStub(control), key)
     servicer = GatewayServicer(
-        manifest, tokenizer, identities, releases, meters, router, canary_stats, key, settings.log_prompts
+        manifest, tokenizer, identities, releases, meters, router, canary_stats, judge, key, settings.log_prompts
     )
     service = rpc.Service(SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer)
     background = (
@@ -127,6 +129,8 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
     )
     sync_client.name = _display_name(server.address)
     running = [asyncio.create_task(each()) for each in background]
+    if starting.can_judge(settings):
+        running.append(asyncio.create_task(judge.run()))
     running.append(asyncio.create_task(_publish_health(server, registry, router, settings.stale_after)))
     return Gateway(server, registry, router, tuple(running), settings.drain, control)
 

@@ -28,6 +28,7 @@ from backpack_serving.errors import (
     Unavailable,
 )
 from backpack_serving.gateway.canary_stats import CanaryStats
+from backpack_serving.gateway.release_judge import JUDGED_TOKENS, ReleaseJudge
 from backpack_serving.gateway.releases import ReleaseResolver
 from backpack_serving.gateway.routing import Router, Target
 from backpack_serving.gateway.usage import RequestUsage, UsageMeter
@@ -51,9 +52,6 @@ LONGEST = 86_400.0
 """Longest deadline of a call to a replica, in seconds. Go and Java allow 292 years, which overflows in gRPC's Python
 and counts as already past.
 """
-
-JUDGED_TOKENS = 2048
-"""What judging a release costs its tenant: about as many tokens as `backpack_lm.ordinary_text` predicts."""
 
 R = TypeVar(
     "R",
@@ -79,13 +77,14 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         meters: UsageMeter,
         router: Router,
         canary_stats: CanaryStats,
+        judge: ReleaseJudge,
         service_key: str,
         log_prompts: bool,
     ) -> None:
         self._manifest, self._tokenizer = manifest, tokenizer
         self._identities, self._releases, self._meters = identities, releases, meters
         self._router, self._canary_stats, self._service_key = router, canary_stats, service_key
-        self._log_prompts = log_prompts
+        self._judge, self._log_prompts = judge, log_prompts
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
         who = await self._authenticate(context)
@@ -200,7 +199,17 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         with self._meter(who) as meter:
             pin = await self._pin(who, request)
             meter.charge(JUDGED_TOKENS)
-            return await self._unary(lambda stub: stub.Judge, request, context, pin, meter, JUDGED_TOKENS)
+            claimed = self._judge.claim(pin)
+            found: pb.JudgeResponse
+            try:
+                found = await self._unary(lambda stub: stub.Judge, request, context, pin, meter, JUDGED_TOKENS)
+            except BaseException:
+                if claimed:
+                    self._judge.give_up(pin)
+                raise
+            if claimed:
+                await self._judge.report(pin, found)
+            return found
 
     async def FindSenses(self, request: pb.FindSensesRequest, context: rpc.Context) -> pb.FindSensesResponse:
         who = await self._authenticate(context)

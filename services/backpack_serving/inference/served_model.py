@@ -21,10 +21,10 @@ from backpack_lm.attribution import (
 from backpack_lm.checkpoint import load, load_table, verify
 from backpack_lm.compare import Comparison, Distribution, Predicting, Scoring
 from backpack_lm.kernels import Precision
-from backpack_lm.manifest import TOKENIZER, Manifest
+from backpack_lm.manifest import HELD_OUT, TOKENIZER, Manifest
 from backpack_lm.mapped_table import mapped, prepare
 from backpack_lm.model import Backpack
-from backpack_lm.ordinary_text import SHIPPED, OrdinaryText, excerpts, plain
+from backpack_lm.ordinary_text import OrdinaryText, excerpts, plain
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import PatchError, Violation
 from backpack_lm.sense_search import CellSearch, Effect
@@ -144,14 +144,14 @@ class ServedModel:
 
     def ordinary_text(self) -> OrdinaryText:
         """Excerpts of the held-out text in the model's folder. Raises PreconditionFailed if there is none."""
-        file = self.folder / SHIPPED
+        file = self.folder / HELD_OUT
         try:
             rows = excerpts(plain(file), self.tokenizer, self.manifest.config.n_positions)
         except (OSError, ValueError) as error:
             log.warning("no held-out text", file=str(file), error=str(error))
             rows = []
         if not rows:
-            message = f"the model has no text to judge releases on: put some that it wasn't trained on into {SHIPPED}"
+            message = f"the model has no text to judge releases on: put some that it wasn't trained on into {HELD_OUT}"
             raise PreconditionFailed("NO_HELD_OUT_TEXT", f"{message}, in its folder, and start the replica again")
         return OrdinaryText(self.model, self.table, rows)
 

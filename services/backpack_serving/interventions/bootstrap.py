@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -80,8 +81,8 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
         loop.call_soon_threadsafe(failed.set)
 
     try:
-        writes = WriteNotifier()
-        service = Interventions(store, manifest.shape, on_write=writes.notify)
+        writes, bound = WriteNotifier(), settings.degradation if starting.can_judge(settings) else math.inf
+        service = Interventions(store, manifest.shape, on_write=writes.notify, degradation=bound)
         rollouts = Rollouts(service, ErrorGate(settings.canary_requests, settings.canary_errors))
 
         def on_remote_reader(text: str) -> None:

@@ -11,6 +11,7 @@ from datetime import datetime
 from backpack_serving.auth.keys import SYSTEM, Principal, Role
 from backpack_serving.errors import Conflict, InvalidRequest, PreconditionFailed
 from backpack_serving.interventions import lookup
+from backpack_serving.interventions.judgements import JudgementRules
 from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult
 from backpack_serving.interventions.records import ChannelRecord, Record, ReleaseRecord
 from backpack_serving.interventions.rules import RuleContext, check_id
@@ -30,8 +31,8 @@ Move = Callable[[Write, ChannelRecord], ChannelRecord]
 class ChannelRules:
     """Each change is one write of one record, and needs the channel's current etag."""
 
-    def __init__(self, context: RuleContext) -> None:
-        self._context = context
+    def __init__(self, context: RuleContext, judgements: JudgementRules) -> None:
+        self._context, self._judgements = context, judgements
 
     def check_model(self, forced: str) -> None:
         """Raises PreconditionFailed if channels are at releases for other models, unless `forced` is how this
@@ -45,7 +46,7 @@ class ChannelRules:
         with self._context.store.read() as tx:
             for channel in tx.list(ChannelRecord):
                 served = [channel.release, *([] if channel.canary is None else [channel.canary])]
-                parts = [part for number in served for part in lookup.release(tx, channel.tenant, number).parts]
+                parts = [part for number in served for part in lookup.release(tx, channel.tenant, number, True).parts]
                 models = {lookup.revision(tx, channel.tenant, *part).fingerprint for part in parts} - {ours}
                 others |= models
                 names += [channel.name] if models else []
@@ -77,9 +78,18 @@ class ChannelRules:
             return tx.list(ChannelRecord, who.tenant)
 
     def activate(
-        self, who: Principal, name: str, release: int, etag: str, request: IdempotencyKey
+        self,
+        who: Principal,
+        name: str,
+        release: int,
+        etag: str,
+        request: IdempotencyKey,
+        allow_degradation: bool = False,
     ) -> WriteResult[ChannelRecord]:
-        """Point a channel at a release; a canary ends. The etag must be the channel's: "" for one to be made."""
+        """Point a channel at a release; a canary ends. The etag must be the channel's: "" for one to be made.
+
+        Raises PreconditionFailed for a release that makes ordinary text much worse, unless that is allowed.
+        """
         who.require(Role.RELEASER)
         check_id("channel", name)
 
@@ -92,6 +102,7 @@ class ChannelRules:
                 if old
                 else ChannelRecord(who.tenant, name, release, wanted.digest, None, 0, now)
             )
+            made = replace(made, judgement=self._judgements.check(tx, wanted, allow_degradation))
             return _store_moved(tx, made, now)
 
         return self._context.ledger.write(who, "Activate", request, act)
@@ -104,14 +115,23 @@ class ChannelRules:
                 raise PreconditionFailed(
                     "NO_PREVIOUS_RELEASE", f"{old.name} has had no release but {old.release}; activate one"
                 )
-            return _at_release(old, self._release_to_move_to(tx, who.tenant, old.previous))
+            wanted = self._release_to_move_to(tx, who.tenant, old.previous)
+            return replace(_at_release(old, wanted), judgement=self._judgements.check(tx, wanted, allowed=True))
 
         return self._move_channel(who, "Rollback", name, etag, request, move)
 
     def start_canary(
-        self, who: Principal, name: str, release: int, permille: int, salt: str, etag: str, request: IdempotencyKey
+        self,
+        who: Principal,
+        name: str,
+        release: int,
+        permille: int,
+        salt: str,
+        etag: str,
+        request: IdempotencyKey,
+        allow_degradation: bool = False,
     ) -> WriteResult[ChannelRecord]:
-        """Give so many in a thousand request keys another release, or change how many."""
+        """Give so many in a thousand request keys another release, or change how many. Raises as `activate` does."""
         if not 1 <= permille <= 999:
             raise InvalidRequest.at("permille", "OUT_OF_RANGE", f"{permille}; 1 to 999 in a thousand")
         if len(salt) > LONGEST_SALT or not salt.isprintable():
@@ -129,17 +149,21 @@ class ChannelRules:
                     f"{old.name} has release {old.canary} as its canary; promote or abort it first",
                 )
             drawn = salt or old.salt or secrets.token_hex(8)  # a channel has one as long as it has a canary
-            return replace(old, canary=release, canary_digest=wanted.digest, permille=permille, salt=drawn, aborted="")
+            judged = self._judgements.check(tx, wanted, allow_degradation)
+            split = replace(old, canary=release, canary_digest=wanted.digest, permille=permille, salt=drawn)
+            return replace(split, aborted="", judgement=judged)
 
         return self._move_channel(who, "StartCanary", name, etag, request, move)
 
     def promote_canary(
-        self, who: Principal, name: str, etag: str, request: IdempotencyKey
+        self, who: Principal, name: str, etag: str, request: IdempotencyKey, allow_degradation: bool = False
     ) -> WriteResult[ChannelRecord]:
-        """Make the canary the channel's release."""
+        """Make the canary the channel's release. Raises as `activate` does."""
 
         def move(tx: Write, old: ChannelRecord) -> ChannelRecord:
-            return _at_release(old, self._release_to_move_to(tx, who.tenant, _canary_of(old)))
+            wanted = self._release_to_move_to(tx, who.tenant, _canary_of(old))
+            judged = self._judgements.check(tx, wanted, allow_degradation)
+            return replace(_at_release(old, wanted), judgement=judged)
 
         return self._move_channel(who, "PromoteCanary", name, etag, request, move)
 
@@ -199,12 +223,17 @@ def _at_release(old: ChannelRecord, release: ReleaseRecord) -> ChannelRecord:
 
 
 def _without_canary(old: ChannelRecord) -> ChannelRecord:
-    return replace(old, canary=None, canary_digest="", permille=0, salt="", aborted="")
+    return replace(old, canary=None, canary_digest="", permille=0, salt="", aborted="", judgement="")
 
 
 def _store_moved(tx: Write, channel: ChannelRecord, now: datetime) -> tuple[ChannelRecord, list[Record]]:
     made = replace(channel, generation=channel.generation + 1, updated=now, moved=tx.position.revision)
     tx.replace(made)
+    for number in (made.release, made.canary):
+        if number is not None:
+            status = lookup.status(tx, lookup.release(tx, made.tenant, number, deleted=True))
+            if not status.served:
+                tx.replace(replace(status, served=True))
     return made, [made]
 
 

@@ -186,6 +186,13 @@ class ReaderTracker:
         ordered = sorted(self._statuses.values(), key=lambda s: (s.hello.kind is ReaderKind.GATEWAY, s.hello.name))
         return [(status, now - status.last_heard) for status in ordered]
 
+    @property
+    def can_judge(self) -> bool:
+        """Whether a gateway and a replica are in touch, who together judge releases."""
+        return {status.hello.kind for status, silence in self.readers() if not status.out_of_touch(silence)} == {
+            *ReaderKind
+        }
+
     def holds(self, channel: ChannelRecord, position: Position) -> Iterator[ReleaseHolding]:
         """Whether each reader holds a channel's releases, given the store's position."""
         moved = Position(position.epoch, channel.moved)

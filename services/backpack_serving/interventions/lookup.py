@@ -9,6 +9,7 @@ from backpack_serving.interventions.records import (
     KeyRecord,
     PatchRecord,
     ReleaseRecord,
+    ReleaseStatusRecord,
     RevisionRecord,
     TenantRecord,
 )
@@ -52,10 +53,20 @@ def blob(tx: Read, record: RevisionRecord) -> BlobRecord:
     return found
 
 
-def release(tx: Read, tenant: str, number: int) -> ReleaseRecord:
-    if found := tx.get(ReleaseRecord, tenant, number):
-        return found
-    raise NotFound("NO_SUCH_RELEASE", f"tenants/{tenant}/releases/{number} doesn't exist")
+def release(tx: Read, tenant: str, number: int, deleted: bool = False) -> ReleaseRecord:
+    """A release that isn't deleted; with `deleted`, any."""
+    found = tx.get(ReleaseRecord, tenant, number)
+    if found is None:
+        raise NotFound("NO_SUCH_RELEASE", f"tenants/{tenant}/releases/{number} doesn't exist")
+    if not deleted and status(tx, found).deleted:
+        raise NotFound("RELEASE_DELETED", f"{found.name} is deleted; create it again, under another number")
+    return found
+
+
+def status(tx: Read, release: ReleaseRecord) -> ReleaseStatusRecord:
+    """What became of a release: nothing yet, if there is no record of it."""
+    key = release.tenant, release.number
+    return tx.get(ReleaseStatusRecord, *key) or ReleaseStatusRecord(*key)
 
 
 def channel(tx: Read, tenant: str, name: str) -> ChannelRecord:

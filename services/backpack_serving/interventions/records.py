@@ -129,9 +129,32 @@ class ReleaseRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ReleaseStatusRecord:
+    """What became of a release. `tokens` of held-out text have the perplexity `before` unpatched and `after` under
+    the release; 0 if nobody has judged it. `served`: a channel was at it, or had it as its canary. `deleted` is a
+    tombstone: the number is never used again.
+    """
+
+    tenant: str
+    number: int
+    tokens: int = 0
+    before: float = 0.0
+    after: float = 0.0
+    served: bool = False
+    deleted: bool = False
+    KEY: ClassVar = ("tenant", "number")
+
+    @property
+    def change(self) -> float:
+        """Of the perplexity, as a share of it: 0.05 is 5 % more; 0 if nobody has judged the release."""
+        return self.after / self.before - 1 if self.tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ChannelRecord:
     """The pointer. `earlier` are the releases that it was at before, (number, digest) as JSON, newest first;
-    `moved` is the store's revision that moved it last; `aborted` says why the service ended its last canary.
+    `moved` is the store's revision that moved it last; `aborted` says why the service ended its last canary;
+    `judgement` is what was known of the release that it moved to last.
     """
 
     tenant: str
@@ -148,6 +171,7 @@ class ChannelRecord:
     permille: int = 0
     salt: str = ""
     aborted: str = ""
+    judgement: str = ""
     KEY: ClassVar = ("tenant", "channel")
 
     @property
@@ -213,6 +237,7 @@ Record = (
     | BlobRecord
     | RevisionRecord
     | ReleaseRecord
+    | ReleaseStatusRecord
     | ChannelRecord
     | EventRecord
     | ReplyRecord

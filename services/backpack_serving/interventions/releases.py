@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 
 from backpack_lm import patch
 
 from backpack_serving.auth.keys import Principal, Role
-from backpack_serving.errors import InvalidRequest, NotFound
+from backpack_serving.errors import InvalidRequest, NotFound, PreconditionFailed
 from backpack_serving.interventions import lookup
 from backpack_serving.interventions.integrity import check_release
 from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult
-from backpack_serving.interventions.records import Record, ReleaseRecord
+from backpack_serving.interventions.records import Record, ReleaseRecord, ReleaseStatusRecord
 from backpack_serving.interventions.rules import RuleContext, check_text
 from backpack_serving.interventions.store import Write
 from backpack_serving.references import Position
@@ -58,16 +59,47 @@ class ReleaseRules:
                 "revisions", "TOO_MANY_REVISIONS", f"{len(parts)}, at most {self._context.limits.revisions}"
             )
 
-    def get_release(self, who: Principal, number: int) -> ReleaseRecord:
+    def get_release(self, who: Principal, number: int) -> tuple[ReleaseRecord, ReleaseStatusRecord]:
+        """A release, also a deleted one, and what became of it."""
         who.require(Role.AUTHOR)
         with self._context.read_as(who) as tx:
-            return lookup.release(tx, who.tenant, number)
+            found = lookup.release(tx, who.tenant, number, deleted=True)
+            return found, lookup.status(tx, found)
 
-    def list_releases(self, who: Principal, after: int | None, limit: int) -> list[ReleaseRecord]:
-        """Newest first."""
+    def list_releases(
+        self, who: Principal, after: int | None, limit: int, deleted: bool = False
+    ) -> list[tuple[ReleaseRecord, ReleaseStatusRecord]]:
+        """Newest first, each with what became of it; with `deleted`, the deleted ones, too."""
         who.require(Role.AUTHOR)
+        found: list[tuple[ReleaseRecord, ReleaseStatusRecord]] = []
         with self._context.read_as(who) as tx:
-            return tx.list(ReleaseRecord, who.tenant, after=after, limit=limit, descending=True)
+            while len(found) < limit:
+                page = tx.list(ReleaseRecord, who.tenant, after=after, limit=limit, descending=True)
+                known = tx.list(ReleaseStatusRecord, who.tenant, after=after, limit=limit, descending=True)
+                statuses = {status.number: status for status in known}
+                for record in page:
+                    status = statuses.get(record.number) or ReleaseStatusRecord(record.tenant, record.number)
+                    if deleted or not status.deleted:
+                        found.append((record, status))
+                if len(page) < limit:
+                    break
+                after = page[-1].number
+            return found[:limit]
+
+    def delete_release(self, who: Principal, number: int, request: IdempotencyKey) -> WriteResult[ReleaseRecord]:
+        """Hide a release and refuse it from then on. Raises PreconditionFailed for one that a channel was ever at."""
+        who.require(Role.AUTHOR)
+
+        def act(tx: Write, now: datetime) -> tuple[ReleaseRecord, list[Record]]:
+            found = lookup.release(tx, who.tenant, number)
+            status = lookup.status(tx, found)
+            if status.served or not number:
+                why = "a channel was at it, so it stays for the audit" if number else "it is the model unpatched"
+                raise PreconditionFailed("RELEASE_SERVED", f"{found.name} can't be deleted: {why}")
+            tx.replace(replace(status, deleted=True))
+            return found, []
+
+        return self._context.ledger.write(who, "DeleteRelease", request, act)
 
     def resolve_releases(
         self, who: Principal, tenant: str, numbers: Sequence[int]

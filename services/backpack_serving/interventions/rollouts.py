@@ -11,6 +11,7 @@ import structlog
 from backpack_lm.counted import counted
 
 from backpack_serving import tasks
+from backpack_serving.auth.keys import Principal
 from backpack_serving.errors import ServiceError
 from backpack_serving.interventions.fleet import ReaderTracker, RolloutProgress, StatusReason
 from backpack_serving.interventions.records import ChannelRecord
@@ -24,6 +25,10 @@ log = structlog.get_logger(__name__)
 
 PUBLISH_SECONDS, GATHER_SECONDS = 1.0, 0.05
 """Seconds between two publications without a change, and for how long changes are batched into one."""
+
+
+LOOK_SECONDS = 0.1
+"""Seconds between two looks whether a release was judged: another process of the service may have been told."""
 
 
 class Level(StrEnum):
@@ -140,6 +145,12 @@ class Rollouts:
             if level.reached(rollout) or level.out_of_reach(rollout) or loop.time() >= until:
                 return rollout
             await tasks.wait_at_most(progress, until - loop.time())
+
+    async def wait_judged(self, who: Principal, release: int) -> None:
+        """Wait until a release that was just made is judged, if there are a gateway and a replica to do that."""
+        expected = self._service.judgements.expected
+        while self.fleet.can_judge and (seconds := await asyncio.to_thread(expected, who, release)):
+            await asyncio.sleep(min(seconds, LOOK_SECONDS))
 
     def _notify(self) -> None:
         self._progress.notify_now()

@@ -24,7 +24,7 @@ from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.write_notifier import WriteNotifier
 from backpack_serving.sync.server import SyncServer
 from backpack_serving.sync.server_stream import serve_reader
-from backpack_serving.wire.references import write_position, write_tally
+from backpack_serving.wire.references import read_ref, write_position, write_tally
 
 THREADS = 2
 
@@ -75,6 +75,22 @@ class SyncServicer(grpc_v1.SyncServiceServicer):
         )
         refs = [release.ref for release in found]
         return wire.write_resolved(position, refs)
+
+    async def RecordJudgement(
+        self, request: pb.RecordJudgementRequest, context: rpc.Context
+    ) -> pb.RecordJudgementResponse:
+        who = await self._identities.who(context)
+        given = request.judgement
+        kept = await asyncio.to_thread(
+            self._service.judgements.record,
+            who,
+            request.tenant,
+            read_ref(request.release),
+            given.tokens,
+            given.perplexity_before,
+            given.perplexity_after,
+        )
+        return pb.RecordJudgementResponse(judgement=wire.write_judgement(kept))
 
 
 class FleetServicer(grpc_v1.FleetServiceServicer):

@@ -31,6 +31,7 @@ _TYPES: dict[Any, sa.types.TypeEngine[Any]] = {
     str: TEXT,
     int: sa.BigInteger(),
     int | None: sa.BigInteger(),
+    float: sa.Double(),
     bool: sa.Boolean(),
     bytes: sa.LargeBinary(),
     datetime: Timestamp(),
@@ -63,7 +64,8 @@ def _table_of(kind: type[Any]) -> sa.Table:
 
 
 def _plural(name: str) -> str:
-    return {"patch": "patches", "reply": "replies"}.get(name, name + "s")
+    irregular = {"patch": "patches", "reply": "replies", "releasestatus": "release_statuses"}
+    return irregular.get(name, name + "s")
 
 
 tables: dict[type[Any], sa.Table] = {kind: _table_of(kind) for kind in KINDS}

@@ -28,6 +28,7 @@ from backpack_serving.interventions.records import (
     KeyRecord,
     PatchRecord,
     ReleaseRecord,
+    ReleaseStatusRecord,
     RevisionRecord,
     TenantRecord,
 )
@@ -182,7 +183,7 @@ def write_revision(
     return message
 
 
-def write_release(record: ReleaseRecord) -> pb.Release:
+def write_release(record: ReleaseRecord, status: ReleaseStatusRecord) -> pb.Release:
     return pb.Release(
         name=record.name,
         number=record.number,
@@ -190,7 +191,14 @@ def write_release(record: ReleaseRecord) -> pb.Release:
         revisions=[f"tenants/{record.tenant}/patches/{p}/revisions/{n}" for p, n in record.parts],
         notes=record.notes,
         create_time=write_time(record.created),
+        judgement=write_judgement(status) if status.tokens else None,
+        served=status.served,
+        deleted=status.deleted,
     )
+
+
+def write_judgement(status: ReleaseStatusRecord) -> pb.Judgement:
+    return pb.Judgement(tokens=status.tokens, perplexity_before=status.before, perplexity_after=status.after)
 
 
 def write_channel(record: ChannelRecord) -> pb.Channel:
@@ -212,10 +220,12 @@ def write_channel(record: ChannelRecord) -> pb.Channel:
         update_time=write_time(record.updated),
         canary=canary,
         canary_abort_reason=record.aborted,
+        judgement=record.judgement,
     )
 
 
 def write_audit_entry(event: EventRecord) -> pb.AuditEntry:
+    changes = json.loads(event.changes)
     return pb.AuditEntry(
         revision=event.revision,
         time=write_time(event.time),
@@ -224,6 +234,7 @@ def write_audit_entry(event: EventRecord) -> pb.AuditEntry:
         method=event.method,
         resource=event.resource,
         hash=event.hash,
+        judgement=next((change["judgement"] for change in changes if change.get("judgement")), ""),
     )
 
 

@@ -91,6 +91,10 @@ class SyncTransport:
         finally:
             await tasks.end(*background)
 
+    def next_view(self) -> asyncio.Event:
+        """An event that the next view sets when it takes effect."""
+        return self._view_moved
+
     async def wait_until(self, position: Position, seconds: float) -> None:
         """Wait until the view has reached a position.
 

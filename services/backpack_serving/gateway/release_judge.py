@@ -1,0 +1,138 @@
+"""Has each new release judged by a replica, and reports what it does to ordinary text to the intervention service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import structlog
+from backpack_lm.patch import release_digest
+from backpack_proto.v1 import inference_pb2 as pb
+from backpack_proto.v1 import interventions_pb2, sync_pb2
+
+from backpack_serving import rpc
+from backpack_serving.errors import ServiceError, Unavailable
+from backpack_serving.gateway.releases import ReleaseResolver
+from backpack_serving.gateway.routing import Router, Target
+from backpack_serving.gateway.wire import write_pin
+from backpack_serving.references import Pin, ReleaseRef
+from backpack_serving.sync.state import StateView
+from backpack_serving.sync.transport import SyncTransport
+from backpack_serving.wire import inference as wire
+from backpack_serving.wire.references import write_ref
+
+log = structlog.get_logger(__name__)
+
+JUDGED_TOKENS = 2048
+"""What judging a release costs a replica: about as many tokens as `backpack_lm.ordinary_text` predicts."""
+
+DELAY = 0.3
+"""Seconds before a new release is judged: who made it may ask for its judgement at once, which then is reported."""
+
+JUDGE_SECONDS, REPORT_SECONDS = 60.0, 5.0
+MOST_MISSED = 8
+"""Releases made since the last one that was seen: of a burst, only the newest are judged."""
+
+MOST_KNOWN = 4096
+
+NOTHING = release_digest([])
+"""The digest of the release without revisions, the model unpatched."""
+
+
+class ReleaseJudge:
+    """Judges one release at a time, each of them once.
+
+    Every gateway does so, since none knows of the others; the intervention service keeps the first judgement. A
+    release that can't be judged now isn't tried again: channels take it, and the audit trail says that it wasn't.
+    """
+
+    def __init__(
+        self, transport: SyncTransport, releases: ReleaseResolver, router: Router, stub: object, service_key: str
+    ) -> None:
+        self._transport, self._releases, self._router = transport, releases, router
+        self._stub, self._key = stub, service_key
+        self._known: OrderedDict[tuple[str, ReleaseRef], None] = OrderedDict()  # judged, or about to be, oldest first
+        self._seen: dict[str, int] = {}
+
+    async def run(self) -> None:
+        """Follow the gateway's view for ever. What it contains at the start is taken for judged."""
+        view = self._transport.client.view
+        self._seen = {tenant: fresh.release.number for tenant, fresh in view.fresh.items()}
+        while True:
+            moved = self._transport.next_view()
+            view = self._transport.client.view
+            for tenant, numbers in list(self._new_releases(view)):
+                await asyncio.sleep(DELAY)
+                try:
+                    for pin in await self._releases.pin(tenant, numbers):
+                        await self._judge_and_report(pin)
+                except ServiceError as error:
+                    log.warning("releases can't be judged", tenant=tenant, numbers=numbers, error=error.message)
+            await moved.wait()
+
+    def claim(self, pin: Pin) -> bool:
+        """Whether nobody has judged this release yet, or is about to: the caller is, from now on."""
+        key = pin.tenant, pin.ref
+        if pin.draft or pin.digest == NOTHING or key in self._known:
+            return False
+        self._known[key] = None
+        while len(self._known) > MOST_KNOWN:
+            self._known.popitem(last=False)
+        return True
+
+    def give_up(self, pin: Pin) -> None:
+        """The claimed release can't be judged now."""
+        self._known.pop((pin.tenant, pin.ref), None)
+
+    async def report(self, pin: Pin, found: pb.JudgeResponse) -> None:
+        """Tell the intervention service. Logs what goes wrong: the judgement itself is right."""
+        largest = 1e300  # of a release under which text is all but impossible
+        judgement = interventions_pb2.Judgement(
+            tokens=found.tokens,
+            perplexity_before=found.perplexity_before,
+            perplexity_after=min(found.perplexity_after, largest),
+        )
+        request = sync_pb2.RecordJudgementRequest(tenant=pin.tenant, release=write_ref(pin.ref), judgement=judgement)
+        try:
+            with rpc.errors():
+                call = self._stub.RecordJudgement  # type: ignore[attr-defined]
+                await call(request, metadata=rpc.with_key(self._key), timeout=REPORT_SECONDS)
+        except ServiceError as error:
+            self.give_up(pin)
+            log.warning("a judgement can't be reported", tenant=pin.tenant, release=pin.release, error=error.message)
+
+    def _new_releases(self, view: StateView) -> Iterator[tuple[str, Sequence[int]]]:
+        """Numbers by tenant. The view has a tenant's newest release only, so those before it are counted."""
+        for tenant, fresh in view.fresh.items():
+            newest = fresh.release.number
+            if tenant not in self._seen:
+                channels = (channel for channel in view.channels.values() if channel.tenant == tenant)
+                served = [ref.number for channel in channels for ref in (*channel.serving, *channel.earlier)]
+                self._seen[tenant] = min(max(served, default=0), newest - 1)
+            if (last := self._seen[tenant]) == newest:
+                continue
+            self._seen[tenant] = newest
+            first = max(last + 1, newest - MOST_MISSED + 1) if last < newest else newest  # else it is another epoch
+            yield tenant, range(first, newest + 1)
+
+    async def _judge_and_report(self, pin: Pin) -> None:
+        if not self.claim(pin):
+            return
+        metadata = (*rpc.with_key(self._key), (wire.PIN, write_pin(pin).SerializeToString()))
+        tried: list[Target] = []
+        while True:
+            try:
+                with self._router.lease(JUDGED_TOKENS, tried) as target, rpc.errors():
+                    tried.append(target)
+                    found = await target.stub.Judge(pb.JudgeRequest(limit=1), metadata=metadata, timeout=JUDGE_SECONDS)
+                    break
+            except Unavailable:
+                if len(tried) == 1 and self._router.size > 1:
+                    continue
+                self.give_up(pin)
+                raise
+            except ServiceError:
+                self.give_up(pin)
+                raise
+        await self.report(pin, found)
