@@ -7,7 +7,7 @@ they name. All are computed once per release and shared by every request of that
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import Lock
@@ -180,11 +180,13 @@ class Overlay:
         self.index[place, senses] = torch.arange(len(rows))
 
     @classmethod
-    def compile(cls, release: ReleaseContent, table: SenseTable) -> Overlay:
+    def compile(
+        cls, release: ReleaseContent, table: SenseTable, name: Callable[[int], str] = "token {}".format
+    ) -> Overlay:
         """Apply a release's edits in order, each to what the one before it left.
 
         The rows that come out are as the table stores them, so what is explained and scored is what is served. Raises
-        PatchError if one can't be stored in the table's dtype.
+        PatchError if one can't be stored in the table's dtype; `name` is what a token is called there.
         """
         edits = [edit for edit in release.edits if not isinstance(edit, TopicEdit | BiasEdit)]
         vectors = _Vectors((cell for edit in edits for cell in edit.cells), table)
@@ -196,9 +198,10 @@ class Overlay:
             cell = list(vectors.places)[int(wrong.int().argmax())]
             raise PatchError(
                 Violation(
-                    f"cell ({cell.token}, {cell.sense})",
+                    "edits",
                     "OVERFLOW",
-                    f"does not fit {table.rows.dtype} after the release's edits",
+                    f"sense {cell.sense} of {name(cell.token)} is too large a vector to be stored after all edits; "
+                    "leave some of its edits out, or make their factors smaller",
                 )
             )
         topics = tuple(TopicMultipliers.of(e, table) for e in release.edits if isinstance(e, TopicEdit))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from backpack_lm.canonical import decode, encode
@@ -75,7 +75,8 @@ FLOAT16_MAX = 65504.0
 class ModelShape:
     """What a patch must know of the model it is bound to.
 
-    `sense_rms[l]` is the root mean square over the vocabulary of the norms of sense l's vectors.
+    `sense_rms[l]` is the root mean square over the vocabulary of the norms of sense l's vectors. `spell` is the text of
+    a token, for messages.
     """
 
     fingerprint: str
@@ -83,6 +84,11 @@ class ModelShape:
     num_senses: int
     width: int
     sense_rms: tuple[float, ...]
+    spell: Callable[[int], str] | None = field(default=None, compare=False, repr=False)
+
+    def name(self, token: int) -> str:
+        """What a token of the vocabulary is called in messages."""
+        return f"token {token} ({self.spell(token)!r})" if self.spell else f"token {token}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,12 +229,14 @@ def _edit_violations(at: str, edit: Edit, model: ModelShape, limits: PatchLimits
         yield Violation(f"{at}.cells", "EMPTY", "names no cell; give a word and its senses")
     cells = list(edit.cells) + ([*map(edit.source_of, edit.cells)] if isinstance(edit, CopyEdit) else [])
     for cell in cells:
-        yield from _token_violations(f"{at}.cells", cell.token, model)
+        unknown = tuple(_token_violations(f"{at}.cells", cell.token, model))
+        yield from unknown
         if not 0 <= cell.sense < model.num_senses:
+            token = f"token {cell.token}" if unknown else model.name(cell.token)
             yield Violation(
                 f"{at}.cells",
                 "BAD_SENSE_INDEX",
-                f"sense {cell.sense} of token {cell.token}; senses are 0 to {model.num_senses - 1}",
+                f"sense {cell.sense} of {token}; senses are 0 to {model.num_senses - 1}",
             )
     if isinstance(edit, ScaleEdit):
         yield from _factor_violations(f"{at}.factor", edit.factor, limits)
@@ -264,14 +272,13 @@ def _topic_violations(at: str, edit: TopicEdit, model: ModelShape, limits: Patch
 
 
 def _bias_violations(at: str, edit: BiasEdit, model: ModelShape, limits: PatchLimits) -> Iterator[Violation]:
+    span = f"{edit.amount:g}; at most ±{limits.bias:g}, or −∞ to forbid a word"
     if math.isnan(edit.amount) or edit.amount == math.inf:
-        yield Violation(f"{at}.amount", "NON_FINITE", f"{edit.amount}; only −∞, which forbids a word, isn't finite")
+        yield Violation(f"{at}.amount", "NON_FINITE", span)
     elif edit.amount == 0:
         yield Violation(f"{at}.amount", "ZERO_EFFECT", "adding 0 changes nothing")
     elif math.isfinite(edit.amount) and abs(edit.amount) > limits.bias:
-        yield Violation(
-            f"{at}.amount", "OUT_OF_RANGE", f"{edit.amount:g}; at most ±{limits.bias:g}, or −∞ to forbid a word"
-        )
+        yield Violation(f"{at}.amount", "OUT_OF_RANGE", span)
     if not edit.tokens:
         yield Violation(f"{at}.words", "EMPTY", "a bias needs at least one word")
     for token in edit.tokens:

@@ -142,9 +142,9 @@ async def test_a_draft_is_compiled_once_and_kept_like_a_release(
     made: list[str] = []
     compile = Overlay.compile
 
-    def counting(release: Any, table: Any) -> Overlay:
+    def counting(release: Any, *rest: Any) -> Overlay:
         made.append(release.digest)
-        return compile(release, table)
+        return compile(release, *rest)
 
     monkeypatch.setattr(Overlay, "compile", counting)
     answers = [await _ask(system, "Score", _with_draft("Score", copy("king", "queen")), key) for _ in range(3)]

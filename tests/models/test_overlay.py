@@ -292,5 +292,5 @@ def test_what_the_edits_add_up_to_must_fit_the_table(table: SenseTable) -> None:
     small = SenseTable(table.rows.half(), table.embedding.half())
     cells = (Cell(3, 0),)
     grow = tuple(ScaleEdit(cells, 8.0) for _ in range(12))
-    with pytest.raises(PatchError, match=r"cell \(3, 0\)"):
+    with pytest.raises(PatchError, match="sense 0 of token 3 is too large"):
         Overlay.compile(_release(SetEdit(cells, _packed(torch.ones(D))), *grow), small)

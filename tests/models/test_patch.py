@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 import struct
+from dataclasses import replace
 
 import pytest
 from backpack_lm.patch import (
@@ -75,8 +76,8 @@ def _refusal(*edits: Edit, fingerprint: str = SHAPE.fingerprint, limits: PatchLi
         (BiasEdit((), 1.0), "edits[0].words", "EMPTY", "at least one word"),
         (BiasEdit((50,), -math.inf), "edits[0].words", "UNKNOWN_TOKEN", "token 50; this model's are 0 to 49"),
         (BiasEdit((1,), 0.0), "edits[0].amount", "ZERO_EFFECT", "adding 0"),
-        (BiasEdit((1,), math.nan), "edits[0].amount", "NON_FINITE", "nan; only −∞"),
-        (BiasEdit((1,), math.inf), "edits[0].amount", "NON_FINITE", "inf; only −∞"),
+        (BiasEdit((1,), math.nan), "edits[0].amount", "NON_FINITE", "nan; at most ±100, or −∞"),
+        (BiasEdit((1,), math.inf), "edits[0].amount", "NON_FINITE", "inf; at most ±100, or −∞"),
         (BiasEdit((1,), -100.5), "edits[0].amount", "OUT_OF_RANGE", "-100.5; at most ±100, or −∞"),
         (BiasEdit(tuple(range(50)), -math.inf), "edits", "NOTHING_LEFT", "all 50 tokens are forbidden"),
     ],
@@ -86,6 +87,14 @@ def test_refusals_name_the_field_the_value_and_the_fix(edit: Edit, field: str, r
     refused = _refusal(edit)
     assert [(v.field, v.reason) for v in refused.violations] == [(field, reason)]
     assert says in str(refused)
+
+
+def test_a_token_is_named_by_its_text_where_that_is_known() -> None:
+    spelled = replace(SHAPE, spell=lambda token: f" word{token}")
+    with pytest.raises(PatchError, match=r"sense 4 of token 3 \(' word3'\); senses are 0 to 3"):
+        RevisionContent(SHAPE.fingerprint, (ScaleEdit((Cell(3, 4),), 0.0),)).validate(spelled)
+    with pytest.raises(PatchError, match="sense 4 of token 50; senses"):
+        RevisionContent(SHAPE.fingerprint, (ScaleEdit((Cell(50, 4),), 0.0),)).validate(spelled)
 
 
 def test_everything_that_is_wrong_is_told_at_once() -> None:

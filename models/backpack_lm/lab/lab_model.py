@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,8 +46,9 @@ class LabModel:
     def overlay(self, *edits: Edit) -> Overlay:
         """What a replica compiles from a release of these edits. Raises PatchError if it would be refused."""
         release = ReleaseContent((RevisionContent(self.manifest.fingerprint, edits),)) if edits else ReleaseContent()
-        release.validate(self.manifest.shape)
-        return Overlay.compile(release, self.table)
+        shape = replace(self.manifest.shape, spell=self.tokenizer.piece)
+        release.validate(shape)
+        return Overlay.compile(release, self.table, shape.name)
 
     def token(self, word: str) -> int:
         """The one id of " word". Raises WordError if it has several."""

@@ -228,12 +228,12 @@ class ReleaseCache:
     def _parse_release(self, revisions: list[bytes], draft: RevisionContent | None) -> ReleaseContent:
         """Parse the canonical bytes, add the draft, and validate again."""
         release = ReleaseContent(tuple(map(RevisionContent.from_bytes, revisions)), draft)
-        release.validate(self._served.manifest.shape, self._limits)
+        release.validate(self._served.shape, self._limits)
         return release
 
     def _compile_release(self, release: ReleaseContent) -> Overlay:
         """Compile, and try out."""
-        overlay = Overlay.compile(release, self._served.table)
+        overlay = Overlay.compile(release, self._served.table, self._served.shape.name)
         self._served.try_out(overlay)
         return overlay
 

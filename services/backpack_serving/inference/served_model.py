@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from backpack_lm.mapped_table import mapped, prepare
 from backpack_lm.model import Backpack
 from backpack_lm.ordinary_text import OrdinaryText, excerpts, plain
 from backpack_lm.overlay import Overlay, SenseTable
-from backpack_lm.patch import PatchError, Violation
+from backpack_lm.patch import ModelShape, PatchError, Violation
 from backpack_lm.sense_search import CellSearch, Effect
 from backpack_lm.token_counts import TokenCounts
 from backpack_lm.tokenizer import Tokenizer
@@ -99,6 +99,11 @@ class ServedModel:
         counts = TokenCounts.read(folder, config.tokens)
         frequencies = None if counts is None else counts.per_million
         return cls(manifest, model, table, tokenizer, storage.to(device), folder, frequencies)
+
+    @property
+    def shape(self) -> ModelShape:
+        """What patches are checked by."""
+        return replace(self.manifest.shape, spell=self.tokenizer.piece)
 
     def try_out(self, overlay: Overlay) -> None:
         """Predict from the words that a release edits most. Raises PatchError if what comes out isn't numbers.

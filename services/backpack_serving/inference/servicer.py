@@ -42,6 +42,7 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
     ) -> None:
         self._service_key = service_key
         self._manifest, self._config, self._tokenizer = served.manifest, served.manifest.config, served.tokenizer
+        self._shape = served.shape
         self._releases = PinnedReleases(releases, metrics)
         self._reader = ModelReader(served)
         self._generator = TextGenerator(served, engine, self._reader, metrics)
@@ -190,7 +191,7 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
         """Each pin with the draft of its message; without any, nothing is waited for."""
         if not any(pin.draft_digest for pin in pins):
             return list(map(Pinned, pins))
-        drafts = await asyncio.to_thread(answers.read_drafts, pins, messages, self._tokenizer, self._manifest.shape)
+        drafts = await asyncio.to_thread(answers.read_drafts, pins, messages, self._tokenizer, self._shape)
         return list(map(Pinned, pins, drafts))
 
     def _check_gateway(self, context: rpc.Context) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -82,7 +82,8 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
 
     try:
         writes, bound = WriteNotifier(), settings.degradation if starting.can_judge(settings) else math.inf
-        service = Interventions(store, manifest.shape, on_write=writes.notify, degradation=bound)
+        shape = replace(manifest.shape, spell=tokenizer.piece)
+        service = Interventions(store, shape, on_write=writes.notify, degradation=bound)
         rollouts = Rollouts(service, ErrorGate(settings.canary_requests, settings.canary_errors))
 
         def on_remote_reader(text: str) -> None:
