@@ -27,6 +27,7 @@ from backpack_serving.client import (
     Cells,
     Conflict,
     Copy,
+    Draft,
     Forbidden,
     InvalidRequest,
     NotFound,
@@ -165,7 +166,7 @@ async def test_every_edit_is_read_back_as_what_it_was(calls: Calls) -> None:
     written = (
         Scale("king", 0.5),
         Scale(["queen", Cells("court", (0, 3))], 0.0),
-        Add(Cells("ship", (1,)), vector),
+        Add(Cells("ship", (1,)), list(vector.values())),
         Set(Cells("ship", (2,)), vector),
         Copy(Cells("sea", (4,)), "land", source_sense=5),
         ProjectOut("nurse", "she"),
@@ -408,6 +409,14 @@ async def test_refusals_are_typed_and_name_the_fix(calls: Calls) -> None:
         (steering.create_revision("p", []), InvalidRequest, "EMPTY", "at least one edit"),
         (steering.create_revision("p", [Scale("kingdomless", 0)]), InvalidRequest, "NOT_ONE_TOKEN", "first token"),
         (steering.create_revision("p", [Scale(-1, 0)]), InvalidRequest, "OUT_OF_RANGE", "no request can hold"),
+        (steering.create_revision("p", [Add("king", [1])]), InvalidRequest, "WRONG_WIDTH", "edits[0].delta: 1 numbers"),
+        (steering.create_revision("p", [Set("king", ["x"])]), InvalidRequest, "OUT_OF_RANGE", "edits[0].vector: ['x']"),  # type: ignore[list-item]
+        (steering.create_revision("p", [Set("king", 5)]), InvalidRequest, "OUT_OF_RANGE", "write a list of float32"),  # type: ignore[arg-type]
+        (steering.create_revision("p", Scale("king", 0)), InvalidRequest, "OUT_OF_RANGE", "write a list of edits"),  # type: ignore[arg-type]
+        (steering.create_revision("p", ["king"]), InvalidRequest, "OUT_OF_RANGE", "edits[0]: 'king'; write an edit"),  # type: ignore[list-item]
+        (steering.create_revision("p", [Bias("a", math.inf)]), InvalidRequest, "NON_FINITE", "edits[0].amount: inf"),
+        (calls.text.generate("a", draft=[Scale("a", math.nan)]), InvalidRequest, "NON_FINITE", "draft.edits[0].factor"),
+        (calls.text.compare("a", [Draft([Scale("a", 9)])]), InvalidRequest, "OUT_OF_RANGE", "releases[0].draft.edits"),
         (steering.create_release(["p"]), InvalidRequest, "BAD_NAME", "write PATCH:NUMBER"),
         (steering.create_release(["p:9"]), NotFound, "", "p/revisions/9"),
         (steering.activate(99), NotFound, "", "releases/99"),

@@ -23,8 +23,9 @@ LONGEST = 365 * 86_400.0
 
 _DURATIONS = {"timeout", "wait_seconds", "seconds", "coalesce", "retry_window"}
 
-_FORBIDDING = {"amount"}
-"""Numbers that may be −∞: of a bias."""
+_EDITS = {"draft", "edits"}
+"""What holds edits. They are checked where their messages are built, under the names that the server has for them; it
+knows best which numbers they may have."""
 
 _SHOWN = 60
 """Most characters of a value in an error."""
@@ -64,7 +65,7 @@ def is_public(name: str, method: object) -> bool:
 def seconds(name: str, value: Any) -> None:
     """Raise InvalidRequest unless this is a time in seconds that a call can wait."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST:
-        raise _invalid_argument(name, value, f"no request can wait for that; write seconds, from 0 to {LONGEST:.0f}")
+        raise invalid_argument(name, value, f"no request can wait for that; write seconds, from 0 to {LONGEST:.0f}")
 
 
 def build(kind: type[M], at: str = "", /, **values: Any) -> M:
@@ -81,7 +82,7 @@ def build(kind: type[M], at: str = "", /, **values: Any) -> M:
     for name, value in values.items():
         # Of 64 bits, a number may be too large for the field's 32, which makes it infinite.
         if isinstance(value, float) and math.isfinite(value) and math.isinf(getattr(message, name)):
-            raise _invalid_argument(f"{at}.{name}" if at else name, value, "no request can hold this")
+            raise invalid_argument(f"{at}.{name}" if at else name, value, "no request can hold this")
     return message
 
 
@@ -100,6 +101,8 @@ def within(at: str) -> Iterator[None]:
 
 
 def _check(name: str, value: Any) -> None:
+    if name.rpartition(".")[2] in _EDITS:
+        return
     if isinstance(value, str):
         _check_text(name, value)
     elif name in _DURATIONS:
@@ -107,14 +110,13 @@ def _check(name: str, value: Any) -> None:
             seconds(name, value)
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise _invalid_argument(name, value, "no request can hold this; write a finite number")
+            raise invalid_argument(name, value, "no request can hold this; write a finite number")
     elif isinstance(value, int):
         if not -(2**63) <= value < 2**64:
-            raise _invalid_argument(name, value, "no request can hold a number of more than 64 bits")
+            raise invalid_argument(name, value, "no request can hold a number of more than 64 bits")
     elif is_dataclass(value):
         for field in fields(value):
-            if not (field.name in _FORBIDDING and getattr(value, field.name) == -math.inf):
-                _check(f"{name}.{field.name}", getattr(value, field.name))
+            _check(f"{name}.{field.name}", getattr(value, field.name))
     elif isinstance(value, Mapping):
         for key, each in value.items():
             _check(f"{name}[{key!r}]", each)
@@ -128,7 +130,7 @@ def _check_text(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         why = f"character {error.start} is half of one (a lone surrogate), which no request can hold"
-        raise _invalid_argument(name, text[max(0, error.start - 20) :], why) from None
+        raise invalid_argument(name, text[max(0, error.start - 20) :], why) from None
 
 
 def _fit(kind: type[Any], name: str, value: Any, called: str) -> None:
@@ -141,10 +143,11 @@ def _fit(kind: type[Any], name: str, value: Any, called: str) -> None:
             kind(**{name: one})
         except (TypeError, ValueError, OverflowError) as error:
             each = one if one is value else one[0]
-            raise _invalid_argument(part, each, f"no request can hold this: {error}") from None
+            raise invalid_argument(part, each, f"no request can hold this: {error}") from None
 
 
-def _invalid_argument(name: str, value: Any, fix: str) -> InvalidRequest:
+def invalid_argument(name: str, value: Any, fix: str) -> InvalidRequest:
+    """The refusal of a value that is an argument's or a field's, or is in one."""
     shown = f"{value:#x}" if isinstance(value, int) and abs(value) >= 2**64 else repr(value)
     shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
     return InvalidRequest.at(name, "OUT_OF_RANGE", f"{shown}; {fix}")

@@ -13,7 +13,7 @@ from backpack_lm.edits import Vector
 from backpack_proto.v1 import inference_pb2
 from backpack_proto.v1 import interventions_pb2 as pb
 
-from backpack_serving.client.arguments import build
+from backpack_serving.client.arguments import build, invalid_argument
 from backpack_serving.client.requests import Word, word
 from backpack_serving.client.results import Token
 from backpack_serving.errors import InvalidRequest
@@ -54,6 +54,9 @@ class Cells:
 Where = Word | Cells | Sequence[Word | Cells]
 """Which cells are edited: words with all their senses, or `Cells`; one, or several."""
 
+Numbers = Vector | Sequence[float]
+"""A vector: packed, as answers have it, or its numbers, which are sent as float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scale:
@@ -68,24 +71,25 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """v ← v + delta."""
+    """v ← v + delta, of as many numbers as the model is wide."""
 
     cells: Where
-    delta: Vector
+    delta: Numbers
 
     def message(self) -> pb.Edit:
-        return pb.Edit(add=pb.AddEdit(cells=_cells_message(self.cells), delta=_vector_message(self.delta)))
+        return pb.Edit(add=pb.AddEdit(cells=_cells_message(self.cells), delta=_vector_message("delta", self.delta)))
 
 
 @dataclass(frozen=True, slots=True)
 class Set:
-    """v ← vector."""
+    """v ← vector, of as many numbers as the model is wide."""
 
     cells: Where
-    vector: Vector
+    vector: Numbers
 
     def message(self) -> pb.Edit:
-        return pb.Edit(set=pb.SetEdit(cells=_cells_message(self.cells), vector=_vector_message(self.vector)))
+        vector = _vector_message("vector", self.vector)
+        return pb.Edit(set=pb.SetEdit(cells=_cells_message(self.cells), vector=vector))
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +221,13 @@ def _form(field: str, form: Form) -> inference_pb2.WordForm.ValueType:
     return _FORMS[form]
 
 
-def _vector_message(values: Vector) -> pb.Vector:
-    return pb.Vector(data=bytes(values), dtype=pb.DATA_TYPE_FLOAT32, shape=[len(values) // 4])
+def _vector_message(field: str, numbers: Numbers) -> pb.Vector:
+    if not isinstance(numbers, bytes):
+        try:
+            numbers = Vector.of([float(number) for number in numbers])
+        except (TypeError, ValueError, OverflowError) as error:
+            raise invalid_argument(field, numbers, f"write a list of float32 numbers: {error}") from None
+    return pb.Vector(data=numbers, dtype=pb.DATA_TYPE_FLOAT32, shape=[len(numbers) // 4])
 
 
 def _read_cells(message: Any) -> tuple[Cells, ...]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from backpack_lm.generation import UNTRUNCATED
 from backpack_proto.v1 import inference_pb2 as pb
 
-from backpack_serving.client.arguments import build, fill, within
+from backpack_serving.client.arguments import build, fill, invalid_argument, within
 from backpack_serving.client.results import Token
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.references import Position
@@ -24,6 +24,7 @@ Word = str | int | Token
 """A word of one token, without the space before it; or a token's id; or a token of an answer."""
 
 
+@runtime_checkable
 class AnEdit(Protocol):
     """One of the edits of this package."""
 
@@ -291,10 +292,18 @@ def _compare_request(request: pb.CompareRequest, releases: Sequence[Release], pi
 
 
 def edit_messages(edits: Edits) -> list[pb.Edit]:
+    """Raises InvalidRequest, with the place, for what is no edit or can't be sent."""
+    if not isinstance(edits, Sequence):
+        raise invalid_argument("edits", edits, "write a list of edits, such as [Scale('nurse', 0)]")
     found = []
     for at, edit in enumerate(edits):
+        if not isinstance(edit, AnEdit):
+            if not isinstance(edit, pb.Edit):
+                raise invalid_argument(f"edits[{at}]", edit, "write an edit, such as Scale('nurse', 0)")
+            found.append(edit)
+            continue
         with within(f"edits[{at}]"):
-            found.append(edit if isinstance(edit, pb.Edit) else edit.message())
+            found.append(edit.message())
     return found
 
 
