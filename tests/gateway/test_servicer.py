@@ -22,7 +22,7 @@ from backpack_serving.errors import Exhausted, Internal, InvalidRequest, Service
 from backpack_serving.gateway.canary_stats import CanaryStats
 from backpack_serving.gateway.limits import Limit, TenantLimits
 from backpack_serving.gateway.routing import Router
-from backpack_serving.gateway.servicer import GatewayServicer
+from backpack_serving.gateway.servicer import COMPARED_TOKENS, LISTED_TOKENS, SEARCHED_TOKENS, GatewayServicer
 from backpack_serving.gateway.usage import UsageMeter
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.references import Pin
@@ -66,6 +66,10 @@ class Replica(inference_pb2_grpc.InferenceServiceServicer):
         await self._work(context)
         self.prompts = [list(prompt.tokens.ids) for prompt in request.prompts]
         return pb.FindSensesResponse(served=SERVED)
+
+    async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
+        await self._work(context)
+        return pb.ListSensesResponse(served=SERVED)
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
         await self._work(context)
@@ -275,15 +279,21 @@ async def test_a_deadline_that_means_none_reaches_a_replica_as_one_that_can_be_c
         assert await asyncio.to_thread(answered, running.gateway, call)
 
 
-async def test_a_search_costs_the_tokens_of_its_prompts() -> None:
+async def test_a_search_costs_its_scan_and_its_prompts_and_a_words_senses_their_own() -> None:
     async with _running() as system, AsyncClient(system.gateway, attempts=1) as client:
         await client.find_senses(PROMPT[0])
-        assert system.left() == MINUTE
+        left = MINUTE - SEARCHED_TOKENS
+        assert system.left() == left
         text = " understanding" * 400  # so long that it is encoded in a thread
         await client.find_senses(PROMPT[0], prompts=[PROMPT, text])
         ids = TOKENIZER.encode_prompt(text)
         assert system.replica.prompts == [PROMPT, ids], "as the gateway has read them"
-        assert system.left() == MINUTE - len(PROMPT) - len(ids)
+        left -= SEARCHED_TOKENS + len(PROMPT) + len(ids)
+        assert system.left() == left
+        await client.senses(PROMPT[0])
+        assert system.left() == left - LISTED_TOKENS
+        await client.senses(PROMPT[0], neighbours=3)
+        assert system.left() == left - 2 * LISTED_TOKENS - COMPARED_TOKENS
 
 
 @pytest.mark.parametrize(

@@ -1229,7 +1229,8 @@ class FindSensesRequest(_message.Message):
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prompt]:
         """At most 16 prompts of 4,096 tokens together. Senses are then ranked by what they add to the words' logits at the
-        ends of the prompts, as Explain has it: summed over positions and prompts, again the mean over the words.
+        ends of the prompts, as Explain has it: summed over positions and prompts, again the mean over the words. Each page
+        reads them again, and counts them against the tenant's limit of tokens.
         """
 
     @_builtins.property

@@ -53,6 +53,10 @@ LONGEST = 86_400.0
 and counts as already past.
 """
 
+SEARCHED_TOKENS, LISTED_TOKENS, COMPARED_TOKENS = 32, 16, 256
+"""What a page of a search costs beside the prompts that are read for it, a word's senses, and their neighbours: each
+about as many tokens of a prompt as take that time."""
+
 R = TypeVar(
     "R",
     pb.GenerateResponse,
@@ -82,6 +86,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         log_prompts: bool,
     ) -> None:
         self._manifest, self._tokenizer = manifest, tokenizer
+        self._shape = replace(manifest.shape, spell=tokenizer.piece)
         self._identities, self._releases, self._meters = identities, releases, meters
         self._router, self._canary_stats, self._service_key = router, canary_stats, service_key
         self._judge, self._log_prompts = judge, log_prompts
@@ -191,7 +196,9 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         who = await self._authenticate(context)
         with self._meter(who) as meter:
             pin = await self._pin(who, request)
-            return await self._unary(lambda stub: stub.ListSenses, request, context, pin, meter, 1)
+            tokens = LISTED_TOKENS + COMPARED_TOKENS * (request.neighbours > 0)
+            meter.charge(tokens)
+            return await self._unary(lambda stub: stub.ListSenses, request, context, pin, meter, tokens)
 
     async def Judge(self, request: pb.JudgeRequest, context: rpc.Context) -> pb.JudgeResponse:
         who = await self._authenticate(context)
@@ -221,9 +228,10 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             query = read_search(request, self._tokenizer, self._manifest.config)
             for prompt, ids in zip(request.prompts, query.prompts, strict=True):
                 prompt.tokens.ids[:] = ids
-            meter.charge(query.tokens)
+            tokens = SEARCHED_TOKENS + query.tokens
+            meter.charge(tokens)
             self._log_prompt(*request.prompts)
-            return await self._unary(lambda stub: stub.FindSenses, request, context, pin, meter, query.tokens or 1)
+            return await self._unary(lambda stub: stub.FindSenses, request, context, pin, meter, tokens)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
         with self._meter(await self._authenticate(context)):
@@ -281,7 +289,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         if not message.HasField("draft"):
             return ""
         who.require(Role.AUTHOR)
-        return (await asyncio.to_thread(read_draft, field, message.draft, self._tokenizer, self._manifest.shape)).digest
+        return (await asyncio.to_thread(read_draft, field, message.draft, self._tokenizer, self._shape)).digest
 
     def _call_options_for(self, context: rpc.Context, pin: Pin | None = None) -> dict[str, Any]:
         """Metadata and deadline of a call to a replica: our key, request id, trace, and the pin.
