@@ -118,6 +118,16 @@ def test_a_field_that_there_isnt_is_refused_by_its_name(web: Web) -> None:
     assert "txt" in answer.json()["message"]
 
 
+@pytest.mark.parametrize("field", ["logitBias", "logit_bias"])
+def test_one_token_has_one_bias(web: Web, field: str) -> None:
+    asked: dict[str, Any] = {"prompt": {"text": "a"}, "sampling": {field: {"5": 1, "05": 2}}}
+    answer = web.post("/backpack.v1.InferenceService/Generate", asked)
+    assert (answer.status_code, answer.json()["code"]) == (400, "invalid_argument")
+    assert "two keys name one token" in answer.json()["message"]
+    asked = {"prompt": {"text": "a"}, "sampling": {"maxTokens": 1, field: {"5": 1, "50": 2}}}
+    assert web.post("/backpack.v1.InferenceService/Generate", asked).status_code == 200
+
+
 def test_a_forbidden_word_in_json(web: Web) -> None:
     """Its amount and its logit are −∞, which Connect writes as protobuf does, and OpenAI as −9999."""
 

@@ -53,7 +53,11 @@ def generate(
     ] = 0.0,
     min_tokens: Annotated[int, typer.Option(help="No text ends by itself before them.", min=0)] = 0,
     bad_word: Annotated[
-        list[str] | None, typer.Option(help="Forbid this spelling, with and without a space before it; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Forbid this spelling, with and without a space before it; repeatable. Other forms of a word (Horse, "
+            "horses) are other spellings.",
+        ),
     ] = None,
     json_schema: Annotated[
         Path | None,

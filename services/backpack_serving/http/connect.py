@@ -6,6 +6,7 @@ No code is generated: messages, methods and their kinds come from the descriptor
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -79,11 +80,24 @@ class _Codec:
 
     def decode(self, data: bytes | bytearray, message_class: type[Any]) -> Any:
         try:
-            return self._decode(data, message_class)
+            message = self._decode(data, message_class)
+            if self.name() == "json" and "sampling" in message_class.DESCRIPTOR.fields_by_name:
+                _check_biases(data, message)
+            return message
         except (DecodeError, ParseError, UnicodeDecodeError, RecursionError) as error:
             refusal = InvalidRequest("NOT_A_MESSAGE", f"what was sent isn't this method's message: {error}")
             current().refused(refusal)
             raise ConnectError(Code.INVALID_ARGUMENT, refusal.message) from None
+
+
+def _check_biases(data: bytes | bytearray, message: Any) -> None:
+    """Raises ParseError if one token has two biases: "5" and "05" are two keys of JSON, and one of a message."""
+    if not message.sampling.logit_bias:
+        return
+    sampling = json.loads(data)["sampling"]
+    given = sampling.get("logitBias") or sampling["logit_bias"]
+    if len(given) > len(message.sampling.logit_bias):
+        raise ParseError("sampling.logitBias: two keys name one token; write ids without a zero before them")
 
 
 class _Application(ConnectASGIApplication[None]):

@@ -172,7 +172,9 @@ class Sampled(BaseModel, ABC):
     )
     min_tokens: int | None = Field(None, ge=0, le=_LARGEST, description="No text ends by itself before them.")
     bad_words: BadWords = Field(
-        [], description="Spellings that the text doesn't hold, with and without a space before them."
+        [],
+        description="Spellings that the text doesn't hold, with and without a space before them; other forms of a word "
+        "(Horse, horses) are other spellings.",
     )
     structured_outputs: StructuredOutputs | None = Field(None, description="The text has a form.")
     # Ours.
