@@ -5,11 +5,17 @@ A leaf: it imports nothing of ours.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
 LIVE = "live"
 """The channel that every tenant has, and that a request gets which names none."""
+
+NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
+"""What tenants, patches and channels may be called."""
+
+NAME_WRITTEN = "1 to 63 of a-z, 0-9 and -, starting with a letter"
 
 
 @dataclass(frozen=True, slots=True, order=True)

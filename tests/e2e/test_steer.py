@@ -36,6 +36,12 @@ COMMON = "scale the,of,and,to,in,a 0"
         ("bias money,cash -5", Bias(["money", "cash"], -5.0, form="inner")),
         ("forbid money", Bias(["money"], -math.inf, form="inner")),
         ("scale ':' 0", Scale([Cells(":")], 0.0)),
+        ("scale , 0", Scale([Cells(",")], 0.0)),
+        ("scale ,:3 0", Scale([Cells(",", (3,))], 0.0)),
+        ("scale king,#11:3 0", Scale([Cells("king", (3,)), Cells(11, (3,))], 0.0)),
+        ("copy king #11:2", Copy([Cells("king")], 11, 2)),
+        ("swap nurse #11 he", Swap([Cells("nurse")], 11, "he")),
+        ("forbid #11,#", Bias([11, "#"], -math.inf, form="inner")),
     ],
 )
 def test_an_edit_is_read_as_it_is_written(text: str, edit: Edit) -> None:
@@ -61,7 +67,7 @@ def test_an_edit_reaches_both_forms_of_its_words_unless_told_otherwise() -> None
         ("scale nurse:7 none", "'none' is no number"),
         ("scale nurse:x 0", "'x' names no sense; write 3 or 8,12-14"),
         ("scale nurse: 0", "'nurse:' has a colon and no senses after it"),
-        ("scale nurse,,doctor 0", "'nurse,,doctor' has an empty word"),
+        ("scale nurse,,doctor 0", "'nurse,,doctor' has an empty word; a comma among others is #ID"),
         ("copy king ship:2,3", "'ship:2,3' names 2 senses to copy"),
         ("copy king ship,sea", "'ship,sea' names 2 words to copy"),
         ("topic sea 4", "'4' is no strength; it is 1, 2 or 3"),
@@ -132,7 +138,7 @@ def test_steering_adds_to_what_steers_already(backpack: Any) -> None:
     backpack("steer", "one", "copy king nurse", "--activate", "--wait", "all", *words)
     assert "of one:1 two:1 " in backpack("steer", "two", "copy story nurse", "--activate", "--wait", "all", *words)
     assert "of two:1 one:2 " in backpack("steer", "one", "copy king queen", *words), "in place of its old revision"
-    assert "of one:3 " in backpack("steer", "one", "copy king queen", "--alone", *words)
+    assert "of one:2 " in backpack("steer", "one", "copy king queen", "--alone", *words)
     assert "live is at release 2" in backpack("release", "status", *words), "none of these was activated"
     backpack("canary", "start", "3", *words)
     rows = (line.split() for line in backpack("release", "list", *words).splitlines()[1:])
@@ -154,11 +160,45 @@ def test_steering_adds_to_what_steers_already(backpack: Any) -> None:
         (("steer", "bad", "scale king 0"), "say whose it is to change: --as NAME ("),
         (("steer", "bad", "scale unpronounceableness 0", "--as", "clinic"), "edits[0].scale.cells[0].word"),
         (("steer", "Bad!", "scale king 0", "--as", "clinic"), "BAD_NAME"),
+        (("steer", "", "scale king 0", "--as", "clinic"), "'patches/' has an empty name in it"),
+        (("steer", "bad", "bias king inf", "--as", "clinic"), "inf; at most ±100, or −∞ to forbid a word"),
+        (("steer", "bad", "scale king:99 0", "--as", "clinic"), "sense 99 of token 2316 (' king'); senses are 0 to 7"),
+        (("try", "x", "--edit", "scale king:99 0"), "sense 99 of token 2316 (' king'); senses are 0 to 7"),
     ],
 )
 def test_bad_edits_are_refused_and_leave_no_patch(backpack: Any, words: tuple[str, ...], says: str) -> None:
     assert says in backpack(*words, code=1)
     assert "bad" not in backpack("patch", "list", "--as", "clinic")
+
+
+@pytest.mark.parametrize("command", [("steer", "q", "scale king 0"), ("release", "create", "p:1", "--activate")])
+def test_a_channel_that_cannot_be_is_refused_before_anything_is_stored(backpack: Any, command: tuple[str, ...]) -> None:
+    refused = backpack(*command, "--channel", "Bad!", "--as", "clinic", code=2)
+    assert "names no channel; 1 to 63 of a-z, 0-9 and" in " ".join(refused.replace("│", "").split())
+
+
+def test_the_edits_that_steer_already_make_nothing_anew(backpack: Any) -> None:
+    backpack("tenant", "create", "again")
+    words = ("--as", "again")
+    backpack("steer", "one", "scale king 0.5", "--activate", "--wait", "all", *words)
+    again = backpack("steer", "one", "scale king 0.5", "--activate", *words)
+    assert "channels/live is at release 1, of one:1: these edits; nothing is made anew" in again
+    changed = backpack("steer", "one", "scale king 0.25", *words)
+    assert "one:2 takes the place of one:1" in changed
+    assert "one:2 has these edits already" in backpack("steer", "one", "scale king 0.25", *words)
+    backpack("steer", "two", "scale queen 0.5", "--activate", "--wait", "all", *words)
+    assert "of one:1  " in backpack("steer", "one", "scale king 0.5", "--alone", *words), "which live no longer is at"
+    listed = backpack("patch", "list", *words)
+    assert [line.split()[:2] for line in listed.splitlines()[1:]] == [["one", "2"], ["two", "1"]]
+    tried = backpack("try", "The king", "--edit", "scale king 0", "--max-tokens", "2", "--no-judge", *words)
+    assert "a NAME that release 4 has is replaced; another is added beside it" in tried
+
+
+def test_a_vector_that_cannot_be_stored_is_named_by_its_word(backpack: Any) -> None:
+    edits = [word for _ in range(50) for word in ("--edit", "scale king:1 8")]
+    refused = backpack("try", "The king", *edits, "--as", "clinic", code=1)
+    assert "OVERFLOW: draft.edits: sense 1 of token 2316 (' king') is too large a vector to be stored" in refused
+    assert "make their factors smaller" in refused
 
 
 def test_what_makes_ordinary_text_worse_is_asked_about(backpack: Any, served: ServedModel) -> None:

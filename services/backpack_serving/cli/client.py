@@ -26,6 +26,7 @@ from backpack_serving.auth.keys import read_key_file
 from backpack_serving.cli import hints
 from backpack_serving.errors import ServiceError, Unavailable
 from backpack_serving.install import install_command
+from backpack_serving.references import NAME, NAME_WRITTEN
 from backpack_serving.settings import Settings, secretless
 
 if TYPE_CHECKING:
@@ -155,6 +156,13 @@ Page = Annotated[
 ]
 
 
+def _check_channel(context: typer.Context, channel: str) -> str:
+    """Check a channel before the command stores anything. Raises BadParameter."""
+    if not NAME.fullmatch(channel):
+        raise typer.BadParameter(f"{channel!r} names no channel; {NAME_WRITTEN}")
+    return str(_channel_or_release(context, channel))
+
+
 def _channel_or_release(context: typer.Context, value: Any) -> Any:
     """Check that a command isn't given both a channel and a release: each names a release. Raises BadParameter."""
     sources = (context.get_parameter_source(name) for name in ("channel", "release"))
@@ -163,7 +171,7 @@ def _channel_or_release(context: typer.Context, value: Any) -> Any:
     return value
 
 
-Channel = Annotated[str, typer.Option(help="Channel of the tenant.", callback=_channel_or_release)]
+Channel = Annotated[str, typer.Option(help="Channel of the tenant.", callback=_check_channel)]
 ReleaseNumber = Annotated[
     int | None,
     typer.Option(

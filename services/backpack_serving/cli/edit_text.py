@@ -66,11 +66,16 @@ def _cells(text: str, form: Form = "inner", any_case: bool = False) -> list[Cell
     return [Cells(word, numbers, form=form, any_case=any_case) for word in _split(words)]
 
 
-def _split(words: str) -> list[str]:
-    found = words.split(",")
+def _split(words: str) -> list[str | int]:
+    found = [","] if words == "," else words.split(",")
     if not all(found):
-        raise ValueError(f"{words!r} has an empty word")
-    return found
+        raise ValueError(f"{words!r} has an empty word; a comma among others is #ID, as `backpack tokenize ,` has it")
+    return list(map(_word, found))
+
+
+def _word(text: str) -> str | int:
+    """A word; `#ID` is the token with that id."""
+    return int(text[1:]) if re.fullmatch(r"#[0-9]{1,9}", text) else text
 
 
 def _decimal(text: str) -> float:
@@ -100,9 +105,13 @@ _KINDS = {
         "WORDS[:SENSES] FACTOR", "nurse:7 0", lambda cells, words: Scale(cells(words[0]), _decimal(words[1]))
     ),
     "copy": _Syntax("WORDS[:SENSES] SOURCE[:SENSE]", "king,queen ship", _copy),
-    "swap": _Syntax("WORDS[:SENSES] OLD NEW", "nurse she he", lambda cells, words: Swap(cells(words[0]), *words[1:])),
+    "swap": _Syntax(
+        "WORDS[:SENSES] OLD NEW",
+        "nurse she he",
+        lambda cells, words: Swap(cells(words[0]), _word(words[1]), _word(words[2])),
+    ),
     "project-out": _Syntax(
-        "WORDS[:SENSES] DIRECTION", "nurse she", lambda cells, words: ProjectOut(cells(words[0]), words[1])
+        "WORDS[:SENSES] DIRECTION", "nurse she", lambda cells, words: ProjectOut(cells(words[0]), _word(words[1]))
     ),
     "topic": _Syntax("WORDS STRENGTH", "sea,ship,captain 2", _topic),
     "bias": _Syntax("WORDS AMOUNT", "money -5", lambda cells, words: Bias(_split(words[0]), _decimal(words[1]))),

@@ -42,6 +42,7 @@ from backpack_serving.client import (
     Move,
     NotFound,
     Prediction,
+    Revision,
     Sampling,
     Steering,
     Token,
@@ -53,7 +54,7 @@ EditTexts = Annotated[
         "--edit",
         help="An edit, such as 'scale nurse:7 0', 'copy king,queen ship', 'swap nurse she he', 'project-out nurse "
         "she', 'bias money -5', 'forbid money' or 'topic sea,ship 2'; repeatable. Words have commas between them, "
-        "senses follow a colon (3 or 8,12-14).",
+        "senses follow a colon (3 or 8,12-14); #11 is the token with the id 11 (`backpack tokenize`).",
     ),
 ]
 PatchFiles = Annotated[
@@ -107,6 +108,8 @@ def try_edits(
         words = " ".join(map(shlex.quote, edit))
         how = ("" if form == "both" else f" --form {form}") + (" --any-case" if any_case else "")
         err.print(Text(f"keep it: {hints.again(f'steer NAME {words}{how} --activate', tenant, channel)}", "dim"))
+        if base:
+            err.print(f"[dim]a NAME that release {base} has is replaced; another is added beside it[/]")
 
 
 def steer(
@@ -132,7 +135,8 @@ def steer(
     """Make a revision of a patch from edits, and a release of it, in one command.
 
     The release has the other patches of the channel's release, too: `backpack steer nurses 'swap nurse she he'
-    --activate`. Given again with other edits, the new revision takes the place of the old one.
+    --activate`. Given again with other edits, the new revision takes the place of the old one; with the same, nothing
+    is made anew.
     """
     with exits():
         edits = _read_edits(edit, patch, form, any_case)
@@ -144,14 +148,26 @@ def steer(
                 f"{now.name} has release {now.canary.release} as its canary, which this would end; promote or abort it "
                 "first, or leave out --activate"
             )
-        others = [] if alone or now is None else _other_revisions(steering, now.release, name)
+        before = steering.release(now.release).revisions if now and now.release else ()
+        own = [revision for revision in before if _patch_of(revision) == name]
+        others = [] if alone else [revision for revision in before if revision not in own]
         _check_patches(steering, others)
-        if not _exists(steering, name, edits):
+        draft = _draft(steering, name, edits)
+        if draft is None:
             steering.create_patch(name, notes, exist_ok=True)
-        revision = steering.create_revision(name, edits)
-        release = steering.create_release([*others, revision], notes)
+        stored = _revision_with(steering, name, draft, own) if draft else None
+        revision = stored or steering.create_revision(name, edits)
         for made in revision.edits:
             tell_tokens(made)
+        if now and {*before} == {*others, revision.id}:
+            here = f"{now.name} is at release {now.release}, of {' '.join(before)}"
+            out.print(f"{here}: these edits; nothing is made anew")
+            return
+        if stored:
+            err.print(f"[dim]{revision.id} has these edits already[/]")
+        if replaced := [each for each in own if each != revision.id]:
+            err.print(f"{revision.id} takes the place of {', '.join(replaced)}")
+        release = steering.create_release([*others, revision], notes)
         out.print(f"{release.name} of {' '.join(release.revisions)}  [dim]{release.digest[:12]}[/]")
     if not activate:
         judge_stored(tenant, key, release.number, insist=True)
@@ -192,15 +208,23 @@ def _read_edits(
     return edits
 
 
-def _exists(steering: Steering, name: str, edits: Sequence[Edit | pb.Edit]) -> bool:
-    """Whether a patch exists. Raises InvalidRequest if it couldn't have a revision of these edits."""
+def _draft(steering: Steering, name: str, edits: Sequence[Edit | pb.Edit]) -> Revision | None:
+    """The revision of a patch that edits would be; None if there is no such patch. Raises InvalidRequest if it couldn't
+    have them.
+    """
     try:
-        steering.create_revision(name, edits, dry_run=True)
+        return steering.create_revision(name, edits, dry_run=True)
     except NotFound as error:
         if error.reason != "NO_SUCH_PATCH":
             raise
-        return False
-    return True
+        return None
+
+
+def _revision_with(steering: Steering, name: str, draft: Revision, released: Sequence[str]) -> Revision | None:
+    """The revision with a draft's edits, if one of those that are released has them, or the patch's newest."""
+    numbers = [*(int(revision.rpartition(":")[2]) for revision in released), draft.number - 1]
+    found = (steering.revision(name, number) for number in dict.fromkeys(numbers) if number)
+    return next((revision for revision in found if revision.digest == draft.digest), None)
 
 
 def _channel_now(steering: Steering, channel: str) -> ChannelNow | None:
@@ -210,16 +234,15 @@ def _channel_now(steering: Steering, channel: str) -> ChannelNow | None:
         return None
 
 
-def _other_revisions(steering: Steering, release: int, name: str) -> list[str]:
-    """The revisions of a release, without those of the patch NAME."""
-    revisions = steering.release(release).revisions if release else ()
-    return [revision for revision in revisions if revision.rpartition(":")[0] != name]
+def _patch_of(revision: str) -> str:
+    """Of PATCH:NUMBER."""
+    return revision.rpartition(":")[0]
 
 
 def _check_patches(steering: Steering, revisions: Sequence[str]) -> None:
     """Raises ValueError for a revision of a deleted patch: no new release can have it."""
     deleted = {patch.id for patch in steering.patches(deleted=True) if patch.deleted}
-    if gone := [revision for revision in revisions if revision.rpartition(":")[0] in deleted]:
+    if gone := [revision for revision in revisions if _patch_of(revision) in deleted]:
         raise ValueError(
             f"the channel's release has {', '.join(gone)}, whose patch is deleted, so no new release can have it; "
             "--alone releases this patch without the others"

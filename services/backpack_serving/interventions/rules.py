@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import datetime
@@ -14,10 +13,9 @@ from backpack_serving.errors import InvalidRequest, PreconditionFailed
 from backpack_serving.interventions.ledger import Ledger, scope
 from backpack_serving.interventions.records import RevisionRecord
 from backpack_serving.interventions.store import Read, Store
+from backpack_serving.references import NAME, NAME_WRITTEN
 
 LONGEST_TEXT = 4096
-
-_ID = re.compile(r"[a-z][a-z0-9-]{0,62}")
 
 
 class RuleContext:
@@ -53,8 +51,8 @@ class RuleContext:
 
 def check_id(field: str, value: str) -> None:
     """Raise InvalidRequest unless this may be the name of a tenant, a patch or a channel."""
-    if not _ID.fullmatch(value):
-        raise InvalidRequest.at(field, "BAD_NAME", f"{value!r}; 1 to 63 of a-z, 0-9 and -, starting with a letter")
+    if not NAME.fullmatch(value):
+        raise InvalidRequest.at(field, "BAD_NAME", f"{value!r}; {NAME_WRITTEN}")
 
 
 def check_text(field: str, value: str) -> None:

@@ -60,6 +60,8 @@ def parse_name(field: str, name: str, pattern: str, who: Principal) -> tuple[str
     match = re.fullmatch(rf"(?:tenants/([^/\0]+)/)?{form}", name)
     if not match:
         shape = pattern.replace("{}", "…")
+        if re.fullmatch(rf"(?:tenants/[^/\0]+/)?{form.replace('+', '*')}", name):
+            raise InvalidRequest.at(field, "BAD_NAME", f"{name!r} has an empty name in it; write {shape}")
         raise InvalidRequest.at(field, "BAD_NAME", f"{name!r}; write {shape}, or tenants/{who.tenant}/{shape}")
     tenant, *ids = match.groups()
     if tenant not in (None, who.tenant):
