@@ -248,6 +248,15 @@ def test_compare_releases(backpack: Any) -> None:
     assert "releases/99 doesn't exist" in backpack("compare", "The king", "--release", "99", code=1)
 
 
+def test_generate_shows_the_prompts_log_probabilities(backpack: Any) -> None:
+    asked = ("generate", "The king and the", "--max-tokens", "3", "--seed", "1")
+    plain, shown = backpack(*asked), backpack(*asked, "--prompt-log-probabilities", "2")
+    assert shown.startswith(plain.splitlines()[0])
+    rows = [line.rstrip() for line in backpack("score", "The king and the").splitlines()[1:5]]
+    assert [line[: len(rows[1])].rstrip() for line in shown.splitlines()[2:6]] == rows
+    assert shown.splitlines()[3].count(" %") == 2
+
+
 def test_generate_explains_each_token(backpack: Any) -> None:
     shown = backpack("generate", "The king and the", "--max-tokens", "3", "--explain", "2", "--as", "harbour")
     assert shown.count(" all others") == 3

@@ -6,9 +6,14 @@ import asyncio
 from collections import Counter
 
 import pytest
+import torch
+from backpack_lm.overlay import Overlay
+from backpack_lm.patch import Edit, ReleaseContent, RevisionContent
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving import rpc
 from backpack_serving.errors import ServiceError
+from backpack_serving.inference.served_model import ServedModel
+from backpack_serving.wire.edits import read_edits
 
 from tests.e2e.conftest import System, copy
 
@@ -59,9 +64,61 @@ async def test_a_dropped_call_frees_the_slots_of_all_its_samples(system: System,
     assert max(made.values()) < 480, "who came next waited until one had ended"
 
 
+async def test_a_prompts_log_probabilities_come_with_the_text_and_change_nothing_of_it(
+    system: System, served: ServedModel
+) -> None:
+    """Under a draft, beside others of the same prompt, whose prefix is reused, and alone."""
+    key, ids = await system.tenant(copy("king", "ship")), served.tokenizer.encode_prompt(PROMPT)
+    draft = pb.Draft(edits=[copy("story", "nurse")])
+    plain, asked = _request(2), _request(2)
+    asked.sampling.prompt_log_probabilities = 3
+    for request in (plain, asked):
+        request.draft.CopyFrom(draft)
+    without, first = await asyncio.gather(*(system.inference.Generate(each, metadata=key) for each in (plain, asked)))
+    again = await system.inference.Generate(asked, metadata=key)
+    assert first.prompt == again.prompt
+    for each in (first, again):
+        assert [each.text, each.more_samples[0].text] == [without.text, without.more_samples[0].text]
+        assert each.usage.prompt_tokens == len(ids)
+    assert not without.prompt
+
+    release = [RevisionContent(served.manifest.fingerprint, tuple(_edits(served, one))) for one in ("king", "story")]
+    overlay = Overlay.compile(ReleaseContent(tuple(release)), served.table)
+    logs = served.model(torch.tensor([ids]), overlay)[0].log_softmax(-1)
+    assert [token.id for token in first.prompt] == ids
+    assert not first.prompt[0].HasField("log_probability")
+    for at, token in list(enumerate(first.prompt))[1:]:
+        assert token.log_probability == pytest.approx(float(logs[at - 1, token.id]), abs=1e-4)
+        top = logs[at - 1].topk(3)
+        assert [each.id for each in token.alternatives] == top.indices.tolist()
+        assert [each.log_probability for each in token.alternatives] == pytest.approx(top.values.tolist(), abs=1e-4)
+
+
+async def test_a_stream_has_the_prompt_in_its_first_message(system: System) -> None:
+    key = await system.tenant()
+    parts = await system.stream(key, PROMPT, max_tokens=9, samples=2, prompt_log_probabilities=0)
+    score = await system.inference.Score(pb.ScoreRequest(text=pb.Prompt(text=PROMPT)), metadata=key)
+    assert list(parts[0].prompt) == list(score.tokens)
+    assert not any(part.prompt for part in parts[1:])
+    (alone,) = (await system.stream(key, "king", max_tokens=1, prompt_log_probabilities=5))[0].prompt
+    assert (alone.text, alone.HasField("log_probability")) == ("king", False)
+
+
+def _edits(served: ServedModel, word: str) -> list[Edit]:
+    edit = {"king": copy("king", "ship"), "story": copy("story", "nurse")}[word]
+    return read_edits([edit], served.tokenizer, served.manifest.config.num_senses)
+
+
 @pytest.mark.parametrize(
     ("request_", "says"),
-    [(_request(17), "17; 1 to 16, or 0 for 1"), (_request(1, priority=101), "101; -100 to 100")],
+    [
+        (_request(17), "17; 1 to 16, or 0 for 1"),
+        (_request(1, priority=101), "101; -100 to 100"),
+        (
+            pb.GenerateRequest(prompt=pb.Prompt(text=PROMPT), sampling=pb.Sampling(prompt_log_probabilities=21)),
+            "sampling.prompt_log_probabilities: 21; 0 to 20",
+        ),
+    ],
 )
 async def test_out_of_range(system: System, request_: pb.GenerateRequest, says: str) -> None:
     with pytest.raises(ServiceError, match=says), rpc.errors():

@@ -233,6 +233,15 @@ async def test_what_is_answered_costs_its_prompt_and_what_was_made(ask: Ask, mad
         assert system.told("handoff_seconds_count") == (ask is _stream)
 
 
+async def test_a_prompt_whose_log_probabilities_are_asked_for_costs_twice() -> None:
+    async with _running() as system, AsyncClient(system.gateway) as client:
+        sampling = Sampling(100, prompt_log_probabilities=0)
+        await client.generate(PROMPT, sampling)
+        assert system.left() == MINUTE - 2 * len(PROMPT) - 3
+        assert [part async for part in client.stream(PROMPT, sampling)]
+        assert system.left() == MINUTE - 2 * (2 * len(PROMPT) + 3)
+
+
 async def test_no_stream_waits_while_a_long_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TOKENIZER, "longest", 4000)  # then the context holds, perhaps, two million bytes
     text, loops, encode = "king " * 200_000, threading.current_thread(), TOKENIZER.encode

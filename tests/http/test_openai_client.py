@@ -129,6 +129,26 @@ def test_an_echo_has_the_prompts_log_probabilities(client: openai.OpenAI, web: W
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(score.tokens), most)
 
 
+def test_a_prompts_log_probabilities_are_as_vllm_has_them(client: openai.OpenAI, web: Web) -> None:
+    asked: dict[str, Any] = {"model": "live", "prompt": [PROMPT, "a"], "max_tokens": 2, "seed": 1}
+    plain = client.completions.create(**asked)
+    answer = client.completions.create(**asked, n=2, extra_body={"prompt_logprobs": 2})
+    assert [answer.choices[n].text for n in (0, 2)] == [choice.text for choice in plain.choices]
+    with Client(web.gateway, web.key) as grpc:
+        prompt = grpc.generate(PROMPT, Sampling(1, prompt_log_probabilities=2)).prompt
+    assert "prompt_logprobs" not in (plain.choices[0].model_extra or {})
+    (one, other, alone, _) = ((choice.model_extra or {})["prompt_logprobs"] for choice in answer.choices)
+    assert one == other
+    assert alone == [None]
+    assert one[0] is None
+    for token, listed in list(zip(prompt, one, strict=True))[1:]:
+        assert listed[str(token.id)]["logprob"] == token.log_probability
+        assert listed[str(token.id)]["decoded_token"] == token.text
+        ranks = {each["rank"]: each["logprob"] for each in listed.values()}
+        assert {1, 2} <= set(ranks)
+        assert ranks[1] >= ranks[2] >= ranks.get(None, -9999.0)
+
+
 def test_the_likeliest_of_a_score_is_what_greedy_generation_makes(client: openai.OpenAI) -> None:
     made = client.completions.create(model="live", prompt=PROMPT, max_tokens=6, temperature=0, echo=True)
     text = made.choices[0].text

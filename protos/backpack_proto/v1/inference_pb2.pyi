@@ -220,6 +220,7 @@ class GenerateResponse(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     SERVED_FIELD_NUMBER: _builtins.int
     MORE_SAMPLES_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Of the first sample, like `tokens` and `finish_reason`."""
     finish_reason: Global___FinishReason.ValueType
@@ -235,6 +236,10 @@ class GenerateResponse(_message.Message):
     def more_samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sample]:
         """The second sample and those after it."""
 
+    @_builtins.property
+    def prompt(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
+        """The prompt's tokens, if `prompt_log_probabilities` asks for them."""
+
     def __init__(
         self,
         *,
@@ -244,10 +249,11 @@ class GenerateResponse(_message.Message):
         usage: Global___Usage | None = ...,
         served: Global___Served | None = ...,
         more_samples: _abc.Iterable[Global___Sample] | None = ...,
+        prompt: _abc.Iterable[Global___Token] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["served", b"served", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "more_samples", b"more_samples", "served", b"served", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "more_samples", b"more_samples", "prompt", b"prompt", "served", b"served", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -396,6 +402,7 @@ class GenerateStreamResponse(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     SERVED_FIELD_NUMBER: _builtins.int
     SAMPLE_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text that became final. It never ends within a character, nor within what may become a stop string."""
     finish_reason: Global___FinishReason.ValueType
@@ -412,6 +419,10 @@ class GenerateStreamResponse(_message.Message):
     def served(self) -> Global___Served:
         """Set in the first message of each sample."""
 
+    @_builtins.property
+    def prompt(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
+        """In the first message of the stream: the prompt's tokens, if `prompt_log_probabilities` asks for them."""
+
     def __init__(
         self,
         *,
@@ -421,10 +432,11 @@ class GenerateStreamResponse(_message.Message):
         usage: Global___Usage | None = ...,
         served: Global___Served | None = ...,
         sample: _builtins.int = ...,
+        prompt: _abc.Iterable[Global___Token] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["served", b"served", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "sample", b"sample", "served", b"served", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "prompt", b"prompt", "sample", b"sample", "served", b"served", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1533,6 +1545,7 @@ class Sampling(_message.Message):
     JSON_SCHEMA_FIELD_NUMBER: _builtins.int
     REGEX_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
+    PROMPT_LOG_PROBABILITIES_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """Default 64; prompt and new tokens together must fit the context."""
     temperature: _builtins.float
@@ -1570,6 +1583,11 @@ class Sampling(_message.Message):
     """All of it matches, as in Rust's `regex`: without look-around and back-references."""
     grammar: _builtins.str
     """In Lark's syntax, or GBNF as in llama.cpp."""
+    prompt_log_probabilities: _builtins.int
+    """How many most likely alternatives to report with each token of the prompt but the first, at most 20; absent: nothing
+    of the prompt. As Score has them, under the same release; the prompt is read once more for it, and counts twice
+    against the tenant's limit of tokens. The new text stays what it is.
+    """
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Generation ends before any of these."""
@@ -1608,15 +1626,18 @@ class Sampling(_message.Message):
         json_schema: _builtins.str = ...,
         regex: _builtins.str = ...,
         grammar: _builtins.str = ...,
+        prompt_log_probabilities: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_log_probabilities", b"_log_probabilities", "_min_p", b"_min_p", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "grammar", b"grammar", "json_schema", b"json_schema", "log_probabilities", b"log_probabilities", "min_p", b"min_p", "regex", b"regex", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "structure", b"structure", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_log_probabilities", b"_log_probabilities", "_min_p", b"_min_p", "_prompt_log_probabilities", b"_prompt_log_probabilities", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "grammar", b"grammar", "json_schema", b"json_schema", "log_probabilities", b"log_probabilities", "min_p", b"min_p", "prompt_log_probabilities", b"prompt_log_probabilities", "regex", b"regex", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "structure", b"structure", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_log_probabilities", b"_log_probabilities", "_min_p", b"_min_p", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "bad_words", b"bad_words", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "ignore_end_of_text", b"ignore_end_of_text", "json_schema", b"json_schema", "log_probabilities", b"log_probabilities", "logit_bias", b"logit_bias", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "regex", b"regex", "repetition_penalty", b"repetition_penalty", "samples", b"samples", "seed", b"seed", "stop", b"stop", "structure", b"structure", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_log_probabilities", b"_log_probabilities", "_min_p", b"_min_p", "_prompt_log_probabilities", b"_prompt_log_probabilities", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "bad_words", b"bad_words", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "ignore_end_of_text", b"ignore_end_of_text", "json_schema", b"json_schema", "log_probabilities", b"log_probabilities", "logit_bias", b"logit_bias", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "prompt_log_probabilities", b"prompt_log_probabilities", "regex", b"regex", "repetition_penalty", b"repetition_penalty", "samples", b"samples", "seed", b"seed", "stop", b"stop", "structure", b"structure", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__log_probabilities: _TypeAlias = _typing.Literal["log_probabilities"]  # noqa: Y015
     _WhichOneofArgType__log_probabilities: _TypeAlias = _typing.Literal["_log_probabilities", b"_log_probabilities"]  # noqa: Y015
     _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
     _WhichOneofArgType__min_p: _TypeAlias = _typing.Literal["_min_p", b"_min_p"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_log_probabilities: _TypeAlias = _typing.Literal["prompt_log_probabilities"]  # noqa: Y015
+    _WhichOneofArgType__prompt_log_probabilities: _TypeAlias = _typing.Literal["_prompt_log_probabilities", b"_prompt_log_probabilities"]  # noqa: Y015
     _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
     _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
@@ -1631,6 +1652,8 @@ class Sampling(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__log_probabilities) -> _WhichOneofReturnType__log_probabilities | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_p) -> _WhichOneofReturnType__min_p | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_log_probabilities) -> _WhichOneofReturnType__prompt_log_probabilities | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
     @_typing.overload

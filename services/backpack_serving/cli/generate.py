@@ -26,6 +26,7 @@ from backpack_serving.cli.client import (
     out,
     percent,
 )
+from backpack_serving.cli.text import ranked_table
 from backpack_serving.client import Part, Sampling, Served, Token
 
 
@@ -83,6 +84,15 @@ def generate(
     explain: Annotated[
         int, typer.Option(help="Number of contributions to show for each new token.", min=0, max=64)
     ] = 0,
+    prompt_log_probabilities: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Also show how likely each token of the prompt was, and the N likeliest in its place.",
+            min=0,
+            max=20,
+        ),
+    ] = None,
     priority: Annotated[
         int, typer.Option(help="Among your own waiting requests, the highest priority runs first.", min=-100, max=100)
     ] = 0,
@@ -111,8 +121,10 @@ def generate(
         repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
         min_tokens=min_tokens, bad_words=bad_word or (),
         json_schema=_content(json_schema, "--json-schema"), regex=regex, grammar=_content(grammar, "--grammar"),
+        prompt_log_probabilities=prompt_log_probabilities,
     )  # fmt: skip
     made = [_Made() for _ in range(samples)]
+    read: Sequence[Token] = ()
     with as_caller(tenant, key) as client:
         parts = client.stream(
             prompt,
@@ -126,6 +138,9 @@ def generate(
         follow = _one if samples == 1 else _print_samples
         for part in follow(prompt, made, parts):
             made[part.sample].add(part)
+            read = read or part.prompt
+    if read:
+        out.print(ranked_table(read))
     for number, sample in enumerate(made):
         if explain:
             out.print(_explanation_table(sample.tokens, f"sample {number}" if samples > 1 else None))

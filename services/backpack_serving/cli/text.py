@@ -24,6 +24,7 @@ from backpack_serving.cli.client import (
     footnote,
     in_a_folder,
     out,
+    percent,
 )
 from backpack_serving.cli.pages import write_generation, write_word
 from backpack_serving.client import Sampling, Token
@@ -42,12 +43,22 @@ def score(
     """
     with as_caller(tenant, key) as client:
         answer = client.score(text, channel=channel, release=release)
-    table = Table("token", "log p", box=None)
-    for token in answer.tokens:
-        known = token.log_probability
-        table.add_row(Text(repr(token.text)), "–" if known is None else f"{known:.3f}")
-    out.print(table)
+    out.print(ranked_table(answer.tokens))
     footnote(answer.served, f"log p {answer.log_probability:.3f}, perplexity {answer.perplexity:.2f}")
+
+
+def ranked_table(tokens: Iterable[Token]) -> Table:
+    """Each token of a text, its log p, and the likeliest tokens in its place, if any were asked for."""
+    rows = list(tokens)
+    listed = any(token.alternatives for token in rows)
+    table = Table("token", "log p", *(["likeliest"] if listed else []), box=None)
+    for token in rows:
+        known = token.log_probability
+        others = "  ".join(f"{other.text!r} {percent(other)}" for other in token.alternatives)
+        table.add_row(
+            Text(repr(token.text)), "–" if known is None else f"{known:.3f}", *([Text(others)] if listed else [])
+        )
+    return table
 
 
 def explain(

@@ -67,8 +67,9 @@ class Sampling:
     the whole vocabulary, at temperature 1, without a penalty.
 
     The same `seed` gives the same text. `stop` are texts to end before. `log_probabilities` asks for those of
-    every token, and of so many likeliest others (at most 20). `samples` texts are made (at most 16), the prompt is
-    read once; sample n is what `seed` + n gives alone.
+    every token, and of so many likeliest others (at most 20); `prompt_log_probabilities` for those of the prompt's
+    tokens, as `score` has them. `samples` texts are made (at most 16), the prompt is read once; sample n is what
+    `seed` + n gives alone.
 
     As in vLLM: `logit_bias` by token id (−100 to 100), `min_p`, the penalties (1 is no `repetition_penalty`, 0 none
     of the others), `min_tokens` before which no text ends by itself, and `bad_words`, spellings that it doesn't hold,
@@ -98,6 +99,7 @@ class Sampling:
     json_schema: str | Mapping[str, Any] | None = None
     regex: str | None = None
     grammar: str | None = None
+    prompt_log_probabilities: int | None = None
 
     def message(self) -> pb.Sampling:
         temperature = self.temperature
@@ -128,6 +130,7 @@ class Sampling:
             presence_penalty=self.presence_penalty,
             min_tokens=self.min_tokens,
             bad_words=self.bad_words,
+            prompt_log_probabilities=self.prompt_log_probabilities,
         )
 
 

@@ -79,7 +79,8 @@ class Part:
     """A piece of a stream: of one of its samples, which come mixed.
 
     Each sample's first has `served`, its last has `finish` ("stop" or "length"). The stream's last has the counts,
-    of all samples together. `text` is what became final; it never ends within a character.
+    of all samples together. `text` is what became final; it never ends within a character. The stream's first has the
+    `prompt`, if its log-probabilities were asked for.
     """
 
     text: str
@@ -89,6 +90,7 @@ class Part:
     finish: str | None = None
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    prompt: tuple[Token, ...] = ()
 
     @classmethod
     def of(cls, m: pb.GenerateStreamResponse) -> Part:
@@ -102,6 +104,7 @@ class Part:
             FINISH.get(m.finish_reason),
             usage.prompt_tokens,
             usage.generated_tokens,
+            tokens(m.prompt),
         )
 
 
@@ -122,13 +125,15 @@ class Sample:
 class Generation:
     """As many texts after a prompt as were asked for; `text`, `tokens` and `finish` are the first one's.
 
-    `generated_tokens` are those of all samples together.
+    `generated_tokens` are those of all samples together. `prompt` are its tokens, if their log-probabilities were asked
+    for; the first has none.
     """
 
     samples: tuple[Sample, ...]
     prompt_tokens: int
     generated_tokens: int
     served: Served
+    prompt: tuple[Token, ...] = ()
 
     @property
     def text(self) -> str:
@@ -146,7 +151,7 @@ class Generation:
     def of(cls, m: pb.GenerateResponse) -> Generation:
         usage = m.usage
         samples = (Sample.of(m), *map(Sample.of, m.more_samples))
-        return cls(samples, usage.prompt_tokens, usage.generated_tokens, Served.of(m.served))
+        return cls(samples, usage.prompt_tokens, usage.generated_tokens, Served.of(m.served), tokens(m.prompt))
 
 
 @dataclass(frozen=True, slots=True)

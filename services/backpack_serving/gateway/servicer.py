@@ -97,7 +97,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             pin = await self._pin(who, request)
             await self._encode_long("prompt", request.prompt)
             params = self._read_params(request)
-            meter.charge(len(params.prompt), params.tokens - len(params.prompt))
+            meter.charge(params.read, params.tokens - params.read)
             self._log_prompt(request.prompt)
             response = await self._unary(lambda stub: stub.Generate, request, context, pin, meter, params.tokens)
             meter.generated = response.usage.generated_tokens
@@ -112,7 +112,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             await self._encode_long("prompt", request.prompt)
             params = self._read_params(request)
             wire.read_coalesce(request)
-            meter.charge(len(params.prompt), params.tokens - len(params.prompt))
+            meter.charge(params.read, params.tokens - params.read)
             self._log_prompt(request.prompt)
             tried: list[Target] = []
             while True:

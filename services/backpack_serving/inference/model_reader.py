@@ -46,7 +46,10 @@ class ModelReader:
         return logs
 
     async def rank(self, tenant: str, ids: tuple[int, ...], overlay: Overlay, top: int) -> Ranked:
-        """log p of each token but the first, of two at least, and the `top` likeliest in its place."""
+        """log p of each token but the first, of two at least, and the `top` likeliest in its place, if any."""
+        if not top:
+            logs = await self.score(tenant, ids, overlay)
+            return Ranked(logs, [[] for _ in logs])
         ranked = await self._run_in_turn(tenant, self._served.rank, ids, overlay, top)
         _check_numbers(overlay, zip(ids[1:], ranked.logs, strict=True))
         return ranked

@@ -79,16 +79,11 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
             if len(ids) < 2:
                 raise InvalidRequest.at("text", "TOO_SHORT", "one token; a score needs at least two")
             top = min(wire.read_alternatives(request), self._config.tokens)
-            alternatives: list[list[tuple[int, float]]] = [[] for _ in ids[1:]]
-            if top:
-                logs, alternatives = await self._reader.rank(pin.tenant, ids, overlay, top)
-            else:
-                logs = await self._reader.score(pin.tenant, ids, overlay)
-            placed = zip(ids, [None, *logs], [[], *alternatives], strict=True)
+            ranked = await self._reader.rank(pin.tenant, ids, overlay, top)
             return pb.ScoreResponse(
-                tokens=[wire.write_token(token, self._tokenizer, p, others) for token, p, others in placed],
-                log_probability=math.fsum(logs),
-                perplexity=answers.perplexity(logs),
+                tokens=answers.write_ranked(ids, ranked, self._tokenizer),
+                log_probability=math.fsum(ranked.logs),
+                perplexity=answers.perplexity(ranked.logs),
                 served=answers.served(pin, overlay.digest, self._manifest),
             )
 

@@ -18,7 +18,7 @@ from backpack_serving.inference import wire as answers
 from backpack_serving.inference.detokenizer import IncrementalDetokenizer
 from backpack_serving.inference.grammars import GrammarCompiler
 from backpack_serving.inference.model_reader import ModelReader
-from backpack_serving.inference.served_model import ServedModel
+from backpack_serving.inference.served_model import Ranked, ServedModel
 from backpack_serving.observability import tracing
 from backpack_serving.observability.metrics import ReplicaMetrics
 from backpack_serving.wire import inference as wire
@@ -49,6 +49,7 @@ class TextGenerator:
         grammar = await self._grammars.compiled(pin.tenant, structure) if structure else None
         self._prompts.inc()
         self._read.inc(len(params.prompt))
+        prompt = await self._read_prompt(pin.tenant, params, overlay)
         samples = [self._sample(params, pin, overlay, coalesce, number, grammar) for number in range(params.samples)]
         generated, unfinished = 0, params.samples
         try:
@@ -57,6 +58,7 @@ class TextGenerator:
                     async for part in parts:
                         if not generated:
                             tracing.event("first token")
+                            part.prompt.extend(prompt)
                         generated += len(part.tokens)
                         unfinished -= part.finish_reason != pb.FINISH_REASON_UNSPECIFIED
                         if not unfinished:
@@ -75,6 +77,17 @@ class TextGenerator:
             raise InvalidRequest.at(f"sampling.{structure.form}", "NO_TOKEN", f"it leaves no token: {error}") from None
         except EngineStopped as error:
             raise Unavailable("ENGINE_STOPPED", str(error)) from None
+
+    async def _read_prompt(self, tenant: str, params: wire.GenerationParams, overlay: Overlay) -> list[pb.Token]:
+        """The prompt's tokens as a score has them, if their log-probabilities are asked for.
+
+        They come of a pass of their own: of a prefix that is reused the engine computes no logits.
+        """
+        if params.alternatives is None:
+            return []
+        ids, top = params.prompt, min(params.alternatives, self._served.manifest.config.tokens)
+        ranked = await self._reader.rank(tenant, ids, overlay, top) if len(ids) > 1 else Ranked([], [])
+        return answers.write_ranked(ids, ranked, self._served.tokenizer)
 
     async def _sample(
         self,

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from backpack_serving import rpc
 from backpack_serving.errors import Internal, InvalidRequest, PreconditionFailed
+from backpack_serving.inference.served_model import Ranked
 from backpack_serving.wire.drafts import read_draft
 from backpack_serving.wire.inference import PIN, write_token
 
@@ -89,6 +90,12 @@ def perplexity(logs: Sequence[float]) -> float:
         return math.exp(-math.fsum(logs) / len(logs))
     except OverflowError:
         return math.inf
+
+
+def write_ranked(ids: Sequence[int], ranked: Ranked, tokenizer: Tokenizer) -> list[pb.Token]:
+    """The tokens of a text; all but the first have their log p, and the likeliest in their place."""
+    placed = zip(ids, [None, *ranked.logs], [[], *ranked.alternatives], strict=True)
+    return [write_token(token, tokenizer, log, others) for token, log, others in placed]
 
 
 def write_next(
@@ -171,6 +178,7 @@ def add_part(response: pb.GenerateResponse, part: pb.GenerateStreamResponse) -> 
     sample.text += part.text
     sample.tokens.extend(part.tokens)
     sample.finish_reason = part.finish_reason
+    response.prompt.extend(part.prompt)
     if part.HasField("served"):
         response.served.CopyFrom(part.served)
     if part.HasField("usage"):

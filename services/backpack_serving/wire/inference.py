@@ -42,18 +42,27 @@ Generation = pb.GenerateRequest | pb.GenerateStreamRequest
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
-    """A validated generation request: prompt ids, sampling, and how many contributions explain each token."""
+    """A validated generation request: prompt ids, sampling, and how many contributions explain each token.
+
+    `alternatives` are to be listed with each log-probability of the prompt; None: those aren't asked for.
+    """
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
     samples: int
     priority: int
     explain: int | None = None
+    alternatives: int | None = None
+
+    @property
+    def read(self) -> int:
+        """Prompt tokens that are read: for their log-probabilities, once more."""
+        return len(self.prompt) * (1 if self.alternatives is None else 2)
 
     @property
     def tokens(self) -> int:
         """Upper bound of the cost: prompt tokens and new tokens of all samples."""
-        return len(self.prompt) + self.samples * self.sampling.max_tokens
+        return self.read + self.samples * self.sampling.max_tokens
 
     def sample(self, number: int) -> SamplingParams:
         """The sampling parameters of one sample: the seed plus its number."""
@@ -111,7 +120,8 @@ def read_generation(
         bad_words=tuple(_spellings(s.bad_words, tokenizer)),
         structure=_read_structure(s),
     )
-    return GenerationParams(prompt, sampling, s.samples or 1, request.priority, explain)
+    alternatives = s.prompt_log_probabilities if s.HasField("prompt_log_probabilities") else None
+    return GenerationParams(prompt, sampling, s.samples or 1, request.priority, explain, alternatives)
 
 
 def _read_sampling_defaults(s: pb.Sampling, defaults: SamplingDefaults) -> SamplingDefaults:
@@ -223,10 +233,9 @@ def _sampling_violations(s: pb.Sampling, max_tokens: int, config: BackpackConfig
         yield Violation("sampling.top_k", "OUT_OF_RANGE", f"{s.top_k}; 0 (all) or more")
     if s.HasField("top_p") and not 0 < s.top_p <= 1:
         yield Violation("sampling.top_p", "OUT_OF_RANGE", f"{s.top_p}; above 0, at most 1")
-    if not 0 <= s.log_probabilities <= MOST_ALTERNATIVES:
-        yield Violation(
-            "sampling.log_probabilities", "OUT_OF_RANGE", f"{s.log_probabilities}; 0 to {MOST_ALTERNATIVES}"
-        )
+    for name in ("log_probabilities", "prompt_log_probabilities"):
+        if not 0 <= (count := getattr(s, name)) <= MOST_ALTERNATIVES:
+            yield Violation(f"sampling.{name}", "OUT_OF_RANGE", f"{count}; 0 to {MOST_ALTERNATIVES}")
     if not 0 <= s.samples <= MOST_SAMPLES:
         yield Violation("sampling.samples", "OUT_OF_RANGE", f"{s.samples}; 1 to {MOST_SAMPLES}, or 0 for 1")
     if len(s.stop) > MOST_STOPS:

@@ -40,7 +40,9 @@ class Answer:
             self._count_usage(part)
             choices.setdefault(part.choice, []).append(part)
         written = [self._whole_choice(choice, choices[choice]) for choice in sorted(choices)]
-        return {**self._head(self._kind, choices[0][0].served), "choices": written, "usage": self._written_usage()}
+        head = self._head(self._kind, choices[0][0].served)
+        prompt = self._prompt_logs(choices[0]) if self._chat else {}
+        return {**head, "choices": written, **prompt, "usage": self._written_usage()}
 
     async def chunks(self, parts: AsyncIterator[ChoicePart]) -> AsyncIterator[Json]:
         """A chunk for each part, and at the end one with the usage, if it is asked for."""
@@ -78,7 +80,26 @@ class Answer:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
             choice["text"] = text
+            choice |= self._prompt_logs(parts)
         return choice | self._details(index, parts)
+
+    def _prompt_logs(self, parts: Sequence[ChoicePart]) -> Json:
+        """As vLLM has it: of each token of the prompt but the first its own and the likeliest ones, by their ids."""
+        if self._request.prompt_logprobs is None:
+            return {}
+        ranked = next(part.ranked for part in parts if part.ranked)
+        return {"prompt_logprobs": [None, *map(self._ranks, ranked[1:])]}
+
+    def _ranks(self, token: pb.Token) -> Json:
+        places = {other.id: place for place, other in enumerate(token.alternatives, 1)}
+        return {
+            str(each.id): {
+                "logprob": _finite_log(each),
+                "rank": places.get(each.id),
+                "decoded_token": self._tokenizer.piece(each.id),
+            }
+            for each in (token, *token.alternatives)
+        }
 
     def _details(self, index: int, parts: Sequence[ChoicePart]) -> Json:
         """What a choice, or a chunk of one, has besides its text."""

@@ -177,6 +177,9 @@ class Sampled(BaseModel, ABC):
         "(Horse, horses) are other spellings.",
     )
     structured_outputs: StructuredOutputs | None = Field(None, description="The text has a form.")
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=MOST_ALTERNATIVES, description="List so many likeliest tokens with each of the prompt's."
+    )
     # Ours.
     explain: int | None = Field(
         None, ge=1, le=MOST_EXPLAINED, description="List so many contributions with each generated token."
@@ -326,11 +329,17 @@ def _combinations(request: Sampled) -> list[Violation]:
     found = []
     if request.stream_options and not request.stream:
         found.append(Violation("stream_options", "NOT_IN_THIS_MODE", "for streams; set stream, or leave it out"))
+    if request.prompt_logprobs is not None and request.stream:
+        text = f"{request.prompt_logprobs}, but streams don't have it; leave one of the two out"
+        found.append(Violation("prompt_logprobs", "NOT_IN_THIS_MODE", text))
     found += violations(request.response_format, request.structured_outputs)
     if isinstance(request, Completion) and request.max_tokens == 0 and not request.echo:
         found.append(Violation("max_tokens", "OUT_OF_RANGE", "0; at least 1, or 0 with echo"))
     if isinstance(request, Completion) and request.max_tokens == 0 and request.explain:
         found.append(Violation("explain", "NOT_IN_THIS_MODE", "max_tokens is 0, so no token is made; leave it out"))
+    if isinstance(request, Completion) and request.max_tokens == 0 and request.prompt_logprobs is not None:
+        text = "max_tokens is 0, so no token is made; `logprobs` lists the same of the echo"
+        found.append(Violation("prompt_logprobs", "NOT_IN_THIS_MODE", text))
     if isinstance(request, Chat) and request.top_logprobs and not request.logprobs:
         text = f"{request.top_logprobs}, but logprobs isn't set; set it, or leave this out"
         found.append(Violation("top_logprobs", "NOT_IN_THIS_MODE", text))

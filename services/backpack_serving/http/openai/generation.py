@@ -30,7 +30,8 @@ T = TypeVar("T")
 class ChoicePart:
     """What became known of one text. `choice` is its place among all of the request; `prompt` marks an echo.
 
-    `served` is in the first part of each text, `finish` in its last, `usage` in the last of each prompt.
+    `served` is in the first part of each text, `finish` in its last, `usage` in the last of each prompt. `ranked` are
+    the prompt's tokens with log-probabilities, if they are asked for.
     """
 
     choice: int
@@ -40,6 +41,7 @@ class ChoicePart:
     finish: int = pb.FINISH_REASON_UNSPECIFIED
     served: pb.Served | None = None
     usage: pb.Usage = field(default_factory=pb.Usage)
+    ranked: Sequence[pb.Token] = ()
 
 
 Parts = AsyncGenerator[ChoicePart, None]
@@ -122,6 +124,7 @@ class Generator:
                 part = ChoicePart(
                     first + n, sample.text, sample.tokens, finish=sample.finish_reason, served=answer.served
                 )
+                part.ranked = answer.prompt
                 if n == len(answer.more_samples):
                     part.usage = answer.usage
                 yield part
@@ -176,6 +179,7 @@ class Generator:
             presence_penalty=request.presence_penalty or 0.0,
             min_tokens=request.min_tokens or 0,
             bad_words=request.bad_words,
+            prompt_log_probabilities=request.prompt_logprobs,
             **request.structure,
         )
 
