@@ -49,7 +49,7 @@ PAIRS = 200
 def mix(bench: Bench, batch: int, length: int) -> None:
     """Steps with the sense mix and without it in turn, on the same sequences: the difference is the mix."""
     engine = _decoding(bench, batch, length, 4 * ROUNDS, [bench.empty])
-    kernels = engine._runner.kernels
+    kernels = engine._executor.kernels
     whole = kernels.mix
     nothing = torch.zeros(batch, bench.model.config.n_embd)
 
@@ -68,7 +68,7 @@ def bias(bench: Bench, batch: int, length: int, words: int) -> None:
     draw, vocabulary = random.Random(0), bench.model.config.tokens
     edits = [BiasEdit(tuple(draw.sample(range(vocabulary), words)), -1.0) for _ in range(batch)]
     engine = _decoding(bench, batch, length, PAIRS, [_compile(bench, edit) for edit in edits])
-    runner = engine._runner
+    runner = engine._executor
     biases = runner._biases
 
     def switch(biased: bool) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from backpack_lm.kernels.native_trunk import PARTS, NativeTrunk
-from backpack_serving.engine import engine as engine_module
+from backpack_serving.engine import executor as executor_module
 from backpack_serving.engine.engine import Engine
 
 from tests.bench import side_by_side
@@ -65,7 +65,7 @@ def profile(bench: Bench, batch: int, length: int) -> dict[str, float]:
 
 def _parts(engine: Engine) -> dict[str, float]:
     """Seconds of `STEPS` steps."""
-    clock, runner = Clock(), engine._runner
+    clock, runner = Clock(), engine._executor
     kernels, trunk = runner.kernels, runner._trunk
     counted = trunk.seconds.clone() if isinstance(trunk, NativeTrunk) else None
     clocked: tuple[tuple[Any, str, str], ...] = (
@@ -73,7 +73,7 @@ def _parts(engine: Engine) -> dict[str, float]:
         (runner, "_trunk", "trunk"),
         (kernels, "mix", "sense mix"),
         (runner, "_head", "head"),
-        (engine_module, "choose_all", "choose tokens"),
+        (executor_module, "choose_all", "choose tokens"),
         (engine._scheduler, "plan", "schedule"),
         (engine, "_commit_token", "settle"),
     )

@@ -12,6 +12,7 @@ from backpack_lm.kernels.plain import PlainKernels
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_serving.engine.engine import Engine
+from backpack_serving.engine.executor import Step
 from backpack_serving.engine.runner import Runner
 from backpack_serving.engine.scheduler import Batch, Chunk, Scheduler
 from backpack_serving.engine.sequence import GenerationRequest, Sequence
@@ -59,12 +60,12 @@ def _decoded(runner: Runner, overlays: dict[str, Overlay], steps: int = 4) -> to
         runner.load(overlay, first_row)
         runner.start(slot, overlay, first_row)
         sequences.append(sequence)
-    runner.run(Batch((), tuple(Chunk(s, 0, len(s.tokens)) for s in sequences)))
+    runner.run(Step.of(Batch((), tuple(Chunk(s, 0, len(s.tokens)) for s in sequences))))
     made = []
     for step in range(steps):
         for n, sequence in enumerate(sequences):
             sequence.tokens.append((7 * step + n) % 90)
-        made.append(runner.run(Batch(tuple(sequences), ())).clone())
+        made.append(runner.run(Step.of(Batch(tuple(sequences), ()))).clone())
     return torch.stack(made)
 
 

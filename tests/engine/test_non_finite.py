@@ -84,7 +84,7 @@ def test_one_logit_is_enough(
     kernels: Callable[..., NativeKernels], sampling: str, model: Backpack, table: SenseTable
 ) -> None:
     """Wherever it stands; −∞ is a logit like another, until there is nothing else."""
-    draw = engine_in(torch.float32, model, table, kernels=kernels)._runner.kernels.draw
+    draw = engine_in(torch.float32, model, table, kernels=kernels)._executor.kernels.draw
     logits = torch.randn(7, 93, generator=torch.Generator().manual_seed(1))
     logits[1, 92] = logits[2, 0] = float("nan")
     logits[3, 50] = float("inf")

@@ -113,7 +113,7 @@ def test_by_default_each_slot_has_a_thousand_positions_and_one_sequence_a_whole_
     assert engine.load.cache_capacity == 3 * 128  # the context, in whole pages
     engine = make_engine(slots=3, context=20, **SMALL_PAGES)
     assert engine.load.cache_capacity == 3 * 32
-    assert engine._runner.context == 20
+    assert engine._executor.context == 20
 
 
 def test_a_beginning_is_in_the_same_pages_for_all_who_use_it(make_engine, model, overlays) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from backpack_lm.counted import counted
 
-from backpack_serving.engine.logits import change_all
+from backpack_serving.engine.executor import Executor
 from backpack_serving.engine.pages import PagePool
-from backpack_serving.engine.runner import Runner
-from backpack_serving.engine.sampler import choose_all, log_probabilities
 from backpack_serving.engine.scheduler import Scheduler
 from backpack_serving.engine.sequence import Finish, GenerationRequest, LogProbability, Output, Sequence
 from backpack_serving.engine.slots import OverlayRows, Slots
@@ -61,7 +58,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        executor: Executor,
         slots: Slots,
         rows: OverlayRows,
         scheduler: Scheduler,
@@ -69,12 +66,12 @@ class Engine:
         end_tokens: Collection[int] | None = None,
     ) -> None:
         """`end_tokens` are the ids that end a text; the config's if None."""
-        self._runner, self._slots, self._rows, self._scheduler = runner, slots, rows, scheduler
-        self._pages = PagePool(runner.pages, runner.caches.page_size)
+        self._executor, self._slots, self._rows, self._scheduler = executor, slots, rows, scheduler
+        self._pages = PagePool(executor.pages, executor.page_size)
         self._share_prefixes = share_prefixes
         self.reused_tokens = self.prefix_hits = self.preemptions = 0
         self._sequences: dict[str, Sequence] = {}
-        given = runner.config.eos_token_id
+        given = executor.config.eos_token_id
         self._end_tokens = end_tokens if end_tokens is not None else () if given is None else (given,)
 
     @property
@@ -120,7 +117,7 @@ class Engine:
                 raise QueueFull(f"{counted(self._scheduler.waiting, 'request is', 'requests are')} waiting")
             self._finish(crowding)
         assert request.id not in self._sequences, f"request {request.id} is here already"
-        context = self._runner.context
+        context = self._executor.context
         assert 0 < len(request.prompt) <= context - request.sampling.max_tokens, "validated at admission"
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
@@ -132,7 +129,7 @@ class Engine:
             self._finish(sequence)
 
     def step(self) -> list[Output]:
-        """Schedule, run, sample, commit. Returns the new tokens."""
+        """Schedule, execute, commit. Returns the new tokens."""
         for sequence in self._scheduler.running:
             self._reuse_prefix(sequence)
         self._grow()
@@ -140,22 +137,14 @@ class Engine:
         batch = self._scheduler.plan()
         if not batch:
             return []
-        logits = self._runner.run(batch)
+        choices = self._executor.execute(batch, self._end_tokens)
         for sequence in batch.decodes:
             sequence.computed = len(sequence.tokens)
         for chunk in batch.chunks:
             chunk.sequence.computed = chunk.end
-        sampled = batch.sampled
-        samplings, positions = [s.request.sampling for s in sampled], [len(s.tokens) for s in sampled]
-        kernels = self._runner.kernels
-        tokens = choose_all(change_all(logits, sampled, self._end_tokens), samplings, positions, kernels.draw)
-        logs = log_probabilities(logits, tokens, samplings, kernels.log_probabilities)
-        made = enumerate(zip(sampled, tokens, logs, strict=True))
         return [
-            self._commit_token(sequence, token, log)
-            if token is not None
-            else self._end_without_token(sequence, finite=bool((logits[n] < math.inf).all()))
-            for n, (sequence, token, log) in made
+            self._commit_token(sequence, token, log) if token is not None else self._end_without_token(sequence, finite)
+            for sequence, (token, log, finite) in zip(batch.sampled, choices, strict=True)
         ]
 
     def _grow(self) -> None:
@@ -168,7 +157,7 @@ class Engine:
             while sequence.slot is not None and len(sequence.tokens) > len(sequence.pages) * self._pages.size:
                 if self._pages.available:
                     self._pages.grow(sequence)
-                    self._runner.set_pages(sequence.slot, len(sequence.pages) - 1, [sequence.pages[-1].number])
+                    self._executor.set_pages(sequence.slot, len(sequence.pages) - 1, [sequence.pages[-1].number])
                 else:
                     self._preempt(running[-1])
 
@@ -184,9 +173,9 @@ class Engine:
         sequence.slot = self._slots.allocate()
         first_row, fill = self._rows.acquire(overlay.digest, len(overlay.rows))
         if fill:
-            self._runner.load(overlay, first_row)
-        self._runner.start(sequence.slot, overlay, first_row)
-        self._runner.set_pages(sequence.slot, 0, [page.number for page in sequence.pages])
+            self._executor.load(overlay, first_row)
+        self._executor.start(sequence.slot, overlay, first_row)
+        self._executor.set_pages(sequence.slot, 0, [page.number for page in sequence.pages])
         self._reuse_prefix(sequence)
         return True
 
@@ -197,9 +186,9 @@ class Engine:
             return
         if donor := prefix.donor(size):
             page = sequence.pages[prefix.length // size]
-            self._runner.copy_page(donor.number, page.number, prefix.length % size)
+            self._executor.copy_page(donor.number, page.number, prefix.length % size)
         self._pages.copied(sequence)
-        self._runner.reuse(slot, sequence.tokens[: prefix.length])
+        self._executor.reuse(slot, sequence.tokens[: prefix.length])
         sequence.computed = prefix.length
         if not sequence.preempted:
             self.reused_tokens += prefix.length
@@ -221,7 +210,7 @@ class Engine:
                 if other.pending_prefix:
                     self._preempt(other)
         assert sequence.slot is not None
-        self._runner.stop(sequence.slot)
+        self._executor.stop(sequence.slot)
         self._slots.release(sequence.slot)
         self._pages.release(sequence)
         self._rows.release(sequence.request.overlay.digest)
@@ -234,7 +223,7 @@ class Engine:
     def _end_without_token(self, sequence: Sequence, finite: bool) -> Output:
         """End a sequence that no token could be drawn for: by its grammar, if its logits are `finite`."""
         assert sequence.slot is not None
-        digest, grammar = self._runner.digest(sequence.slot), sequence.grammar
+        digest, grammar = self._executor.digest(sequence.slot), sequence.grammar
         self._finish(sequence)
         if grammar is None or not finite:
             return Output(sequence.request.id, -1, digest, None, Finish.NON_FINITE)
@@ -244,7 +233,7 @@ class Engine:
     def _commit_token(self, sequence: Sequence, token: int, logs: LogProbability | None) -> Output:
         request, slot = sequence.request, sequence.slot
         assert slot is not None
-        digest = self._runner.digest(slot)
+        digest = self._executor.digest(slot)
         sequence.append(token)
         self._scheduler.charge(sequence)
         finish = sequence.finish_after(token, self._end_tokens)

@@ -8,7 +8,7 @@ logits of a whole batch at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -22,9 +22,9 @@ from backpack_lm.model import Backpack
 from backpack_lm.overlay import LogitBias, Overlay, TopicMultipliers
 from torch import Tensor
 
+from backpack_serving.engine.executor import Choice, Step, choose_tokens
 from backpack_serving.engine.graphs import Graphs, Record
 from backpack_serving.engine.scheduler import Batch
-from backpack_serving.engine.sequence import Sequence
 
 SLOT_TOKENS = 512
 """Positions for each slot, by default: few sequences are longer, and those that are take what others leave."""
@@ -63,7 +63,7 @@ class _BatchBias:
 
 
 class Runner:
-    """The tensors of one replica.
+    """The tensors of one replica: an `Executor` by itself.
 
     `table` [V·k + R, d] holds the model's sense vectors, as int8.py stores them, and has room for R rows of releases
     behind them; its device and dtype are those of the computation, wherever the model is. On a CUDA device decode
@@ -109,6 +109,8 @@ class Runner:
         self._occupants: list[_Occupant | None] = [None] * slots
         self._biases: dict[int, LogitBias] = {}  # by slot
         self._batch_bias = _BatchBias((), torch.empty(0, dtype=torch.long), torch.empty(0))
+        self.page_size = page_size
+        self.heartbeat: float | None = None
         self._senses = np.arange(config.num_senses, dtype=np.int32)
         self._graphs: Graphs | None = None
         if recorded and isinstance(self.kernels, CudaKernels):
@@ -156,35 +158,37 @@ class Runner:
         self._occupants[slot] = None
         self._biases.pop(slot, None)
 
-    @torch.inference_mode()
-    def run(self, batch: Batch) -> Tensor:
-        """Compute a batch; logits [B, tokens] float32 of the next token of each of `batch.sampled`.
+    def execute(self, batch: Batch, ends: Collection[int]) -> list[Choice]:
+        """Compute a batch and draw a token for each of `batch.sampled`."""
+        return choose_tokens(self.run(Step.of(batch)), batch.sampled, ends, self.kernels)
 
-        They are valid until the next batch is computed.
+    def check(self) -> None:
+        """Nothing can be lost in one process."""
+
+    def close(self) -> None:
+        """Nothing runs elsewhere."""
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> Tensor:
+        """Compute a step; logits [B, tokens] float32 of the next token of each of `step.sampled`.
+
+        They are valid until the next step is computed.
         """
-        spans = [TokenSpan(n, _slot(s), len(s.tokens) - 1, 1) for n, s in enumerate(batch.decodes)]
-        ids = [s.tokens[-1] for s in batch.decodes]
-        predictions = [self._prediction(span.slot, span.position + 1, fresh=True) for span in spans]
-        newest = list(range(len(spans)))
-        for chunk in batch.chunks:
-            span = TokenSpan(len(ids), _slot(chunk.sequence), chunk.start, chunk.end - chunk.start)
-            spans.append(span)
-            ids += chunk.sequence.tokens[chunk.start : chunk.end]
-            if chunk.completes:
-                predictions.append(self._prediction(span.slot, chunk.end, fresh=False))
-                newest.append(len(ids) - 1)
-        new = self._new(spans, ids)
-        if self._graphs and not batch.chunks:
+        spans = step.spans
+        sampled = [(spans[n], n < step.decodes) for n in step.sampled]
+        predictions = [self._prediction(s.slot, s.position + s.size, fresh=decoding) for s, decoding in sampled]
+        new = self._new(spans, step.ids)
+        if self._graphs and step.decodes == len(spans):
             return self._biased(self._graphs.run(new, spans, predictions), predictions)
         new = new.to(self.table.device)
         self.kernels.append_tokens(new, spans)
         queries = self._trunk(new, spans)
-        for chunk in batch.chunks:
-            self._update_annealing(_slot(chunk.sequence), chunk.start, chunk.end)
+        for span in spans[step.decodes :]:
+            self._update_annealing(span.slot, span.position, span.position + span.size)
         if not predictions:
             return torch.empty(0, self.config.tokens)
-        if len(newest) < len(ids):
-            queries = queries[newest]
+        if len(predictions) < len(step.ids):
+            queries = queries[[s.token + s.size - 1 for s, _ in sampled]]
         return self._biased(self._head(self.kernels.mix(queries, predictions)), predictions)
 
     def _biased(self, logits: Tensor, predictions: Many[MixSpan]) -> Tensor:
@@ -231,8 +235,3 @@ class Runner:
         occupant = self._occupants[slot]
         assert occupant is not None, f"slot {slot} is free"
         return occupant
-
-
-def _slot(sequence: Sequence) -> int:
-    assert sequence.slot is not None, "a running sequence has a slot"
-    return sequence.slot
