@@ -23,8 +23,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from backpack_lm import trunks
 from backpack_lm.cache import cached_name
@@ -46,8 +43,9 @@ from backpack_lm.manifest import NAME as MANIFEST
 from backpack_lm.manifest import TOKENIZER as TOKENIZER
 from backpack_lm.manifest import TOPICS as TOPICS
 from backpack_lm.manifest import Manifest, file_digest, tokenizer_digest
-from backpack_lm.model import Backpack, Trunk
+from backpack_lm.model import Backpack, Trunk, shapes_alone
 from backpack_lm.overlay import SenseTable
+from backpack_lm.sharding import Shard
 from backpack_lm.token_counts import NAME as TOKEN_COUNTS
 from backpack_lm.tokenizer import Tokenizer
 from backpack_lm.trunks import TrunkSpec
@@ -152,20 +150,15 @@ def from_tensors(tensors: Tensors, config: dict[str, Any]) -> Backpack:
     return model.eval().requires_grad_(False)
 
 
-@contextmanager
-def shapes_alone() -> Iterator[None]:
-    """Modules made in it have no memory. Their weights aren't filled: for that, torch would import 2 s of code."""
-    with torch.device("meta"), _Unfilled():
-        yield
-
-
-class _Unfilled(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
+def load_part(folder: Path, shard: Shard) -> Backpack:
+    """One rank's part of the model in a servable folder, in float32. Of a folder that another has verified: values
+    aren't looked at. Raises CheckpointError, and ConfigError if so many ranks can't share it."""
+    config = BackpackConfig.read(folder / CONFIG)
+    tensors = to_hugging_face(read_weights(folder), None, config.trunk.tied)
+    try:
+        return shard.part(config, tensors.__getitem__)
+    except KeyError as error:
+        raise CheckpointError(f"{folder} lacks {error}") from None
 
 
 def read_transformer(where: Path) -> tuple[TrunkSpec, dict[str, Tensor]]:

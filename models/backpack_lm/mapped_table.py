@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from backpack_lm.cache import cached_name, folder
+from backpack_lm.config import BackpackConfig
 from backpack_lm.denominators import Progress
 from backpack_lm.int8 import store, stored_width
 from backpack_lm.model import Backpack
@@ -36,7 +37,7 @@ def prepare(model: Backpack, fingerprint: str, dtype: torch.dtype, progress: Pro
     """
     ids, there = torch.arange(model.config.vocab_size), folder("tables")
     start = cached_name(fingerprint, dtype)
-    size = _table_rows(model) * stored_width(model.config.n_embd, dtype) * dtype.itemsize
+    size = _table_rows(model.config) * stored_width(model.config.n_embd, dtype) * dtype.itemsize
     for path in there.glob(f"{start}*"):
         with suppress(FileNotFoundError):  # another replica removes it, too
             if path.suffix[1:] == _file_digest(path, size):
@@ -77,14 +78,14 @@ def _file_digest(path: Path, size: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def _table_rows(model: Backpack) -> int:
-    return model.config.vocab_size * model.config.num_senses
+def _table_rows(config: BackpackConfig) -> int:
+    return config.vocab_size * config.num_senses
 
 
-def mapped(path: Path, model: Backpack, dtype: torch.dtype, room: int) -> Tensor:
+def mapped(path: Path, config: BackpackConfig, dtype: torch.dtype, room: int) -> Tensor:
     """The table in a file of `prepare`, [V·k + room, d] (of int8 with each row's scale, int8.py), with `room` rows of
     zeros behind the model's own."""
-    shape = (_table_rows(model) + room, stored_width(model.config.n_embd, dtype))
+    shape = (_table_rows(config) + room, stored_width(config.n_embd, dtype))
     if path.stat().st_size < (whole := math.prod(shape) * dtype.itemsize):
         with path.open("r+b") as file:
             # A hole takes no space on disk. Not truncated to this length: a replica with more room may have mapped

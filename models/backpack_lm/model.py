@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from backpack_lm.config import BackpackConfig, StoredSenses
 from backpack_lm.denominators import Progress, compute
@@ -471,3 +474,19 @@ class TransformerTwin(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [B, T, V] of ids [B, T]."""
         return self.mix(ids) @ self.embedding.t()
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Modules made in it have no memory. Their weights aren't filled: for that, torch would import 2 s of code."""
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
+class _Unfilled(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))

@@ -123,6 +123,10 @@ class TopicMultipliers:
             return self
         return replace(self, levels=self.levels.to(device), multipliers=self.multipliers.to(device))
 
+    def of_senses(self, senses: range) -> TopicMultipliers:
+        """What it does to some of the model's senses, which are then all there are."""
+        return replace(self, levels=self.levels[:, senses.start : senses.stop].contiguous())
+
     def anneal(self, targets: Tensor, annealed_sum: Tensor, positions: Tensor) -> Tensor:
         """b·δ + (1 − b) with b = sigmoid(−f·a + 6)·(1 + j/100).
 
@@ -207,6 +211,17 @@ class Overlay:
         topics = tuple(TopicMultipliers.of(e, table) for e in release.edits if isinstance(e, TopicEdit))
         bias = LogitBias.of(edit for edit in release.edits if isinstance(edit, BiasEdit))
         return cls(release.digest, vectors.places, rows, topics, table.rows.shape[1], bias)
+
+    def of_senses(self, senses: range) -> Overlay:
+        """What it does to some of the model's senses, which are then all there are; its biases come with each such
+        part."""
+        own = self.index[:, senses.start : senses.stop]
+        kept, replaced = (own >= 0).any(1), own[own >= 0]
+        topics = tuple(topic.of_senses(senses) for topic in self.topics)
+        part = Overlay(self.digest, (), self.rows[:0], topics, len(senses), self.bias)
+        part.rows, part.tokens = self.rows[replaced], self.tokens[kept]
+        part.index = own[kept].masked_scatter(own[kept] >= 0, torch.arange(len(replaced)))
+        return part
 
     @property
     def empty(self) -> bool:

@@ -30,7 +30,7 @@ def test_it_is_the_models_table_with_room_behind(model: Backpack, dtype: torch.d
     seen: list[tuple[int, int]] = []
     path = mapped_table.prepare(model, "ab" * 32, dtype, lambda done, of: seen.append((done, of)))
     assert seen[-1] == (50, 50)
-    table = mapped_table.mapped(path, model, dtype, room=5)
+    table = mapped_table.mapped(path, model.config, dtype, room=5)
     assert table.shape == (50 * 3 + 5, 16 if dtype is torch.int8 else 12)
     wanted = model.sense_table().rows
     off = wanted.abs().amax(-1) / 2**7
@@ -40,7 +40,7 @@ def test_it_is_the_models_table_with_room_behind(model: Backpack, dtype: torch.d
 
 def test_what_one_replica_writes_another_never_sees(model: Backpack) -> None:
     path = mapped_table.prepare(model, "ab" * 32, torch.float32)
-    one, other = (mapped_table.mapped(path, model, torch.float32, room) for room in (4, 9))
+    one, other = (mapped_table.mapped(path, model.config, torch.float32, room) for room in (4, 9))
     before = path.read_bytes()[: 150 * 12 * 4]
     one[150:] = 1.0
     one[0] = 2.0
@@ -55,10 +55,10 @@ def test_one_with_less_room_never_shortens_what_another_has_mapped(
     """Though it looked at the file before the other made it longer."""
     path = mapped_table.prepare(model, "ab" * 32, torch.float32)
     as_seen = path.stat()
-    one = mapped_table.mapped(path, model, torch.float32, room=9)
+    one = mapped_table.mapped(path, model.config, torch.float32, room=9)
     with monkeypatch.context() as patched:
         patched.setattr(Path, "stat", lambda *_, **__: as_seen)
-        other = mapped_table.mapped(path, model, torch.float32, room=4)
+        other = mapped_table.mapped(path, model.config, torch.float32, room=4)
     assert path.stat().st_size >= one.nbytes, "writing behind the table would be a bus error"
     one[150:] = 1.0
     assert not other[150:].any()

@@ -24,14 +24,14 @@ from torch import Tensor
 from backpack_lm import int8, strict_json
 from backpack_lm.adapting.student import Student
 from backpack_lm.adapting.words import WordSenses, word_states
-from backpack_lm.checkpoint import CONFIG, TOKENIZER, read_trunk, shapes_alone
+from backpack_lm.checkpoint import CONFIG, TOKENIZER, read_trunk
 from backpack_lm.checkpoint import write as write_model
 from backpack_lm.config import BackpackConfig, ConfigError, StoredSenses
 from backpack_lm.denominators import Progress
 from backpack_lm.installed import ADAPTER as NAME
 from backpack_lm.layouts import CheckpointError
 from backpack_lm.manifest import Manifest, file_digest
-from backpack_lm.model import Backpack, FinishedSenses, Trunk
+from backpack_lm.model import Backpack, FinishedSenses, Trunk, shapes_alone
 from backpack_lm.weight_files import read_safetensors, write_safetensors
 from backpack_lm.whole_folder import whole
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -103,14 +103,17 @@ class TrunkWeights:
 
 
 class CachedTrunk:
-    """The trunk as one of the kernels' operations after another."""
+    """The trunk as one of the kernels' operations after another.
 
-    def __init__(self, kernels: Kernels, model: Backpack) -> None:
-        self._kernels, self._weights = kernels, TrunkWeights.prepare(kernels, model)
+    Where the model is one rank's part, `add_up` makes what all ranks' parts add to the states [N, d] of its own.
+    """
+
+    def __init__(self, kernels: Kernels, model: Backpack, add_up: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        self._kernels, self._weights, self._add_up = kernels, TrunkWeights.prepare(kernels, model), add_up
 
     def __call__(self, new: StepInput, spans: Sequence[TokenSpan]) -> Tensor:
         """Compute new tokens [N] and fill the caches. Returns the sense weights' queries [N, k, w]."""
-        kernels, weights, config = self._kernels, self._weights, self._weights.config
+        kernels, weights, config, add_up = self._kernels, self._weights, self._weights.config, self._add_up
         gated, rotating = config.trunk.layer.gated, config.trunk.layer.heads + config.trunk.layer.kv_heads
         x = weights.tokens[new.tokens]
         x = x + weights.positions[new.positions] if weights.positions is not None else x
@@ -127,9 +130,9 @@ class CachedTrunk:
             if weights.turns is not None:
                 kernels.rotate(qkv, new.positions, weights.turns, rotating)
             mixed = kernels.attend(qkv, n, spans, layer.scale)
-            y = kernels.residual_norm(x, layer.proj(mixed), layer.middle)
+            y = kernels.residual_norm(x, add_up(layer.proj(mixed)), layer.middle)
             wide = layer.fc(y)
-            y = kernels.residual_norm(x, layer.out(kernels.gate(wide) if gated else wide), layer.after)
+            y = kernels.residual_norm(x, add_up(layer.out(kernels.gate(wide) if gated else wide)), layer.after)
             keep(n + 1)
         states[len(weights.layers)] = y
         queries, keys = self._queries_and_keys(y, states, new.positions)

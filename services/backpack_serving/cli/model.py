@@ -279,7 +279,7 @@ def prepare(
                 model, manifest.fingerprint, dtype, lambda done, of: bar.update(task, completed=done, total=of)
             )
         if topics:
-            rows = mapped(path, model, dtype, 0).view(model.config.vocab_size, model.config.num_senses, -1)
+            rows = mapped(path, model.config, dtype, 0).view(model.config.vocab_size, model.config.num_senses, -1)
             measured = reader.load_table(folder, model, manifest, rows)
             with progress() as bar:
                 task = bar.add_task("denominators of topic scores, by token", total=model.config.vocab_size)

@@ -53,7 +53,8 @@ class Ranked(NamedTuple):
 class ServedModel:
     """A model with its sense table, tokenizer and fingerprint. Its methods block, and don't touch the engine.
 
-    `frequencies` [V] are occurrences of its tokens in a million, if the folder has counts of them.
+    `frequencies` [V] are occurrences of its tokens in a million, if the folder has counts of them. `table_file` is what
+    `storage` is mapped from, if it is.
     """
 
     manifest: Manifest
@@ -63,6 +64,7 @@ class ServedModel:
     storage: Tensor
     folder: Path
     frequencies: Tensor | None = None
+    table_file: Path | None = None
 
     @classmethod
     def read(
@@ -87,8 +89,10 @@ class ServedModel:
             finally:
                 manifest = verified.result()  # of a damaged folder, this says more than what couldn't be loaded
         dtype = precision.serving(model.config, device.type)
+        file = None
         try:
-            storage = mapped(prepare(model, manifest.fingerprint, dtype), model, dtype, room)
+            file = prepare(model, manifest.fingerprint, dtype)
+            storage = mapped(file, model.config, dtype, room)
         except OSError as error:
             log.warning("the sense table can't be shared with other replicas", error=str(error))
             storage = model.sense_table().with_room(room, dtype)
@@ -98,7 +102,7 @@ class ServedModel:
         tokenizer = Tokenizer.read(folder / TOKENIZER, manifest.tokenizer)
         counts = TokenCounts.read(folder, config.tokens)
         frequencies = None if counts is None else counts.per_million
-        return cls(manifest, model, table, tokenizer, storage.to(device), folder, frequencies)
+        return cls(manifest, model, table, tokenizer, storage.to(device), folder, frequencies, file)
 
     @property
     def shape(self) -> ModelShape:
