@@ -165,7 +165,7 @@ class SenseSearch:
             f"Without sense {self.guilty}, the mean ratio of the two over {counted(len(self.words), 'word')} "
             f"falls from {self.bias:.2f} to {order[0].bias_removed:.2f}; 1 is no difference.",
             (Table("Senses, the most telling first", columns, rows),),
-            notes=(*_unknown(self.unknown), *self._noise_note()),
+            notes=(*left_out(self.unknown), *self._noise_note()),
             warning="" if self.reached else f"Within noise: {self.reason}.",
         )
 
@@ -179,6 +179,16 @@ class SenseSearch:
         )
 
 
+def known_words(subject: LabModel, words: Sequence[str]) -> list[str]:
+    """Those that are one token, each token once. Raises ValueError if none is."""
+    first: dict[int, str] = {}  # word of each token
+    for word in subject.single_token_words(words):
+        first.setdefault(subject.token(word), word)
+    if not first:
+        raise ValueError(f"none of {', '.join(words)} is one token of this model; senses belong to single tokens")
+    return list(first.values())
+
+
 def find_sense(
     subject: LabModel, words: Sequence[str], one: str, other: str, templates: Sequence[str], watch: Watch
 ) -> SenseSearch:
@@ -186,13 +196,7 @@ def find_sense(
 
     A word that is named twice counts once. Raises ValueError if none of the words is a single token.
     """
-    contrast = Contrast.of(subject, one, other)
-    first: dict[int, str] = {}  # word of each token
-    for word in subject.single_token_words(words):
-        first.setdefault(subject.token(word), word)
-    known = list(first.values())
-    if not known:
-        raise ValueError(f"none of {', '.join(words)} is one token of this model; senses belong to single tokens")
+    contrast, known = Contrast.of(subject, one, other), known_words(subject, words)
     nouns = [Noun(subject, word, templates, contrast) for word in known]
     direction = subject.model.embedding[contrast.one] - subject.model.embedding[contrast.other]
     says = subject.table.rows[torch.tensor([noun.token for noun in nouns])] @ direction  # [words, k]
@@ -203,9 +207,14 @@ def find_sense(
         error = stdev(falls) / math.sqrt(len(falls)) if len(falls) > 1 else None
         said = says[:, sense]
         effects.append(SenseEffect(sense, fmean(left), float(said.mean()), float(said.abs().mean()), error))
-    unknown = [word for word in words if not subject.single_token_words([word])]
-    return SenseSearch(one, other, known, unknown, fmean(ratios), effects)
+    return SenseSearch(one, other, known, unknown_words(subject, words), fmean(ratios), effects)
 
 
-def _unknown(words: Sequence[str]) -> tuple[str, ...]:
+def unknown_words(subject: LabModel, words: Sequence[str]) -> list[str]:
+    """Those that are several tokens."""
+    return [word for word in words if not subject.single_token_words([word])]
+
+
+def left_out(words: Sequence[str]) -> tuple[str, ...]:
+    """The note on words that are several tokens; none if there are none."""
     return (f"Left out, because they are several tokens in this model: {', '.join(words)}.",) if words else ()

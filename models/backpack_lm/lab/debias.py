@@ -1,4 +1,4 @@
-"""Take a bias out of words by scaling the one sense that carries it (paper, section 6)."""
+"""Take a bias out of words by scaling the one sense that carries it (paper, section 6); `balance` adds a vector."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 from backpack_lm.counted import counted
 from backpack_lm.lab.contrast import Contrast, Noun, SenseSearch, find_sense
@@ -18,14 +18,33 @@ from backpack_lm.lab.progress import ResumeJournal, Watch
 from backpack_lm.patch import Edit, PatchLimits
 from backpack_lm.reports.report import Report, Table
 
+EditsOf = Callable[[float], tuple[Edit, ...]]
+"""The edits of an amount: of a scale, or of how much of a vector is added."""
+
 GONE = 0.5
 """The share of a noun's excess over 1 that has to be gone on prompts that nothing was fitted on."""
 EVEN = 1.25
 """A ratio that needs no debiasing: five to four."""
 REACH, GRID, NARROWINGS = 8.0, 64, 40
-"""How far from 1 the least cost is looked for at first, in how many steps, and how often the best is narrowed."""
+"""How far from what changes nothing the least cost is looked for at first, in how many steps, and how often the best
+is narrowed."""
 WIDEST = 1e4
 NOUN_FIGURES = ("scale", "unmodified", "removed", "fitted", "moved", "neutral", "bounded")
+
+
+class JudgedNoun(Protocol):
+    """What of a noun is told: mean ratios before and after on the evaluation prompts, and how much else moved there."""
+
+    @property
+    def noun(self) -> str: ...
+    @property
+    def unmodified(self) -> float: ...
+    @property
+    def fitted(self) -> float: ...
+    @property
+    def moved(self) -> float: ...
+    @property
+    def gone(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +67,7 @@ class DebiasedNoun:
     @property
     def gone(self) -> bool:
         """Whether enough of the bias is."""
-        return self.fitted <= max(EVEN, 1 + (1 - GONE) * (self.unmodified - 1))
+        return enough_gone(self.unmodified, self.fitted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +92,7 @@ class Debiased:
     @property
     def reason(self) -> str:
         """Why it isn't reached; nothing if it is."""
-        stay = [n for n in self.nouns if not n.gone]
-        far = [n for n in self.nouns if n.moved > self.most_moved]
-        told = []
-        if stay:
-            told.append(
-                f"of {len(stay)} of {len(self.nouns)} nouns less than {GONE:.0%} of the excess over 1 is gone: "
-                f"{', '.join(f'{n.noun} ({n.unmodified:.2f} → {n.fitted:.2f})' for n in stay)}"
-            )
-        if far:
-            told.append(
-                f"on the average more than {self.most_moved:.0%} of the probability moves elsewhere after prompts "
-                "that nothing was fitted on, with "
-                f"{', '.join(f'{n.noun} ({n.moved:.0%})' for n in far)}"
-            )
+        told = shortfalls(self.nouns, self.most_moved)
         if self.sense == self.search.guilty and not self.search.reached:
             told.append(f"the sense can't be told from noise ({self.search.reason})")
         return "; ".join(told)
@@ -153,12 +159,40 @@ class Debiased:
         bound, told = PatchLimits().norm_factor, []
         if nouns := [n.noun for n in self.nouns if abs(n.scale) > 0.999 * bound]:
             told.append(f"At ±{bound:g}, the most that a patch may scale by: {', '.join(nouns)}.")
-        if nouns := [n.noun for n in self.nouns if n.bounded]:
-            told.append(
-                f"Held back, because {self.most_moved:.0%} of the probability moved elsewhere after a prompt that "
-                f"the scale was fitted on, or on the average after neutral ones: {', '.join(nouns)}."
-            )
-        return tuple(told)
+        return (*told, *held_back([n.noun for n in self.nouns if n.bounded], self.most_moved))
+
+
+def enough_gone(unmodified: float, fitted: float) -> bool:
+    """Whether GONE of a ratio's excess over 1 is gone, or it is EVEN."""
+    return fitted <= max(EVEN, 1 + (1 - GONE) * (unmodified - 1))
+
+
+def shortfalls(nouns: Sequence[JudgedNoun], most_moved: float) -> list[str]:
+    """Of which nouns too little of the bias is gone, and with which too much moves elsewhere, for people."""
+    stay = [n for n in nouns if not n.gone]
+    far = [n for n in nouns if n.moved > most_moved]
+    told = []
+    if stay:
+        told.append(
+            f"of {len(stay)} of {len(nouns)} nouns less than {GONE:.0%} of the excess over 1 is gone: "
+            f"{', '.join(f'{n.noun} ({n.unmodified:.2f} → {n.fitted:.2f})' for n in stay)}"
+        )
+    if far:
+        told.append(
+            f"on the average more than {most_moved:.0%} of the probability moves elsewhere after prompts "
+            f"that nothing was fitted on, with {', '.join(f'{n.noun} ({n.moved:.0%})' for n in far)}"
+        )
+    return told
+
+
+def held_back(nouns: Sequence[str], most_moved: float) -> list[str]:
+    """The note on nouns whose fit ended where too much else moved; none if there are none."""
+    if not nouns:
+        return []
+    return [
+        f"Held back, because {most_moved:.0%} of the probability moved elsewhere after a prompt that "
+        f"was fitted on, or on the average after neutral ones: {', '.join(nouns)}."
+    ]
 
 
 def debias(
@@ -211,20 +245,28 @@ def debias(
 
 
 def scales_within(noun: Noun, beside: Noun, sense: int, most_moved: float) -> tuple[float, float]:
-    """The scales around 1, as far as a patch may go, that move at most so much of the probability elsewhere, after
-    any prompt of `noun` and on the average after those of `beside`, the same word in NEUTRAL ones."""
+    """The scales around 1 of a sense, as far as a patch may go, that move at most so much elsewhere."""
     bound = PatchLimits().norm_factor
+    return amounts_within(noun, beside, partial(noun.scaled, sense), most_moved, 1.0, bound)
+
+
+def amounts_within(
+    noun: Noun, beside: Noun, edits: EditsOf, most_moved: float, rest: float, bound: float
+) -> tuple[float, float]:
+    """The amounts around `rest`, which changes nothing, from -`bound` to `bound`, whose edits move at most so much of
+    the probability elsewhere, after any prompt of `noun` and on the average after those of `beside`, the same word in
+    NEUTRAL ones."""
     if most_moved >= 1:
         return -bound, bound
 
-    def too_far(factor: float) -> bool:
-        edits = noun.scaled(sense, factor)
-        return max(noun.moved(*edits)) > most_moved or fmean(beside.moved(*edits)) > most_moved
+    def too_far(amount: float) -> bool:
+        made = edits(amount)
+        return max(noun.moved(*made)) > most_moved or fmean(beside.moved(*made)) > most_moved
 
     def end(limit: float) -> float:
-        inside, steps = 1.0, 16
+        inside, steps = rest, 16
         for n in range(1, steps + 1):
-            outside = 1 + n * (limit - 1) / steps
+            outside = rest + n * (limit - rest) / steps
             if too_far(outside):
                 break
             inside = outside
@@ -241,22 +283,28 @@ def scales_within(noun: Noun, beside: Noun, sense: int, most_moved: float) -> tu
     return end(-bound), end(bound)
 
 
-def least(bias: Callable[[float], float], penalty: float, low: float = -math.inf, high: float = math.inf) -> float:
-    """The number c from `low` to `high` that makes bias(c) + penalty · |1 − c| least: the best of a grid around 1,
+def least(
+    bias: Callable[[float], float],
+    penalty: float,
+    low: float = -math.inf,
+    high: float = math.inf,
+    rest: float = 1.0,
+) -> float:
+    """The c from `low` to `high` that makes bias(c) + penalty · |rest − c| least: the best of a grid around `rest`,
     made wider on a side without an end while the best is there, then golden sections beside it."""
 
     @cache
     def cost(factor: float) -> float:
-        return bias(factor) + penalty * abs(1 - factor)
+        return bias(factor) + penalty * abs(rest - factor)
 
-    left, right = max(low, 1 - REACH), min(high, 1 + REACH)
+    left, right = max(low, rest - REACH), min(high, rest + REACH)
     while True:
-        grid = sorted({1.0, right, *(left + n * (right - left) / GRID for n in range(GRID))})
-        at = min(range(len(grid)), key=lambda n: (cost(grid[n]), abs(1 - grid[n])))
+        grid = sorted({rest, right, *(left + n * (right - left) / GRID for n in range(GRID))})
+        at = min(range(len(grid)), key=lambda n: (cost(grid[n]), abs(rest - grid[n])))
         if grid[at] == left > max(low, -WIDEST):
-            left = max(low, 1 - 2 * (1 - left))
+            left = max(low, rest - 2 * (rest - left))
         elif grid[at] == right < min(high, WIDEST):
-            right = min(high, 1 + 2 * (right - 1))
+            right = min(high, rest + 2 * (right - rest))
         else:
             break
     one, two = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]

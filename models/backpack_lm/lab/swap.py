@@ -172,8 +172,8 @@ def swap_edits(
     if strength > 1:
         subject.overlay(*edits)  # a sense that there isn't is refused
         r, a = (subject.model.embedding[i] for i in ids)
-        turn, quiet = a * (r @ r) / (a @ a) - r, _quietest(subject.table) @ (a - r)
-        quiet *= (turn @ (a - r)) / (quiet @ (a - r))
+        turn = a * (r @ r) / (a @ a) - r
+        quiet = (turn @ (a - r)) * quiet_direction(subject, *ids)
         for sense in senses:
             delta = (strength - 1) * (subject.table.rows[token, sense] @ r) / (r @ r) * quiet
             bound = 0.999 * PatchLimits().norm_factor * subject.manifest.sense_rms[sense]
@@ -181,6 +181,14 @@ def swap_edits(
             if bool(delta.any()):
                 edits.append(AddEdit((Cell(token, sense),), Vector.of(delta.tolist())))
     return edits
+
+
+def quiet_direction(subject: LabModel, old: int, new: int) -> Tensor:
+    """q [d]: added to o, it raises the logit of `new` by 1 over that of `old`, and moves all others least."""
+    apart = subject.model.embedding[new] - subject.model.embedding[old]
+    quiet = _quietest(subject.table) @ apart
+    found: Tensor = quiet / (quiet @ apart)
+    return found
 
 
 @lru_cache(maxsize=1)

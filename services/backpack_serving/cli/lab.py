@@ -92,8 +92,15 @@ def find_sense(
 def debias(
     words: Annotated[list[str] | None, typer.Argument(help="Words to debias (default: 40 role nouns).")] = None,
     contrast: Contrast = ("he", "she"),
+    by: Annotated[
+        Literal["vector", "scale"],
+        typer.Option(
+            help="vector: add one vector, fitted for each word, to all its senses. scale: the paper's, one sense of "
+            "each word times a number; on some models that removes little."
+        ),
+    ] = "vector",
     sense: Annotated[
-        int | None, typer.Option(help="Sense to scale (default: the one that separates most).", min=0)
+        int | None, typer.Option(help="By scale: sense to scale (default: the one that separates most).", min=0)
     ] = None,
     prompts: Templates = None,
     shown: Annotated[
@@ -104,24 +111,28 @@ def debias(
         ),
     ] = None,
     penalty: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="What a scale's distance from 1 costs beside the bias. 0 lowers the ratio as far as a scale can; "
-            "with the paper's 1 a scale stays 1 unless the ratio falls by more than it moves.",
+            help="By scale: what a scale's distance from 1 costs beside the bias. 0, the default, lowers the ratio as "
+            "far as a scale can; with the paper's 1 a scale stays 1 unless the ratio falls by more than it moves.",
             min=0,
         ),
-    ] = 0.0,
+    ] = None,
     most_moved: MostMoved = MOST_MOVED,
     file: Out = Path("debias.json"),
     model: Model = None,
     threads: Threads = 0,
 ) -> None:
-    """Reduce a bias: scale one sense of each word so that two words become equally likely (paper, section 6)."""
+    """Reduce a bias: edit each word so that two others become equally likely after it (paper, section 6)."""
     with exits():
-        from backpack_lm.lab import debias as lab
+        from backpack_lm.lab import balance as vectors
+        from backpack_lm.lab import debias as scales
         from backpack_lm.lab.professions import ESTIMATION, EVALUATION, NOUNS
         from backpack_lm.lab.progress import ResumeJournal
 
+        for option, value in (("--sense", sense), ("--penalty", penalty)):
+            if by == "vector" and value is not None:
+                raise ValueError(f"{option} {value:g} is of a scale, and a vector is fitted; add --by scale")
         subject = read_subject(model, threads)
         fitted, told = prompts or list(ESTIMATION), shown or list(EVALUATION)
         if both := set(fitted) & set(told):
@@ -130,6 +141,7 @@ def debias(
             "model": subject.manifest.fingerprint,
             "words": words,
             "contrast": contrast,
+            "by": by,
             "sense": sense,
             "prompts": fitted,
             "shown": told,
@@ -137,19 +149,13 @@ def debias(
             "most_moved": most_moved,
         }
         journal = ResumeJournal(file.with_suffix(".partial.jsonl"), made_by)
+        found: scales.Debiased | vectors.Balanced
         with ProgressWatch(goes_on=True) as watch:
-            found = lab.debias(
-                subject,
-                words or NOUNS,
-                watch,
-                journal,
-                *contrast,
-                sense,
-                fitted,
-                told,
-                penalty,
-                most_moved=most_moved,
-            )
+            begin = (subject, words or NOUNS, watch, journal, *contrast)
+            if by == "vector":
+                found = vectors.balance(*begin, fitted, told, most_moved)
+            else:
+                found = scales.debias(*begin, sense, fitted, told, penalty or 0.0, most_moved=most_moved)
         _write_patch_file(subject, found.edits(subject), found.report(), file)
         journal.finish()
 

@@ -40,9 +40,10 @@ def test_find_sense_and_debias(folder: Path, subject: LabModel, tmp_path: Path) 
     guilty = int(shown.partition("Without sense ")[2].partition(",")[0])
     out = ("--model", folder, "--out", file)
     other = (guilty + 1) % subject.config.num_senses
-    shown = _call("debias", "nurse", "lawyer", "--sense", other, *prompts, *out)
+    scale = ("debias", "nurse", "lawyer", "--by", "scale")
+    shown = _call(*scale, "--sense", other, *prompts, *out)
     assert f"Sense {guilty} tells them apart the most; sense {other} was asked for." in shown
-    shown = _call("debias", "nurse", "lawyer", "--sense", 2, "--contrast", "king", "ship", *prompts, *out)
+    shown = _call(*scale, "--sense", 2, "--contrast", "king", "ship", *prompts, *out)
     assert "nothing to patch" not in shown
     read = PatchFile.read(file)
     assert "“king” and “ship” after 2 nouns" in read.description
@@ -50,6 +51,9 @@ def test_find_sense_and_debias(folder: Path, subject: LabModel, tmp_path: Path) 
     assert edits
     assert all(isinstance(edit, ScaleEdit) and edit.cells[0].sense == 2 for edit in edits)
     assert not list(file.parent.glob("*.partial*")), "what was kept for going on is gone"
+    shown = _call("debias", "nurse", "lawyer", *prompts, *out)
+    assert "with one vector a noun" in shown
+    assert {type(edit) for edit in PatchFile.read(file).edits_for(subject)} == {AddEdit}
 
 
 def test_topic_and_its_page(folder: Path, subject: LabModel, tmp_path: Path) -> None:
@@ -171,8 +175,9 @@ def test_a_compressed_text_that_is_cut_off_is_named(tmp_path: Path) -> None:
     [
         (("find-sense", "hairdresser"), "none of hairdresser is one token"),
         (("find-sense", "nurse", "--prompt", "{} said that"), "prompt 'nurse said that' doesn't hold 'nurse' as"),
-        (("debias", "nurse", "--sense", "9"), "sense 9; this model's are 0 to 3"),
-        (("debias", "nurse", "--penalty", "inf"), "penalty inf; write a number"),
+        (("debias", "nurse", "--by", "scale", "--sense", "9"), "sense 9; this model's are 0 to 3"),
+        (("debias", "nurse", "--by", "scale", "--penalty", "inf"), "penalty inf; write a number"),
+        (("debias", "nurse", "--sense", "2"), "--sense 2 is of a scale, and a vector is fitted; add --by scale"),
         (("debias", "nurse", "--prompt", "A {} is", "--show", "A {} is"), "what is fitted on shows nothing"),
         (("swap-fact", "ship", "--old", "sea", "--new", "land", "--prompt", "The king"), "doesn't hold 'ship'"),
         (("swap-fact", "ship", "--old", "sea", "--new", "seafarer", "--prompt", "The ship"), "tokens"),
