@@ -41,7 +41,7 @@ NOTHING = release_digest([])
 
 
 class ReleaseJudge:
-    """Judges one release at a time, each of them once.
+    """Judges one release at a time, each of them once, tenants in turn, a tenant's newest first.
 
     Every gateway does so, since none knows of the others; the intervention service keeps the first judgement. A
     release that can't be judged now isn't tried again: channels take it, and the audit trail says that it wasn't.
@@ -54,6 +54,7 @@ class ReleaseJudge:
         self._stub, self._key = stub, service_key
         self._known: OrderedDict[tuple[str, ReleaseRef], None] = OrderedDict()  # judged, or about to be, oldest first
         self._seen: dict[str, int] = {}
+        self._waiting: dict[str, list[int]] = {}  # numbers by tenant, newest last; whose turn it is, first
 
     async def run(self) -> None:
         """Follow the gateway's view for ever. What it contains at the start is taken for judged."""
@@ -61,15 +62,13 @@ class ReleaseJudge:
         self._seen = {tenant: fresh.release.number for tenant, fresh in view.fresh.items()}
         while True:
             moved = self._transport.next_view()
-            view = self._transport.client.view
-            for tenant, numbers in list(self._new_releases(view)):
+            for tenant, numbers in self._new_releases(self._transport.client.view):
+                self._waiting[tenant] = [*self._waiting.get(tenant, ()), *numbers][-MOST_MISSED:]
+            if self._waiting:
+                await self._judge_next()
+            else:
+                await moved.wait()
                 await asyncio.sleep(DELAY)
-                try:
-                    for pin in await self._releases.pin(tenant, numbers):
-                        await self._judge_and_report(pin)
-                except ServiceError as error:
-                    log.warning("releases can't be judged", tenant=tenant, numbers=numbers, error=error.message)
-            await moved.wait()
 
     def claim(self, pin: Pin) -> bool:
         """Whether nobody has judged this release yet, or is about to: the caller is, from now on."""
@@ -116,9 +115,22 @@ class ReleaseJudge:
             first = max(last + 1, newest - MOST_MISSED + 1) if last < newest else newest  # else it is another epoch
             yield tenant, range(first, newest + 1)
 
+    async def _judge_next(self) -> None:
+        tenant = next(iter(self._waiting))
+        numbers = self._waiting.pop(tenant)
+        number = numbers.pop()
+        if numbers:
+            self._waiting[tenant] = numbers
+        try:
+            (pin,) = await self._releases.pin(tenant, [number])
+            if self.claim(pin):
+                await self._judge_and_report(pin)
+        except ServiceError as error:
+            log.warning("a release can't be judged", tenant=tenant, release=number, error=error.message)
+        except Exception:  # a bug of ours must not end this for all tenants
+            log.exception("a mistake of ours; going on", tenant=tenant, release=number)
+
     async def _judge_and_report(self, pin: Pin) -> None:
-        if not self.claim(pin):
-            return
         metadata = (*rpc.with_key(self._key), (wire.PIN, write_pin(pin).SerializeToString()))
         tried: list[Target] = []
         while True:
