@@ -291,8 +291,10 @@ def test_errors_are_the_clients_own(web: Web, client: openai.OpenAI) -> None:
             nobody.completions.create(model="live", prompt="x", stream=True)
     with openai.OpenAI(base_url=f"{web.url}/v1", api_key=web.caller_key, max_retries=0) as caller:
         assert caller.completions.create(model="live", prompt=PROMPT, max_tokens=1).choices
+        assert [model.id for model in caller.models.list().data] == ["live"]
+        draft = {"draft": [{"scale": {"cells": [{"word": {"text": "king"}}], "factor": 0}}]}
         with pytest.raises(openai.PermissionDeniedError) as forbidden:
-            caller.models.list()
+            caller.completions.create(model="live", prompt=PROMPT, extra_body=draft)
         assert forbidden.value.code == "MISSING_ROLE"
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model="live", prompt="king " * 600)

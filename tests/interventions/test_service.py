@@ -285,10 +285,16 @@ def test_roles(service: Interventions, acme: Principal) -> None:
         lambda: service.tenants.create_tenant(acme, "other", IdempotencyKey()),
         lambda: service.patches.create_patch(caller, "p", "", IdempotencyKey()),
         lambda: service.channels.activate(author, LIVE, 0, "", IdempotencyKey()),
+        lambda: service.releases.get_release(caller, 0),
         lambda: service.releases.fetch_release(author, "acme", release_digest([])),
     ):
         with pytest.raises(Forbidden, match="has the roles"):
             refused()
+    nobody = Principal("acme", "k", frozenset())
+    for read in (lambda who: service.channels.get_channel(who, LIVE), service.channels.list_channels):
+        assert read(caller) == read(author)
+        with pytest.raises(Forbidden, match="has the roles none; this needs author or caller"):
+            read(nobody)
     with pytest.raises(InvalidRequest, match=SYSTEM):
         service.tenants.create_key(ADMIN, "acme", [Role.ADMIN], IdempotencyKey())
 

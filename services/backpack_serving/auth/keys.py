@@ -61,13 +61,15 @@ class Principal:
     def name(self) -> str:
         return f"tenants/{self.tenant}/{self.kind}/{self.key}"
 
-    def require(self, role: Role) -> None:
-        """Raise Forbidden unless this principal has the role."""
-        if role in self.roles or (role is Role.AUTHOR and Role.RELEASER in self.roles):
+    def require(self, role: Role, *others: Role) -> None:
+        """Raise Forbidden unless this principal has the role, or one of the others."""
+        wanted = {role, *others}
+        if self.roles & wanted or (Role.AUTHOR in wanted and Role.RELEASER in self.roles):
             return
         raise Forbidden(
             "MISSING_ROLE",
-            f"{self.name} has the roles {', '.join(sorted(self.roles)) or 'none'}; this needs {role}",
+            f"{self.name} has the roles {', '.join(sorted(self.roles)) or 'none'}; this needs "
+            f"{' or '.join((role, *others))}",
             needed=role,
         )
 

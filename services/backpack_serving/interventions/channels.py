@@ -62,7 +62,7 @@ class ChannelRules:
             )
 
     def get_channel(self, who: Principal, name: str) -> ChannelRecord:
-        who.require(Role.AUTHOR)
+        who.require(Role.AUTHOR, Role.CALLER)
         with self._context.read_as(who) as tx:
             return lookup.channel(tx, who.tenant, name)
 
@@ -73,7 +73,7 @@ class ChannelRules:
             return tx.position, lookup.channel(tx, who.tenant, name)
 
     def list_channels(self, who: Principal) -> list[ChannelRecord]:
-        who.require(Role.AUTHOR)
+        who.require(Role.AUTHOR, Role.CALLER)
         with self._context.read_as(who) as tx:
             return tx.list(ChannelRecord, who.tenant)
 
