@@ -164,8 +164,9 @@ def debias(
 def topic(
     words: Annotated[list[str], typer.Argument(help="Words of the topic.")],
     strength: Annotated[
-        int, typer.Option(help="1, 2 or 3. Text of a temperature below 1 needs less: begin with 1.", min=1, max=3)
-    ] = 1,
+        int,
+        typer.Option(help="1, 2 or 3. 2 leads most texts, 1 is enough for a tone, 3 spoils texts.", min=1, max=3),
+    ] = 2,
     by: Annotated[
         Literal["lean", "multipliers"],
         typer.Option(

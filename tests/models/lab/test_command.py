@@ -76,6 +76,7 @@ def test_a_topic_word_of_several_tokens_is_told(folder: Path, subject: LabModel,
     shown = _call("topic", "sea", "hairdresser", "--model", folder, "--out", tmp_path / "t.json")
     assert f"“hairdresser” is several tokens in this model; it steers towards the first alone, “{first}”" in shown
     assert "No prompt was given, so what it does to the next token isn't known." in shown
+    assert "strength 2" in shown, "what leads most texts and spoils few"
 
 
 def test_swap_fact_fits_its_strength(folder: Path, subject: LabModel, tmp_path: Path) -> None:
