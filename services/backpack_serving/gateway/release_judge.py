@@ -105,11 +105,8 @@ class ReleaseJudge:
         """Numbers by tenant. The view has a tenant's newest release only, so those before it are counted."""
         for tenant, fresh in view.fresh.items():
             newest = fresh.release.number
-            if tenant not in self._seen:
-                channels = (channel for channel in view.channels.values() if channel.tenant == tenant)
-                served = [ref.number for channel in channels for ref in (*channel.serving, *channel.earlier)]
-                self._seen[tenant] = min(max(served, default=0), newest - 1)
-            if (last := self._seen[tenant]) == newest:
+            known = 0 if newest <= MOST_MISSED else newest - 1  # of a tenant that is new, or a gateway that is
+            if (last := self._seen.get(tenant, known)) == newest:
                 continue
             self._seen[tenant] = newest
             first = max(last + 1, newest - MOST_MISSED + 1) if last < newest else newest  # else it is another epoch
