@@ -74,7 +74,11 @@ class History:
     def fingerprint(self) -> str:
         return MODEL
 
-    def snapshot(self) -> HistoryPage:
+    def at_hand(self, revision: int) -> bool:
+        return True
+
+    def snapshot(self, at_least: Position) -> HistoryPage:
+        assert self.head >= at_least
         return HistoryPage(self.head, self.head, tuple(self.state.values()))
 
     def since(self, revision: int) -> HistoryPage | None:

@@ -140,7 +140,7 @@ def _bookmark_of_the_head(patch: Patch) -> None:
     pump = SyncServer.pump
 
     def hasty(self: SyncServer, now: float) -> Any:
-        head = self.history.snapshot().head
+        head = self.history.head
         return [Bookmark(head) if isinstance(m, Bookmark) else m for m in pump(self, now)]
 
     patch.setattr(SyncServer, "pump", hasty)

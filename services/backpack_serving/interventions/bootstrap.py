@@ -25,9 +25,11 @@ from backpack_serving.interventions.rollouts import ErrorGate, Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.servicer import services
 from backpack_serving.interventions.store import MAX_MESSAGE_BYTES, Store
+from backpack_serving.interventions.sync_servicer import SyncServicer
 from backpack_serving.interventions.write_notifier import WriteNotifier
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.settings import Settings
+from backpack_serving.shared_read import SharedRead
 from backpack_serving.sync.messages import Hello, ReaderReport
 from backpack_serving.sync.standing import read_standing, write_standing
 
@@ -46,7 +48,7 @@ class InterventionService:
     drain: float
     failed: asyncio.Event
     """Set when the store has stopped for good: the process must be restarted."""
-    publishing: asyncio.Task[None]
+    background: tuple[asyncio.Task[None], ...]
 
     @property
     def address(self) -> str:
@@ -54,7 +56,7 @@ class InterventionService:
 
     async def stop(self) -> None:
         await self.server.stop(self.drain)
-        await tasks.end(self.publishing)
+        await tasks.end(*self.background)
         await asyncio.to_thread(self.store.close)
 
 
@@ -105,15 +107,27 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
         wait = 0.0 if url.startswith("sqlite") else settings.start_wait
         await starting.wait_for("the database", lambda: starting.blocking(prepare), wait)
 
+        checks: dict[str, SharedRead[Principal]] = {}  # of keys that are being looked up
+
         async def by_key(presented: str) -> Principal:
-            return await asyncio.to_thread(service.tenants.authenticate, presented)
+            """All readers have the same key, and call at once after a restart: they share a look into the database."""
+            check = checks.get(presented)
+            if check is None:
+                look_up = partial(asyncio.to_thread, service.tenants.authenticate, presented)
+                check = checks[presented] = SharedRead(look_up)
+            try:
+                return await check.get()
+            finally:
+                if check.idle:
+                    checks.pop(presented, None)
 
         async def check_tenant(principal: Principal) -> None:
             await asyncio.to_thread(service.tenants.check_tenant, principal)
 
         identities = Identities(by_key, check_tenant, settings.issuer, settings.certificates)
+        sync = SyncServicer(service, identities, rollouts)
         server = await rpc.start(
-            services(service, tokenizer, identities, writes, rollouts),
+            services(service, tokenizer, identities, sync, rollouts),
             settings.interventions_address,
             metrics.calls("interventions"),
             tls=settings.tls,
@@ -125,7 +139,8 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
                 await starting.blocking(store.close)
         raise
     publishing = rollouts.publish(lambda standing: store.publish(list(_write_all(standing))))
-    return InterventionService(server, store, settings.drain, failed, asyncio.create_task(publishing))
+    background = tuple(map(asyncio.create_task, (publishing, sync.follow(writes))))
+    return InterventionService(server, store, settings.drain, failed, background)
 
 
 def _write_all(standing: Iterable[tuple[Hello, ReaderReport]]) -> Iterator[str]:

@@ -28,23 +28,43 @@ class EventHistory:
         self._service, self._page = service, page
 
     @property
+    def page(self) -> int:
+        """Most writes of one answer."""
+        return self._page
+
+    @property
     def fingerprint(self) -> str:
         return self._service.shape.fingerprint
 
-    def snapshot(self) -> HistoryPage:
+    @property
+    def head(self) -> Position:
+        return self._service.events.position()
+
+    def at_hand(self, revision: int) -> bool:
+        return False  # each answer is read from the store
+
+    def snapshot(self, at_least: Position = Position()) -> HistoryPage:
         at, records = self._service.events.snapshot()
         return HistoryPage(at, at, tuple(map(_entry_of, records)))
 
     def since(self, revision: int) -> HistoryPage | None:
+        head, writes = self.writes_after(revision)
+        if writes is None:
+            return None
+        upto = Position(head.epoch, revision + len(writes))
+        return HistoryPage(head, min(upto, head), tuple(entry for write in writes for entry in write))
+
+    def writes_after(self, revision: int) -> tuple[Position, list[tuple[StateEntry, ...]] | None]:
+        """The store's position, and the entries of each write after a revision, as many as a page has; None for the
+        writes if some were compacted."""
         head, events = self._service.events.events_after(revision, self._page)
         if events and events[0].revision != revision + 1:
-            return None
-        upto = Position(head.epoch, events[-1].revision if events else revision)
-        return HistoryPage(head, min(upto, head), tuple(change for event in events for change in _entries_of(event)))
+            return head, None
+        return head, [_entries_of(event) for event in events]
 
 
-def _entries_of(event: EventRecord) -> list[StateEntry]:
-    return [_entry_from(values) for values in json.loads(event.changes)]
+def _entries_of(event: EventRecord) -> tuple[StateEntry, ...]:
+    return tuple(_entry_from(values) for values in json.loads(event.changes))
 
 
 def _entry_from(values: dict[str, Any]) -> StateEntry:

@@ -17,11 +17,10 @@ from backpack_serving.interventions.rollouts import Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.sync_servicer import FleetServicer, SyncServicer
 from backpack_serving.interventions.tenant_servicer import TenantServicer
-from backpack_serving.interventions.write_notifier import WriteNotifier
 
 
 def services(
-    service: Interventions, tokenizer: Tokenizer, identities: Identities, writes: WriteNotifier, rollouts: Rollouts
+    service: Interventions, tokenizer: Tokenizer, identities: Identities, sync: SyncServicer, rollouts: Rollouts
 ) -> list[rpc.Service]:
     """All six, ready to be served."""
     common = service, identities
@@ -31,7 +30,7 @@ def services(
         "PatchService": (grpc_v1.add_PatchServiceServicer_to_server, patches),
         "ReleaseService": (grpc_v1.add_ReleaseServiceServicer_to_server, ReleaseServicer(*common, rollouts)),
         "AuditService": (grpc_v1.add_AuditServiceServicer_to_server, AuditServicer(*common)),
-        "SyncService": (sync_v1.add_SyncServiceServicer_to_server, SyncServicer(*common, writes, rollouts)),
+        "SyncService": (sync_v1.add_SyncServiceServicer_to_server, sync),
         "FleetService": (sync_v1.add_FleetServiceServicer_to_server, FleetServicer(*common, rollouts)),
     }
     endless, large = frozenset({"Sync"}), {"CreateRevision": patches.check_author}

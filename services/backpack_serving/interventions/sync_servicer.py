@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
+from typing import Any
 
 from backpack_proto.v1 import sync_pb2 as pb
 from backpack_proto.v1 import sync_pb2_grpc as grpc_v1
@@ -19,11 +20,12 @@ from backpack_serving.auth.keys import Role
 from backpack_serving.errors import ServiceError
 from backpack_serving.interventions import fleet_wire, wire
 from backpack_serving.interventions.event_history import EventHistory
+from backpack_serving.interventions.history_tail import HistoryTail
 from backpack_serving.interventions.rollouts import Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.write_notifier import WriteNotifier
 from backpack_serving.sync.server import SyncServer
-from backpack_serving.sync.server_stream import serve_reader
+from backpack_serving.sync.server_stream import ReaderStreams
 from backpack_serving.wire.references import read_ref, write_position, write_tally
 
 THREADS = 2
@@ -32,22 +34,26 @@ THREADS = 2
 class SyncServicer(grpc_v1.SyncServiceServicer):
     """One `SyncServer` a stream, over the events of the store."""
 
-    def __init__(
-        self, service: Interventions, identities: Identities, writes: WriteNotifier, rollouts: Rollouts
-    ) -> None:
-        self._service, self._identities, self._writes, self._rollouts = service, identities, writes, rollouts
-        self._history = EventHistory(service)
-        self._nonces = itertools.count(secrets.randbits(48))
+    def __init__(self, service: Interventions, identities: Identities, rollouts: Rollouts) -> None:
+        self._service, self._identities, self._rollouts = service, identities, rollouts
         # A pool of its own, so that other work never delays a bookmark.
-        self._threads = ThreadPoolExecutor(THREADS, "sync")
+        threads = ThreadPoolExecutor(THREADS, "sync")
+        self._history = HistoryTail(EventHistory(service), threads)
+        self._streams = ReaderStreams(self._history, threads)
+        self._history.on_news = self._streams.wake
+        self._nonces = itertools.count(secrets.randbits(48))
+
+    async def follow(self, writes: WriteNotifier) -> None:
+        """Tell the streams of each write, for ever."""
+        await self._history.follow(writes.next_write)
 
     async def Sync(
         self, requests: AsyncIterator[pb.SyncRequest], context: rpc.Context
-    ) -> AsyncIterator[pb.SyncResponse]:
+    ) -> AsyncIterator[Any]:  # of encoded messages
         (await self._identities.who(context)).require(Role.REPLICA)
         server, refused = SyncServer(self._history, self._nonces), None
         on_message = partial(self._rollouts.receive, server)
-        stream = serve_reader(server, requests, self._writes.next_write, on_message, self._threads)
+        stream = self._streams.serve(server, requests, on_message)
         try:
             async with aclosing(stream):
                 async for message in stream:
@@ -115,8 +121,12 @@ class FleetServicer(grpc_v1.FleetServiceServicer):
     async def ListReaders(self, request: pb.ListReadersRequest, context: rpc.Context) -> pb.ListReadersResponse:
         who = await self._identities.who(context)
         who.require(Role.ADMIN)
+        after, limit = wire.read_page(request.page_size, request.page_token, str, wire.LARGEST_PAGE)
+        place = None if after is None else fleet_wire.read_place(after)
         position = await asyncio.to_thread(self._service.events.position)
+        found = self._fleet.readers(place)[:limit]
         return pb.ListReadersResponse(
-            readers=[fleet_wire.write_reader(status, silence) for status, silence in self._fleet.readers()],
+            readers=[fleet_wire.write_reader(status, silence) for status, silence in found],
             position=write_position(position),
+            next_page_token=wire.page_token(found, limit, fleet_wire.write_place(found[-1][0]) if found else None),
         )

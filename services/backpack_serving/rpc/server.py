@@ -138,7 +138,7 @@ class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         make: Callable[..., grpc.RpcMethodHandler] = getattr(grpc, f"{kind}_rpc_method_handler")
         # Parse a unary request inside the call: outside, gRPC would answer UNKNOWN to bytes that are no message.
-        return make(call, read if handler.request_streaming else None, handler.response_serializer)
+        return make(call, read if handler.request_streaming else None, _encoding(handler.response_serializer))
 
     @staticmethod
     def _stream(handler_function: Any) -> Any:
@@ -229,6 +229,11 @@ def _decoding(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             raise InvalidRequest("NOT_A_MESSAGE", f"what was sent isn't this method's message: {error}") from None
 
     return read
+
+
+def _encoding(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """The same serializer, which leaves bytes as they are: what is sent to many is serialized once."""
+    return lambda message: message if isinstance(message, bytes) else serialize(message)
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[misc]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 from backpack_serving.errors import InvalidRequest, PreconditionFailed, Unavailable
@@ -27,6 +28,39 @@ LONGEST_NAME = 512
 """Characters of a reader's name and of its incarnation: room for any host name with a port."""
 
 
+class ReaderChanges:
+    """The changes of a page that readers of one kind need: only the last one of each key.
+
+    What follows from them is computed once, however many readers are sent them.
+    """
+
+    def __init__(self, kind: ReaderKind, changes: Iterable[StateEntry]) -> None:
+        latest: dict[object, StateEntry] = {}
+        for change in changes:
+            if kind is ReaderKind.GATEWAY or isinstance(change, Stageable):
+                latest[type(change), change.key] = change
+        self.changes = tuple(latest.values())
+
+    @cached_property
+    def _staged(self) -> dict[tuple[str, str], Stageable]:
+        return {change.key: change for change in self.changes if isinstance(change, Stageable)}
+
+    @cached_property
+    def _digests(self) -> frozenset[str]:
+        return frozenset(release.digest for change in self._staged.values() for release in change.serving)
+
+    def mentions(self, key: tuple[str, str]) -> bool:
+        """Whether one of the changes is of this channel, or of this tenant's newest release."""
+        return key in self._staged
+
+    def digests(self, refused: Container[tuple[str, str]] = ()) -> Iterable[str]:
+        """Digests of the releases that are served once the changes are applied, except those of refused channels."""
+        if not refused:
+            return self._digests
+        applied = (change for key, change in self._staged.items() if key not in refused)
+        return (release.digest for change in applied for release in change.serving)
+
+
 @dataclass(frozen=True, slots=True)
 class HistoryPage:
     """Part of the store's history: the changes up to `position`, and the store's own position (`head`)."""
@@ -34,6 +68,13 @@ class HistoryPage:
     head: Position
     position: Position
     changes: tuple[StateEntry, ...]
+    _of: dict[ReaderKind, ReaderChanges] = field(default_factory=dict, compare=False, repr=False)
+
+    def of(self, kind: ReaderKind) -> ReaderChanges:
+        """The changes for readers of one kind. All who share the page share them."""
+        if (found := self._of.get(kind)) is None:
+            found = self._of[kind] = ReaderChanges(kind, self.changes)
+        return found
 
 
 class History(Protocol):
@@ -42,8 +83,15 @@ class History(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def snapshot(self) -> HistoryPage:
-        """The whole state."""
+    @property
+    def head(self) -> Position:
+        """The store's position."""
+
+    def at_hand(self, revision: int) -> bool:
+        """Whether `head` and `since` this revision are answered from memory, without waiting for the store."""
+
+    def snapshot(self, at_least: Position) -> HistoryPage:
+        """The whole state, at this position or a later one."""
 
     def since(self, revision: int) -> HistoryPage | None:
         """A page of changes after a revision, oldest first; None if they were compacted."""
@@ -55,7 +103,7 @@ class InFlightDelta:
 
     nonce: int
     position: Position
-    changes: tuple[StateEntry, ...]
+    content: ReaderChanges
 
 
 class SyncServer:
@@ -111,6 +159,22 @@ class SyncServer:
         return out or ([Bookmark(self.acked)] if due else [])
 
     @property
+    def opening(self) -> bool:
+        """Whether the next `pump` answers a Hello."""
+        return self._just_opened
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether `pump` only looks at what is in memory, so that it may run on an event loop."""
+        if self.hello is None or self.in_flight is not None:
+            return True
+        return not self._just_opened and (self._epoch_is_over or self.history.at_hand(self.acked.revision))
+
+    @property
+    def _epoch_is_over(self) -> bool:
+        return self.history.head.epoch > self.acked.epoch
+
+    @property
     def due(self) -> float:
         """When the next bookmark must be sent."""
         return self._bookmark_due
@@ -122,10 +186,12 @@ class SyncServer:
             raise PreconditionFailed("WRONG_MODEL", message)
         if not hello.incarnation:
             raise InvalidRequest.at("hello.incarnation", "EMPTY", "draw one when the process starts")
-        self.hello, self.in_flight, self._just_opened = hello, None, True
+        self.digests = set(hello.digests)
+        # They are many, and kept once.
+        self.hello = self.last_hello = replace(hello, digests=frozenset())
+        self.in_flight, self._just_opened = None, True
         self.acked = hello.position
         self.refusals = {refusal.key: refusal for refusal in hello.refusals}
-        self.digests = set(hello.digests)
 
     def _receive_ack(self, nonce: int, refused: Iterable[Refusal]) -> None:
         """Mark a delta as applied, except what was refused. Refused changes aren't sent again."""
@@ -133,18 +199,14 @@ class SyncServer:
         if in_flight is None or nonce != in_flight.nonce:
             return  # for a delta from before the latest Hello
         self.in_flight, self.acked = None, in_flight.position
-        refusals = {refusal.key: refusal for refusal in refused}
-        for change in in_flight.changes:
-            if isinstance(change, Stageable):
-                self.refusals.pop(change.key, None)
-                if change.key not in refusals:
-                    self.digests.update(release.digest for release in change.serving)
-        self.refusals.update(refusals)
+        refusals, content = {refusal.key: refusal for refusal in refused}, in_flight.content
+        self.refusals = {key: old for key, old in self.refusals.items() if not content.mentions(key)} | refusals
+        self.digests.update(content.digests(refusals))
 
     def _advance(self, hello: Hello) -> list[ToReader]:
         just_opened, self._just_opened = self._just_opened, False
-        page = self.history.since(self.acked.revision)
-        head = self.history.snapshot().head if page is None else page.head
+        page = None if self._epoch_is_over else self.history.since(self.acked.revision)
+        head = self.history.head if page is None else page.head
         if head < self.acked:
             raise PreconditionFailed(
                 "STORE_WENT_BACK",
@@ -156,31 +218,22 @@ class SyncServer:
             if not just_opened:
                 self.hello = None
                 return [ResyncRequired(f"the store is in epoch {head.epoch}, you are at {self.acked}")]
-            page = self.history.snapshot()
-            changes = _changes_for(hello.kind, page.changes)
-            self.in_flight = InFlightDelta(next(self._nonces), page.position, changes)
-            return [Snapshot(self.in_flight.nonce, page.position, changes)]
+            page = self.history.snapshot(self.acked if head.epoch == self.acked.epoch else Position(head.epoch, 0))
+            content = page.of(hello.kind)
+            self.in_flight = InFlightDelta(next(self._nonces), page.position, content)
+            return [Snapshot(self.in_flight.nonce, page.position, content.changes)]
         if page.position <= self.acked:
             return []
-        if not (changes := _changes_for(hello.kind, page.changes)):
+        if not (content := page.of(hello.kind)).changes:
             self.acked = page.position
             return [Bookmark(self.acked)]
-        self.in_flight = InFlightDelta(next(self._nonces), page.position, changes)
-        return [Delta(self.in_flight.nonce, self.acked, page.position, changes)]
+        self.in_flight = InFlightDelta(next(self._nonces), page.position, content)
+        return [Delta(self.in_flight.nonce, self.acked, page.position, content.changes)]
 
 
 def _check_names(hello: Hello) -> None:
     """Raises InvalidRequest. Each name is kept, listed, and published to the other processes of the service."""
-    for field, text in (("name", hello.name), ("incarnation", hello.incarnation)):
+    for name, text in (("name", hello.name), ("incarnation", hello.incarnation)):
         if len(text) > LONGEST_NAME:
             message = f"{text[:40]!r}… has {len(text)} characters; at most {LONGEST_NAME}"
-            raise InvalidRequest.at(f"hello.{field}", "TOO_LONG", message)
-
-
-def _changes_for(kind: ReaderKind, changes: Iterable[StateEntry]) -> tuple[StateEntry, ...]:
-    """The changes that a reader of this kind needs; only the last one of each key."""
-    latest: dict[object, StateEntry] = {}
-    for change in changes:
-        if kind is ReaderKind.GATEWAY or isinstance(change, Stageable):
-            latest[type(change), change.key] = change
-    return tuple(latest.values())
+            raise InvalidRequest.at(f"hello.{name}", "TOO_LONG", message)

@@ -1,73 +1,204 @@
-"""Runs a `SyncServer` over one gRPC stream: it reacts to messages, writes of the store, and the clock."""
+"""Runs `SyncServer`s over gRPC streams: they react to messages, writes of the store, and the clock."""
 
 from __future__ import annotations
 
 import asyncio
+import math
+import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Executor
+from contextlib import aclosing, contextmanager, suppress
+from typing import Protocol
 
 from backpack_proto.v1 import sync_pb2 as pb
 
 from backpack_serving import tasks
 from backpack_serving.errors import InvalidRequest
-from backpack_serving.sync.messages import FromReader
-from backpack_serving.sync.server import SyncServer
-from backpack_serving.sync.wire import read_from_reader, write_to_reader
+from backpack_serving.sync.messages import BOOKMARK_SECONDS, Delta, FromReader, Snapshot, ToReader
+from backpack_serving.sync.server import History, SyncServer
+from backpack_serving.sync.state import StateEntry
+from backpack_serving.sync.wire import read_from_reader, with_header, write_changes, write_to_reader
+from backpack_serving.turnstile import Turnstile
 
 POLL_SECONDS = 1.0
 
-Inbox = asyncio.Queue[FromReader | Exception | None]
+TICK = 0.1
+"""Bookmarks are due at multiples of so many seconds, so that one read of the store serves many of them."""
+
+UNITS_A_TURN = 16
+"""How many streams may do something in one turn of the loop: take messages, and send one."""
+
+
+LONG_AT_ONCE = 16
+"""How many streams are sent a message in several parts at the same time."""
+
+KEEP_WAITING = pb.SyncResponse().SerializeToString()
+"""A message without content: readers of every version ignore it, and know that the stream is alive."""
+
+LONG = 500
+"""Changes from which on encoding them is no work for the loop."""
+
+_Inbox = deque[FromReader | Exception | None]
 """A reader's messages; an error if one is invalid; None at the end of the stream."""
 
 
-async def serve_reader(
-    server: SyncServer,
-    requests: AsyncIterator[pb.SyncRequest],
-    next_write: Callable[[], asyncio.Event],
-    on_message: Callable[[FromReader], Awaitable[None]],
-    executor: Executor,
-) -> AsyncGenerator[pb.SyncResponse, None]:
-    """Yield the messages for a reader until it ends its stream.
+class SharedHistory(History, Protocol):
+    """A history that all streams of a process share."""
 
-    `next_write` returns an event that the store's next write sets; `on_message` is called after each message of the
-    reader. `SyncServer.pump` reads the store, so it runs in `executor`. Raises InvalidRequest for invalid messages.
-    """
-    inbox: Inbox = asyncio.Queue()
-    receiving = asyncio.create_task(_receive(requests, inbox))
-    arrived: asyncio.Task[FromReader | Exception | None] = asyncio.create_task(inbox.get())
-    try:
-        while True:
-            written = next_write()
-            pump = asyncio.get_running_loop().run_in_executor(executor, server.pump, time.monotonic())
-            for message in await pump:
-                for part in write_to_reader(message):
-                    yield part
-            seconds = min(POLL_SECONDS, server.due - time.monotonic()) if server.hello else POLL_SECONDS
-            write_or_timeout = asyncio.create_task(tasks.wait_at_most(written, seconds))
-            await asyncio.wait({write_or_timeout, arrived}, return_when=asyncio.FIRST_COMPLETED)
-            write_or_timeout.cancel()
-            while arrived.done():
-                request = arrived.result()
-                if request is None:
-                    return
-                if isinstance(request, Exception):
-                    raise request
-                server.receive(request, time.monotonic())
-                await on_message(request)
-                arrived = asyncio.create_task(inbox.get())
-                await asyncio.sleep(0)
-    finally:
-        receiving.cancel()
-        arrived.cancel()
+    async def refresh(self) -> None:
+        """Read what was written, in a read that begins now. Raises Unavailable if the store can't be read."""
 
 
-async def _receive(requests: AsyncIterator[pb.SyncRequest], inbox: Inbox) -> None:
+class ReaderStreams:
+    """All streams of a process: they share a history, threads, the turns of the loop, and the bytes of what is sent."""
+
+    def __init__(self, history: SharedHistory, executor: Executor) -> None:
+        self.history, self._executor = history, executor
+        self.turns = Turnstile(UNITS_A_TURN)
+        self._long = asyncio.Semaphore(LONG_AT_ONCE)
+        self._encoder = ChangeEncoder()
+        self._listening: set[asyncio.Event] = set()
+
+    def wake(self) -> None:
+        """Wake all streams, because the history has moved on."""
+        for event in self._listening:
+            event.set()
+
+    @contextmanager
+    def listening(self) -> Iterator[asyncio.Event]:
+        """An event that is set when the history moves on."""
+        event = asyncio.Event()
+        self._listening.add(event)
+        try:
+            yield event
+        finally:
+            self._listening.discard(event)
+
+    async def serve(
+        self,
+        server: SyncServer,
+        requests: AsyncIterator[pb.SyncRequest],
+        on_message: Callable[[FromReader], Awaitable[None]],
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the messages for a reader, encoded, until it ends its stream.
+
+        `on_message` is called after each message of the reader. Raises InvalidRequest for invalid messages, and as
+        `SyncServer` does.
+        """
+        inbox: _Inbox = deque()
+        with self.listening() as woken:
+            receiving = asyncio.create_task(_receive(requests, inbox, woken))
+            try:
+                while True:
+                    await tasks.wait_at_most(woken, _seconds_until_due(server))
+                    await self.turns.enter()
+                    woken.clear()
+                    while inbox:
+                        request = inbox.popleft()
+                        if request is None:
+                            return
+                        if isinstance(request, Exception):
+                            raise request
+                        server.receive(request, time.monotonic())
+                        await on_message(request)
+                        if inbox:
+                            await self.turns.enter()
+                    if server.hello and (server.opening or time.monotonic() >= server.due):
+                        # What is said now holds of now: the store is read once more, for all who are due.
+                        await self.history.refresh()
+                        await self.turns.enter()
+                    parts = await self._messages(server)
+                    if len(parts) == 1:
+                        yield parts[0]
+                    elif parts:
+                        async with aclosing(self._one_by_one(parts)) as long:
+                            async for part in long:
+                                yield part
+            finally:
+                receiving.cancel()
+
+    async def _one_by_one(self, parts: list[bytes]) -> AsyncGenerator[bytes, None]:
+        """The parts of a long message. Few readers get one at the same time, the others are kept waiting: if all had a
+        share, and the share of each took longer than SILENCE, all would begin anew and nobody would be done, ever.
+        """
+        while not await self._acquire_long():
+            yield KEEP_WAITING
+        try:
+            for part in parts:
+                await self.turns.enter()
+                yield part
+        finally:
+            self._long.release()
+
+    async def _acquire_long(self) -> bool:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(BOOKMARK_SECONDS):
+                return await self._long.acquire()
+        return False
+
+    async def _messages(self, server: SyncServer) -> list[bytes]:
+        """What to send now. Whatever needs the store, or is long, is done in a thread."""
+        loop = asyncio.get_running_loop()
+        if server.at_hand:
+            messages = server.pump(time.monotonic())
+        else:
+            messages = await loop.run_in_executor(self._executor, server.pump, time.monotonic())
+        if any(self._encoder.takes_long(message) for message in messages):
+            return await loop.run_in_executor(self._executor, self._encode, messages)
+        return self._encode(messages)
+
+    def _encode(self, messages: Iterable[ToReader]) -> list[bytes]:
+        return [part for message in messages for part in self._encoder.encode(message)]
+
+
+class ChangeEncoder:
+    """Encodes messages for readers. The changes of those that are sent to many are encoded once."""
+
+    def __init__(self, kept: int = 8) -> None:
+        self._kept = kept
+        self._parts: OrderedDict[int, tuple[tuple[StateEntry, ...], list[bytes]]] = OrderedDict()
+        self._turn = threading.Lock()
+
+    def takes_long(self, message: ToReader) -> bool:
+        return (
+            isinstance(message, Snapshot | Delta) and len(message.changes) > LONG and not self._found(message.changes)
+        )
+
+    def encode(self, message: ToReader) -> list[bytes]:
+        """The message; a snapshot in several parts."""
+        if not isinstance(message, Snapshot | Delta):
+            return [write_to_reader(message).SerializeToString()]
+        with self._turn:
+            if (parts := self._found(message.changes)) is None:
+                parts = write_changes(message)
+                self._parts[id(message.changes)] = message.changes, parts
+                while len(self._parts) > self._kept:
+                    self._parts.popitem(last=False)
+        return with_header(message, parts)
+
+    def _found(self, changes: tuple[StateEntry, ...]) -> list[bytes] | None:
+        """The same tuple's, not an equal one's: comparing them would take longer than encoding."""
+        found = self._parts.get(id(changes))
+        return found[1] if found and found[0] is changes else None
+
+
+def _seconds_until_due(server: SyncServer) -> float:
+    if server.hello is None:
+        return POLL_SECONDS
+    due = math.ceil(server.due / TICK) * TICK
+    return min(POLL_SECONDS, due - time.monotonic())
+
+
+async def _receive(requests: AsyncIterator[pb.SyncRequest], inbox: _Inbox, woken: asyncio.Event) -> None:
     """Put the reader's messages into the inbox, then None; or the error of an invalid one."""
+    last: Exception | None = None
     try:
         async for request in requests:
-            inbox.put_nowait(read_from_reader(request))
+            inbox.append(read_from_reader(request))
+            woken.set()
     except InvalidRequest as error:
-        inbox.put_nowait(error)
-    else:
-        inbox.put_nowait(None)
+        last = error
+    inbox.append(last)
+    woken.set()

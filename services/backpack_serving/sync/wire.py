@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from backpack_proto.v1 import sync_pb2 as pb
 
 from backpack_serving.auth.keys import Principal, Verifier
@@ -31,8 +33,8 @@ from backpack_serving.wire.references import (
 )
 from backpack_serving.wire.roles import ROLE_NUMBERS, ROLES
 
-CHANGES = 5_000
-"""How many changes of a snapshot travel in one message: about a megabyte."""
+CHANGES = 1_000
+"""How many changes of a snapshot travel in one message: about 200 KB, which a reader reads in some milliseconds."""
 
 
 # ---- from readers
@@ -81,7 +83,7 @@ def read_from_reader(message: pb.SyncRequest) -> m.FromReader:
                 hello.model_fingerprint,
                 read_position(hello.position),
                 hello.whole,
-                frozenset(digest.hex() for digest in hello.digests),
+                frozenset(sys.intern(digest.hex()) for digest in hello.digests),
                 read_refusals(hello.refusals),
             )
         case "ack":
@@ -98,34 +100,44 @@ def read_from_reader(message: pb.SyncRequest) -> m.FromReader:
 # ---- to readers
 
 
-def write_to_reader(message: m.ToReader) -> list[pb.SyncResponse]:
-    """The message, in several parts if it is a large snapshot."""
+def write_to_reader(message: m.Bookmark | m.ResyncRequired) -> pb.SyncResponse:
     match message:
-        case m.Snapshot():
-            parts = [message.changes[at : at + CHANGES] for at in range(0, len(message.changes), CHANGES)] or [()]
-            return [
-                pb.SyncResponse(
-                    snapshot=pb.Snapshot(
-                        nonce=message.nonce,
-                        position=write_position(message.position),
-                        changes=map(_write_entry, part),
-                        more=number < len(parts),
-                    )
-                )
-                for number, part in enumerate(parts, 1)
-            ]
-        case m.Delta():
-            delta = pb.Delta(
-                nonce=message.nonce,
-                base=write_position(message.base),
-                position=write_position(message.position),
-                changes=map(_write_entry, message.changes),
-            )
-            return [pb.SyncResponse(delta=delta)]
         case m.Bookmark():
-            return [pb.SyncResponse(bookmark=pb.Bookmark(position=write_position(message.position)))]
+            return pb.SyncResponse(bookmark=pb.Bookmark(position=write_position(message.position)))
         case m.ResyncRequired():
-            return [pb.SyncResponse(resync_required=pb.ResyncRequired(reason=message.reason))]
+            return pb.SyncResponse(resync_required=pb.ResyncRequired(reason=message.reason))
+
+
+def write_changes(message: m.Snapshot | m.Delta) -> list[bytes]:
+    """The encoded changes of a message, of a large snapshot in several parts, to be completed by `with_header`."""
+    if isinstance(message, m.Delta):
+        delta = pb.Delta(changes=map(_write_entry, message.changes))
+        return [pb.SyncResponse(delta=delta).SerializeToString()]
+    parts = [message.changes[at : at + CHANGES] for at in range(0, len(message.changes), CHANGES)] or [()]
+    return [
+        pb.SyncResponse(
+            snapshot=pb.Snapshot(changes=map(_write_entry, part), more=number < len(parts))
+        ).SerializeToString()
+        for number, part in enumerate(parts, 1)
+    ]
+
+
+def with_header(message: m.Snapshot | m.Delta, parts: list[bytes]) -> list[bytes]:
+    """The whole encoded messages. In protobuf, messages merge when their bytes are joined, so what is the same for all
+    readers is encoded once, and what is one stream's own is added to it.
+    """
+    position = write_position(message.position)
+    if isinstance(message, m.Delta):
+        delta = pb.Delta(nonce=message.nonce, base=write_position(message.base), position=position)
+        header = pb.SyncResponse(delta=delta)
+    else:
+        header = pb.SyncResponse(snapshot=pb.Snapshot(nonce=message.nonce, position=position))
+    own = header.SerializeToString()
+    return [part + own for part in parts]
+
+
+def count_changes(message: pb.SyncResponse) -> int:
+    return len(message.snapshot.changes) + len(message.delta.changes)
 
 
 class SnapshotAssembler:
