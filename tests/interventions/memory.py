@@ -59,6 +59,9 @@ class Tables:
                 return found
         return None
 
+    def values(self, kind: type[Any], name: str) -> set[Any]:
+        return {getattr(record, name) for record in self._seen(kind).values()}
+
     def add(self, record: Record) -> None:
         key = key_of(record)
         self._check_tenant(record)

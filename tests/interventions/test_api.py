@@ -138,6 +138,31 @@ async def test_a_release_is_read_by_its_number(control: Control) -> None:
         await refused(kind, control.releases.GetRelease(pb.GetReleaseRequest(name=name), metadata=key))
 
 
+async def test_channels_are_listed_in_pages_and_whole_for_who_asks_for_no_page(control: Control) -> None:
+    _, key, _ = await control.tenant()
+    for number in range(4):
+        request = pb.ActivateRequest(channel=f"channels/c{number}", release=0)
+        await control.releases.Activate(request, metadata=key)
+    whole = await control.releases.ListChannels(pb.ListChannelsRequest(), metadata=key)
+    assert (len(whole.channels), whole.next_page_token) == (5, "")
+    listed, asked = [], pb.ListChannelsRequest(page_size=2)
+    while True:
+        page = await control.releases.ListChannels(asked, metadata=key)
+        assert len(page.channels) <= 2
+        listed += page.channels
+        asked.page_token = page.next_page_token
+        if not asked.page_token:
+            break
+    assert listed == list(whole.channels)
+    error = await refused(
+        InvalidRequest, control.releases.ListChannels(pb.ListChannelsRequest(page_size=-1), metadata=key)
+    )
+    assert "at least 0, which means 1000" in error.message
+    asked.page_token = "!"
+    error = await refused(InvalidRequest, control.releases.ListChannels(asked, metadata=key))
+    assert error.reason == "BAD_PAGE_TOKEN"
+
+
 async def test_keys_are_listed_in_pages_rotated_and_revoked(control: Control) -> None:
     tenant, key, made = await control.tenant()
     for _ in range(3):

@@ -6,8 +6,10 @@ import itertools
 import random
 from datetime import UTC, datetime
 
+import pytest
+from backpack_serving.errors import InvalidRequest
 from backpack_serving.interventions.fleet import FORGOTTEN, ReaderTracker, StatusReason
-from backpack_serving.interventions.fleet_wire import write_reader
+from backpack_serving.interventions.fleet_wire import read_place, write_place, write_reader
 from backpack_serving.interventions.records import ChannelRecord
 from backpack_serving.interventions.rollouts import ErrorGate
 from backpack_serving.references import CanaryTally, Position, ReaderKind, Refusal
@@ -133,3 +135,38 @@ def test_a_reader_that_does_not_hold_a_release_says_why() -> None:
     other.refusals[refusal.key] = refusal
     fleet.record(other, _report(0, 0))
     assert hold() == ("nacked", "NON_FINITE", "no numbers")
+
+
+def test_only_what_is_new_of_a_reader_is_published_before_its_time() -> None:
+    fleet = ReaderTracker(Clock())
+    here, there = _stream("here"), _stream("there")
+    assert fleet.record(here)
+    assert fleet.record(there)
+    assert fleet.record(here, _report(1, 0))
+    assert not fleet.record(here, _report(1, 0)), "it said so before"
+    assert fleet.record(here, _report(2, 0))
+    fleet.disconnect(here)
+    assert fleet.record(here), "it is back"
+    assert [hello.name for hello, _ in fleet.local_standing({there})] == ["there"]
+    assert [hello.name for hello, _ in fleet.local_standing()] == ["here", "there"]
+
+
+def test_readers_are_listed_in_pages_that_leave_none_out() -> None:
+    fleet = ReaderTracker(Clock())
+    for number in range(7):
+        name, kind = f"r{number % 5}", ReaderKind.REPLICA if number % 2 else ReaderKind.GATEWAY
+        hello = Hello(kind, f"i{number}", name, MODEL, Position(1, 0))
+        fleet.record_remote(hello, ReaderReport())
+    whole = [status.hello.incarnation for status, _ in fleet.readers()]
+    assert len(whole) == 7
+    seen, place = [], None
+    while page := fleet.readers(place)[:2]:
+        seen += [status.hello.incarnation for status, _ in page]
+        place = read_place(write_place(page[-1][0]))
+    assert seen == whole
+
+
+@pytest.mark.parametrize("text", ["", "[]", "1", '["a", "b", "c"]', "[true, 1, 2]", "[" * 100_000])
+def test_a_place_in_the_list_of_readers_that_is_none(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="is not from a page of this list"):
+        read_place(text)

@@ -13,7 +13,7 @@ from backpack_proto.v1.sync_pb2_grpc import FleetServiceStub
 from backpack_serving.auth.keys import Role
 from backpack_serving.client.arguments import build
 from backpack_serving.client.channels import Fleet
-from backpack_serving.client.connection import Connected
+from backpack_serving.client.connection import PAGE, Connected
 from backpack_serving.client.records import ApiKey, NewKey, Tenant
 from backpack_serving.errors import InvalidRequest
 
@@ -73,7 +73,15 @@ class AsyncOperator(Connected):
 
     async def fleet(self) -> Fleet:
         """All replicas and gateways: in touch or not, how far they are, what they refuse."""
-        return Fleet.of(await self._call(self._reader_stub.ListReaders, sync_pb2.ListReadersRequest()))
+        whole = sync_pb2.ListReadersResponse()
+        request = sync_pb2.ListReadersRequest(page_size=PAGE)
+        while True:
+            answer = await self._call(self._reader_stub.ListReaders, request)
+            whole.readers.extend(answer.readers)
+            whole.position.CopyFrom(answer.position)
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                return Fleet.of(whole)
 
 
 def _roles(roles: Sequence[Role | str]) -> list[pb.Role.ValueType]:

@@ -48,8 +48,8 @@ class AsyncSteering(Authoring):
 
     async def channels(self) -> tuple[Channel, ...]:
         """All channels."""
-        answer = await self._call(self._releases.ListChannels, pb.ListChannelsRequest())
-        return tuple(map(Channel.of, answer.channels))
+        found = await self._pages(self._releases.ListChannels, pb.ListChannelsRequest(), "channels")
+        return tuple(map(Channel.of, found))
 
     async def activate(
         self,

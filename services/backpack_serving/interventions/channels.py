@@ -13,7 +13,7 @@ from backpack_serving.errors import Conflict, InvalidRequest, PreconditionFailed
 from backpack_serving.interventions import lookup
 from backpack_serving.interventions.judgements import JudgementRules
 from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult
-from backpack_serving.interventions.records import ChannelRecord, Record, ReleaseRecord
+from backpack_serving.interventions.records import ChannelRecord, Record, ReleaseRecord, RevisionRecord
 from backpack_serving.interventions.rules import RuleContext, check_id
 from backpack_serving.interventions.store import Write
 from backpack_serving.references import Position
@@ -44,6 +44,8 @@ class ChannelRules:
         others: set[str] = set()
         names: list[str] = []
         with self._context.store.read() as tx:
+            if not tx.values(RevisionRecord, "fingerprint") - {ours}:
+                return  # what follows takes a query for each channel
             for channel in tx.list(ChannelRecord):
                 served = [channel.release, *([] if channel.canary is None else [channel.canary])]
                 parts = [part for number in served for part in lookup.release(tx, channel.tenant, number, True).parts]
@@ -72,10 +74,10 @@ class ChannelRules:
         with self._context.read_as(who) as tx:
             return tx.position, lookup.channel(tx, who.tenant, name)
 
-    def list_channels(self, who: Principal) -> list[ChannelRecord]:
+    def list_channels(self, who: Principal, after: str | None, limit: int) -> list[ChannelRecord]:
         who.require(Role.AUTHOR, Role.CALLER)
         with self._context.read_as(who) as tx:
-            return tx.list(ChannelRecord, who.tenant)
+            return tx.list(ChannelRecord, who.tenant, after=after, limit=limit)
 
     def activate(
         self,

@@ -8,9 +8,11 @@ after changes; a remote reader without an update for SILENCE seconds counts as d
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from operator import itemgetter
 
 from backpack_serving.interventions.records import ChannelRecord
 from backpack_serving.references import CanaryTally, Position, ReaderKind, Refusal, ReleaseRef
@@ -19,6 +21,10 @@ from backpack_serving.sync.server import SyncServer
 
 FORGOTTEN = 60.0
 """Seconds after which a disconnected reader is dropped from the list."""
+
+
+Place = tuple[bool, str, str]
+"""Where a reader is in the list of all: replicas come first, each kind by name."""
 
 
 class HoldState(StrEnum):
@@ -109,6 +115,10 @@ class ReaderStatus:
     report: ReaderReport = field(default_factory=ReaderReport)
     refused: StatusReason | None = None
 
+    @property
+    def place(self) -> Place:
+        return self.hello.kind is ReaderKind.GATEWAY, self.hello.name, self.hello.incarnation
+
     def out_of_touch(self, silence: float) -> StatusReason | None:
         """Why the reader is disconnected or silent; None if it isn't."""
         if self.connected and silence <= SILENCE:
@@ -133,11 +143,14 @@ class ReaderTracker:
         self._clock = clock
         self._statuses: dict[str, ReaderStatus] = {}
 
-    def record(self, server: SyncServer | RemoteReader, report: ReaderReport | None = None) -> None:
-        """Record a message of a stream. A newer stream of the same process replaces an older one."""
+    def record(self, server: SyncServer | RemoteReader, report: ReaderReport | None = None) -> bool:
+        """Record a message of a stream; returns whether it says anything new of the reader. A newer stream of the same
+        process replaces an older one.
+        """
         hello = server.hello
         assert hello is not None, "nothing is heard before Hello"
         status = self._statuses.get(hello.incarnation)
+        news = status is None or not status.connected or status.hello is not hello
         if status is None:
             self._drop_silent()  # or readers that come and go would pile up while nobody lists them
         if status is None or status.server is not server:
@@ -145,7 +158,9 @@ class ReaderTracker:
             self._statuses[hello.incarnation] = status = ReaderStatus(server, hello, self._clock(), refused=before)
         status.hello, status.last_heard, status.connected = hello, self._clock(), True
         if report:
+            news |= report != status.report or status.refused is not None
             status.report, status.refused = report, None
+        return news
 
     def record_remote(self, hello: Hello, report: ReaderReport) -> None:
         """Record a reader of another process of the service; it has applied everything up to `hello.position`."""
@@ -154,10 +169,17 @@ class ReaderTracker:
             refusals = {refusal.key: refusal for refusal in hello.refusals}
             self.record(RemoteReader(hello, refusals), report)
 
-    def local_standing(self) -> list[tuple[Hello, ReaderReport]]:
-        """The status of this process's own readers, for `record_remote` in the other processes."""
+    def local_standing(self, streams: Iterable[SyncServer] | None = None) -> list[tuple[Hello, ReaderReport]]:
+        """The status of this process's own readers, for `record_remote` in the other processes; of those with one of
+        these streams, if any are given.
+        """
         found = []
-        for status in self._statuses.values():
+        if streams is None:
+            statuses = list(self._statuses.values())
+        else:
+            names = (stream.hello.incarnation for stream in streams if stream.hello)
+            statuses = [status for name in names if (status := self._statuses.get(name))]
+        for status in statuses:
             if status.connected and isinstance(status.server, SyncServer):
                 refusals = tuple(status.server.refusals.values())
                 hello = replace(status.hello, position=status.server.acked, refusals=refusals, digests=frozenset())
@@ -180,10 +202,12 @@ class ReaderTracker:
                 nothing, hello, self._clock(), connected=False, refused=why
             )
 
-    def readers(self) -> list[tuple[ReaderStatus, float]]:
-        """All recent readers, replicas first, with the seconds since their last message."""
+    def readers(self, after: Place | None = None) -> list[tuple[ReaderStatus, float]]:
+        """All recent readers, replicas first, with the seconds since their last message; only those after a place."""
         now = self._drop_silent()
-        ordered = sorted(self._statuses.values(), key=lambda s: (s.hello.kind is ReaderKind.GATEWAY, s.hello.name))
+        ordered = sorted(
+            (s for s in self._statuses.values() if after is None or s.place > after), key=lambda status: status.place
+        )
         return [(status, now - status.last_heard) for status in ordered]
 
     @property
@@ -232,21 +256,27 @@ class ReaderTracker:
 
     def rollout(self, channel: ChannelRecord, position: Position) -> RolloutProgress:
         """How many connected readers have applied the write at this position, which moved the channel."""
-        refusals, counts = [], {}
-        for kind in ReaderKind:
-            connected = [s for s, _ in self.readers() if s.connected and s.hello.kind is kind]
-            acked = nacked = final = 0
-            for status in connected:
-                if status.server.acked < position:
-                    continue
-                if refusal := status.server.refusals.get((channel.tenant, channel.channel)):
-                    nacked += 1
-                    final += refusal.final
-                    refusals.append((status.hello.name, refusal))
-                else:
-                    acked += 1
-            counts[kind] = AckCount(len(connected), acked, nacked, final)
-        return RolloutProgress(counts[ReaderKind.REPLICA], counts[ReaderKind.GATEWAY], tuple(refusals))
+        self._drop_silent()
+        refusals: dict[ReaderKind, list[tuple[str, Refusal]]] = {kind: [] for kind in ReaderKind}
+        total, reached = Counter[ReaderKind](), Counter[ReaderKind]()
+        for status in self._statuses.values():
+            if not status.connected:
+                continue
+            kind = status.hello.kind
+            total[kind] += 1
+            if status.server.acked < position:
+                continue
+            reached[kind] += 1
+            if refusal := status.server.refusals.get((channel.tenant, channel.channel)):
+                refusals[kind].append((status.hello.name, refusal))
+        counts = {
+            kind: AckCount(total[kind], reached[kind] - len(found), len(found), sum(r.final for _, r in found))
+            for kind, found in refusals.items()
+        }
+        named = sorted(refusals[ReaderKind.REPLICA], key=itemgetter(0)) + sorted(
+            refusals[ReaderKind.GATEWAY], key=itemgetter(0)
+        )
+        return RolloutProgress(counts[ReaderKind.REPLICA], counts[ReaderKind.GATEWAY], tuple(named))
 
     def tally(self, tenant: str, channel: str, digest: str) -> CanaryTally:
         """The sum of the connected gateways' tallies for a release of a channel.
@@ -254,10 +284,11 @@ class ReaderTracker:
         Tallies of disconnected gateways are left out: they were judged when they were reported, and since such a
         gateway can't reset them, they would count against every later canary of the release.
         """
+        now = self._drop_silent()
         found = [
             tally
-            for status, silence in self.readers()
-            if status.connected and silence <= SILENCE
+            for status in self._statuses.values()
+            if status.connected and now - status.last_heard <= SILENCE
             for tally in status.report.tallies
             if (tally.tenant, tally.channel, tally.digest) == (tenant, channel, digest)
         ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from backpack_proto.v1 import interventions_pb2, sync_pb2
 
 from backpack_serving.errors import InvalidRequest
-from backpack_serving.interventions.fleet import HoldState, ReaderStatus, ReleaseHolding, RolloutProgress
+from backpack_serving.interventions.fleet import HoldState, Place, ReaderStatus, ReleaseHolding, RolloutProgress
 from backpack_serving.interventions.rollouts import Level
 from backpack_serving.wire.references import KIND_NUMBERS, write_position, write_refusal
 
@@ -49,6 +50,22 @@ def write_rollout(rollout: RolloutProgress, level: Level) -> interventions_pb2.R
         gateways_acked=rollout.gateways.acked,
         refusals=[f"{name}: {refusal.reason}: {refusal.message}" for name, refusal in rollout.refusals],
     )
+
+
+def write_place(reader: ReaderStatus) -> str:
+    """Where a reader is in the list of all, for a page token."""
+    return json.dumps(reader.place)
+
+
+def read_place(text: str) -> Place:
+    """Raises InvalidRequest for a text that isn't of `write_place`."""
+    try:
+        gateway, name, incarnation = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        gateway = name = incarnation = None
+    if isinstance(gateway, bool) and isinstance(name, str) and isinstance(incarnation, str):
+        return gateway, name, incarnation
+    raise InvalidRequest.at("page_token", "BAD_PAGE_TOKEN", f"{text[:40]!r} is not from a page of this list")
 
 
 def write_hold(hold: ReleaseHolding) -> sync_pb2.Hold:

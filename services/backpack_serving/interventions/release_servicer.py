@@ -83,8 +83,12 @@ class ReleaseServicer(grpc_v1.ReleaseServiceServicer):
 
     async def ListChannels(self, request: pb.ListChannelsRequest, context: rpc.Context) -> pb.ListChannelsResponse:
         who = await self._identities.who(context)
-        found = await asyncio.to_thread(self._service.channels.list_channels, who)
-        return pb.ListChannelsResponse(channels=map(wire.write_channel, found))
+        after, limit = wire.read_page(request.page_size, request.page_token, str, wire.LARGEST_PAGE)
+        found = await asyncio.to_thread(self._service.channels.list_channels, who, after, limit)
+        return pb.ListChannelsResponse(
+            channels=map(wire.write_channel, found),
+            next_page_token=wire.page_token(found, limit, found[-1].channel if found else None),
+        )
 
     async def Activate(self, request: pb.ActivateRequest, context: rpc.Context) -> pb.ActivateResponse:
         rule = partial(self._service.channels.activate, allow_degradation=request.allow_degradation)

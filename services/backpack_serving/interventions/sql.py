@@ -60,6 +60,11 @@ class Transaction:
         query = query.order_by(*(c.desc() if descending else c.asc() for c in rest)).limit(limit)
         return [kind(**row._mapping) for row in self.connection.execute(query)]
 
+    def values(self, kind: type[Any], name: str) -> set[Any]:
+        column = tables[kind].c[name]
+        query = self.select_visible(tables[kind]).with_only_columns(column).distinct()
+        return set(self.connection.scalars(query))
+
     def add(self, record: Record) -> None:
         self._check_tenant(record)
         self.connection.execute(sa.insert(tables[type(record)]).values(**asdict(record)))

@@ -51,6 +51,9 @@ class Read(Protocol):
     def find(self, kind: type[R], **equal: Any) -> R | None:
         """The first record, in key order, with these field values, or None."""
 
+    def values(self, kind: type[Any], name: str) -> set[Any]:
+        """The different values that a field has in the records of a kind."""
+
 
 class Write(Read, Protocol):
     """A write transaction. `position` is already that of the revision that it will commit."""

@@ -110,11 +110,15 @@ def read_idempotency_key(request: Message, request_id: str) -> IdempotencyKey:
     return IdempotencyKey(request_id, hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest())
 
 
-def read_page(size: int, token: str, kind: type[T]) -> tuple[T | None, int]:
-    """(where to go on, how many) of a list request. Raises InvalidRequest for a token that isn't one of ours."""
+def read_page(size: int, token: str, kind: type[T], default: int = PAGE) -> tuple[T | None, int]:
+    """(where to go on, how many) of a list request. Raises InvalidRequest for a token that isn't one of ours.
+
+    `default` is the size of a page where the request gives none: LARGEST_PAGE in lists that had no pages once, whose
+    callers may know of none.
+    """
     if size < 0:
-        raise InvalidRequest.at("page_size", "OUT_OF_RANGE", f"{size}; at least 0, which means {PAGE}")
-    limit = min(size or PAGE, LARGEST_PAGE)
+        raise InvalidRequest.at("page_size", "OUT_OF_RANGE", f"{size}; at least 0, which means {default}")
+    limit = min(size or default, LARGEST_PAGE)
     if not token:
         return None, limit
     try:

@@ -46,9 +46,15 @@ def routes(
 
     async def list_models(request: Request) -> JSONResponse:
         metadata = caller.metadata(request.headers)
-        with rpc.errors():
-            listed = await releases.ListChannels(interventions_pb2.ListChannelsRequest(), metadata=metadata)
-        return JSONResponse({"object": "list", "data": [_model(channel) for channel in listed.channels]})
+        page = interventions_pb2.ListChannelsRequest()
+        models: list[dict[str, Any]] = []
+        while True:
+            with rpc.errors():
+                listed = await releases.ListChannels(page, metadata=metadata)
+            models += map(_model, listed.channels)
+            page.page_token = listed.next_page_token
+            if not page.page_token:
+                return JSONResponse({"object": "list", "data": models})
 
     async def retrieve_model(request: Request) -> JSONResponse:
         metadata = caller.metadata(request.headers)
