@@ -53,7 +53,7 @@ class SharedHistory(History):
         super().__init__(random.Random(1), Dice(bad_release=0))
         self.refreshed = 0
 
-    async def refresh(self) -> None:
+    async def refresh(self, within: float = 0.0) -> None:
         self.refreshed += 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -71,6 +72,7 @@ class HistoryTail:
         self._tail: _Tail | None = None
         self._whole: HistoryPage | None = None
         self._reading_whole = threading.Lock()
+        self._read_at: float | None = None  # when the last read began that has ended, and well
         self._shared: SharedRead[None] = SharedRead(self._read)
 
     @property
@@ -96,9 +98,13 @@ class HistoryTail:
                 whole = self._whole = self._history.snapshot()
             return whole
 
-    async def refresh(self) -> None:
-        """Read what was written, in a read that begins now. Raises Unavailable if the store can't be read."""
-        await self._shared.get()
+    async def refresh(self, within: float = 0.0) -> None:
+        """Read what was written, unless a read that began within so many seconds has done it.
+
+        Raises Unavailable if the store can't be read.
+        """
+        if self._read_at is None or time.monotonic() - self._read_at > within:
+            await self._shared.get()
 
     async def follow(self, next_write: Callable[[], asyncio.Event]) -> None:
         """Read each write once it is notified, for ever. `next_write` returns an event that the next one sets."""
@@ -111,7 +117,12 @@ class HistoryTail:
                     await written.wait()
 
     async def _read(self) -> None:
-        loop = asyncio.get_running_loop()
+        loop, began = asyncio.get_running_loop(), time.monotonic()
+        self._read_at = None
+        await self._read_all(loop)
+        self._read_at = began
+
+    async def _read_all(self, loop: asyncio.AbstractEventLoop) -> None:
         while True:
             tail = self._tail
             if tail is None:

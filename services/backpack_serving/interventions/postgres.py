@@ -43,6 +43,7 @@ SELECT set_config('lock_timeout', '10s', false), set_config('statement_timeout',
        set_config('idle_in_transaction_session_timeout', '60s', false),
        CASE current_setting('synchronous_commit') WHEN 'off' THEN set_config('synchronous_commit', 'on', false) END
 """
+_NOTIFY_ALL = sa.text("SELECT pg_notify(:channel, text) FROM unnest(CAST(:texts AS text[])) AS text")
 _CONNECT = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
@@ -93,8 +94,7 @@ class PostgresStore(SQLStore):
     def publish(self, texts: Sequence[str]) -> None:
         with self._errors(), self.engine.begin() as connection:
             connection.execute(sa.text("SET LOCAL synchronous_commit = off"))  # NOTIFY stores nothing
-            for text in texts:
-                connection.execute(sa.select(sa.func.pg_notify(MESSAGES, f"{self._name} {text}")))
+            connection.execute(_NOTIFY_ALL, {"channel": MESSAGES, "texts": [f"{self._name} {text}" for text in texts]})
 
     def close(self) -> None:
         self._closed.set()

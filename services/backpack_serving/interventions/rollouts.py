@@ -26,6 +26,12 @@ log = structlog.get_logger(__name__)
 PUBLISH_SECONDS, GATHER_SECONDS = 1.0, 0.05
 """Seconds between two publications without a change, and for how long changes are batched into one."""
 
+SILENT_SECONDS = 1.0
+"""Most seconds until a call that waits for readers looks again, though it has heard of none."""
+
+COUNT_SECONDS = 0.01
+"""Least seconds between two counts of the readers for one call that waits for them."""
+
 
 LOOK_SECONDS = 0.1
 """Seconds between two looks whether a release was judged: another process of the service may have been told."""
@@ -84,13 +90,14 @@ class Rollouts:
         self.fleet = ReaderTracker()
         self._progress, self._standing_changed = WriteNotifier(), WriteNotifier()
         self._handled: dict[SyncServer, set[Refusal]] = {}  # current refusals that were already judged
+        self._unpublished: set[SyncServer] = set()  # whose status has changed since it was published
 
     async def receive(self, server: SyncServer, message: FromReader) -> None:
         """Handle a message of a reader that its `SyncServer` has already processed."""
         if server.hello is None:
             return
         report = message if isinstance(message, ReaderReport) else None
-        self.fleet.record(server, report)
+        news = self.fleet.record(server, report) or not report
         for tally in report.tallies if report else ():
             await self._judge_canary(tally)
         handled = self._handled.get(server, set())
@@ -98,7 +105,8 @@ class Rollouts:
             handled = handled.difference(message.refusals)
         standing = tuple(server.refusals.values())
         self._handled[server] = {r for r in standing if r in handled or await self._end_refused_canary(r)}
-        self._notify()
+        if news:
+            self._notify(server)
 
     def disconnect(self, server: SyncServer, error: ServiceError | None = None, hello: Hello | None = None) -> None:
         """Handle the end of a stream; `error` if the service ended it, `hello` is the stream's last Hello."""
@@ -107,6 +115,7 @@ class Rollouts:
             self.fleet.reject(hello, why)
         self.fleet.disconnect(server, why)
         self._handled.pop(server, None)
+        self._unpublished.discard(server)
         self._notify()
 
     def receive_remote(self, hello: Hello, report: ReaderReport) -> None:
@@ -115,13 +124,18 @@ class Rollouts:
         self._progress.notify_now()
 
     async def publish(self, publish_standing: Callable[[list[tuple[Hello, ReaderReport]]], None]) -> None:
-        """Publish the status of this process's readers for ever: each second, and after changes.
+        """Publish the status of this process's readers for ever: of all each second, of those that changed soon.
 
         No error ends it: the other processes would take these readers for disconnected.
         """
+        loop = asyncio.get_running_loop()
+        all_due = loop.time()
         while True:
-            changed = self._standing_changed.next_write()
-            if standing := self.fleet.local_standing():
+            changed, everybody = self._standing_changed.next_write(), loop.time() >= all_due
+            if everybody:
+                all_due = loop.time() + PUBLISH_SECONDS
+            some, self._unpublished = self._unpublished, set()
+            if standing := self.fleet.local_standing(None if everybody else some):
                 try:
                     await asyncio.to_thread(publish_standing, standing)
                 except ServiceError:
@@ -129,7 +143,7 @@ class Rollouts:
                 except Exception:
                     log.exception("a mistake of ours; going on")
             await asyncio.sleep(GATHER_SECONDS)
-            await tasks.wait_at_most(changed, PUBLISH_SECONDS)
+            await tasks.wait_at_most(changed, all_due - loop.time())
 
     async def wait(
         self, channel: ChannelRecord, position: Position, level: Level, seconds: float
@@ -144,7 +158,10 @@ class Rollouts:
             rollout = self.fleet.rollout(channel, position)
             if level.reached(rollout) or level.out_of_reach(rollout) or loop.time() >= until:
                 return rollout
-            await tasks.wait_at_most(progress, until - loop.time())
+            # Readers of other processes leave without a word.
+            await tasks.wait_at_most(progress, min(SILENT_SECONDS, until - loop.time()))
+            # All readers are counted once for the many that answer at the same time.
+            await asyncio.sleep(min(COUNT_SECONDS, max(0.0, until - loop.time())))
 
     async def wait_judged(self, who: Principal, release: int) -> None:
         """Wait until a release that was just made is judged, if there are a gateway and a replica to do that."""
@@ -152,7 +169,9 @@ class Rollouts:
         while self.fleet.can_judge and (seconds := await asyncio.to_thread(expected, who, release)):
             await asyncio.sleep(min(seconds, LOOK_SECONDS))
 
-    def _notify(self) -> None:
+    def _notify(self, server: SyncServer | None = None) -> None:
+        if server is not None:
+            self._unpublished.add(server)
         self._progress.notify_now()
         self._standing_changed.notify_now()
 

@@ -158,6 +158,10 @@ class SyncServer:
             self._bookmark_due = now + BOOKMARK_SECONDS
         return out or ([Bookmark(self.acked)] if due else [])
 
+    def hasten_bookmark(self) -> None:
+        """The next `pump` sends a bookmark, if nothing else."""
+        self._bookmark_due = 0.0
+
     @property
     def opening(self) -> bool:
         """Whether the next `pump` answers a Hello."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
 from collections import OrderedDict, deque
@@ -24,8 +23,11 @@ from backpack_serving.turnstile import Turnstile
 
 POLL_SECONDS = 1.0
 
-TICK = 0.1
-"""Bookmarks are due at multiples of so many seconds, so that one read of the store serves many of them."""
+SHARED_SECONDS = 0.1
+"""A bookmark may rest on a read of the store that is so old: one read serves many bookmarks."""
+
+EARLY_SECONDS = 0.5
+"""A bookmark that is due so soon is sent with the answer to a message: a reader's report wakes its stream anyway."""
 
 UNITS_A_TURN = 16
 """How many streams may do something in one turn of the loop: take messages, and send one."""
@@ -47,8 +49,11 @@ _Inbox = deque[FromReader | Exception | None]
 class SharedHistory(History, Protocol):
     """A history that all streams of a process share."""
 
-    async def refresh(self) -> None:
-        """Read what was written, in a read that begins now. Raises Unavailable if the store can't be read."""
+    async def refresh(self, within: float = 0.0) -> None:
+        """Read what was written, unless a read that began within so many seconds has done it.
+
+        Raises Unavailable if the store can't be read.
+        """
 
 
 class ReaderStreams:
@@ -95,6 +100,7 @@ class ReaderStreams:
                     await tasks.wait_at_most(woken, _seconds_until_due(server))
                     await self.turns.enter()
                     woken.clear()
+                    early = EARLY_SECONDS if inbox else 0.0
                     while inbox:
                         request = inbox.popleft()
                         if request is None:
@@ -105,10 +111,13 @@ class ReaderStreams:
                         await on_message(request)
                         if inbox:
                             await self.turns.enter()
-                    if server.hello and (server.opening or time.monotonic() >= server.due):
-                        # What is said now holds of now: the store is read once more, for all who are due.
+                    if server.opening:
                         await self.history.refresh()
                         await self.turns.enter()
+                    elif server.hello and time.monotonic() >= server.due - early:
+                        await self.history.refresh(SHARED_SECONDS)
+                        await self.turns.enter()  # others have waited for the same read
+                        server.hasten_bookmark()
                     parts = await self._messages(server)
                     if len(parts) == 1:
                         yield parts[0]
@@ -187,8 +196,7 @@ class ChangeEncoder:
 def _seconds_until_due(server: SyncServer) -> float:
     if server.hello is None:
         return POLL_SECONDS
-    due = math.ceil(server.due / TICK) * TICK
-    return min(POLL_SECONDS, due - time.monotonic())
+    return min(POLL_SECONDS, server.due - time.monotonic())
 
 
 async def _receive(requests: AsyncIterator[pb.SyncRequest], inbox: _Inbox, woken: asyncio.Event) -> None:
