@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+import itertools
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,6 +52,9 @@ is refused for now and tried again: the changes of other channels don't wait for
 
 MOST_REFUSED = 1024
 
+CHANGES_A_TURN = 64
+"""Changes that are staged, and channels that are looked through, in one turn of the loop: each takes some 30 µs."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
@@ -96,9 +100,12 @@ class ReleaseCache:
         self._refused: OrderedDict[str, tuple[Violation, ...]] = OrderedDict()
         self._users: Counter[str] = Counter()
         self._kept: frozenset[str] = frozenset()
-        self._staged: dict[tuple[str, str], Stageable] = {}  # ready for a view that doesn't hold yet
+        self._staged: dict[str, dict[tuple[str, str], Stageable]] = {}  # by tenant; for a view that isn't in effect
         self._view = StateView()
-        self._channels: dict[str, list[ChannelState]] = {}  # the view's, by tenant
+        self._channels: dict[str, dict[tuple[str, str], ChannelState]] = {}  # the view's, by tenant
+        self._kept_of: dict[str, frozenset[str]] = {}  # what is kept of each tenant; `_kept` is of all
+        self._most_served: dict[str, dict[str, int]] = {}  # see `_fits`
+        self._settling: Iterator[None] | None = None
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._draft_turns = FairLock()
         self._denominators = Denominators(served.table)
@@ -237,6 +244,9 @@ class ReleaseCache:
         self._served.try_out(overlay)
         return overlay
 
+    def _is_needed(self, digest: str) -> bool:
+        return digest in self._kept or digest in self._users
+
     @property
     def needed(self) -> frozenset[str]:
         """What channels need, and what requests and staged changes use."""
@@ -244,8 +254,8 @@ class ReleaseCache:
 
     def _evict(self) -> None:
         """Of what isn't needed, drop what was used least recently: beyond the capacity, or its tenant's bytes."""
-        needed, sizes = self.needed, Counter[str]()
-        idle = [digest for digest in reversed(self._compiled) if digest not in needed]
+        sizes = Counter[str]()
+        idle = [digest for digest in reversed(self._compiled) if not self._is_needed(digest)]
         for place, digest in enumerate(idle):
             held = self._compiled[digest]
             sizes[held.tenant] += held.overlay.nbytes
@@ -261,16 +271,24 @@ class ReleaseCache:
         If the denominators of topic scores are being computed already, what needs them is refused at once, for now.
         Releases that channels were at before never wait for them; they are compiled when the denominators are there.
         """
-        found = await asyncio.gather(*map(self._stage, work))
-        return tuple(refusal for refusal in found if refusal)
+        staging: list[asyncio.Task[Refusal | None]] = []
+        try:
+            for at in range(0, len(work), CHANGES_A_TURN):
+                staging += [asyncio.create_task(self._stage(change)) for change in work[at : at + CHANGES_A_TURN]]
+                await asyncio.sleep(0)
+            return tuple([refusal for task in staging if (refusal := await task)])
+        finally:
+            for task in staging:
+                task.cancel()
 
     async def _stage(self, change: Stageable) -> Refusal | None:
-        if before := self._staged.get(change.key):
+        staged = self._staged.setdefault(change.tenant, {})
+        if before := staged.get(change.key):
             self._unstage(before)
-        self._staged[change.key] = change
+        self._staged.setdefault(change.tenant, staged)[change.key] = change
         self._users.update(_digests(change))
         refusal = await self._get_ready(change)
-        if refusal and self._staged.get(change.key) is change:
+        if refusal and self._is_staged(change):
             self._unstage(change)
             self._evict()
         elif not refusal:
@@ -279,12 +297,20 @@ class ReleaseCache:
                     await self._get_overlay(change.tenant, WantedRelease(release.digest), patience=0.0)
         return refusal
 
-    def _unstage(self, *changes: Stageable) -> None:
-        """These hold now, or never will."""
-        for change in changes:
-            del self._staged[change.key]
-            self._users.subtract(_digests(change))
-        self._users = +self._users  # without those that nobody uses
+    def _is_staged(self, change: Stageable) -> bool:
+        return self._staged.get(change.tenant, {}).get(change.key) is change
+
+    def _unstage(self, change: Stageable) -> None:
+        """It holds now, or never will."""
+        staged = self._staged[change.tenant]
+        del staged[change.key]
+        if not staged:
+            del self._staged[change.tenant]
+        self._most_served.pop(change.tenant, None)
+        for digest in _digests(change):
+            self._users[digest] -= 1
+            if not self._users[digest]:
+                del self._users[digest]
 
     async def _get_ready(self, change: Stageable) -> Refusal | None:
         """What a change serves, if it fits beside what else its tenant's channels are at or are about to be."""
@@ -294,33 +320,94 @@ class ReleaseCache:
                 await self._get_overlay(change.tenant, WantedRelease(release.digest), patience)
             except (ServiceError, PatchError) as error:
                 return _refusal(change, release, error)
-        size = sum(self._overlay_sizes(self._serving(change.tenant)))
-        if size > self._tenant_bytes:
+        if not self._fits(change):
+            size = sum(self._overlay_sizes(self._serving(change.tenant)))
             message = f"{size} bytes of releases for tenants/{change.tenant}, at most {self._tenant_bytes}"
             return Refusal(*change.key, change.serving[0].digest, "TENANT_TOO_LARGE", message)
         return None
 
+    def _fits(self, change: Stageable) -> bool:
+        """Whether what the tenant's channels serve, once what is staged holds, is within its bytes.
+
+        They are looked through when the sum of all that was staged since is too large: it counts what is replaced, too,
+        and looking through twenty thousand channels for each of them would take minutes.
+        """
+        most = self._most_served.get(change.tenant)
+        if most is not None and isinstance(change, ChannelState):
+            digests = [release.digest for release in change.serving]
+            most.update(zip(digests, self._overlay_sizes(digests), strict=True))
+        if most is None or sum(most.values()) > self._tenant_bytes:
+            serving = self._serving(change.tenant)
+            most = self._most_served[change.tenant] = dict(zip(serving, self._overlay_sizes(serving), strict=True))
+        return sum(most.values()) <= self._tenant_bytes
+
     def swapped(self, view: StateView) -> None:
-        """Keep what this view's channels need."""
+        """Keep what this view's channels need.
+
+        Of many changes the first are looked through at once, the others in the next turns of the loop; until then what
+        was kept and what is staged stays.
+        """
         if view.channels is self._view.channels and view.fresh is self._view.fresh:
             return
-        self._view = view
-        self._unstage(*self._staged.values())
-        self._channels = {}
-        for channel in view.channels.values():
-            self._channels.setdefault(channel.tenant, []).append(channel)
-        kept: set[str] = set()
-        for tenant in self._channels:
-            kept |= self._worth_keeping(tenant)
-        self._kept = frozenset(kept)
+        self._settling = settling = self._settle(view)  # instead of one that isn't through
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:  # at the start, in a thread
+            deque(settling, 0)
+            self._settling = None
+        else:
+            self._go_on(settling)
+
+    @property
+    def settling(self) -> bool:
+        """Whether a view is still looked through."""
+        return self._settling is not None
+
+    def _go_on(self, settling: Iterator[None]) -> None:
+        if self._settling is not settling:
+            return  # a newer view came
+        if next(settling, True) is None:
+            asyncio.get_running_loop().call_soon(self._go_on, settling)
+        else:
+            self._settling = None
+
+    def _settle(self, view: StateView) -> Iterator[None]:
+        """Find out what a view needs. Yields after each CHANGES_A_TURN channels; may be given up there."""
+        staged = [change for changes in self._staged.values() for change in changes.values()]
+        old = self._view
+        tenants = {tenant for tenant, fresh in view.fresh.items() if old.fresh.get(tenant) is not fresh}
+        changed = [channel for key, channel in view.channels.items() if old.channels.get(key) is not channel]
+        gone = [channel for key, channel in old.channels.items() if key not in view.channels]
+        turns = _every(CHANGES_A_TURN)
+        for channel in gone:
+            self._channels.get(channel.tenant, {}).pop(channel.key, None)
+            tenants.add(channel.tenant)
+        for channel in changed:
+            self._channels.setdefault(channel.tenant, {})[channel.key] = channel
+            tenants.add(channel.tenant)
+            if next(turns):
+                yield
+        tenants.update(change.tenant for change in staged)
+        for tenant in tenants:
+            self._kept_of[tenant] = frozenset(self._worth_keeping(tenant, view))
+            self._most_served.pop(tenant, None)
+            if next(turns):
+                yield
+        self._view, self._kept = view, frozenset().union(*self._kept_of.values())
+        for change in staged:
+            if self._is_staged(change):
+                self._unstage(change)
+            if next(turns):
+                yield
         self._evict()
 
-    def _worth_keeping(self, tenant: str) -> set[str]:
+    def _worth_keeping(self, tenant: str, view: StateView) -> set[str]:
         """What is served, then what was served before or will be soon, as far as it fits."""
-        kept = set(self._serving(tenant))
+        channels = self._channels.get(tenant, {}).values()
+        kept = {release.digest for channel in channels for release in channel.serving}
         room = self._tenant_bytes - sum(self._overlay_sizes(kept))
-        more = [release for channel in self._channels[tenant] for release in channel.earlier]
-        if fresh := self._view.fresh.get(tenant):
+        more = [release for channel in channels for release in channel.earlier]
+        if fresh := view.fresh.get(tenant):
             more.append(fresh.release)
         for release in more:
             (size,) = self._overlay_sizes([release.digest])
@@ -331,9 +418,8 @@ class ReleaseCache:
 
     def _serving(self, tenant: str) -> set[str]:
         """Digests of what a tenant's channels are at, once what is staged holds."""
-        channels = {channel.key: channel for channel in self._channels.get(tenant, ())}
-        staged = (c for c in self._staged.values() if c.tenant == tenant and isinstance(c, ChannelState))
-        channels |= {channel.key: channel for channel in staged}
+        channels = dict(self._channels.get(tenant, {}))
+        channels |= {key: c for key, c in self._staged.get(tenant, {}).items() if isinstance(c, ChannelState)}
         return {release.digest for channel in channels.values() for release in channel.serving}
 
     def _overlay_sizes(self, digests: Iterable[str]) -> list[int]:
@@ -366,6 +452,11 @@ class ReleaseCache:
             await asyncio.to_thread(self._blobs.forget_all_but, self.needed)
         except OSError as error:
             log.error("what no channel needs can't be removed", error=str(error))
+
+
+def _every(count: int) -> Iterator[bool]:
+    """True once in `count` times."""
+    return itertools.cycle([False] * (count - 1) + [True])
 
 
 def _earlier(change: Stageable) -> tuple[ReleaseRef, ...]:

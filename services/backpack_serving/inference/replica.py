@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
@@ -188,10 +187,7 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
         )
     )
     await _first_token(engine, served.table)
-    # What is here by now stays. Python's collector would go through it, and through all of torch, again and again:
-    # each time 0.2 s in which no stream moves.
-    gc.collect()
-    gc.freeze()
+    starting.settle_heap()
     folder = settings.state / "known-good" / "replica"
     releases = ReleaseCache(
         served,

@@ -46,6 +46,24 @@ class _RefusedEntry:
     refusal: Refusal
 
 
+_Refused = Mapping[tuple[str, str], _RefusedEntry]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedDelta:
+    """What a pending delta makes of a state and of what is refused."""
+
+    pending: PendingDelta
+    before: tuple[StateView, _Refused]
+    state: StateView
+    refused: _Refused
+    answer: Ack | Nack
+
+    def follows(self, state: StateView, refused: _Refused) -> bool:
+        """Whether it was made of these very objects."""
+        return self.before[0] is state and self.before[1] is refused
+
+
 class SyncClient:
     """The state of one process: `pending` waits for staging, `state` for the disk, and `view` is in effect.
 
@@ -62,7 +80,7 @@ class SyncClient:
         self.pending: PendingDelta | None = None
         self.resident: frozenset[str] = frozenset()  # digests that are ready to be served; the transport sets it
         self.last_error = ""  # why there is no stream to the service; the transport sets it
-        self._refused: dict[tuple[str, str], _RefusedEntry] = {}
+        self._refused: _Refused = {}  # replaced as a whole, like `state`: `prepare` may be reading it
         self._view_at: float | None = None
         self.needs_snapshot = True  # refusals don't survive a restart, so ask for everything
 
@@ -120,23 +138,41 @@ class SyncClient:
                 return self._receive_changes(message.nonce, message.position, message.changes)
         return ()
 
-    def apply(self, nonce: int, refused: Iterable[Refusal], now: float) -> Ack | Nack | None:
-        """Apply the staged changes, except those in `refused`; returns the answer to the service.
+    def prepare(self, nonce: int, refused: Iterable[Refusal]) -> PreparedDelta | None:
+        """The work of `apply`, and nothing of its effect: a thread may do it, for a delta with many changes.
 
-        Returns None if they aren't pending any more, because their stream is gone.
+        Returns None if the changes aren't pending.
         """
-        pending = self.pending
+        pending, state, known = self.pending, self.state, self._refused
         if pending is None or pending.nonce != nonce:
             return None
-        refusals = self._refusals_of(pending, refused)
+        refusals = _refusals_of(pending, refused, known, self.kind)
+        remaining = dict(known)
         for change in pending.changes:
             if isinstance(change, Stageable | UnknownEntry):
-                self._refused.pop(change.key, None)
+                remaining.pop(change.key, None)
                 if refusal := refusals.get(change.key):
-                    self._refused[change.key] = _RefusedEntry(change, refusal)
-        self.state = self.state.changed(pending.position, pending.without(refusals))  # all of it or nothing
+                    remaining[change.key] = _RefusedEntry(change, refusal)
+        answer = Nack(nonce, tuple(refusals.values())) if refusals else Ack(nonce)
+        after = state.changed(pending.position, pending.without(refusals))
+        return PreparedDelta(pending, (state, known), after, remaining, answer)
+
+    def apply(
+        self, nonce: int, refused: Iterable[Refusal], now: float, prepared: PreparedDelta | None = None
+    ) -> Ack | Nack | None:
+        """Apply the staged changes, except those in `refused`; returns the answer to the service.
+
+        `prepared` counts if nothing has changed since. Returns None if the changes aren't pending any more, because
+        their stream is gone.
+        """
+        made = prepared
+        if made is None or made.pending is not self.pending or not made.follows(self.state, self._refused):
+            made = self.prepare(nonce, refused)
+        if made is None:
+            return None
+        self._refused, self.state = made.refused, made.state  # all of it or nothing
         self.pending, self.needs_snapshot, self.state_at = None, False, now
-        return Nack(nonce, tuple(refusals.values())) if refusals else Ack(nonce)
+        return made.answer
 
     def apply_retry(self, change: Stageable, refusal: Refusal | None) -> None:
         """Apply a refused change that was staged again, or store its new refusal. Ignores one that was superseded."""
@@ -144,9 +180,9 @@ class SyncClient:
         if entry is None or entry.change != change:
             return
         if refusal:
-            self._refused[change.key] = _RefusedEntry(change, refusal)
+            self._refused = {**self._refused, change.key: _RefusedEntry(change, refusal)}
             return
-        del self._refused[change.key]
+        self._refused = {key: other for key, other in self._refused.items() if key != change.key}
         self.state = self.state.changed(self.state.position, [change])
 
     def report(self, tallies: tuple[CanaryTally, ...] = (), releases: int = 0) -> ReaderReport:
@@ -160,27 +196,11 @@ class SyncClient:
             return (Ack(nonce),)  # a duplicate, or late from a closed stream: never go back
         if self.pending and self.pending.nonce != nonce:
             return (self.hello(),)  # only one may be pending: one of the two is a stray, so resync
-        work = tuple(c for c in changes if isinstance(c, Stageable) and self._earlier_refusal(c) is None)
+        staged = [change for change in changes if isinstance(change, Stageable)]
+        known = self._refused
+        work = tuple(change for change in staged if _earlier_refusal(change, known) is None) if known else tuple(staged)
         self.pending = PendingDelta(nonce, position, changes, work)
         return ()
-
-    def _refusals_of(self, pending: PendingDelta, refused: Iterable[Refusal]) -> dict[tuple[str, str], Refusal]:
-        """All refusals of a delta: those given, those known from before, and those of unknown kinds of change."""
-        refusals = {refusal.key: refusal for refusal in refused}
-        for change in pending.changes:
-            if isinstance(change, UnknownEntry):
-                text = f"unknown kind of change: {change.kind}; upgrade this {self.kind}"
-                refusals[change.key] = Refusal(*change.key, "", "UNKNOWN_CHANGE", text)
-            elif isinstance(change, Stageable) and (before := self._earlier_refusal(change)):
-                refusals[change.key] = before
-        return refusals
-
-    def _earlier_refusal(self, change: Stageable) -> Refusal | None:
-        """The final refusal of this release in this channel, if there was one: it isn't tried again."""
-        entry = self._refused.get(change.key)
-        if entry and entry.refusal.final and entry.refusal.digest in {r.digest for r in change.serving}:
-            return entry.refusal
-        return None
 
     def _apply_bookmark(self, position: Position, now: float) -> None:
         at = self.state.position
@@ -190,3 +210,25 @@ class SyncClient:
             self.state_at = now
             if self.state is self.view:
                 self._view_at = now
+
+
+def _refusals_of(
+    pending: PendingDelta, refused: Iterable[Refusal], known: _Refused, kind: ReaderKind
+) -> dict[tuple[str, str], Refusal]:
+    """All refusals of a delta: those given, those known from before, and those of unknown kinds of change."""
+    refusals = {refusal.key: refusal for refusal in refused}
+    for change in pending.changes:
+        if isinstance(change, UnknownEntry):
+            text = f"unknown kind of change: {change.kind}; upgrade this {kind}"
+            refusals[change.key] = Refusal(*change.key, "", "UNKNOWN_CHANGE", text)
+        elif known and isinstance(change, Stageable) and (before := _earlier_refusal(change, known)):
+            refusals[change.key] = before
+    return refusals
+
+
+def _earlier_refusal(change: Stageable, known: _Refused) -> Refusal | None:
+    """The final refusal of this release in this channel, if there was one: it isn't tried again."""
+    entry = known.get(change.key)
+    if entry and entry.refusal.final and entry.refusal.digest in {r.digest for r in change.serving}:
+        return entry.refusal
+    return None

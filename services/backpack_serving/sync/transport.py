@@ -33,6 +33,9 @@ LONGEST_PAUSE = 5.0
 RETRY_SECONDS = 2.0
 """Mean seconds between attempts to stage what was refused for a temporary reason."""
 
+MANY_CHANGES = 1000
+"""Beyond so many changes, a message is read and applied in a thread: a process's streams don't wait for it."""
+
 BOOKMARK_WRITE_SECONDS = 0.1
 """Least seconds between two writes to disk of a position that only bookmarks moved."""
 
@@ -132,7 +135,11 @@ class SyncTransport:
         try:
             async for part in with_silence_limit(call):
                 self.client.last_error = ""
-                if (message := incoming.read(part)) is None:
+                if wire.count_changes(part) > MANY_CHANGES:
+                    message = await asyncio.to_thread(incoming.read, part)
+                else:
+                    message = incoming.read(part)
+                if message is None:
                     continue
                 if answers := self.client.receive(message, time.monotonic()):
                     await self._commit_view()
@@ -156,7 +163,10 @@ class SyncTransport:
     async def _stage_and_answer(self, pending: PendingDelta, outbox: SendQueue) -> None:
         """Stage a delta, write the state to disk, put it into effect, and answer."""
         refused = await self._delegate.stage(pending.work) if pending.work else ()
-        answer = self.client.apply(pending.nonce, refused, time.monotonic())
+        prepared = None
+        if len(pending.changes) > MANY_CHANGES:
+            prepared = await asyncio.to_thread(self.client.prepare, pending.nonce, refused)
+        answer = self.client.apply(pending.nonce, refused, time.monotonic(), prepared)
         if answer is None:
             return
         await self._commit_view()
