@@ -30,6 +30,11 @@ DEFAULT_MODEL = "smollm2"
 """The model that is served where nobody says which: `backpack model list`."""
 
 
+def config_folder() -> Path:
+    """The user's folder of what commands keep for them, wherever they are run."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "backpack"
+
+
 def model_folder(given: Path | None) -> Path:
     """The folder of a model that a command names by a folder or a name, else of the one that is served."""
     return Settings().model if given is None else installed.resolved(given)
@@ -110,7 +115,8 @@ def unread() -> list[str]:
     ours = {f"BACKPACK_{name.upper()}" for name in Settings.model_fields} | {
         "BACKPACK_KEY",
         "BACKPACK_TENANT",
-    }  # a command's --key, --as
+        "BACKPACK_CONTEXT_NAME",
+    }  # a command's --key, --as, --context
     named = {*os.environ, *map(str.upper, DotEnvSettingsSource(Settings).env_vars)}
     return sorted(name for name in named if name.startswith("BACKPACK_") and name not in ours)
 

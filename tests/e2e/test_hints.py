@@ -105,8 +105,9 @@ def test_a_missing_key_says_where_it_was_looked_for(
     here = Path.cwd()
     refused = backpack("generate", "x", "--as", "nobody", code=1).stderr
     assert f"{here}/state/nobody.key doesn't exist" in refused
-    assert "--as (clinic, harbour)" in refused
-    assert "make this one: backpack tenant create nobody" in refused
+    assert "--as (clinic, harbour, " in refused or "--as (clinic, harbour)" in refused
+    assert "log in, which keeps a key for every folder: backpack login" in refused
+    assert "tenant create" not in refused
     monkeypatch.chdir(tmp_path)
     refused = backpack("generate", "x", code=1).stderr
     assert f"{tmp_path}/state/harbour.key doesn't exist; BACKPACK_STATE is state, where no keys are" in refused
@@ -114,8 +115,85 @@ def test_a_missing_key_says_where_it_was_looked_for(
     monkeypatch.delenv("BACKPACK_STATE")
     refused = backpack("release", "list", code=1).stderr
     assert f"{tmp_path}/var/harbour.key doesn't exist; BACKPACK_STATE isn't set, so it is var of this" in refused
-    assert "set BACKPACK_STATE to the state folder that it named, or give a key: BACKPACK_KEY or --key" in refused
+    assert (
+        "set BACKPACK_STATE to the state folder that it named, give a key: BACKPACK_KEY or --key; or log in" in refused
+    )
     assert "in its state folder (BACKPACK_STATE)" in backpack("fleet", code=1).stderr
+
+
+@pytest.fixture
+def elsewhere(backpack: Any, running: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """`backpack`, in another folder and with nothing in the environment."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("BACKPACK_RETRY_WINDOW", "0")
+    for name in ("BACKPACK_STATE", "BACKPACK_GATEWAY_ADDRESS", "BACKPACK_INTERVENTIONS_ADDRESS"):
+        monkeypatch.delenv(name)
+
+    def call(*words: str, code: int = 0, said: str = "") -> Any:
+        result = CliRunner().invoke(app, list(words), input=said)
+        assert result.exit_code == code, result.output
+        assert "bp_" not in result.output
+        return result
+
+    return call
+
+
+def test_commands_in_any_folder_go_by_the_context_that_a_login_made(elsewhere: Any, running: dict[str, str]) -> None:
+    state = Path(running["FOLDER"]) / "state"
+    servers = ("--gateway", running["BACKPACK_GATEWAY_ADDRESS"], "--interventions")
+    servers = (*servers, running["BACKPACK_INTERVENTIONS_ADDRESS"])
+    harbour = (state / "harbour.key").read_text()
+    assert "context harbour of the tenant harbour" in elsewhere("login", *servers, said=harbour).stdout
+    assert "harbour/live, release" in elsewhere("score", "The king").stderr
+    made = elsewhere("patch", "scale", "p", "king", "--factor", "0.5")
+    assert made.stderr.startswith("as harbour, by the context harbour\n")
+    assert elsewhere("login", "other", *servers, "--key-file", str(state / "clinic.key")).exit_code == 0
+    assert "clinic/live, release" in elsewhere("score", "The king").stderr
+    named = elsewhere("patch", "scale", "p", "queen", "--factor", "0.5", "--context", "harbour")
+    assert "as harbour, by the context harbour" in named.stderr
+    assert "release create p:2 --context harbour" in named.stdout, "run as it stands, it goes to the same"
+    refused = elsewhere("score", "The king", "--context", "harbour", "--as", "clinic", code=1)
+    assert "context harbour is of the tenant harbour, and --as (or BACKPACK_TENANT) names clinic" in refused.stderr
+    assert "nobody.key doesn't exist" in elsewhere("score", "The king", "--as", "nobody", code=1).stderr
+
+    assert "this needs the admin key" in elsewhere("fleet", "--context", "other", code=1).stderr
+    assert elsewhere("login", "ops", *servers, "--key-file", str(state / "admin.key")).exit_code == 0
+    assert "tenants/harbour" in elsewhere("tenant", "list").stdout
+    assert "harbour.key doesn't exist" in elsewhere("score", "The king", code=1).stderr, (
+        "an operator's key calls nobody"
+    )
+    rows = [line.split() for line in elsewhere("context", "list").stdout.splitlines()[1:]]
+    assert [row[:2] for row in rows] == [["harbour", "harbour"], ["other", "clinic"], ["*", "ops"]]
+    assert "key: kept here, not shown" in elsewhere("context", "show", "harbour").stdout
+    assert "harbour at" in elsewhere("context", "use", "harbour").stdout
+    assert "no context is the current one now" in elsewhere("context", "remove", "harbour").stdout
+    assert "harbour.key doesn't exist" in elsewhere("score", "The king", code=1).stderr
+
+
+def test_a_login_that_nothing_comes_of_keeps_nothing(
+    elsewhere: Any, running: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gateway, store = running["BACKPACK_GATEWAY_ADDRESS"], running["BACKPACK_INTERVENTIONS_ADDRESS"]
+    key = (Path(running["FOLDER"]) / "state" / "harbour.key").read_text()
+    for words, said, says in (
+        (("x", "--gateway", gateway), "bp_no", f"the gateway at {gateway} doesn't take this key"),
+        (("x", "--gateway", gateway), "", "no key: give --key-file FILE, or the key on a line"),
+        (("x", "--gateway", "nonsense"), key, "--gateway nonsense: write host:port"),
+        (("Bad!", "--gateway", gateway), key, "a context's name is 1 to 63 of a-z"),
+        (("x", "--gateway", "127.0.0.1:9", "--interventions", "127.0.0.1:9"), key, "nothing is kept"),
+    ):
+        assert says in " ".join(elsewhere("login", *words, code=1, said=said).stderr.split())
+    assert not (tmp_path / "config").exists()
+    half = elsewhere("login", "half", "--gateway", gateway, "--interventions", "127.0.0.1:9", said=key)
+    assert "the intervention service at 127.0.0.1:9 can't be asked" in half.stderr
+    refused = elsewhere("release", "list", code=1).stderr
+    assert "contexts.json says so of the context half" in refused
+    assert "`backpack context list` has others, `backpack login half` changes it" in refused
+    monkeypatch.setenv("BACKPACK_INTERVENTIONS_ADDRESS", store)
+    assert "context half" in elsewhere("login", "half", said=key).stdout, "the gateway is the one that it was"
+    monkeypatch.delenv("BACKPACK_INTERVENTIONS_ADDRESS")
+    assert "release" in elsewhere("release", "list").stdout
 
 
 def test_a_hint_names_the_program_as_the_shell_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

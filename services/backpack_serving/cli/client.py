@@ -22,9 +22,9 @@ from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Span, Text
 
-from backpack_serving.auth.keys import read_key_file
 from backpack_serving.cli import hints
-from backpack_serving.errors import ServiceError, Unavailable
+from backpack_serving.cli.target import EXAMPLE, CallTarget, context_in_use
+from backpack_serving.errors import ServiceError, Unauthenticated, Unavailable
 from backpack_serving.install import install_command
 from backpack_serving.references import NAME, NAME_WRITTEN
 from backpack_serving.settings import Settings, secretless
@@ -110,13 +110,38 @@ if not out.is_terminal and "COLUMNS" not in os.environ:
 if isinstance(sys.stdout, TextIOWrapper):
     sys.stdout.reconfigure(errors="replace")  # prints ? for a character that the terminal's encoding lacks
 
+
+def _tenant_called(context: typer.Context, tenant: str) -> str:
+    """The tenant that a command calls as: the one that is named, else the context's, else the example."""
+    if tenant or context.resilient_parsing:
+        return tenant
+    with exits():
+        chosen = context_in_use()
+    return chosen[1].tenant if chosen else EXAMPLE
+
+
+def _tenant_changed(context: typer.Context, tenant: str) -> str:
+    """The tenant that a command changes: the one that is named, else the context's, which is told; it isn't guessed."""
+    if tenant or context.params.get("key") or context.resilient_parsing:
+        return tenant
+    with exits():
+        chosen = context_in_use()
+    if not chosen:
+        return ""
+    err.print(f"[dim]as {chosen[1].tenant}, by the context {chosen[0]}[/]")
+    return chosen[1].tenant
+
+
 AsTenant = Annotated[
     str,
     typer.Option(
         "--as",
         metavar="TENANT",
         envvar="BACKPACK_TENANT",
-        help="Call as this tenant, with its key from the state folder of `run`.",
+        help="Call as this tenant, with the context's key if it is the context's, else with its key from the state "
+        f"folder of `run` (default: the context's tenant, without a context {EXAMPLE}).",
+        show_default=False,
+        callback=_tenant_called,
     ),
 ]
 AsWriter = Annotated[
@@ -125,11 +150,16 @@ AsWriter = Annotated[
         "--as",
         metavar="TENANT",
         envvar="BACKPACK_TENANT",
-        help="Tenant to change, with its key from the state folder of `run`. It is never guessed.",
+        help="Tenant to change, with the context's key if it is the context's, else with its key from the state folder "
+        "of `run`. It is never guessed (default: the context's tenant).",
         show_default=False,
+        callback=_tenant_changed,
     ),
 ]
-Key = Annotated[str, typer.Option(envvar="BACKPACK_KEY", help="API key, instead of --as.", show_default=False)]
+Key = Annotated[
+    str,
+    typer.Option(envvar="BACKPACK_KEY", help="API key, instead of --as.", show_default=False, is_eager=True),
+]
 
 
 def in_a_folder(file: Path | None) -> Path | None:
@@ -232,41 +262,43 @@ def when(moment: datetime) -> str:
 
 @contextmanager
 def as_caller(tenant: str, key: str) -> Iterator[Client]:
-    """Connect to the gateway, with the given key or the tenant's from the state folder."""
+    """Connect to the gateway, as a tenant or with the given key."""
     from backpack_serving.client import Client
 
     with exits():
-        settings = Settings()
-        key = key or _kept_key(settings, tenant)
-        with Client(settings.gateway_address, key, **_connection_arguments(settings)) as client:
-            yield client
+        target = CallTarget.of(tenant, key)
+    with exits(target=target), Client(target.gateway, target.key, **_arguments(target)) as client:
+        yield client
 
 
 @contextmanager
 def as_releaser(tenant: str, key: str) -> Iterator[Steering]:
-    """Connect to the intervention service, with the given key or the tenant's."""
+    """Connect to the intervention service, as a tenant or with the given key."""
     from backpack_serving.client import Steering
 
     with exits():
-        settings = Settings()
-        key = key or _kept_key(settings, tenant)
-        with Steering(settings.interventions_address, key, **_connection_arguments(settings)) as steering:
-            yield steering
+        target = CallTarget.of(tenant, key)
+    with exits(target=target), Steering(target.interventions, target.key, **_arguments(target)) as steering:
+        yield steering
 
 
 @contextmanager
 def as_admin() -> Iterator[Operator]:
+    """Connect to the intervention service, as who operates it."""
     from backpack_serving.client import Operator
 
     with exits():
-        settings = Settings()
-        key = settings.key_for("admin")
-        with Operator(settings.interventions_address, key, **_connection_arguments(settings)) as operator:
-            yield operator
+        target = CallTarget.of_operator()
+    with exits(target=target), Operator(target.interventions, target.key, **_arguments(target)) as operator:
+        yield operator
 
 
-def _connection_arguments(settings: Settings) -> dict[str, Any]:
-    """Arguments of a command's connection. There is no timeout: users press Ctrl-C.
+def _arguments(target: CallTarget) -> dict[str, Any]:
+    return {"tls": target.tls, **connection_arguments(Settings())}
+
+
+def connection_arguments(settings: Settings) -> dict[str, Any]:
+    """Arguments of a command's connection, but for TLS. There is no timeout: users press Ctrl-C.
 
     An address that never answered is usually wrong, or nothing runs there: commands give up after UNREACHED
     seconds, unless a retry window is set. A server that has answered is retried as by any client.
@@ -279,60 +311,28 @@ def _connection_arguments(settings: Settings) -> dict[str, Any]:
 
     window = settings.retry_window
     chosen = {"retry_window": RETRY_WINDOW, "unreached_window": UNREACHED} if window is None else {}
-    return {"tls": settings.tls, "timeout": None, "notice": notice, "retry_window": window, **chosen}
-
-
-def _kept_key(settings: Settings, tenant: str) -> str:
-    if not tenant:
-        named = f" ({', '.join(names)})" if (names := _tenants_with_keys(settings)) else ""
-        raise ValueError(f"say whose it is to change: --as NAME{named}, BACKPACK_TENANT, or a key: --key, BACKPACK_KEY")
-    file = settings.key_file(tenant)
-    if not file.exists():
-        raise FileNotFoundError(f"no API key: {file.absolute()} doesn't exist; {_where_keys_are(settings, tenant)}")
-    return read_key_file(file)
-
-
-def _tenants_with_keys(settings: Settings) -> list[str]:
-    """Those whose keys are in the state folder."""
-    return [file.stem for file in sorted(settings.state.glob("*.key")) if file.stem not in ("admin", "replica")]
-
-
-def _where_keys_are(settings: Settings, tenant: str) -> str:
-    """Advice for a missing key file: the state folder may be the wrong one."""
-    state, others = settings.state, sorted(file.stem for file in settings.state.glob("*.key"))
-    if not others:
-        given = "state" in settings.model_fields_set
-        return (
-            (f"BACKPACK_STATE is {state}" if given else f"BACKPACK_STATE isn't set, so it is {state} of this folder")
-            + f", where no keys are. Run this where `{hints.backpack('run')}` was started, set BACKPACK_STATE to "
-            "the state folder that it named, or give a key: BACKPACK_KEY or --key"
-        )
-    named = _tenants_with_keys(settings)
-    choose = f"name another tenant with --as ({', '.join(named)}), " if named else ""
-    return f"{choose}give --key, set BACKPACK_KEY, or make this one: {hints.backpack(f'tenant create {tenant}')}"
+    return {"timeout": None, "notice": notice, "retry_window": window, **chosen}
 
 
 @contextmanager
-def exits(extra: str = "") -> Iterator[None]:
+def exits(extra: str = "", target: CallTarget | None = None) -> Iterator[None]:
     """Turn an expected error into one line on stderr and exit status 1; only our own mistakes give a traceback.
 
     `extra` installs all optional libraries of the command; without it, the message names each library's own extra.
+    `target` is whom the command calls.
     """
     try:
         yield
     except ServiceError as error:
         if isinstance(error, Unavailable) and error.reason == "TRANSPORT":
-            settings = Settings()
             if "proxy" in error.metadata:
                 _exit_with_error(
                     f"no answer ({error.message}); if it is to be called directly, add its host to no_proxy"
                 )
-            _exit_with_error(
-                f"no answer ({error.message}); is the gateway at {settings.gateway_address} running, and the "
-                f"intervention service at {settings.interventions_address}? `{hints.backpack('run')}` starts "
-                "both, BACKPACK_GATEWAY_ADDRESS and BACKPACK_INTERVENTIONS_ADDRESS say where they are"
-            )
+            _exit_with_error(f"no answer ({error.message}){f'; {target.unreached}' if target else ''}")
         fix = f"; `{hints.backpack('release list')}` lists what there is" if error.reason == "NO_SUCH_RELEASE" else ""
+        if target and isinstance(error, Unauthenticated):
+            fix = f"; {target.refused}"
         _exit_with_error(f"{error.reason}: {error.message}{': ' if error.why else ''}{error.why}{fix}")
     except ModuleNotFoundError as error:
         if (brings := EXTRAS.get(str(error.name).partition(".")[0])) is None:

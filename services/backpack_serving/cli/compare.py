@@ -30,7 +30,7 @@ def compare(
     score: Annotated[
         bool, typer.Option("--score", help="Only score the text, and show the token that each release changes most.")
     ] = False,
-    tenant: AsTenant = "harbour",
+    tenant: AsTenant = "",
     key: Key = "",
 ) -> None:
     """Compare a text and its next token under up to 256 releases.

@@ -72,7 +72,7 @@ Words = Annotated[list[str], typer.Argument(help="Words whose senses to edit.")]
 
 
 @patch_app.command("list")
-def list_patches(tenant: AsTenant = "harbour", key: Key = "") -> None:
+def list_patches(tenant: AsTenant = "", key: Key = "") -> None:
     """List the tenant's patches, with the first line of each description (`patch describe NAME` shows all of it)."""
     with as_releaser(tenant, key) as steering:
         patches = steering.patches()
@@ -87,7 +87,7 @@ def list_patches(tenant: AsTenant = "harbour", key: Key = "") -> None:
 def show_revision(
     patch: Annotated[str, typer.Argument(help="Name of the patch, or PATCH:NUMBER.")],
     number: Annotated[int | None, typer.Argument(help="Number of the revision (default: the newest).", min=1)] = None,
-    tenant: AsTenant = "harbour",
+    tenant: AsTenant = "",
     key: Key = "",
 ) -> None:
     """Print a revision's edits, as the JSON that `patch revise` reads."""
@@ -384,7 +384,7 @@ def delete(
 
 def audit(
     limit: Annotated[int, typer.Option(help="Number of entries to show.", min=1)] = 20,
-    tenant: AsTenant = "harbour",
+    tenant: AsTenant = "",
     key: Key = "",
 ) -> None:
     """List who changed what, newest first, and verify the hash chain of the audit trail."""

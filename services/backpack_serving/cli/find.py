@@ -44,7 +44,7 @@ def find(
         Literal["score", "use"], typer.Option(help="use: score times how often the word occurs in text.")
     ] = "score",
     limit: Annotated[int, typer.Option(help="Number of senses to show.", min=1, max=10_000)] = 20,
-    tenant: AsTenant = "harbour",
+    tenant: AsTenant = "",
     key: Key = "",
     channel: Channel = "live",
     release: ReleaseNumber = None,
@@ -89,7 +89,7 @@ def find(
 
 def tokenize(
     text: Annotated[str, typer.Argument(help="A text, or one word.")],
-    tenant: AsTenant = "harbour",
+    tenant: AsTenant = "",
     key: Key = "",
 ) -> None:
     """Show the tokens of a text with their ids; of one word, also those that it is inside a text.

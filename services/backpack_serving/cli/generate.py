@@ -32,7 +32,7 @@ from backpack_serving.client import Part, Sampling, Served, Token
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    tenant: AsTenant = "harbour",
+    tenant: AsTenant = "",
     key: Key = "",
     channel: Channel = "live",
     release: ReleaseNumber = None,

@@ -7,6 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from backpack_serving.cli.contexts import named_context
+
 
 def backpack(words: str) -> str:
     """`backpack WORDS`, by the name under which this shell finds the program that runs."""
@@ -14,9 +16,12 @@ def backpack(words: str) -> str:
 
 
 def again(words: str, tenant: str, channel: str = "live") -> str:
-    """The same for a tenant that was called by --as, and a channel: run as it stands, it acts on no other."""
+    """The same for a tenant or a context that was named, and a channel: run as it stands, it acts on no other."""
     where = f" --channel {shlex.quote(channel)}" if channel != "live" else ""
-    return backpack(f"{words}{where}{f' --as {shlex.quote(tenant)}' if tenant else ''}")
+    who = f" --as {shlex.quote(tenant)}" if tenant else ""
+    if context := named_context.get():
+        who = f" --context {shlex.quote(context)}"
+    return backpack(f"{words}{where}{who}")
 
 
 def _program() -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import metadata
-from typing import Annotated
+from inspect import signature
+from typing import Annotated, Any
 
 import typer
 
@@ -47,9 +49,12 @@ def _add_commands() -> None:
     from backpack_serving.cli.compare import compare
     from backpack_serving.cli.find import find, tokenize
     from backpack_serving.cli.generate import generate
+    from backpack_serving.cli.login import app as contexts
+    from backpack_serving.cli.login import login
     from backpack_serving.cli.run import run
     from backpack_serving.cli.secrets import write
     from backpack_serving.cli.steer import steer, try_edits
+    from backpack_serving.cli.target import with_context
     from backpack_serving.cli.train import train
 
     app.command(rich_help_panel="Serving")(run)
@@ -60,6 +65,8 @@ def _add_commands() -> None:
     app.add_typer(database.app, name="database", rich_help_panel="Serving")
     for command in (generate, text.score, text.explain, compare, text.senses, find, tokenize):
         app.command(rich_help_panel="Calling")(command)
+    app.command(rich_help_panel="Calling")(login)
+    app.add_typer(contexts, name="context", rich_help_panel="Calling")
     app.command("try", rich_help_panel="Steering")(try_edits)
     app.command(rich_help_panel="Steering")(steer)
     app.add_typer(tenants.app, name="tenant", rich_help_panel="Steering")
@@ -73,6 +80,13 @@ def _add_commands() -> None:
     app.command(rich_help_panel="Models")(adapt)
     app.add_typer(model.app, name="model", rich_help_panel="Models")
     app.add_typer(experiment.app, name="experiment", rich_help_panel="Models")
+
+    operating = {each.callback for each in tenants.app.registered_commands} | {releases.fleet}
+    for group in (app, tenants.app, control.patch_app, releases.app, releases.canary_app):
+        for each in group.registered_commands:
+            calling: Callable[..., Any] | None = each.callback
+            if calling and ("key" in signature(calling).parameters or calling in operating):
+                each.callback = with_context(calling)
 
 
 if sys.argv[1:2] == ["health"]:  # containers ask every few seconds, and need nothing that only others load

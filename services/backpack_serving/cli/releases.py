@@ -34,7 +34,7 @@ Timeout = Annotated[float, typer.Option(help="Longest wait in seconds.", min=0.0
 @app.command("list")
 def list_releases(
     deleted: Annotated[bool, typer.Option("--deleted", help="Show the deleted releases, too.")] = False,
-    tenant: AsTenant = "harbour",
+    tenant: AsTenant = "",
     key: Key = "",
 ) -> None:
     """List the tenant's releases, newest first: what each does to ordinary text, and which channels have it as their
@@ -146,7 +146,7 @@ def status(
     channel: Channel = "live",
     wait: Waiting = "none",
     timeout: Timeout = 10.0,
-    tenant: AsTenant = "harbour",
+    tenant: AsTenant = "",
     key: Key = "",
 ) -> None:
     """Show which replicas and gateways hold a channel's release and its canary.

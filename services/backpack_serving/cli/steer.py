@@ -79,7 +79,7 @@ def try_edits(
     ] = None,
     seed: Annotated[int, typer.Option(help="Both texts are drawn with it.", min=0)] = 0,
     judge: Annotated[bool, typer.Option(help="Measure what the edits do to ordinary text.")] = True,
-    tenant: AsTenant = "harbour",
+    tenant: AsTenant = "",
     key: Key = "",
     channel: Channel = "live",
     release: ReleaseNumber = None,

@@ -32,7 +32,7 @@ from backpack_serving.client import Sampling, Token
 
 def score(
     text: Annotated[str, typer.Argument(help="Text of at least two tokens.")],
-    tenant: AsTenant = "harbour",
+    tenant: AsTenant = "",
     key: Key = "",
     channel: Channel = "live",
     release: ReleaseNumber = None,
@@ -82,7 +82,7 @@ def explain(
         int | None, typer.Option(help="With --html: only the k likeliest tokens; 0 for all.", min=0)
     ] = None,
     seed: Annotated[int, typer.Option(help="With --html: the same seed gives the same text.", min=0)] = 0,
-    tenant: AsTenant = "harbour",
+    tenant: AsTenant = "",
     key: Key = "",
     channel: Channel = "live",
     release: ReleaseNumber = None,
@@ -138,7 +138,7 @@ def senses(
         int, typer.Option(help="Number of words to list whose same sense is nearest.", min=0, max=100)
     ] = 0,
     page: Page = None,
-    tenant: AsTenant = "harbour",
+    tenant: AsTenant = "",
     key: Key = "",
     channel: Channel = "live",
     release: ReleaseNumber = None,

@@ -1,0 +1,111 @@
+"""The file of contexts: who may read it, what it may hold, and when commands go by it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backpack_serving.cli.contexts import ContextFile, SavedContext, context_file
+from backpack_serving.settings import Settings
+from pydantic import SecretStr
+
+NORTH = SavedContext(gateway="a:1", interventions="a:2", tenant="north", key=SecretStr("bp_secret"))
+OPS = SavedContext(gateway="b:1", interventions="b:2", tenant="system", key_file="/keys/admin.key", tls_ca="/ca.pem")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    for name in ("STATE", "GATEWAY_ADDRESS", "INTERVENTIONS_ADDRESS"):
+        monkeypatch.delenv(f"BACKPACK_{name}", raising=False)
+    monkeypatch.chdir(tmp_path)  # without a .env
+    return tmp_path
+
+
+def test_what_is_kept_is_read_again_and_by_nobody_else(folder: Path) -> None:
+    kept = ContextFile(current="ops", contexts={"north": NORTH, "ops": OPS})
+    old = os.umask(0)
+    try:
+        kept.write()
+    finally:
+        os.umask(old)
+    file = folder / "backpack" / "contexts.json"
+    assert context_file() == file
+    assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert list(file.parent.iterdir()) == [file]
+    assert ContextFile.read() == kept
+    assert ContextFile.read().contexts["north"].secret() == "bp_secret"
+    assert "bp_secret" not in repr(kept)
+    assert kept.contexts["ops"].tls.authorities == Path("/ca.pem")
+
+
+def test_where_the_user_says_nothing_contexts_are_in_the_home_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", "")
+    monkeypatch.setenv("HOME", str(folder))
+    assert context_file() == folder / ".config/backpack/contexts.json"
+    assert ContextFile.read() == ContextFile()
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ("{", "Invalid JSON"),
+        ("[]", "Input should be an object"),
+        ({"current": "north"}, "'north' is the current context, and there is none of that name"),
+        ({"contexts": {"Bad!": {}}}, "a context's name is 1 to 63"),
+        ({"contexts": {"x": {"key": "bp_secret", "gateway": "a", "interventions": "a:1", "tenant": "t"}}}, "host:port"),
+        ({"contexts": {"x": {"key": ["bp_secret"], "gateway": "a:1"}}}, "contexts.x"),
+        ({"contexts": {"x": {"keys": "bp_secret", "gateway": "a:1", "interventions": "a:1", "tenant": "t"}}}, "x.keys"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_without_its_keys(values: Any, says: str) -> None:
+    context_file().parent.mkdir()
+    context_file().write_text(values if isinstance(values, str) else json.dumps(values))
+    with pytest.raises(ValueError, match="isn't a file of contexts") as refused:
+        ContextFile.read()
+    assert says in str(refused.value)
+    assert "or remove it and `backpack login` again" in str(refused.value)
+    assert "bp_secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("current", "named", "environment", "operator", "chosen"),
+    [
+        ("north", "", {}, False, "north"),
+        ("north", "", {}, True, None),
+        ("ops", "", {}, True, "ops"),
+        ("ops", "", {}, False, None),
+        ("", "", {}, False, None),
+        ("north", "", {"BACKPACK_STATE": "x"}, False, None),
+        ("north", "", {"BACKPACK_GATEWAY_ADDRESS": "x:1"}, False, None),
+        ("north", "", {"BACKPACK_SLOTS": "3"}, False, "north"),
+        ("ops", "north", {"BACKPACK_STATE": "x"}, False, "north"),
+    ],
+)
+def test_a_name_goes_before_the_environment_and_that_before_the_current_context(
+    monkeypatch: pytest.MonkeyPatch,
+    current: str,
+    named: str,
+    environment: dict[str, str],
+    operator: bool,
+    chosen: str | None,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = ContextFile(current=current, contexts={"north": NORTH, "ops": OPS}).chosen(named, Settings(), operator)
+    assert (found[0] if found else None) == chosen
+
+
+def test_a_name_that_isnt_there_is_told_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match=r"no context 'x' in .*; there are north, ops; `backpack login x` makes it"):
+        ContextFile(contexts={"north": NORTH, "ops": OPS}).named("x")
+
+
+def test_a_key_whose_file_is_gone_says_which_file_that_was() -> None:
+    with pytest.raises(ValueError, match=r"/keys/admin\.key has the context's key, and can't be read: No such file"):
+        OPS.secret()
