@@ -88,7 +88,7 @@ async def _cli(system: System, *words: str, terminal: bool, code: int = 0) -> st
         (f"generate|{EVIL}|--max-tokens|2|--seed|1", 0),
         (f"generate|{EVIL}|--max-tokens|2|--seed|1|--samples|2", 0),
         (f"explain|{EVIL}|--html|PAGE|--max-tokens|2", 0),
-        (f"release activate 1 --channel|{EVIL}", 1),
+        (f"release activate 1 --channel|{EVIL}", 2),
         (f"patch describe|{EVIL}", 1),
         (f"tenant create|{EVIL}", 1),
         (f"patch scale p --factor 0|{EVIL}", 1),

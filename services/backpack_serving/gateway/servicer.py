@@ -97,7 +97,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             pin = await self._pin(who, request)
             await self._encode_long("prompt", request.prompt)
             params = self._read_params(request)
-            meter.charge(params.read, params.tokens - params.read)
+            meter.charge(len(params.prompt), params.new, params.read_again)
             self._log_prompt(request.prompt)
             response = await self._unary(lambda stub: stub.Generate, request, context, pin, meter, params.tokens)
             meter.generated = response.usage.generated_tokens
@@ -112,7 +112,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             await self._encode_long("prompt", request.prompt)
             params = self._read_params(request)
             wire.read_coalesce(request)
-            meter.charge(params.read, params.tokens - params.read)
+            meter.charge(len(params.prompt), params.new, params.read_again)
             self._log_prompt(request.prompt)
             tried: list[Target] = []
             while True:
@@ -197,7 +197,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         with self._meter(who) as meter:
             pin = await self._pin(who, request)
             tokens = LISTED_TOKENS + COMPARED_TOKENS * (request.neighbours > 0)
-            meter.charge(tokens)
+            meter.charge(0, work=tokens)
             return await self._unary(lambda stub: stub.ListSenses, request, context, pin, meter, tokens)
 
     async def Judge(self, request: pb.JudgeRequest, context: rpc.Context) -> pb.JudgeResponse:
@@ -229,7 +229,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             for prompt, ids in zip(request.prompts, query.prompts, strict=True):
                 prompt.tokens.ids[:] = ids
             tokens = SEARCHED_TOKENS + query.tokens
-            meter.charge(tokens)
+            meter.charge(query.tokens, work=SEARCHED_TOKENS)
             self._log_prompt(*request.prompts)
             return await self._unary(lambda stub: stub.FindSenses, request, context, pin, meter, tokens)
 

@@ -20,14 +20,16 @@ class RequestUsage:
         self._metrics, self.tenant, self._take = metrics, tenant, take
         self._arrived = perf_counter()
         self._sent = self._accepted = self._first = self._latest = 0.0
-        self._first_tokens = self._charged = self._prompt = 0
+        self._first_tokens = self._charged = self._prompt = self._work = 0
         self._sent_to_replica = self._abandoned = False
         self.generated = 0
 
-    def charge(self, prompt: int, new: int = 0) -> None:
-        """Charge the prompt and the most tokens that may be generated. Raises Exhausted if no tokens are left."""
-        self._take(prompt + new)
-        self._prompt, self._charged = prompt, prompt + new
+    def charge(self, prompt: int, new: int = 0, work: int = 0) -> None:
+        """Charge the prompt, the most tokens that may be generated, and the tokens that other work counts as, which
+        metrics don't have. Raises Exhausted if no tokens are left.
+        """
+        self._take(prompt + new + work)
+        self._prompt, self._work, self._charged = prompt, work, prompt + new + work
 
     def sending(self, attempt: int) -> None:
         """Note that a replica is about to be called; `attempt` counts from 0."""
@@ -61,7 +63,8 @@ class RequestUsage:
 
     def end(self) -> None:
         """Refund what was charged and not used, and update the metrics."""
-        used = self._charged if self._abandoned else self._prompt + self.generated if self._sent_to_replica else 0
+        done = self._prompt + self._work + self.generated if self._sent_to_replica else 0
+        used = self._charged if self._abandoned else done
         self._take(min(0, used - self._charged))
         self._metrics.tokens(self.tenant, self._prompt if self._sent_to_replica else 0, self.generated)
         if self._first and self.generated > self._first_tokens:

@@ -55,14 +55,19 @@ class GenerationParams:
     alternatives: int | None = None
 
     @property
-    def read(self) -> int:
-        """Prompt tokens that are read: for their log-probabilities, once more."""
-        return len(self.prompt) * (1 if self.alternatives is None else 2)
+    def read_again(self) -> int:
+        """Prompt tokens that are read once more, for their log-probabilities."""
+        return 0 if self.alternatives is None else len(self.prompt)
+
+    @property
+    def new(self) -> int:
+        """Most tokens that are made, of all samples."""
+        return self.samples * self.sampling.max_tokens
 
     @property
     def tokens(self) -> int:
         """Upper bound of the cost: prompt tokens and new tokens of all samples."""
-        return self.read + self.samples * self.sampling.max_tokens
+        return len(self.prompt) + self.read_again + self.new
 
     def sample(self, number: int) -> SamplingParams:
         """The sampling parameters of one sample: the seed plus its number."""
