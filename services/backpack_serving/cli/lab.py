@@ -49,7 +49,9 @@ Out = Annotated[
     Path,
     typer.Option("--out", help="Patch file to write.", callback=_beside_its_report, dir_okay=False),
 ]
-Contrast = Annotated[tuple[str, str], typer.Option(help="The two words between which to remove the bias.")]
+Contrast = Annotated[
+    tuple[str, str], typer.Option(metavar="WORD WORD", help="The two words between which to remove the bias.")
+]
 Templates = Annotated[
     list[str] | None,
     typer.Option("--prompt", help="A prompt with {} for the word; repeatable. The paper's five if none."),
