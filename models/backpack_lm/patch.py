@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from backpack_lm.canonical import decode, encode
+from backpack_lm.counted import counted
 from backpack_lm.edits import (
     TOPIC_MULTIPLIERS,
     TOPIC_QUANTILES,
@@ -311,7 +312,9 @@ def _vector_violations(
     at: str, vector: Vector, cells: Sequence[Cell], model: ModelShape, limits: PatchLimits
 ) -> Iterator[Violation]:
     if len(vector) != 4 * model.width:
-        yield Violation(at, "WRONG_WIDTH", f"{len(vector) / 4:g} numbers; this model's vectors have {model.width}")
+        yield Violation(
+            at, "WRONG_WIDTH", f"{counted(len(vector) / 4, 'number')}; this model's vectors have {model.width}"
+        )
         return
     values = vector.values()
     if not all(map(math.isfinite, values)):

@@ -32,6 +32,7 @@ class WordPolicy(Enum):
 
     SINGLE = "single"
     FIRST = "first"
+    LAST = "last"
     ALL = "all"
 
 
@@ -116,13 +117,13 @@ class Tokenizer:
         ids = self.encode(" " + word.strip())
         if policy is WordPolicy.ALL:
             return tuple(ids)
-        if policy is WordPolicy.FIRST:
-            return (ids[0],)
+        if policy in (WordPolicy.FIRST, WordPolicy.LAST):
+            return (ids[0 if policy is WordPolicy.FIRST else -1],)
         if len(ids) > 1:
             pieces = " + ".join(repr(self.piece(i)) for i in ids)
             raise WordError(
-                f"{word!r} is {len(ids)} tokens ({pieces}); choose another word, or, by the API or a word's "
-                "`policy` in a patch file, ask for its first token or for all of them"
+                f"{word!r} is {len(ids)} tokens ({pieces}); choose another word, or ask for its first token, its last "
+                "or all of them: --tokens of commands that edit, or a word's `policy` in the API and in patch files"
             )
         return (ids[0],)
 

@@ -409,7 +409,7 @@ async def test_refusals_are_typed_and_name_the_fix(calls: Calls) -> None:
         (steering.create_revision("p", []), InvalidRequest, "EMPTY", "at least one edit"),
         (steering.create_revision("p", [Scale("kingdomless", 0)]), InvalidRequest, "NOT_ONE_TOKEN", "first token"),
         (steering.create_revision("p", [Scale(-1, 0)]), InvalidRequest, "OUT_OF_RANGE", "no request can hold"),
-        (steering.create_revision("p", [Add("king", [1])]), InvalidRequest, "WRONG_WIDTH", "edits[0].delta: 1 numbers"),
+        (steering.create_revision("p", [Add("king", [1])]), InvalidRequest, "WRONG_WIDTH", "edits[0].delta: 1 number;"),
         (steering.create_revision("p", [Set("king", ["x"])]), InvalidRequest, "OUT_OF_RANGE", "edits[0].vector: ['x']"),  # type: ignore[list-item]
         (steering.create_revision("p", [Set("king", 5)]), InvalidRequest, "OUT_OF_RANGE", "write a list of float32"),  # type: ignore[arg-type]
         (steering.create_revision("p", Scale("king", 0)), InvalidRequest, "OUT_OF_RANGE", "write a list of edits"),  # type: ignore[arg-type]

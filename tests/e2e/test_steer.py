@@ -54,6 +54,7 @@ def test_an_edit_reaches_both_forms_of_its_words_unless_told_otherwise() -> None
     assert parse_edit("topic sea,ship 2") == Topic(["sea", "ship"], 2)
     with pytest.raises(ValueError, match="a topic has the first token of each word alone"):
         parse_edit("topic sea 2", any_case=True)
+    assert parse_edit("scale kingdomless 0", tokens="last") == Scale([Cells("kingdomless", (), "last", "both")], 0.0)
     assert parse_edit("forbid he", any_case=True) == Bias(["he"], -math.inf, any_case=True)
     assert parse_edit("copy he she", any_case=True) == Copy([Cells("he", form="both", any_case=True)], "she")
 
@@ -114,6 +115,18 @@ def test_commands_say_which_tokens_they_took(backpack: Any) -> None:
     never = backpack("steer", "q", "forbid The", *words)
     assert "never: ' The', 'The'" in never
     assert "2 biased tokens; ordinary text: perplexity" in never
+
+
+def test_a_word_of_several_tokens_is_edited_by_those_that_are_asked_for(backpack: Any) -> None:
+    words = ("--max-tokens", "2", "--no-judge", "--target", "kingdomless", "--as", "clinic")
+    edit = ("try", "The king", "--edit", "scale kingdomless 0")
+    refused = backpack(*edit, *words, code=1)
+    assert "ask for its first token, its last or all of them: --tokens of commands that edit" in refused
+    tried = backpack(*edit, "--tokens", "last", *words)
+    assert "kingdomless: 2 tokens; the target is the first, ' kingdom' (8173)" in tried
+    assert "steer NAME 'scale kingdomless 0' --tokens last --activate" in tried
+    assert "logit of ' kingdom'" in backpack("explain", "The", "--target", "kingdomless")
+    assert "senses of ' king' (2316)" in backpack("senses", "king", "--limit", "1")
 
 
 def test_whose_it_is_to_change_is_never_guessed(backpack: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,7 @@ def test_a_word_of_several_tokens_needs_a_policy() -> None:
     several = OURS.word_ids("kingdomless", WordPolicy.ALL)
     assert len(several) > 1
     assert OURS.word_ids("kingdomless", WordPolicy.FIRST) == several[:1]
+    assert OURS.word_ids("kingdomless", WordPolicy.LAST) == several[-1:]
     with pytest.raises(WordError, match="not a word"):
         OURS.word_ids("  ")
 

@@ -108,11 +108,12 @@ def test_a_bias_reaches_a_word_within_a_text_and_at_its_start() -> None:
     assert isinstance(edit, patch.BiasEdit)
     assert edit.tokens == (SHIP, SHIP_FIRST, *TOKENIZER.encode(" money"))
     several = TOKENIZER.encode(" kingdomless")
-    for word, tokens in ((_first("kingdomless"), several[:1]), (_whole("kingdomless"), several)):
+    last = inference_pb2.Word(text="kingdomless", policy=inference_pb2.WORD_POLICY_LAST_TOKEN)
+    for word, tokens in ((_first("kingdomless"), several[:1]), (last, several[-1:]), (_whole("kingdomless"), several)):
         (edit,) = read_edits([pb.Edit(bias=pb.BiasEdit(words=[word], amount=1))], TOKENIZER, SENSES)
         assert isinstance(edit, patch.BiasEdit)
         assert edit.tokens == tuple(tokens)
-    with pytest.raises(InvalidRequest, match="ask for its first token or for all of them"):
+    with pytest.raises(InvalidRequest, match="ask for its first token, its last or all"):
         read_edits([pb.Edit(bias=pb.BiasEdit(words=[_word("kingdomless")], amount=1))], TOKENIZER, SENSES)
 
 

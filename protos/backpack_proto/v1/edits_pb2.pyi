@@ -59,6 +59,8 @@ class _WordPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WordPolicy
     """An error."""
     WORD_POLICY_FIRST_TOKEN: _WordPolicy.ValueType  # 2
     WORD_POLICY_ALL_TOKENS: _WordPolicy.ValueType  # 3
+    WORD_POLICY_LAST_TOKEN: _WordPolicy.ValueType  # 4
+    """The one whose senses say most about what follows the word."""
 
 class WordPolicy(_WordPolicy, metaclass=_WordPolicyEnumTypeWrapper): ...
 
@@ -68,6 +70,8 @@ WORD_POLICY_SINGLE: WordPolicy.ValueType  # 1
 """An error."""
 WORD_POLICY_FIRST_TOKEN: WordPolicy.ValueType  # 2
 WORD_POLICY_ALL_TOKENS: WordPolicy.ValueType  # 3
+WORD_POLICY_LAST_TOKEN: WordPolicy.ValueType  # 4
+"""The one whose senses say most about what follows the word."""
 Global___WordPolicy: _TypeAlias = WordPolicy  # noqa: Y015
 
 class _DataType:

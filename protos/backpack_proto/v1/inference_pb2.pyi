@@ -26,6 +26,7 @@ from backpack_proto.v1.edits_pb2 import WORD_FORM_INNER as WORD_FORM_INNER
 from backpack_proto.v1.edits_pb2 import WORD_FORM_UNSPECIFIED as WORD_FORM_UNSPECIFIED
 from backpack_proto.v1.edits_pb2 import WORD_POLICY_ALL_TOKENS as WORD_POLICY_ALL_TOKENS
 from backpack_proto.v1.edits_pb2 import WORD_POLICY_FIRST_TOKEN as WORD_POLICY_FIRST_TOKEN
+from backpack_proto.v1.edits_pb2 import WORD_POLICY_LAST_TOKEN as WORD_POLICY_LAST_TOKEN
 from backpack_proto.v1.edits_pb2 import WORD_POLICY_SINGLE as WORD_POLICY_SINGLE
 from backpack_proto.v1.edits_pb2 import WORD_POLICY_UNSPECIFIED as WORD_POLICY_UNSPECIFIED
 from backpack_proto.v1.edits_pb2 import Word as Word

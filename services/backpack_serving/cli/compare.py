@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from backpack_serving.cli.client import AsTenant, Key, as_caller, err, out, percent
+from backpack_serving.cli.find import target_words
 from backpack_serving.client import Client, InvalidRequest, Prediction, Score, Served, Token
 
 
@@ -45,7 +46,7 @@ def compare(
             scored = client.compare_scores(text, choices)
             table, served = _token_changes(scored), [s.served for s in scored]
         else:
-            found = client.compare(text, choices, top=top, targets=target or ())
+            found = client.compare(text, choices, top=top, targets=target_words(client, target or ()))
             table, served = _beside(found, _score_releases(client, text, found)), [p.served for p in found]
     out.print(table)
     err.print(f"[dim]{counted(len(served), 'release')} of {served[0].tenant}[/]")

@@ -47,6 +47,7 @@ from backpack_serving.client import (
     Token,
     Topic,
 )
+from backpack_serving.client.edits import Tokens
 
 patch_app = typer.Typer(no_args_is_help=True, help="Patches: named, versioned lists of edits.")
 
@@ -64,6 +65,14 @@ Forms = Annotated[
 ]
 AnyCase = Annotated[
     bool, typer.Option("--any-case", help="Edit the words in lower case, capitalised and in capitals, too.")
+]
+WhichTokens = Annotated[
+    Tokens,
+    typer.Option(
+        "--tokens",
+        help="Of a word of several tokens, edit the first, the last (whose senses say most about what follows) or all; "
+        "single: refuse it.",
+    ),
 ]
 Words = Annotated[list[str], typer.Argument(help="Words whose senses to edit.")]
 
@@ -130,6 +139,7 @@ def scale(
     senses: Senses = "",
     form: Forms = "both",
     any_case: AnyCase = False,
+    tokens: WhichTokens = "single",
     tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
@@ -138,7 +148,7 @@ def scale(
     A word says less: `backpack patch scale quiet king --factor 0.5`; two of its senses, nothing at all:
     `backpack patch scale quiet king --factor 0 --senses 3,10`
     """
-    _revise(patch, [Scale(_cells_of_words(words, senses, form, any_case), factor)], tenant, key)
+    _revise(patch, [Scale(_cells_of_words(words, senses, form, any_case, tokens), factor)], tenant, key)
 
 
 @patch_app.command("copy")
@@ -149,6 +159,7 @@ def copy(
     senses: Senses = "",
     form: Forms = "both",
     any_case: AnyCase = False,
+    tokens: WhichTokens = "single",
     tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
@@ -156,7 +167,7 @@ def copy(
 
     `backpack patch copy royal king queen --from ship`
     """
-    _revise(patch, [Copy(_cells_of_words(words, senses, form, any_case), source)], tenant, key)
+    _revise(patch, [Copy(_cells_of_words(words, senses, form, any_case, tokens), source)], tenant, key)
 
 
 @patch_app.command("project-out")
@@ -167,6 +178,7 @@ def project_out(
     senses: Senses = "",
     form: Forms = "both",
     any_case: AnyCase = False,
+    tokens: WhichTokens = "single",
     tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
@@ -174,7 +186,7 @@ def project_out(
 
     `backpack patch project-out calm nurse --direction she`
     """
-    _revise(patch, [ProjectOut(_cells_of_words(words, senses, form, any_case), direction)], tenant, key)
+    _revise(patch, [ProjectOut(_cells_of_words(words, senses, form, any_case, tokens), direction)], tenant, key)
 
 
 @patch_app.command("swap")
@@ -186,6 +198,7 @@ def swap(
     senses: Senses = "",
     form: Forms = "both",
     any_case: AnyCase = False,
+    tokens: WhichTokens = "single",
     tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
@@ -193,7 +206,7 @@ def swap(
 
     `backpack patch swap facts ship --old sea --new land`
     """
-    _revise(patch, [Swap(_cells_of_words(words, senses, form, any_case), old, new)], tenant, key)
+    _revise(patch, [Swap(_cells_of_words(words, senses, form, any_case, tokens), old, new)], tenant, key)
 
 
 @patch_app.command("topic")
@@ -225,6 +238,7 @@ def bias(
     never: Annotated[bool, typer.Option("--never", help="Forbid the words.")] = False,
     form: Forms = "both",
     any_case: AnyCase = False,
+    tokens: WhichTokens = "single",
     tenant: AsWriter = "",
     key: Key = "",
 ) -> None:
@@ -236,15 +250,15 @@ def bias(
     """
     if never == (by is not None):
         raise typer.BadParameter("give one of --by AMOUNT and --never", param_hint="--by")
-    _revise(patch, [Bias(words, -math.inf if by is None else by, form=form, any_case=any_case)], tenant, key)
+    _revise(patch, [Bias(words, -math.inf if by is None else by, tokens, form, any_case)], tenant, key)
 
 
-def _cells_of_words(words: list[str], senses: str, form: Form, any_case: bool) -> list[Cells]:
+def _cells_of_words(words: list[str], senses: str, form: Form, any_case: bool, tokens: Tokens) -> list[Cells]:
     try:
         numbers = tuple(sense_numbers(senses))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--senses") from None
-    return [Cells(word, numbers, form=form, any_case=any_case) for word in words]
+    return [Cells(word, numbers, tokens, form, any_case) for word in words]
 
 
 def _revise(

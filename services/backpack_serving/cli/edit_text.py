@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from backpack_serving.client import Bias, Cells, Copy, Edit, Form, ProjectOut, Scale, Swap, Topic
+from backpack_serving.client.edits import Tokens
 
 ReadCells = Callable[[str], list[Cells]]
 
@@ -22,9 +23,10 @@ class _Syntax:
     read: Callable[[ReadCells, list[str]], Edit]
 
 
-def parse_edit(text: str, form: Form = "both", any_case: bool = False) -> Edit:
-    """The edit that a line of text names, of these forms of its words. Raises ValueError, which shows how it is
-    written.
+def parse_edit(text: str, form: Form = "both", any_case: bool = False, tokens: Tokens = "single") -> Edit:
+    """The edit that a line of text names, of these forms and tokens of its words.
+
+    Raises ValueError, which shows how it is written.
     """
     try:
         kind, *words = shlex.split(text) or [""]
@@ -36,12 +38,13 @@ def parse_edit(text: str, form: Form = "both", any_case: bool = False) -> Edit:
     if len(words) != len(syntax.written.split()):
         raise ValueError(f"{text!r} is no edit: write {kind} {syntax.written}, such as `{kind} {syntax.example}`")
     try:
-        edit = syntax.read(lambda words: _cells(words, form, any_case), words)
+        edit = syntax.read(lambda words: _cells(words, form, any_case, tokens), words)
     except ValueError as error:
         raise ValueError(f"{text!r} is no edit: {error}; write {kind} {syntax.written}") from None
-    if isinstance(edit, Topic) and (any_case or form != "both"):
-        raise ValueError(f"{text!r}: a topic has the first token of each word alone; leave out --form and --any-case")
-    return replace(edit, form=form, any_case=any_case) if isinstance(edit, Bias) else edit
+    if isinstance(edit, Topic) and (any_case or form != "both" or tokens != "single"):
+        options = "--form, --any-case and --tokens"
+        raise ValueError(f"{text!r}: a topic has the first token of each word alone; leave out {options}")
+    return replace(edit, form=form, any_case=any_case, tokens=tokens) if isinstance(edit, Bias) else edit
 
 
 def sense_numbers(senses: str) -> list[int]:
@@ -55,7 +58,7 @@ def sense_numbers(senses: str) -> list[int]:
     return numbers
 
 
-def _cells(text: str, form: Form = "inner", any_case: bool = False) -> list[Cells]:
+def _cells(text: str, form: Form = "inner", any_case: bool = False, tokens: Tokens = "single") -> list[Cells]:
     """Words with commas between them, and the senses of each after a colon."""
     words, colon, senses = text.rpartition(":")
     if not (colon and words):
@@ -63,7 +66,7 @@ def _cells(text: str, form: Form = "inner", any_case: bool = False) -> list[Cell
     elif not senses:
         raise ValueError(f"{text!r} has a colon and no senses after it")
     numbers = tuple(sense_numbers(senses))
-    return [Cells(word, numbers, form=form, any_case=any_case) for word in _split(words)]
+    return [Cells(word, numbers, tokens, form, any_case) for word in _split(words)]
 
 
 def _split(words: str) -> list[str | int]:

@@ -145,6 +145,17 @@ def _other_word_forms(client: Client, words: Sequence[str], taken: Sequence[Toke
             yield f"{word}: the token {inside}, as inside a text; at the start of a text it is {there}"
 
 
+def target_words(client: Client, words: Sequence[str]) -> list[str | Token]:
+    """Words whose probability is asked for: of one of several tokens, the first, which is told."""
+    begun, found = _begun(client) if words else 0, list[str | Token](words)
+    for at, word in enumerate(words):
+        tokens = client.tokenize(f" {word.strip()}")[begun:] if word.strip() else ()
+        if len(tokens) > 1:
+            err.print(Text(f"{word}: {len(tokens)} tokens; the target is the first, {_with_ids(tokens[:1])}", "dim"))
+            found[at] = tokens[0]
+    return found
+
+
 def _begun(client: Client) -> int:
     """How many tokens begin every text."""
     return len(client.tokenize(""))

@@ -44,13 +44,13 @@ def generate(
         float | None, typer.Option(help="Only tokens with this share of the likeliest one's probability.")
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Makes tokens of the prompt and the text less likely; 1 for none.")
+        float | None, typer.Option(help="Make tokens of the prompt and the text less likely; 1 for none.")
     ] = None,
     frequency_penalty: Annotated[
-        float, typer.Option(help="Lowers a token's logit each time that the text has it.", min=-2, max=2)
+        float, typer.Option(help="Lower a token's logit each time that the text has it.", min=-2, max=2)
     ] = 0.0,
     presence_penalty: Annotated[
-        float, typer.Option(help="Lowers the logits of tokens that the text has.", min=-2, max=2)
+        float, typer.Option(help="Lower the logits of tokens that the text has.", min=-2, max=2)
     ] = 0.0,
     min_tokens: Annotated[int, typer.Option(help="No text ends by itself before them.", min=0)] = 0,
     bad_word: Annotated[

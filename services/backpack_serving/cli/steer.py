@@ -26,8 +26,9 @@ from backpack_serving.cli.client import (
     out,
     percent,
 )
-from backpack_serving.cli.control import AnyCase, Forms, tell_tokens
+from backpack_serving.cli.control import AnyCase, Forms, WhichTokens, tell_tokens
 from backpack_serving.cli.edit_text import parse_edit
+from backpack_serving.cli.find import target_words
 from backpack_serving.cli.judging import ask_if_worse, judge_stored, show_judgement
 from backpack_serving.cli.patch_file import PatchFile
 from backpack_serving.cli.releases import Timeout, Waiting, Yes, print_move
@@ -47,6 +48,7 @@ from backpack_serving.client import (
     Steering,
     Token,
 )
+from backpack_serving.client.edits import Tokens
 
 EditTexts = Annotated[
     list[str] | None,
@@ -69,13 +71,14 @@ def try_edits(
     patch: PatchFiles = None,
     form: Forms = "both",
     any_case: AnyCase = False,
+    tokens: WhichTokens = "single",
     target: Annotated[
         list[str] | None, typer.Option(help="Word whose probability after the prompt to show; repeatable.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most new tokens.", min=1)] = 48,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy (default: the model's).", min=0.0)] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Makes tokens of the prompt and the text less likely; 1 for none.")
+        float | None, typer.Option(help="Make tokens of the prompt and the text less likely; 1 for none.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Both texts are drawn with it.", min=0)] = 0,
     judge: Annotated[bool, typer.Option(help="Measure what the edits do to ordinary text.")] = True,
@@ -91,7 +94,7 @@ def try_edits(
     Of a patch file, over the model as it is: `backpack try "The nurse said that" --patch debias.json --release 0`
     """
     with exits():
-        edits = _read_edits(edit, patch, form, any_case)
+        edits = _read_edits(edit, patch, form, any_case, tokens)
     sampling = Sampling(max_tokens, temperature, seed=seed, repetition_penalty=repetition_penalty)
     over = channel if release is None else release
     with as_caller(tenant, key) as client:
@@ -99,7 +102,7 @@ def try_edits(
         # A channel may move meanwhile: both columns are of the release that the draft was tried over.
         base = tried.served.release
         plain = client.generate(prompt, sampling, release=base)
-        found = client.compare(prompt, [base, Draft(edits, base)], top=5, targets=target or ())
+        found = client.compare(prompt, [base, Draft(edits, base)], top=5, targets=target_words(client, target or ()))
         out.print(_side_by_side(prompt, plain, tried, found))
         if judge:
             show_judgement(client, base, edits)
@@ -107,6 +110,7 @@ def try_edits(
     if edit and not patch and release is None:
         words = " ".join(map(shlex.quote, edit))
         how = ("" if form == "both" else f" --form {form}") + (" --any-case" if any_case else "")
+        how += "" if tokens == "single" else f" --tokens {tokens}"
         err.print(Text(f"keep it: {hints.again(f'steer NAME {words}{how} --activate', tenant, channel)}", "dim"))
         if base:
             err.print(f"[dim]a NAME that release {base} has is replaced; another is added beside it[/]")
@@ -120,6 +124,7 @@ def steer(
     patch: PatchFiles = None,
     form: Forms = "both",
     any_case: AnyCase = False,
+    tokens: WhichTokens = "single",
     alone: Annotated[
         bool, typer.Option("--alone", help="Release this patch alone, without the others of the channel's release.")
     ] = False,
@@ -139,7 +144,7 @@ def steer(
     is made anew.
     """
     with exits():
-        edits = _read_edits(edit, patch, form, any_case)
+        edits = _read_edits(edit, patch, form, any_case, tokens)
     with as_releaser(tenant, key) as steering:
         # Whatever is refused is refused before anything is stored.
         now = _channel_now(steering, channel)
@@ -195,12 +200,12 @@ def steer(
 
 
 def _read_edits(
-    texts: Sequence[str] | None, files: Sequence[Path] | None, form: Form, any_case: bool
+    texts: Sequence[str] | None, files: Sequence[Path] | None, form: Form, any_case: bool, tokens: Tokens
 ) -> list[Edit | pb.Edit]:
     """Those of texts, in these forms of their words, and of files. Raises ValueError for what is neither, or if there
     is none.
     """
-    edits: list[Edit | pb.Edit] = [parse_edit(text, form, any_case) for text in texts or ()]
+    edits: list[Edit | pb.Edit] = [parse_edit(text, form, any_case, tokens) for text in texts or ()]
     for file in files or ():
         edits += PatchFile.read(file).edits
     if not edits:

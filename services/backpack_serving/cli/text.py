@@ -26,6 +26,7 @@ from backpack_serving.cli.client import (
     out,
     percent,
 )
+from backpack_serving.cli.find import target_words
 from backpack_serving.cli.pages import write_generation, write_word
 from backpack_serving.client import Sampling, Token
 
@@ -104,7 +105,8 @@ def explain(
         footnote(made.served, f"{page}: {counted(len(made.tokens), 'token')} explained")
         return
     with as_caller(tenant, key) as client:
-        answer = client.explain(prompt, target or None, limit, channel=channel, release=release)
+        (word,) = target_words(client, [target]) if target else (None,)
+        answer = client.explain(prompt, word, limit, channel=channel, release=release)
     table = Table("position", "token", "sense", "weight α", "× topic", "contribution", "", box=None)
     largest = max((abs(c.contribution) for c in answer.contributions), default=1.0) or 1.0
     for c in answer.contributions:
@@ -161,7 +163,7 @@ def senses(
     if page is not None:
         write_word(word, answer, page)
         err.print(f"[dim]{page}[/]")
-    footnote(answer.served)
+    footnote(answer.served, f"senses of {answer.token.text!r} ({answer.token.id})")
 
 
 def _token_spans(scored: Iterable[tuple[Token, float]]) -> Text:

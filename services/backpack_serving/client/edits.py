@@ -18,12 +18,13 @@ from backpack_serving.client.requests import Word, word
 from backpack_serving.client.results import Token
 from backpack_serving.errors import InvalidRequest
 
-Tokens = Literal["single", "first", "all"]
+Tokens = Literal["single", "first", "last", "all"]
 Form = Literal["inner", "initial", "both"]
 
 _POLICIES = {
     "single": inference_pb2.WORD_POLICY_UNSPECIFIED,
     "first": inference_pb2.WORD_POLICY_FIRST_TOKEN,
+    "last": inference_pb2.WORD_POLICY_LAST_TOKEN,
     "all": inference_pb2.WORD_POLICY_ALL_TOKENS,
 }
 
@@ -39,7 +40,8 @@ _FORMS = {
 class Cells:
     """Senses of a word, by their numbers; if none is given, all of them.
 
-    A word of several tokens is refused, unless `tokens` asks for its "first", or for "all". `form`: a word within a
+    A word of several tokens is refused, unless `tokens` asks for its "first", its "last", whose senses say most
+    about what follows the word, or for "all". `form`: a word within a
     text (" London", "inner") and at the start of one ("London", "initial") are two tokens; "both" are those of them
     that are one token. With `any_case`, so are the word in lower case, capitalised and in capitals.
     """

@@ -22,6 +22,7 @@ WORD_POLICIES = {
     inference_pb2.WORD_POLICY_UNSPECIFIED: WordPolicy.SINGLE,
     inference_pb2.WORD_POLICY_SINGLE: WordPolicy.SINGLE,
     inference_pb2.WORD_POLICY_FIRST_TOKEN: WordPolicy.FIRST,
+    inference_pb2.WORD_POLICY_LAST_TOKEN: WordPolicy.LAST,
     inference_pb2.WORD_POLICY_ALL_TOKENS: WordPolicy.ALL,
 }
 
