@@ -63,14 +63,14 @@ class Shard:
     def part(self, config: BackpackConfig, tensor: Callable[[str], Tensor]) -> Backpack:
         """Its part of a model with this config and the tensors of these names, without a sense network.
 
-        Only its own part of each is read, where they are mapped into memory. Raises ConfigError if so many ranks can't
-        share the model.
+        Of tensors that are mapped into memory only its own part is read, and most weights stay views of them until
+        kernels pack them. Raises ConfigError if so many ranks can't share the model.
         """
         check_ranks(config, self.ranks)
         with shapes_alone():
             model = Backpack(self.config(config))
         names = [name for name in model.state_dict() if not _SENSES.match(name)]
-        state = {name: self._cut(config, name, tensor(name)).float().contiguous() for name in names}
+        state = {name: self._cut(config, name, tensor(name)).float() for name in names}
         model.load_state_dict(state, strict=False, assign=True)
         return model.eval().requires_grad_(False)
 

@@ -271,6 +271,14 @@ class Settings(BaseSettings):
         "affinity and CPU quota allow.",
     )
 
+    ranks: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Processes on this machine that share a replica's model: its senses, heads and vocabulary. On CUDA "
+        "one for each device. A number that doesn't divide them is refused, with those that do.",
+    )
+
     start_wait: float = Field(
         100.0,
         ge=0,

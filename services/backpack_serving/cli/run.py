@@ -31,6 +31,9 @@ def run(
     model: Annotated[
         Path | None, typer.Option(help="Folder or name of the model, as BACKPACK_MODEL; `backpack model list`.")
     ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Processes that share the model, as BACKPACK_RANKS.", show_default=False)
+    ] = None,
 ) -> None:
     """Serve on this machine: gateway, inference and interventions in one process, on SQLite.
 
@@ -43,7 +46,8 @@ def run(
     from backpack_serving.observability.telemetry import configure
 
     with exits():
-        settings = Settings() if model is None else Settings(model=model)
+        given = {"model": model, "ranks": ranks}
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})
         if "log_level" not in settings.model_fields_set:
             settings = settings.model_copy(update={"log_level": "warning"})
         configure(settings, "run")

@@ -75,6 +75,19 @@ class Engine:
         self._end_tokens = end_tokens if end_tokens is not None else () if given is None else (given,)
 
     @property
+    def heartbeat(self) -> float | None:
+        """Seconds after which `check` wants to be called while there is nothing to step; None: never."""
+        return self._executor.heartbeat
+
+    def check(self) -> None:
+        """Raise what a step would, if steps can't be computed any more."""
+        self._executor.check()
+
+    def close(self) -> None:
+        """End what the executor runs elsewhere."""
+        self._executor.close()
+
+    @property
     def busy(self) -> bool:
         return bool(self._sequences)
 

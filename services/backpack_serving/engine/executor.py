@@ -22,6 +22,10 @@ from backpack_serving.engine.scheduler import Batch
 from backpack_serving.engine.sequence import LogProbability, Sequence
 
 
+class RankLost(Exception):
+    """Another rank ended or hangs: which, and how that was found out. No step can be computed any more."""
+
+
 class Choice(NamedTuple):
     """The next token of a sequence, with its log-probability if that was asked for. None: nothing could be drawn,
     because the logits aren't `finite`, or because the sequence's grammar allows nothing."""
@@ -90,7 +94,7 @@ class Executor(Protocol):
         """Compute a batch and draw a token for each of `batch.sampled`; `ends` are the ids that end a text."""
 
     def check(self) -> None:
-        """Raise if steps can't be computed any more."""
+        """Raise RankLost if steps can't be computed any more."""
 
     def close(self) -> None:
         """End what runs elsewhere."""

@@ -14,6 +14,7 @@ import structlog
 import torch
 
 from backpack_serving.engine.engine import Engine, Load, QueueFull
+from backpack_serving.engine.executor import RankLost
 from backpack_serving.engine.sequence import Finish, GenerationRequest, Output
 
 LOAD_AGE = 0.05
@@ -29,6 +30,10 @@ log = structlog.get_logger(__name__)
 
 class EngineStopped(Exception):
     """The engine takes no requests: it was stopped, or a step failed."""
+
+
+class ReplicaLost(EngineStopped):
+    """A rank ended or hangs, and with it the replica: another replica, or this one once it was started anew, serves."""
 
 
 class NonFiniteLogits(Exception):
@@ -104,8 +109,10 @@ class EngineLoop:
         """The request's tokens: the first at once, then those of `gather` seconds together, the last at once.
 
         Leaving the iterator early aborts the request. Raises QueueFull, TooManyRows, TooManyTokens,
-        NonFiniteLogits, NoTokenAllowed or EngineStopped.
+        NonFiniteLogits, NoTokenAllowed or EngineStopped, of which ReplicaLost is one.
         """
+        if isinstance(self._failure, ReplicaLost):
+            raise self._failure
         if not self.healthy:
             raise EngineStopped(str(self._failure or "the engine was stopped"))
         stream = self._streams[request.id] = _TokenStream(gather)
@@ -137,6 +144,7 @@ class EngineLoop:
         self._failure = self._failure or EngineStopped("the engine was stopped")
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._engine.close)
         self._fail(self._failure)
 
     # ---- in the engine's thread
@@ -149,8 +157,12 @@ class EngineLoop:
                 self._post(self._deliver, outputs)
                 self._update_load()
         except Exception as error:
-            log.exception("the engine failed")
-            self._failure = EngineStopped(f"a step failed: {error!r}")
+            if isinstance(error, RankLost):
+                log.error("a rank is lost, and with it this replica", why=str(error))
+                self._failure = ReplicaLost(f"the replica lost a part of the model: {error}")
+            else:
+                log.exception("the engine failed")
+                self._failure = EngineStopped(f"a step failed: {error!r}")
             self._post(self._fail, self._failure)
 
     def _receive_commands(self) -> bool:
@@ -159,8 +171,11 @@ class EngineLoop:
             if idle := not self._engine.busy:
                 self._update_load()  # what was left may have been aborted after the last step
             try:
-                command = self._inbox.get(block=idle)
+                command = self._inbox.get(block=idle, timeout=self._engine.heartbeat)
             except queue.Empty:
+                if idle:
+                    self._engine.check()
+                    continue
                 return True
             if command is None:
                 return False

@@ -14,20 +14,33 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from backpack_lm.config import BackpackConfig
 from backpack_lm.int8 import store
 from backpack_lm.kernels import Caches, Kernels, MixSpan, StepInput, TokenSpan, choose
 from backpack_lm.kernels.caches import PAGE
 from backpack_lm.kernels.cuda import CudaKernels
+from backpack_lm.kernels.trunk import CachedTrunk
 from backpack_lm.model import Backpack
 from backpack_lm.overlay import LogitBias, Overlay, TopicMultipliers
+from backpack_lm.sharding import Shard
 from torch import Tensor
 
+from backpack_serving.engine.collectives import Collectives
 from backpack_serving.engine.executor import Choice, Step, choose_tokens
 from backpack_serving.engine.graphs import Graphs, Record
 from backpack_serving.engine.scheduler import Batch
 
 SLOT_TOKENS = 512
 """Positions for each slot, by default: few sequences are longer, and those that are take what others leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """What makes a runner one of several: its part of the model `whole`, and how it meets the others."""
+
+    shard: Shard
+    whole: BackpackConfig
+    collectives: Collectives
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +82,9 @@ class Runner:
     behind them; its device and dtype are those of the computation, wherever the model is. On a CUDA device decode
     steps are captured graphs; `record` is for tests without one.
 
+    As one of several ranks, `model` is its part, and `table` that of all senses, of which only its own are read; on a
+    CUDA device, `table` has its own senses alone. Overlays are its parts of them.
+
     `context` positions at most a sequence (0: as many as the model has), `cache_tokens` all of them together (0:
     512 for each slot, or the context if it is shorter, and one whole context in any case).
     """
@@ -84,14 +100,21 @@ class Runner:
         context: int = 0,
         cache_tokens: int = 0,
         page_size: int = PAGE,
+        rank: Rank | None = None,
     ) -> None:
         config = self.config = model.config
-        self.table, self.base_rows, device = table, config.vocab_size * config.num_senses, table.device
+        self.table, device = table, table.device
+        senses, self._each = range(config.num_senses), config.num_senses
+        if rank and device.type == "cpu":
+            senses, self._each = rank.shard.senses(rank.whole), rank.whole.num_senses
+        self._senses = np.arange(senses.start, senses.stop, dtype=np.int32)
+        self.base_rows = config.vocab_size * self._each
+        self._rank = rank
         self.context = min(context or config.n_positions, config.n_positions)
         self.pages = -(-cache_tokens // page_size) or max(
             slots * -(-min(self.context, SLOT_TOKENS) // page_size), -(-self.context // page_size)
         )
-        recorded = record is not None or device.type == "cuda"
+        recorded = record is not None or (device.type == "cuda" and rank is None)
         # One slot and one page more, which no sequence gets, for graphs to fill up with.
         self.caches = Caches.empty(
             config,
@@ -104,14 +127,14 @@ class Runner:
         )
         self.caches.page_table[slots:] = self.pages
         self.kernels = kernels(self.caches)
-        self._trunk = self.kernels.trunk(model)
-        self._head = self.kernels.head(model.embedding[: config.tokens])  # padding is never sampled
+        tokens = rank.shard.vocabulary(rank.whole) if rank else range(config.tokens)  # padding is never sampled
+        self._trunk = CachedTrunk(self.kernels, model, rank.collectives.sum) if rank else self.kernels.trunk(model)
+        self._head = self.kernels.head(model.embedding[tokens.start : tokens.stop])
         self._occupants: list[_Occupant | None] = [None] * slots
         self._biases: dict[int, LogitBias] = {}  # by slot
         self._batch_bias = _BatchBias((), torch.empty(0, dtype=torch.long), torch.empty(0))
         self.page_size = page_size
         self.heartbeat: float | None = None
-        self._senses = np.arange(config.num_senses, dtype=np.int32)
         self._graphs: Graphs | None = None
         if recorded and isinstance(self.kernels, CudaKernels):
             with torch.inference_mode():
@@ -119,8 +142,12 @@ class Runner:
 
     def load(self, overlay: Overlay, first_row: int) -> None:
         """Copy a release's rows behind the table, from `first_row` of the space kept for them."""
+        self.load_rows(overlay.rows, first_row)
+
+    def load_rows(self, rows: Tensor, first_row: int) -> None:
+        """As `load`, of rows [n, d] float32."""
         start = self.base_rows + first_row
-        self.table[start : start + len(overlay.rows)] = store(overlay.rows, self.table.dtype)
+        self.table[start : start + len(rows)] = store(rows, self.table.dtype)
 
     def start(self, slot: int, overlay: Overlay, first_row: int) -> None:
         """Give a slot to a sequence steered by an overlay whose rows are loaded at `first_row`."""
@@ -152,7 +179,11 @@ class Runner:
 
     def digest(self, slot: int) -> str:
         """Digest of the release that the slot's sequence is being computed with."""
-        return self._occupant(slot).overlay.digest
+        return self.overlay(slot).digest
+
+    def overlay(self, slot: int) -> Overlay:
+        """What the slot's sequence is steered by."""
+        return self._occupant(slot).overlay
 
     def stop(self, slot: int) -> None:
         self._occupants[slot] = None
@@ -170,7 +201,8 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
-        """Compute a step; logits [B, tokens] float32 of the next token of each of `step.sampled`.
+        """Compute a step; logits [B, tokens] float32 of the next token of each of `step.sampled`, or none at ranks but
+        the first.
 
         They are valid until the next step is computed.
         """
@@ -189,7 +221,15 @@ class Runner:
             return torch.empty(0, self.config.tokens)
         if len(predictions) < len(step.ids):
             queries = queries[[s.token + s.size - 1 for s, _ in sampled]]
-        return self._biased(self._head(self.kernels.mix(queries, predictions)), predictions)
+        logits = self._logits(self.kernels.mix(queries, predictions))
+        return self._biased(logits, predictions) if len(logits) else logits
+
+    def _logits(self, mixed: Tensor) -> Tensor:
+        """Logits [B, tokens] of what this rank's senses mix [B, d]; at ranks that don't draw none, [0, tokens]."""
+        if self._rank is None:
+            return self._head(mixed)
+        together = self._rank.collectives
+        return together.gather_logits(self._head(together.sum(mixed)), self.config.tokens)
 
     def _biased(self, logits: Tensor, predictions: Many[MixSpan]) -> Tensor:
         """Add the releases' biases to logits [B, tokens], in place and all together."""
@@ -211,7 +251,7 @@ class Runner:
         tokens, sizes = np.array(ids, np.int64), [span.size for span in spans]
         slots = np.repeat([span.slot for span in spans], sizes)
         positions = np.arange(len(ids)) + np.repeat([span.position - span.token for span in spans], sizes)
-        rows = (tokens * self.config.num_senses).astype(np.int32)[:, None] + self._senses  # [N, k]
+        rows = (tokens * self._each).astype(np.int32)[:, None] + self._senses  # [N, k]
         new = StepInput(*map(torch.from_numpy, (tokens, slots, positions, rows)))
         for span in spans:
             occupant = self._occupant(span.slot)

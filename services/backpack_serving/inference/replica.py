@@ -12,20 +12,24 @@ from functools import partial
 from typing import Any
 
 import structlog
-from backpack_lm.cores import set_threads
+from backpack_lm.cores import cores, set_threads
 from backpack_lm.kernels import Device, Precision
+from backpack_lm.manifest import Manifest
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import PatchLimits, ReleaseContent
+from backpack_lm.sharding import check_ranks
 from backpack_proto.v1 import directory_pb2, directory_pb2_grpc, inference_pb2_grpc, sync_pb2, sync_pb2_grpc
 
 from backpack_serving import rpc, starting, tasks
 from backpack_serving.engine.engine import Engine
+from backpack_serving.engine.executor import Executor
 from backpack_serving.engine.loop import EngineLoop
 from backpack_serving.engine.runner import Runner
 from backpack_serving.engine.scheduler import Scheduler
 from backpack_serving.engine.sequence import GenerationRequest
 from backpack_serving.engine.slots import OverlayRows, Slots
 from backpack_serving.errors import DataLoss, ServiceError
+from backpack_serving.inference import ranks
 from backpack_serving.inference.directory import REPORT_SECONDS
 from backpack_serving.inference.release_cache import Fetch, ReleaseCache
 from backpack_serving.inference.release_files import ReleaseFiles
@@ -159,26 +163,33 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
 
     `control` is a channel to the intervention service. If that is away, what is in the state folder is served.
 
-    Raises ManifestError or CheckpointError for the model, ValueError if there isn't the memory for these settings
-    or certificates are no good, EngineStopped if the first token can't be made, OSError for the address or a key.
+    Raises ManifestError or CheckpointError for the model, ValueError if there isn't the memory for these settings, the
+    model can't be shared by so many ranks, or certificates are no good, EngineStopped if the first token can't be made,
+    RankLost if a rank doesn't start, OSError for the address or a key.
     """
     key = await required(settings)
     device, precision, room = Device(settings.device).torch(), Precision(settings.precision), settings.overlay_rows
-    set_threads(settings.threads)
+    threads = settings.threads if settings.ranks == 1 else settings.threads or max(1, cores() // settings.ranks)
+    set_threads(threads)
+    check_ranks(Manifest.read(settings.model).config, settings.ranks)  # before minutes of loading
     with _enough_memory(settings):
-        read = partial(ServedModel.read, settings.model, precision, room, device)
+        read = partial(ServedModel.read, settings.model, precision, room, device, settings.ranks == 1)
         served = await starting.blocking(read)  # from a disk that hangs, perhaps
         served = replace(served, manifest=served.manifest.with_context(settings.context))
-        runner = Runner(
-            served.model,
-            served.storage,
-            settings.slots,
-            context=settings.context,
-            cache_tokens=settings.cache_tokens,
-        )
+        if settings.ranks == 1:
+            executor: Executor = Runner(
+                served.model,
+                served.storage,
+                settings.slots,
+                context=settings.context,
+                cache_tokens=settings.cache_tokens,
+            )
+        else:
+            begin = partial(ranks.start, ranks.plan_of(settings, served, device.type, threads), served)
+            executor = await starting.blocking(begin, lambda late: late.close())
     engine = EngineLoop(
         Engine(
-            runner,
+            executor,
             Slots(settings.slots),
             OverlayRows(settings.overlay_rows),
             Scheduler(settings.step_tokens, settings.queue),

@@ -73,8 +73,11 @@ class ServedModel:
         precision: Precision = Precision.FLOAT32,
         room: int = 0,
         device: torch.device = torch.device("cpu"),
+        placed: bool = True,
     ) -> ServedModel:
         """The model in a folder, its table mapped from the host's cache, in `storage` [V·k + room, d] on a device.
+
+        Ranks place their own parts of it: for them it isn't `placed`, but on the CPU, in the device's precision.
 
         All else stays on the CPU: releases are compiled there, and texts scored and explained.
 
@@ -102,7 +105,9 @@ class ServedModel:
         tokenizer = Tokenizer.read(folder / TOKENIZER, manifest.tokenizer)
         counts = TokenCounts.read(folder, config.tokens)
         frequencies = None if counts is None else counts.per_million
-        return cls(manifest, model, table, tokenizer, storage.to(device), folder, frequencies, file)
+        return cls(
+            manifest, model, table, tokenizer, storage.to(device) if placed else storage, folder, frequencies, file
+        )
 
     @property
     def shape(self) -> ModelShape:

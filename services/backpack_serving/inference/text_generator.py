@@ -11,7 +11,7 @@ from backpack_lm.overlay import Overlay
 from backpack_proto.v1 import inference_pb2 as pb
 
 from backpack_serving.engine.engine import QueueFull, TooManyRows, TooManyTokens
-from backpack_serving.engine.loop import EngineLoop, EngineStopped, NonFiniteLogits, NoTokenAllowed
+from backpack_serving.engine.loop import EngineLoop, EngineStopped, NonFiniteLogits, NoTokenAllowed, ReplicaLost
 from backpack_serving.engine.sequence import Finish, GenerationRequest, Grammar, Output
 from backpack_serving.errors import Exhausted, Internal, InvalidRequest, PreconditionFailed, Unavailable
 from backpack_serving.inference import wire as answers
@@ -75,6 +75,8 @@ class TextGenerator:
         except NoTokenAllowed as error:
             assert structure, "nothing else leaves no token"
             raise InvalidRequest.at(f"sampling.{structure.form}", "NO_TOKEN", f"it leaves no token: {error}") from None
+        except ReplicaLost as error:
+            raise Unavailable("REPLICA_LOST", str(error), retry_after=1.0) from None
         except EngineStopped as error:
             raise Unavailable("ENGINE_STOPPED", str(error)) from None
 

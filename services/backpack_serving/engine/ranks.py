@@ -1,0 +1,228 @@
+"""Several ranks as one executor. This process is rank 0: it schedules and draws; the others do what it does.
+
+Others are told of everything in the order in which it happens here, by one message a step: what became of slots and
+pages since the last one, and the step. Overlays go as each rank's own part of them, once for all slots that have them.
+"""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import subprocess
+from collections.abc import Callable, Collection, Mapping
+from collections.abc import Sequence as Many
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from backpack_lm.overlay import Overlay
+from backpack_lm.sharding import Shard
+from torch import Tensor
+
+from backpack_serving.engine.collectives import HUNG, PeerLost
+from backpack_serving.engine.executor import Choice, RankLost, Step, choose_tokens
+from backpack_serving.engine.runner import Rank, Runner
+from backpack_serving.engine.scheduler import Batch
+
+HEARTBEAT = 0.4
+"""Seconds between two questions whether a rank is there, while there is no step that would tell."""
+
+ENDING = 1.0
+"""Seconds that a rank has to end after the last message."""
+
+_LENGTH = 8  # bytes
+
+
+class Link:
+    """Messages between two processes of ours, over a connected socket that nobody else has."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+
+    def send(self, message: object, seconds: float | None = None) -> None:
+        """Raises OSError if the other process is gone, TimeoutError if it doesn't read for so long."""
+        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        self._socket.settimeout(seconds)
+        self._socket.sendall(len(data).to_bytes(_LENGTH, "little") + data)
+
+    def receive(self, seconds: float | None = None) -> Any:
+        """The next message. Raises EOFError if the other process is gone, TimeoutError."""
+        self._socket.settimeout(seconds)
+        return pickle.loads(self._exactly(int.from_bytes(self._exactly(_LENGTH), "little")))
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _exactly(self, count: int) -> bytearray:
+        data, there = bytearray(count), 0
+        while there < count:
+            with memoryview(data) as view:
+                read = self._socket.recv_into(view[there:])
+            if not read:
+                raise EOFError("the other process is gone")
+            there += read
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another rank, as rank 0 has it."""
+
+    shard: Shard
+    process: subprocess.Popen[bytes]
+    link: Link
+
+    def ended(self) -> str:
+        """How the process ended, if it did."""
+        with suppress(subprocess.TimeoutExpired):
+            return f"ended with status {self.process.wait(0.05)}"
+        return ""
+
+    def close(self) -> None:
+        """Take back the link, which tells the process to end, and wait for that."""
+        self.link.close()
+        try:
+            self.process.wait(ENDING)
+        except subprocess.TimeoutExpired:  # stopped, perhaps
+            self.process.kill()
+            self.process.wait()
+
+
+def follow(link: Link, runner: Runner) -> None:
+    """Do what rank 0 does, until it is gone or wants no more."""
+    while True:
+        try:
+            changes, step = link.receive()
+        except (EOFError, ConnectionError):
+            return
+        for change, *arguments in changes:
+            _CHANGES[change](runner, *arguments)
+        if step is None:
+            link.send(None)
+        else:
+            runner.run(step)
+
+
+class SeveralRanks:
+    """The executor over rank 0 in this process and its peers. Raises RankLost from whatever finds that out."""
+
+    def __init__(self, runner: Runner, rank: Rank, peers: Many[Peer]) -> None:
+        self.runner, self._rank, self._peers = runner, rank, peers
+        self.config, self.context = runner.config, runner.context
+        self.pages, self.page_size = runner.pages, runner.page_size
+        self.heartbeat: float | None = HEARTBEAT
+        self._changes: list[list[tuple[Any, ...]]] = [[] for _ in peers]
+        self._parts: WeakKeyDictionary[Overlay, list[_Part]] = WeakKeyDictionary()
+        self._overlays: dict[int, Overlay] = {}  # by slot
+
+    def load(self, overlay: Overlay, first_row: int) -> None:
+        own, *others = self._parts_of(overlay)
+        self.runner.load_rows(own.rows, first_row)
+        for changes, part in zip(self._changes, others, strict=True):
+            changes.append(("load_rows", part.rows, first_row))
+
+    def start(self, slot: int, overlay: Overlay, first_row: int) -> None:
+        own, *others = self._parts_of(overlay)
+        same = next((other for other, held in self._overlays.items() if held is overlay), None)
+        self.runner.start(slot, own.overlay, first_row)
+        self._overlays[slot] = overlay
+        for changes, part in zip(self._changes, others, strict=True):
+            changes.append(("start", slot, part.overlay if same is None else same, first_row))
+
+    def set_pages(self, slot: int, start: int, pages: Many[int]) -> None:
+        self._everywhere("set_pages", slot, start, pages)
+
+    def copy_page(self, donor: int, page: int, count: int) -> None:
+        self._everywhere("copy_page", donor, page, count)
+
+    def reuse(self, slot: int, tokens: Many[int]) -> None:
+        self._everywhere("reuse", slot, tokens)
+
+    def stop(self, slot: int) -> None:
+        del self._overlays[slot]
+        self._everywhere("stop", slot)
+
+    def digest(self, slot: int) -> str:
+        return self.runner.digest(slot)
+
+    def execute(self, batch: Batch, ends: Collection[int]) -> list[Choice]:
+        step = Step.of(batch)
+        self._tell(step)
+        try:
+            logits = self.runner.run(step)
+        except PeerLost as error:
+            raise RankLost(self._loss(error)) from None
+        return choose_tokens(logits, batch.sampled, ends, self.runner.kernels)
+
+    def check(self) -> None:
+        self._tell(None)
+        for peer in self._peers:
+            try:
+                peer.link.receive(HUNG)
+            except (EOFError, OSError) as error:
+                raise RankLost(self._loss(error)) from None
+
+    def close(self) -> None:
+        for peer in self._peers:
+            peer.link.close()
+        for peer in self._peers:
+            peer.close()
+
+    def _everywhere(self, change: str, *arguments: object) -> None:
+        _CHANGES[change](self.runner, *arguments)
+        for changes in self._changes:
+            changes.append((change, *arguments))
+
+    def _tell(self, step: Step | None) -> None:
+        """Send what changed, and a step, or the question whether somebody is there."""
+        for changes, peer in zip(self._changes, self._peers, strict=True):
+            try:
+                peer.link.send((changes, step), HUNG)
+            except OSError as error:
+                raise RankLost(self._loss(error)) from None
+            changes.clear()
+
+    def _loss(self, error: Exception) -> str:
+        """Which rank is lost, if one has ended; otherwise what was noticed."""
+        for peer in self._peers:
+            if ended := peer.ended():
+                return f"rank {peer.shard.rank} {ended}"
+        return f"a rank doesn't answer: {error!r}"
+
+    def _parts_of(self, overlay: Overlay) -> list[_Part]:
+        """Each rank's part of an overlay; the same objects as long as the overlay is used."""
+        if (parts := self._parts.get(overlay)) is None:
+            shards = (self._rank.shard, *(peer.shard for peer in self._peers))
+            parts = [_Part.of(overlay, shard.senses(self._rank.whole)) for shard in shards]
+            self._parts[overlay] = parts
+        return parts
+
+
+class _Part(NamedTuple):
+    """A rank's part of an overlay: its rows, which are loaded by themselves, and the rest."""
+
+    rows: Tensor
+    overlay: Overlay
+
+    @classmethod
+    def of(cls, overlay: Overlay, senses: range) -> _Part:
+        part = overlay.of_senses(senses)
+        rows, part.rows = part.rows, part.rows[:0].clone()
+        return cls(rows, part)
+
+
+def _start(runner: Runner, slot: int, overlay: Overlay | int, first_row: int) -> None:
+    """By an overlay, or by the slot that has the same."""
+    runner.start(slot, runner.overlay(overlay) if isinstance(overlay, int) else overlay, first_row)
+
+
+_CHANGES: Mapping[str, Callable[..., None]] = {
+    "load_rows": Runner.load_rows,
+    "start": _start,
+    "set_pages": Runner.set_pages,
+    "copy_page": Runner.copy_page,
+    "reuse": Runner.reuse,
+    "stop": Runner.stop,
+}
+"""What a rank does when it is told of a change."""
