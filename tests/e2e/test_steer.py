@@ -203,8 +203,6 @@ def test_the_edits_that_steer_already_make_nothing_anew(backpack: Any) -> None:
     assert "of one:1  " in backpack("steer", "one", "scale king 0.5", "--alone", *words), "which live no longer is at"
     listed = backpack("patch", "list", *words)
     assert [line.split()[:2] for line in listed.splitlines()[1:]] == [["one", "2"], ["two", "1"]]
-    tried = backpack("try", "The king", "--edit", "scale king 0", "--max-tokens", "2", "--no-judge", *words)
-    assert "a NAME that release 4 has is replaced; another is added beside it" in tried
 
 
 def test_a_vector_that_cannot_be_stored_is_named_by_its_word(backpack: Any) -> None:

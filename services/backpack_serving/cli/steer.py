@@ -112,8 +112,6 @@ def try_edits(
         how = ("" if form == "both" else f" --form {form}") + (" --any-case" if any_case else "")
         how += "" if tokens == "single" else f" --tokens {tokens}"
         err.print(Text(f"keep it: {hints.again(f'steer NAME {words}{how} --activate', tenant, channel)}", "dim"))
-        if base:
-            err.print(f"[dim]a NAME that release {base} has is replaced; another is added beside it[/]")
 
 
 def steer(

@@ -46,7 +46,7 @@ class ReaderChanges:
         return {change.key: change for change in self.changes if isinstance(change, Stageable)}
 
     @cached_property
-    def _digests(self) -> frozenset[str]:
+    def _digests_held(self) -> frozenset[str]:
         return frozenset(release.digest for change in self._staged.values() for release in change.serving)
 
     def mentions(self, key: tuple[str, str]) -> bool:
@@ -56,7 +56,7 @@ class ReaderChanges:
     def digests(self, refused: Container[tuple[str, str]] = ()) -> Iterable[str]:
         """Digests of the releases that are served once the changes are applied, except those of refused channels."""
         if not refused:
-            return self._digests
+            return self._digests_held
         applied = (change for key, change in self._staged.items() if key not in refused)
         return (release.digest for change in applied for release in change.serving)
 

@@ -155,10 +155,10 @@ class ReaderStreams:
         else:
             messages = await loop.run_in_executor(self._executor, server.pump, time.monotonic())
         if any(self._encoder.takes_long(message) for message in messages):
-            return await loop.run_in_executor(self._executor, self._encode, messages)
-        return self._encode(messages)
+            return await loop.run_in_executor(self._executor, self._encode_all, messages)
+        return self._encode_all(messages)
 
-    def _encode(self, messages: Iterable[ToReader]) -> list[bytes]:
+    def _encode_all(self, messages: Iterable[ToReader]) -> list[bytes]:
         return [part for message in messages for part in self._encoder.encode(message)]
 
 
@@ -172,7 +172,7 @@ class ChangeEncoder:
 
     def takes_long(self, message: ToReader) -> bool:
         return (
-            isinstance(message, Snapshot | Delta) and len(message.changes) > LONG and not self._found(message.changes)
+            isinstance(message, Snapshot | Delta) and len(message.changes) > LONG and not self._encoded(message.changes)
         )
 
     def encode(self, message: ToReader) -> list[bytes]:
@@ -180,14 +180,14 @@ class ChangeEncoder:
         if not isinstance(message, Snapshot | Delta):
             return [write_to_reader(message).SerializeToString()]
         with self._turn:
-            if (parts := self._found(message.changes)) is None:
+            if (parts := self._encoded(message.changes)) is None:
                 parts = write_changes(message)
                 self._parts[id(message.changes)] = message.changes, parts
                 while len(self._parts) > self._kept:
                     self._parts.popitem(last=False)
         return with_header(message, parts)
 
-    def _found(self, changes: tuple[StateEntry, ...]) -> list[bytes] | None:
+    def _encoded(self, changes: tuple[StateEntry, ...]) -> list[bytes] | None:
         """The same tuple's, not an equal one's: comparing them would take longer than encoding."""
         found = self._parts.get(id(changes))
         return found[1] if found and found[0] is changes else None
