@@ -62,7 +62,7 @@ class SyncTransport:
     def __init__(self, channel: Any, key: str, client: SyncClient, delegate: SyncDelegate, file: Path) -> None:
         self.client = client
         self._stub, self._key, self._delegate = sync_pb2_grpc.SyncServiceStub(channel), key, delegate
-        self._file = SnapshotFile(file)
+        self._file, self._encoder = SnapshotFile(file), wire.ViewEncoder()
         self._disk = asyncio.Lock()
         self._on_disk = client.view
         self._bookmarked, self._view_moved = asyncio.Event(), asyncio.Event()
@@ -215,7 +215,7 @@ class SyncTransport:
             if view is self._on_disk:
                 return
             try:
-                await asyncio.to_thread(lambda: self._file.write(wire.write_view(view)))
+                await asyncio.to_thread(lambda: self._file.write(self._encoder.encode(view)))
                 self._on_disk = view
             except OSError as error:  # a full disk must not stop what is in memory
                 log.error(

@@ -228,10 +228,23 @@ def _read_entry(change: pb.Change) -> StateEntry:
 # ---- on disk
 
 
-def write_view(view: StateView) -> bytes:
-    """A view as bytes for the disk: a snapshot message."""
-    snapshot = pb.Snapshot(position=write_position(view.position), changes=map(_write_entry, view.records()))
-    return snapshot.SerializeToString()
+class ViewEncoder:
+    """Views as bytes for the disk: a snapshot message. Entries that were in the last view are encoded already."""
+
+    def __init__(self) -> None:
+        self._encoded: dict[tuple[type, object], tuple[StateEntry, bytes]] = {}
+
+    def encode(self, view: StateView) -> bytes:
+        encoded: dict[tuple[type, object], tuple[StateEntry, bytes]] = {}
+        for entry in view.records():
+            key = type(entry), entry.key
+            found = self._encoded.get(key)
+            if found is None or found[0] is not entry:
+                found = entry, pb.Snapshot(changes=[_write_entry(entry)]).SerializeToString()
+            encoded[key] = found
+        self._encoded = encoded
+        header = pb.Snapshot(position=write_position(view.position)).SerializeToString()
+        return b"".join((header, *(data for _, data in encoded.values())))
 
 
 def read_view(data: bytes) -> StateView:
