@@ -49,6 +49,11 @@ class ReaderChanges:
     def _digests_held(self) -> frozenset[str]:
         return frozenset(release.digest for change in self._staged.values() for release in change.serving)
 
+    def index(self) -> ReaderChanges:
+        """Find out now what `mentions` and `digests` look up: of a whole state that is no work for an event loop."""
+        assert self._digests is not None
+        return self
+
     def mentions(self, key: tuple[str, str]) -> bool:
         """Whether one of the changes is of this channel, or of this tenant's newest release."""
         return key in self._staged
@@ -223,7 +228,7 @@ class SyncServer:
                 self.hello = None
                 return [ResyncRequired(f"the store is in epoch {head.epoch}, you are at {self.acked}")]
             page = self.history.snapshot(self.acked if head.epoch == self.acked.epoch else Position(head.epoch, 0))
-            content = page.of(hello.kind)
+            content = page.of(hello.kind).index()
             self.in_flight = InFlightDelta(next(self._nonces), page.position, content)
             return [Snapshot(self.in_flight.nonce, page.position, content.changes)]
         if page.position <= self.acked:
