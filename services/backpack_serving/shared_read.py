@@ -27,11 +27,11 @@ class SharedRead(Generic[T]):
     async def get(self) -> T:
         """Raises what the read raises. A caller that goes away doesn't end the others' read."""
         if self._next is None:
-            self._next = asyncio.create_task(self._run_after(self._running))
+            self._next = asyncio.create_task(self._run_read(self._running))
             self._next.add_done_callback(_retrieve)
         return await asyncio.shield(self._next)
 
-    async def _run_after(self, before: asyncio.Task[T] | None) -> T:
+    async def _run_read(self, before: asyncio.Task[T] | None) -> T:
         if before is not None and not before.done():
             await asyncio.wait([before])
         self._running, self._next = self._next, None  # whoever asks from now on waits for another one

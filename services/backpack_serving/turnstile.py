@@ -25,10 +25,10 @@ class Turnstile:
         self._waiting.append(passed)
         if not self._turning:
             self._turning = True
-            loop.call_soon(self._end_of_turn, loop)
+            loop.call_soon(self._let_pass, loop)
         await passed
 
-    def _end_of_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _let_pass(self, loop: asyncio.AbstractEventLoop) -> None:
         """What is let pass here runs in the next turn, and nothing else that waits does."""
         passed = 0
         while self._waiting and passed < self._width:
@@ -38,4 +38,4 @@ class Turnstile:
                 passed += 1
         self._turning = bool(passed)
         if passed:
-            loop.call_soon(self._end_of_turn, loop)
+            loop.call_soon(self._let_pass, loop)

@@ -107,7 +107,7 @@ class ReleaseCache:
         self._view = StateView()
         self._channels: dict[str, dict[tuple[str, str], ChannelState]] = {}  # the view's, by tenant
         self._kept_of: dict[str, frozenset[str]] = {}  # what is kept of each tenant; `_kept` is of all
-        self._most_served: dict[str, dict[str, int]] = {}  # see `_fits_beside`
+        self._most_served: dict[str, dict[str, int]] = {}  # see `_within_bytes`
         self._settling: Iterator[None] | None = None
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._draft_turns = FairLock()
@@ -330,13 +330,13 @@ class ReleaseCache:
                 await self._get_overlay(change.tenant, WantedRelease(release.digest), patience)
             except (ServiceError, PatchError) as error:
                 return _refusal(change, release, error)
-        if not self._fits_beside(change):
+        if not self._within_bytes(change):
             size = sum(self._overlay_sizes(self._serving(change.tenant)))
             message = f"{size} bytes of releases for tenants/{change.tenant}, at most {self._tenant_bytes}"
             return Refusal(*change.key, change.serving[0].digest, "TENANT_TOO_LARGE", message)
         return None
 
-    def _fits_beside(self, change: Stageable) -> bool:
+    def _within_bytes(self, change: Stageable) -> bool:
         """Whether what the tenant's channels serve, once what is staged holds, is within its bytes.
 
         They are looked through when the sum of all that was staged since is too large: it counts what is replaced, too,
@@ -388,7 +388,7 @@ class ReleaseCache:
         tenants = {tenant for tenant, fresh in view.fresh.items() if old.fresh.get(tenant) is not fresh}
         changed = [channel for key, channel in view.channels.items() if old.channels.get(key) is not channel]
         gone = [channel for key, channel in old.channels.items() if key not in view.channels]
-        turns = _turn_ends(CHANGES_A_TURN)
+        turns = _once_in(CHANGES_A_TURN)
         for channel in gone:
             self._channels.get(channel.tenant, {}).pop(channel.key, None)
             tenants.add(channel.tenant)
@@ -464,7 +464,7 @@ class ReleaseCache:
             log.error("what no channel needs can't be removed", error=str(error))
 
 
-def _turn_ends(count: int) -> Iterator[bool]:
+def _once_in(count: int) -> Iterator[bool]:
     """True once in `count` times."""
     return itertools.cycle([False] * (count - 1) + [True])
 

@@ -73,7 +73,7 @@ class HistoryTail:
         self._whole: HistoryPage | None = None
         self._reading_whole = threading.Lock()
         self._read_at: float | None = None  # when the last read began that has ended, and well
-        self._shared: SharedRead[None] = SharedRead(self._read_writes)
+        self._shared: SharedRead[None] = SharedRead(self._read_tail)
 
     @property
     def fingerprint(self) -> str:
@@ -116,7 +116,7 @@ class HistoryTail:
                 async with asyncio.timeout(AGAIN_SECONDS):
                     await written.wait()
 
-    async def _read_writes(self) -> None:
+    async def _read_tail(self) -> None:
         loop, began = asyncio.get_running_loop(), time.monotonic()
         self._read_at = None
         await self._read_all(loop)

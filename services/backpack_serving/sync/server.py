@@ -46,12 +46,12 @@ class ReaderChanges:
         return {change.key: change for change in self.changes if isinstance(change, Stageable)}
 
     @cached_property
-    def _digests_held(self) -> frozenset[str]:
+    def _served_digests(self) -> frozenset[str]:
         return frozenset(release.digest for change in self._staged.values() for release in change.serving)
 
     def index(self) -> ReaderChanges:
         """Find out now what `mentions` and `digests` look up: of a whole state that is no work for an event loop."""
-        assert self._digests is not None
+        assert self._served_digests is not None
         return self
 
     def mentions(self, key: tuple[str, str]) -> bool:
@@ -61,7 +61,7 @@ class ReaderChanges:
     def digests(self, refused: Container[tuple[str, str]] = ()) -> Iterable[str]:
         """Digests of the releases that are served once the changes are applied, except those of refused channels."""
         if not refused:
-            return self._digests_held
+            return self._served_digests
         applied = (change for key, change in self._staged.items() if key not in refused)
         return (release.digest for change in applied for release in change.serving)
 

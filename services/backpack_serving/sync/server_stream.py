@@ -155,10 +155,10 @@ class ReaderStreams:
         else:
             messages = await loop.run_in_executor(self._executor, server.pump, time.monotonic())
         if any(self._encoder.takes_long(message) for message in messages):
-            return await loop.run_in_executor(self._executor, self._encode, messages)
-        return self._encode(messages)
+            return await loop.run_in_executor(self._executor, self._encode_all, messages)
+        return self._encode_all(messages)
 
-    def _encode(self, messages: Iterable[ToReader]) -> list[bytes]:
+    def _encode_all(self, messages: Iterable[ToReader]) -> list[bytes]:
         return [part for message in messages for part in self._encoder.encode(message)]
 
 
@@ -172,17 +172,19 @@ class ChangeEncoder:
 
     def takes_long(self, message: ToReader) -> bool:
         return (
-            isinstance(message, Snapshot | Delta) and len(message.changes) > LONG and not self._found(message.changes)
+            isinstance(message, Snapshot | Delta)
+            and len(message.changes) > LONG
+            and not self._encoded_parts(message.changes)
         )
 
     def encode(self, message: ToReader) -> list[bytes]:
         """The message; a snapshot in several parts."""
         if not isinstance(message, Snapshot | Delta):
             return [write_to_reader(message).SerializeToString()]
-        if (parts := self._found(message.changes)) is None:
+        if (parts := self._encoded_parts(message.changes)) is None:
             # Threads encode a long one once; the loop, which encodes short ones, doesn't wait for them.
             with self._turn if len(message.changes) > LONG else nullcontext():
-                if (parts := self._found(message.changes)) is None:
+                if (parts := self._encoded_parts(message.changes)) is None:
                     parts = self._encode_new(message)
         return with_header(message, parts)
 
@@ -193,7 +195,7 @@ class ChangeEncoder:
             self._parts.pop(old, None)
         return parts
 
-    def _found(self, changes: tuple[StateEntry, ...]) -> list[bytes] | None:
+    def _encoded_parts(self, changes: tuple[StateEntry, ...]) -> list[bytes] | None:
         """The same tuple's, not an equal one's: comparing them would take longer than encoding."""
         found = self._parts.get(id(changes))
         return found[1] if found and found[0] is changes else None
