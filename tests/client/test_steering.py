@@ -281,11 +281,15 @@ async def test_lists_are_read_to_their_end(calls: Calls, monkeypatch: pytest.Mon
     assert [revision.number for revision in await steering.revisions("p")] == [1, 2, 3, 4, 5]
     assert [patch.id for patch in await steering.patches()] == ["b", "p"]
     assert [patch.id for patch in await steering.patches(deleted=True)] == ["b", "c", "p"]
-    entries = await steering.audit()
+    for name in ("c1", "c2", "c3"):
+        await steering.activate(0, name)
+    listed = [channel.name.rpartition("/")[2] for channel in await steering.channels()]
+    assert listed == ["c1", "c2", "c3", "live"]
+    entries = (await steering.audit())[3:]
     assert [entry.method for entry in entries[:2]] == ["DeletePatch", "UpdatePatch"]
     assert {entry.tenant for entry in entries} == {calls.tenant}
     assert [entry.revision for entry in entries] == sorted((e.revision for e in entries), reverse=True)
-    assert await steering.audit(3) == entries[:3]
+    assert (await steering.audit(6))[3:] == entries[:3]
     chain = await steering.verify_audit()
     assert chain.intact
     assert chain.entries >= entries[0].revision
@@ -375,7 +379,7 @@ async def _fresh(system: System, blocking: bool) -> int:
         return (await calls.steering.channel()).generation
 
 
-async def test_tenants_and_keys_are_operated(calls: Calls) -> None:
+async def test_tenants_and_keys_are_operated(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     operator, tenant = calls.operator, calls.tenant
     (first,) = await operator.keys(tenant)
     assert (set(first.roles), first.revoked) == ({Role.CALLER, Role.RELEASER}, False)
@@ -395,6 +399,9 @@ async def test_tenants_and_keys_are_operated(calls: Calls) -> None:
     assert [(reader.kind, reader.connected) for reader in fleet.readers] == [("replica", True), ("gateway", True)]
     assert all(reader.silence < 30 for reader in fleet.readers)
     assert fleet.at.revision > 0
+    monkeypatch.setattr("backpack_serving.client.operating.PAGE", 1)
+    by_one = await operator.fleet()
+    assert [reader.name for reader in by_one.readers] == [reader.name for reader in fleet.readers]
 
 
 async def test_refusals_are_typed_and_name_the_fix(calls: Calls) -> None:
