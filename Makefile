@@ -10,7 +10,7 @@ COMPOSE ?= docker compose
 # Python compiles what is imported when it is: torch has thousands of modules that nobody imports.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --progress-bar on -c requirements.lock
 
-.PHONY: help run test test-long test-clients test-containers up down wheel chart bench lint format protos lock clean
+.PHONY: help run test test-long test-clients test-containers up down wheel chart bench lint format protos typescript lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -74,6 +74,9 @@ format: .venv/.dev ## Format the code
 
 protos: .venv/.dev ## Generate code from the .proto files
 	$(BIN)/python -m backpack_proto.generate
+
+typescript: .venv/.dev ## Generate and build the TypeScript client of the .proto files (needs npm)
+	cd protos/typescript && npm ci --no-audit --no-fund && PYTHON=$(CURDIR)/$(BIN)/python npm run build
 
 lock: .venv/.dev ## Write requirements.lock anew from what is installed in .venv
 	@echo "# The versions that the tests ran with. \`make\` installs under these constraints; \`make lock\` writes them anew." > requirements.lock
