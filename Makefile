@@ -10,7 +10,7 @@ COMPOSE ?= docker compose
 # Python compiles what is imported when it is: torch has thousands of modules that nobody imports.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --progress-bar on -c requirements.lock
 
-.PHONY: help run test test-long test-clients test-containers up down wheel chart bench lint format protos typescript lock clean
+.PHONY: help run test test-long test-clients test-studio test-containers up down wheel chart bench lint format protos typescript studio lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ test-long: .venv/.dev ## The slow ones too
 
 test-clients: .venv/.dev .venv-clients/.installed ## Other people's clients of HTTP (1.3 GB in .venv-clients): lm-eval, LangChain, LiteLLM, Node
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/http/test_other_clients.py
+
+test-studio: .venv/.dev studio ## The studio in headless Chromium (needs npm and chromium)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/http/test_studio.py tests/http/test_studio_in_chromium.py
 
 up: ## Everything in containers, with docker compose: images, secrets in var/secrets, PostgreSQL, Prometheus, Grafana
 	$(COMPOSE) --profile setup build
@@ -74,6 +77,9 @@ format: .venv/.dev ## Format the code
 
 protos: .venv/.dev ## Generate code from the .proto files
 	$(BIN)/python -m backpack_proto.generate
+
+studio: ## Build the studio into the package (needs npm)
+	cd services/studio && npm ci --no-audit --no-fund && npm run build
 
 typescript: .venv/.dev ## Generate and build the TypeScript client of the .proto files (needs npm)
 	cd protos/typescript && npm ci --no-audit --no-fund && PYTHON=$(CURDIR)/$(BIN)/python npm run build

@@ -58,7 +58,7 @@ def test_it_is_what_the_protos_generate(module: ModuleType) -> None:
     found = FileDescriptorProto.FromString(base64.b64decode(kept[1] + "=" * (-len(kept[1]) % 4)))
     for descriptor in (found, expected):
         del descriptor.dependency[:]  # imports in JavaScript
-    assert found == expected, "run `make typescript`"
+    assert found == expected, "run `make typescript` and `make studio`"
 
 
 @pytest.mark.slow

@@ -145,6 +145,8 @@ def _over_http(address: str | None, key: Path, prompt: str) -> str:
     if address is None:
         return ""
     return f"""
+In a browser, with the key that is in {key}: http://{address}/
+
 With any client of OpenAI's API, at http://{address}/v1:
 
     curl http://{address}/v1/completions -H "Authorization: Bearer $(cat {key})" -H "Content-Type: application/json" \\

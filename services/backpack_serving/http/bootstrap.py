@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,12 +10,12 @@ from typing import Any
 from backpack_lm.manifest import TOKENIZER
 from backpack_lm.tokenizer import Tokenizer
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
 from backpack_serving import rpc, starting
 from backpack_serving.errors import ServiceError
-from backpack_serving.http import connect, openai
+from backpack_serving.http import connect, openai, site
 from backpack_serving.http.calls import Calls
 from backpack_serving.http.document import document
 from backpack_serving.http.listener import Listener, listen
@@ -61,6 +61,7 @@ async def start(settings: Settings, metrics: Metrics) -> HttpServer:
     interventions = rpc.channel(settings.interventions_address, tls)
     services = connect.services(gateway, interventions)
     described = document()
+    studio = await starting.blocking(site.routes)
 
     async def healthy(request: Request) -> Response:
         """This process lives: its event loop answers."""
@@ -78,29 +79,30 @@ async def start(settings: Settings, metrics: Metrics) -> HttpServer:
             {"status": "SERVING"} if serves else {"status": "NOT_SERVING", "why": why}, 200 if serves else 503
         )
 
-    async def root(request: Request) -> Response:
-        return PlainTextResponse("Backpack Serving: /v1 is OpenAI's API, /openapi.json says how to call it.\n")
-
     async def describe(request: Request) -> Response:
         return JSONResponse(described)
 
     routes = [
         Route("/healthz", healthy),
         Route("/readyz", ready),
-        Route("/", root),
+        *studio,
         Route("/openapi.json", describe),
         *openai.routes(manifest, tokenizer, template, gateway, interventions),
         Route("/backpack.v1.{service}/{method}", services),
     ]
     calls = Calls(
-        Router(routes, redirect_slashes=False), metrics.calls("http"), _method_names(services), settings.http_origins
+        Router(routes, redirect_slashes=False),
+        metrics.calls("http"),
+        _method_names(services, [route.path for route in studio]),
+        settings.http_origins,
     )
     listener = await listen(calls, settings.http_address, tls)
     return HttpServer(listener, (gateway, interventions), settings.drain)
 
 
-def _method_names(services: connect.Connect) -> Callable[[str], str]:
+def _method_names(services: connect.Connect, studio: Iterable[str]) -> Callable[[str], str]:
     """What a path is called in metrics, spans and logs: of few names, whatever is asked for."""
     known = {**{path: path for path in services.paths}, **openai.NAMES, "/openapi.json": "/http/Document"}
+    known |= dict.fromkeys(studio, "/http/Studio")
     prefix, retrieve = openai.RETRIEVE
     return lambda path: known.get(path) or (retrieve if path.startswith(prefix) else "/http/Other")

@@ -1,0 +1,40 @@
+/** A draft made a revision, and a release of it: as `backpack steer` does. */
+
+import { Code, refusal } from "backpack-serving-client";
+import type { Release, Revision } from "backpack-serving-client/backpack_proto/v1/interventions";
+import { draftEdits } from "../../draft/draft";
+import { once } from "../../session/once";
+import { session, since } from "../../session/session";
+
+export interface Saved {
+  revision: Revision;
+  release: Release;
+}
+
+/** With the other patches of the channel's release, unless `alone`. What is refused is refused before anything is stored. */
+export async function save(patch: string, description: string, channel: string, alone: boolean): Promise<Saved> {
+  const { patches, releases } = session.value!.backpack;
+  const parent = `patches/${patch}`;
+  const edits = draftEdits();
+  const others = alone ? [] : await otherRevisions(channel, patch);
+  try {
+    await patches.createRevision({ parent, edits, validateOnly: true });
+  } catch (error) {
+    const { code, reason } = refusal(error);
+    if (code !== Code.NotFound || reason !== "NO_SUCH_PATCH") throw error;
+    await patches.createPatch({ patchId: patch, description, ...once() });
+  }
+  const { revision } = await patches.createRevision({ parent, edits, ...once() });
+  const made = await releases.createRelease({ revisions: [...others, revision!.name], notes: description, ...once() });
+  since.value = made.position;
+  return { revision: revision!, release: made.release! };
+}
+
+async function otherRevisions(channel: string, patch: string): Promise<string[]> {
+  const { releases } = session.value!.backpack;
+  const { channels } = await releases.listChannels({});
+  const at = channels.find((one) => one.name.endsWith(`/channels/${channel}`))?.release ?? 0n;
+  if (at === 0n) return [];
+  const { release } = await releases.getRelease({ name: `releases/${at}` });
+  return release!.revisions.filter((name) => name.split("/")[3] !== patch);
+}
