@@ -1,0 +1,91 @@
+"""The studio as people use it: services/studio/e2e in headless Chromium, before a server of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backpack_serving.cli.main import app
+from typer.testing import CliRunner
+
+from tests.http.conftest import Web, serving
+
+STUDIO = Path(__file__).parents[2] / "services/studio"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+WRITES = ("steer", "release activate", "release rollback", "canary", "tenant create", "tenant suspend")
+"""Commands among the recipes that change what others of them show."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="needs Chromium"),
+    pytest.mark.skipif(not (STUDIO / "node_modules").exists(), reason="needs what `make studio` installs"),
+]
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+    state = tmp_path_factory.mktemp("studio")
+    with serving(state, model="micro") as web:
+        (state / "harbour.key").write_text(web.key)
+        yield web
+
+
+def story(web: Web, name: str, **more: str) -> None:
+    """Run the tests of one file of e2e."""
+    environment = {
+        "CHROMIUM": str(CHROMIUM),
+        "STUDIO_URL": web.url,
+        "STUDIO_KEY": web.key,
+        "STUDIO_CALLER_KEY": web.caller_key,
+        "STUDIO_ADMIN_KEY": (web.state / "admin.key").read_text().strip(),
+        **more,
+    }
+    command = ["node", "--test", "--test-timeout=600000", f"e2e/{name}.test.mjs"]
+    done = subprocess.run(
+        command, cwd=STUDIO, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_sense_is_found_edited_released_and_rolled_back_by_keyboard(studio: Web) -> None:
+    story(studio, "keyboard")
+
+
+def test_what_tenants_and_addresses_say_is_text(studio: Web) -> None:
+    story(studio, "safety")
+
+
+def test_each_room_is_accessible_and_its_recipes_run(
+    studio: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """axe finds nothing in any room, in both themes; and what a room says to do elsewhere can be done there."""
+    recipes = tmp_path / "recipes.json"
+    story(studio, "rooms", STUDIO_RECIPES=str(recipes))
+    for name, value in {
+        "BACKPACK_STATE": str(studio.state),
+        "BACKPACK_GATEWAY_ADDRESS": studio.gateway,
+        "BACKPACK_INTERVENTIONS_ADDRESS": studio.interventions,
+        "NO_COLOR": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    shown: Any = json.loads(recipes.read_text())
+    commands = [line.removeprefix("$ backpack ") for text in shown["shell"] for line in text.splitlines()]
+    reads = sorted({line for line in commands if not line.startswith(WRITES)})
+    assert len(reads) >= 10
+    for line in reads:
+        done = CliRunner().invoke(app, shlex.split(line.replace(" NAME", " harbour")))
+        assert done.exit_code == 0, f"{line}\n{done.output}"
+    for text in sorted({text for text in shown["python"] if not any(word in text for word in ("activate", "create_"))}):
+        here = text.replace("127.0.0.1:8470", studio.gateway).replace("127.0.0.1:8471", studio.interventions)
+        program = [sys.executable, "-c", here.replace('"var/', f'"{studio.state}/')]
+        ran = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)
+        assert ran.returncode == 0, f"{text}\n{ran.stderr}"
