@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,7 +20,8 @@ from backpack_serving.errors import ServiceError
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.sampling import SamplingParams
 
-from tests.e2e.conftest import System, copy, running, topic
+from tests.e2e.conftest import ANYWHERE, RUN, System, copy, running, topic
+from tests.e2e.starts import read_until_served
 from tests.e2e.test_embedded import _oracle, _overlay
 
 PROMPT = "The story of the king and the"
@@ -71,3 +76,23 @@ async def test_a_number_of_ranks_that_does_not_fit_is_refused_at_the_start(tmp_p
         async with running(tmp_path, ranks=3):
             pass
     assert not _other_ranks()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["rank 0", "the other"])
+def test_no_rank_outlives_another(tmp_path: Path, lost: str) -> None:
+    """If the other one is lost, `backpack run` ends with 1, so that whoever supervises it starts it again."""
+    addresses = {f"BACKPACK_{name.upper()}": address for name, address in ANYWHERE.items()}
+    environment = {**os.environ, **addresses, "BACKPACK_STATE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*RUN, "--ranks", "2", "--no-examples"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as run:
+        read_until_served(run)
+        (other,) = psutil.Process(run.pid).children()
+        (run if lost == "rank 0" else other).kill()
+        assert run.wait(30) == (-signal.SIGKILL if lost == "rank 0" else 1)
+        for _ in range(100):
+            if not other.is_running() or other.status() == psutil.STATUS_ZOMBIE:
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("it is still there")

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from backpack_lm.checkpoint import save
 from backpack_lm.config import BackpackConfig
 from backpack_lm.installed import folder_of
@@ -52,16 +51,18 @@ Ranked = Mapping[str, tuple[ServedModel, SeveralRanks]]
 
 
 @contextmanager
-def started(folder: Path, ranks: int, **configs: BackpackConfig) -> Iterator[Ranked]:
+def started(
+    folder: Path, ranks: int, precision: Precision = Precision.FLOAT32, **configs: BackpackConfig
+) -> Iterator[Ranked]:
     """Random models of these shapes, and ranks that share each: all started at once."""
     models: dict[str, ServedModel] = {}
     for seed, (name, config) in enumerate(configs.items()):
         save(random_model(config, seed), folder_of("micro") / TOKENIZER, folder / name)
-        models[name] = ServedModel.read(folder / name, Precision.FLOAT32, ROOM)
+        models[name] = ServedModel.read(folder / name, precision, ROOM)
 
     def begin(served: ServedModel) -> SeveralRanks:
         assert served.table_file is not None
-        plan = RankPlan(ranks, served.folder, served.table_file, torch.float32, "cpu", 1, SLOTS, ROOM)
+        plan = RankPlan(ranks, served.folder, served.table_file, served.storage.dtype, "cpu", 1, SLOTS, ROOM)
         return start(plan, served)
 
     with ThreadPoolExecutor(len(models)) as together:
