@@ -98,6 +98,7 @@ def test_replicas_of_one_node_take_one_port_after_the_other() -> None:
         ({"autoscaling": {"max_replicas": 3, "target": 5}}, "autoscaling.target\n"),
         ({"settings": {"slotz": 4}}, "no setting is called `slotz`; `backpack settings` lists them"),
         ({"settings": {"slots": 0}}, "slots\n"),
+        ({"settings": {"ranks": 2}}, "`ranks` is 2: Ray would set nothing aside"),
         ({"settings": {"service_key": "bp_1"}}, "`service_key` is a secret; set BACKPACK_SERVICE_KEY"),
     ],
 )

@@ -90,7 +90,10 @@ class Arguments(BaseModel):
                 raise ValueError(f"no setting is called `{name}`; `backpack settings` lists them")
             if name in SECRETS:
                 raise ValueError(f"`{name}` is a secret; set BACKPACK_{name.upper()} in the environment of Ray's nodes")
-        Settings(**settings)
+        if (ranks := Settings(**settings).ranks) > 1:
+            raise ValueError(
+                f"`ranks` is {ranks}: Ray would set nothing aside for those processes; leave it at 1 under Ray"
+            )
         return settings
 
     @property
