@@ -34,7 +34,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
     state = tmp_path_factory.mktemp("studio")
-    with serving(state, model="micro") as web:
+    with serving(state, model="micro", degradation="0.05") as web:
         (state / "harbour.key").write_text(web.key)
         yield web
 
@@ -58,6 +58,10 @@ def story(web: Web, name: str, **more: str) -> None:
 
 def test_a_sense_is_found_edited_released_and_rolled_back_by_keyboard(studio: Web) -> None:
     story(studio, "keyboard")
+
+
+def test_a_release_that_makes_text_worse_moves_no_channel_unasked(studio: Web) -> None:
+    story(studio, "degraded")
 
 
 def test_what_tenants_and_addresses_say_is_text(studio: Web) -> None:
