@@ -439,6 +439,13 @@ export enum WordPolicy {
    * @generated from enum value: WORD_POLICY_ALL_TOKENS = 3;
    */
   ALL_TOKENS = 3,
+
+  /**
+   * The one whose senses say most about what follows the word.
+   *
+   * @generated from enum value: WORD_POLICY_LAST_TOKEN = 4;
+   */
+  LAST_TOKEN = 4,
 }
 
 /**
