@@ -126,7 +126,7 @@ async def test_a_text_that_says_what_is_forbidden_has_no_probability(system: Sys
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (_bias("money", amount=math.nan), "only −∞"),
+        (_bias("money", amount=math.nan), "nan; at most ±100, or −∞ to forbid a word"),
         (_bias("money", amount=-101), "at most ±100"),
         (_bias("money", amount=0), "changes nothing"),
         (_bias(amount=1), "at least one word"),

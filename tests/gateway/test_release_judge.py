@@ -65,6 +65,48 @@ async def test_each_release_once_and_of_a_burst_the_newest(monkeypatch: pytest.M
     assert order == ["a7", "a6", *(f"a{number}" for number in range(40, 40 - MOST_MISSED, -1))]
 
 
+async def test_a_release_whose_caller_left_is_judged_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release_judge, "DELAY", 0.0)
+    monkeypatch.setattr(release_judge, "LOOK_AGAIN", 0.01)
+    store, judged = Store(), asyncio.Event()
+    judge: Any = ReleaseJudge(store, store, None, None, "key")  # type: ignore[arg-type]
+
+    async def judge_and_report(pin: Pin) -> None:
+        judged.set()
+
+    judge._judge_and_report = judge_and_report
+    running = asyncio.create_task(judge.run())
+    (pin,) = await store.pin("a", [1])
+    assert judge.claim(pin), "a caller asks for it"
+    store.make(("a", 1))
+    await asyncio.sleep(0.05)
+    assert not judged.is_set()
+    judge.give_up(pin, again=True)
+    async with asyncio.timeout(5):
+        await judged.wait()
+    running.cancel()
+
+
+async def test_a_tenant_whose_release_takes_long_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release_judge, "DELAY", 0.0)
+    store, order, for_ever = Store(), [], asyncio.Event()
+    judge: Any = ReleaseJudge(store, store, None, None, "key")  # type: ignore[arg-type]
+
+    async def judge_and_report(pin: Pin) -> None:
+        order.append(f"{pin.tenant}{pin.release}")
+        if pin.tenant == "slow":
+            await for_ever.wait()
+
+    judge._judge_and_report = judge_and_report
+    running = asyncio.create_task(judge.run())
+    await asyncio.sleep(0)
+    store.make(("slow", 2), ("b", 1))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert order == ["slow2", "b1"], "and the slow tenant's other release waits"
+    running.cancel()
+
+
 async def test_a_mistake_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     order = await judged_after(Store(), monkeypatch, [("broken", 1)], [("a", 1)])
     assert order == ["a1"]

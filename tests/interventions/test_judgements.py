@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import uuid
+from datetime import UTC, datetime
 
 import pytest
 import sqlalchemy as sa
@@ -13,6 +14,7 @@ from backpack_serving.errors import Forbidden, InvalidRequest, NotFound, Precond
 from backpack_serving.interventions import database
 from backpack_serving.interventions.database import open_store
 from backpack_serving.interventions.ledger import IdempotencyKey
+from backpack_serving.interventions.records import EventRecord, ReleaseStatusRecord
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Store
 from backpack_serving.references import LIVE, ReleaseRef
@@ -150,6 +152,19 @@ def test_a_release_that_was_never_served_can_be_deleted(bounded: Interventions) 
     made = bounded.releases.create_release(ACME, [("debias", 2)], "", ONCE).record
     assert made.number == 3, "the number is never used again"
     assert bounded.events.verify_chain(ADMIN)[1] is None
+
+
+def test_a_channels_release_stays_though_nobody_has_noted_that_it_is_served(bounded: Interventions) -> None:
+    """As after an older version of the service has moved the channel."""
+    for release in (1, 2, 0):
+        bounded.channels.activate(ACME, LIVE, release, etag(bounded), ONCE)
+    with bounded.channels._context.store.write("acme") as tx:
+        for number in (1, 2):
+            tx.replace(ReleaseStatusRecord("acme", number))
+        tx.log(EventRecord(0, "acme", "p", "Test", "r", "[]", datetime.now(UTC)))
+    for number in (1, 2):
+        with pytest.raises(PreconditionFailed, match="a channel was at it"):
+            bounded.releases.delete_release(ACME, number, ONCE)
 
 
 def test_pages_of_releases_skip_deleted_ones(bounded: Interventions) -> None:

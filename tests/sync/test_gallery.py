@@ -212,7 +212,7 @@ def _missing_tenant_filter(patch: Patch) -> None:
 
 def _eviction_of_what_is_in_use(patch: Patch) -> None:
     """The least recently used release goes, though a request runs under it."""
-    patch.setattr(ReleaseCache, "_is_needed", lambda self, digest: False)
+    patch.setattr(ReleaseCache, "is_needed", lambda self, digest: False)
 
 
 def _digest_is_not_verified(patch: Patch) -> None:

@@ -124,7 +124,8 @@ def activate_release(
     """
     judge_stored(tenant, key, number, insist=yes)
     with as_releaser(tenant, key) as steering:
-        activate = partial(steering.activate, number, channel, wait=wait, wait_seconds=timeout)
+        etag = _etag(steering, channel)
+        activate = partial(steering.activate, number, channel, etag=etag, wait=wait, wait_seconds=timeout)
         print_move(ask_if_worse(lambda allowed: activate(allow_degradation=allowed), yes), tenant)
 
 
@@ -214,7 +215,16 @@ def start_canary(
     One request in twenty, once all replicas hold it: `backpack canary start 4 --permille 50 --wait all`
     """
     with as_releaser(tenant, key) as steering:
-        start = partial(steering.start_canary, number, permille, channel, salt=salt, wait=wait, wait_seconds=timeout)
+        start = partial(
+            steering.start_canary,
+            number,
+            permille,
+            channel,
+            salt=salt,
+            etag=_etag(steering, channel),
+            wait=wait,
+            wait_seconds=timeout,
+        )
         print_move(ask_if_worse(lambda allowed: start(allow_degradation=allowed), yes), tenant)
     out.print(
         f"[dim]watch it: {hints.again('release status', tenant, channel)}; then: "
@@ -233,7 +243,8 @@ def promote_canary(
 ) -> None:
     """Make the canary's release the channel's release."""
     with as_releaser(tenant, key) as steering:
-        promote = partial(steering.promote_canary, channel, wait=wait, wait_seconds=timeout)
+        etag = _etag(steering, channel)
+        promote = partial(steering.promote_canary, channel, etag=etag, wait=wait, wait_seconds=timeout)
         print_move(ask_if_worse(lambda allowed: promote(allow_degradation=allowed), yes), tenant)
 
 
@@ -248,6 +259,14 @@ def abort_canary(
     """End the canary: all requests get the channel's own release again."""
     with as_releaser(tenant, key) as steering:
         print_move(steering.abort_canary(channel, wait=wait, wait_seconds=timeout), tenant)
+
+
+def _etag(steering: client.Steering, channel: str) -> str:
+    """The channel's, read once: whoever moves it while a question is asked isn't overruled by the answer."""
+    try:
+        return steering.channel(channel).etag
+    except client.NotFound:
+        return ""
 
 
 def print_move(move: Move, tenant: str = "") -> None:

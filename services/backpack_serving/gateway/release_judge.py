@@ -11,8 +11,8 @@ from backpack_lm.patch import release_digest
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import interventions_pb2, sync_pb2
 
-from backpack_serving import rpc
-from backpack_serving.errors import ServiceError, Unavailable
+from backpack_serving import rpc, tasks
+from backpack_serving.errors import TOPICS_NOT_READY, ServiceError, Unavailable
 from backpack_serving.gateway.releases import ReleaseResolver
 from backpack_serving.gateway.routing import Router, Target
 from backpack_serving.gateway.wire import write_pin
@@ -30,7 +30,13 @@ JUDGED_TOKENS = 2048
 DELAY = 0.3
 """Seconds before a new release is judged: who made it may ask for its judgement at once, which then is reported."""
 
-JUDGE_SECONDS, REPORT_SECONDS = 60.0, 5.0
+JUDGE_SECONDS, REPORT_SECONDS = 30.0, 5.0
+AT_ONCE = 4
+"""Tenants whose releases are judged side by side: one may have to wait for denominators of topics."""
+
+LOOK_AGAIN = 0.5
+"""Seconds after which it is looked at again whether a release waits to be judged."""
+
 MOST_MISSED = 8
 """Releases made since the last one that was seen: of a burst, only the newest are judged."""
 
@@ -41,7 +47,7 @@ NOTHING = release_digest([])
 
 
 class ReleaseJudge:
-    """Judges one release at a time, each of them once, tenants in turn, a tenant's newest first.
+    """Judges each release once: of a tenant one at a time, its newest first, tenants in turn.
 
     Every gateway does so, since none knows of the others; the intervention service keeps the first judgement. A
     release that can't be judged now isn't tried again: channels take it, and the audit trail says that it wasn't.
@@ -55,20 +61,27 @@ class ReleaseJudge:
         self._known: OrderedDict[tuple[str, ReleaseRef], None] = OrderedDict()  # judged, or about to be, oldest first
         self._seen: dict[str, int] = {}
         self._waiting: dict[str, list[int]] = {}  # numbers by tenant, newest last; whose turn it is, first
+        self._busy: dict[str, asyncio.Task[None]] = {}  # of tenants whose release is being judged
 
     async def run(self) -> None:
         """Follow the gateway's view for ever. What it contains at the start is taken for judged."""
         view = self._transport.client.view
         self._seen = {tenant: fresh.release.number for tenant, fresh in view.fresh.items()}
-        while True:
-            moved = self._transport.next_view()
-            for tenant, numbers in self._new_releases(self._transport.client.view):
-                self._waiting[tenant] = [*self._waiting.get(tenant, ()), *numbers][-MOST_MISSED:]
-            if self._waiting:
-                await self._judge_next()
-            else:
-                await moved.wait()
-                await asyncio.sleep(DELAY)
+        try:
+            while True:
+                moved = self._transport.next_view()
+                for tenant, numbers in self._new_releases(self._transport.client.view):
+                    self._waiting[tenant] = [*self._waiting.get(tenant, ()), *numbers][-MOST_MISSED:]
+                while len(self._busy) < AT_ONCE and (turn := self._whose_turn()):
+                    self._busy[turn] = asyncio.create_task(self._judge_next(turn))
+                if self._busy:
+                    await asyncio.wait(self._busy.values(), timeout=LOOK_AGAIN, return_when=asyncio.FIRST_COMPLETED)
+                    continue
+                await tasks.wait_at_most(moved, LOOK_AGAIN)
+                if moved.is_set():
+                    await asyncio.sleep(DELAY)
+        finally:
+            await tasks.end(*self._busy.values())
 
     def claim(self, pin: Pin) -> bool:
         """Whether nobody has judged this release yet, or is about to: the caller is, from now on."""
@@ -80,9 +93,11 @@ class ReleaseJudge:
             self._known.popitem(last=False)
         return True
 
-    def give_up(self, pin: Pin) -> None:
-        """The claimed release can't be judged now."""
+    def give_up(self, pin: Pin, again: bool = False) -> None:
+        """The claimed release wasn't judged; `again`: because its caller left, so it is to be judged all the same."""
         self._known.pop((pin.tenant, pin.ref), None)
+        if again:
+            self._waiting.setdefault(pin.tenant, []).append(pin.release)
 
     async def report(self, pin: Pin, found: pb.JudgeResponse) -> None:
         """Tell the intervention service. Logs what goes wrong: the judgement itself is right."""
@@ -112,8 +127,10 @@ class ReleaseJudge:
             first = max(last + 1, newest - MOST_MISSED + 1) if last < newest else newest  # else it is another epoch
             yield tenant, range(first, newest + 1)
 
-    async def _judge_next(self) -> None:
-        tenant = next(iter(self._waiting))
+    def _whose_turn(self) -> str | None:
+        return next((tenant for tenant in self._waiting if tenant not in self._busy), None)
+
+    async def _judge_next(self, tenant: str) -> None:
         numbers = self._waiting.pop(tenant)
         number = numbers.pop()
         if numbers:
@@ -124,8 +141,10 @@ class ReleaseJudge:
                 await self._judge_and_report(pin)
         except ServiceError as error:
             log.warning("a release can't be judged", tenant=tenant, release=number, error=error.message)
-        except Exception:  # a bug of ours must not end this for all tenants
+        except Exception:  # a bug of ours must not go unnoticed
             log.exception("a mistake of ours; going on", tenant=tenant, release=number)
+        finally:
+            del self._busy[tenant]
 
     async def _judge_and_report(self, pin: Pin) -> None:
         metadata = (*rpc.with_key(self._key), (wire.PIN, write_pin(pin).SerializeToString()))
@@ -136,8 +155,8 @@ class ReleaseJudge:
                     tried.append(target)
                     found = await target.stub.Judge(pb.JudgeRequest(limit=1), metadata=metadata, timeout=JUDGE_SECONDS)
                     break
-            except Unavailable:
-                if len(tried) == 1 and self._router.size > 1:
+            except Unavailable as error:
+                if len(tried) == 1 and self._router.size > 1 and error.reason != TOPICS_NOT_READY:
                     continue
                 self.give_up(pin)
                 raise

@@ -205,14 +205,14 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         who.require(Role.AUTHOR)
         with self._meter(who) as meter:
             pin = await self._pin(who, request)
-            meter.charge(JUDGED_TOKENS)
+            meter.charge(0, work=JUDGED_TOKENS)
             claimed = self._judge.claim(pin)
             found: pb.JudgeResponse
             try:
                 found = await self._unary(lambda stub: stub.Judge, request, context, pin, meter, JUDGED_TOKENS)
             except BaseException:
                 if claimed:
-                    self._judge.give_up(pin)
+                    self._judge.give_up(pin, again=True)
                 raise
             if claimed:
                 await self._judge.report(pin, found)

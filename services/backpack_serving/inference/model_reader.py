@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import TypeVar
 
 from backpack_lm.attribution import Attribution, SenseReading, Terms
@@ -98,8 +99,8 @@ class ModelReader:
         text = self._text
         read = [await self._run_in_turn(tenant, text.read, number, overlay) for number in range(len(text))]
         found = await self._run_in_turn(tenant, text.effects, read, limit)
-        if math.isnan(found.before + found.after):
-            raise Internal("NON_FINITE", "the release makes the model predict no numbers")
+        if math.isnan(found.after):  # the model predicts no numbers: nothing is worse
+            return replace(found, after=math.inf, moved=())
         return found
 
     async def search(self, tenant: str, query: SearchQuery, page: SearchPage, overlay: Overlay) -> list[RankedCell]:

@@ -247,7 +247,7 @@ class ReleaseCache:
         self._served.try_out(overlay)
         return overlay
 
-    def _is_needed(self, digest: str) -> bool:
+    def is_needed(self, digest: str) -> bool:
         return digest in self._kept or digest in self._users
 
     @property
@@ -258,7 +258,7 @@ class ReleaseCache:
     def _evict(self) -> None:
         """Of what isn't needed, drop what was used least recently: beyond the capacity, or its tenant's bytes."""
         sizes = Counter[str]()
-        idle = [digest for digest in reversed(self._compiled) if not self._is_needed(digest)]
+        idle = [digest for digest in reversed(self._compiled) if not self.is_needed(digest)]
         for place, digest in enumerate(idle):
             held = self._compiled[digest]
             sizes[held.tenant] += held.overlay.nbytes

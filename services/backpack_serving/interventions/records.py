@@ -183,6 +183,11 @@ class ChannelRecord:
         return f"{self.generation}-{self.digest[:12]}"
 
     @property
+    def numbers(self) -> set[int | None]:
+        """Of the releases that it is at, was at before, or has as its canary."""
+        return {self.release, self.canary, self.previous, *(number for number, _ in json.loads(self.earlier))}
+
+    @property
     def state(self) -> ChannelState:
         """The channel as gateways and replicas see it: what it points at, without the record's bookkeeping."""
         canary = None

@@ -14,7 +14,7 @@ from backpack_serving.errors import InvalidRequest, NotFound, PreconditionFailed
 from backpack_serving.interventions import lookup
 from backpack_serving.interventions.integrity import check_release
 from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult
-from backpack_serving.interventions.records import Record, ReleaseRecord, ReleaseStatusRecord
+from backpack_serving.interventions.records import ChannelRecord, Record, ReleaseRecord, ReleaseStatusRecord
 from backpack_serving.interventions.rules import RuleContext, check_text
 from backpack_serving.interventions.store import Write
 from backpack_serving.references import Position
@@ -93,7 +93,9 @@ class ReleaseRules:
         def act(tx: Write, now: datetime) -> tuple[ReleaseRecord, list[Record]]:
             found = lookup.release(tx, who.tenant, number)
             status = lookup.status(tx, found)
-            if status.served or not number:
+            # An old version of the service, beside this one or before a second upgrade, doesn't say what was served.
+            at = (c for c in tx.list(ChannelRecord, who.tenant) if number in c.numbers)
+            if status.served or not number or next(at, None):
                 why = "a channel was at it, so it stays for the audit" if number else "it is the model unpatched"
                 raise PreconditionFailed("RELEASE_SERVED", f"{found.name} can't be deleted: {why}")
             tx.replace(replace(status, deleted=True))

@@ -158,10 +158,12 @@ class Rollouts:
             rollout = self.fleet.rollout(channel, position)
             if level.reached(rollout) or level.out_of_reach(rollout) or loop.time() >= until:
                 return rollout
+            again = loop.time() + COUNT_SECONDS
             # Readers of other processes leave without a word.
             await tasks.wait_at_most(progress, min(SILENT_SECONDS, until - loop.time()))
-            # All readers are counted once for the many that answer at the same time.
-            await asyncio.sleep(min(COUNT_SECONDS, max(0.0, until - loop.time())))
+            # All readers are counted once for the many that answer at the same time; the first answer at once, since a
+            # refusal is over soon where it ends a canary.
+            await asyncio.sleep(max(0.0, min(again, until) - loop.time()))
 
     async def wait_judged(self, who: Principal, release: int) -> None:
         """Wait until a release that was just made is judged, if there are a gateway and a replica to do that."""

@@ -376,7 +376,7 @@ def test_a_judgement_is_what_the_overlay_does(subject: LabModel, folder: Path) -
     assert found.text is not None
     assert found.text.before != found.text.after
     assert "Held-out perplexity" in found.report().lead
-    with pytest.raises(PatchError, match="1 numbers"):
+    with pytest.raises(PatchError, match="1 number; this"):
         judge(subject, [AddEdit((Cell(ship, 1),), Vector.of([1.0]))])
 
 
