@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from backpack_serving.cli.contexts import ContextFile, SavedContext, context_file
+from backpack_serving.cli.main import app
 from backpack_serving.settings import Settings
 from pydantic import SecretStr
+from typer.testing import CliRunner
+
+from tests.auth.test_tls import Authority
 
 NORTH = SavedContext(gateway="a:1", interventions="a:2", tenant="north", key=SecretStr("bp_secret"))
 OPS = SavedContext(gateway="b:1", interventions="b:2", tenant="system", key_file="/keys/admin.key", tls_ca="/ca.pem")
@@ -109,3 +117,52 @@ def test_a_name_that_isnt_there_is_told_with_those_that_are() -> None:
 def test_a_key_whose_file_is_gone_says_which_file_that_was() -> None:
     with pytest.raises(ValueError, match=r"/keys/admin\.key has the context's key, and can't be read: No such file"):
         OPS.secret()
+
+
+@pytest.mark.parametrize("kept", ["--gateway", "--interventions", ""])
+def test_another_login_keeps_tls_with_the_address(monkeypatch: pytest.MonkeyPatch, folder: Path, kept: str) -> None:
+    """A context's address is called with the context's TLS: no byte of the new key goes in clear."""
+    monkeypatch.setenv("BACKPACK_RETRY_WINDOW", "0")
+    authority = Authority(folder, "servers")
+    certificate, key = map(str, authority.issue())
+    with _listening() as (address, got), _listening() as (other, _):
+        ca = str(authority.file)
+        before = SavedContext(
+            gateway=address,
+            interventions=address,
+            tenant="north",
+            tls_ca=ca,
+            tls_name="backpack.internal",
+            tls_certificate=certificate,
+            tls_key=key,
+        )
+        ContextFile(contexts={"north": before}).write()
+        moved = {"--gateway": ("--interventions", other), "--interventions": ("--gateway", other), "": ()}[kept]
+        refused = CliRunner().invoke(app, ["login", "north", *moved], input="bp_new\n")
+        assert "no server has said whose the key is; nothing is kept" in refused.stderr
+    assert got
+    assert all(data[:1] == b"\x16" for data in got), "a TLS handshake"  # the first byte of its records
+    assert ContextFile.read().contexts["north"] == before
+
+
+@contextmanager
+def _listening() -> Iterator[tuple[str, list[bytes]]]:
+    """A listener's address, and what each connection has sent it first; it answers nothing and hangs up."""
+    got: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def listen() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with connection:
+                    if data := connection.recv(4096):
+                        got.append(data)
+
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{server.getsockname()[1]}", got
+        server.shutdown(socket.SHUT_RDWR)  # wakes accept
+        thread.join(10)

@@ -55,16 +55,20 @@ def login(
 
     The key is asked for, or read from a pipe: `backpack login prod < prod.key`. It is kept in
     ~/.config/backpack/contexts.json (or $XDG_CONFIG_HOME), which only you can read; with --key-file, only where it is.
+
+    A context of that name lends its addresses, and its TLS with them, where neither an option nor the environment says
+    more.
     """
     with exits():
         contexts, settings = ContextFile.read(), Settings()
         if name and not NAME.fullmatch(name):
             raise ValueError(f"{name!r}: a context's name is {NAME_WRITTEN}")
         before = contexts.contexts.get(name)
-        files = {
-            "tls_ca": tls_ca or settings.tls_ca,
-            "tls_certificate": tls_certificate or settings.tls_certificate,
-            "tls_key": tls_key or settings.tls_key,
+        tls = {
+            "tls_ca": _absolute(tls_ca or settings.tls_ca),
+            "tls_name": tls_name or settings.tls_name,
+            "tls_certificate": _absolute(tls_certificate or settings.tls_certificate),
+            "tls_key": _absolute(tls_key or settings.tls_key),
         }
         key = read_key_file(key_file) if key_file else _asked_key()
         tried = _context(
@@ -74,11 +78,12 @@ def login(
                 or _given(settings, "interventions_address", before.interventions if before else ""),
                 "tenant": "",
                 "key": SecretStr("" if key_file else key),
-                "key_file": str(key_file.resolve()) if key_file else "",
-                "tls_name": tls_name or settings.tls_name,
-                **{field: str(file.resolve()) if file else "" for field, file in files.items()},
+                "key_file": _absolute(key_file),
+                **tls,
             }
         )
+        if before:
+            tried = _with_tls_of(before, tried)
         tenant = _tried(tried, key, settings)
         name = name or tenant
         contexts.contexts[name] = tried.model_copy(update={"tenant": tenant})
@@ -159,6 +164,23 @@ def _given(settings: Settings, field: str, before: str) -> str:
     """An address that no option names: the environment's, else the one of the context before, else the default."""
     found: str = getattr(settings, field)
     return before if before and field not in settings.model_fields_set else found
+
+
+def _absolute(file: Path | None) -> str:
+    """A file as contexts keep it: for every folder; "" for none."""
+    return str(file.resolve()) if file else ""
+
+
+def _with_tls_of(before: SavedContext, tried: SavedContext) -> SavedContext:
+    """A context that has an address of the one before: it keeps that one's TLS where nothing else was given, so that no
+    key goes in clear to a server that was called with TLS.
+    """
+    if tried.gateway != before.gateway and tried.interventions != before.interventions:
+        return tried
+    kept = {field: getattr(tried, field) or getattr(before, field) for field in ("tls_ca", "tls_name")}
+    if not (tried.tls_certificate or tried.tls_key):  # two files that belong together
+        kept |= {"tls_certificate": before.tls_certificate, "tls_key": before.tls_key}
+    return tried.model_copy(update=kept)
 
 
 def _asked_key() -> str:
