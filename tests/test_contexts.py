@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backpack_serving.cli.contexts import ContextFile, SavedContext, context_file
+from backpack_serving.cli.contexts import ContextFile, SavedContext, context_file, named_context
 from backpack_serving.cli.main import app
+from backpack_serving.cli.target import CallTarget
 from backpack_serving.settings import Settings
 from pydantic import SecretStr
 from typer.testing import CliRunner
@@ -27,7 +28,7 @@ OPS = SavedContext(gateway="b:1", interventions="b:2", tenant="system", key_file
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    for name in ("STATE", "GATEWAY_ADDRESS", "INTERVENTIONS_ADDRESS"):
+    for name in ("STATE", "GATEWAY_ADDRESS", "INTERVENTIONS_ADDRESS", "KEY", "ADMIN_KEY", "CONTEXT_NAME"):
         monkeypatch.delenv(f"BACKPACK_{name}", raising=False)
     monkeypatch.chdir(tmp_path)  # without a .env
     return tmp_path
@@ -82,17 +83,20 @@ def test_a_file_that_cannot_be_read_is_told_without_its_keys(values: Any, says: 
 
 
 @pytest.mark.parametrize(
-    ("current", "named", "environment", "operator", "chosen"),
+    ("current", "named", "environment", "operator", "key_given", "chosen"),
     [
-        ("north", "", {}, False, "north"),
-        ("north", "", {}, True, None),
-        ("ops", "", {}, True, "ops"),
-        ("ops", "", {}, False, None),
-        ("", "", {}, False, None),
-        ("north", "", {"BACKPACK_STATE": "x"}, False, None),
-        ("north", "", {"BACKPACK_GATEWAY_ADDRESS": "x:1"}, False, None),
-        ("north", "", {"BACKPACK_SLOTS": "3"}, False, "north"),
-        ("ops", "north", {"BACKPACK_STATE": "x"}, False, "north"),
+        ("north", "", {}, False, False, "north"),
+        ("north", "", {}, True, False, None),
+        ("ops", "", {}, True, False, "ops"),
+        ("ops", "", {}, False, False, None),
+        ("", "", {}, False, False, None),
+        ("north", "", {"BACKPACK_STATE": "x"}, False, False, None),
+        ("north", "", {"BACKPACK_GATEWAY_ADDRESS": "x:1"}, False, False, None),
+        ("north", "", {"BACKPACK_SLOTS": "3"}, False, False, "north"),
+        ("ops", "north", {"BACKPACK_STATE": "x"}, False, False, "north"),
+        ("north", "", {}, False, True, None),
+        ("ops", "", {}, True, True, None),
+        ("ops", "north", {}, False, True, "north"),
     ],
 )
 def test_a_name_goes_before_the_environment_and_that_before_the_current_context(
@@ -101,11 +105,13 @@ def test_a_name_goes_before_the_environment_and_that_before_the_current_context(
     named: str,
     environment: dict[str, str],
     operator: bool,
+    key_given: bool,
     chosen: str | None,
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    found = ContextFile(current=current, contexts={"north": NORTH, "ops": OPS}).chosen(named, Settings(), operator)
+    contexts = ContextFile(current=current, contexts={"north": NORTH, "ops": OPS})
+    found = contexts.chosen(named, Settings(), operator, key_given)
     assert (found[0] if found else None) == chosen
 
 
@@ -117,6 +123,50 @@ def test_a_name_that_isnt_there_is_told_with_those_that_are() -> None:
 def test_a_key_whose_file_is_gone_says_which_file_that_was() -> None:
     with pytest.raises(ValueError, match=r"/keys/admin\.key has the context's key, and can't be read: No such file"):
         OPS.secret()
+
+
+def test_a_key_that_is_given_does_not_go_to_the_current_contexts_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings()
+    contexts = {"north": NORTH, "ops": OPS.model_copy(update={"key": SecretStr("bp_ops"), "key_file": ""})}
+    ContextFile(current="north", contexts=contexts).write()
+    target = CallTarget.of("", "")
+    assert (target.gateway, target.key, target.context) == ("a:1", "bp_secret", "north")
+    target = CallTarget.of("", "bp_given")
+    assert (target.gateway, target.interventions) == (settings.gateway_address, settings.interventions_address)
+    assert (target.key, target.context) == ("bp_given", "")
+
+    ContextFile(current="ops", contexts=contexts).write()
+    assert (CallTarget.of_operator().interventions, CallTarget.of_operator().key) == ("b:2", "bp_ops")
+    given = "bp_" + "a" * 12 + "_" + "b" * 43
+    monkeypatch.setenv("BACKPACK_ADMIN_KEY", given)
+    target = CallTarget.of_operator()
+    assert (target.interventions, target.key, target.source) == (
+        settings.interventions_address,
+        given,
+        "BACKPACK_ADMIN_KEY",
+    )
+    assert target.tls == settings.tls
+    token = named_context.set("ops")
+    try:
+        assert (CallTarget.of_operator().interventions, CallTarget.of_operator().key) == ("b:2", "bp_ops")
+    finally:
+        named_context.reset(token)
+
+
+@pytest.mark.parametrize("words", [("generate", "x"), ("patch", "list"), ("patch", "delete", "p")])
+def test_a_command_with_a_key_calls_no_server_of_the_current_context(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("BACKPACK_RETRY_WINDOW", "0")
+    with _listening() as (address, got):
+        context = NORTH.model_copy(update={"gateway": address, "interventions": address})
+        ContextFile(current="north", contexts={"north": context}).write()
+        refused = CliRunner().invoke(app, [*words, "--key", "bp_given"])
+        assert refused.exit_code == 1
+        assert "north" not in refused.stderr
+        assert not got
+        CliRunner().invoke(app, [*words, "--key", "bp_given", "--context", "north"])
+        assert got
 
 
 @pytest.mark.parametrize("kept", ["--gateway", "--interventions", ""])

@@ -116,7 +116,7 @@ def _tenant_called(context: typer.Context, tenant: str) -> str:
     if tenant or context.resilient_parsing:
         return tenant
     with exits():
-        chosen = context_in_use()
+        chosen = context_in_use(context.params.get("key") or "")
     return chosen[1].tenant if chosen else EXAMPLE
 
 

@@ -1,6 +1,7 @@
 """Contexts: which servers commands call, with which TLS and as whom, by name, in a file of the user's.
 
-A context is a whole: a key is never sent to another server than the one that it was made for.
+A context is a whole: its key is never sent to a server that it doesn't name. A key from an option or the environment
+goes to a context's servers only if the command names that context.
 """
 
 from __future__ import annotations
@@ -122,13 +123,14 @@ class ContextFile(BaseModel):
             raise ValueError(f"no context {name!r} in {context_file()}; {there}; `backpack login {name}` makes it")
         return self.contexts[name]
 
-    def chosen(self, name: str, settings: Settings, operator: bool) -> tuple[str, SavedContext] | None:
-        """The context that a command uses, and its name: the one that is named; else the current one, if the
-        environment says nothing else and it is of a tenant, or for commands of the `operator` of who operates.
+    def chosen(self, name: str, settings: Settings, operator: bool, key_given: bool) -> tuple[str, SavedContext] | None:
+        """The context that a command uses, and its name: the one that is named; else the current one, if neither the
+        environment nor an option says where to call or gives a key, and it is of a tenant, or for commands of the
+        `operator` of who operates.
         """
         if name:
             return name, self.named(name)
-        if not self.current or settings.model_fields_set.intersection(_WHOLE):
+        if not self.current or key_given or settings.model_fields_set.intersection(_WHOLE):
             return None
         found = self.contexts[self.current]
         return (self.current, found) if (found.tenant == SYSTEM) == operator else None

@@ -1,4 +1,7 @@
-"""Whom a command calls: an option, else the environment, else the current context, else the state folder says so."""
+"""Whom a command calls: an option, else the environment, else the current context, else the state folder says so.
+
+Where an option or the environment gives a key, the current context isn't used: the key goes to the settings' addresses.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class CallTarget:
     def of(cls, tenant: str, key: str) -> CallTarget:
         """Whom a command calls as a tenant, or with a key. Raises ValueError or OSError if there is no key."""
         settings = Settings()
-        if chosen := context_in_use():
+        if chosen := context_in_use(key):
             name, context = chosen
             if key or tenant in ("", context.tenant):
                 key, source = (key, "--key or BACKPACK_KEY") if key else (context.secret(), _source(name))
@@ -53,7 +56,8 @@ class CallTarget:
     def of_operator(cls) -> CallTarget:
         """Whom a command calls as who operates the service. Raises ValueError or OSError if there is no key."""
         settings = Settings()
-        chosen = ContextFile.read().chosen(named_context.get(), settings, operator=True)
+        key_given = bool(settings.admin_key.get_secret_value())
+        chosen = ContextFile.read().chosen(named_context.get(), settings, operator=True, key_given=key_given)
         if chosen:
             name, context = chosen
             if context.tenant != SYSTEM:
@@ -63,7 +67,7 @@ class CallTarget:
                 )
             return cls(context.gateway, context.interventions, context.tls, context.secret(), _source(name), name)
         key = settings.key_for("admin")
-        given = "BACKPACK_ADMIN_KEY" if settings.admin_key.get_secret_value() else str(settings.key_file("admin"))
+        given = "BACKPACK_ADMIN_KEY" if key_given else str(settings.key_file("admin"))
         return cls(settings.gateway_address, settings.interventions_address, settings.tls, key, given)
 
     @property
@@ -88,9 +92,10 @@ class CallTarget:
         return f"the key is that of {self.source}"
 
 
-def context_in_use() -> tuple[str, SavedContext] | None:
-    """The context that a command of a tenant uses, and its name, if it uses one. Raises ValueError as reading does."""
-    return ContextFile.read().chosen(named_context.get(), Settings(), operator=False)
+def context_in_use(key: str = "") -> tuple[str, SavedContext] | None:
+    """The context that a command of a tenant uses, and its name, if it uses one. `key` is that of --key or
+    BACKPACK_KEY. Raises ValueError as reading does."""
+    return ContextFile.read().chosen(named_context.get(), Settings(), operator=False, key_given=bool(key))
 
 
 def with_context(command: Callable[..., Any]) -> Callable[..., Any]:
