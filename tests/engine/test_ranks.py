@@ -15,13 +15,23 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
+import typer
+from backpack_lm.checkpoint import save
+from backpack_lm.installed import folder_of
 from backpack_lm.kernels import Precision
+from backpack_lm.manifest import TOKENIZER
 from backpack_lm.overlay import Overlay, SenseTable
+from backpack_lm.sharding import Shard
+from backpack_serving.cli.client import exits
+from backpack_serving.engine import collectives
+from backpack_serving.engine.collectives import Collectives
 from backpack_serving.engine.executor import Executor
 from backpack_serving.engine.loop import EngineLoop, ReplicaLost
-from backpack_serving.engine.ranks import Link, SeveralRanks
+from backpack_serving.engine.ranks import Link, Peer, SeveralRanks
 from backpack_serving.engine.runner import Runner
 from backpack_serving.engine.sequence import GenerationRequest, Output
+from backpack_serving.inference import ranks
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.sampling import SamplingParams
 from hypothesis import given, settings
@@ -30,6 +40,7 @@ from hypothesis import strategies as st
 from tests.engine.conftest import EDITS, compiled, outputs_of
 from tests.engine.ranks import GPT2, LLAMA, ROOM, SLOTS, Ranked, engine_over, started
 from tests.engine.test_oracle import GREEDY, prompt
+from tests.models.trunk_shapes import random_model
 
 Made = dict[str, list[Output]]
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
@@ -278,6 +289,35 @@ async def test_a_rank_that_hangs_while_there_is_nothing_to_do_is_noticed(ranked:
         assert time.monotonic() - since < 2
         await asyncio.sleep(0.01)
     await loop.stop()
+
+
+def test_a_rank_that_dies_while_ranks_meet_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(random_model(GPT2, 0), folder_of("micro") / TOKENIZER, tmp_path / "model")
+    served = ServedModel.read(tmp_path / "model", Precision.FLOAT32, ROOM)
+    assert served.table_file is not None
+    plan = ranks.RankPlan(2, served.folder, served.table_file, served.storage.dtype, "cpu", 1, SLOTS, ROOM)
+    peers: list[Peer] = []
+    start_peer, join = ranks._started, Collectives.join
+
+    def started_peer(shard: Shard) -> Peer:
+        peers.append(start_peer(shard))
+        return peers[-1]
+
+    def joined_without(store: Path, rank: int, count: int, device: torch.device) -> Collectives:
+        peers[0].process.kill()
+        return join(store, rank, count, device)
+
+    monkeypatch.setattr(ranks, "_started", started_peer)
+    monkeypatch.setattr(Collectives, "join", joined_without)
+    monkeypatch.setattr(collectives, "MEETING", 0.5)
+    with pytest.raises(typer.Exit) as ended, exits():
+        ranks.start(plan, served)
+    assert ended.value.exit_code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: rank 1 ended with status -9 before it was ready: ")
+    assert said.count("\n") == 1
 
 
 def _alone(served: ServedModel, requests: list[GenerationRequest]) -> Made:

@@ -46,6 +46,7 @@ class Collectives:
         """Meet the other ranks, who are all about to call this, by a file that isn't there yet: NCCL if they compute on
         CUDA devices, else gloo over the loopback. Raises PeerLost."""
         shared: Any = dist.FileStore(str(store), ranks)  # type: ignore[attr-defined]
+        shared.set_timeout(timedelta(seconds=MEETING))
         with _lost():
             if device.type == "cuda":
                 nccl = dist.ProcessGroupNCCL.Options()

@@ -22,8 +22,11 @@ from backpack_serving.engine.scheduler import Batch
 from backpack_serving.engine.sequence import LogProbability, Sequence
 
 
-class RankLost(Exception):
-    """Another rank ended or hangs: which, and how that was found out. No step can be computed any more."""
+class RankLost(ChildProcessError):
+    """Another rank ended or hangs: which, and how that was found out. No step can be computed any more.
+
+    Commands print a lost rank as one line, as they do any OSError.
+    """
 
 
 class Choice(NamedTuple):

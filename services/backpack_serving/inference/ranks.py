@@ -22,7 +22,7 @@ from backpack_lm.model import Backpack
 from backpack_lm.sharding import Shard, check_ranks
 from torch import Tensor
 
-from backpack_serving.engine.collectives import Collectives
+from backpack_serving.engine.collectives import Collectives, PeerLost
 from backpack_serving.engine.executor import RankLost
 from backpack_serving.engine.ranks import Link, Peer, SeveralRanks
 from backpack_serving.engine.runner import Rank, Runner
@@ -103,7 +103,11 @@ def start(plan: RankPlan, served: ServedModel) -> SeveralRanks:
                 peer.link.receive()  # it has imported what it needs
                 peer.link.send((plan, peer.shard, store))
         shard = Shard(0, plan.ranks)
-        rank = Rank(shard, model.config, Collectives.join(store, 0, plan.ranks, device))
+        try:
+            together = Collectives.join(store, 0, plan.ranks, device)
+        except PeerLost as error:
+            raise RankLost(f"{_endings(peers) or 'a rank is lost'} before it was ready: {error}") from None
+        rank = Rank(shard, model.config, together)
         runner = plan.runner(rank, shard.part(model.config, model.state_dict().__getitem__), served.storage)
         for peer in peers:
             with _reporting(peer):
@@ -120,6 +124,11 @@ def _started(shard: Shard) -> Peer:
         # A session of its own: Ctrl-C in a terminal is for rank 0 to decide on.
         process = subprocess.Popen(command, pass_fds=[number], stdin=subprocess.DEVNULL, start_new_session=True)
     return Peer(shard, process, Link(ours))
+
+
+def _endings(peers: list[Peer]) -> str:
+    """The ranks whose processes have ended, and how."""
+    return ", ".join(f"rank {peer.shard.rank} {how}" for peer in peers if (how := peer.ended()))
 
 
 @contextmanager
