@@ -9,13 +9,16 @@ import pickle
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+import torch.distributed as dist
 import typer
 from backpack_lm.checkpoint import save
 from backpack_lm.installed import folder_of
@@ -25,7 +28,7 @@ from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.sharding import Shard
 from backpack_serving.cli.client import exits
 from backpack_serving.engine import collectives
-from backpack_serving.engine.collectives import Collectives
+from backpack_serving.engine.collectives import Collectives, PeerLost
 from backpack_serving.engine.executor import Executor
 from backpack_serving.engine.loop import EngineLoop, ReplicaLost
 from backpack_serving.engine.ranks import Link, Peer, SeveralRanks
@@ -318,6 +321,33 @@ def test_a_rank_that_dies_while_ranks_meet_is_one_line(
     said = capsys.readouterr().err
     assert said.startswith("error: rank 1 ended with status -9 before it was ready: ")
     assert said.count("\n") == 1
+
+
+def test_joining_ends_with_a_collective_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL meets in the first collective: it needs the store, and more time than a step's collective has."""
+    monkeypatch.setattr(collectives, "HUNG", 0.3)
+    store, late = tmp_path / "store", 0.6
+
+    def join_late() -> float:
+        """Rank 1, which is in the group at once and in the first collective later."""
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._timeout = timedelta(seconds=5)
+        group = dist.ProcessGroupGloo(dist.FileStore(str(store), 2), 1, 2, options)  # type: ignore[attr-defined]
+        time.sleep(late)
+        for _ in range(2):
+            group.allgather([[torch.empty(1), torch.empty(1)]], [torch.ones(1)]).wait()
+        return time.monotonic()
+
+    with ThreadPoolExecutor(1) as other:
+        since, their_end = time.monotonic(), other.submit(join_late)
+        together = Collectives.join(store, 0, 2, torch.device("cpu"))
+        assert time.monotonic() - since >= late
+        store.unlink(missing_ok=True)
+        assert together.sum(torch.full((1,), 2.0)).tolist() == [3.0]
+        assert their_end.result(10)
+        with pytest.raises(PeerLost):
+            together.sum(torch.ones(1))  # which waits for as long as a step's does
 
 
 def _alone(served: ServedModel, requests: list[GenerationRequest]) -> Made:

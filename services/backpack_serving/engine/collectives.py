@@ -44,7 +44,10 @@ class Collectives:
     @classmethod
     def join(cls, store: Path, rank: int, ranks: int, device: torch.device) -> Collectives:
         """Meet the other ranks, who are all about to call this, by a file that isn't there yet: NCCL if they compute on
-        CUDA devices, else gloo over the loopback. Raises PeerLost."""
+        CUDA devices, which has never run, else gloo over the loopback. Nobody needs the file afterwards.
+
+        Raises PeerLost.
+        """
         shared: Any = dist.FileStore(str(store), ranks)  # type: ignore[attr-defined]
         shared.set_timeout(timedelta(seconds=MEETING))
         with _lost():
@@ -57,6 +60,11 @@ class Collectives:
                 gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
                 gloo._timeout = timedelta(seconds=MEETING)
                 group = dist.ProcessGroupGloo(shared, rank, ranks, gloo)
+            # NCCL connects ranks in their first collective, by the file: now, with the time that this may take.
+            part = torch.ones(1, device=device)
+            parts = [torch.empty_like(part) for _ in range(ranks)]
+            group.allgather([parts], [part]).wait()
+            torch.cat(parts).tolist()  # a CUDA device has done it, too
         group._set_default_timeout(timedelta(seconds=HUNG))
         return cls(group, rank, ranks)
 
