@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -64,8 +66,21 @@ def test_a_release_that_makes_text_worse_moves_no_channel_unasked(studio: Web) -
     story(studio, "degraded")
 
 
-def test_what_tenants_and_addresses_say_is_text(studio: Web) -> None:
-    story(studio, "safety")
+def test_what_tenants_and_addresses_say_is_text(studio: Web, tmp_path: Path) -> None:
+    """No address gets a command of its own into a recipe: bash runs `backpack` alone, and Python reads no `ran`."""
+    recipes = tmp_path / "recipes.json"
+    story(studio, "safety", STUDIO_RECIPES=str(recipes))
+    shown: Any = json.loads(recipes.read_text())
+    for text in shown["shell"]:
+        assert not re.search(r"[^\n\t -~]", text), f"a terminal obeys control characters: {text!r}"
+        program = 'set -e; backpack() { :; }; ran() { echo "$FUNCNAME"; }\n' + re.sub(
+            r"^\$ (?=backpack )", "", text, flags=re.M
+        )
+        done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), text
+    for text in shown["python"]:
+        names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+        assert "ran" not in names, text
 
 
 def test_each_room_is_accessible_and_its_recipes_run(

@@ -15,11 +15,22 @@ test("a release that makes ordinary text much worse", async () => {
   const { release } = await call("ReleaseService/CreateRelease", { revisions: [revision.name] });
 
   const { page, close } = await open(browser, { at: `#/release?release=${release.number}` });
+  const shown = (number) => page.locator("#channel-live + p").getByText(`release ${number}`, { exact: true }).waitFor();
   await page.getByText("Channels may refuse it.").waitFor();
   await page.getByRole("button", { name: "Activate for all" }).click();
   await page.getByRole("button", { name: "Move it all the same" }).waitFor();
   assert.match(await page.getByRole("alert").innerText(), /DEGRADES/);
   assert.equal((await live()).release, was.release);
+
+  await call("ReleaseService/Activate", { channel: was.name, release: "0", etag: was.etag });
+  await shown("0");
+  await page.getByRole("button", { name: "Move it all the same" }).click();
+  await page.getByRole("alert").getByText("Somebody else changed it meanwhile.").waitFor();
+  assert.equal((await live()).release ?? "0", "0");
+  await call("ReleaseService/Rollback", { channel: was.name, etag: (await live()).etag });
+  await shown(was.release);
+
+  await page.getByRole("button", { name: "Activate for all" }).click();
   await page.getByRole("button", { name: "Move it all the same" }).click();
   await page.getByText(`live is at release ${release.number}. Held by`).waitFor();
   assert.equal((await live()).release, release.number);

@@ -1,7 +1,8 @@
 // What tenants and addresses say is text; keys are refused in words, and kept in the tab.
 import assert from "node:assert/strict";
+import { writeFileSync } from "node:fs";
 import { after, before, test } from "node:test";
-import { call, key, launch, open } from "./browser.mjs";
+import { adminKey, call, key, launch, open, url } from "./browser.mjs";
 
 const HOSTILE = `<img src=x onerror="window.ran=1"><script>window.ran=1</script><svg onload="window.ran=1">{{ran}}`;
 
@@ -32,6 +33,55 @@ test("a hostile address runs no script", async () => {
     assert.equal(await page.locator("main img, main svg, main script").count(), 0);
     await close();
   }
+});
+
+/** Each would run `ran` where a shell, a terminal or Python is given it as it is, or between quotes of its own. */
+const INJECTED = ["$(ran)1);ran(", `1';ran;'");ran("`, "\x03\x1b[201~\rran\r", "\\';ran;\x01"];
+
+test("what an address says is quoted in each recipe", async () => {
+  const recipes = { shell: [], python: [] };
+  const { page, close } = await open(browser);
+  for (const injected of INJECTED) {
+    const said = encodeURIComponent(injected);
+    for (const at of [
+      `write?prompt=${said}&on=${said}&max_tokens=${said}&top_p=${said}`,
+      `write?prompt=${said}&on=${said}&max_tokens=${said}&edit=copy+king+${said}`,
+      `words?word=${said}&on=${said}`,
+      `words?view=find&find=${said}&against=${said}&prompt=${said}&effect=${said}&order=${said}&on=${said}`,
+      `edit?prompt=${said}&targets=${said}&on=${said}&edit=copy+king+${said}`,
+      `compare?with=${said}&with=live&targets=${said}&on=${said}`,
+      `release?release=${said}`,
+      `release?view=releases&release=${said}`,
+      `release?view=patches&patch=${said}`,
+      "release?view=audit",
+    ]) {
+      await page.goto(`${url}/?${recipes.shell.length}#/${at}`); // a page of its own: no field keeps what it had
+      await page.getByLabel("On the command line", { exact: true }).first().waitFor({ state: "attached" });
+      recipes.shell.push(...(await page.getByLabel("On the command line", { exact: true }).allTextContents()));
+      recipes.python.push(...(await page.getByLabel("In Python", { exact: true }).allTextContents()));
+    }
+  }
+  await close();
+  assert.ok(recipes.shell.filter((text) => text.includes("ran")).length >= 7 * INJECTED.length);
+  if (process.env.STUDIO_RECIPES) writeFileSync(process.env.STUDIO_RECIPES, JSON.stringify(recipes));
+});
+
+test("who presses twice makes one key, and sees its secret", async () => {
+  const count = async () => {
+    const { keys } = await call("TenantService/ListApiKeys", { parent: "tenants/harbour", pageSize: 200 }, adminKey);
+    return keys.length;
+  };
+  const { page, close } = await open(browser, { signedIn: adminKey, at: "#/fleet?tenant=harbour" });
+  const before = await count();
+  await page.route("**/*/CreateApiKey", async (route) => {
+    await new Promise((resolve) => setTimeout(resolve, 500));
+    await route.continue();
+  });
+  await page.getByRole("button", { name: "Make a key" }).focus();
+  for (let pressed = 0; pressed < 2; pressed++) await page.keyboard.press("Enter");
+  await page.locator("code.secret").waitFor();
+  assert.equal(await count(), before + 1);
+  await close();
 });
 
 test("a draft with a line that is no edit is not tried in part", async () => {

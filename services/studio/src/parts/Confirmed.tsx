@@ -7,15 +7,23 @@ interface Props {
   of: string;
   /** What then happens. */
   means: string;
+  /** While a write runs. */
+  disabled: boolean;
   onConfirm: () => void;
 }
 
 /** A button for what can't be taken back, or ends somebody's service: it asks once more. */
-export function Confirmed({ label, of, means, onConfirm }: Props) {
+export function Confirmed({ label, of, means, disabled, onConfirm }: Props) {
   const [asking, setAsking] = useState(false);
   if (!asking) {
     return (
-      <button type="button" class="small" aria-label={`${label} ${of}`} onClick={() => setAsking(true)}>
+      <button
+        type="button"
+        class="small"
+        aria-label={`${label} ${of}`}
+        disabled={disabled}
+        onClick={() => setAsking(true)}
+      >
         {label}
       </button>
     );
@@ -26,6 +34,7 @@ export function Confirmed({ label, of, means, onConfirm }: Props) {
       <button
         type="button"
         class="small primary"
+        disabled={disabled}
         ref={(button) => button?.focus()}
         onClick={() => {
           setAsking(false);

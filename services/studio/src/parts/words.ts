@@ -39,9 +39,15 @@ export function visible(text: string): string {
   return text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥");
 }
 
-/** A word in single quotes, as shells take it. */
+/** A control character that a terminal could obey when it is pasted, even within quotes. */
+const CONTROL = /[\0-\x08\x0b-\x1f\x7f-\x9f]/g;
+
+/** A word as shells take it: in single quotes if need be, and with escapes for control characters. */
 export function quoted(word: string): string {
-  return /^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`;
+  if (/^[\w@%+=:,./-]+$/.test(word)) return word;
+  if (word.search(CONTROL) < 0) return `'${word.replaceAll("'", `'\\''`)}'`;
+  const escaped = word.replace(/[\\']/g, "\\$&");
+  return `$'${escaped.replace(CONTROL, (one) => `\\u${one.charCodeAt(0).toString(16).padStart(4, "0")}`)}'`;
 }
 
 /** A text as a literal of Python. */

@@ -11,6 +11,7 @@ import { Recipe } from "../../parts/Recipe";
 import { Text } from "../../parts/Text";
 import { Where } from "../../parts/Where";
 import { literal, quoted } from "../../parts/words";
+import { isNumber } from "../../session/request";
 import { useAction } from "../../session/useCall";
 import { listed } from "../words/search";
 import { ChooseReleases } from "./ChooseReleases";
@@ -79,9 +80,9 @@ export function CompareRoom() {
 
 function recipe(prompt: string, releases: string[], words: string) {
   const stored = releases.filter((name) => name !== DRAFT);
-  const names = stored.map((name) => ` --release ${name === "0" ? "unpatched" : name}`).join("");
+  const names = stored.map((name) => ` --release ${name === "0" ? "unpatched" : quoted(name)}`).join("");
   const targets = listed(words).map((word) => ` --target ${quoted(word)}`);
-  const python = stored.map((name) => (/^\d+$/.test(name) ? name : literal(name))).join(", ");
+  const python = stored.map((name) => (isNumber(name) ? name : literal(name))).join(", ");
   return {
     shell: [
       `backpack compare ${quoted(prompt)}${names}${targets.join("")}${asTenant()}`,

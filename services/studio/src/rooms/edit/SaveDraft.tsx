@@ -44,7 +44,9 @@ export function SaveDraft() {
           <span>Release it alone, without the other patches of {channel}</span>
         </label>
         <div class="buttons">
-          <button class="primary">Save and make a release</button>
+          <button class="primary" disabled={saved.call.state === "running"}>
+            Save and make a release
+          </button>
           <span class="quiet">No channel moves yet.</span>
         </div>
       </Form>
@@ -70,7 +72,9 @@ function recipe(patch: string, channel: string, alone: boolean) {
   const edits = draft.value.map(quoted).join(" ");
   const { list, names } = pythonEdits(readableEdits());
   return {
-    shell: [`backpack steer ${patch} ${edits} --channel ${channel}${alone ? " --alone" : ""}${asTenant()}`],
+    shell: [
+      `backpack steer ${quoted(patch)} ${edits} --channel ${quoted(channel)}${alone ? " --alone" : ""}${asTenant()}`,
+    ],
     python: withSteering(
       [...names, "Steering"].join(", "),
       `steering.create_patch(${literal(patch)}, exist_ok=True)`,

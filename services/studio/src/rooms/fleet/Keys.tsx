@@ -28,6 +28,7 @@ export function Keys({ tenant }: { tenant: string }) {
     since.value,
   ]);
   const changed = useAction(async (_, change: () => Promise<string>) => change());
+  const busy = changed.call.state === "running"; // a second write would take the place of this one's secret
 
   const made = async (): Promise<string> => {
     const answer = await tenants.createApiKey({ parent, roles, ...once() });
@@ -77,12 +78,14 @@ export function Keys({ tenant }: { tenant: string }) {
                       label="Rotate"
                       of={id(key.name)}
                       means="This key ends, another takes its place."
+                      disabled={busy}
                       onConfirm={() => void changed.start(rotated(key))}
                     />{" "}
                     <Confirmed
                       label="Revoke"
                       of={id(key.name)}
                       means="This key ends for ever."
+                      disabled={busy}
                       onConfirm={() => void changed.start(revoked(key))}
                     />
                   </>
@@ -112,7 +115,7 @@ export function Keys({ tenant }: { tenant: string }) {
           })}
         </fieldset>
         <div class="buttons">
-          <button class="primary" disabled={roles.length === 0}>
+          <button class="primary" disabled={busy || roles.length === 0}>
             Make a key
           </button>
         </div>

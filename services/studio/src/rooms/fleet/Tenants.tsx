@@ -27,6 +27,7 @@ export function Tenants() {
     since.value = answer.position;
     return `${id(name)} is ${suspended ? "suspended: all its keys are refused" : "resumed"}.`;
   });
+  const busy = changed.call.state === "running";
   const chosen = address.value.fields.get("tenant");
   return (
     <div class="desk">
@@ -73,6 +74,7 @@ export function Tenants() {
                               type="button"
                               class="small"
                               aria-label={`Resume ${id(tenant.name)}`}
+                              disabled={busy}
                               onClick={() => void changed.start(tenant.name, false)}
                             >
                               Resume
@@ -82,6 +84,7 @@ export function Tenants() {
                               label="Suspend"
                               of={id(tenant.name)}
                               means="All its keys are refused."
+                              disabled={busy}
                               onConfirm={() => void changed.start(tenant.name, true)}
                             />
                           )}
@@ -124,7 +127,9 @@ function CreateTenant() {
           <Input value={name} onValue={setName} required pattern="[a-z][a-z0-9\-]{0,62}" />
         </Field>
         <div class="buttons">
-          <button class="primary">Make it</button>
+          <button class="primary" disabled={made.call.state === "running"}>
+            Make it
+          </button>
         </div>
       </Form>
       <Outcome call={made.call} of="the intervention service">

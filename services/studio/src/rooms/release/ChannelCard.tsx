@@ -15,15 +15,22 @@ interface Props {
   asked: string;
 }
 
+/** A move, and the channel as it was when one asked for it: who moved it meanwhile isn't overruled by a second yes. */
+interface Wanted {
+  from: Channel;
+  to: Move;
+}
+
 export function ChannelCard({ channel, releases, asked }: Props) {
-  const [asking, setAsking] = useState<Move>();
-  const moving = useAction((_, to: Move, allowed: boolean) => move(channel, to, allowed));
+  const [wanted, setWanted] = useState<Wanted>();
+  const moving = useAction((_, { from, to }: Wanted, allowed: boolean) => move(from, to, allowed));
   const name = id(channel.name);
   const { canary, previousRelease: before } = channel;
   const busy = moving.call.state === "running";
   const begin = (to: Move): void => {
-    setAsking(to);
-    void moving.start(to, false);
+    const now = { from: channel, to };
+    setWanted(now);
+    void moving.start(now, false);
   };
   return (
     <section class="panel" aria-labelledby={`channel-${name}`}>
@@ -65,9 +72,9 @@ export function ChannelCard({ channel, releases, asked }: Props) {
         </p>
       )}
       {moving.call.state === "refused" && <Refused refusal={moving.call.refusal} />}
-      {moving.call.state === "refused" && moving.call.refusal.reason === "DEGRADES" && asking && (
+      {moving.call.state === "refused" && moving.call.refusal.reason === "DEGRADES" && wanted && (
         <div class="buttons">
-          <button type="button" onClick={() => void moving.start(asking, true)}>
+          <button type="button" onClick={() => void moving.start(wanted, true)}>
             Move it all the same
           </button>
         </div>

@@ -4,6 +4,7 @@ import { asTenant, withSteering } from "../../parts/asking";
 import { Outcome } from "../../parts/Outcome";
 import { Recipe } from "../../parts/Recipe";
 import { id } from "../../parts/words";
+import { isNumber } from "../../session/request";
 import { session, since } from "../../session/session";
 import { usePolled } from "../../session/usePolled";
 import { ChannelCard } from "./ChannelCard";
@@ -26,7 +27,9 @@ export function Channels() {
     EVERY,
     [since.value],
   );
-  const asked = address.value.fields.get("release") ?? "1";
+  const field = address.value.fields.get("release") ?? "";
+  const asked = isNumber(field) ? field : "";
+  const named = asked || "1";
   return (
     <>
       <Outcome call={call} of="the channels">
@@ -37,7 +40,7 @@ export function Channels() {
                 key={channel.name}
                 channel={channel}
                 releases={found.releases}
-                asked={id(channel.name) === LIVE ? (address.value.fields.get("release") ?? "") : ""}
+                asked={id(channel.name) === LIVE ? asked : ""}
               />
             ))}
           </div>
@@ -46,16 +49,16 @@ export function Channels() {
       <Recipe
         shell={[
           `backpack release status${asTenant()}`,
-          `backpack release activate ${asked} --wait quorum${asTenant()}`,
+          `backpack release activate ${named} --wait quorum${asTenant()}`,
           `backpack release rollback${asTenant()}`,
-          `backpack canary start ${asked} --permille 50${asTenant()}`,
+          `backpack canary start ${named} --permille 50${asTenant()}`,
           `backpack canary promote${asTenant()}`,
         ]}
         python={withSteering(
           "Steering",
-          `move = steering.activate(${asked}, wait="quorum")`,
+          `move = steering.activate(${named}, wait="quorum")`,
           "steering.rollback()",
-          `steering.start_canary(${asked}, permille=50)`,
+          `steering.start_canary(${named}, permille=50)`,
           "steering.promote_canary()  # or abort_canary()",
         )}
       />

@@ -2,7 +2,7 @@ import { address, link } from "../../address";
 import { asTenant, withSteering } from "../../parts/asking";
 import { Outcome } from "../../parts/Outcome";
 import { Recipe } from "../../parts/Recipe";
-import { id, time } from "../../parts/words";
+import { id, quoted, time } from "../../parts/words";
 import { session, since } from "../../session/session";
 import { useCall } from "../../session/useCall";
 import { PatchRevisions } from "./PatchRevisions";
@@ -53,7 +53,7 @@ export function Patches() {
         }
       </Outcome>
       <Recipe
-        shell={[`backpack patch list${asTenant()}`, `backpack patch show ${chosen ?? "NAME"}${asTenant()}`]}
+        shell={[`backpack patch list${asTenant()}`, `backpack patch show ${quoted(chosen ?? "NAME")}${asTenant()}`]}
         python={withSteering("Steering", "for patch in steering.patches():", "    print(patch.id, patch.description)")}
       />
     </>

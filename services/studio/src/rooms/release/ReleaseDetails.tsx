@@ -65,6 +65,7 @@ export function ReleaseDetails({ number }: { number: string }) {
             label="Delete"
             of={`release ${number}`}
             means="No channel was ever at it. Its number stays taken."
+            disabled={deleted.call.state === "running"}
             onConfirm={() => void deleted.start()}
           />
         )}

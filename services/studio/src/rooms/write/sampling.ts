@@ -2,6 +2,7 @@
 
 import type { MessageInitShape } from "backpack-serving-client";
 import type { SamplingSchema } from "backpack-serving-client/backpack_proto/v1/inference";
+import { literal, quoted } from "../../parts/words";
 
 export type SamplingInit = MessageInitShape<typeof SamplingSchema>;
 
@@ -41,14 +42,14 @@ export const IN_TRY: readonly string[] = ["max_tokens", "temperature", "repetiti
 export function options(fields: SamplingFields, taken = IN_GENERATE): string {
   return named(fields)
     .filter(([name]) => taken.includes(name))
-    .map(([name, value]) => ` --${name.replaceAll("_", "-")} ${value}`)
+    .map(([name, value]) => ` --${name.replaceAll("_", "-")} ${quoted(value)}`)
     .join("");
 }
 
 /** As arguments of Python's `Sampling`. */
 export function keywords(fields: SamplingFields): string {
   return named(fields)
-    .map(([name, value]) => `${name}=${value}`)
+    .map(([name, value]) => `${name}=${Number.isFinite(Number(value)) ? value.trim() : literal(value)}`)
     .join(", ");
 }
 
