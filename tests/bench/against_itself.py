@@ -239,6 +239,29 @@ def drawing(bench: Bench) -> None:
     bench.compare(what, run(log_probabilities=5), run(), "tokens/s", "0.9")
 
 
+def sampling(bench: Bench) -> None:
+    """What each way to change the logits that are drawn from costs, against drawing from them as they are."""
+    some = random.Random(0).sample(range(bench.model.config.tokens), 20)
+    ways: dict[str, dict[str, Any]] = {
+        "min_p 0.05": {"min_p": 0.05},
+        "a repetition penalty": {"repetition_penalty": 1.2},
+        "frequency and presence penalties": {"frequency_penalty": 0.5, "presence_penalty": 0.5},
+        "20 biased tokens": {"logit_bias": tuple((token, 2.0) for token in some)},
+        "10 bad words of two tokens": {"bad_words": tuple(zip(some[:10], some[10:], strict=True))},
+        "min_tokens 64": {"min_tokens": NEW},
+    }
+    for batch in (1, 32):
+        engine = bench.engine(batch)
+
+        def run(engine: Engine = engine, batch: int = batch, **how: Any) -> Timed:
+            return lambda: bench.generate(
+                engine, [bench.request(bench.prompt(64), temperature=1.0, **how) for _ in range(batch)]
+            )
+
+        for name, way in ways.items():
+            bench.compare(f"tokens with {name}, against without, batch {batch}", run(**way), run(), "tokens/s", "")
+
+
 def structured(bench: Bench) -> None:
     """What it costs to hold texts to a JSON schema."""
     config = bench.model.config

@@ -23,6 +23,7 @@ from tests.bench.against_itself import (
     mix,
     plain_on_avx2,
     prefix,
+    sampling,
     structured,
 )
 from tests.bench.against_peers import hugging_face, llama_cpp, published_class, vllm
@@ -62,6 +63,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "prefix": prefix,
     "budget": budget,
     "drawing": drawing,
+    "sampling": sampling,
     "structured": structured,
     "loop": loop,
 }

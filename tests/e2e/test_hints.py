@@ -125,6 +125,7 @@ def test_a_missing_key_says_where_it_was_looked_for(
 def elsewhere(backpack: Any, running: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """`backpack`, in another folder and with nothing in the environment."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("backpack_serving.cli.client.out._width", 400)  # paths of tests are long
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("BACKPACK_RETRY_WINDOW", "0")
     for name in ("BACKPACK_STATE", "BACKPACK_GATEWAY_ADDRESS", "BACKPACK_INTERVENTIONS_ADDRESS"):
