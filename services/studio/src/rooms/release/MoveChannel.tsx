@@ -37,8 +37,16 @@ export function MoveChannel({ channel, releases, asked, busy, onMove }: Props) {
     [chosen],
   );
   const name = id(channel.name);
+
+  /** What Enter does, too: the share is the one field that is typed into. */
+  function startCanary(): void {
+    if (chosen && chosen !== String(channel.release) && !busy) {
+      onMove({ kind: "start", release: BigInt(chosen), permille: Number(permille) });
+    }
+  }
+
   return (
-    <Form label={`Move ${name}`} onSubmit={() => onMove({ kind: "activate", release: BigInt(chosen) })}>
+    <Form label={`Move ${name}`} onSubmit={startCanary}>
       <Field label={`Another release for ${name}`}>
         <select value={chosen} onChange={(event) => setChosen(event.currentTarget.value)}>
           <option value="">choose one</option>
@@ -70,17 +78,16 @@ export function MoveChannel({ channel, releases, asked, busy, onMove }: Props) {
             </p>
           ) : (
             <div class="buttons">
-              <button class="primary" disabled={busy}>
+              <button
+                type="button"
+                class="primary"
+                disabled={busy}
+                onClick={() => onMove({ kind: "activate", release: BigInt(chosen) })}
+              >
                 Activate for all
               </button>
               <span class="canary">
-                <button
-                  type="button"
-                  disabled={busy}
-                  onClick={() => onMove({ kind: "start", release: BigInt(chosen), permille: Number(permille) })}
-                >
-                  {channel.canary ? "Change the canary" : "Start a canary"}
-                </button>
+                <button disabled={busy}>{channel.canary ? "Change the canary" : "Start a canary"}</button>
                 <Field label="in a thousand requests">
                   <Input type="number" min="1" max="999" value={permille} onValue={setPermille} />
                 </Field>
