@@ -1,9 +1,9 @@
 import type { AuditEntry } from "backpack-serving-client/backpack_proto/v1/interventions";
 import { useEffect } from "preact/hooks";
 import { asTenant, withSteering } from "../../parts/asking";
+import { More } from "../../parts/More";
 import { Outcome } from "../../parts/Outcome";
 import { Recipe } from "../../parts/Recipe";
-import { Refused } from "../../parts/Refused";
 import { counted, time } from "../../parts/words";
 import { session } from "../../session/session";
 import { useAction, useCall } from "../../session/useCall";
@@ -75,14 +75,7 @@ export function AuditTrail() {
           </div>
         )}
       </Outcome>
-      {shown.state === "done" && shown.value.next && (
-        <div class="buttons">
-          <button type="button" onClick={() => void more.start(shown.value)}>
-            Show more
-          </button>
-        </div>
-      )}
-      {more.call.state === "refused" && <Refused refusal={more.call.refusal} />}
+      <More shown={shown} more={more} />
       <Recipe
         shell={[`backpack audit${asTenant()}`]}
         python={withSteering(

@@ -2,9 +2,9 @@ import type { Release } from "backpack-serving-client/backpack_proto/v1/interven
 import { useEffect } from "preact/hooks";
 import { address, link } from "../../address";
 import { asTenant, withSteering } from "../../parts/asking";
+import { More } from "../../parts/More";
 import { Outcome } from "../../parts/Outcome";
 import { Recipe } from "../../parts/Recipe";
-import { Refused } from "../../parts/Refused";
 import { revisionId, time } from "../../parts/words";
 import { session, since } from "../../session/session";
 import { useAction } from "../../session/useCall";
@@ -69,14 +69,7 @@ export function Releases() {
           )
         }
       </Outcome>
-      {shown.state === "done" && shown.value.next && (
-        <div class="buttons">
-          <button type="button" onClick={() => void more.start(shown.value)}>
-            Show more
-          </button>
-        </div>
-      )}
-      {more.call.state === "refused" && <Refused refusal={more.call.refusal} />}
+      <More shown={shown} more={more} />
       <Recipe
         shell={[`backpack release list${asTenant()}`]}
         python={withSteering(

@@ -3,9 +3,9 @@ import { address, note } from "../../address";
 import { Field } from "../../parts/Field";
 import { Form } from "../../parts/Form";
 import { Input } from "../../parts/Input";
+import { More } from "../../parts/More";
 import { Outcome } from "../../parts/Outcome";
 import { Recipe } from "../../parts/Recipe";
-import { Refused } from "../../parts/Refused";
 import { Text } from "../../parts/Text";
 import { Where } from "../../parts/Where";
 import { useAction } from "../../session/useCall";
@@ -81,14 +81,7 @@ export function FindSenses() {
         >
           {(value) => <FoundTable found={value} />}
         </Outcome>
-        {found.state === "done" && found.value.next && (
-          <div class="buttons">
-            <button type="button" onClick={() => void more.start(found.value)}>
-              Show more
-            </button>
-          </div>
-        )}
-        {more.call.state === "refused" && <Refused refusal={more.call.refusal} />}
+        <More shown={found} more={more} />
       </section>
     </div>
   );
