@@ -487,9 +487,10 @@ async def test_drafts_wait_for_each_other_and_no_release_for_them(
         async with releases.use(tenant, base, draft=drafts[number]) as overlay:
             return overlay.digest
 
-    first, second = (asyncio.create_task(tried("acme", number)) for number in (0, 1))
+    first = asyncio.create_task(tried("acme", 0))
     while digests[0] not in begun:
         await asyncio.sleep(0.01)
+    second = asyncio.create_task(tried("acme", 1))
     async with releases.use("other", other) as overlay:  # meanwhile
         assert overlay.digest == other
     for task in (first, second):
