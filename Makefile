@@ -7,7 +7,8 @@ ifeq ($(shell unshare -n true 2>/dev/null && echo yes),yes)
 ALONE := unshare -n sh -c 'ip link set lo up && exec "$$@"' alone
 endif
 COMPOSE ?= docker compose
-# Python compiles what is imported when it is: torch has thousands of modules that nobody imports.
+# Python compiles what is imported when it is, and keeps that: torch has thousands of modules that nobody imports.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --progress-bar on -c requirements.lock
 
 .PHONY: help run test test-long test-clients test-studio test-containers up down wheel chart bench lint format protos typescript studio lock clean
