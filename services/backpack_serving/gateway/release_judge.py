@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import structlog
 from backpack_lm.patch import release_digest
@@ -71,7 +71,7 @@ class ReleaseJudge:
             while True:
                 moved = self._transport.next_view()
                 for tenant, numbers in self._new_releases(self._transport.client.view):
-                    self._waiting[tenant] = [*self._waiting.get(tenant, ()), *numbers][-MOST_MISSED:]
+                    self._enqueue(tenant, numbers)
                 while len(self._busy) < AT_ONCE and (turn := self._whose_turn()):
                     self._busy[turn] = asyncio.create_task(self._judge_next(turn))
                 if self._busy:
@@ -97,7 +97,7 @@ class ReleaseJudge:
         """The claimed release wasn't judged; `again`: because its caller left, so it is to be judged all the same."""
         self._known.pop((pin.tenant, pin.ref), None)
         if again:
-            self._waiting.setdefault(pin.tenant, []).append(pin.release)
+            self._enqueue(pin.tenant, [pin.release])
 
     async def report(self, pin: Pin, found: pb.JudgeResponse) -> None:
         """Tell the intervention service. Logs what goes wrong: the judgement itself is right."""
@@ -126,6 +126,9 @@ class ReleaseJudge:
             self._seen[tenant] = newest
             first = max(last + 1, newest - MOST_MISSED + 1) if last < newest else newest  # else it is another epoch
             yield tenant, range(first, newest + 1)
+
+    def _enqueue(self, tenant: str, numbers: Iterable[int]) -> None:
+        self._waiting[tenant] = [*self._waiting.get(tenant, ()), *numbers][-MOST_MISSED:]
 
     def _whose_turn(self) -> str | None:
         return next((tenant for tenant in self._waiting if tenant not in self._busy), None)

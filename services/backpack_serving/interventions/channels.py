@@ -233,7 +233,7 @@ def _store_moved(tx: Write, channel: ChannelRecord, now: datetime) -> tuple[Chan
     tx.replace(made)
     for number in (made.release, made.canary):
         if number is not None:
-            status = lookup.status(tx, lookup.release(tx, made.tenant, number, deleted=True))
+            status = lookup.status(tx, made.tenant, number)
             if not status.served:
                 tx.replace(replace(status, served=True))
     return made, [made]

@@ -28,11 +28,6 @@ class EventHistory:
         self._service, self._page = service, page
 
     @property
-    def page(self) -> int:
-        """Most writes of one answer."""
-        return self._page
-
-    @property
     def fingerprint(self) -> str:
         return self._service.shape.fingerprint
 

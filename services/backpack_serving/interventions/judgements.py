@@ -62,7 +62,7 @@ class JudgementRules:
             return 0.0
         with self._context.read_as(who) as tx:
             release = tx.get(ReleaseRecord, who.tenant, number)
-            if release is None or not release.parts or lookup.status(tx, release).tokens:
+            if release is None or not release.parts or lookup.status(tx, who.tenant, number).tokens:
                 return 0.0
         return max(0.0, FRESH_SECONDS - (self._context.now() - release.created).total_seconds())
 
@@ -70,7 +70,7 @@ class JudgementRules:
         """What is known of a release, as text for the audit trail. Raises PreconditionFailed if the release makes
         ordinary text worse by more than the bound, and that isn't allowed.
         """
-        status = lookup.status(tx, release)
+        status = lookup.status(tx, release.tenant, release.number)
         if not release.parts:
             return ""
         if not status.tokens:
@@ -90,4 +90,4 @@ class JudgementRules:
         release = lookup.release(tx, tenant, ref.number, deleted=True)
         if release.digest != ref.digest:  # of another epoch
             raise NotFound("NO_SUCH_RELEASE", f"{release.name} is {release.digest}, not {ref.digest}")
-        return lookup.status(tx, release)
+        return lookup.status(tx, tenant, ref.number)

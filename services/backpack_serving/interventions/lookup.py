@@ -58,15 +58,14 @@ def release(tx: Read, tenant: str, number: int, deleted: bool = False) -> Releas
     found = tx.get(ReleaseRecord, tenant, number)
     if found is None:
         raise NotFound("NO_SUCH_RELEASE", f"tenants/{tenant}/releases/{number} doesn't exist")
-    if not deleted and status(tx, found).deleted:
+    if not deleted and status(tx, tenant, number).deleted:
         raise NotFound("RELEASE_DELETED", f"{found.name} is deleted; create it again, under another number")
     return found
 
 
-def status(tx: Read, release: ReleaseRecord) -> ReleaseStatusRecord:
+def status(tx: Read, tenant: str, number: int) -> ReleaseStatusRecord:
     """What became of a release: nothing yet, if there is no record of it."""
-    key = release.tenant, release.number
-    return tx.get(ReleaseStatusRecord, *key) or ReleaseStatusRecord(*key)
+    return tx.get(ReleaseStatusRecord, tenant, number) or ReleaseStatusRecord(tenant, number)
 
 
 def channel(tx: Read, tenant: str, name: str) -> ChannelRecord:

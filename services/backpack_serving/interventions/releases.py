@@ -64,7 +64,7 @@ class ReleaseRules:
         who.require(Role.AUTHOR)
         with self._context.read_as(who) as tx:
             found = lookup.release(tx, who.tenant, number, deleted=True)
-            return found, lookup.status(tx, found)
+            return found, lookup.status(tx, who.tenant, number)
 
     def list_releases(
         self, who: Principal, after: int | None, limit: int, deleted: bool = False
@@ -92,7 +92,7 @@ class ReleaseRules:
 
         def act(tx: Write, now: datetime) -> tuple[ReleaseRecord, list[Record]]:
             found = lookup.release(tx, who.tenant, number)
-            status = lookup.status(tx, found)
+            status = lookup.status(tx, who.tenant, number)
             # An old version of the service, beside this one or before a second upgrade, doesn't say what was served.
             at = (c for c in tx.list(ChannelRecord, who.tenant) if number in c.numbers)
             if status.served or not number or next(at, None):
