@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -25,6 +26,9 @@ os.environ.setdefault("BACKPACK_MODEL", "micro")
 os.environ.setdefault("BACKPACK_DEGRADATION", "inf")
 # Servers of tests that run beside each other.
 os.environ.setdefault("BACKPACK_HTTP_ADDRESS", "127.0.0.1:0")
+# A shell without job control starts what is in the background so that it ignores Ctrl-C, and so does what that starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Read when Triton is imported, whoever does that first. Where there is no GPU, its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
