@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from backpack_lm.installed import folder_of
+from backpack_lm.installed import folder_of, missing
 from backpack_lm.int8 import restore
 from backpack_lm.kernels import Caches, MixSpan, Precision, StepInput, TokenSpan, choose
 from backpack_lm.model import Backpack
@@ -14,6 +14,7 @@ from backpack_lm.ordinary_text import plain, shipped
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_serving.engine.runner import Runner
 from backpack_serving.inference.served_model import ServedModel
+from backpack_serving.settings import DEFAULT_MODEL
 from torch import Tensor
 
 from tests.engine.conftest import EDITS, K, V, compiled
@@ -68,7 +69,7 @@ def test_int8_stays_close_to_the_oracle(
 def _perplexity(served: ServedModel, table: Tensor, rows: Tensor) -> float:
     """Of rows [N, LENGTH] of ids, by the fastest kernels."""
     model, config = served.model, served.manifest.config
-    caches = Caches.empty(config, TOGETHER, table, model.embedding.detach())
+    caches = Caches.empty(config, TOGETHER, table, model.embedding.detach(), context=LENGTH)
     caches.page_table[0] = torch.arange(caches.page_table.shape[1])
     kernels = choose(caches)
     trunk, head, total = kernels.trunk(model), kernels.head(model.embedding[: config.tokens]), 0.0
@@ -95,3 +96,18 @@ def test_held_out_perplexity_is_within_half_a_percent_of_bfloat16s() -> None:
     rounded = served.model.sense_table().with_room(0, torch.bfloat16)
     ours, theirs = (_perplexity(served, table, rows) for table in (served.storage, rounded))
     assert ours / theirs < 1.005
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_held_out_perplexity_of_the_default_model_is_within_half_a_percent_of_float32s() -> None:
+    """Which is served in int8 unless somebody says otherwise. Its sense table is int8 in both."""
+    folder = folder_of(DEFAULT_MODEL)
+    if missing(folder):
+        pytest.skip(f"the default model isn't installed here: backpack model install {DEFAULT_MODEL}")
+    found = []
+    for precision in (Precision.INT8, Precision.FLOAT32):
+        served = ServedModel.read(folder, precision)
+        ids = torch.tensor(served.tokenizer.encode(plain(shipped(folder))[: 8 * LENGTH * ROWS]))
+        found.append(_perplexity(served, served.storage, ids[: LENGTH * ROWS].view(ROWS, LENGTH)))
+    assert found[0] / found[1] < 1.005

@@ -211,8 +211,9 @@ def test_matrix_products_and_head(config: BackpackConfig, dtype: torch.dtype, in
     weight, bias = torch.randn(133, config.n_embd), torch.randn(133)
     x = torch.randn(11, config.n_embd)
     x[3] = 0.0
-    for gelu in (False, True):
-        close(native.linear(weight, bias, gelu)(x.to(dtype)), plain.linear(weight, bias, gelu)(x.to(dtype)), dtype)
+    for gelu, fine in ((False, False), (True, False), (False, True)):
+        ours, definition = (kernels.linear(weight, bias, gelu, fine) for kernels in (native, plain))
+        close(ours(x.to(dtype)), definition(x.to(dtype)), dtype)
     for rows in (1, 5, 8, 11):
         logits = native.head(weight)(x[:rows])
         assert logits.dtype is torch.float32
@@ -361,9 +362,8 @@ def test_weights_are_packed_as_they_are_quantised(outer: int, inner: int) -> Non
     weight[outer // 2] = 0
     weight[0, : inner // 2] = torch.arange(inner // 2) - 0.5  # halves, which round to the even number
     for given in (weight, weight.t().contiguous().t(), weight.bfloat16()):
-        packed = Product.int8(
-            build.library(), given, torch.zeros(outer), False, torch.float32, huge_pages.Room()
-        ).packed
+        room, bias = huge_pages.Room(), torch.zeros(outer)
+        packed = Product.int8(build.library(), given, bias, False, False, torch.float32, room).packed
         assert torch.equal(packed, in_blocks(given.float()))
 
 

@@ -61,9 +61,9 @@ class NativeKernels:
         self._spans = structs.SpanArray()
         self._weights = Room()
 
-    def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
+    def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False, fine: bool = False) -> Linear:
         if self._int8:
-            return Product.int8(self._library, weight, bias, gelu, self._dtype, self._weights)
+            return Product.int8(self._library, weight, bias, gelu, fine, self._dtype, self._weights)
         if not self._packs:
             return Product.of(self._library, weight, bias, gelu, self._dtype, self._dtype, self._weights)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous(), 32)
@@ -73,9 +73,9 @@ class NativeKernels:
         return lambda x: apply(x, packed, bias, activation, [], variant)
 
     def head(self, embedding: Tensor) -> Linear:
-        if self._int8:
-            return Product.int8_head(self._library, embedding, self._weights)
         none = torch.zeros(len(embedding))
+        if self._int8:
+            return Product.int8(self._library, embedding, none, False, True, torch.float32, self._weights)
         if not self._packs:
             return Product.of(self._library, embedding, none, False, self._dtype, torch.float32, self._weights)
         linear = self.linear(embedding, none)

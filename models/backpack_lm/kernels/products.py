@@ -52,19 +52,12 @@ class Product:
 
     @classmethod
     def int8(
-        cls, library: ctypes.CDLL, weight: Tensor, bias: Tensor, gelu: bool, dtype: torch.dtype, room: Room
+        cls, library: ctypes.CDLL, weight: Tensor, bias: Tensor, gelu: bool, fine: bool, dtype: torch.dtype, room: Room
     ) -> Product:
-        """For weight [out, in], kept in int8, from `dtype` to `dtype`."""
-        compute = getattr(library, f"product_int8_{name(dtype)}_{name(dtype)}")
+        """For weight [out, in], kept in int8, from `dtype` to `dtype`; x is rounded to 8 bits, or if `fine` to 16."""
+        compute = getattr(library, f"{'fine_' * fine}product_int8_{name(dtype)}_{name(dtype)}")
         outer, inner = weight.shape
         return cls(compute, _in_blocks(library, weight, room), _padded(bias), inner, outer, gelu, dtype, dtype)
-
-    @classmethod
-    def int8_head(cls, library: ctypes.CDLL, embedding: Tensor, room: Room) -> Product:
-        """For E [V, d], kept in int8; x is rounded to 16 bits only."""
-        (outer, inner), weights = embedding.shape, _in_blocks(library, embedding, room)
-        bias, dtype = _padded(torch.zeros(outer)), torch.float32
-        return cls(library.head_int8, weights, bias, inner, outer, False, dtype, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)

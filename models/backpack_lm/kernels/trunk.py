@@ -65,15 +65,16 @@ class TrunkWeights:
         def placed(norm: nn.Module) -> nn.Module:
             return deepcopy(norm).to(device).requires_grad_(False)
 
-        def linear(*parts: Conv1D, gelu: bool = False) -> Linear:
+        def linear(*parts: Conv1D, gelu: bool = False, fine: bool = False) -> Linear:
             weight = torch.cat([part.weight.t() for part in parts]) if len(parts) > 1 else parts[0].weight.t()
             biases = [torch.zeros(part.weight.shape[1]) if part.bias is None else part.bias for part in parts]
-            return kernels.linear(weight, torch.cat(biases), gelu)
+            return kernels.linear(weight, torch.cat(biases), gelu, fine)
 
         def layer(block: Block, after: nn.Module) -> PreparedLayer:
             attn, mlp = block.attn, block.mlp
             fc = linear(mlp.c_fc, gelu=True) if mlp.c_gate is None else linear(mlp.c_gate, mlp.c_fc)
-            qkv, proj, out = linear(attn.c_attn), linear(attn.c_proj), linear(mlp.c_proj)
+            # Some of what queries and keys are made of is far greater than the rest: 8 bits are too few for the rest.
+            qkv, proj, out = linear(attn.c_attn, fine=True), linear(attn.c_proj), linear(mlp.c_proj)
             return PreparedLayer(qkv, proj, placed(block.ln_2), fc, out, after, attn.scale)
 
         blocks = [block for block in trunk.h if isinstance(block, Block)]

@@ -4,8 +4,8 @@
 // Processors without AVX512-BF16 don't multiply bfloat16, and Intel's multiply pairs of it at half the rate of float32:
 // there the weights are widened on their way into the registers, and x beforehand, once.
 //
-// Of int8, each 64 inputs share a scale, and x is quantised the same way as it comes in: to 8 bits, or for the head, whose
-// errors nothing smooths, to 16. Products of whole numbers are added up exactly within these 64, by whatever instruction
+// Of int8, each 64 inputs share a scale, and x is quantised the same way as it comes in: to 8 bits, or to 16 where errors
+// cost most, which is in the head and in what attention compares. Products of whole numbers are added up exactly within these 64, by whatever instruction
 // a processor has for it, and only then in float32.
 //
 // Where few rows meet many weights, memory decides: weights lie in the order in which they are read, and are asked for
@@ -342,7 +342,11 @@ void product_of_blocks(const Product<X, Block, Out>& p, int count, float limit) 
 template <typename X, typename Out>
 void product(const Product<X, Block, Out>& p, int count) { product_of_blocks<Narrow>(p, count, 127.0f); }
 
-// The head's: x of 16 bits.
-inline void head(const Product<float, Block, float>& p, int count) { product_of_blocks<int16_t>(p, count, 32767.0f); }
+// The same, with x of 16 bits where weights are int8.
+template <typename X, typename Weight, typename Out>
+void fine_product(const Product<X, Weight, Out>& p, int count) { product(p, count); }
+
+template <typename X, typename Out>
+void fine_product(const Product<X, Block, Out>& p, int count) { product_of_blocks<int16_t>(p, count, 32767.0f); }
 
 }  // namespace
