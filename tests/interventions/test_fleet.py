@@ -104,7 +104,7 @@ def test_a_reader_that_does_not_hold_a_release_says_why() -> None:
 
     def hold() -> tuple[str, str, str]:
         (hold,) = fleet.holds(
-            ChannelRecord("acme", "live", 0, "d", None, 9, datetime.now(UTC), moved=9), Position(1, 9)
+            ChannelRecord("acme", "live", 0, "d", None, 9, datetime.now(UTC), moved=9), Position(1, 9), fleet.readers()
         )
         assert hold.why is not None
         return hold.state, hold.why.reason, hold.why.message

@@ -117,7 +117,7 @@ async def test_a_wait_outlasts_what_is_refused_for_now_and_no_final_refusal(
 
 def _status(rollouts: Rollouts, channel: ChannelRecord, position: Position) -> Status:
     """As a client gets it."""
-    holds = map(write_hold, rollouts.fleet.holds(channel, position))
+    holds = map(write_hold, rollouts.fleet.holds(channel, position, rollouts.fleet.readers()))
     return Status.of(sync_pb2.GetRolloutResponse(channel=write_channel(channel), holds=holds))
 
 

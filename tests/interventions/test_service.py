@@ -246,11 +246,11 @@ def test_p11_a_new_tenants_channel_is_held_by_who_was_told_of_it(service: Interv
     fleet.record(gateway)
     service.tenants.create_tenant(ADMIN, "acme", IdempotencyKey())
     position, live = service.channels.channel_now(releaser("acme"), LIVE)
-    assert [hold.state for hold in fleet.holds(live, position)] == [HoldState.STALE]
+    assert [hold.state for hold in fleet.holds(live, position, fleet.readers())] == [HoldState.STALE]
     (told,) = gateway.pump(0.0)
     assert isinstance(told, Delta)
     gateway.receive(Ack(told.nonce), 0.0)
-    assert [hold.state for hold in fleet.holds(live, position)] == [HoldState.ACKED]
+    assert [hold.state for hold in fleet.holds(live, position, fleet.readers())] == [HoldState.ACKED]
 
 
 def check_force(store: Store) -> None:

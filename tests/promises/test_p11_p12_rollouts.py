@@ -14,6 +14,7 @@ from backpack_proto.v1 import interventions_pb2 as ipb
 from backpack_proto.v1 import sync_pb2 as spb
 from backpack_serving import rpc
 from backpack_serving.client import AsyncSteering
+from backpack_serving.client import steering as client_steering
 from backpack_serving.errors import Expired, ServiceError
 from backpack_serving.inference.served_model import ServedModel
 
@@ -227,6 +228,45 @@ async def test_fleet_says_who_holds_what_and_who_refuses(parts: Apart, system: S
         ("replica", 0, True),
         ("gateway", 0, True),
     ]
+
+
+async def test_who_holds_a_channel_is_told_in_pages(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = await system.tenant(copy("king", "ship"))
+    second = await system.release(key, copy("king", "nurse"))
+    assert (await _move(system, key, "StartCanary", release=second, permille=500)).rollout.complete
+    whole = await system.fleet.GetRollout(spb.GetRolloutRequest(channel=LIVE), metadata=key)
+    assert (len(whole.holds), whole.next_page_token) == (4, "")
+    seen, request = [], spb.GetRolloutRequest(channel=LIVE, page_size=1)
+    for _ in range(3):
+        page = await system.fleet.GetRollout(request, metadata=key)
+        seen += [(hold.incarnation, hold.release) for hold in page.holds]
+        request.page_token = page.next_page_token
+    assert request.page_token == ""
+    assert seen == [(hold.incarnation, hold.release) for hold in whole.holds]
+    with pytest.raises(ServiceError) as bad, rpc.errors():
+        await system.fleet.GetRollout(spb.GetRolloutRequest(channel=LIVE, page_token="x"), metadata=key)
+    assert bad.value.reason == "BAD_PAGE_TOKEN"
+
+    monkeypatch.setattr(client_steering, "PAGE", 1)
+    async with AsyncSteering(system.interventions, key[0][1].removeprefix("Bearer ")) as client:
+        assert [(hold.kind, hold.release) for hold in (await client.status()).holds] == [
+            ("replica", 1),
+            ("replica", second),
+            ("gateway", 1),
+            ("gateway", second),
+        ]
+        call = client._call
+
+        async def moved_after_the_first_page(method: Any, request: Any, timeout: float | None = None) -> Any:
+            page = await call(method, request, timeout)
+            if method == client._rollout_stub.GetRollout and page.channel.release == 1:
+                await _move(system, key, "PromoteCanary")
+            return page
+
+        monkeypatch.setattr(client, "_call", moved_after_the_first_page)
+        status = await client.status()
+        assert status.channel.release == second
+        assert [(hold.kind, hold.release) for hold in status.holds] == [("replica", second), ("gateway", second)]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from backpack_proto.v1.sync_pb2_grpc import FleetServiceStub
 from backpack_serving.client.arguments import build, fill
 from backpack_serving.client.authoring import Authoring
 from backpack_serving.client.channels import Channel, Move, Status, Wait
+from backpack_serving.client.connection import PAGE
 from backpack_serving.client.records import AuditEntry, Chain
 from backpack_serving.errors import Expired, InvalidRequest, NotFound, PreconditionFailed
 
@@ -165,8 +166,21 @@ class AsyncSteering(Authoring):
         return Chain.of(await self._call(self._audit.VerifyChain, pb.VerifyChainRequest()))
 
     async def _status(self, channel: str, timeout: float | None = None) -> Status:
-        request = build(sync_pb2.GetRolloutRequest, channel=f"channels/{channel}")
-        return Status.of(await self._call(self._rollout_stub.GetRollout, request, timeout))
+        """Of all readers, page by page; from the beginning again if the channel is moved meanwhile."""
+        request = build(sync_pb2.GetRolloutRequest, channel=f"channels/{channel}", page_size=PAGE)
+        holds: list[sync_pb2.Hold] = []
+        etag = ""
+        while True:
+            answer = await self._call(self._rollout_stub.GetRollout, request, timeout)
+            if request.page_token and answer.channel.etag != etag:
+                request.page_token, holds = "", []
+                continue
+            holds += answer.holds
+            etag, request.page_token = answer.channel.etag, answer.next_page_token
+            if not request.page_token:
+                del answer.holds[:]
+                answer.holds.extend(holds)
+                return Status.of(answer)
 
     async def _move_channel_call(
         self, method: Any, request: Any, channel: str, etag: str | None, wait: Wait, wait_seconds: float

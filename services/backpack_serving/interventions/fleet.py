@@ -217,11 +217,13 @@ class ReaderTracker:
             *ReaderKind
         }
 
-    def holds(self, channel: ChannelRecord, position: Position) -> Iterator[ReleaseHolding]:
-        """Whether each reader holds a channel's releases, given the store's position."""
+    def holds(
+        self, channel: ChannelRecord, position: Position, readers: Iterable[tuple[ReaderStatus, float]]
+    ) -> Iterator[ReleaseHolding]:
+        """Whether each of some `readers()` holds a channel's releases, given the store's position."""
         moved = Position(position.epoch, channel.moved)
         releases = [(release, release != channel.state.stable) for release in channel.state.serving]
-        for status, silence in self.readers():
+        for status, silence in readers:
             server, hello = status.server, status.hello
             away = status.out_of_touch(silence)
             behind = StatusReason("BEHIND", f"it is at {server.acked}, and the channel was moved at {moved}")

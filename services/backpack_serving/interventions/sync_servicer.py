@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
@@ -20,6 +20,7 @@ from backpack_serving.auth.keys import Role
 from backpack_serving.errors import ServiceError
 from backpack_serving.interventions import fleet_wire, wire
 from backpack_serving.interventions.event_history import EventHistory
+from backpack_serving.interventions.fleet import Place, ReaderStatus
 from backpack_serving.interventions.history_tail import HistoryTail
 from backpack_serving.interventions.rollouts import Rollouts
 from backpack_serving.interventions.service import Interventions
@@ -108,10 +109,13 @@ class FleetServicer(grpc_v1.FleetServiceServicer):
     async def GetRollout(self, request: pb.GetRolloutRequest, context: rpc.Context) -> pb.GetRolloutResponse:
         who = await self._identities.who(context)
         (name,) = wire.parse_name("channel", request.channel, "channels/{}", who)
+        place, limit = _read_page(request)
         position, channel = await asyncio.to_thread(self._service.channels.channel_now, who, name)
+        found = self._fleet.readers(place)[:limit]
         response = pb.GetRolloutResponse(
             channel=wire.write_channel(channel),
-            holds=map(fleet_wire.write_hold, self._fleet.holds(channel, position)),
+            holds=map(fleet_wire.write_hold, self._fleet.holds(channel, position, found)),
+            next_page_token=_page_token(found, limit),
         )
         if channel.canary is not None:
             tally = self._fleet.tally(channel.tenant, channel.channel, channel.canary_digest)
@@ -121,12 +125,21 @@ class FleetServicer(grpc_v1.FleetServiceServicer):
     async def ListReaders(self, request: pb.ListReadersRequest, context: rpc.Context) -> pb.ListReadersResponse:
         who = await self._identities.who(context)
         who.require(Role.ADMIN)
-        after, limit = wire.read_page(request.page_size, request.page_token, str, wire.LARGEST_PAGE)
-        place = None if after is None else fleet_wire.read_place(after)
+        place, limit = _read_page(request)
         position = await asyncio.to_thread(self._service.events.position)
         found = self._fleet.readers(place)[:limit]
         return pb.ListReadersResponse(
             readers=[fleet_wire.write_reader(status, silence) for status, silence in found],
             position=write_position(position),
-            next_page_token=wire.page_token(found, limit, fleet_wire.write_place(found[-1][0]) if found else None),
+            next_page_token=_page_token(found, limit),
         )
+
+
+def _read_page(request: pb.GetRolloutRequest | pb.ListReadersRequest) -> tuple[Place | None, int]:
+    """The reader after which a page of readers begins, and how many it has. Raises InvalidRequest."""
+    after, limit = wire.read_page(request.page_size, request.page_token, str, wire.LARGEST_PAGE)
+    return None if after is None else fleet_wire.read_place(after), limit
+
+
+def _page_token(found: Sequence[tuple[ReaderStatus, float]], limit: int) -> str:
+    return wire.page_token(found, limit, fleet_wire.write_place(found[-1][0]) if found else None)

@@ -840,6 +840,18 @@ export declare type GetRolloutRequest = Message<"backpack.v1.GetRolloutRequest">
    * @generated from field: string channel = 1;
    */
   channel: string;
+
+  /**
+   * Readers of a page, each with all that it holds of the channel. 0 means 1000.
+   *
+   * @generated from field: int32 page_size = 2;
+   */
+  pageSize: number;
+
+  /**
+   * @generated from field: string page_token = 3;
+   */
+  pageToken: string;
 };
 
 /**
@@ -858,7 +870,7 @@ export declare type GetRolloutResponse = Message<"backpack.v1.GetRolloutResponse
   channel?: Channel | undefined;
 
   /**
-   * Replicas first; one for each reader and release of the channel.
+   * Replicas first, each kind by name; one for each reader and release of the channel.
    *
    * @generated from field: repeated backpack.v1.Hold holds = 2;
    */
@@ -870,6 +882,13 @@ export declare type GetRolloutResponse = Message<"backpack.v1.GetRolloutResponse
    * @generated from field: backpack.v1.Tally canary = 3;
    */
   canary?: Tally | undefined;
+
+  /**
+   * If the channel's etag is another one than on the page before, begin again: it was moved in between.
+   *
+   * @generated from field: string next_page_token = 4;
+   */
+  nextPageToken: string;
 };
 
 /**

@@ -14,7 +14,8 @@ const STATES: Record<HoldState, string> = {
   [HoldState.STALE]: "behind",
 };
 
-/** Whether each gateway and replica holds a channel's releases; what gateways counted under its canary. */
+/** Whether each gateway and replica, of the first 1,000, holds a channel's releases; what gateways counted under its
+ * canary. */
 export function Holders({ channel }: { channel: string }) {
   const call = usePolled((signal) => session.value!.backpack.fleet.getRollout({ channel }, { signal }), EVERY, [
     channel,
@@ -22,7 +23,7 @@ export function Holders({ channel }: { channel: string }) {
   ]);
   return (
     <Outcome call={call} of="who holds it">
-      {({ holds, canary }) => (
+      {({ holds, canary, nextPageToken }) => (
         <>
           <div class="scroll" tabIndex={0} role="region" aria-label="Who holds it">
             <table>
@@ -57,6 +58,7 @@ export function Holders({ channel }: { channel: string }) {
             </table>
           </div>
           {holds.length === 0 && <p class="quiet">No gateway or replica is connected.</p>}
+          {nextPageToken && <p class="quiet">There are more. `backpack release status` lists them all.</p>}
           {canary && (
             <p>
               Under the canary: {counted(canary.requests, "request")}, {String(canary.errors)} failed,{" "}
