@@ -20,9 +20,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from backpack_lm.config import BackpackConfig, ConfigError
 from backpack_lm.int8 import BLOCK
@@ -31,6 +33,27 @@ from backpack_lm.model import Backpack, shapes_alone
 _PER_LAYER = re.compile(r"gpt2_model\.h\.\d+\.(attn|mlp)\.(\w+)\.(weight|bias)")
 _OF_SENSES = re.compile(r"sense_weight_net\.(c_attn|c_query|c_key)\.(weight|bias)")
 _SENSES = re.compile(r"sense_(network|rows)\.")
+
+
+class CutConv1D(nn.Module):
+    """A part of a `Conv1D`, cut out of the whole one's tensors whenever it is read."""
+
+    def __init__(self, weight: Callable[[], Tensor], bias: Callable[[], Tensor] | None) -> None:
+        super().__init__()
+        self._cut_weight, self._cut_bias = weight, bias
+
+    @property
+    def weight(self) -> Tensor:
+        """[in, out] float32."""
+        return self._cut_weight().float()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out] float32."""
+        return None if self._cut_bias is None else self._cut_bias().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.t(), self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +86,21 @@ class Shard:
     def part(self, config: BackpackConfig, tensor: Callable[[str], Tensor]) -> Backpack:
         """Its part of a model with this config and the tensors of these names, without a sense network.
 
-        Of tensors that are mapped into memory only its own part is read, and most weights stay views of them until
-        kernels pack them. Raises ConfigError if so many ranks can't share the model.
+        Of tensors that are mapped into memory only its own part is read. The trunk's matrices are cut each time that
+        they are read, as kernels do once: so there are no copies of all of them beside the kernels' own. Raises
+        ConfigError if so many ranks can't share the model.
         """
         check_ranks(config, self.ranks)
         with shapes_alone():
             model = Backpack(self.config(config))
         names = [name for name in model.state_dict() if not _SENSES.match(name)]
-        state = {name: self._cut(config, name, tensor(name)).float() for name in names}
+        per_layer = list(filter(_PER_LAYER.fullmatch, names))
+        state = {name: self._cut(config, name, tensor(name)).float() for name in names if name not in per_layer}
         model.load_state_dict(state, strict=False, assign=True)
+        for path in sorted({name.rpartition(".")[0] for name in per_layer}):
+            own = {name.rpartition(".")[2]: (name, tensor(name)) for name in per_layer if name.startswith(f"{path}.")}
+            cuts = {kind: partial(self._cut, config, name, whole) for kind, (name, whole) in own.items()}
+            model.set_submodule(path, CutConv1D(cuts["weight"], cuts.get("bias")))
         return model.eval().requires_grad_(False)
 
     def _cut(self, config: BackpackConfig, name: str, whole: Tensor) -> Tensor:

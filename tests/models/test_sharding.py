@@ -15,7 +15,7 @@ from backpack_lm.manifest import TOKENIZER
 from backpack_lm.model import Attention, Backpack, turns_of
 from backpack_lm.overlay import Overlay
 from backpack_lm.patch import AddEdit, BiasEdit, Cell, ReleaseContent, RevisionContent, TopicEdit, Vector
-from backpack_lm.sharding import Shard, check_ranks, fitting_ranks
+from backpack_lm.sharding import CutConv1D, Shard, check_ranks, fitting_ranks
 
 from tests.models.trunk_shapes import FAMILIES, random_model
 
@@ -25,6 +25,18 @@ SHARED = [(name, n) for name, config in FAMILIES.items() for n in fitting_ranks(
 def _parts(model: Backpack, ranks: int) -> list[Backpack]:
     tensors = model.state_dict()
     return [Shard(rank, ranks).part(model.config, tensors.__getitem__) for rank in range(ranks)]
+
+
+def _tensors_of(part: Backpack) -> dict[str, torch.Tensor]:
+    """All that it has, with what is cut when it is read."""
+    cut = {
+        f"{path}.{kind}": tensor
+        for path, module in part.named_modules()
+        if isinstance(module, CutConv1D)
+        for kind, tensor in (("weight", module.weight), ("bias", module.bias))
+        if tensor is not None
+    }
+    return {**cut, **{name: tensor for name, tensor in part.state_dict().items() if tensor.device.type != "meta"}}
 
 
 def test_some_of_each_family_are_shared() -> None:
@@ -70,7 +82,7 @@ def test_a_part_is_what_it_says_and_no_more(name: str, ranks: int) -> None:
         assert attention.shape.heads * ranks == layer.heads
         assert attention.shape.kv_heads == max(1, layer.kv_heads // ranks)
         assert part.config.num_senses * ranks == model.config.num_senses
-        own = [p for n, p in part.state_dict().items() if p.device.type != "meta" and (".mlp." in n or "sense_w" in n)]
+        own = [p for n, p in _tensors_of(part).items() if ".mlp." in n or "sense_w" in n]
         all_ = [p for n, p in model.state_dict().items() if ".mlp." in n or "sense_w" in n]
         assert sum(p.numel() for p in own) < 1.2 * sum(p.numel() for p in all_) / ranks + 400  # biases
 
@@ -83,10 +95,14 @@ def test_a_part_is_read_from_a_folder(name: str, senses: StoredSenses, tmp_path:
     save(model, folder_of("micro") / TOKENIZER, tmp_path)
     for rank in range(2):
         shard = Shard(rank, 2)
-        there, here = load_part(tmp_path, shard), shard.part(config, model.state_dict().__getitem__)
-        for name, tensor in here.state_dict().items():
-            if tensor.device.type != "meta":
-                assert torch.equal(there.state_dict()[name], tensor), name
+        there, here = (
+            _tensors_of(part)
+            for part in (load_part(tmp_path, shard), shard.part(config, model.state_dict().__getitem__))
+        )
+        assert there.keys() == here.keys()
+        assert "gpt2_model.h.0.mlp.c_fc.weight" in here
+        for name, tensor in here.items():
+            assert torch.equal(there[name], tensor), name
 
 
 @pytest.mark.parametrize(

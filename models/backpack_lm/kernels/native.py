@@ -19,7 +19,7 @@ from backpack_lm.config import BackpackConfig
 from backpack_lm.kernels import structs
 from backpack_lm.kernels.build import NotBuilt, library
 from backpack_lm.kernels.caches import LANES, Caches, DrawParams, MixSpan, StepInput, TokenSpan
-from backpack_lm.kernels.huge_pages import Room
+from backpack_lm.kernels.huge_pages import Room, give_back_freed
 from backpack_lm.kernels.interface import Compute, Linear
 from backpack_lm.kernels.native_trunk import NativeTrunk
 from backpack_lm.kernels.products import Product, at, name
@@ -62,6 +62,11 @@ class NativeKernels:
         self._weights = Room()
 
     def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False, fine: bool = False) -> Linear:
+        made = self._linear(weight, bias, gelu, fine)
+        give_back_freed()  # what the conversion took: together as much as the model
+        return made
+
+    def _linear(self, weight: Tensor, bias: Tensor, gelu: bool, fine: bool) -> Linear:
         if self._int8:
             return Product.int8(self._library, weight, bias, gelu, fine, self._dtype, self._weights)
         if not self._packs:

@@ -45,9 +45,9 @@ class Product:
         compute = getattr(library, f"product_{name(dtype)}_{name(result)}")
         (outer, given), step = weight.shape, 4 // dtype.itemsize
         inner = -(-given // step) * step
-        padded = _whole_groups(F.pad(weight.detach().to(dtype), (0, inner - given)))
+        padded = _whole_groups(weight.detach().to(dtype), inner - given)
         # [out/48, in/s, 48, s] with s values in 4 bytes
-        packed = room.copy(padded.view(-1, GROUP, inner // step, step).transpose(1, 2))
+        packed = room.copy(padded.unflatten(1, (-1, step)).unflatten(0, (-1, GROUP)).transpose(1, 2))
         return cls(compute, packed, _padded(bias), inner, outer, gelu, dtype, result)
 
     @classmethod
@@ -68,9 +68,11 @@ class Product:
         return out
 
 
-def _whole_groups(weight: Tensor) -> Tensor:
-    """A weight [out, in] or a bias [out, 1], filled up with zeros to whole groups of outputs."""
-    return F.pad(weight, (0, 0, 0, -len(weight) % GROUP))
+def _whole_groups(weight: Tensor, inputs: int = 0) -> Tensor:
+    """A weight [out, in] or a bias [out, 1], filled up with zeros to whole groups of outputs, and by so many inputs;
+    itself if nothing is missing: torch would copy it."""
+    missing = -len(weight) % GROUP
+    return F.pad(weight, (0, inputs, 0, missing)) if missing or inputs else weight
 
 
 def _padded(bias: Tensor) -> Tensor:

@@ -66,9 +66,13 @@ class TrunkWeights:
             return deepcopy(norm).to(device).requires_grad_(False)
 
         def linear(*parts: Conv1D, gelu: bool = False, fine: bool = False) -> Linear:
-            weight = torch.cat([part.weight.t() for part in parts]) if len(parts) > 1 else parts[0].weight.t()
-            biases = [torch.zeros(part.weight.shape[1]) if part.bias is None else part.bias for part in parts]
-            return kernels.linear(weight, torch.cat(biases), gelu, fine)
+            weights = [part.weight.t() for part in parts]
+            biases = [
+                torch.zeros(len(weight)) if part.bias is None else part.bias
+                for part, weight in zip(parts, weights, strict=True)
+            ]
+            whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+            return kernels.linear(whole, torch.cat(biases), gelu, fine)
 
         def layer(block: Block, after: nn.Module) -> PreparedLayer:
             attn, mlp = block.attn, block.mlp
