@@ -15,6 +15,7 @@ from backpack_serving import rpc
 from backpack_serving.errors import Unavailable
 from backpack_serving.inference import directory
 from backpack_serving.observability.metrics import Metrics
+from backpack_serving.rpc.server import ENDED_A_TURN
 from backpack_serving.settings import Settings
 
 CALLS = 40
@@ -47,3 +48,25 @@ async def test_what_no_handler_took_may_be_tried_again(tmp_path: Path) -> None:
         with pytest.raises(Unavailable, match="the server stopped before it took the call") as told, rpc.errors():
             raise error
         assert told.value.retry_after is not None
+
+
+async def test_endless_calls_are_ended_few_at_a_time(tmp_path: Path) -> None:
+    server = await directory.serve(Settings(state=tmp_path, directory_address="127.0.0.1:0"), Metrics())
+    async with rpc.channel(server.address) as channel:
+        stub = directory_pb2_grpc.DirectoryServiceStub(channel)
+        watches = [aiter(stub.WatchReplicas(pb.WatchReplicasRequest())) for _ in range(3 * ENDED_A_TURN)]
+        for watch in watches:
+            await anext(watch)
+        running, ended = set(server._calls._running), set[object]()
+        assert len(running) == len(watches)
+        stopping, each_turn = asyncio.create_task(server.stop(60)), []
+        while not stopping.done():
+            await asyncio.sleep(0)
+            each_turn.append(len(running & server._calls._ended - ended))
+            ended |= server._calls._ended
+        assert sum(each_turn) == len(watches)
+        assert max(each_turn) == ENDED_A_TURN, "all at once hold the loop"
+        for watch in watches:
+            with pytest.raises(Unavailable, match="this server is stopping") as told, rpc.errors():
+                await anext(watch)
+            assert told.value.reason == "DRAINING"

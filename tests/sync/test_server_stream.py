@@ -184,14 +184,15 @@ async def test_a_stream_that_waits_for_its_turn_is_told_that_it_is_alive() -> No
     history = SharedHistory()
     history.state = {n: TenantState(f"t{n}") for n in range(CHANGES + 1)}
     history.head = Position(1, 7)
-    with _connected(1, history, whole=True) as (readers, _, _):
+    with _connected(3 * UNITS_A_TURN, history, whole=True) as (readers, _, units):
         streams = readers[0]._streams
         for _ in range(LONG_AT_ONCE):
             await streams._long.acquire()
-        await eventually(lambda: _all([KEEP_WAITING in readers[0].raw]))
-        assert readers[0].at == Position()
+        await eventually(lambda: _all(KEEP_WAITING in reader.raw for reader in readers))
+        assert max(units.values()) <= UNITS_A_TURN, "they were all told in one turn of the loop"
+        assert {reader.at for reader in readers} == {Position()}
         streams._long.release()
-        await eventually(lambda: _all([readers[0].at == history.head]))
+        await eventually(lambda: _all(reader.at == history.head for reader in readers))
 
 
 async def _all(conditions: Any) -> bool:
@@ -200,7 +201,10 @@ async def _all(conditions: Any) -> bool:
 
 def test_a_snapshot_that_is_encoded_once_is_read_with_each_streams_own_header() -> None:
     encoder, changes = ChangeEncoder(), tuple(TenantState(f"t{n}", n % 2 == 0) for n in range(CHANGES + 5))
+    encoded = []
     for nonce, revision in ((1, 5), (2, 6)):
         message, incoming = Snapshot(nonce, Position(3, revision), changes), SnapshotAssembler()
-        read = [incoming.read(pb.SyncResponse.FromString(part)) for part in encoder.encode(message)]
+        encoded.append(encoder.encode(message))
+        read = [incoming.read(pb.SyncResponse.FromString(shared + own)) for shared, own in encoded[-1]]
         assert read == [None, message]
+    assert all(one is other for (one, _), (other, _) in zip(*encoded, strict=True)), "each stream has a copy"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
 from collections import OrderedDict, deque
@@ -18,7 +19,7 @@ from backpack_serving.errors import InvalidRequest
 from backpack_serving.sync.messages import BOOKMARK_SECONDS, Delta, FromReader, Snapshot, ToReader
 from backpack_serving.sync.server import History, SyncServer
 from backpack_serving.sync.state import StateEntry
-from backpack_serving.sync.wire import read_from_reader, with_header, write_changes, write_to_reader
+from backpack_serving.sync.wire import read_from_reader, write_changes, write_header, write_to_reader
 from backpack_serving.turnstile import Turnstile
 
 POLL_SECONDS = 1.0
@@ -41,6 +42,10 @@ KEEP_WAITING = pb.SyncResponse().SerializeToString()
 
 LONG = 500
 """Changes from which on encoding them is no work for the loop."""
+
+Part = tuple[bytes, bytes]
+"""Of a message, or of a part of a long one: bytes that all readers share, and a stream's own. They are joined when they
+are sent, so that streams which wait for their turn hold no copies."""
 
 _Inbox = deque[FromReader | Exception | None]
 """A reader's messages; an error if one is invalid; None at the end of the stream."""
@@ -120,7 +125,8 @@ class ReaderStreams:
                         server.hasten_bookmark()
                     parts = await self._messages(server)
                     if len(parts) == 1:
-                        yield parts[0]
+                        shared, own = parts[0]
+                        yield shared + own
                     elif parts:
                         async with aclosing(self._one_by_one(parts)) as long:
                             async for part in long:
@@ -128,26 +134,28 @@ class ReaderStreams:
             finally:
                 receiving.cancel()
 
-    async def _one_by_one(self, parts: list[bytes]) -> AsyncGenerator[bytes, None]:
+    async def _one_by_one(self, parts: list[Part]) -> AsyncGenerator[bytes, None]:
         """The parts of a long message. Few readers get one at the same time, the others are kept waiting: if all had a
         share, and the share of each took longer than SILENCE, all would begin anew and nobody would be done, ever.
         """
         while not await self._acquire_long():
+            await self.turns.enter()
             yield KEEP_WAITING
         try:
-            for part in parts:
+            for shared, own in parts:
                 await self.turns.enter()
-                yield part
+                yield shared + own
         finally:
             self._long.release()
 
     async def _acquire_long(self) -> bool:
         with suppress(TimeoutError):
-            async with asyncio.timeout(BOOKMARK_SECONDS):
+            # Those who began to wait at once don't wake at once.
+            async with asyncio.timeout(BOOKMARK_SECONDS * random.uniform(0.5, 1.0)):
                 return await self._long.acquire()
         return False
 
-    async def _messages(self, server: SyncServer) -> list[bytes]:
+    async def _messages(self, server: SyncServer) -> list[Part]:
         """What to send now. Whatever needs the store, or is long, is done in a thread."""
         loop = asyncio.get_running_loop()
         if server.at_hand:
@@ -158,7 +166,7 @@ class ReaderStreams:
             return await loop.run_in_executor(self._executor, self._encode_all, messages)
         return self._encode_all(messages)
 
-    def _encode_all(self, messages: Iterable[ToReader]) -> list[bytes]:
+    def _encode_all(self, messages: Iterable[ToReader]) -> list[Part]:
         return [part for message in messages for part in self._encoder.encode(message)]
 
 
@@ -177,16 +185,17 @@ class ChangeEncoder:
             and not self._encoded_parts(message.changes)
         )
 
-    def encode(self, message: ToReader) -> list[bytes]:
+    def encode(self, message: ToReader) -> list[Part]:
         """The message; a snapshot in several parts."""
         if not isinstance(message, Snapshot | Delta):
-            return [write_to_reader(message).SerializeToString()]
+            return [(write_to_reader(message).SerializeToString(), b"")]
         if (parts := self._encoded_parts(message.changes)) is None:
             # Threads encode a long one once; the loop, which encodes short ones, doesn't wait for them.
             with self._turn if len(message.changes) > LONG else nullcontext():
                 if (parts := self._encoded_parts(message.changes)) is None:
                     parts = self._encode_new(message)
-        return with_header(message, parts)
+        own = write_header(message)
+        return [(part, own) for part in parts]
 
     def _encode_new(self, message: Snapshot | Delta) -> list[bytes]:
         parts = write_changes(message)

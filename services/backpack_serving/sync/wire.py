@@ -109,7 +109,7 @@ def write_to_reader(message: m.Bookmark | m.ResyncRequired) -> pb.SyncResponse:
 
 
 def write_changes(message: m.Snapshot | m.Delta) -> list[bytes]:
-    """The encoded changes of a message, of a large snapshot in several parts, to be completed by `with_header`."""
+    """The encoded changes of a message, of a large snapshot in several parts, to be completed by `write_header`."""
     if isinstance(message, m.Delta):
         delta = pb.Delta(changes=map(_write_entry, message.changes))
         return [pb.SyncResponse(delta=delta).SerializeToString()]
@@ -122,9 +122,9 @@ def write_changes(message: m.Snapshot | m.Delta) -> list[bytes]:
     ]
 
 
-def with_header(message: m.Snapshot | m.Delta, parts: list[bytes]) -> list[bytes]:
-    """The whole encoded messages. In protobuf, messages merge when their bytes are joined, so what is the same for all
-    readers is encoded once, and what is one stream's own is added to it.
+def write_header(message: m.Snapshot | m.Delta) -> bytes:
+    """What each of the encoded parts of a message lacks. In protobuf, messages merge when their bytes are joined, so
+    what is the same for all readers is encoded once, and what is one stream's own is added to it.
     """
     position = write_position(message.position)
     if isinstance(message, m.Delta):
@@ -132,8 +132,7 @@ def with_header(message: m.Snapshot | m.Delta, parts: list[bytes]) -> list[bytes
         header = pb.SyncResponse(delta=delta)
     else:
         header = pb.SyncResponse(snapshot=pb.Snapshot(nonce=message.nonce, position=position))
-    own = header.SerializeToString()
-    return [part + own for part in parts]
+    return header.SerializeToString()
 
 
 def count_changes(message: pb.SyncResponse) -> int:
