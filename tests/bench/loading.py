@@ -38,6 +38,9 @@ SLOTS, CACHE_TOKENS, ROOM = 4, 1024, 1024
 EVERY = 0.02
 """Seconds between two looks at the memory of all ranks."""
 
+LOOK = 0.5
+"""Seconds between two looks which processes are ranks."""
+
 PRECISIONS = ("float32", "bfloat16", "int8")
 
 
@@ -101,11 +104,15 @@ def start(folder: Path, state: Path, ranks: int, precision: str, **settings: str
         OVERLAY_ROWS=str(ROOM), **settings,
     )  # fmt: skip
     process, most = psutil.Process(started.process.pid), dict[int, int]()
+    ranks_now: list[int] = []
+    look = 0.0
     try:
         while "serves on" not in started.said:
             if started.process.poll() is not None:
                 raise RuntimeError(started.said)
-            for each in _ranks_of(process):
+            if time.monotonic() > look:  # which processes there are takes longer to find out than what they have
+                ranks_now, look = list(_ranks_of(process)), time.monotonic() + LOOK
+            for each in ranks_now:
                 most[each] = max(most.get(each, 0), private_memory(each))
             time.sleep(EVERY)
         seconds = time.monotonic() - began
