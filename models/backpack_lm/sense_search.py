@@ -70,11 +70,7 @@ class CellSearch:
     ) -> None:
         self._model, self._table, self._overlay = model, table, overlay
         self._effect, self._frequencies = effect, frequencies
-        self._direction = model.embedding[list(words)].float().mean(0)
-        if against is None:
-            self._direction = self._direction - model.embedding[: model.config.tokens].float().mean(0)
-        elif against:
-            self._direction = self._direction - model.embedding[list(against)].float().mean(0)
+        self._direction = direction_of(model, words, against)
         self._contributions: Tensor | None = None
         self._prompts = torch.zeros(self._shape, dtype=torch.int32)
 
@@ -131,6 +127,14 @@ class CellSearch:
             multipliers = topic.targets(ids)
             scores, edited = scores * multipliers, edited | (multipliers != 1)
         return scores, edited
+
+
+def direction_of(model: Backpack, words: Sequence[int], against: Sequence[int] | None) -> Tensor:
+    """r [d]: the mean of E[y] over words, less that over those that they are set against; None is all words."""
+    direction = model.embedding[list(words)].float().mean(0)
+    if against is None:
+        return direction - model.embedding[: model.config.tokens].float().mean(0)
+    return direction - model.embedding[list(against)].float().mean(0) if against else direction
 
 
 def _largest(values: Tensor, count: int) -> Tensor:

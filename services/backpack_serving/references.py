@@ -12,6 +12,9 @@ from enum import StrEnum
 LIVE = "live"
 """The channel that every tenant has, and that a request gets which names none."""
 
+CANARY = ":canary"
+"""After a channel's name in a request: the release of its canary, whatever the request's key."""
+
 NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
 """What tenants, patches and channels may be called."""
 

@@ -22,6 +22,8 @@ REQUESTS: dict[str, Any] = {
     "Explain": pb.ExplainRequest(prompt=PROMPT),
     "ListSenses": pb.ListSensesRequest(word=pb.Word(text="king"), limit=1),
     "FindSenses": pb.FindSensesRequest(words=[pb.Word(text="king")]),
+    "MapSense": pb.MapSenseRequest(sense=1, words=[pb.Word(text=word) for word in ("king", "ship", "sea")]),
+    "ListUses": pb.ListUsesRequest(word=pb.Word(text="king"), limit=1),
 }
 
 

@@ -96,6 +96,8 @@ def test_a_canary_takes_its_share_of_the_keys_and_the_same_ones_always(told: Tol
     )
     drawn = sum(told.registry.snapshot().channel("acme", "live").canary for _ in range(1000))
     assert abs(drawn - 500) < 5 * 16, "without a key, each request is drawn"
+    named = [told.registry.snapshot().channel("acme", "live:canary", key) for key in pins]
+    assert {(pin.channel, pin.digest, pin.canary) for pin in named} == {("live", OTHER.digest, True)}
 
 
 def test_unknown_wrong_and_revoked_keys_are_nobody(told: Told, registry: TenantRegistry) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from backpack_lm import word_uses
 from backpack_lm.installed import folder_of
 from backpack_lm.manifest import Manifest
 from backpack_lm.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ from backpack_serving.gateway.servicer import COMPARED_TOKENS, LISTED_TOKENS, SE
 from backpack_serving.gateway.usage import UsageMeter
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.references import Pin
+from backpack_serving.wire.words import USE_TOKENS
 
 from tests.rpc.test_strangers import DATA, LAST, answered, begin, frame
 
@@ -43,7 +45,7 @@ class Anybody:
     """Knows every caller, and pins every request."""
 
     async def who(self, context: rpc.Context) -> Principal:
-        return Principal("t", "k", frozenset([Role.CALLER]))
+        return Principal("t", "k", frozenset([Role.CALLER, Role.AUTHOR]))
 
     async def channel(self, *_: Any) -> Pin:
         return PINNED
@@ -70,6 +72,14 @@ class Replica(inference_pb2_grpc.InferenceServiceServicer):
     async def ListSenses(self, request: pb.ListSensesRequest, context: rpc.Context) -> pb.ListSensesResponse:
         await self._work(context)
         return pb.ListSensesResponse(served=SERVED)
+
+    async def MapSense(self, request: pb.MapSenseRequest, context: rpc.Context) -> pb.MapSenseResponse:
+        await self._work(context)
+        return pb.MapSenseResponse(served=SERVED)
+
+    async def ListUses(self, request: pb.ListUsesRequest, context: rpc.Context) -> pb.ListUsesResponse:
+        await self._work(context)
+        return pb.ListUsesResponse(served=SERVED)
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> pb.GenerateResponse:
         await self._work(context)
@@ -302,7 +312,15 @@ async def test_a_search_costs_its_scan_and_its_prompts_and_a_words_senses_their_
         await client.senses(PROMPT[0])
         assert system.left() == left - LISTED_TOKENS
         await client.senses(PROMPT[0], neighbours=3)
-        assert system.left() == left - 2 * LISTED_TOKENS - COMPARED_TOKENS
+        left -= 2 * LISTED_TOKENS + COMPARED_TOKENS
+        assert system.left() == left
+        await client.map_sense(0, [1, 2, 3])
+        await client.uses(PROMPT[0], limit=3)
+        assert system.left() == left - LISTED_TOKENS - 3 * USE_TOKENS
+
+
+def test_a_use_costs_as_many_tokens_as_are_read_for_it() -> None:
+    assert USE_TOKENS == word_uses.BEFORE + 1 + word_uses.AFTER
 
 
 @pytest.mark.parametrize(
@@ -312,12 +330,15 @@ async def test_a_search_costs_its_scan_and_its_prompts_and_a_words_senses_their_
         (pb.FindSensesRequest(words=[pb.Word(token=99_999)]), "UNKNOWN_TOKEN"),
         (pb.FindSensesRequest(words=[pb.Word(token=1)], page_token="!"), "BAD_PAGE_TOKEN"),
         (pb.FindSensesRequest(words=[pb.Word(token=1)], prompts=[pb.Prompt(text="a")] * 17), "TOO_MANY"),
+        (pb.MapSenseRequest(words=[pb.Word(token=1)]), "TOO_FEW"),
+        (pb.ListUsesRequest(word=pb.Word(token=1), limit=33), "OUT_OF_RANGE"),
     ],
 )
-async def test_a_bad_search_reaches_no_replica(request_: pb.FindSensesRequest, reason: str) -> None:
+async def test_a_bad_search_reaches_no_replica(request_: Any, reason: str) -> None:
     async with _running() as system:
         channel = rpc.channel(system.gateway)
         with pytest.raises(InvalidRequest) as refused, rpc.errors():
-            await inference_pb2_grpc.InferenceServiceStub(channel).FindSenses(request_)
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            await getattr(stub, type(request_).__name__.removesuffix("Request"))(request_)
         assert (refused.value.reason, system.replica.asked) == (reason, 0)
         await channel.close()

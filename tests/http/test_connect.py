@@ -6,10 +6,12 @@ import base64
 from typing import Any
 
 import grpc
+import httpx2 as httpx
 import pytest
 from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1 import inference_pb2_grpc, interventions_pb2_grpc
 from backpack_proto.v1 import interventions_pb2 as ipb
+from backpack_serving.client import Client
 from backpack_serving.http.connect import OF_GATEWAYS, OF_INTERVENTIONS
 from google.protobuf.json_format import MessageToDict, ParseDict
 from google.rpc import error_details_pb2, status_pb2
@@ -79,6 +81,23 @@ def test_a_search_answers_as_over_grpc(web: Web) -> None:
         metadata = (("authorization", f"Bearer {web.key}"),)
         over_grpc = inference_pb2_grpc.InferenceServiceStub(channel).FindSenses(asked, metadata=metadata)
     assert list(found.senses) == list(over_grpc.senses)
+
+
+def test_operators_see_replicas_over_connect_and_grpc_web(web: Web) -> None:
+    """The same as over gRPC; gRPC-Web: a frame of five bytes before the message."""
+    admin = (web.state / "admin.key").read_text().strip()
+    path = "/backpack.v1.InferenceService/ListReplicas"
+    listed = ParseDict(web.post(path, {}, authorization=f"Bearer {admin}").json(), pb.ListReplicasResponse())
+    sent = {"authorization": f"Bearer {admin}", "content-type": "application/grpc-web+proto"}
+    framed = httpx.post(web.url + path, content=bytes(5), headers=sent).content
+    size = int.from_bytes(framed[1:5], "big")
+    over_web = pb.ListReplicasResponse.FromString(framed[5 : 5 + size])
+    with Client(web.gateway, admin) as client:
+        (replica,) = client.replicas()
+    for answer in (listed, over_web):
+        assert [one.replica.id for one in answer.replicas] == [replica.id]
+    refused = web.post(path, {})
+    assert (refused.status_code, refused.headers["backpack-reason"]) == (403, "MISSING_ROLE")
 
 
 def details(error: Any) -> list[Any]:

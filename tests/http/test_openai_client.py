@@ -12,7 +12,7 @@ import openai
 import pytest
 from backpack_lm.installed import folder_of
 from backpack_lm.tokenizer import Tokenizer
-from backpack_serving.client import Client, Copy, Sampling
+from backpack_serving.client import Client, Copy, Sampling, Steering
 
 from tests.http.conftest import PROMPT, Web, chat_model, serving
 
@@ -30,6 +30,44 @@ def test_channels_are_models(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         client.models.retrieve("nowhere")
     assert refused.value.code == "NO_SUCH_CHANNEL"
+    unpatched: Any = client.models.retrieve("live@0")
+    assert (unpatched.id, unpatched.release, unpatched.owned_by) == ("live@0", 0, "harbour")
+    assert unpatched.release_digest != model.release_digest  # type: ignore[attr-defined]
+    for name, reason in (
+        ("live@99", "NO_SUCH_RELEASE"),
+        ("live:canary", "NO_CANARY"),
+        ("nowhere@0", "NO_SUCH_CHANNEL"),
+    ):
+        with pytest.raises(openai.NotFoundError) as refused:
+            client.models.retrieve(name)
+        assert refused.value.code == reason
+
+
+def test_a_canary_is_a_model_too(client: openai.OpenAI, web: Web) -> None:
+    asked: Any = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0}
+    with Steering(web.interventions, web.key) as steering:
+        revision = steering.create_revision("royal", [Copy("king", source="nurse")])
+        release = steering.create_release([revision]).number
+        move = steering.start_canary(release, permille=1, allow_degradation=True)
+        try:
+            live, canary = client.models.list().data
+            assert (live.id, canary.id, canary.release) == ("live", "live:canary", release)  # type: ignore[attr-defined]
+            assert client.models.retrieve("live:canary") == canary
+            since = {"since": str(move.at)}
+            for seed in range(3):
+                answer = client.completions.create(model="live:canary", seed=seed, extra_body=since, **asked)
+                served: Any = answer.choices[0].served  # type: ignore[attr-defined]
+                assert (answer.model, served["channel"], served["release"], served["canary"]) == (
+                    "live:canary",
+                    "live",
+                    release,
+                    True,
+                )
+        finally:
+            move = steering.abort_canary()
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.completions.create(model="live:canary", extra_body={"since": str(move.at)}, **asked)
+    assert refused.value.code == "NO_CANARY"
 
 
 def test_a_completion_is_what_grpc_gives(client: openai.OpenAI, web: Web) -> None:

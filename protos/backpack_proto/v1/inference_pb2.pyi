@@ -4,6 +4,7 @@
 isort:skip_file
 """
 
+from backpack_proto.v1 import directory_pb2 as _directory_pb2
 from backpack_proto.v1 import edits_pb2 as _edits_pb2
 from backpack_proto.v1.edits_pb2 import AddEdit as AddEdit
 from backpack_proto.v1.edits_pb2 import BiasEdit as BiasEdit
@@ -1368,6 +1369,391 @@ class FoundSense(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__frequency) -> _WhichOneofReturnType__frequency | None: ...
 
 Global___FoundSense: _TypeAlias = FoundSense  # noqa: Y015
+
+@_typing.final
+class MapSenseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SENSE_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    TOWARD_FIELD_NUMBER: _builtins.int
+    AGAINST_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    REQUEST_KEY_FIELD_NUMBER: _builtins.int
+    MIN_REVISION_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    sense: _builtins.int
+    limit: _builtins.int
+    """How many tokens to list at each end of an axis. Default 8; at most 100."""
+    channel: _builtins.str
+    request_key: _builtins.str
+    release: _builtins.int
+    """A release of the tenant by its number, in place of the one that the channel is at."""
+    @_builtins.property
+    def words(self) -> _containers.RepeatedCompositeFieldContainer[_edits_pb2.Word]:
+        """3 to 256 words of one token each, none named twice."""
+
+    @_builtins.property
+    def toward(self) -> _containers.RepeatedCompositeFieldContainer[_edits_pb2.Word]:
+        """At most 64 words. With some, x is what the sense adds to their logits, the mean over them, less the mean over
+        `against`; and y is the direction of most variance of what is left. Without, x and y are the two directions of most
+        variance.
+        """
+
+    @_builtins.property
+    def against(self) -> _containers.RepeatedCompositeFieldContainer[_edits_pb2.Word]:
+        """At most 64 words; all words of the vocabulary if there are none."""
+
+    @_builtins.property
+    def min_revision(self) -> Global___Position: ...
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """Edits to try, over that release."""
+
+    def __init__(
+        self,
+        *,
+        sense: _builtins.int = ...,
+        words: _abc.Iterable[_edits_pb2.Word] | None = ...,
+        toward: _abc.Iterable[_edits_pb2.Word] | None = ...,
+        against: _abc.Iterable[_edits_pb2.Word] | None = ...,
+        limit: _builtins.int = ...,
+        channel: _builtins.str = ...,
+        request_key: _builtins.str = ...,
+        min_revision: Global___Position | None = ...,
+        release: _builtins.int | None = ...,
+        draft: Global___Draft | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "draft", b"draft", "min_revision", b"min_revision", "release", b"release"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "against", b"against", "channel", b"channel", "draft", b"draft", "limit", b"limit", "min_revision", b"min_revision", "release", b"release", "request_key", b"request_key", "sense", b"sense", "toward", b"toward", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
+    _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__release) -> _WhichOneofReturnType__release | None: ...
+
+Global___MapSenseRequest: _TypeAlias = MapSenseRequest  # noqa: Y015
+
+@_typing.final
+class MapSenseResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORDS_FIELD_NUMBER: _builtins.int
+    X_FIELD_NUMBER: _builtins.int
+    Y_FIELD_NUMBER: _builtins.int
+    SERVED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___MappedWord]:
+        """In the order in which they were asked for."""
+
+    @_builtins.property
+    def x(self) -> Global___MapAxis: ...
+    @_builtins.property
+    def y(self) -> Global___MapAxis: ...
+    @_builtins.property
+    def served(self) -> Global___Served: ...
+    def __init__(
+        self,
+        *,
+        words: _abc.Iterable[Global___MappedWord] | None = ...,
+        x: Global___MapAxis | None = ...,
+        y: Global___MapAxis | None = ...,
+        served: Global___Served | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["served", b"served", "x", b"x", "y", b"y"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["served", b"served", "words", b"words", "x", b"x", "y", b"y"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MapSenseResponse: _TypeAlias = MapSenseResponse  # noqa: Y015
+
+@_typing.final
+class MappedWord(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    X_FIELD_NUMBER: _builtins.int
+    Y_FIELD_NUMBER: _builtins.int
+    NORM_FIELD_NUMBER: _builtins.int
+    EDITED_FIELD_NUMBER: _builtins.int
+    x: _builtins.float
+    y: _builtins.float
+    norm: _builtins.float
+    edited: _builtins.bool
+    """Whether the release replaces this sense of this word."""
+    @_builtins.property
+    def token(self) -> Global___Token: ...
+    def __init__(
+        self,
+        *,
+        token: Global___Token | None = ...,
+        x: _builtins.float = ...,
+        y: _builtins.float = ...,
+        norm: _builtins.float = ...,
+        edited: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edited", b"edited", "norm", b"norm", "token", b"token", "x", b"x", "y", b"y"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MappedWord: _TypeAlias = MappedWord  # noqa: Y015
+
+@_typing.final
+class MapAxis(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARE_FIELD_NUMBER: _builtins.int
+    POSITIVE_FIELD_NUMBER: _builtins.int
+    NEGATIVE_FIELD_NUMBER: _builtins.int
+    share: _builtins.float
+    """Of the variance of the words' vectors, 0 to 1."""
+    @_builtins.property
+    def positive(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoredToken]:
+        """Tokens whose logit rises most towards the axis' positive end, and towards its negative one; `score` is E[y] · u, u
+        the direction of length 1, less the mean over the vocabulary.
+        """
+
+    @_builtins.property
+    def negative(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoredToken]: ...
+    def __init__(
+        self,
+        *,
+        share: _builtins.float = ...,
+        positive: _abc.Iterable[Global___ScoredToken] | None = ...,
+        negative: _abc.Iterable[Global___ScoredToken] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["negative", b"negative", "positive", b"positive", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MapAxis: _TypeAlias = MapAxis  # noqa: Y015
+
+@_typing.final
+class ListUsesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORD_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    REQUEST_KEY_FIELD_NUMBER: _builtins.int
+    MIN_REVISION_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    limit: _builtins.int
+    """How many uses to list, evenly spread over those that there are. Default 8; at most 32."""
+    channel: _builtins.str
+    request_key: _builtins.str
+    release: _builtins.int
+    """A release of the tenant by its number, in place of the one that the channel is at."""
+    @_builtins.property
+    def word(self) -> _edits_pb2.Word: ...
+    @_builtins.property
+    def min_revision(self) -> Global___Position: ...
+    @_builtins.property
+    def draft(self) -> Global___Draft:
+        """Edits to try, over that release."""
+
+    def __init__(
+        self,
+        *,
+        word: _edits_pb2.Word | None = ...,
+        limit: _builtins.int = ...,
+        channel: _builtins.str = ...,
+        request_key: _builtins.str = ...,
+        min_revision: Global___Position | None = ...,
+        release: _builtins.int | None = ...,
+        draft: Global___Draft | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "draft", b"draft", "min_revision", b"min_revision", "release", b"release", "word", b"word"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_release", b"_release", "channel", b"channel", "draft", b"draft", "limit", b"limit", "min_revision", b"min_revision", "release", b"release", "request_key", b"request_key", "word", b"word"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
+    _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__release) -> _WhichOneofReturnType__release | None: ...
+
+Global___ListUsesRequest: _TypeAlias = ListUsesRequest  # noqa: Y015
+
+@_typing.final
+class ListUsesResponse(_message.Message):
+    """FAILED_PRECONDITION if the model has no such text: the one that Judge reads."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    OCCURRENCES_FIELD_NUMBER: _builtins.int
+    TEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    SERVED_FIELD_NUMBER: _builtins.int
+    occurrences: _builtins.int
+    """How often the word occurs in the whole text, with a token after it."""
+    text_tokens: _builtins.int
+    """How many tokens the whole text has."""
+    @_builtins.property
+    def token(self) -> Global___Token: ...
+    @_builtins.property
+    def uses(self) -> _containers.RepeatedCompositeFieldContainer[Global___WordUse]:
+        """In the order of the text."""
+
+    @_builtins.property
+    def served(self) -> Global___Served: ...
+    def __init__(
+        self,
+        *,
+        token: Global___Token | None = ...,
+        uses: _abc.Iterable[Global___WordUse] | None = ...,
+        occurrences: _builtins.int = ...,
+        text_tokens: _builtins.int = ...,
+        served: Global___Served | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["served", b"served", "token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["occurrences", b"occurrences", "served", b"served", "text_tokens", b"text_tokens", "token", b"token", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListUsesResponse: _TypeAlias = ListUsesResponse  # noqa: Y015
+
+@_typing.final
+class WordUse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    SENSES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def before(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
+        """Of the same paragraph, at most 32."""
+
+    @_builtins.property
+    def after(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
+        """Of the same paragraph, at most 16."""
+
+    @_builtins.property
+    def senses(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsedSense]:
+        """One for each sense, in their order."""
+
+    def __init__(
+        self,
+        *,
+        before: _abc.Iterable[Global___Token] | None = ...,
+        after: _abc.Iterable[Global___Token] | None = ...,
+        senses: _abc.Iterable[Global___UsedSense] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "senses", b"senses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WordUse: _TypeAlias = WordUse  # noqa: Y015
+
+@_typing.final
+class UsedSense(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTRIBUTION_FIELD_NUMBER: _builtins.int
+    STRONGEST_FIELD_NUMBER: _builtins.int
+    MOST_FIELD_NUMBER: _builtins.int
+    contribution: _builtins.float
+    """What the sense, where it stands, added to the logits of the tokens in `after`, each less the mean over the
+    vocabulary: α · multiplier · (E[y] · C(word)_sense), summed.
+    """
+    strongest: _builtins.int
+    """The token in `after` to which it added most, counted from 0, and how much."""
+    most: _builtins.float
+    def __init__(
+        self,
+        *,
+        contribution: _builtins.float = ...,
+        strongest: _builtins.int = ...,
+        most: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "most", b"most", "strongest", b"strongest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsedSense: _TypeAlias = UsedSense  # noqa: Y015
+
+@_typing.final
+class ListReplicasRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListReplicasRequest: _TypeAlias = ListReplicasRequest  # noqa: Y015
+
+@_typing.final
+class ListReplicasResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaLoad]: ...
+    def __init__(
+        self,
+        *,
+        replicas: _abc.Iterable[Global___ReplicaLoad] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replicas", b"replicas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListReplicasResponse: _TypeAlias = ListReplicasResponse  # noqa: Y015
+
+@_typing.final
+class ReplicaLoad(_message.Message):
+    """A replica as this gateway's router sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    SENT_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    USABLE_FIELD_NUMBER: _builtins.int
+    sent: _builtins.int
+    """Tokens of the requests that this gateway has in flight there."""
+    load: _builtins.float
+    """What the router compares: tokens in flight for each slot, by the report or by this gateway's count, whichever is more."""
+    usable: _builtins.bool
+    """Whether requests are sent there: false while it drains, and for a moment after a call failed."""
+    @_builtins.property
+    def replica(self) -> _directory_pb2.Replica:
+        """What it last reported."""
+
+    def __init__(
+        self,
+        *,
+        replica: _directory_pb2.Replica | None = ...,
+        sent: _builtins.int = ...,
+        load: _builtins.float = ...,
+        usable: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "replica", b"replica", "sent", b"sent", "usable", b"usable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaLoad: _TypeAlias = ReplicaLoad  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):

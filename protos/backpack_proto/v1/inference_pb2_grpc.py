@@ -83,10 +83,25 @@ class InferenceServiceStub:
                 request_serializer=backpack__proto_dot_v1_dot_inference__pb2.FindSensesRequest.SerializeToString,
                 response_deserializer=backpack__proto_dot_v1_dot_inference__pb2.FindSensesResponse.FromString,
                 _registered_method=True)
+        self.MapSense = channel.unary_unary(
+                '/backpack.v1.InferenceService/MapSense',
+                request_serializer=backpack__proto_dot_v1_dot_inference__pb2.MapSenseRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_inference__pb2.MapSenseResponse.FromString,
+                _registered_method=True)
+        self.ListUses = channel.unary_unary(
+                '/backpack.v1.InferenceService/ListUses',
+                request_serializer=backpack__proto_dot_v1_dot_inference__pb2.ListUsesRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_inference__pb2.ListUsesResponse.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/backpack.v1.InferenceService/GetModel',
                 request_serializer=backpack__proto_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=backpack__proto_dot_v1_dot_inference__pb2.GetModelResponse.FromString,
+                _registered_method=True)
+        self.ListReplicas = channel.unary_unary(
+                '/backpack.v1.InferenceService/ListReplicas',
+                request_serializer=backpack__proto_dot_v1_dot_inference__pb2.ListReplicasRequest.SerializeToString,
+                response_deserializer=backpack__proto_dot_v1_dot_inference__pb2.ListReplicasResponse.FromString,
                 _registered_method=True)
 
 
@@ -159,8 +174,30 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MapSense(self, request, context):
+        """Where one sense of many words lies: a map of its vectors, and which words each axis speaks for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListUses(self, request, context):
+        """Where a word occurs in the text that lies beside the model, and what each of its senses said there. Only for
+        callers who may author: it shows parts of that text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModel(self, request, context):
         """The model that is served.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListReplicas(self, request, context):
+        """The replicas that this gateway knows of, and how loaded they are. Only for operators.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -214,10 +251,25 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=backpack__proto_dot_v1_dot_inference__pb2.FindSensesRequest.FromString,
                     response_serializer=backpack__proto_dot_v1_dot_inference__pb2.FindSensesResponse.SerializeToString,
             ),
+            'MapSense': grpc.unary_unary_rpc_method_handler(
+                    servicer.MapSense,
+                    request_deserializer=backpack__proto_dot_v1_dot_inference__pb2.MapSenseRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_inference__pb2.MapSenseResponse.SerializeToString,
+            ),
+            'ListUses': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListUses,
+                    request_deserializer=backpack__proto_dot_v1_dot_inference__pb2.ListUsesRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_inference__pb2.ListUsesResponse.SerializeToString,
+            ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
                     request_deserializer=backpack__proto_dot_v1_dot_inference__pb2.GetModelRequest.FromString,
                     response_serializer=backpack__proto_dot_v1_dot_inference__pb2.GetModelResponse.SerializeToString,
+            ),
+            'ListReplicas': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListReplicas,
+                    request_deserializer=backpack__proto_dot_v1_dot_inference__pb2.ListReplicasRequest.FromString,
+                    response_serializer=backpack__proto_dot_v1_dot_inference__pb2.ListReplicasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -477,6 +529,60 @@ class InferenceService:
             _registered_method=True)
 
     @staticmethod
+    def MapSense(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.InferenceService/MapSense',
+            backpack__proto_dot_v1_dot_inference__pb2.MapSenseRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_inference__pb2.MapSenseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListUses(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.InferenceService/ListUses',
+            backpack__proto_dot_v1_dot_inference__pb2.ListUsesRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_inference__pb2.ListUsesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetModel(request,
             target,
             options=(),
@@ -493,6 +599,33 @@ class InferenceService:
             '/backpack.v1.InferenceService/GetModel',
             backpack__proto_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
             backpack__proto_dot_v1_dot_inference__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListReplicas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/backpack.v1.InferenceService/ListReplicas',
+            backpack__proto_dot_v1_dot_inference__pb2.ListReplicasRequest.SerializeToString,
+            backpack__proto_dot_v1_dot_inference__pb2.ListReplicasResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -82,8 +82,16 @@ class InferenceServiceStub:
     """What each sense of a word predicts, and what it speaks against."""
     FindSenses: _grpc.UnaryUnaryMultiCallable[_inference_pb2.FindSensesRequest, _inference_pb2.FindSensesResponse]
     """Which senses, of all words, raise or lower given words most: by themselves, or in given prompts."""
+    MapSense: _grpc.UnaryUnaryMultiCallable[_inference_pb2.MapSenseRequest, _inference_pb2.MapSenseResponse]
+    """Where one sense of many words lies: a map of its vectors, and which words each axis speaks for."""
+    ListUses: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListUsesRequest, _inference_pb2.ListUsesResponse]
+    """Where a word occurs in the text that lies beside the model, and what each of its senses said there. Only for
+    callers who may author: it shows parts of that text.
+    """
     GetModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]
     """The model that is served."""
+    ListReplicas: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListReplicasRequest, _inference_pb2.ListReplicasResponse]
+    """The replicas that this gateway knows of, and how loaded they are. Only for operators."""
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -111,8 +119,16 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """What each sense of a word predicts, and what it speaks against."""
     FindSenses: _aio.UnaryUnaryMultiCallable[_inference_pb2.FindSensesRequest, _inference_pb2.FindSensesResponse]  # type: ignore[assignment]
     """Which senses, of all words, raise or lower given words most: by themselves, or in given prompts."""
+    MapSense: _aio.UnaryUnaryMultiCallable[_inference_pb2.MapSenseRequest, _inference_pb2.MapSenseResponse]  # type: ignore[assignment]
+    """Where one sense of many words lies: a map of its vectors, and which words each axis speaks for."""
+    ListUses: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListUsesRequest, _inference_pb2.ListUsesResponse]  # type: ignore[assignment]
+    """Where a word occurs in the text that lies beside the model, and what each of its senses said there. Only for
+    callers who may author: it shows parts of that text.
+    """
     GetModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]  # type: ignore[assignment]
     """The model that is served."""
+    ListReplicas: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListReplicasRequest, _inference_pb2.ListReplicasResponse]  # type: ignore[assignment]
+    """The replicas that this gateway knows of, and how loaded they are. Only for operators."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Steered generation with a Backpack language model. Clients call it on the gateway, with an API key or a token
@@ -193,11 +209,37 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         """Which senses, of all words, raise or lower given words most: by themselves, or in given prompts."""
 
     @_abc_1.abstractmethod
+    def MapSense(
+        self,
+        request: _inference_pb2.MapSenseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.MapSenseResponse, _abc.Awaitable[_inference_pb2.MapSenseResponse]]:
+        """Where one sense of many words lies: a map of its vectors, and which words each axis speaks for."""
+
+    @_abc_1.abstractmethod
+    def ListUses(
+        self,
+        request: _inference_pb2.ListUsesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ListUsesResponse, _abc.Awaitable[_inference_pb2.ListUsesResponse]]:
+        """Where a word occurs in the text that lies beside the model, and what each of its senses said there. Only for
+        callers who may author: it shows parts of that text.
+        """
+
+    @_abc_1.abstractmethod
     def GetModel(
         self,
         request: _inference_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.GetModelResponse, _abc.Awaitable[_inference_pb2.GetModelResponse]]:
         """The model that is served."""
+
+    @_abc_1.abstractmethod
+    def ListReplicas(
+        self,
+        request: _inference_pb2.ListReplicasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ListReplicasResponse, _abc.Awaitable[_inference_pb2.ListReplicasResponse]]:
+        """The replicas that this gateway knows of, and how loaded they are. Only for operators."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

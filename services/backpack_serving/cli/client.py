@@ -26,7 +26,7 @@ from backpack_serving.cli import hints
 from backpack_serving.cli.target import EXAMPLE, CallTarget, context_in_use
 from backpack_serving.errors import ServiceError, Unauthenticated, Unavailable
 from backpack_serving.install import install_command
-from backpack_serving.references import NAME, NAME_WRITTEN
+from backpack_serving.references import CANARY, NAME, NAME_WRITTEN
 from backpack_serving.settings import Settings, secretless
 
 if TYPE_CHECKING:
@@ -201,7 +201,19 @@ def _channel_or_release(context: typer.Context, value: Any) -> Any:
     return value
 
 
+def _check_called_channel(context: typer.Context, channel: str) -> str:
+    """The same of a channel that is asked for a text, whose canary may be meant alone."""
+    _check_channel(context, channel.removesuffix(CANARY))
+    return channel
+
+
 Channel = Annotated[str, typer.Option(help="Channel of the tenant.", callback=_check_channel)]
+CalledChannel = Annotated[
+    str,
+    typer.Option(
+        "--channel", help="Channel of the tenant; NAME:canary is its canary alone.", callback=_check_called_channel
+    ),
+]
 ReleaseNumber = Annotated[
     int | None,
     typer.Option(
@@ -291,6 +303,17 @@ def as_admin() -> Iterator[Operator]:
         target = CallTarget.of_operator()
     with exits(target=target), Operator(target.interventions, target.key, **_arguments(target)) as operator:
         yield operator
+
+
+@contextmanager
+def as_admin_of_gateway() -> Iterator[Client]:
+    """Connect to the gateway, as who operates the service."""
+    from backpack_serving.client import Client
+
+    with exits():
+        target = CallTarget.of_operator()
+    with exits(target=target), Client(target.gateway, target.key, **_arguments(target)) as client:
+        yield client
 
 
 def _arguments(target: CallTarget) -> dict[str, Any]:

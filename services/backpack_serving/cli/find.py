@@ -13,7 +13,7 @@ from rich.text import Text
 from backpack_serving.cli import hints
 from backpack_serving.cli.client import (
     AsTenant,
-    Channel,
+    CalledChannel,
     Key,
     ReleaseNumber,
     as_caller,
@@ -46,7 +46,7 @@ def find(
     limit: Annotated[int, typer.Option(help="Number of senses to show.", min=1, max=10_000)] = 20,
     tenant: AsTenant = "",
     key: Key = "",
-    channel: Channel = "live",
+    channel: CalledChannel = "live",
     release: ReleaseNumber = None,
 ) -> None:
     """Find the senses, of all words, that speak for a word most: what to edit if it is said too often, or too seldom.

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from backpack_serving.cli.client import (
     AsTenant,
-    Channel,
+    CalledChannel,
     Key,
     ReleaseNumber,
     as_caller,
@@ -34,7 +34,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     tenant: AsTenant = "",
     key: Key = "",
-    channel: Channel = "live",
+    channel: CalledChannel = "live",
     release: ReleaseNumber = None,
     max_tokens: Annotated[int, typer.Option(help="Most new tokens.", min=1)] = 64,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy (default: the model's).", min=0.0)] = None,

@@ -44,7 +44,7 @@ def main(
 
 
 def _add_commands() -> None:
-    from backpack_serving.cli import control, database, experiment, lab, model, releases, serve, tenants, text
+    from backpack_serving.cli import control, database, experiment, lab, model, releases, serve, tenants, text, words
     from backpack_serving.cli.adapt import adapt
     from backpack_serving.cli.compare import compare
     from backpack_serving.cli.find import find, tokenize
@@ -63,8 +63,11 @@ def _add_commands() -> None:
     app.command(rich_help_panel="Serving")(health)
     app.command("secrets", rich_help_panel="Serving")(write)
     app.add_typer(database.app, name="database", rich_help_panel="Serving")
-    for command in (generate, text.score, text.explain, compare, text.senses, find, tokenize):
+    for command in (generate, text.score, text.explain, compare, text.senses, find):
         app.command(rich_help_panel="Calling")(command)
+    app.command("map", rich_help_panel="Calling")(words.map_sense)
+    app.command(rich_help_panel="Calling")(words.uses)
+    app.command(rich_help_panel="Calling")(tokenize)
     app.command(rich_help_panel="Calling")(login)
     app.add_typer(contexts, name="context", rich_help_panel="Calling")
     app.command("try", rich_help_panel="Steering")(try_edits)
@@ -75,13 +78,14 @@ def _add_commands() -> None:
     app.add_typer(releases.app, name="release", rich_help_panel="Steering")
     app.add_typer(releases.canary_app, name="canary", rich_help_panel="Steering")
     app.command(rich_help_panel="Steering")(releases.fleet)
+    app.command(rich_help_panel="Steering")(releases.replicas)
     app.command(rich_help_panel="Steering")(control.audit)
     app.command(rich_help_panel="Models")(train)
     app.command(rich_help_panel="Models")(adapt)
     app.add_typer(model.app, name="model", rich_help_panel="Models")
     app.add_typer(experiment.app, name="experiment", rich_help_panel="Models")
 
-    operating = {each.callback for each in tenants.app.registered_commands} | {releases.fleet}
+    operating = {each.callback for each in tenants.app.registered_commands} | {releases.fleet, releases.replicas}
     for group in (app, tenants.app, control.patch_app, releases.app, releases.canary_app):
         for each in group.registered_commands:
             calling: Callable[..., Any] | None = each.callback

@@ -11,7 +11,19 @@ from rich.text import Text
 
 from backpack_serving import client
 from backpack_serving.cli import hints
-from backpack_serving.cli.client import AsTenant, AsWriter, Channel, Key, as_admin, as_releaser, err, out, table, when
+from backpack_serving.cli.client import (
+    AsTenant,
+    AsWriter,
+    Channel,
+    Key,
+    as_admin,
+    as_admin_of_gateway,
+    as_releaser,
+    err,
+    out,
+    table,
+    when,
+)
 from backpack_serving.cli.judging import ask_if_worse, judge_stored
 from backpack_serving.client import Move, Wait
 
@@ -191,6 +203,20 @@ def fleet() -> None:
             Text(reader.why),
         )
     out.print(shown)
+
+
+def replicas() -> None:
+    """List the gateway's replicas and their load. Needs the admin key."""
+    with as_admin_of_gateway() as gateway:
+        found = gateway.replicas()
+    shown = table(
+        "replica", "address", "running", "queued", "slots", "tokens", "sent from here", "load", "takes requests"
+    )
+    for one in found:
+        takes = "[green]yes[/]" if one.usable else f"[yellow]{'no, it drains' if one.draining else 'no'}[/]"
+        figures = map(str, (one.running, one.queued, one.slots, one.tokens, one.sent))
+        shown.add_row(Text(one.id), Text(one.address), *figures, f"{one.load:.1f}", takes)
+    out.print(shown if found else "the gateway knows of no replica of its model")
 
 
 # ---- canaries

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from backpack_serving.cli.client import (
     AsTenant,
-    Channel,
+    CalledChannel,
     Key,
     Page,
     ReleaseNumber,
@@ -35,7 +35,7 @@ def score(
     text: Annotated[str, typer.Argument(help="Text of at least two tokens.")],
     tenant: AsTenant = "",
     key: Key = "",
-    channel: Channel = "live",
+    channel: CalledChannel = "live",
     release: ReleaseNumber = None,
 ) -> None:
     """Score each token of a text under the tenant's release.
@@ -85,7 +85,7 @@ def explain(
     seed: Annotated[int, typer.Option(help="With --html: the same seed gives the same text.", min=0)] = 0,
     tenant: AsTenant = "",
     key: Key = "",
-    channel: Channel = "live",
+    channel: CalledChannel = "live",
     release: ReleaseNumber = None,
 ) -> None:
     """Explain the next token: the exact terms (position, sense) whose sum is its logit, with the release's bias.
@@ -142,7 +142,7 @@ def senses(
     page: Page = None,
     tenant: AsTenant = "",
     key: Key = "",
-    channel: Channel = "live",
+    channel: CalledChannel = "live",
     release: ReleaseNumber = None,
 ) -> None:
     """Show what each sense of a word promotes and suppresses, under the tenant's release.

@@ -2,7 +2,7 @@
 
 | client | of | for |
 |---|---|---|
-| `Client` | a gateway | text under a tenant's releases, and what makes it so; role caller |
+| `Client` | a gateway | text under a tenant's releases, and what makes it so; role caller. `replicas`: role admin |
 | `Steering` | the intervention service | patches, releases, channels, audit; roles author and releaser |
 | `Operator` | the intervention service | tenants, keys, who is in touch; role admin |
 
@@ -24,9 +24,9 @@ key: an API key, a token, or a function that gives one; none where a client cert
 
 **Text.** Calls take `channel` (default "live"), whose release steers them, or a `release` by its number, 0 for the
 model unpatched (a channel that is named all the same has to exist); `request_key`, which decides under a canary: the
-same key, the same release; and `since`, a position of the store: the call waits a moment until its gateway knows as
-much, and `served.at` of each answer is one. Of a tenant's requests that wait, those of the highest `priority` (−100 to
-100) run first.
+same key, the same release (the channel "live:canary" is the canary's alone); and `since`, a position of the store: the
+call waits a moment until its gateway knows as much, and `served.at` of each answer is one. Of a tenant's requests that
+wait, those of the highest `priority` (−100 to 100) run first.
 
 With `draft`, a list of edits, a call shows what they would do over that release, and nothing is stored:
 `client.generate("The nurse said", draft=[Scale("nurse", 0)])`. `compare` takes a `Draft` in place of a release. Both
@@ -64,6 +64,7 @@ from backpack_serving.client.channels import (
     Hold,
     Move,
     Reader,
+    ReplicaLoad,
     Rollout,
     Status,
     Tally,
@@ -104,6 +105,7 @@ from backpack_serving.client.results import (
 )
 from backpack_serving.client.steering import AsyncSteering
 from backpack_serving.client.text import AsyncClient
+from backpack_serving.client.words import MapAxis, MappedWord, SenseMap, UsedSense, WordUse, WordUses
 from backpack_serving.errors import (
     AlreadyExists,
     Conflict,
@@ -151,6 +153,8 @@ __all__ = [
     "Hold",
     "InvalidRequest",
     "Judgement",
+    "MapAxis",
+    "MappedWord",
     "Model",
     "Move",
     "Moved",
@@ -166,6 +170,7 @@ __all__ = [
     "Reader",
     "Release",
     "ReleaseJudgement",
+    "ReplicaLoad",
     "Revision",
     "Role",
     "Rollout",
@@ -174,6 +179,7 @@ __all__ = [
     "Scale",
     "Score",
     "Sense",
+    "SenseMap",
     "Senses",
     "Served",
     "ServiceError",
@@ -188,6 +194,9 @@ __all__ = [
     "Topic",
     "Unauthenticated",
     "Unavailable",
+    "UsedSense",
     "Vector",
     "Wait",
+    "WordUse",
+    "WordUses",
 ]

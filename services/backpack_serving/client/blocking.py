@@ -22,8 +22,11 @@ class Client(Blocking[AsyncClient]):
     judge = blocking(AsyncClient.judge)
     senses = blocking(AsyncClient.senses)
     find_senses = blocking(AsyncClient.find_senses)
+    map_sense = blocking(AsyncClient.map_sense)
+    uses = blocking(AsyncClient.uses)
     tokenize = blocking(AsyncClient.tokenize)
     model = blocking(AsyncClient.model)
+    replicas = blocking(AsyncClient.replicas)
 
 
 class Steering(Blocking[AsyncSteering]):

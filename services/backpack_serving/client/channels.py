@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
+from backpack_proto.v1 import inference_pb2, sync_pb2
 from backpack_proto.v1 import interventions_pb2 as pb
-from backpack_proto.v1 import sync_pb2
 
 from backpack_serving.client.records import last, time
 from backpack_serving.references import Position
@@ -221,6 +221,33 @@ class Fleet:
     @classmethod
     def of(cls, m: sync_pb2.ListReadersResponse) -> Fleet:
         return cls(_position(m.position), tuple(map(Reader.of, m.readers)))
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """A replica as a gateway's router sees it: its slots, the requests that it runs and that wait, and the tokens that
+    it has to read or make for them, by its own report.
+
+    `sent` are the tokens of requests that this gateway has in flight there; `load`, by which the router chooses, is
+    tokens in flight for each slot. `usable`: requests are sent there.
+    """
+
+    id: str
+    address: str
+    slots: int
+    running: int
+    queued: int
+    tokens: int
+    sent: int
+    load: float
+    draining: bool
+    usable: bool
+
+    @classmethod
+    def of(cls, m: inference_pb2.ReplicaLoad) -> ReplicaLoad:
+        r = m.replica
+        reported = r.id, r.address, r.slots, r.running, r.queued, r.tokens_in_flight
+        return cls(*reported, m.sent, m.load, r.draining, m.usable)
 
 
 def _enough(wait: Wait, total: int, acked: int) -> bool:

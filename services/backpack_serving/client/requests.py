@@ -218,6 +218,26 @@ def senses(given: Word, limit: int, neighbours: int, pinned: Pinning) -> pb.List
     return pinned.of(request)
 
 
+def map_sense(
+    sense: int,
+    words: Sequence[Word],
+    toward: Word | Sequence[Word],
+    against: Word | Sequence[Word],
+    limit: int,
+    pinned: Pinning,
+) -> pb.MapSenseRequest:
+    request = build(pb.MapSenseRequest, sense=sense, limit=limit)
+    for name, given in (("words", words), ("toward", toward), ("against", against)):
+        getattr(request, name).extend(_several_words(given, name))
+    return pinned.of(request)
+
+
+def uses(given: Word, limit: int, pinned: Pinning) -> pb.ListUsesRequest:
+    request = build(pb.ListUsesRequest, limit=limit)
+    request.word.CopyFrom(word(given))
+    return pinned.of(request)
+
+
 def judge(limit: int, pinned: Pinning) -> pb.JudgeRequest:
     return pinned.of(build(pb.JudgeRequest, limit=limit))
 
@@ -236,11 +256,16 @@ def find_senses(
             raise InvalidRequest.at(name, "UNKNOWN_VALUE", f"{value!r}; write {' or '.join(known)}")
         setattr(request, name, known[value])
     for name, given in (("words", words), ("against", () if against is None else against)):
-        several = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-        getattr(request, name).extend(word(each, f"{name}[{at}]") for at, each in enumerate(several))
+        getattr(request, name).extend(_several_words(given, name))
     texts = [prompts] if isinstance(prompts, str) else prompts
     request.prompts.extend(prompt(each, f"prompts[{at}]") for at, each in enumerate(texts))
     return pinned.of(request)
+
+
+def _several_words(given: Word | Sequence[Word], called: str) -> list[pb.Word]:
+    """One word, or several."""
+    several = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    return [word(each, f"{called}[{at}]") for at, each in enumerate(several)]
 
 
 def compare(

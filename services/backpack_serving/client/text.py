@@ -10,8 +10,10 @@ from backpack_proto.v1 import inference_pb2 as pb
 from backpack_proto.v1.inference_pb2_grpc import InferenceServiceStub
 
 from backpack_serving.client import requests, results
+from backpack_serving.client.channels import ReplicaLoad
 from backpack_serving.client.connection import PAGE, Connected, new_id
 from backpack_serving.client.requests import Edits, Effect, Order, Pinning, Prompt, Release, Sampling, Word
+from backpack_serving.client.words import SenseMap, WordUses
 from backpack_serving.errors import InvalidRequest, ServiceError
 from backpack_serving.references import Position
 
@@ -223,6 +225,49 @@ class AsyncClient(Connected):
             request.page_token, limit = pages[-1].next_page_token, limit - len(pages[-1].senses)
         return results.FoundSenses.of(pages)
 
+    async def map_sense(
+        self,
+        sense: int,
+        words: Sequence[Word],
+        toward: Word | Sequence[Word] = (),
+        against: Word | Sequence[Word] = (),
+        limit: int = 8,
+        *,
+        channel: str = "",
+        release: int | None = None,
+        draft: Edits | None = None,
+        request_key: str = "",
+        since: Position | None = None,
+        timeout: float | None = None,
+    ) -> SenseMap:
+        """Where one sense of 3 to 256 words lies: along the two directions of most variance; or, with words to lie
+        `toward`, up to 64, by what it adds to their logits less those of `against`, () is all words. `limit` tokens, 1
+        to 100, say what each end of an axis speaks for.
+        """
+        request = requests.map_sense(
+            sense, words, toward, against, limit, Pinning(channel, request_key, since, release, draft)
+        )
+        return SenseMap.of(await self._call(self._gateway.MapSense, request, timeout))
+
+    async def uses(
+        self,
+        word: Word,
+        limit: int = 8,
+        *,
+        channel: str = "",
+        release: int | None = None,
+        draft: Edits | None = None,
+        request_key: str = "",
+        since: Position | None = None,
+        timeout: float | None = None,
+    ) -> WordUses:
+        """Where a word is used in the model's held-out text, and what each of its senses said there; at most 32 uses.
+
+        Needs the role author, too. Raises PreconditionFailed (NO_HELD_OUT_TEXT) if the model has no such text.
+        """
+        request = requests.uses(word, limit, Pinning(channel, request_key, since, release, draft))
+        return WordUses.of(await self._call(self._gateway.ListUses, request, timeout))
+
     async def tokenize(self, text: str, *, timeout: float | None = None) -> tuple[results.Token, ...]:
         """The tokens of a text."""
         answer = await self._call(self._gateway.Tokenize, requests.tokenize(text), timeout)
@@ -231,3 +276,8 @@ class AsyncClient(Connected):
     async def model(self, *, timeout: float | None = None) -> results.Model:
         """The model that is served."""
         return results.Model.of(await self._call(self._gateway.GetModel, pb.GetModelRequest(), timeout))
+
+    async def replicas(self, *, timeout: float | None = None) -> tuple[ReplicaLoad, ...]:
+        """The replicas that the gateway knows of, and how loaded they are. Needs the admin's key."""
+        answer = await self._call(self._gateway.ListReplicas, pb.ListReplicasRequest(), timeout)
+        return tuple(map(ReplicaLoad.of, answer.replicas))

@@ -50,6 +50,11 @@ class Router:
         """Ids of all listed replicas, usable or not."""
         return set(self._targets)
 
+    def targets(self) -> list[tuple[Target, bool]]:
+        """All listed replicas, by their ids, each with whether requests are sent there now."""
+        usable = set(self._usable(()))
+        return [(target, target in usable) for _, target in sorted(self._targets.items())]
+
     def update(self, replicas: Iterable[directory_pb2.Replica]) -> None:
         """Replace the list of replicas. A lost replica is usable again once its report changes."""
         seen = {replica.id: replica for replica in replicas if replica.model_fingerprint == self._fingerprint}

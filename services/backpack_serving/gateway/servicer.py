@@ -32,7 +32,7 @@ from backpack_serving.gateway.release_judge import JUDGED_TOKENS, ReleaseJudge
 from backpack_serving.gateway.releases import ReleaseResolver
 from backpack_serving.gateway.routing import Router, Target
 from backpack_serving.gateway.usage import RequestUsage, UsageMeter
-from backpack_serving.gateway.wire import write_pin
+from backpack_serving.gateway.wire import write_load, write_pin
 from backpack_serving.observability import tracing
 from backpack_serving.references import LIVE, Pin, Position
 from backpack_serving.wire import inference as wire
@@ -40,6 +40,7 @@ from backpack_serving.wire.compare import MOST_RELEASES, check_draft_count, read
 from backpack_serving.wire.drafts import read_draft
 from backpack_serving.wire.references import read_position
 from backpack_serving.wire.search import MOST_PROMPTS, read_search, read_search_page
+from backpack_serving.wire.words import USE_TOKENS, read_map, read_use_count
 
 log = structlog.get_logger(__name__)
 
@@ -66,6 +67,8 @@ R = TypeVar(
     pb.ListSensesResponse,
     pb.JudgeResponse,
     pb.FindSensesResponse,
+    pb.MapSenseResponse,
+    pb.ListUsesResponse,
 )
 
 
@@ -233,6 +236,23 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
             self._log_prompt(*request.prompts)
             return await self._unary(lambda stub: stub.FindSenses, request, context, pin, meter, tokens)
 
+    async def MapSense(self, request: pb.MapSenseRequest, context: rpc.Context) -> pb.MapSenseResponse:
+        who = await self._authenticate(context)
+        with self._meter(who) as meter:
+            pin = await self._pin(who, request)
+            read_map(request, self._tokenizer, self._manifest.config)
+            meter.charge(0, work=LISTED_TOKENS)
+            return await self._unary(lambda stub: stub.MapSense, request, context, pin, meter, LISTED_TOKENS)
+
+    async def ListUses(self, request: pb.ListUsesRequest, context: rpc.Context) -> pb.ListUsesResponse:
+        who = await self._authenticate(context)
+        who.require(Role.AUTHOR)
+        with self._meter(who) as meter:
+            pin = await self._pin(who, request)
+            tokens = USE_TOKENS * read_use_count(request)
+            meter.charge(0, work=tokens)
+            return await self._unary(lambda stub: stub.ListUses, request, context, pin, meter, tokens)
+
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
         with self._meter(await self._authenticate(context)):
             return await asyncio.to_thread(wire.tokenize, request, self._tokenizer, self._manifest.config)
@@ -240,6 +260,10 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
     async def GetModel(self, request: pb.GetModelRequest, context: rpc.Context) -> pb.GetModelResponse:
         with self._meter(await self._authenticate(context)):
             return wire.write_model(self._manifest)
+
+    async def ListReplicas(self, request: pb.ListReplicasRequest, context: rpc.Context) -> pb.ListReplicasResponse:
+        (await self._identities.who(context)).require(Role.ADMIN)
+        return pb.ListReplicasResponse(replicas=[write_load(*seen) for seen in self._router.targets()])
 
     async def _authenticate(self, context: rpc.Context) -> Principal:
         principal = await self._identities.who(context)

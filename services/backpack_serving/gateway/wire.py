@@ -5,6 +5,7 @@ from __future__ import annotations
 from backpack_proto.v1 import inference_pb2
 from backpack_proto.v1 import sync_pb2 as pb
 
+from backpack_serving.gateway.routing import Target
 from backpack_serving.references import Pin, Position, ReleaseRef
 from backpack_serving.wire.references import read_position, read_ref
 
@@ -22,6 +23,10 @@ def write_pin(pin: Pin) -> inference_pb2.Pin:
     )
     message.staleness.FromMicroseconds(round(pin.staleness * 1e6))
     return message
+
+
+def write_load(target: Target, usable: bool) -> inference_pb2.ReplicaLoad:
+    return inference_pb2.ReplicaLoad(replica=target.replica, sent=target.sent, load=target.load, usable=usable)
 
 
 def read_resolved(message: pb.ResolveReleasesResponse) -> tuple[Position, list[ReleaseRef]]:

@@ -52,7 +52,7 @@ _MODEL: dict[str, Any] = {
     "type": "object",
     "required": ["id", "object", "created", "owned_by", "release", "release_digest"],
     "properties": {
-        "id": {"type": "string", "description": "The channel's name."},
+        "id": {"type": "string", "description": "CHANNEL, CHANNEL:canary or CHANNEL@17."},
         "object": {"const": "model"},
         "created": {"type": "integer"},
         "owned_by": {"type": "string", "description": "The tenant."},
@@ -87,9 +87,11 @@ def document() -> dict[str, Any]:
         "info": {"title": "Backpack Serving", "version": metadata.version("backpack-serving")},
         "security": [{"key": []}],
         "paths": {
-            "/v1/models": {"get": _operation("List your channels, which are models here.", models)},
+            "/v1/models": {"get": _operation("List your channels and their canaries, which are models here.", models)},
             "/v1/models/{model}": {
-                "get": _operation("One channel.", {"$ref": "#/components/schemas/Model"}, refused=(400,)),
+                "get": _operation(
+                    "A channel, its canary, or a release.", {"$ref": "#/components/schemas/Model"}, refused=(400,)
+                ),
                 "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
             },
             "/v1/completions": {"post": _generating("Continue texts.", "Completion", {"text": {"type": "string"}})},

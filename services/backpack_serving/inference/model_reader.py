@@ -1,4 +1,4 @@
-"""Scores, explanations, comparisons, senses and searches for them: forward passes beside the engine, one at a time."""
+"""Scores, explanations, comparisons, and what is asked about words: passes beside the engine, one at a time."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from backpack_lm.attribution import Attribution, SenseReading, Terms
 from backpack_lm.compare import Distribution
 from backpack_lm.ordinary_text import OrdinaryText, SideEffects
 from backpack_lm.overlay import Overlay
+from backpack_lm.sense_map import MappedSense
 from backpack_lm.sense_search import RankedCell
+from backpack_lm.word_uses import ParagraphedText, UseReading, spread
 
 from backpack_serving import tasks
 from backpack_serving.errors import Internal, PreconditionFailed
@@ -22,11 +24,21 @@ from backpack_serving.inference.pinned_releases import Pinned
 from backpack_serving.inference.served_model import Ranked, ServedModel
 from backpack_serving.wire.compare import ComparisonQuery
 from backpack_serving.wire.search import SearchPage, SearchQuery
+from backpack_serving.wire.words import MapQuery
 
 T = TypeVar("T")
 
 COMPARED_AT_ONCE = 16
 """Releases of a comparison that are kept compiled at once, and read before another request gets its turn."""
+
+
+class UseReadings(NamedTuple):
+    """Some of a word's `occurrences` in a text of so many tokens."""
+
+    uses: list[UseReading]
+    occurrences: int
+    tokens: int
+
 
 CompiledReleases = Callable[[Sequence[Pinned]], AbstractAsyncContextManager[list[Overlay]]]
 
@@ -39,6 +51,7 @@ class ModelReader:
         self._served = served
         self._lock = FairLock()
         self._text: OrdinaryText | None = None  # read when a release is first judged
+        self._paragraphs: ParagraphedText | None = None  # read when uses of a word are first asked for
 
     async def score(self, tenant: str, ids: tuple[int, ...], overlay: Overlay) -> list[float]:
         """log p of each token but the first, of two at least."""
@@ -102,6 +115,26 @@ class ModelReader:
         if math.isnan(found.after):  # the model predicts no numbers: nothing is worse
             return replace(found, after=math.inf, moved=())
         return found
+
+    async def map_sense(self, tenant: str, query: MapQuery, overlay: Overlay) -> MappedSense:
+        """Where one sense of many words lies."""
+        found = await self._run_in_turn(tenant, self._served.map_sense, query, overlay)
+        if not all(math.isfinite(value) for point in found.points for value in point):
+            raise Internal("NON_FINITE", "the release makes senses that no map can hold")
+        return found
+
+    async def uses(self, tenant: str, token: int, overlay: Overlay, limit: int) -> UseReadings:
+        """At most `limit` uses of a token in the model's held-out text, each a turn of its own. Raises
+        PreconditionFailed if the model has none.
+        """
+        if self._paragraphs is None:
+            self._paragraphs = await self._run_in_turn(tenant, self._served.paragraphs)
+        text = self._paragraphs
+        places = await self._run_in_turn(tenant, text.places, token)
+        uses = [await self._run_in_turn(tenant, self._served.use, text, p, overlay) for p in spread(places, limit)]
+        if not all(bool(use.contributions.isfinite().all()) for use in uses):
+            raise Internal("NON_FINITE", "the release makes senses that no contribution can hold")
+        return UseReadings(uses, len(places), len(text))
 
     async def search(self, tenant: str, query: SearchQuery, page: SearchPage, overlay: Overlay) -> list[RankedCell]:
         """A page of the senses that a query asks for. Each prompt is a turn of its own, and so is the page.

@@ -27,14 +27,17 @@ from backpack_lm.model import Backpack
 from backpack_lm.ordinary_text import OrdinaryText, excerpts, plain
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import ModelShape, PatchError, Violation
+from backpack_lm.sense_map import MappedSense, map_sense
 from backpack_lm.sense_search import CellSearch, Effect
 from backpack_lm.token_counts import TokenCounts
 from backpack_lm.tokenizer import Tokenizer
+from backpack_lm.word_uses import ParagraphedText, UseReading
 from torch import Tensor
 
 from backpack_serving.errors import PreconditionFailed
 from backpack_serving.wire.compare import ComparisonQuery
 from backpack_serving.wire.search import SearchQuery
+from backpack_serving.wire.words import MapQuery
 
 log = structlog.get_logger(__name__)
 
@@ -158,16 +161,35 @@ class ServedModel:
 
     def ordinary_text(self) -> OrdinaryText:
         """Excerpts of the held-out text in the model's folder. Raises PreconditionFailed if there is none."""
+        rows = excerpts(self._held_out(), self.tokenizer, self.manifest.config.n_positions)
+        if not rows:
+            raise _no_held_out_text()
+        return OrdinaryText(self.model, self.table, rows)
+
+    def paragraphs(self) -> ParagraphedText:
+        """All of the held-out text. Raises PreconditionFailed if there is none."""
+        return ParagraphedText(self._held_out(), self.tokenizer)
+
+    def _held_out(self) -> str:
         file = self.folder / HELD_OUT
         try:
-            rows = excerpts(plain(file), self.tokenizer, self.manifest.config.n_positions)
+            text = plain(file)
         except (OSError, ValueError) as error:
             log.warning("no held-out text", file=str(file), error=str(error))
-            rows = []
-        if not rows:
-            message = f"the model has no text to judge releases on: put some that it wasn't trained on into {HELD_OUT}"
-            raise PreconditionFailed("NO_HELD_OUT_TEXT", f"{message}, in its folder, and start the replica again")
-        return OrdinaryText(self.model, self.table, rows)
+            text = ""
+        if not text.strip():
+            raise _no_held_out_text()
+        return text
+
+    def use(self, text: ParagraphedText, place: int, overlay: Overlay) -> UseReading:
+        """What the senses of the word at a place of a text say there."""
+        return text.use(self.model, self.table, overlay, place)
+
+    def map_sense(self, query: MapQuery, overlay: Overlay) -> MappedSense:
+        """Where one sense of many words lies."""
+        return map_sense(
+            self.model, self.table, overlay, query.words, query.sense, query.toward, query.against, query.limit
+        )
 
     def senses(self, token: int, overlay: Overlay, limit: int, neighbours: int) -> list[SenseReading]:
         return read_senses(self.model, self.table, token, overlay, limit, neighbours)
@@ -176,3 +198,8 @@ class ServedModel:
         """A search for senses, which hasn't read the query's prompts yet."""
         against, effect = None if query.against_all else query.against, Effect[query.effect]
         return CellSearch(self.model, self.table, overlay, query.words, against, effect, self.frequencies)
+
+
+def _no_held_out_text() -> PreconditionFailed:
+    message = f"the model has no held-out text: put some that it wasn't trained on into {HELD_OUT}, in its folder"
+    return PreconditionFailed("NO_HELD_OUT_TEXT", f"{message}, and start the replica again")

@@ -27,6 +27,7 @@ from backpack_serving.observability.metrics import ReplicaMetrics
 from backpack_serving.wire import inference as wire
 from backpack_serving.wire.compare import read_comparison
 from backpack_serving.wire.search import read_search, read_search_page
+from backpack_serving.wire.words import read_map, read_use_count
 
 
 class InferenceServicer(grpc_v1.InferenceServiceServicer):
@@ -163,6 +164,26 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
                 served=answers.served(pin, overlay.digest, self._manifest),
             )
 
+    async def MapSense(self, request: pb.MapSenseRequest, context: rpc.Context) -> pb.MapSenseResponse:
+        async with self._pinned_release(context, request) as (pin, overlay):
+            query = read_map(request, self._tokenizer, self._config)
+            found = await self._reader.map_sense(pin.tenant, query, overlay)
+            response = answers.write_map(query.words, found, self._tokenizer)
+            response.served.CopyFrom(answers.served(pin, overlay.digest, self._manifest))
+            return response
+
+    async def ListUses(self, request: pb.ListUsesRequest, context: rpc.Context) -> pb.ListUsesResponse:
+        async with self._pinned_release(context, request) as (pin, overlay):
+            token = wire.read_word("word", request.word, self._tokenizer, self._config)
+            found = await self._reader.uses(pin.tenant, token, overlay, read_use_count(request))
+            return pb.ListUsesResponse(
+                token=wire.write_token(token, self._tokenizer),
+                uses=[answers.write_use(use, self._tokenizer) for use in found.uses],
+                occurrences=found.occurrences,
+                text_tokens=found.tokens,
+                served=answers.served(pin, overlay.digest, self._manifest),
+            )
+
     async def Tokenize(self, request: pb.TokenizeRequest, context: rpc.Context) -> pb.TokenizeResponse:
         self._check_gateway(context)
         return await asyncio.to_thread(wire.tokenize, request, self._tokenizer, self._config)
@@ -170,6 +191,10 @@ class InferenceServicer(grpc_v1.InferenceServiceServicer):
     async def GetModel(self, request: pb.GetModelRequest, context: rpc.Context) -> pb.GetModelResponse:
         self._check_gateway(context)
         return wire.write_model(self._manifest)
+
+    async def ListReplicas(self, request: pb.ListReplicasRequest, context: rpc.Context) -> pb.ListReplicasResponse:
+        self._check_gateway(context)
+        raise InvalidRequest("NOT_HERE", "a replica knows of no other one; ask a gateway")
 
     @asynccontextmanager
     async def _pinned_release(self, context: rpc.Context, request: Any) -> AsyncIterator[tuple[pb.Pin, Overlay]]:

@@ -12,8 +12,10 @@ from backpack_lm.compare import Distribution
 from backpack_lm.manifest import Manifest
 from backpack_lm.ordinary_text import MovedWord
 from backpack_lm.patch import ModelShape, RevisionContent
+from backpack_lm.sense_map import MappedSense
 from backpack_lm.sense_search import RankedCell
 from backpack_lm.tokenizer import Tokenizer
+from backpack_lm.word_uses import UseReading
 from backpack_proto.v1 import inference_pb2 as pb
 from google.protobuf.message import DecodeError
 
@@ -131,21 +133,49 @@ def write_contributions(terms: Sequence[Term], ids: Sequence[int], tokenizer: To
 
 def write_senses(senses: Sequence[SenseReading], tokenizer: Tokenizer) -> list[pb.Sense]:
     """All senses of a word, in their order."""
-
-    def scored(some: Sequence[tuple[int, float]]) -> list[pb.ScoredToken]:
-        return [pb.ScoredToken(token=write_token(token, tokenizer), score=value) for token, value in some]
-
     return [
         pb.Sense(
             sense=number,
             norm=sense.norm,
             edited=sense.edited,
-            positive=scored(sense.positive),
-            negative=scored(sense.negative),
-            neighbours=scored(sense.neighbours),
+            positive=_write_scored(sense.positive, tokenizer),
+            negative=_write_scored(sense.negative, tokenizer),
+            neighbours=_write_scored(sense.neighbours, tokenizer),
         )
         for number, sense in enumerate(senses)
     ]
+
+
+def _write_scored(some: Sequence[tuple[int, float]], tokenizer: Tokenizer) -> list[pb.ScoredToken]:
+    return [pb.ScoredToken(token=write_token(token, tokenizer), score=value) for token, value in some]
+
+
+def write_map(words: Sequence[int], found: MappedSense, tokenizer: Tokenizer) -> pb.MapSenseResponse:
+    """A map of a sense of these words, but for `served`."""
+    rows = zip(words, found.points, found.norms, found.edited, strict=True)
+    mapped = (
+        pb.MappedWord(token=write_token(word, tokenizer), x=x, y=y, norm=norm, edited=edited)
+        for word, (x, y), norm, edited in rows
+    )
+    x, y = (
+        pb.MapAxis(
+            share=axis.share,
+            positive=_write_scored(axis.positive, tokenizer),
+            negative=_write_scored(axis.negative, tokenizer),
+        )
+        for axis in found.axes
+    )
+    return pb.MapSenseResponse(words=mapped, x=x, y=y)
+
+
+def write_use(use: UseReading, tokenizer: Tokenizer) -> pb.WordUse:
+    before, after = ([write_token(token, tokenizer) for token in side] for side in (use.before, use.after))
+    most = use.contributions.max(0)
+    columns = (use.contributions.sum(0).tolist(), most.indices.tolist(), most.values.tolist())
+    senses = (
+        pb.UsedSense(contribution=total, strongest=at, most=value) for total, at, value in zip(*columns, strict=True)
+    )
+    return pb.WordUse(before=before, after=after, senses=senses)
 
 
 def write_moved(words: Sequence[MovedWord], tokenizer: Tokenizer) -> list[pb.MovedWord]:

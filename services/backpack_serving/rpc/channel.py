@@ -47,7 +47,10 @@ SERVICE_CONFIG = json.dumps(
                         "Tokenize",
                         "ListSenses",
                         "FindSenses",
+                        "MapSense",
+                        "ListUses",
                         "GetModel",
+                        "ListReplicas",
                     )
                 ]
                 + [

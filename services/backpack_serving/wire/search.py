@@ -76,7 +76,7 @@ def read_search(request: pb.FindSensesRequest, tokenizer: Tokenizer, config: Bac
     reader = WordReader(tokenizer, config.num_senses)
     if not request.words:
         reader.refuse("words", "EMPTY", "no word; give 1 to 64 words that senses are to raise or lower")
-    words, against = _tokens_of(reader, "words", request.words), _tokens_of(reader, "against", request.against)
+    words, against = read_words(reader, "words", request.words), read_words(reader, "against", request.against)
     if not reader.violations and sorted(words) == sorted(against):
         reader.refuse("against", "ZERO_EFFECT", "the same words as `words`: every score would be 0; give others")
     if against and request.against_all:
@@ -104,10 +104,11 @@ def read_search(request: pb.FindSensesRequest, tokenizer: Tokenizer, config: Bac
     return query
 
 
-def _tokens_of(reader: WordReader, field: str, words: Sequence[pb.Word]) -> tuple[int, ...]:
-    if len(words) > MOST_WORDS:
-        reader.refuse(field, "TOO_MANY", f"{len(words)}; at most {MOST_WORDS}")
-    return tuple(reader.token(f"{field}[{at}]", word) for at, word in enumerate(words[:MOST_WORDS]))
+def read_words(reader: WordReader, field: str, words: Sequence[pb.Word], most: int = MOST_WORDS) -> tuple[int, ...]:
+    """The tokens of words, one each; with violations recorded for those that have none, and for too many."""
+    if len(words) > most:
+        reader.refuse(field, "TOO_MANY", f"{len(words)}; at most {most}")
+    return tuple(reader.token(f"{field}[{at}]", word) for at, word in enumerate(words[:most]))
 
 
 def read_search_page(request: pb.FindSensesRequest) -> SearchPage:

@@ -6,6 +6,7 @@ import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobu
 import type { Message } from "@bufbuild/protobuf";
 import type { Duration } from "@bufbuild/protobuf/wkt";
 import type { Edit, Word } from "./edits_pb.js";
+import type { Replica } from "./directory_pb.js";
 
 /**
  * Describes the file backpack_proto/v1/inference.proto.
@@ -1353,6 +1354,411 @@ export declare type FoundSense = Message<"backpack.v1.FoundSense"> & {
 export declare const FoundSenseSchema: GenMessage<FoundSense>;
 
 /**
+ * @generated from message backpack.v1.MapSenseRequest
+ */
+export declare type MapSenseRequest = Message<"backpack.v1.MapSenseRequest"> & {
+  /**
+   * @generated from field: int32 sense = 1;
+   */
+  sense: number;
+
+  /**
+   * 3 to 256 words of one token each, none named twice.
+   *
+   * @generated from field: repeated backpack.v1.Word words = 2;
+   */
+  words: Word[];
+
+  /**
+   * At most 64 words. With some, x is what the sense adds to their logits, the mean over them, less the mean over
+   * `against`; and y is the direction of most variance of what is left. Without, x and y are the two directions of most
+   * variance.
+   *
+   * @generated from field: repeated backpack.v1.Word toward = 3;
+   */
+  toward: Word[];
+
+  /**
+   * At most 64 words; all words of the vocabulary if there are none.
+   *
+   * @generated from field: repeated backpack.v1.Word against = 4;
+   */
+  against: Word[];
+
+  /**
+   * How many tokens to list at each end of an axis. Default 8; at most 100.
+   *
+   * @generated from field: int32 limit = 5;
+   */
+  limit: number;
+
+  /**
+   * @generated from field: string channel = 6;
+   */
+  channel: string;
+
+  /**
+   * @generated from field: string request_key = 7;
+   */
+  requestKey: string;
+
+  /**
+   * @generated from field: backpack.v1.Position min_revision = 8;
+   */
+  minRevision?: Position | undefined;
+
+  /**
+   * A release of the tenant by its number, in place of the one that the channel is at.
+   *
+   * @generated from field: optional int64 release = 9;
+   */
+  release?: bigint | undefined;
+
+  /**
+   * Edits to try, over that release.
+   *
+   * @generated from field: backpack.v1.Draft draft = 10;
+   */
+  draft?: Draft | undefined;
+};
+
+/**
+ * Describes the message backpack.v1.MapSenseRequest.
+ * Use `create(MapSenseRequestSchema)` to create a new message.
+ */
+export declare const MapSenseRequestSchema: GenMessage<MapSenseRequest>;
+
+/**
+ * @generated from message backpack.v1.MapSenseResponse
+ */
+export declare type MapSenseResponse = Message<"backpack.v1.MapSenseResponse"> & {
+  /**
+   * In the order in which they were asked for.
+   *
+   * @generated from field: repeated backpack.v1.MappedWord words = 1;
+   */
+  words: MappedWord[];
+
+  /**
+   * @generated from field: backpack.v1.MapAxis x = 2;
+   */
+  x?: MapAxis | undefined;
+
+  /**
+   * @generated from field: backpack.v1.MapAxis y = 3;
+   */
+  y?: MapAxis | undefined;
+
+  /**
+   * @generated from field: backpack.v1.Served served = 4;
+   */
+  served?: Served | undefined;
+};
+
+/**
+ * Describes the message backpack.v1.MapSenseResponse.
+ * Use `create(MapSenseResponseSchema)` to create a new message.
+ */
+export declare const MapSenseResponseSchema: GenMessage<MapSenseResponse>;
+
+/**
+ * @generated from message backpack.v1.MappedWord
+ */
+export declare type MappedWord = Message<"backpack.v1.MappedWord"> & {
+  /**
+   * @generated from field: backpack.v1.Token token = 1;
+   */
+  token?: Token | undefined;
+
+  /**
+   * @generated from field: double x = 2;
+   */
+  x: number;
+
+  /**
+   * @generated from field: double y = 3;
+   */
+  y: number;
+
+  /**
+   * @generated from field: double norm = 4;
+   */
+  norm: number;
+
+  /**
+   * Whether the release replaces this sense of this word.
+   *
+   * @generated from field: bool edited = 5;
+   */
+  edited: boolean;
+};
+
+/**
+ * Describes the message backpack.v1.MappedWord.
+ * Use `create(MappedWordSchema)` to create a new message.
+ */
+export declare const MappedWordSchema: GenMessage<MappedWord>;
+
+/**
+ * @generated from message backpack.v1.MapAxis
+ */
+export declare type MapAxis = Message<"backpack.v1.MapAxis"> & {
+  /**
+   * Of the variance of the words' vectors, 0 to 1.
+   *
+   * @generated from field: double share = 1;
+   */
+  share: number;
+
+  /**
+   * Tokens whose logit rises most towards the axis' positive end, and towards its negative one; `score` is E[y] · u, u
+   * the direction of length 1, less the mean over the vocabulary.
+   *
+   * @generated from field: repeated backpack.v1.ScoredToken positive = 2;
+   */
+  positive: ScoredToken[];
+
+  /**
+   * @generated from field: repeated backpack.v1.ScoredToken negative = 3;
+   */
+  negative: ScoredToken[];
+};
+
+/**
+ * Describes the message backpack.v1.MapAxis.
+ * Use `create(MapAxisSchema)` to create a new message.
+ */
+export declare const MapAxisSchema: GenMessage<MapAxis>;
+
+/**
+ * @generated from message backpack.v1.ListUsesRequest
+ */
+export declare type ListUsesRequest = Message<"backpack.v1.ListUsesRequest"> & {
+  /**
+   * @generated from field: backpack.v1.Word word = 1;
+   */
+  word?: Word | undefined;
+
+  /**
+   * How many uses to list, evenly spread over those that there are. Default 8; at most 32.
+   *
+   * @generated from field: int32 limit = 2;
+   */
+  limit: number;
+
+  /**
+   * @generated from field: string channel = 3;
+   */
+  channel: string;
+
+  /**
+   * @generated from field: string request_key = 4;
+   */
+  requestKey: string;
+
+  /**
+   * @generated from field: backpack.v1.Position min_revision = 5;
+   */
+  minRevision?: Position | undefined;
+
+  /**
+   * A release of the tenant by its number, in place of the one that the channel is at.
+   *
+   * @generated from field: optional int64 release = 6;
+   */
+  release?: bigint | undefined;
+
+  /**
+   * Edits to try, over that release.
+   *
+   * @generated from field: backpack.v1.Draft draft = 7;
+   */
+  draft?: Draft | undefined;
+};
+
+/**
+ * Describes the message backpack.v1.ListUsesRequest.
+ * Use `create(ListUsesRequestSchema)` to create a new message.
+ */
+export declare const ListUsesRequestSchema: GenMessage<ListUsesRequest>;
+
+/**
+ * FAILED_PRECONDITION if the model has no such text: the one that Judge reads.
+ *
+ * @generated from message backpack.v1.ListUsesResponse
+ */
+export declare type ListUsesResponse = Message<"backpack.v1.ListUsesResponse"> & {
+  /**
+   * @generated from field: backpack.v1.Token token = 1;
+   */
+  token?: Token | undefined;
+
+  /**
+   * In the order of the text.
+   *
+   * @generated from field: repeated backpack.v1.WordUse uses = 2;
+   */
+  uses: WordUse[];
+
+  /**
+   * How often the word occurs in the whole text, with a token after it.
+   *
+   * @generated from field: int32 occurrences = 3;
+   */
+  occurrences: number;
+
+  /**
+   * How many tokens the whole text has.
+   *
+   * @generated from field: int32 text_tokens = 4;
+   */
+  textTokens: number;
+
+  /**
+   * @generated from field: backpack.v1.Served served = 5;
+   */
+  served?: Served | undefined;
+};
+
+/**
+ * Describes the message backpack.v1.ListUsesResponse.
+ * Use `create(ListUsesResponseSchema)` to create a new message.
+ */
+export declare const ListUsesResponseSchema: GenMessage<ListUsesResponse>;
+
+/**
+ * @generated from message backpack.v1.WordUse
+ */
+export declare type WordUse = Message<"backpack.v1.WordUse"> & {
+  /**
+   * Of the same paragraph, at most 32.
+   *
+   * @generated from field: repeated backpack.v1.Token before = 1;
+   */
+  before: Token[];
+
+  /**
+   * Of the same paragraph, at most 16.
+   *
+   * @generated from field: repeated backpack.v1.Token after = 2;
+   */
+  after: Token[];
+
+  /**
+   * One for each sense, in their order.
+   *
+   * @generated from field: repeated backpack.v1.UsedSense senses = 3;
+   */
+  senses: UsedSense[];
+};
+
+/**
+ * Describes the message backpack.v1.WordUse.
+ * Use `create(WordUseSchema)` to create a new message.
+ */
+export declare const WordUseSchema: GenMessage<WordUse>;
+
+/**
+ * @generated from message backpack.v1.UsedSense
+ */
+export declare type UsedSense = Message<"backpack.v1.UsedSense"> & {
+  /**
+   * What the sense, where it stands, added to the logits of the tokens in `after`, each less the mean over the
+   * vocabulary: α · multiplier · (E[y] · C(word)_sense), summed.
+   *
+   * @generated from field: double contribution = 1;
+   */
+  contribution: number;
+
+  /**
+   * The token in `after` to which it added most, counted from 0, and how much.
+   *
+   * @generated from field: int32 strongest = 2;
+   */
+  strongest: number;
+
+  /**
+   * @generated from field: double most = 3;
+   */
+  most: number;
+};
+
+/**
+ * Describes the message backpack.v1.UsedSense.
+ * Use `create(UsedSenseSchema)` to create a new message.
+ */
+export declare const UsedSenseSchema: GenMessage<UsedSense>;
+
+/**
+ * @generated from message backpack.v1.ListReplicasRequest
+ */
+export declare type ListReplicasRequest = Message<"backpack.v1.ListReplicasRequest"> & {
+};
+
+/**
+ * Describes the message backpack.v1.ListReplicasRequest.
+ * Use `create(ListReplicasRequestSchema)` to create a new message.
+ */
+export declare const ListReplicasRequestSchema: GenMessage<ListReplicasRequest>;
+
+/**
+ * @generated from message backpack.v1.ListReplicasResponse
+ */
+export declare type ListReplicasResponse = Message<"backpack.v1.ListReplicasResponse"> & {
+  /**
+   * @generated from field: repeated backpack.v1.ReplicaLoad replicas = 1;
+   */
+  replicas: ReplicaLoad[];
+};
+
+/**
+ * Describes the message backpack.v1.ListReplicasResponse.
+ * Use `create(ListReplicasResponseSchema)` to create a new message.
+ */
+export declare const ListReplicasResponseSchema: GenMessage<ListReplicasResponse>;
+
+/**
+ * A replica as this gateway's router sees it.
+ *
+ * @generated from message backpack.v1.ReplicaLoad
+ */
+export declare type ReplicaLoad = Message<"backpack.v1.ReplicaLoad"> & {
+  /**
+   * What it last reported.
+   *
+   * @generated from field: backpack.v1.Replica replica = 1;
+   */
+  replica?: Replica | undefined;
+
+  /**
+   * Tokens of the requests that this gateway has in flight there.
+   *
+   * @generated from field: int64 sent = 2;
+   */
+  sent: bigint;
+
+  /**
+   * What the router compares: tokens in flight for each slot, by the report or by this gateway's count, whichever is more.
+   *
+   * @generated from field: double load = 3;
+   */
+  load: number;
+
+  /**
+   * Whether requests are sent there: false while it drains, and for a moment after a call failed.
+   *
+   * @generated from field: bool usable = 4;
+   */
+  usable: boolean;
+};
+
+/**
+ * Describes the message backpack.v1.ReplicaLoad.
+ * Use `create(ReplicaLoadSchema)` to create a new message.
+ */
+export declare const ReplicaLoadSchema: GenMessage<ReplicaLoad>;
+
+/**
  * @generated from message backpack.v1.GetModelRequest
  */
 export declare type GetModelRequest = Message<"backpack.v1.GetModelRequest"> & {
@@ -2114,6 +2520,27 @@ export declare const InferenceService: GenService<{
     output: typeof FindSensesResponseSchema;
   },
   /**
+   * Where one sense of many words lies: a map of its vectors, and which words each axis speaks for.
+   *
+   * @generated from rpc backpack.v1.InferenceService.MapSense
+   */
+  mapSense: {
+    methodKind: "unary";
+    input: typeof MapSenseRequestSchema;
+    output: typeof MapSenseResponseSchema;
+  },
+  /**
+   * Where a word occurs in the text that lies beside the model, and what each of its senses said there. Only for
+   * callers who may author: it shows parts of that text.
+   *
+   * @generated from rpc backpack.v1.InferenceService.ListUses
+   */
+  listUses: {
+    methodKind: "unary";
+    input: typeof ListUsesRequestSchema;
+    output: typeof ListUsesResponseSchema;
+  },
+  /**
    * The model that is served.
    *
    * @generated from rpc backpack.v1.InferenceService.GetModel
@@ -2122,6 +2549,16 @@ export declare const InferenceService: GenService<{
     methodKind: "unary";
     input: typeof GetModelRequestSchema;
     output: typeof GetModelResponseSchema;
+  },
+  /**
+   * The replicas that this gateway knows of, and how loaded they are. Only for operators.
+   *
+   * @generated from rpc backpack.v1.InferenceService.ListReplicas
+   */
+  listReplicas: {
+    methodKind: "unary";
+    input: typeof ListReplicasRequestSchema;
+    output: typeof ListReplicasResponseSchema;
   },
 }>;
 

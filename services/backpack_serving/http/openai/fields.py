@@ -64,7 +64,7 @@ OFF_IN_CHATS: Mapping[str, Sequence[Any]] = {
     "web_search_options": (None,),
 }
 
-_MODEL = re.compile(r"(?P<channel>[^@]+)(@(?P<release>[0-9]{1,18}))?")
+MODEL = re.compile(r"(?P<channel>[^@]+)(@(?P<release>[0-9]{1,18}))?")
 _SINCE = re.compile(r"(?P<epoch>[0-9]{1,18})\.(?P<revision>[0-9]{1,18})")
 
 Prompt = str | list[int]
@@ -146,7 +146,8 @@ class Sampled(BaseModel, ABC):
     model_config = _STRICT
 
     model: str = Field(
-        pattern="^[^@]+(@[0-9]{1,18})?$", description="A channel of yours, or CHANNEL@17: release 17, wherever it is."
+        pattern="^[^@]+(@[0-9]{1,18})?$",
+        description="A channel of yours; CHANNEL:canary, its canary alone; or CHANNEL@17: release 17, wherever it is.",
     )
     n: int | None = Field(None, ge=1, le=MOST_SAMPLES, description="Texts of each prompt, which is read once.")
     temperature: float | None = Field(
@@ -204,11 +205,11 @@ class Sampled(BaseModel, ABC):
 
     @property
     def channel(self) -> str:
-        return _matched(_MODEL, self.model)["channel"]
+        return _matched(MODEL, self.model)["channel"]
 
     @property
     def release(self) -> int | None:
-        number = _matched(_MODEL, self.model)["release"]
+        number = _matched(MODEL, self.model)["release"]
         return None if number is None else int(number)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from backpack_lm.manifest import Manifest
@@ -14,14 +14,15 @@ from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Route
 
 from backpack_serving import rpc
-from backpack_serving.errors import InvalidRequest
+from backpack_serving.errors import InvalidRequest, NotFound
 from backpack_serving.http import caller, refusals
 from backpack_serving.http.calls import App
 from backpack_serving.http.openai.answers import Answer
-from backpack_serving.http.openai.fields import Chat, Completion, Prompt, Sampled, read
+from backpack_serving.http.openai.fields import MODEL, Chat, Completion, Prompt, Sampled, read
 from backpack_serving.http.openai.generation import ChoicePart, Generator
 from backpack_serving.http.openai.stream import EventStream
 from backpack_serving.http.openai.template import ChatTemplate, missing
+from backpack_serving.references import CANARY
 
 NAMES = {
     "/v1/models": "/openai/ListModels",
@@ -51,17 +52,27 @@ def routes(
         while True:
             with rpc.errors():
                 listed = await releases.ListChannels(page, metadata=metadata)
-            models += map(_model, listed.channels)
+            models += [model for channel in listed.channels for model in _models(channel)]
             page.page_token = listed.next_page_token
             if not page.page_token:
                 return JSONResponse({"object": "list", "data": models})
 
     async def retrieve_model(request: Request) -> JSONResponse:
-        metadata = caller.metadata(request.headers)
-        name = f"channels/{request.path_params['model']}"
+        metadata, model = caller.metadata(request.headers), request.path_params["model"]
+        named = MODEL.fullmatch(model)
+        channel, number = (named["channel"], named["release"]) if named else (model, None)
+        name = f"channels/{channel.removesuffix(CANARY)}"
         with rpc.errors():
             found = await releases.GetChannel(interventions_pb2.GetChannelRequest(name=name), metadata=metadata)
-        return JSONResponse(_model(found.channel))
+            if number is not None:
+                asked = interventions_pb2.GetReleaseRequest(name=f"releases/{int(number)}")
+                release = (await releases.GetRelease(asked, metadata=metadata)).release
+                created = release.create_time.seconds
+                return JSONResponse(_model(found.channel, model, release.number, release.digest, created))
+        for each in _models(found.channel):
+            if each["id"] == channel:
+                return JSONResponse(each)
+        raise NotFound("NO_CANARY", f"{channel}: the channel has no canary")
 
     async def completions(request: Request) -> App:
         metadata = caller.metadata(request.headers)
@@ -112,14 +123,22 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _model(channel: interventions_pb2.Channel) -> dict[str, Any]:
-    """A channel as a model: tenants/{tenant}/channels/{name}."""
-    _, tenant, _, name = channel.name.split("/")
+def _models(channel: interventions_pb2.Channel) -> Iterator[dict[str, Any]]:
+    """A channel as a model, and its canary as another one, if it has one."""
+    name, moved = channel.name.rpartition("/")[2], channel.update_time.seconds
+    yield _model(channel, name, channel.release, channel.release_digest, moved)
+    if channel.HasField("canary"):
+        canary = channel.canary
+        yield _model(channel, name + CANARY, canary.release, canary.release_digest, moved)
+
+
+def _model(channel: interventions_pb2.Channel, name: str, release: int, digest: str, created: int) -> dict[str, Any]:
+    """A release that requests get by this name. Channels are called tenants/{tenant}/channels/{name}."""
     return {
         "id": name,
         "object": "model",
-        "created": channel.update_time.seconds,
-        "owned_by": tenant,
-        "release": channel.release,
-        "release_digest": channel.release_digest,
+        "created": created,
+        "owned_by": channel.name.split("/")[1],
+        "release": release,
+        "release_digest": digest,
     }
