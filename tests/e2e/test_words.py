@@ -169,4 +169,10 @@ async def test_commands_show_all_that(system: System, monkeypatch: pytest.Monkey
     assert "takes requests" in listed
     assert "yes" in listed
     assert "NO_CANARY" in await command("score", "The king", "--channel", "live:canary", code=1)
+    assert "NO_CANARY" in await command("compare", "The king", "--release", "live:canary", code=1)
+    edit = '{"scale": {"cells": [{"word": "king"}], "factor": 0}}'
+    assert "over release 1 of" in await command(
+        "try", "The king", "--edit", edit, "--release", "1", "--max-tokens", "2"
+    )
+    assert "is no edit" in await command("try", "The king", "--edit", '{"scale": 3}', code=1)
     assert "names no channel" in await command("release", "rollback", "--channel", "live:canary", code=2)

@@ -15,6 +15,7 @@ from rich.text import Text
 from backpack_serving.cli.client import AsTenant, Key, as_caller, err, out, percent
 from backpack_serving.cli.find import target_words
 from backpack_serving.client import Client, InvalidRequest, Prediction, Score, Served, Token
+from backpack_serving.references import CANARY, NAME
 
 
 def compare(
@@ -59,7 +60,7 @@ def _choices(names: Sequence[str]) -> Iterator[int | str]:
             if not 0 <= last - first < 256:
                 raise typer.BadParameter(f"{name}: write 1-8, at most 256 releases", param_hint="--release")
             yield from range(first, last + 1)
-        elif re.fullmatch(r"[a-z][a-z0-9-]{0,62}", name):
+        elif NAME.fullmatch(name.removesuffix(CANARY)):
             yield 0 if name == "unpatched" else name
         else:
             text = f"{name!r}: write a number, numbers such as 1-8, a channel, or unpatched"

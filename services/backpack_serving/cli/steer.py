@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from backpack_lm import strict_json
 from backpack_proto.v1 import interventions_pb2 as pb
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +17,7 @@ from backpack_serving.cli import hints
 from backpack_serving.cli.client import (
     AsTenant,
     AsWriter,
+    CalledChannel,
     Channel,
     Key,
     ReleaseNumber,
@@ -49,6 +51,8 @@ from backpack_serving.client import (
     Token,
 )
 from backpack_serving.client.edits import Tokens
+from backpack_serving.references import CANARY
+from backpack_serving.wire.edit_json import parse_edit_json
 
 EditTexts = Annotated[
     list[str] | None,
@@ -56,7 +60,8 @@ EditTexts = Annotated[
         "--edit",
         help="An edit, such as 'scale nurse:7 0', 'copy king,queen ship', 'swap nurse she he', 'project-out nurse "
         "she', 'bias money -5', 'forbid money' or 'topic sea,ship 2'; repeatable. Words have commas between them, "
-        "senses follow a colon (3 or 8,12-14); #11 is the token with the id 11 (`backpack tokenize`).",
+        "senses follow a colon (3 or 8,12-14); #11 is the token with the id 11 (`backpack tokenize`). An edit of a "
+        "patch file, in JSON, will do too.",
     ),
 ]
 PatchFiles = Annotated[
@@ -84,7 +89,7 @@ def try_edits(
     judge: Annotated[bool, typer.Option(help="Measure what the edits do to ordinary text.")] = True,
     tenant: AsTenant = "",
     key: Key = "",
-    channel: Channel = "live",
+    channel: CalledChannel = "live",
     release: ReleaseNumber = None,
 ) -> None:
     """Show what edits would do, over the tenant's release, and store nothing.
@@ -111,7 +116,12 @@ def try_edits(
         words = " ".join(map(shlex.quote, edit))
         how = ("" if form == "both" else f" --form {form}") + (" --any-case" if any_case else "")
         how += "" if tokens == "single" else f" --tokens {tokens}"
-        err.print(Text(f"keep it: {hints.again(f'steer NAME {words}{how} --activate', tenant, channel)}", "dim"))
+        err.print(
+            Text(
+                f"keep it: {hints.again(f'steer NAME {words}{how} --activate', tenant, channel.removesuffix(CANARY))}",
+                "dim",
+            )
+        )
 
 
 def steer(
@@ -203,12 +213,22 @@ def _read_edits(
     """Those of texts, in these forms of their words, and of files. Raises ValueError for what is neither, or if there
     is none.
     """
-    edits: list[Edit | pb.Edit] = [parse_edit(text, form, any_case, tokens) for text in texts or ()]
+    edits = [_read_edit(text, form, any_case, tokens) for text in texts or ()]
     for file in files or ():
         edits += PatchFile.read(file).edits
     if not edits:
         raise ValueError("no edits: give some, such as 'scale nurse:7 0', or a patch file with --patch")
     return edits
+
+
+def _read_edit(text: str, form: Form, any_case: bool, tokens: Tokens) -> Edit | pb.Edit:
+    """A line, or one edit of a patch file, whose words say themselves which tokens they are. Raises ValueError."""
+    if not text.lstrip().startswith("{"):
+        return parse_edit(text, form, any_case, tokens)
+    try:
+        return parse_edit_json(strict_json.parse(text))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no edit: {error}") from None
 
 
 def _draft(steering: Steering, name: str, edits: Sequence[Edit | pb.Edit]) -> Revision | None:

@@ -9,7 +9,7 @@ const AXE = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.mi
 
 const ROOMS = {
   write: {
-    at: "#/write?prompt=The+horse+and+the&max_tokens=12&edit=copy+king+ship",
+    at: "#/write?prompt=The+horse+and+the&max_tokens=12&temperature=0&edit=copy+king+ship",
     until: async (page) => {
       await page.getByRole("button", { name: "Write" }).click();
       await page.getByText("12 tokens, as many as were allowed").waitFor();
@@ -25,6 +25,15 @@ const ROOMS = {
     },
   },
   words: { at: "#/words?word=horse&sense=3", until: (page) => page.getByRole("table").waitFor() },
+  map: {
+    at: "#/words?view=map&sense=3&words=king+queen+ship+sea+horse&edit=copy+king+ship",
+    until: (page) => page.getByRole("img", { name: "Sense 3 of 5 words" }).waitFor(),
+  },
+  "map, towards a word": {
+    at: "#/words?view=map&sense=3&words=king+queen+ship+sea+horse&toward=sea&against=king",
+    until: (page) => page.getByText("x is what the sense adds to the logits of “sea”").waitFor(),
+  },
+  uses: { at: "#/words?view=uses&word=king", until: (page) => page.locator("mark").first().waitFor() },
   find: { at: "#/words?view=find&find=ship&prompt=The+king", until: (page) => page.getByRole("table").waitFor() },
   edit: {
     at: "#/edit?edit=copy+king+ship&edit=scale+horse%3A2+0&prompt=The+king",
@@ -51,6 +60,12 @@ const ROOMS = {
   audit: { at: "#/release?view=audit", until: (page) => page.getByText("is intact").waitFor() },
   fleet: { signedIn: adminKey, at: "#/fleet?tenant=harbour", until: (page) => page.getByRole("table").waitFor() },
   readers: { signedIn: adminKey, at: "#/fleet?view=readers", until: (page) => page.getByRole("table").waitFor() },
+  replicas: { signedIn: adminKey, at: "#/fleet?view=replicas", until: (page) => page.getByText("takes requests").waitFor() },
+  "uses that the key isn't shown": {
+    signedIn: callerKey,
+    at: "#/words?view=uses&word=king",
+    until: (page) => page.getByText("this needs author").waitFor(),
+  },
   "a room that the key doesn't open": {
     signedIn: callerKey,
     at: "#/release",

@@ -48,6 +48,8 @@ test("what an address says is quoted in each recipe", async () => {
       `write?prompt=${said}&on=${said}&max_tokens=${said}&edit=copy+king+${said}`,
       `words?word=${said}&on=${said}`,
       `words?view=find&find=${said}&against=${said}&prompt=${said}&effect=${said}&order=${said}&on=${said}`,
+      `words?view=map&sense=${said}&words=${said}&toward=${said}&against=${said}&on=${said}`,
+      `words?view=uses&word=${said}&on=${said}`,
       `edit?prompt=${said}&targets=${said}&on=${said}&edit=copy+king+${said}`,
       `compare?with=${said}&with=live&targets=${said}&on=${said}`,
       `release?release=${said}`,
@@ -81,6 +83,29 @@ test("who presses twice makes one key, and sees its secret", async () => {
   for (let pressed = 0; pressed < 2; pressed++) await page.keyboard.press("Enter");
   await page.locator("code.secret").waitFor();
   assert.equal(await count(), before + 1);
+  await close();
+});
+
+test("a key's secret stays, wherever one goes before it comes, until it is put away", async () => {
+  const { page, close } = await open(browser, { signedIn: adminKey, at: "#/fleet?tenant=harbour" });
+  let answer;
+  const held = new Promise((resolve) => (answer = resolve));
+  await page.route("**/*/CreateApiKey", async (route) => {
+    await held;
+    await route.continue();
+  });
+  await page.getByRole("button", { name: "Make a key" }).click();
+  await page.getByRole("link", { name: "Keys of system" }).click();
+  await page.getByRole("heading", { name: "Keys of system" }).waitFor();
+  answer();
+  await page.getByText("The new key of harbour, shown this once").waitFor();
+  const secret = await page.locator("code.secret").textContent();
+  await page.evaluate(() => (location.hash = "#/write"));
+  await page.locator("code.secret").waitFor({ state: "detached" });
+  await page.getByRole("link", { name: "Fleet", exact: true }).click();
+  assert.equal(await page.locator("code.secret").textContent(), secret);
+  await page.getByRole("button", { name: "I have kept it" }).click();
+  await page.locator("code.secret").waitFor({ state: "detached" });
   await close();
 });
 

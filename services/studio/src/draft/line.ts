@@ -2,6 +2,7 @@
 
 import { fromJson, type MessageInitShape } from "backpack-serving-client";
 import { EditSchema, WordForm } from "backpack-serving-client/backpack_proto/v1/edits";
+import { splitWords } from "./shellWords";
 
 export type EditInit = MessageInitShape<typeof EditSchema>;
 
@@ -31,7 +32,7 @@ export type Kind = keyof typeof KINDS;
 /** Throws an Error that says how the edit is written. */
 export function parseLine(line: string): EditInit {
   if (line.startsWith("{")) return fromJson(EditSchema, JSON.parse(line));
-  const [kind = "", ...words] = split(line);
+  const [kind = "", ...words] = splitWords(line);
   if (!(kind in KINDS)) {
     throw new Error(`“${line}” is no edit: there is no kind “${kind}”; there are ${Object.keys(KINDS).join(", ")}`);
   }
@@ -49,15 +50,15 @@ const READ: Record<Kind, ReadKind> = {
   copy: ([where, from]) => ({ case: "copy", value: { cells: cells(where), ...source(from) } }),
   swap: ([where, old, next]) => ({
     case: "swap",
-    value: { cells: cells(where), old: { text: old }, new: { text: next } },
+    value: { cells: cells(where), old: word(old), new: word(next) },
   }),
-  "project-out": ([where, word]) => ({
+  "project-out": ([where, direction]) => ({
     case: "projectOut",
-    value: { cells: cells(where), direction: { text: word } },
+    value: { cells: cells(where), direction: word(direction) },
   }),
   topic: ([words, strength]) => ({
     case: "topic",
-    value: { words: list(words).map((text) => ({ text })), strength: decimal(strength) },
+    value: { words: list(words).map(word), strength: decimal(strength) },
   }),
   bias: ([words, amount]) => ({ case: "bias", value: { words: both(list(words)), amount: decimal(amount) } }),
   forbid: ([words]) => ({ case: "bias", value: { words: both(list(words)), amount: -Infinity } }),
@@ -66,14 +67,14 @@ const READ: Record<Kind, ReadKind> = {
 /** Words with commas between them, and after a colon their senses, such as 3 or 8,12-14. */
 function cells(text: string) {
   const [words, senses] = parted(text);
-  return both(list(words)).map((word) => ({ word, senses }));
+  return both(list(words)).map((one) => ({ word: one, senses }));
 }
 
 function source(text: string) {
-  const [word, senses] = parted(text);
-  if (senses.length > 1 || list(word).length > 1)
+  const [named, senses] = parted(text);
+  if (senses.length > 1 || list(named).length > 1)
     throw new Error(`“${text}” names more than one word or sense to copy`);
-  return { source: { text: word }, ...(senses.length ? { sourceSense: senses[0] } : {}) };
+  return { source: word(named), ...(senses.length ? { sourceSense: senses[0] } : {}) };
 }
 
 function parted(text: string): [string, number[]] {
@@ -93,11 +94,16 @@ function senseNumbers(text: string): number[] {
 
 /** “ London” within a text and “London” at the start of one. */
 function both(words: string[]) {
-  return words.map((text) => ({ text, form: WordForm.BOTH }));
+  return words.map((text) => ({ ...word(text), form: WordForm.BOTH }));
+}
+
+/** A word; `#ID` is the token with that id. */
+function word(text: string) {
+  return /^#\d{1,9}$/.test(text) ? { token: Number(text.slice(1)) } : { text };
 }
 
 function list(words: string): string[] {
-  const found = words.split(",");
+  const found = words === "," ? [","] : words.split(",");
   if (found.some((word) => !word)) throw new Error(`“${words}” has an empty word`);
   return found;
 }
@@ -105,9 +111,4 @@ function list(words: string): string[] {
 function decimal(text: string): number {
   if (!text.trim() || Number.isNaN(Number(text))) throw new Error(`“${text}” is no number`);
   return Number(text);
-}
-
-/** Words as a shell has them: quotes hold one together. */
-function split(line: string): string[] {
-  return [...line.matchAll(/'([^']*)'|"([^"]*)"|\S+/g)].map(([whole, one, two]) => one ?? two ?? whole);
 }

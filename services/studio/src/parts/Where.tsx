@@ -1,3 +1,4 @@
+import type { Channel } from "backpack-serving-client/backpack_proto/v1/interventions";
 import { link, note, on } from "../address";
 import { draft, setDraft } from "../draft/draft";
 import { session, since } from "../session/session";
@@ -41,7 +42,7 @@ function Listed(props: { id?: string }) {
     [since.value],
   );
   const found = call.state === "done" ? call.value : { channels: [], releases: [] };
-  const names = found.channels.map((channel) => id(channel.name));
+  const names = found.channels.flatMap((channel) => [id(channel.name), ...(channel.canary ? [canaryOf(channel)] : [])]);
   const numbers = found.releases.map((release) => String(release.number)).filter((number) => number !== "0");
   const unknown = !names.includes(on.value) && !numbers.includes(on.value) && on.value !== "0";
   return (
@@ -52,6 +53,14 @@ function Listed(props: { id?: string }) {
           {id(channel.name)}, at release {String(channel.release)}
         </option>
       ))}
+      {found.channels.map(
+        (channel) =>
+          channel.canary && (
+            <option key={channel.name} value={canaryOf(channel)}>
+              {canaryOf(channel)}, release {String(channel.canary.release)}
+            </option>
+          ),
+      )}
       {numbers.map((number) => (
         <option key={number} value={number}>
           release {number}
@@ -60,4 +69,9 @@ function Listed(props: { id?: string }) {
       <option value="0">release 0, the model unpatched</option>
     </select>
   );
+}
+
+/** The canary of a channel alone, as requests name it. */
+function canaryOf(channel: Channel): string {
+  return `${id(channel.name)}:canary`;
 }

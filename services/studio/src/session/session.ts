@@ -3,6 +3,7 @@
 import { signal } from "@preact/signals";
 import { Code, connect, refusal, type Backpack } from "backpack-serving-client";
 import type { GetModelResponse, Position } from "backpack-serving-client/backpack_proto/v1/inference";
+import { secrets } from "./secrets";
 
 export interface Session {
   backpack: Backpack;
@@ -33,6 +34,7 @@ export function signOut(): void {
   sessionStorage.removeItem(STORED);
   session.value = null;
   since.value = undefined;
+  secrets.value = [];
 }
 
 /** The key of this tab's session, if there is one. */

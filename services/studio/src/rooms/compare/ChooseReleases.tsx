@@ -56,7 +56,7 @@ function AddRelease({ chosen, onAdd }: { chosen: string[]; onAdd: (name: string)
             backpack.releases.listReleases({ pageSize: SHOWN }, { signal }),
           ]);
           return [
-            ...channels.channels.map(({ name }) => id(name)),
+            ...channels.channels.flatMap(({ name, canary }) => [id(name), ...(canary ? [`${id(name)}:canary`] : [])]),
             ...made.releases.map(({ number }) => String(number)),
           ];
         }

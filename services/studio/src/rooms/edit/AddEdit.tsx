@@ -2,12 +2,12 @@ import { useState } from "preact/hooks";
 import { address } from "../../address";
 import { draft, setDraft } from "../../draft/draft";
 import { KINDS, parseLine, type Kind } from "../../draft/line";
+import { quotedWord } from "../../draft/shellWords";
 import { vectorLine } from "../../draft/vectorLine";
 import { Field } from "../../parts/Field";
 import { Form } from "../../parts/Form";
 import { Input } from "../../parts/Input";
 import { Text } from "../../parts/Text";
-import { quoted } from "../../parts/words";
 import { session } from "../../session/session";
 
 const EFFECTS: Record<Kind | "add" | "set", string> = {
@@ -51,8 +51,8 @@ export function AddEdit() {
         .replaceAll(/\s*:\s*/g, ":")
         .trim();
       const line = isVector(kind)
-        ? vectorLine(kind, quoted(tight), values[0]!, session.value!.model?.width ?? 0)
-        : [kind, tight, ...values.map((value) => value.trim())].map(quoted).join(" ");
+        ? vectorLine(kind, quotedWord(tight), values[0]!, session.value!.model?.width ?? 0)
+        : [kind, tight, ...values.map((value) => value.trim())].map(quotedWord).join(" ");
       parseLine(line);
       setDraft([...draft.value, line]);
       setWrong("");

@@ -1,3 +1,4 @@
+import type { Position } from "backpack-serving-client/backpack_proto/v1/inference";
 import { Role, type ApiKey } from "backpack-serving-client/backpack_proto/v1/interventions";
 import { useState } from "preact/hooks";
 import { Confirmed } from "../../parts/Confirmed";
@@ -6,6 +7,7 @@ import { Form } from "../../parts/Form";
 import { Outcome } from "../../parts/Outcome";
 import { id, time } from "../../parts/words";
 import { once } from "../../session/once";
+import { keep } from "../../session/secrets";
 import { session, since } from "../../session/session";
 import { useAction } from "../../session/useCall";
 import { usePolled } from "../../session/usePolled";
@@ -20,7 +22,8 @@ const ROLES: Partial<Record<Role, string>> = {
 };
 
 export function Keys({ tenant }: { tenant: string }) {
-  const { tenants } = session.value!.backpack;
+  const signedIn = session.value!;
+  const { tenants } = signedIn.backpack;
   const parent = `tenants/${tenant}`;
   const [roles, setRoles] = useState<Role[]>([Role.CALLER]);
   const listed = usePolled((signal) => tenants.listApiKeys({ parent, pageSize: PAGE }, { signal }), EVERY, [
@@ -28,39 +31,29 @@ export function Keys({ tenant }: { tenant: string }) {
     since.value,
   ]);
   const changed = useAction(async (_, change: () => Promise<string>) => change());
-  const busy = changed.call.state === "running"; // a second write would take the place of this one's secret
+  const busy = changed.call.state === "running";
 
-  const made = async (): Promise<string> => {
-    const answer = await tenants.createApiKey({ parent, roles, ...once() });
-    since.value = answer.position;
-    return answer.secret;
+  const said = ({ secret, position }: { secret: string; position?: Position }): string => {
+    if (session.value === signedIn) {
+      keep({ tenant, secret });
+      since.value = position;
+    }
+    return "";
   };
-  const rotated = (key: ApiKey) => async (): Promise<string> => {
-    const answer = await tenants.rotateApiKey({ name: key.name, ...once() });
-    since.value = answer.position;
-    return answer.secret;
-  };
+  // Secrets are shown by `NewKeys`, since one may have left this tenant's keys before the answer comes.
+  const made = async (): Promise<string> => said(await tenants.createApiKey({ parent, roles, ...once() }));
+  const rotated = (key: ApiKey) => async (): Promise<string> =>
+    said(await tenants.rotateApiKey({ name: key.name, ...once() }));
   const revoked = (key: ApiKey) => async (): Promise<string> => {
     since.value = (await tenants.revokeApiKey({ name: key.name, ...once() })).position;
-    return "";
+    return `The key ${id(key.name)} is revoked.`;
   };
 
   return (
     <section class="panel" aria-labelledby="keys">
       <h2 id="keys">Keys of {tenant}</h2>
       <Outcome call={changed.call} of="the intervention service">
-        {(secret) => (
-          <Done>
-            {secret ? (
-              <>
-                <p>The new key, shown this once and stored nowhere:</p>
-                <code class="secret">{secret}</code>
-              </>
-            ) : (
-              <p>The key is revoked.</p>
-            )}
-          </Done>
-        )}
+        {(told) => told && <Done>{told}</Done>}
       </Outcome>
       <Outcome call={listed} of="the keys">
         {({ keys }) => (

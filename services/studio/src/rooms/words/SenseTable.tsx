@@ -1,4 +1,4 @@
-import type { ListSensesResponse } from "backpack-serving-client/backpack_proto/v1/inference";
+import type { ListSensesResponse, Sense } from "backpack-serving-client/backpack_proto/v1/inference";
 import { useEffect, useRef } from "preact/hooks";
 import { link } from "../../address";
 import { ServedBy } from "../../parts/ServedBy";
@@ -15,6 +15,9 @@ export function SenseTable({ found, chosen }: { found: ListSensesResponse; chose
       <h2>
         <code>{visible(word)}</code>
       </h2>
+      <p>
+        <a href={link("words", { view: "uses", word, token: String(found.token!.id) })}>Where it is used</a>
+      </p>
       <div class="scroll" tabIndex={0} role="region" aria-label={`Senses of ${word.trim()}`}>
         <table class="senses">
           <thead>
@@ -43,6 +46,13 @@ export function SenseTable({ found, chosen }: { found: ListSensesResponse; chose
                     >
                       Edit
                     </a>
+                    <a
+                      class="button small"
+                      href={link("words", { view: "map", sense: String(sense.sense), words: alike(word, sense) })}
+                      aria-label={`Map sense ${sense.sense} beside its neighbours`}
+                    >
+                      Map
+                    </a>
                   </th>
                   <td class="figure">{sense.norm.toFixed(2)}</td>
                   <td>
@@ -63,4 +73,10 @@ export function SenseTable({ found, chosen }: { found: ListSensesResponse; chose
       <ServedBy served={found.served!} />
     </>
   );
+}
+
+/** A word and those whose same sense is nearest to its own: those that can be named, by a space before them. */
+function alike(word: string, { neighbours }: Sense): string {
+  const spelled = [word, ...neighbours.map(({ token }) => token!.text)].filter((text) => /^ \S+$/.test(text));
+  return [...new Set(spelled.map((text) => text.trim()))].join(" ");
 }

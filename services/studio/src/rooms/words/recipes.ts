@@ -2,6 +2,7 @@
 
 import { commandWhere, pythonWhere, withClient } from "../../parts/asking";
 import { literal, quoted } from "../../parts/words";
+import type { Mapping } from "./mapping";
 import { listed, prompts, type Search } from "./search";
 
 export function sensesRecipe(word: string) {
@@ -47,4 +48,39 @@ export function findRecipe(search: Search) {
 /** One text, or a list of them. */
 function literals(words: string[]): string {
   return words.length === 1 ? literal(words[0]!) : `[${words.map(literal).join(", ")}]`;
+}
+
+export function mapRecipe({ sense, words, toward, against }: Mapping) {
+  const [many, right, left] = [words || "ship sea horse", toward, toward && against].map(listed);
+  const shell = [
+    `backpack map ${quoted(sense || "0")} ${many!.map(quoted).join(" ")}`,
+    ...right!.map((word) => `--toward ${quoted(word)}`),
+    ...left!.map((word) => `--against ${quoted(word)}`),
+  ];
+  const python = [
+    /^\d+$/.test(sense) ? sense : "0",
+    `[${many!.map(literal).join(", ")}]`,
+    ...(right!.length ? [`toward=${literals(right!)}`] : []),
+    ...(left!.length ? [`against=${literals(left!)}`] : []),
+  ];
+  return {
+    shell: [shell.join(" ") + commandWhere()],
+    python: withClient(
+      "Client",
+      `for word in client.map_sense(${python.join(", ")}${pythonWhere()}).words:`,
+      "    print(word.token.text, word.x, word.y)",
+    ),
+  };
+}
+
+export function usesRecipe(word: string) {
+  const named = word || "ship";
+  return {
+    shell: [`backpack uses ${quoted(named)}${commandWhere()}`],
+    python: withClient(
+      "Client",
+      `for use in client.uses(${literal(named)}${pythonWhere()}).uses:`,
+      "    print(use.senses[0].contribution)",
+    ),
+  };
 }
