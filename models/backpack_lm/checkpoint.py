@@ -57,6 +57,7 @@ CONFIG = "config.json"
 OPTIONAL = (TOPICS, GENERATION, TOKEN_COUNTS)
 """Files that a model may come with; those of another must not stay beside it."""
 _PREFIX = "backpack."
+_FOR_SENSES = re.compile(r"gpt2_model\.wte\.|sense_(network|rows)\.")
 _SPEEDS = ".rotary_emb.inv_freq"
 """Of rotary positions: transformers once stored them beside the weights."""
 
@@ -159,6 +160,22 @@ def load_part(folder: Path, shard: Shard) -> Backpack:
         return shard.part(config, tensors.__getitem__)
     except KeyError as error:
         raise CheckpointError(f"{folder} lacks {error}") from None
+
+
+def load_senses(folder: Path) -> Backpack:
+    """The model in a servable folder that another has verified, for its sense vectors alone: the trunk has no weights.
+
+    Raises CheckpointError and ConfigError.
+    """
+    config = BackpackConfig.read(folder / CONFIG)
+    tensors = to_hugging_face(read_weights(folder), None, config.trunk.tied)
+    with shapes_alone():
+        model = Backpack(replace(config, **_inner_widths(tensors)))
+    state = {n: t if n.startswith("sense_rows.") else t.float() for n, t in tensors.items() if _FOR_SENSES.match(n)}
+    if lacking := {name for name in model.state_dict() if _FOR_SENSES.match(name)} - state.keys():
+        raise CheckpointError(f"{folder} lacks {sorted(lacking)}")
+    model.load_state_dict(state, strict=False, assign=True)
+    return model.eval().requires_grad_(False)
 
 
 def read_transformer(where: Path) -> tuple[TrunkSpec, dict[str, Tensor]]:

@@ -33,7 +33,7 @@ from backpack_serving.engine.runner import Runner
 from backpack_serving.engine.scheduler import Scheduler
 from backpack_serving.engine.sequence import GenerationRequest
 from backpack_serving.engine.slots import OverlayRows, Slots
-from backpack_serving.inference.ranks import RankPlan, start
+from backpack_serving.inference.ranks import LocalRank, LocalRanks, RankPlan, start
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.sampling import SamplingParams
 
@@ -73,8 +73,9 @@ def _ways(folder: Path, slots: int) -> Iterator[tuple[ServedModel, list[_Way]]]:
     with ExitStack() as stack:
         for ranks in RANKS:
             began = time.perf_counter()
-            plan = RankPlan(ranks, folder, served.table_file, served.storage.dtype, "cpu", 1, slots, ROOM)
-            executor = start(plan, served)
+            fingerprint, dtype = served.manifest.fingerprint, served.storage.dtype
+            plan = RankPlan(ranks, folder, fingerprint, served.table_file, dtype, "cpu", 1, slots, ROOM)
+            executor = start(plan, served, LocalRanks())
             stack.callback(executor.close)
             found.append(_Way(str(ranks), executor, time.perf_counter() - began))
         yield served, found
@@ -158,7 +159,8 @@ def main() -> None:
 def _processor_seconds(executor: Executor) -> float:
     """Of this process, and of the other ranks."""
     peers = executor._peers if isinstance(executor, SeveralRanks) else []
-    times = [psutil.Process(peer.process.pid).cpu_times() for peer in peers]
+    others = [peer.process.pid for peer in peers if isinstance(peer.process, LocalRank)]
+    times = [psutil.Process(pid).cpu_times() for pid in others]
     return time.process_time() + sum(each.user + each.system for each in times)
 
 

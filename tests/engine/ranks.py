@@ -17,7 +17,7 @@ from backpack_serving.engine.executor import Executor
 from backpack_serving.engine.ranks import SeveralRanks
 from backpack_serving.engine.scheduler import Scheduler
 from backpack_serving.engine.slots import OverlayRows, Slots
-from backpack_serving.inference.ranks import RankPlan, start
+from backpack_serving.inference.ranks import LocalRank, LocalRanks, RankPlan, start
 from backpack_serving.inference.served_model import ServedModel
 
 from tests.engine.conftest import D, K, T, V
@@ -61,9 +61,7 @@ def started(
         models[name] = ServedModel.read(folder / name, precision, ROOM)
 
     def begin(served: ServedModel) -> SeveralRanks:
-        assert served.table_file is not None
-        plan = RankPlan(ranks, served.folder, served.table_file, served.storage.dtype, "cpu", 1, SLOTS, ROOM)
-        return start(plan, served)
+        return start(plan_for(served, ranks), served, LocalRanks())
 
     with ThreadPoolExecutor(len(models)) as together:
         executors = dict(zip(models, together.map(begin, models.values()), strict=True))
@@ -72,6 +70,18 @@ def started(
     finally:
         with ThreadPoolExecutor(len(models)) as together:
             list(together.map(SeveralRanks.close, executors.values()))
+
+
+def plan_for(served: ServedModel, ranks: int) -> RankPlan:
+    assert served.table_file is not None
+    fingerprint, dtype = served.manifest.fingerprint, served.storage.dtype
+    return RankPlan(ranks, served.folder, fingerprint, served.table_file, dtype, "cpu", 1, SLOTS, ROOM)
+
+
+def process_of(executor: SeveralRanks, rank: int = 1) -> LocalRank:
+    process = executor._peers[rank - 1].process
+    assert isinstance(process, LocalRank)
+    return process
 
 
 def engine_over(executor: Executor, step_tokens: int = 16, share_prefixes: bool = False) -> Engine:

@@ -7,14 +7,18 @@ import math
 import os
 import pickle
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from random import Random
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -29,19 +33,21 @@ from backpack_lm.sharding import Shard
 from backpack_serving.cli.client import exits
 from backpack_serving.engine import collectives
 from backpack_serving.engine.collectives import Collectives, PeerLost
-from backpack_serving.engine.executor import Executor
-from backpack_serving.engine.loop import EngineLoop, ReplicaLost
-from backpack_serving.engine.ranks import Link, Peer, SeveralRanks
+from backpack_serving.engine.executor import Executor, RankLost
+from backpack_serving.engine.loop import EngineLoop, EngineStopped, ReplicaLost
+from backpack_serving.engine.ranks import Link, RankProcess, SeveralRanks
 from backpack_serving.engine.runner import Runner
 from backpack_serving.engine.sequence import GenerationRequest, Output
-from backpack_serving.inference import ranks
+from backpack_serving.inference import rank, ranks
+from backpack_serving.inference.ranks import Invitation, LocalRank, LocalRanks
+from backpack_serving.inference.replica import _first_token
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.sampling import SamplingParams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.conftest import EDITS, compiled, outputs_of
-from tests.engine.ranks import GPT2, LLAMA, ROOM, SLOTS, Ranked, engine_over, started
+from tests.engine.ranks import GPT2, LLAMA, ROOM, SLOTS, Ranked, engine_over, plan_for, process_of, started
 from tests.engine.test_oracle import GREEDY, prompt
 from tests.models.trunk_shapes import random_model
 
@@ -261,7 +267,7 @@ async def _lose_a_rank(served: ServedModel, executor: SeveralRanks, how: signal.
             async for outputs in loop.generate(request):
                 made[request.id] += [output.token for output in outputs]
                 if not lost_at and sum(map(len, made.values())) >= after:
-                    os.kill(executor._peers[0].process.pid, how)
+                    os.kill(process_of(executor).pid, how)
                     lost_at = time.monotonic()
             finished.add(request.id)
         except ReplicaLost as error:
@@ -286,7 +292,7 @@ async def test_a_rank_that_hangs_while_there_is_nothing_to_do_is_noticed(ranked:
     loop = EngineLoop(engine_over(executor))
     await asyncio.sleep(0.6)  # it was asked, and has answered
     assert loop.healthy
-    os.kill(executor._peers[0].process.pid, signal.SIGSTOP)
+    os.kill(process_of(executor).pid, signal.SIGSTOP)
     since = time.monotonic()
     while loop.healthy:
         assert time.monotonic() - since < 2
@@ -294,46 +300,186 @@ async def test_a_rank_that_hangs_while_there_is_nothing_to_do_is_noticed(ranked:
     await loop.stop()
 
 
-def test_a_rank_that_dies_while_ranks_meet_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    folder = tmp_path_factory.mktemp("alone") / "model"
+    save(random_model(GPT2, 0), folder_of("micro") / TOKENIZER, folder)
+    return ServedModel.read(folder, Precision.FLOAT32, ROOM)
+
+
+class _Watched(LocalRanks):
+    """Starts ranks as a replica does, and has seen their processes."""
+
+    def __init__(self) -> None:
+        self.started: list[LocalRank] = []
+
+    def start(self, invitation: Invitation) -> LocalRank:
+        self.started.append(super().start(invitation))
+        return self.started[-1]
+
+
+@pytest.mark.parametrize("when", ["before it comes", "before ranks meet"])
+def test_a_rank_that_dies_at_the_start_is_noticed_at_once_and_one_line(
+    alone: ServedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str
 ) -> None:
-    save(random_model(GPT2, 0), folder_of("micro") / TOKENIZER, tmp_path / "model")
-    served = ServedModel.read(tmp_path / "model", Precision.FLOAT32, ROOM)
-    assert served.table_file is not None
-    plan = ranks.RankPlan(2, served.folder, served.table_file, served.storage.dtype, "cpu", 1, SLOTS, ROOM)
-    peers: list[Peer] = []
-    start_peer, join = ranks._started, Collectives.join
+    launcher, join, killed_at = _Watched(), Collectives.join, 0.0
 
-    def started_peer(shard: Shard) -> Peer:
-        peers.append(start_peer(shard))
-        return peers[-1]
+    def kill() -> None:
+        nonlocal killed_at
+        launcher.started[0].kill()
+        killed_at = time.monotonic()
 
-    def joined_without(store: Path, rank: int, count: int, device: torch.device) -> Collectives:
-        peers[0].process.kill()
-        return join(store, rank, count, device)
+    def join_without(*arguments: Any) -> Collectives:
+        kill()
+        return join(*arguments)
 
-    monkeypatch.setattr(ranks, "_started", started_peer)
-    monkeypatch.setattr(Collectives, "join", joined_without)
-    monkeypatch.setattr(collectives, "MEETING", 0.5)
+    def start_dead(invitation: Invitation) -> LocalRank:
+        process = _Watched.start(launcher, invitation)
+        kill()
+        return process
+
+    if when == "before it comes":
+        monkeypatch.setattr(launcher, "start", start_dead)
+    else:
+        monkeypatch.setattr(Collectives, "join", join_without)
     with pytest.raises(typer.Exit) as ended, exits():
-        ranks.start(plan, served)
+        ranks.start(plan_for(alone, 2), alone, launcher)
+    assert time.monotonic() - killed_at < 2
     assert ended.value.exit_code == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: rank 1 ended with status -9 before it was ready: ")
-    assert said.count("\n") == 1
+    assert capsys.readouterr().err == "error: rank 1 ended with status -9 before it was ready\n"
 
 
-def test_joining_ends_with_a_collective_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_rank_that_dies_before_the_first_token_is_a_lost_rank(alone: ServedModel) -> None:
+    executor = ranks.start(plan_for(alone, 2), alone, LocalRanks())
+    process_of(executor).kill()
+    loop = EngineLoop(engine_over(executor))
+    with pytest.raises(RankLost, match=r"rank 1 ended with status -9, before the first token$"):
+        await _first_token(loop, alone.table)
+    with pytest.raises(EngineStopped):
+        await anext(loop.generate(GenerationRequest("r", "t", (1,), GREEDY, _overlays(alone)["none"])))
+
+
+class _InThisProcess:
+    """A rank as a thread of this process, as if on another node."""
+
+    host = ranks.LOOPBACK
+
+    def start(self, invitation: Invitation) -> RankProcess:
+        self._thread = ThreadPoolExecutor(1)
+        self._status = self._thread.submit(rank.run, invitation, self.host, 0, far=True)
+        return self
+
+    def ended(self) -> str:
+        with suppress(TimeoutError):
+            return f"ended with status {self._status.result(0.05)}"
+        return ""
+
+    def end(self) -> None:
+        self._thread.shutdown()
+
+
+def test_a_rank_on_another_node_reads_its_own_files(
+    alone: ServedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where there is no table yet
+    executor = ranks.start(replace(plan_for(alone, 2), table=Path("/elsewhere")), alone, _InThisProcess())
+    requests = [
+        GenerationRequest(f"r{n}", "t", prompt(n, 9), GREEDY, o) for n, o in enumerate(_overlays(alone).values())
+    ]
+    assert outputs_of(engine_over(executor), requests) == _alone(alone, requests)
+    executor.close()
+    assert list(tmp_path.glob("backpack/tables/*"))
+
+
+def test_a_rank_that_has_another_model_says_so(alone: ServedModel) -> None:
+    found, wanted = alone.manifest.fingerprint, "0" * 64
+    with pytest.raises(RankLost) as refused:
+        ranks.start(replace(plan_for(alone, 2), fingerprint=wanted), alone, _InThisProcess())
+    assert str(refused.value) == (
+        f"rank 1 can't serve: {alone.folder} on 127.0.0.1 is another model than on the node of rank 0: its fingerprint "
+        f"is {found[:12]}…, not 000000000000…; give every node the same folder"
+    )
+
+
+class _Besieged(_InThisProcess):
+    """Others find the address of rank 0 before its rank does."""
+
+    told = b""
+
+    def start(self, invitation: Invitation) -> RankProcess:
+        for connect in (self._send_pickle, self._prove_another_secret, self._mirror, self._leave):
+            connection = socket.create_connection((invitation.host, invitation.port))
+            Thread(target=connect, args=(connection,), daemon=True).start()
+        time.sleep(0.1)
+        return super().start(invitation)
+
+    def _send_pickle(self, connection: socket.socket) -> None:
+        with connection, suppress(ConnectionError):
+            connection.sendall(_Trap.message())
+            self.told = b"".join(iter(lambda: connection.recv(2**16), b""))
+
+    def _prove_another_secret(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError, EOFError):
+            Link(connection).prove(b"?" * 32, ranks.OTHERS, ranks.RANK_0)
+
+    def _mirror(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            while data := connection.recv(32):
+                connection.sendall(data)
+
+    def _leave(self, connection: socket.socket) -> None:
+        connection.close()
+
+
+class _Trap:
+    """It springs where a message of it is read."""
+
+    sprung = False
+
+    @classmethod
+    def message(cls) -> bytes:
+        data = pickle.dumps(cls())
+        return b"?" * 64 + len(data).to_bytes(8, "little") + data
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return setattr, (_Trap, "sprung", True)
+
+
+def test_strangers_are_turned_away_and_nothing_of_theirs_is_unpickled(
+    alone: ServedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher = _Besieged()
+    executor = ranks.start(plan_for(alone, 2), alone, launcher)
+    executor.check()
+    executor.close()
+    assert len(launcher.told) <= 32 + 32, "a nonce and a proof"
+    assert not _Trap.sprung
+
+
+def test_a_rank_reads_nothing_of_who_is_not_rank_0(alone: ServedModel) -> None:
+    with socket.create_server((ranks.LOOPBACK, 0)) as listener, ThreadPoolExecutor(1) as thread:
+        invitation = Invitation(*listener.getsockname(), Shard(1, 2), b"!" * 32)
+        status = thread.submit(rank.run, invitation, ranks.LOOPBACK, 0)
+        connection, _ = listener.accept()
+        connection.sendall(_Trap.message())
+        assert status.result(10) == 1
+        connection.close()
+    assert not _Trap.sprung
+    assert "!" not in repr(invitation), "the secret isn't for a log"
+
+
+def test_joining_ends_with_a_collective_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL meets in the first collective: it needs the store, and more time than a step's collective has."""
     monkeypatch.setattr(collectives, "HUNG", 0.3)
-    store, late = tmp_path / "store", 0.6
+    late = 0.6
+    store, port = collectives.open_meeting(ranks.LOOPBACK)
 
     def join_late() -> float:
         """Rank 1, which is in the group at once and in the first collective later."""
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=ranks.LOOPBACK)]
         options._timeout = timedelta(seconds=5)
-        group = dist.ProcessGroupGloo(dist.FileStore(str(store), 2), 1, 2, options)  # type: ignore[attr-defined]
+        group = dist.ProcessGroupGloo(collectives.reach_meeting(ranks.LOOPBACK, port), 1, 2, options)
         time.sleep(late)
         for _ in range(2):
             group.allgather([[torch.empty(1), torch.empty(1)]], [torch.ones(1)]).wait()
@@ -341,13 +487,19 @@ def test_joining_ends_with_a_collective_of_all_ranks(tmp_path: Path, monkeypatch
 
     with ThreadPoolExecutor(1) as other:
         since, their_end = time.monotonic(), other.submit(join_late)
-        together = Collectives.join(store, 0, 2, torch.device("cpu"))
+        together = Collectives.join(store, ranks.LOOPBACK, 0, 2, torch.device("cpu"))
         assert time.monotonic() - since >= late
-        store.unlink(missing_ok=True)
         assert together.sum(torch.full((1,), 2.0)).tolist() == [3.0]
         assert their_end.result(10)
         with pytest.raises(PeerLost):
             together.sum(torch.ones(1))  # which waits for as long as a step's does
+
+
+def test_ranks_meet_at_one_address_of_a_node() -> None:
+    _, port = collectives.open_meeting("127.0.0.1")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), 5)
+    socket.create_connection(("127.0.0.1", port), 5).close()
 
 
 def _alone(served: ServedModel, requests: list[GenerationRequest]) -> Made:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backpack_lm.checkpoint import load_part, save
+from backpack_lm.checkpoint import load_part, load_senses, save
 from backpack_lm.config import BackpackConfig, ConfigError, StoredSenses
 from backpack_lm.installed import folder_of
 from backpack_lm.manifest import TOKENIZER
@@ -103,6 +103,9 @@ def test_a_part_is_read_from_a_folder(name: str, senses: StoredSenses, tmp_path:
         assert "gpt2_model.h.0.mlp.c_fc.weight" in here
         for name, tensor in here.items():
             assert torch.equal(there[name], tensor), name
+    alone, ids = load_senses(tmp_path), torch.arange(config.vocab_size)
+    assert torch.equal(alone.compute_senses(ids), model.compute_senses(ids))
+    assert {parameter.device.type for parameter in alone.gpt2_model.h.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(

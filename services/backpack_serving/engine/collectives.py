@@ -6,10 +6,10 @@ in a message a number stands, and so on what else is in the batch.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +30,27 @@ class PeerLost(Exception):
     """Another rank ended or hung in a collective."""
 
 
+def open_meeting(host: str) -> tuple[Any, int]:
+    """Where ranks meet: a store in this process, which listens on one address of its node, and its port."""
+    listener = socket.create_server((host, 0))
+    port: int = listener.getsockname()[1]
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        host,
+        port,
+        is_master=True,
+        master_listen_fd=listener.detach(),
+        wait_for_workers=False,
+        timeout=timedelta(seconds=MEETING),
+    )
+    return store, port
+
+
+def reach_meeting(host: str, port: int) -> Any:
+    """The store that rank 0 has opened. Raises PeerLost."""
+    with _lost():
+        return dist.TCPStore(host, port, timeout=timedelta(seconds=MEETING))  # type: ignore[attr-defined]
+
+
 class Collectives:
     """One rank's side of them. Every rank calls the same ones in the same order, with parts of the same shapes.
 
@@ -42,25 +63,24 @@ class Collectives:
         self.calls: dict[str, int] = {"sum": 0, "logits": 0}
 
     @classmethod
-    def join(cls, store: Path, rank: int, ranks: int, device: torch.device) -> Collectives:
-        """Meet the other ranks, who are all about to call this, by a file that isn't there yet: NCCL if they compute on
-        CUDA devices, which has never run, else gloo over the loopback. Nobody needs the file afterwards.
+    def join(cls, store: Any, host: str, rank: int, ranks: int, device: torch.device) -> Collectives:
+        """Meet the other ranks, who are all about to call this, by a store: NCCL if they compute on CUDA devices, which
+        has never run, else gloo, which listens on `host`, an address of this rank's node. Nobody needs the store
+        afterwards.
 
         Raises PeerLost.
         """
-        shared: Any = dist.FileStore(str(store), ranks)  # type: ignore[attr-defined]
-        shared.set_timeout(timedelta(seconds=MEETING))
         with _lost():
             if device.type == "cuda":
                 nccl = dist.ProcessGroupNCCL.Options()
                 nccl._timeout = timedelta(seconds=MEETING)
-                group: Any = dist.ProcessGroupNCCL(shared, rank, ranks, nccl)
+                group: Any = dist.ProcessGroupNCCL(store, rank, ranks, nccl)
             else:
                 gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-                gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+                gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
                 gloo._timeout = timedelta(seconds=MEETING)
-                group = dist.ProcessGroupGloo(shared, rank, ranks, gloo)
-            # NCCL connects ranks in their first collective, by the file: now, with the time that this may take.
+                group = dist.ProcessGroupGloo(store, rank, ranks, gloo)
+            # NCCL connects ranks in their first collective, by the store: now, with the time that this may take.
             part = torch.ones(1, device=device)
             parts = [torch.empty_like(part) for _ in range(ranks)]
             group.allgather([parts], [part]).wait()

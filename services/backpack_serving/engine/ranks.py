@@ -6,14 +6,17 @@ pages since the last one, and the step. Overlays go as each rank's own part of t
 
 from __future__ import annotations
 
+import hmac
+import math
 import pickle
+import secrets
+import select
 import socket
-import subprocess
+import time
 from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Many
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 from backpack_lm.overlay import Overlay
@@ -31,14 +34,40 @@ HEARTBEAT = 0.4
 ENDING = 1.0
 """Seconds that a rank has to end after the last message."""
 
+HANDSHAKE = 5.0
+"""Seconds that a process has to prove that it knows the secret."""
+
 _LENGTH = 8  # bytes
+_NONCE = _PROOF = 32  # bytes
+
+
+class Stranger(ConnectionError):
+    """Whoever is at the other end of a connection doesn't know this replica's secret."""
 
 
 class Link:
-    """Messages between two processes of ours, over a connected socket that nobody else has."""
+    """Messages between two processes of ours, over a connected socket.
+
+    Messages are pickles: none is read before `prove` has seen that the other process knows the same secret.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a step is a small message
         self._socket = connection
+
+    def prove(self, secret: bytes, mine: bytes, theirs: bytes) -> None:
+        """Show the other process that this one knows a secret, and have it do so, too; neither sends it.
+
+        `mine` and `theirs` name the two ends, so that what one has shown is of no use for showing it at the other.
+        Raises Stranger, OSError, TimeoutError or EOFError if the other end doesn't know it in time.
+        """
+        until, nonce = time.monotonic() + HANDSHAKE, secrets.token_bytes(_NONCE)
+        self._socket.settimeout(HANDSHAKE)
+        self._socket.sendall(nonce)
+        asked = self._exactly(_NONCE, until)
+        self._socket.sendall(hmac.digest(secret, mine + asked + nonce, "sha256"))
+        if not hmac.compare_digest(self._exactly(_PROOF, until), hmac.digest(secret, theirs + nonce + asked, "sha256")):
+            raise Stranger("who is at the other end isn't of this replica")
 
     def send(self, message: object, seconds: float | None = None) -> None:
         """Raises OSError if the other process is gone, TimeoutError if it doesn't read for so long."""
@@ -47,16 +76,24 @@ class Link:
         self._socket.sendall(len(data).to_bytes(_LENGTH, "little") + data)
 
     def receive(self, seconds: float | None = None) -> Any:
-        """The next message. Raises EOFError if the other process is gone, TimeoutError."""
+        """The next message. Raises EOFError or OSError if the other process is gone, TimeoutError."""
         self._socket.settimeout(seconds)
         return pickle.loads(self._exactly(int.from_bytes(self._exactly(_LENGTH), "little")))
+
+    def is_readable(self) -> bool:
+        """Whether a message, or the end, has come."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         self._socket.close()
 
-    def _exactly(self, count: int) -> bytearray:
+    def _exactly(self, count: int, until: float = math.inf) -> bytearray:
         data, there = bytearray(count), 0
         while there < count:
+            if until < math.inf:
+                self._socket.settimeout(max(until - time.monotonic(), 0.001))
             with memoryview(data) as view:
                 read = self._socket.recv_into(view[there:])
             if not read:
@@ -65,28 +102,32 @@ class Link:
         return data
 
 
+class RankProcess(Protocol):
+    """A rank's process, wherever it runs."""
+
+    def ended(self) -> str:
+        """How it ended, if it did: looks for a few hundredths of a second."""
+
+    def end(self) -> None:
+        """Have it ended within a little more than ENDING seconds. It ends by itself if its link is gone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Peer:
     """Another rank, as rank 0 has it."""
 
     shard: Shard
-    process: subprocess.Popen[bytes]
+    process: RankProcess
     link: Link
 
     def ended(self) -> str:
         """How the process ended, if it did."""
-        with suppress(subprocess.TimeoutExpired):
-            return f"ended with status {self.process.wait(0.05)}"
-        return ""
+        return self.process.ended()
 
     def close(self) -> None:
         """Take back the link, which tells the process to end, and wait for that."""
         self.link.close()
-        try:
-            self.process.wait(ENDING)
-        except subprocess.TimeoutExpired:  # stopped, perhaps
-            self.process.kill()
-            self.process.wait()
+        self.process.end()
 
 
 def follow(link: Link, runner: Runner) -> None:

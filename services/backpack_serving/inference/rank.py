@@ -1,41 +1,85 @@
-"""A rank but the first, as a process: `python -m backpack_serving.inference.rank FD`, with a socket to rank 0.
+"""A rank but the first, as a process: `python -m backpack_serving.inference.rank`, with an invitation on its input.
 
 It ends with rank 0, which is who drains: no signal but SIGKILL ends it before.
 """
 
 from __future__ import annotations
 
+import pickle
 import signal
 import socket
 import sys
 from pathlib import Path
 
-from backpack_lm.checkpoint import CONFIG, load_part
+from backpack_lm.checkpoint import CONFIG, load_part, load_senses, verify
 from backpack_lm.config import BackpackConfig
 from backpack_lm.cores import set_threads
-from backpack_lm.mapped_table import mapped
+from backpack_lm.mapped_table import mapped, prepare
 
-from backpack_serving.engine.collectives import Collectives, PeerLost
+from backpack_serving.engine.collectives import MEETING, Collectives, PeerLost, reach_meeting
 from backpack_serving.engine.ranks import Link, follow
-from backpack_serving.engine.runner import Rank
+from backpack_serving.engine.runner import Rank, Runner
+from backpack_serving.inference.ranks import LOOPBACK, OTHERS, RANK_0, CannotServe, Invitation, RankPlan
 
 
-def main(connection: int) -> None:
+def main() -> None:
     for each in (signal.SIGTERM, signal.SIGINT):  # who stops a service may signal all of its processes
         signal.signal(each, signal.SIG_IGN)
-    link = Link(socket.socket(fileno=connection))
+    invitation: Invitation = pickle.load(sys.stdin.buffer)
+    sys.exit(run(invitation, LOOPBACK, invitation.shard.rank))
+
+
+def run(invitation: Invitation, host: str, device: int, far: bool = False) -> int:
+    """Be a rank until rank 0 is gone or wants no more. Returns the exit status: 0, or 1 if it never served.
+
+    `host` is an address of this node at which other ranks reach it, `device` the CUDA device that it computes on if
+    rank 0 does on one. A rank that is `far`, on another node than rank 0, has a model folder and a cache of its own.
+    """
     try:
-        link.send(None)
-        plan, shard, store = link.receive()
-        set_threads(plan.threads)
-        together = Collectives.join(store, shard.rank, plan.ranks, plan.device_of(shard.rank))
-        config = BackpackConfig.read(plan.folder / CONFIG)
-        table = mapped(plan.table, config, plan.dtype, plan.overlay_rows)
-        runner = plan.runner(Rank(shard, config, together), load_part(plan.folder, shard), table)
-        link.send(_private_bytes())
-        follow(link, runner)
-    except (EOFError, ConnectionError, PeerLost):
-        sys.exit(1)  # rank 0 is gone, or says what happened
+        with socket.create_connection((invitation.host, invitation.port), MEETING) as connection:
+            link = Link(connection)
+            link.prove(invitation.secret, OTHERS, RANK_0)
+            link.send(invitation.shard.rank)
+            try:
+                runner = _prepare(link, link.receive(), invitation, host, device, far)
+            except (EOFError, ConnectionError):
+                raise
+            except (ValueError, MemoryError, OSError, RuntimeError, PeerLost) as error:
+                link.send(CannotServe(str(error) or repr(error)))
+                return 1
+            link.send(_private_bytes())
+            follow(link, runner)
+    except (EOFError, OSError, PeerLost):
+        return 1  # rank 0 is gone, or says what happened
+    return 0
+
+
+def _prepare(link: Link, plan: RankPlan, invitation: Invitation, host: str, index: int, far: bool) -> Runner:
+    """Read this rank's part, then meet the others."""
+    set_threads(plan.threads)
+    device, shard = plan.device_of(index), invitation.shard
+    table = _table(plan, host) if far else plan.table
+    config = BackpackConfig.read(plan.folder / CONFIG)
+    senses = mapped(table, config, plan.dtype, plan.overlay_rows)
+    part = load_part(plan.folder, shard)
+    link.send(None)
+    store = reach_meeting(invitation.host, link.receive().port)
+    together = Collectives.join(store, host, shard.rank, plan.ranks, device)
+    return plan.runner(Rank(shard, config, together), part, senses, device)
+
+
+def _table(plan: RankPlan, host: str) -> Path:
+    """The sense table of this node's own model folder, in this node's cache.
+
+    Raises ValueError if that is another model than rank 0's, or is damaged.
+    """
+    found = verify(plan.folder).fingerprint
+    if found != plan.fingerprint:
+        raise ValueError(
+            f"{plan.folder} on {host} is another model than on the node of rank 0: its fingerprint is {found[:12]}…, "
+            f"not {plan.fingerprint[:12]}…; give every node the same folder"
+        )
+    return prepare(load_senses(plan.folder), found, plan.dtype)
 
 
 def _private_bytes() -> int | None:
@@ -48,4 +92,4 @@ def _private_bytes() -> int | None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main()

@@ -1,19 +1,23 @@
-"""Several ranks on this machine: rank 0 is the replica's process, the others are processes that it starts.
+"""Several ranks of one model: rank 0 is the replica's process, the others are processes that it has started.
 
-Each rank reads its own part of the weights, and maps the sense table that the replica has prepared. Others end with the
-replica, however that ends: their end of a socket says so.
+Each rank reads its own part of the weights and maps the sense table, from files of its own node. They reach rank 0 at
+an address of its node, and say by a secret that they are its own; they end with it, however it ends.
 """
 
 from __future__ import annotations
 
+import pickle
+import secrets
 import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
+from typing import Any, Protocol, TypeVar
 
 import structlog
 import torch
@@ -22,22 +26,31 @@ from backpack_lm.model import Backpack
 from backpack_lm.sharding import Shard, check_ranks
 from torch import Tensor
 
-from backpack_serving.engine.collectives import Collectives, PeerLost
+from backpack_serving.engine.collectives import Collectives, PeerLost, open_meeting
 from backpack_serving.engine.executor import RankLost
-from backpack_serving.engine.ranks import Link, Peer, SeveralRanks
+from backpack_serving.engine.ranks import ENDING, HANDSHAKE, Link, Peer, RankProcess, SeveralRanks
 from backpack_serving.engine.runner import Rank, Runner
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.settings import Settings
 
+T = TypeVar("T")
+
 log = structlog.get_logger(__name__)
+
+LOOPBACK = "127.0.0.1"
+
+_PAUSE = 0.05
+"""Seconds that rank 0 waits for a connection before it looks whether who should come is still there."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """What every rank of a replica is started with. `table` is the file of the whole sense table, in `dtype`."""
+    """What every rank of a replica is started with. `table` is the file of the whole sense table, in `dtype`, on the
+    node of rank 0."""
 
     ranks: int
     folder: Path
+    fingerprint: str
     table: Path
     dtype: torch.dtype
     device: str
@@ -47,22 +60,85 @@ class RankPlan:
     context: int = 0
     cache_tokens: int = 0
 
-    def device_of(self, rank: int) -> torch.device:
-        """Ranks on CUDA devices have one each. Raises ValueError if there are too few."""
+    def device_of(self, index: int) -> torch.device:
+        """The CPU, or a CUDA device by its number among those that a rank sees. Raises ValueError if it isn't there."""
         if self.device == "cpu":
             return torch.device("cpu")
-        if self.ranks > (found := torch.cuda.device_count()):
+        if index >= (found := torch.cuda.device_count()):
             raise ValueError(f"ranks is {self.ranks}, one for each CUDA device, and torch finds {found}")
-        return torch.device(self.device, rank)
+        return torch.device(self.device, index)
 
-    def runner(self, rank: Rank, part: Backpack, table: Tensor) -> Runner:
+    def runner(self, rank: Rank, part: Backpack, table: Tensor, device: torch.device) -> Runner:
         """The runner of a rank's part, over the mapped table [V·k + R, d]. On a CUDA device it copies its own senses of
         it there."""
-        device = self.device_of(rank.shard.rank)
         if device.type != "cpu":
             torch.cuda.set_device(device)
             table = _own_senses(table, rank).to(device)
         return Runner(part, table, self.slots, context=self.context, cache_tokens=self.cache_tokens, rank=rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """What a rank needs to find rank 0: where it listens, and the secret by which both know each other."""
+
+    host: str
+    port: int
+    shard: Shard
+    secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """What a rank needs to meet the others: the port of the store at rank 0's address."""
+
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class CannotServe:
+    """A rank's last message if it can't be one: why."""
+
+    why: str
+
+
+class Launcher(Protocol):
+    """How the ranks but the first are started. `host` is the address at which they reach this process."""
+
+    host: str
+
+    def start(self, invitation: Invitation) -> RankProcess:
+        """Start `rank.run` with an invitation, as a process."""
+
+
+class LocalRanks:
+    """Ranks as processes of this machine."""
+
+    host = LOOPBACK
+
+    def start(self, invitation: Invitation) -> LocalRank:
+        command = [sys.executable, "-m", "backpack_serving.inference.rank"]
+        # A session of its own: Ctrl-C in a terminal is for rank 0 to decide on.
+        process = LocalRank(command, stdin=subprocess.PIPE, start_new_session=True)
+        assert process.stdin
+        with suppress(BrokenPipeError), process.stdin:  # if it is gone, that is noticed where it is waited for
+            process.stdin.write(pickle.dumps(invitation))
+        return process
+
+
+class LocalRank(subprocess.Popen[bytes]):
+    """A rank that this process has started."""
+
+    def ended(self) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            return f"ended with status {self.wait(_PAUSE)}"
+        return ""
+
+    def end(self) -> None:
+        try:
+            self.wait(ENDING)
+        except subprocess.TimeoutExpired:  # stopped, perhaps
+            self.kill()
+            self.wait()
 
 
 def plan_of(settings: Settings, served: ServedModel, device: str, threads: int) -> RankPlan:
@@ -72,6 +148,7 @@ def plan_of(settings: Settings, served: ServedModel, device: str, threads: int) 
     return RankPlan(
         settings.ranks,
         served.folder,
+        served.manifest.fingerprint,
         served.table_file,
         served.storage.dtype,
         device,
@@ -83,63 +160,130 @@ def plan_of(settings: Settings, served: ServedModel, device: str, threads: int) 
     )
 
 
-def start(plan: RankPlan, served: ServedModel) -> SeveralRanks:
+def start(plan: RankPlan, served: ServedModel, launcher: Launcher) -> SeveralRanks:
     """Start the other ranks of a served model, and be rank 0, which has read it already.
 
     Blocks until all are ready. Raises ConfigError if so many ranks can't share the model, ValueError if there isn't a
-    device for each, RankLost if one ends before it is ready.
+    device, OSError if `launcher.host` is no address of this machine, RankLost as soon as one ends or says that it can't
+    serve.
     """
-    model = served.model
+    model, shard = served.model, Shard(0, plan.ranks)
     check_ranks(model.config, plan.ranks)
     device = plan.device_of(0)
-    peers: list[Peer] = []
-    with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="backpack-ranks-") as folder:
-        for number in range(1, plan.ranks):
-            peers.append(_started(Shard(number, plan.ranks)))
-            stack.callback(peers[-1].close)
-        store = Path(folder) / "store"
+    with ExitStack() as stack:
+        with socket.create_server((launcher.host, 0)) as listener:
+            port, secret = listener.getsockname()[1], secrets.token_bytes(32)
+            processes: dict[int, RankProcess] = {}
+            for number in range(1, plan.ranks):
+                processes[number] = launcher.start(Invitation(launcher.host, port, Shard(number, plan.ranks), secret))
+                stack.callback(processes[number].end)
+            links = _accept_all(listener, secret, processes)
+        peers = [Peer(Shard(number, plan.ranks), processes[number], links[number]) for number in processes]
         for peer in peers:
-            with _reporting(peer):
-                peer.link.receive()  # it has imported what it needs
-                peer.link.send((plan, peer.shard, store))
-        shard = Shard(0, plan.ranks)
-        try:
-            together = Collectives.join(store, 0, plan.ranks, device)
-        except PeerLost as error:
-            raise RankLost(f"{_endings(peers) or 'a rank is lost'} before it was ready: {error}") from None
+            stack.callback(peer.link.close)  # before its process is ended, which then ends by itself
+            _send_to(peer, plan)
+        _hear_all(peers)  # each has read its part
+        store, port = open_meeting(launcher.host)
+        for peer in peers:
+            _send_to(peer, Meeting(port))
+        together = _while_all_run(peers, lambda: Collectives.join(store, launcher.host, 0, plan.ranks, device))
         rank = Rank(shard, model.config, together)
-        runner = plan.runner(rank, shard.part(model.config, model.state_dict().__getitem__), served.storage)
-        for peer in peers:
-            with _reporting(peer):
-                log.info("rank is ready", rank=peer.shard.rank, private_bytes=peer.link.receive())
+        part = shard.part(model.config, model.state_dict().__getitem__)
+        runner = plan.runner(rank, part, served.storage, device)
+        for number, private in _hear_all(peers).items():
+            log.info("rank is ready", rank=number, private_bytes=private)
         stack.pop_all()
     return SeveralRanks(runner, rank, peers)
 
 
-def _started(shard: Shard) -> Peer:
-    ours, theirs = socket.socketpair()
-    with theirs:
-        number = theirs.fileno()
-        command = [sys.executable, "-m", "backpack_serving.inference.rank", str(number)]
-        # A session of its own: Ctrl-C in a terminal is for rank 0 to decide on.
-        process = subprocess.Popen(command, pass_fds=[number], stdin=subprocess.DEVNULL, start_new_session=True)
-    return Peer(shard, process, Link(ours))
+def _accept_all(listener: socket.socket, secret: bytes, processes: Mapping[int, RankProcess]) -> dict[int, Link]:
+    """The links of all ranks, by rank. Raises RankLost if a process ends before it comes. Strangers are turned away."""
+    links: dict[int, Link] = {}
+    listener.settimeout(_PAUSE)
+    while missing := processes.keys() - links.keys():
+        try:
+            connection, (host, *_) = listener.accept()
+        except TimeoutError:
+            for number in missing:
+                if how := processes[number].ended():
+                    raise RankLost(f"rank {number} {how} before it was ready") from None
+            continue
+        link = Link(connection)
+        try:
+            link.prove(secret, RANK_0, OTHERS)
+            links[link.receive(HANDSHAKE)] = link
+        except (OSError, EOFError) as error:
+            log.warning("who isn't a rank of this replica was turned away", host=host, error=str(error))
+            link.close()
+    return links
 
 
-def _endings(peers: list[Peer]) -> str:
-    """The ranks whose processes have ended, and how."""
-    return ", ".join(f"rank {peer.shard.rank} {how}" for peer in peers if (how := peer.ended()))
+RANK_0, OTHERS = b"rank 0", b"another rank"
+"""Names of the two ends of a link, for `Link.prove`."""
 
 
-@contextmanager
-def _reporting(peer: Peer) -> Iterator[None]:
-    """Raises RankLost, saying how the process ended, if it is gone."""
+def _send_to(peer: Peer, message: object) -> None:
     try:
-        yield
-    except (EOFError, OSError):
-        raise RankLost(
-            f"rank {peer.shard.rank} {peer.ended() or 'closed its connection'} before it was ready"
-        ) from None
+        peer.link.send(message)
+    except OSError as error:
+        raise _why_lost(peer) or RankLost(f"rank {peer.shard.rank} is lost: {error}") from None
+
+
+def _hear_all(peers: list[Peer]) -> dict[int, Any]:
+    """The next message of each rank. Raises RankLost as soon as one is gone, or says that it can't serve."""
+    heard: dict[int, Any] = {}
+    while len(heard) < len(peers):
+        for peer in peers:
+            if peer.shard.rank not in heard and peer.link.is_readable():
+                heard[peer.shard.rank] = _receive_from(peer)
+            elif lost := _why_lost(peer):
+                raise lost
+    return heard
+
+
+def _while_all_run(peers: list[Peer], work: Callable[[], T]) -> T:
+    """The result of what is done together with the others. Raises RankLost as soon as one of them is gone: the work
+    would wait for it, and is left alone."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    Thread(target=run, name="ranks meet", daemon=True).start()
+    while not done.done():
+        for peer in peers:
+            if lost := _why_lost(peer):
+                raise lost
+    try:
+        return done.result()
+    except PeerLost as error:
+        raise next(filter(None, map(_why_lost, peers)), RankLost(f"ranks don't meet: {error}")) from None
+
+
+def _receive_from(peer: Peer) -> Any:
+    """The next message of a rank that isn't ready. Raises RankLost if there is none, or it is that it can't serve."""
+    try:
+        message = peer.link.receive()
+    except (EOFError, OSError) as error:
+        raise RankLost(f"rank {peer.shard.rank} {peer.ended() or f'is lost ({error})'} before it was ready") from None
+    if isinstance(message, CannotServe):
+        raise RankLost(f"rank {peer.shard.rank} can't serve: {message.why}")
+    return message
+
+
+def _why_lost(peer: Peer) -> RankLost | None:
+    """What became of a rank that isn't ready: what it said last, else how its process ended. None if it runs."""
+    if not (how := peer.ended()):
+        return None
+    try:
+        while peer.link.is_readable():
+            _receive_from(peer)
+    except RankLost as lost:
+        return lost
+    return RankLost(f"rank {peer.shard.rank} {how} before it was ready")
 
 
 def _own_senses(table: Tensor, rank: Rank) -> Tensor:

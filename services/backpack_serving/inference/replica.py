@@ -22,8 +22,8 @@ from backpack_proto.v1 import directory_pb2, directory_pb2_grpc, inference_pb2_g
 
 from backpack_serving import rpc, starting, tasks
 from backpack_serving.engine.engine import Engine
-from backpack_serving.engine.executor import Executor
-from backpack_serving.engine.loop import EngineLoop
+from backpack_serving.engine.executor import Executor, RankLost
+from backpack_serving.engine.loop import EngineLoop, ReplicaLost
 from backpack_serving.engine.runner import Runner
 from backpack_serving.engine.scheduler import Scheduler
 from backpack_serving.engine.sequence import GenerationRequest
@@ -158,14 +158,17 @@ class Replica:
             await asyncio.sleep(REPORT_SECONDS)
 
 
-async def start(settings: Settings, report: Report, control: Any, metrics: Metrics) -> Replica:
+async def start(
+    settings: Settings, report: Report, control: Any, metrics: Metrics, launcher: ranks.Launcher | None = None
+) -> Replica:
     """Load the model, make a first token with it, and serve it on `settings.inference_address`.
 
     `control` is a channel to the intervention service. If that is away, what is in the state folder is served.
+    `launcher` starts the ranks but the first, if there are several; by default they are processes of this machine.
 
     Raises ManifestError or CheckpointError for the model, ValueError if there isn't the memory for these settings, the
     model can't be shared by so many ranks, or certificates are no good, EngineStopped if the first token can't be made,
-    RankLost if a rank doesn't start, OSError for the address or a key.
+    RankLost if a rank doesn't start or is lost before that, OSError for the address or a key.
     """
     key = await required(settings)
     device, precision, room = Device(settings.device).torch(), Precision(settings.precision), settings.overlay_rows
@@ -185,7 +188,8 @@ async def start(settings: Settings, report: Report, control: Any, metrics: Metri
                 cache_tokens=settings.cache_tokens,
             )
         else:
-            begin = partial(ranks.start, ranks.plan_of(settings, served, device.type, threads), served)
+            plan = ranks.plan_of(settings, served, device.type, threads)
+            begin = partial(ranks.start, plan, served, launcher or ranks.LocalRanks())
             executor = await starting.blocking(begin, lambda late: late.close())
     engine = EngineLoop(
         Engine(
@@ -244,11 +248,20 @@ def _enough_memory(settings: Settings) -> Iterator[None]:
 
 
 async def _first_token(engine: EngineLoop, table: SenseTable) -> None:
-    """Make one token, with no release, before anybody may ask for one. Raises what the engine does if it can't."""
+    """Make one token, with no release, before anybody may ask for one.
+
+    Raises what the engine does if it can't, and RankLost if that is because a rank is lost. Then nothing runs any more.
+    """
     overlay = await asyncio.to_thread(Overlay.compile, ReleaseContent(), table)
     request = GenerationRequest("first", "", (0,), SamplingParams(max_tokens=1, temperature=0.0), overlay)
-    async for _ in engine.generate(request):
-        pass
+    try:
+        async for _ in engine.generate(request):
+            pass
+    except BaseException as error:
+        await engine.stop()
+        if isinstance(error, ReplicaLost):
+            raise RankLost(f"{error}, before the first token") from None
+        raise
 
 
 def fetch_from(channel: Any, key: str) -> Fetch:
