@@ -39,6 +39,7 @@ def _tell(story: str, seconds: float) -> None:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_memory_monitor_refresh_ms": "0",  # it kills workers for what others on the machine take
     }
     command = [sys.executable, "-m", f"tests.e2e.{story}"]
     if _can_be_apart():
@@ -74,3 +75,8 @@ def test_replicas_under_ray_are_killed_and_recover() -> None:
 @pytest.mark.slow
 def test_a_cluster_loses_a_replica_and_a_node_is_redeployed_and_scaled_under_load() -> None:
     _tell("ray_cluster_story", 600)
+
+
+@pytest.mark.slow
+def test_a_replica_of_two_ranks_on_two_nodes_is_lost_and_comes_back_as_one() -> None:
+    _tell("ray_ranks_story", 600)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from backpack_lm.config import ConfigError
 from pydantic import ValidationError
 
 pytest.importorskip("ray")
@@ -18,6 +19,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary 
 from ray.serve.config import AutoscalingContext
 from ray.serve.schema import ServeDeploySchema
 
+MICRO = {"settings": {"model": "micro"}}
 CONFIG = Path(__file__).parents[2] / "deploy" / "ray" / "serve.yaml"
 
 
@@ -46,13 +48,30 @@ def test_the_config_file_shows_every_argument_that_most_would_change() -> None:
     assert shown == {name: getattr(defaults, name) for name in shown}, "the file says what holds without it"
 
 
-@pytest.mark.parametrize("gpus", [0, 0.25, 1, 2])
-def test_a_replica_has_cores_and_a_part_of_a_gpu_or_whole_ones(gpus: float) -> None:
+@pytest.mark.parametrize("gpus", [0, 0.25, 1])
+def test_a_replica_has_cores_and_a_gpu_or_a_part_of_one(gpus: float) -> None:
     deployment = _deployment({"count": 3, "cpus": 0.5, "gpus": gpus, "surge_percent": 0})
     assert deployment.num_replicas == 3
     options = deployment.ray_actor_options
     assert (options["num_cpus"], options["num_gpus"]) == (0.5, gpus)
     assert deployment._deployment_config.max_surge_percent == 0
+    assert deployment._replica_config.placement_group_bundles is None
+
+
+@pytest.mark.parametrize(("chosen", "strategy"), [({}, "STRICT_PACK"), ({"placement": "SPREAD"}, "SPREAD")])
+def test_a_replica_of_several_ranks_is_a_placement_group(chosen: dict[str, Any], strategy: str) -> None:
+    deployment = _deployment({"count": 3, "tensor_parallel": 2, "cpus": 0.5, "gpus": 1} | chosen | MICRO)
+    assert deployment._replica_config.placement_group_bundles == [{"CPU": 0.5, "GPU": 1}] * 2
+    assert deployment._replica_config.placement_group_strategy == strategy
+    assert deployment.num_replicas == 3, "groups"
+    scaled = {"autoscaling": {"max_replicas": 4}, "tensor_parallel": 2} | MICRO
+    assert _deployment(scaled)._deployment_config.autoscaling_config.max_replicas == 4, "groups"
+
+
+def test_ranks_that_the_model_does_not_fit_are_refused_when_it_is_deployed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"3 ranks can't share 8 senses.*can: 1, 2$"):
+        _deployment({"tensor_parallel": 3} | MICRO)
+    assert _deployment({"tensor_parallel": 3, "settings": {"model": str(tmp_path)}}), "whoever has the model refuses it"
 
 
 def test_a_replica_that_is_stopped_has_the_time_to_drain() -> None:
@@ -92,13 +111,18 @@ def test_replicas_of_one_node_take_one_port_after_the_other() -> None:
         ({"replicas": 2}, "replicas\n  Extra inputs are not permitted"),
         ({"count": 0}, "count\n"),
         ({"count": "many"}, "count\n"),
-        ({"gpus": 1.5}, "1.5 GPUs: Ray places a part of one GPU, or whole ones"),
+        ({"gpus": 2}, "2 GPUs: a rank computes on one; tensor_parallel: 2 shares a model among them"),
         ({"gpus": -1}, "gpus\n"),
         ({"count": 2, "autoscaling": {"max_replicas": 3}}, r"count \(2\) and autoscaling exclude each other"),
         ({"autoscaling": {"max_replicas": 3, "target": 5}}, "autoscaling.target\n"),
         ({"settings": {"slotz": 4}}, "no setting is called `slotz`; `backpack settings` lists them"),
         ({"settings": {"slots": 0}}, "slots\n"),
-        ({"settings": {"ranks": 2}}, "`ranks` is 2: Ray would set nothing aside"),
+        ({"settings": {"ranks": 2}}, "`ranks` are processes that Ray would set nothing aside for; use tensor_parallel"),
+        ({"tensor_parallel": 0}, "tensor_parallel\n"),
+        ({"tensor_parallel": 2, "gpus": 0.5}, "gpus is 0.5: ranks .* need a GPU each, or none"),
+        ({"tensor_parallel": 2, "cpus": 0}, "cpus and gpus are 0: Ray places ranks"),
+        ({"tensor_parallel": 2, "placement": "PACK"}, "placement\n  Input should be 'STRICT_PACK' or 'SPREAD'"),
+        ({"placement": "SPREAD"}, "placement is SPREAD: a replica without other ranks"),
         ({"settings": {"service_key": "bp_1"}}, "`service_key` is a secret; set BACKPACK_SERVICE_KEY"),
     ],
 )

@@ -2,6 +2,7 @@
 
 Ray Serve places replicas, counts them, checks their health and restarts them. Their tokens don't go through it:
 each replica runs a gRPC server of its own that gateways call directly (ARCHITECTURE.md says why, with figures).
+A replica of several ranks is a placement group of as many bundles, of which Serve gives it the first one.
 Two applications: `directory`, which Serve's gRPC proxy makes reachable for gateways, and `replicas`.
 `deploy/ray/serve.yaml` deploys both on a cluster. `start` runs both on the Ray that the process is connected to;
 call it before the process opens a gRPC channel: Ray forks.
@@ -12,20 +13,26 @@ call it before the process opens a gRPC channel: Ray forks.
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import ray
+from backpack_lm.manifest import Manifest, ManifestError
+from backpack_lm.sharding import check_ranks
 from backpack_proto.v1 import directory_pb2 as pb
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from ray import serve
 from ray.serve.config import gRPCOptions
 from ray.serve.exceptions import RayServeException
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from backpack_serving import rpc
+from backpack_serving.engine.ranks import ENDING
 from backpack_serving.errors import Unavailable
-from backpack_serving.inference import replica
+from backpack_serving.inference import rank, replica
 from backpack_serving.inference.autoscaling import METRIC, Autoscaling, TokensInFlight
 from backpack_serving.inference.directory import Directory
+from backpack_serving.inference.ranks import Invitation
 from backpack_serving.observability import exposition
 from backpack_serving.observability.metrics import Metrics
 from backpack_serving.observability.telemetry import configure
@@ -53,8 +60,15 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     count: int = Field(1, ge=1, description="Replicas, where there is no autoscaling.")
-    cpus: float = Field(1, ge=0, description="Cores that Ray sets aside for each.")
-    gpus: float = Field(0, ge=0, description="GPUs for each: 0, a part of one, or whole ones.")
+    tensor_parallel: int = Field(
+        1, ge=1, le=1024, description="Ranks of each replica: processes that share its model, one a GPU."
+    )
+    placement: Literal["STRICT_PACK", "SPREAD"] = Field(
+        "STRICT_PACK",
+        description="Where Ray places a replica's ranks: all on one node, or on as many nodes as it can.",
+    )
+    cpus: float = Field(1, ge=0, description="Cores that Ray sets aside for each rank.")
+    gpus: float = Field(0, ge=0, description="GPUs for each rank: 0, 1, or, without other ranks, a part of one.")
     surge_percent: int = Field(
         100,
         ge=0,
@@ -70,9 +84,11 @@ class Arguments(BaseModel):
 
     @field_validator("gpus")
     @classmethod
-    def _part_or_whole(cls, gpus: float) -> float:
-        if gpus > 1 and gpus != int(gpus):
-            raise ValueError(f"{gpus} GPUs: Ray places a part of one GPU, or whole ones")
+    def _one_at_most(cls, gpus: float) -> float:
+        if gpus > 1:
+            raise ValueError(
+                f"{gpus:g} GPUs: a rank computes on one; tensor_parallel: {gpus:g} shares a model among them"
+            )
         return gpus
 
     @field_validator("autoscaling")
@@ -90,11 +106,21 @@ class Arguments(BaseModel):
                 raise ValueError(f"no setting is called `{name}`; `backpack settings` lists them")
             if name in SECRETS:
                 raise ValueError(f"`{name}` is a secret; set BACKPACK_{name.upper()} in the environment of Ray's nodes")
-        if (ranks := Settings(**settings).ranks) > 1:
-            raise ValueError(
-                f"`ranks` is {ranks}: Ray would set nothing aside for those processes; leave it at 1 under Ray"
-            )
+        if settings.get("ranks", 1) != 1:
+            raise ValueError("`ranks` are processes that Ray would set nothing aside for; use tensor_parallel")
+        Settings(**settings)
         return settings
+
+    @model_validator(mode="after")
+    def _can_be_placed(self) -> "Arguments":
+        if self.tensor_parallel > 1:
+            if 0 < self.gpus < 1:
+                raise ValueError(f"gpus is {self.gpus}: ranks (tensor_parallel) need a GPU each, or none")
+            if not self.cpus and not self.gpus:
+                raise ValueError("cpus and gpus are 0: Ray places ranks (tensor_parallel) by what they need")
+        elif self.placement != "STRICT_PACK":
+            raise ValueError(f"placement is {self.placement}: a replica without other ranks (tensor_parallel) is one")
+        return self
 
     @property
     def options(self) -> dict[str, Any]:
@@ -108,6 +134,10 @@ class Arguments(BaseModel):
             "max_surge_percent": self.surge_percent,
             "graceful_shutdown_timeout_s": Settings(**self.settings).drain + 10,
         }
+        if self.tensor_parallel > 1:
+            needed = {"CPU": self.cpus, "GPU": self.gpus}
+            options["placement_group_bundles"] = [{n: v for n, v in needed.items() if v}] * self.tensor_parallel
+            options["placement_group_strategy"] = self.placement
         if self.autoscaling is None:
             return {**options, "num_replicas": self.count}
         wanted = self.autoscaling
@@ -170,12 +200,18 @@ class ReplicaDeployment:
         settings = Settings(**overrides)
         configure(settings, "inference")
         address = _listen_address(ray.util.get_node_ip_address(), settings.inference_address)  # type: ignore[no-untyped-call]
-        settings = settings.model_copy(update={"inference_address": address})
+        update: dict[str, Any] = {"inference_address": address, "ranks": 1}
+        launcher = None
+        if group := ray.util.get_current_placement_group():
+            launcher = RayRanks(group)
+            threads = settings.threads or max(1, int(launcher.share(0)["num_cpus"]))
+            update |= {"ranks": group.bundle_count, "threads": threads}
+        settings = settings.model_copy(update=update)
         self._channel = rpc.channel(settings.interventions_address, settings.tls)
         metrics = Metrics(settings.metrics_tenants)
         if settings.metrics_address:
             exposition.listen(metrics.registry, settings.metrics_address, settings.tls)
-        self._replica = await replica.start(settings, self._report_to_directory, self._channel, metrics)
+        self._replica = await replica.start(settings, self._report_to_directory, self._channel, metrics, launcher)
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose engine has failed."""
@@ -203,6 +239,61 @@ class ReplicaDeployment:
             raise Unavailable("NO_DIRECTORY", f"the directory can't be reached: {error!r}") from None
 
 
+class RayRanks:
+    """The other ranks of the replica that this process is, in the other bundles of its placement group.
+
+    They are its tasks, so Ray ends them with it, and they take its runtime environment.
+    """
+
+    def __init__(self, group: PlacementGroup) -> None:
+        self.host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._group, self._node = group, ray.get_runtime_context().get_node_id()
+
+    def start(self, invitation: Invitation) -> "RayRank":
+        bundle = invitation.shard.rank
+        task = _run_rank.options(
+            name=f"Rank:{bundle}",
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
+            runtime_env={"env_vars": NOT_NICE},
+            **self.share(bundle),
+        )
+        return RayRank(task.remote(invitation, self._node))
+
+    def share(self, bundle: int) -> dict[str, float]:
+        """What Ray sets aside for a rank, as its options are called."""
+        needed = self._group.bundle_specs[bundle]
+        return {"num_cpus": needed.get("CPU", 0), "num_gpus": needed.get("GPU", 0)}
+
+
+class RayRank:
+    """A rank as a task of Ray's."""
+
+    def __init__(self, status: "ray.ObjectRef[int]") -> None:
+        self._status = status
+
+    def ended(self) -> str:
+        try:
+            return f"ended with status {ray.get(self._status, timeout=0.05)}"
+        except ray.exceptions.GetTimeoutError:
+            return ""
+        except ray.exceptions.RayTaskError as error:
+            return f"failed: {error.cause!r}"
+        except ray.exceptions.RayError as error:
+            return f"ended: {' '.join(str(error).split())}"
+
+    def end(self) -> None:
+        ended, _ = ray.wait([self._status], timeout=ENDING)
+        if not ended:
+            ray.cancel(self._status, force=True)
+
+
+@ray.remote(max_retries=0, max_calls=1)
+def _run_rank(invitation: Invitation, node: str) -> int:
+    """Be a rank of a replica whose rank 0 is on a node. Ray shows it the one GPU that it is to compute on."""
+    host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return rank.run(invitation, host, 0, far=ray.get_runtime_context().get_node_id() != node)
+
+
 def _listen_address(host: str, chosen: str) -> str:
     """Where a replica listens on its node: at the chosen port, or the first of PORTS from there that is free.
 
@@ -225,7 +316,13 @@ def directory(_: Nothing) -> serve.Application:
 
 
 def replicas(arguments: Arguments) -> serve.Application:
-    """The application of the replicas."""
+    """The application of the replicas.
+
+    Raises ConfigError, with the numbers that would fit, if so many ranks can't share the model. Where its folder can't
+    be read, as in a container without it, replicas do.
+    """
+    with suppress(ManifestError):
+        check_ranks(Manifest.read(Settings(**arguments.settings).model).config, arguments.tensor_parallel)
     deployment = ReplicaDeployment.options(**arguments.options)  # type: ignore[attr-defined]
     application: serve.Application = deployment.bind(arguments.settings)
     return application

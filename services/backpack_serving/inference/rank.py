@@ -58,7 +58,7 @@ def _prepare(link: Link, plan: RankPlan, invitation: Invitation, host: str, inde
     """Read this rank's part, then meet the others."""
     set_threads(plan.threads)
     device, shard = plan.device_of(index), invitation.shard
-    table = _table(plan, host) if far else plan.table
+    table = _own_table(plan, host) if far else plan.table
     config = BackpackConfig.read(plan.folder / CONFIG)
     senses = mapped(table, config, plan.dtype, plan.overlay_rows)
     part = load_part(plan.folder, shard)
@@ -68,7 +68,7 @@ def _prepare(link: Link, plan: RankPlan, invitation: Invitation, host: str, inde
     return plan.runner(Rank(shard, config, together), part, senses, device)
 
 
-def _table(plan: RankPlan, host: str) -> Path:
+def _own_table(plan: RankPlan, host: str) -> Path:
     """The sense table of this node's own model folder, in this node's cache.
 
     Raises ValueError if that is another model than rank 0's, or is damaged.
