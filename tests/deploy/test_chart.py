@@ -29,6 +29,7 @@ from tests.deploy.chart import (
     needs_helm,
     one,
     pods,
+    refused,
     render,
     validate,
 )
@@ -154,6 +155,17 @@ def test_the_validation_finds_mistakes() -> None:
         # What Ray would wait for without a word.
         ("{inference: {arguments: {cpus: 3}}}", "(arguments: cpus 3, gpus 0) doesn't fit into a pod"),
         ("{inference: {arguments: {gpus: 1}}}", "(workers.resources.limits: 2 CPUs, 0 GPUs)"),
+        ("{inference: {arguments: {tensor_parallel: 0}}}", "/inference/arguments/tensor_parallel"),
+        ("{inference: {arguments: {gpus: 2}}}", "/inference/arguments/gpus"),
+        ("{inference: {arguments: {placement: PACK}}}", "/inference/arguments/placement"),
+        ("{inference: {arguments: {placement: SPREAD}}}", "there are no ranks to spread (tensor_parallel is 1)"),
+        ("{inference: {arguments: {tensor_parallel: 2, gpus: 0.5}}}", "need a GPU each, or none; gpus is 0.5"),
+        ("{inference: {arguments: {tensor_parallel: 2, cpus: 0}}}", "cpus and gpus are 0"),
+        (
+            "{inference: {arguments: {tensor_parallel: 2}}}",
+            "2 ranks of a replica (arguments: cpus 2, gpus 0 each) don't fit into a pod (workers.resources.limits: "
+            "2 CPUs, 0 GPUs); placement: SPREAD lets them be in several",
+        ),
         (
             "{inference: {arguments: {count: 5}}}",
             "5 replicas don't fit into workers.max (4) pods, which hold 1 each",
@@ -174,8 +186,25 @@ def test_replicas_share_pods_as_ray_counts() -> None:
     """1500m is two CPUs to Ray: four replicas of half a CPU, so sixteen in four pods."""
     values = "inference: {arguments: {cpus: 0.5, count: COUNT}, workers: {resources: {limits: {cpu: 1500m}}}}"
     render(values.replace("COUNT", "16"))
-    refused = helm("template", "r", str(CHART), values=values.replace("COUNT", "17"))
-    assert "17 replicas don't fit into workers.max (4) pods, which hold 4 each" in refused.stderr
+    told = "17 replicas don't fit into workers.max (4) pods, which hold 4 each"
+    assert told in refused(values.replace("COUNT", "17"))
+
+
+def test_ranks_of_a_replica_share_a_pod_or_are_spread() -> None:
+    pod = "workers: {resources: {limits: {nvidia.com/gpu: GPUS, cpu: 8}}}"
+    values = "{inference: {arguments: {tensor_parallel: 4, gpus: 1, cpus: 1, count: COUNT}, " + pod + "}}"
+    packed = values.replace("GPUS", "8")  # two replicas of four GPUs in each of four pods
+    render(packed.replace("COUNT", "8"))
+    told = "9 replicas of 4 ranks don't fit into workers.max (4) pods, which hold 2 each"
+    assert told in refused(packed.replace("COUNT", "9"))
+    narrow = values.replace("GPUS", "3")
+    assert "4 ranks of a replica" in refused(narrow.replace("COUNT", "1"))
+    spread = narrow.replace("tensor_parallel", "placement: SPREAD, tensor_parallel")  # twelve GPUs in all
+    (service,) = (thing for thing in render(spread.replace("COUNT", "3")) if thing["kind"] == "RayService")
+    (_, replicas) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    assert (replicas["args"]["tensor_parallel"], replicas["args"]["placement"]) == (4, "SPREAD")
+    told = "4 replicas of 4 ranks don't fit into workers.max (4) pods, which hold 3 ranks each"
+    assert told in refused(spread.replace("COUNT", "4"))
 
 
 def test_a_release_has_a_name_that_kuberay_takes() -> None:
@@ -192,7 +221,7 @@ def test_the_schema_knows_our_settings_and_arguments() -> None:
     }
     decided |= {"admin_key", "service_key", "database", "model"}  # secrets, and what has values of its own
     decided |= {"state", "gateway_address", "http_address", "metrics_address"}  # by the images
-    decided |= {"ranks"}  # of a replica on one machine; under Ray they are refused
+    decided |= {"ranks"}  # of a replica on one machine; under Ray an argument says how many
     decided -= {*yaml.safe_load(EVERYTHING)["settings"]}  # what operators may decide instead
     settings, told = schema["settings"]["properties"], Settings.model_json_schema()["properties"]
     assert settings.keys() == told.keys() - decided
