@@ -13,7 +13,7 @@ import psutil
 from backpack_lm.config import BackpackConfig
 from backpack_lm.kernels import Precision
 from backpack_serving.engine.ranks import SeveralRanks
-from backpack_serving.inference.ranks import RankPlan, start
+from backpack_serving.inference.ranks import LocalRank, LocalRanks, RankPlan, start
 from backpack_serving.inference.served_model import ServedModel
 
 from tests.bench.loading import TINY, PartSize, private_memory, write_model
@@ -55,13 +55,14 @@ def test_ranks_take_no_more_memory_than_their_parts_while_they_read_them(tmp_pat
 
     def begin(one: ServedModel) -> SeveralRanks:
         assert one.table_file is not None
-        plan = RankPlan(2, one.folder, one.table_file, one.storage.dtype, "cpu", 1, SLOTS, ROOM, cache_tokens=TOKENS)
-        return start(plan, one)
+        source = one.folder, one.manifest.fingerprint, one.table_file, one.storage.dtype
+        return start(RankPlan(2, *source, "cpu", 1, SLOTS, ROOM, cache_tokens=TOKENS), one, LocalRanks())
 
     before, most = private_memory(os.getpid()), dict[int, int]()
     with _watched(most), ThreadPoolExecutor(2) as together:
         executors = list(together.map(begin, served))
-    alone, other = (executor._peers[0].process.pid for executor in executors)
+    processes = [executor._peers[0].process for executor in executors]
+    alone, other = (process.pid for process in processes if isinstance(process, LocalRank))
     for executor in executors:
         executor.close()
     part = PartSize.of(SMALL, 2, Precision.INT8, TOKENS).own
