@@ -9,6 +9,7 @@ import asyncio
 import gc
 import math
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
@@ -177,39 +178,41 @@ def _is_empty(folder: Path) -> bool:
         return False
 
 
-GROWTH = 400_000
-"""Objects that may join those out of the collector's sight before it looks at all of them again: some 60 MB."""
+WHOLE_PASS_SECONDS = 600.0
+"""How often the collector goes over all objects nevertheless, to free cycles among them."""
 
 
-def settle_heap() -> None:
-    """Take what a process has by now out of the collector's sight, and later what has survived a full pass.
+def freeze_heap() -> None:
+    """Take what a process has by now out of the collector's sight: it stays.
 
-    It would go through all of it again and again, and meanwhile no stream moves: 0.1 s for modules, 0.2 s with torch,
-    and 0.1 s for the streams of a thousand readers. What it doesn't see is freed as ever when nobody refers to it, but
-    for cycles.
+    It would go through all of it again and again, and meanwhile no stream moves: 0.1 s for modules, 0.2 s with torch.
+    What it doesn't see is freed as ever when nobody refers to it; cycles aren't.
     """
     gc.collect()
     gc.freeze()
-    if not any(isinstance(each, _Settling) for each in gc.callbacks):
-        gc.callbacks.append(_Settling())
 
 
-class _Settling:
-    """After each full pass of the collector, freezes what survived it. When what is frozen has doubled, and grown by
-    GROWTH, the next pass sees all of it, and frees its cycles."""
+def keep_heap_frozen() -> None:
+    """Freeze the heap now, and after each full pass of the collector what has survived that, until the process ends.
+
+    The streams of a thousand readers are 100,000 objects, which take 0.1 s.
+    """
+    freeze_heap()
+    gc.callbacks.append(_FreezeSurvivors())
+
+
+class _FreezeSurvivors:
+    """A callback of the collector."""
 
     def __init__(self) -> None:
-        self._kept, self._added, self._sees_all = gc.get_freeze_count(), 0, False
+        self._whole_pass, self._due = False, time.monotonic() + WHOLE_PASS_SECONDS
 
     def __call__(self, phase: str, info: dict[str, int]) -> None:
         if phase != "stop" or info["generation"] < 2:
             return
-        self._added += len(gc.get_objects(2))
-        gc.freeze()
-        if self._sees_all:
-            self._kept, self._added, self._sees_all = self._added, 0, False
-        elif self._added > GROWTH:  # most of them may be gone; counting takes 0.02 s
-            self._added, frozen = 0, gc.get_freeze_count()
-            if frozen > self._kept + max(self._kept, GROWTH):
-                gc.unfreeze()
-                self._sees_all = True
+        if self._whole_pass or time.monotonic() < self._due:
+            gc.freeze()
+            self._whole_pass = False
+        else:
+            gc.unfreeze()  # the next pass sees all
+            self._whole_pass, self._due = True, time.monotonic() + WHOLE_PASS_SECONDS

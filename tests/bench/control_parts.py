@@ -96,7 +96,7 @@ def serve_interventions(pipe: Any, settings: Settings) -> None:
     async def main() -> None:
         watcher = LoopWatcher()
         running = await bootstrap.start(settings, Metrics())
-        starting.settle_heap()
+        starting.keep_heap_frozen()
         pipe.send(_figures(watcher))
         await _answer(pipe, lambda question: _figures(watcher))
         await running.stop()
@@ -111,7 +111,7 @@ def serve_gateway(pipe: Any, settings: Settings) -> None:
     async def main() -> None:
         watcher = LoopWatcher()
         running = await gateway.start(settings, Metrics())
-        starting.settle_heap()
+        starting.keep_heap_frozen()
         pipe.send("started")
 
         def answer(question: str) -> Any:

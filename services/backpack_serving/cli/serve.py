@@ -114,7 +114,7 @@ def _serve(
                 running = await stop.start(started())
         except Stopped as stopped:
             stopped.leave()
-        starting.settle_heap()
+        starting.keep_heap_frozen()
         out.print(f"{name} serves on [bold]{running.address}[/]; Ctrl-C stops it")
         failed = failure(running)
         watching = asyncio.create_task(_end_if_it_hangs())

@@ -119,7 +119,7 @@ async def start(settings: Settings, metrics: Metrics) -> Gateway:
         transport.run,
         partial(follow_directory, settings.directory_address, settings.directory_metadata, router, directory_tls),
     )
-    starting.settle_heap()  # before anybody calls: it holds the loop
+    starting.freeze_heap()  # before anybody calls: it holds the loop
     server = await rpc.start(
         [service],
         settings.gateway_address,

@@ -202,7 +202,7 @@ async def start(
         )
     )
     await _first_token(engine, served.table)
-    starting.settle_heap()
+    starting.freeze_heap()
     folder = settings.state / "known-good" / "replica"
     releases = ReleaseCache(
         served,

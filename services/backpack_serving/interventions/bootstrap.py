@@ -126,7 +126,7 @@ async def start(settings: Settings, metrics: Metrics) -> InterventionService:
 
         identities = Identities(by_key, check_tenant, settings.issuer, settings.certificates)
         sync = SyncServicer(service, identities, rollouts)
-        starting.settle_heap()  # before readers come, after a restart all at once: it holds the loop
+        starting.freeze_heap()  # before readers come, after a restart all at once: it holds the loop
         server = await rpc.start(
             services(service, tokenizer, identities, sync, rollouts),
             settings.interventions_address,
