@@ -13,16 +13,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
 from functools import cache
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from random import Random
 from threading import Thread
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 import typer
 from backpack_lm.checkpoint import save
 from backpack_lm.installed import folder_of
@@ -31,14 +29,14 @@ from backpack_lm.manifest import TOKENIZER
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.sharding import Shard
 from backpack_serving.cli.client import exits
-from backpack_serving.engine import collectives
-from backpack_serving.engine.collectives import Collectives, PeerLost
+from backpack_serving.engine.collectives import Collectives
 from backpack_serving.engine.executor import Executor, RankLost
 from backpack_serving.engine.loop import EngineLoop, EngineStopped, ReplicaLost
-from backpack_serving.engine.ranks import Link, RankProcess, SeveralRanks
+from backpack_serving.engine.ranks import HANDSHAKE, Link, RankProcess, SeveralRanks
 from backpack_serving.engine.runner import Runner
 from backpack_serving.engine.sequence import GenerationRequest, Output
 from backpack_serving.inference import rank, ranks
+from backpack_serving.inference.rank import RankZeroUnreachable
 from backpack_serving.inference.ranks import Invitation, LocalRank, LocalRanks
 from backpack_serving.inference.replica import _first_token
 from backpack_serving.inference.served_model import ServedModel
@@ -407,7 +405,8 @@ class _Besieged(_InThisProcess):
     told = b""
 
     def start(self, invitation: Invitation) -> RankProcess:
-        for connect in (self._send_pickle, self._prove_another_secret, self._mirror, self._leave):
+        stay = self._stay_mute
+        for connect in (stay, self._send_pickle, self._prove_another_secret, stay, self._mirror, self._leave):
             connection = socket.create_connection((invitation.host, invitation.port))
             Thread(target=connect, args=(connection,), daemon=True).start()
         time.sleep(0.1)
@@ -430,6 +429,11 @@ class _Besieged(_InThisProcess):
     def _leave(self, connection: socket.socket) -> None:
         connection.close()
 
+    def _stay_mute(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            while connection.recv(32):
+                pass
+
 
 class _Trap:
     """It springs where a message of it is read."""
@@ -448,8 +452,9 @@ class _Trap:
 def test_strangers_are_turned_away_and_nothing_of_theirs_is_unpickled(
     alone: ServedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launcher = _Besieged()
+    launcher, since = _Besieged(), time.monotonic()
     executor = ranks.start(plan_for(alone, 2), alone, launcher)
+    assert time.monotonic() - since < HANDSHAKE, "waited for who stays mute"
     executor.check()
     executor.close()
     assert len(launcher.told) <= 32 + 32, "a nonce and a proof"
@@ -462,44 +467,57 @@ def test_a_rank_reads_nothing_of_who_is_not_rank_0(alone: ServedModel) -> None:
         status = thread.submit(rank.run, invitation, ranks.LOOPBACK, 0)
         connection, _ = listener.accept()
         connection.sendall(_Trap.message())
-        assert status.result(10) == 1
+        with pytest.raises(RankZeroUnreachable, match=r"^rank 1 can't reach rank 0 at 127.0.0.1:\d+: who is at the"):
+            status.result(10)
         connection.close()
     assert not _Trap.sprung
     assert "!" not in repr(invitation), "the secret isn't for a log"
 
 
-def test_joining_ends_with_a_collective_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL meets in the first collective: it needs the store, and more time than a step's collective has."""
-    monkeypatch.setattr(collectives, "HUNG", 0.3)
-    late = 0.6
-    store, port = collectives.open_meeting(ranks.LOOPBACK)
-
-    def join_late() -> float:
-        """Rank 1, which is in the group at once and in the first collective later."""
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=ranks.LOOPBACK)]
-        options._timeout = timedelta(seconds=5)
-        group = dist.ProcessGroupGloo(collectives.reach_meeting(ranks.LOOPBACK, port), 1, 2, options)
-        time.sleep(late)
-        for _ in range(2):
-            group.allgather([[torch.empty(1), torch.empty(1)]], [torch.ones(1)]).wait()
-        return time.monotonic()
-
-    with ThreadPoolExecutor(1) as other:
-        since, their_end = time.monotonic(), other.submit(join_late)
-        together = Collectives.join(store, ranks.LOOPBACK, 0, 2, torch.device("cpu"))
-        assert time.monotonic() - since >= late
-        assert together.sum(torch.full((1,), 2.0)).tolist() == [3.0]
-        assert their_end.result(10)
-        with pytest.raises(PeerLost):
-            together.sum(torch.ones(1))  # which waits for as long as a step's does
+def test_a_rank_that_cannot_connect_says_where_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server((ranks.LOOPBACK, 0)) as listener:
+        invitation = Invitation(*listener.getsockname(), Shard(1, 2), b"!" * 32)
+    monkeypatch.setattr(rank.signal, "signal", lambda *_: None)  # this process goes on
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(pickle.dumps(invitation))))
+    with pytest.raises(SystemExit) as ended:
+        rank.main()
+    where = f"{invitation.host}:{invitation.port}"
+    assert ended.value.code == f"rank 1 can't reach rank 0 at {where}: [Errno 111] Connection refused"
 
 
-def test_ranks_meet_at_one_address_of_a_node() -> None:
-    _, port = collectives.open_meeting("127.0.0.1")
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.2", port), 5)
-    socket.create_connection(("127.0.0.1", port), 5).close()
+class _OneComes(_InThisProcess):
+    """Rank 1 comes, others end before they do, while strangers keep connecting."""
+
+    def start(self, invitation: Invitation) -> RankProcess:
+        if invitation.shard.rank == 1:
+            return super().start(invitation)
+        Thread(target=self._knock, args=(invitation.host, invitation.port), daemon=True).start()
+        return LocalRank(["sleep", "0.3"])
+
+    def _knock(self, *address: Any) -> None:
+        with suppress(OSError):
+            while True:
+                socket.create_connection(address).close()
+                time.sleep(0.01)
+
+
+def test_a_rank_that_ends_among_strangers_is_noticed_and_the_others_end(alone: ServedModel) -> None:
+    since = time.monotonic()
+    with pytest.raises(RankLost, match=r"^rank [23] ended with status 0 before it was ready$"):
+        ranks.start(plan_for(alone, 4), alone, _OneComes())  # which waits until rank 1 has ended
+    assert time.monotonic() - since < 2
+
+
+def test_a_missing_device_is_named_with_both_ways_to_choose_ranks(alone: ServedModel) -> None:
+    with pytest.raises(ValueError, match=r"each of the 2 ranks \(`ranks`, under Ray `tensor_parallel`\) .* number 99$"):
+        replace(plan_for(alone, 2), device="cuda").device_of(99)
+
+
+def test_a_link_notices_that_the_other_machine_is_gone(ranked: Ranked) -> None:
+    end = ranked["gpt2"][1]._peers[0].link._socket
+    assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    wanted = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 5000}
+    assert {name: end.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in wanted} == wanted
 
 
 def _alone(served: ServedModel, requests: list[GenerationRequest]) -> Made:

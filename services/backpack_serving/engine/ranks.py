@@ -34,8 +34,16 @@ HEARTBEAT = 0.4
 ENDING = 1.0
 """Seconds that a rank has to end after the last message."""
 
+PAUSE = 0.05
+"""Seconds for which `RankProcess.ended` waits for an end before it returns that there is none."""
+
 HANDSHAKE = 5.0
 """Seconds that a process has to prove that it knows the secret."""
+
+_KEEPALIVE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 5000}
+"""Seconds, their number, milliseconds. A link raises OSError after 5 s without an acknowledgement: the other machine
+has lost power, or the network between. Kernels acknowledge, whatever their processes do: one may load or compute for
+any time, and one that hangs isn't noticed by this."""
 
 _LENGTH = 8  # bytes
 _NONCE = _PROOF = 32  # bytes
@@ -53,6 +61,10 @@ class Link:
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a step is a small message
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEPALIVE.items():
+            if option := getattr(socket, name, None):  # not every system has all
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)
         self._socket = connection
 
     def prove(self, secret: bytes, mine: bytes, theirs: bytes) -> None:
@@ -106,7 +118,7 @@ class RankProcess(Protocol):
     """A rank's process, wherever it runs."""
 
     def ended(self) -> str:
-        """How it ended, if it did: looks for a few hundredths of a second."""
+        """How it ended, if it did: waits for that for PAUSE."""
 
     def end(self) -> None:
         """Have it ended within a little more than ENDING seconds. It ends by itself if its link is gone."""
@@ -135,7 +147,7 @@ def follow(link: Link, runner: Runner) -> None:
     while True:
         try:
             changes, step = link.receive()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             return
         for change, *arguments in changes:
             _CHANGES[change](runner, *arguments)

@@ -27,7 +27,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from backpack_serving import rpc
-from backpack_serving.engine.ranks import ENDING
+from backpack_serving.engine.ranks import ENDING, PAUSE
 from backpack_serving.errors import Unavailable
 from backpack_serving.inference import rank, replica
 from backpack_serving.inference.autoscaling import METRIC, Autoscaling, TokensInFlight
@@ -273,7 +273,7 @@ class RayRank:
 
     def ended(self) -> str:
         try:
-            return f"ended with status {ray.get(self._status, timeout=0.05)}"
+            return f"ended with status {ray.get(self._status, timeout=PAUSE)}"
         except ray.exceptions.GetTimeoutError:
             return ""
         except ray.exceptions.RayTaskError as error:

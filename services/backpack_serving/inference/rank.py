@@ -9,6 +9,7 @@ import pickle
 import signal
 import socket
 import sys
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from backpack_lm.checkpoint import CONFIG, load_part, load_senses, verify
@@ -22,11 +23,18 @@ from backpack_serving.engine.runner import Rank, Runner
 from backpack_serving.inference.ranks import LOOPBACK, OTHERS, RANK_0, CannotServe, Invitation, RankPlan
 
 
+class RankZeroUnreachable(ConnectionError):
+    """This rank has no link to rank 0: says where it looked, and why."""
+
+
 def main() -> None:
     for each in (signal.SIGTERM, signal.SIGINT):  # who stops a service may signal all of its processes
         signal.signal(each, signal.SIG_IGN)
     invitation: Invitation = pickle.load(sys.stdin.buffer)
-    sys.exit(run(invitation, LOOPBACK, invitation.shard.rank))
+    try:
+        sys.exit(run(invitation, LOOPBACK, invitation.shard.rank))
+    except RankZeroUnreachable as error:
+        sys.exit(str(error))
 
 
 def run(invitation: Invitation, host: str, device: int, far: bool = False) -> int:
@@ -34,12 +42,11 @@ def run(invitation: Invitation, host: str, device: int, far: bool = False) -> in
 
     `host` is an address of this node at which other ranks reach it, `device` the CUDA device that it computes on if
     rank 0 does on one. A rank that is `far`, on another node than rank 0, has a model folder and a cache of its own.
+
+    Raises RankZeroUnreachable if it can't connect to rank 0, or one of them can't prove to the other who it is.
     """
-    try:
-        with socket.create_connection((invitation.host, invitation.port), MEETING) as connection:
-            link = Link(connection)
-            link.prove(invitation.secret, OTHERS, RANK_0)
-            link.send(invitation.shard.rank)
+    with closing(_reach_rank_0(invitation)) as link:
+        try:
             try:
                 runner = _prepare(link, link.receive(), invitation, host, device, far)
             except (EOFError, ConnectionError):
@@ -49,9 +56,25 @@ def run(invitation: Invitation, host: str, device: int, far: bool = False) -> in
                 return 1
             link.send(_private_bytes())
             follow(link, runner)
-    except (EOFError, OSError, PeerLost):
-        return 1  # rank 0 is gone, or says what happened
+        except (EOFError, OSError, PeerLost):
+            return 1  # rank 0 is gone, or says what happened
     return 0
+
+
+def _reach_rank_0(invitation: Invitation) -> Link:
+    """A proven link to rank 0. Raises RankZeroUnreachable."""
+    with ExitStack() as stack:
+        try:
+            address = invitation.host, invitation.port
+            link = Link(stack.enter_context(socket.create_connection(address, MEETING)))
+            link.prove(invitation.secret, OTHERS, RANK_0)
+            link.send(invitation.shard.rank)
+        except (OSError, EOFError) as error:
+            raise RankZeroUnreachable(
+                f"rank {invitation.shard.rank} can't reach rank 0 at {invitation.host}:{invitation.port}: {error}"
+            ) from error
+        stack.pop_all()
+    return link
 
 
 def _prepare(link: Link, plan: RankPlan, invitation: Invitation, host: str, index: int, far: bool) -> Runner:

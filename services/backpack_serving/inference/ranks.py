@@ -11,6 +11,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from backpack_serving.engine.collectives import Collectives, PeerLost, open_meeting
 from backpack_serving.engine.executor import RankLost
-from backpack_serving.engine.ranks import ENDING, HANDSHAKE, Link, Peer, RankProcess, SeveralRanks
+from backpack_serving.engine.ranks import ENDING, HANDSHAKE, PAUSE, Link, Peer, RankProcess, SeveralRanks
 from backpack_serving.engine.runner import Rank, Runner
 from backpack_serving.inference.served_model import ServedModel
 from backpack_serving.settings import Settings
@@ -39,8 +40,8 @@ log = structlog.get_logger(__name__)
 
 LOOPBACK = "127.0.0.1"
 
-_PAUSE = 0.05
-"""Seconds that rank 0 waits for a connection before it looks whether who should come is still there."""
+RANK_0, OTHERS = b"rank 0", b"another rank"
+"""Names of the two ends of a link, for `Link.prove`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,10 @@ class RankPlan:
         if self.device == "cpu":
             return torch.device("cpu")
         if index >= (found := torch.cuda.device_count()):
-            raise ValueError(f"ranks is {self.ranks}, one for each CUDA device, and torch finds {found}")
+            raise ValueError(
+                f"CUDA devices that torch finds: {found}; each of the {self.ranks} ranks (`ranks`, under Ray "
+                f"`tensor_parallel`) computes on its own, this one on number {index}"
+            )
         return torch.device(self.device, index)
 
     def runner(self, rank: Rank, part: Backpack, table: Tensor, device: torch.device) -> Runner:
@@ -130,7 +134,7 @@ class LocalRank(subprocess.Popen[bytes]):
 
     def ended(self) -> str:
         with suppress(subprocess.TimeoutExpired):
-            return f"ended with status {self.wait(_PAUSE)}"
+            return f"ended with status {self.wait(PAUSE)}"
         return ""
 
     def end(self) -> None:
@@ -197,29 +201,40 @@ def start(plan: RankPlan, served: ServedModel, launcher: Launcher) -> SeveralRan
 
 
 def _accept_all(listener: socket.socket, secret: bytes, processes: Mapping[int, RankProcess]) -> dict[int, Link]:
-    """The links of all ranks, by rank. Raises RankLost if a process ends before it comes. Strangers are turned away."""
+    """The links of all ranks, by rank. Raises RankLost as soon as a process ends. Strangers are turned away.
+
+    Each connection has a thread for its handshake, so that one which sends nothing delays no other.
+    """
     links: dict[int, Link] = {}
-    listener.settimeout(_PAUSE)
-    while missing := processes.keys() - links.keys():
-        try:
-            connection, (host, *_) = listener.accept()
-        except TimeoutError:
-            for number in missing:
-                if how := processes[number].ended():
-                    raise RankLost(f"rank {number} {how} before it was ready") from None
-            continue
-        link = Link(connection)
-        try:
-            link.prove(secret, RANK_0, OTHERS)
-            links[link.receive(HANDSHAKE)] = link
-        except (OSError, EOFError) as error:
-            log.warning("who isn't a rank of this replica was turned away", host=host, error=str(error))
+    listener.settimeout(PAUSE)
+    look_at = 0.0
+    try:
+        while len(links) < len(processes):
+            with suppress(TimeoutError):
+                connection, (host, *_) = listener.accept()
+                Thread(target=_admit, args=(connection, host, secret, links), name="handshake", daemon=True).start()
+            if time.monotonic() < look_at:
+                continue
+            for number, process in processes.items():
+                if how := process.ended():
+                    raise RankLost(f"rank {number} {how} before it was ready")
+            look_at = time.monotonic() + PAUSE
+    except BaseException:
+        for link in list(links.values()):  # tells their processes to end
             link.close()
+        raise
     return links
 
 
-RANK_0, OTHERS = b"rank 0", b"another rank"
-"""Names of the two ends of a link, for `Link.prove`."""
+def _admit(connection: socket.socket, host: str, secret: bytes, links: dict[int, Link]) -> None:
+    """Add a connection to the links if the rank at its other end proves that it knows the secret."""
+    try:
+        link = Link(connection)
+        link.prove(secret, RANK_0, OTHERS)
+        links[link.receive(HANDSHAKE)] = link
+    except (OSError, EOFError) as error:
+        log.warning("who isn't a rank of this replica was turned away", host=host, error=str(error))
+        connection.close()
 
 
 def _send_to(peer: Peer, message: object) -> None:
