@@ -276,8 +276,8 @@ class Settings(BaseSettings):
         ge=1,
         le=1024,
         description="Processes on this machine that share a replica's model: its senses, heads and vocabulary. On CUDA "
-        "one for each device. A number that doesn't divide them is refused, with those that do. Under Ray, the "
-        "application's argument `tensor_parallel` says how many, and this says nothing.",
+        "one for each device. A number that doesn't divide them is refused, with those that do. Under Ray it is "
+        "ignored; set tensor_parallel.",
     )
 
     start_wait: float = Field(

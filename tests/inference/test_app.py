@@ -111,7 +111,8 @@ def test_replicas_of_one_node_take_one_port_after_the_other() -> None:
         ({"replicas": 2}, "replicas\n  Extra inputs are not permitted"),
         ({"count": 0}, "count\n"),
         ({"count": "many"}, "count\n"),
-        ({"gpus": 2}, "2 GPUs: a rank computes on one; tensor_parallel: 2 shares a model among them"),
+        ({"gpus": 2}, "2 GPUs: a rank computes on one; set gpus: 1, and tensor_parallel to"),
+        ({"gpus": 1.5}, "1.5 GPUs: a rank computes on one; set gpus: 1, and tensor_parallel to"),
         ({"gpus": -1}, "gpus\n"),
         ({"count": 2, "autoscaling": {"max_replicas": 3}}, r"count \(2\) and autoscaling exclude each other"),
         ({"autoscaling": {"max_replicas": 3, "target": 5}}, "autoscaling.target\n"),
@@ -122,7 +123,7 @@ def test_replicas_of_one_node_take_one_port_after_the_other() -> None:
         ({"tensor_parallel": 2, "gpus": 0.5}, "gpus is 0.5: ranks .* need a GPU each, or none"),
         ({"tensor_parallel": 2, "cpus": 0}, "cpus and gpus are 0: Ray places ranks"),
         ({"tensor_parallel": 2, "placement": "PACK"}, "placement\n  Input should be 'STRICT_PACK' or 'SPREAD'"),
-        ({"placement": "SPREAD"}, "placement is SPREAD: a replica without other ranks"),
+        ({"placement": "SPREAD"}, "placement is SPREAD: placement needs tensor_parallel above 1"),
         ({"settings": {"service_key": "bp_1"}}, "`service_key` is a secret; set BACKPACK_SERVICE_KEY"),
     ],
 )

@@ -87,7 +87,7 @@ class Arguments(BaseModel):
     def _one_at_most(cls, gpus: float) -> float:
         if gpus > 1:
             raise ValueError(
-                f"{gpus:g} GPUs: a rank computes on one; tensor_parallel: {gpus:g} shares a model among them"
+                f"{gpus:g} GPUs: a rank computes on one; set gpus: 1, and tensor_parallel to a replica's number of GPUs"
             )
         return gpus
 
@@ -119,7 +119,7 @@ class Arguments(BaseModel):
             if not self.cpus and not self.gpus:
                 raise ValueError("cpus and gpus are 0: Ray places ranks (tensor_parallel) by what they need")
         elif self.placement != "STRICT_PACK":
-            raise ValueError(f"placement is {self.placement}: a replica without other ranks (tensor_parallel) is one")
+            raise ValueError(f"placement is {self.placement}: placement needs tensor_parallel above 1")
         return self
 
     @property
