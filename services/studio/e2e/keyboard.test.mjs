@@ -1,7 +1,7 @@
 // A sense is found, an edit drafted, tried, saved, released to a canary, promoted and rolled back: by keyboard alone.
 import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
-import { key, launch, live, open } from "./browser.mjs";
+import { call, key, launch, live, open } from "./browser.mjs";
 
 const STEPS = 150;
 
@@ -78,5 +78,30 @@ test("from a sense to a release and back, by keyboard", async () => {
   await press(page, "button", `Roll back to release ${was.release}`);
   await page.getByText(`live is at release ${was.release}. Held by`).waitFor();
   assert.equal((await live()).release, was.release);
+  await close();
+});
+
+test("a draft over a canary is saved with the canary's other patches, or not at all", async () => {
+  const { release } = await call("ReleaseService/CreateRelease", { revisions: ["patches/by-keyboard/revisions/1"] });
+  const was = await live();
+  await call("ReleaseService/StartCanary", { channel: was.name, release: release.number, permille: 1, etag: was.etag });
+  const { page, close } = await open(browser, { at: "#/edit?on=live:canary&edit=copy+king+ship" });
+  const recipe = await page.getByLabel("On the command line", { exact: true }).last().textContent();
+  assert.match(recipe, /^(\$ )?backpack steer .* --channel live( |$)/m);
+  const save = async (patch) => {
+    await page.getByRole("textbox", { name: "Patch", exact: true }).fill(patch);
+    await page.getByRole("button", { name: "Save and make a release" }).click();
+  };
+  await save("over-a-canary");
+  await page.getByText("of by-keyboard:1, over-a-canary:1").waitFor();
+
+  await call("ReleaseService/AbortCanary", { channel: was.name, etag: (await live()).etag });
+  await save("over-nothing");
+  await page.getByRole("alert").getByText("live has no canary any more").waitFor();
+  await page.evaluate(() => (location.hash = "#/edit?on=nowhere&edit=copy+king+ship"));
+  await save("over-nothing");
+  await page.getByRole("alert").getByText("channels/nowhere doesn't exist").waitFor();
+  const { patches = [] } = await call("PatchService/ListPatches");
+  assert.ok(!patches.some(({ name }) => name.endsWith("/over-nothing")), "nothing is stored");
   await close();
 });

@@ -19,6 +19,11 @@ export function id(name: string): string {
   return name.slice(name.lastIndexOf("/") + 1);
 }
 
+/** The channel that requests mean: NAME:canary is the canary of NAME alone. */
+export function channelOf(name: string): string {
+  return name.replace(/:canary$/, "");
+}
+
 /** PATCH:NUMBER of a revision's name, as commands take it. */
 export function revisionId(name: string): string {
   const [, , , patch, , number] = name.split("/");

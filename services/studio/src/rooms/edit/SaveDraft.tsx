@@ -9,7 +9,7 @@ import { Form } from "../../parts/Form";
 import { Input } from "../../parts/Input";
 import { Outcome } from "../../parts/Outcome";
 import { Recipe } from "../../parts/Recipe";
-import { literal, quoted, revisionId } from "../../parts/words";
+import { channelOf, literal, quoted, revisionId } from "../../parts/words";
 import { isNumber } from "../../session/request";
 import { useAction } from "../../session/useCall";
 import { save } from "./saving";
@@ -73,7 +73,7 @@ function recipe(patch: string, channel: string, alone: boolean) {
   const { list, names } = pythonEdits(readableEdits());
   return {
     shell: [
-      `backpack steer ${quoted(patch)} ${edits} --channel ${quoted(channel)}${alone ? " --alone" : ""}${asTenant()}`,
+      `backpack steer ${quoted(patch)} ${edits} --channel ${quoted(channelOf(channel))}${alone ? " --alone" : ""}${asTenant()}`,
     ],
     python: withSteering(
       [...names, "Steering"].join(", "),

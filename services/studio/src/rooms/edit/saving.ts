@@ -3,6 +3,7 @@
 import { Code, refusal } from "backpack-serving-client";
 import type { Release, Revision } from "backpack-serving-client/backpack_proto/v1/interventions";
 import { draftEdits } from "../../draft/draft";
+import { channelOf } from "../../parts/words";
 import { once } from "../../session/once";
 import { session, since } from "../../session/session";
 
@@ -30,11 +31,13 @@ export async function save(patch: string, description: string, channel: string, 
   return { revision: revision!, release: made.release! };
 }
 
+/** Those of the channel's release, or of its canary's for NAME:canary. Rejects where there is no such channel or canary. */
 async function otherRevisions(channel: string, patch: string): Promise<string[]> {
   const { releases } = session.value!.backpack;
-  const { channels } = await releases.listChannels({});
-  const at = channels.find((one) => one.name.endsWith(`/channels/${channel}`))?.release ?? 0n;
-  if (at === 0n) return [];
+  const named = channelOf(channel);
+  const { channel: found } = await releases.getChannel({ name: `channels/${named}` });
+  const at = named === channel ? found!.release : found!.canary?.release;
+  if (at === undefined) throw new Error(`${named} has no canary any more; choose another release to look at`);
   const { release } = await releases.getRelease({ name: `releases/${at}` });
   return release!.revisions.filter((name) => name.split("/")[3] !== patch);
 }
