@@ -136,6 +136,17 @@ RELEASE_UNREACHABLE = "RELEASE_UNREACHABLE"
 TOPICS_NOT_READY = "TOPICS_NOT_READY"
 """Reason of an Unavailable: this replica serves, and computes what all topics need; another may do the same."""
 
+
+def no_canary(channel: str, why: str = "") -> PreconditionFailed:
+    """A channel's canary is asked for, and it has none; `why` says what became of the last one."""
+    return PreconditionFailed("NO_CANARY", f"{channel} has no canary{why}; start one first")
+
+
+def release_deleted(release: str) -> NotFound:
+    """A release is asked for that is deleted."""
+    return NotFound("RELEASE_DELETED", f"{release} is deleted; create it again, under another number")
+
+
 _PRECONDITIONS = {"WRONG_MODEL"}
 
 

@@ -110,10 +110,10 @@ async def test_a_canary_is_asked_for_by_name(system: System) -> None:
     key = await system.tenant(copy("king", "ship"))
     second = await system.release(key, copy("king", "nurse"))
     async with AsyncClient(system.gateway, _secret(key)) as client:
-        with pytest.raises(NotFound) as refused:
+        with pytest.raises(PreconditionFailed) as no_canary:
             await client.score("The king", channel="live:canary")
-        assert refused.value.reason == "NO_CANARY"
-        with pytest.raises(NotFound) as refused:
+        assert no_canary.value.reason == "NO_CANARY"
+        with pytest.raises(NotFound, match="channels/nowhere doesn't exist") as refused:
             await client.score("The king", channel="nowhere:canary")
         assert refused.value.reason == "NO_SUCH_CHANNEL"
         (live,) = (await system.releases.ListChannels(ipb.ListChannelsRequest(), metadata=key)).channels

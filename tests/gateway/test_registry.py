@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 from backpack_serving.auth.keys import ApiKeySecret, Principal, Role, Verifier
-from backpack_serving.errors import NotFound, Unauthenticated, Unavailable
+from backpack_serving.errors import NotFound, PreconditionFailed, Unauthenticated, Unavailable
 from backpack_serving.gateway.registry import TenantRegistry
 from backpack_serving.references import Pin, Position, ReaderKind, ReleaseRef
 from backpack_serving.sync.client import SyncClient
@@ -98,6 +98,14 @@ def test_a_canary_takes_its_share_of_the_keys_and_the_same_ones_always(told: Tol
     assert abs(drawn - 500) < 5 * 16, "without a key, each request is drawn"
     named = [told.registry.snapshot().channel("acme", "live:canary", key) for key in pins]
     assert {(pin.channel, pin.digest, pin.canary) for pin in named} == {("live", OTHER.digest, True)}
+
+
+def test_a_canary_that_is_not_there_is_refused_by_its_channels_name(registry: TenantRegistry) -> None:
+    with pytest.raises(PreconditionFailed, match="tenants/acme/channels/live has no canary; start one first") as none:
+        registry.snapshot().channel("acme", "live:canary")
+    assert none.value.reason == "NO_CANARY"
+    with pytest.raises(NotFound, match="tenants/acme/channels/nowhere doesn't exist"):
+        registry.snapshot().channel("acme", "nowhere:canary")
 
 
 def test_unknown_wrong_and_revoked_keys_are_nobody(told: Told, registry: TenantRegistry) -> None:

@@ -35,12 +35,44 @@ def test_channels_are_models(client: openai.OpenAI) -> None:
     assert unpatched.release_digest != model.release_digest  # type: ignore[attr-defined]
     for name, reason in (
         ("live@99", "NO_SUCH_RELEASE"),
-        ("live:canary", "NO_CANARY"),
         ("nowhere@0", "NO_SUCH_CHANNEL"),
     ):
         with pytest.raises(openai.NotFoundError) as refused:
             client.models.retrieve(name)
         assert refused.value.code == reason
+
+
+def test_a_model_is_there_if_requests_may_name_it(client: openai.OpenAI, web: Web) -> None:
+    """The same refusal, word for word, where there is none."""
+    with Steering(web.interventions, web.key) as steering:
+        revision = steering.create_revision("royal", [Copy("king", source="doctor")])
+        steering.create_release([revision])  # which gateways get ready
+        deleted = steering.create_release([revision]).number
+        steering.create_release([revision])
+        steering.delete_release(deleted)
+    for name, reason in (
+        ("live@0", None),
+        ("live@1", None),
+        (f"live@{deleted}", "RELEASE_DELETED"),
+        ("live@99", "NO_SUCH_RELEASE"),
+        ("live:canary", "NO_CANARY"),
+        ("live:canary@1", "NO_CANARY"),
+        ("nowhere", "NO_SUCH_CHANNEL"),
+        ("nowhere:canary", "NO_SUCH_CHANNEL"),
+        ("nowhere@0", "NO_SUCH_CHANNEL"),
+    ):
+        refusals = []
+        for ask in (
+            lambda model: client.models.retrieve(model),
+            lambda model: client.completions.create(model=model, prompt=PROMPT, max_tokens=1),
+        ):
+            try:
+                ask(name)
+                refusals.append(None)
+            except openai.APIStatusError as error:
+                refusals.append((error.status_code, error.code, error.body["message"]))  # type: ignore[index]
+        assert refusals[0] == refusals[1], name
+        assert (refusals[0] and refusals[0][1]) == reason, name
 
 
 def test_a_canary_is_a_model_too(client: openai.OpenAI, web: Web) -> None:
@@ -65,7 +97,7 @@ def test_a_canary_is_a_model_too(client: openai.OpenAI, web: Web) -> None:
                 )
         finally:
             move = steering.abort_canary()
-    with pytest.raises(openai.NotFoundError) as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="live:canary", extra_body={"since": str(move.at)}, **asked)
     assert refused.value.code == "NO_CANARY"
 

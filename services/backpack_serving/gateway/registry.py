@@ -11,7 +11,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 from backpack_serving.auth.keys import ApiKeySecret, Principal, suspended, unknown_key
-from backpack_serving.errors import NotFound, Unavailable
+from backpack_serving.errors import NotFound, Unavailable, no_canary
 from backpack_serving.references import CANARY, Pin, ReleaseRef
 from backpack_serving.sync.client import SyncClient
 from backpack_serving.sync.state import StateView
@@ -91,18 +91,17 @@ class RegistrySnapshot:
     def channel(self, tenant: str, channel: str, request_key: str = "") -> Pin:
         """Pin to a channel's release; under a canary, `request_key` chooses, and NAME:canary is the canary's alone.
 
-        Raises NotFound without such a channel, or without a canary where one is named.
+        Raises NotFound without such a channel, PreconditionFailed without a canary where one is named.
         """
         name = channel.removesuffix(CANARY)
         state = self.view.channels.get((tenant, name))
         if state is None:
             raise NotFound(
-                "NO_SUCH_CHANNEL", f"tenants/{tenant}/channels/{channel} doesn't exist; activate a release on it"
+                "NO_SUCH_CHANNEL", f"tenants/{tenant}/channels/{name} doesn't exist; activate a release on it"
             )
         if name != channel:
             if state.canary is None:
-                message = f"tenants/{tenant}/channels/{name} has no canary; start one, or write {name}"
-                raise NotFound("NO_CANARY", message)
+                raise no_canary(f"tenants/{tenant}/channels/{name}")
             return self.release(tenant, state.canary.release, name, canary=True)
         release = state.choose(request_key or secrets.token_hex(8)) if state.canary else state.stable
         return self.release(tenant, release, channel, release is not state.stable)

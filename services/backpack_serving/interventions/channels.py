@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from backpack_serving.auth.keys import SYSTEM, Principal, Role
-from backpack_serving.errors import Conflict, InvalidRequest, PreconditionFailed
+from backpack_serving.errors import Conflict, InvalidRequest, PreconditionFailed, no_canary
 from backpack_serving.interventions import lookup
 from backpack_serving.interventions.judgements import JudgementRules
 from backpack_serving.interventions.ledger import IdempotencyKey, WriteResult
@@ -242,7 +242,7 @@ def _store_moved(tx: Write, channel: ChannelRecord, now: datetime) -> tuple[Chan
 def _canary_of(channel: ChannelRecord) -> int:
     if channel.canary is None:
         why = f"; the last one was ended: {channel.aborted}" if channel.aborted else ""
-        raise PreconditionFailed("NO_CANARY", f"{channel.name} has no canary{why}")
+        raise no_canary(channel.name, why)
     return channel.canary
 
 

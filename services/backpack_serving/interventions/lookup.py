@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backpack_serving.errors import DataLoss, NotFound
+from backpack_serving.errors import DataLoss, NotFound, release_deleted
 from backpack_serving.interventions.records import (
     BlobRecord,
     ChannelRecord,
@@ -59,7 +59,7 @@ def release(tx: Read, tenant: str, number: int, deleted: bool = False) -> Releas
     if found is None:
         raise NotFound("NO_SUCH_RELEASE", f"tenants/{tenant}/releases/{number} doesn't exist")
     if not deleted and status(tx, tenant, number).deleted:
-        raise NotFound("RELEASE_DELETED", f"{found.name} is deleted; create it again, under another number")
+        raise release_deleted(found.name)
     return found
 
 

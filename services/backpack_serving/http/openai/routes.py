@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Route
 
 from backpack_serving import rpc
-from backpack_serving.errors import InvalidRequest, NotFound
+from backpack_serving.errors import InvalidRequest, no_canary, release_deleted
 from backpack_serving.http import caller, refusals
 from backpack_serving.http.calls import App
 from backpack_serving.http.openai.answers import Answer
@@ -64,15 +64,16 @@ def routes(
         name = f"channels/{channel.removesuffix(CANARY)}"
         with rpc.errors():
             found = await releases.GetChannel(interventions_pb2.GetChannelRequest(name=name), metadata=metadata)
-            if number is not None:
-                asked = interventions_pb2.GetReleaseRequest(name=f"releases/{int(number)}")
-                release = (await releases.GetRelease(asked, metadata=metadata)).release
-                created = release.create_time.seconds
-                return JSONResponse(_model(found.channel, model, release.number, release.digest, created))
-        for each in _models(found.channel):
-            if each["id"] == channel:
-                return JSONResponse(each)
-        raise NotFound("NO_CANARY", f"{channel}: the channel has no canary")
+            known = {each["id"]: each for each in _models(found.channel)}
+            if channel not in known:
+                raise no_canary(found.channel.name)
+            if number is None:
+                return JSONResponse(known[channel])
+            asked = interventions_pb2.GetReleaseRequest(name=f"releases/{int(number)}")
+            release = (await releases.GetRelease(asked, metadata=metadata)).release
+        if release.deleted:
+            raise release_deleted(release.name)
+        return JSONResponse(_model(found.channel, model, release.number, release.digest, release.create_time.seconds))
 
     async def completions(request: Request) -> App:
         metadata = caller.metadata(request.headers)
