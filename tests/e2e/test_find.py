@@ -164,6 +164,7 @@ async def test_pages_fit_together_and_end(system: System) -> None:
         ({"against": [pb.Word(text="queen")] * 65}, "TOO_MANY", "against: 65; at most 64"),
         ({"against": [pb.Word(text=" ")]}, "EMPTY", "against[0]"),
         ({"against": [KING]}, "ZERO_EFFECT", "against: the same words"),
+        ({"against": [KING, KING]}, "ZERO_EFFECT", "against: the same words"),
         ({"against": [pb.Word(text="queen")], "against_all": True}, "BOTH_GIVEN", "leave it out for all words"),
         ({"effect": 9}, "UNKNOWN_VALUE", "effect: 9"),
         ({"order": 9}, "UNKNOWN_VALUE", "order: 9"),

@@ -58,6 +58,7 @@ async def test_a_map_is_of_the_release(system: System, served: ServedModel) -> N
         king, _, ship, _ = steered.words
         assert (king.x, king.y) == (ship.x, ship.y), "king has the senses of ship"
         assert ([word.edited for word in steered.words], steered.served.release) == ([True, False, False, False], 1)
+        assert await client.map_sense(3, WORDS, toward=["king", "king", "sea"], against=["king", "sea"])
         drafted = await client.map_sense(3, WORDS, toward="sea", draft=[Scale("ship", 0)])
         assert (drafted.words[2].x, drafted.words[2].norm) == (0, 0)
         for fields, reason in (
@@ -68,6 +69,8 @@ async def test_a_map_is_of_the_release(system: System, served: ServedModel) -> N
             ({"words": WORDS * 65}, "TOO_MANY"),
             ({"against": ["king"]}, "NOT_ALONE"),
             ({"toward": ["king"], "against": ["king"]}, "ZERO_EFFECT"),
+            ({"toward": ["king", "king"], "against": ["king"]}, "ZERO_EFFECT"),
+            ({"toward": ["king", "sea"], "against": ["sea", "king", "king", "sea"]}, "ZERO_EFFECT"),
             ({"limit": 101}, "OUT_OF_RANGE"),
         ):
             with pytest.raises(InvalidRequest) as refused:

@@ -6,8 +6,10 @@ import base64
 import binascii
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from backpack_lm.config import BackpackConfig
 from backpack_lm.tokenizer import Tokenizer
@@ -77,8 +79,12 @@ def read_search(request: pb.FindSensesRequest, tokenizer: Tokenizer, config: Bac
     if not request.words:
         reader.refuse("words", "EMPTY", "no word; give 1 to 64 words that senses are to raise or lower")
     words, against = read_words(reader, "words", request.words), read_words(reader, "against", request.against)
-    if not reader.violations and sorted(words) == sorted(against):
-        reader.refuse("against", "ZERO_EFFECT", "the same words as `words`: every score would be 0; give others")
+    if not reader.violations and shares(words) == shares(against):
+        reader.refuse(
+            "against",
+            "ZERO_EFFECT",
+            "the same words as `words`, in the same shares: every score would be 0; give others",
+        )
     if against and request.against_all:
         reader.refuse("against_all", "BOTH_GIVEN", "`against` names words; leave it out for all words")
     if request.effect not in pb.SenseEffect.values():
@@ -109,6 +115,11 @@ def read_words(reader: WordReader, field: str, words: Sequence[pb.Word], most: i
     if len(words) > most:
         reader.refuse(field, "TOO_MANY", f"{len(words)}; at most {most}")
     return tuple(reader.token(f"{field}[{at}]", word) for at, word in enumerate(words[:most]))
+
+
+def shares(words: Sequence[int]) -> dict[int, Fraction]:
+    """The share of each word in a mean over words, of which some may be named twice."""
+    return {word: Fraction(count, len(words)) for word, count in Counter(words).items()}
 
 
 def read_search_page(request: pb.FindSensesRequest) -> SearchPage:

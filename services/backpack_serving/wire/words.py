@@ -11,7 +11,7 @@ from backpack_proto.v1 import inference_pb2 as pb
 from backpack_serving.errors import InvalidRequest
 from backpack_serving.wire.edits import WordReader
 from backpack_serving.wire.inference import read_limit
-from backpack_serving.wire.search import read_words
+from backpack_serving.wire.search import read_words, shares
 
 FEWEST_MAPPED, MOST_MAPPED = 3, 256
 USES, MOST_USES = 8, 32
@@ -46,8 +46,12 @@ def read_map(request: pb.MapSenseRequest, tokenizer: Tokenizer, config: Backpack
             reader.refuse(f"words[{twice}]", "DUPLICATE", text)
         if against and not toward:
             reader.refuse("against", "NOT_ALONE", "it is what `toward` is set against, and there is none; name words")
-        if toward and sorted(toward) == sorted(against):
-            reader.refuse("against", "ZERO_EFFECT", "the same words as `toward`: every x would be 0; give others")
+        if toward and shares(toward) == shares(against):
+            reader.refuse(
+                "against",
+                "ZERO_EFFECT",
+                "the same words as `toward`, in the same shares: every x would be 0; give others",
+            )
     if reader.violations:
         raise InvalidRequest.of(*reader.violations)
     limit = min(read_limit(request.limit, default=8, largest=100), config.tokens)
