@@ -52,10 +52,13 @@ def map_sense(
 ) -> MappedSense:
     """Map one sense of at least three words under an overlay. `against` () is all words of the vocabulary.
 
-    Signs of principal components are chosen so that the word farthest out lies on the positive side.
+    Signs of principal components are chosen so that the word farthest out lies on the positive side. Raises
+    ArithmeticError for vectors that aren't finite.
     """
     ids = torch.tensor(words)
     vectors = overlay.replace(ids, table.vectors(ids))[:, sense].double()  # [n, d]
+    if not vectors.isfinite().all():
+        raise ArithmeticError(f"sense {sense} of some of the words isn't finite")
     centred = vectors - vectors.mean(0)
     if toward:
         r = direction_of(model, toward, against or None).double()

@@ -32,5 +32,10 @@ async def test_a_damaged_word_ends_its_requests_with_internal(tmp_path: Path, mo
         assert "no numbers" in error.value.details()
         with pytest.raises(grpc.aio.AioRpcError, match="no numbers"):
             await system.inference.Explain(pb.ExplainRequest(prompt=pb.Prompt(text="The king")), metadata=key)
+        asked = pb.MapSenseRequest(words=[pb.Word(text=word) for word in ("king", "ship", "sea")])
+        for toward in ([], asked.words[1:2]):
+            with pytest.raises(grpc.aio.AioRpcError, match="no map can hold") as error:
+                await system.inference.MapSense(pb.MapSenseRequest(words=asked.words, toward=toward), metadata=key)
+            assert error.value.code() is grpc.StatusCode.INTERNAL
         parts = await system.stream(key, "The ship", max_tokens=4, temperature=0, ignore_end_of_text=True)
         assert sum(len(part.tokens) for part in parts) == 4

@@ -118,10 +118,10 @@ class ModelReader:
 
     async def map_sense(self, tenant: str, query: MapQuery, overlay: Overlay) -> MappedSense:
         """Where one sense of many words lies."""
-        found = await self._run_in_turn(tenant, self._served.map_sense, query, overlay)
-        if not all(math.isfinite(value) for point in found.points for value in point):
-            raise Internal("NON_FINITE", "the release makes senses that no map can hold")
-        return found
+        try:
+            return await self._run_in_turn(tenant, self._served.map_sense, query, overlay)
+        except ArithmeticError:
+            raise Internal("NON_FINITE", "the release makes senses that no map can hold") from None
 
     async def uses(self, tenant: str, token: int, overlay: Overlay, limit: int) -> UseReadings:
         """At most `limit` uses of a token in the model's held-out text, each a turn of its own. Raises
