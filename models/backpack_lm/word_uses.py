@@ -34,9 +34,11 @@ class UseReading:
 
 
 class ParagraphedText:
-    """A text's paragraphs as one row of ids, to find words in."""
+    """A text's paragraphs as one row of ids, to find words in that a model reads."""
 
-    def __init__(self, text: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, text: str, tokenizer: Tokenizer, model: Backpack) -> None:
+        self._model, self._head = model, model.embedding.detach()[: model.config.tokens]
+        self._mean = self._head.mean(0)
         self._begin = tokenizer.bos_ids
         paragraphs = tokenizer.encode_batch([line for line in text.splitlines() if line.strip()])
         self._ids = torch.tensor([token for paragraph in paragraphs for token in paragraph], dtype=torch.int32)
@@ -51,19 +53,18 @@ class ParagraphedText:
         return places[~torch.isin(places + 1, self._ends)].tolist()
 
     @torch.inference_mode()
-    def use(self, model: Backpack, table: SenseTable, overlay: Overlay, place: int) -> UseReading:
+    def use(self, table: SenseTable, overlay: Overlay, place: int) -> UseReading:
         """The use of a token at one of its places, under an overlay: a pass of the trunk."""
         paragraph = int(torch.searchsorted(self._ends, place, right=True))
         start = int(self._ends[paragraph - 1]) if paragraph else 0
-        room = model.config.n_positions - len(self._begin) - 1
+        room = self._model.config.n_positions - len(self._begin) - 1
         after = min(AFTER, int(self._ends[paragraph]) - place - 1, room)
         before = min(BEFORE, place - start, room - after)
         row = self._ids[place - before : place + after + 1].tolist()
         ids = torch.tensor([*self._begin, *row])
         at = len(ids) - after - 1
-        read = TrunkPass(model, table, ids[:-1], at)
-        head = model.embedding[: model.config.tokens]
-        said = (head[ids[at + 1 :]] - head.mean(0)).double() @ read.replaced(overlay)[at].double().t()  # [after, k]
+        read = TrunkPass(self._model, table, ids[:-1], at)
+        said = (self._head[ids[at + 1 :]] - self._mean).double() @ read.replaced(overlay)[at].double().t()  # [after, k]
         weights = (read.alpha * read.multipliers(overlay))[:, at].double()
         return UseReading(tuple(row[:before]), tuple(row[before + 1 :]), weights * said)
 

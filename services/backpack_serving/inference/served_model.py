@@ -168,7 +168,7 @@ class ServedModel:
 
     def paragraphs(self) -> ParagraphedText:
         """All of the held-out text. Raises PreconditionFailed if there is none."""
-        return ParagraphedText(self._held_out(), self.tokenizer)
+        return ParagraphedText(self._held_out(), self.tokenizer, self.model)
 
     def _held_out(self) -> str:
         file = self.folder / HELD_OUT
@@ -183,7 +183,7 @@ class ServedModel:
 
     def use(self, text: ParagraphedText, place: int, overlay: Overlay) -> UseReading:
         """What the senses of the word at a place of a text say there."""
-        return text.use(self.model, self.table, overlay, place)
+        return text.use(self.table, overlay, place)
 
     def map_sense(self, query: MapQuery, overlay: Overlay) -> MappedSense:
         """Where one sense of many words lies."""
