@@ -332,6 +332,8 @@ def test_a_use_costs_as_many_tokens_as_are_read_for_it() -> None:
         (pb.FindSensesRequest(words=[pb.Word(token=1)], prompts=[pb.Prompt(text="a")] * 17), "TOO_MANY"),
         (pb.MapSenseRequest(words=[pb.Word(token=1)]), "TOO_FEW"),
         (pb.ListUsesRequest(word=pb.Word(token=1), limit=33), "OUT_OF_RANGE"),
+        (pb.ListUsesRequest(word=pb.Word(token=99_999)), "UNKNOWN_TOKEN"),
+        (pb.ListUsesRequest(), "EMPTY"),
     ],
 )
 async def test_a_bad_search_reaches_no_replica(request_: Any, reason: str) -> None:

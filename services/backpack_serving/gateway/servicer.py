@@ -249,6 +249,7 @@ class GatewayServicer(grpc_v1.InferenceServiceServicer):
         who.require(Role.AUTHOR)
         with self._meter(who) as meter:
             pin = await self._pin(who, request)
+            wire.read_word("word", request.word, self._tokenizer, self._manifest.config)
             tokens = USE_TOKENS * read_use_count(request)
             meter.charge(0, work=tokens)
             return await self._unary(lambda stub: stub.ListUses, request, context, pin, meter, tokens)
