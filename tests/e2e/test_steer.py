@@ -161,6 +161,16 @@ def test_steering_adds_to_what_steers_already(backpack: Any) -> None:
     assert standing["2"] == ("live", "")
     assert standing["1"] == ("live", " (before)")
     assert "of three:1 " in backpack("steer", "three", "copy king queen", "--channel", "new", *words)
+    canary = ("--channel", "live:canary", *words)
+    assert "of two:1 one:2 four:1 " in backpack("steer", "four", "copy king queen", *canary)
+    assert "live:canary is at release 3, of two:1 one:2: these" in backpack("steer", "one", "copy king queen", *canary)
+    assert "as its canary, which this would end" in backpack(
+        "steer", "one", "scale king 0", "--activate", *canary, code=1
+    )
+    none = backpack("steer", "four", "copy king queen", "--channel", "new:canary", *words, code=1)
+    assert "the channel new has no canary; start one first" in none
+    tried = backpack("try", "The king", "--edit", "copy king queen", "--no-judge", *canary)
+    assert "keep it: backpack steer NAME 'copy king queen' --channel live:canary" in tried
 
 
 @pytest.mark.parametrize(

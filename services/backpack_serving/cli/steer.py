@@ -18,7 +18,6 @@ from backpack_serving.cli.client import (
     AsTenant,
     AsWriter,
     CalledChannel,
-    Channel,
     Key,
     ReleaseNumber,
     as_caller,
@@ -51,6 +50,7 @@ from backpack_serving.client import (
     Token,
 )
 from backpack_serving.client.edits import Tokens
+from backpack_serving.errors import no_canary
 from backpack_serving.references import CANARY
 from backpack_serving.wire.edit_json import parse_edit_json
 
@@ -116,12 +116,8 @@ def try_edits(
         words = " ".join(map(shlex.quote, edit))
         how = ("" if form == "both" else f" --form {form}") + (" --any-case" if any_case else "")
         how += "" if tokens == "single" else f" --tokens {tokens}"
-        err.print(
-            Text(
-                f"keep it: {hints.again(f'steer NAME {words}{how} --activate', tenant, channel.removesuffix(CANARY))}",
-                "dim",
-            )
-        )
+        how += "" if channel.endswith(CANARY) else " --activate"  # a canary is moved by other commands
+        err.print(Text(f"keep it: {hints.again(f'steer NAME {words}{how}', tenant, channel)}", "dim"))
 
 
 def steer(
@@ -139,7 +135,7 @@ def steer(
     activate: Annotated[bool, typer.Option("--activate", help="Point the channel at the new release.")] = False,
     yes: Yes = False,
     notes: Annotated[str, typer.Option(help="What the release is for.")] = "",
-    channel: Channel = "live",
+    channel: CalledChannel = "live",
     wait: Waiting = "none",
     timeout: Timeout = 10.0,
     tenant: AsWriter = "",
@@ -148,20 +144,24 @@ def steer(
     """Make a revision of a patch from edits, and a release of it, in one command.
 
     The release has the other patches of the channel's release, too: `backpack steer nurses 'swap nurse she he'
-    --activate`. Given again with other edits, the new revision takes the place of the old one; with the same, nothing
-    is made anew.
+    --activate`; for --channel NAME:canary those of its canary. Given again with other edits, the new revision takes the
+    place of the old one; with the same, nothing is made anew.
     """
     with exits():
         edits = _read_edits(edit, patch, form, any_case, tokens)
     with as_releaser(tenant, key) as steering:
         # Whatever is refused is refused before anything is stored.
-        now = _channel_now(steering, channel)
+        named = channel.removesuffix(CANARY)
+        now = _channel_now(steering, named)
+        if named != channel and not (now and now.canary):
+            raise no_canary(f"the channel {named}")
         if now and now.canary and activate:
             raise ValueError(
                 f"{now.name} has release {now.canary.release} as its canary, which this would end; promote or abort it "
                 "first, or leave out --activate"
             )
-        before = steering.release(now.release).revisions if now and now.release else ()
+        base = (now.canary.release if now.canary and named != channel else now.release) if now else 0
+        before = steering.release(base).revisions if base else ()
         own = [revision for revision in before if _patch_of(revision) == name]
         others = [] if alone else [revision for revision in before if revision not in own]
         _check_patches(steering, others)
@@ -173,7 +173,7 @@ def steer(
         for made in revision.edits:
             tell_tokens(made)
         if now and {*before} == {*others, revision.id}:
-            here = f"{now.name} is at release {now.release}, of {' '.join(before)}"
+            here = f"{now.name}{channel.removeprefix(named)} is at release {base}, of {' '.join(before)}"
             out.print(f"{here}: these edits; nothing is made anew")
             return
         if stored:
@@ -184,7 +184,7 @@ def steer(
         out.print(f"{release.name} of {' '.join(release.revisions)}  [dim]{release.digest[:12]}[/]")
     if not activate:
         judge_stored(tenant, key, release.number, insist=True)
-        err.print(f"[dim]let it steer: {hints.again(f'release activate {release.number}', tenant, channel)}[/]")
+        err.print(f"[dim]let it steer: {hints.again(f'release activate {release.number}', tenant, named)}[/]")
         return
     judge_stored(tenant, key, release.number, insist=yes)
     with as_releaser(tenant, key) as steering:

@@ -87,7 +87,10 @@ test("a draft over a canary is saved with the canary's other patches, or not at 
   await call("ReleaseService/StartCanary", { channel: was.name, release: release.number, permille: 1, etag: was.etag });
   const { page, close } = await open(browser, { at: "#/edit?on=live:canary&edit=copy+king+ship" });
   const recipe = await page.getByLabel("On the command line", { exact: true }).last().textContent();
-  assert.match(recipe, /^(\$ )?backpack steer .* --channel live( |$)/m);
+  assert.match(recipe, /^(\$ )?backpack steer .* --channel live:canary( |$)/m);
+  const python = await page.getByLabel("In Python", { exact: true }).last().textContent();
+  assert.match(python, /^ *at = steering\.channel\("live"\)\.canary\.release$/m);
+  assert.match(python, /create_release\(\[\*others, revision\]\)/);
   const save = async (patch) => {
     await page.getByRole("textbox", { name: "Patch", exact: true }).fill(patch);
     await page.getByRole("button", { name: "Save and make a release" }).click();

@@ -71,15 +71,22 @@ export function SaveDraft() {
 function recipe(patch: string, channel: string, alone: boolean) {
   const edits = draft.value.map(quoted).join(" ");
   const { list, names } = pythonEdits(readableEdits());
+  const named = channelOf(channel);
+  const at = named === channel ? "release" : "canary.release";
+  const others = [
+    `at = steering.channel(${literal(named)}).${at}`,
+    `others = [each for each in steering.release(at).revisions if each.rpartition(":")[0] != ${literal(patch)}]`,
+  ];
   return {
     shell: [
-      `backpack steer ${quoted(patch)} ${edits} --channel ${quoted(channelOf(channel))}${alone ? " --alone" : ""}${asTenant()}`,
+      `backpack steer ${quoted(patch)} ${edits} --channel ${quoted(channel)}${alone ? " --alone" : ""}${asTenant()}`,
     ],
     python: withSteering(
       [...names, "Steering"].join(", "),
+      ...(alone ? [] : others),
       `steering.create_patch(${literal(patch)}, exist_ok=True)`,
       `revision = steering.create_revision(${literal(patch)}, ${list})`,
-      "print(steering.create_release([revision]).number)",
+      `print(steering.create_release([${alone ? "" : "*others, "}revision]).number)`,
     ),
   };
 }
