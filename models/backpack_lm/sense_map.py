@@ -29,7 +29,7 @@ class MappedDirection:
 
 
 @dataclass(frozen=True, slots=True)
-class MappedSense:
+class MapReading:
     """`points` [n, 2] are the words' places, `norms` [n] the lengths of their vectors; `edited`: replaced by the
     release."""
 
@@ -49,7 +49,7 @@ def map_sense(
     toward: Sequence[int] = (),
     against: Sequence[int] = (),
     limit: int = 8,
-) -> MappedSense:
+) -> MapReading:
     """Map one sense of at least three words under an overlay. `against` () is all words of the vocabulary.
 
     Signs of principal components are chosen so that the word farthest out lies on the positive side. Raises
@@ -69,7 +69,7 @@ def map_sense(
         first, second = _principal_directions(centred, 2)
         points = centred @ torch.stack([first, second], 1)
     axes = _axis(model, centred, first, limit), _axis(model, centred, second, limit)
-    return MappedSense(
+    return MapReading(
         points.tolist(), vectors.norm(dim=1).tolist(), (overlay.row_index(ids)[:, sense] >= 0).tolist(), axes
     )
 

@@ -19,14 +19,14 @@ def test_joining_ends_with_a_collective_of_all_ranks(monkeypatch: pytest.MonkeyP
     """NCCL meets in the first collective: it needs the store, and more time than a step's collective has."""
     monkeypatch.setattr(collectives, "HUNG", 0.3)
     late = 0.6
-    store, port = collectives.open_meeting(ranks.LOOPBACK)
+    store, port = collectives.open_rendezvous(ranks.LOOPBACK)
 
     def join_late() -> float:
         """Rank 1, which is in the group at once and in the first collective later."""
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=ranks.LOOPBACK)]
         options._timeout = timedelta(seconds=5)
-        group = dist.ProcessGroupGloo(collectives.reach_meeting(ranks.LOOPBACK, port), 1, 2, options)
+        group = dist.ProcessGroupGloo(collectives.join_rendezvous(ranks.LOOPBACK, port), 1, 2, options)
         time.sleep(late)
         for _ in range(2):
             group.allgather([[torch.empty(1), torch.empty(1)]], [torch.ones(1)]).wait()
@@ -43,7 +43,7 @@ def test_joining_ends_with_a_collective_of_all_ranks(monkeypatch: pytest.MonkeyP
 
 
 def test_ranks_meet_at_one_address_of_a_node() -> None:
-    _, port = collectives.open_meeting("127.0.0.1")
+    _, port = collectives.open_rendezvous("127.0.0.1")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), 5)
     socket.create_connection(("127.0.0.1", port), 5).close()

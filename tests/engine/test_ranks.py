@@ -364,7 +364,7 @@ class _InThisProcess:
 
     def start(self, invitation: Invitation) -> RankProcess:
         self._thread = ThreadPoolExecutor(1)
-        self._status = self._thread.submit(rank.run, invitation, self.host, 0, far=True)
+        self._status = self._thread.submit(rank.run, invitation, self.host, 0, other_node=True)
         return self
 
     def ended(self) -> str:
@@ -419,7 +419,7 @@ class _Besieged(_InThisProcess):
 
     def _prove_another_secret(self, connection: socket.socket) -> None:
         with connection, suppress(OSError, EOFError):
-            Link(connection).prove(b"?" * 32, ranks.OTHERS, ranks.RANK_0)
+            Link(connection).authenticate(b"?" * 32, ranks.OTHERS, ranks.RANK_0)
 
     def _mirror(self, connection: socket.socket) -> None:
         with connection, suppress(OSError):

@@ -211,8 +211,8 @@ def test_matrix_products_and_head(config: BackpackConfig, dtype: torch.dtype, in
     weight, bias = torch.randn(133, config.n_embd), torch.randn(133)
     x = torch.randn(11, config.n_embd)
     x[3] = 0.0
-    for gelu, fine in ((False, False), (True, False), (False, True)):
-        ours, definition = (kernels.linear(weight, bias, gelu, fine) for kernels in (native, plain))
+    for gelu, int16_inputs in ((False, False), (True, False), (False, True)):
+        ours, definition = (kernels.linear(weight, bias, gelu, int16_inputs) for kernels in (native, plain))
         close(ours(x.to(dtype)), definition(x.to(dtype)), dtype)
     for rows in (1, 5, 8, 11):
         logits = native.head(weight)(x[:rows])

@@ -15,7 +15,7 @@ from backpack_serving import rpc
 from backpack_serving.errors import Unavailable
 from backpack_serving.inference import directory
 from backpack_serving.observability.metrics import Metrics
-from backpack_serving.rpc.server import ENDED_A_TURN
+from backpack_serving.rpc.server import CANCELLED_PER_TURN
 from backpack_serving.settings import Settings
 
 CALLS = 40
@@ -54,7 +54,7 @@ async def test_endless_calls_are_ended_few_at_a_time(tmp_path: Path) -> None:
     server = await directory.serve(Settings(state=tmp_path, directory_address="127.0.0.1:0"), Metrics())
     async with rpc.channel(server.address) as channel:
         stub = directory_pb2_grpc.DirectoryServiceStub(channel)
-        watches = [aiter(stub.WatchReplicas(pb.WatchReplicasRequest())) for _ in range(3 * ENDED_A_TURN)]
+        watches = [aiter(stub.WatchReplicas(pb.WatchReplicasRequest())) for _ in range(3 * CANCELLED_PER_TURN)]
         for watch in watches:
             await anext(watch)
         running, ended = set(server._calls._running), set[object]()
@@ -65,7 +65,7 @@ async def test_endless_calls_are_ended_few_at_a_time(tmp_path: Path) -> None:
             each_turn.append(len(running & server._calls._ended - ended))
             ended |= server._calls._ended
         assert sum(each_turn) == len(watches)
-        assert max(each_turn) == ENDED_A_TURN, "all at once hold the loop"
+        assert max(each_turn) == CANCELLED_PER_TURN, "all at once hold the loop"
         for watch in watches:
             with pytest.raises(Unavailable, match="this server is stopping") as told, rpc.errors():
                 await anext(watch)

@@ -60,7 +60,7 @@ class CudaKernels:
     def trunk(self, model: Backpack) -> CachedTrunk:
         return CachedTrunk(self, model)
 
-    def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False, fine: bool = False) -> Linear:
+    def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False, int16_inputs: bool = False) -> Linear:
         return self._plain.linear(weight, bias, gelu)
 
     def head(self, embedding: Tensor) -> Linear:

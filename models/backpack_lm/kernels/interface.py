@@ -32,9 +32,9 @@ class Kernels(Protocol):
     def trunk(self, model: Backpack) -> Compute:
         """A model's trunk and sense weights, on the caches' device and in their dtype."""
 
-    def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False, fine: bool = False) -> Linear:
+    def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False, int16_inputs: bool = False) -> Linear:
         """A layer with weight [out, in] and bias [out], in whatever form is fastest here. Where weights are int8, x is
-        rounded to 8 bits; if `fine` to 16."""
+        rounded to 8 bits; with `int16_inputs` to 16."""
 
     def head(self, embedding: Tensor) -> Linear:
         """o [B, d] float32 → logits [B, V] float32 under E [V, d]."""

@@ -61,14 +61,14 @@ class NativeKernels:
         self._spans = structs.SpanArray()
         self._weights = Room()
 
-    def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False, fine: bool = False) -> Linear:
-        made = self._linear(weight, bias, gelu, fine)
+    def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False, int16_inputs: bool = False) -> Linear:
+        made = self._linear(weight, bias, gelu, int16_inputs)
         give_back_freed()  # what the conversion took: together as much as the model
         return made
 
-    def _linear(self, weight: Tensor, bias: Tensor, gelu: bool, fine: bool) -> Linear:
+    def _linear(self, weight: Tensor, bias: Tensor, gelu: bool, int16_inputs: bool) -> Linear:
         if self._int8:
-            return Product.int8(self._library, weight, bias, gelu, fine, self._dtype, self._weights)
+            return Product.int8(self._library, weight, bias, gelu, int16_inputs, self._dtype, self._weights)
         if not self._packs:
             return Product.of(self._library, weight, bias, gelu, self._dtype, self._dtype, self._weights)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous(), 32)

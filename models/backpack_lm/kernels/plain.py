@@ -30,9 +30,9 @@ class PlainKernels:
     def trunk(self, model: Backpack) -> CachedTrunk:
         return CachedTrunk(self, model)
 
-    def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False, fine: bool = False) -> Linear:
+    def linear(self, weight: Tensor, bias: Tensor, gelu: bool = False, int16_inputs: bool = False) -> Linear:
         if self._int8:
-            exact = self._int8_linear(weight, bias, gelu, fine)
+            exact = self._int8_linear(weight, bias, gelu, int16_inputs)
             return lambda x: exact(x).to(self.caches.dtype)
         weight, bias = (part.detach().to(self.caches.embedding) for part in (weight, bias))
 
@@ -42,10 +42,10 @@ class PlainKernels:
 
         return apply
 
-    def _int8_linear(self, weight: Tensor, bias: Tensor, gelu: bool, fine: bool) -> Linear:
-        """Of x in any dtype, as whole numbers of 8 bits, or if `fine` of 16; float32."""
+    def _int8_linear(self, weight: Tensor, bias: Tensor, gelu: bool, int16_inputs: bool) -> Linear:
+        """Of x in any dtype, as whole numbers of 8 bits, or with `int16_inputs` of 16; float32."""
         weight, bias = round_in_blocks(weight.detach().to(self._device)), bias.detach().to(self._device)
-        limit = 32767 if fine else 127
+        limit = 32767 if int16_inputs else 127
 
         def apply(x: Tensor) -> Tensor:
             y = F.linear(round_in_blocks(x, limit), weight, bias)
@@ -55,7 +55,7 @@ class PlainKernels:
 
     def head(self, embedding: Tensor) -> Linear:
         if self._int8:
-            return self._int8_linear(embedding, torch.zeros(len(embedding)), gelu=False, fine=True)
+            return self._int8_linear(embedding, torch.zeros(len(embedding)), gelu=False, int16_inputs=True)
         weight = embedding.detach().to(self.caches.embedding)
         return lambda o: F.linear(o.to(weight.dtype), weight).float()
 

@@ -52,10 +52,19 @@ class Product:
 
     @classmethod
     def int8(
-        cls, library: ctypes.CDLL, weight: Tensor, bias: Tensor, gelu: bool, fine: bool, dtype: torch.dtype, room: Room
+        cls,
+        library: ctypes.CDLL,
+        weight: Tensor,
+        bias: Tensor,
+        gelu: bool,
+        int16_inputs: bool,
+        dtype: torch.dtype,
+        room: Room,
     ) -> Product:
-        """For weight [out, in], kept in int8, from `dtype` to `dtype`; x is rounded to 8 bits, or if `fine` to 16."""
-        compute = getattr(library, f"{'fine_' * fine}product_int8_{name(dtype)}_{name(dtype)}")
+        """For weight [out, in], kept in int8, from `dtype` to `dtype`; x is rounded to 8 bits, or with `int16_inputs`
+        to 16."""
+        kind = "product_of_int16" if int16_inputs else "product"
+        compute = getattr(library, f"{kind}_int8_{name(dtype)}_{name(dtype)}")
         outer, inner = weight.shape
         return cls(compute, _in_blocks(library, weight, room), _padded(bias), inner, outer, gelu, dtype, dtype)
 

@@ -65,20 +65,20 @@ class TrunkWeights:
         def placed(norm: nn.Module) -> nn.Module:
             return deepcopy(norm).to(device).requires_grad_(False)
 
-        def linear(*parts: Conv1D, gelu: bool = False, fine: bool = False) -> Linear:
+        def linear(*parts: Conv1D, gelu: bool = False, int16_inputs: bool = False) -> Linear:
             weights = [part.weight.t() for part in parts]
             biases = [
                 torch.zeros(len(weight)) if part.bias is None else part.bias
                 for part, weight in zip(parts, weights, strict=True)
             ]
             whole = torch.cat(weights) if len(weights) > 1 else weights[0]
-            return kernels.linear(whole, torch.cat(biases), gelu, fine)
+            return kernels.linear(whole, torch.cat(biases), gelu, int16_inputs)
 
         def layer(block: Block, after: nn.Module) -> PreparedLayer:
             attn, mlp = block.attn, block.mlp
             fc = linear(mlp.c_fc, gelu=True) if mlp.c_gate is None else linear(mlp.c_gate, mlp.c_fc)
             # Some of what queries and keys are made of is far greater than the rest: 8 bits are too few for the rest.
-            qkv, proj, out = linear(attn.c_attn, fine=True), linear(attn.c_proj), linear(mlp.c_proj)
+            qkv, proj, out = linear(attn.c_attn, int16_inputs=True), linear(attn.c_proj), linear(mlp.c_proj)
             return PreparedLayer(qkv, proj, placed(block.ln_2), fc, out, after, attn.scale)
 
         blocks = [block for block in trunk.h if isinstance(block, Block)]

@@ -256,6 +256,11 @@ def percent(token: Token) -> str:
     return "" if token.log_probability is None else f"{100 * math.exp(token.log_probability):.2f} %"
 
 
+def bare_text(token: Token) -> str:
+    """A token's text without the spaces around it, as it stands in a list; one of spaces alone with quotes."""
+    return token.text.strip() or repr(token.text)
+
+
 def contribution_bar(share: float, width: int) -> Text:
     """A bar for a contribution, given as a share (−1 to 1) of the largest magnitude."""
     return Text("█" * max(1, round(width * abs(share))), "green" if share > 0 else "red")

@@ -10,6 +10,7 @@ from pathlib import Path
 from backpack_lm.reports.generation import GenerationPage, TermRow, TokenStep
 from backpack_lm.reports.word import SensePage, WordPage
 
+from backpack_serving.cli.client import bare_text
 from backpack_serving.cli.experiment import ProgressWatch
 from backpack_serving.client import Client, Conflict, Explained, Generation, Sampling, Senses, Served, Token
 
@@ -20,7 +21,7 @@ def write_word(word: str, answer: Senses, file: Path) -> None:
     """The page of a word's senses; of one that is zero no words, as all scores and cosines are 0."""
 
     def scored(some: Sequence[tuple[Token, float]]) -> tuple[tuple[str, float], ...]:
-        return tuple((token.text.strip() or repr(token.text), score) for token, score in some)
+        return tuple((bare_text(token), score) for token, score in some)
 
     senses = tuple(
         SensePage(s.norm, s.edited, *(scored(some if s.norm else ()) for some in (s.raises, s.lowers, s.neighbours)))

@@ -19,6 +19,7 @@ from backpack_serving.cli.client import (
     Page,
     ReleaseNumber,
     as_caller,
+    bare_text,
     contribution_bar,
     err,
     footnote,
@@ -167,4 +168,4 @@ def senses(
 
 
 def _token_spans(scored: Iterable[tuple[Token, float]]) -> Text:
-    return Text(" ".join(token.text.strip() or repr(token.text) for token, _ in scored))
+    return Text(" ".join(bare_text(token) for token, _ in scored))

@@ -9,7 +9,17 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from backpack_serving.cli.client import AsTenant, CalledChannel, Key, ReleaseNumber, as_caller, err, footnote, out
+from backpack_serving.cli.client import (
+    AsTenant,
+    CalledChannel,
+    Key,
+    ReleaseNumber,
+    as_caller,
+    bare_text,
+    err,
+    footnote,
+    out,
+)
 from backpack_serving.client import MapAxis, Token, WordUse
 
 NAMED, SAID = 6, 3
@@ -79,7 +89,7 @@ def _axis_line(name: str, axis: MapAxis) -> Text:
 
 
 def _spelled_out(scored: Sequence[tuple[Token, float]]) -> str:
-    return " ".join(token.text.strip() or repr(token.text) for token, _ in scored)
+    return " ".join(bare_text(token) for token, _ in scored)
 
 
 def _said(use: WordUse) -> str:

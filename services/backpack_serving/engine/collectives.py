@@ -22,7 +22,7 @@ HUNG = 1.2
 two collectives, so waits are a few milliseconds."""
 
 
-MEETING = 60.0
+RENDEZVOUS_SECONDS = 60.0
 """Seconds that ranks may take to find each other."""
 
 
@@ -30,7 +30,7 @@ class PeerLost(Exception):
     """Another rank ended or hung in a collective."""
 
 
-def open_meeting(host: str) -> tuple[Any, int]:
+def open_rendezvous(host: str) -> tuple[Any, int]:
     """Where ranks meet: a store in this process, which listens on one address of its node, and its port."""
     listener = socket.create_server((host, 0))
     port: int = listener.getsockname()[1]
@@ -40,15 +40,15 @@ def open_meeting(host: str) -> tuple[Any, int]:
         is_master=True,
         master_listen_fd=listener.detach(),
         wait_for_workers=False,
-        timeout=timedelta(seconds=MEETING),
+        timeout=timedelta(seconds=RENDEZVOUS_SECONDS),
     )
     return store, port
 
 
-def reach_meeting(host: str, port: int) -> Any:
+def join_rendezvous(host: str, port: int) -> Any:
     """The store that rank 0 has opened. Raises PeerLost."""
     with _lost():
-        return dist.TCPStore(host, port, timeout=timedelta(seconds=MEETING))  # type: ignore[attr-defined]
+        return dist.TCPStore(host, port, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))  # type: ignore[attr-defined]
 
 
 class Collectives:
@@ -73,12 +73,12 @@ class Collectives:
         with _lost():
             if device.type == "cuda":
                 nccl = dist.ProcessGroupNCCL.Options()
-                nccl._timeout = timedelta(seconds=MEETING)
+                nccl._timeout = timedelta(seconds=RENDEZVOUS_SECONDS)
                 group: Any = dist.ProcessGroupNCCL(store, rank, ranks, nccl)
             else:
                 gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
                 gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-                gloo._timeout = timedelta(seconds=MEETING)
+                gloo._timeout = timedelta(seconds=RENDEZVOUS_SECONDS)
                 group = dist.ProcessGroupGloo(store, rank, ranks, gloo)
             # NCCL connects ranks in their first collective, by the store: now, with the time that this may take.
             part = torch.ones(1, device=device)

@@ -49,14 +49,14 @@ _LENGTH = 8  # bytes
 _NONCE = _PROOF = 32  # bytes
 
 
-class Stranger(ConnectionError):
+class AuthenticationFailed(ConnectionError):
     """Whoever is at the other end of a connection doesn't know this replica's secret."""
 
 
 class Link:
     """Messages between two processes of ours, over a connected socket.
 
-    Messages are pickles: none is read before `prove` has seen that the other process knows the same secret.
+    Messages are pickles: none is read before `authenticate` has seen that the other process knows the same secret.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -67,11 +67,11 @@ class Link:
                 connection.setsockopt(socket.IPPROTO_TCP, option, value)
         self._socket = connection
 
-    def prove(self, secret: bytes, mine: bytes, theirs: bytes) -> None:
+    def authenticate(self, secret: bytes, mine: bytes, theirs: bytes) -> None:
         """Show the other process that this one knows a secret, and have it do so, too; neither sends it.
 
         `mine` and `theirs` name the two ends, so that what one has shown is of no use for showing it at the other.
-        Raises Stranger, OSError, TimeoutError or EOFError if the other end doesn't know it in time.
+        Raises AuthenticationFailed, OSError, TimeoutError or EOFError if the other end doesn't know it in time.
         """
         until, nonce = time.monotonic() + HANDSHAKE, secrets.token_bytes(_NONCE)
         self._socket.settimeout(HANDSHAKE)
@@ -79,7 +79,7 @@ class Link:
         asked = self._exactly(_NONCE, until)
         self._socket.sendall(hmac.digest(secret, mine + asked + nonce, "sha256"))
         if not hmac.compare_digest(self._exactly(_PROOF, until), hmac.digest(secret, theirs + nonce + asked, "sha256")):
-            raise Stranger("who is at the other end isn't of this replica")
+            raise AuthenticationFailed("who is at the other end isn't of this replica")
 
     def send(self, message: object, seconds: float | None = None) -> None:
         """Raises OSError if the other process is gone, TimeoutError if it doesn't read for so long."""

@@ -291,7 +291,7 @@ class RayRank:
 def _run_rank(invitation: Invitation, node: str) -> int:
     """Be a rank of a replica whose rank 0 is on a node. Ray shows it the one GPU that it is to compute on."""
     host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    return rank.run(invitation, host, 0, far=ray.get_runtime_context().get_node_id() != node)
+    return rank.run(invitation, host, 0, other_node=ray.get_runtime_context().get_node_id() != node)
 
 
 def _listen_address(host: str, chosen: str) -> str:

@@ -13,7 +13,7 @@ from backpack_lm.attribution import Attribution, SenseReading, Terms
 from backpack_lm.compare import Distribution
 from backpack_lm.ordinary_text import OrdinaryText, SideEffects
 from backpack_lm.overlay import Overlay
-from backpack_lm.sense_map import MappedSense
+from backpack_lm.sense_map import MapReading
 from backpack_lm.sense_search import RankedCell
 from backpack_lm.word_uses import ParagraphedText, UseReading, spread
 
@@ -116,7 +116,7 @@ class ModelReader:
             return replace(found, after=math.inf, moved=())
         return found
 
-    async def map_sense(self, tenant: str, query: MapQuery, overlay: Overlay) -> MappedSense:
+    async def map_sense(self, tenant: str, query: MapQuery, overlay: Overlay) -> MapReading:
         """Where one sense of many words lies."""
         try:
             return await self._run_in_turn(tenant, self._served.map_sense, query, overlay)

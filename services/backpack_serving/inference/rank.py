@@ -17,7 +17,7 @@ from backpack_lm.config import BackpackConfig
 from backpack_lm.cores import set_threads
 from backpack_lm.mapped_table import mapped, prepare
 
-from backpack_serving.engine.collectives import MEETING, Collectives, PeerLost, reach_meeting
+from backpack_serving.engine.collectives import RENDEZVOUS_SECONDS, Collectives, PeerLost, join_rendezvous
 from backpack_serving.engine.ranks import Link, follow
 from backpack_serving.engine.runner import Rank, Runner
 from backpack_serving.inference.ranks import LOOPBACK, OTHERS, RANK_0, CannotServe, Invitation, RankPlan
@@ -37,18 +37,18 @@ def main() -> None:
         sys.exit(str(error))
 
 
-def run(invitation: Invitation, host: str, device: int, far: bool = False) -> int:
+def run(invitation: Invitation, host: str, device: int, other_node: bool = False) -> int:
     """Be a rank until rank 0 is gone or wants no more. Returns the exit status: 0, or 1 if it never served.
 
     `host` is an address of this node at which other ranks reach it, `device` the CUDA device that it computes on if
-    rank 0 does on one. A rank that is `far`, on another node than rank 0, has a model folder and a cache of its own.
+    rank 0 does on one. With `other_node` this node isn't rank 0's: it has a model folder and a cache of its own.
 
     Raises RankZeroUnreachable if it can't connect to rank 0, or one of them can't prove to the other who it is.
     """
     with closing(_reach_rank_0(invitation)) as link:
         try:
             try:
-                runner = _prepare(link, link.receive(), invitation, host, device, far)
+                runner = _prepare(link, link.receive(), invitation, host, device, other_node)
             except (EOFError, ConnectionError):
                 raise
             except (ValueError, MemoryError, OSError, RuntimeError, PeerLost) as error:
@@ -66,8 +66,8 @@ def _reach_rank_0(invitation: Invitation) -> Link:
     with ExitStack() as stack:
         try:
             address = invitation.host, invitation.port
-            link = Link(stack.enter_context(socket.create_connection(address, MEETING)))
-            link.prove(invitation.secret, OTHERS, RANK_0)
+            link = Link(stack.enter_context(socket.create_connection(address, RENDEZVOUS_SECONDS)))
+            link.authenticate(invitation.secret, OTHERS, RANK_0)
             link.send(invitation.shard.rank)
         except (OSError, EOFError) as error:
             raise RankZeroUnreachable(
@@ -77,16 +77,16 @@ def _reach_rank_0(invitation: Invitation) -> Link:
     return link
 
 
-def _prepare(link: Link, plan: RankPlan, invitation: Invitation, host: str, index: int, far: bool) -> Runner:
-    """Read this rank's part, then meet the others."""
+def _prepare(link: Link, plan: RankPlan, invitation: Invitation, host: str, index: int, other_node: bool) -> Runner:
+    """This rank's runner: reads its part, then meets the others."""
     set_threads(plan.threads)
     device, shard = plan.device_of(index), invitation.shard
-    table = _own_table(plan, host) if far else plan.table
+    table = _own_table(plan, host) if other_node else plan.table
     config = BackpackConfig.read(plan.folder / CONFIG)
     senses = mapped(table, config, plan.dtype, plan.overlay_rows)
     part = load_part(plan.folder, shard)
     link.send(None)
-    store = reach_meeting(invitation.host, link.receive().port)
+    store = join_rendezvous(invitation.host, link.receive())
     together = Collectives.join(store, host, shard.rank, plan.ranks, device)
     return plan.runner(Rank(shard, config, together), part, senses, device)
 

@@ -27,7 +27,7 @@ from backpack_lm.model import Backpack
 from backpack_lm.sharding import Shard, check_ranks
 from torch import Tensor
 
-from backpack_serving.engine.collectives import Collectives, PeerLost, open_meeting
+from backpack_serving.engine.collectives import Collectives, PeerLost, open_rendezvous
 from backpack_serving.engine.executor import RankLost
 from backpack_serving.engine.ranks import ENDING, HANDSHAKE, PAUSE, Link, Peer, RankProcess, SeveralRanks
 from backpack_serving.engine.runner import Rank, Runner
@@ -41,7 +41,7 @@ log = structlog.get_logger(__name__)
 LOOPBACK = "127.0.0.1"
 
 RANK_0, OTHERS = b"rank 0", b"another rank"
-"""Names of the two ends of a link, for `Link.prove`."""
+"""Names of the two ends of a link, for `Link.authenticate`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +89,6 @@ class Invitation:
     port: int
     shard: Shard
     secret: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """What a rank needs to meet the others: the port of the store at rank 0's address."""
-
-    port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,15 +179,15 @@ def start(plan: RankPlan, served: ServedModel, launcher: Launcher) -> SeveralRan
         for peer in peers:
             stack.callback(peer.link.close)  # before its process is ended, which then ends by itself
             _send_to(peer, plan)
-        _hear_all(peers)  # each has read its part
-        store, port = open_meeting(launcher.host)
+        _receive_from_all(peers)  # each has read its part
+        store, port = open_rendezvous(launcher.host)
         for peer in peers:
-            _send_to(peer, Meeting(port))
+            _send_to(peer, port)
         together = _while_all_run(peers, lambda: Collectives.join(store, launcher.host, 0, plan.ranks, device))
         rank = Rank(shard, model.config, together)
         part = shard.part(model.config, model.state_dict().__getitem__)
         runner = plan.runner(rank, part, served.storage, device)
-        for number, private in _hear_all(peers).items():
+        for number, private in _receive_from_all(peers).items():
             log.info("rank is ready", rank=number, private_bytes=private)
         stack.pop_all()
     return SeveralRanks(runner, rank, peers)
@@ -230,7 +223,7 @@ def _admit(connection: socket.socket, host: str, secret: bytes, links: dict[int,
     """Add a connection to the links if the rank at its other end proves that it knows the secret."""
     try:
         link = Link(connection)
-        link.prove(secret, RANK_0, OTHERS)
+        link.authenticate(secret, RANK_0, OTHERS)
         links[link.receive(HANDSHAKE)] = link
     except (OSError, EOFError) as error:
         log.warning("who isn't a rank of this replica was turned away", host=host, error=str(error))
@@ -244,7 +237,7 @@ def _send_to(peer: Peer, message: object) -> None:
         raise _why_lost(peer) or RankLost(f"rank {peer.shard.rank} is lost: {error}") from None
 
 
-def _hear_all(peers: list[Peer]) -> dict[int, Any]:
+def _receive_from_all(peers: list[Peer]) -> dict[int, Any]:
     """The next message of each rank. Raises RankLost as soon as one is gone, or says that it can't serve."""
     heard: dict[int, Any] = {}
     while len(heard) < len(peers):

@@ -27,7 +27,7 @@ from backpack_lm.model import Backpack
 from backpack_lm.ordinary_text import OrdinaryText, excerpts, plain
 from backpack_lm.overlay import Overlay, SenseTable
 from backpack_lm.patch import ModelShape, PatchError, Violation
-from backpack_lm.sense_map import MappedSense, map_sense
+from backpack_lm.sense_map import MapReading, map_sense
 from backpack_lm.sense_search import CellSearch, Effect
 from backpack_lm.token_counts import TokenCounts
 from backpack_lm.tokenizer import Tokenizer
@@ -185,7 +185,7 @@ class ServedModel:
         """What the senses of the word at a place of a text say there."""
         return text.use(self.table, overlay, place)
 
-    def map_sense(self, query: MapQuery, overlay: Overlay) -> MappedSense:
+    def map_sense(self, query: MapQuery, overlay: Overlay) -> MapReading:
         """Where one sense of many words lies."""
         return map_sense(
             self.model, self.table, overlay, query.words, query.sense, query.toward, query.against, query.limit

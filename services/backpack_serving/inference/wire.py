@@ -12,7 +12,7 @@ from backpack_lm.compare import Distribution
 from backpack_lm.manifest import Manifest
 from backpack_lm.ordinary_text import MovedWord
 from backpack_lm.patch import ModelShape, RevisionContent
-from backpack_lm.sense_map import MappedSense
+from backpack_lm.sense_map import MapReading
 from backpack_lm.sense_search import RankedCell
 from backpack_lm.tokenizer import Tokenizer
 from backpack_lm.word_uses import UseReading
@@ -150,7 +150,7 @@ def _write_scored(some: Sequence[tuple[int, float]], tokenizer: Tokenizer) -> li
     return [pb.ScoredToken(token=write_token(token, tokenizer), score=value) for token, value in some]
 
 
-def write_map(words: Sequence[int], found: MappedSense, tokenizer: Tokenizer) -> pb.MapSenseResponse:
+def write_map(words: Sequence[int], found: MapReading, tokenizer: Tokenizer) -> pb.MapSenseResponse:
     """A map of a sense of these words, but for `served`."""
     rows = zip(words, found.points, found.norms, found.edited, strict=True)
     mapped = (

@@ -57,7 +57,7 @@ _OPTIONS: Sequence[tuple[str, Any]] = (
 
 _ENDLESS = {"/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"}
 
-ENDED_A_TURN = 16
+CANCELLED_PER_TURN = 16
 """How many calls are cancelled in one turn of the loop: to end a thousand at once would hold it for 0.2 s."""
 
 _ENDING = 5.0
@@ -217,7 +217,7 @@ class _CallTracker(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             if task in self._running:
                 self._ended.add(task)
                 task.cancel()
-            if number % ENDED_A_TURN == 0:
+            if number % CANCELLED_PER_TURN == 0:
                 await asyncio.sleep(0)
 
     async def idle(self, seconds: float) -> None:

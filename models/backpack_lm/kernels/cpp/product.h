@@ -344,9 +344,9 @@ void product(const Product<X, Block, Out>& p, int count) { product_of_blocks<Nar
 
 // The same, with x of 16 bits where weights are int8.
 template <typename X, typename Weight, typename Out>
-void fine_product(const Product<X, Weight, Out>& p, int count) { product(p, count); }
+void product_of_int16(const Product<X, Weight, Out>& p, int count) { product(p, count); }
 
 template <typename X, typename Out>
-void fine_product(const Product<X, Block, Out>& p, int count) { product_of_blocks<int16_t>(p, count, 32767.0f); }
+void product_of_int16(const Product<X, Block, Out>& p, int count) { product_of_blocks<int16_t>(p, count, 32767.0f); }
 
 }  // namespace

@@ -75,7 +75,7 @@ void trunk(const Trunk<Value, Weight>& t, const NewTokens& in, int count, const 
     };
     auto multiply = [&](const Value* from, const Matrix<Weight>& by, int inner, int outer, Value* to, Part part) {
         Product<Value, Weight, Value> all{from, by.weights, by.bias, inner, outer, part == FC && !t.gated, to};
-        part == QKV ? fine_product(all, count) : product(all, count);
+        part == QKV ? product_of_int16(all, count) : product(all, count);
         done(part);
     };
     auto add_and_norm = [&](const Value* more, const Norm& norm) {
