@@ -362,6 +362,9 @@ def test_errors_are_the_clients_own(web: Web, client: openai.OpenAI) -> None:
     with openai.OpenAI(base_url=f"{web.url}/v1", api_key=web.caller_key, max_retries=0) as caller:
         assert caller.completions.create(model="live", prompt=PROMPT, max_tokens=1).choices
         assert [model.id for model in caller.models.list().data] == ["live"]
+        pinned: Any = caller.models.retrieve("live@0")
+        assert caller.completions.create(model="live@0", prompt=PROMPT, max_tokens=1).choices
+        assert (pinned.id, pinned.release) == ("live@0", 0), "what completions take is there"
         draft = {"draft": [{"scale": {"cells": [{"word": {"text": "king"}}], "factor": 0}}]}
         with pytest.raises(openai.PermissionDeniedError) as forbidden:
             caller.completions.create(model="live", prompt=PROMPT, extra_body=draft)

@@ -285,14 +285,18 @@ def test_roles(service: Interventions, acme: Principal) -> None:
         lambda: service.tenants.create_tenant(acme, "other", IdempotencyKey()),
         lambda: service.patches.create_patch(caller, "p", "", IdempotencyKey()),
         lambda: service.channels.activate(author, LIVE, 0, "", IdempotencyKey()),
-        lambda: service.releases.get_release(caller, 0),
+        lambda: service.releases.list_releases(caller, None, 9),
         lambda: service.releases.fetch_release(author, "acme", release_digest([])),
     ):
         with pytest.raises(Forbidden, match="has the roles"):
             refused()
     nobody = Principal("acme", "k", frozenset())
-    channels = service.channels
-    for read in (lambda who: channels.get_channel(who, LIVE), lambda who: channels.list_channels(who, None, 9)):
+    channels, releases = service.channels, service.releases
+    for read in (
+        lambda who: channels.get_channel(who, LIVE),
+        lambda who: channels.list_channels(who, None, 9),
+        lambda who: releases.get_release(who, 0),
+    ):
         assert read(caller) == read(author)
         with pytest.raises(Forbidden, match="has the roles none; this needs author or caller"):
             read(nobody)

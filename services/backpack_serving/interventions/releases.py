@@ -61,7 +61,7 @@ class ReleaseRules:
 
     def get_release(self, who: Principal, number: int) -> tuple[ReleaseRecord, ReleaseStatusRecord]:
         """A release, also a deleted one, and what became of it."""
-        who.require(Role.AUTHOR)
+        who.require(Role.AUTHOR, Role.CALLER)  # a caller may name a release, too
         with self._context.read_as(who) as tx:
             found = lookup.release(tx, who.tenant, number, deleted=True)
             return found, lookup.status(tx, who.tenant, number)
