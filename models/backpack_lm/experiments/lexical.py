@@ -3,6 +3,10 @@
 A word gets a leading space; one of several tokens is the mean of their vectors. The mean of pieces is no sense of
 the word: over all pairs a correlation measures the tokenizer as well. So each is shown twice, over all pairs and
 over those of two single tokens.
+
+Each is also shown around the mean. A sense's weights sum to one over the positions, so a vector that is added to all of
+one sense's vectors and taken from another sense's changes no prediction. Plain cosines depend on it; those of vectors
+less their mean over the vocabulary don't.
 """
 
 from __future__ import annotations
@@ -74,7 +78,7 @@ class LexicalResult:
     """Spearman's ρ for each data set: of each sense, of their minimum, of the embeddings, of the twin's.
 
     `single` is the same over the pairs of two single tokens, in the data sets that have FEWEST of them; None if
-    none has.
+    none has. `centred` is the same of vectors less their mean over the vocabulary.
     """
 
     pairs: dict[str, int]
@@ -84,6 +88,7 @@ class LexicalResult:
     embedding: dict[str, float]
     twin: dict[str, float] | None
     single: LexicalResult | None = None
+    centred: LexicalResult | None = None
 
     def headline(self) -> Headline:
         whose = "its own" if self.twin is None else "the twin's"
@@ -93,6 +98,8 @@ class LexicalResult:
         figures = f"over all pairs, which measures the tokenizer too, {self._correlations()}"
         if self.single is not None:
             figures += f"; over pairs of single tokens {self.single._correlations()}"
+        if self.centred is not None:
+            figures += f"; over all pairs, around the mean, {self.centred._correlations()}"
         return Headline(
             f"best sense / minimum / {whose} embeddings, {figures}",
             "SimLex-999: .522 / .540 / .478; SimVerb-3500: .502 / .471 / .363",
@@ -117,6 +124,9 @@ class LexicalResult:
         rows.append(("minimum over senses", *(self.minimum[n] for n in names)))
         rows.append((f"sense {one}, the best on all together", *(self.senses[n][one] for n in names)))
         rows.append(("best sense of each", *(f"{max(self.senses[n]):.3f} ({best(self.senses[n])})" for n in names)))
+        if self.centred is not None:
+            _, around = self.centred._rows()
+            rows += [(f"{label}, around the mean", *entries) for label, *entries in around]
         return ("vectors", *(f"{n} ({self.pairs[n]})" for n in names)), tuple(rows)
 
     def _every(self) -> tuple[tuple[str, ...], tuple[tuple[Entry, ...], ...]]:
@@ -161,6 +171,9 @@ class LexicalResult:
                 ),
                 "The best sense is picked on the data that it is scored on, as in the paper's table 3; "
                 "the minimum over senses and the embeddings pick nothing.",
+                "Around the mean: each sense's vectors, and the embeddings, less their mean over the vocabulary. "
+                "A vector added to one sense of all words, and taken from another, changes no prediction, "
+                "but plain cosines.",
                 *(
                     f"The paper's claim, senses above embeddings, does not show on {which} {', '.join(below)}."
                     for which, below in claims
@@ -183,41 +196,64 @@ class LexicalSimilarity:
         twin = read_twin(self.twin, subject.config).embedding if self.twin else None
         words = sorted({word for pairs in lists.values() for one, two, _ in pairs for word in (one, two)})
         ids = {word: torch.tensor(subject.word_ids(word)) for word in words}
-        vectors = {w: subject.table.rows[ids[w]].mean(0) for w in watch(words, "words")}  # [k, d] each
         known = {word for word in words if len(ids[word]) == 1}
         alone = {n: [p for p in pairs if {p[0], p[1]} <= known] for n, pairs in lists.items()}
         alone = {n: pairs for n, pairs in alone.items() if len(pairs) >= FEWEST}
-        single = _measure_pairs(subject, alone, ids, vectors, twin) if alone else None
-        return replace(_measure_pairs(subject, lists, ids, vectors, twin), single=single)
+        as_they_are, centred = (
+            _Vectors.of(subject, ids, watch(words, what), twin, less_mean)
+            for what, less_mean in (("words", False), ("words, around the mean", True))
+        )
+        single = replace(as_they_are.measure(alone), centred=centred.measure(alone)) if alone else None
+        return replace(as_they_are.measure(lists), single=single, centred=centred.measure(lists))
 
 
-def _measure_pairs(
-    subject: LabModel,
-    lists: dict[str, list[Pair]],
-    ids: dict[str, Tensor],
-    vectors: dict[str, Tensor],
-    twin: Tensor | None,
-) -> LexicalResult:
-    """Some pairs of each list: correlations with the cosines of words' vectors [k, d] and of embeddings."""
-    words = {word for pairs in lists.values() for one, two, _ in pairs for word in (one, two)}
-    result = LexicalResult(
-        {name: len(pairs) for name, pairs in lists.items()},
-        sum(len(ids[word]) for word in words) / len(words),
-        {},
-        {},
-        {},
-        None if twin is None else {},
-    )
-    for name, pairs in lists.items():
-        ratings = [rating for *_, rating in pairs]
-        cosines = _cosines(pairs, vectors)  # [pairs, k]
-        result.senses[name] = [_spearman(ratings, column) for column in cosines.t()]
-        result.minimum[name] = _spearman(ratings, cosines.amin(1))
-        for into, embedding in ((result.embedding, subject.model.embedding), (result.twin, twin)):
-            if into is not None and embedding is not None:
-                means = {word: embedding[ids[word]].mean(0) for one, two, _ in pairs for word in (one, two)}
-                into[name] = _spearman(ratings, _cosines(pairs, means))
-    return result
+@dataclass(frozen=True, slots=True)
+class _Vectors:
+    """Of each word: its tokens, the vectors of its senses [k, d], its embedding [d], and the twin's."""
+
+    ids: dict[str, Tensor]
+    senses: dict[str, Tensor]
+    embedding: dict[str, Tensor]
+    twin: dict[str, Tensor] | None
+
+    @classmethod
+    def of(
+        cls, subject: LabModel, ids: dict[str, Tensor], words: Iterable[str], twin: Tensor | None, less_mean: bool
+    ) -> _Vectors:
+        def of_table(table: Tensor, words: Iterable[str]) -> dict[str, Tensor]:
+            mean = _mean(table) if less_mean else torch.zeros(table.shape[1:])
+            return {word: table[ids[word]].mean(0) - mean for word in words}
+
+        senses = of_table(subject.table.rows, words)
+        return cls(
+            ids, senses, of_table(subject.model.embedding, senses), None if twin is None else of_table(twin, senses)
+        )
+
+    def measure(self, lists: dict[str, list[Pair]]) -> LexicalResult:
+        """Some pairs of each list: correlations with the cosines of words' vectors."""
+        words = {word for pairs in lists.values() for one, two, _ in pairs for word in (one, two)}
+        result = LexicalResult(
+            {name: len(pairs) for name, pairs in lists.items()},
+            sum(len(self.ids[word]) for word in words) / len(words),
+            {},
+            {},
+            {},
+            None if self.twin is None else {},
+        )
+        for name, pairs in lists.items():
+            ratings = [rating for *_, rating in pairs]
+            cosines = _cosines(pairs, self.senses)  # [pairs, k]
+            result.senses[name] = [_spearman(ratings, column) for column in cosines.t()]
+            result.minimum[name] = _spearman(ratings, cosines.amin(1))
+            result.embedding[name] = _spearman(ratings, _cosines(pairs, self.embedding))
+            if self.twin is not None and result.twin is not None:
+                result.twin[name] = _spearman(ratings, _cosines(pairs, self.twin))
+        return result
+
+
+def _mean(table: Tensor) -> Tensor:
+    """Of all rows, by parts: a large table isn't copied."""
+    return torch.stack([part.sum(0, dtype=torch.float64) for part in table.split(4096)]).sum(0).div(len(table)).float()
 
 
 def _cosines(pairs: Iterable[Pair], vectors: dict[str, Tensor]) -> Tensor:

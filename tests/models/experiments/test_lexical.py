@@ -49,6 +49,41 @@ def test_the_numbers_are_those_of_a_naive_computation(subject: LabModel, tmp_pat
         assert result.minimum[name] == pytest.approx(rank_correlation([min(c) for c in zip(*cosines, strict=True)]))
 
 
+def test_around_the_mean_what_changes_no_prediction_changes_no_figure(subject: LabModel, tmp_path: Path) -> None:
+    before = LexicalSimilarity(_write(tmp_path)).run(subject, unwatched)
+    shifted, ids = subject.table.rows.clone(), torch.arange(12).view(1, 12)
+    more = 0.5 * torch.randn(shifted.shape[2], generator=torch.Generator().manual_seed(0))
+    shifted[:, 0] += more
+    shifted[:, 1] -= more
+    kept, expected = subject.table.rows, _logits(subject, ids)
+    try:
+        subject.table.rows = shifted
+        torch.testing.assert_close(_logits(subject, ids), expected, rtol=1e-4, atol=1e-4)
+        after = LexicalSimilarity(_write(tmp_path)).run(subject, unwatched)
+    finally:
+        subject.table.rows = kept
+    assert isinstance(before, LexicalResult)
+    assert isinstance(after, LexicalResult)
+    assert before.centred is not None
+    assert after.centred is not None
+    assert after.senses != before.senses
+    assert after.centred.senses == before.centred.senses
+    mean = kept.mean(0)
+    cosines = [
+        float(torch.cosine_similarity(*(kept[list(subject.word_ids(w)), 2].mean(0) - mean[2] for w in pair[:2]), dim=0))
+        for pair in PAIRS
+    ]
+    naive = np.corrcoef(rankdata(cosines), rankdata([score for *_, score in PAIRS]))[0, 1]
+    assert before.centred.senses["SimLex-999"][2] == pytest.approx(float(naive))
+    assert "| minimum over senses, around the mean |" in before.report().markdown()
+
+
+def _logits(subject: LabModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        mixed = torch.einsum("bkij,bjkd->bid", subject.model.sense_weights(ids), subject.table.rows[ids])
+        return mixed @ subject.model.embedding.T
+
+
 def test_pairs_of_single_tokens_stand_beside_all(subject: LabModel, tmp_path: Path) -> None:
     result = LexicalSimilarity(_write(tmp_path)).run(subject, unwatched)
     assert isinstance(result, LexicalResult)
