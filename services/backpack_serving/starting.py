@@ -179,7 +179,10 @@ def _is_empty(folder: Path) -> bool:
 
 
 WHOLE_PASS_SECONDS = 600.0
-"""How often the collector goes over all objects nevertheless, to free cycles among them."""
+"""How often, at most, the collector goes over all objects nevertheless, to free cycles among them."""
+
+WHOLE_PASS_GROWTH = 1.5
+"""How many times as many objects as after the last such pass there have to be for one."""
 
 
 def freeze_heap() -> None:
@@ -193,26 +196,36 @@ def freeze_heap() -> None:
 
 
 def keep_heap_frozen() -> None:
-    """Freeze the heap now, and after each full pass of the collector what has survived that, until the process ends.
+    """Freeze the heap now, and whatever survives the youngest objects' passes, until the process ends.
 
-    The streams of a thousand readers are 100,000 objects, which take 0.1 s.
+    So a pass sees some thousand objects and takes a millisecond or two, where one over the streams of a thousand
+    readers, 100,000 objects, takes 0.1 s. There is one over everything only when the heap has grown.
     """
     freeze_heap()
     gc.callbacks.append(_FreezeSurvivors())
 
 
 class _FreezeSurvivors:
-    """A callback of the collector."""
+    """A callback of the collector. Its generations: 0, objects of a moment; 1, what survived that; 2, the rest."""
 
     def __init__(self) -> None:
-        self._whole_pass, self._due = False, time.monotonic() + WHOLE_PASS_SECONDS
+        self._whole_pass = False
+        self._passed(gc.get_freeze_count())
+
+    def _passed(self, objects: int) -> None:
+        self._objects, self._due = objects, time.monotonic() + WHOLE_PASS_SECONDS
 
     def __call__(self, phase: str, info: dict[str, int]) -> None:
-        if phase != "stop" or info["generation"] < 2:
+        if phase != "stop" or info["generation"] < (2 if self._whole_pass else 1):
             return
-        if self._whole_pass or time.monotonic() < self._due:
-            gc.freeze()
+        if not self._whole_pass and time.monotonic() >= self._due:
+            frozen = gc.get_freeze_count()
+            if frozen >= WHOLE_PASS_GROWTH * self._objects:
+                gc.unfreeze()  # the next pass over generation 2 sees all
+                self._whole_pass = True
+                return
+            self._due = time.monotonic() + WHOLE_PASS_SECONDS
+        gc.freeze()
+        if self._whole_pass:
             self._whole_pass = False
-        else:
-            gc.unfreeze()  # the next pass sees all
-            self._whole_pass, self._due = True, time.monotonic() + WHOLE_PASS_SECONDS
+            self._passed(gc.get_freeze_count())

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from typing import Any
 
 import pytest
@@ -17,7 +17,14 @@ from backpack_serving.references import Position, ReaderKind
 from backpack_serving.shared_read import SharedRead
 from backpack_serving.sync.messages import Ack, FromReader, Hello, Snapshot
 from backpack_serving.sync.server import SyncServer
-from backpack_serving.sync.server_stream import KEEP_WAITING, LONG_AT_ONCE, UNITS_A_TURN, ChangeEncoder, ReaderStreams
+from backpack_serving.sync.server_stream import (
+    KEEP_WAITING,
+    LONG_AT_ONCE,
+    UNITS_A_TURN,
+    WOKEN_A_TURN,
+    ChangeEncoder,
+    ReaderStreams,
+)
 from backpack_serving.sync.state import TenantState
 from backpack_serving.sync.wire import CHANGES, SnapshotAssembler, write_from_reader
 from backpack_serving.turnstile import Turnstile
@@ -163,6 +170,28 @@ async def test_a_write_is_sent_to_all_readers_in_many_short_turns_of_the_loop() 
         assert units.total() >= len(readers)
         assert max(units.values()) <= UNITS_A_TURN, "the loop was held by more"
     assert all(r.at == history.head for r in readers)
+
+
+async def test_of_a_write_few_streams_are_told_in_one_turn_and_all_in_the_end() -> None:
+    with ThreadPoolExecutor(1) as executor, ExitStack() as listeners:
+        streams = ReaderStreams(SharedHistory(), executor)
+        count = 5 * WOKEN_A_TURN
+        events = [listeners.enter_context(streams.listening()) for _ in range(count)]
+        streams.wake()
+        told = [sum(event.is_set() for event in events)]
+        streams.wake()  # of another write meanwhile
+        while told[-1] < count:
+            await asyncio.sleep(0)
+            told.append(sum(event.is_set() for event in events))
+        assert max(b - a for a, b in zip([0, *told], told, strict=False)) <= WOKEN_A_TURN
+        for event in events:
+            event.clear()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        streams.wake()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert all(event.is_set() for event in events), "a later write is told to all again"
 
 
 async def test_of_readers_that_all_need_the_whole_state_few_get_it_at_a_time(

@@ -33,6 +33,8 @@ EARLY_SECONDS = 0.5
 UNITS_A_TURN = 16
 """How many streams may do something in one turn of the loop: take messages, and send one."""
 
+WOKEN_A_TURN = 64
+"""How many streams are told of a write in one turn of the loop: each then waits for its turn to do something."""
 
 LONG_AT_ONCE = 16
 """How many streams are sent a message in several parts at the same time."""
@@ -70,11 +72,20 @@ class ReaderStreams:
         self._long = asyncio.Semaphore(LONG_AT_ONCE)
         self._encoder = ChangeEncoder()
         self._listening: set[asyncio.Event] = set()
+        self._to_wake: set[asyncio.Event] = set()
 
     def wake(self) -> None:
-        """Wake all streams, because the history has moved on."""
-        for event in self._listening:
-            event.set()
+        """Wake all streams, some in each turn of the loop, because the history has moved on."""
+        waking = bool(self._to_wake)
+        self._to_wake |= self._listening
+        if not waking:
+            self._wake_some()
+
+    def _wake_some(self) -> None:
+        for _ in range(min(WOKEN_A_TURN, len(self._to_wake))):
+            self._to_wake.pop().set()
+        if self._to_wake:
+            asyncio.get_running_loop().call_soon(self._wake_some)
 
     @contextmanager
     def listening(self) -> Iterator[asyncio.Event]:
