@@ -9,6 +9,7 @@ import torch
 from backpack_lm.config import SMALL
 from backpack_lm.kernels import Precision
 
+from tests.bench.bound import most
 from tests.bench.peers import VLLM, LlamaCpp, Peer, transformer
 from tests.bench.side_by_side import FAST, INT8, NEW, SHAPES, Bench
 
@@ -16,7 +17,7 @@ from tests.bench.side_by_side import FAST, INT8, NEW, SHAPES, Bench
 def vllm(bench: Bench) -> None:
     """vLLM on this processor, the Transformer of the same trunk, where `make vllm` has installed it."""
     precision, target = str(FAST).removeprefix("torch."), "1.5" if bench.model.config is SMALL else "1.3"
-    beside(bench, VLLM, precision, Precision.AUTO, dict.fromkeys((1, 8, 32), target))
+    beside(bench, VLLM, precision, Precision.AUTO, dict.fromkeys((1, 8, 32), target), FAST)
 
 
 def llama_cpp(bench: Bench) -> None:
@@ -24,8 +25,18 @@ def llama_cpp(bench: Bench) -> None:
     beside(bench, LlamaCpp, "q8_0", INT8 or Precision.AUTO, {1: "1", 8: "1.5", 32: "1.5"})
 
 
-def beside(bench: Bench, kind: type[Peer], dtype: str, precision: Precision, targets: dict[int, str]) -> None:
-    """Tokens/s of ours in a precision and of a peer in its dtype, at every shape; `targets` by batch."""
+def beside(
+    bench: Bench,
+    kind: type[Peer],
+    dtype: str,
+    precision: Precision,
+    targets: dict[int, str],
+    computes: torch.dtype | None = None,
+) -> None:
+    """Tokens/s of ours in a precision and of a peer in its dtype, at every shape; `targets` by batch.
+
+    `computes` is the dtype of both: then this machine's bound is shown, too.
+    """
     peer = kind.start(transformer(bench.model.config), dtype, max(targets))
     if peer is None:
         return
@@ -38,7 +49,8 @@ def beside(bench: Bench, kind: type[Peer], dtype: str, precision: Precision, tar
 
             own = precision.value if precision is not Precision.AUTO else str(FAST).removeprefix("torch.")
             what = f"{kind.name} {peer.described['version']} in {dtype}, ours in {own}, {length}+{NEW}, batch {batch}"
-            bench.compare(what, ours, theirs, "tokens/s", targets[batch], rounds=3)
+            bound = most(bench.model.config, computes, batch, length, NEW) if computes else None
+            bench.compare(what, ours, theirs, "tokens/s", targets[batch], rounds=3, bound=bound)
 
 
 def hugging_face(bench: Bench, batch: int, length: int, dtype: torch.dtype, rounds: int = 3) -> None:

@@ -130,8 +130,12 @@ class Bench:
         target: str,
         higher: bool = True,
         rounds: int | None = None,
+        bound: float | None = None,
     ) -> None:
-        """Alternate both, and note the ratio: of rates ours to theirs; of times theirs to ours if `higher`."""
+        """Alternate both, and note the ratio: of rates ours to theirs; of times theirs to ours if `higher`.
+
+        `bound` is a rate that no engine can surpass on this machine: the ratio at it stands beside the target.
+        """
         ours(), theirs()
         a, b = [], []
         for _ in range(rounds or self.rounds):
@@ -139,6 +143,8 @@ class Bench:
             b.append(theirs())
         faster = unit == "tokens/s"
         ratios = [x / y if faster or not higher else y / x for x, y in zip(a, b, strict=True)]
+        if bound is not None:
+            target += f" (at this machine's bound {bound / spread(b)['median']:.2f})"
         self.note(what, a, b, ratios, unit, target)
 
     def note(self, what: str, a: list[float], b: list[float], ratios: list[float], unit: str, target: str) -> None:

@@ -59,28 +59,49 @@ class Cost:
     seconds: float
 
     @classmethod
-    def of(cls, config: BackpackConfig, ranks: int, batch: int, context: int, machine: Machine) -> Cost:
-        """In bfloat16, sums of the mix and logits in float32."""
+    def of(cls, config: BackpackConfig, ranks: int, batch: int, context: int, machine: Machine, width: int = 2) -> Cost:
+        """In a dtype of so many bytes, sums of the mix and logits in float32."""
         layer, d, V, k = config.trunk.layer, config.n_embd, config.vocab_size, config.num_senses
-        heads, groups = layer.heads // ranks, max(1, layer.kv_heads // ranks)
-        mlp = (3 if layer.gated else 2) * d * layer.inner / ranks
-        matrices = config.trunk.depth * (d * layer.head_width * (2 * heads + 2 * groups) + mlp)
-        alpha = 2 * k * config.sense_head_width * d / ranks
-        head = V * d / ranks
-        weights = 2 * (matrices + alpha + head)
-        positions = 2 * (config.trunk.depth * 2 * groups * layer.head_width + k / ranks * config.sense_head_width)
-        rows = 2 * k / ranks * d
-        resident = (
-            weights + V * rows + 2 * 2 * V * d + batch * context * positions
-        )  # embeddings: of trunk and annealing
+        groups = max(1, layer.kv_heads // ranks)
+        matrices, alpha, head = _weights(config, ranks)
+        weights = width * (matrices + alpha + head)
+        positions = width * (config.trunk.depth * 2 * groups * layer.head_width + k / ranks * config.sense_head_width)
+        rows = width * k / ranks * d
+        # The embeddings are there twice: the trunk's and annealing's.
+        resident = weights + V * rows + 2 * width * V * d + batch * context * positions
         read = weights + batch * context * (positions + rows)
         sums = 2 * config.trunk.depth
         received = (ranks - 1) * batch * (sums * 2 * d + 4 * d + 4 * -(-V // ranks))
-        operations = batch * (2 * (matrices + alpha + head) + 2 * context * (positions + rows) / 2)
+        operations = batch * (2 * (matrices + alpha + head) + 2 * context * (positions + rows) / width)
         launches = config.trunk.depth * machine.launches * machine.launch * (ranks > 1)
         collectives = (sums + 2) * machine.collective * (ranks > 1) + received / machine.link
         work = max(read / machine.memory, operations / machine.operations)
         return cls(resident, read, received, operations, max(work, launches) + collectives)
+
+
+def _weights(config: BackpackConfig, ranks: int = 1) -> tuple[float, float, float]:
+    """How many a rank has in the trunk's matrices, in those of queries and keys of sense weights, and in the head."""
+    layer, d = config.trunk.layer, config.n_embd
+    heads, groups = layer.heads // ranks, max(1, layer.kv_heads // ranks)
+    mlp = (3 if layer.gated else 2) * d * layer.inner / ranks
+    matrices = config.trunk.depth * (d * layer.head_width * (2 * heads + 2 * groups) + mlp)
+    return matrices, 2 * config.num_senses * config.sense_head_width * d / ranks, config.vocab_size * d / ranks
+
+
+def least_seconds(config: BackpackConfig, machine: Machine, width: int, batch: int, length: int, new: int) -> float:
+    """What reading prompts of `length` tokens and writing `new` ones takes a machine at least, on one rank.
+
+    Of a prompt, products with weights alone: all of the trunk's, the keys of sense weights, queries at the end. Then
+    steps that read all weights, keys and values, and multiply with them and with sense vectors, which may be cached.
+    """
+    matrices, alpha, head = _weights(config)
+    reading = 2 * batch * (length * (matrices + alpha / 2) + alpha / 2 + head) / machine.operations
+    steps = (Cost.of(config, 1, batch, length + n, machine, width) for n in range(1, new))
+    rows = width * config.num_senses * config.n_embd
+    return reading + sum(
+        max((step.read - batch * (length + n) * rows) / machine.memory, step.operations / machine.operations)
+        for n, step in enumerate(steps, 1)
+    )
 
 
 def main() -> None:
