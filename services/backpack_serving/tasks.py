@@ -1,12 +1,13 @@
-"""Cancelling tasks for certain, shielding work from cancellation, waiting with a limit."""
+"""Cancelling tasks for certain, shielding work from cancellation, waiting with a limit, work in slices."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from typing import Any, TypeVar
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -46,6 +47,16 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
         return running.result()
     running.exception()  # it was looked at: nobody is warned that it wasn't
     raise cancelled
+
+
+async def in_slices(work: Callable[[S], T], items: Iterable[S], size: int = 100) -> list[T]:
+    """The results of some work on each item, so many in one turn of the loop."""
+    results = []
+    for number, item in enumerate(items, 1):
+        results.append(work(item))
+        if number % size == 0:
+            await asyncio.sleep(0)
+    return results
 
 
 async def wait_at_most(event: asyncio.Event, seconds: float) -> None:

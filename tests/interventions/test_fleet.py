@@ -78,7 +78,7 @@ def test_a_reader_that_has_to_say_hello_again_is_listed_meanwhile() -> None:
     fleet.record(stream, _report(1, 0))
     history.restore()
     assert [type(message) for message in stream.pump(1.0)] == [ResyncRequired]
-    assert [hello.name for hello, _ in fleet.local_standing()] == ["gateway"]
+    assert [hello.name for hello, _ in fleet.local_standing(fleet.incarnations)] == ["gateway"]
     assert [write_reader(*seen).reader for seen in fleet.readers()] == ["gateway"]
     assert fleet.rollout(_CHANNEL, history.head).gateways.total == 1
 
@@ -147,8 +147,8 @@ def test_only_what_is_new_of_a_reader_is_published_before_its_time() -> None:
     assert fleet.record(here, _report(2, 0))
     fleet.disconnect(here)
     assert fleet.record(here), "it is back"
-    assert [hello.name for hello, _ in fleet.local_standing({there})] == ["there"]
-    assert [hello.name for hello, _ in fleet.local_standing()] == ["here", "there"]
+    assert [hello.name for hello, _ in fleet.local_standing(["there"])] == ["there"]
+    assert [hello.name for hello, _ in fleet.local_standing(fleet.incarnations)] == ["here", "there"]
 
 
 def test_readers_are_listed_in_pages_that_leave_none_out() -> None:

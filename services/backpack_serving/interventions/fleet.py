@@ -142,6 +142,8 @@ class ReaderTracker:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._statuses: dict[str, ReaderStatus] = {}
+        self._incarnations: dict[SyncServer, set[str]] = {}
+        """Whom each stream of this process has spoken for: one reader, unless it says otherwise."""
 
     def record(self, server: SyncServer | RemoteReader, report: ReaderReport | None = None) -> bool:
         """Record a message of a stream; returns whether it says anything new of the reader. A newer stream of the same
@@ -156,6 +158,8 @@ class ReaderTracker:
         if status is None or status.server is not server:
             before = status.refused if status else None
             self._statuses[hello.incarnation] = status = ReaderStatus(server, hello, self._clock(), refused=before)
+            if isinstance(server, SyncServer):
+                self._incarnations.setdefault(server, set()).add(hello.incarnation)
         status.hello, status.last_heard, status.connected = hello, self._clock(), True
         if report:
             news |= report != status.report or status.refused is not None
@@ -169,16 +173,15 @@ class ReaderTracker:
             refusals = {refusal.key: refusal for refusal in hello.refusals}
             self.record(RemoteReader(hello, refusals), report)
 
-    def local_standing(self, streams: Iterable[SyncServer] | None = None) -> list[tuple[Hello, ReaderReport]]:
-        """The status of this process's own readers, for `record_remote` in the other processes; of those with one of
-        these streams, if any are given.
-        """
+    @property
+    def incarnations(self) -> list[str]:
+        """Of all readers that it knows of."""
+        return list(self._statuses)
+
+    def local_standing(self, incarnations: Iterable[str]) -> list[tuple[Hello, ReaderReport]]:
+        """The status of those of some readers that have a stream of this process, for `record_remote` in the others."""
         found = []
-        if streams is None:
-            statuses = list(self._statuses.values())
-        else:
-            names = (stream.hello.incarnation for stream in streams if stream.hello)
-            statuses = [status for name in names if (status := self._statuses.get(name))]
+        statuses = [status for name in incarnations if (status := self._statuses.get(name))]
         for status in statuses:
             if status.connected and isinstance(status.server, SyncServer):
                 refusals = tuple(status.server.refusals.values())
@@ -188,8 +191,9 @@ class ReaderTracker:
 
     def disconnect(self, server: SyncServer, why: StatusReason | None = None) -> None:
         """Record the end of a stream; `why`, if the service ended it."""
-        for status in self._statuses.values():
-            if status.server is server:
+        for name in self._incarnations.pop(server, ()):
+            status = self._statuses.get(name)
+            if status is not None and status.server is server:
                 status.connected = False
                 status.refused = why or status.refused
 

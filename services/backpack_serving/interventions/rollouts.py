@@ -26,6 +26,9 @@ log = structlog.get_logger(__name__)
 PUBLISH_SECONDS, GATHER_SECONDS = 1.0, 0.05
 """Seconds between two publications without a change, and for how long changes are batched into one."""
 
+PUBLISHED_AT_ONCE = 100
+"""Readers of one publication: streams wait while they are gathered."""
+
 SILENT_SECONDS = 1.0
 """Most seconds until a call that waits for readers looks again, though it has heard of none."""
 
@@ -135,13 +138,15 @@ class Rollouts:
             if everybody:
                 all_due = loop.time() + PUBLISH_SECONDS
             some, self._unpublished = self._unpublished, set()
-            if standing := self.fleet.local_standing(None if everybody else some):
-                try:
-                    await asyncio.to_thread(publish_standing, standing)
-                except ServiceError:
-                    pass  # the database is away, and the other processes with it
-                except Exception:
-                    log.exception("a mistake of ours; going on")
+            names = self.fleet.incarnations if everybody else [s.hello.incarnation for s in some if s.hello]
+            for first in range(0, len(names), PUBLISHED_AT_ONCE):
+                if standing := self.fleet.local_standing(names[first : first + PUBLISHED_AT_ONCE]):
+                    try:
+                        await asyncio.to_thread(publish_standing, standing)
+                    except ServiceError:
+                        pass  # the database is away, and the other processes with it
+                    except Exception:
+                        log.exception("a mistake of ours; going on")
             await asyncio.sleep(GATHER_SECONDS)
             await tasks.wait_at_most(changed, all_due - loop.time())
 

@@ -14,7 +14,7 @@ from typing import Any
 from backpack_proto.v1 import sync_pb2 as pb
 from backpack_proto.v1 import sync_pb2_grpc as grpc_v1
 
-from backpack_serving import rpc
+from backpack_serving import rpc, tasks
 from backpack_serving.auth.identity import Identities
 from backpack_serving.auth.keys import Role
 from backpack_serving.errors import ServiceError
@@ -114,7 +114,7 @@ class FleetServicer(grpc_v1.FleetServiceServicer):
         found = self._fleet.readers(place)[:limit]
         response = pb.GetRolloutResponse(
             channel=wire.write_channel(channel),
-            holds=map(fleet_wire.write_hold, self._fleet.holds(channel, position, found)),
+            holds=await tasks.in_slices(fleet_wire.write_hold, self._fleet.holds(channel, position, found)),
             next_page_token=_page_token(found, limit),
         )
         if channel.canary is not None:
@@ -129,7 +129,7 @@ class FleetServicer(grpc_v1.FleetServiceServicer):
         position = await asyncio.to_thread(self._service.events.position)
         found = self._fleet.readers(place)[:limit]
         return pb.ListReadersResponse(
-            readers=[fleet_wire.write_reader(status, silence) for status, silence in found],
+            readers=await tasks.in_slices(lambda seen: fleet_wire.write_reader(*seen), found),
             position=write_position(position),
             next_page_token=_page_token(found, limit),
         )
