@@ -130,22 +130,26 @@ class Bench:
         target: str,
         higher: bool = True,
         rounds: int | None = None,
-        bound: float | None = None,
+        bound: Timed | None = None,
     ) -> None:
         """Alternate both, and note the ratio: of rates ours to theirs; of times theirs to ours if `higher`.
 
-        `bound` is a rate that no engine can surpass on this machine: the ratio at it stands beside the target.
+        `bound` measures the rate that no engine can surpass on this machine: the ratio at it stands beside the target.
         """
         ours(), theirs()
-        a, b = [], []
+        a, b, bounds = [], [], []
         for _ in range(rounds or self.rounds):
             a.append(ours())
             b.append(theirs())
+            if bound is not None:
+                bounds.append(bound() / b[-1])
         faster = unit == "tokens/s"
         ratios = [x / y if faster or not higher else y / x for x, y in zip(a, b, strict=True)]
         if bound is not None:
-            target += f" (at this machine's bound {bound / spread(b)['median']:.2f})"
+            target += f" (at this machine's bound {spread(bounds)['median']:.2f})"
         self.note(what, a, b, ratios, unit, target)
+        if bound is not None:
+            self.data[what]["bound"] = spread(bounds)
 
     def note(self, what: str, a: list[float], b: list[float], ratios: list[float], unit: str, target: str) -> None:
         self.data[what] = {"ours": spread(a), "theirs": spread(b), "ratio": spread(ratios), "unit": unit}
