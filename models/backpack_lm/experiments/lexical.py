@@ -200,7 +200,7 @@ class LexicalSimilarity:
         alone = {n: [p for p in pairs if {p[0], p[1]} <= known] for n, pairs in lists.items()}
         alone = {n: pairs for n, pairs in alone.items() if len(pairs) >= FEWEST}
         as_they_are, centred = (
-            _Vectors.of(subject, ids, watch(words, what), twin, less_mean)
+            _WordVectors.of(subject, ids, watch(words, what), twin, less_mean)
             for what, less_mean in (("words", False), ("words, around the mean", True))
         )
         single = replace(as_they_are.measure(alone), centred=centred.measure(alone)) if alone else None
@@ -208,7 +208,7 @@ class LexicalSimilarity:
 
 
 @dataclass(frozen=True, slots=True)
-class _Vectors:
+class _WordVectors:
     """Of each word: its tokens, the vectors of its senses [k, d], its embedding [d], and the twin's."""
 
     ids: dict[str, Tensor]
@@ -219,7 +219,7 @@ class _Vectors:
     @classmethod
     def of(
         cls, subject: LabModel, ids: dict[str, Tensor], words: Iterable[str], twin: Tensor | None, less_mean: bool
-    ) -> _Vectors:
+    ) -> _WordVectors:
         def of_table(table: Tensor, words: Iterable[str]) -> dict[str, Tensor]:
             mean = _mean(table) if less_mean else torch.zeros(table.shape[1:])
             return {word: table[ids[word]].mean(0) - mean for word in words}
