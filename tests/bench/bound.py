@@ -1,4 +1,4 @@
-"""How fast this machine multiplies and reads memory, measured; and what rate of tokens follows from that at most."""
+"""How fast this machine multiplies and reads memory, measured; and what rate of tokens follows from that."""
 
 from __future__ import annotations
 
@@ -6,41 +6,51 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from backpack_lm.config import BackpackConfig
 
 from tests.bench.sizing import Machine, least_seconds
 
-PRODUCTS = ((2048, 576, 1536), (2048, 768, 3072), (2048, 2048, 2048))
-"""Shapes of products: the fastest counts."""
+ROWS = 512
+"""Of a product."""
 READ = 1 << 14
 """Rows and columns of a matrix of four bytes a number that is read, more than any cache holds."""
-TRIES = 5
+SECONDS = 1.5
+"""For how long each is done: a short try may be half as fast again as what a machine keeps up."""
 
 
-def this_machine(dtype: torch.dtype) -> Machine:
-    """The best of some tries: products of a dtype, and sums and products with a vector of a gigabyte. Takes 2 s.
+def this_machine(config: BackpackConfig, dtype: torch.dtype) -> Machine:
+    """What torch keeps up: the products of a layer of this trunk, and products of a gigabyte with a vector. Takes 3 s.
 
     On a shared machine that is no constant: measure it in each round.
     """
-    products = []
-    for rows, inner, outer in PRODUCTS:
-        a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, outer).to(dtype)
-        products.append(2 * rows * inner * outer / _fastest(lambda a=a, b=b: a @ b))  # type: ignore[misc]
+    layer, d = config.trunk.layer, config.n_embd
+    shapes = (
+        (d, (layer.heads + 2 * layer.kv_heads) * layer.head_width),
+        (layer.heads * layer.head_width, d),
+        (d, (2 if layer.gated else 1) * layer.inner),
+        (layer.inner, d),
+    )
+    factors = [(torch.randn(ROWS, inner).to(dtype), torch.randn(outer, inner).to(dtype)) for inner, outer in shapes]
+    operations = sum(2 * ROWS * inner * outer for inner, outer in shapes)
     much, vector = torch.ones(READ, READ), torch.ones(READ)
-    reads = much.sum, lambda: much @ vector, lambda: torch.dot(much.view(-1), much.view(-1))
-    return Machine(memory=much.nbytes / min(map(_fastest, reads)), operations=max(products))
+    return Machine(
+        memory=much.nbytes * _rate(lambda: much @ vector),
+        operations=operations * _rate(lambda: [F.linear(x, weight) for x, weight in factors]),
+    )
 
 
 def most(config: BackpackConfig, dtype: torch.dtype, batch: int, length: int, new: int) -> float:
-    """Tokens a second, prompts' time included, that this machine can't surpass in this dtype."""
-    return batch * new / least_seconds(config, this_machine(dtype), dtype.itemsize, batch, length, new)
+    """Tokens a second, prompts' time included, of an engine that multiplies and reads as torch does, and that alone."""
+    machine = this_machine(config, dtype)
+    return batch * new / least_seconds(config, machine, dtype.itemsize, batch, length, new)
 
 
-def _fastest(work: Callable[[], object]) -> float:
+def _rate(work: Callable[[], object]) -> float:
+    """How often a second."""
     work()
-    seconds = []
-    for _ in range(TRIES):
-        began = time.perf_counter()
+    began, times = time.perf_counter(), 0
+    while (took := time.perf_counter() - began) < SECONDS:
         work()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+        times += 1
+    return times / took

@@ -134,7 +134,7 @@ class Bench:
     ) -> None:
         """Alternate both, and note the ratio: of rates ours to theirs; of times theirs to ours if `higher`.
 
-        `bound` measures the rate that no engine can surpass on this machine: the ratio at it stands beside the target.
+        `bound` measures the rate that this machine allows (bound.py): the ratio at it stands beside the target.
         """
         ours(), theirs()
         a, b, bounds = [], [], []
