@@ -181,8 +181,8 @@ def _is_empty(folder: Path) -> bool:
 WHOLE_PASS_SECONDS = 600.0
 """How often, at most, the collector goes over all objects nevertheless, to free cycles among them."""
 
-WHOLE_PASS_GROWTH = 1.5
-"""How many times as many objects as after the last such pass there have to be for one."""
+WHOLE_PASS_GROWTH = 1.25
+"""How many times as many objects as after the last such pass, or as much memory, there has to be for one."""
 
 
 def freeze_heap() -> None:
@@ -199,7 +199,8 @@ def keep_heap_frozen() -> None:
     """Freeze the heap now, and whatever survives the youngest objects' passes, until the process ends.
 
     So a pass sees some thousand objects and takes a millisecond or two, where one over the streams of a thousand
-    readers, 100,000 objects, takes 0.1 s. There is one over everything only when the heap has grown.
+    readers, 100,000 objects, takes 0.1 s. There is one over everything only when the process has grown: until then,
+    cycles that survived a pass before anybody let go of them stay.
     """
     freeze_heap()
     gc.callbacks.append(_FreezeSurvivors())
@@ -210,17 +211,22 @@ class _FreezeSurvivors:
 
     def __init__(self) -> None:
         self._whole_pass = False
-        self._passed(gc.get_freeze_count())
+        self._passed()
 
-    def _passed(self, objects: int) -> None:
-        self._objects, self._due = objects, time.monotonic() + WHOLE_PASS_SECONDS
+    def _passed(self) -> None:
+        self._objects, self._memory = gc.get_freeze_count(), _resident()
+        self._due = time.monotonic() + WHOLE_PASS_SECONDS
+
+    @property
+    def _grown(self) -> bool:
+        objects, memory = WHOLE_PASS_GROWTH * self._objects, WHOLE_PASS_GROWTH * self._memory
+        return gc.get_freeze_count() >= objects or _resident() >= memory > 0
 
     def __call__(self, phase: str, info: dict[str, int]) -> None:
         if phase != "stop" or info["generation"] < (2 if self._whole_pass else 1):
             return
         if not self._whole_pass and time.monotonic() >= self._due:
-            frozen = gc.get_freeze_count()
-            if frozen >= WHOLE_PASS_GROWTH * self._objects:
+            if self._grown:
                 gc.unfreeze()  # the next pass over generation 2 sees all
                 self._whole_pass = True
                 return
@@ -228,4 +234,11 @@ class _FreezeSurvivors:
         gc.freeze()
         if self._whole_pass:
             self._whole_pass = False
-            self._passed(gc.get_freeze_count())
+            self._passed()
+
+
+def _resident() -> int:
+    """Pages of memory that the process has; 0 where the system doesn't tell it as Linux does."""
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    return 0

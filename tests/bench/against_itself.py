@@ -42,7 +42,7 @@ from backpack_serving.sampling import TextStructure
 from backpack_serving.wire.inference import COALESCE
 from torch import Tensor
 
-from tests.bench.bound import most
+from tests.bench.bound import rate_at_bound
 from tests.bench.side_by_side import FAST, INT8, NEW, ROUNDS, STEP_TOKENS, Bench, Timed
 
 PAIRS = 200
@@ -121,7 +121,7 @@ def plain(bench: Bench) -> None:
         ours, theirs = bench.engine(batch), bench.engine(batch, kernels=PlainKernels)
         what = f"the library against torch's operations, {processor.features()[-1]}, {FAST}, 64+{NEW}, batch {batch}"
         rates = bench.batch(ours, batch), bench.batch(theirs, batch)
-        bound = partial(most, bench.model.config, FAST, batch, 64, NEW)
+        bound = partial(rate_at_bound, bench.model.config, FAST, batch, 64, NEW)
         bench.compare(what.replace("torch.", ""), *rates, "tokens/s", target, rounds=3, bound=bound)
 
 

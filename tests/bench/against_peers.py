@@ -10,7 +10,7 @@ import torch
 from backpack_lm.config import SMALL
 from backpack_lm.kernels import Precision
 
-from tests.bench.bound import most
+from tests.bench.bound import rate_at_bound
 from tests.bench.peers import VLLM, LlamaCpp, Peer, transformer
 from tests.bench.side_by_side import FAST, INT8, NEW, SHAPES, Bench
 
@@ -55,7 +55,7 @@ def beside(
 
             own = precision.value if precision is not Precision.AUTO else str(FAST).removeprefix("torch.")
             what = f"{kind.name} {peer.described['version']} in {dtype}, ours in {own}, {length}+{NEW}, batch {batch}"
-            bound = partial(most, bench.model.config, computes, batch, length, NEW) if computes else None
+            bound = partial(rate_at_bound, bench.model.config, computes, batch, length, NEW) if computes else None
             bench.compare(what, ours, theirs, "tokens/s", targets[batch], rounds=3, bound=bound)
 
 

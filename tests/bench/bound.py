@@ -12,8 +12,8 @@ from backpack_lm.config import BackpackConfig
 from tests.bench.sizing import Machine, least_seconds
 
 ROWS = 512
-"""Of a product."""
-READ = 1 << 14
+"""Of the texts' vectors that a product multiplies, as many as a step reads beside peers."""
+SIDE = 1 << 14
 """Rows and columns of a matrix of four bytes a number that is read, more than any cache holds."""
 SECONDS = 1.5
 """For how long each is done: a short try may be half as fast again as what a machine keeps up."""
@@ -33,14 +33,14 @@ def this_machine(config: BackpackConfig, dtype: torch.dtype) -> Machine:
     )
     factors = [(torch.randn(ROWS, inner).to(dtype), torch.randn(outer, inner).to(dtype)) for inner, outer in shapes]
     operations = sum(2 * ROWS * inner * outer for inner, outer in shapes)
-    much, vector = torch.ones(READ, READ), torch.ones(READ)
+    matrix, vector = torch.ones(SIDE, SIDE), torch.ones(SIDE)
     return Machine(
-        memory=much.nbytes * _rate(lambda: much @ vector),
+        memory=matrix.nbytes * _rate(lambda: matrix @ vector),
         operations=operations * _rate(lambda: [F.linear(x, weight) for x, weight in factors]),
     )
 
 
-def most(config: BackpackConfig, dtype: torch.dtype, batch: int, length: int, new: int) -> float:
+def rate_at_bound(config: BackpackConfig, dtype: torch.dtype, batch: int, length: int, new: int) -> float:
     """Tokens a second, prompts' time included, of an engine that multiplies and reads as torch does, and that alone."""
     machine = this_machine(config, dtype)
     return batch * new / least_seconds(config, machine, dtype.itemsize, batch, length, new)

@@ -136,6 +136,7 @@ class Bench:
 
         `bound` measures the rate that this machine allows (bound.py): the ratio at it stands beside the target.
         """
+        assert bound is None or unit == "tokens/s", "a bound is a rate"
         ours(), theirs()
         a, b, bounds = [], [], []
         for _ in range(rounds or self.rounds):

@@ -78,7 +78,7 @@ def test_a_reader_that_has_to_say_hello_again_is_listed_meanwhile() -> None:
     fleet.record(stream, _report(1, 0))
     history.restore()
     assert [type(message) for message in stream.pump(1.0)] == [ResyncRequired]
-    assert [hello.name for hello, _ in fleet.local_standing(fleet.incarnations)] == ["gateway"]
+    assert [hello.name for hello, _ in fleet.local_standing(fleet.known_incarnations)] == ["gateway"]
     assert [write_reader(*seen).reader for seen in fleet.readers()] == ["gateway"]
     assert fleet.rollout(_CHANNEL, history.head).gateways.total == 1
 
@@ -137,6 +137,16 @@ def test_a_reader_that_does_not_hold_a_release_says_why() -> None:
     assert hold() == ("nacked", "NON_FINITE", "no numbers")
 
 
+def test_a_stream_that_has_ended_leaves_nothing_behind() -> None:
+    fleet, stream = ReaderTracker(Clock()), _stream("gateway")
+    for _ in range(2):
+        fleet.record(stream)
+        assert [status.connected for status, _ in fleet.readers()] == [True]
+        fleet.disconnect(stream)
+        assert [status.connected for status, _ in fleet.readers()] == [False]
+        assert not fleet._incarnations_by_stream
+
+
 def test_only_what_is_new_of_a_reader_is_published_before_its_time() -> None:
     fleet = ReaderTracker(Clock())
     here, there = _stream("here"), _stream("there")
@@ -148,7 +158,7 @@ def test_only_what_is_new_of_a_reader_is_published_before_its_time() -> None:
     fleet.disconnect(here)
     assert fleet.record(here), "it is back"
     assert [hello.name for hello, _ in fleet.local_standing(["there"])] == ["there"]
-    assert [hello.name for hello, _ in fleet.local_standing(fleet.incarnations)] == ["here", "there"]
+    assert [hello.name for hello, _ in fleet.local_standing(fleet.known_incarnations)] == ["here", "there"]
 
 
 def test_readers_are_listed_in_pages_that_leave_none_out() -> None:

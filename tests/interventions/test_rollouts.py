@@ -18,7 +18,7 @@ from backpack_serving.interventions.event_history import EventHistory
 from backpack_serving.interventions.fleet_wire import write_hold
 from backpack_serving.interventions.ledger import IdempotencyKey
 from backpack_serving.interventions.records import ChannelRecord
-from backpack_serving.interventions.rollouts import ErrorGate, Level, Rollouts
+from backpack_serving.interventions.rollouts import PUBLISHED_AT_ONCE, ErrorGate, Level, Rollouts
 from backpack_serving.interventions.service import Interventions
 from backpack_serving.interventions.store import Read, Store
 from backpack_serving.interventions.wire import write_channel
@@ -130,6 +130,51 @@ async def test_a_reader_whose_name_is_too_long_is_refused_and_not_kept(service: 
     assert (stream.server.hello, stream.server.last_hello) == (None, None)
     await stream.say(replace(hello, **{field: "x" * LONGEST_NAME}))  # type: ignore[arg-type]
     assert stream.server.hello is not None
+
+
+async def test_all_readers_are_published_some_at_a_time(service: Interventions) -> None:
+    rollouts, loop, at = Rollouts(service, ErrorGate()), asyncio.get_running_loop(), service.events.snapshot()[0]
+    names = {f"r{number}" for number in range(2 * PUBLISHED_AT_ONCE + 50)}
+    for name in names:
+        stream = Stream(service, rollouts=rollouts)
+        await stream.say(Hello(ReaderKind.REPLICA, name, name, SHAPE.fingerprint, at))
+    published: list[set[str]] = []
+    away, whole = [True], asyncio.Event()
+
+    def publish(standing: list[tuple[Hello, ReaderReport]]) -> None:
+        published.append({hello.name for hello, _ in standing})
+        if away:
+            away.pop()
+            raise Unavailable("DATABASE", "the database failed")
+        if set.union(*published[1:]) == names:
+            loop.call_soon_threadsafe(whole.set)
+
+    publishing = asyncio.create_task(rollouts.publish(publish))
+    async with asyncio.timeout(20):
+        await whole.wait()
+    await tasks.end(publishing)
+    assert max(map(len, published)) == PUBLISHED_AT_ONCE
+    assert [len(some) for some in published[1:4]] == [100, 100, 50], (
+        "a round after the database was away is a whole one"
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 100, 101, 250])
+async def test_work_in_slices_leaves_nothing_out_and_lets_others_run(count: int) -> None:
+    turns, going = [0], True
+
+    async def others() -> None:
+        while going:
+            turns[0] += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(others())
+    await asyncio.sleep(0)
+    before = turns[0]
+    assert await tasks.in_slices(lambda n: 2 * n, range(count)) == [2 * n for n in range(count)]
+    assert turns[0] - before == count // 100
+    going = False
+    await counting
 
 
 async def test_publishing_goes_on_after_a_mistake(service: Interventions) -> None:

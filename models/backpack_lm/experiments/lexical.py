@@ -221,7 +221,7 @@ class _WordVectors:
         cls, subject: LabModel, ids: dict[str, Tensor], words: Iterable[str], twin: Tensor | None, less_mean: bool
     ) -> _WordVectors:
         def of_table(table: Tensor, words: Iterable[str]) -> dict[str, Tensor]:
-            mean = _mean(table) if less_mean else torch.zeros(table.shape[1:])
+            mean = _mean(table[: subject.config.tokens]) if less_mean else torch.zeros(table.shape[1:])
             return {word: table[ids[word]].mean(0) - mean for word in words}
 
         senses = of_table(subject.table.rows, words)

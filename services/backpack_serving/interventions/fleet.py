@@ -142,8 +142,8 @@ class ReaderTracker:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._statuses: dict[str, ReaderStatus] = {}
-        self._incarnations: dict[SyncServer, set[str]] = {}
-        """Whom each stream of this process has spoken for: one reader, unless it says otherwise."""
+        self._incarnations_by_stream: dict[SyncServer, set[str]] = {}
+        """Those that the Hellos of each stream of this process named: usually one."""
 
     def record(self, server: SyncServer | RemoteReader, report: ReaderReport | None = None) -> bool:
         """Record a message of a stream; returns whether it says anything new of the reader. A newer stream of the same
@@ -158,8 +158,8 @@ class ReaderTracker:
         if status is None or status.server is not server:
             before = status.refused if status else None
             self._statuses[hello.incarnation] = status = ReaderStatus(server, hello, self._clock(), refused=before)
-            if isinstance(server, SyncServer):
-                self._incarnations.setdefault(server, set()).add(hello.incarnation)
+        if isinstance(server, SyncServer):
+            self._incarnations_by_stream.setdefault(server, set()).add(hello.incarnation)
         status.hello, status.last_heard, status.connected = hello, self._clock(), True
         if report:
             news |= report != status.report or status.refused is not None
@@ -174,7 +174,7 @@ class ReaderTracker:
             self.record(RemoteReader(hello, refusals), report)
 
     @property
-    def incarnations(self) -> list[str]:
+    def known_incarnations(self) -> list[str]:
         """Of all readers that it knows of."""
         return list(self._statuses)
 
@@ -191,7 +191,7 @@ class ReaderTracker:
 
     def disconnect(self, server: SyncServer, why: StatusReason | None = None) -> None:
         """Record the end of a stream; `why`, if the service ended it."""
-        for name in self._incarnations.pop(server, ()):
+        for name in self._incarnations_by_stream.pop(server, ()):
             status = self._statuses.get(name)
             if status is not None and status.server is server:
                 status.connected = False

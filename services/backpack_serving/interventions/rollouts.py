@@ -138,13 +138,13 @@ class Rollouts:
             if everybody:
                 all_due = loop.time() + PUBLISH_SECONDS
             some, self._unpublished = self._unpublished, set()
-            names = self.fleet.incarnations if everybody else [s.hello.incarnation for s in some if s.hello]
+            names = self.fleet.known_incarnations if everybody else [s.hello.incarnation for s in some if s.hello]
             for first in range(0, len(names), PUBLISHED_AT_ONCE):
                 if standing := self.fleet.local_standing(names[first : first + PUBLISHED_AT_ONCE]):
                     try:
                         await asyncio.to_thread(publish_standing, standing)
                     except ServiceError:
-                        pass  # the database is away, and the other processes with it
+                        break  # the database is away, and the other processes with it
                     except Exception:
                         log.exception("a mistake of ours; going on")
             await asyncio.sleep(GATHER_SECONDS)

@@ -112,10 +112,11 @@ class FleetServicer(grpc_v1.FleetServiceServicer):
         place, limit = _read_page(request)
         position, channel = await asyncio.to_thread(self._service.channels.channel_now, who, name)
         found = self._fleet.readers(place)[:limit]
+        following = _page_token(found, limit)  # now: a reader may say Hello by another name meanwhile
         response = pb.GetRolloutResponse(
             channel=wire.write_channel(channel),
             holds=await tasks.in_slices(fleet_wire.write_hold, self._fleet.holds(channel, position, found)),
-            next_page_token=_page_token(found, limit),
+            next_page_token=following,
         )
         if channel.canary is not None:
             tally = self._fleet.tally(channel.tenant, channel.channel, channel.canary_digest)
@@ -128,10 +129,11 @@ class FleetServicer(grpc_v1.FleetServiceServicer):
         place, limit = _read_page(request)
         position = await asyncio.to_thread(self._service.events.position)
         found = self._fleet.readers(place)[:limit]
+        following = _page_token(found, limit)  # now: a reader may say Hello by another name meanwhile
         return pb.ListReadersResponse(
             readers=await tasks.in_slices(lambda seen: fleet_wire.write_reader(*seen), found),
             position=write_position(position),
-            next_page_token=_page_token(found, limit),
+            next_page_token=following,
         )
 
 

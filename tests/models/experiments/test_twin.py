@@ -78,6 +78,13 @@ def test_the_twin_s_embeddings_are_compared(subject: LabModel, twin: Path, tmp_p
     cosines = [float(torch.cosine_similarity(means[a], means[b], dim=0)) for a, b, _ in PAIRS]
     expected = spearmanr(cosines, [rating for *_, rating in PAIRS]).statistic
     assert result.twin["SimLex-999"] == pytest.approx(expected)
+    assert result.centred is not None
+    assert result.centred.twin is not None
+    for centred, table in ((result.centred.twin, embedding), (result.centred.embedding, subject.model.embedding)):
+        mean = table[: subject.config.tokens].mean(0)
+        around = {word: table[list(subject.word_ids(word))].mean(0) - mean for pair in PAIRS for word in pair[:2]}
+        cosines = [float(torch.cosine_similarity(around[a], around[b], dim=0)) for a, b, _ in PAIRS]
+        assert centred["SimLex-999"] == pytest.approx(spearmanr(cosines, [rating for *_, rating in PAIRS]).statistic)
     assert result.twin != result.embedding
     best = [max(*result.senses[n], result.minimum[n]) > result.twin[n] for n in list(result.senses)[:2]]
     assert result.headline().reached is all(best)
