@@ -22,7 +22,7 @@ wait less for others' prompts."""
 def vllm(bench: Bench) -> None:
     """vLLM on this processor, the Transformer of the same trunk, where `make vllm` has installed it."""
     precision, target = str(FAST).removeprefix("torch."), "1.5" if bench.model.config is SMALL else "1.3"
-    beside(bench, VLLM, precision, Precision.AUTO, dict.fromkeys((1, 8, 32), target), FAST)
+    beside(bench, VLLM, precision, Precision.AUTO, dict.fromkeys((1, 8, 32), target))
 
 
 def llama_cpp(bench: Bench) -> None:
@@ -30,18 +30,12 @@ def llama_cpp(bench: Bench) -> None:
     beside(bench, LlamaCpp, "q8_0", INT8 or Precision.AUTO, {1: "1", 8: "1.5", 32: "1.5"})
 
 
-def beside(
-    bench: Bench,
-    kind: type[Peer],
-    dtype: str,
-    precision: Precision,
-    targets: dict[int, str],
-    computes: torch.dtype | None = None,
-) -> None:
+def beside(bench: Bench, kind: type[Peer], dtype: str, precision: Precision, targets: dict[int, str]) -> None:
     """Tokens/s of ours in a precision and of a peer in its dtype, at every shape; `targets` by batch.
 
-    `computes` is the dtype of both: then this machine's bound is shown, too.
+    Of the precision that both compute in, AUTO, this machine's bound is shown, too.
     """
+    automatic = precision is Precision.AUTO
     peer = kind.start(transformer(bench.model.config), dtype, max(targets))
     if peer is None:
         return
@@ -53,9 +47,9 @@ def beside(
             def theirs(batch: int = batch, length: int = length) -> float:
                 return peer.measure(batch, length, NEW)["tokens_per_second"]
 
-            own = precision.value if precision is not Precision.AUTO else str(FAST).removeprefix("torch.")
+            own = precision.value if not automatic else str(FAST).removeprefix("torch.")
             what = f"{kind.name} {peer.described['version']} in {dtype}, ours in {own}, {length}+{NEW}, batch {batch}"
-            bound = partial(rate_at_bound, bench.model.config, computes, batch, length, NEW) if computes else None
+            bound = partial(rate_at_bound, bench.model.config, FAST, batch, length, NEW) if automatic else None
             bench.compare(what, ours, theirs, "tokens/s", targets[batch], rounds=3, bound=bound)
 
 
